@@ -1,0 +1,80 @@
+"""Celery's settings, with the reason for each that is not Celery's default."""
+
+from typing import Any
+
+from kombu import Queue
+
+from config.settings import Settings
+
+QUEUES = ("payments", "refreshes", "releases", "upkeep")
+TICK_S = 1.0
+
+
+def celery_settings(settings: Settings) -> dict[str, Any]:
+    """Celery's configuration for this deployment; the keys are checked against Celery's own list by a test."""
+    return {
+        "broker_url": settings.broker,
+        "result_backend": settings.result_backend,
+        "result_expires": settings.result_expires_s,
+        # An outcome that cannot be delivered now is a row, and the sweep tries again: give up soon.
+        "result_backend_transport_options": {"retry_policy": {"max_retries": 2, "interval_max": 0.5}},
+        "task_ignore_result": True,  # only payments.initiate and payments.cancel have a result worth reading
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "timezone": "UTC",
+        "enable_utc": True,
+        # Queues: one per role, so that roles scale apart. None is made by a misspelt name.
+        "task_queues": [Queue(name) for name in QUEUES],
+        "task_default_queue": "celery",  # not ours: a callback that names no queue goes to Celery's usual one
+        "task_create_missing_queues": True,  # a callback goes to whatever queue the payments service names
+        "task_routes": {
+            "payments.initiate": {"queue": "payments"},
+            "payments.cancel": {"queue": "payments"},
+            "balances.refresh": {"queue": "refreshes"},
+            "payments.release": {"queue": "releases"},
+            "payments.expire": {"queue": "upkeep"},
+            "payments.sweep": {"queue": "upkeep"},
+        },
+        # Redelivery: a message is acknowledged after its task, and comes back if its worker died.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,  # threads cannot be cancelled
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # a worker outlives its broker's absence, however long
+        "broker_transport_options": _transport(settings),
+        "redis_socket_timeout": 10,
+        "redis_socket_connect_timeout": 5,
+        "redis_socket_keepalive": True,
+        "redis_backend_health_check_interval": 15,
+        # Flower: a waiting payment is told apart from a queued one by these events.
+        "worker_send_task_events": True,
+        "worker_hijack_root_logger": False,
+        "beat_schedule": {
+            "expire": _every_tick("payments.expire"),
+            "sweep": _every_tick("payments.sweep"),
+        },
+    }
+
+
+def _every_tick(task: str) -> dict[str, Any]:
+    # A tick that found no worker for five seconds is worthless: the next one does its work.
+    return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
+
+
+def _transport(settings: Settings) -> dict[str, Any]:
+    if not settings.broker.startswith(("redis", "sentinel")):
+        return {}
+    return {
+        # No task runs longer than a provider call; a dead worker's messages come back after this.
+        "visibility_timeout": 120,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "max_connections": 256,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+    }

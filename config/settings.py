@@ -1,0 +1,128 @@
+"""The settings: one frozen object, made from `PAYREADY_*` variables, the only reader of the environment.
+
+A variable that is misspelt, missing or unsafe stops the start with one sentence that says what to do.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+PREFIX = "PAYREADY_"
+DEMO_MARK = "demo"
+"""Secrets that start with this word are for demonstrations; production refuses them."""
+
+
+class ConfigurationError(Exception):
+    """The environment does not describe a deployment that may start; the message says what to change."""
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """Everything a deployment may choose. Durations are in seconds, as their names say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    env: Literal["development", "production"] = "development"
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
+    """Correlation store; also broker and result backend unless the next two say otherwise."""
+    broker_url: str | None = Field(None, repr=False)
+    result_backend_url: str | None = Field(None, repr=False)
+    database_url: str = Field("sqlite:///payready.db", repr=False)
+    """`sqlite:///file` or `postgresql://user:password@host/name`."""
+
+    quiltt_api_url: str = "https://api.quiltt.io"
+    quiltt_auth_url: str = "https://auth.quiltt.io"
+    quiltt_api_key: SecretStr = SecretStr("demo-api-key")
+    allow_production_key: bool = False
+    """Lets a development deployment use a key of Quiltt's PRODUCTION mode, which is billed."""
+    quiltt_connect_timeout_s: float = Field(5, gt=0, le=60)
+    quiltt_read_timeout_s: float = Field(20, gt=0, le=120)
+    quiltt_connections: int = Field(32, ge=1, le=64)
+    """Calls in flight per process. httpx's pool costs the square of this, hence the ceiling."""
+
+    webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
+    """The current secret and, while it is being rotated, the previous one. None: every delivery is refused."""
+    webhook_window_s: int = Field(300, ge=1, le=3600)
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+
+    currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
+    """The currency of the accounts. Quiltt's balance events name none."""
+    clock_skew_s: int = Field(5, ge=0, le=300)
+    """How far the provider's clock and ours may be apart; `at` is also cut to whole seconds."""
+    refresh_window_s: int = Field(60, ge=1, le=3600)
+    """How long a call counts as in flight: within it the account is not called again."""
+    uncertain_grace_s: int = Field(15, ge=1, le=3600)
+    """How long to wait for the event of a call whose acceptance is unknown, before one more call."""
+    fees_file: Path = Path(__file__).with_name("fees.toml")
+
+    result_expires_s: int = Field(86_400, ge=60)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @property
+    def broker(self) -> str:
+        """The broker's address."""
+        return self.broker_url or self.redis_url
+
+    @property
+    def result_backend(self) -> str:
+        """The result backend's address."""
+        return self.result_backend_url or self.redis_url
+
+    @property
+    def clock_skew(self) -> timedelta:
+        """`clock_skew_s` as a duration."""
+        return timedelta(seconds=self.clock_skew_s)
+
+    @model_validator(mode="after")
+    def _production_needs_real_secrets(self) -> Self:
+        if self.env == "production":
+            _require_real("QUILTT_API_KEY", self.quiltt_api_key)
+            if not self.webhook_secrets:
+                raise ValueError(f"{PREFIX}WEBHOOK_SECRETS must be set in production")
+            for secret in self.webhook_secrets:
+                _require_real("WEBHOOK_SECRETS", secret)
+        return self
+
+
+def _require_real(name: str, secret: SecretStr) -> None:
+    if secret.get_secret_value().startswith(DEMO_MARK):
+        raise ValueError(f"{PREFIX}{name} must be set in production, and not to a demo value")
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Make the settings from `environ`.
+
+    Raises:
+        ConfigurationError: a `PAYREADY_*` variable is unknown, has a bad value, or a secret is missing.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ConfigurationError(f"{unknown[0]} is not a setting of payready; see docs/configuration.md for the names")
+    values = {name[len(PREFIX) :].lower(): environ[name] for name in known if environ.get(name)}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigurationError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{PREFIX}{str(first['loc'][0]).upper()}: {message}" if first["loc"] else message
+
+
+@functools.cache
+def settings() -> Settings:
+    """The settings of this process."""
+    return load(os.environ)

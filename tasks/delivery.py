@@ -1,0 +1,51 @@
+"""Do what a step of the flow left to be done: enqueue, and deliver outcomes to the tasks that wait for them."""
+
+import logging
+from collections.abc import Sequence
+
+from kombu.exceptions import OperationalError
+
+from tasks import suspension
+from tasks.app import app
+from worker import flow
+from worker.errors import PaymentNotReady
+from worker.flow import Next
+from worker.ledger.payments import Due
+from worker.payment import PaymentState
+from worker.runtime import runtime
+
+BROKER_AWAY = (OperationalError, OSError)
+"""What is raised when the broker cannot be reached."""
+
+log = logging.getLogger(__name__)
+
+
+def carry_out(todo: Next) -> None:
+    """Enqueue calls and balances to apply, then deliver what was settled."""
+    for account_id, refresh_id in todo.call:
+        app.send_task("balances.refresh", (account_id, refresh_id), ignore_result=True)
+    for balance_id in todo.apply:
+        app.send_task("payments.release", (balance_id,), ignore_result=True)
+    if todo.deliver:
+        deliver(flow.undelivered(runtime(), todo.deliver))
+
+
+def deliver(due: Sequence[Due]) -> None:
+    """Complete the tasks that wait. What cannot be delivered now stays due, and the sweep tries again."""
+    told = []
+    for outcome in due:
+        try:
+            _complete(outcome)
+        except Exception:
+            log.exception("the outcome of task %s could not be delivered; it stays due", outcome.task_id)
+        else:
+            told.append(outcome.task_id)
+    if told:
+        flow.delivered(runtime(), told)
+
+
+def _complete(due: Due) -> None:
+    if due.state == PaymentState.RELEASED:
+        suspension.complete(app, due.canvas, due.outcome)
+    else:
+        suspension.fail(app, due.canvas, PaymentNotReady(due.outcome["reason"], due.outcome["detail"]))

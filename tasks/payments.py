@@ -1,0 +1,63 @@
+"""`payments.initiate`, `payments.release`, `payments.cancel`."""
+
+import logging
+from typing import Any
+
+from celery import Task
+from celery.exceptions import Ignore
+
+from tasks import suspension
+from tasks.app import app
+from tasks.delivery import BROKER_AWAY, carry_out
+from worker import flow
+from worker.correlation.store import CORRELATION_AWAY
+from worker.flow import Entrance
+from worker.ledger.database import LEDGER_AWAY
+from worker.ledger.payments import Waiting
+from worker.runtime import runtime
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 2
+"""Between tries while a store is away; far below the broker's visibility timeout, beyond which a message is doubled."""
+
+
+@app.task(name="payments.initiate", bind=True, ignore_result=False, max_retries=None)
+def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
+    """Start waiting for a fresh balance; see `docs/integrating.md` for the job and its outcome.
+
+    The job comes as keyword arguments, or as a mapping from the task before it in a chain.
+    """
+
+    def announce(waiting: Waiting, entrance: Entrance) -> None:
+        meta = {
+            "account_id": waiting.account_id,
+            "refresh_id": entrance.refresh_id,
+            "deadline": waiting.deadline.isoformat(),
+        }
+        if not self.request.ignore_result:
+            self.update_state(state=suspension.WAITING, meta=meta)
+
+    try:
+        entrance = flow.initiate(runtime(), {**(job or {}), **arguments}, suspension.leave(self.request), announce)
+    except (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY) as error:
+        raise self.retry(exc=error, countdown=PAUSE_S) from error
+    try:
+        carry_out(entrance.next)
+    except Exception:  # the payment is written down: whatever fails from here on, upkeep makes good
+        log.exception("the payment waits; upkeep will see to what comes next")
+    raise Ignore
+
+
+@app.task(name="payments.release")
+def release(balance_id: str) -> None:
+    """Settle whoever waits for this balance."""
+    carry_out(flow.apply(runtime(), balance_id))
+
+
+@app.task(name="payments.cancel", ignore_result=False)
+def cancel(payment_id: str) -> bool:
+    """Fail a waiting payment as cancelled; False if it was settled before, or is unknown."""
+    todo = flow.cancel(runtime(), payment_id)
+    carry_out(todo)
+    return bool(todo.deliver)

@@ -1,0 +1,19 @@
+"""What time brings, on every beat. Two beats at once, or none for a while, do no harm."""
+
+from tasks.app import app
+from tasks.delivery import carry_out, deliver
+from worker import flow
+from worker.runtime import runtime
+
+
+@app.task(name="payments.expire")
+def expire() -> None:
+    """Fail payments whose deadline has passed."""
+    carry_out(flow.look(runtime()))
+
+
+@app.task(name="payments.sweep")
+def sweep() -> None:
+    """Make good what was lost on the way: calls, balances, deliveries."""
+    carry_out(flow.sweep(runtime()))
+    deliver(flow.overdue(runtime()))

@@ -1,0 +1,63 @@
+"""One simulator and one inbox for all tests of this folder; each test uses accounts of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from simulator.testing import Inbox, Simulator
+
+SECRET = "whsec_test"
+_numbers = itertools.count()
+_QUICK: dict[str, object] = {
+    "prompt_s": 0.02,
+    "slow_s": 0.2,
+    "late_s": 0.4,
+    "retry_base_s": 0.05,
+    "keep_signature": False,
+    "rate_limit_per_s": 1000,
+}
+
+
+@pytest.fixture(scope="session")
+def _inbox() -> Iterator[Inbox]:
+    with Inbox() as inbox:
+        yield inbox
+
+
+@pytest.fixture(scope="session")
+def _simulator(_inbox: Inbox) -> Iterator[Simulator]:
+    with Simulator(_inbox.url, secret=SECRET, api_key="key_test", options=["--seed", "7"]) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def secret() -> str:
+    """What webhooks are signed with."""
+    return SECRET
+
+
+@pytest.fixture
+def simulator(_simulator: Simulator) -> Simulator:
+    """The simulator, with short delays, nothing pending and an empty log."""
+    _simulator.post("resume")
+    _simulator.settled()
+    _simulator.put("defaults", **_QUICK)
+    _simulator.http.delete("/control/log")
+    return _simulator
+
+
+@pytest.fixture
+def inbox(_inbox: Inbox, simulator: Simulator) -> Inbox:
+    """The simulator's webhook endpoint, empty, answering 204."""
+    _inbox.received.clear()
+    _inbox.answers.clear()
+    return _inbox
+
+
+@pytest.fixture
+def account() -> Callable[[str], str]:
+    """Gives ids of accounts no other test uses, by scenario."""
+    return lambda scenario: f"acct_{scenario}{next(_numbers):04d}"

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import ast
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+import simulator
+from simulator.scenarios import table
+from simulator.testing import Inbox, Simulator, eventually
+
+PACKAGE = Path(simulator.__file__).parent
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "simulator", *options]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=10, cwd=PACKAGE.parent)
+
+
+def test_it_knows_payready_only_by_http() -> None:
+    """No module imports anything but the standard library, itself, and the three packages it runs on."""
+    allowed = {*sys.stdlib_module_names, "simulator", "starlette", "uvicorn", "httpx"}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, path
+
+
+def test_the_scenarios_can_be_listed() -> None:
+    """`--list` prints the table and needs nothing else."""
+    listed = run("--list")
+    assert (listed.returncode, listed.stdout.strip()) == (0, table())
+
+
+def test_a_port_in_use_ends_it() -> None:
+    """It says so and ends with an error instead of going on without a door."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run("--port", port, "--webhook-url", "http://127.0.0.1:9", "--webhook-secret", "s", "--api-key", "k")
+    assert ended.returncode != 0
+    assert "in use" in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Status 0 and not a word, even with a silent call open, which ends with the process."""
+    with Simulator("http://127.0.0.1:9/", secret="s", api_key="k") as running:
+        failed = threading.Event()
+
+        def call() -> None:
+            with httpx.Client(verify=False, timeout=10) as http:
+                try:
+                    url = f"{running.url}/v1/accounts/acct_silent1/balances/refresh"
+                    http.post(url, headers={"Authorization": "Bearer k"})
+                except httpx.TransportError:
+                    failed.set()
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        eventually(lambda: running.calls("acct_silent1"))
+        assert running.stop(number) == 0
+        caller.join()
+    assert failed.is_set()
+    assert capfd.readouterr().err == ""
+
+
+def test_the_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
+    """One line of JSON for each finished call and delivery, as in the log."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("{}\n")
+    with Inbox() as inbox, Simulator(inbox.url, secret="s", api_key="k", options=["--log", str(path)]) as running:
+        running.refresh("acct_prompt1")
+        running.settled()
+        log = running.http.get("/control/log").json()
+    first, call, delivery = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {}
+    assert call == {"entry": "call", **log["calls"][0]}
+    assert delivery == {"entry": "delivery", **log["deliveries"][0]}
+
+
+def test_the_mode_is_given_at_the_start() -> None:
+    """Webhooks and introspection carry it."""
+    with (
+        Inbox() as inbox,
+        Simulator(inbox.url, secret="s", api_key="k", options=["--mode", "PRODUCTION"]) as running,
+    ):
+        key = running.http.post("/v1/introspect/api_key", headers={"Authorization": "Bearer k"}).json()
+        running.refresh("acct_prompt1")
+        (request,) = eventually(lambda: inbox.received)
+    assert key["environment"]["mode"] == json.loads(request.body)["environment"]["mode"] == "PRODUCTION"

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+
+import pytest
+
+from simulator.signing import sign
+from simulator.testing import Inbox, Simulator, eventually
+
+Accounts = Callable[[str], str]
+
+TIMER_S = 0.002  # the loop's timers are that exact
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 500, 503])
+def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: Inbox, account: Accounts, status: int) -> None:
+    """The same body comes again until it is taken, each time after a longer while."""
+    inbox.answers += [status, status]
+    account_id = account("prompt")
+    simulator.refresh(account_id)
+    simulator.settled()
+    attempts = simulator.deliveries(account_id)
+    assert [(entry["attempt"], entry["status"]) for entry in attempts] == [(1, status), (2, status), (3, 204)]
+    assert len({request.body for request in inbox.about(account_id)}) == 1
+    first, second, third = (entry["sent_at"] for entry in attempts)
+    assert second - first >= 0.05 - TIMER_S
+    assert third - second >= 0.1 - TIMER_S
+
+
+def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+    """Then nothing is pending any more."""
+    simulator.put("defaults", retry_base_s=0)
+    inbox.answers += [500] * 25
+    account_id = account("prompt")
+    simulator.refresh(account_id)
+    simulator.settled()
+    assert len(simulator.deliveries(account_id)) == 20
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_retry_is_signed_anew_unless_told_otherwise(
+    simulator: Simulator, inbox: Inbox, account: Accounts, secret: str, keep: bool
+) -> None:
+    """A second later the timestamp is another one, or the first signature is kept; both verify."""
+    simulator.put("defaults", retry_base_s=1, keep_signature=keep)
+    inbox.answers.append(500)
+    account_id = account("prompt")
+    simulator.refresh(account_id)
+    eventually(lambda: len(inbox.about(account_id)) == 2)
+    first, second = ((r.headers["quiltt-timestamp"], r.headers["quiltt-signature"]) for r in inbox.about(account_id))
+    assert (first == second) is keep
+    for timestamp, signature in (first, second):
+        assert signature == sign(secret, timestamp, inbox.about(account_id)[0].body)
+
+
+def test_a_webhook_that_is_down_is_tried_again(account: Accounts) -> None:
+    """A refused connection is an attempt, logged by the error's name, and the event stays pending."""
+    with Inbox() as gone:
+        url = gone.url
+    account_id = account("prompt")
+    with Simulator(url, secret="s", api_key="k") as simulator:
+        simulator.put("defaults", prompt_s=0, retry_base_s=0.02)
+        simulator.refresh(account_id)
+        eventually(lambda: len(simulator.deliveries(account_id)) > 1)
+        assert simulator.summary()["webhooks_pending"] == 1
+        assert {entry["error"] for entry in simulator.deliveries(account_id)} == {"ConnectionRefusedError"}
+
+
+def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+    """Nothing is sent while paused, but GraphQL knows; all is sent after the resume."""
+    simulator.post("pause")
+    accounts = [account("prompt") for _ in range(40)]  # more than there are connections
+    for account_id in accounts:
+        simulator.refresh(account_id)
+    last = {"id": accounts[-1]}
+    eventually(lambda: simulator.graphql(last).json()["data"]["account"]["balance"]["source"] == "REFRESH")
+    assert (inbox.received, simulator.summary()["webhooks_pending"]) == ([], 40)
+    simulator.post("resume")
+    simulator.settled()
+    assert all(len(inbox.about(account_id)) == 1 for account_id in accounts)
+
+
+def test_any_body_can_be_delivered(simulator: Simulator, inbox: Inbox, secret: str) -> None:
+    """A given JSON body is sent once, signed rightly, and the endpoint's status comes back."""
+    inbox.answers.append(418)
+    answer = simulator.post("deliver", body={"events": []})
+    assert answer == {"status": 418, "deliveries": [{"status": 418, "error": None}]}
+    (request,) = inbox.received
+    assert json.loads(request.body) == {"events": []}
+    assert request.headers["quiltt-signature"] == sign(secret, request.headers["quiltt-timestamp"], request.body)
+
+
+def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: Inbox) -> None:
+    """Raw bytes, secret and timestamp are used as given; the log knows that the signature is not right."""
+    raw = b"\xff not json"
+    simulator.post("deliver", raw=base64.b64encode(raw).decode(), secret="other", timestamp=1700000000)
+    (request,) = inbox.received
+    assert request.body == raw
+    assert request.headers["quiltt-timestamp"] == "1700000000"
+    assert request.headers["quiltt-signature"] == sign("other", "1700000000", raw)
+    (entry,) = simulator.http.get("/control/log").json()["deliveries"]
+    assert (entry["signed_rightly"], entry["timestamp"], entry["event_ids"]) == (False, 1700000000, [])
+
+
+def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: Inbox) -> None:
+    """Each copy has its own answer, also while other deliveries are paused."""
+    simulator.post("pause")
+    inbox.answers += [200, 500, 200]
+    answer = simulator.post("deliver", body={}, copies=3)
+    assert sorted(entry["status"] for entry in answer["deliveries"]) == [200, 200, 500]
+
+
+@pytest.mark.parametrize("wrong", [{}, {"body": {}, "raw": ""}, {"raw": "%"}, {"body": {}, "copies": 101}])
+def test_a_delivery_must_make_sense(simulator: Simulator, wrong: dict[str, object]) -> None:
+    """Either a body or raw bytes in base64, and not too many copies."""
+    assert simulator.http.post("/control/deliver", json=wrong).status_code == 422

@@ -1,0 +1,117 @@
+"""The HTTP endpoint: check the signature on the raw bytes, keep what is ours, and only then say yes.
+
+204  understood, and safe            400  signed, but not a delivery      401  not known to come from Quiltt
+408  the body came too slowly        413  the body is too large           503  cannot be made safe now: send it again
+"""
+
+import asyncio
+import logging
+
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from config.settings import settings
+from tasks.delivery import BROKER_AWAY, carry_out
+from webhook import events, signature
+from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
+from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
+from worker import flow
+from worker.correlation.store import CORRELATION_AWAY
+from worker.ledger.database import LEDGER_AWAY, ping
+from worker.runtime import runtime, utc_now
+
+log = logging.getLogger(__name__)
+
+BODY_TIME_S = 10
+"""How long a sender may take over its body."""
+AWAY = (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY)
+"""What a store that cannot be reached raises."""
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def receive(request: Request) -> Response:
+    """One delivery from Quiltt."""
+    try:
+        body = await asyncio.wait_for(_body(request), BODY_TIME_S)
+        _verify(body, request)
+        delivery = events.read(body)
+    except _TooLarge:
+        return Response(status_code=413)
+    except TimeoutError:
+        return Response(status_code=408)
+    except ClientDisconnect:
+        return Response(status_code=400)
+    except SignatureRefused as refusal:
+        log.warning("webhook refused: %s", refusal.reason)
+        return Response(status_code=401)
+    except BadDelivery as error:
+        log.warning("webhook not understood: %s", error)
+        return Response(status_code=400)
+    if not delivery.balances and not delivery.odd:
+        return Response(status_code=204)
+    return await to_thread.run_sync(_hand_over, delivery)
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise _TooLarge
+    return bytes(body)
+
+
+def _verify(body: bytes, request: Request) -> None:
+    signature.verify(
+        body,
+        request.headers.get(TIMESTAMP_HEADER),
+        request.headers.get(SIGNATURE_HEADER),
+        [secret.get_secret_value() for secret in settings().webhook_secrets],
+        utc_now(),
+        settings().webhook_window_s,
+    )
+
+
+def _hand_over(delivery: Delivery) -> Response:
+    for _, reason in delivery.odd:
+        log.warning("event set aside: %s", reason)
+    try:
+        carry_out(flow.receive(runtime(), delivery.balances, delivery.odd))
+    except AWAY as error:
+        log.error("a delivery could not be made safe, the provider must send it again: %s", type(error).__name__)
+        return Response(status_code=503)
+    return Response(status_code=204)
+
+
+async def healthz(_: Request) -> Response:
+    """The process lives."""
+    return PlainTextResponse("ok")
+
+
+async def readyz(_: Request) -> Response:
+    """Deliveries can be made safe: the database and Redis answer."""
+    return await to_thread.run_sync(_ready)
+
+
+def _ready() -> Response:
+    try:
+        ping(runtime().engine)
+        runtime().correlation.ping()
+    except AWAY as error:
+        return PlainTextResponse(f"not ready: {type(error).__name__}", status_code=503)
+    return PlainTextResponse("ready")
+
+
+app = Starlette(
+    routes=[
+        Route("/webhooks/quiltt", receive, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+    ]
+)

@@ -1,0 +1,98 @@
+"""What is in a delivery for us? Pure: bytes in; balances, and events that nobody understands, out.
+
+Each event is looked at on its own, so that a bad one spoils no other. Unknown types and sources appear over time
+and most balances come from routine syncs: both are passed over in silence.
+"""
+
+import json
+import re
+import uuid
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from worker.messages import Balance
+
+MAX_BODY_BYTES = 256 * 1024
+
+
+class BadDelivery(Exception):
+    """The delivery as a whole is not what the provider documents; the message says in what."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """The parts of a delivery that concern us."""
+
+    balances: list[tuple[str, Balance]] = field(default_factory=list)
+    """REFRESH balances, with the ids of their events."""
+    odd: list[tuple[str, str]] = field(default_factory=list)
+    """Balance events that could not be understood, as JSON, with the reason."""
+
+
+def read(body: bytes) -> Delivery:
+    """Read a delivery.
+
+    Raises:
+        BadDelivery: not UTF-8, not JSON (duplicate keys and NaN are not), or without a list of events.
+    """
+    try:
+        envelope = json.loads(
+            body.decode(),
+            parse_float=Decimal,  # never through a float
+            parse_int=Decimal,
+            parse_constant=_no_constant,
+            object_pairs_hook=_no_duplicates,
+        )
+    except (ValueError, RecursionError, ArithmeticError) as error:
+        raise BadDelivery(f"not JSON: {type(error).__name__}") from None
+    events = envelope.get("events") if isinstance(envelope, dict) else None
+    if not isinstance(events, list):
+        raise BadDelivery("no list of events")
+    delivery = Delivery()
+    for event in events:
+        _look_at(event, delivery)
+    return delivery
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("duplicate key")
+    return members
+
+
+def _look_at(event: Any, delivery: Delivery) -> None:
+    if not isinstance(event, dict) or event.get("type") != "balance.created":
+        return
+    record = event.get("record")
+    source = record.get("source") if isinstance(record, dict) else None
+    if isinstance(source, str) and source != "REFRESH":
+        return
+    event_id = event.get("id")
+    try:
+        if not isinstance(event_id, str):
+            raise BadDelivery("the event has no id")
+        delivery.balances.append((event_id, Balance.model_validate(record)))
+    except ValidationError as error:
+        delivery.odd.append((_text(event), _complaint(error)))
+    except BadDelivery as error:
+        delivery.odd.append((_text(event), str(error)))
+
+
+def _complaint(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, p['loc'])) or 'record'}: {p['msg']}" for p in problems)
+
+
+def _text(event: dict[str, Any]) -> str:
+    """The event as JSON again, its numbers to the digit."""
+    mark = uuid.uuid4().hex
+    marked = json.dumps(event, default=lambda number: f"{mark}{number}")
+    return re.sub(f'"{mark}([^"]*)"', r"\1", marked)

@@ -1,0 +1,81 @@
+"""The errors payready raises, as a tree that answers the caller's only question: again, or never?
+
+Exception
+├── InvalidJob            never: the job is wrong; the message names field and rule
+├── PaymentNotReady       never: the payment was settled as failed (this is an outcome, not a fault)
+└── CallFailed            the provider call did not end with its 202
+    ├── Unsent            again: nothing reached the provider
+    ├── Throttled         again, later: the provider refused to listen (429)
+    ├── Refused           never: the provider's answer will not change by asking again
+    └── Uncertain         not blindly: the call may have been accepted, and charged
+"""
+
+from datetime import datetime
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a payment is not ready. A contract with the payments service: values are only ever added."""
+
+    TIMEOUT = "timeout"
+    INSUFFICIENT_FUNDS = "insufficient_funds"
+    FUNDS_UNKNOWN = "funds_unknown"
+    ACCOUNT_NOT_FOUND = "account_not_found"
+    ACCOUNT_UNSUPPORTED = "account_unsupported"
+    CONNECTION_INACTIVE = "connection_inactive"
+    CONNECTION_LOST = "connection_lost"
+    NOT_AUTHORIZED = "not_authorized"
+    PROVIDER_UNAVAILABLE = "provider_unavailable"
+    FEE_CAP_REACHED = "fee_cap_reached"
+    CONFLICT = "conflict"
+    CANCELLED = "cancelled"
+
+
+class InvalidJob(Exception):
+    """The job breaks its contract. Nothing was stored and no call was made; correct the job and send it again."""
+
+
+class PaymentNotReady(Exception):
+    """The payment must not start. `args` are `(reason, detail)`, so that it travels as a Celery result."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = Reason(reason)
+        self.detail = detail
+
+
+class CallFailed(Exception):
+    """A call to the provider did not end with its 202."""
+
+    status: int | None = None
+
+
+class Unsent(CallFailed):
+    """Provably nothing was sent (no connection was had): safe to call again."""
+
+
+class Throttled(CallFailed):
+    """The provider answered 429: not accepted, safe to call again, not before `retry_at`."""
+
+    status = 429
+
+    def __init__(self, detail: str, retry_at: datetime | None) -> None:
+        super().__init__(detail)
+        self.retry_at = retry_at
+
+
+class Refused(CallFailed):
+    """The provider will not refresh this account's balance; `reason` is the payments' reason to fail."""
+
+    def __init__(self, status: int, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+
+
+class Uncertain(CallFailed):
+    """The answer was lost, late or a 5xx: the call may have been accepted and charged."""
+
+    def __init__(self, detail: str, status: int | None = None) -> None:
+        super().__init__(detail)
+        self.status = status

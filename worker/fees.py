@@ -1,0 +1,97 @@
+"""What a call costs, who shares it, and what its answer does to its entry. Pure."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from decimal import ROUND_DOWN, Decimal
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from worker.messages import DecimalText
+
+UNIT = Decimal("0.000001")
+"""The smallest part of a fee that is told apart."""
+
+
+class EntryState(StrEnum):
+    """`pending` until it is known whether the provider charges the call; then `posted` or `void` for good."""
+
+    PENDING = "pending"
+    POSTED = "posted"
+    VOID = "void"
+
+
+class PriceListError(Exception):
+    """The price list cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one call costs, and the version of the price list that says so."""
+
+    per_call: Decimal
+    currency: str
+    price_list: str
+
+
+class _PriceLine(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["TEST", "SANDBOX", "PRODUCTION"]
+    since: Annotated[date, Field(alias="from")]
+    per_call: Annotated[DecimalText, Field(ge=0, decimal_places=6)]
+
+
+class PriceList(BaseModel):
+    """Prices by the mode of the provider's environment, each from a day on (UTC)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
+    billable: tuple[Literal["accepted"], ...]
+    price: tuple[_PriceLine, ...]
+
+    def on(self, mode: str, day: date) -> Price:
+        """The price of a call made on `day` in an environment of this mode.
+
+        Raises:
+            PriceListError: the list has no price for it.
+        """
+        lines = [line for line in self.price if line.mode == mode and line.since <= day]
+        if not lines:
+            raise PriceListError(f"price list {self.version} has no price for mode {mode} on {day}; add one")
+        return Price(max(lines, key=lambda line: line.since).per_call, self.currency, self.version)
+
+
+def read_prices(toml: str) -> PriceList:
+    """Read a price list.
+
+    Raises:
+        PriceListError: it is not TOML, or not a price list.
+    """
+    try:
+        return PriceList.model_validate(tomllib.loads(toml))
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise PriceListError(f"the price list cannot be read: {error}") from None
+
+
+def share(total: Decimal, sharers: int, index: int) -> Decimal:
+    """The part of `total` that the sharer at `index` owes; the parts of all `sharers` add up to it exactly.
+
+    Equal parts cut to `UNIT`; what is left over goes to the first ones, a unit each (largest remainder).
+    """
+    even = (total / sharers).quantize(UNIT, rounding=ROUND_DOWN)
+    left_over = int((total - even * sharers) / UNIT)
+    return even + UNIT if index < left_over else even
+
+
+def due_in_total(prices: Mapping[EntryState, Decimal]) -> tuple[Decimal, EntryState]:
+    """What a refresh costs by its calls' states, and how sure that is."""
+    total = prices.get(EntryState.POSTED, Decimal(0)) + prices.get(EntryState.PENDING, Decimal(0))
+    if EntryState.PENDING in prices:
+        return total, EntryState.PENDING
+    return total, EntryState.POSTED if EntryState.POSTED in prices else EntryState.VOID

@@ -1,0 +1,603 @@
+"""The story of a payment, from top to bottom.
+
+    initiate   a job comes in: write it down, find or begin the refresh that will serve it
+    call       make the one paid call, accounted for before and after
+    receive    balances come in: keep them; from here on they are safe
+    apply      a balance meets those who wait for it: settle them
+    look       time passes: fail what is past its deadline, see to what was lost on the way
+    cancel     the payments service changes its mind
+
+Nothing here enqueues or delivers: each step returns what is to be done `Next`, and can be repeated at any time.
+Who wins between a balance and a deadline is decided in SQL, by whoever holds the waiting row first.
+"""
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from worker import funds, payment
+from worker.correlation.store import CORRELATION_AWAY
+from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
+from worker.fees import EntryState, Price, due_in_total, share
+from worker.funds import Funds, Judgement
+from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger.database import Row, Tx, lock_accounts, transaction
+from worker.ledger.payments import Due, Settlement, Waiting
+from worker.ledger.refreshes import Flight
+from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job
+from worker.payment import MAX_CALLS, PaymentState, RefreshEvent, RefreshState
+from worker.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+BATCH = 500
+"""Rows that one step of upkeep takes at most in one transaction."""
+RETRY = timedelta(seconds=5)
+"""After this long a task that was enqueued and left no trace is enqueued again."""
+MAX_PAUSE = timedelta(seconds=60)
+"""A rate limit is believed to last no longer than this, whatever the provider's clock says."""
+
+
+@dataclass
+class Next:
+    """What a step leaves to be done."""
+
+    deliver: list[str] = field(default_factory=list)
+    """Payments that were settled: their outcomes are to be delivered."""
+    call: list[tuple[str, str]] = field(default_factory=list)
+    """Accounts and refreshes whose call is to be made."""
+    apply: list[str] = field(default_factory=list)
+    """Balances to be applied."""
+
+    def add(self, other: "Next") -> None:
+        """Take over what `other` leaves to be done."""
+        self.deliver += other.deliver
+        self.call += other.call
+        self.apply += other.apply
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """A job that was taken in. `waiting` is None when its payment was settled before."""
+
+    next: Next
+    waiting: Waiting | None = None
+    refresh_id: str | None = None
+    """The refresh that will serve it; None when a balance that is there already does."""
+
+
+# --- initiate ---------------------------------------------------------------------------------------------------------
+
+
+def initiate(
+    rt: Runtime, arguments: Mapping[str, Any], canvas: dict[str, Any], announce: Callable[[Waiting, Entrance], None]
+) -> Entrance:
+    """Take in a job for the Celery task that `canvas` describes.
+
+    `announce` is told that the payment waits before anything can settle it: the account is held meanwhile, so that
+    whoever brings a balance for it sees the payment, or the payment sees the balance.
+
+    Raises:
+        InvalidJob: the job breaks its contract; nothing was stored.
+        PaymentNotReady: `conflict`, the payment is known with other content.
+    """
+    job = parse_job(arguments, currency=rt.settings.currency)
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [job.account_id])
+        waiting = _write_down(tx, job, canvas, rt.clock())
+        if waiting is None:
+            return Entrance(Next(deliver=[job.payment_id]))
+        entrance = _join(rt, waiting)
+        announce(waiting, entrance)
+    return entrance
+
+
+def _write_down(tx: Tx, job: Job, canvas: dict[str, Any], now: datetime) -> Waiting | None:
+    """The payment if it waits, None if it is settled already."""
+    if payments.record(tx, job, now):
+        payments.await_outcome(tx, job.payment_id, canvas, due_at=None)
+        deadline = now + timedelta(seconds=job.timeout_s)
+        return Waiting(job.payment_id, job.account_id, job, now, job.fresh_from(now), deadline)
+    row = payments.hold(tx, job.payment_id)
+    if Job.model_validate(row.job) != job:
+        raise PaymentNotReady(Reason.CONFLICT, "the payment_id was used before, with other content")
+    settled = row.state != PaymentState.WAITING
+    payments.await_outcome(tx, job.payment_id, canvas, due_at=now + payments.REDELIVERY if settled else None)
+    if settled:
+        return None
+    return Waiting(row.payment_id, row.account_id, job, row.requested_at, row.fresh_from, row.deadline)
+
+
+def _join(rt: Runtime, waiting: Waiting) -> Entrance:
+    reusable = waiting.job.max_balance_age_s > 0
+    standing = rt.correlation.join(
+        waiting.account_id,
+        _refresh_id(waiting.payment_id),
+        oldest_balance=waiting.fresh_from - rt.settings.clock_skew if reusable else None,
+        oldest_call=waiting.fresh_from,
+    )
+    if standing.kind == "known":
+        return Entrance(Next(apply=[standing.id]), waiting)
+    led = [(waiting.account_id, standing.id)] if standing.kind == "lead" else []
+    return Entrance(Next(call=led), waiting, standing.id)
+
+
+def _refresh_id(payment_id: str) -> str:
+    """The refresh that a payment leads, if it does: the same one each time it is asked for."""
+    return "ref_" + hashlib.blake2b(payment_id.encode(), digest_size=12).hexdigest()
+
+
+# --- call -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """The right to make one call, and its fee entry."""
+
+    flight: Flight
+    call: fees.Call
+
+
+def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
+    """Make the refresh's call, if it is still wanted and nobody else does."""
+    try:
+        price = rt.price()
+    except CallFailed as failure:
+        return _not_priced(rt, account_id, refresh_id, failure)
+    claim = _claim(rt, account_id, refresh_id, price)
+    if isinstance(claim, Next):
+        return claim
+    _hint(rt.correlation.depart, account_id, claim.flight.refresh_id, rt.clock())
+    try:
+        status = rt.provider.refresh_balance(account_id)
+    except CallFailed as failure:
+        return _call_failed(rt, claim, failure)
+    return _call_accepted(rt, claim, status)
+
+
+def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Claim | Next:
+    """Claim the refresh and open its fee entry, in one transaction, before anything is sent."""
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [account_id])
+        mine = refreshes.find(tx, refresh_id)
+        if mine is not None and (mine.state != RefreshState.REQUESTED or (mine.not_before or now) > now):
+            return Next()  # made or closed by someone else, or put off
+        demand = payments.demand(tx, account_id)
+        flying = refreshes.in_flight(tx, account_id)
+        if demand is not None and flying is None:
+            return _take(rt, tx, mine or _write_refresh(tx, account_id, refresh_id, now), price, now)
+        if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
+            _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
+        elif mine is not None:
+            refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
+        held = refreshes.requested(tx, account_id)
+    _restore(rt, account_id, flying, held)
+    return Next()
+
+
+def _write_refresh(tx: Tx, account_id: str, refresh_id: str, due_at: datetime) -> Flight:
+    refreshes.add(tx, refresh_id, account_id, RefreshState.REQUESTED, due_at=due_at)
+    return Flight(refresh_id, account_id, RefreshState.REQUESTED, 0, 0, None, None, None, due_at, None)
+
+
+def _hold(tx: Tx, mine: Flight | None, account_id: str, refresh_id: str, due_at: datetime) -> None:
+    """Let the refresh wait for the end of the one that is in flight."""
+    if mine is None:
+        _write_refresh(tx, account_id, refresh_id, due_at)
+    else:
+        refreshes.postpone(tx, mine, due_at)
+
+
+def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime) -> _Claim:
+    call_id = f"call_{uuid.uuid4().hex}"
+    refreshes.move(
+        tx,
+        mine,
+        RefreshEvent.CLAIM,
+        now + rt.call_limit,
+        calls=mine.calls + 1,
+        called_at=mine.called_at or now,
+        claimed_at=now,
+        not_before=None,
+    )
+    call = fees.open_entry(tx, call_id, mine.refresh_id, mine.account_id, price, now)
+    return _Claim(replace(mine, state=RefreshState.CALLING, calls=mine.calls + 1, claimed_at=now), call)
+
+
+def _call_accepted(rt: Runtime, claim: _Claim, status: int) -> Next:
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        fees.close_entry(tx, claim.call, EntryState.POSTED, {"status": status}, now)
+        refreshes.move(tx, claim.flight, RefreshEvent.ACCEPT, _window_end(rt, claim.flight), trouble=None)
+    log.info("refresh %s of %s: accepted", claim.flight.refresh_id, claim.flight.account_id)
+    return Next()
+
+
+def _call_failed(rt: Runtime, claim: _Claim, failure: CallFailed) -> Next:
+    """Book what is known of the call, and decide whether and when there is another one."""
+    now = rt.clock()
+    flight, trouble = claim.flight, str(failure)
+    log.warning("refresh %s of %s: %s", flight.refresh_id, flight.account_id, trouble)
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [flight.account_id])
+        if isinstance(failure, Uncertain):
+            due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
+            refreshes.move(tx, flight, RefreshEvent.LOSE, due_at, trouble=trouble)
+            return Next()
+        evidence = {"status": failure.status} if failure.status else {"not_sent": trouble}
+        fees.close_entry(tx, claim.call, EntryState.VOID, evidence, now)
+        if isinstance(failure, Refused):
+            return _refuse(rt, tx, flight, failure, now)
+        _defer(tx, flight, failure, now)
+    _restore(rt, flight.account_id, None, flight)
+    return Next()
+
+
+def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
+    """Put the call off: it was provably not accepted, so it does not count."""
+    not_before = now + payment.backoff(flight.deferrals)
+    if isinstance(failure, Throttled) and failure.retry_at is not None:
+        not_before = max(not_before, min(failure.retry_at, now + MAX_PAUSE))
+    calls = flight.calls - 1
+    refreshes.move(
+        tx,
+        flight,
+        RefreshEvent.DEFER,
+        not_before,
+        calls=calls,
+        called_at=flight.called_at if calls else None,
+        deferrals=flight.deferrals + 1,
+        not_before=not_before,
+        trouble=str(failure),
+    )
+
+
+def _refuse(rt: Runtime, tx: Tx, flight: Flight, refused: Refused, now: datetime) -> Next:
+    """Fail all who wait on the account: the provider's answer will not change for any of them."""
+    refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused))
+    waiting = payments.waiting_on(tx, flight.account_id)
+    payments.settle(tx, [_failure(w, refused.reason, str(refused), now, flight.refresh_id) for w in waiting])
+    _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
+    return Next(deliver=[w.payment_id for w in waiting])
+
+
+def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFailed) -> Next:
+    """The provider could not be asked what a call costs, so none is made."""
+    now = rt.clock()
+    log.warning("no call for %s: %s", account_id, failure)
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [account_id])
+        mine = refreshes.find(tx, refresh_id) or _write_refresh(tx, account_id, refresh_id, now)
+        if isinstance(failure, Refused):
+            return _refuse(rt, tx, mine, failure, now)
+        if mine.state == RefreshState.REQUESTED:
+            refreshes.put_off(tx, mine, now + payment.backoff(mine.deferrals), str(failure))
+    return Next()
+
+
+# --- receive and apply ------------------------------------------------------------------------------------------------
+
+
+def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[tuple[str, str]]) -> Next:
+    """Keep REFRESH balances, given with the ids of their events, and set events aside that nobody understands.
+
+    When this returns they are safe; that a balance was known before changes nothing.
+    """
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        if odd:
+            balances.set_aside(tx, odd, now)
+        if received:
+            balances.keep(tx, received, now)
+    return Next(apply=[balance.id for _, balance in received])
+
+
+def apply(rt: Runtime, balance_id: str) -> Next:
+    """Settle all whom this balance releases or fails. Repeating it settles whoever came since."""
+    with transaction(rt.engine) as tx:
+        balance = balances.find(tx, balance_id)
+    if balance is None:
+        log.warning("balance %s is not in the ledger", balance_id)
+        return Next()
+    # From here on a payment that joins finds the balance; who joined before is found waiting below.
+    rt.correlation.answer(balance.account_id, balance_id, balance.at, rt.settings.clock_skew)
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [balance.account_id])
+        answered = _attribute(rt, tx, balance, now)
+        settlements = _settle_all(rt, tx, balance, answered, now)
+        payments.settle(tx, settlements)
+        balances.applied(tx, balance_id, answered.flight.refresh_id if answered else None)
+        held = refreshes.requested(tx, balance.account_id)
+    return Next(
+        deliver=[settlement.payment_id for settlement in settlements],
+        call=[(held.account_id, held.refresh_id)] if held else [],
+    )
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The refresh that a balance answered; `first` when it is this application that found it out."""
+
+    flight: Flight
+    first: bool
+
+
+def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answered | None:
+    """Find the refresh whose call explains this balance: the last one called that it is not too old for.
+
+    The first time, the refresh is answered, and its fee posted if there is only one call it can be due to.
+    """
+    if balance.refresh_id is not None:
+        flight = refreshes.find(tx, balance.refresh_id)
+        return _Answered(flight, first=False) if flight else None
+    for flight in refreshes.unanswered(tx, balance.account_id):
+        if flight.called_at and payment.may_answer(balance.at, flight.called_at, rt.settings.clock_skew):
+            refreshes.move(tx, flight, RefreshEvent.ANSWER, None, trouble=None)
+            calls = [c for c in fees.calls_of(tx, [flight.refresh_id]) if c.state != EntryState.VOID]
+            if len(calls) == 1:
+                evidence = {"event": balance.event_id, "balance": balance.balance_id}
+                fees.close_entry(tx, calls[0], EntryState.POSTED, evidence, now)
+            return _Answered(flight, first=True)
+    return None
+
+
+def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | None, now: datetime) -> list[Settlement]:
+    """Judge the account's waiting payments in the order of their requests."""
+    fresh = [w for w in payments.waiting_on(tx, balance.account_id) if _is_fresh(rt, w, balance, answered)]
+    if not fresh:
+        return []
+    sharing = [answered is not None and answered.first and _shares(answered.flight, w) for w in fresh]
+    shares = _shares_of_fee(rt, tx, answered, sum(sharing))
+    purse = Funds(balance.available, balance.limit, tuple(payments.released_since(tx, balance.account_id, balance.at)))
+    settlements = []
+    for waiting, in_on_it in zip(fresh, sharing, strict=True):
+        judgement = funds.judge(waiting.job, purse)
+        fee, shared_by = next(shares) if in_on_it else (_nothing_due(rt), 0)
+        settlements.append(_verdict(waiting, balance, answered, judgement, fee, shared_by, now))
+        if judgement.reason is None:
+            purse = purse.less(waiting.job.amount)
+    return settlements
+
+
+def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:
+    return payment.may_release(
+        balance.at,
+        answered.flight.called_at if answered else None,
+        waiting.fresh_from,
+        only_own_call=waiting.job.max_balance_age_s == 0,
+        skew=rt.settings.clock_skew,
+    )
+
+
+def _shares(flight: Flight, waiting: Waiting) -> bool:
+    return payment.may_share(flight.called_at, waiting.fresh_from)
+
+
+def _shares_of_fee(rt: Runtime, tx: Tx, answered: _Answered | None, newcomers: int) -> Iterator[tuple[FeeShare, int]]:
+    """The parts of the refresh's fee that fall to those settled now, after those it failed before."""
+    if answered is None or not newcomers:
+        return
+    total, state = _fee_of(tx, answered.flight.refresh_id)
+    before = payments.sharers(tx, answered.flight.refresh_id)
+    sharers = before + newcomers
+    for index in range(before, sharers):
+        yield FeeShare(amount=share(total, sharers, index), currency=rt.prices.currency, state=state.value), sharers
+
+
+def _fee_of(tx: Tx, refresh_id: str) -> tuple[Decimal, EntryState]:
+    sums: dict[EntryState, Decimal] = {}
+    for made in fees.calls_of(tx, [refresh_id]):
+        sums[made.state] = sums.get(made.state, Decimal(0)) + made.price
+    return due_in_total(sums)
+
+
+def _nothing_due(rt: Runtime) -> FeeShare:
+    return FeeShare(amount=Decimal(0), currency=rt.prices.currency, state="reused")
+
+
+def _verdict(
+    waiting: Waiting,
+    balance: Row[Any],
+    answered: _Answered | None,
+    judgement: Judgement,
+    fee: FeeShare,
+    shared_by: int,
+    now: datetime,
+) -> Settlement:
+    refresh_id = answered.flight.refresh_id if answered else None
+    if judgement.verdict is None:
+        reason = judgement.reason or Reason.FUNDS_UNKNOWN
+        failed = _failure(waiting, reason, judgement.detail, now, refresh_id)
+        return replace(failed, balance_id=balance.balance_id, reused=not shared_by, arithmetic=judgement.arithmetic)
+    sheet = BalanceSheet(
+        id=balance.balance_id,
+        at=balance.at,
+        source="REFRESH",
+        available=balance.available,
+        current=balance.current,
+        limit=balance.limit,
+    )
+    outcome = Outcome(
+        payment_id=waiting.payment_id,
+        state="released",
+        verdict=judgement.verdict,
+        balance=sheet,
+        requested_at=waiting.requested_at,
+        settled_at=now,
+        waited_ms=max(0, round((now - waiting.requested_at).total_seconds() * 1000)),
+        refresh_id=refresh_id,
+        shared_by=shared_by,
+        fee=fee,
+        metadata=waiting.job.metadata,
+    )
+    return Settlement(
+        payment_id=waiting.payment_id,
+        state=PaymentState.RELEASED,
+        outcome=outcome.model_dump(mode="json"),
+        settled_at=now,
+        refresh_id=refresh_id,
+        reused=not shared_by,
+        balance_id=balance.balance_id,
+        arithmetic=judgement.arithmetic,
+    )
+
+
+def _failure(waiting: Waiting, reason: Reason, detail: str, now: datetime, refresh_id: str | None) -> Settlement:
+    return Settlement(
+        payment_id=waiting.payment_id,
+        state=PaymentState.FAILED,
+        outcome={"payment_id": waiting.payment_id, "reason": reason.value, "detail": detail},
+        settled_at=now,
+        reason=reason.value,
+        refresh_id=refresh_id,
+    )
+
+
+# --- time passes ------------------------------------------------------------------------------------------------------
+
+
+def look(rt: Runtime) -> Next:
+    """Fail the payments whose deadline has passed, and see to it that a call is under way for the others."""
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        due = payments.due(tx, now, BATCH)
+        if not due:
+            return Next()
+        serving = _serving(tx, due)
+        expired = [w for w in due if w.deadline <= now]
+        payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
+        lost = [w for w in due if w.deadline > now and serving[w.payment_id] is None]
+        served = [w.payment_id for w in due if w.deadline > now and serving[w.payment_id] is not None]
+        payments.look_again(tx, served, None)
+        payments.look_again(tx, [w.payment_id for w in lost], now + RETRY)
+    after = Next(deliver=[w.payment_id for w in expired])
+    for waiting in lost:
+        entrance = _join(rt, waiting)
+        after.add(entrance.next)
+        if entrance.refresh_id is not None:
+            after.call.append((waiting.account_id, entrance.refresh_id))
+    return after
+
+
+def _serving(tx: Tx, due: Sequence[Waiting]) -> dict[str, Flight | None]:
+    """For each payment the refresh that serves it, or was to serve it."""
+    flights = refreshes.serving(tx, sorted({w.account_id for w in due}), min(w.fresh_from for w in due))
+    return {
+        w.payment_id: next((f for f in flights if f.account_id == w.account_id and _shares(f, w)), None) for w in due
+    }
+
+
+def _expiry(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlement:
+    """How a payment fails at its deadline: by the provider's trouble if there was any, else by time alone."""
+    reason, detail = Reason.TIMEOUT, f"no balance came within {waiting.job.timeout_s} s"
+    if flight is None:
+        detail += ", and no call was made"
+    elif flight.trouble is not None:
+        reason, detail = Reason.PROVIDER_UNAVAILABLE, flight.trouble
+    elif flight.state == RefreshState.ANSWERED:
+        detail = "a balance came, but it was older than the payment allows"
+    served = flight is not None and flight.calls > 0 and flight.state != RefreshState.ANSWERED
+    return _failure(waiting, reason, detail, now, flight.refresh_id if flight and served else None)
+
+
+def sweep(rt: Runtime) -> Next:
+    """See to refreshes that time has something to do with, and to balances whose application was lost."""
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        due = refreshes.due(tx, now, BATCH)
+        left = balances.overdue(tx, now, BATCH)
+    after = Next(apply=left)
+    for flight in due:
+        after.add(_mind(rt, flight, now))
+    return after
+
+
+def _mind(rt: Runtime, flight: Flight, now: datetime) -> Next:
+    with transaction(rt.engine) as tx:
+        lock_accounts(tx, [flight.account_id])
+        if flight.state == RefreshState.REQUESTED:
+            refreshes.postpone(tx, flight, now + RETRY)
+            return Next(call=[(flight.account_id, flight.refresh_id)])
+        if flight.state == RefreshState.CALLING:
+            due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
+            refreshes.move(tx, flight, RefreshEvent.LOSE, due_at, trouble="the worker that made the call was lost")
+            return Next()
+        if flight.state == RefreshState.UNCERTAIN and _worth_repeating(tx, flight, now):
+            if refreshes.move(tx, flight, RefreshEvent.REPEAT, now + RETRY):
+                return Next(call=[(flight.account_id, flight.refresh_id)])
+            return Next()
+        if now < _window_end(rt, flight):
+            refreshes.postpone(tx, flight, _window_end(rt, flight))
+            return Next()
+        refreshes.move(tx, flight, RefreshEvent.CLOSE, None)
+        held = refreshes.requested(tx, flight.account_id)
+    _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
+    return Next(call=[(held.account_id, held.refresh_id)] if held else [])
+
+
+def _worth_repeating(tx: Tx, flight: Flight, now: datetime) -> bool:
+    """Whether a call of unknown fate is made once more: once, and only if someone has time left to wait for it."""
+    demand = payments.demand(tx, flight.account_id)
+    return flight.calls < MAX_CALLS and demand is not None and demand.deadline > now
+
+
+def cancel(rt: Runtime, payment_id: str) -> Next:
+    """Fail a waiting payment as cancelled; a settled one, or one nobody knows, is left as it is."""
+    now = rt.clock()
+    with transaction(rt.engine) as tx:
+        waiting = payments.still_waiting(tx, payment_id)
+        cancelled = "the payments service cancelled it"
+        payments.settle(tx, [_failure(w, Reason.CANCELLED, cancelled, now, None) for w in waiting])
+    return Next(deliver=[w.payment_id for w in waiting])
+
+
+# --- deliver ----------------------------------------------------------------------------------------------------------
+
+
+def undelivered(rt: Runtime, payment_ids: Sequence[str]) -> list[Due]:
+    """The outcomes of settled payments that are still to be delivered, a line for each task that waits."""
+    with transaction(rt.engine) as tx:
+        return payments.undelivered(tx, payment_ids)
+
+
+def overdue(rt: Runtime) -> list[Due]:
+    """Outcomes whose delivery was cut off."""
+    with transaction(rt.engine) as tx:
+        return payments.overdue(tx, rt.clock(), BATCH)
+
+
+def delivered(rt: Runtime, task_ids: Sequence[str]) -> None:
+    """Note that these tasks were told their outcome."""
+    with transaction(rt.engine) as tx:
+        payments.delivered(tx, task_ids, rt.clock())
+
+
+# --- the correlation store, where losing a word costs speed only -----------------------------------------------------
+
+
+def _hint(tell: Callable[..., None], *words: Any) -> None:
+    try:
+        tell(*words)
+    except CORRELATION_AWAY as error:
+        log.warning("the correlation store is away: %s", error)
+
+
+def _restore(rt: Runtime, account_id: str, flying: Flight | None, held: Flight | None) -> None:
+    _hint(
+        rt.correlation.restore,
+        account_id,
+        flying.refresh_id if flying else None,
+        flying.called_at if flying else None,
+        held.refresh_id if held else None,
+    )
+
+
+def _window_end(rt: Runtime, flight: Flight) -> datetime:
+    return (flight.claimed_at or rt.clock()) + timedelta(seconds=rt.settings.refresh_window_s)

@@ -1,0 +1,1 @@
+"""The truth, in SQL: payments, the tasks that wait for them, refreshes, fees and balances."""

@@ -1,0 +1,66 @@
+"""Queries on the balances the provider sent, and on the events that could not be understood."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import select, update
+
+from worker.ledger.database import Row, Tx, insert_new
+from worker.ledger.tables import BALANCE, QUARANTINE
+from worker.messages import Balance
+
+B = BALANCE.c
+REAPPLY = timedelta(seconds=5)
+"""After this long a balance that was not applied to those who wait is applied by the sweep."""
+
+
+def keep(tx: Tx, balances: Sequence[tuple[str, Balance]], now: datetime) -> set[str]:
+    """Write balances with the ids of their events; returns the ids of those that were not known."""
+    rows = {
+        balance.id: {
+            "balance_id": balance.id,
+            "event_id": event_id,
+            "account_id": balance.account_id,
+            "at": balance.at,
+            "available": balance.available,
+            "current": balance.current,
+            "limit": balance.limit,
+            "received_at": now,
+            "due_at": now + REAPPLY,
+        }
+        for event_id, balance in balances
+    }
+    return insert_new(tx, BALANCE, list(rows.values()), key="balance_id")
+
+
+def find(tx: Tx, balance_id: str) -> Row[Any] | None:
+    """A balance as it was kept."""
+    return tx.execute(select(BALANCE).where(B.balance_id == balance_id)).one_or_none()
+
+
+def applied(tx: Tx, balance_id: str, refresh_id: str | None) -> None:
+    """Note that all who waited for this balance were settled, and which refresh it answered."""
+    values: dict[str, Any] = {"due_at": None} if refresh_id is None else {"due_at": None, "refresh_id": refresh_id}
+    tx.execute(update(BALANCE).where(B.balance_id == balance_id).values(**values))
+
+
+def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:
+    """Balances that were kept and never applied."""
+    query = select(B.balance_id).where(B.due_at <= now).order_by(B.due_at).limit(limit)
+    return list(tx.scalars(query))
+
+
+def set_aside(tx: Tx, events: Sequence[tuple[str, str]], now: datetime) -> None:
+    """Keep events that could not be understood, as pairs of their JSON and the reason."""
+    rows = [
+        {
+            "quarantine_id": hashlib.sha256(text.encode()).hexdigest(),
+            "event": text,
+            "reason": reason,
+            "received_at": now,
+        }
+        for text, reason in events
+    ]
+    insert_new(tx, QUARANTINE, rows, key="quarantine_id")

@@ -1,0 +1,83 @@
+"""How the ledger is reached: one engine a process, short transactions, one lock an account."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection as Tx
+from sqlalchemy import Engine, Row, Table, create_engine, event, func, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+__all__ = ["LEDGER_AWAY", "Engine", "Row", "Tx", "insert_new", "lock_accounts", "open_engine", "ping", "transaction"]
+
+LEDGER_AWAY = (DBAPIError, PoolTimeout)
+"""What is raised when the database cannot be reached, or does not answer in time."""
+BUSY_S = 30
+"""How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
+
+
+def open_engine(url: str, *, connections: int = 20) -> Engine:
+    """An engine for `sqlite:///file` or `postgresql://...`; nothing is connected yet."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url, connect_args={"timeout": BUSY_S}, pool_size=connections, pool_timeout=BUSY_S)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        return engine
+    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    return create_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=BUSY_S,
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5, "application_name": "payready"},
+    )
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions of its own; see _begin_immediate
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: Tx) -> None:
+    # A transaction that starts by reading and then writes would fail at once, not wait, when another one wrote.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Tx]:
+    """One transaction: committed at the end, rolled back by any exception."""
+    with engine.begin() as tx:
+        yield tx
+
+
+def ping(engine: Engine) -> None:
+    """Ask the database for an answer; raises `LEDGER_AWAY` if there is none."""
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+
+
+def lock_accounts(tx: Tx, account_ids: Iterable[str]) -> None:
+    """Hold these accounts until the transaction ends, so that two decisions on one account never cross.
+
+    SQLite has one writer at a time anyway. Accounts are taken in one order, so that no two holders wait for each other.
+    """
+    if tx.dialect.name != "postgresql":
+        return
+    for key in sorted({_lock_key(account_id) for account_id in account_ids}):
+        tx.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+def _lock_key(account_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(account_id.encode(), digest_size=8).digest(), signed=True)
+
+
+def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
+    """Insert the rows that break no unique rule; returns the `key`s of those that were new."""
+    dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(table).values(list(rows)).on_conflict_do_nothing()
+    return set(tx.scalars(statement.returning(table.c[key])))

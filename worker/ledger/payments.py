@@ -1,0 +1,203 @@
+"""Queries on payments and the tasks that wait for them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import BindParameter, bindparam, func, select, update
+
+from worker.ledger.database import Row, Tx, insert_new
+from worker.ledger.tables import PAYMENT, REPLY
+from worker.messages import Job
+from worker.payment import PaymentState
+
+FIRST_LOOK = timedelta(seconds=5)
+"""After this long upkeep sees to it that a call is under way for a payment."""
+REDELIVERY = timedelta(seconds=10)
+"""After this long without a note of its delivery, an outcome is delivered again."""
+P, R = PAYMENT.c, REPLY.c
+WAITING = P.state == PaymentState.WAITING
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What must be known of a waiting payment to settle it."""
+
+    payment_id: str
+    account_id: str
+    job: Job
+    requested_at: datetime
+    fresh_from: datetime
+    deadline: datetime
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """How a payment ends."""
+
+    payment_id: str
+    state: PaymentState
+    outcome: dict[str, Any]
+    settled_at: datetime
+    reason: str | None = None
+    refresh_id: str | None = None
+    reused: bool = False
+    balance_id: str | None = None
+    arithmetic: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Due:
+    """An outcome to deliver to one Celery task."""
+
+    task_id: str
+    canvas: dict[str, Any]
+    state: PaymentState
+    outcome: dict[str, Any]
+
+
+def record(tx: Tx, job: Job, now: datetime) -> bool:
+    """Write the payment as waiting; False if its id is known already."""
+    deadline = now + timedelta(seconds=job.timeout_s)
+    row = {
+        "payment_id": job.payment_id,
+        "account_id": job.account_id,
+        "state": PaymentState.WAITING,
+        "job": job.model_dump(mode="json", exclude_defaults=True),
+        "amount": job.amount,
+        "requested_at": now,
+        "fresh_from": job.fresh_from(now),
+        "deadline": deadline,
+        "due_at": min(now + FIRST_LOOK, deadline),
+        "reused": False,
+    }
+    return bool(insert_new(tx, PAYMENT, [row], key="payment_id"))
+
+
+def hold(tx: Tx, payment_id: str) -> Row[Any]:
+    """Read a payment and keep it from being settled until the transaction ends."""
+    return tx.execute(select(PAYMENT).where(P.payment_id == payment_id).with_for_update()).one()
+
+
+def await_outcome(tx: Tx, payment_id: str, canvas: dict[str, Any], due_at: datetime | None) -> None:
+    """Note that a task waits for this payment; `due_at` is set when the outcome is there already."""
+    row = {"task_id": canvas["id"], "payment_id": payment_id, "canvas": canvas, "due_at": due_at}
+    insert_new(tx, REPLY, [row], key="task_id")
+
+
+def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
+    return [
+        Waiting(r.payment_id, r.account_id, Job.model_validate(r.job), r.requested_at, r.fresh_from, r.deadline)
+        for r in rows
+    ]
+
+
+_COLUMNS = (
+    P.payment_id,
+    P.account_id,
+    P.job,
+    P.requested_at,
+    P.fresh_from,
+    P.deadline,
+)
+
+
+def waiting_on(tx: Tx, account_id: str) -> list[Waiting]:
+    """The account's waiting payments in the order of their requests, held until the transaction ends."""
+    query = select(*_COLUMNS).where(P.account_id == account_id, WAITING)
+    return _waiting(tx.execute(query.order_by(P.requested_at, P.payment_id).with_for_update()))
+
+
+def still_waiting(tx: Tx, payment_id: str) -> list[Waiting]:
+    """The payment, held until the transaction ends, or nothing if it is settled or unknown."""
+    return _waiting(tx.execute(select(*_COLUMNS).where(P.payment_id == payment_id, WAITING).with_for_update()))
+
+
+def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
+    """Waiting payments that someone must look at, held until the transaction ends; those held by others are left."""
+    query = select(*_COLUMNS).where(WAITING, P.due_at <= now).order_by(P.due_at).limit(limit)
+    return _waiting(tx.execute(query.with_for_update(skip_locked=True)))
+
+
+def look_again(tx: Tx, payment_ids: Sequence[str], due_at: datetime | None) -> None:
+    """Set when upkeep looks at these payments next: at `due_at`, or at the deadline."""
+    if payment_ids:
+        when = P.deadline if due_at is None else func.least(P.deadline, due_at)
+        if due_at is not None and tx.dialect.name == "sqlite":
+            when = func.min(P.deadline, due_at, type_=P.deadline.type)
+        tx.execute(update(PAYMENT).where(P.payment_id.in_(payment_ids)).values(due_at=when))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an account's waiting payments want together."""
+
+    fresh_from: datetime
+    """A call sent before this cannot serve all of them."""
+    deadline: datetime
+    """When the last of them gives up."""
+
+
+def demand(tx: Tx, account_id: str) -> Demand | None:
+    """What the account's waiting payments want, or None if there are none."""
+    query = select(func.max(P.fresh_from), func.max(P.deadline))
+    fresh_from, deadline = tx.execute(query.where(P.account_id == account_id, WAITING)).one()
+    return Demand(fresh_from, deadline) if deadline is not None else None
+
+
+def settle(tx: Tx, settlements: Sequence[Settlement]) -> None:
+    """Write how payments ended, and make their outcomes due. The payments must be held and waiting."""
+    if not settlements:
+        return
+    by_id: BindParameter[str] = bindparam("key")
+    names = ("state", "outcome", "settled_at", "reason", "refresh_id", "reused", "balance_id", "arithmetic")
+    rows = [{"key": s.payment_id, **{name: getattr(s, name) for name in names}} for s in settlements]
+    tx.execute(
+        update(PAYMENT).where(P.payment_id == by_id, WAITING).values({name: bindparam(name) for name in names}),
+        rows,
+    )
+    tx.execute(
+        update(REPLY)
+        .where(R.payment_id.in_([s.payment_id for s in settlements]))
+        .values(due_at=settlements[0].settled_at + REDELIVERY)
+    )
+
+
+def released_since(tx: Tx, account_id: str, at: datetime) -> list[Decimal]:
+    """The amounts released on the account at or after `at`."""
+    query = select(P.amount).where(
+        P.account_id == account_id,
+        P.state == PaymentState.RELEASED,
+        P.settled_at >= at,
+        P.amount.is_not(None),
+    )
+    return list(tx.scalars(query))
+
+
+def sharers(tx: Tx, refresh_id: str) -> int:
+    """How many settled payments share the refresh's fee."""
+    query = select(func.count()).where(P.refresh_id == refresh_id, P.reused.is_(False))
+    return int(tx.scalar(query) or 0)
+
+
+def undelivered(tx: Tx, payment_ids: Sequence[str]) -> list[Due]:
+    """The outcomes of these payments that were not delivered yet."""
+    return _dues(tx, R.payment_id.in_(payment_ids) & R.due_at.is_not(None), limit=None)
+
+
+def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
+    """Outcomes whose delivery was cut off."""
+    return _dues(tx, R.due_at <= now, limit=limit)
+
+
+def _dues(tx: Tx, condition: Any, limit: int | None) -> list[Due]:
+    query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
+    rows = tx.execute(query.where(condition).limit(limit))
+    return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
+
+
+def delivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> None:
+    """Note that these tasks have their outcome."""
+    tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=None, delivered_at=now))

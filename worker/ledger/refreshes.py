@@ -1,0 +1,110 @@
+"""Queries on refreshes. Every write is conditional on the state it starts from, as the law has it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import or_, select, update
+
+from worker.ledger.database import Tx, insert_new
+from worker.ledger.tables import REFRESH
+from worker.payment import IN_FLIGHT, REFRESH_LAW, RefreshEvent, RefreshState, after
+
+R = REFRESH.c
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A refresh as the ledger has it."""
+
+    refresh_id: str
+    account_id: str
+    state: RefreshState
+    calls: int
+    deferrals: int
+    called_at: datetime | None
+    claimed_at: datetime | None
+    not_before: datetime | None
+    due_at: datetime | None
+    trouble: str | None
+
+
+_COLUMNS = tuple(R[name] for name in Flight.__dataclass_fields__)
+
+
+def _flights(tx: Tx, *conditions: Any, order: Any = R.called_at, limit: int | None = None) -> list[Flight]:
+    rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(order).limit(limit))
+    return [Flight(**{**row._mapping, "state": RefreshState(row.state)}) for row in rows]
+
+
+def find(tx: Tx, refresh_id: str) -> Flight | None:
+    """The refresh, if it was ever written."""
+    return next(iter(_flights(tx, R.refresh_id == refresh_id)), None)
+
+
+def in_flight(tx: Tx, account_id: str) -> Flight | None:
+    """The account's refresh whose balance is on its way, or may be."""
+    return next(iter(_flights(tx, R.account_id == account_id, R.state.in_(IN_FLIGHT))), None)
+
+
+def requested(tx: Tx, account_id: str) -> Flight | None:
+    """A refresh of the account that is wanted and not called."""
+    conditions = (R.account_id == account_id, R.state == RefreshState.REQUESTED)
+    return next(iter(_flights(tx, *conditions, limit=1)), None)
+
+
+def unanswered(tx: Tx, account_id: str) -> list[Flight]:
+    """The account's refreshes that a balance may still answer, the last called first."""
+    states = [state for state in RefreshState if after(REFRESH_LAW, state, RefreshEvent.ANSWER)]
+    return _flights(
+        tx,
+        R.account_id == account_id,
+        R.state.in_(states),
+        R.called_at.is_not(None),
+        order=R.called_at.desc(),
+    )
+
+
+def serving(tx: Tx, account_ids: Sequence[str], called_from: datetime) -> list[Flight]:
+    """Refreshes of these accounts that are wanted, or were called at or after `called_from`; the first called first."""
+    called = or_(R.state == RefreshState.REQUESTED, R.called_at >= called_from)
+    return _flights(tx, R.account_id.in_(account_ids), called)
+
+
+def due(tx: Tx, now: datetime, limit: int) -> list[Flight]:
+    """Refreshes that time has something to do with."""
+    return _flights(tx, R.due_at <= now, order=R.due_at, limit=limit)
+
+
+def add(tx: Tx, refresh_id: str, account_id: str, state: RefreshState, **values: Any) -> bool:
+    """Write a new refresh; False if it is known already."""
+    row = {"refresh_id": refresh_id, "account_id": account_id, "state": state, "calls": 0, "deferrals": 0, **values}
+    return bool(insert_new(tx, REFRESH, [row], key="refresh_id"))
+
+
+def move(tx: Tx, flight: Flight, event: RefreshEvent, due_at: datetime | None, **values: Any) -> bool:
+    """Let `event` happen to the refresh; False if it is not, or no longer, in the state that the caller saw."""
+    state = after(REFRESH_LAW, flight.state, event)
+    if state is None:
+        return False
+    result = tx.execute(
+        update(REFRESH)
+        .where(R.refresh_id == flight.refresh_id, R.state == flight.state)
+        .values(state=state, due_at=due_at, **values)
+    )
+    return bool(result.rowcount == 1)
+
+
+def postpone(tx: Tx, flight: Flight, due_at: datetime) -> None:
+    """Look at the refresh again at `due_at`, if nothing happened to it meanwhile."""
+    tx.execute(update(REFRESH).where(R.refresh_id == flight.refresh_id, R.state == flight.state).values(due_at=due_at))
+
+
+def put_off(tx: Tx, flight: Flight, not_before: datetime, trouble: str) -> None:
+    """Let a requested refresh wait: no call could be made."""
+    tx.execute(
+        update(REFRESH)
+        .where(R.refresh_id == flight.refresh_id, R.state == flight.state)
+        .values(not_before=not_before, due_at=not_before, deferrals=flight.deferrals + 1, trouble=trouble)
+    )

@@ -1,0 +1,235 @@
+"""The tables. The migrations under `migrations/` make them; `make check` proves that the two agree.
+
+Rows that need attention at some time carry it as `due_at`, with an index on just those rows: deadlines are rows,
+not timers. `due_at` is null when nothing more is due.
+"""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    Numeric,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy import text as sql
+from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlmodel import Field, SQLModel
+
+from worker.payment import IN_FLIGHT, PaymentState, RefreshState
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware UTC time on every database; SQLite has no time zones, so it keeps UTC without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive times; to UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone must not reach the ledger")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To aware UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Exact(TypeDecorator[Decimal]):
+    """A decimal that no database rounds: NUMERIC on PostgreSQL, text on SQLite (whose numbers are floats)."""
+
+    impl = Numeric
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Text on SQLite."""
+        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else Numeric())
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Any:
+        """Plain text on SQLite."""
+        return value if value is None or dialect.name != "sqlite" else format(value, "f")
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
+        """Back to a decimal."""
+        return None if value is None else Decimal(value)
+
+
+Json = JSON(none_as_null=True)
+
+
+def _states(*states: str) -> str:
+    return ", ".join(f"'{state}'" for state in sorted(states))
+
+
+def _partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, postgresql_where=sql(where), sqlite_where=sql(where))
+
+
+class Payment(SQLModel, table=True):
+    """One payment-initiation job and what became of it."""
+
+    __tablename__ = "payment"
+    __table_args__ = (
+        _partial("payment_due", "due_at", where=f"state = '{PaymentState.WAITING}'"),
+        _partial("payment_waiting", "account_id", where=f"state = '{PaymentState.WAITING}'"),
+        _partial("payment_released", "account_id", "settled_at", where=f"state = '{PaymentState.RELEASED}'"),
+        _partial("payment_sharers", "refresh_id", where="refresh_id IS NOT NULL"),
+    )
+
+    payment_id: str = Field(primary_key=True, sa_type=Text)
+    account_id: str = Field(sa_type=Text)
+    state: str = Field(sa_type=Text)
+    job: dict[str, Any] = Field(sa_type=Json)
+    """The job as it came, without defaults."""
+    amount: Decimal | None = Field(sa_type=Exact)
+    requested_at: datetime = Field(sa_type=UtcTime)
+    fresh_from: datetime = Field(sa_type=UtcTime)
+    """The oldest time that a balance may have and still release it."""
+    deadline: datetime = Field(sa_type=UtcTime)
+    due_at: datetime = Field(sa_type=UtcTime)
+    """When upkeep looks at it next while it waits: soon, to see that a call is under way; then at the deadline."""
+    settled_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    reason: str | None = Field(default=None, sa_type=Text)
+    refresh_id: str | None = Field(default=None, sa_type=Text)
+    """Whose call served it, or should have: it shares that call's fee, unless `reused`."""
+    reused: bool = False
+    """Released by a balance that was there before it: no share of the fee."""
+    balance_id: str | None = Field(default=None, sa_type=Text)
+    arithmetic: dict[str, Any] | None = Field(default=None, sa_type=Json)
+    """How the funds verdict was reached."""
+    outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
+    """What every task that waits for this payment is told, the same each time."""
+
+
+class Reply(SQLModel, table=True):
+    """A Celery task that waits for a payment's outcome, with the canvas it goes on with."""
+
+    __tablename__ = "reply"
+    __table_args__ = (
+        Index("reply_payment", "payment_id"),
+        _partial("reply_due", "due_at", where="due_at IS NOT NULL"),
+    )
+
+    task_id: str = Field(primary_key=True, sa_type=Text)
+    payment_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("payment.payment_id")])
+    canvas: dict[str, Any] = Field(sa_type=Json)
+    due_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """Null while the payment waits, and again when delivered; between, when the sweep delivers it."""
+    delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
+
+
+class Refresh(SQLModel, table=True):
+    """One attempt to have an account's balance made fresh."""
+
+    __tablename__ = "refresh"
+    __table_args__ = (
+        _partial("refresh_in_flight", "account_id", where=f"state IN ({_states(*IN_FLIGHT)})", unique=True),
+        _partial("refresh_requested", "account_id", where=f"state = '{RefreshState.REQUESTED}'"),
+        _partial("refresh_due", "due_at", where="due_at IS NOT NULL"),
+        Index("refresh_account", "account_id", "called_at"),
+    )
+
+    refresh_id: str = Field(primary_key=True, sa_type=Text)
+    account_id: str = Field(sa_type=Text)
+    state: str = Field(sa_type=Text)
+    calls: int = 0
+    """Calls that were accepted, or may have been."""
+    deferrals: int = 0
+    """Calls that provably were not, and were put off."""
+    called_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When the first call that may have been accepted went out."""
+    claimed_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When the last call went out; its window counts from here."""
+    not_before: datetime | None = Field(default=None, sa_type=UtcTime)
+    """While it is requested: when it may be called, if it was put off."""
+    due_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When upkeep looks at it next."""
+    trouble: str | None = Field(default=None, sa_type=Text)
+    """What the last call that failed met with."""
+
+
+class FeeEntry(SQLModel, table=True):
+    """A line of the fee ledger: `pending` before a call, then `posted` or `void`, once. Never changed or removed."""
+
+    __tablename__ = "fee_entry"
+    __table_args__ = (
+        UniqueConstraint("call_id", "state", name="fee_entry_once"),
+        _partial("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
+        Index("fee_entry_refresh", "refresh_id"),
+        Index("fee_entry_at", "at"),
+    )
+
+    entry_id: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
+    call_id: str = Field(sa_type=Text)
+    refresh_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("refresh.refresh_id")])
+    account_id: str = Field(sa_type=Text)
+    state: str = Field(sa_type=Text)
+    price: Decimal = Field(sa_type=Exact)
+    currency: str = Field(sa_type=Text)
+    price_list: str = Field(sa_type=Text)
+    """The version of the price list the price was taken from."""
+    evidence: dict[str, Any] = Field(sa_type=Json)
+    at: datetime = Field(sa_type=UtcTime)
+
+
+class BalanceRow(SQLModel, table=True):
+    """A balance the provider sent with source REFRESH."""
+
+    __tablename__ = "balance"
+    __table_args__ = (
+        Index("balance_account", "account_id", "at"),
+        _partial("balance_due", "due_at", where="due_at IS NOT NULL"),
+    )
+
+    balance_id: str = Field(primary_key=True, sa_type=Text)
+    event_id: str = Field(sa_type=Text)
+    account_id: str = Field(sa_type=Text)
+    at: datetime = Field(sa_type=UtcTime)
+    available: Decimal | None = Field(sa_type=Exact)
+    current: Decimal | None = Field(sa_type=Exact)
+    limit: Decimal | None = Field(sa_type=Exact)
+    received_at: datetime = Field(sa_type=UtcTime)
+    due_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """Null once it was applied to those who wait; till then, when the sweep applies it."""
+    refresh_id: str | None = Field(default=None, sa_type=Text)
+    """The refresh it answered, if it can be told."""
+
+
+class Quarantine(SQLModel, table=True):
+    """A rightly signed event that payready should understand but does not."""
+
+    __tablename__ = "quarantine"
+
+    quarantine_id: str = Field(primary_key=True, sa_type=Text)
+    """A digest of the event, so that a repeated delivery adds nothing."""
+    event: str = Field(sa_type=Text)
+    reason: str = Field(sa_type=Text)
+    received_at: datetime = Field(sa_type=UtcTime)
+
+
+def _table(model: type[SQLModel]) -> Table:
+    return SQLModel.metadata.tables[str(model.__tablename__)]
+
+
+# Queries are written on the tables: their columns are expressions to a type checker, a model's attributes are values.
+PAYMENT = _table(Payment)
+REPLY = _table(Reply)
+REFRESH = _table(Refresh)
+FEE_ENTRY = _table(FeeEntry)
+BALANCE = _table(BalanceRow)
+QUARANTINE = _table(Quarantine)

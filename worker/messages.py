@@ -1,0 +1,217 @@
+"""The shapes on the wire: the job and the outcome of the payments service, and the events of the provider.
+
+JSON Schema of the first two is published under `docs/contracts/`. No error text shows the input: it may be private.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from worker.errors import InvalidJob
+
+MAX_METADATA_BYTES = 4096
+MINOR_DIGITS = {
+    **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV"), 0),
+    **dict.fromkeys(("XAF", "XOF", "XPF"), 0),
+    **dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3),
+}
+"""Decimal places of a currency's minor unit where they are not two (ISO 4217)."""
+
+
+def _decimal_text(value: object) -> object:
+    if isinstance(value, str | Decimal):
+        return value
+    raise ValueError('must be a decimal in a string, such as "25.00"')
+
+
+def plain(value: Decimal) -> str:
+    """A decimal as text without an exponent: the way amounts leave payready."""
+    return format(value, "f")
+
+
+DecimalText = Annotated[
+    Decimal,
+    BeforeValidator(_decimal_text, json_schema_input_type=str),
+    Field(allow_inf_nan=False, max_digits=38),
+    PlainSerializer(plain, return_type=str),
+]
+"""Money and factors: a string on the wire, a Decimal inside, never a float."""
+
+QuilttId = Annotated[str, Field(pattern=r"^[a-z]{1,8}_[0-9A-Za-z]{1,64}$")]
+"""Quiltt's ids are opaque; this is all that can be said of them."""
+
+FundsCheck = Literal["required", "enabled", "disabled"]
+Verdict = Literal["sufficient", "unchecked", "not_asked"]
+
+
+class Contract(BaseModel):
+    """Base of what is agreed with the payments service: immutable, unknown keys refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Buffer(Contract):
+    """What must be available beyond the amount: the sum needed is `amount * multiplier + fixed`."""
+
+    multiplier: Annotated[DecimalText, Field(ge=1, le=5)] = Decimal(1)
+    fixed: Annotated[DecimalText, Field(ge=0)] = Decimal(0)
+
+
+class Job(Contract):
+    """The keyword arguments of `payments.initiate`."""
+
+    payment_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
+    """The payments service's own id; the job is idempotent on it. Printable ASCII without spaces."""
+    account_id: QuilttId
+    profile_id: QuilttId | None = None
+    """Allows a free read of the balance when the webhook is lost."""
+    connection_id: QuilttId | None = None
+    amount: Annotated[DecimalText, Field(gt=0)] | None = None
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    timeout_s: Annotated[int, Field(strict=True, ge=1, le=3600)] = 120
+    """How long to wait for the balance, counted from when payready takes the job."""
+    max_balance_age_s: Annotated[int, Field(strict=True, ge=0, le=86_400)] = 30
+    """How old a balance may be; 0 means that only a call sent after this job counts."""
+    funds_check: FundsCheck | None = None
+    """`required`: fails when it cannot be checked. `enabled`: then releases as `unchecked`. Default: `required` when
+    an amount is given, else `disabled`."""
+    buffer: Buffer = Buffer()
+    count_limit: Annotated[bool, Field(strict=True)] = False
+    """Whether an agreed overdraft counts as money that is there."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Handed back with the outcome, at most 4 KiB of JSON."""
+
+    @property
+    def check(self) -> FundsCheck:
+        """The funds check that applies."""
+        return self.funds_check or ("disabled" if self.amount is None else "required")
+
+    def fresh_from(self, requested_at: datetime) -> datetime:
+        """The oldest time a balance may have and still serve this job."""
+        return requested_at - timedelta(seconds=self.max_balance_age_s)
+
+    @model_validator(mode="after")
+    def _amount_fits(self) -> Self:
+        if self.amount is None:
+            if self.check != "disabled":
+                raise ValueError("amount: is needed for a funds check")
+            return self
+        digits = MINOR_DIGITS.get(self.currency, 2)
+        if self.amount != round(self.amount, digits):
+            raise ValueError(f"amount: has more than the {digits} decimal places of {self.currency}")
+        return self
+
+    @model_validator(mode="after")
+    def _metadata_is_small(self) -> Self:
+        try:
+            size = len(json.dumps(self.metadata, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("metadata: must be a JSON object") from None
+        if size > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata: is {size} bytes of JSON, more than {MAX_METADATA_BYTES}")
+        return self
+
+
+def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
+    """Read a job for accounts held in `currency`.
+
+    Raises:
+        InvalidJob: names each field that breaks its rule, and the rule.
+    """
+    try:
+        job = Job.model_validate(dict(arguments))
+    except ValidationError as error:
+        raise InvalidJob("; ".join(_complaint(item) for item in error.errors(include_input=False))) from None
+    if job.currency != currency:
+        raise InvalidJob(f"currency: is {job.currency}, but the accounts are held in {currency}")
+    return job
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+class BalanceSheet(Contract):
+    """The balance that settled a payment, as the provider told it. Null is unknown, not zero."""
+
+    id: str
+    at: AwareDatetime
+    source: str
+    available: DecimalText | None
+    current: DecimalText | None
+    limit: DecimalText | None
+
+
+class FeeShare(Contract):
+    """What this payment owes of the provider's charge."""
+
+    amount: DecimalText
+    currency: str
+    state: Literal["pending", "posted", "void", "reused"]
+    """`pending`: not known yet whether the provider charges. `reused`: an earlier call's balance served; nothing due."""
+
+
+class Outcome(Contract):
+    """The result of `payments.initiate` when the payment may start. When it may not, the task raises
+    `PaymentNotReady(reason, detail)` instead.
+    """
+
+    payment_id: str
+    state: Literal["released"]
+    verdict: Verdict
+    """`sufficient`: checked and covered. `unchecked`: wanted, but could not be checked. `not_asked`."""
+    balance: BalanceSheet
+    requested_at: AwareDatetime
+    settled_at: AwareDatetime
+    waited_ms: int
+    refresh_id: str | None
+    shared_by: int
+    """How many payments share the call's fee, this one included; 0 when the balance was reused."""
+    fee: FeeShare
+    metadata: dict[str, Any]
+
+
+class _Wire(BaseModel):
+    """Base of what the provider sends: unknown fields are let through, they appear over time."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+def _figure(value: object) -> object:
+    if value is None:
+        return value
+    if not isinstance(value, Decimal):
+        raise ValueError("must be a JSON number or null")
+    if not value.is_finite() or not -30 <= int(value.as_tuple().exponent) <= value.adjusted() <= 30:
+        raise ValueError("must be a sum of money")  # figures that no account holds would only swell the store
+    return value
+
+
+Figure = Annotated[Decimal | None, BeforeValidator(_figure)]
+
+
+class Balance(_Wire):
+    """The record of a `balance.created` event."""
+
+    id: QuilttId
+    account_id: Annotated[QuilttId, Field(alias="accountId")]
+    at: AwareDatetime
+    source: str
+    available: Figure
+    current: Figure
+    limit: Figure

@@ -1,0 +1,119 @@
+"""Quiltt over HTTP: the paid call, and the question whose key ours is. The only home of httpx.
+
+What an answer means follows Quiltt's API description: there is no machine-readable error code, so the status is
+all there is to go by, and no request id, so an answer that is lost leaves it open whether the call was accepted.
+"""
+
+import re
+from datetime import UTC, datetime
+from typing import Literal
+
+import httpx
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+
+_REFUSALS = {
+    400: (Reason.ACCOUNT_UNSUPPORTED, "the provider does not refresh accounts of this kind"),
+    401: (Reason.NOT_AUTHORIZED, "the provider does not accept our API key"),
+    403: (Reason.CONNECTION_INACTIVE, "the account's connection is disconnected or in an error state"),
+    404: (Reason.ACCOUNT_NOT_FOUND, "the provider does not know the account"),
+}
+
+Mode = Literal["TEST", "SANDBOX", "PRODUCTION"]
+
+
+class _Environment(BaseModel):
+    mode: Mode
+
+
+class _Introspection(BaseModel):
+    environment: _Environment
+
+
+class Quiltt:
+    """A client for one process.
+
+    It keeps at most `connections` calls in flight: httpx's pool works in the square of that (encode/httpcore #1035),
+    so more calls are for more processes.
+    """
+
+    def __init__(
+        self,
+        api_url: str,
+        auth_url: str,
+        api_key: SecretStr,
+        *,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        connections: int,
+    ) -> None:
+        self._refresh_url = api_url.rstrip("/") + "/v1/accounts/{}/balances/refresh"
+        self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
+            timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=connect_timeout_s),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            follow_redirects=False,
+            trust_env=False,  # no proxy gets between us and a bill without being configured
+        )
+
+    def refresh_balance(self, account_id: str) -> int:
+        """Ask for a fresh balance of the account; returns the status, 202.
+
+        Raises:
+            Unsent, Throttled, Refused, Uncertain: see `worker.errors`.
+        """
+        try:
+            answer = self._http.post(self._refresh_url.format(account_id))
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise Unsent(f"no connection to the provider: {_name(error)}") from error
+        except httpx.RequestError as error:
+            raise Uncertain(f"the provider's answer was lost: {_name(error)}") from error
+        if answer.status_code != httpx.codes.ACCEPTED:
+            raise _failure(answer)
+        return answer.status_code
+
+    def mode(self) -> Mode:
+        """The mode of the environment that our key belongs to; it decides the price of a call.
+
+        Raises:
+            Unsent: the provider could not be asked, or gave no sensible answer. Nothing is charged for asking.
+            Refused: our key is wrong.
+        """
+        try:
+            answer = self._http.post(self._introspect_url)
+        except httpx.RequestError as error:
+            raise Unsent(f"the provider could not be asked about our key: {_name(error)}") from error
+        if answer.status_code in (401, 403):
+            reason, detail = _REFUSALS[401]
+            raise Refused(answer.status_code, reason, detail)
+        try:
+            return _Introspection.model_validate_json(answer.content).environment.mode
+        except ValidationError:
+            raise Unsent(f"the provider answered {answer.status_code} when asked about our key") from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+
+def _name(error: Exception) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+
+
+def _failure(answer: httpx.Response) -> CallFailed:
+    status = answer.status_code
+    if status == httpx.codes.TOO_MANY_REQUESTS:
+        return Throttled("the provider's rate limit is reached", _reset(answer))
+    if status in _REFUSALS:
+        return Refused(status, *_REFUSALS[status])
+    if answer.is_client_error and status != httpx.codes.REQUEST_TIMEOUT:
+        return Refused(status, Reason.PROVIDER_UNAVAILABLE, f"the provider answered {status}, which is not documented")
+    return Uncertain(f"the provider answered {status}", status)
+
+
+def _reset(answer: httpx.Response) -> datetime | None:
+    """When the rate limit allows more: `Ratelimit-Reset`, in Unix seconds."""
+    seconds = answer.headers.get("Ratelimit-Reset", "")
+    return datetime.fromtimestamp(int(seconds), UTC) if re.fullmatch(r"[0-9]{1,11}", seconds) else None

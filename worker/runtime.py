@@ -1,0 +1,82 @@
+"""The only place that builds clients. Everything else is given them."""
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from config.settings import Settings, settings
+from worker.correlation.store import Correlation
+from worker.errors import Reason, Refused
+from worker.fees import Price, PriceList, read_prices
+from worker.ledger.database import Engine, open_engine
+from worker.provider import Quiltt
+
+
+def utc_now() -> datetime:
+    """The clock of production."""
+    return datetime.now(UTC)
+
+
+@dataclass
+class Runtime:
+    """What the flow works with."""
+
+    settings: Settings
+    engine: Engine
+    correlation: Correlation
+    provider: Quiltt
+    prices: PriceList
+    clock: Callable[[], datetime] = utc_now
+    _mode: str | None = field(default=None, init=False)
+    _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def call_limit(self) -> timedelta:
+        """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
+        return timedelta(seconds=self.settings.quiltt_connect_timeout_s * 2 + self.settings.quiltt_read_timeout_s + 10)
+
+    def price(self) -> Price:
+        """What a call costs now. The provider is asked once which of its environments our key belongs to.
+
+        Raises:
+            Unsent: it could not be asked.
+            Refused: the key is wrong, or is a production key where none may be used.
+        """
+        with self._asking:
+            if self._mode is None:
+                self._mode = self._allowed(self.provider.mode())
+        return self.prices.on(self._mode, self.clock().date())
+
+    def _allowed(self, mode: str) -> str:
+        if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
+            raise Refused(
+                403, Reason.NOT_AUTHORIZED, "a production key is used in development; see PAYREADY_ALLOW_PRODUCTION_KEY"
+            )
+        return mode
+
+
+def build(settings: Settings) -> Runtime:
+    """Make the clients; none of them connects before it is used."""
+    provider = Quiltt(
+        settings.quiltt_api_url,
+        settings.quiltt_auth_url,
+        settings.quiltt_api_key,
+        connect_timeout_s=settings.quiltt_connect_timeout_s,
+        read_timeout_s=settings.quiltt_read_timeout_s,
+        connections=settings.quiltt_connections,
+    )
+    return Runtime(
+        settings=settings,
+        engine=open_engine(settings.database_url),
+        correlation=Correlation.at(settings.redis_url),
+        provider=provider,
+        prices=read_prices(settings.fees_file.read_text()),
+    )
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """The runtime of this process, made at its first use (after any fork)."""
+    return build(settings())
