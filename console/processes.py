@@ -110,6 +110,12 @@ class Processes:
                 raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
             time.sleep(0.05)
 
+    def end(self, name: str, how: signal.Signals) -> None:
+        """Send a process group this signal, and wait until the process is gone."""
+        process = self._running.pop(name)
+        _signal(process, how)
+        process.wait()
+
     def stop(self) -> None:
         """Stop everything: politely, then by force."""
         for process in self._running.values():
@@ -134,7 +140,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 def answers(url: str) -> bool:
     """Whether an HTTP GET of `url` succeeds."""
     try:
-        with urllib.request.urlopen(url, timeout=2):
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - our own loopback addresses
             return True
     except (urllib.error.URLError, OSError):
         return False

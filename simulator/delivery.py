@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Courier:
-    """Delivers parcels to the webhook URL. `pending`: scheduled, queued, held back, under way, or waiting to be retried."""
+    """Delivers parcels to the webhook URL. `pending`: scheduled, queued, held back, under way, or to be retried."""
 
     def __init__(self, url: str, secret: str, log: Log) -> None:
         self.defaults = Defaults()
@@ -64,7 +64,7 @@ class Courier:
         self._open.set()
 
     def schedule(self, delay_s: float, pack: Callable[[], Sequence[Parcel]]) -> asyncio.Event:
-        """Pack and send parcels after the delay. The event is set once the first parcel was tried, or there was none."""
+        """Pack and send parcels after the delay. The event is set once the first was tried, or there was none."""
         tried = asyncio.Event()
         self.pending += 1
         asyncio.get_running_loop().call_later(delay_s, self._dispatch, pack, tried)

@@ -1,7 +1,7 @@
 """The referee's log: every call and every delivery attempt since the start or the last reset, in memory.
 
-A call is entered when it comes in, and its status is filled in when it is answered; a delivery attempt is entered when it
-is over. Sequence numbers start at 1 and go on across resets. All times are Unix seconds.
+A call is entered when it comes in, and its status is filled in when it is answered; a delivery attempt is entered when
+it is over. Sequence numbers start at 1 and go on across resets. All times are Unix seconds.
 """
 
 from __future__ import annotations

@@ -31,8 +31,18 @@ AWAY = (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY)
 """What a store that cannot be reached raises."""
 
 
-class _TooLarge(Exception):
-    pass
+class TooLarge(Exception):
+    """The body is over the cap."""
+
+
+REFUSALS: dict[type[Exception], int] = {
+    SignatureRefused: 401,
+    BadDelivery: 400,
+    ClientDisconnect: 400,
+    TimeoutError: 408,
+    TooLarge: 413,
+}
+"""What a delivery that is refused is answered with: the sender learns the status and no more."""
 
 
 async def receive(request: Request) -> Response:
@@ -41,18 +51,10 @@ async def receive(request: Request) -> Response:
         body = await asyncio.wait_for(_body(request), BODY_TIME_S)
         _verify(body, request)
         delivery = events.read(body)
-    except _TooLarge:
-        return Response(status_code=413)
-    except TimeoutError:
-        return Response(status_code=408)
-    except ClientDisconnect:
-        return Response(status_code=400)
-    except SignatureRefused as refusal:
-        log.warning("webhook refused: %s", refusal.reason)
-        return Response(status_code=401)
-    except BadDelivery as error:
-        log.warning("webhook not understood: %s", error)
-        return Response(status_code=400)
+    except tuple(REFUSALS) as refusal:
+        status = next(status for kind, status in REFUSALS.items() if isinstance(refusal, kind))
+        log.warning("delivery refused with %s: %s", status, getattr(refusal, "reason", refusal))
+        return Response(status_code=status)
     if not delivery.balances and not delivery.odd:
         return Response(status_code=204)
     return await to_thread.run_sync(_hand_over, delivery)
@@ -63,7 +65,7 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise _TooLarge
+            raise TooLarge("the body is over the cap")
     return bytes(body)
 
 

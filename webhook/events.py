@@ -76,14 +76,13 @@ def _look_at(event: Any, delivery: Delivery) -> None:
     if isinstance(source, str) and source != "REFRESH":
         return
     event_id = event.get("id")
+    if not isinstance(event_id, str):
+        delivery.odd.append((_text(event), "id: must be a string"))
+        return
     try:
-        if not isinstance(event_id, str):
-            raise BadDelivery("the event has no id")
         delivery.balances.append((event_id, Balance.model_validate(record)))
     except ValidationError as error:
         delivery.odd.append((_text(event), _complaint(error)))
-    except BadDelivery as error:
-        delivery.odd.append((_text(event), str(error)))
 
 
 def _complaint(error: ValidationError) -> str:

@@ -1,11 +1,11 @@
 """Does this request come from Quiltt? Pure: bytes, headers, secrets and a clock in; nothing, or a refusal, out.
 
-Quiltt docs: ``Quiltt-Timestamp`` is Unix seconds in decimal, and ``Quiltt-Signature`` is
-``base64(HMAC-SHA256(secret, "1" + timestamp + body))``: the version is the bare digit, nothing stands between the parts, the
-secret is the subscription's (not the API key), and the body is the bytes as they came, never JSON written anew. Requests more
-than 300 seconds away from our clock, in either direction, are to be refused.
+Quiltt docs: `Quiltt-Timestamp` is Unix seconds in decimal, and `Quiltt-Signature` is
+`base64(HMAC-SHA256(secret, "1" + timestamp + body))`: the version is the bare digit, nothing stands between the
+parts, the secret is the subscription's (not the API key), and the body is the bytes as they came, never JSON written
+anew. Requests more than 300 seconds away from our clock, in either direction, are to be refused.
 
-Every refusal is one of these, and its ``reason`` is a word fit for a log line or a metric label:
+Every refusal is one of these, and its `reason` is a word fit for a log line or a metric label:
 
     SignatureRefused
      +-- NoSecret     no_secret    we hold no secret: everything is refused, nothing is waved through
@@ -14,7 +14,8 @@ Every refusal is one of these, and its ``reason`` is a word fit for a log line o
      +-- Mismatch     mismatch     none of our secrets made this signature
      +-- Stale        stale        one of our secrets did, but too long ago or ahead of our clock
 
-The signature is checked before the clock, so ``stale`` is only ever a real Quiltt request: a late retry, or a clock that is wrong.
+The signature is checked before the clock, so `stale` is only ever a real Quiltt request: a late retry, or a clock
+that is wrong.
 """
 
 import base64
@@ -32,8 +33,8 @@ Reason = Literal["no_secret", "missing", "malformed", "mismatch", "stale"]
 _VERSION = b"1"
 # Ten digits until the year 2286; the bound keeps int() cheap and its result a time.
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
-# 32 bytes fill 43 characters and a pad. The last character carries four bits, so only these sixteen can stand there: a decoder
-# that takes the others too gives one signature four spellings.
+# 32 bytes fill 43 characters and a pad. The last character carries four bits, so only these sixteen can stand there: a
+# decoder that takes the others too gives one signature four spellings.
 _SIGNATURE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 
 
@@ -85,10 +86,11 @@ def verify(
     now: datetime,
     window_s: int = 300,
 ) -> None:
-    """Return if one of ``secrets`` signed ``body`` at ``timestamp``, close enough to ``now``; raise ``SignatureRefused`` if not.
+    """Return if one of `secrets` signed `body` at `timestamp`, close enough to `now`; raise `SignatureRefused` if not.
 
-    Several secrets let a subscription's secret be changed without losing an event. No header or body raises anything else;
-    ``TypeError`` and ``ValueError`` are for the caller's own mistakes: one string for the list of secrets, a clock without a zone.
+    Several secrets let a subscription's secret be changed without losing an event. No header or body raises anything
+    else; `TypeError` and `ValueError` are for the caller's own mistakes: one string for the list of secrets, a clock
+    without a zone.
     """
     keys = _keys(secrets)
     now_s = _unix_seconds(now)
@@ -124,7 +126,7 @@ def _unix_seconds(now: datetime) -> float:
 
 
 def _any_key_signed(keys: list[bytes], message: bytes, signature: bytes) -> bool:
-    """Try every key, matched or not; each comparison takes the same time, so the delay of the answer says nothing about the keys."""
+    """Try every key, matched or not, in the same time: how long the answer takes says nothing about the keys."""
     signed = False
     for key in keys:
         expected = base64.b64encode(hmac.digest(key, message, "sha256"))

@@ -23,6 +23,8 @@ from pydantic import (
 from worker.errors import InvalidJob
 
 MAX_METADATA_BYTES = 4096
+MAX_FIGURE_DIGITS = 30
+"""Before and after the point; figures that no account holds would only swell the ledger."""
 MINOR_DIGITS = {
     **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV"), 0),
     **dict.fromkeys(("XAF", "XOF", "XPF"), 0),
@@ -163,12 +165,13 @@ class FeeShare(Contract):
     amount: DecimalText
     currency: str
     state: Literal["pending", "posted", "void", "reused"]
-    """`pending`: not known yet whether the provider charges. `reused`: an earlier call's balance served; nothing due."""
+    """`pending`: not known yet whether the provider charges. `reused`: an earlier call's balance served."""
 
 
 class Outcome(Contract):
-    """The result of `payments.initiate` when the payment may start. When it may not, the task raises
-    `PaymentNotReady(reason, detail)` instead.
+    """The result of `payments.initiate` when the payment may start.
+
+    When it may not, the task raises `PaymentNotReady(reason, detail)` instead.
     """
 
     payment_id: str
@@ -196,9 +199,9 @@ def _figure(value: object) -> object:
     if value is None:
         return value
     if not isinstance(value, Decimal):
-        raise ValueError("must be a JSON number or null")
-    if not value.is_finite() or not -30 <= int(value.as_tuple().exponent) <= value.adjusted() <= 30:
-        raise ValueError("must be a sum of money")  # figures that no account holds would only swell the store
+        raise ValueError("must be a JSON number or null")  # noqa: TRY004 - a validator's errors are ValueErrors
+    if not value.is_finite() or max(-int(value.as_tuple().exponent), value.adjusted()) > MAX_FIGURE_DIGITS:
+        raise ValueError("must be a sum of money")
     return value
 
 

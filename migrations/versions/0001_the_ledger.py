@@ -1,4 +1,4 @@
-"""the ledger"""
+"""The ledger."""
 
 from collections.abc import Sequence
 

@@ -210,7 +210,7 @@ def test_stale_deliveries_verify_but_are_old(
 
 
 def test_a_batch_holds_the_right_event_among_others(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
-    """A foreign SYNC, an unknown type, a record without account, one with a word for a number, ours, a foreign REFRESH."""
+    """A foreign SYNC, an unknown type, no account, a word for a number, ours, a foreign REFRESH."""
     account_id = account("batch")
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)

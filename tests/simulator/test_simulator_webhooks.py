@@ -41,7 +41,7 @@ def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: In
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_retry_is_signed_anew_unless_told_otherwise(
-    simulator: Simulator, inbox: Inbox, account: Accounts, secret: str, keep: bool
+    simulator: Simulator, inbox: Inbox, account: Accounts, secret: str, *, keep: bool
 ) -> None:
     """A second later the timestamp is another one, or the first signature is kept; both verify."""
     simulator.put("defaults", retry_base_s=1, keep_signature=keep)

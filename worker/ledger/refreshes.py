@@ -35,7 +35,7 @@ _COLUMNS = tuple(R[name] for name in Flight.__dataclass_fields__)
 
 def _flights(tx: Tx, *conditions: Any, order: Any = R.called_at, limit: int | None = None) -> list[Flight]:
     rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(order).limit(limit))
-    return [Flight(**{**row._mapping, "state": RefreshState(row.state)}) for row in rows]
+    return [Flight(row[0], row[1], RefreshState(row[2]), *row[3:]) for row in rows]
 
 
 def find(tx: Tx, refresh_id: str) -> Flight | None:

