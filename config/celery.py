@@ -31,6 +31,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "task_routes": {
             "payments.initiate": {"queue": "payments"},
             "payments.cancel": {"queue": "payments"},
+            "payments.revoke": {"queue": "payments"},
             "balances.refresh": {"queue": "refreshes"},
             "payments.release": {"queue": "releases"},
             "payments.expire": {"queue": "upkeep"},

@@ -16,7 +16,7 @@ def _make_app() -> Celery:
         configuration = celery_settings(settings())
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
-    app = Celery("payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep"])
+    app = Celery("payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep", "tasks.revocation"])
     app.conf.update(configuration)
     return app
 

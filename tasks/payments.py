@@ -5,6 +5,7 @@ from typing import Any
 
 from celery import Task
 from celery.exceptions import Ignore
+from celery.worker.state import revoked
 
 from tasks import suspension
 from tasks.app import app
@@ -44,6 +45,8 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
         raise self.retry(exc=error, countdown=PAUSE_S) from error
     try:
         carry_out(entrance.next)
+        if self.request.id in revoked:  # while it was taken in, before there was anything to cancel
+            carry_out(flow.revoke(runtime(), [self.request.id]))
     except Exception:  # the payment is written down: whatever fails from here on, upkeep makes good
         log.exception("the payment waits; upkeep will see to what comes next")
     raise Ignore
@@ -58,6 +61,6 @@ def release(balance_id: str) -> None:
 @app.task(name="payments.cancel", ignore_result=False)
 def cancel(payment_id: str) -> bool:
     """Fail a waiting payment as cancelled; False if it was settled before, or is unknown."""
-    todo = flow.cancel(runtime(), payment_id)
+    todo = flow.cancel(runtime(), [payment_id])
     carry_out(todo)
     return bool(todo.deliver)

@@ -49,11 +49,11 @@ _SAVED = (
 
 def leave(request: Context) -> dict[str, Any]:
     """The canvas of the running task: what it takes to complete it later."""
-    saved = {name: value for name in _SAVED if (value := getattr(request, name, None))}
+    saved = {name: value for name in _SAVED if (value := getattr(request, name, None)) not in (None, [], {}, False)}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _settle_ids(saved.get(name))
     priority = (request.delivery_info or {}).get("priority")
-    return {"version": VERSION, **saved, **({"priority": priority} if priority else {}), "left_at": time.time()}
+    return {"version": VERSION, **saved, **({} if priority is None else {"priority": priority}), "left_at": time.time()}
 
 
 def _settle_ids(node: Any) -> None:
@@ -71,7 +71,8 @@ def _settle_ids(node: Any) -> None:
 def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
     """End the task that left this canvas as succeeded with `result`."""
     with _resumed(app, canvas) as (task, request):
-        onward = {"parent_id": request.id, "root_id": request.root_id or request.id, "priority": canvas.get("priority")}
+        priority = canvas.get("priority") if app.conf.task_inherit_parent_priority else None
+        onward = {"parent_id": request.id, "root_id": request.root_id or request.id, "priority": priority}
         for callback in request.callbacks or ():
             app.signature(callback).apply_async((result,), **onward)
         if request.chain:

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 BATCH = 500
 """Rows that one step of upkeep takes at most in one transaction."""
-RETRY = timedelta(seconds=5)
-"""After this long a task that was enqueued and left no trace is enqueued again."""
+RETRY = timedelta(seconds=15)
+"""After this long a call that was enqueued and was not made is enqueued again."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -473,17 +473,27 @@ def look(rt: Runtime) -> Next:
         serving = _serving(tx, due)
         expired = [w for w in due if w.deadline <= now]
         payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
-        lost = [w for w in due if w.deadline > now and serving[w.payment_id] is None]
-        served = [w.payment_id for w in due if w.deadline > now and serving[w.payment_id] is not None]
-        payments.look_again(tx, served, None)
-        payments.look_again(tx, [w.payment_id for w in lost], now + RETRY)
+        waiting = [w for w in due if w.deadline > now]
+        lost = [w for w in waiting if serving[w.payment_id] is None]
+        looks = {w.payment_id: w.deadline for w in waiting}
+        payments.look_again(tx, looks | {w.payment_id: _next_look(w, now) for w in lost})
     after = Next(deliver=[w.payment_id for w in expired])
-    for waiting in lost:
-        entrance = _join(rt, waiting)
-        after.add(entrance.next)
-        if entrance.refresh_id is not None:
-            after.call.append((waiting.account_id, entrance.refresh_id))
+    for w in lost:
+        _hint(_rejoin, rt, w, after)
     return after
+
+
+def _rejoin(rt: Runtime, waiting: Waiting, after: Next) -> None:
+    """Have the call made that will serve a payment, whoever was to make it."""
+    entrance = _join(rt, waiting)
+    after.apply += entrance.next.apply
+    if entrance.refresh_id is not None:
+        after.call.append((waiting.account_id, entrance.refresh_id))
+
+
+def _next_look(waiting: Waiting, now: datetime) -> datetime:
+    """When to look again at a payment that no call is known of: later each time, lest a long queue grow by looking."""
+    return min(now + 2 * (now - waiting.requested_at), waiting.deadline)
 
 
 def _serving(tx: Tx, due: Sequence[Waiting]) -> dict[str, Flight | None]:
@@ -548,14 +558,21 @@ def _worth_repeating(tx: Tx, flight: Flight, now: datetime) -> bool:
     return flight.calls < MAX_CALLS and demand is not None and demand.deadline > now
 
 
-def cancel(rt: Runtime, payment_id: str) -> Next:
-    """Fail a waiting payment as cancelled; a settled one, or one nobody knows, is left as it is."""
+def cancel(rt: Runtime, payment_ids: Sequence[str]) -> Next:
+    """Fail waiting payments as cancelled; settled ones, and those nobody knows, are left as they are."""
     now = rt.clock()
     with transaction(rt.engine) as tx:
-        waiting = payments.still_waiting(tx, payment_id)
+        waiting = payments.still_waiting(tx, payment_ids)
         cancelled = "the payments service cancelled it"
         payments.settle(tx, [_failure(w, Reason.CANCELLED, cancelled, now, None) for w in waiting])
     return Next(deliver=[w.payment_id for w in waiting])
+
+
+def revoke(rt: Runtime, task_ids: Sequence[str]) -> Next:
+    """Cancel the payments that these Celery tasks wait for."""
+    with transaction(rt.engine) as tx:
+        payment_ids = payments.of_tasks(tx, task_ids)
+    return cancel(rt, payment_ids) if payment_ids else Next()
 
 
 # --- deliver ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Queries on payments and the tasks that wait for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BindParameter, bindparam, func, select, update
+from sqlalchemy import BindParameter, ColumnElement, bindparam, func, select, update
 
 from worker.ledger.database import Row, Tx, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
@@ -106,13 +106,18 @@ _COLUMNS = (
 
 def waiting_on(tx: Tx, account_id: str) -> list[Waiting]:
     """The account's waiting payments in the order of their requests, held until the transaction ends."""
-    query = select(*_COLUMNS).where(P.account_id == account_id, WAITING)
-    return _waiting(tx.execute(query.order_by(P.requested_at, P.payment_id).with_for_update()))
+    waiting = _hold(tx, P.account_id == account_id)
+    return sorted(waiting, key=lambda w: (w.requested_at, w.payment_id))
 
 
-def still_waiting(tx: Tx, payment_id: str) -> list[Waiting]:
-    """The payment, held until the transaction ends, or nothing if it is settled or unknown."""
-    return _waiting(tx.execute(select(*_COLUMNS).where(P.payment_id == payment_id, WAITING).with_for_update()))
+def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
+    """Those of the payments that wait, held until the transaction ends."""
+    return _hold(tx, P.payment_id.in_(payment_ids))
+
+
+def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
+    # Rows are taken in one order by everyone, so that no two holders wait for each other.
+    return _waiting(tx.execute(select(*_COLUMNS).where(which, WAITING).order_by(P.payment_id).with_for_update()))
 
 
 def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
@@ -121,13 +126,12 @@ def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
     return _waiting(tx.execute(query.with_for_update(skip_locked=True)))
 
 
-def look_again(tx: Tx, payment_ids: Sequence[str], due_at: datetime | None) -> None:
-    """Set when upkeep looks at these payments next: at `due_at`, or at the deadline."""
-    if payment_ids:
-        when = P.deadline if due_at is None else func.least(P.deadline, due_at)
-        if due_at is not None and tx.dialect.name == "sqlite":
-            when = func.min(P.deadline, due_at, type_=P.deadline.type)
-        tx.execute(update(PAYMENT).where(P.payment_id.in_(payment_ids)).values(due_at=when))
+def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:
+    """Set when upkeep looks at these payments next."""
+    if looks:
+        key: BindParameter[str] = bindparam("key")
+        rows = [{"key": payment_id, "at": at} for payment_id, at in looks.items()]
+        tx.execute(update(PAYMENT).where(P.payment_id == key).values(due_at=bindparam("at")), rows)
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,11 @@ def _dues(tx: Tx, condition: Any, limit: int | None) -> list[Due]:
     query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
     rows = tx.execute(query.where(condition).limit(limit))
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
+
+
+def of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
+    """The payments that these tasks wait for."""
+    return list(tx.scalars(select(R.payment_id).where(R.task_id.in_(task_ids)).distinct()))
 
 
 def delivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> None:
