@@ -9,7 +9,11 @@ from worker.runtime import runtime
 @app.task(name="payments.expire")
 def expire() -> None:
     """Fail payments whose deadline has passed."""
-    carry_out(flow.look(runtime()))
+    more = True
+    while more:
+        todo = flow.look(runtime())
+        carry_out(todo)
+        more = todo.more
 
 
 @app.task(name="payments.sweep")

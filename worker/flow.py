@@ -53,6 +53,8 @@ class Next:
     """Accounts and refreshes whose call is to be made."""
     apply: list[str] = field(default_factory=list)
     """Balances to be applied."""
+    more: bool = False
+    """The step took as much as it takes at a time: repeat it."""
 
     def add(self, other: "Next") -> None:
         """Take over what `other` leaves to be done."""
@@ -166,16 +168,17 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
         mine = refreshes.find(tx, refresh_id)
-        if mine is not None and (mine.state != RefreshState.REQUESTED or (mine.not_before or now) > now):
-            return Next()  # made or closed by someone else, or put off
-        demand = payments.demand(tx, account_id)
         flying = refreshes.in_flight(tx, account_id)
-        if demand is not None and flying is None:
-            return _take(rt, tx, mine or _write_refresh(tx, account_id, refresh_id, now), price, now)
-        if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
-            _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
-        elif mine is not None:
-            refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
+        if mine is None or mine.state == RefreshState.REQUESTED:
+            if mine is not None and mine.not_before is not None and mine.not_before > now:
+                return Next()  # put off: its time has not come
+            demand = payments.demand(tx, account_id)
+            if demand is not None and flying is None:
+                return _take(rt, tx, mine or _write_refresh(tx, account_id, refresh_id, now), price, now)
+            if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
+                _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
+            elif mine is not None:
+                refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
         held = refreshes.requested(tx, account_id)
     _restore(rt, account_id, flying, held)
     return Next()
@@ -305,8 +308,9 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     if balance is None:
         log.warning("balance %s is not in the ledger", balance_id)
         return Next()
-    # From here on a payment that joins finds the balance; who joined before is found waiting below.
-    rt.correlation.answer(balance.account_id, balance_id, balance.at, rt.settings.clock_skew)
+    if balance.due_at is not None:
+        # From here on a payment that joins finds the balance; who joined before is found waiting below.
+        rt.correlation.answer(balance.account_id, balance_id, balance.at, rt.settings.clock_skew)
     now = rt.clock()
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [balance.account_id])
@@ -338,7 +342,7 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
         flight = refreshes.find(tx, balance.refresh_id)
         return _Answered(flight, first=False) if flight else None
     for flight in refreshes.unanswered(tx, balance.account_id):
-        if flight.called_at and payment.may_answer(balance.at, flight.called_at, rt.settings.clock_skew):
+        if _explains(rt, flight, balance):
             refreshes.move(tx, flight, RefreshEvent.ANSWER, None, trouble=None)
             calls = [c for c in fees.calls_of(tx, [flight.refresh_id]) if c.state != EntryState.VOID]
             if len(calls) == 1:
@@ -348,6 +352,13 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
     return None
 
 
+def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
+    """Whether the refresh's call can have brought this balance: it came after the call, and is no older."""
+    if flight.called_at is None or balance.received_at < flight.called_at:
+        return False
+    return payment.may_answer(balance.at, flight.called_at, rt.settings.clock_skew)
+
+
 def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | None, now: datetime) -> list[Settlement]:
     """Judge the account's waiting payments in the order of their requests."""
     fresh = [w for w in payments.waiting_on(tx, balance.account_id) if _is_fresh(rt, w, balance, answered)]
@@ -355,7 +366,9 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
         return []
     sharing = [answered is not None and answered.first and _shares(answered.flight, w) for w in fresh]
     shares = _shares_of_fee(rt, tx, answered, sum(sharing))
-    purse = Funds(balance.available, balance.limit, tuple(payments.released_since(tx, balance.account_id, balance.at)))
+    # By the provider's clock the balance may look younger than a release that it does not show yet.
+    released = payments.released_since(tx, balance.account_id, balance.at - rt.settings.clock_skew)
+    purse = Funds(balance.available, balance.limit, tuple(released))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
         judgement = funds.judge(waiting.job, purse)
@@ -477,7 +490,7 @@ def look(rt: Runtime) -> Next:
         lost = [w for w in waiting if serving[w.payment_id] is None]
         looks = {w.payment_id: w.deadline for w in waiting}
         payments.look_again(tx, looks | {w.payment_id: _next_look(w, now) for w in lost})
-    after = Next(deliver=[w.payment_id for w in expired])
+    after = Next(deliver=[w.payment_id for w in expired], more=len(due) == BATCH)
     for w in lost:
         _hint(_rejoin, rt, w, after)
     return after

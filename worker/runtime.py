@@ -8,10 +8,13 @@ from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
 from worker.correlation.store import Correlation
-from worker.errors import Reason, Refused
+from worker.errors import CallFailed, Reason, Refused
 from worker.fees import Price, PriceList, read_prices
 from worker.ledger.database import Engine, open_engine
 from worker.provider import Quiltt
+
+ASK_AGAIN = timedelta(seconds=2)
+"""After this long a question that the provider did not answer is asked again."""
 
 
 def utc_now() -> datetime:
@@ -30,6 +33,7 @@ class Runtime:
     prices: PriceList
     clock: Callable[[], datetime] = utc_now
     _mode: str | None = field(default=None, init=False)
+    _trouble: tuple[datetime, CallFailed] | None = field(default=None, init=False)
     _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -46,8 +50,19 @@ class Runtime:
         """
         with self._asking:
             if self._mode is None:
-                self._mode = self._allowed(self.provider.mode())
+                self._mode = self._ask()
         return self.prices.on(self._mode, self.clock().date())
+
+    def _ask(self) -> str:
+        """Ask for the mode; who had to wait while someone else asked in vain does not ask again at once."""
+        now = self.clock()
+        if self._trouble is not None and now - self._trouble[0] < ASK_AGAIN:
+            raise self._trouble[1]
+        try:
+            return self._allowed(self.provider.mode())
+        except CallFailed as failure:
+            self._trouble = (self.clock(), failure)
+            raise
 
     def _allowed(self, mode: str) -> str:
         if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:

@@ -30,10 +30,11 @@ class Flight:
     trouble: str | None
 
 
+FIRST_CALLED = R.called_at.asc().nulls_last()  # the databases do not agree where nulls go
 _COLUMNS = tuple(R[name] for name in Flight.__dataclass_fields__)
 
 
-def _flights(tx: Tx, *conditions: Any, order: Any = R.called_at, limit: int | None = None) -> list[Flight]:
+def _flights(tx: Tx, *conditions: Any, order: Any = FIRST_CALLED, limit: int | None = None) -> list[Flight]:
     rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(order).limit(limit))
     return [Flight(row[0], row[1], RefreshState(row[2]), *row[3:]) for row in rows]
 
