@@ -353,10 +353,11 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
 
 
 def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
-    """Whether the refresh's call can have brought this balance: it came after the call, and is no older."""
-    if flight.called_at is None or balance.received_at < flight.called_at:
+    """Whether the refresh's call can have brought this balance: the call is no younger, by any clock within the skew."""
+    skew = rt.settings.clock_skew
+    if flight.called_at is None or balance.received_at < flight.called_at - skew:
         return False
-    return payment.may_answer(balance.at, flight.called_at, rt.settings.clock_skew)
+    return payment.may_answer(balance.at, flight.called_at, skew)
 
 
 def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | None, now: datetime) -> list[Settlement]:
