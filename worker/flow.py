@@ -353,7 +353,7 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
 
 
 def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
-    """Whether the refresh's call can have brought this balance: the call is no younger, by any clock within the skew."""
+    """Whether the refresh's call can have brought this balance: the call is no younger, give or take the skew."""
     skew = rt.settings.clock_skew
     if flight.called_at is None or balance.received_at < flight.called_at - skew:
         return False
