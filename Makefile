@@ -1,18 +1,22 @@
-# One command each; `make setup` is implied by all of them.
-PYTHON ?= python3
+# One command each; all of them make the virtual environment first. `make help` lists them.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo up test check bench lock clean
-.DEFAULT_GOAL := demo
+.PHONY: help setup demo up test check docs bench lock clean
+.DEFAULT_GOAL := help
 
-setup: $(VENV)/.ready
+help:
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 8
+
+setup: $(VENV)/.ready  ## the virtual environment, from locked requirements
 
 $(VENV)/.ready: requirements-dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "payready needs Python 3.11 or later; try: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "payready needs Python 3.11 or later; try: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup  ## every scenario through the real processes, checked, in under a minute
@@ -31,6 +35,10 @@ check: setup  ## style, types, import rules, and migrations in step with the tab
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.migrations_in_step
 
+docs: setup  ## renew what is made from code: configuration, .env.example, state diagrams, JSON Schemas
+	$(BIN)/python -m console.documents
+	$(BIN)/python -m tests.contracts
+
 bench: setup  ## figures, side by side
 	$(BIN)/python -m benchmarks
 
@@ -40,5 +48,5 @@ lock: setup  ## renew the locked requirements from pyproject.toml
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header --extra dev --extra embedded \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements-dev.txt pyproject.toml
 
-clean:
+clean:  ## remove what make made
 	rm -rf $(VENV) .run build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

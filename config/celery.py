@@ -16,6 +16,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_url": settings.broker,
         "result_backend": settings.result_backend,
         "result_expires": settings.result_expires_s,
+        # A chord is kept for a day at least: the payments of its header may wait for an hour each.
+        "result_chord_expires": max(settings.result_expires_s, 86_400),
         # An outcome that cannot be delivered now is a row, and the sweep tries again: give up soon.
         "result_backend_transport_options": {"retry_policy": {"max_retries": 2, "interval_max": 0.5}},
         "task_ignore_result": True,  # only payments.initiate and payments.cancel have a result worth reading
@@ -70,7 +72,12 @@ def _transport(settings: Settings) -> dict[str, Any]:
         return {}
     return {
         # No task runs longer than a provider call; a dead worker's messages come back after this.
-        "visibility_timeout": 120,
+        "visibility_timeout": settings.visibility_timeout_s,
+        # Kept apart from other Celery apps on this Redis: a message they hold for longer, as one with a countdown,
+        # would seem lost to us, and would run twice.
+        "unacked_key": "payready-unacked",
+        "unacked_index_key": "payready-unacked-index",
+        "unacked_mutex_key": "payready-unacked-mutex",
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         "max_connections": 256,

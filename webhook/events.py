@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from worker.messages import Balance
 
 MAX_BODY_BYTES = 256 * 1024
+EVENT_ID = re.compile(r"[!-~]{1,128}")
+"""What may be an id: no database takes every text, and one bad event must spoil no other."""
 
 
 class BadDelivery(Exception):
@@ -52,8 +54,11 @@ def read(body: bytes) -> Delivery:
     if not isinstance(events, list):
         raise BadDelivery("no list of events")
     delivery = Delivery()
-    for event in events:
-        _look_at(event, delivery)
+    try:
+        for event in events:
+            _look_at(event, delivery)
+    except RecursionError:  # it could just be read, and is too deep to be written again
+        raise BadDelivery("not JSON: RecursionError") from None
     return delivery
 
 
@@ -76,8 +81,8 @@ def _look_at(event: Any, delivery: Delivery) -> None:
     if isinstance(source, str) and source != "REFRESH":
         return
     event_id = event.get("id")
-    if not isinstance(event_id, str):
-        delivery.odd.append((_text(event), "id: must be a string"))
+    if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
+        delivery.odd.append((_text(event), "id: must be an id"))
         return
     try:
         delivery.balances.append((event_id, Balance.model_validate(record)))

@@ -30,7 +30,7 @@ from worker.ledger.database import Row, Tx, lock_accounts, transaction
 from worker.ledger.payments import Due, Settlement, Waiting
 from worker.ledger.refreshes import Flight
 from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job
-from worker.payment import MAX_CALLS, PaymentState, RefreshEvent, RefreshState
+from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -216,8 +216,9 @@ def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime) -> _Cl
 def _call_accepted(rt: Runtime, claim: _Claim, status: int) -> Next:
     now = rt.clock()
     with transaction(rt.engine) as tx:
-        fees.close_entry(tx, claim.call, EntryState.POSTED, {"status": status}, now)
+        lock_accounts(tx, [claim.flight.account_id])  # the balance may be applied at this very moment
         refreshes.move(tx, claim.flight, RefreshEvent.ACCEPT, _window_end(rt, claim.flight), trouble=None)
+        fees.close_entry(tx, claim.call, EntryState.POSTED, {"status": status}, now)
     log.info("refresh %s of %s: accepted", claim.flight.refresh_id, claim.flight.account_id)
     return Next()
 
@@ -267,7 +268,13 @@ def _refuse(rt: Runtime, tx: Tx, flight: Flight, refused: Refused, now: datetime
     waiting = payments.waiting_on(tx, flight.account_id)
     payments.settle(tx, [_failure(w, refused.reason, str(refused), now, flight.refresh_id) for w in waiting])
     _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
-    return Next(deliver=[w.payment_id for w in waiting])
+    return Next(deliver=[w.payment_id for w in waiting], call=_held(tx, flight.account_id))
+
+
+def _held(tx: Tx, account_id: str) -> list[tuple[str, str]]:
+    """The refresh that waited for the end of the one in flight, to be called now (or abandoned, if nobody waits)."""
+    held = refreshes.requested(tx, account_id)
+    return [(held.account_id, held.refresh_id)] if held else []
 
 
 def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFailed) -> Next:
@@ -314,15 +321,13 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     now = rt.clock()
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [balance.account_id])
+        balance = balances.find(tx, balance_id) or balance  # again: someone else may have applied it meanwhile
         answered = _attribute(rt, tx, balance, now)
         settlements = _settle_all(rt, tx, balance, answered, now)
         payments.settle(tx, settlements)
         balances.applied(tx, balance_id, answered.flight.refresh_id if answered else None)
-        held = refreshes.requested(tx, balance.account_id)
-    return Next(
-        deliver=[settlement.payment_id for settlement in settlements],
-        call=[(held.account_id, held.refresh_id)] if held else [],
-    )
+        held = _held(tx, balance.account_id)
+    return Next(deliver=[settlement.payment_id for settlement in settlements], call=held)
 
 
 @dataclass(frozen=True)
@@ -341,6 +346,8 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
     if balance.refresh_id is not None:
         flight = refreshes.find(tx, balance.refresh_id)
         return _Answered(flight, first=False) if flight else None
+    if balance.due_at is None:
+        return None  # it was applied before, when no call explained it: later calls cannot have brought it
     for flight in refreshes.unanswered(tx, balance.account_id):
         if _explains(rt, flight, balance):
             refreshes.move(tx, flight, RefreshEvent.ANSWER, None, trouble=None)
@@ -484,7 +491,7 @@ def look(rt: Runtime) -> Next:
         due = payments.due(tx, now, BATCH)
         if not due:
             return Next()
-        serving = _serving(tx, due)
+        serving = _serving(rt, tx, due)
         expired = [w for w in due if w.deadline <= now]
         payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
         waiting = [w for w in due if w.deadline > now]
@@ -510,12 +517,20 @@ def _next_look(waiting: Waiting, now: datetime) -> datetime:
     return min(now + 2 * (now - waiting.requested_at), waiting.deadline)
 
 
-def _serving(tx: Tx, due: Sequence[Waiting]) -> dict[str, Flight | None]:
+def _serving(rt: Runtime, tx: Tx, due: Sequence[Waiting]) -> dict[str, Flight | None]:
     """For each payment the refresh that serves it, or was to serve it."""
+    if not due:
+        return {}
     flights = refreshes.serving(tx, sorted({w.account_id for w in due}), min(w.fresh_from for w in due))
-    return {
-        w.payment_id: next((f for f in flights if f.account_id == w.account_id and _shares(f, w)), None) for w in due
-    }
+    return {w.payment_id: next((f for f in flights if _serves(rt, f, w)), None) for w in due}
+
+
+def _serves(rt: Runtime, flight: Flight, waiting: Waiting) -> bool:
+    """Whether the refresh may bring the payment's balance, or might have: one that was over before it came may not."""
+    if flight.account_id != waiting.account_id or not _shares(flight, waiting):
+        return False
+    unanswered = flight.state == RefreshState.UNANSWERED and _window_end(rt, flight) > waiting.requested_at
+    return flight.state in OPEN or unanswered
 
 
 def _expiry(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlement:
@@ -525,10 +540,12 @@ def _expiry(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlemen
         detail += ", and no call was made"
     elif flight.trouble is not None:
         reason, detail = Reason.PROVIDER_UNAVAILABLE, flight.trouble
-    elif flight.state == RefreshState.ANSWERED:
-        detail = "a balance came, but it was older than the payment allows"
-    served = flight is not None and flight.calls > 0 and flight.state != RefreshState.ANSWERED
-    return _failure(waiting, reason, detail, now, flight.refresh_id if flight and served else None)
+    return _failure(waiting, reason, detail, now, _called(flight))
+
+
+def _called(flight: Flight | None) -> str | None:
+    """The refresh whose fee a payment shares that it could not serve in time: one that was called."""
+    return flight.refresh_id if flight is not None and flight.calls > 0 else None
 
 
 def sweep(rt: Runtime) -> Next:
@@ -561,9 +578,9 @@ def _mind(rt: Runtime, flight: Flight, now: datetime) -> Next:
             refreshes.postpone(tx, flight, _window_end(rt, flight))
             return Next()
         refreshes.move(tx, flight, RefreshEvent.CLOSE, None)
-        held = refreshes.requested(tx, flight.account_id)
+        held = _held(tx, flight.account_id)
     _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
-    return Next(call=[(held.account_id, held.refresh_id)] if held else [])
+    return Next(call=held)
 
 
 def _worth_repeating(tx: Tx, flight: Flight, now: datetime) -> bool:
@@ -577,9 +594,14 @@ def cancel(rt: Runtime, payment_ids: Sequence[str]) -> Next:
     now = rt.clock()
     with transaction(rt.engine) as tx:
         waiting = payments.still_waiting(tx, payment_ids)
-        cancelled = "the payments service cancelled it"
-        payments.settle(tx, [_failure(w, Reason.CANCELLED, cancelled, now, None) for w in waiting])
+        serving = _serving(rt, tx, waiting)
+        payments.settle(tx, [_cancellation(w, serving[w.payment_id], now) for w in waiting])
     return Next(deliver=[w.payment_id for w in waiting])
+
+
+def _cancellation(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlement:
+    detail = "the payments service cancelled it"
+    return _failure(waiting, Reason.CANCELLED, detail, now, _called(flight))
 
 
 def revoke(rt: Runtime, task_ids: Sequence[str]) -> Next:

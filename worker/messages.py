@@ -4,12 +4,14 @@ JSON Schema of the first two is published under `docs/contracts/`. No error text
 """
 
 import json
+import re
 from collections.abc import Mapping
-from datetime import datetime, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime, timedelta
+from decimal import Context, Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -24,7 +26,12 @@ from worker.errors import InvalidJob
 
 MAX_METADATA_BYTES = 4096
 MAX_FIGURE_DIGITS = 30
-"""Before and after the point; figures that no account holds would only swell the ledger."""
+MAX_FIGURE_PLACES = 60
+"""Before and after the point: room for what floats leave behind of nothing (3.5e-15), not for more."""
+DECIMAL = r"^-?[0-9]+(\.[0-9]+)?$"
+"""How a decimal is written: digits and a point, no exponent, no blanks."""
+WIDE = Context(prec=80)
+"""Room for every amount that is let in: the default context raises at its 29th digit."""
 MINOR_DIGITS = {
     **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV"), 0),
     **dict.fromkeys(("XAF", "XOF", "XPF"), 0),
@@ -34,7 +41,7 @@ MINOR_DIGITS = {
 
 
 def _decimal_text(value: object) -> object:
-    if isinstance(value, str | Decimal):
+    if isinstance(value, Decimal) or (isinstance(value, str) and re.fullmatch(DECIMAL, value)):
         return value
     raise ValueError('must be a decimal in a string, such as "25.00"')
 
@@ -44,13 +51,16 @@ def plain(value: Decimal) -> str:
     return format(value, "f")
 
 
-DecimalText = Annotated[
+_PlainText = Annotated[str, Field(pattern=DECIMAL)]
+ExactText = Annotated[
     Decimal,
-    BeforeValidator(_decimal_text, json_schema_input_type=str),
-    Field(allow_inf_nan=False, max_digits=38),
-    PlainSerializer(plain, return_type=str),
+    BeforeValidator(_decimal_text, json_schema_input_type=_PlainText),
+    Field(allow_inf_nan=False),
+    PlainSerializer(plain, return_type=_PlainText),
 ]
 """Money and factors: a string on the wire, a Decimal inside, never a float."""
+DecimalText = Annotated[ExactText, Field(max_digits=38)]
+"""The same, of a length that can be asked for."""
 
 QuilttId = Annotated[str, Field(pattern=r"^[a-z]{1,8}_[0-9A-Za-z]{1,64}$")]
 """Quiltt's ids are opaque; this is all that can be said of them."""
@@ -62,7 +72,7 @@ Verdict = Literal["sufficient", "unchecked", "not_asked"]
 class Contract(BaseModel):
     """Base of what is agreed with the payments service: immutable, unknown keys refused by name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
 class Buffer(Contract):
@@ -112,7 +122,7 @@ class Job(Contract):
                 raise ValueError("amount: is needed for a funds check")
             return self
         digits = MINOR_DIGITS.get(self.currency, 2)
-        if self.amount != round(self.amount, digits):
+        if self.amount != self.amount.quantize(Decimal(1).scaleb(-digits), context=WIDE):
             raise ValueError(f"amount: has more than the {digits} decimal places of {self.currency}")
         return self
 
@@ -154,9 +164,9 @@ class BalanceSheet(Contract):
     id: str
     at: AwareDatetime
     source: str
-    available: DecimalText | None
-    current: DecimalText | None
-    limit: DecimalText | None
+    available: ExactText | None
+    current: ExactText | None
+    limit: ExactText | None
 
 
 class FeeShare(Contract):
@@ -200,10 +210,28 @@ def _figure(value: object) -> object:
         return value
     if not isinstance(value, Decimal):
         raise ValueError("must be a JSON number or null")  # noqa: TRY004 - a validator's errors are ValueErrors
-    if not value.is_finite() or max(-int(value.as_tuple().exponent), value.adjusted()) > MAX_FIGURE_DIGITS:
+    if not value.is_finite() or value.adjusted() >= MAX_FIGURE_DIGITS:
+        raise ValueError("must be a sum of money")
+    if -int(value.as_tuple().exponent) > MAX_FIGURE_PLACES:
         raise ValueError("must be a sum of money")
     return value
 
+
+def _iso_text(value: object) -> object:
+    if isinstance(value, str) and re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]", value):
+        return value
+    raise ValueError("must be a time in ISO 8601")
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be a time of this era") from None
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_iso_text), AfterValidator(_in_utc)]
+"""A time with its zone, as text. A bare number is no time: whose seconds would they be?"""
 
 Figure = Annotated[Decimal | None, BeforeValidator(_figure)]
 
@@ -213,7 +241,7 @@ class Balance(_Wire):
 
     id: QuilttId
     account_id: Annotated[QuilttId, Field(alias="accountId")]
-    at: AwareDatetime
+    at: Moment
     source: str
     available: Figure
     current: Figure

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
 from worker.correlation.store import Correlation
-from worker.errors import CallFailed, Reason, Refused
-from worker.fees import Price, PriceList, read_prices
+from worker.errors import CallFailed, Reason, Refused, Unsent
+from worker.fees import Price, PriceList, PriceListError, read_prices
 from worker.ledger.database import Engine, open_engine
 from worker.provider import Quiltt
 
@@ -45,13 +45,16 @@ class Runtime:
         """What a call costs now. The provider is asked once which of its environments our key belongs to.
 
         Raises:
-            Unsent: it could not be asked.
+            Unsent: it could not be asked, or the price list has no price.
             Refused: the key is wrong, or is a production key where none may be used.
         """
         with self._asking:
             if self._mode is None:
                 self._mode = self._ask()
-        return self.prices.on(self._mode, self.clock().date())
+        try:
+            return self.prices.on(self._mode, self.clock().date())
+        except PriceListError as error:
+            raise Unsent(str(error)) from error
 
     def _ask(self) -> str:
         """Ask for the mode; who had to wait while someone else asked in vain does not ask again at once."""

@@ -1,8 +1,13 @@
 """All of payready as it runs in production: every role of the Procfile a process of its own, on real servers."""
 
+import json
 import signal
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +30,56 @@ QUICK = {
     "PAYREADY_CLOCK_SKEW_S": "2",
 }
 """Settings that make time pass faster than in production."""
+SERVICE_QUEUE = "svc"
+"""Where the worker of the payments service listens."""
+SERVICE = f"celery -A tests.support.service worker --queues {SERVICE_QUEUE} --pool threads --concurrency 4 \
+    --hostname service@%h --without-gossip --without-mingle --loglevel WARNING"
+
+
+@dataclass(frozen=True)
+class Books:
+    """One account: the calls the provider accepted, and ours by the last state of their fee entries."""
+
+    accepted: int
+    posted: int
+    pending: int
+    void: int
+
+    @property
+    def agree(self) -> bool:
+        """No accepted call is missing or void, and none is posted that was not accepted."""
+        return self.posted <= self.accepted <= self.posted + self.pending
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds."""
+
+    threads: int
+    sockets: int
+    memory_kib: int
 
 
 class System:
     """The roles, the simulator they call, and the payments service: a Celery app that shares nothing but addresses."""
 
     def __init__(
-        self, processes: Processes, database_url: str, redis_url: str, web_port: int, simulator: Simulator
+        self,
+        processes: Processes,
+        database_url: str,
+        redis_url: str,
+        web_port: int,
+        simulator: Simulator,
+        valkey: ValkeyServer,
     ) -> None:
         self.processes = processes
+        self.valkey = valkey
+        self.pids: dict[str, int] = {}
+        """Of the roles, as they were started last."""
         self.redis_url = redis_url
         self.web_url = f"http://127.0.0.1:{web_port}"
         self.simulator = simulator
+        self._service_log = processes.folder / "service.jsonl"
         self.engine: Engine = open_engine(database_url)
         self.service = Celery("payments-service", broker=redis_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
@@ -44,11 +87,23 @@ class System:
     def start(self, *roles: str, **environ: str) -> None:
         """Start roles, and wait until the endpoint and the workers are up."""
         for role in roles:
-            self.processes.start(role, procfile()[role], **environ)
+            self.pids[role] = self.processes.start(role, procfile()[role], **environ).pid
         if "web" in roles:
             self.processes.wait_for("web", lambda: answers(f"{self.web_url}/readyz"))
         for role in {"worker", "refresh"}.intersection(roles):
-            self.processes.wait_for(role, lambda role=role: self._consumes(role))  # type: ignore[misc]
+            self._wait_for_consumer(role)
+
+    def start_second_beat(self) -> None:
+        """Start another beat beside the first, as `beat2`."""
+        self.processes.start("beat2", procfile()["beat"])
+
+    def start_service(self) -> None:
+        """Start a worker of the payments service, for `link` and `link_error`; see `tests/support/service.py`."""
+        self.processes.start("service", SERVICE, SERVICE_URL=self.redis_url, SERVICE_LOG=str(self._service_log))
+        self._wait_for_consumer("service")
+
+    def _wait_for_consumer(self, role: str) -> None:
+        self.processes.wait_for(role, lambda: self._consumes(role))
 
     def _consumes(self, role: str) -> bool:
         replies = self.service.control.ping(timeout=0.3)
@@ -65,6 +120,36 @@ class System:
         arguments = {"payment_id": payment_id, "account_id": account_id, "timeout_s": 20, **job}
         return self.service.send_task("payments.initiate", kwargs=arguments, queue="payments", **options)
 
+    def callbacks(self, payment_id: str) -> dict[str, Any]:
+        """Options that have the payments service's worker told how the payment ends."""
+        return {
+            "link": self.service.signature("ledger.execute_ach", args=(payment_id,), queue=SERVICE_QUEUE),
+            "link_error": self.service.signature("ledger.not_ready", args=(payment_id,), queue=SERVICE_QUEUE),
+        }
+
+    def initiate_many(self, jobs: Iterable[Mapping[str, Any]], *, linked: bool = False) -> None:
+        """Enqueue jobs in batches; `linked` with `callbacks`."""
+        with self.service.producer_or_acquire() as producer, producer.batch(max_size=200):
+            for job in jobs:
+                options = self.callbacks(job["payment_id"]) if linked else {"ignore_result": True}
+                rest = {name: value for name, value in job.items() if name not in ("payment_id", "account_id")}
+                self.initiate(job["payment_id"], job["account_id"], **rest, options={**options, "producer": producer})
+
+    def heard(self) -> list[dict[str, Any]]:
+        """What the payments service's worker was told so far, in that order: a line for each task it ran."""
+        if not self._service_log.exists():
+            return []
+        text = self._service_log.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def endings(self) -> dict[str, list[dict[str, Any]]]:
+        """By payment: what its callbacks were told, a task id once however often it ran."""
+        endings: dict[str, dict[str, dict[str, Any]]] = {}
+        for line in self.heard():
+            if line["task"] in ("ledger.execute_ach", "ledger.not_ready") and len(line["args"]) == 2:
+                endings.setdefault(line["args"][1], {}).setdefault(line["id"], line)
+        return {payment_id: list(by_id.values()) for payment_id, by_id in endings.items()}
+
     def rows(self, query: str, /, **values: Any) -> list[dict[str, Any]]:
         """What the ledger says; a query in SQL."""
         with self.engine.connect() as connection:
@@ -79,6 +164,75 @@ class System:
         """The account's fee entries as (call, state), in the order they were written."""
         query = "SELECT call_id, state FROM fee_entry WHERE account_id = :id ORDER BY entry_id"
         return [(row["call_id"], row["state"]) for row in self.rows(query, id=account_id)]
+
+    def books(self) -> dict[str, Books]:
+        """The simulator's log against the fee ledger, for every account of either."""
+        log = self.simulator.http.get("/control/log").raise_for_status().json()
+        accepted = Counter(call["account_id"] for call in log["calls"] if call["accepted"])
+        states: dict[str, dict[str, str]] = {}
+        for row in self.rows("SELECT account_id, call_id, state FROM fee_entry ORDER BY entry_id"):
+            states.setdefault(row["account_id"], {})[row["call_id"]] = row["state"]
+        books = {}
+        for account_id in accepted.keys() | states.keys():
+            by_state = Counter(states.get(account_id, {}).values())
+            books[account_id] = Books(accepted[account_id], **{s: by_state[s] for s in ("posted", "pending", "void")})
+        return books
+
+    def footprint(self, role: str) -> Footprint:
+        """What the process of a role holds just now."""
+        process = Path("/proc") / str(self.pids[role])
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        links = [link.readlink() for link in (process / "fd").iterdir() if link.is_symlink()]
+        sockets = sum(str(link).startswith("socket:") for link in links)
+        return Footprint(int(status["Threads"]), sockets, int(status["VmRSS"].split()[0]))
+
+    def queue_lengths(self) -> dict[str, int]:
+        """Messages that wait in payready's queues; queues without any are left out."""
+        with self.service.connection_for_write() as connection:
+            client = connection.default_channel.client
+            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "releases")}
+        return {name: length for name, length in lengths.items() if length}
+
+    def unacknowledged(self) -> int:
+        """Messages that workers of payready have taken and not finished, beats' ticks left out of account."""
+        with self.service.connection_for_write() as connection:
+            held = connection.default_channel.client.hvals("payready-unacked")
+        return sum(b'"payments.expire"' not in message and b'"payments.sweep"' not in message for message in held)
+
+    def forget_delivery(self, task_id: str) -> None:
+        """Make the ledger as a crash leaves it between the delivery of an outcome and the note of it."""
+        undone = "UPDATE reply SET delivered_at = NULL, due_at = :due WHERE task_id = :id"
+        due = datetime.now(UTC).replace(tzinfo=None if self.engine.dialect.name == "sqlite" else UTC)
+        with self.engine.begin() as connection:
+            connection.execute(text(undone), {"id": task_id, "due": due})
+
+    def flush(self) -> None:
+        """Have Valkey lose all it knows."""
+        with self.service.connection_for_write() as connection:
+            connection.default_channel.client.flushall()
+
+    @contextmanager
+    def valkey_away(self) -> Iterator[None]:
+        """Stop Valkey for as long as the block runs; it comes back with what it had."""
+        self.valkey.stop()
+        try:
+            yield
+        finally:
+            self.valkey.start()
+
+
+def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Wait until the probe is true; returns how long it took.
+
+    Raises:
+        AssertionError: it was not within `timeout_s`.
+    """
+    start = time.monotonic()
+    while not probe():
+        if time.monotonic() > start + timeout_s:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.1)
+    return time.monotonic() - start
 
 
 @contextmanager
@@ -99,9 +253,9 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             **environ,
         }
         with Processes(folder, settings) as processes:
-            processes.valkey(valkey_port)
+            valkey = processes.valkey(valkey_port)
             processes.run("release", procfile()["release"])
-            running = System(processes, database_url, redis_url, web_port, simulator)
+            running = System(processes, database_url, redis_url, web_port, simulator, valkey)
             running.start(*(roles or ROLES))
             try:
                 yield running
@@ -110,4 +264,4 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
                 running.engine.dispose()
 
 
-__all__ = ["ROLES", "System", "ValkeyServer", "eventually", "system"]
+__all__ = ["ROLES", "Books", "Footprint", "System", "ValkeyServer", "eventually", "system", "wait_until"]

@@ -15,10 +15,12 @@ _numbers = itertools.count(1)
 def payready(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
 ) -> Iterator[System]:
-    """payready with every role running, on each database."""
+    """Every role of payready running, on each database, and a worker of the payments service."""
     folder = tmp_path_factory.mktemp("payready")
     url = postgres_server.database() if request.param == "postgresql" else f"sqlite:///{folder}/payready.db"
-    with system(folder, url) as running:
+    with system(folder, url, PAYREADY_UNCERTAIN_GRACE_S="3") as running:
+        running.start_service()
+        running.simulator.put("defaults", slow_s=1.5, late_s=4.5)
         yield running
 
 

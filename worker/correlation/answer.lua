@@ -3,8 +3,8 @@
 --
 -- KEYS[1]  payready:{account}, see join.lua
 -- ARGV[1]  balance
--- ARGV[2]  its time (ms)
--- ARGV[3]  how much older than the call an answer may look (ms)
+-- ARGV[2]  its time (µs)
+-- ARGV[3]  how much older than the call an answer may look (µs)
 -- ARGV[4]  time to live of the key (s)
 
 local at = tonumber(ARGV[2])

@@ -2,7 +2,7 @@
 --
 -- KEYS[1]  payready:{account}, see join.lua
 -- ARGV[1]  refresh
--- ARGV[2]  now (ms)
+-- ARGV[2]  now (µs)
 -- ARGV[3]  time to live of the key (s)
 
 redis.call('HSET', KEYS[1], 'flight', ARGV[1], 'called_at', ARGV[2])

@@ -2,12 +2,12 @@
 --
 -- KEYS[1]  payready:{account}   hash:
 --   flight      id of the refresh whose call went out and is not closed
---   called_at   when that call went out (ms)
+--   called_at   when that call went out (µs)
 --   next        id of the refresh that is wanted and not called yet
 --   balance     id of the newest balance with source REFRESH
---   balance_at  its time (ms)
--- ARGV[1]  oldest balance that serves the payment (ms), or "" if none that is there already does
--- ARGV[2]  oldest call that serves it (ms)
+--   balance_at  its time (µs)
+-- ARGV[1]  oldest balance that serves the payment (µs), or "" if none that is there already does
+-- ARGV[2]  oldest call that serves it (µs)
 -- ARGV[3]  id of the refresh to lead, if it comes to that
 -- ARGV[4]  time to live of the key (s)
 --

@@ -2,7 +2,7 @@
 --
 -- KEYS[1]  payready:{account}, see join.lua
 -- ARGV[1]  refresh in flight, or ""
--- ARGV[2]  when its call went out (ms), or ""
+-- ARGV[2]  when its call went out (µs), or ""
 -- ARGV[3]  refresh that is wanted and not called yet, or ""
 -- ARGV[4]  time to live of the key (s)
 

@@ -7,7 +7,7 @@ refresh is claimed in the ledger, which refuses a second call in flight, and `re
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any, Literal, Self, cast
 
@@ -15,6 +15,7 @@ from redis import Redis, RedisError
 
 CORRELATION_AWAY = (RedisError,)
 """What is raised when Redis cannot be reached, or does not answer in time."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIME_TO_LIVE_S = 2 * 3600
 """Of an account's key, from its last use; longer than any refresh is in flight."""
 
@@ -31,8 +32,9 @@ class Standing:
     id: str
 
 
-def _ms(at: datetime) -> int:
-    return int(at.timestamp() * 1000)
+def _us(at: datetime) -> int:
+    # As exact as the ledger, or the two would disagree on what is fresh; and still a whole number to Lua.
+    return (at - EPOCH) // timedelta(microseconds=1)
 
 
 class Correlation:
@@ -66,17 +68,17 @@ class Correlation:
 
     def join(self, account_id: str, lead: str, *, oldest_balance: datetime | None, oldest_call: datetime) -> Standing:
         """Find or begin what will serve a payment; `lead` is the id of the refresh it would lead."""
-        oldest = "" if oldest_balance is None else _ms(oldest_balance)
-        kind, found = self._join([_key(account_id)], [oldest, _ms(oldest_call), lead, TIME_TO_LIVE_S])
+        oldest = "" if oldest_balance is None else _us(oldest_balance)
+        kind, found = self._join([_key(account_id)], [oldest, _us(oldest_call), lead, TIME_TO_LIVE_S])
         return Standing(kind, found)
 
     def depart(self, account_id: str, refresh_id: str, now: datetime) -> None:
         """The refresh's call is about to go out."""
-        self._depart([_key(account_id)], [refresh_id, _ms(now), TIME_TO_LIVE_S])
+        self._depart([_key(account_id)], [refresh_id, _us(now), TIME_TO_LIVE_S])
 
     def answer(self, account_id: str, balance_id: str, at: datetime, skew: timedelta) -> None:
         """A REFRESH balance came. To be told before anyone is settled by it."""
-        self._answer([_key(account_id)], [balance_id, _ms(at), int(skew.total_seconds() * 1000), TIME_TO_LIVE_S])
+        self._answer([_key(account_id)], [balance_id, _us(at), skew // timedelta(microseconds=1), TIME_TO_LIVE_S])
 
     def close(self, account_id: str, refresh_id: str) -> None:
         """Nothing more is expected of the refresh."""
@@ -84,7 +86,7 @@ class Correlation:
 
     def restore(self, account_id: str, flight: str | None, called_at: datetime | None, requested: str | None) -> None:
         """Take over what the ledger knows of the account's refreshes."""
-        called = "" if called_at is None else _ms(called_at)
+        called = "" if called_at is None else _us(called_at)
         self._restore([_key(account_id)], [flight or "", called, requested or "", TIME_TO_LIVE_S])
 
 

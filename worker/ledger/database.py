@@ -11,10 +11,22 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["LEDGER_AWAY", "Engine", "Row", "Tx", "insert_new", "lock_accounts", "open_engine", "ping", "transaction"]
+__all__ = [
+    "LEDGER_AWAY",
+    "Engine",
+    "Row",
+    "Tx",
+    "insert_new",
+    "lock_accounts",
+    "open_engine",
+    "ping",
+    "reading",
+    "transaction",
+]
 
 LEDGER_AWAY = (DBAPIError, PoolTimeout)
 """What is raised when the database cannot be reached, or does not answer in time."""
+_READING = "payready_reading"
 BUSY_S = 30
 """How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
 
@@ -24,7 +36,7 @@ def open_engine(url: str, *, connections: int = 20) -> Engine:
     if url.startswith("sqlite"):
         engine = create_engine(url, connect_args={"timeout": BUSY_S}, pool_size=connections, pool_timeout=BUSY_S)
         event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_immediate)
+        event.listen(engine, "begin", _begin)
         return engine
     url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     return create_engine(
@@ -38,14 +50,14 @@ def open_engine(url: str, *, connections: int = 20) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions of its own; see _begin_immediate
+    connection.isolation_level = None  # the driver must not begin transactions of its own; see _begin
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_immediate(connection: Tx) -> None:
+def _begin(connection: Tx) -> None:
     # A transaction that starts by reading and then writes would fail at once, not wait, when another one wrote.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if _READING in connection.get_execution_options() else "BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -53,6 +65,14 @@ def transaction(engine: Engine) -> Iterator[Tx]:
     """One transaction: committed at the end, rolled back by any exception."""
     with engine.begin() as tx:
         yield tx
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Tx]:
+    """A view of the ledger as it is at one moment. It holds up nobody who writes, and must not be written through."""
+    how = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    with engine.connect().execution_options(**{_READING: True}, **how) as connection:
+        yield connection
 
 
 def ping(engine: Engine) -> None:

@@ -188,17 +188,22 @@ def sharers(tx: Tx, refresh_id: str) -> int:
 
 def undelivered(tx: Tx, payment_ids: Sequence[str]) -> list[Due]:
     """The outcomes of these payments that were not delivered yet."""
-    return _dues(tx, R.payment_id.in_(payment_ids) & R.due_at.is_not(None), limit=None)
+    return _dues(tx, R.payment_id.in_(payment_ids) & R.due_at.is_not(None))
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
-    """Outcomes whose delivery was cut off."""
-    return _dues(tx, R.due_at <= now, limit=limit)
+    """Outcomes whose delivery was cut off, the oldest first; nobody else is given them until the next try is due."""
+    query = select(R.task_id).where(R.due_at <= now).order_by(R.due_at).limit(limit)
+    task_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
+    if not task_ids:
+        return []
+    tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=now + REDELIVERY))
+    return _dues(tx, R.task_id.in_(task_ids))
 
 
-def _dues(tx: Tx, condition: Any, limit: int | None) -> list[Due]:
+def _dues(tx: Tx, condition: ColumnElement[bool]) -> list[Due]:
     query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
-    rows = tx.execute(query.where(condition).limit(limit))
+    rows = tx.execute(query.where(condition))
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
 
 

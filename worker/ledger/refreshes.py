@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 
 from worker.ledger.database import Tx, insert_new
 from worker.ledger.tables import REFRESH
@@ -84,28 +84,30 @@ def add(tx: Tx, refresh_id: str, account_id: str, state: RefreshState, **values:
     return bool(insert_new(tx, REFRESH, [row], key="refresh_id"))
 
 
+def _unchanged(flight: Flight) -> ColumnElement[bool]:
+    # The state alone would not do: between two calls of one refresh it comes back to what it was.
+    seen = (R.refresh_id == flight.refresh_id, R.state == flight.state)
+    return and_(*seen, R.claimed_at.is_not_distinct_from(flight.claimed_at))
+
+
 def move(tx: Tx, flight: Flight, event: RefreshEvent, due_at: datetime | None, **values: Any) -> bool:
-    """Let `event` happen to the refresh; False if it is not, or no longer, in the state that the caller saw."""
+    """Let `event` happen to the refresh; False if it is no longer as the caller saw it."""
     state = after(REFRESH_LAW, flight.state, event)
     if state is None:
         return False
-    result = tx.execute(
-        update(REFRESH)
-        .where(R.refresh_id == flight.refresh_id, R.state == flight.state)
-        .values(state=state, due_at=due_at, **values)
-    )
+    result = tx.execute(update(REFRESH).where(_unchanged(flight)).values(state=state, due_at=due_at, **values))
     return bool(result.rowcount == 1)
 
 
 def postpone(tx: Tx, flight: Flight, due_at: datetime) -> None:
     """Look at the refresh again at `due_at`, if nothing happened to it meanwhile."""
-    tx.execute(update(REFRESH).where(R.refresh_id == flight.refresh_id, R.state == flight.state).values(due_at=due_at))
+    tx.execute(update(REFRESH).where(_unchanged(flight)).values(due_at=due_at))
 
 
 def put_off(tx: Tx, flight: Flight, not_before: datetime, trouble: str) -> None:
     """Let a requested refresh wait: no call could be made."""
     tx.execute(
         update(REFRESH)
-        .where(R.refresh_id == flight.refresh_id, R.state == flight.state)
+        .where(_unchanged(flight))
         .values(not_before=not_before, due_at=not_before, deferrals=flight.deferrals + 1, trouble=trouble)
     )

@@ -1,0 +1,1 @@
+"""Figures: `make bench`, and payready beside its peers."""

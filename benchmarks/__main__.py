@@ -1,0 +1,67 @@
+"""`make bench`: measure payready on this machine, print the figures, keep them as JSON."""
+
+import argparse
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import CASES
+from benchmarks.rig import rig
+
+RESULTS = Path(__file__).parent / "results" / "latest.json"
+
+
+def _sizes() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=list(CASES), action="append", help="this case only; may be repeated")
+    parser.add_argument("--rounds", type=int, default=1, help="measure so often, each time on a fresh system")
+    parser.add_argument("--n", type=int, default=2000, help="burst: payments")
+    parser.add_argument("--rate", type=float, default=20, help="paced: payments a second")
+    parser.add_argument("--seconds", type=float, default=20, help="paced: for so long")
+    parser.add_argument("--hot", type=int, default=1000, help="hot: payments on ten accounts")
+    parser.add_argument("--parked", type=int, default=5000, help="parked: payments")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures are kept")
+    return parser.parse_args()
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in figures.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value))]
+    return rows
+
+
+def _show(console: Console, case: str, rounds: list[dict[str, Any]]) -> None:
+    table = Table("figure", *(f"round {number}" for number in range(1, len(rounds) + 1)), title=case)
+    for lines in zip(*map(_flat, rounds), strict=True):
+        table.add_row(lines[0][0], *(value for _, value in lines))
+    console.print(table)
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    sizes, console = _sizes(), Console()
+    figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or CASES}
+    for _ in range(sizes.rounds):
+        for case, rounds in figures.items():
+            with console.status(f"{case}: {CASES[case].__doc__}"), rig() as running:
+                rounds.append(CASES[case](running, sizes))
+    for case, rounds in figures.items():
+        _show(console, case, rounds)
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+    chosen = {name: value for name, value in vars(sizes).items() if name not in ("out", "only")}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    kept = {"at": when, "machine": machine, "sizes": chosen, "cases": figures}
+    sizes.out.parent.mkdir(parents=True, exist_ok=True)
+    sizes.out.write_text(json.dumps(kept, indent=1) + "\n")
+    console.print(f"kept in {sizes.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What is measured; each case is a function of a warm system and the sizes that were asked for."""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import meter
+from benchmarks.rig import Rig
+
+Figures = dict[str, Any]
+TAIL_S = 1.0
+"""What is done after the last outcome (acknowledgements, notes) counts too."""
+
+
+def _quantiles(waits: Sequence[float]) -> Figures:
+    ordered = sorted(waits)
+    return {f"p{q}_ms": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 1) for q in (50, 95, 99)}
+
+
+def _settle(rig: Rig, accounts: list[str], **how: Any) -> tuple[list[str], Figures]:
+    before = meter.cpu()
+    ids = rig.enqueue(accounts, **how)
+    rig.settled(ids)
+    time.sleep(TAIL_S)
+    spent = meter.per_1000(before, meter.cpu(), len(ids))
+    released = rig.count(
+        "SELECT count(*) FROM payment WHERE payment_id BETWEEN :first AND :last AND state = 'released'",
+        first=ids[0],
+        last=ids[-1],
+    )
+    return ids, {"payments": len(ids), "released": released, "cpu_s_per_1000": spent}
+
+
+def burst(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """Payments on as many accounts, enqueued at once."""
+    ids, figures = _settle(rig, rig.accounts(sizes.n))
+    return {"payments_per_s": round(len(ids) / rig.span(ids), 1), **figures}
+
+
+def paced(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """Payments at a steady rate: from the webhook's departure to the outcome."""
+    ids, figures = _settle(rig, rig.accounts(int(sizes.rate * sizes.seconds)), per_second=sizes.rate)
+    return {"per_second": sizes.rate, **_quantiles(rig.waits(ids)), **figures}
+
+
+def hot(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """The payments of a burst on ten accounts: a call for each account, and its fee shared."""
+    accounts = rig.accounts(10)
+    ids, figures = _settle(rig, [accounts[number % 10] for number in range(sizes.hot)])
+    calls = sum(len(rig.system.simulator.calls(account)) for account in accounts)
+    return {"payments_per_s": round(len(ids) / rig.span(ids), 1), "calls": calls, **figures}
+
+
+def parked(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """Payments whose webhook does not come: what each holds, and whether a fresh one is settled at once meanwhile."""
+    memory, stored = meter.memory(), rig.stored()
+    accounts = rig.accounts(sizes.parked, "never")
+    started = time.monotonic()
+    rig.enqueue(accounts, timeout_s=3600)
+    rig.called(accounts)
+    took = time.monotonic() - started
+    time.sleep(10)  # for upkeep's first look at all of them
+    before, began = meter.cpu(), time.monotonic()
+    time.sleep(5)
+    idle = meter.busy_cores(time.monotonic() - began, _less(meter.cpu(), before))
+    held = {store: round(size / sizes.parked) for store, size in _less(rig.stored(), stored).items()}
+    grown = {role: round(size / sizes.parked) for role, size in _less(meter.memory(), memory).items()}
+    ids, _ = _settle(rig, rig.accounts(50), per_second=5)
+    return {
+        "parked": sizes.parked,
+        "parked_in_s": round(took, 1),
+        "bytes_each": held,
+        "process_bytes_each": grown,
+        "cores_while_parked": idle,
+        "fresh": _quantiles(rig.waits(ids)),
+    }
+
+
+def _less(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0) for name, value in after.items()}
+
+
+CASES: Mapping[str, Callable[[Rig, argparse.Namespace], Figures]] = {
+    "burst": burst,
+    "paced": paced,
+    "hot": hot,
+    "parked": parked,
+}

@@ -1,0 +1,65 @@
+"""payready's tasks, asked for from the command line: the same way as any payments service does."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import TimeoutError as NotInTime
+from kombu.exceptions import OperationalError
+
+from config.celery import celery_settings
+from config.settings import Settings
+from worker.correlation.store import CORRELATION_AWAY
+from worker.messages import Job
+
+ANSWER_S = 10.0
+"""How long a worker has to answer."""
+CONNECT_S = 3.0
+_AWAY = (OSError, OperationalError, *CORRELATION_AWAY, RuntimeError)
+"""What is raised without a broker or a result backend; the last by Celery, when it has tried often enough."""
+
+
+class NoAnswer(Exception):
+    """The broker, the result backend or a worker did not answer; the message says what to look at."""
+
+
+@contextmanager
+def _client(settings: Settings) -> Iterator[Celery]:
+    with Celery("payready-console", set_as_current=False) as app:
+        app.conf.update(celery_settings(settings))
+        try:
+            with app.connection_for_write() as connection:  # a person waits: say soon that there is no broker
+                connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
+            yield app
+        except NotInTime:
+            raise NoAnswer("no worker has done it yet, it stays in the queue; does a worker run?") from None
+        except _AWAY as error:
+            raise NoAnswer(f"the broker or the result backend is away: {error} (PAYREADY_REDIS_URL)") from None
+
+
+def enqueue(settings: Settings, arguments: Mapping[str, Any], *, wait_s: float | None) -> Any:
+    """Enqueue a job; returns its task's id, or its outcome if it is waited for.
+
+    Raises:
+        PaymentNotReady, InvalidJob: it was waited for, and this came of it.
+        NoAnswer: nothing came of it in time, or there is no broker.
+    """
+    with _client(settings) as app:
+        result = app.send_task("payments.initiate", kwargs=dict(arguments))
+        return result.id if wait_s is None else result.get(timeout=wait_s)
+
+
+def cancel(settings: Settings, payment_id: str) -> bool:
+    """Cancel a waiting payment; False if it was settled before, or nobody knows it.
+
+    Raises:
+        NoAnswer: no worker took the request in time, or there is no broker.
+    """
+    with _client(settings) as app:
+        return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=ANSWER_S))
+
+
+def as_arguments(job: Job) -> dict[str, Any]:
+    """A job as it goes on the wire."""
+    return job.model_dump(mode="json", exclude_defaults=True)

@@ -1,0 +1,278 @@
+"""The console's pictures: tables and timelines for people, JSON for programs."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from console.plan import Order
+from console.referee import Finding
+from worker.fees import EntryState
+from worker.ledger.reports import CallLine, Charge, Fee, Line, Timeline
+from worker.messages import plain
+from worker.payment import PaymentState
+
+SUMS = ("amount", "fixed", "needed", "available", "limit", "released_since", "there")
+"""The sums of money in a verdict's arithmetic."""
+STYLES = {
+    "released": "green",
+    "failed": "red",
+    "refused": "red",
+    "waiting": "yellow",
+    "posted": "",
+    "pending": "yellow",
+}
+
+
+def as_json(value: Any) -> str:
+    """Any report as JSON: money as strings, times in UTC."""
+    return json.dumps(value, default=_json_value, indent=2)
+
+
+def _json_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Decimal):
+        return plain(value)
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    raise TypeError(f"{type(value).__name__} has no JSON")
+
+
+def money(value: Decimal) -> str:
+    """A sum with two decimal places, or as many more as it has."""
+    whole, _, fraction = plain(value).partition(".")
+    return f"{whole}.{fraction.rstrip('0').ljust(2, '0')}"
+
+
+def _fee(line: Line) -> str:
+    return "reused" if line.reused else f"{money(line.fee.amount)} {line.fee.state}" if line.fee else ""
+
+
+def _waited(line: Line, now: datetime) -> str:
+    return f"{((line.settled_at or now) - line.requested_at).total_seconds():.1f} s"
+
+
+def _styled(state: str) -> Text:
+    return Text(state, STYLES.get(state, ""))
+
+
+def _table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return table
+
+
+def payments(lines: Sequence[Line], now: datetime) -> RenderableType:
+    """Payments as a list."""
+    if not lines:
+        return Text("no payments")
+    table = _table("payment", "account", "state", "verdict or reason", "waited", "fee", "requested", right=["waited"])
+    for line in lines:
+        requested = f"{line.requested_at:%Y-%m-%d %H:%M:%S}Z"
+        state = _styled(line.state.value)
+        table.add_row(
+            line.payment_id, line.account_id, state, line.word or "", _waited(line, now), _fee(line), requested
+        )
+    return table
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+BOARD = {"order": 9, "what happens": 26, "state": 8, "verdict or reason": 20, "waited": 6, "fee share": 15, "told": 4}
+"""The columns of the demo's board, and their widths: it keeps its shape while it fills."""
+BOARD_WIDTH = sum(BOARD.values()) + 2 * (len(BOARD) - 1)
+
+
+def board(
+    plan: Sequence[Order],
+    lines: Mapping[str, Line],
+    told: Mapping[str, Mapping[str, Any]],
+    now: datetime,
+    *,
+    width: int = BOARD_WIDTH,
+) -> Table:
+    """The demo's orders, as far as they have come; where there is no room, without what happens in each."""
+    hidden = 1 if width < BOARD_WIDTH else None
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for number, (name, column_width) in enumerate(BOARD.items()):
+        if number != hidden:
+            justify: JustifyMethod = "right" if name == "waited" else "left"
+            table.add_column(name, min_width=column_width, no_wrap=True, justify=justify)
+    for order in plan:
+        cells = order_cells(order, lines.get(order.payment_id), told.get(order.name), now)
+        table.add_row(*(cell for number, cell in enumerate(cells) if number != hidden))
+    return table
+
+
+def order_cells(
+    order: Order, line: Line | None, told: Mapping[str, Any] | None, now: datetime
+) -> tuple[str | Text, ...]:
+    """One order's row. A job that was refused has no payment of its own."""
+    tick = "✓" if told else ""
+    if order.promise.end == "refused":
+        ending, word = ("refused", str(told["word"])) if told else ("", "")
+        return order.name, order.tells, _styled(ending), word, "", "", tick
+    if line is None:
+        return order.name, order.tells, Text(""), "", "", "", tick
+    state = _styled(line.state.value)
+    return order.name, order.tells, state, line.word or "", _waited(line, now), _fee(line), tick
+
+
+def verdicts(found: Sequence[Finding]) -> RenderableType:
+    """What the referee found."""
+    return Group(*(_finding(finding) for finding in found))
+
+
+def _finding(finding: Finding) -> Text:
+    text = Text()
+    if finding.otherwise:
+        text.append("✗ ", "bold red").append(f"{finding.promise}; but")
+        for line in finding.otherwise:
+            text.append(f"\n    {line}", "red")
+    else:
+        text.append("✓ ", "bold green").append(finding.promise)
+        if finding.cases > 1:
+            text.append(f" ({finding.cases})", "dim")
+    return text
+
+
+# --- fees -------------------------------------------------------------------------------------------------------------
+
+
+def statement(charges: Sequence[Charge], title: str) -> RenderableType:
+    """A fee statement."""
+    table = _table("calls", "state", "price", "amount", "", title=title, right=["calls", "price", "amount"])
+    for charge in charges:
+        state = _styled(charge.state.value)
+        table.add_row(str(charge.calls), state, money(charge.price), money(charge.amount), charge.currency)
+    sums = [_sum(currency, totals) for currency, totals in totals_of(charges).items()]
+    return Group(table, *sums) if charges else Group(Text(title, "bold"), Text("no calls"))
+
+
+def totals_of(charges: Sequence[Charge]) -> dict[str, dict[str, Any]]:
+    """By currency: how many calls, what is due, and what may be."""
+    totals: dict[str, dict[str, Any]] = {}
+    for charge in charges:
+        total = totals.setdefault(charge.currency, {"calls": 0, "posted": Decimal(0), "pending": Decimal(0)})
+        total["calls"] += charge.calls
+        if charge.state != EntryState.VOID:
+            total[charge.state.value] += charge.amount
+    return totals
+
+
+def _sum(currency: str, total: Mapping[str, Any]) -> Text:
+    text = Text(f"{total['calls']} calls; {money(total['posted'])} {currency} due")
+    if total["pending"]:
+        text.append(f", {money(total['pending'])} {currency} may be: their answers were lost")
+    return text
+
+
+# --- one payment ------------------------------------------------------------------------------------------------------
+
+
+def timeline(found: Timeline, now: datetime) -> RenderableType:
+    """Everything that is known of one payment, in the order in which it happened."""
+    line = found.payment
+    table = _table("after", "what", "", right=["after"])
+    table.columns[-1].no_wrap = False
+    for at, what, detail in sorted(_events(found), key=lambda event: event[0]):
+        table.add_row(f"{(at - line.requested_at).total_seconds():.3f} s", what, detail)
+    head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", _styled(line.state.value))
+    if line.word:
+        head.append(f": {line.word}")
+    facts = [Text(fact) for fact in _facts(found, now)]
+    return Group(
+        head, Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim"), Text(), table, Text(), *facts
+    )
+
+
+def _events(found: Timeline) -> Iterator[tuple[datetime, str, str]]:
+    line = found.payment
+    yield line.requested_at, "job taken in", _job(found)
+    for call in found.calls:
+        yield call.called_at, "call", f"{call.call_id}, fee entry pending: {money(call.price)} {call.currency}"
+        if call.closed_at:
+            yield call.closed_at, f"fee {call.state}", f"{call.call_id}, {_evidence(call)}"
+    if found.balance:
+        figure = "null" if found.balance.available is None else money(found.balance.available)
+        yield found.balance.received_at, "balance", f"{found.balance.balance_id}, available {figure}, {_at(found)}"
+    if line.settled_at:
+        yield line.settled_at, line.state.value, line.word or ""
+    else:
+        yield line.deadline, "deadline", "not yet"
+    for reply in found.replies:
+        if reply.delivered_at:
+            yield reply.delivered_at, "outcome delivered", f"to task {reply.task_id}"
+
+
+def _job(found: Timeline) -> str:
+    job = found.job
+    amount = f"{job['amount']} {job.get('currency', 'USD')}" if "amount" in job else "no amount"
+    seconds = (found.payment.deadline - found.payment.requested_at).total_seconds()
+    return f"{amount}, waits {seconds:.0f} s at most"
+
+
+def _evidence(call: CallLine) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (call.evidence or {}).items())
+
+
+def _at(found: Timeline) -> str:
+    return f"as of {found.balance.at:%H:%M:%S}Z" if found.balance else ""
+
+
+def _facts(found: Timeline, now: datetime) -> Iterator[str]:
+    line = found.payment
+    if line.state == PaymentState.WAITING:
+        yield f"waits since {_waited(line, now)} for a balance of {line.account_id}"
+    if found.arithmetic:
+        yield _sentence(found.arithmetic)
+    if line.state == PaymentState.FAILED and found.outcome:
+        yield f"detail: {found.outcome['detail']}"
+    if found.refresh:
+        yield f"refresh {found.refresh.refresh_id}: {found.refresh.state}" + (
+            f", last trouble: {found.refresh.trouble}" if found.refresh.trouble else ""
+        )
+    yield _fee_fact(line)
+    waiting = [reply.task_id for reply in found.replies if not reply.delivered_at]
+    if waiting:
+        yield f"not told yet: {', '.join(waiting)}"
+
+
+def _fee_fact(line: Line) -> str:
+    if line.reused:
+        return "fee: none, an earlier call's balance served"
+    if line.state == PaymentState.WAITING:
+        return "fee: its share is known when it is settled"
+    return "fee: none" if line.fee is None else f"fee: {_share(line.fee)}"
+
+
+def _share(fee: Fee) -> str:
+    amount = f"{plain(fee.amount)} {fee.currency}, {fee.state}"
+    return (
+        amount if fee.shared_by == 1 else f"{amount}: a share of {money(fee.total)}, between {fee.shared_by} payments"
+    )
+
+
+def _sentence(arithmetic: Mapping[str, Any]) -> str:
+    """The verdict's arithmetic as sums."""
+    sums = {key: money(Decimal(value)) for key, value in arithmetic.items() if key in SUMS and value is not None}
+    needed = f"{sums['needed']} {arithmetic['currency']} needed"
+    if sums["needed"] != sums["amount"]:
+        needed += f" = {sums['amount']} * {arithmetic['multiplier']} + {sums['fixed']}"
+    if "there" not in sums:
+        return f"{needed}; what is available is not known"
+    parts = [f"{sums['available']} available"]
+    if "limit" in sums:
+        parts.append(f"+ {sums['limit']} overdraft")
+    if arithmetic["released_count"]:
+        parts.append(f"- {sums['released_since']} released on it since ({arithmetic['released_count']})")
+    return f"{needed}; {parts[0]}" if len(parts) == 1 else f"{needed}; {sums['there']} there = {' '.join(parts)}"

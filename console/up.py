@@ -1,0 +1,73 @@
+"""`payready up`: the same processes, for as long as you like; what they learn is kept in `.run/up/`."""
+
+import fcntl
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from console.interrupts import Interrupted, Interrupts
+from console.processes import ROOT, StartError
+from console.stage import FLOWER_LOGIN, Stage, Wishes, stage
+
+FOLDER = ROOT / ".run" / "up"
+PORTS = Wishes(web=8000, flower=5555, simulator=9900, valkey=6390)
+LOOK_S = 0.5
+
+
+def up(console: Console, interrupts: Interrupts, folder: Path = FOLDER) -> int:
+    """Run payready until a signal comes; returns the exit status.
+
+    Raises:
+        StartError: a process did not come up, ended by itself, or payready is up in this folder already.
+        Interrupted: before it was up.
+    """
+    with _alone(folder), stage(folder, interrupts.check, PORTS) as running:
+        environ = folder / "env"
+        environ.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in running.settings.items()))
+        _tell(console, running, environ)
+        try:
+            while not (ended := running.processes.ended()):
+                interrupts.sleep(LOOK_S)
+        except Interrupted:
+            console.print("stopping ...")
+            return 0
+        raise StartError(f"{ended[0]} ended with status {ended[1]}, see {running.processes.log_of(ended[0])}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder, which one payready at a time can use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"payready is up already: its addresses are in {folder / 'env'}") from None
+        yield
+
+
+def _tell(console: Console, running: Stage, environ: Path) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("webhook endpoint", f"{running.web_url}/webhooks/quiltt")
+    table.add_row("Flower", f"{running.flower_url}  login {FLOWER_LOGIN}")
+    table.add_row("simulator", f"{running.simulator_url}  (stands in for Quiltt; python -m simulator --list)")
+    table.add_row("broker and results", running.redis_url)
+    table.add_row("ledger", running.database_url)
+    table.add_row("logs", str(running.processes.folder))
+    console.print("[bold green]payready is up.[/] Ctrl-C stops it; what is in the ledger stays.\n", highlight=False)
+    console.print(table, soft_wrap=True)
+    console.print("\nIn another terminal, start a payment and look at it:\n")
+    for line in (f". {shlex.quote(str(environ))}", *EXAMPLES):
+        console.print(f"    {line}", style="cyan", highlight=False, soft_wrap=True)
+    console.print()
+
+
+EXAMPLES = (
+    ".venv/bin/payready payment enqueue acct_slow01 --amount 25.00 --id pay_1 --wait",
+    ".venv/bin/payready payment show pay_1",
+    ".venv/bin/payready fees statement",
+)

@@ -1,0 +1,358 @@
+"""Everything a team can do with a task's result, done with a payment.
+
+Each primitive is built twice: once all its payments are released, once its *doubtful* ones fail. Notes are tasks of
+the payments service that write down how they were called; `released` and `failed` name those that must be called.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from celery import Celery, chain, chord, group
+from celery.canvas import Signature
+from celery.exceptions import CPendingDeprecationWarning
+
+Outcome = str
+RELEASED, FAILED = "released", "failed"
+
+
+@dataclass
+class Kit:
+    """What primitives are built of. `task` is payready's, or its twin's."""
+
+    app: Celery
+    task: str
+    queue: str
+    account_id: str
+    tag: str
+    fails: bool
+    payments: list[str] = field(default_factory=list)
+    """Ids of those that begin to wait without another one's outcome."""
+
+    def note(self, mark: str, *, returns: Any = None, args: tuple[Any, ...] = (), **options: Any) -> Signature:
+        """A task of the payments service."""
+        kwargs = {"tag": self.tag, "mark": mark, "returns": returns}
+        return self.app.signature("ledger.note", args=args, kwargs=kwargs, **{"queue": "svc", **_listed(options)})
+
+    def new_style(self, mark: str) -> Signature:
+        """An errback that is called with the request, the error and the traceback."""
+        return self.app.signature("hooks.new_style", kwargs={"tag": self.tag, "mark": mark}, queue="svc")
+
+    def job(self, mark: str = "pay", *, doubtful: bool = True, later: bool = False) -> dict[str, Any]:
+        """The arguments of a payment."""
+        payment_id = f"{self.tag}/{mark}"
+        if not later:
+            self.payments.append(payment_id)
+        amount = "9999.00" if doubtful and self.fails else "0.01"
+        return {
+            "payment_id": payment_id,
+            "account_id": self.account_id,
+            "amount": amount,
+            "timeout_s": 100,
+            "max_balance_age_s": 600,
+        }
+
+    def pay(self, mark: str = "pay", *, doubtful: bool = True, later: bool = False, **options: Any) -> Signature:
+        """A payment; a doubtful one fails if this is to fail."""
+        return self.built(kwargs=self.job(mark, doubtful=doubtful, later=later), **options)
+
+    def built(self, **options: Any) -> Signature:
+        """A payment whose job comes from the task before it."""
+        return self.app.signature(self.task, **{"queue": self.queue, **_listed(options)})
+
+
+def _listed(options: dict[str, Any]) -> dict[str, Any]:
+    """One callback as a list of one, as `Signature.link` makes it: Celery does not find it everywhere otherwise."""
+    return {
+        name: [value] if name in ("link", "link_error") and isinstance(value, Signature) else value
+        for name, value in options.items()
+    }
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A way to use a payment, and the notes that are called then."""
+
+    name: str
+    build: Callable[[Kit], Signature]
+    has_result: bool
+    released: frozenset[str]
+    failed: frozenset[str]
+    once: frozenset[str]
+    """Notes that are called once even if the outcomes are delivered twice."""
+    first: frozenset[str]
+    """Notes that are called before a payment waits, or beside it."""
+    joined: frozenset[str]
+    """Tasks that come after several others, the last of which is their parent."""
+    hangs: bool = False
+    """Celery itself leaves the last result pending when a task before it fails."""
+    payments: frozenset[str] = frozenset(("pay", "good", "third", "then", "deep"))
+
+    def expected(self, outcome: Outcome) -> frozenset[str]:
+        """The notes that must be called, and no others."""
+        return self.released if outcome == RELEASED else self.failed
+
+    def before(self, outcome: Outcome) -> frozenset[str]:
+        """Notes that are called before a payment waits."""
+        return self.first & self.expected(outcome)
+
+
+PRIMITIVES: list[Primitive] = []
+Build = Callable[[Kit], Signature]
+
+
+def primitive(
+    released: str,
+    failed: str,
+    *,
+    once: str = "",
+    first: str = "",
+    joined: str = "",
+    has_result: bool = True,
+    hangs: bool = False,
+) -> Callable[[Build], Build]:
+    """Add to the list."""
+
+    def add(build: Build) -> Build:
+        PRIMITIVES.append(
+            Primitive(
+                build.__name__.replace("_", " "),
+                build,
+                released=frozenset(released.split()),
+                failed=frozenset(failed.split()),
+                once=frozenset(once.split()),
+                first=frozenset(first.split()),
+                joined=frozenset((joined or once).split()),
+                has_result=has_result,
+                hangs=hangs,
+            )
+        )
+        return build
+
+    return add
+
+
+@primitive("", "")
+def alone(kit: Kit) -> Signature:
+    return kit.pay()
+
+
+@primitive("next", "sorry")
+def link_and_link_error(kit: Kit) -> Signature:
+    return kit.pay(link=kit.note("next"), link_error=kit.note("sorry"))
+
+
+@primitive("a b c", "x y")
+def several_links_and_errbacks(kit: Kit) -> Signature:
+    links = [kit.note("a"), kit.note("b", immutable=True), kit.note("c", args=("more",))]
+    return kit.pay(link=links, link_error=[kit.note("x"), kit.note("y", immutable=True)])
+
+
+@primitive("", "new old")
+def new_style_errback(kit: Kit) -> Signature:
+    return kit.pay(link_error=[kit.new_style("new"), kit.note("old")])
+
+
+@primitive("soon", "sorry")
+def link_with_countdown(kit: Kit) -> Signature:
+    return kit.pay(link=kit.note("soon", countdown=1), link_error=kit.note("sorry", countdown=1))
+
+
+@primitive("typed", "")
+def link_with_typed_arguments_and_expires(kit: Kit) -> Signature:
+    when = datetime(2100, 1, 1, tzinfo=UTC)
+    args = (when, Decimal("1.10"), UUID(int=7), b"bytes")
+    return kit.pay(link=kit.note("typed", args=args, expires=when))
+
+
+@primitive("a b", "")
+def link_to_a_chain(kit: Kit) -> Signature:
+    return kit.pay(link=chain(kit.note("a"), kit.note("b"), app=kit.app))
+
+
+@primitive("a b c", "")
+def link_to_a_group_and_a_task(kit: Kit) -> Signature:
+    return kit.pay(link=[group(kit.note("a"), kit.note("b"), app=kit.app), kit.note("c")])
+
+
+@primitive("a b body", "", joined="body")
+def link_to_a_chord(kit: Kit) -> Signature:
+    return kit.pay(link=chord([kit.note("a"), kit.note("b")], kit.note("body"), app=kit.app))
+
+
+@primitive("next after", "")
+def links_of_a_link(kit: Kit) -> Signature:
+    return kit.pay(link=kit.note("next", link=kit.note("after")))
+
+
+@primitive("unrouted", "sorry")
+def link_without_a_queue(kit: Kit) -> Signature:
+    return kit.pay(link=kit.note("unrouted", queue=None), link_error=kit.note("sorry", queue=None))
+
+
+@primitive("a b", "sorry")
+def chain_first(kit: Kit) -> Signature:
+    return chain(kit.pay(link_error=kit.note("sorry")), kit.note("a"), kit.note("b"), app=kit.app)
+
+
+@primitive("job a b", "job sorry", first="job")
+def chain_middle(kit: Kit) -> Signature:
+    job = kit.note("job", returns=kit.job())
+    return chain(job, kit.built(link_error=kit.note("sorry")), kit.note("a"), kit.note("b"), app=kit.app)
+
+
+@primitive("job", "job sorry", first="job")
+def chain_last(kit: Kit) -> Signature:
+    return chain(kit.note("job", returns=kit.job()), kit.built(link_error=kit.note("sorry")), app=kit.app)
+
+
+@primitive("a job b", "")
+def two_payments_in_a_chain(kit: Kit) -> Signature:
+    then = kit.job("then", later=True)
+    return chain(
+        kit.pay(), kit.note("a"), kit.note("job", returns=then), kit.built(), kit.note("b", immutable=True), app=kit.app
+    )
+
+
+@primitive("a b c", "a", first="a")
+def immutable_signatures(kit: Kit) -> Signature:
+    return chain(kit.note("a"), kit.pay(immutable=True), kit.note("b", immutable=True), kit.note("c"), app=kit.app)
+
+
+@primitive("next", "sorry")
+def on_error_of_a_chain(kit: Kit) -> Signature:
+    return chain(kit.pay(), kit.note("next"), app=kit.app).on_error(kit.note("sorry"))
+
+
+@primitive("a b", "sorry b")
+def group_of_payments(kit: Kit) -> Signature:
+    doubtful = kit.pay(link=kit.note("a"), link_error=kit.note("sorry"))
+    return group(doubtful, kit.pay("good", doubtful=False, link=kit.note("b")), kit.pay("third"), app=kit.app)
+
+
+@primitive("", "sorry")
+def link_error_of_a_group(kit: Kit) -> Signature:
+    payments = group(kit.pay(), kit.pay("good", doubtful=False), app=kit.app)
+    payments.link_error(kit.note("sorry"))
+    return payments
+
+
+@primitive("a b", "", hangs=True)
+def group_at_the_end_of_a_chain(kit: Kit) -> Signature:
+    return chain(kit.pay(), group(kit.note("a"), kit.note("b"), app=kit.app), app=kit.app)
+
+
+@primitive("x body", "x sorry", first="x", once="body sorry", joined="body")
+def chord_header(kit: Kit) -> Signature:
+    header = [kit.pay(), kit.note("x"), kit.pay("good", doubtful=False), kit.pay("third", doubtful=False)]
+    return chord(header, kit.note("body", link_error=kit.note("sorry")), app=kit.app)
+
+
+@primitive("body", "sorry", once="body sorry")
+def chord_with_on_error(kit: Kit) -> Signature:
+    payments = chord([kit.pay(), kit.pay("good", doubtful=False)], kit.note("body"), app=kit.app)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CPendingDeprecationWarning)  # of what some other release may make of it
+        return payments.on_error(kit.note("sorry"))
+
+
+@primitive("a b next", "a b sorry", first="a b", joined="pay")
+def chord_body(kit: Kit) -> Signature:
+    body = kit.pay(immutable=True, link=kit.note("next"), link_error=kit.note("sorry"))
+    return chord([kit.note("a"), kit.note("b")], body, app=kit.app)
+
+
+@primitive("job next", "", joined="then")
+def chord_header_and_body(kit: Kit) -> Signature:
+    header = [chain(kit.pay(), kit.note("job", immutable=True), app=kit.app), kit.pay("good", doubtful=False)]
+    body = kit.pay("then", later=True, immutable=True, link=kit.note("next"))
+    return chord(header, body, app=kit.app)
+
+
+@primitive("a b", "", once="a b")
+def chord_whose_body_is_a_group(kit: Kit) -> Signature:
+    body = group(kit.note("a"), kit.note("b"), app=kit.app)
+    return chord([kit.pay(), kit.pay("good", doubtful=False)], body, app=kit.app)
+
+
+@primitive("a b", "sorry", once="a b sorry")
+def chord_whose_body_is_a_chain(kit: Kit) -> Signature:
+    body = chain(kit.note("a"), kit.note("b"), app=kit.app).on_error(kit.note("sorry"))
+    return chord([kit.pay(), kit.pay("good", doubtful=False)], body, app=kit.app)
+
+
+@primitive("x inner outer", "x", first="x", once="inner outer", hangs=True)
+def chord_in_a_chord(kit: Kit) -> Signature:
+    inner = chord([kit.pay(), kit.note("x")], kit.note("inner"), app=kit.app)
+    return chord([inner, kit.pay("good", doubtful=False)], kit.note("outer"), app=kit.app)
+
+
+@primitive("body after", "", once="body after", joined="body")
+def group_then_tasks(kit: Kit) -> Signature:
+    payments = group(kit.pay(), kit.pay("good", doubtful=False), app=kit.app)
+    return chain(payments, kit.note("body"), kit.note("after"), app=kit.app)
+
+
+@primitive("begin a b c d body after", "begin b c d", first="begin b c", once="body after d", joined="d body")
+def chains_in_groups_in_chains(kit: Kit) -> Signature:
+    inner = group(kit.pay("deep", doubtful=False, immutable=True), kit.note("c"), app=kit.app)
+    return chain(
+        kit.note("begin"),
+        group(
+            chain(kit.pay(immutable=True), kit.note("a"), app=kit.app),
+            chain(kit.note("b"), inner, kit.note("d"), app=kit.app),
+            app=kit.app,
+        ),
+        kit.note("body"),
+        kit.note("after"),
+        app=kit.app,
+    )
+
+
+@primitive("next", "sorry")
+def stamps(kit: Kit) -> Signature:
+    stamped = chain(kit.pay(link_error=kit.note("sorry")), kit.note("next"), app=kit.app)
+    stamped.stamp(order="order-7", batch=["b1", "b2"])
+    return stamped
+
+
+@primitive("next", "sorry")
+def headers(kit: Kit) -> Signature:
+    traced: dict[str, Any] = {"headers": {"trace": "of-callback"}}
+    return kit.pay(
+        headers={"trace": "of-payment"}, link=kit.note("next", **traced), link_error=kit.note("sorry", **traced)
+    )
+
+
+@primitive("urgent usual", "sorry")
+def priority(kit: Kit) -> Signature:
+    links = [kit.note("urgent", priority=6), kit.note("usual")]
+    return kit.pay(priority=3, link=links, link_error=kit.note("sorry", priority=9))
+
+
+@primitive("linked a", "sorry", has_result=False)
+def ignore_result(kit: Kit) -> Signature:
+    payment = kit.pay(ignore_result=True, link=kit.note("linked"), link_error=kit.note("sorry"))
+    return chain(payment, kit.note("a", ignore_result=True), app=kit.app)
+
+
+@primitive("body", "", once="body")
+def ignore_result_in_a_chord(kit: Kit) -> Signature:
+    header = [kit.pay(ignore_result=True), kit.pay("good", doubtful=False, ignore_result=True)]
+    return chord(header, kit.note("body"), app=kit.app)
+
+
+@primitive("before next", "before sorry", first="before")
+def replaced_by_a_payment(kit: Kit) -> Signature:
+    other = kit.pay(link_error=kit.note("sorry"))
+    kwargs = {"tag": kit.tag, "mark": "before", "other": other}
+    return chain(kit.app.signature("ledger.become", kwargs=kwargs, queue="svc"), kit.note("next"), app=kit.app)
+
+
+@primitive("next", "sorry")
+def expires(kit: Kit) -> Signature:
+    return chain(kit.pay(expires=3600, link_error=kit.note("sorry")), kit.note("next", expires=3600), app=kit.app)

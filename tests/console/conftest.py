@@ -1,0 +1,117 @@
+"""A ledger to ask, on both databases, with a small history."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from sqlmodel import SQLModel
+
+from tests.support.servers import Postgres
+from worker.fees import EntryState, Price
+from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger.database import open_engine, transaction
+from worker.ledger.payments import Settlement
+from worker.ledger.refreshes import Flight
+from worker.messages import Balance, Job
+from worker.payment import PaymentState, RefreshEvent, RefreshState
+
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+DIME = Price(Decimal("0.100000"), "USD", "2026-11-22")
+
+
+@dataclass(frozen=True)
+class Books:
+    """A ledger that can be written to, by hand."""
+
+    url: str
+    engine: Engine
+
+    def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
+        """A payment that waits, with one task."""
+        with transaction(self.engine) as tx:
+            payments.record(tx, Job(payment_id=payment_id, account_id=account_id, **job), at)
+            payments.await_outcome(tx, payment_id, {"id": f"task-{payment_id}"}, due_at=None)
+
+    def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
+        """Its end; with `delivered`, its task was told."""
+        delivered = how.pop("delivered", True)
+        settled: dict[str, Any] = {"outcome": {"reason": how.get("reason"), "detail": "the detail"}, **how}
+        with transaction(self.engine) as tx:
+            payments.settle(tx, [Settlement(payment_id=payment_id, state=state, settled_at=at, **settled)])
+            if delivered:
+                payments.delivered(tx, [f"task-{payment_id}"], at + timedelta(seconds=1))
+
+    def call(
+        self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
+    ) -> None:
+        """One call of a refresh, and how its fee ended."""
+        with transaction(self.engine) as tx:
+            if refreshes.add(tx, refresh_id, account_id, RefreshState.REQUESTED, due_at=at):
+                flight = refreshes.find(tx, refresh_id)
+                assert isinstance(flight, Flight)
+                refreshes.move(tx, flight, RefreshEvent.CLAIM, at, called_at=at, claimed_at=at)
+            call_id = f"call_{refresh_id}_{len(fees.calls_of(tx, [refresh_id]))}"
+            call = fees.open_entry(tx, call_id, refresh_id, account_id, price, at)
+            if end is not None:
+                fees.close_entry(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
+
+    def balance(self, balance_id: str, account_id: str, at: datetime, available: Decimal | None) -> None:
+        """A balance that came, and was applied."""
+        figures = {"available": available, "current": None, "limit": None}
+        balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
+        with transaction(self.engine) as tx:
+            balances.keep(tx, [("evt_1", balance)], at)
+            balances.applied(tx, balance_id, None)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[Books]:
+    """An empty ledger."""
+    url = f"sqlite:///{tmp_path}/ledger.db" if request.param == "sqlite" else postgres_server.database()
+    engine = open_engine(url)
+    SQLModel.metadata.create_all(engine)
+    yield Books(url, engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def history(books: Books) -> Books:
+    """Three payments on one refresh with a repeated call, one that waits, one that was refused, one that reused."""
+    at = [NOON + timedelta(seconds=s) for s in range(20)]
+    for number in (1, 2, 3):
+        books.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})
+    books.call("ref_a", "acct_a", EntryState.POSTED, at[4])
+    books.call("ref_a", "acct_a", None, at[5])
+    books.balance("bal_a", "acct_a", at[6], Decimal("60.00"))
+    arithmetic = {
+        "amount": "25.00",
+        "multiplier": "1",
+        "fixed": "0",
+        "needed": "25.00",
+        "available": "60.00",
+        "limit": None,
+        "released_since": "50.00",
+        "released_count": 2,
+        "there": "10.00",
+        "currency": "USD",
+    }
+    served = {"refresh_id": "ref_a", "balance_id": "bal_a"}
+    for number in (1, 2):
+        outcome = {"payment_id": f"pay_{number}", "state": "released", "verdict": "sufficient"}
+        books.settle(f"pay_{number}", PaymentState.RELEASED, at[7], outcome=outcome, **served)
+    failed = {"reason": "insufficient_funds", "arithmetic": arithmetic, "delivered": False}
+    books.settle("pay_3", PaymentState.FAILED, at[7], **failed, **served)
+    books.payment("pay_reused", "acct_a", at[8])
+    reused = {"outcome": {"verdict": "not_asked"}, **served}
+    books.settle("pay_reused", PaymentState.RELEASED, at[9], reused=True, **reused)
+    books.payment("pay_refused", "acct_b", at[10])
+    books.call("ref_b", "acct_b", EntryState.VOID, at[11])
+    books.settle("pay_refused", PaymentState.FAILED, at[12], reason="account_not_found", refresh_id="ref_b")
+    books.payment("pay_waits", "acct_c", at[13])
+    books.call("ref_c", "acct_c", EntryState.POSTED, at[14])
+    return books

@@ -1,0 +1,244 @@
+"""Invariant 4: every attempted call has an entry that was written before it; entries are only added."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from tests.support.world import START, World
+from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.fees import EntryState
+from worker.ledger import fees
+from worker.ledger.database import transaction
+
+A = "acct_fees"
+
+
+def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: World) -> None:
+    """While the provider is asked, another connection sees the entry, with the price and its list."""
+    seen: list[dict[str, object]] = []
+
+    def look_into_the_ledger() -> int:
+        seen.extend(payready.rows("SELECT state, price, currency, price_list, account_id FROM fee_entry"))
+        return 202
+
+    payready.provider.script[A] = [look_into_the_ledger]
+    payready.initiate("p1", A)
+    payready.work()
+    assert [(row["state"], Decimal(str(row["price"]))) for row in seen] == [("pending", Decimal("0.100000"))]
+    assert (seen[0]["currency"], seen[0]["price_list"], seen[0]["account_id"]) == ("USD", "test", A)
+
+
+@pytest.mark.parametrize(
+    ("answer", "entries"),
+    [
+        (202, ["1 pending", "1 posted"]),
+        (Refused(404, Reason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
+        (Throttled("rate limit", None), ["1 pending", "1 void"]),
+        (Unsent("no connection"), ["1 pending", "1 void"]),
+        (Uncertain("read timeout"), ["1 pending"]),
+        (Uncertain("500", 500), ["1 pending"]),
+    ],
+)
+def test_what_the_answer_does_to_the_entry(payready: World, answer: int | CallFailed, entries: list[str]) -> None:
+    """Accepted is posted, refused is void, and what nobody knows stays pending."""
+    payready.provider.script[A] = [answer]
+    payready.initiate("p1", A)
+    payready.work()
+    assert payready.fees(A) == entries
+
+
+def test_an_uncertain_call_is_posted_by_its_event(payready: World) -> None:
+    """The balance proves that the call was accepted; the entry names the event as evidence."""
+    payready.provider.script[A] = [Uncertain("read timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.clock.advance(2)
+    balance_id = payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+    assert balance_id in str(payready.rows("SELECT evidence FROM fee_entry WHERE state = 'posted'")[0]["evidence"])
+    assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
+
+
+def test_an_event_before_the_answer_posts_once(payready: World) -> None:
+    """The webhook overtakes the 202: one posted entry, and the refresh stays answered."""
+
+    def webhook_first() -> int:
+        payready.balance(A)
+        payready.work()
+        return 202
+
+    payready.provider.script[A] = [webhook_first]
+    payready.initiate("p1", A)
+    payready.work()
+    assert payready.state("p1") == "released"
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+    assert payready.refreshes(A) == ["answered"]
+
+
+def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: World) -> None:
+    """Both stay pending, and the outcome says that the fee is not certain."""
+    payready.provider.script[A] = [Uncertain("timeout"), Uncertain("timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.pass_time(16)
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "2 pending"]
+    assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "USD", "state": "pending"}
+
+
+def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payready: World) -> None:
+    """After the deadline: the first payment stays failed, the next one needs no call and owes nothing."""
+    payready.provider.script[A] = [Uncertain("timeout"), Unsent("no connection")]
+    payready.initiate("p1", A, timeout_s=10)
+    payready.work()
+    payready.pass_time(10)
+    assert payready.state("p1") == "provider_unavailable"
+    payready.clock.advance(20)
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+    assert payready.state("p1") == "provider_unavailable"
+    payready.clock.advance(5)
+    payready.initiate("p2", A)
+    payready.work()
+    outcome = payready.outcome("p2")
+    assert outcome["state"] == "released"
+    assert outcome["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
+    assert outcome["shared_by"] == 0
+    assert payready.provider.calls == [A]
+
+
+def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: World) -> None:
+    """Unanswered is not the end of a refresh: its fee is settled whenever the balance comes."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A, timeout_s=10)
+    payready.work()
+    payready.pass_time(80)
+    assert payready.refreshes(A) == ["unanswered"]
+    payready.balance(A)
+    payready.work()
+    assert payready.refreshes(A) == ["answered"]
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+
+
+def test_a_balance_from_before_the_call_does_not_post_it(payready: World) -> None:
+    """Older than the call by more than the skew, it proves nothing of it."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A, max_balance_age_s=60)
+    payready.work()
+    payready.balance(A, at=START - timedelta(seconds=6))
+    payready.work()
+    assert payready.state("p1") == "released"
+    assert payready.fees(A) == ["1 pending"]
+    assert payready.refreshes(A) == ["uncertain"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE fee_entry SET price = '9'", "UPDATE fee_entry SET state = 'void'", "DELETE FROM fee_entry"],
+)
+def test_the_database_refuses_to_change_or_remove_an_entry(payready: World, statement: str) -> None:
+    """Whoever tries, by whatever way."""
+    payready.initiate("p1", A)
+    payready.work()
+    before = payready.rows("SELECT * FROM fee_entry")
+    assert len(before) == 2
+    with pytest.raises(DBAPIError, match="only ever added"), payready.engine.begin() as tx:
+        tx.execute(text(statement))
+    assert payready.rows("SELECT * FROM fee_entry") == before
+
+
+def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None:
+    """TRUNCATE passes by row triggers; the statement trigger stops it. SQLite has no such command."""
+    payready.initiate("p1", A)
+    payready.work()
+    truncate = "TRUNCATE fee_entry" if payready.engine.dialect.name == "postgresql" else "DELETE FROM fee_entry"
+    with pytest.raises(DBAPIError, match="only ever added"), payready.engine.begin() as tx:
+        tx.execute(text(truncate))
+
+
+@pytest.mark.parametrize("second", [EntryState.POSTED, EntryState.VOID])
+def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: EntryState) -> None:
+    """Posted or void, once: the ledger's own query passes over it, and the database refuses it."""
+    payready.initiate("p1", A)
+    payready.work()
+    refresh_id = payready.rows("SELECT refresh_id FROM fee_entry")[0]["refresh_id"]
+    with transaction(payready.engine) as tx:
+        [call] = fees.calls_of(tx, [refresh_id])
+        assert call.state == EntryState.POSTED
+        assert not fees.close_entry(tx, call, second, {}, START)
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+    columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, at"
+    with pytest.raises(DBAPIError), payready.engine.begin() as tx:
+        tx.execute(
+            text(f"INSERT INTO fee_entry (state, {columns}) SELECT :state, {columns} FROM fee_entry LIMIT 1"),
+            {"state": second.value},
+        )
+
+
+def test_an_entry_needs_a_refresh(payready: World) -> None:
+    """No fee without a refresh that it belongs to, in either database."""
+    with pytest.raises(DBAPIError), transaction(payready.engine) as tx:
+        fees.open_entry(tx, "call_1", "ref_unknown", A, payready.rt.prices.on("TEST", START.date()), START)
+
+
+@pytest.mark.parametrize("settled_by", ["balance", "deadline", "refusal"])
+@pytest.mark.parametrize("sharers", [1, 3, 7])
+def test_the_shares_of_a_call_add_up_to_its_fee(
+    payready: World, sharers: int, settled_by: str, share_of: Callable[[World, str], Decimal]
+) -> None:
+    """Whoever settles the payments: what they owe together is what the call costs, to the millionth."""
+    payready.initiate("p0", A, timeout_s=30)
+    payready.provider.script[A] = [
+        Refused(403, Reason.CONNECTION_INACTIVE, "inactive") if settled_by == "refusal" else 202
+    ]
+    for number in range(1, sharers):
+        payready.initiate(f"p{number}", A, timeout_s=30)
+    payready.work()
+    if settled_by == "balance":
+        payready.balance(A)
+        payready.work()
+    elif settled_by == "deadline":
+        payready.pass_time(30)
+    fee = Decimal("0.1") if settled_by != "refusal" else Decimal(0)
+    assert payready.provider.calls == [A]
+    assert sum(share_of(payready, f"p{number}") for number in range(sharers)) == fee
+
+
+def test_shares_add_up_when_some_expire_before_the_balance_comes(
+    payready: World, share_of: Callable[[World, str], Decimal]
+) -> None:
+    """Those who failed for time bear their part of the call that was made for them."""
+    for number in range(3):
+        payready.initiate(f"p{number}", A, timeout_s=10)
+    for number in range(3, 7):
+        payready.initiate(f"p{number}", A, timeout_s=60)
+    payready.work()
+    payready.pass_time(10)
+    payready.balance(A)
+    payready.work()
+    assert payready.state("p0") == "timeout"
+    assert payready.outcome("p6")["shared_by"] == 7
+    assert sum(share_of(payready, f"p{number}") for number in range(7)) == Decimal("0.1")
+
+
+def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
+    payready: World, share_of: Callable[[World, str], Decimal]
+) -> None:
+    """A refusal minutes ago is no part of this payment's end: it bears the call that was made for it."""
+    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
+    payready.initiate("p1", A, timeout_s=20)
+    payready.work()
+    payready.clock.advance(5)
+    payready.initiate("p2", A, timeout_s=20)
+    payready.work()
+    payready.pass_time(20)
+    assert payready.outcome("p2") == {"payment_id": "p2", "reason": "timeout", "detail": "no balance came within 20 s"}
+    assert share_of(payready, "p1") == 0
+    assert share_of(payready, "p2") == Decimal("0.1")

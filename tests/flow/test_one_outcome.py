@@ -1,0 +1,187 @@
+"""Invariant 1: a payment has exactly one outcome, however often and in whatever order things happen."""
+
+import pytest
+
+from tests.support.world import World
+from worker import flow
+from worker.errors import InvalidJob, PaymentNotReady, Reason
+
+A = "acct_one"
+
+
+def test_a_balance_releases_the_payment_that_waits(payready: World) -> None:
+    """The whole way: the job, one call, the balance, the outcome."""
+    entrance = payready.initiate("p1", A, amount="25.00", metadata={"order": 7})
+    assert entrance.waiting is not None
+    payready.work()
+    assert payready.provider.calls == [A]
+    assert payready.state("p1") == "waiting"
+    payready.clock.advance(3)
+    balance_id = payready.balance(A, "31.41")
+    payready.work()
+    outcome = payready.outcome("p1")
+    assert outcome["state"] == "released"
+    assert outcome["verdict"] == "sufficient"
+    assert outcome["balance"]["id"] == balance_id
+    assert outcome["balance"]["available"] == "31.41"
+    assert outcome["waited_ms"] == 3000
+    assert outcome["refresh_id"] == entrance.refresh_id
+    assert outcome["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
+    assert outcome["shared_by"] == 1
+    assert outcome["metadata"] == {"order": 7}
+
+
+def test_events_tasks_and_ticks_that_are_repeated_change_no_outcome(payready: World) -> None:
+    """Each step again, after the end: the same row, and nothing more is delivered."""
+    entrance = payready.initiate("p1", A, task_id="t1", amount="25.00")
+    payready.work()
+    balance_id = payready.balance(A)
+    payready.work()
+    before, delivered = payready.payment("p1"), list(payready.delivered["t1"])
+    payready.balance(A, "0.00", balance_id=balance_id)  # an event that is sent again, even with another content
+    payready.queue.apply.append(balance_id)
+    payready.queue.call.append((A, str(entrance.refresh_id)))
+    payready.queue.deliver.append("p1")
+    payready.work()
+    assert not flow.cancel(payready.rt, ["p1"]).deliver
+    payready.pass_time(200)
+    assert payready.payment("p1") == before
+    assert payready.delivered["t1"] == delivered
+    assert payready.provider.calls == [A]
+    assert payready.rows("SELECT available FROM balance")[0]["available"] is not None
+    assert len(payready.rows("SELECT * FROM balance")) == 1
+
+
+def test_a_delivery_that_was_cut_off_is_made_again_with_the_same_outcome(payready: World) -> None:
+    """A worker that dies between settling and telling loses nothing."""
+    payready.initiate("p1", A, task_id="t1", amount="25.00")
+    payready.work()
+    payready.balance(A)
+    for balance_id in payready.queue.apply:
+        flow.apply(payready.rt, balance_id)
+    payready.lose()
+    assert payready.state("p1") == "released"
+    assert payready.delivered["t1"] == []
+    payready.pass_time(11)
+    assert [state for state, _ in payready.delivered["t1"]] == ["released"]
+    payready.pass_time(60)
+    assert len(payready.delivered["t1"]) == 1
+
+
+def test_the_same_job_twice_is_one_payment_and_both_tasks_are_told(payready: World) -> None:
+    """Idempotent on the payment's id: one row, one call, two replies with one outcome."""
+    payready.initiate("p1", A, task_id="t1", amount="25.00", buffer={"fixed": "1"})
+    payready.initiate("p1", A, task_id="t2", amount="25.0", buffer={"fixed": "1.00"}, currency="USD")
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.provider.calls == [A]
+    assert payready.delivered["t1"] == payready.delivered["t2"]
+    assert len(payready.delivered["t1"]) == 1
+
+
+def test_a_job_that_comes_again_after_the_end_is_told_the_same_outcome(payready: World) -> None:
+    """At once, without another call."""
+    payready.initiate("p1", A, task_id="t1", amount="250.00")
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    entrance = payready.initiate("p1", A, task_id="t2", amount="250.00")
+    assert entrance.waiting is None
+    payready.work()
+    assert payready.delivered["t2"] == payready.delivered["t1"]
+    assert payready.delivered["t2"][0][1]["reason"] == "insufficient_funds"
+    assert payready.provider.calls == [A]
+
+
+def test_a_message_that_is_redelivered_adds_no_second_reply(payready: World) -> None:
+    """The same task again is the same reply."""
+    payready.initiate("p1", A, task_id="t1")
+    payready.initiate("p1", A, task_id="t1")
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert len(payready.delivered["t1"]) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"amount": "25.01"}, {"account_id": "acct_other"}, {"timeout_s": 60}, {"metadata": {"a": 1}}]
+)
+def test_the_same_id_with_another_content_is_a_conflict(payready: World, other: dict[str, object]) -> None:
+    """It is refused for itself; the payment that was there first goes on."""
+    payready.initiate("p1", A, task_id="t1", amount="25.00")
+    job = {"payment_id": "p1", "account_id": A, "amount": "25.00", **other}
+    with pytest.raises(PaymentNotReady) as refusal:
+        flow.initiate(payready.rt, job, {"id": "t2"}, lambda *_: None)
+    assert refusal.value.reason == Reason.CONFLICT
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.state("p1") == "released"
+    assert [row["task_id"] for row in payready.rows("SELECT task_id FROM reply")] == ["t1"]
+
+
+@pytest.mark.parametrize("bad", [{"amount": "-1"}, {"account_id": "x"}, {"currency": "EUR"}, {"colour": "red"}])
+def test_a_bad_job_leaves_no_trace(payready: World, bad: dict[str, object]) -> None:
+    """Nothing is stored, nothing is enqueued, and no call is made."""
+    with pytest.raises(InvalidJob):
+        flow.initiate(
+            payready.rt, {"payment_id": "p1", "account_id": A, **bad}, {"id": "t1"}, lambda *_: pytest.fail("announced")
+        )
+    payready.pass_time(10)
+    for table in ("payment", "reply", "refresh", "fee_entry"):
+        assert payready.rows(f"SELECT * FROM {table}") == []
+    assert payready.provider.calls == []
+
+
+def test_a_cancelled_payment_fails_as_cancelled_and_no_balance_revives_it(payready: World) -> None:
+    """It bears no share of the call, and the balance that comes is kept for others."""
+    payready.initiate("p1", A, amount="25.00")
+    payready.work()
+    payready.queue.add(flow.cancel(payready.rt, ["p1", "p_unknown"]))
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.outcome("p1") == {
+        "payment_id": "p1",
+        "reason": "cancelled",
+        "detail": "the payments service cancelled it",
+    }
+    assert payready.payment("p1")["refresh_id"] is None
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+
+
+def test_a_revoked_task_cancels_the_payment_it_waits_for(payready: World) -> None:
+    """By the task's id; tasks that nobody knows change nothing."""
+    payready.initiate("p1", A, task_id="t1")
+    payready.initiate("p2", A, task_id="t2")
+    payready.queue.add(flow.revoke(payready.rt, ["t1", "t_unknown"]))
+    payready.work()
+    assert payready.state("p1") == "cancelled"
+    assert payready.state("p2") == "waiting"
+    assert not flow.revoke(payready.rt, ["t_unknown"]).deliver
+
+
+def test_a_payment_that_nobody_wants_any_more_costs_no_call(payready: World) -> None:
+    """Cancelled before its call was made: the refresh is abandoned, or never begun."""
+    payready.initiate("p1", A)
+    payready.queue.add(flow.cancel(payready.rt, ["p1"]))
+    payready.work()
+    assert payready.provider.calls == []
+    assert payready.fees(A) == []
+    assert payready.standing(A).get("next") is None
+
+
+def test_who_announces_is_heard_before_anything_can_settle_the_payment(payready: World) -> None:
+    """The announcement runs while the account is held: its failure leaves no payment behind."""
+
+    def fail(*_: object) -> None:
+        raise ConnectionError
+
+    job = {"payment_id": "p1", "account_id": A}
+    with pytest.raises(ConnectionError):
+        flow.initiate(payready.rt, job, {"id": "t1"}, fail)
+    assert payready.rows("SELECT * FROM payment") == []
+    payready.initiate("p1", A, task_id="t1")  # as Celery's retry does
+    payready.work()
+    assert payready.provider.calls == [A]

@@ -1,0 +1,344 @@
+"""Who wins when two things happen at once: always exactly one. With real threads, on real databases."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.support.world import World
+from worker import flow
+from worker.errors import CallFailed, Uncertain, Unsent
+from worker.flow import Next
+from worker.ledger import refreshes
+from worker.ledger.database import transaction
+
+A = "acct_races"
+ROUNDS = 12
+T = TypeVar("T")
+
+
+def at_once(*steps: Callable[[], T]) -> list[T]:
+    """Start these together, and wait for all of them."""
+    start = threading.Barrier(len(steps))
+
+    def run(step: Callable[[], T]) -> T:
+        start.wait(10)
+        return step()
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        futures: list[Future[T]] = [pool.submit(run, step) for step in steps]
+    return [future.result() for future in futures]
+
+
+def test_release_against_expiry_has_one_winner(payready: World) -> None:
+    """The balance and the deadline in the same instant: each payment is settled by one of them, and told by one."""
+    wins = {"released": 0, "failed": 0}
+    for number in range(ROUNDS):
+        account = f"acct_race{number}"
+        for name in "ab":
+            payready.initiate(f"{name}{number}", account, timeout_s=1, amount="1.00")
+        payready.work()
+        balance_id = payready.balance(account)
+        payready.lose()
+        payready.clock.advance(1)
+        done = at_once(
+            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
+            lambda: flow.look(payready.rt),
+            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
+            lambda: flow.look(payready.rt),
+        )
+        settled = [payment_id for step in done for payment_id in step.deliver]
+        for name in "ab":
+            state = payready.payment(f"{name}{number}")["state"]
+            wins[state] += 1
+        assert sorted(settled) == [f"a{number}", f"b{number}"], "a payment was settled twice, or not at all"
+    assert sum(wins.values()) == 2 * ROUNDS
+
+
+def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payready: World) -> None:
+    """And the fee is posted once, and shared once."""
+    for number in range(ROUNDS):
+        account = f"acct_same{number}"
+        for name in "abc":
+            payready.initiate(f"{name}{number}", account, amount="1.00")
+        payready.work()
+        balance_id = payready.balance(account)
+        payready.lose()
+        done = at_once(*[lambda balance_id=balance_id: flow.apply(payready.rt, balance_id)] * 3)
+        settled = [payment_id for step in done for payment_id in step.deliver]
+        assert sorted(settled) == [f"{name}{number}" for name in "abc"]
+        assert payready.fees(account) == ["1 pending", "1 posted"]
+
+
+def test_cancel_against_release_has_one_winner(payready: World) -> None:
+    """Who is told that it was cancelled was not released."""
+    for number in range(ROUNDS):
+        account = f"acct_cancel{number}"
+        payready.initiate(f"p{number}", account)
+        payready.work()
+        balance_id = payready.balance(account)
+        payready.lose()
+        done = at_once(
+            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
+            lambda number=number: flow.cancel(payready.rt, [f"p{number}"]),  # type: ignore[misc]
+        )
+        assert len([payment_id for step in done for payment_id in step.deliver]) == 1
+        assert payready.state(f"p{number}") == ("released" if done[0].deliver else "cancelled")
+
+
+def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready: World) -> None:
+    """Two of 80, and two different balances of 100 of the same time: one is released, however the threads run."""
+    for number in range(ROUNDS):
+        account = f"acct_eighty{number}"
+        payready.initiate(f"a{number}", account, amount="80.00")
+        payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=60)
+        payready.work()
+        first, second = payready.balance(account), payready.balance(account)
+        payready.lose()
+        at_once(
+            lambda first=first: flow.apply(payready.rt, first),  # type: ignore[misc]
+            lambda second=second: flow.apply(payready.rt, second),  # type: ignore[misc]
+        )
+        states = sorted(payready.state(f"{name}{number}") for name in "ab")
+        assert states == ["insufficient_funds", "released"]
+
+
+def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payready: World) -> None:
+    """It sees the balance, or the balance sees it: no upkeep is needed to release it."""
+    for number in range(ROUNDS):
+        account = f"acct_meet{number}"
+        payready.initiate(f"a{number}", account)
+        payready.work()
+        balance_id = payready.balance(account)
+        payready.lose()
+        at_once(
+            lambda balance_id=balance_id: payready.queue.add(flow.apply(payready.rt, balance_id)),  # type: ignore[misc]
+            lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
+        )
+        payready.work()
+        assert payready.state(f"b{number}") == "released"
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one refresh", "a refresh each"])
+def test_messages_to_call_at_once_make_one_call(payready: World, same: bool) -> None:  # noqa: FBT001
+    """The same message twice, or two payments that both led (Redis was emptied between them)."""
+    for number in range(ROUNDS):
+        account = f"acct_call{number}"
+        first = payready.initiate(f"a{number}", account)
+        payready.flush()
+        second = payready.initiate(f"b{number}", account)
+        payready.lose()
+        assert first.refresh_id != second.refresh_id
+        ids = [str(first.refresh_id), str(first.refresh_id if same else second.refresh_id)]
+        at_once(
+            *(
+                lambda refresh_id=refresh_id, account=account: flow.call(payready.rt, account, refresh_id)
+                for refresh_id in ids * 2
+            )
+        )
+        assert payready.provider.calls.count(account) == 1
+        assert payready.fees(account) == ["1 pending", "1 posted"]
+
+
+def test_the_same_job_at_once_is_one_payment(payready: World) -> None:
+    """Two workers take in two messages with one payment_id."""
+    for number in range(ROUNDS):
+        account = f"acct_twice{number}"
+        at_once(
+            *(
+                lambda task_id=f"t{number}{name}", number=number, account=account: payready.initiate(
+                    f"p{number}", account, task_id=task_id
+                )
+                for name in "abc"
+            )
+        )
+        payready.work()
+        assert payready.provider.calls.count(account) == 1
+        payready.balance(account)
+        payready.work()
+        assert [len(payready.delivered[f"t{number}{name}"]) for name in "abc"] == [1, 1, 1]
+
+
+def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -> None:
+    """The webhook is applied while the 202 is booked."""
+    for number in range(ROUNDS):
+        account = f"acct_early{number}"
+        applied = threading.Event()
+
+        def answer(account: str = account, applied: threading.Event = applied) -> int:
+            balance_id = payready.balance(account)
+            payready.lose()
+
+            def apply() -> None:
+                flow.apply(payready.rt, balance_id)
+                applied.set()
+
+            threading.Thread(target=apply).start()
+            return 202
+
+        payready.provider.script[account] = [answer]
+        payready.initiate(f"p{number}", account)
+        payready.work()
+        assert applied.wait(10)
+        assert payready.fees(account) == ["1 pending", "1 posted"]
+        assert payready.state(f"p{number}") == "released"
+        assert payready.refreshes(account) == ["answered"]
+
+
+def test_two_upkeeps_at_once_share_the_work(payready: World) -> None:
+    """Each expired payment is settled, and delivered, by one of them."""
+    for number in range(60):
+        payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
+    payready.lose()
+    payready.clock.advance(2)
+    done = at_once(*[lambda: flow.look(payready.rt)] * 4)
+    settled = sorted(payment_id for step in done for payment_id in step.deliver)
+    assert settled == sorted(f"p{number}" for number in range(60))
+
+
+def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready: World) -> None:
+    """It read the refresh before another sweep repeated the call, and was stopped in between."""
+    payready.provider.script[A] = [Uncertain("timeout")] * 5
+    payready.initiate("p1", A, timeout_s=600)
+    payready.work()
+    payready.clock.advance(15)
+    with transaction(payready.engine) as tx:
+        [seen] = refreshes.due(tx, payready.clock.now, 10)
+    payready.tick()
+    assert payready.provider.calls == [A, A]
+    payready.clock.advance(1)
+    payready.queue.add(flow._mind(payready.rt, seen, payready.clock.now))
+    payready.work()
+    payready.pass_time(120)
+    assert payready.provider.calls == [A, A]
+
+
+def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_next_call(payready: World) -> None:
+    """The first call hangs, is taken for lost, and is repeated; then it fails while the second is on the wire."""
+    second_is_out, first_is_booked = threading.Event(), threading.Event()
+
+    def second() -> int:
+        second_is_out.set()
+        assert first_is_booked.wait(10)
+        return 202
+
+    def first() -> CallFailed:
+        payready.clock.advance(payready.rt.call_limit.total_seconds())
+        flow.sweep(payready.rt)
+        payready.clock.advance(15)
+        again = flow.sweep(payready.rt)
+        threads.append(threading.Thread(target=flow.call, args=(payready.rt, *again.call[0])))
+        threads[0].start()
+        assert second_is_out.wait(10)
+        return Unsent("no connection after a minute")
+
+    threads: list[threading.Thread] = []
+    payready.provider.script[A] = [first, second]
+    payready.initiate("p1", A, timeout_s=600)
+    payready.work()
+    payready.clock.advance(1)
+    payready.tick()
+    assert payready.refreshes(A) == ["calling"]
+    first_is_booked.set()
+    threads[0].join(10)
+    payready.pass_time(20)
+    assert payready.provider.calls == [A, A], "a third call was made while the second was on the wire"
+    assert payready.refreshes(A) == ["accepted"]
+    assert payready.fees(A) == ["1 pending", "2 pending", "1 void", "2 posted"]
+
+
+def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
+    payready: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second application read the balance before the first one told what it answered."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A, timeout_s=10)
+    payready.work()
+    payready.pass_time(90)
+    assert payready.refreshes(A) == ["unanswered"]
+    payready.initiate("p2", A)
+    payready.work()
+    payready.clock.advance(2)
+    balance_id = payready.balance(A)
+    payready.lose()
+    tell = payready.rt.correlation.answer
+    meanwhile = [lambda: flow.apply(payready.rt, balance_id)]
+
+    def answer(*words: Any) -> None:
+        tell(*words)
+        while meanwhile:
+            meanwhile.pop()()
+
+    monkeypatch.setattr(payready.rt.correlation, "answer", answer)
+    flow.apply(payready.rt, balance_id)
+    assert payready.state("p2") == "released"
+    assert payready.refreshes(A) == ["unanswered", "answered"]
+    assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
+
+
+class Crowd:
+    """Workers that share a queue, and a provider that sends a balance after each call."""
+
+    def __init__(self, payready: World) -> None:
+        self.payready = payready
+        self.lock = threading.Lock()
+
+    def add(self, todo: Next) -> None:
+        """Enqueue."""
+        with self.lock:
+            self.payready.queue.add(todo)
+
+    def take(self) -> Next:
+        """Take all that is enqueued."""
+        with self.lock:
+            todo, self.payready.queue = self.payready.queue, Next()
+            return todo
+
+    def submit(self, jobs: list[tuple[str, str]]) -> None:
+        """Take in jobs."""
+        for payment_id, account_id in jobs:
+            job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
+            self.add(flow.initiate(self.payready.rt, job, {"id": f"task_{payment_id}"}, lambda *_: None).next)
+
+    def work(self) -> None:
+        """Do what others enqueue."""
+        for _ in range(60):
+            todo = self.take()
+            for account_id, refresh_id in todo.call:
+                self.add(flow.call(self.payready.rt, account_id, refresh_id))
+                self.send(account_id)
+            for balance_id in todo.apply:
+                self.add(flow.apply(self.payready.rt, balance_id))
+
+    def send(self, account_id: str) -> None:
+        """A balance of 100."""
+        with self.lock:
+            self.payready.clock.now += timedelta(microseconds=1)
+            self.payready.balance(account_id, "100.00")
+
+
+def test_many_payments_on_few_accounts_all_end_once_and_exactly(payready: World) -> None:
+    """Eight threads with everything at once: jobs, calls, balances. The sums are right at the end."""
+    accounts = [f"acct_crowd{number}" for number in range(4)]
+    jobs = [(f"p{number}", accounts[number % 4]) for number in range(80)]
+    crowd = Crowd(payready)
+    at_once(*(lambda part=part: crowd.submit(jobs[part::4]) for part in range(4)), *[crowd.work] * 4)
+    payready.work()
+    for account_id in accounts:
+        payready.balance(account_id, "0")
+    payready.work()
+    payready.pass_time(130)
+    rows = payready.rows("SELECT account_id, state, amount FROM payment")
+    assert len(rows) == 80
+    assert {row["state"] for row in rows} <= {"released", "failed"}
+    for account_id in accounts:
+        of_account = [row for row in rows if row["account_id"] == account_id and row["state"] == "released"]
+        released = sum(Decimal(str(row["amount"])) for row in of_account)
+        assert released <= 100, "more was released than the balance of 100 covers"
+        entries, calls = payready.fees(account_id), payready.provider.calls.count(account_id)
+        assert sum("pending" in entry for entry in entries) == calls
+        assert sum("posted" in entry for entry in entries) == calls

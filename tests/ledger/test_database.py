@@ -1,0 +1,130 @@
+"""How the ledger is reached."""
+
+import threading
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select, text
+
+from tests.support.world import START
+from worker.ledger import balances, payments
+from worker.ledger.database import LEDGER_AWAY, Engine, insert_new, lock_accounts, open_engine, ping, transaction
+from worker.ledger.tables import BALANCE, QUARANTINE
+from worker.messages import Balance, parse_job
+
+zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
+moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
+JOB = parse_job({"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, currency="USD")
+
+
+def test_an_exception_takes_back_all_of_a_transaction(engine: Engine) -> None:
+    """Or nothing would be safe."""
+
+    def fail_half_way() -> None:
+        with transaction(engine) as tx:
+            payments.record(tx, JOB, START)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    with transaction(engine) as tx:
+        assert payments.still_waiting(tx, ["p1"]) == []
+
+
+def test_a_row_that_is_known_is_not_new(engine: Engine) -> None:
+    """In one statement with others, and when it comes twice in it."""
+    row = {"event": "{}", "reason": "x", "received_at": START}
+    rows = [{"quarantine_id": key, **row} for key in ("a", "b", "a")]
+    with transaction(engine) as tx:
+        assert insert_new(tx, QUARANTINE, rows, key="quarantine_id") == {"a", "b"}
+        assert insert_new(tx, QUARANTINE, [*rows, {"quarantine_id": "c", **row}], key="quarantine_id") == {"c"}
+        assert len(tx.execute(select(QUARANTINE)).all()) == 3
+
+
+def test_a_job_comes_back_as_it_was(engine: Engine) -> None:
+    """Texts too that databases are particular about."""
+    with transaction(engine) as tx:
+        payments.record(tx, JOB, START)
+        [waiting] = payments.still_waiting(tx, ["p1"])
+    assert waiting.job == JOB
+    assert waiting.deadline == START + timedelta(seconds=120)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    at=moments,
+    figure=st.decimals(allow_nan=False, allow_infinity=False, min_value=Decimal("-1e29"), max_value=Decimal("1e29")),
+)
+def test_times_and_figures_come_back_as_they_went_in(engine: Engine, at: datetime, figure: Decimal) -> None:
+    """To the microsecond and to the digit, whatever the zone."""
+    record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
+    balance = Balance.model_validate({**record, "available": figure, "current": None, "limit": Decimal(0)})
+    with engine.connect() as tx:
+        balances.keep(tx, [("evt_1", balance)], START)
+        row = balances.find(tx, "bal_1")
+        assert row is not None
+        assert (row.at, row.available, row.current, row.limit) == (at, figure, None, 0)
+        assert row.at.utcoffset() == timedelta(0)
+        tx.rollback()
+
+
+def test_who_holds_an_account_is_waited_for(engine: Engine) -> None:
+    """The second decision sees what the first one wrote."""
+    order: list[str] = []
+    held = threading.Event()
+
+    def second() -> None:
+        assert held.wait(5)
+        with transaction(engine) as tx:
+            lock_accounts(tx, ["acct_1"])
+            order.append("second")
+            assert payments.still_waiting(tx, ["p1"])
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with transaction(engine) as tx:
+        lock_accounts(tx, ["acct_2", "acct_1"])
+        payments.record(tx, JOB, START)
+        held.set()
+        thread.join(0.1)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
+
+
+def test_a_database_that_is_away_is_one_kind_of_error() -> None:
+    """The one that callers wait for."""
+    for url in ("postgresql://payready@127.0.0.1:1/x", "sqlite:////nowhere/at/all.db"):
+        engine = open_engine(url)
+        with pytest.raises(LEDGER_AWAY):
+            ping(engine)
+        engine.dispose()
+
+
+def test_sqlite_is_safe_after_a_crash_and_lets_readers_read(engine: Engine) -> None:
+    """WAL, synchronous, and foreign keys; a reader is not held up by a writer's long transaction."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            pragmas = [
+                connection.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous", "foreign_keys")
+            ]
+        assert pragmas == ["wal", 2, 1]
+    else:
+        with engine.connect() as connection:
+            assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
+
+
+def test_no_amount_is_a_number_to_sqlite(engine: Engine) -> None:
+    """Its numbers are floats: amounts are text there, NUMERIC elsewhere."""
+    types = {column.name: str(column.type.dialect_impl(engine.dialect)) for column in BALANCE.c}
+    assert "FLOAT" not in str(types).upper()
+    with engine.connect() as tx:
+        balance = {"id": "bal_1", "accountId": "acct_1", "at": START.isoformat(), "source": "REFRESH"}
+        figures = {"available": Decimal("0.1"), "current": None, "limit": None}
+        balances.keep(tx, [("evt_1", Balance.model_validate({**balance, **figures}))], START)
+        stored = tx.scalar(text("SELECT available FROM balance"))
+        assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)
+        tx.rollback()

@@ -1,0 +1,163 @@
+"""The hot queries find their rows by an index, in a ledger with a past."""
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from sqlalchemy import event, insert, text
+
+from tests.support.world import START, Databases
+from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger.database import Engine, Tx, open_engine, transaction
+from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
+
+PAST, NOW, A = 4000, 40, "acct_7"
+"""Payments that are over, payments that wait, and an account that has some of both."""
+
+
+@pytest.fixture(scope="module")
+def engine(databases: Databases) -> Iterator[Engine]:
+    """A ledger in which nearly everything is over."""
+    made = open_engine(databases.new())
+    with transaction(made) as tx:
+        _fill(tx)
+    with made.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+    yield made
+    made.dispose()
+
+
+def _fill(tx: Tx) -> None:
+    numbers = range(PAST + NOW)
+    over = [number < PAST for number in numbers]
+    times = [START + timedelta(seconds=number) for number in numbers]
+    tx.execute(
+        insert(PAYMENT),
+        [
+            {
+                "payment_id": f"p{n}",
+                "account_id": f"acct_{n % 500}",
+                "state": ("released" if n % 2 else "failed") if over[n] else "waiting",
+                "job": {"payment_id": f"p{n}", "account_id": f"acct_{n % 500}"},
+                "amount": Decimal(1),
+                "requested_at": times[n],
+                "fresh_from": times[n],
+                "deadline": times[n],
+                "due_at": times[n],
+                "settled_at": times[n] if over[n] else None,
+                "refresh_id": f"r{n // 2}" if over[n] else None,
+                "reused": False,
+                "outcome": {} if over[n] else None,
+            }
+            for n in numbers
+        ],
+    )
+    tx.execute(
+        insert(REPLY),
+        [
+            {"task_id": f"t{n}", "payment_id": f"p{n}", "canvas": {}, "due_at": None if n % 400 else times[n]}
+            for n in numbers
+        ],
+    )
+    tx.execute(
+        insert(REFRESH),
+        [
+            {
+                "refresh_id": f"r{n}",
+                "account_id": f"acct_{n % 500}",
+                "state": "answered" if over[n] else ("accepted" if n % 2 else "requested"),
+                "calls": 1,
+                "deferrals": 0,
+                "called_at": times[n],
+                "due_at": None if over[n] else times[n],
+            }
+            for n in numbers
+        ],
+    )
+    entries: list[dict[str, Any]] = [
+        {
+            "call_id": f"c{n}",
+            "refresh_id": f"r{n}",
+            "account_id": f"acct_{n % 500}",
+            "state": state,
+            "price": Decimal("0.1"),
+            "currency": "USD",
+            "price_list": "x",
+            "evidence": {},
+            "at": times[n],
+        }
+        for n in numbers
+        for state in (("pending", "posted") if over[n] else ("pending",))
+    ]
+    tx.execute(insert(FEE_ENTRY), entries)
+    tx.execute(
+        insert(BALANCE),
+        [
+            {
+                "balance_id": f"b{n}",
+                "event_id": f"e{n}",
+                "account_id": f"acct_{n % 500}",
+                "at": times[n],
+                "received_at": times[n],
+                "due_at": None if over[n] else times[n],
+            }
+            for n in numbers
+        ],
+    )
+
+
+END = START + timedelta(seconds=PAST + NOW)
+HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
+    "what is due": (lambda tx: payments.due(tx, END, 500), {"payment_due", "payment_waiting"}),
+    "who waits on an account": (lambda tx: payments.waiting_on(tx, A), {"payment_waiting", "payment_due"}),
+    "what an account wants": (lambda tx: payments.demand(tx, A), {"payment_waiting", "payment_due"}),
+    "what was released": (
+        lambda tx: payments.released_since(tx, A, END - timedelta(seconds=900)),
+        {"payment_released"},
+    ),
+    "who shares": (lambda tx: payments.sharers(tx, "r7"), {"payment_sharers"}),
+    "one payment": (lambda tx: payments.hold(tx, "p7"), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "its replies": (lambda tx: payments.undelivered(tx, ["p7", "p8"]), {"reply_payment", "reply_due"}),
+    "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
+    "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
+    "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),
+    "may be answered": (lambda tx: refreshes.unanswered(tx, A), {"refresh_account"}),
+    "refreshes due": (lambda tx: refreshes.due(tx, END, 500), {"refresh_due"}),
+    "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
+    "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
+    "one balance": (lambda tx: balances.find(tx, "b7"), {"balance_pkey", "sqlite_autoindex_balance_1"}),
+    "balances due": (lambda tx: balances.overdue(tx, END, 500), {"balance_due"}),
+}
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_a_hot_query_reads_no_table_from_end_to_end(engine: Engine, name: str) -> None:
+    """Its plan names an index that was made for it."""
+    ask, indexes = HOT[name]
+    plans = _plans(engine, ask)
+    assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
+    for plan in plans:
+        assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
+
+
+def _plans(engine: Engine, ask: Callable[[Tx], Any]) -> list[str]:
+    """The plans of the SELECTs that this asks."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT"):
+            asked.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        with engine.connect() as tx:
+            ask(tx)
+            tx.rollback()
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+    explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+    with engine.connect() as tx:
+        return ["\n".join(str(row[-1]) for row in tx.exec_driver_sql(explain + sql, given)) for sql, given in asked]

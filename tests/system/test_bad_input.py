@@ -1,0 +1,76 @@
+"""Jobs that break their contract: refused by name, before anything is stored or paid for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.system import System, wait_until
+
+Accounts = Callable[[str], str]
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown key": ({"amout": "25.00"}, "amout: Extra inputs are not permitted"),
+    "a bad account id": ({"account_id": "12345"}, "account_id: String should match pattern"),
+    "no account id": ({"account_id": None}, "account_id: Input should be a valid string"),
+    "an empty payment id": ({"payment_id": ""}, "payment_id: String should have at least 1 character"),
+    "a long payment id": ({"payment_id": "p" * 129}, "payment_id: String should have at most 128 characters"),
+    "a negative amount": ({"amount": "-25.00"}, "amount: Input should be greater than 0"),
+    "an amount of nothing": ({"amount": "0.00"}, "amount: Input should be greater than 0"),
+    "an amount with too many places": ({"amount": "25.001"}, "amount: has more than the 2 decimal places of USD"),
+    "an amount through a float": ({"amount": 25.0}, "amount: must be a decimal in a string"),
+    "an amount that is no number": ({"amount": "NaN"}, "amount: must be a decimal in a string"),
+    "a foreign currency": (
+        {"amount": "25.00", "currency": "EUR"},
+        "currency: is EUR, but the accounts",
+    ),
+    "no time": ({"timeout_s": 0}, "timeout_s: Input should be greater than or equal to 1"),
+    "too much time": ({"timeout_s": 3601}, "timeout_s: Input should be less than or equal to 3600"),
+    "time as text": ({"timeout_s": "20"}, "timeout_s: Input should be a valid integer"),
+    "a negative age": ({"max_balance_age_s": -1}, "max_balance_age_s: Input should be greater than or equal to 0"),
+    "a check of nothing": ({"funds_check": "required"}, "amount: is needed for a funds check"),
+    "an unknown check": ({"funds_check": "maybe"}, "funds_check: Input should be 'required', 'enabled' or 'disabled'"),
+    "a wild buffer": (
+        {"amount": "1.00", "buffer": {"multiplier": "6"}},
+        "buffer.multiplier: Input should be",
+    ),
+    "large metadata": ({"metadata": {"note": "n" * 5000}}, "metadata: is 501[0-9] bytes of JSON, more than 4096"),
+    "metadata that is no object": ({"metadata": ["note"]}, "metadata: Input should be a valid dictionary"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
+    payready: System, account: Accounts, payment_id: str, what: str
+) -> None:
+    """The error names field and rule; nothing is stored, no call is made, and `link_error` runs."""
+    wrong, complaint = BAD[what]
+    job = {"payment_id": payment_id, "account_id": account("prompt"), **wrong}
+    result = payready.service.send_task(
+        "payments.initiate", kwargs=job, queue="payments", **payready.callbacks(payment_id)
+    )
+    with pytest.raises(Exception, match="^" + complaint.replace(".", r"\.")) as refusal:
+        result.get(timeout=10)
+    assert type(refusal.value).__name__ == "InvalidJob"
+    assert result.state == "FAILURE"
+    wait_until(lambda: payment_id in payready.endings(), 10, "link_error runs")
+    (told,) = payready.endings()[payment_id]
+    assert (told["task"], told["args"][0]) == ("ledger.not_ready", result.id)
+    assert payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=job["payment_id"]) == []
+    assert payready.rows("SELECT 1 FROM reply WHERE task_id = :id", id=result.id) == []
+    assert payready.simulator.calls(str(job["account_id"])) == []
+
+
+def test_a_task_before_it_in_a_chain_that_gives_no_job_is_told_so(payready: System) -> None:
+    """What comes by position must be a job."""
+    result = payready.service.send_task("payments.initiate", args=([1, 2],), queue="payments")
+    with pytest.raises(Exception, match="must be a job, a mapping, not list") as refusal:
+        result.get(timeout=10)
+    assert type(refusal.value).__name__ == "InvalidJob"
+
+
+@pytest.mark.parametrize("text", ["\x00", "\ud800", "𝔘nicode ✓", '"quoted\\'])
+def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, payment_id: str, text: str) -> None:
+    """Whatever JSON can say, however odd, is handed back with the outcome."""
+    result = payready.initiate(payment_id, account("prompt"), metadata={"note": text})
+    assert result.get(timeout=10)["metadata"] == {"note": text}

@@ -1,0 +1,165 @@
+"""What payready runs on goes away, and its processes are killed: nothing is lost, nothing is done or paid twice."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import Postgres, postgres
+from tests.support.system import ROLES, System, system, wait_until
+
+Accounts = Callable[[str], str]
+Run = Callable[..., AbstractContextManager[System]]
+
+QUICK_RECOVERY = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5"}
+"""A killed worker's messages come back after 5 to 10 s."""
+
+
+@pytest.fixture
+def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
+    """A system for one test, on a database of its own."""
+    with system(tmp_path, postgres_server.database(), *ROLES, **QUICK_RECOVERY) as running:
+        running.start_service()
+        yield running
+
+
+def jobs(scenario: str, count: int, accounts: int, **more: object) -> list[dict[str, object]]:
+    """Payments spread over accounts of a scenario."""
+    return [
+        {"payment_id": f"pay_{scenario}{n}", "account_id": f"acct_{scenario}{n % accounts:06d}", **more}
+        for n in range(count)
+    ]
+
+
+def ended(running: System, count: int) -> Callable[[], bool]:
+    """Whether as many payments have told the service their end."""
+    return lambda: len(running.endings()) >= count
+
+
+def refused_webhooks(running: System) -> int:
+    """How many deliveries were answered with 503."""
+    return int(running.simulator.summary()["deliveries_by_status"].get("503", 0))
+
+
+def assert_one_outcome_each(running: System, payment_ids: set[str]) -> None:
+    """Every payment told the service one end, under one task id, and the ledger agrees."""
+    endings = running.endings()
+    assert set(endings) == payment_ids
+    assert {payment_id: len(told) for payment_id, told in endings.items() if len(told) != 1} == {}
+    states = {row["payment_id"]: row["state"] for row in running.rows("SELECT payment_id, state FROM payment")}
+    told = {payment_id: line["task"] for payment_id, (line,) in endings.items()}
+    word = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
+    assert {payment_id: word[state] for payment_id, state in states.items()} == told
+
+
+def assert_books_agree(running: System, *, calls_per_account: int) -> None:
+    """The simulator's log and the fee ledger tell the same, and no account was called too often."""
+    books = running.books()
+    assert {account_id: kept for account_id, kept in books.items() if not kept.agree} == {}
+    assert max(kept.accepted for kept in books.values()) <= calls_per_account
+
+
+def test_jobs_and_webhooks_survive_a_database_that_is_away(tmp_path: Path) -> None:
+    """Jobs are tried again, webhooks get 503 and come again; when the database is back, all payments end well."""
+    with postgres() as server, system(tmp_path, server.database()) as running:
+        running.start_service()
+        running.simulator.put("defaults", slow_s=2.0)
+        waiting = jobs("slow", 40, 20, timeout_s=60)
+        running.initiate_many(waiting, linked=True)
+        wait_until(lambda: running.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
+        server.stop()
+        meanwhile = jobs("prompt", 40, 20, timeout_s=60)
+        running.initiate_many(meanwhile, linked=True)
+        wait_until(
+            lambda: running.simulator.summary()["deliveries_by_status"].get("503", 0) >= 20,
+            15,
+            "all webhooks are refused",
+        )
+        server.start()
+        wait_until(ended(running, 80), 40, "all payments end")
+        assert_one_outcome_each(running, {str(job["payment_id"]) for job in waiting + meanwhile})
+        assert {line[0]["task"] for line in running.endings().values()} == {"ledger.execute_ach"}
+        assert_books_agree(running, calls_per_account=1)
+
+
+def test_payments_survive_a_broker_that_is_away(breakable: System) -> None:
+    """Queued jobs are kept, webhooks come again, workers and beat reconnect: all payments end well."""
+    breakable.simulator.put("defaults", slow_s=2.0)
+    waiting, queued = jobs("slow", 40, 20, timeout_s=60), jobs("prompt", 300, 20, timeout_s=60)
+    breakable.initiate_many(waiting, linked=True)
+    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
+    breakable.initiate_many(queued, linked=True)
+    with breakable.valkey_away():
+        wait_until(
+            lambda: breakable.simulator.summary()["deliveries_by_status"].get("503", 0) >= 20,
+            20,
+            "webhooks are refused",
+        )
+    wait_until(ended(breakable, 340), 60, "all payments end")
+    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting + queued})
+    assert {line[0]["task"] for line in breakable.endings().values()} == {"ledger.execute_ach"}
+    assert_books_agree(breakable, calls_per_account=1)
+
+
+def test_payments_survive_a_broker_that_forgets_everything(breakable: System) -> None:
+    """Events release who waited, deadlines fail the others, and no account with a call in flight is called again."""
+    breakable.simulator.put("defaults", slow_s=4.0)
+    waiting, hopeless = jobs("slow", 20, 20, timeout_s=60), jobs("never", 20, 20, timeout_s=8)
+    breakable.initiate_many(waiting + hopeless, linked=True)
+    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 40, 10, "all calls are made")
+    breakable.flush()
+    later = [{**job, "payment_id": f"{job['payment_id']}again"} for job in waiting]
+    breakable.initiate_many(later, linked=True)
+    wait_until(ended(breakable, 60), 30, "all payments end")
+    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting + hopeless + later})
+    failed = {payment_id for payment_id, (line,) in breakable.endings().items() if line["task"] == "ledger.not_ready"}
+    assert failed == {job["payment_id"] for job in hopeless}
+    assert_books_agree(breakable, calls_per_account=1)
+
+
+def test_balances_whose_hand_over_was_lost_are_applied_by_the_sweep(breakable: System) -> None:
+    """The endpoint said yes to them, so they are in the ledger; that Redis forgot them costs seconds only."""
+    breakable.simulator.put("defaults", slow_s=2.0)
+    waiting = jobs("slow", 20, 20, timeout_s=60)
+    breakable.initiate_many(waiting, linked=True)
+    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
+    breakable.kill("worker")
+    breakable.simulator.settled()
+    assert breakable.rows("SELECT payment_id FROM payment WHERE state <> 'waiting'") == []
+    breakable.flush()
+    breakable.start("worker")
+    wait_until(ended(breakable, 20), 20, "all payments end")
+    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting})
+    assert {line[0]["task"] for line in breakable.endings().values()} == {"ledger.execute_ach"}
+    assert_books_agree(breakable, calls_per_account=1)
+
+
+def test_killed_processes_leave_no_payment_behind(breakable: System) -> None:
+    """Each role is killed while payments are under way, and started again: each ends once, and each call is booked.
+
+    A worker takes a message from a Redis queue before it notes that it has it. A kill between the two loses this one
+    message; the payments service, which hears nothing, sends its job again.
+    """
+    crowd = jobs("mix", 300, 100, timeout_s=60) + jobs("silent", 20, 10, timeout_s=15)
+    breakable.initiate_many(crowd[:150], linked=True)
+    for role in ("worker", "refresh", "web", "beat"):
+        breakable.kill(role)
+        breakable.start(role)
+    breakable.initiate_many(crowd[150:], linked=True)
+    for role in ("refresh", "worker"):
+        breakable.kill(role)
+        breakable.start(role)
+    lost = jobs_that_never_arrived(breakable, crowd)
+    assert len(lost) <= 2, "more than the message that each killed worker was just taking"
+    breakable.initiate_many(lost, linked=True)
+    wait_until(ended(breakable, 320), 60, "all payments end")
+    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd})
+    assert_books_agree(breakable, calls_per_account=2)
+
+
+def jobs_that_never_arrived(running: System, sent: list[dict[str, object]]) -> list[dict[str, object]]:
+    """What is not in the ledger, after the broker has given back all that a killed worker held."""
+    wait_until(lambda: running.queue_lengths() == {} and running.unacknowledged() == 0, 40, "the broker holds nothing")
+    arrived = {row["payment_id"] for row in running.rows("SELECT payment_id FROM payment")}
+    return [job for job in sent if job["payment_id"] not in arrived]

@@ -1,0 +1,112 @@
+"""The same job again, the same message again, the same outcome again: one payment, one call, one end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.system import System, wait_until
+from worker.errors import PaymentNotReady
+
+Accounts = Callable[[str], str]
+
+
+def wait_for_delivery(running: System, task_id: str) -> None:
+    """Wait until it is noted that the task was told its outcome."""
+    delivered = "SELECT 1 FROM reply WHERE task_id = :id AND delivered_at IS NOT NULL AND due_at IS NULL"
+    wait_until(lambda: running.rows(delivered, id=task_id) != [], 10, "the outcome is delivered")
+
+
+def test_the_same_job_twice_is_one_payment_and_both_tasks_get_the_outcome(
+    payready: System, account: Accounts, payment_id: str
+) -> None:
+    """While it waits, and also when it is settled already."""
+    account_id = account("slow")
+    first, second = (payready.initiate(payment_id, account_id, amount="25.00") for _ in range(2))
+    assert first.get(timeout=15) == second.get(timeout=15)
+    third = payready.initiate(payment_id, account_id, amount="25.00")
+    assert third.get(timeout=15) == first.get()
+    assert len(payready.rows("SELECT 1 FROM payment WHERE account_id = :id", id=account_id)) == 1
+    assert len(payready.simulator.calls(account_id)) == 1
+
+
+def test_a_failed_payment_stays_failed_however_often_it_is_asked_for(
+    payready: System, account: Accounts, payment_id: str
+) -> None:
+    """To try again is a new payment, with an id of its own."""
+    account_id = account("gone")
+    for _ in range(2):
+        with pytest.raises(PaymentNotReady, match="account_not_found"):
+            payready.initiate(payment_id, account_id, amount="25.00").get(timeout=15)
+    assert len(payready.simulator.calls(account_id)) == 1
+
+
+@pytest.mark.parametrize("scenario", ["slow", "prompt"])
+def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
+    payready: System, account: Accounts, payment_id: str, scenario: str
+) -> None:
+    """While the first waits (slow), and when it is settled (prompt)."""
+    account_id = account(scenario)
+    first = payready.initiate(payment_id, account_id, amount="25.00")
+    if scenario == "prompt":
+        first.get(timeout=15)
+    payready.payment(payment_id)
+    other = payready.initiate(payment_id, account_id, amount="26.00", options=payready.callbacks(payment_id))
+    with pytest.raises(PaymentNotReady, match="conflict"):
+        other.get(timeout=15)
+    wait_until(lambda: payment_id in payready.endings(), 10, "link_error runs")
+    assert payready.endings()[payment_id][0]["task"] == "ledger.not_ready"
+    assert first.get(timeout=15)["state"] == "released"
+    assert len(payready.simulator.calls(account_id)) == 1
+
+
+def test_a_message_that_the_broker_delivers_again_changes_nothing(
+    payready: System, account: Accounts, payment_id: str
+) -> None:
+    """The same task id, while it waits and after its end: its callback is sent once."""
+    account_id, options = account("slow"), payready.callbacks(payment_id)
+    first = payready.initiate(payment_id, account_id, options=options)
+    payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
+    outcome = first.get(timeout=15)
+    wait_for_delivery(payready, first.id)
+    payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
+    marker = payready.initiate(f"{payment_id}_marker", account_id, options=payready.callbacks(f"{payment_id}_marker"))
+    marker.get(timeout=15)
+    wait_until(lambda: f"{payment_id}_marker" in payready.endings(), 10, "what was enqueued later is through")
+    assert [line["args"][1] for line in payready.heard()].count(payment_id) == 1
+    assert first.get() == outcome
+    assert len(payready.simulator.calls(account_id)) == 1
+
+
+@pytest.mark.parametrize(("scenario", "callback"), [("prompt", "ledger.execute_ach"), ("gone", "ledger.not_ready")])
+def test_an_outcome_that_is_delivered_again_carries_the_same_ids(
+    payready: System, account: Accounts, payment_id: str, scenario: str, callback: str
+) -> None:
+    """After a crash between telling and noting it, the sweep tells again, so that the receiver can know."""
+    result = payready.initiate(payment_id, account(scenario), options=payready.callbacks(payment_id))
+    wait_for_delivery(payready, result.id)
+    payready.forget_delivery(result.id)
+    wait_until(lambda: len(told(payready, result.id)) == 2, 10, "it is delivered again")
+    first, second = told(payready, result.id)
+    assert first["task"] == callback
+    assert [first[name] for name in ("id", "root_id", "args")] == [second[name] for name in ("id", "root_id", "args")]
+
+
+def told(running: System, task_id: str) -> list[dict[str, Any]]:
+    """What the callbacks of a task were told."""
+    return [line for line in running.heard() if line["parent_id"] == task_id]
+
+
+def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payment_id: str) -> None:
+    """Both see the same payments due: each payment fails once."""
+    account_id = account("never")
+    payready.start_second_beat()
+    try:
+        ids = [f"{payment_id}_{n}" for n in range(50)]
+        payready.initiate_many(({"payment_id": i, "account_id": account_id, "timeout_s": 2} for i in ids), linked=True)
+        wait_until(lambda: set(ids) <= payready.endings().keys(), 15, "all fail")
+    finally:
+        payready.kill("beat2")
+    ends = [line for line in payready.heard() if line["args"][-1] in ids]
+    assert sorted(line["args"][1] for line in ends) == sorted(ids)
+    assert {line["task"] for line in ends} == {"ledger.not_ready"}

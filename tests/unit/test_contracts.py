@@ -1,0 +1,77 @@
+"""The published contracts: current, and kept by what really comes and goes."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.exceptions import ValidationError
+
+from tests.contracts import FOLDER, schemas
+from worker.errors import InvalidJob, Reason
+from worker.messages import Job, parse_job
+
+JOB = {"payment_id": "pay_1", "account_id": "acct_1"}
+
+
+def _validator(name: str) -> Callable[[Any], None]:
+    schema = json.loads((FOLDER / f"{name}.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    validate: Callable[[Any], None] = Draft202012Validator(schema, format_checker=FormatChecker()).validate
+    return validate
+
+
+def test_the_published_schemas_are_those_of_the_models() -> None:
+    """If not: `python -m tests.contracts`, and a line in the change log."""
+    published = {path.name: path.read_text() for path in FOLDER.iterdir()}
+    assert published == schemas()
+
+
+def test_every_reason_is_published() -> None:
+    """The payments service branches on them."""
+    failure = json.loads((FOLDER / "failure.schema.json").read_text())
+    assert failure["$defs"]["Reason"]["enum"] == [reason.value for reason in Reason]
+    _validator("failure")({"reason": "timeout", "detail": "no balance came within 120 s"})
+    with pytest.raises(ValidationError):
+        _validator("failure")({"reason": "bad luck", "detail": ""})
+
+
+GOOD: list[dict[str, Any]] = [
+    {},
+    {"amount": "25.00", "currency": "USD", "funds_check": "enabled"},
+    {"timeout_s": 1, "max_balance_age_s": 0, "count_limit": True, "metadata": {"a": [1, {"b": None}]}},
+    {"amount": "1", "buffer": {"multiplier": "1.5", "fixed": "2.00"}, "profile_id": "p_1", "connection_id": "conn_1"},
+]
+BAD: list[dict[str, Any]] = [
+    {"payment_id": ""},
+    {"account_id": "nonsense"},
+    {"amount": 25.0},
+    {"amount": "1e3"},
+    {"amount": " 25.00"},
+    {"amount": "２５"},
+    {"amount": "1_000"},
+    {"amount": "NaN"},
+    {"timeout_s": 0},
+    {"timeout_s": "120"},
+    {"max_balance_age_s": 86_401},
+    {"funds_check": "maybe"},
+    {"buffer": {"colour": "red"}},
+    {"colour": "red"},
+]
+
+
+@pytest.mark.parametrize("changes", GOOD)
+def test_what_the_contract_allows_payready_takes(changes: dict[str, Any]) -> None:
+    """A job that a sender has checked is not refused for its shape."""
+    _validator("job")({**JOB, **changes})
+    assert isinstance(parse_job({**JOB, **changes}, currency="USD"), Job)
+
+
+@pytest.mark.parametrize("changes", BAD)
+def test_what_the_contract_forbids_payready_refuses(changes: dict[str, Any]) -> None:
+    """The sender can find out before it sends."""
+    with pytest.raises(ValidationError):
+        _validator("job")({**JOB, **changes})
+    with pytest.raises(InvalidJob):
+        parse_job({**JOB, **changes}, currency="USD")

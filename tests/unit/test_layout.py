@@ -1,0 +1,58 @@
+"""The shape of the whole: what lies at the top, and what must not be in a file that is shared."""
+
+import re
+import subprocess
+
+import pytest
+
+from console.processes import ROOT
+
+FOLDERS = {"benchmarks", "config", "console", "migrations", "simulator", "tasks", "tests", "webhook", "worker"}
+
+
+def _tracked_and_new() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_python_lies_in_the_known_folders_and_nowhere_else() -> None:
+    """A stray module, or a new folder, has no place in the order of imports."""
+    python = [name for name in _tracked_and_new() if name.endswith(".py")]
+    assert {name.split("/")[0] for name in python} == FOLDERS
+
+
+def test_no_package_has_a_module_for_everything() -> None:
+    """Each module is named for what it does."""
+    vague = re.compile(r"(^|/)(utils?|helpers?|common|misc|base|core)(\.py|/)")
+    assert [name for name in _tracked_and_new() if vague.search(name)] == []
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_requirements_are_pinned_by_hash_and_name_no_address(name: str) -> None:
+    """Where packages come from is the business of the machine that installs them."""
+    lines = (ROOT / name).read_text().splitlines()
+    assert [
+        line for line in lines if re.match(r"\s*(-i|-f|--(extra-)?index-url|--find-links|--trusted-host)", line)
+    ] == []
+    assert [line for line in lines if "://" in line] == []
+    pinned = [line for line in lines if re.match(r"[A-Za-z0-9]", line)]
+    assert pinned
+    assert [line for line in pinned if not re.match(r"\S+==\S+ (; .+ )?\\$", line)] == []
+    assert sum("--hash=sha256:" in line for line in lines) >= len(pinned)
+
+
+def test_what_runs_in_production_is_locked_the_same_for_development() -> None:
+    """One version of each package."""
+    names = [
+        dict(re.findall(r"^(\S+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements.txt", "requirements-dev.txt")
+    ]
+    assert names[0].items() <= names[1].items()

@@ -1,0 +1,257 @@
+"""What a job may say: each rule that is broken is named, with its field, and nothing of the value is shown."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from worker.errors import InvalidJob
+from worker.messages import MAX_METADATA_BYTES, MINOR_DIGITS, Balance, Job, parse_job
+
+JOB = {"payment_id": "pay_1", "account_id": "acct_12Hz9Dz7vEAuljYvhmPcvM9"}
+RECORD = {
+    "id": "bal_1",
+    "accountId": "acct_1",
+    "at": "2025-01-24T14:15:22Z",
+    "source": "REFRESH",
+    "available": Decimal("31.41"),
+    "current": None,
+    "limit": Decimal(0),
+}
+SECRET = "s3cr3t"
+
+
+def parse(**changes: Any) -> Job:
+    """A job with these changes; None takes a field away."""
+    arguments = {name: value for name, value in {**JOB, **changes}.items() if value is not None}
+    return parse_job(arguments, currency="USD")
+
+
+def _complaint(**changes: Any) -> str | None:
+    """What is said of a job with these changes; None if it is taken."""
+    try:
+        parse(**changes)
+    except InvalidJob as refusal:
+        return f"{refusal} {refusal.__cause__}".removesuffix(" None")
+    return None
+
+
+def test_the_smallest_job_has_the_documented_defaults() -> None:
+    """Two fields are enough."""
+    job = parse()
+    assert (job.currency, job.timeout_s, job.max_balance_age_s, job.check) == ("USD", 120, 30, "disabled")
+    assert (job.amount, job.count_limit, job.metadata) == (None, False, {})
+    assert (job.buffer.multiplier, job.buffer.fixed) == (Decimal(1), Decimal(0))
+
+
+def test_an_amount_asks_for_a_check_unless_the_job_says_otherwise() -> None:
+    """`required` by default."""
+    assert parse(amount="1.00").check == "required"
+    assert parse(amount="1.00", funds_check="enabled").check == "enabled"
+    assert parse(amount="1.00", funds_check="disabled").check == "disabled"
+
+
+def test_the_age_counts_back_from_the_request() -> None:
+    """Nought is the request itself."""
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert parse(max_balance_age_s=0).fresh_from(now) == now
+    assert parse(max_balance_age_s=90).fresh_from(now) == now - timedelta(seconds=90)
+
+
+BAD = [
+    # field, value, what the complaint must say
+    ("payment_id", "", "at least 1 character"),
+    ("payment_id", "x" * 129, "at most 128 characters"),
+    ("payment_id", "with space", "pattern"),
+    ("payment_id", "tab\t", "pattern"),
+    ("payment_id", "line\n", "pattern"),
+    ("payment_id", "naïve", "pattern"),
+    ("payment_id", "\x00", "pattern"),
+    ("payment_id", 7, "string"),
+    ("account_id", "12Hz9Dz7", "pattern"),
+    ("account_id", "acct_", "pattern"),
+    ("account_id", "acct_1/../x", "pattern"),
+    ("account_id", "acct_1\n", "pattern"),
+    ("account_id", "acct_" + "1" * 65, "pattern"),
+    ("account_id", "ACCT_1", "pattern"),
+    ("account_id", {"id": "acct_1"}, "string"),
+    ("profile_id", "p 1", "pattern"),
+    ("connection_id", "conn_{}", "pattern"),
+    ("amount", "0", "greater than 0"),
+    ("amount", "-1.00", "greater than 0"),
+    ("amount", "25.001", "more than the 2 decimal places of USD"),
+    ("amount", "1e-9", "decimal in a string"),
+    ("amount", 25.0, "decimal in a string"),
+    ("amount", 25, "decimal in a string"),
+    ("amount", True, "decimal in a string"),
+    ("amount", "a lot", "decimal in a string"),
+    ("amount", "NaN", "decimal in a string"),
+    ("amount", "Infinity", "decimal in a string"),
+    ("amount", "1" * 39, "38 digits"),
+    ("amount", "1e99999", "decimal in a string"),
+    ("amount", "1e-99999", "decimal in a string"),
+    ("amount", " 25.00", "decimal in a string"),
+    ("amount", "25.00\n", "decimal in a string"),
+    ("amount", "1_000", "decimal in a string"),
+    ("amount", "２５", "decimal in a string"),
+    ("currency", "usd", "pattern"),
+    ("currency", "DOLLAR", "pattern"),
+    ("timeout_s", 0, "greater than or equal to 1"),
+    ("timeout_s", 3601, "less than or equal to 3600"),
+    ("timeout_s", 1.5, "integer"),
+    ("timeout_s", "120", "integer"),
+    ("timeout_s", True, "integer"),
+    ("max_balance_age_s", -1, "greater than or equal to 0"),
+    ("max_balance_age_s", 86_401, "less than or equal to 86400"),
+    ("max_balance_age_s", "30", "integer"),
+    ("funds_check", "maybe", "'required', 'enabled' or 'disabled'"),
+    ("buffer.multiplier", {"multiplier": "0.9"}, "greater than or equal to 1"),
+    ("buffer.multiplier", {"multiplier": "5.01"}, "less than or equal to 5"),
+    ("buffer.multiplier", {"multiplier": 1.5}, "decimal in a string"),
+    ("buffer.fixed", {"fixed": "-0.01"}, "greater than or equal to 0"),
+    ("buffer.colour", {"colour": "red"}, "not permitted"),
+    ("count_limit", "yes", "boolean"),
+    ("count_limit", 1, "boolean"),
+    ("metadata", [1], "dictionary"),
+    ("metadata", {"x": "y" * MAX_METADATA_BYTES}, f"more than {MAX_METADATA_BYTES}"),
+    ("metadata", {"x": float("nan")}, "JSON object"),
+    ("metadata", {"x": object()}, "JSON object"),
+    ("amout", "25.00", "not permitted"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), BAD, ids=lambda value: str(value)[:24])
+def test_a_rule_that_is_broken_is_named_with_its_field(field: str, value: Any, rule: str) -> None:
+    """So that who sent the job can mend it."""
+    with pytest.raises(InvalidJob) as refusal:
+        parse(**{field.partition(".")[0]: value})
+    assert f"{field}: " in str(refusal.value)
+    assert rule in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["payment_id", "account_id"])
+def test_a_field_that_is_needed_is_asked_for(field: str) -> None:
+    """By name."""
+    with pytest.raises(InvalidJob, match=f"{field}: Field required"):
+        parse(**{field: None})
+
+
+def test_all_complaints_come_at_once() -> None:
+    """No job is sent back twice for two mistakes."""
+    with pytest.raises(InvalidJob) as refusal:
+        parse(amount="-1", timeout_s=0, colour="red")
+    for field in ("amount", "timeout_s", "colour"):
+        assert f"{field}: " in str(refusal.value)
+
+
+def test_a_check_needs_an_amount() -> None:
+    """Else there is nothing to check."""
+    for check in ("required", "enabled"):
+        with pytest.raises(InvalidJob, match="amount: is needed for a funds check"):
+            parse(funds_check=check)
+    assert parse(funds_check="disabled").amount is None
+
+
+def test_a_foreign_currency_is_refused() -> None:
+    """Quiltt names none with its balances, so there is one for all accounts."""
+    with pytest.raises(InvalidJob, match="currency: is EUR, but the accounts are held in USD"):
+        parse_job({**JOB, "currency": "EUR"}, currency="USD")
+    assert parse_job({**JOB, "currency": "EUR"}, currency="EUR").currency == "EUR"
+
+
+@pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_DIGITS.items()])
+def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int) -> None:
+    """And not one more; zeros at the end are none."""
+    right = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"
+    assert parse_job({**JOB, "amount": right, "currency": currency}, currency=currency).amount == Decimal(right)
+    with pytest.raises(InvalidJob, match=f"amount: has more than the {places} decimal places of {currency}"):
+        parse_job({**JOB, "amount": "7." + "1" * (places + 1), "currency": currency}, currency=currency)
+
+
+@given(
+    amount=st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e34"), places=2, allow_nan=False)
+    | st.integers(0, 37).map(lambda exponent: Decimal(f"1e{exponent}"))
+)
+def test_every_amount_of_cents_is_taken_as_it_is(amount: Decimal) -> None:
+    """Large ones too: no digit is lost, and none is too many."""
+    assert parse(amount=format(amount, "f")).amount == amount
+
+
+@given(text=st.text(max_size=60) | st.from_regex(r"-?[0-9]{0,40}(\.[0-9]{0,40})?(e-?[0-9]{1,6})?", fullmatch=True))
+def test_any_text_is_an_amount_or_an_invalid_job(text: str) -> None:
+    """Nothing else is ever raised."""
+    told = _complaint(amount=text)
+    assert told is None or "amount: " in told
+
+
+@pytest.mark.parametrize("field", [*Job.model_fields, "colour"])
+def test_no_complaint_shows_what_was_sent(field: str) -> None:
+    """It may be private, and errors end up in logs and results."""
+    for value in (f" {SECRET}", {SECRET: {SECRET: SECRET}}, [SECRET], SECRET * 2000):
+        told = _complaint(**{field: value}) or ""
+        assert SECRET not in told.replace(f"buffer.{SECRET}: ", "")
+
+
+def test_a_job_survives_the_way_through_the_ledger() -> None:
+    """Its JSON, without defaults, is the same job again."""
+    job = parse(amount="25.10", buffer={"multiplier": "1.50", "fixed": "0.1"}, metadata={"a": [1, None, {"b": "ü"}]})
+    stored = json.loads(json.dumps(job.model_dump(mode="json", exclude_defaults=True)))
+    assert Job.model_validate(stored) == job
+    assert stored["amount"] == "25.10"
+    assert "timeout_s" not in stored
+
+
+def balance(**changes: Any) -> Balance:
+    """A record with these changes."""
+    return Balance.model_validate({**RECORD, **changes})
+
+
+def test_a_balance_is_read_to_the_digit() -> None:
+    """Null stays null, zero stays zero."""
+    read = balance()
+    assert (read.available, read.current, read.limit) == (Decimal("31.41"), None, Decimal(0))
+    assert read.at == datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
+    assert read.account_id == "acct_1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", "bal 1"),
+        ("accountId", None),
+        ("at", "2025-01-24T14:15:22"),
+        ("at", "yesterday"),
+        ("at", "2025-01-24"),
+        ("at", 1_700_000_000),
+        ("at", Decimal(1_700_000_000)),
+        ("at", "1700000000"),
+        ("at", "0001-01-01T00:00:00+14:00"),
+        ("at", "9999-12-31T23:59:59-14:00"),
+        ("available", "31.41"),
+        ("available", 31.41),
+        ("available", True),
+        ("available", Decimal("NaN")),
+        ("available", Decimal("Infinity")),
+        ("available", Decimal(10) ** 30),
+        ("available", Decimal("1e-61")),
+        ("available", Decimal("0e400")),
+        ("limit", []),
+        ("source", 5),
+    ],
+)
+def test_a_record_that_is_not_what_is_documented_is_no_balance(field: str, value: Any) -> None:
+    """It is refused with the field's name, and without its value."""
+    with pytest.raises(ValidationError) as refusal:
+        balance(**{field: value})
+    assert [error["loc"] for error in refusal.value.errors()] == [(field,)]
+    assert "input_value" not in str(refusal.value)
+
+
+def test_fields_nobody_knows_yet_are_passed_over() -> None:
+    """They appear over time."""
+    assert balance(colour="red") == balance()

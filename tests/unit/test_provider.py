@@ -1,0 +1,355 @@
+"""The provider's client: what each answer, and each way of not getting one, means for the bill."""
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from simulator.testing import Simulator
+from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.provider import Quiltt
+
+KEY = "qk_hunter2"
+A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
+
+
+@contextmanager
+def client(url: str, **changes: Any) -> Iterator[Quiltt]:
+    """A client with short time limits."""
+    limits: dict[str, Any] = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "connections": 2, **changes}
+    quiltt = Quiltt(url, url, SecretStr(KEY), **limits)
+    try:
+        yield quiltt
+    finally:
+        quiltt.close()
+
+
+class Raw:
+    """A server that does with each connection what it is told, and keeps what it was sent."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self._serve = serve
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.requests: list[bytes] = []
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection:
+            while request := self._request(connection):
+                self.requests.append(request)
+                self._serve(connection)
+
+    def _request(self, connection: socket.socket) -> bytes:
+        received = b""
+        while not received.endswith(b"\r\n\r\n"):
+            try:
+                piece = connection.recv(65_536)
+            except OSError:
+                return b""
+            if not piece:
+                return b""
+            received += piece
+        return received
+
+
+@contextmanager
+def raw(serve: Callable[[socket.socket], None]) -> Iterator[Raw]:
+    """Such a server for as long as the block runs."""
+    server = Raw(serve)
+    try:
+        yield server
+    finally:
+        server.listener.close()
+
+
+def answering(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
+    """Answer with this status."""
+    lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body)}", *headers, "", ""]
+    return lambda connection: connection.sendall("\r\n".join(lines).encode() + body)
+
+
+def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFailed:
+    """How a call fails on a server that does this."""
+    with raw(serve) as server, client(server.url, **changes) as quiltt, pytest.raises(CallFailed) as failed:
+        quiltt.refresh_balance(A)
+    return failed.value
+
+
+def test_a_call_is_what_the_provider_documents() -> None:
+    """POST, the account in the path, our key as bearer, no body."""
+    with raw(answering(202)) as server, client(server.url) as quiltt:
+        assert quiltt.refresh_balance(A) == 202
+    head = server.requests[0].decode().lower()
+    assert head.startswith(f"post /v1/accounts/{A.lower()}/balances/refresh http/1.1\r\n")
+    assert f"authorization: bearer {KEY}\r\n" in head
+    assert "content-length: 0\r\n" in head
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (400, Reason.ACCOUNT_UNSUPPORTED),
+        (401, Reason.NOT_AUTHORIZED),
+        (403, Reason.CONNECTION_INACTIVE),
+        (404, Reason.ACCOUNT_NOT_FOUND),
+        (405, Reason.PROVIDER_UNAVAILABLE),
+        (409, Reason.PROVIDER_UNAVAILABLE),
+        (422, Reason.PROVIDER_UNAVAILABLE),
+    ],
+)
+def test_a_refusal_has_the_reason_that_its_status_gives(status: int, reason: Reason) -> None:
+    """There is no machine-readable code; the text of the body is not repeated."""
+    failed = failure(answering(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
+    assert isinstance(failed, Refused)
+    assert (failed.status, failed.reason) == (status, reason)
+    assert "hunter3" not in str(failed)
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 301, 302, 307, 408, 500, 502, 503, 504])
+def test_what_is_not_documented_may_have_been_accepted(status: int) -> None:
+    """An accepted call is a 202; with anything else that is no refusal, nobody knows. No redirect is followed."""
+    failed = failure(answering(status, "Location: /elsewhere"))
+    assert isinstance(failed, Uncertain)
+    assert failed.status == status
+
+
+@pytest.mark.parametrize(
+    ("header", "retry_at"),
+    [
+        ("Ratelimit-Reset: 1763800000", datetime.fromtimestamp(1_763_800_000, UTC)),
+        ("ratelimit-reset: 0", datetime.fromtimestamp(0, UTC)),
+        ("Ratelimit-Reset: 99999999999", datetime.fromtimestamp(99_999_999_999, UTC)),
+        ("Ratelimit-Reset: 999999999999", None),
+        ("Ratelimit-Reset: soon", None),
+        ("Ratelimit-Reset: -5", None),
+        ("Ratelimit-Reset: 1.5", None),
+        ("Ratelimit-Reset: ", None),
+        ("X-Nothing: 1", None),
+    ],
+)
+def test_a_rate_limit_says_when_to_come_again_if_it_can_be_read(header: str, retry_at: datetime | None) -> None:
+    """Unix seconds; anything else is as good as nothing."""
+    failed = failure(answering(429, header))
+    assert isinstance(failed, Throttled)
+    assert failed.retry_at == retry_at
+    assert failed.status == 429
+
+
+def reset(connection: socket.socket) -> None:
+    """End the connection with a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def cut(sent: bytes) -> Callable[[socket.socket], None]:
+    """Send this, and close the connection."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(sent)
+        connection.close()
+
+    return serve
+
+
+LOST: dict[str, Callable[[socket.socket], None]] = {
+    "closed without an answer": cut(b""),
+    "reset": reset,
+    "closed within the head": cut(b"HTTP/1.1 20"),
+    "closed within the body": cut(b"HTTP/1.1 500 x\r\nContent-Length: 9\r\n\r\nhalf"),
+    "no HTTP": cut(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("serve", LOST.values(), ids=LOST)
+def test_a_call_whose_answer_is_lost_is_uncertain(serve: Callable[[socket.socket], None]) -> None:
+    """It was sent: it may have been accepted, and charged."""
+    assert isinstance(failure(serve), Uncertain)
+
+
+def test_a_call_that_is_not_answered_in_time_is_uncertain() -> None:
+    """The time limit is kept."""
+    released = threading.Event()
+
+    def hold(_: socket.socket) -> None:
+        released.wait(10)
+
+    failed = failure(hold, read_timeout_s=0.1)
+    released.set()
+    assert isinstance(failed, Uncertain)
+    assert "read timeout" in str(failed)
+
+
+def test_a_refused_connection_is_provably_unsent() -> None:
+    """Nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(Unsent, match="connect error"):
+        quiltt.refresh_balance(A)
+
+
+def test_a_connection_that_cannot_be_had_in_time_is_provably_unsent() -> None:
+    """The backlog is full: the handshake does not end."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        try:
+            for one in waiting:
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(Unsent, match="connect timeout"):
+                quiltt.refresh_balance(A)
+        finally:
+            for one in waiting:
+                one.close()
+
+
+def test_an_unknown_host_is_provably_unsent() -> None:
+    """No address, no call."""
+    with client("http://nowhere.invalid") as quiltt, pytest.raises(Unsent):
+        quiltt.refresh_balance(A)
+
+
+def test_a_call_that_finds_no_free_connection_is_provably_unsent() -> None:
+    """All are busy for longer than it may wait."""
+    busy, release = threading.Event(), threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        busy.set()
+        release.wait(10)
+        answering(202)(connection)
+
+    with raw(hold) as server, client(server.url, connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt:
+        first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
+        first.start()
+        assert busy.wait(5)
+        with pytest.raises(Unsent, match="pool timeout"):
+            quiltt.refresh_balance(A)
+        release.set()
+        first.join(5)
+    assert len(server.requests) == 1
+
+
+def test_connections_are_kept_for_the_next_call() -> None:
+    """One handshake for many calls."""
+    with raw(answering(202)) as server, client(server.url) as quiltt:
+        for _ in range(5):
+            quiltt.refresh_balance(A)
+    assert len(server.requests) == 5
+    assert server.connections == 1
+
+
+def test_no_proxy_gets_between_us_and_a_bill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment's proxies are passed by."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    with raw(answering(202)) as server, client(server.url) as quiltt:
+        assert quiltt.refresh_balance(A) == 202
+
+
+def test_the_mode_of_the_key_is_asked_for() -> None:
+    """At the other address, as documented."""
+    body = b'{"id":"k","environment":{"id":"env_1","mode":"SANDBOX","name":"x","metadata":null},"new":1}'
+    with raw(answering(200, body=body)) as server, client(server.url) as quiltt:
+        assert quiltt.mode() == "SANDBOX"
+    assert server.requests[0].startswith(b"POST /v1/introspect/api_key HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_is_a_refusal(status: int) -> None:
+    """No call will be accepted with it."""
+    with raw(answering(status)) as server, client(server.url) as quiltt, pytest.raises(Refused) as refused:
+        quiltt.mode()
+    assert refused.value.reason == Reason.NOT_AUTHORIZED
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        answering(500),
+        answering(429),
+        answering(200, body=b"<html>"),
+        answering(200, body=b'{"environment":{"mode":"LIVE"}}'),
+        answering(200, body=b"{}"),
+        LOST["reset"],
+    ],
+)
+def test_a_mode_that_cannot_be_had_is_asked_for_again(serve: Callable[[socket.socket], None]) -> None:
+    """The question costs nothing."""
+    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(Unsent):
+        quiltt.mode()
+
+
+def test_the_key_is_in_no_error_and_in_nothing_that_is_printed() -> None:
+    """Not in the text, not in its causes' texts, not in the client's."""
+    closed = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    closed.close()
+    with client(url) as quiltt:
+        assert KEY not in repr(quiltt)
+        assert KEY not in repr(vars(quiltt))
+        for ask in (lambda: quiltt.refresh_balance(A), quiltt.mode):
+            with pytest.raises(Unsent) as failed:
+                ask()
+            error: BaseException | None = failed.value
+            while error is not None:
+                assert KEY not in repr(error)
+                error = error.__cause__ or error.__context__
+    for serve in (answering(401), answering(500), LOST["reset"]):
+        assert KEY not in repr(failure(serve))
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[Simulator]:
+    """The stand-in for Quiltt; its webhooks go nowhere."""
+    with Simulator("http://127.0.0.1:1/", secret="s", api_key=KEY) as running:
+        yield running
+
+
+def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
+    """The statuses of the documentation, told from both sides."""
+    with client(simulator.url) as quiltt:
+        assert quiltt.mode() == "TEST"
+        assert quiltt.refresh_balance("acct_never1") == 202
+        expected = {
+            "badreq": Reason.ACCOUNT_UNSUPPORTED,
+            "unauth": Reason.NOT_AUTHORIZED,
+            "inactive": Reason.CONNECTION_INACTIVE,
+            "gone": Reason.ACCOUNT_NOT_FOUND,
+        }
+        for scenario, reason in expected.items():
+            with pytest.raises(Refused) as refused:
+                quiltt.refresh_balance(f"acct_{scenario}1")
+            assert refused.value.reason == reason
+        with pytest.raises(Throttled) as throttled:
+            quiltt.refresh_balance("acct_throttled1")
+        assert throttled.value.retry_at is not None
+        for scenario in ("error", "lost"):
+            with pytest.raises(Uncertain):
+                quiltt.refresh_balance(f"acct_{scenario}1")
+    with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(Uncertain, match="read timeout"):
+        quiltt.refresh_balance("acct_silent1")
+    accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]
+    assert accepted == [True, True, True], "what the client takes for uncertain may well have been accepted"

@@ -1,0 +1,158 @@
+"""The settings: each name that is agreed, and one clear sentence for each thing that is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config.settings import ConfigurationError, load
+from console.processes import ROOT, procfile
+
+PRODUCTION = {
+    "PAYREADY_ENV": "production",
+    "PAYREADY_QUILTT_API_KEY": "qk_real",
+    "PAYREADY_WEBHOOK_SECRETS": "whsec_new, whsec_old",
+}
+
+
+def test_nothing_set_is_a_development_deployment() -> None:
+    """It starts, and refuses every webhook, for it has no secret."""
+    settings = load({})
+    assert (settings.env, settings.webhook_secrets) == ("development", ())
+    assert settings.quiltt_api_url == "https://api.quiltt.io"
+    assert settings.quiltt_auth_url == "https://auth.quiltt.io"
+
+
+def test_each_agreed_name_is_read() -> None:
+    """The names are a contract with those who deploy."""
+    settings = load(
+        {
+            **PRODUCTION,
+            "PAYREADY_REDIS_URL": "redis://r/1",
+            "PAYREADY_DATABASE_URL": "postgresql://d/e",
+            "PAYREADY_QUILTT_API_URL": "http://api",
+            "PAYREADY_QUILTT_AUTH_URL": "http://auth",
+            "PAYREADY_HOST": "0.0.0.0",
+            "PAYREADY_PORT": "8080",
+            "HOME": "/x",
+        }
+    )
+    assert settings.env == "production"
+    assert (settings.redis_url, settings.database_url) == ("redis://r/1", "postgresql://d/e")
+    assert (settings.quiltt_api_url, settings.quiltt_auth_url) == ("http://api", "http://auth")
+    assert settings.quiltt_api_key.get_secret_value() == "qk_real"
+    assert [secret.get_secret_value() for secret in settings.webhook_secrets] == ["whsec_new", "whsec_old"]
+    assert (settings.host, settings.port) == ("0.0.0.0", 8080)
+
+
+def test_broker_and_results_are_in_redis_unless_told_otherwise() -> None:
+    """Each on its own."""
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1"})
+    assert (settings.broker, settings.result_backend) == ("redis://r/1", "redis://r/1")
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
+    assert (settings.broker, settings.result_backend) == ("amqp://b", "redis://r/1")
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
+    assert (settings.broker, settings.result_backend) == ("redis://r/1", "redis://q")
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    """As compose files leave them."""
+    assert load({"PAYREADY_PORT": ""}) == load({})
+
+
+def test_the_settings_cannot_be_changed() -> None:
+    """Nor made with what they do not know."""
+    with pytest.raises(ValueError, match="frozen"):
+        load({}).port = 1  # type: ignore[misc]
+
+
+BAD = [
+    ({"PAYREADY_PROT": "1"}, "PAYREADY_PROT is not a setting of payready; see docs/configuration.md for the names"),
+    ({"PAYREADY_": "1"}, "PAYREADY_ is not a setting"),
+    ({"PAYREADY_ENV": "staging"}, "PAYREADY_ENV: Input should be 'development' or 'production'"),
+    ({"PAYREADY_PORT": "http"}, "PAYREADY_PORT: "),
+    ({"PAYREADY_PORT": "65536"}, "PAYREADY_PORT: "),
+    ({"PAYREADY_CURRENCY": "usd"}, "PAYREADY_CURRENCY: "),
+    ({"PAYREADY_VISIBILITY_TIMEOUT_S": "20"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than a provider call"),
+    ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": ""}, "PAYREADY_QUILTT_API_KEY must be set in production"),
+    ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-api-key"}, "PAYREADY_QUILTT_API_KEY must be set in production"),
+    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": ""}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
+    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": " , "}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
+    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": "good,demo-x"}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
+]
+
+
+@pytest.mark.parametrize(("environ", "sentence"), BAD, ids=lambda value: str(value)[-40:])
+def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence: str) -> None:
+    """With the name of the variable, and without its value."""
+    with pytest.raises(ConfigurationError) as refusal:
+        load(environ)
+    assert str(refusal.value).startswith(sentence)
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.__context__ is None or refusal.value.__suppress_context__
+
+
+def test_a_demo_secret_is_good_enough_for_development() -> None:
+    """It is what the demo runs with."""
+    assert load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
+
+
+def test_no_secret_is_in_what_is_printed() -> None:
+    """Keys, webhook secrets, and the passwords in addresses."""
+    secret = "hunter2"
+    settings = load(
+        {
+            "PAYREADY_QUILTT_API_KEY": secret,
+            "PAYREADY_WEBHOOK_SECRETS": f"{secret},{secret}3",
+            "PAYREADY_REDIS_URL": f"redis://:{secret}@r/1",
+            "PAYREADY_BROKER_URL": f"amqp://u:{secret}@b",
+            "PAYREADY_RESULT_BACKEND_URL": f"redis://:{secret}@q",
+            "PAYREADY_DATABASE_URL": f"postgresql://u:{secret}@d/e",
+        }
+    )
+    assert secret not in repr(settings)
+    assert secret not in str(settings)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PAYREADY_PORT": "hunter2"},
+        {"PAYREADY_ENV": "hunter2"},
+        {**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-hunter2"},
+    ],
+)
+def test_no_complaint_shows_a_value(environ: dict[str, str]) -> None:
+    """It may have been put into the wrong variable."""
+    with pytest.raises(ConfigurationError) as refusal:
+        load(environ)
+    assert "hunter2" not in str(refusal.value)
+
+
+ROLES = {name: command for name, command in procfile().items() if name != "flower"}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_with_a_bad_environment_ends_with_one_sentence(role: str, tmp_path: Path) -> None:
+    """A status that is not 0, and no traceback."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"exec {ROLES[role]}"],
+        cwd=ROOT,
+        env={
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/x.db",
+            "PAYREADY_WEBHOOK_SECRET": "hunter2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode not in (0, None)
+    assert done.stderr.strip() == (
+        "payready cannot start: PAYREADY_WEBHOOK_SECRET is not a setting of payready; "
+        "see docs/configuration.md for the names"
+    )
+    assert not (tmp_path / "x.db").exists()

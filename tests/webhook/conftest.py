@@ -1,0 +1,120 @@
+"""The endpoint as a process of its own, on each database."""
+
+import base64
+import hashlib
+import hmac
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from console.processes import Processes, answers, free_port, procfile
+from tests.support.servers import Postgres
+from tests.support.world import Databases
+from worker.ledger.database import Engine, open_engine
+from worker.ledger.tables import PAYMENT
+
+SECRET, OLD_SECRET = "whsec_of_the_tests", "whsec_before"
+_numbers = itertools.count(1)
+
+
+def sign(body: bytes, timestamp: str, secret: str) -> str:
+    """The sender's side, written from the documentation."""
+    return base64.b64encode(hmac.digest(secret.encode(), b"1" + timestamp.encode() + body, hashlib.sha256)).decode()
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint, the sender's side of it, and a view of what it keeps."""
+
+    url: str
+    engine: Engine
+    redis: Redis
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=15))
+
+    def headers(
+        self, body: bytes, *, secret: str = SECRET, age_s: int = 0, signed: bytes | None = None
+    ) -> dict[str, str]:
+        """The headers that the provider would send with the body."""
+        timestamp = str(int(time.time()) - age_s)
+        signature = sign(body if signed is None else signed, timestamp, secret)
+        return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
+
+    def send(self, body: bytes, headers: Mapping[str, str] | None = None, **how: Any) -> int:
+        """Deliver a body, signed unless other headers are given; the status."""
+        given = self.headers(body, **how) if headers is None else headers
+        answer = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=given)
+        assert answer.content == b"", "who is refused learns the status and no more"
+        return answer.status_code
+
+    def ledger(self) -> dict[str, list[tuple[Any, ...]]]:
+        """All that is in the ledger, and how many tasks were enqueued."""
+        with self.engine.connect() as connection:
+            tables = PAYMENT.metadata.sorted_tables
+            rows = {table.name: sorted(map(tuple, connection.execute(table.select())), key=str) for table in tables}
+        return {**rows, "enqueued": [(self.redis.llen("releases"),)]}
+
+    def balances(self) -> list[str]:
+        """The ids of the balances that were kept."""
+        return [row[0] for row in self.ledger()["balance"]]
+
+
+@contextmanager
+def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) -> Iterator[Endpoint]:
+    """The role `web` for as long as the block runs."""
+    port = free_port()
+    settings = {
+        "PAYREADY_DATABASE_URL": database_url,
+        "PAYREADY_REDIS_URL": redis_url,
+        "PAYREADY_WEBHOOK_SECRETS": f"{SECRET},{OLD_SECRET}",
+        "PAYREADY_PORT": str(port),
+        **environ,
+    }
+    url = f"http://127.0.0.1:{port}"
+    with Processes(folder, settings) as processes:
+        processes.start("web", procfile()["web"])
+        processes.wait_for("web", lambda: answers(f"{url}/healthz"))
+        made = Endpoint(url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True))
+        try:
+            yield made
+        finally:
+            made.http.close()
+            made.engine.dispose()
+            made.redis.close()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def web(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, valkey_url: str
+) -> Iterator[Endpoint]:
+    """An endpoint that no test breaks; each uses events of its own."""
+    folder = tmp_path_factory.mktemp("web")
+    databases = Databases(folder, postgres_server if request.param == "postgresql" else None)
+    with endpoint(folder, databases.new(), valkey_url) as running:
+        yield running
+
+
+def delivery(*balance_ids: str, **record: Any) -> bytes:
+    """A delivery of REFRESH balances."""
+    at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    given = {"accountId": "acct_1", "at": at, "source": "REFRESH", "available": 1.5, "current": 2, "limit": None}
+    events = [
+        {"id": f"evt_{balance_id}", "type": "balance.created", "record": {"id": balance_id, **given, **record}}
+        for balance_id in balance_ids
+    ]
+    return json.dumps({"eventTypes": ["balance.created"], "events": events}).encode()
+
+
+@pytest.fixture
+def balance_id() -> str:
+    """An id no other test uses."""
+    return f"bal_{next(_numbers)}"
