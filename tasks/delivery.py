@@ -17,6 +17,9 @@ from worker.runtime import runtime
 BROKER_AWAY = (OperationalError, OSError)
 """What is raised when the broker cannot be reached."""
 
+SLICE = 50
+"""Outcomes that are delivered before it is noted: few enough that the sweep does not take them for forgotten."""
+
 log = logging.getLogger(__name__)
 
 
@@ -32,6 +35,11 @@ def carry_out(todo: Next) -> None:
 
 def deliver(due: Sequence[Due]) -> None:
     """Complete the tasks that wait. What cannot be delivered now stays due, and the sweep tries again."""
+    for start in range(0, len(due), SLICE):
+        _deliver(due[start : start + SLICE])
+
+
+def _deliver(due: Sequence[Due]) -> None:
     told = []
     for outcome in due:
         try:

@@ -14,7 +14,7 @@ once in its chord.
 What is used of Celery: `Task.request`, `Signature.apply_async`, `group`, the event dispatcher, kombu's JSON; the two
 backend methods `mark_as_done` and `mark_as_failure`, which are what custom backends build on; and, not public,
 `Task.request_stack` and `celery._state._task_stack`. A task that is on both stacks is the current one, so that what
-is sent becomes its child, with its root and its priority, as if it had never left. Celery's tracer cannot be asked to
+is sent becomes its child, with its root, as if it had never left. Celery's tracer cannot be asked to
 do all this: it turns a broker that is away for a moment into the task's failure, while here the outcome must stay due.
 `tests/canvas` compares the outcome of every primitive with what the tracer makes of a task that never waits.
 """
@@ -94,11 +94,10 @@ def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
     """
     with _resumed(app, canvas) as (task, request):
         priority = request.delivery_info["priority"] if app.conf.task_inherit_parent_priority else None
-        onward = {"parent_id": request.id, "root_id": request.root_id or request.id, "priority": priority}
         for callback in _callbacks(app, request):
-            callback.apply_async((result,), **onward)
+            callback.apply_async((result,), priority=priority)
         if request.chain:
-            app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], **onward)
+            app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], priority=priority)
         task.backend.mark_as_done(request.id, result, request)
         _tell_watchers(app, canvas, "task-succeeded", result=saferepr(result, task.resultrepr_maxsize))
 
