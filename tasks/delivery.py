@@ -1,6 +1,7 @@
 """Do what a step of the flow left to be done: enqueue, and deliver outcomes to the tasks that wait for them."""
 
 import logging
+import time
 from collections.abc import Sequence
 
 from kombu.exceptions import OperationalError
@@ -10,7 +11,7 @@ from tasks.app import app
 from worker import flow
 from worker.errors import PaymentNotReady
 from worker.flow import Next
-from worker.ledger.payments import Due
+from worker.ledger.payments import REDELIVERY, Due
 from worker.payment import PaymentState
 from worker.runtime import runtime
 
@@ -18,7 +19,9 @@ BROKER_AWAY = (OperationalError, OSError)
 """What is raised when the broker cannot be reached."""
 
 SLICE = 50
-"""Outcomes that are delivered before it is noted: few enough that the sweep does not take them for forgotten."""
+"""Outcomes that are delivered before it is noted."""
+PATIENCE_S = REDELIVERY.total_seconds() / 2
+"""After this long the rest of a long list is left to the sweep, which would take it for forgotten anyway."""
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +37,18 @@ def carry_out(todo: Next) -> None:
 
 
 def deliver(due: Sequence[Due]) -> None:
-    """Complete the tasks that wait. What cannot be delivered now stays due, and the sweep tries again."""
+    """Complete the tasks that wait. What cannot be delivered now, or not soon, stays due: the sweep delivers it."""
+    end = time.monotonic() + PATIENCE_S
     for start in range(0, len(due), SLICE):
+        if time.monotonic() > end:
+            return
         _deliver(due[start : start + SLICE])
+
+
+def deliver_overdue() -> None:
+    """Deliver what was not delivered when it was settled; each slice is kept from other sweeps while it is."""
+    while due := flow.overdue(runtime(), SLICE):
+        _deliver(due)
 
 
 def _deliver(due: Sequence[Due]) -> None:

@@ -20,6 +20,7 @@ do all this: it turns a broker that is away for a moment into the task's failure
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from celery.canvas import Signature
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 WAITING = "WAITING"
@@ -145,6 +148,10 @@ def _resumed(app: Celery, canvas: dict[str, Any]) -> Iterator[tuple[Task, Contex
 
 def _tell_watchers(app: Celery, canvas: dict[str, Any], event: str, **fields: Any) -> None:
     """Tell Flower and its like, in the name of the worker that began the task; the runtime is the whole wait."""
-    if app.conf.worker_send_task_events:
+    if not app.conf.worker_send_task_events:
+        return
+    try:
         with app.events.default_dispatcher(hostname=canvas.get("hostname")) as dispatcher:
             dispatcher.send(event, uuid=canvas["id"], runtime=max(0.0, time.time() - canvas["left_at"]), **fields)
+    except Exception as error:  # noqa: BLE001 - the outcome is told; that nobody watches is no reason to tell it again
+        log.warning("the event watchers were not told of task %s: %s", canvas["id"], error)

@@ -4,7 +4,7 @@ No events are sent of them: two a second would soon push the payments out of wha
 """
 
 from tasks.app import app
-from tasks.delivery import carry_out, deliver
+from tasks.delivery import carry_out, deliver_overdue
 from worker import flow
 from worker.runtime import runtime
 
@@ -22,5 +22,5 @@ def expire() -> None:
 @app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
     """Make good what was lost on the way: calls, balances, deliveries."""
+    deliver_overdue()
     carry_out(flow.sweep(runtime()))
-    deliver(flow.overdue(runtime()))

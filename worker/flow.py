@@ -13,11 +13,13 @@ Who wins between a balance and a deadline is decided in SQL, by whoever holds th
 
 import hashlib
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from worker import funds, payment
@@ -26,10 +28,10 @@ from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttle
 from worker.fees import EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
 from worker.ledger import balances, fees, payments, refreshes
-from worker.ledger.database import Row, Tx, lock_accounts, transaction
+from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
 from worker.ledger.payments import Due, Settlement, Waiting
 from worker.ledger.refreshes import Flight
-from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job
+from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job, stored_job
 from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
@@ -39,6 +41,8 @@ BATCH = 500
 """Rows that one step of upkeep takes at most in one transaction."""
 RETRY = timedelta(seconds=15)
 """After this long a call that was enqueued and was not made is enqueued again."""
+BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
+"""Between attempts to book a call; together less than the room that `Runtime.call_limit` leaves for it."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -106,7 +110,7 @@ def _write_down(tx: Tx, job: Job, canvas: dict[str, Any], now: datetime) -> Wait
         deadline = now + timedelta(seconds=job.timeout_s)
         return Waiting(job.payment_id, job.account_id, job, now, job.fresh_from(now), deadline)
     row = payments.hold(tx, job.payment_id)
-    if Job.model_validate(row.job) != job:
+    if stored_job(row.job) != job:
         raise PaymentNotReady(Reason.CONFLICT, "the payment_id was used before, with other content")
     settled = row.state != PaymentState.WAITING
     payments.await_outcome(tx, job.payment_id, canvas, due_at=now + payments.REDELIVERY if settled else None)
@@ -154,19 +158,30 @@ def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
     claim = _claim(rt, account_id, refresh_id, price)
     if isinstance(claim, Next):
         return claim
-    _hint(rt.correlation.depart, account_id, claim.flight.refresh_id, rt.clock())
+    _hint(rt.correlation.depart, account_id, claim.flight.refresh_id, claim.flight.called_at)
     try:
         status = rt.provider.refresh_balance(account_id)
     except CallFailed as failure:
-        return _call_failed(rt, claim, failure)
-    return _call_accepted(rt, claim, status)
+        return _insist(partial(_call_failed, rt, claim, failure))
+    return _insist(partial(_call_accepted, rt, claim, status))
+
+
+def _insist(book: Callable[[], Next]) -> Next:
+    """Book what is known of a call, though the ledger be away for a moment: nobody else knows it."""
+    for pause_s in BOOKING_PAUSES_S:
+        try:
+            return book()
+        except LEDGER_AWAY as error:
+            log.warning("a call could not be booked, trying again: %s", error)
+            time.sleep(pause_s)
+    return book()
 
 
 def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Claim | Next:
     """Claim the refresh and open its fee entry, in one transaction, before anything is sent."""
-    now = rt.clock()
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
+        now = rt.clock()
         mine = refreshes.find(tx, refresh_id)
         flying = refreshes.in_flight(tx, account_id)
         if mine is None or mine.state == RefreshState.REQUESTED:
@@ -174,7 +189,8 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
                 return Next()  # put off: its time has not come
             demand = payments.demand(tx, account_id)
             if demand is not None and flying is None:
-                return _take(rt, tx, mine or _write_refresh(tx, account_id, refresh_id, now), price, now)
+                mine = mine or _write_refresh(tx, account_id, refresh_id, now)
+                return _take(rt, tx, mine, price, now, max(now, demand.fresh_from))
             if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
                 _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
             elif mine is not None:
@@ -197,7 +213,9 @@ def _hold(tx: Tx, mine: Flight | None, account_id: str, refresh_id: str, due_at:
         refreshes.postpone(tx, mine, due_at)
 
 
-def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime) -> _Claim:
+def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime, called_at: datetime) -> _Claim:
+    """Claim the refresh. Whoever is seen waiting came before this call, whatever their host's clock said."""
+    called_at = mine.called_at or called_at
     call_id = f"call_{uuid.uuid4().hex}"
     refreshes.move(
         tx,
@@ -205,12 +223,13 @@ def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime) -> _Cl
         RefreshEvent.CLAIM,
         now + rt.call_limit,
         calls=mine.calls + 1,
-        called_at=mine.called_at or now,
+        called_at=called_at,
         claimed_at=now,
         not_before=None,
     )
     call = fees.open_entry(tx, call_id, mine.refresh_id, mine.account_id, price, now)
-    return _Claim(replace(mine, state=RefreshState.CALLING, calls=mine.calls + 1, claimed_at=now), call)
+    claimed = replace(mine, state=RefreshState.CALLING, calls=mine.calls + 1, called_at=called_at, claimed_at=now)
+    return _Claim(claimed, call)
 
 
 def _call_accepted(rt: Runtime, claim: _Claim, status: int) -> Next:
@@ -283,7 +302,10 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
     log.warning("no call for %s: %s", account_id, failure)
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
-        mine = refreshes.find(tx, refresh_id) or _write_refresh(tx, account_id, refresh_id, now)
+        mine = refreshes.find(tx, refresh_id)
+        if refreshes.in_flight(tx, account_id) or payments.demand(tx, account_id) is None:
+            return Next()  # someone with a price is at it, or nobody waits
+        mine = mine or _write_refresh(tx, account_id, refresh_id, now)
         if isinstance(failure, Refused):
             return _refuse(rt, tx, mine, failure, now)
         if mine.state == RefreshState.REQUESTED:
@@ -317,10 +339,10 @@ def apply(rt: Runtime, balance_id: str) -> Next:
         return Next()
     if balance.due_at is not None:
         # From here on a payment that joins finds the balance; who joined before is found waiting below.
-        rt.correlation.answer(balance.account_id, balance_id, balance.at, rt.settings.clock_skew)
-    now = rt.clock()
+        rt.correlation.answer(balance.account_id, balance_id, _as_of(balance), rt.settings.clock_skew)
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [balance.account_id])
+        now = rt.clock()
         balance = balances.find(tx, balance_id) or balance  # again: someone else may have applied it meanwhile
         answered = _attribute(rt, tx, balance, now)
         settlements = _settle_all(rt, tx, balance, answered, now)
@@ -364,7 +386,13 @@ def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
     skew = rt.settings.clock_skew
     if flight.called_at is None or balance.received_at < flight.called_at - skew:
         return False
-    return payment.may_answer(balance.at, flight.called_at, skew)
+    return payment.may_answer(_as_of(balance), flight.called_at, skew)
+
+
+def _as_of(balance: Row[Any]) -> datetime:
+    """The time a balance stands for: the provider's, but a balance cannot be younger than its arrival."""
+    at: datetime = min(balance.at, balance.received_at)
+    return at
 
 
 def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | None, now: datetime) -> list[Settlement]:
@@ -375,7 +403,7 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
     sharing = [answered is not None and answered.first and _shares(answered.flight, w) for w in fresh]
     shares = _shares_of_fee(rt, tx, answered, sum(sharing))
     # By the provider's clock the balance may look younger than a release that it does not show yet.
-    released = payments.released_since(tx, balance.account_id, balance.at - rt.settings.clock_skew)
+    released = payments.released_since(tx, balance.account_id, _as_of(balance) - rt.settings.clock_skew)
     purse = Funds(balance.available, balance.limit, tuple(released))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
@@ -389,7 +417,7 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
 
 def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:
     return payment.may_release(
-        balance.at,
+        _as_of(balance),
         answered.flight.called_at if answered else None,
         waiting.fresh_from,
         only_own_call=waiting.job.max_balance_age_s == 0,
@@ -505,7 +533,10 @@ def look(rt: Runtime) -> Next:
 
 
 def _rejoin(rt: Runtime, waiting: Waiting, after: Next) -> None:
-    """Have the call made that will serve a payment, whoever was to make it."""
+    """Have the call made that will serve a payment, whoever was to make it, by what the ledger knows."""
+    with transaction(rt.engine) as tx:
+        flying, held = refreshes.in_flight(tx, waiting.account_id), refreshes.requested(tx, waiting.account_id)
+    _restore(rt, waiting.account_id, flying, held)
     entrance = _join(rt, waiting)
     after.apply += entrance.next.apply
     if entrance.refresh_id is not None:
@@ -556,7 +587,10 @@ def sweep(rt: Runtime) -> Next:
         left = balances.overdue(tx, now, BATCH)
     after = Next(apply=left)
     for flight in due:
-        after.add(_mind(rt, flight, now))
+        try:
+            after.add(_mind(rt, flight, now))
+        except LEDGER_AWAY as error:  # its account is held: the others must not wait for it
+            log.warning("refresh %s is looked at later: %s", flight.refresh_id, error)
     return after
 
 
@@ -620,10 +654,10 @@ def undelivered(rt: Runtime, payment_ids: Sequence[str]) -> list[Due]:
         return payments.undelivered(tx, payment_ids)
 
 
-def overdue(rt: Runtime) -> list[Due]:
-    """Outcomes whose delivery was cut off."""
+def overdue(rt: Runtime, limit: int) -> list[Due]:
+    """Outcomes whose delivery was cut off; they are the caller's to deliver for a while."""
     with transaction(rt.engine) as tx:
-        return payments.overdue(tx, rt.clock(), BATCH)
+        return payments.overdue(tx, rt.clock(), limit)
 
 
 def delivered(rt: Runtime, task_ids: Sequence[str]) -> None:

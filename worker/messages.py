@@ -89,7 +89,7 @@ class Job(Contract):
     """The payments service's own id; the job is idempotent on it. Printable ASCII without spaces."""
     account_id: QuilttId
     profile_id: QuilttId | None = None
-    """Allows a free read of the balance when the webhook is lost."""
+    """Kept for a free read of the balance when the webhook is lost; nothing reads it yet."""
     connection_id: QuilttId | None = None
     amount: Annotated[DecimalText, Field(gt=0)] | None = None
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
@@ -150,6 +150,11 @@ def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
     if job.currency != currency:
         raise InvalidJob(f"currency: is {job.currency}, but the accounts are held in {currency}")
     return job
+
+
+def stored_job(stored: Mapping[str, Any]) -> Job:
+    """Read a job from the ledger; what a later release knew and this one does not is left out."""
+    return Job.model_validate({name: value for name, value in stored.items() if name in Job.model_fields})
 
 
 def _complaint(error: Mapping[str, Any]) -> str:

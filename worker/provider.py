@@ -52,7 +52,7 @@ class Quiltt:
         self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
-            timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=connect_timeout_s),
+            timeout=httpx.Timeout(connect_timeout_s, read=read_timeout_s),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             follow_redirects=False,
             trust_env=False,  # no proxy gets between us and a bill without being configured

@@ -39,7 +39,7 @@ class Runtime:
     @property
     def call_limit(self) -> timedelta:
         """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
-        return timedelta(seconds=self.settings.quiltt_connect_timeout_s * 2 + self.settings.quiltt_read_timeout_s + 10)
+        return timedelta(seconds=self.settings.quiltt_connect_timeout_s * 4 + self.settings.quiltt_read_timeout_s + 10)
 
     def price(self) -> Price:
         """What a call costs now. The provider is asked once which of its environments our key belongs to.

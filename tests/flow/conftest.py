@@ -24,7 +24,7 @@ def databases(
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[World]:
     """A payready with nothing in it."""
-    with world(databases.new(), valkey_url) as made:
+    with databases.one() as address, world(address, valkey_url) as made:
         yield made
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests.support.world import START, World
+from worker import flow
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
 from worker.fees import EntryState
 from worker.ledger import fees
@@ -211,19 +212,21 @@ def test_the_shares_of_a_call_add_up_to_its_fee(
     assert sum(share_of(payready, f"p{number}") for number in range(sharers)) == fee
 
 
-def test_shares_add_up_when_some_expire_before_the_balance_comes(
+def test_shares_add_up_when_some_fail_before_the_balance_comes(
     payready: World, share_of: Callable[[World, str], Decimal]
 ) -> None:
-    """Those who failed for time bear their part of the call that was made for them."""
+    """Those who failed for time, or were cancelled, bear their part of the call that was made for them."""
     for number in range(3):
         payready.initiate(f"p{number}", A, timeout_s=10)
     for number in range(3, 7):
         payready.initiate(f"p{number}", A, timeout_s=60)
     payready.work()
-    payready.pass_time(10)
+    payready.pass_time(9)
+    payready.queue.add(flow.cancel(payready.rt, ["p1"]))
+    payready.pass_time(1)
     payready.balance(A)
     payready.work()
-    assert payready.state("p0") == "timeout"
+    assert [payready.state(payment_id) for payment_id in ("p0", "p1")] == ["timeout", "cancelled"]
     assert payready.outcome("p6")["shared_by"] == 7
     assert sum(share_of(payready, f"p{number}") for number in range(7)) == Decimal("0.1")
 

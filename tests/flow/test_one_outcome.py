@@ -135,8 +135,8 @@ def test_a_bad_job_leaves_no_trace(payready: World, bad: dict[str, object]) -> N
 
 
 def test_a_cancelled_payment_fails_as_cancelled_and_no_balance_revives_it(payready: World) -> None:
-    """It bears no share of the call, and the balance that comes is kept for others."""
-    payready.initiate("p1", A, amount="25.00")
+    """It bears its share of the call that was made for it, and the balance that comes is kept for others."""
+    entrance = payready.initiate("p1", A, amount="25.00")
     payready.work()
     payready.queue.add(flow.cancel(payready.rt, ["p1", "p_unknown"]))
     payready.work()
@@ -147,7 +147,7 @@ def test_a_cancelled_payment_fails_as_cancelled_and_no_balance_revives_it(payrea
         "reason": "cancelled",
         "detail": "the payments service cancelled it",
     }
-    assert payready.payment("p1")["refresh_id"] is None
+    assert payready.payment("p1")["refresh_id"] == entrance.refresh_id
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
@@ -167,6 +167,7 @@ def test_a_payment_that_nobody_wants_any_more_costs_no_call(payready: World) -> 
     payready.initiate("p1", A)
     payready.queue.add(flow.cancel(payready.rt, ["p1"]))
     payready.work()
+    assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []
     assert payready.fees(A) == []
     assert payready.standing(A).get("next") is None

@@ -107,6 +107,25 @@ def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready
         assert states == ["insufficient_funds", "released"]
 
 
+def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payready: World) -> None:
+    """The first balance is too old for the second payment: each is settled by another application."""
+    for number in range(ROUNDS):
+        account = f"acct_deduct{number}"
+        payready.initiate(f"a{number}", account, amount="80.00")
+        payready.lose()
+        old = payready.balance(account)
+        payready.clock.advance(10)
+        payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=1)
+        young = payready.balance(account)
+        payready.lose()
+        at_once(
+            lambda old=old: flow.apply(payready.rt, old),  # type: ignore[misc]
+            lambda young=young: flow.apply(payready.rt, young),  # type: ignore[misc]
+        )
+        assert payready.state(f"a{number}") == "released"
+        assert payready.state(f"b{number}") == "insufficient_funds"
+
+
 def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payready: World) -> None:
     """It sees the balance, or the balance sees it: no upkeep is needed to release it."""
     for number in range(ROUNDS):
@@ -187,6 +206,37 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
         assert payready.fees(account) == ["1 pending", "1 posted"]
         assert payready.state(f"p{number}") == "released"
         assert payready.refreshes(account) == ["answered"]
+
+
+def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
+    payready: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the account; else the refresh would end as accepted, and hold up the next call for its window."""
+    reading, booked = threading.Event(), threading.Event()
+    unanswered = refreshes.unanswered
+
+    def read_slowly(*words: Any) -> Any:
+        found = unanswered(*words)
+        reading.set()
+        booked.wait(0.3)  # in vain: nobody can book while the account is held
+        return found
+
+    monkeypatch.setattr(refreshes, "unanswered", read_slowly)
+    applying = threading.Thread(target=lambda: flow.apply(payready.rt, payready.queue.apply[0]))
+
+    def answer() -> int:
+        payready.balance(A)
+        applying.start()
+        assert reading.wait(10)
+        return 202
+
+    payready.provider.script[A] = [answer]
+    entrance = payready.initiate("p1", A)
+    flow.call(payready.rt, A, str(entrance.refresh_id))
+    booked.set()
+    applying.join(10)
+    assert payready.refreshes(A) == ["answered"]
+    assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
 def test_two_upkeeps_at_once_share_the_work(payready: World) -> None:

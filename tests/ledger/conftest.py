@@ -21,6 +21,7 @@ def databases(
 @pytest.fixture
 def engine(databases: Databases) -> Iterator[Engine]:
     """An empty ledger."""
-    made = open_engine(databases.new())
-    yield made
-    made.dispose()
+    with databases.one() as address:
+        made = open_engine(address)
+        yield made
+        made.dispose()

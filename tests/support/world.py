@@ -29,6 +29,7 @@ from worker.fees import read_prices
 from worker.flow import Entrance, Next
 from worker.ledger.database import Engine, open_engine
 from worker.ledger.payments import Due
+from worker.ledger.tables import PAYMENT
 from worker.messages import Balance
 from worker.provider import Mode, Quiltt
 from worker.runtime import Runtime
@@ -61,12 +62,22 @@ class Databases:
     def __init__(self, folder: Path, server: Postgres | None) -> None:
         self._folder = folder
         self._numbers = itertools.count()
+        self._free: list[str] = []
         self._template = folder / "template.db"
         self._postgres_template = server.database() if server else ""
         migrate(self._postgres_template or f"sqlite:///{self._template}")
 
+    @contextmanager
+    def one(self) -> Iterator[str]:
+        """The address of an empty one for as long as the block runs."""
+        address = self._free.pop() if self._free else self.new()
+        yield address
+        if self._postgres_template:
+            _empty(address)
+            self._free.append(address)
+
     def new(self) -> str:
-        """The address of a new one."""
+        """The address of a new one, to keep."""
         number = next(self._numbers)
         if not self._postgres_template:
             path = self._folder / f"{number}.db"
@@ -76,6 +87,14 @@ class Databases:
         with psycopg.connect(f"{address}/postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {template}_{number} TEMPLATE {template}")
         return f"{address}/{template}_{number}"
+
+
+def _empty(database_url: str) -> None:
+    """Empty every table, the fee ledger too, which defends itself against all but this."""
+    tables = ", ".join(PAYMENT.metadata.tables)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(f"TRUNCATE {tables} RESTART IDENTITY")
 
 
 class Clock:
@@ -190,7 +209,7 @@ class World:
         """Upkeep runs, and what it enqueues is done."""
         self.queue.add(flow.look(self.rt))
         self.queue.add(flow.sweep(self.rt))
-        self._deliver(flow.overdue(self.rt))
+        self._deliver(flow.overdue(self.rt, flow.BATCH))
         self.work()
 
     def pass_time(self, seconds: int) -> None:

@@ -28,9 +28,9 @@ def crowded(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Pos
 
 
 def crowd(payments: int, accounts: int) -> list[dict[str, Any]]:
-    """Payments over accounts of all kinds: half of them next to one of the same account, the others far apart."""
+    """Payments over accounts of all kinds: half of them next to two of the same account, the others far apart."""
     kinds = [kind for kind, percent in SHARES.items() for _ in range(accounts * percent // 100)]
-    spread = [n // 2 if n < payments // 2 else n % accounts for n in range(payments)]
+    spread = [n // 3 if n < payments // 2 else n % accounts for n in range(payments)]
     return [
         {
             "payment_id": f"pay_{number}",

@@ -32,7 +32,7 @@ def keep(tx: Tx, balances: Sequence[tuple[str, Balance]], now: datetime) -> set[
         }
         for event_id, balance in balances
     }
-    return insert_new(tx, BALANCE, list(rows.values()), key="balance_id")
+    return insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
 
 
 def find(tx: Tx, balance_id: str) -> Row[Any] | None:
@@ -47,9 +47,12 @@ def applied(tx: Tx, balance_id: str, refresh_id: str | None) -> None:
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:
-    """Balances that were kept and never applied."""
+    """Balances that were kept and never applied; nobody else is given them for a while."""
     query = select(B.balance_id).where(B.due_at <= now).order_by(B.due_at).limit(limit)
-    return list(tx.scalars(query))
+    taken = list(tx.scalars(query.with_for_update(skip_locked=True)))
+    if taken:
+        tx.execute(update(BALANCE).where(B.balance_id.in_(taken)).values(due_at=now + 3 * REAPPLY))
+    return taken
 
 
 def set_aside(tx: Tx, events: Sequence[tuple[str, str]], now: datetime) -> None:

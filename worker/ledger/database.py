@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection as Tx
 from sqlalchemy import Engine, Row, Table, create_engine, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 __all__ = [
@@ -24,17 +24,33 @@ __all__ = [
     "transaction",
 ]
 
-LEDGER_AWAY = (DBAPIError, PoolTimeout)
+LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 """What is raised when the database cannot be reached, or does not answer in time."""
+POSTGRES = {
+    "connect_timeout": 5,
+    "application_name": "payready",
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+    "options": "-c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s",
+}
+"""How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
 _READING = "payready_reading"
 BUSY_S = 30
 """How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
 
 
-def open_engine(url: str, *, connections: int = 20) -> Engine:
+def open_engine(url: str, *, connections: int = 40) -> Engine:
     """An engine for `sqlite:///file` or `postgresql://...`; nothing is connected yet."""
     if url.startswith("sqlite"):
-        engine = create_engine(url, connect_args={"timeout": BUSY_S}, pool_size=connections, pool_timeout=BUSY_S)
+        engine = create_engine(
+            url,
+            connect_args={"timeout": BUSY_S},
+            pool_size=connections,
+            pool_timeout=BUSY_S,
+            hide_parameters=True,  # an error's text must not show what a payment is about
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin)
         return engine
@@ -45,7 +61,8 @@ def open_engine(url: str, *, connections: int = 20) -> Engine:
         max_overflow=0,
         pool_timeout=BUSY_S,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "application_name": "payready"},
+        hide_parameters=True,
+        connect_args=POSTGRES,
     )
 
 

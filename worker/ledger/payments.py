@@ -10,7 +10,7 @@ from sqlalchemy import BindParameter, ColumnElement, bindparam, func, select, up
 
 from worker.ledger.database import Row, Tx, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
-from worker.messages import Job
+from worker.messages import Job, stored_job
 from worker.payment import PaymentState
 
 FIRST_LOOK = timedelta(seconds=5)
@@ -70,7 +70,7 @@ def record(tx: Tx, job: Job, now: datetime) -> bool:
         "requested_at": now,
         "fresh_from": job.fresh_from(now),
         "deadline": deadline,
-        "due_at": min(now + FIRST_LOOK, deadline),
+        "due_at": now + min(FIRST_LOOK, (deadline - now) / 2),
         "reused": False,
     }
     return bool(insert_new(tx, PAYMENT, [row], key="payment_id"))
@@ -89,8 +89,7 @@ def await_outcome(tx: Tx, payment_id: str, canvas: dict[str, Any], due_at: datet
 
 def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
     return [
-        Waiting(r.payment_id, r.account_id, Job.model_validate(r.job), r.requested_at, r.fresh_from, r.deadline)
-        for r in rows
+        Waiting(r.payment_id, r.account_id, stored_job(r.job), r.requested_at, r.fresh_from, r.deadline) for r in rows
     ]
 
 
