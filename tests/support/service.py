@@ -1,4 +1,5 @@
-"""The payments service of the tests: a Celery worker that shares with payready nothing but broker and result backend.
+"""The payments service of the tests: a Celery worker that shares with payready nothing but broker and result backend
+(and the way to talk to a broker that goes away).
 
 It is told by `SERVICE_URL` where these are, and appends a line of JSON for each task it runs to the file `SERVICE_LOG`.
 """
@@ -10,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task
+from kombu.transport import TRANSPORT_ALIASES
 
 QUEUE = "svc"
+
+# Kombu's own transport may lose a message when Redis restarts (see there): then a test could not tell who lost it.
+TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
 
 app = Celery("payments-service", broker=os.environ["SERVICE_URL"], backend=os.environ["SERVICE_URL"])
 app.conf.update(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,13 +104,16 @@ def test_payments_survive_a_broker_that_is_away(breakable: System) -> None:
     assert_books_agree(breakable, calls_per_account=1)
 
 
+def _taken_in(system: System, count: int) -> bool:
+    return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
+
+
 def test_no_job_is_lost_or_failed_by_a_broker_that_stumbles(breakable: System) -> None:
     """Redis restarts again and again under workers that are busy: they survive, and so does what they had in hand."""
     crowd = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
     breakable.initiate_many(crowd, linked=True)
-    taken_in = "SELECT count(*) AS n FROM payment"
     for count in (50, 150, 250, 350):
-        wait_until(lambda count=count: breakable.rows(taken_in)[0]["n"] >= count, 40, f"{count} jobs are taken in")
+        wait_until(partial(_taken_in, breakable, count), 40, f"{count} jobs are taken in")
         with breakable.valkey_away():
             time.sleep(0.3)
     wait_until(ended(breakable, 600), 60, "all payments end")
