@@ -1,5 +1,6 @@
-"""The payments service of the tests: a Celery worker that shares with payready nothing but broker and result backend
-(and the way to talk to a broker that goes away).
+"""The payments service of the tests: a Celery worker that shares with payready nothing but broker and result backend.
+
+(It also shares the way to talk to a broker that goes away.)
 
 It is told by `SERVICE_URL` where these are, and appends a line of JSON for each task it runs to the file `SERVICE_LOG`.
 """
