@@ -1,6 +1,4 @@
-"""The payments service of the tests: a Celery worker that shares with payready nothing but broker and result backend.
-
-(It also shares the way to talk to a broker that goes away.)
+"""The payments service of the tests: a Celery worker that shares with payready nothing but addresses.
 
 It is told by `SERVICE_URL` where these are, and appends a line of JSON for each task it runs to the file `SERVICE_LOG`.
 """
