@@ -39,7 +39,7 @@ class Order:
     follows: str | None = None
     """Or: sent as soon as the callback of this order came."""
     is_cancelled: bool = False
-    """Cancelled as soon as it waits."""
+    """Cancelled a while after it waits, when its call is sure to have been made."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,6 @@ def _failed(reason: str, fee: Literal["posted", "pending", "void"] | None = "pos
 
 def _unavailable() -> Promise:
     return _failed("provider_unavailable", "pending")
-
-
-def _cancelled() -> Promise:
-    return _failed("cancelled", None)
 
 
 def _refused(reason: str) -> Promise:
@@ -136,7 +132,7 @@ PLAN: tuple[Order, ...] = (
     _order("batch", "the event among bad ones", "acct_batch01", _released()),
     _order("forged", "a wrong signature", "acct_forged01", _failed("timeout"), timeout_s=5),
     _order("never", "202, and nothing comes", "acct_never01", _failed("timeout"), timeout_s=5),
-    _order("cancelled", "cancelled while it waits", "acct_never01", _cancelled(), joins="never", is_cancelled=True),
+    _order("cancelled", "cancelled while it waits", "acct_never02", _failed("cancelled"), is_cancelled=True),
     _order("late", "balance after the deadline", "acct_late01", _failed("timeout"), timeout_s=4),
     _order("later", "the late balance serves it", "acct_late01", _reused(), after_s=14.0),
 )
@@ -161,6 +157,7 @@ COSTS: Mapping[str, Calls] = {
     "acct_batch01": Calls(posted=1),
     "acct_forged01": Calls(posted=1),
     "acct_never01": Calls(posted=1),
+    "acct_never02": Calls(posted=1),
     "acct_late01": Calls(posted=1),
 }
 """Every account of the plan, and the calls it costs."""

@@ -25,6 +25,8 @@ from console.plan import PLAN, Order
 
 QUEUE = "svc"
 POLL_S = 0.1
+CHANGES_ITS_MIND_S = 3.0
+"""After this long an order is cancelled that is to be."""
 
 app = Celery("payments-service", broker=os.environ["SERVICE_REDIS_URL"], backend=os.environ["SERVICE_REDIS_URL"])
 app.conf.update(task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
@@ -50,6 +52,7 @@ def _once_it_waits(result: AsyncResult, order: Order, joining: Iterable[Order]) 
     for other in joining:
         send(other)
     if order.is_cancelled:
+        time.sleep(CHANGES_ITS_MIND_S)
         app.send_task("payments.cancel", (order.payment_id,), queue="payments")
 
 
