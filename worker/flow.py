@@ -22,7 +22,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from worker import funds, payment
+from worker import funds, metrics, payment
 from worker.correlation.store import CORRELATION_AWAY
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import EntryState, Price, due_in_total, share
@@ -162,7 +162,9 @@ def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
     try:
         status = rt.provider.refresh_balance(account_id)
     except CallFailed as failure:
+        metrics.CALLS.labels(type(failure).__name__.lower()).inc()
         return _insist(partial(_call_failed, rt, claim, failure))
+    metrics.CALLS.labels("accepted").inc()
     return _insist(partial(_call_accepted, rt, claim, status))
 
 

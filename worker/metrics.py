@@ -1,0 +1,10 @@
+"""What a process counts, for Prometheus. What the ledger can tell is asked of the ledger, not counted here.
+
+Each role is one process with threads, so the library's plain registry is right; replicas are summed by Prometheus.
+Names begin with `payready_`, and no label is open-ended: never an account, never a payment.
+"""
+
+from prometheus_client import Counter
+
+CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
+"""`accepted`, `refused`, `throttled`, `unsent`, `uncertain`."""
