@@ -37,6 +37,9 @@ class Settings(BaseModel):
     """Correlation store; also broker and result backend unless the next two say otherwise."""
     broker_url: str | None = Field(None, repr=False)
     """Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    broker_transport: Literal["atomic", "kombu"] = "atomic"
+    """How workers take messages from Redis. `kombu`: as Celery does by itself, for a Redis behind a proxy that allows
+    neither RESP3 nor CLIENT TRACKING; a worker that is killed then loses the message it was just taking."""
     result_backend_url: str | None = Field(None, repr=False)
     """Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
