@@ -30,6 +30,9 @@ def carry_out(todo: Next) -> None:
     """Enqueue calls and balances to apply, then deliver what was settled."""
     for account_id, refresh_id in todo.call:
         app.send_task("balances.refresh", (account_id, refresh_id), ignore_result=True)
+    for account_id, refresh_id, pause in todo.call_later:
+        arguments = (account_id, refresh_id)
+        app.send_task("balances.refresh", arguments, ignore_result=True, countdown=pause.total_seconds())
     for balance_id in todo.apply:
         app.send_task("payments.release", (balance_id,), ignore_result=True)
     if todo.deliver:

@@ -19,7 +19,7 @@ from webhook import events, signature
 from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
 from worker import flow
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
 from worker.ledger.database import LEDGER_AWAY, ping
 from worker.runtime import runtime, utc_now
 

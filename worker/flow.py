@@ -23,7 +23,8 @@ from functools import partial
 from typing import Any
 
 from worker import funds, metrics, payment
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
+from worker.correlation.gate import HeldBack
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
@@ -42,7 +43,7 @@ BATCH = 500
 RETRY = timedelta(seconds=15)
 """After this long a call that was enqueued and was not made is enqueued again."""
 BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
-"""Between attempts to book a call; together less than the room that `Runtime.call_limit` leaves for it."""
+"""Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -55,8 +56,12 @@ class Next:
     """Payments that were settled: their outcomes are to be delivered."""
     call: list[tuple[str, str]] = field(default_factory=list)
     """Accounts and refreshes whose call is to be made."""
+    call_later: list[tuple[str, str, timedelta]] = field(default_factory=list)
+    """The same, in so long a time: their places in the budget of the second that comes."""
     apply: list[str] = field(default_factory=list)
     """Balances to be applied."""
+    read: list[tuple[str, str]] = field(default_factory=list)
+    """Accounts and their profiles whose balance is to be read, as its webhook may be lost."""
     more: bool = False
     """The step took as much as it takes at a time: repeat it."""
 
@@ -64,7 +69,9 @@ class Next:
         """Take over what `other` leaves to be done."""
         self.deliver += other.deliver
         self.call += other.call
+        self.call_later += other.call_later
         self.apply += other.apply
+        self.read += other.read
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,23 @@ def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
         status = rt.provider.refresh_balance(account_id)
     except CallFailed as failure:
         metrics.CALLS.labels(type(failure).__name__.lower()).inc()
+        _hint(_report, rt, failure)
         return _insist(partial(_call_failed, rt, claim, failure))
     metrics.CALLS.labels("accepted").inc()
+    _hint(rt.gate.report, "answered", rt.clock())
     return _insist(partial(_call_accepted, rt, claim, status))
+
+
+def _report(rt: Runtime, failure: CallFailed) -> None:
+    """Tell the gate of a call that failed: a refusal is an answer like any other."""
+    now = rt.clock()
+    if isinstance(failure, Throttled):
+        rt.gate.report("throttled", now, _listens_again(failure, now))
+    elif isinstance(failure, Refused):
+        rt.gate.report("answered", now)
+    elif shut_until := rt.gate.report("failed", now):
+        metrics.BREAKER_OPENED.inc()
+        log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
 
 def _insist(book: Callable[[], Next]) -> Next:
@@ -192,6 +213,8 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
             demand = payments.demand(tx, account_id)
             if demand is not None and flying is None:
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
+                if held_back := _held_back(rt, mine, now):
+                    return _hold_back(tx, mine, held_back, now)
                 return _take(rt, tx, mine, price, now, max(now, demand.fresh_from))
             if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
                 _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
@@ -200,6 +223,28 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
         held = refreshes.requested(tx, account_id)
     _restore(rt, account_id, flying, held)
     return Next()
+
+
+def _held_back(rt: Runtime, mine: Flight, now: datetime) -> HeldBack | None:
+    """Ask the gate for leave. One that cannot be asked holds nobody back: the provider has a limit of its own."""
+    try:
+        return rt.gate.admit(now, in_turn=mine.not_before is not None)
+    except CORRELATION_AWAY as error:
+        log.warning("a call goes out without leave: %s", error)
+        return None
+
+
+def _hold_back(tx: Tx, mine: Flight, held_back: HeldBack, now: datetime) -> Next:
+    """Let the refresh wait for its turn; while the provider only fails, those who cannot wait fail now."""
+    metrics.HELD_BACK.labels(held_back.why).inc()
+    trouble, hopeless = mine.trouble, list[Waiting]()
+    if held_back.why == "shut":
+        trouble = f"the provider only fails; no calls are made until {held_back.until.isoformat()}"
+        hopeless = [w for w in payments.waiting_on(tx, mine.account_id) if w.deadline <= held_back.until]
+    settlements = [_failure(w, Reason.PROVIDER_UNAVAILABLE, str(trouble), now, _called(mine)) for w in hopeless]
+    payments.settle(tx, settlements)
+    refreshes.hold_back(tx, mine, held_back.until, trouble)
+    return Next(deliver=[w.payment_id for w in hopeless])
 
 
 def _write_refresh(tx: Tx, account_id: str, refresh_id: str, due_at: datetime) -> Flight:
@@ -223,7 +268,7 @@ def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime, called
         tx,
         mine,
         RefreshEvent.CLAIM,
-        now + rt.call_limit,
+        now + rt.settings.call_limit,
         calls=mine.calls + 1,
         called_at=called_at,
         claimed_at=now,
@@ -267,8 +312,8 @@ def _call_failed(rt: Runtime, claim: _Claim, failure: CallFailed) -> Next:
 def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
     """Put the call off: it was provably not accepted, so it does not count."""
     not_before = now + payment.backoff(flight.deferrals)
-    if isinstance(failure, Throttled) and failure.retry_at is not None:
-        not_before = max(not_before, min(failure.retry_at, now + MAX_PAUSE))
+    if isinstance(failure, Throttled):
+        not_before = max(not_before, _listens_again(failure, now))
     calls = flight.calls - 1
     refreshes.move(
         tx,
@@ -283,9 +328,14 @@ def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
     )
 
 
+def _listens_again(throttled: Throttled, now: datetime) -> datetime:
+    return min(throttled.retry_at or now, now + MAX_PAUSE)
+
+
 def _refuse(rt: Runtime, tx: Tx, flight: Flight, refused: Refused, now: datetime) -> Next:
     """Fail all who wait on the account: the provider's answer will not change for any of them."""
-    refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused))
+    if not refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused)):
+        return Next()  # it was settled otherwise meanwhile
     waiting = payments.waiting_on(tx, flight.account_id)
     payments.settle(tx, [_failure(w, refused.reason, str(refused), now, flight.refresh_id) for w in waiting])
     _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
@@ -569,7 +619,7 @@ def _serves(rt: Runtime, flight: Flight, waiting: Waiting) -> bool:
 def _expiry(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlement:
     """How a payment fails at its deadline: by the provider's trouble if there was any, else by time alone."""
     reason, detail = Reason.TIMEOUT, f"no balance came within {waiting.job.timeout_s} s"
-    if flight is None:
+    if flight is None or not (flight.calls or flight.trouble):
         detail += ", and no call was made"
     elif flight.trouble is not None:
         reason, detail = Reason.PROVIDER_UNAVAILABLE, flight.trouble
@@ -586,8 +636,11 @@ def sweep(rt: Runtime) -> Next:
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = refreshes.due(tx, now, BATCH)
+        wanted = refreshes.wanted(tx, now, rt.settings.calls_per_s)
         left = balances.overdue(tx, now, BATCH)
     after = Next(apply=left)
+    if wanted:
+        after.call_later = _give_turns(rt, wanted, now)
     for flight in due:
         try:
             after.add(_mind(rt, flight, now))
@@ -596,12 +649,27 @@ def sweep(rt: Runtime) -> Next:
     return after
 
 
+def _give_turns(rt: Runtime, wanted: Sequence[Flight], now: datetime) -> list[tuple[str, str, timedelta]]:
+    """Have calls made that were put off or held back, as many as the budget has places for, the most urgent first."""
+    try:
+        places = rt.gate.reserve(now, len(wanted))
+    except CORRELATION_AWAY as error:
+        log.warning("calls take their turns without places: %s", error)
+        places = [timedelta(0)] * len(wanted)
+    turns = list(zip(wanted, places, strict=False))
+    with transaction(rt.engine) as tx:
+        refreshes.give_turns(tx, [flight for flight, _ in turns], now, now + RETRY)
+    return [(flight.account_id, flight.refresh_id, pause) for flight, pause in turns]
+
+
 def _mind(rt: Runtime, flight: Flight, now: datetime) -> Next:
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [flight.account_id])
         if flight.state == RefreshState.REQUESTED:
-            refreshes.postpone(tx, flight, now + RETRY)
-            return Next(call=[(flight.account_id, flight.refresh_id)])
+            if payments.demand(tx, flight.account_id) is None:
+                refreshes.move(tx, flight, RefreshEvent.ABANDON, None)
+                _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
+            return Next()
         if flight.state == RefreshState.CALLING:
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
             refreshes.move(tx, flight, RefreshEvent.LOSE, due_at, trouble="the worker that made the call was lost")
@@ -671,7 +739,7 @@ def delivered(rt: Runtime, task_ids: Sequence[str]) -> None:
 # --- the correlation store, where losing a word costs speed only -----------------------------------------------------
 
 
-def _hint(tell: Callable[..., None], *words: Any) -> None:
+def _hint(tell: Callable[..., object], *words: Any) -> None:
     try:
         tell(*words)
     except CORRELATION_AWAY as error:

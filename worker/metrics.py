@@ -8,3 +8,6 @@ from prometheus_client import Counter
 
 CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
 """`accepted`, `refused`, `throttled`, `unsent`, `uncertain`."""
+HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leave to go out.", ["why"])
+"""`full`: the budget of calls per second is spent. `shut`: the breaker is open."""
+BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")

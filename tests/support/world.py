@@ -23,6 +23,8 @@ from config.settings import Settings
 from console.processes import ROOT
 from tests.support.servers import Postgres
 from worker import flow
+from worker.correlation.client import connect
+from worker.correlation.gate import Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed
 from worker.fees import read_prices
@@ -44,7 +46,9 @@ mode = "TEST"
 from = 2026-01-01
 per_call = "0.100000"
 """
-SETTINGS = Settings(refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5)
+SETTINGS = Settings(
+    refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5, calls_per_s=10_000, breaker_failures=1000
+)
 
 Answer = int | CallFailed | Callable[[], "int | CallFailed"]
 """What the provider does with a call: answers a status, fails, or does something first."""
@@ -185,9 +189,9 @@ class World:
 
     def work(self) -> None:
         """Do what is enqueued, and what follows from that."""
-        while self.queue.call or self.queue.apply or self.queue.deliver:
+        while self.queue.call or self.queue.call_later or self.queue.apply or self.queue.deliver:
             todo, self.queue = self.queue, Next()
-            for account_id, refresh_id in todo.call:
+            for account_id, refresh_id in todo.call + [(account, refresh) for account, refresh, _ in todo.call_later]:
                 left = flow.call(self.rt, account_id, refresh_id)
                 self.queue.add(left)  # not before: more may be enqueued while the call is on the wire
             for balance_id in todo.apply:
@@ -221,6 +225,15 @@ class World:
     def flush(self) -> None:
         """Empty Redis."""
         self.rt.correlation._redis.flushdb()
+
+    @contextmanager
+    def redis_away(self) -> Iterator[None]:
+        """Nobody listens where Redis was."""
+        kept = self.rt.correlation, self.rt.gate
+        with connect("redis://127.0.0.1:1/0") as nobody:
+            self.rt.correlation, self.rt.gate = Correlation(nobody), gate_of(nobody, self.rt.settings)
+            yield
+        self.rt.correlation, self.rt.gate = kept
 
     def standing(self, account_id: str) -> dict[str, str]:
         """What the correlation store holds of an account."""
@@ -260,15 +273,22 @@ class World:
         return [row["state"] for row in self.rows(query, id=account_id)]
 
 
+def gate_of(redis: Any, settings: Settings) -> Gate:
+    """A gate with the limits of these settings."""
+    limits = {"calls_per_s": settings.calls_per_s, "failures": settings.breaker_failures}
+    return Gate(redis, probe_limit=settings.call_limit, **limits)
+
+
 @contextmanager
 def world(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> Iterator[World]:
     """A payready on this database and an emptied Redis."""
     clock, provider = Clock(), ScriptedProvider()
-    correlation = Correlation.at(redis_url)
+    redis = connect(redis_url)
     rt = Runtime(
         settings=settings,
         engine=open_engine(database_url),
-        correlation=correlation,
+        correlation=Correlation(redis),
+        gate=gate_of(redis, settings),
         provider=cast(Quiltt, provider),
         prices=read_prices(PRICES),
         clock=clock,
@@ -279,4 +299,4 @@ def world(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> I
         yield made
     finally:
         rt.engine.dispose()
-        correlation._redis.close()
+        redis.close()
