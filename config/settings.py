@@ -114,6 +114,11 @@ class Settings(BaseModel):
         return timedelta(seconds=self.clock_skew_s)
 
     @property
+    def read_ahead(self) -> timedelta:
+        """`read_ahead_s` as a duration."""
+        return timedelta(seconds=self.read_ahead_s)
+
+    @property
     def call_limit(self) -> timedelta:
         """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
         return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)

@@ -33,6 +33,9 @@ def carry_out(todo: Next) -> None:
     for account_id, refresh_id, pause in todo.call_later:
         arguments = (account_id, refresh_id)
         app.send_task("balances.refresh", arguments, ignore_result=True, countdown=pause.total_seconds())
+    for account_id, profile_id, pause in todo.read:
+        arguments = (account_id, profile_id)
+        app.send_task("balances.read", arguments, ignore_result=True, countdown=pause.total_seconds())
     for balance_id in todo.apply:
         app.send_task("payments.release", (balance_id,), ignore_result=True)
     if todo.deliver:

@@ -6,6 +6,7 @@
 
 import asyncio
 import logging
+from datetime import UTC, datetime
 
 from anyio import to_thread
 from starlette.applications import Starlette
@@ -49,13 +50,12 @@ async def receive(request: Request) -> Response:
     """One delivery from Quiltt."""
     try:
         body = await asyncio.wait_for(_body(request), BODY_TIME_S)
-        _verify(body, request)
-        delivery = events.read(body)
+        delivery = events.read(body, _verify(body, request))
     except tuple(REFUSALS) as refusal:
         status = next(status for kind, status in REFUSALS.items() if isinstance(refusal, kind))
         log.warning("delivery refused with %s: %s", status, getattr(refusal, "reason", refusal))
         return Response(status_code=status)
-    if not delivery.balances and not delivery.odd:
+    if not delivery.concerns_us:
         return Response(status_code=204)
     return await to_thread.run_sync(_hand_over, delivery)
 
@@ -69,22 +69,25 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _verify(body: bytes, request: Request) -> None:
+def _verify(body: bytes, request: Request) -> datetime:
+    """When the delivery was signed."""
+    signed_at = request.headers.get(TIMESTAMP_HEADER)
     signature.verify(
         body,
-        request.headers.get(TIMESTAMP_HEADER),
+        signed_at,
         request.headers.get(SIGNATURE_HEADER),
         [secret.get_secret_value() for secret in settings().webhook_secrets],
         utc_now(),
         settings().webhook_window_s,
     )
+    return datetime.fromtimestamp(int(signed_at or 0), UTC)
 
 
 def _hand_over(delivery: Delivery) -> Response:
     for _, reason in delivery.odd:
         log.warning("event set aside: %s", reason)
     try:
-        carry_out(flow.receive(runtime(), delivery.balances, delivery.odd))
+        carry_out(flow.receive(runtime(), delivery.balances, delivery.odd, delivery.breakdowns, delivery.relinks))
     except AWAY as error:
         log.error("a delivery could not be made safe, the provider must send it again: %s", type(error).__name__)
         return Response(status_code=503)

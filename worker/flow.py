@@ -32,7 +32,19 @@ from worker.ledger import balances, fees, payments, refreshes
 from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
 from worker.ledger.payments import Due, Settlement, Waiting
 from worker.ledger.refreshes import Flight
-from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job, stored_job
+from worker.messages import (
+    AccountView,
+    Balance,
+    BalanceSheet,
+    Breakdown,
+    FeeShare,
+    Job,
+    Outcome,
+    Relink,
+    parse_job,
+    read_balance,
+    stored_job,
+)
 from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
@@ -44,6 +56,8 @@ RETRY = timedelta(seconds=15)
 """After this long a call that was enqueued and was not made is enqueued again."""
 BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
 """Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
+TICK = timedelta(seconds=1)
+"""How often upkeep runs."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -60,8 +74,8 @@ class Next:
     """The same, in so long a time: their places in the budget of the second that comes."""
     apply: list[str] = field(default_factory=list)
     """Balances to be applied."""
-    read: list[tuple[str, str]] = field(default_factory=list)
-    """Accounts and their profiles whose balance is to be read, as its webhook may be lost."""
+    read: list[tuple[str, str, timedelta]] = field(default_factory=list)
+    """Accounts and their profiles whose balance is to be read in so long a time, as its webhook may be lost."""
     more: bool = False
     """The step took as much as it takes at a time: repeat it."""
 
@@ -212,6 +226,11 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
                 return Next()  # put off: its time has not come
             demand = payments.demand(tx, account_id)
             if demand is not None and flying is None:
+                if served_by := _serves_all(rt, tx, account_id):
+                    if mine is not None:
+                        refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
+                    _hint(rt.correlation.close, account_id, refresh_id)
+                    return Next(apply=[served_by])
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
                 if held_back := _held_back(rt, mine, now):
                     return _hold_back(tx, mine, held_back, now)
@@ -223,6 +242,17 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
         held = refreshes.requested(tx, account_id)
     _restore(rt, account_id, flying, held)
     return Next()
+
+
+def _serves_all(rt: Runtime, tx: Tx, account_id: str) -> str | None:
+    """A balance that is there and releases or fails all who wait: Redis may have forgotten it, and nothing is paid."""
+    newest = balances.newest(tx, account_id)
+    if newest is None:
+        return None
+    answered = refreshes.find(tx, newest.refresh_id) if newest.refresh_id else None
+    by_call = _Answered(answered, first=False) if answered else None
+    fresh = (w.job.max_balance_age_s and _is_fresh(rt, w, newest, by_call) for w in payments.waiting_on(tx, account_id))
+    return newest.balance_id if all(fresh) else None
 
 
 def _held_back(rt: Runtime, mine: Flight, now: datetime) -> HeldBack | None:
@@ -368,18 +398,68 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
 # --- receive and apply ------------------------------------------------------------------------------------------------
 
 
-def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[tuple[str, str]]) -> Next:
-    """Keep REFRESH balances, given with the ids of their events, and set events aside that nobody understands.
+def receive(
+    rt: Runtime,
+    received: Sequence[tuple[str, Balance]],
+    odd: Sequence[tuple[str, str]] = (),
+    breakdowns: Sequence[Breakdown] = (),
+    relinks: Sequence[Relink] = (),
+) -> Next:
+    """Keep balances, given with the ids of their events, and set events aside that nobody understands.
 
-    When this returns they are safe; that a balance was known before changes nothing.
+    Payments of connections and profiles that broke down fail: no balance will come for them. When this returns
+    everything is safe, and that it was known before changes nothing.
     """
     now = rt.clock()
+    after = Next(apply=[balance.id for _, balance in received])
     with transaction(rt.engine) as tx:
         if odd:
             balances.set_aside(tx, odd, now)
         if received:
             balances.keep(tx, received, now)
-    return Next(apply=[balance.id for _, balance in received])
+        payments.relink(tx, relinks)
+        for broken in breakdowns:
+            after.deliver += _break_down(rt, tx, broken, now)
+    return after
+
+
+def _break_down(rt: Runtime, tx: Tx, broken: Breakdown, now: datetime) -> list[str]:
+    """Fail who waits behind it; who was requested later was requested in the knowledge of it, or after its repair."""
+    waiting = payments.behind(tx, broken, requested_by=broken.at + rt.settings.clock_skew)
+    serving = _serving(rt, tx, waiting)
+    lost = [_failure(w, Reason.CONNECTION_LOST, broken.what, now, _called(serving[w.payment_id])) for w in waiting]
+    payments.settle(tx, lost)
+    return [w.payment_id for w in waiting]
+
+
+def read(rt: Runtime, account_id: str, profile_id: str) -> Next:
+    """Read the account's balance, which costs nothing, as its webhook may be lost; keep it if it may release anyone."""
+    try:
+        account = rt.provider.read_account(account_id, profile_id)
+        balance = read_balance(account, account_id)
+    except (CallFailed, ValueError) as failure:
+        metrics.READS.labels("failed").inc()
+        log.warning("the balance of %s was not read: %s", account_id, failure)
+        return Next()
+    after = _fail_unfit(rt, account_id, account) if account else Next()
+    is_due = balance is not None and (balance.source == "REFRESH" or rt.settings.sync_may_release)
+    metrics.READS.labels("found" if is_due else "nothing").inc()
+    if balance is not None and is_due:
+        after.add(receive(rt, [(f"read:{balance.id}", balance)]))
+    return after
+
+
+def _fail_unfit(rt: Runtime, account_id: str, account: AccountView) -> Next:
+    """Fail the payments that no balance of such an account can release."""
+    now = rt.clock()
+    settlements = []
+    with transaction(rt.engine) as tx:
+        for waiting in payments.waiting_on(tx, account_id):
+            if unfit := funds.unfit(waiting.job, account.kind, account.currency):
+                serving = _serving(rt, tx, [waiting])
+                settlements.append(_failure(waiting, *unfit, now, _called(serving[waiting.payment_id])))
+        payments.settle(tx, settlements)
+    return Next(deliver=[settlement.payment_id for settlement in settlements])
 
 
 def apply(rt: Runtime, balance_id: str) -> Next:
@@ -389,7 +469,7 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     if balance is None:
         log.warning("balance %s is not in the ledger", balance_id)
         return Next()
-    if balance.due_at is not None:
+    if balance.due_at is not None and balance.source == "REFRESH":
         # From here on a payment that joins finds the balance; who joined before is found waiting below.
         rt.correlation.answer(balance.account_id, balance_id, _as_of(balance), rt.settings.clock_skew)
     with transaction(rt.engine) as tx:
@@ -417,6 +497,8 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
 
     The first time, the refresh is answered, and its fee posted if there is only one call it can be due to.
     """
+    if balance.source != "REFRESH":
+        return _passed(rt, tx, balance)
     if balance.refresh_id is not None:
         flight = refreshes.find(tx, balance.refresh_id)
         return _Answered(flight, first=False) if flight else None
@@ -431,6 +513,12 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
                 fees.close_entry(tx, calls[0], EntryState.POSTED, evidence, now)
             return _Answered(flight, first=True)
     return None
+
+
+def _passed(rt: Runtime, tx: Tx, balance: Row[Any]) -> _Answered | None:
+    """The refresh whose call a SYNC balance is younger than: whom it settles share its fee, and it stays open."""
+    called = [flight for flight in refreshes.unanswered(tx, balance.account_id) if _explains(rt, flight, balance)]
+    return _Answered(called[0], first=True) if called else None
 
 
 def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
@@ -468,6 +556,8 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
 
 
 def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:
+    if balance.source != "REFRESH" and (answered is None or waiting.job.max_balance_age_s == 0):
+        return False
     return payment.may_release(
         _as_of(balance),
         answered.flight.called_at if answered else None,
@@ -520,7 +610,7 @@ def _verdict(
     sheet = BalanceSheet(
         id=balance.balance_id,
         at=balance.at,
-        source="REFRESH",
+        source=balance.source,
         available=balance.available,
         current=balance.current,
         limit=balance.limit,
@@ -565,23 +655,55 @@ def _failure(waiting: Waiting, reason: Reason, detail: str, now: datetime, refre
 
 
 def look(rt: Runtime) -> Next:
-    """Fail the payments whose deadline has passed, and see to it that a call is under way for the others."""
+    """Fail the payments whose deadline has passed, and see to it that a balance is under way for the others."""
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = payments.due(tx, now, BATCH)
         if not due:
             return Next()
         serving = _serving(rt, tx, due)
-        expired = [w for w in due if w.deadline <= now]
-        payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
+        after = _expire(tx, [w for w in due if w.deadline <= now], serving, now)
         waiting = [w for w in due if w.deadline > now]
         lost = [w for w in waiting if serving[w.payment_id] is None]
-        looks = {w.payment_id: w.deadline for w in waiting}
+        looks = {w.payment_id: _final_look(rt, w, now) for w in waiting}
         payments.look_again(tx, looks | {w.payment_id: _next_look(w, now) for w in lost})
-    after = Next(deliver=[w.payment_id for w in expired], more=len(due) == BATCH)
+    after.more = len(due) == BATCH
+    unseen = [w for w in waiting if w not in lost and looks[w.payment_id] == now + TICK]
+    if unseen:
+        _hint(_have_read, rt, unseen, now, after)
     for w in lost:
         _hint(_rejoin, rt, w, after)
     return after
+
+
+def _expire(tx: Tx, late: Sequence[Waiting], serving: Mapping[str, Flight | None], now: datetime) -> Next:
+    """Fail those whose time is over, unless a balance of their account is here that nobody has applied yet."""
+    patient = [w.account_id for w in late if now < w.deadline + balances.REAPPLY]
+    left = balances.unapplied(tx, sorted(set(patient))) if patient else {}
+    expired = [w for w in late if w.account_id not in left]
+    payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
+    payments.look_again(tx, {w.payment_id: now + TICK for w in late if w.account_id in left})
+    return Next(
+        deliver=[w.payment_id for w in expired], apply=[balance_id for ids in left.values() for balance_id in ids]
+    )
+
+
+def _final_look(rt: Runtime, waiting: Waiting, now: datetime) -> datetime:
+    """When to look again at a payment whose call is under way: when its balance is to be read, or at its deadline."""
+    if waiting.job.profile_id is None or not rt.settings.reads_per_s:
+        return waiting.deadline
+    ahead = min(rt.settings.read_ahead, (waiting.deadline - waiting.requested_at) / 4)
+    return max(waiting.deadline - ahead, now + TICK)
+
+
+def _have_read(rt: Runtime, unseen: Sequence[Waiting], now: datetime, after: Next) -> None:
+    """Have balances read, one for each account, as the budget has places; the others are looked at in a second."""
+    profiles = {w.account_id: str(w.job.profile_id) for w in unseen}
+    turns = list(zip(profiles.items(), rt.reads.reserve(now, len(profiles)), strict=False))
+    accounts = [account_id for (account_id, _), _ in turns]
+    with transaction(rt.engine) as tx:
+        payments.look_at_deadline(tx, accounts, now + 1.5 * rt.settings.read_ahead)
+    after.read += [(*account, pause) for account, pause in turns]
 
 
 def _rejoin(rt: Runtime, waiting: Waiting, after: Next) -> None:

@@ -11,3 +11,5 @@ CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how t
 HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leave to go out.", ["why"])
 """`full`: the budget of calls per second is spent. `shut`: the breaker is open."""
 BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")
+READS = Counter("payready_balance_reads", "Free reads of a balance before a deadline, by what they gave.", ["result"])
+"""`found`, `nothing`, `failed`."""

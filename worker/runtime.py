@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
 from worker.correlation.client import connect
-from worker.correlation.gate import Gate
+from worker.correlation.gate import Budget, Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed, Reason, Refused, Unsent
 from worker.fees import Price, PriceList, PriceListError, read_prices
@@ -32,6 +32,7 @@ class Runtime:
     engine: Engine
     correlation: Correlation
     gate: Gate
+    reads: Budget
     provider: Quiltt
     prices: PriceList
     clock: Callable[[], datetime] = utc_now
@@ -94,6 +95,7 @@ def build(settings: Settings) -> Runtime:
             failures=settings.breaker_failures,
             probe_limit=settings.call_limit,
         ),
+        reads=Budget(redis, "reads", per_s=settings.reads_per_s),
         provider=provider,
         prices=read_prices(settings.fees_file.read_text()),
     )

@@ -1,6 +1,6 @@
 -- Give calls that were held back their places in the budget of the next second.
 --
--- KEYS[1]  payready:gate, see admit.lua
+-- KEYS[1]  payready:gate, see admit.lua; or payready:reads, of which only the budget is used
 -- ARGV[1]  now (µs)
 -- ARGV[2]  calls that want a place
 -- ARGV[3]  interval between calls (µs)
