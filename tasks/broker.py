@@ -37,8 +37,17 @@ class _Channel(redis.Channel):
     QoS = _QoS
     has_noted = False
     """Whether the message that is being delivered was noted as unacknowledged when it was taken."""
+    _pooled: Any = None
     is_waiting = False
     """Whether the queues were empty, and the next word of Redis is that one of them changed."""
+
+    def _create_client(self, asynchronous: bool = False) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
+        """The client of the channel's pool; kombu makes a new one for each message it notes, acknowledges or sends."""
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._pooled is None or self._pooled.connection_pool is not self.pool:
+            self._pooled = super()._create_client()
+        return self._pooled
 
     def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002 - kombu prescribes the signature
         """Ask for a message."""

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
+from tests.support.servers import Postgres
 from tests.support.world import START
 from worker.ledger import balances, payments
 from worker.ledger.database import LEDGER_AWAY, Engine, insert_new, lock_accounts, open_engine, ping, transaction
@@ -128,3 +129,18 @@ def test_no_amount_is_a_number_to_sqlite(engine: Engine) -> None:
         stored = tx.scalar(text("SELECT available FROM balance"))
         assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)
         tx.rollback()
+
+
+def test_a_connection_that_the_server_closed_while_nobody_used_it_is_not_used_again(
+    postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(postgres_server.database())
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> :me"
+    with engine.connect() as one:
+        ping(engine)  # on a second connection
+        me = one.scalar(text("SELECT pg_backend_pid()"))
+        assert one.execute(text(others), {"me": me}).scalars().all() == [True]
+    monkeypatch.setattr("worker.ledger.database.IDLE_S", 0)
+    with engine.connect(), engine.connect() as other:
+        assert other.scalar(text("SELECT 1")) == 1
+    engine.dispose()

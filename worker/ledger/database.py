@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import inf
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection as Tx
 from sqlalchemy import Engine, Row, Table, create_engine, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 __all__ = [
@@ -37,6 +40,8 @@ POSTGRES = {
 }
 """How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
 _READING = "payready_reading"
+IDLE_S = 5
+"""After so long without use a connection is tried before it is used again."""
 BUSY_S = 30
 """How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
 
@@ -55,15 +60,31 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
         event.listen(engine, "begin", _begin)
         return engine
     url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=connections,
         max_overflow=0,
         pool_timeout=BUSY_S,
-        pool_pre_ping=True,
+        pool_use_lifo=True,  # a few connections that are in use, rather than all of them now and then
         hide_parameters=True,
         connect_args=POSTGRES,
     )
+    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "checkout", partial(_ping_if_idle, engine))
+    return engine
+
+
+def _note_use(_connection: object, record: Any) -> None:
+    record.info["used_at"] = monotonic()
+
+
+def _ping_if_idle(engine: Engine, connection: Any, record: Any, _proxy: object) -> None:
+    """Try a connection that nobody used for a while; to try it before each use would cost a round trip each time."""
+    if monotonic() - record.info.get("used_at", inf) > IDLE_S:
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
