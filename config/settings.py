@@ -95,6 +95,10 @@ class Settings(BaseModel):
     """How long a message may be worked on before Redis gives it to another worker: the wait after a worker's death."""
     result_expires_s: int = Field(86_400, ge=60)
     """How long an outcome can be read from the result backend."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """The port for `/metrics`, `/healthz` and `/readyz` of a role, one for each process of a host; 0: none."""
+    metrics_host: str = "127.0.0.1"
+    """The address that `PAYREADY_METRICS_PORT` is listened on at. Not to be reached from outside."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """The least level that is logged."""
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery
 
@@ -15,6 +16,8 @@ from console.processes import Processes, answers, free_port, procfile
 API_KEY, SECRET, FLOWER_LOGIN = "demo-api-key", "demo-webhook-secret", "demo:demo"
 """No secrets: all of it listens on the loopback interface only, and production refuses the first two."""
 WORKERS = ("worker", "refresh")
+MEASURED = ("web", *WORKERS, "beat")
+"""Roles that tell Prometheus what they do, each on a port of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Stage:
     web_url: str
     simulator_url: str
     flower_url: str
+    metrics_urls: Mapping[str, str]
+    """By role."""
 
     def simulator(self, path: str, put: Mapping[str, Any] | None = None) -> Any:
         """Ask the simulator, or tell it something, over HTTP."""
@@ -84,6 +89,7 @@ def stage(
             f"http://127.0.0.1:{web}",
             simulator_url,
             f"http://127.0.0.1:{flower}",
+            {role: f"http://127.0.0.1:{free_port()}/metrics" for role in MEASURED},
         )
         processes.valkey(valkey)
         processes.start("simulator", _simulator(simulator, running.web_url))
@@ -101,7 +107,9 @@ def _start_roles(running: Stage, flower: int) -> None:
     processes = running.processes
     for role, command in procfile().items():
         if role != "release":
-            processes.start(role, command, FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=FLOWER_LOGIN)
+            port = str(urlsplit(running.metrics_urls[role]).port) if role in MEASURED else ""
+            environ = {"FLOWER_PORT": str(flower), "FLOWER_BASIC_AUTH": FLOWER_LOGIN, "PAYREADY_METRICS_PORT": port}
+            processes.start(role, command, **environ)
     processes.wait_for("simulator", lambda: answers(f"{running.simulator_url}/healthz"))
     processes.wait_for("web", lambda: answers(f"{running.web_url}/readyz"))
     processes.wait_for("flower", lambda: answers(f"{running.flower_url}/healthcheck"))

@@ -57,6 +57,8 @@ def _tell(console: Console, running: Stage, environ: Path) -> None:
     table.add_row("simulator", f"{running.simulator_url}  (stands in for Quiltt; python -m simulator --list)")
     table.add_row("broker and results", running.redis_url)
     table.add_row("ledger", running.database_url)
+    for role, url in running.metrics_urls.items():
+        table.add_row(f"metrics of {role}", url)
     table.add_row("logs", str(running.processes.folder))
     console.print("[bold green]payready is up.[/] Ctrl-C stops it; what is in the ledger stays.\n", highlight=False)
     console.print(table, soft_wrap=True)

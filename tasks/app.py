@@ -19,7 +19,9 @@ def _make_app() -> Celery:
         sys.exit(f"payready cannot start: {error}")
     if settings().broker_transport == "atomic":  # this is where kombu looks up the scheme of a broker's address
         TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
-    app = Celery("payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep", "tasks.revocation"])
+    app = Celery(
+        "payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep", "tasks.revocation", "tasks.monitoring"]
+    )
     app.conf.update(configuration)
     return app
 

@@ -6,6 +6,7 @@ import uvicorn
 
 from config.logs import configure_logging
 from config.settings import ConfigurationError, settings
+from worker import metrics
 
 
 def main() -> None:
@@ -15,6 +16,8 @@ def main() -> None:
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     configure_logging(chosen)
+    if chosen.metrics_port:
+        metrics.serve(chosen.metrics_host, chosen.metrics_port)
     uvicorn.run(
         "webhook.app:app",
         host=chosen.host,

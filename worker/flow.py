@@ -481,7 +481,17 @@ def apply(rt: Runtime, balance_id: str) -> Next:
         payments.settle(tx, settlements)
         balances.applied(tx, balance_id, answered.flight.refresh_id if answered else None)
         held = _held(tx, balance.account_id)
+    _measure(balance, answered, settlements, now)
     return Next(deliver=[settlement.payment_id for settlement in settlements], call=held)
+
+
+def _measure(balance: Row[Any], answered: "_Answered | None", settlements: Sequence[Settlement], now: datetime) -> None:
+    """Time the two ways of a balance: from the call to us, and on to those who wait."""
+    if answered is not None and answered.first and answered.flight.claimed_at is not None:
+        way = balance.received_at - answered.flight.claimed_at
+        metrics.EVENT_AFTER_CALL.observe(max(0.0, way.total_seconds()))
+    if settlements:
+        metrics.SETTLED_AFTER_EVENT.observe(max(0.0, (now - balance.received_at).total_seconds()))
 
 
 @dataclass(frozen=True)

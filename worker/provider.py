@@ -6,6 +6,7 @@ all there is to go by, and no request id, so an answer that is lost leaves it op
 
 import json
 import re
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from worker import metrics
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
 from worker.messages import AccountView
 
@@ -73,12 +75,16 @@ class Quiltt:
         Raises:
             Unsent, Throttled, Refused, Uncertain: see `worker.errors`.
         """
+        status, start = "none", time.monotonic()
         try:
             answer = self._http.post(self._refresh_url.format(account_id))
+            status = str(answer.status_code)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Unsent(f"no connection to the provider: {_name(error)}") from error
         except httpx.RequestError as error:
             raise Uncertain(f"the provider's answer was lost: {_name(error)}") from error
+        finally:
+            metrics.ANSWERS.labels(status).observe(time.monotonic() - start)
         if answer.status_code != httpx.codes.ACCEPTED:
             raise _failure(answer)
         return answer.status_code

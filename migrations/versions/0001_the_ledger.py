@@ -101,6 +101,14 @@ def upgrade() -> None:
         sqlite_where=sa.text("refresh_id IS NOT NULL"),
     )
     op.create_index(
+        "payment_settled",
+        "payment",
+        ["settled_at"],
+        unique=False,
+        postgresql_where=sa.text("settled_at IS NOT NULL"),
+        sqlite_where=sa.text("settled_at IS NOT NULL"),
+    )
+    op.create_index(
         "payment_waiting",
         "payment",
         ["account_id"],
@@ -274,6 +282,12 @@ def downgrade() -> None:
         table_name="payment",
         postgresql_where=sa.text("state = 'waiting'"),
         sqlite_where=sa.text("state = 'waiting'"),
+    )
+    op.drop_index(
+        "payment_settled",
+        table_name="payment",
+        postgresql_where=sa.text("settled_at IS NOT NULL"),
+        sqlite_where=sa.text("settled_at IS NOT NULL"),
     )
     op.drop_index(
         "payment_sharers",

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, insert, text
 
 from tests.support.world import START, Databases
-from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger import balances, fees, figures, payments, refreshes
 from worker.ledger.database import Engine, Tx, open_engine, transaction
 from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
 
@@ -129,6 +129,13 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
     "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
     "one balance": (lambda tx: balances.find(tx, "b7"), {"balance_pkey", "sqlite_autoindex_balance_1"}),
+    "what is unfinished": (figures.standing, {"payment_due", "payment_waiting"}),
+    "what was settled lately": (
+        lambda tx: figures.settled(tx, END - timedelta(seconds=60), END),
+        {"payment_settled"},
+    ),
+    "what was booked lately": (lambda tx: figures.entries(tx, END - timedelta(seconds=60), END), {"fee_entry_at"}),
+    "which calls are open": (lambda tx: figures.open_calls(tx, END - timedelta(seconds=60), END), {"fee_entry_at"}),
     "balances due": (lambda tx: balances.overdue(tx, END, 500), {"balance_due"}),
 }
 

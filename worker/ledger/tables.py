@@ -95,6 +95,7 @@ class Payment(SQLModel, table=True):
         ),
         _partial("payment_profile", "profile_id", where=f"state = '{PaymentState.WAITING}' AND profile_id IS NOT NULL"),
         _partial("payment_sharers", "refresh_id", where="refresh_id IS NOT NULL"),
+        _partial("payment_settled", "settled_at", where="settled_at IS NOT NULL"),
     )
 
     payment_id: str = Field(primary_key=True, sa_type=Text)

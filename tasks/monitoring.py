@@ -1,0 +1,42 @@
+"""What the Celery roles tell Prometheus: each its own counts, and beat what the ledger and the queues look like."""
+
+import time
+from typing import Any
+
+from celery.signals import beat_init, heartbeat_sent, worker_init
+
+from config.settings import settings
+from tasks.app import app
+from tasks.queues import Queues
+from worker import metrics
+from worker.runtime import runtime
+from worker.watch import Watch
+
+SILENCE_S = 30.0
+"""A worker that sent no heartbeat for this long is cut off from its broker."""
+
+_last_beat = time.monotonic()
+
+
+@heartbeat_sent.connect
+def _heard(**_: Any) -> None:
+    global _last_beat  # noqa: PLW0603 - one worker is one process
+    _last_beat = time.monotonic()
+
+
+def _is_in_touch() -> bool:
+    return time.monotonic() - _last_beat < SILENCE_S
+
+
+@worker_init.connect
+def _serve_worker(**_: Any) -> None:
+    if settings().metrics_port:
+        metrics.serve(settings().metrics_host, settings().metrics_port, ready=_is_in_touch)
+
+
+@beat_init.connect
+def _serve_beat(**_: Any) -> None:
+    if settings().metrics_port:
+        metrics.ask("ledger", Watch(runtime()))
+        metrics.ask("broker", Queues(app))
+        metrics.serve(settings().metrics_host, settings().metrics_port)

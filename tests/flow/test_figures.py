@@ -1,0 +1,142 @@
+"""What Prometheus is told: the ledger's figures while a story goes on."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.world import World
+from worker import flow
+from worker.errors import Uncertain
+from worker.metrics import EVENT_AFTER_CALL, SETTLED_AFTER_EVENT, Asked, Figure
+from worker.watch import SETTLE_TIME, Watch
+
+Ask = Callable[..., float]
+
+
+@pytest.fixture
+def told(payready: World) -> Ask:
+    """Asks for one value, by the name of its metric and its labels, of a watch that began with the test."""
+    watch = Watch(payready.rt)
+
+    def ask(name: str, *labels: str) -> float:
+        figures = {figure.name: figure for figure in watch()}
+        return figures[name].values.get(labels, -1.0)
+
+    return ask
+
+
+def test_waiting_payments_are_told_by_how_far_their_call_is(payready: World, told: Ask) -> None:
+    """With how long the first of each kind waits: one without a call, one called, one whose answer was lost."""
+    payready.initiate("pay_1", "acct_a")
+    payready.lose()
+    payready.clock.advance(1)
+    payready.initiate("pay_2", "acct_b")
+    payready.provider.script["acct_c"] = [Uncertain("lost")]
+    payready.initiate("pay_3", "acct_c")
+    payready.work()
+    payready.clock.advance(2)
+    waiting = {
+        state: told("payready_waiting_payments", state) for state in ("none", "accepted", "uncertain", "calling")
+    }
+    assert waiting == {"none": 1, "accepted": 1, "uncertain": 1, "calling": 0}
+    assert told("payready_oldest_wait_seconds", "none") == 3
+    assert told("payready_oldest_wait_seconds", "uncertain") == 2
+    assert told("payready_past_deadline_seconds") == 0
+    payready.clock.advance(130)
+    assert told("payready_past_deadline_seconds") == 13
+
+
+def test_a_payment_that_waits_for_a_held_call_counts_once(payready: World, told: Ask) -> None:
+    """Its account has two open refreshes: one in flight, one that is to follow it."""
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    payready.clock.advance(5)
+    payready.initiate("pay_2", "acct_a", max_balance_age_s=0)
+    payready.work()
+    assert payready.refreshes("acct_a") == ["accepted", "requested"]
+    assert told("payready_waiting_payments", "accepted") == 2
+    assert told("payready_waiting_payments", "requested") == 0
+
+
+def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: World, told: Ask) -> None:
+    """However often it is asked; and a call is open until it is posted or void."""
+    told("payready_outcomes_total")
+    payready.initiate("pay_1", "acct_a")
+    payready.provider.script["acct_b"] = [Uncertain("lost")]
+    payready.initiate("pay_2", "acct_b")
+    payready.work()
+    payready.balance("acct_a")
+    payready.work()
+    assert told("payready_outcomes_total", "released", "none") == -1, "not before the time in which others may commit"
+    payready.clock.advance(SETTLE_TIME.total_seconds())
+    for _ in range(2):
+        assert told("payready_outcomes_total", "released", "none") == 1
+        assert told("payready_fee_entries_total", "posted", "USD") == 1
+        assert told("payready_fees_total", "posted", "USD") == 0.1
+    assert (told("payready_open_calls"), told("payready_open_fees", "USD")) == (1, 0.1)
+    late = Watch(payready.rt)
+    assert {f.name: f.values for f in late()}["payready_open_calls"] == {(): 1}, "one that starts now finds it too"
+    payready.balance("acct_b")
+    payready.work()
+    payready.clock.advance(SETTLE_TIME.total_seconds())
+    assert (told("payready_open_calls"), told("payready_open_fees", "USD")) == (0, 0)
+    assert told("payready_fees_total", "posted", "USD") == 0.2
+    assert {f.name: f.values for f in late()}["payready_open_calls"] == {(): 0}
+
+
+def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: World, told: Ask) -> None:
+    """Since it was settled, and since it came."""
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    balance_id = payready.balance("acct_a")
+    payready.clock.advance(2)
+    assert (told("payready_unapplied_balances"), told("payready_oldest_unapplied_seconds")) == (1, 2)
+    payready.queue.apply.clear()
+    flow.apply(payready.rt, balance_id)  # and nobody does what it leaves to be done
+    payready.clock.advance(3)
+    assert (told("payready_undelivered_outcomes"), told("payready_oldest_undelivered_seconds")) == (1, 3)
+    payready.pass_time(10)
+    assert (told("payready_undelivered_outcomes"), told("payready_unapplied_balances")) == (0, 0)
+
+
+def test_the_way_of_a_balance_is_timed(payready: World) -> None:
+    """From the call to its arrival, from there to the settlement; applying it again times nothing."""
+    before = [_sum_and_count(histogram) for histogram in (EVENT_AFTER_CALL, SETTLED_AFTER_EVENT)]
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    payready.clock.advance(7)
+    balance_id = payready.balance("acct_a")
+    payready.clock.advance(2)
+    payready.work()
+    payready.queue.apply.append(balance_id)
+    payready.work()
+    after = [_sum_and_count(histogram) for histogram in (EVENT_AFTER_CALL, SETTLED_AFTER_EVENT)]
+    assert [(a[0] - b[0], a[1] - b[1]) for a, b in zip(after, before, strict=True)] == [(7, 1), (2, 1)]
+
+
+def _sum_and_count(histogram: object) -> tuple[float, float]:
+    samples = {s.name: s.value for metric in histogram.collect() for s in metric.samples}  # type: ignore[attr-defined]
+    name = next(name.removesuffix("_sum") for name in samples if name.endswith("_sum"))
+    return samples[f"{name}_sum"], samples[f"{name}_count"]
+
+
+def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> None:
+    """Figures of someone who does not answer are left out: old ones would lie."""
+    now, asked = [0.0], [0]
+
+    def ask() -> list[Figure]:
+        asked[0] += 1
+        if asked[0] == 2:
+            raise OSError("away")
+        return [Figure("payready_x", "X.", {("a",): 5}, ("kind",))]
+
+    def told() -> dict[str, float]:
+        return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
+
+    collector = Asked("ledger", ask, clock=lambda: now[0])
+    assert told() == told() == {"payready_ledger_up": 1, "payready_x": 5}
+    assert asked == [1]
+    now[0] += 5
+    assert told() == {"payready_ledger_up": 0}
+    now[0] += 5
+    assert told() == {"payready_ledger_up": 1, "payready_x": 5}
