@@ -14,14 +14,16 @@ import typer
 from rich.console import Console
 
 from config.settings import ConfigurationError, settings
-from console import client, demo, show, up
+from console import client, demo, doctor, show, up
 from console.interrupts import Interrupted, Interrupts, interrupts
 from console.processes import StartError
+from worker import flow
 from worker.errors import InvalidJob, PaymentNotReady
+from worker.fees import PriceListError
 from worker.ledger import reports
 from worker.ledger.database import LEDGER_AWAY, Tx, open_engine, reading
 from worker.messages import parse_job
-from worker.runtime import utc_now
+from worker.runtime import build, utc_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +62,7 @@ def _plainly() -> Iterator[None]:
     """What is expected to go wrong is said in a sentence, without a traceback."""
     try:
         yield
-    except (ConfigurationError, StartError, InvalidJob, client.NoAnswer) as error:
+    except (ConfigurationError, StartError, InvalidJob, PriceListError, client.NoAnswer) as error:
         _fail(str(error))
     except LEDGER_AWAY as error:
         _fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
@@ -96,6 +98,39 @@ def demo_command() -> None:
 def up_command() -> None:
     """Run payready on this machine, with a simulator in Quiltt's place, until Ctrl-C."""
     _run(up.up)
+
+
+@app.command("doctor")
+def doctor_command(
+    flower: Annotated[str, typer.Option(help="Where Flower answers.")] = "http://127.0.0.1:5555",
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything payready stands on, and say what to do; status 1 if anything is at fault."""
+    with _plainly():
+        findings = doctor.examine(settings(), build(settings()), flower)
+        found = list(findings if as_json else map(_say_diagnosis, findings))
+        if as_json:
+            typer.echo(show.as_json(found))
+    if any(diagnosis.grade == doctor.Grade.FAULT for diagnosis in found):
+        raise typer.Exit(FAILED)
+
+
+def _say_diagnosis(diagnosis: doctor.Diagnosis) -> doctor.Diagnosis:
+    _console().print(show.diagnosis(diagnosis), highlight=False, soft_wrap=True)
+    return diagnosis
+
+
+@app.command("replay")
+def replay(payment_id: str, as_json: AsJson = False) -> None:
+    """Have a settled payment's outcome delivered again: the same outcome, with the same task ids."""
+    with _plainly():
+        task_ids = flow.replay(build(settings()), payment_id)
+    if as_json:
+        typer.echo(show.as_json({"payment_id": payment_id, "tasks": task_ids}))
+    if not task_ids:
+        _fail(f"{payment_id} has no outcome to deliver: it waits, or is not known")
+    elif not as_json:
+        typer.echo(f"{payment_id}: {', '.join(task_ids)} will be told again within seconds, by `worker`")
 
 
 @payment_app.command("enqueue")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
@@ -30,7 +31,7 @@ def _client(settings: Settings) -> Iterator[Celery]:
         app.conf.update(celery_settings(settings))
         try:
             with app.connection_for_write() as connection:  # a person waits: say soon that there is no broker
-                connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
+                connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT_S)
             yield app
         except NotInTime:
             raise NoAnswer("no worker has done it yet, it stays in the queue; does a worker run?") from None
@@ -58,6 +59,46 @@ def cancel(settings: Settings, payment_id: str) -> bool:
     """
     with _client(settings) as app:
         return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=ANSWER_S))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker that answers."""
+
+    name: str
+    queues: frozenset[str]
+    """From which it takes messages."""
+    settings: Mapping[str, Any]
+    """Its Celery settings, as far as they are not secret."""
+
+
+def workers(settings: Settings) -> list[Worker]:
+    """The workers that answer within a second.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    with _client(settings) as app:
+        inspect = app.control.inspect(timeout=1.0)
+        queues, confs = inspect.active_queues() or {}, inspect.conf() or {}
+        return [
+            Worker(name, frozenset(queue["name"] for queue in consumed), confs.get(name, {}))
+            for name, consumed in queues.items()
+        ]
+
+
+def probe_results(settings: Settings) -> None:
+    """Read from the result backend.
+
+    Raises:
+        NoAnswer: it is away.
+    """
+    with Celery("payready-console", set_as_current=False) as app:
+        app.conf.update(celery_settings(settings))
+        try:
+            app.backend.get_task_meta("payready-doctor")
+        except _AWAY as error:
+            raise NoAnswer(str(error)) from None
 
 
 def as_arguments(job: Job) -> dict[str, Any]:

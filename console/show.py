@@ -11,6 +11,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from console.doctor import Diagnosis, Grade
 from console.plan import Order
 from console.referee import Finding
 from worker.fees import EntryState
@@ -143,6 +144,13 @@ def _finding(finding: Finding) -> Text:
         if finding.cases > 1:
             text.append(f" ({finding.cases})", "dim")
     return text
+
+
+def diagnosis(told: Diagnosis) -> Text:
+    """What a check of the doctor found, in a line, and what to do in another."""
+    mark, style = {Grade.OK: ("✓ ", "green"), Grade.NOTE: ("! ", "yellow"), Grade.FAULT: ("✗ ", "red")}[told.grade]
+    text = Text().append(mark, f"bold {style}").append(f"{told.check}: {told.found}")
+    return text.append(f"\n    {told.remedy}", style) if told.remedy else text
 
 
 # --- fees -------------------------------------------------------------------------------------------------------------

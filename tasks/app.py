@@ -1,14 +1,17 @@
 """The Celery application: `celery -A tasks.app worker`."""
 
+import functools
+import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from celery import Celery
-from celery.signals import setup_logging
+from celery import Celery, Task
+from celery.signals import import_modules, setup_logging, task_postrun, task_prerun
 from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery import celery_settings
-from config.logs import configure_logging
+from config.logs import bind, configure_logging
 from config.settings import ConfigurationError, settings
 
 
@@ -26,9 +29,27 @@ def _make_app() -> Celery:
     return app
 
 
+@import_modules.connect  # of the roles, Flower sets up no logging of its own
 @setup_logging.connect
 def _our_logging(**_: Any) -> None:
     configure_logging(settings())
+
+
+@task_prerun.connect
+def _name_what_is_worked_on(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
+    given = dict(zip(_parameters(task.name), args, strict=False))
+    job = given.pop("job", None)
+    bind({**(job if isinstance(job, Mapping) else {}), **given, **kwargs, "task_id": task_id})
+
+
+@functools.cache
+def _parameters(name: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(app.tasks[name].run).parameters)
+
+
+@task_postrun.connect
+def _forget_it(**_: Any) -> None:
+    bind({})
 
 
 app = _make_app()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kombu.exceptions import OperationalError
 
+from config.logs import bound
 from tasks import suspension
 from tasks.app import app
 from worker import flow
@@ -60,12 +61,14 @@ def deliver_overdue() -> None:
 def _deliver(due: Sequence[Due]) -> None:
     told = []
     for outcome in due:
-        try:
-            _complete(outcome)
-        except Exception:
-            log.exception("the outcome of task %s could not be delivered; it stays due", outcome.task_id)
-        else:
-            told.append(outcome.task_id)
+        with bound(task_id=outcome.task_id, payment_id=outcome.outcome["payment_id"]):
+            try:
+                _complete(outcome)
+            except Exception:
+                log.exception("an outcome could not be delivered; it stays due")
+            else:
+                told.append(outcome.task_id)
+                log.info("outcome delivered: %s", outcome.outcome.get("reason", outcome.state))
     if told:
         flow.delivered(runtime(), told)
 

@@ -868,6 +868,12 @@ def delivered(rt: Runtime, task_ids: Sequence[str]) -> None:
         payments.delivered(tx, task_ids, rt.clock())
 
 
+def replay(rt: Runtime, payment_id: str) -> list[str]:
+    """Have a settled payment's outcome delivered again; the tasks that will be told, none if it is not settled."""
+    with transaction(rt.engine) as tx:
+        return payments.redeliver(tx, payment_id, rt.clock())
+
+
 # --- the correlation store, where losing a word costs speed only -----------------------------------------------------
 
 

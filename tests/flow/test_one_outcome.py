@@ -186,3 +186,19 @@ def test_who_announces_is_heard_before_anything_can_settle_the_payment(payready:
     payready.initiate("p1", A, task_id="t1")  # as Celery's retry does
     payready.work()
     assert payready.provider.calls == [A]
+
+
+def test_an_outcome_is_delivered_again_when_somebody_asks_for_it(payready: World) -> None:
+    """The same outcome to the same tasks; a payment that waits, or that nobody knows, has none."""
+    payready.initiate("pay_1", "acct_a", task_id="task_a")
+    payready.initiate("pay_1", "acct_a", task_id="task_b")
+    assert flow.replay(payready.rt, "pay_1") == flow.replay(payready.rt, "pay_nobody") == []
+    payready.work()
+    payready.balance("acct_a")
+    payready.work()
+    payready.tick()
+    first = {task: list(told) for task, told in payready.delivered.items()}
+    assert flow.replay(payready.rt, "pay_1") == ["task_a", "task_b"]
+    payready.tick()
+    payready.tick()
+    assert payready.delivered == {task: told * 2 for task, told in first.items()}

@@ -78,6 +78,7 @@ class System:
         self.valkey = valkey
         self.pids: dict[str, int] = {}
         """Of the roles, as they were started last."""
+        self.metrics_ports: dict[str, int] = {}
         self.redis_url = redis_url
         self.web_url = f"http://127.0.0.1:{web_port}"
         self.simulator = simulator
@@ -89,7 +90,9 @@ class System:
     def start(self, *roles: str, **environ: str) -> None:
         """Start roles, and wait until the endpoint and the workers are up."""
         for role in roles:
-            self.pids[role] = self.processes.start(role, procfile()[role], **environ).pid
+            port = self.metrics_ports.setdefault(role, free_port())
+            told = {"PAYREADY_METRICS_PORT": str(port), **environ}
+            self.pids[role] = self.processes.start(role, procfile()[role], **told).pid
         if "web" in roles:
             self.processes.wait_for("web", lambda: answers(f"{self.web_url}/readyz"))
         for role in {"worker", "refresh"}.intersection(roles):

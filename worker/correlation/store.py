@@ -5,13 +5,14 @@ shares a call and who leads one, in one atomic step, without a lock in SQL. Losi
 refresh is claimed in the ledger, which refuses a second call in flight, and `restore` brings back what it knows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Any, Literal, cast
 
 from redis import Redis
 
-from worker.correlation.client import microseconds, script, since_epoch
+from worker.correlation.client import EPOCH, microseconds, script, since_epoch
 
 TIME_TO_LIVE_S = 2 * 3600
 """Of an account's key, from its last use; longer than any refresh is in flight."""
@@ -43,6 +44,15 @@ class Correlation:
     def ping(self) -> None:
         """Ask Redis for an answer."""
         self._redis.ping()
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the server says of itself: the fields of its INFO."""
+        return cast(Mapping[str, Any], self._redis.info())
+
+    def clock(self) -> datetime:
+        """What time it is to the server."""
+        whole, rest = self._redis.time()
+        return EPOCH + timedelta(seconds=whole, microseconds=rest)
 
     def join(self, account_id: str, lead: str, *, oldest_balance: datetime | None, oldest_call: datetime) -> Standing:
         """Find or begin what will serve a payment; `lead` is the id of the refresh it would lead."""

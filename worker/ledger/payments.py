@@ -236,3 +236,10 @@ def of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
 def delivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> None:
     """Note that these tasks have their outcome."""
     tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=None, delivered_at=now))
+
+
+def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:
+    """Make a settled payment's outcome due again; returns the tasks that it is due to."""
+    settled = select(P.payment_id).where(P.payment_id == payment_id, P.settled_at.is_not(None))
+    query = update(REPLY).where(R.payment_id.in_(settled)).values(due_at=now, delivered_at=None)
+    return sorted(tx.scalars(query.returning(R.task_id)))

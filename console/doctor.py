@@ -1,0 +1,275 @@
+"""`payready doctor`: looks at everything payready stands on, and says what is wrong and what to do about it.
+
+Each check asks one thing and yields what it found. A check that cannot ask says so as a fault; the others go on.
+"""
+
+import base64
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from config.celery import QUEUES, celery_settings
+from config.settings import DEMO_MARK, Settings
+from console import client
+from worker.correlation.store import CORRELATION_AWAY
+from worker.errors import CallFailed, Refused
+from worker.fees import PriceListError
+from worker.ledger import figures, schema
+from worker.ledger.database import LEDGER_AWAY, reading
+from worker.runtime import Runtime
+
+NOTICEABLE = timedelta(seconds=1)
+"""Clocks that differ by less are called right."""
+LATE = timedelta(seconds=15)
+"""A payment that still waits this long after its deadline is seen to by nobody."""
+DELIVERY_LATE = timedelta(seconds=60)
+FLOWER_S = 3
+DEMO_LOGIN = "demo:demo"
+ALIKE = (
+    "task_acks_late",
+    "task_reject_on_worker_lost",
+    "worker_prefetch_multiplier",
+    "task_default_queue",
+    "result_expires",
+    "timezone",
+)
+"""Settings of Celery on which all roles must agree, or messages are lost or doubled."""
+
+
+class Grade(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    NOTE = "note"
+    """It works; someone should know."""
+    FAULT = "fault"
+    """Payments suffer, or will."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a check found."""
+
+    check: str
+    grade: Grade
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What is looked at."""
+
+    settings: Settings
+    rt: Runtime
+    flower_url: str
+
+
+Check = Callable[[Patient], Iterator[Diagnosis]]
+
+
+def _ok(check: str, found: str) -> Diagnosis:
+    return Diagnosis(check, Grade.OK, found)
+
+
+def _note(check: str, found: str, remedy: str) -> Diagnosis:
+    return Diagnosis(check, Grade.NOTE, found, remedy)
+
+
+def _fault(check: str, found: str, remedy: str) -> Diagnosis:
+    return Diagnosis(check, Grade.FAULT, found, remedy)
+
+
+def _database(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        with reading(patient.rt.engine) as tx:
+            found, needed = schema.found(tx), schema.needed()
+    except LEDGER_AWAY as error:
+        why = " ".join(str(getattr(error, "orig", None) or error).split())
+        yield _fault("database", why, "start it, or correct PAYREADY_DATABASE_URL")
+        return
+    if found == needed:
+        yield _ok("database", f"answers, migrated to {found}")
+    else:
+        told = f"migrated to {found}" if found else "never migrated"
+        yield _fault("database", f"{told}; this release needs {needed}", "run the role `release`: alembic upgrade head")
+
+
+def _redis(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        facts = patient.rt.correlation.facts()
+    except CORRELATION_AWAY as error:
+        yield _fault("redis", str(error), "start it, or correct PAYREADY_REDIS_URL")
+        return
+    yield _ok("redis", f"answers, version {facts.get('valkey_version') or facts.get('redis_version')}")
+    policy = facts.get("maxmemory_policy", "not told")
+    if policy != "noeviction":
+        yield _fault("redis", f"maxmemory-policy is {policy}", "set maxmemory-policy noeviction: queues are data")
+    if not facts.get("aof_enabled"):
+        yield _note("redis", "no append-only file", "set appendonly yes, or queued jobs are lost when it restarts")
+    elif facts.get("aof_last_write_status", "ok") != "ok":
+        yield _fault("redis", "cannot write its append-only file", "look at its disk")
+
+
+def _broker(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        workers = client.workers(patient.settings)
+    except client.NoAnswer as error:
+        yield _fault("broker", str(error), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
+        return
+    yield _ok("broker", f"answers, as do {len(workers)} workers")
+    served = frozenset[str]().union(*(worker.queues for worker in workers))
+    for queue in QUEUES:
+        if queue not in served:
+            role = "refresh" if queue == "refreshes" else "worker"
+            yield _fault("workers", f"nobody takes from the queue {queue}", f"start the role `{role}`")
+    ours = celery_settings(patient.settings)
+    for worker in workers:
+        other = [name for name in ALIKE if name in worker.settings and worker.settings[name] != ours.get(name)]
+        if worker.queues & set(QUEUES) and other:
+            yield _fault(
+                "celery", f"{worker.name} runs with another {', '.join(other)}", "restart it with this release"
+            )
+
+
+def _results(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        client.probe_results(patient.settings)
+    except client.NoAnswer as error:
+        yield _fault("result backend", str(error), "start it, or correct PAYREADY_RESULT_BACKEND_URL")
+    else:
+        yield _ok("result backend", "answers")
+
+
+def _key(patient: Patient) -> Iterator[Diagnosis]:
+    settings, rt = patient.settings, patient.rt
+    try:
+        mode = rt.provider.mode()
+    except Refused as refused:
+        yield _fault("api key", str(refused), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh`")
+        return
+    except CallFailed as failure:
+        yield _fault("api key", str(failure), "see that PAYREADY_QUILTT_AUTH_URL can be reached from here")
+        return
+    yield _ok("api key", f"accepted, for an environment of mode {mode}")
+    if mode == "PRODUCTION" and settings.env != "production" and not settings.allow_production_key:
+        yield _fault("api key", "its calls are billed, and this is development", "set PAYREADY_ENV or another key")
+    elif mode != "PRODUCTION" and settings.env == "production":
+        yield _note("api key", f"this is production, and the key is for {mode}", "set PAYREADY_QUILTT_API_KEY")
+    try:
+        price = rt.prices.on(mode, rt.clock().date())
+    except PriceListError as error:
+        yield _fault("price", f"{error}: no call is made", f"write one into {settings.fees_file}")
+    else:
+        yield _ok("price", f"{price.per_call} {price.currency} a call, price list {price.price_list}")
+
+
+def _secrets(patient: Patient) -> Iterator[Diagnosis]:
+    secrets = [secret.get_secret_value() for secret in patient.settings.webhook_secrets]
+    if not secrets:
+        yield _fault(
+            "webhook secrets", "none: every delivery is refused", "set PAYREADY_WEBHOOK_SECRETS, restart `web`"
+        )
+    elif any(secret.startswith(DEMO_MARK) for secret in secrets):
+        yield _note("webhook secrets", "one is for demonstrations", "set PAYREADY_WEBHOOK_SECRETS before it is real")
+    else:
+        yield _ok("webhook secrets", f"{len(secrets)} set" + (", as while rotating" if len(secrets) > 1 else ""))
+
+
+def _clocks(patient: Patient) -> Iterator[Diagnosis]:
+    for whose, ask in {"the database": _database_clock, "Redis": _redis_clock}.items():
+        before = patient.rt.clock()
+        try:
+            theirs = ask(patient)
+        except (*LEDGER_AWAY, *CORRELATION_AWAY):
+            continue  # told elsewhere
+        if theirs is None:
+            continue
+        ours = before + (patient.rt.clock() - before) / 2
+        apart = abs(theirs - ours)
+        told = f"{apart.total_seconds():.1f} s from that of {whose}"
+        if apart > patient.settings.clock_skew:
+            yield _fault("clock", told, "synchronise the hosts' clocks; PAYREADY_CLOCK_SKEW_S says what is allowed for")
+        elif apart > NOTICEABLE:
+            yield _note("clock", told, "synchronise the hosts' clocks")
+        else:
+            yield _ok("clock", told)
+
+
+def _database_clock(patient: Patient) -> datetime | None:
+    with reading(patient.rt.engine) as tx:
+        return schema.clock(tx)
+
+
+def _redis_clock(patient: Patient) -> datetime | None:
+    return patient.rt.correlation.clock()
+
+
+def _upkeep(patient: Patient) -> Iterator[Diagnosis]:
+    now = patient.rt.clock()
+    try:
+        with reading(patient.rt.engine) as tx:
+            if schema.found(tx) != schema.needed():
+                return  # told by the check of the database, as is that it is away
+            standing = figures.standing(tx)
+    except LEDGER_AWAY:
+        return
+    waiting = sum(crowd.count for crowd in standing.waiting.values())
+    late = now - (standing.first_deadline or now)
+    if late > LATE:
+        told = f"a payment waits {late.total_seconds():.0f} s past its deadline"
+        yield _fault("upkeep", told, "see that `beat` and `worker` run, and that the database lets them write")
+    else:
+        yield _ok("upkeep", f"{waiting} payments wait, none past its deadline")
+    since = now - (standing.undelivered.since or now)
+    if since > DELIVERY_LATE:
+        told = f"{standing.undelivered.count} outcomes are undelivered, the first since {since.total_seconds():.0f} s"
+        yield _fault("upkeep", told, "look for `could not be delivered` in the log of `worker`")
+
+
+def _flower(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        if _opens(patient.flower_url, None):
+            yield _fault("flower", "lets anyone in", "set FLOWER_BASIC_AUTH, restart `flower`")
+        elif _opens(patient.flower_url, DEMO_LOGIN) and patient.settings.env == "production":
+            yield _fault("flower", f"lets in {DEMO_LOGIN}", "set FLOWER_BASIC_AUTH, restart `flower`")
+        else:
+            yield _ok("flower", "asks for a login")
+    except OSError as error:
+        told = f"does not answer at {patient.flower_url}: {getattr(error, 'reason', error)}"
+        yield _note("flower", told, "start the role `flower`, or say --flower URL")
+
+
+def _opens(url: str, login: str | None) -> bool:
+    headers = {} if login is None else {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the operator's own address
+    try:
+        with urllib.request.urlopen(request, timeout=FLOWER_S):  # noqa: S310
+            return True
+    except urllib.error.HTTPError as refused:
+        refused.close()
+        return False
+
+
+CHECKS: tuple[Check, ...] = (
+    _database,
+    _redis,
+    _broker,
+    _results,
+    _key,
+    _secrets,
+    _clocks,
+    _upkeep,
+    _flower,
+)
+"""In the order in which they are told: what others stand on comes first. A new check is one more function here."""
+
+
+def examine(settings: Settings, rt: Runtime, flower_url: str) -> Iterator[Diagnosis]:
+    """Look at everything, and tell what is found as it is found."""
+    patient = Patient(settings, rt, flower_url)
+    for check in CHECKS:
+        yield from check(patient)

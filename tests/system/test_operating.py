@@ -1,0 +1,162 @@
+"""What who operates payready sees: logs, metrics and the doctor, of roles that run as in production."""
+
+import json
+import re
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from console.processes import ROOT, Processes, answers, free_port, procfile
+from tests.support.servers import Postgres
+from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system
+
+LOGIN = "ops:a-login-of-the-tests"
+AWAY = "Error 111 connecting to 127.0.0.1:1. Connection refused."
+PRODUCTION = {"PAYREADY_ENV": "production", "PYTHONWARNINGS": "ignore"}
+
+
+class Operation:
+    """Roles with ports for their metrics, a Flower, and a doctor to be asked."""
+
+    def __init__(self, payready: System, flower_url: str) -> None:
+        self.payready = payready
+        self.flower_url = flower_url
+
+    def url(self, role: str, page: str) -> str:
+        """Where a role tells what it does."""
+        return f"http://127.0.0.1:{self.payready.metrics_ports[role]}/{page}"
+
+    def metric(self, role: str, sample: str) -> float:
+        """A sample of a role, by its name with its labels; 0 if it has none of that name."""
+        with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as answer:
+            told = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
+        return float(told.get(sample, 0))
+
+    def log(self, role: str) -> list[dict[str, Any]]:
+        """A role's log: each of its lines is a fact in JSON."""
+        return [json.loads(line) for line in self.payready.processes.log_of(role).read_text().splitlines()]
+
+    def doctor(self, **environ: str) -> tuple[int, dict[str, tuple[str, str]]]:
+        """Its exit status, and by check the worst that it found."""
+        environ = {**self.payready.processes._environ, **environ}
+        command = ["payready", "doctor", "--json", "--flower", self.flower_url]
+        ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60)
+        rank = ("ok", "note", "fault")
+        worst: dict[str, tuple[str, str]] = {}
+        for found in json.loads(ran.stdout):
+            before = worst.get(found["check"], ("ok", ""))
+            if rank.index(found["grade"]) >= rank.index(before[0]):
+                worst[found["check"]] = (found["grade"], found["found"])
+        return ran.returncode, worst
+
+    def faults(self, **environ: str) -> dict[str, str]:
+        """By check, what the doctor finds at fault."""
+        status, found = self.doctor(**environ)
+        faults = {check: told for check, (grade, told) in found.items() if grade == "fault"}
+        assert bool(status) == bool(faults)
+        return faults
+
+
+@pytest.fixture(scope="module")
+def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[Operation]:
+    """Payready on PostgreSQL, set up for production."""
+    folder = tmp_path_factory.mktemp("operation")
+    flower = free_port()
+    with system(folder, postgres_server.database(), **PRODUCTION) as payready:
+        payready.processes.start("flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN)
+        flower_url = f"http://127.0.0.1:{flower}"
+        payready.processes.wait_for("flower", lambda: answers(f"{flower_url}/healthcheck"))
+        yield Operation(payready, flower_url)
+
+
+def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) -> None:
+    """Each role counts its part; each line of each log is JSON with the ids of what it is about, and no secrets."""
+    payready = operation.payready
+    result = payready.initiate("pay_1", "acct_prompt01", amount="27.31", metadata={"name": "Jo Doe"})
+    result.get(timeout=20)
+    payready.initiate("pay_2", "acct_never01", amount="27.31", timeout_s=60)
+    with payready.service.connection_for_write() as connection:
+        payready.service.send_task(
+            "payments.unheard_of", kwargs={"name": "Jo Doe"}, queue="payments", connection=connection
+        )
+    assert operation.metric("refresh", 'payready_provider_calls_total{result="accepted"}') >= 1
+    assert operation.metric("refresh", 'payready_provider_answer_seconds_count{status="202"}') >= 1
+    assert operation.metric("worker", "payready_event_to_release_seconds_count") == 1
+    assert operation.metric("worker", "payready_call_to_event_seconds_count") == 1
+    assert eventually(lambda: operation.metric("beat", 'payready_waiting_payments{call="accepted"}'))
+    assert operation.metric("beat", "payready_ledger_up") == operation.metric("beat", "payready_broker_up") == 1
+    assert all(answers(operation.url(role, "readyz")) for role in ROLES)
+
+    (delivered,) = eventually(lambda: [line for line in operation.log("worker") if "outcome" in line["event"]])
+    assert delivered["payment_id"] == "pay_1"
+    assert delivered["task_id"] == result.id
+    (accepted, *_) = [line for line in operation.log("refresh") if "accepted" in line["event"]]
+    assert accepted["account_id"] == "acct_prompt01"
+    assert accepted["refresh_id"]
+    eventually(lambda: [line for line in operation.log("worker") if "unheard_of" in line["event"]])
+    for role in (*ROLES, "flower"):
+        assert operation.log(role) or role == "beat"
+        said = payready.processes.log_of(role).read_text()
+        assert not [secret for secret in (API_KEY, SECRET, LOGIN, "27.31", "Jo Doe") if secret in said], role
+
+
+def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation) -> None:
+    """And tells what it saw."""
+    status, found = operation.doctor()
+    assert (status, {check: told for check, told in found.items() if told[0] == "fault"}) == (0, {})
+    assert found["database"] == ("ok", "answers, migrated to 0001")
+    assert found["broker"] == ("ok", "answers, as do 2 workers")
+    assert found["api key"][1] == "this is production, and the key is for TEST"
+    assert found["flower"] == ("ok", "asks for a login")
+
+
+def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_path: Path) -> None:
+    """One does not hide the other."""
+    assert operation.faults(
+        PAYREADY_ENV="development",
+        PAYREADY_WEBHOOK_SECRETS="",
+        PAYREADY_QUILTT_API_KEY="another",
+        PAYREADY_DATABASE_URL=f"sqlite:///{tmp_path}/new.db",
+        PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
+        PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
+    ) == {
+        "database": "never migrated; this release needs 0001",
+        "broker": f"the broker or the result backend is away: {AWAY} (PAYREADY_REDIS_URL)",
+        "result backend": AWAY,
+        "api key": "the provider does not accept our API key",
+        "webhook secrets": "none: every delivery is refused",
+    }
+    faults = operation.faults(
+        PAYREADY_DATABASE_URL="postgresql://u@127.0.0.1:1/x",
+        PAYREADY_QUILTT_AUTH_URL="http://127.0.0.1:1",
+        PAYREADY_REDIS_URL="redis://127.0.0.1:1/0",
+    )
+    assert faults.keys() == {"database", "redis", "broker", "result backend", "api key"}
+    assert "Connection refused" in faults["database"]
+    assert "could not be asked" in faults["api key"]
+
+
+def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
+    """A Redis that forgets, a queue that nobody serves, an open Flower, another release's worker."""
+    payready = operation.payready
+    with payready.service.connection_for_write() as connection:
+        valkey = connection.default_channel.client
+        valkey.config_set("maxmemory-policy", "allkeys-lru")
+    payready.kill("refresh")
+    port = free_port()
+    processes: Processes = payready.processes
+    command = procfile()["flower"].replace("exec celery", "unset FLOWER_BASIC_AUTH; exec celery")
+    processes.start("open", command, FLOWER_PORT=str(port), FLOWER_BASIC_AUTH=LOGIN)
+    operation.flower_url = f"http://127.0.0.1:{port}"
+    processes.wait_for("open", lambda: answers(f"{operation.flower_url}/healthcheck"))
+    faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
+    assert "runs with another result_expires" in faults.pop("celery")
+    assert faults == {
+        "redis": "maxmemory-policy is allkeys-lru",
+        "workers": "nobody takes from the queue refreshes",
+        "flower": "lets anyone in",
+    }
