@@ -4,11 +4,11 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo up test check docs bench lock clean
+.PHONY: help setup demo up test check docs bench lock image-test clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 8
 
 setup: $(VENV)/.ready  ## the virtual environment, from locked requirements
 
@@ -45,8 +45,13 @@ bench: setup  ## figures, side by side
 lock: setup  ## renew the locked requirements from pyproject.toml
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements.txt pyproject.toml
+	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header --extra otel \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements-otel.txt pyproject.toml
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header --extra dev --extra embedded \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements-dev.txt pyproject.toml
+
+image-test: setup  ## every role's exact command, as in the image: locked requirements only, another user, nothing to write to
+	$(BIN)/python -m tests.deployment.image
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .run build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

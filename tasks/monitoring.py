@@ -15,7 +15,7 @@ from worker.watch import Watch
 SILENCE_S = 30.0
 """A worker that sent no heartbeat for this long is cut off from its broker."""
 
-_last_beat = time.monotonic()
+_last_beat = float("-inf")
 
 
 @heartbeat_sent.connect

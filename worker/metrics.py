@@ -30,6 +30,17 @@ HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leav
 BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")
 READS = Counter("payready_balance_reads", "Free reads of a balance before a deadline, by what they gave.", ["result"])
 """`found`, `nothing`, `failed`."""
+
+DELIVERIES = Counter("payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"])
+"""Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `quarantined` (it brought
+an event that nobody understood, and maybe balances too). `unsafe`: 503, it could not be kept now. All else was
+refused: `stale` (rightly signed, at another time), `mismatch`, `missing`, `malformed`, `no_secret` (401),
+`content_type` (415), `too_large` (413), `too_slow` (408), `cut_off`, `no_delivery`, `unreadable` (400)."""
+# What is alerted on is at nought from the start: the first step of a counter that begins with it is not seen.
+for _result in ("quarantined", "unsafe", "stale", "mismatch", "no_secret"):
+    DELIVERIES.labels(_result)
+for _result in ("accepted", "refused", "throttled", "unsent", "uncertain"):
+    CALLS.labels(_result)
 ANSWERS = Histogram(
     "payready_provider_answer_seconds",
     "How long the provider took to answer a call, by its status; `none` if no answer came.",

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+from worker.errors import Reason
 from worker.fees import EntryState
 from worker.ledger import figures
 from worker.ledger.database import reading
 from worker.ledger.figures import Crowd, Entry
 from worker.metrics import Figure
+from worker.payment import PaymentState
 from worker.runtime import Runtime
 
 SETTLE_TIME = timedelta(seconds=20)
@@ -28,7 +30,9 @@ class Watch:
         self._rt = rt
         self._since = rt.clock() - SETTLE_TIME
         self._open: dict[str, Entry] | None = None
-        self._outcomes: Counter[tuple[str, str]] = Counter()
+        # At nought from the start: Prometheus does not see the first step of a counter that begins with it.
+        self._outcomes: Counter[tuple[str, str]] = Counter({(PaymentState.FAILED.value, r.value): 0 for r in Reason})
+        self._outcomes[PaymentState.RELEASED.value, figures.NO_REASON] = 0
         self._calls: Counter[tuple[str, str]] = Counter({(state.value, rt.prices.currency): 0 for state in EntryState})
         self._amounts: dict[tuple[str, str], Decimal] = dict.fromkeys(self._calls, Decimal(0))
 

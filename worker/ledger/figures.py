@@ -19,7 +19,7 @@ from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
 from worker.payment import IN_FLIGHT, RefreshState
 
 P, R, F, B, E = PAYMENT.c, REPLY.c, REFRESH.c, BALANCE.c, FEE_ENTRY.c
-NO_CALL = "none"
+NO_CALL = NO_REASON = "none"
 _UNDER_WAY = (IN_FLIGHT, {RefreshState.REQUESTED})
 PATIENCE_S = 3
 """Who watches gives up after this long, rather than hold up those who work."""
@@ -97,7 +97,7 @@ def _crowd(tx: Tx, query: Any) -> Crowd:
 
 def settled(tx: Tx, after: datetime, until: datetime) -> Mapping[tuple[str, str], int]:
     """Payments settled after `after` up to `until`, by state and reason; the reason of the released is `none`."""
-    query = select(P.state, func.coalesce(P.reason, "none"), func.count()).where(
+    query = select(P.state, func.coalesce(P.reason, NO_REASON), func.count()).where(
         P.settled_at.is_not(None), P.settled_at > after, P.settled_at <= until
     )
     return {(row[0], row[1]): row[2] for row in tx.execute(query.group_by(P.state, P.reason))}

