@@ -99,6 +99,8 @@ class Settings(BaseModel):
     """The port for `/metrics`, `/healthz` and `/readyz` of a role, one for each process of a host; 0: none."""
     metrics_host: str = "127.0.0.1"
     """The address that `PAYREADY_METRICS_PORT` is listened on at. Not to be reached from outside."""
+    traces: bool = False
+    """Whether traces are told to OpenTelemetry, which `OTEL_*` variables set up. Needs the extra `payready[otel]`."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """The least level that is logged."""
 

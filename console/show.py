@@ -212,7 +212,11 @@ def _events(found: Timeline) -> Iterator[tuple[datetime, str, str]]:
             yield call.closed_at, f"fee {call.state}", f"{call.call_id}, {_evidence(call)}"
     if found.balance:
         figure = "null" if found.balance.available is None else money(found.balance.available)
-        yield found.balance.received_at, "balance", f"{found.balance.balance_id}, available {figure}, {_at(found)}"
+        yield (
+            found.balance.received_at,
+            "balance",
+            f"{found.balance.balance_id}, {found.balance.event_id}, available {figure}, {_at(found)}",
+        )
     if line.settled_at:
         yield line.settled_at, line.state.value, line.word or ""
     else:

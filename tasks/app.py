@@ -13,11 +13,14 @@ from kombu.transport import TRANSPORT_ALIASES
 from config.celery import celery_settings
 from config.logs import bind, configure_logging
 from config.settings import ConfigurationError, settings
+from tasks import tracing
 
 
 def _make_app() -> Celery:
     try:
         configuration = celery_settings(settings())
+        if settings().traces:
+            tracing.switch_on()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     if settings().broker_transport == "atomic":  # this is where kombu looks up the scheme of a broker's address

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kombu.exceptions import OperationalError
 
 from config.logs import bound
-from tasks import suspension
+from tasks import suspension, tracing
 from tasks.app import app
 from worker import flow
 from worker.errors import PaymentNotReady
@@ -74,7 +74,8 @@ def _deliver(due: Sequence[Due]) -> None:
 
 
 def _complete(due: Due) -> None:
-    if due.state == PaymentState.RELEASED:
-        suspension.complete(app, due.canvas, due.outcome)
-    else:
-        suspension.fail(app, due.canvas, PaymentNotReady(due.outcome["reason"], due.outcome["detail"]))
+    with tracing.resumed(due.canvas.get("trace", {}), due.canvas["left_at"], f"wait, then {due.state}"):
+        if due.state == PaymentState.RELEASED:
+            suspension.complete(app, due.canvas, due.outcome)
+        else:
+            suspension.fail(app, due.canvas, PaymentNotReady(due.outcome["reason"], due.outcome["detail"]))

@@ -34,6 +34,8 @@ from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
 
+from tasks import tracing
+
 log = logging.getLogger(__name__)
 
 VERSION = 1
@@ -71,8 +73,9 @@ def leave(request: Context) -> dict[str, Any]:
     saved = {name: value for name in _SAVED if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _settle_ids(saved.get(name))
+    trace = tracing.carrier()
     saved["priority"] = (request.delivery_info or {}).get("priority")
-    canvas = {"version": VERSION, **saved, "left_at": time.time()}
+    canvas = {"version": VERSION, **saved, "left_at": time.time(), **({"trace": trace} if trace else {})}
     # Arguments may hold what JSON has no word for, as dates: kombu writes those in its own way.
     return dict(json.loads(kombu_json.dumps(canvas)))
 

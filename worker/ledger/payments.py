@@ -241,5 +241,5 @@ def delivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> None:
 def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:
     """Make a settled payment's outcome due again; returns the tasks that it is due to."""
     settled = select(P.payment_id).where(P.payment_id == payment_id, P.settled_at.is_not(None))
-    query = update(REPLY).where(R.payment_id.in_(settled)).values(due_at=now, delivered_at=None)
+    query = update(REPLY).where(R.payment_id.in_(settled)).values(due_at=now)
     return sorted(tx.scalars(query.returning(R.task_id)))

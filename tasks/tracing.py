@@ -1,0 +1,140 @@
+"""One trace a payment: from the message of the payments service, over the wait, to its callback.
+
+Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: it
+is the child of the task that was left, begins when that was, and links to whatever ended it. What is sent at its end
+belongs to it. A tick of upkeep is no span: most have nothing to do.
+
+OpenTelemetry is the extra `payready[otel]`; its home is here, and without `PAYREADY_TRACES` nothing of it is loaded.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from celery.signals import before_task_publish, task_postrun, task_prerun
+
+from config.settings import ConfigurationError
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import SpanProcessor
+
+HEADER = "traceparent"
+SILENT = ("payments.expire", "payments.sweep")
+NANOSECONDS = 1_000_000_000
+
+
+class _Tracing:
+    """Spans for what Celery does, once OpenTelemetry is there."""
+
+    def __init__(self, processor: "SpanProcessor") -> None:
+        from opentelemetry import context, trace  # noqa: PLC0415 - an extra
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        self._context, self._trace, self._words = context, trace, TraceContextTextMapPropagator()
+        provider = TracerProvider()
+        provider.add_span_processor(processor)
+        self._tracer = provider.get_tracer("payready")
+        self._running: dict[str, tuple[Any, Any]] = {}
+
+    def carrier(self) -> dict[str, str]:
+        """The current span, in the words of a message's headers."""
+        words: dict[str, str] = {}
+        self._words.inject(words)
+        return words
+
+    def _parent(self, words: Mapping[str, Any]) -> "Context | None":
+        told = words.get(HEADER)
+        return self._words.extract({HEADER: told}) if isinstance(told, str) else None
+
+    def sent(self, sender: str, headers: MutableMapping[str, Any]) -> None:
+        """A message is about to be sent: it goes on with the trace that it was sent in."""
+        if sender not in SILENT:
+            within = self._trace.get_current_span().get_span_context().is_valid
+            parent = None if within else self._parent(headers)
+            span = self._tracer.start_span(f"send {sender}", context=parent, kind=self._trace.SpanKind.PRODUCER)
+            with self._trace.use_span(span, end_on_exit=True):
+                headers.update(self.carrier())
+
+    def begun(self, task_id: str, task: Any) -> None:
+        """A task begins."""
+        if task.name not in SILENT:
+            span = self._tracer.start_span(
+                task.name, context=self._parent(task.request), kind=self._trace.SpanKind.CONSUMER
+            )
+            self._running[task_id] = span, self._context.attach(self._trace.set_span_in_context(span))
+
+    def ended(self, task_id: str) -> None:
+        """A task ended, or was left."""
+        span, token = self._running.pop(task_id, (None, None))
+        if span is not None:
+            self._context.detach(token)
+            span.end()
+
+    @contextmanager
+    def resumed(self, words: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+        """The wait that ends now, and what is sent at its end."""
+        ended_by = self._trace.get_current_span().get_span_context()
+        links = [self._trace.Link(ended_by)] if ended_by.is_valid else []
+        span = self._tracer.start_span(
+            name, context=self._parent(words), start_time=round(since * NANOSECONDS), links=links
+        )
+        with self._trace.use_span(span, end_on_exit=True):
+            yield
+
+
+_tracing: _Tracing | None = None
+
+
+def switch_on(processor: "SpanProcessor | None" = None) -> None:
+    """Trace from here on; by default to where OpenTelemetry's own variables say.
+
+    Raises:
+        ConfigurationError: the extra is not installed.
+    """
+    global _tracing  # noqa: PLW0603 - one process, one tracing
+    try:
+        _tracing = _Tracing(processor or _exporting())
+    except ImportError:
+        raise ConfigurationError("PAYREADY_TRACES needs the extra payready[otel]") from None
+    before_task_publish.connect(_on_publish)
+    task_prerun.connect(_on_begin)
+    task_postrun.connect(_on_end)
+
+
+def _exporting() -> "SpanProcessor":
+    exporter = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter").OTLPSpanExporter()
+    processor: SpanProcessor = import_module("opentelemetry.sdk.trace.export").BatchSpanProcessor(exporter)
+    return processor
+
+
+def _on_publish(sender: str, headers: MutableMapping[str, Any], **_: Any) -> None:
+    if _tracing:
+        _tracing.sent(sender, headers)
+
+
+def _on_begin(task_id: str, task: Any, **_: Any) -> None:
+    if _tracing:
+        _tracing.begun(task_id, task)
+
+
+def _on_end(task_id: str, **_: Any) -> None:
+    if _tracing:
+        _tracing.ended(task_id)
+
+
+def carrier() -> dict[str, str]:
+    """What a left task must keep to be found again by its trace; nothing if there is none."""
+    return _tracing.carrier() if _tracing else {}
+
+
+@contextmanager
+def resumed(words: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+    """Within the block, be in the trace that `carrier` told; `since` in Unix seconds."""
+    if _tracing is None:
+        yield
+        return
+    with _tracing.resumed(words, since, name):
+        yield

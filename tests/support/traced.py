@@ -1,0 +1,70 @@
+"""All roles in one process, so that their spans meet in one place: `python -m tests.support.traced ACCOUNT`.
+
+Prints the spans of one payment as JSON, the sender's own span among them.
+"""
+
+import asyncio
+import json
+import sys
+import threading
+
+import uvicorn
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from config.celery import QUEUES
+from config.settings import settings
+from simulator.testing import eventually
+from tasks import tracing
+from tasks.app import app
+
+TRACE, SENDER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+told = threading.Event()
+
+
+@app.task(name="ledger.execute_ach")
+def execute_ach(_outcome: object) -> None:
+    """The payments service's callback."""
+    told.set()
+
+
+def main(account_id: str) -> None:
+    """Make one payment, and print its spans."""
+    spans = InMemorySpanExporter()
+    tracing.switch_on(SimpleSpanProcessor(spans))
+    web = uvicorn.Server(uvicorn.Config("webhook.app:app", port=settings().port, lifespan="off", log_level="error"))
+    serving = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
+    serving.start()
+    sender = Celery("sender", broker=settings().broker, set_as_current=False)
+    with start_worker(app, pool="threads", concurrency=4, perform_ping_check=False, queues=[*QUEUES, "svc"]):
+        sender.send_task(
+            "payments.initiate",
+            kwargs={"payment_id": "pay_1", "account_id": account_id, "amount": "25.00"},
+            queue="payments",
+            headers={tracing.HEADER: f"00-{TRACE}-{SENDER}-01"},
+            link=app.signature("ledger.execute_ach", queue="svc"),
+            ignore_result=True,
+        )
+        assert told.wait(20)
+        eventually(lambda: any(span.name == "ledger.execute_ach" for span in spans.get_finished_spans()))
+        eventually(lambda: any(span.name == "payments.release" for span in spans.get_finished_spans()))
+    web.should_exit = True
+    serving.join(5)
+    lines = [
+        {
+            "name": span.name,
+            "trace": f"{span.context.trace_id:032x}",
+            "id": f"{span.context.span_id:016x}",
+            "parent": f"{span.parent.span_id:016x}" if span.parent else None,
+            "links": [f"{link.context.span_id:016x}" for link in span.links],
+            "lasted_s": ((span.end_time or 0) - (span.start_time or 0)) / 1e9,
+        }
+        for span in spans.get_finished_spans()
+    ]
+    sys.stdout.write(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
