@@ -62,7 +62,7 @@ def _plainly() -> Iterator[None]:
     """What is expected to go wrong is said in a sentence, without a traceback."""
     try:
         yield
-    except (ConfigurationError, StartError, InvalidJob, PriceListError, client.NoAnswer) as error:
+    except (ConfigurationError, StartError, InvalidJob, PriceListError, client.NoAnswer, OSError) as error:
         _fail(str(error))
     except LEDGER_AWAY as error:
         _fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")

@@ -30,7 +30,7 @@ class Queues:
     def __call__(self) -> Iterator[Figure]:
         """The figures now; raises what the broker's client does when it is away."""
         with self._app.connection_for_read() as connection:
-            connection.ensure_connection(max_retries=1, timeout=3)
+            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=3)
             channel = connection.default_channel
             lengths = {(name,): float(_length(connection, channel, name)) for name in QUEUES}
             ages = {(name,): self._age(channel, name) for name in QUEUES} if hasattr(channel, "_q_for_pri") else {}

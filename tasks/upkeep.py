@@ -3,24 +3,42 @@
 No events are sent of them: two a second would soon push the payments out of what Flower remembers.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tasks.app import app
 from tasks.delivery import carry_out, deliver_overdue
 from worker import flow
+from worker.ledger.database import LEDGER_AWAY
 from worker.runtime import runtime
+
+log = logging.getLogger(__name__)
 
 
 @app.task(name="payments.expire", send_events=False)
 def expire() -> None:
     """Fail payments whose deadline has passed."""
     more = True
-    while more:
-        todo = flow.look(runtime())
-        carry_out(todo)
-        more = todo.more
+    with _while_the_ledger_answers():
+        while more:
+            todo = flow.look(runtime())
+            carry_out(todo)
+            more = todo.more
 
 
 @app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
     """Make good what was lost on the way: calls, balances, deliveries."""
-    deliver_overdue()
-    carry_out(flow.sweep(runtime()))
+    with _while_the_ledger_answers():
+        deliver_overdue()
+        carry_out(flow.sweep(runtime()))
+
+
+@contextmanager
+def _while_the_ledger_answers() -> Iterator[None]:
+    """Say in a line that it does not: the next tick tries again, and a traceback a second would drown all else."""
+    try:
+        yield
+    except LEDGER_AWAY as error:
+        log.error("the database does not answer: %s", " ".join(str(getattr(error, "orig", error)).split()))

@@ -108,7 +108,7 @@ class Asked(Collector):
         try:
             figures, up = list(self._ask()), 1.0
         except Exception as error:  # noqa: BLE001 - that it cannot be asked is itself what is to be told
-            log.warning("the %s cannot be asked for its figures: %s", self._whom, error)
+            log.warning("the %s cannot be asked for its figures: %s", self._whom, str(error).partition("\n")[0])
             figures, up = [], 0.0
         return [Figure(f"payready_{self._whom}_up", f"1 if the {self._whom} answered.", {(): up}), *figures]
 

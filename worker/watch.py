@@ -1,5 +1,6 @@
 """The ledger's figures for Prometheus, told by one role for all of them."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -8,16 +9,20 @@ from decimal import Decimal
 from worker.errors import Reason
 from worker.fees import EntryState
 from worker.ledger import figures
-from worker.ledger.database import reading
+from worker.ledger.database import LEDGER_AWAY, reading
 from worker.ledger.figures import Crowd, Entry
 from worker.metrics import Figure
-from worker.payment import PaymentState
+from worker.payment import OPEN, PaymentState, RefreshState
 from worker.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 SETTLE_TIME = timedelta(seconds=20)
 """What was written is counted when it is this old: by then the transaction that wrote it has ended, or never will."""
 LOOK_BACK = timedelta(days=7)
 """Calls made longer ago than this before the start are not looked for among the open ones."""
+STRIDE = timedelta(hours=1)
+"""What was written is counted in steps of this, if the ledger could not be asked for longer."""
 
 
 class Watch:
@@ -39,21 +44,30 @@ class Watch:
     def __call__(self) -> Iterator[Figure]:
         """The ledger's figures now; raises `LEDGER_AWAY`."""
         now = self._rt.clock()
-        until = max(now - SETTLE_TIME, self._since)
+        until = min(max(now - SETTLE_TIME, self._since), self._since + STRIDE)
         with reading(self._rt.engine) as tx:
             figures.be_brief(tx)
             standing = figures.standing(tx)
-            opened = figures.open_calls(tx, until - LOOK_BACK, self._since) if self._open is None else []
             settled = figures.settled(tx, self._since, until)
             entries = figures.entries(tx, self._since, until)
         if self._open is None:
-            self._open = {entry.call_id: entry for entry in opened}
+            self._open = self._open_before(self._since)
         self._outcomes.update(settled)
         for entry in entries:
             self._book(self._open, entry)
         self._since = until
         yield from _unfinished(standing, now)
         yield from self._finished(self._open)
+
+    def _open_before(self, start: datetime) -> dict[str, Entry]:
+        """The calls that were open at the start. A ledger too large to tell soon is not asked again."""
+        try:
+            with reading(self._rt.engine) as tx:
+                figures.be_brief(tx)
+                return {entry.call_id: entry for entry in figures.open_calls(tx, start - LOOK_BACK, start)}
+        except LEDGER_AWAY:
+            log.warning("calls that were open at the start are not counted: the ledger took too long to tell them")
+            return {}
 
     def _book(self, open_calls: dict[str, Entry], entry: Entry) -> None:
         key = (entry.state.value, entry.currency)
@@ -81,7 +95,7 @@ class Watch:
 
 
 def _unfinished(standing: figures.Standing, now: datetime) -> Iterator[Figure]:
-    waiting = {(state,): Crowd(0, None) for state in ("none", "requested", "calling", "accepted", "uncertain")}
+    waiting = {(state,): Crowd(0, None) for state in (figures.NO_CALL, *OPEN, RefreshState.UNANSWERED)}
     waiting |= {(state,): crowd for state, crowd in standing.waiting.items()}
     counts = {key: float(crowd.count) for key, crowd in waiting.items()}
     ages = {key: _age(crowd.since, now) for key, crowd in waiting.items()}

@@ -58,6 +58,31 @@ def test_a_payment_that_waits_for_a_held_call_counts_once(payready: World, told:
     assert told("payready_waiting_payments", "requested") == 0
 
 
+def test_a_payment_whose_call_brought_nothing_is_told_apart_from_one_without_a_call(payready: World, told: Ask) -> None:
+    """The window of its refresh is over before its deadline: a call was made, and charged."""
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    payready.pass_time(61)
+    assert payready.refreshes("acct_a") == ["unanswered"]
+    assert told("payready_waiting_payments", "unanswered") == 1
+    assert told("payready_waiting_payments", "none") == 0
+
+
+def test_what_happened_while_the_ledger_was_not_asked_is_counted_in_steps(payready: World, told: Ask) -> None:
+    """Not all of it at once, or a long absence would make a question that is never answered in time."""
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    payready.balance("acct_a")
+    payready.work()
+    payready.clock.advance(2 * 3600)
+    payready.initiate("pay_2", "acct_b")
+    payready.work()
+    payready.balance("acct_b")
+    payready.work()
+    payready.clock.advance(SETTLE_TIME.total_seconds())
+    assert [told("payready_outcomes_total", "released", "none") for _ in range(4)] == [1, 1, 2, 2]
+
+
 def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: World, told: Ask) -> None:
     """However often it is asked; and a call is open until it is posted or void."""
     told("payready_outcomes_total")

@@ -20,7 +20,6 @@ from worker.payment import IN_FLIGHT, RefreshState
 
 P, R, F, B, E = PAYMENT.c, REPLY.c, REFRESH.c, BALANCE.c, FEE_ENTRY.c
 NO_CALL = NO_REASON = "none"
-_UNDER_WAY = (IN_FLIGHT, {RefreshState.REQUESTED})
 PATIENCE_S = 3
 """Who watches gives up after this long, rather than hold up those who work."""
 
@@ -76,18 +75,19 @@ def standing(tx: Tx) -> Standing:
 
 
 def _under_way() -> Any:
-    """The state of the account's refresh: that in flight, else one that is wanted."""
-    # The states stand in the statement itself, as in the partial indexes.
-    ways: Iterable[list[Any]] = ([literal_column(f"'{state}'") for state in sorted(states)] for states in _UNDER_WAY)
+    """The state of the account's refresh: that in flight, else one that is wanted, else one that brought no balance."""
+    unanswered = F.state == RefreshState.UNANSWERED, F.called_at >= P.fresh_from
+    ways = ((F.state.in_(_literally(IN_FLIGHT)),), (F.state.in_(_literally({RefreshState.REQUESTED})),), unanswered)
     found = (
-        select(F.state)
-        .where(F.account_id == P.account_id, F.state.in_(states))
-        .limit(1)
-        .correlate(PAYMENT)
-        .scalar_subquery()
-        for states in ways
+        select(F.state).where(F.account_id == P.account_id, *way).limit(1).correlate(PAYMENT).scalar_subquery()
+        for way in ways
     )
     return func.coalesce(*found, NO_CALL)
+
+
+def _literally(states: Iterable[str]) -> list[Any]:
+    # In the statement itself, as in the partial indexes.
+    return [literal_column(f"'{state}'") for state in sorted(states)]
 
 
 def _crowd(tx: Tx, query: Any) -> Crowd:
