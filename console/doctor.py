@@ -14,7 +14,7 @@ from enum import StrEnum
 from config.celery import QUEUES, celery_settings
 from config.settings import DEMO_MARK, Settings
 from console import client
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
 from worker.errors import CallFailed, Refused
 from worker.fees import PriceListError
 from worker.ledger import figures, schema
