@@ -99,6 +99,7 @@ def _fill(tx: Tx) -> None:
             {
                 "balance_id": f"b{n}",
                 "event_id": f"e{n}",
+                "source": "REFRESH",
                 "account_id": f"acct_{n % 500}",
                 "at": times[n],
                 "received_at": times[n],
