@@ -284,6 +284,8 @@ def _hold_back(tx: Tx, mine: Flight, held_back: HeldBack, now: datetime) -> Next
     payments.settle(tx, settlements)
     refreshes.hold_back(tx, mine, held_back.until, trouble)
     return Next(deliver=[w.payment_id for w in hopeless])
+
+
 def _cap_reached(rt: Runtime, tx: Tx, account_id: str, price: Price, now: datetime) -> str | None:
     """Why the call must not be made, if a cap forbids it. Counted here, so that no two claims pass a cap together."""
     used = rt.spending.used(tx, rt.caps, account_id, price, now)

@@ -230,7 +230,7 @@ def test_a_figure_comes_out_as_the_provider_wrote_it(
         f'{{"id": "bal_1", "accountId": "acct_a", "at": "{START:%Y-%m-%dT%H:%M:%SZ}", "source": "REFRESH", {cells}}}'
     )
     body = f'{{"events": [{{"id": "evt_1", "type": "balance.created", "record": {record}}}]}}'
-    [(_, balance)] = read(body.encode()).balances
+    [(_, balance)] = read(body.encode(), START).balances
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.work()
