@@ -102,6 +102,7 @@ def _fill(tx: Tx) -> None:
                 "event_id": f"e{n}",
                 "account_id": f"acct_{n % 500}",
                 "at": times[n],
+                "source": "REFRESH",
                 "received_at": times[n],
                 "due_at": None if over[n] else times[n],
             }
