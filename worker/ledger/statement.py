@@ -235,7 +235,7 @@ def _savings(
         _sum(more).label("shared"),
         _sum(more * cost.total).label("by_sharing"),
         _sum(cost.reused).label("reused"),
-        _sum(cost.reused * cost.price).label("by_reuse"),
+        _sum(cost.reused * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
     )
     rows = tx.execute(query.group_by("key", cost.currency))
     return {
@@ -251,7 +251,7 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
     """
     _make_room(tx)
     cost = select(*_cost()).where(_within(since, until)).group_by(E.refresh_id, E.currency).subquery("cost")
-    group = (P.refresh_id, P.reused)
+    group = (P.refresh_id, P.reused, cost.c.currency)
     order = (P.settled_at, P.requested_at, P.payment_id)
     place = func.row_number().over(partition_by=group, order_by=order) - 1
     columns = [cost.c[name] for name in ("refresh_id", "account_id", "currency", "price", "pending", "posted", "total")]
@@ -278,7 +278,7 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
 
 
 def _reused(row: Row[Any]) -> Share:
-    saved = _money(row.price)
+    saved = _money(row.price if row.total else 0)
     return Share(row.payment_id, row.account_id, row.refresh_id, 0, Decimal(0), row.currency, "reused", saved)
 
 
