@@ -26,6 +26,7 @@ def _sizes() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="paced: for so long")
     parser.add_argument("--hot", type=int, default=1000, help="hot: payments on ten accounts")
     parser.add_argument("--parked", type=int, default=5000, help="parked: payments")
+    parser.add_argument("--entries", type=int, default=1_000_000, help="statement: fee entries")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures are kept")
     return parser.parse_args()
 

@@ -3,10 +3,14 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from benchmarks import meter
+from benchmarks import meter, past
 from benchmarks.rig import Rig
+from worker.ledger import fees
+from worker.ledger import statement as sheet
+from worker.ledger.database import Tx, reading
 
 Figures = dict[str, Any]
 TAIL_S = 1.0
@@ -77,6 +81,33 @@ def parked(rig: Rig, sizes: argparse.Namespace) -> Figures:
     }
 
 
+def statement(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """What finance and the caps ask of a month with a million fee entries: seconds, the median of three."""
+    past.fill(rig.system.engine, sizes.entries)
+    since, until = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
+    questions: dict[str, Callable[[Tx], Any]] = {
+        "by_price": lambda tx: (sheet.lines(tx, since, until, "price"), sheet.savings(tx, since, until)),
+        "by_day": lambda tx: sheet.lines(tx, since, until, "day"),
+        "by_account": lambda tx: sheet.lines(tx, since, until, "account"),
+        "by_payment": lambda tx: sum(1 for _ in sheet.shares(tx, since, until)),
+        "open_questions": lambda tx: sheet.questions(tx, until),
+        "cap_of_a_month": lambda tx: fees.spent(tx, "USD", since, until),
+        "cap_of_a_day": lambda tx: fees.spent(tx, "USD", until - timedelta(days=1), until),
+    }
+    entries = rig.count("SELECT count(*) FROM fee_entry")
+    return {"entries": entries, **{f"{name}_s": _asked(rig, ask) for name, ask in questions.items()}}
+
+
+def _asked(rig: Rig, ask: Callable[[Tx], Any]) -> float:
+    took = []
+    for _ in range(3):
+        with reading(rig.system.engine) as tx:
+            start = time.monotonic()
+            ask(tx)
+            took.append(time.monotonic() - start)
+    return round(sorted(took)[1], 2)
+
+
 def _less(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
     return {name: value - before.get(name, 0) for name, value in after.items()}
 
@@ -86,4 +117,5 @@ CASES: Mapping[str, Callable[[Rig, argparse.Namespace], Figures]] = {
     "paced": paced,
     "hot": hot,
     "parked": parked,
+    "statement": statement,
 }

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -90,6 +91,13 @@ class Settings(BaseModel):
     """How long to wait for the event of a call whose acceptance is unknown, before one more call."""
     fees_file: Path = Path(__file__).with_name("fees.toml")
     """The price list: what a call costs, by the mode of the key's environment and by day."""
+    fee_cap_per_day: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
+    """What all calls of a day (UTC) may cost together, in the price list's currency; beyond it payments that need a
+    call fail as `fee_cap_reached`. No cap unless it is set."""
+    fee_cap_per_month: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
+    """The same for a month (UTC)."""
+    fee_calls_per_account_per_day: int | None = Field(None, ge=0)
+    """How many calls may be made for one account in a day (UTC). No cap unless it is set."""
 
     visibility_timeout_s: int = Field(120, ge=5, le=3600)
     """How long a message may be worked on before Redis gives it to another worker: the wait after a worker's death."""

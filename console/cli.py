@@ -1,27 +1,21 @@
 """The command line. Each command translates, asks, and shows; what it shows is made elsewhere."""
 
 import json
-import re
-import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from config.settings import ConfigurationError, settings
-from console import client, demo, doctor, show, up
+from config.settings import settings
+from console import client, demo, doctor, fees, show, up
+from console.command import FAILED, AsJson, ask, fail, plainly, screen
 from console.interrupts import Interrupted, Interrupts, interrupts
-from console.processes import StartError
 from worker import flow
-from worker.errors import InvalidJob, PaymentNotReady
-from worker.fees import PriceListError
+from worker.errors import PaymentNotReady
 from worker.ledger import reports
-from worker.ledger.database import LEDGER_AWAY, Tx, open_engine, reading
 from worker.messages import parse_job
 from worker.runtime import build, utc_now
 
@@ -31,12 +25,9 @@ app = typer.Typer(
     help="Payments that wait for a fresh balance: run payready on this machine, and look at what it does.",
 )
 payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, look at, cancel.")
-fees_app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
 app.add_typer(payment_app, name="payment")
-app.add_typer(fees_app, name="fees")
+app.add_typer(fees.app, name="fees")
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
-FAILED = 1
 NOT_READY = 3
 """Exit status of `enqueue --wait` when the payment must not start."""
 
@@ -57,30 +48,9 @@ class FundsCheck(StrEnum):
     DISABLED = "disabled"
 
 
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """What is expected to go wrong is said in a sentence, without a traceback."""
-    try:
-        yield
-    except (ConfigurationError, StartError, InvalidJob, PriceListError, client.NoAnswer, OSError) as error:
-        _fail(str(error))
-    except LEDGER_AWAY as error:
-        _fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
-
-
-def _fail(message: str, status: int = FAILED) -> None:
-    typer.echo(f"payready: {message.strip()}", err=True)
-    raise typer.Exit(status)
-
-
-def _console() -> Console:
-    # Where nobody sees it, a table keeps its width: what reads it are logs and grep.
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
 def _run(play: Callable[[Console, Interrupts], int]) -> None:
-    console = _console()
-    with _plainly(), interrupts() as signals:
+    console = screen()
+    with plainly(), interrupts() as signals:
         try:
             raise typer.Exit(play(console, signals))
         except Interrupted as interrupted:
@@ -106,7 +76,7 @@ def doctor_command(
     as_json: AsJson = False,
 ) -> None:
     """Look at everything payready stands on, and say what to do; status 1 if anything is at fault."""
-    with _plainly():
+    with plainly():
         findings = doctor.examine(settings(), build(settings()), flower)
         found = list(findings if as_json else map(_say_diagnosis, findings))
         if as_json:
@@ -116,19 +86,19 @@ def doctor_command(
 
 
 def _say_diagnosis(diagnosis: doctor.Diagnosis) -> doctor.Diagnosis:
-    _console().print(show.diagnosis(diagnosis), highlight=False, soft_wrap=True)
+    screen().print(show.diagnosis(diagnosis), highlight=False, soft_wrap=True)
     return diagnosis
 
 
 @app.command("replay")
 def replay(payment_id: str, as_json: AsJson = False) -> None:
     """Have a settled payment's outcome delivered again: the same outcome, with the same task ids."""
-    with _plainly():
+    with plainly():
         task_ids = flow.replay(build(settings()), payment_id)
     if as_json:
         typer.echo(show.as_json({"payment_id": payment_id, "tasks": task_ids}))
     if not task_ids:
-        _fail(f"{payment_id} has no outcome to deliver: it waits, or is not known")
+        fail(f"{payment_id} has no outcome to deliver: it waits, or is not known")
     elif not as_json:
         typer.echo(f"{payment_id}: {', '.join(task_ids)} will be told again within seconds, by `worker`")
 
@@ -156,7 +126,7 @@ def enqueue(
         "metadata": _object(metadata),
     }
     arguments = {key: value for key, value in given.items() if value is not None}
-    with _plainly():
+    with plainly():
         job = parse_job(arguments, currency=settings().currency)
         wait_s = job.timeout_s + client.ANSWER_S if wait else None
         try:
@@ -194,19 +164,19 @@ def _say_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) ->
         told = {"payment_id": payment_id, "state": "failed", "reason": error.reason, "detail": error.detail}
         typer.echo(show.as_json(told))
         raise typer.Exit(NOT_READY)
-    _fail(f"{payment_id} is not ready: {error.reason}: {error.detail}", NOT_READY)
+    fail(f"{payment_id} is not ready: {error.reason}: {error.detail}", NOT_READY)
 
 
 @payment_app.command("show")
 def show_payment(payment_id: str, as_json: AsJson = False) -> None:
     """Everything that is known of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
-    found = _ask(lambda tx: reports.timeline(tx, payment_id))
+    found = ask(lambda tx: reports.timeline(tx, payment_id))
     if found is None:
-        _fail(f"the ledger has no payment {payment_id}")
+        fail(f"the ledger has no payment {payment_id}")
     elif as_json:
         typer.echo(show.as_json(found))
     else:
-        _console().print(show.timeline(found, utc_now()), highlight=False, soft_wrap=True)
+        screen().print(show.timeline(found, utc_now()), highlight=False, soft_wrap=True)
 
 
 @payment_app.command("list")
@@ -216,62 +186,24 @@ def list_payments(
     as_json: AsJson = False,
 ) -> None:
     """Payments, the last requested first."""
-    lines = _ask(lambda tx: reports.payments(tx, state=state, limit=limit))
+    lines = ask(lambda tx: reports.payments(tx, state=state, limit=limit))
     if as_json:
         typer.echo(show.as_json(lines))
     else:
-        _console().print(show.payments(lines, utc_now()), highlight=False)
+        screen().print(show.payments(lines, utc_now()), highlight=False)
 
 
 @payment_app.command("cancel")
 def cancel(payment_id: str, as_json: AsJson = False) -> None:
     """Fail a waiting payment as cancelled."""
-    with _plainly():
+    with plainly():
         cancelled = client.cancel(settings(), payment_id)
     if as_json:
         typer.echo(show.as_json({"payment_id": payment_id, "cancelled": cancelled}))
     elif cancelled:
         typer.echo(f"{payment_id} is cancelled")
     if not cancelled:
-        _fail(f"{payment_id} was not cancelled: it was settled before, or is not known")
-
-
-@fees_app.command("statement")
-def fees_statement(
-    month: Annotated[str | None, typer.Option(help="As YYYY-MM, in UTC; default: this month.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """What the calls of a month come to, as they stand now."""
-    since, until = _month(month)
-    charges = _ask(lambda tx: reports.statement(tx, since, until))
-    title = f"Calls of {since:%Y-%m} (UTC)"
-    if as_json:
-        lines = [{**vars(charge), "amount": charge.amount} for charge in charges]
-        typer.echo(show.as_json({"month": f"{since:%Y-%m}", "lines": lines, "totals": show.totals_of(charges)}))
-    else:
-        _console().print(show.statement(charges, title), highlight=False)
-
-
-def _month(text: str | None) -> tuple[datetime, datetime]:
-    if text is None:
-        text = f"{utc_now():%Y-%m}"
-    match = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
-    if match is None or int(match[1]) in (0, 9999):
-        raise typer.BadParameter("must be a month such as 2026-11", param_hint="--month")
-    year, month = int(match[1]), int(match[2])
-    following = (year + 1, 1) if month == 12 else (year, month + 1)  # noqa: PLR2004 - December
-    return datetime(year, month, 1, tzinfo=UTC), datetime(*following, 1, tzinfo=UTC)
-
-
-def _ask(question: Callable[[Tx], Any]) -> Any:
-    """Ask the ledger, as it is at one moment."""
-    with _plainly():
-        engine = open_engine(settings().database_url)
-        try:
-            with reading(engine) as tx:
-                return question(tx)
-        finally:
-            engine.dispose()
+        fail(f"{payment_id} was not cancelled: it was settled before, or is not known")
 
 
 if __name__ == "__main__":

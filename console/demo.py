@@ -14,13 +14,13 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from console import show
+from console import sheets, show
 from console.interrupts import Interrupts
 from console.plan import CLOCK, COSTS, PLAN
 from console.processes import ROOT, StartError
 from console.referee import Seen, findings, settled
 from console.stage import Stage, stage
-from worker.ledger import reports
+from worker.ledger import reports, statement
 from worker.ledger.database import Engine, open_engine, reading
 from worker.runtime import utc_now
 
@@ -115,10 +115,11 @@ def _heard(journal: Path) -> list[dict[str, Any]]:
 
 def _report(console: Console, engine: Engine, seen: Seen, began: datetime) -> bool:
     with reading(engine) as tx:
-        charges = reports.statement(tx, began, utc_now())
+        until = utc_now()
+        lines, saved = statement.lines(tx, began, until, "price"), statement.savings(tx, began, until)
     found = findings(PLAN, COSTS, seen)
     console.print()
-    console.print(show.statement(charges, "Fee statement"))
+    console.print(sheets.statement(lines, sheets.totals(lines, saved), "Fee statement"))
     console.print()
     console.print(show.verdicts(found))
     return not any(finding.otherwise for finding in found)

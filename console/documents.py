@@ -6,6 +6,7 @@ A test fails when one of them is not what the code says.
 import sys
 import typing
 from collections.abc import Mapping
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -130,7 +131,14 @@ def _kind(annotation: Any) -> str:
         return _kind(next(part for part in typing.get_args(annotation) if part is not NoneType))
     if typing.get_origin(annotation) is tuple:
         return "separated by commas"
-    names = {int: "whole number", float: "number", bool: "`true` or `false`", SecretStr: "secret", Path: "file"}
+    names = {
+        int: "whole number",
+        float: "number",
+        Decimal: "number",
+        bool: "`true` or `false`",
+        SecretStr: "secret",
+        Path: "file",
+    }
     return names.get(annotation, "text")
 
 

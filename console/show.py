@@ -14,8 +14,7 @@ from rich.text import Text
 from console.doctor import Diagnosis, Grade
 from console.plan import Order
 from console.referee import Finding
-from worker.fees import EntryState
-from worker.ledger.reports import CallLine, Charge, Fee, Line, Timeline
+from worker.ledger.reports import CallLine, Fee, Line, Timeline
 from worker.messages import plain
 from worker.payment import PaymentState
 
@@ -60,29 +59,31 @@ def _waited(line: Line, now: datetime) -> str:
     return f"{((line.settled_at or now) - line.requested_at).total_seconds():.1f} s"
 
 
-def _styled(state: str) -> Text:
+def styled(state: str) -> Text:
+    """A state in its colour."""
     return Text(state, STYLES.get(state, ""))
 
 
-def _table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
+def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
+    """An empty table, with these columns."""
+    made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
-    return table
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return made
 
 
 def payments(lines: Sequence[Line], now: datetime) -> RenderableType:
     """Payments as a list."""
     if not lines:
         return Text("no payments")
-    table = _table("payment", "account", "state", "verdict or reason", "waited", "fee", "requested", right=["waited"])
+    listed = table("payment", "account", "state", "verdict or reason", "waited", "fee", "requested", right=["waited"])
     for line in lines:
         requested = f"{line.requested_at:%Y-%m-%d %H:%M:%S}Z"
-        state = _styled(line.state.value)
-        table.add_row(
+        state = styled(line.state.value)
+        listed.add_row(
             line.payment_id, line.account_id, state, line.word or "", _waited(line, now), _fee(line), requested
         )
-    return table
+    return listed
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
@@ -121,10 +122,10 @@ def order_cells(
     tick = "✓" if told else ""
     if order.promise.end == "refused":
         ending, word = ("refused", str(told["word"])) if told else ("", "")
-        return order.name, order.tells, _styled(ending), word, "", "", tick
+        return order.name, order.tells, styled(ending), word, "", "", tick
     if line is None:
         return order.name, order.tells, Text(""), "", "", "", tick
-    state = _styled(line.state.value)
+    state = styled(line.state.value)
     return order.name, order.tells, state, line.word or "", _waited(line, now), _fee(line), tick
 
 
@@ -153,53 +154,22 @@ def diagnosis(told: Diagnosis) -> Text:
     return text.append(f"\n    {told.remedy}", style) if told.remedy else text
 
 
-# --- fees -------------------------------------------------------------------------------------------------------------
-
-
-def statement(charges: Sequence[Charge], title: str) -> RenderableType:
-    """A fee statement."""
-    table = _table("calls", "state", "price", "amount", "", title=title, right=["calls", "price", "amount"])
-    for charge in charges:
-        state = _styled(charge.state.value)
-        table.add_row(str(charge.calls), state, money(charge.price), money(charge.amount), charge.currency)
-    sums = [_sum(currency, totals) for currency, totals in totals_of(charges).items()]
-    return Group(table, *sums) if charges else Group(Text(title, "bold"), Text("no calls"))
-
-
-def totals_of(charges: Sequence[Charge]) -> dict[str, dict[str, Any]]:
-    """By currency: how many calls, what is due, and what may be."""
-    totals: dict[str, dict[str, Any]] = {}
-    for charge in charges:
-        total = totals.setdefault(charge.currency, {"calls": 0, "posted": Decimal(0), "pending": Decimal(0)})
-        total["calls"] += charge.calls
-        if charge.state != EntryState.VOID:
-            total[charge.state.value] += charge.amount
-    return totals
-
-
-def _sum(currency: str, total: Mapping[str, Any]) -> Text:
-    text = Text(f"{total['calls']} calls; {money(total['posted'])} {currency} due")
-    if total["pending"]:
-        text.append(f", {money(total['pending'])} {currency} may be: their answers were lost")
-    return text
-
-
 # --- one payment ------------------------------------------------------------------------------------------------------
 
 
 def timeline(found: Timeline, now: datetime) -> RenderableType:
     """Everything that is known of one payment, in the order in which it happened."""
     line = found.payment
-    table = _table("after", "what", "", right=["after"])
-    table.columns[-1].no_wrap = False
+    steps = table("after", "what", "", right=["after"])
+    steps.columns[-1].no_wrap = False
     for at, what, detail in sorted(_events(found), key=lambda event: event[0]):
-        table.add_row(f"{(at - line.requested_at).total_seconds():.3f} s", what, detail)
-    head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", _styled(line.state.value))
+        steps.add_row(f"{(at - line.requested_at).total_seconds():.3f} s", what, detail)
+    head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled(line.state.value))
     if line.word:
         head.append(f": {line.word}")
     facts = [Text(fact) for fact in _facts(found, now)]
     return Group(
-        head, Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim"), Text(), table, Text(), *facts
+        head, Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim"), Text(), steps, Text(), *facts
     )
 
 
@@ -253,15 +223,17 @@ def _facts(found: Timeline, now: datetime) -> Iterator[str]:
         yield f"refresh {found.refresh.refresh_id}: {found.refresh.state}" + (
             f", last trouble: {found.refresh.trouble}" if found.refresh.trouble else ""
         )
-    yield _fee_fact(line)
+    yield _fee_fact(found)
     waiting = [reply.task_id for reply in found.replies if not reply.delivered_at]
     if waiting:
         yield f"not told yet: {', '.join(waiting)}"
 
 
-def _fee_fact(line: Line) -> str:
+def _fee_fact(found: Timeline) -> str:
+    line = found.payment
     if line.reused:
-        return "fee: none, an earlier call's balance served"
+        saved = f", which saved {money(found.calls[0].price)} {found.calls[0].currency}" if found.calls else ""
+        return f"fee: none, an earlier call's balance served{saved}"
     if line.state == PaymentState.WAITING:
         return "fee: its share is known when it is settled"
     return "fee: none" if line.fee is None else f"fee: {_share(line.fee)}"

@@ -1,19 +1,31 @@
 """What a call costs, who shares it, and what its answer does to its entry. Pure."""
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from decimal import ROUND_DOWN, Decimal
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.messages import DecimalText
 
 UNIT = Decimal("0.000001")
 """The smallest part of a fee that is told apart."""
+ACCEPTED = 202
+"""The provider's answer to a call that it carries out."""
+ANSWERS: Mapping[str, int] = {
+    "accepted": ACCEPTED,
+    "account_unsupported": 400,
+    "not_authorized": 401,
+    "connection_inactive": 403,
+    "account_not_found": 404,
+    "throttled": 429,
+}
+"""What a contract may charge for, by the status that says so. What provably was not sent is never charged."""
 
 
 class EntryState(StrEnum):
@@ -52,8 +64,21 @@ class PriceList(BaseModel):
 
     version: str
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
-    billable: tuple[Literal["accepted"], ...]
+    billable: tuple[
+        Literal[
+            "accepted", "account_unsupported", "not_authorized", "connection_inactive", "account_not_found", "throttled"
+        ],
+        ...,
+    ]
     price: tuple[_PriceLine, ...]
+
+    @model_validator(mode="after")
+    def _says_each_thing_once(self) -> Self:
+        days = Counter((line.mode, line.since) for line in self.price)
+        for (mode, since), count in days.items():
+            if count > 1:
+                raise ValueError(f"there are {count} prices for mode {mode} from {since}; leave one")
+        return self
 
     def on(self, mode: str, day: date) -> Price:
         """The price of a call made on `day` in an environment of this mode.
@@ -65,6 +90,11 @@ class PriceList(BaseModel):
         if not lines:
             raise PriceListError(f"price list {self.version} has no price for mode {mode} on {day}; add one")
         return Price(max(lines, key=lambda line: line.since).per_call, self.currency, self.version)
+
+    def ends(self, status: int | None) -> EntryState:
+        """How the entry of a call ends that the provider answered with `status`; None if it was not sent."""
+        billed = {ANSWERS[answer] for answer in self.billable}
+        return EntryState.POSTED if status in billed else EntryState.VOID
 
 
 def read_prices(toml: str) -> PriceList:

@@ -26,7 +26,7 @@ from worker import funds, metrics, payment
 from worker.correlation.client import CORRELATION_AWAY
 from worker.correlation.gate import HeldBack
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
-from worker.fees import EntryState, Price, due_in_total, share
+from worker.fees import ACCEPTED, EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
 from worker.ledger import balances, fees, payments, refreshes
 from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
@@ -46,6 +46,7 @@ from worker.messages import (
     stored_job,
 )
 from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
+from worker.provider import Mode
 from worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
 """Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
 TICK = timedelta(seconds=1)
 """How often upkeep runs."""
+LATE = timedelta(hours=1)
+"""A balance younger than a call by more than this is not taken for its answer where another call explains it."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -173,10 +176,9 @@ class _Claim:
 def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
     """Make the refresh's call, if it is still wanted and nobody else does."""
     try:
-        price = rt.price()
+        claim = _claim(rt, account_id, refresh_id, rt.mode())
     except CallFailed as failure:
         return _not_priced(rt, account_id, refresh_id, failure)
-    claim = _claim(rt, account_id, refresh_id, price)
     if isinstance(claim, Next):
         return claim
     _hint(rt.correlation.depart, account_id, claim.flight.refresh_id, claim.flight.called_at)
@@ -214,8 +216,12 @@ def _insist(book: Callable[[], Next]) -> Next:
     return book()
 
 
-def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Claim | Next:
-    """Claim the refresh and open its fee entry, in one transaction, before anything is sent."""
+def _claim(rt: Runtime, account_id: str, refresh_id: str, mode: Mode) -> _Claim | Next:
+    """Claim the refresh and open its fee entry, in one transaction, before anything is sent.
+
+    Raises:
+        Unsent: there is no price for the call.
+    """
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
         now = rt.clock()
@@ -231,9 +237,12 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
                         refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
                     _hint(rt.correlation.close, account_id, refresh_id)
                     return Next(apply=[served_by])
+                price = rt.price(mode, now)
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
                 if held_back := _held_back(rt, mine, now):
                     return _hold_back(tx, mine, held_back, now)
+                if reached := _cap_reached(rt, tx, account_id, price, now):
+                    return _refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now)
                 return _take(rt, tx, mine, price, now, max(now, demand.fresh_from))
             if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
                 _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
@@ -277,6 +286,21 @@ def _hold_back(tx: Tx, mine: Flight, held_back: HeldBack, now: datetime) -> Next
     return Next(deliver=[w.payment_id for w in hopeless])
 
 
+def _cap_reached(rt: Runtime, tx: Tx, account_id: str, price: Price, now: datetime) -> str | None:
+    """Why the call must not be made, if a cap forbids it. Counted here, so that no two claims pass a cap together."""
+    used = rt.spending.used(tx, rt.caps, account_id, price, now)
+    reached = next((cap for cap in used if cap.forbids), None)
+    if reached is not None:
+        metrics.CAPS_REACHED.labels(reached.cap.value).inc()
+        log.error("no call for %s, a fee cap is reached: %s", account_id, reached)
+        return f"a fee cap is reached: {reached}"
+    for cap in used:
+        if cap.warns:
+            metrics.CAPS_NEAR.labels(cap.cap.value).inc()
+            log.warning("a fee cap is near: %s", cap)
+    return None
+
+
 def _write_refresh(tx: Tx, account_id: str, refresh_id: str, due_at: datetime) -> Flight:
     refreshes.add(tx, refresh_id, account_id, RefreshState.REQUESTED, due_at=due_at)
     return Flight(refresh_id, account_id, RefreshState.REQUESTED, 0, 0, None, None, None, due_at, None)
@@ -314,7 +338,7 @@ def _call_accepted(rt: Runtime, claim: _Claim, status: int) -> Next:
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [claim.flight.account_id])  # the balance may be applied at this very moment
         refreshes.move(tx, claim.flight, RefreshEvent.ACCEPT, _window_end(rt, claim.flight), trouble=None)
-        fees.close_entry(tx, claim.call, EntryState.POSTED, {"status": status}, now)
+        fees.close_entry(tx, claim.call, rt.prices.ends(status), {"status": status}, now)
     log.info("refresh %s of %s: accepted", claim.flight.refresh_id, claim.flight.account_id)
     return Next()
 
@@ -331,9 +355,9 @@ def _call_failed(rt: Runtime, claim: _Claim, failure: CallFailed) -> Next:
             refreshes.move(tx, flight, RefreshEvent.LOSE, due_at, trouble=trouble)
             return Next()
         evidence = {"status": failure.status} if failure.status else {"not_sent": trouble}
-        fees.close_entry(tx, claim.call, EntryState.VOID, evidence, now)
+        fees.close_entry(tx, claim.call, rt.prices.ends(failure.status), evidence, now)
         if isinstance(failure, Refused):
-            return _refuse(rt, tx, flight, failure, now)
+            return _refuse(rt, tx, flight, failure.reason, trouble, now)
         _defer(tx, flight, failure, now)
     _restore(rt, flight.account_id, None, flight)
     return Next()
@@ -344,14 +368,12 @@ def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
     not_before = now + payment.backoff(flight.deferrals)
     if isinstance(failure, Throttled):
         not_before = max(not_before, _listens_again(failure, now))
-    calls = flight.calls - 1
     refreshes.move(
         tx,
         flight,
         RefreshEvent.DEFER,
         not_before,
-        calls=calls,
-        called_at=flight.called_at if calls else None,
+        **_less_this_call(flight),
         deferrals=flight.deferrals + 1,
         not_before=not_before,
         trouble=str(failure),
@@ -362,12 +384,18 @@ def _listens_again(throttled: Throttled, now: datetime) -> datetime:
     return min(throttled.retry_at or now, now + MAX_PAUSE)
 
 
-def _refuse(rt: Runtime, tx: Tx, flight: Flight, refused: Refused, now: datetime) -> Next:
-    """Fail all who wait on the account: the provider's answer will not change for any of them."""
-    if not refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused)):
+def _less_this_call(flight: Flight) -> dict[str, Any]:
+    """The refresh's count without the call that is on the wire: it was not accepted, so no balance can answer it."""
+    calls = flight.calls - (flight.state == RefreshState.CALLING)
+    return {"calls": calls, "called_at": flight.called_at if calls else None}
+
+
+def _refuse(rt: Runtime, tx: Tx, flight: Flight, reason: Reason, detail: str, now: datetime) -> Next:
+    """Fail all who wait on the account: what forbids the call forbids it for all of them."""
+    if not refreshes.move(tx, flight, RefreshEvent.REFUSE, None, **_less_this_call(flight), trouble=detail):
         return Next()  # it was settled otherwise meanwhile
     waiting = payments.waiting_on(tx, flight.account_id)
-    payments.settle(tx, [_failure(w, refused.reason, str(refused), now, flight.refresh_id) for w in waiting])
+    payments.settle(tx, [_failure(w, reason, detail, now, flight.refresh_id) for w in waiting])
     _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
     return Next(deliver=[w.payment_id for w in waiting], call=_held(tx, flight.account_id))
 
@@ -389,7 +417,7 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
             return Next()  # someone with a price is at it, or nobody waits
         mine = mine or _write_refresh(tx, account_id, refresh_id, now)
         if isinstance(failure, Refused):
-            return _refuse(rt, tx, mine, failure, now)
+            return _refuse(rt, tx, mine, failure.reason, str(failure), now)
         if mine.state == RefreshState.REQUESTED:
             refreshes.put_off(tx, mine, now + payment.backoff(mine.deferrals), str(failure))
     return Next()
@@ -505,7 +533,7 @@ class _Answered:
 def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answered | None:
     """Find the refresh whose call explains this balance: the last one called that it is not too old for.
 
-    The first time, the refresh is answered, and its fee posted if there is only one call it can be due to.
+    The first time, the refresh is answered, and a call posted if it is the only one that the balance can be due to.
     """
     if balance.source != "REFRESH":
         return _passed(rt, tx, balance)
@@ -514,15 +542,22 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
         return _Answered(flight, first=False) if flight else None
     if balance.due_at is None:
         return None  # it was applied before, when no call explained it: later calls cannot have brought it
-    for flight in refreshes.unanswered(tx, balance.account_id):
-        if _explains(rt, flight, balance):
-            refreshes.move(tx, flight, RefreshEvent.ANSWER, None, trouble=None)
-            calls = [c for c in fees.calls_of(tx, [flight.refresh_id]) if c.state != EntryState.VOID]
-            if len(calls) == 1:
-                evidence = {"event": balance.event_id, "balance": balance.balance_id}
-                fees.close_entry(tx, calls[0], EntryState.POSTED, evidence, now)
-            return _Answered(flight, first=True)
-    return None
+    explaining = [f for f in refreshes.unanswered(tx, balance.account_id) if _explains(rt, f, balance)]
+    if not explaining:
+        return None
+    flight = explaining[0]
+    refreshes.move(tx, flight, RefreshEvent.ANSWER, None, trouble=None)
+    possible = [f.refresh_id for f in explaining if f is flight or _may_still_answer(f, balance)]
+    calls = [call for call in fees.calls_of(tx, possible) if call.may_be_accepted]
+    if len(calls) == 1:
+        evidence = {"event": balance.event_id, "balance": balance.balance_id}
+        fees.close_entry(tx, calls[0], rt.prices.ends(ACCEPTED), evidence, now)
+    return _Answered(flight, first=True)
+
+
+def _may_still_answer(flight: Flight, balance: Row[Any]) -> bool:
+    """Whether the balance could also be the late answer to a refresh that was not the last one called."""
+    return flight.called_at is not None and _as_of(balance) - flight.called_at < LATE
 
 
 def _passed(rt: Runtime, tx: Tx, balance: Row[Any]) -> _Answered | None:
@@ -552,8 +587,7 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
         return []
     sharing = [answered is not None and answered.first and _shares(answered.flight, w) for w in fresh]
     shares = _shares_of_fee(rt, tx, answered, sum(sharing))
-    # By the provider's clock the balance may look younger than a release that it does not show yet.
-    released = payments.released_since(tx, balance.account_id, _as_of(balance) - rt.settings.clock_skew)
+    released = payments.released_since(tx, balance.account_id, _shown_from(balance, answered) - rt.settings.clock_skew)
     purse = Funds(balance.available, balance.limit, tuple(released))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
@@ -563,6 +597,16 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
         if judgement.reason is None:
             purse = purse.less(waiting.job.amount)
     return settlements
+
+
+def _shown_from(balance: Row[Any], answered: _Answered | None) -> datetime:
+    """The time from which on a release may be missing in the balance.
+
+    Nobody says whether `at` is when the bank was asked or when its answer was written down; in the second case the
+    figures may be as old as the call. `at` is by the provider's clock, and cut to seconds: hence the skew beside it.
+    """
+    called_at = answered.flight.called_at if answered else None
+    return min(_as_of(balance), called_at or _as_of(balance))
 
 
 def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:

@@ -1,19 +1,25 @@
 """The provider's invoice against our ledger. Pure: lines and calls in, what agrees and what does not out.
 
-The provider gives its calls no id that we could know, so a line and a call belong together by account and time: on
-each account the oldest line is taken for the oldest call that lies within the tolerance of it. A file that is wrong in
-one line is refused whole, with the line and the reason: half an invoice proves nothing.
+The provider gives its calls no id that we could know, so a line and a call belong together by account and time. Which
+line is which call's cannot always be told; how many of an account's calls are charged can. As many lines as possible
+find a call, and calls that are known to be accepted come first, then those of unknown fate, then those that are known
+to be free: so a call is only said not to be charged if no reading of the invoice charges it.
+
+A file that is wrong in one line is refused whole, with the line and the reason: half an invoice proves nothing.
 """
 
 import csv
 import io
-from collections import defaultdict
+import re
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from worker.fees import EntryState
+
+AMOUNT = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 
 
 class InvoiceError(Exception):
@@ -30,6 +36,24 @@ class Columns:
     amount: str = "amount"
     number: str | None = None
     """The provider's own number of the line, for the evidence."""
+
+
+@dataclass(frozen=True)
+class Period:
+    """What an invoice is for: calls made from `since` to before `until`."""
+
+    since: datetime
+    until: datetime
+    tolerance: timedelta
+    """How far the invoice's times and ours may be apart."""
+
+    def holds(self, at: datetime) -> bool:
+        """Whether a call made at this time belongs to the invoice, by our clock."""
+        return self.since <= at < self.until
+
+    def surely_holds(self, at: datetime) -> bool:
+        """The same by any clock within the tolerance: nearer to the edge, the neighbouring invoice may have it."""
+        return self.since + self.tolerance <= at < self.until - self.tolerance
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,7 @@ class Match:
 class Reconciliation:
     """What came of laying an invoice beside the ledger."""
 
+    period: Period
     matched: list[Match] = field(default_factory=list)
     only_ours: list[LedgerCall] = field(default_factory=list)
     """Calls of the invoice's period that it does not charge; void ones are not expected to be charged."""
@@ -83,79 +108,157 @@ class Reconciliation:
         """Charges at another price than ours."""
         return [match for match in self.matched if match.price_differs]
 
+    @property
+    def charged_though_void(self) -> list[Match]:
+        """Charges for calls that, as far as the ledger knows, are free."""
+        return [match for match in self.matched if match.call.state == EntryState.VOID]
 
-def read_invoice(text: str, columns: Columns) -> list[Line]:
+    @property
+    def to_post(self) -> list[Match]:
+        """Calls of unknown fate that the invoice charges."""
+        return [match for match in self.matched if match.call.state == EntryState.PENDING]
+
+    @property
+    def to_void(self) -> list[LedgerCall]:
+        """Calls of unknown fate that neither this invoice charges nor, by their time, another one can."""
+        pending = (call for call in self.only_ours if call.state == EntryState.PENDING)
+        return [call for call in pending if self.period.surely_holds(call.at)]
+
+
+def read_invoice(text: str, columns: Columns, period: Period) -> list[Line]:
     """Read a CSV file with a header line.
 
     Raises:
-        InvoiceError: a column is missing, or a line breaks a rule.
+        InvoiceError: a column is missing, a line breaks a rule or is not for this period, or there is no line at all.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    wanted = [columns.account, columns.at, columns.amount, *([columns.number] if columns.number else [])]
     try:
-        present = reader.fieldnames or []
-        missing = [name for name in wanted if name not in present]
-        if missing:
-            raise InvoiceError(f"the file has no column {missing[0]!r}; it has {', '.join(present) or 'none'}")
-        return [_line(reader.line_num, row, columns) for row in reader]
+        _check_header(reader.fieldnames or [], columns)
+        lines = [_line(reader.line_num, row, columns) for row in reader]
     except csv.Error as error:
         raise InvoiceError(f"after line {reader.line_num}: not CSV: {error}") from None
+    if not lines:
+        raise InvoiceError("the file has no lines but its header")
+    for line in lines:
+        if line.since < period.since - period.tolerance or line.until > period.until + period.tolerance:
+            raise InvoiceError(f"line {line.row}: {line.since:%Y-%m-%d} is not in {period.since:%Y-%m}")
+    if columns.number:
+        _check_numbers(lines)
+    return lines
 
 
-def _line(number: int, row: Mapping[str, str | None], columns: Columns) -> Line:
-    if None in row or None in row.values():
-        raise InvoiceError(f"line {number}: has not as many fields as the header")
-    account_id = (row[columns.account] or "").strip()
-    if not account_id:
-        raise InvoiceError(f"line {number}: {columns.account} is empty")
-    since, until = _period(number, columns.at, row[columns.at] or "")
-    name = (row[columns.number] or "").strip() if columns.number else ""
-    return Line(number, name or str(number), account_id, since, until, _amount(number, columns.amount, row))
+def _check_header(present: Sequence[str], columns: Columns) -> None:
+    wanted = [columns.account, columns.at, columns.amount, *([columns.number] if columns.number else [])]
+    for name in wanted:
+        if present.count(name) != 1:
+            how_many = "no column" if name not in present else "more than one column"
+            raise InvoiceError(f"the file has {how_many} {name!r}; it has {', '.join(present) or 'none'}")
 
 
-def _period(number: int, column: str, text: str) -> tuple[datetime, datetime]:
+def _check_numbers(lines: Sequence[Line]) -> None:
+    first: dict[str, int] = {}
+    for line in lines:
+        if line.number in first:
+            raise InvoiceError(f"line {line.row}: number {line.number!r} stands in line {first[line.number]} already")
+        first[line.number] = line.row
+
+
+def _line(row: int, cells: Mapping[str, str | None], columns: Columns) -> Line:
+    if None in cells or None in cells.values():
+        raise InvoiceError(f"line {row}: has not as many fields as the header")
+    account_id = _cell(row, columns.account, cells)
+    since, until = _period(row, columns.at, _cell(row, columns.at, cells))
+    number = _cell(row, columns.number, cells) if columns.number else str(row)
+    return Line(row, number, account_id, since, until, _amount(row, columns.amount, cells))
+
+
+def _cell(row: int, column: str, cells: Mapping[str, str | None]) -> str:
+    text = (cells[column] or "").strip()
+    if not text:
+        raise InvoiceError(f"line {row}: {column} is empty")
+    return text
+
+
+def _period(row: int, column: str, text: str) -> tuple[datetime, datetime]:
     try:
-        at = datetime.fromisoformat(text.strip())
+        at = datetime.fromisoformat(text)
     except ValueError:
-        raise InvoiceError(f"line {number}: {column} is no date or time (ISO 8601): {text!r}") from None
+        raise InvoiceError(f"line {row}: {column} is no date or time (ISO 8601): {text!r}") from None
     if at.tzinfo is not None:
         return at.astimezone(UTC), at.astimezone(UTC)
-    if at.time() != time.min or len(text.strip()) > len("2026-11-22"):
-        raise InvoiceError(f"line {number}: {column} is a time without a zone: {text!r}")
+    if at.time() != time.min or len(text) > len("2026-11-22"):
+        raise InvoiceError(f"line {row}: {column} is a time without a zone: {text!r}")
     day = at.replace(tzinfo=UTC)
     return day, day + timedelta(days=1)
 
 
-def _amount(number: int, column: str, row: Mapping[str, str | None]) -> Decimal:
-    text = (row[column] or "").strip()
-    try:
-        amount = Decimal(text)
-    except InvalidOperation:
-        raise InvoiceError(f"line {number}: {column} is no amount: {text!r}") from None
-    if not amount.is_finite() or amount < 0:
-        raise InvoiceError(f"line {number}: {column} must be a sum of zero or more: {text!r}")
-    return amount
+def _amount(row: int, column: str, cells: Mapping[str, str | None]) -> Decimal:
+    text = _cell(row, column, cells)
+    if not re.fullmatch(AMOUNT, text, re.ASCII):
+        raise InvoiceError(f"line {row}: {column} must be a sum of zero or more, digits and a point: {text!r}")
+    return Decimal(text)
 
 
-def reconcile(lines: Iterable[Line], calls: Iterable[LedgerCall], tolerance: timedelta) -> Reconciliation:
-    """Lay the invoice's lines beside the ledger's calls of its period.
+RANK = {EntryState.POSTED: 0, EntryState.PENDING: 1, EntryState.VOID: 2}
+"""In this order calls are given a line, as long as there are lines."""
 
-    Void calls are matched only when nothing else is: the provider charging one is worth a question, not a coincidence.
-    """
+
+def reconcile(lines: Iterable[Line], calls: Iterable[LedgerCall], period: Period) -> Reconciliation:
+    """Lay the invoice's lines beside the ledger's calls of its period, and of the tolerance before and after it."""
+    theirs: dict[str, list[Line]] = defaultdict(list)
     ours: dict[str, list[LedgerCall]] = defaultdict(list)
-    for call in sorted(calls, key=lambda c: (c.state == EntryState.VOID, c.at, c.call_id)):
+    for line in lines:
+        theirs[line.account_id].append(line)
+    for call in sorted(calls, key=lambda c: (RANK[c.state], c.at, c.call_id)):
         ours[call.account_id].append(call)
-    result = Reconciliation()
-    for line in sorted(lines, key=lambda one: (one.since, one.row)):
-        meant = _first_meant(line, ours[line.account_id], tolerance)
-        if meant is None:
-            result.only_theirs.append(line)
-        else:
-            ours[line.account_id].remove(meant)
-            result.matched.append(Match(line, meant))
-    result.only_ours.extend(c for left in ours.values() for c in left if c.state != EntryState.VOID)
+    result = Reconciliation(period)
+    for account_id in sorted(theirs.keys() | ours.keys()):
+        charged = _assign(theirs[account_id], ours[account_id], period.tolerance)
+        result.matched.extend(Match(line, charged[line.row]) for line in theirs[account_id] if line.row in charged)
+        result.only_theirs.extend(line for line in theirs[account_id] if line.row not in charged)
+        taken = {call.call_id for call in charged.values()}
+        ours_alone = (c for c in ours[account_id] if c.call_id not in taken and c.state != EntryState.VOID)
+        result.only_ours.extend(call for call in ours_alone if period.holds(call.at))
     return result
 
 
-def _first_meant(line: Line, calls: Sequence[LedgerCall], tolerance: timedelta) -> LedgerCall | None:
-    return next((c for c in calls if line.since - tolerance <= c.at <= line.until + tolerance), None)
+def _assign(lines: Sequence[Line], calls: Sequence[LedgerCall], tolerance: timedelta) -> dict[int, LedgerCall]:
+    """For each row that charges a call, the call. Who comes first in `calls` has a line if there is any way to it.
+
+    Each call in turn looks for a free line; where it finds only taken ones, their holders look for another one, and so
+    on (augmenting paths, breadth first). Nobody who has a line loses it, so that earlier calls come first.
+    """
+    holder: dict[int, LedgerCall] = {}
+    held: dict[str, int] = {}
+    for call in calls:
+        asked: dict[int, LedgerCall] = {}
+        looking = deque([call])
+        while looking:
+            asking = looking.popleft()
+            for line in _fitting(asking, lines, tolerance):
+                if line.row in asked:
+                    continue
+                asked[line.row] = asking
+                if line.row in holder:
+                    looking.append(holder[line.row])
+                else:
+                    _pass_on(line.row, asked, holder, held)
+                    looking.clear()
+                    break
+    return holder
+
+
+def _fitting(call: LedgerCall, lines: Sequence[Line], tolerance: timedelta) -> list[Line]:
+    """The lines that may charge this call, the likeliest first."""
+    near = [line for line in lines if line.since - tolerance <= call.at <= line.until + tolerance]
+    return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))
+
+
+def _pass_on(row: int, asked: Mapping[int, LedgerCall], holder: dict[int, LedgerCall], held: dict[str, int]) -> None:
+    """Give a free line to who asked for it, the line that they held to who asked for that, and so on."""
+    free: int | None = row
+    while free is not None:
+        taker = asked[free]
+        given_up = held.get(taker.call_id)
+        holder[free], held[taker.call_id] = taker, free
+        free = given_up

@@ -30,6 +30,9 @@ HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leav
 BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")
 READS = Counter("payready_balance_reads", "Free reads of a balance before a deadline, by what they gave.", ["result"])
 """`found`, `nothing`, `failed`."""
+CAPS_REACHED = Counter("payready_fee_caps_reached", "Calls that were not made because of a cap.", ["cap"])
+CAPS_NEAR = Counter("payready_fee_caps_near", "Times that a cap was used to four fifths.", ["cap"])
+"""`day`, `month`, `account`."""
 
 DELIVERIES = Counter("payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"])
 """Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `quarantined` (it brought

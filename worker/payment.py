@@ -71,11 +71,11 @@ class RefreshState(StrEnum):
     ANSWERED = "answered"
     """Its balance came."""
     REFUSED = "refused"
-    """The provider will not do it."""
+    """The provider will not do it, or we do not ask it to. A call before that may still be answered."""
     UNANSWERED = "unanswered"
     """Its window ended without a balance. One may still come."""
     ABANDONED = "abandoned"
-    """Nobody waited for it any more when it was to be called."""
+    """Nobody waited for it any more when it was to be called. A call before that may still be answered."""
 
 
 class RefreshEvent(StrEnum):
@@ -98,7 +98,7 @@ class RefreshEvent(StrEnum):
 
 REFRESH_LAW: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = {
     (RefreshState.REQUESTED, RefreshEvent.CLAIM): RefreshState.CALLING,
-    (RefreshState.REQUESTED, RefreshEvent.REFUSE): RefreshState.REFUSED,  # our key is known to be wrong
+    (RefreshState.REQUESTED, RefreshEvent.REFUSE): RefreshState.REFUSED,  # our key is wrong, or a cap is reached
     (RefreshState.REQUESTED, RefreshEvent.ANSWER): RefreshState.ANSWERED,  # between two calls
     (RefreshState.REQUESTED, RefreshEvent.ABANDON): RefreshState.ABANDONED,
     (RefreshState.CALLING, RefreshEvent.ACCEPT): RefreshState.ACCEPTED,
@@ -112,6 +112,9 @@ REFRESH_LAW: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = {
     (RefreshState.UNCERTAIN, RefreshEvent.ANSWER): RefreshState.ANSWERED,
     (RefreshState.UNCERTAIN, RefreshEvent.CLOSE): RefreshState.UNANSWERED,
     (RefreshState.UNANSWERED, RefreshEvent.ANSWER): RefreshState.ANSWERED,
+    # Only where a call was made before: it was of unknown fate, and its balance tells that it was accepted.
+    (RefreshState.REFUSED, RefreshEvent.ANSWER): RefreshState.ANSWERED,
+    (RefreshState.ABANDONED, RefreshEvent.ANSWER): RefreshState.ANSWERED,
 }
 
 IN_FLIGHT = frozenset({RefreshState.CALLING, RefreshState.ACCEPTED, RefreshState.UNCERTAIN})

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
+from worker.caps import Caps
 from worker.correlation.client import connect
 from worker.correlation.gate import Budget, Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed, Reason, Refused, Unsent
 from worker.fees import Price, PriceList, PriceListError, read_prices
 from worker.ledger.database import Engine, open_engine
-from worker.provider import Quiltt
+from worker.ledger.fees import Spending
+from worker.provider import Mode, Quiltt
 
 ASK_AGAIN = timedelta(seconds=2)
 """After this long a question that the provider did not answer is asked again."""
@@ -36,26 +38,41 @@ class Runtime:
     provider: Quiltt
     prices: PriceList
     clock: Callable[[], datetime] = utc_now
-    _mode: str | None = field(default=None, init=False)
+    spending: Spending = field(default_factory=Spending, init=False)
+    _mode: Mode | None = field(default=None, init=False)
     _trouble: tuple[datetime, CallFailed] | None = field(default=None, init=False)
     _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def price(self) -> Price:
-        """What a call costs now. The provider is asked once which of its environments our key belongs to.
+    @property
+    def caps(self) -> Caps:
+        """What may be spent."""
+        chosen = self.settings
+        return Caps(chosen.fee_cap_per_day, chosen.fee_cap_per_month, chosen.fee_calls_per_account_per_day)
+
+    def mode(self) -> Mode:
+        """The provider's environment that our key belongs to. The provider is asked once.
 
         Raises:
-            Unsent: it could not be asked, or the price list has no price.
+            Unsent: it could not be asked.
             Refused: the key is wrong, or is a production key where none may be used.
         """
         with self._asking:
             if self._mode is None:
                 self._mode = self._ask()
+            return self._mode
+
+    def price(self, mode: Mode, at: datetime) -> Price:
+        """What a call costs that is made at this time.
+
+        Raises:
+            Unsent: the price list has no price for it.
+        """
         try:
-            return self.prices.on(self._mode, self.clock().date())
+            return self.prices.on(mode, at.astimezone(UTC).date())
         except PriceListError as error:
             raise Unsent(str(error)) from error
 
-    def _ask(self) -> str:
+    def _ask(self) -> Mode:
         """Ask for the mode; who had to wait while someone else asked in vain does not ask again at once."""
         now = self.clock()
         if self._trouble is not None and now - self._trouble[0] < ASK_AGAIN:
@@ -66,7 +83,7 @@ class Runtime:
             self._trouble = (self.clock(), failure)
             raise
 
-    def _allowed(self, mode: str) -> str:
+    def _allowed(self, mode: Mode) -> Mode:
         if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
             raise Refused(
                 403, Reason.NOT_AUTHORIZED, "a production key is used in development; see PAYREADY_ALLOW_PRODUCTION_KEY"

@@ -95,7 +95,7 @@ def upgrade() -> None:
     op.create_index(
         "payment_sharers",
         "payment",
-        ["refresh_id"],
+        ["refresh_id", "reused"],
         unique=False,
         postgresql_where=sa.text("refresh_id IS NOT NULL"),
         sqlite_where=sa.text("refresh_id IS NOT NULL"),
@@ -174,6 +174,7 @@ def upgrade() -> None:
         sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("price_list", sa.Text(), nullable=False),
         sa.Column("evidence", Json, nullable=False),
+        sa.Column("called_at", UtcTime(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
         sa.ForeignKeyConstraint(
             ["refresh_id"],
@@ -182,7 +183,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("entry_id"),
         sa.UniqueConstraint("call_id", "state", name="fee_entry_once"),
     )
-    op.create_index("fee_entry_at", "fee_entry", ["at"], unique=False)
+    op.create_index("fee_entry_account", "fee_entry", ["account_id", "called_at"], unique=False)
+    op.create_index("fee_entry_called", "fee_entry", ["called_at"], unique=False)
     op.create_index(
         "fee_entry_final",
         "fee_entry",
@@ -254,7 +256,8 @@ def downgrade() -> None:
         postgresql_where=sa.text("state <> 'pending'"),
         sqlite_where=sa.text("state <> 'pending'"),
     )
-    op.drop_index("fee_entry_at", table_name="fee_entry")
+    op.drop_index("fee_entry_called", table_name="fee_entry")
+    op.drop_index("fee_entry_account", table_name="fee_entry")
     op.drop_table("fee_entry")
     op.drop_index(
         "refresh_requested",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlmodel import SQLModel
 
 from tests.support.servers import Postgres
@@ -17,6 +17,7 @@ from worker.ledger import balances, fees, payments, refreshes
 from worker.ledger.database import open_engine, transaction
 from worker.ledger.payments import Settlement
 from worker.ledger.refreshes import Flight
+from worker.ledger.tables import FEE_ENTRY
 from worker.messages import Balance, Job
 from worker.payment import PaymentState, RefreshEvent, RefreshState
 
@@ -59,6 +60,12 @@ class Books:
             call = fees.open_entry(tx, call_id, refresh_id, account_id, price, at)
             if end is not None:
                 fees.close_entry(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
+
+    def entries(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """The fee ledger: call, state and evidence, in the order in which they were written."""
+        query = select(FEE_ENTRY.c.call_id, FEE_ENTRY.c.state, FEE_ENTRY.c.evidence).order_by(FEE_ENTRY.c.entry_id)
+        with transaction(self.engine) as tx:
+            return [(row[0], row[1], row[2]) for row in tx.execute(query)]
 
     def balance(self, balance_id: str, account_id: str, at: datetime, available: Decimal | None) -> None:
         """A balance that came, and was applied."""

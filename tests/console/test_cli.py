@@ -1,8 +1,12 @@
 """The command line: what it says, and the exit status it ends with."""
 
+import csv
+import io
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +25,9 @@ def run(history: Books, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command on a ledger with a history; there is no broker."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", history.url)
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setattr("console.cli.settings", settings.__wrapped__)
+    for module in ("cli", "command"):
+        monkeypatch.setattr(f"console.{module}.settings", settings.__wrapped__)
+    monkeypatch.setattr("console.fees.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
     return lambda *words: CliRunner().invoke(app, list(words))
 
 
@@ -33,6 +39,8 @@ def test_show_tells_what_happened_in_the_order_in_which_it_did(run: Run) -> None
     assert "25.00 USD needed; 10.00 there = 60.00 available - 50.00 released on it since (2)" in said
     assert "fee: 0.066666 USD, pending: a share of 0.20, between 3 payments" in said
     assert "not told yet: task-pay_3" in said
+    said = run("payment", "show", "pay_reused").output
+    assert "fee: none, an earlier call's balance served, which saved 0.10 USD" in said
 
 
 def test_every_report_is_there_as_json(run: Run) -> None:
@@ -43,19 +51,21 @@ def test_every_report_is_there_as_json(run: Run) -> None:
     listed = json.loads(run("payment", "list", "--state", "waiting", "--json").output)
     assert [line["payment_id"] for line in listed] == ["pay_waits"]
     stated = json.loads(run("fees", "statement", "--month", "2026-11", "--json").output)
-    assert stated["totals"] == {"USD": {"calls": 4, "posted": "0.200000", "pending": "0.100000"}}
-    assert [(line["state"], line["amount"]) for line in stated["lines"]] == [
-        ("posted", "0.200000"),
-        ("pending", "0.100000"),
-        ("void", "0"),
-    ]
+    saved = {"shared": 2, "by_sharing": "0.400000", "reused": 1, "by_reuse": "0.100000"}
+    counts = {"calls": 4, "posted": 2, "pending": 1, "void": 1}
+    sums = {"posted_amount": "0.200000", "pending_amount": "0.100000"}
+    assert stated["totals"] == {"USD": {**counts, **sums, "saved": saved}}
+    (line,) = stated["lines"]
+    assert line == {"key": "2026-11-22", "price": "0.100000", "currency": "USD", **counts, **sums, "saved": None}
 
 
 def test_tables_name_what_they_list(run: Run) -> None:
     """For people."""
     said = run("payment", "list").output
     assert all(word in said for word in ("pay_waits", "insufficient_funds", "0.066667 pending", "reused"))
-    assert "4 calls; 0.20 USD due, 0.10 USD may be" in run("fees", "statement", "--month", "2026-11").output
+    stated = run("fees", "statement", "--month", "2026-11").output
+    assert "4 calls; 0.20 USD due, 0.10 USD may be" in stated
+    assert "saved: 0.40 USD by sharing (2 payments), 0.10 USD by reuse (1 payments)" in stated
     assert "no calls" in run("fees", "statement", "--month", "2026-10").output
 
 
@@ -75,6 +85,94 @@ def test_what_goes_wrong_is_said_in_a_sentence(run: Run, words: list[str], said:
     assert (result.exit_code, type(result.exception)) == (1, SystemExit)
     assert result.stderr.startswith("payready: ")
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("by", ["account", "day", "payment"])
+def test_a_statement_says_the_same_in_every_form(run: Run, by: str) -> None:
+    """The table, the JSON and the CSV have the same lines."""
+    words = ["fees", "statement", "--month", "2026-11", "--by", by]
+    told = json.loads(run(*words, "--json").output)["lines"]
+    sheet = list(csv.DictReader(io.StringIO(run(*words, "--csv").output)))
+    name = "payment_id" if by == "payment" else "key"
+    assert [row[name] for row in sheet] == [line[name] or "" for line in told]
+    amount = "fee" if by == "payment" else "posted_amount"
+    assert [row[amount] for row in sheet] == [line[amount] for line in told]
+    table = run(*words).output
+    assert all((line[name] or "(no payment)") in table for line in told)
+    assert run(*words, "--json", "--csv").exit_code == 2
+
+
+INVOICE = """Acct,When,Fee,No
+acct_a,2026-11-22T12:00:04Z,0.10,1
+acct_a,2026-11-22T12:00:05Z,0.12,2
+acct_x,2026-11-22T12:00:05Z,0.10,3
+"""
+MAPPED = ["--account-column", "Acct", "--date-column", "When", "--amount-column", "Fee", "--number-column", "No"]
+
+
+def reconcile(run: Run, folder: Path, *words: str, text: str = INVOICE, month: str = "2026-11") -> Any:
+    """Lay this file beside the ledger."""
+    (folder / "invoice.csv").write_text(text)
+    return run("fees", "reconcile", str(folder / "invoice.csv"), "--month", month, *MAPPED, *words)
+
+
+def test_an_invoice_shows_what_agrees_and_what_does_not(run: Run, tmp_path: Path) -> None:
+    """Columns are mapped by options; nothing is changed."""
+    told = json.loads(reconcile(run, tmp_path, "--json").output)
+    assert (told["matched"], told["settled"]) == (2, None)
+    assert [(m["line"]["number"], m["call"]["price"]) for m in told["price_differences"]] == [("2", "0.100000")]
+    assert [line["account_id"] for line in told["only_theirs"]] == ["acct_x"]
+    assert [(call["account_id"], call["state"]) for call in told["only_ours"]] == [("acct_c", "posted")]
+    assert (len(told["to_post"]), told["to_void"]) == (1, [])
+    said = reconcile(run, tmp_path).output
+    assert "2 charges belong to calls of ours: 0.22 by them, 0.20 by us" in said
+    assert "1 of them at another price than ours" in said
+    assert "1 charges are for no call of ours" in said
+    assert "1 calls of ours are not charged" in said
+    assert "1 pending calls are charged, 0 are not: --apply posts and voids them" in said
+    assert len(json.loads(run("fees", "questions", "--json").output)) == 1
+
+
+def test_an_invoice_settles_what_is_pending_once(run: Run, history: Books, tmp_path: Path) -> None:
+    """What it lists is posted with its line as evidence, what it does not list is void; again, nothing changes."""
+    history.call("ref_d", "acct_d", None, datetime(2026, 11, 23, tzinfo=UTC))
+    assert "1 pending calls posted, 1 void" in reconcile(run, tmp_path, "--apply").output
+    entries = history.entries()
+    assert "0 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply").output
+    assert history.entries() == entries
+    posted, void = (evidence for _, _, evidence in entries[-2:])
+    assert (posted["line"], posted["number"], posted["amount"], posted["period"]) == (3, "2", "0.12", "2026-11")
+    assert (void["line"], void["name"]) == (None, "invoice.csv")
+    assert posted["digest"] == void["digest"]
+    assert json.loads(run("fees", "questions", "--json").output) == []
+    assert "0.30 USD due" in run("fees", "statement", "--month", "2026-11").output
+
+
+WRONG = [
+    (INVOICE.replace("0.12", "free"), "2026-11", "line 3: Fee must be a sum"),
+    (INVOICE.replace("Fee", "Sum"), "2026-11", "no column 'Fee'"),
+    (INVOICE, "2026-10", "line 2: 2026-11-22 is not in 2026-10"),
+    (INVOICE.replace("acct_a", "acct_y"), "2026-11", "none of its 3 lines belongs to a call of ours"),
+    (INVOICE.replace("2026-11-22", "2026-12-02"), "2026-12", "2026-12 is not over"),
+    (INVOICE.splitlines()[0], "2026-11", "no lines but its header"),
+]
+
+
+def test_a_wrong_file_is_refused_whole(run: Run, history: Books, tmp_path: Path) -> None:
+    """With the line and the reason; nothing of it is applied."""
+    before = history.entries()
+    for text, month, said in WRONG:
+        result = reconcile(run, tmp_path, "--apply", text=text, month=month)
+        assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+        assert said in result.stderr
+    assert history.entries() == before
+
+
+def test_a_file_that_is_not_utf_8_is_refused_with_its_line(run: Run, tmp_path: Path) -> None:
+    """An invoice that was saved as something else."""
+    (tmp_path / "invoice.csv").write_bytes(INVOICE.encode().replace(b"acct_x", b"acct_\xe9"))
+    result = run("fees", "reconcile", str(tmp_path / "invoice.csv"), "--month", "2026-11", *MAPPED)
+    assert "line 4: not UTF-8" in result.stderr
 
 
 @pytest.mark.parametrize("month", ["2026-13", "2026-1", "26-11", "0000-01", "9999-12", "november"])

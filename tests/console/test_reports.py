@@ -1,17 +1,25 @@
 """What people ask of the ledger, answered alike on both databases."""
 
+import itertools
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tests.console.conftest import DIME, NOON, Books
-from worker.fees import EntryState, Price
-from worker.ledger import reports
+from worker.fees import EntryState, Price, share
+from worker.ledger import reports, statement
 from worker.ledger.database import open_engine, reading, transaction
-from worker.ledger.reports import Backlog, Charge
+from worker.ledger.reports import Backlog
+from worker.ledger.statement import Line, Saved
 from worker.ledger.tables import PAYMENT
+from worker.payment import PaymentState
+
+NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
+_numbers = itertools.count()
 
 
 def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: Books) -> None:
@@ -84,14 +92,11 @@ def test_a_statement_counts_the_calls_of_its_month_as_they_stand_now(history: Bo
     history.call("ref_late", "acct_d", EntryState.POSTED, december - timedelta(microseconds=1))
     history.call("ref_next", "acct_e", EntryState.POSTED, december)
     with reading(history.engine) as tx:
-        november = reports.statement(tx, datetime(2026, 11, 1, tzinfo=UTC), december)
-        after = reports.statement(tx, december, datetime(2027, 1, 1, tzinfo=UTC))
-    assert [(charge.state, charge.calls, charge.amount) for charge in november] == [
-        (EntryState.POSTED, 3, Decimal("0.300000")),
-        (EntryState.PENDING, 1, Decimal("0.100000")),
-        (EntryState.VOID, 1, Decimal(0)),
-    ]
-    assert after == [Charge(EntryState.POSTED, DIME.per_call, "USD", "2026-11-22", 1)]
+        november = statement.lines(tx, NOVEMBER, december, "price")
+        after = statement.lines(tx, december, datetime(2027, 1, 1, tzinfo=UTC), "price")
+    dime = DIME.per_call
+    assert november == [Line("2026-11-22", dime, "USD", 5, 3, 1, 1, 3 * dime, dime)]
+    assert after == [Line("2026-11-22", dime, "USD", 1, 1, 0, 0, dime, Decimal(0))]
 
 
 def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
@@ -101,12 +106,75 @@ def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
     books.call("ref_dear", "acct_x", EntryState.POSTED, price=Price(Decimal("0.333333"), "USD", "2027-01-01"))
     books.call("ref_euro", "acct_y", EntryState.POSTED, price=Price(Decimal("0.100000"), "EUR", "2026-11-22"))
     with reading(books.engine) as tx:
-        charges = reports.statement(tx, NOON, NOON + timedelta(days=1))
-    assert [(charge.currency, charge.calls, charge.amount) for charge in charges] == [
+        lines = statement.lines(tx, NOON, NOON + timedelta(days=1), "price")
+    assert [(line.currency, line.calls, line.posted_amount) for line in lines] == [
         ("EUR", 1, Decimal("0.100000")),
         ("USD", 3, Decimal("0.300000")),
         ("USD", 1, Decimal("0.333333")),
     ]
+
+
+def test_what_sharing_and_reuse_saved_is_told_by_account_and_day(history: Books) -> None:
+    """Three payments shared two calls of 0.10: alone they would have cost 0.60. A later one needed no call."""
+    books, day = history, timedelta(days=1)
+    books.call("ref_next", "acct_d", EntryState.POSTED, NOON + day)
+    saved = Saved(shared=2, by_sharing=Decimal("0.400000"), reused=1, by_reuse=Decimal("0.100000"))
+    with reading(books.engine) as tx:
+        accounts = statement.lines(tx, NOVEMBER, NOON + 2 * day, "account")
+        days = statement.lines(tx, NOVEMBER, NOON + 2 * day, "day")
+        together = statement.savings(tx, NOVEMBER, NOON + 2 * day)
+    assert [(line.key, line.calls, line.posted, line.pending, line.void) for line in accounts] == [
+        ("acct_a", 2, 1, 1, 0),
+        ("acct_b", 1, 0, 0, 1),
+        ("acct_c", 1, 1, 0, 0),
+        ("acct_d", 1, 1, 0, 0),
+    ]
+    assert [line.saved for line in accounts] == [saved, Saved(), Saved(), Saved()]
+    assert [(line.key, line.calls) for line in days] == [("2026-11-22", 4), ("2026-11-23", 1)]
+    assert [line.saved for line in days] == [saved, Saved()]
+    assert together == {"USD": saved}
+
+
+def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_payments_share(history: Books) -> None:
+    """Who reused owes nothing; a call that no settled payment shares has a line of its own."""
+    with reading(history.engine) as tx:
+        told = list(statement.shares(tx, NOVEMBER, NOON + timedelta(days=1)))
+        fees = reports.shares(tx, ["ref_a", "ref_b"])
+        lines = statement.lines(tx, NOVEMBER, NOON + timedelta(days=1), "price")
+    by_payment = {share.payment_id: share for share in told}
+    assert {key: by_payment[key].fee for key in fees} == {key: fee.amount for key, fee in fees.items()}
+    assert {key: by_payment[key].state for key in fees} == {key: fee.state for key, fee in fees.items()}
+    assert (by_payment["pay_reused"].fee, by_payment["pay_reused"].saved) == (Decimal(0), Decimal("0.100000"))
+    assert (by_payment[None].account_id, by_payment[None].fee) == ("acct_c", Decimal("0.100000"))
+    assert sum(share.fee for share in told) == sum(line.posted_amount + line.pending_amount for line in lines)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prices=st.lists(st.decimals(0, 10**6, places=6), min_size=1, max_size=3), sharers=st.integers(1, 7))
+def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[Decimal], sharers: int) -> None:
+    """Whatever the price: the same millionths to the same payments."""
+    mark = f"{next(_numbers)}"
+    for number in range(sharers):
+        books.payment(f"p{number}_{mark}", f"acct_{mark}", NOON)
+    for price in prices:
+        books.call(f"ref_{mark}", f"acct_{mark}", EntryState.POSTED, NOON, Price(price, "USD", "x"))
+    for number in range(sharers):
+        end = NOON + timedelta(seconds=number)
+        books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
+    with reading(books.engine) as tx:
+        told = [s for s in statement.shares(tx, NOON, NOON + timedelta(1)) if s.refresh_id == f"ref_{mark}"]
+    assert [s.fee for s in told] == [share(sum(prices, Decimal(0)), sharers, place) for place in range(sharers)]
+
+
+def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
+    """The oldest first, with what their refresh met with."""
+    history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
+    with reading(history.engine) as tx:
+        early = statement.questions(tx, NOON + timedelta(hours=1))
+        both = statement.questions(tx, NOON + timedelta(hours=6))
+        assert statement.questions(tx, NOON) == []
+    assert [(one.account_id, one.price) for one in early] == [("acct_a", DIME.per_call)]
+    assert [one.account_id for one in both] == ["acct_a", "acct_d"]
 
 
 def test_what_is_not_finished_is_counted(history: Books) -> None:
@@ -122,7 +190,8 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
     with reading(books.engine) as tx:
         assert reports.payments(tx) == []
         assert reports.payments(tx, payment_ids=[]) == []
-        assert reports.statement(tx, NOON, NOON + timedelta(days=1)) == []
+        assert statement.lines(tx, NOON, NOON + timedelta(days=1), "day") == []
+        assert list(statement.shares(tx, NOON, NOON + timedelta(days=1))) == []
         assert reports.backlog(tx) == Backlog(0, 0, 0)
 
 

@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests.support.world import START, World
+from tests.support.world import PRICES, START, World
 from worker import flow
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.fees import EntryState
+from worker.fees import EntryState, read_prices
 from worker.ledger import fees
 from worker.ledger.database import transaction
 
@@ -140,6 +140,127 @@ def test_a_balance_from_before_the_call_does_not_post_it(payready: World) -> Non
     assert payready.refreshes(A) == ["uncertain"]
 
 
+def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: World) -> None:
+    """Its second call was put off until nobody waited any more; the first one had been accepted all the same."""
+    payready.provider.script[A] = [Uncertain("timeout"), *[Unsent("no connection")] * 9]
+    payready.initiate("p1", A, timeout_s=20)
+    payready.work()
+    payready.pass_time(25)
+    assert payready.refreshes(A) == ["abandoned"]
+    payready.balance(A)
+    payready.work()
+    assert payready.refreshes(A) == ["answered"]
+    assert payready.fees(A)[-1] == "1 posted"
+    assert payready.fees(A).count("1 pending") == 1
+
+
+def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready: World) -> None:
+    """What the provider refuses now, it may have accepted a moment ago."""
+    payready.provider.script[A] = [Uncertain("timeout"), Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.pass_time(16)
+    assert payready.state("p1") == "connection_inactive"
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "2 pending", "2 void", "1 posted"]
+
+
+def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payready: World) -> None:
+    """A balance that comes all the same is not due to us."""
+    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.refreshes(A) == ["refused"]
+    assert payready.fees(A) == ["1 pending", "1 void"]
+
+
+@pytest.mark.parametrize(("later_s", "entries"), [(120, ["2 pending"]), (3600, ["2 pending", "2 posted"])])
+def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_later_one(
+    payready: World, later_s: int, entries: list[str]
+) -> None:
+    """The first call was accepted and its balance never came: for an hour it may be its answer that comes late."""
+    payready.provider.script[A] = [202, Uncertain("timeout")]
+    payready.initiate("p1", A, timeout_s=10)
+    payready.work()
+    payready.pass_time(61)
+    payready.clock.advance(later_s - 61)
+    payready.initiate("p2", A, timeout_s=10)
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.state("p2") == "released"
+    assert payready.fees(A) == ["1 pending", "1 posted", *entries]
+
+
+BILLABLE = PRICES.replace('["accepted"]', '["accepted", "account_not_found", "throttled"]')
+
+
+def test_what_a_contract_bills_besides_accepted_calls_is_posted(
+    payready: World, share_of: Callable[[World, str], Decimal]
+) -> None:
+    """A refusal that is charged for is shared by those it failed; one that is not stays free."""
+    payready.rt.prices = read_prices(BILLABLE)
+    for reason, status, account in (
+        (Reason.ACCOUNT_NOT_FOUND, 404, A),
+        (Reason.CONNECTION_INACTIVE, 403, "acct_free"),
+    ):
+        payready.provider.script[account] = [Refused(status, reason, "no")]
+        for number in range(3):
+            payready.initiate(f"{account}{number}", account)
+        payready.work()
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+    assert payready.fees("acct_free") == ["1 pending", "1 void"]
+    assert sum(share_of(payready, f"{A}{number}") for number in range(3)) == Decimal("0.1")
+    assert share_of(payready, "acct_free0") == 0
+
+
+def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that_is_made(payready: World) -> None:
+    """No balance can be due to it, so the balance posts the other call."""
+    payready.rt.prices = read_prices(BILLABLE)
+    payready.provider.script[A] = [Throttled("rate limit", None), Uncertain("timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.pass_time(2)
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "1 posted", "2 pending", "2 posted"]
+
+
+def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: World) -> None:
+    """An entry there is all the same."""
+    payready.rt.prices = read_prices(PRICES.replace('["accepted"]', "[]"))
+    payready.initiate("p1", A)
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "1 void"]
+    assert payready.outcome("p1")["fee"] == {"amount": "0.000000", "currency": "USD", "state": "void"}
+
+
+def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: World) -> None:
+    """A new list in between changes nothing of the call that was made before."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.rt.prices = read_prices(PRICES.replace('"test"', '"dear"').replace("0.100000", "0.9"))
+    payready.balance(A)
+    payready.work()
+    payready.initiate("p2", "acct_other")
+    payready.work()
+    rows = payready.rows("SELECT price, price_list, state FROM fee_entry ORDER BY entry_id")
+    told = [(Decimal(str(row["price"])), row["price_list"], row["state"]) for row in rows]
+    dime, dear = Decimal("0.1"), Decimal("0.9")
+    assert told == [
+        (dime, "test", "pending"),
+        (dime, "test", "posted"),
+        (dear, "dear", "pending"),
+        (dear, "dear", "posted"),
+    ]
+
+
 @pytest.mark.parametrize(
     "statement",
     ["UPDATE fee_entry SET price = '9'", "UPDATE fee_entry SET state = 'void'", "DELETE FROM fee_entry"],
@@ -175,7 +296,7 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: E
         assert call.state == EntryState.POSTED
         assert not fees.close_entry(tx, call, second, {}, START)
     assert payready.fees(A) == ["1 pending", "1 posted"]
-    columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, at"
+    columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, at"
     with pytest.raises(DBAPIError), payready.engine.begin() as tx:
         tx.execute(
             text(f"INSERT INTO fee_entry (state, {columns}) SELECT :state, {columns} FROM fee_entry LIMIT 1"),

@@ -87,6 +87,7 @@ def _fill(tx: Tx) -> None:
             "currency": "USD",
             "price_list": "x",
             "evidence": {},
+            "called_at": times[n],
             "at": times[n],
         }
         for n in numbers
@@ -129,6 +130,8 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "refreshes due": (lambda tx: refreshes.due(tx, END, 500), {"refresh_due"}),
     "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
     "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
+    "what a day cost": (lambda tx: fees.spent(tx, "USD", END - timedelta(seconds=60)), {"fee_entry_called"}),
+    "an account's calls": (lambda tx: fees.calls_made(tx, A, END - timedelta(seconds=600)), {"fee_entry_account"}),
     "one balance": (lambda tx: balances.find(tx, "b7"), {"balance_pkey", "sqlite_autoindex_balance_1"}),
     "what is unfinished": (figures.standing, {"payment_due", "payment_waiting"}),
     "what was settled lately": (

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +12,19 @@ import pytest
 
 from tests.support.servers import Postgres, postgres
 from tests.support.system import ROLES, System, system, wait_until
+from worker.fees import EntryState
+from worker.invoice import Line, Period, reconcile
+from worker.ledger import fees, statement
+from worker.ledger.database import transaction
 
 Accounts = Callable[[str], str]
 Run = Callable[..., AbstractContextManager[System]]
 
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "60"}
 """A killed worker's messages come back after 5 to 10 s; webhooks that are refused for a while do not cost a call."""
+
+DIME = Decimal("0.1")
+"""What a call costs in the mode TEST."""
 
 
 @pytest.fixture
@@ -151,16 +160,60 @@ def test_balances_whose_hand_over_was_lost_are_applied_by_the_sweep(breakable: S
     assert_books_agree(breakable, calls_per_account=1)
 
 
-def test_killed_processes_leave_no_payment_behind(breakable: System) -> None:
-    """All are killed at once while payments are under way, then some: each payment ends once, each call is booked."""
+def test_killed_processes_leave_no_payment_behind_and_no_call_unaccounted_for(breakable: System) -> None:
+    """All are killed while payments are under way, then some, one in its call: each payment ends once.
+
+    Each call is booked, and the provider's log alone comes to the same sum as the ledger.
+    """
+    storm = [job for name in STORM for job in jobs(name, 6, 3, timeout_s=15)]
     crowd = jobs("mix", 300, 100, timeout_s=60) + jobs("silent", 20, 10, timeout_s=15)
     breakable.initiate_many(crowd[:150], linked=True)
     breakable.kill(*ROLES)
     breakable.start(*ROLES)
-    breakable.initiate_many(crowd[150:], linked=True)
+    breakable.initiate_many(crowd[150:] + storm, linked=True)
+    wait_until(lambda: calls_on_the_wire(breakable) > 0, 20, "a call waits for its answer")
     for role in ("refresh", "worker"):
         breakable.kill(role)
         breakable.start(role)
-    wait_until(ended(breakable, 320), 60, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd})
+    wait_until(ended(breakable, len(crowd + storm)), 60, "all payments end")
+    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd + storm})
     assert_books_agree(breakable, calls_per_account=2)
+    assert_the_ledger_is_the_log(breakable)
+
+
+STORM = ("lost", "twice", "early", "batch", "throttled", "error", "never", "poor", "gone", "inactive", "unsent")
+"""Answers that are lost, events that are repeated, alone or gone, refusals of every kind."""
+
+
+def calls_on_the_wire(running: System) -> int:
+    """How many calls the simulator has accepted and not answered, just now."""
+    log = running.simulator.http.get("/control/log").raise_for_status().json()
+    return sum(call["accepted"] and call["status"] is None for call in log["calls"])
+
+
+def assert_the_ledger_is_the_log(running: System) -> None:
+    """The recount, from the provider's log alone.
+
+    As an invoice it charges no call that is void or not known, and leaves out none that is posted; when it has settled
+    what is pending, the ledger's sum is the log's, to the millionth.
+    """
+    log = running.simulator.http.get("/control/log").raise_for_status().json()
+    charges = [
+        Line(call["seq"], str(call["seq"]), call["account_id"], at, at, DIME)
+        for call in log["calls"]
+        if call["accepted"]
+        for at in [datetime.fromtimestamp(call["started_at"], UTC)]
+    ]
+    now = datetime.now(UTC)
+    period = Period(now - timedelta(hours=1), now + timedelta(hours=1), tolerance=timedelta(seconds=5))
+    with transaction(running.engine) as tx:
+        found = reconcile(charges, statement.calls(tx, period.since, period.until), period)
+        assert (found.only_theirs, found.charged_though_void, found.price_differences) == ([], [], [])
+        assert {call.state for call in found.only_ours} <= {EntryState.PENDING}
+        assert found.to_post, "nothing was left open: this storm was none"
+        fees.settle(tx, found, fees.Invoice("log", "", "now"), now)
+    with transaction(running.engine) as tx:
+        (line,) = statement.lines(tx, period.since, period.until, "price")
+        assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)
+        shares = list(statement.shares(tx, period.since, period.until))
+        assert sum(share.fee for share in shares) == line.posted_amount

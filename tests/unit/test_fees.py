@@ -83,12 +83,30 @@ def test_a_day_or_mode_without_a_price_is_an_error_that_says_so(mode: str, day: 
         LIST.replace('"TEST"', '"LIVE"'),
         LIST.replace("2026-07-01", "1.7.2026"),
         LIST + 'note = "x"',
+        LIST.replace("2026-07-01", "2026-01-01"),
     ],
 )
 def test_a_price_list_that_cannot_be_used_is_refused_as_a_whole(broken: str) -> None:
     """Prices are decimal text; nothing is guessed."""
     with pytest.raises(PriceListError, match="cannot be read"):
         read_prices(broken)
+
+
+@pytest.mark.parametrize(
+    ("billable", "posted"),
+    [
+        ('["accepted"]', {202}),
+        ("[]", set()),
+        ('["accepted", "account_not_found", "connection_inactive"]', {202, 403, 404}),
+        ('["throttled", "not_authorized", "account_unsupported"]', {400, 401, 429}),
+    ],
+)
+def test_which_answers_are_charged_for_is_the_contracts_to_say(billable: str, posted: set[int]) -> None:
+    """All others end the entry as void, and so does a call that was not sent."""
+    prices = read_prices(LIST.replace('["accepted"]', billable))
+    answers: list[int | None] = [None, 202, 400, 401, 403, 404, 422, 429]
+    assert {answer for answer in answers if prices.ends(answer) == EntryState.POSTED} == posted
+    assert {prices.ends(answer) for answer in answers if answer not in posted} == {EntryState.VOID}
 
 
 def test_the_price_list_that_is_shipped_can_be_used() -> None:

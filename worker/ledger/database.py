@@ -21,6 +21,7 @@ __all__ = [
     "Tx",
     "insert_new",
     "lock_accounts",
+    "lock_spending",
     "open_engine",
     "ping",
     "reading",
@@ -128,6 +129,15 @@ def lock_accounts(tx: Tx, account_ids: Iterable[str]) -> None:
         return
     for key in sorted({_lock_key(account_id) for account_id in account_ids}):
         tx.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+def lock_spending(tx: Tx) -> None:
+    """Hold what all accounts spend together until the transaction ends: whoever counts it next counts this too.
+
+    Taken after accounts, never before: so no two holders wait for each other. Only who counts the spending takes it.
+    """
+    if tx.dialect.name == "postgresql":
+        tx.execute(select(func.pg_advisory_xact_lock(_lock_key("spending"))))
 
 
 def _lock_key(account_id: str) -> int:

@@ -1,16 +1,28 @@
-"""Queries on the fee ledger. There is no update and no delete in here, and there must never be."""
+"""Queries on the fee ledger. There is no update and no delete in here, and there must never be.
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import ColumnElement, func, insert, select
 
-from worker.fees import EntryState, Price
-from worker.ledger.database import Tx, insert_new
+from worker.caps import Cap, Caps, Used, day_of, month_of
+from worker.fees import ACCEPTED, EntryState, Price
+from worker.invoice import Reconciliation
+from worker.ledger.database import Row, Tx, insert_new, lock_spending
 from worker.ledger.tables import FEE_ENTRY
+from worker.messages import plain
+
+E = FEE_ENTRY.c
+RECOUNT = timedelta(minutes=1)
+"""How long the sum of past days is remembered."""
+LAGGING = timedelta(hours=1)
+"""No host's clock is so far behind that it still adds to a day that ended so long ago."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,30 @@ class Call:
     price: Decimal
     currency: str
     price_list: str
+    called_at: datetime
+    evidence: dict[str, Any]
+
+    @property
+    def may_be_accepted(self) -> bool:
+        """Whether the provider carries the call out, as far as is known: only then a balance can be its answer."""
+        if "status" in self.evidence:
+            return bool(self.evidence["status"] == ACCEPTED)
+        return self.state != EntryState.VOID
 
 
 def open_entry(tx: Tx, call_id: str, refresh_id: str, account_id: str, price: Price, now: datetime) -> Call:
     """Write the pending entry of a call that is about to be made."""
-    call = Call(call_id, refresh_id, account_id, EntryState.PENDING, price.per_call, price.currency, price.price_list)
+    call = Call(
+        call_id=call_id,
+        refresh_id=refresh_id,
+        account_id=account_id,
+        state=EntryState.PENDING,
+        price=price.per_call,
+        currency=price.currency,
+        price_list=price.price_list,
+        called_at=now,
+        evidence={},
+    )
     tx.execute(insert(FEE_ENTRY), _entry(call, EntryState.PENDING, {}, now))
     return call
 
@@ -39,16 +70,114 @@ def close_entry(tx: Tx, call: Call, state: EntryState, evidence: dict[str, Any],
 
 
 def _entry(call: Call, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:
-    return {**asdict(call), "state": state, "evidence": evidence, "at": now}
+    return {**vars(call), "state": state, "evidence": evidence, "at": now}
 
 
 def calls_of(tx: Tx, refresh_ids: Sequence[str]) -> list[Call]:
     """The calls of these refreshes, each with its final state if it has one, else pending."""
-    query = select(FEE_ENTRY).where(FEE_ENTRY.c.refresh_id.in_(refresh_ids)).order_by(FEE_ENTRY.c.entry_id)
-    latest = {
-        row.call_id: Call(
-            row.call_id, row.refresh_id, row.account_id, EntryState(row.state), row.price, row.currency, row.price_list
-        )
-        for row in tx.execute(query)
-    }
-    return list(latest.values())
+    return _calls(tx, E.refresh_id.in_(refresh_ids))
+
+
+def _calls(tx: Tx, which: ColumnElement[bool]) -> list[Call]:
+    query = select(FEE_ENTRY).where(which).order_by(E.entry_id)
+    latest = {row.call_id: row for row in tx.execute(query)}
+    return [_call(row) for row in latest.values()]
+
+
+def _call(row: Row[Any]) -> Call:
+    known = {name: getattr(row, name) for name in Call.__dataclass_fields__}
+    return Call(**{**known, "state": EntryState(row.state)})
+
+
+BATCH = 500
+"""Calls that one statement closes at most."""
+
+
+@dataclass(frozen=True)
+class Invoice:
+    """The invoice that closes calls, as the evidence names it."""
+
+    name: str
+    digest: str
+    """SHA-256 of the file, so that it can be known again."""
+    period: str
+
+
+def settle(tx: Tx, found: Reconciliation, invoice: Invoice, now: datetime) -> tuple[int, int]:
+    """Post the pending calls that the invoice charges, and void those that it does not; returns how many of each.
+
+    A call that was closed meanwhile, or by the same invoice before, is left as it is.
+    """
+    charged = {match.call.call_id: match.line for match in found.to_post}
+    post, void = 0, 0
+    for part in _parts(list(charged)):
+        for call in _calls(tx, E.call_id.in_(part)):
+            line = charged[call.call_id]
+            evidence = {"line": line.row, "number": line.number, "amount": plain(line.amount)}
+            post += close_entry(tx, call, EntryState.POSTED, {**vars(invoice), **evidence}, now)
+    for part in _parts([call.call_id for call in found.to_void]):
+        for call in _calls(tx, E.call_id.in_(part)):
+            void += close_entry(tx, call, EntryState.VOID, {**vars(invoice), "line": None}, now)
+    return post, void
+
+
+def _parts(call_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (call_ids[start : start + BATCH] for start in range(0, len(call_ids), BATCH))
+
+
+def _counting(state: str) -> int:
+    """What an entry adds to the count of calls that may have to be paid: the first one opens, a void one takes back."""
+    return {EntryState.PENDING.value: 1, EntryState.VOID.value: -1}.get(state, 0)
+
+
+def spent(tx: Tx, currency: str, since: datetime, until: datetime | None = None) -> Decimal:
+    """What the calls made from `since` to before `until` cost, or may cost."""
+    query = select(E.state, E.price, func.count().label("entries")).group_by(E.state, E.price)
+    query = query.where(E.called_at >= since, E.currency == currency)
+    if until is not None:
+        query = query.where(E.called_at < until)
+    return sum((row.price * row.entries * _counting(row.state) for row in tx.execute(query)), Decimal(0))
+
+
+def calls_made(tx: Tx, account_id: str, since: datetime) -> int:
+    """How many calls were made for an account that have to be paid, or may have to."""
+    query = select(E.state, func.count().label("entries")).group_by(E.state)
+    rows = tx.execute(query.where(E.account_id == account_id, E.called_at >= since))
+    return sum(row.entries * _counting(row.state) for row in rows)
+
+
+class Spending:
+    """How far the caps are used, counted in the transaction that is about to make a call.
+
+    The days before today are counted once a minute: they only shrink, by calls that are voided, so what is remembered
+    of them is never too little. Today is counted each time, and nobody counts or adds meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._past = Decimal(0)
+        self._counted: tuple[datetime, datetime, str] | None = None
+        self._counted_at: datetime | None = None
+
+    def used(self, tx: Tx, caps: Caps, account_id: str, price: Price, now: datetime) -> list[Used]:
+        """Each cap that is set, as it stands. The account must be held; holds the spending if that is capped."""
+        used: list[Used] = []
+        if caps.calls_per_account is not None:
+            made = Decimal(calls_made(tx, account_id, day_of(now)))
+            used.append(Used(Cap.ACCOUNT, Decimal(caps.calls_per_account), made, Decimal(1), "calls"))
+        if caps.on_spend:
+            lock_spending(tx)
+        if caps.per_day is not None:
+            today = spent(tx, price.currency, day_of(now))
+            used.append(Used(Cap.DAY, caps.per_day, today, price.per_call, price.currency))
+        if caps.per_month is not None:
+            month = self._month(tx, price.currency, now)
+            used.append(Used(Cap.MONTH, caps.per_month, month, price.per_call, price.currency))
+        return used
+
+    def _month(self, tx: Tx, currency: str, now: datetime) -> Decimal:
+        since = month_of(now)
+        until = max(since, day_of(now - LAGGING))
+        span = (since, until, currency)
+        if self._counted != span or self._counted_at is None or now - self._counted_at > RECOUNT:
+            self._past, self._counted, self._counted_at = spent(tx, currency, since, until), span, now
+        return self._past + spent(tx, currency, until)

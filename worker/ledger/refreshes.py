@@ -56,7 +56,7 @@ def requested(tx: Tx, account_id: str) -> Flight | None:
 
 
 def unanswered(tx: Tx, account_id: str) -> list[Flight]:
-    """The account's refreshes that a balance may still answer, the last called first."""
+    """The account's refreshes that a balance may still answer, the last called first: those with a call to answer."""
     states = [state for state in RefreshState if after(REFRESH_LAW, state, RefreshEvent.ANSWER)]
     return _flights(
         tx,

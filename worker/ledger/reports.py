@@ -10,7 +10,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import func, select
 
 from worker.fees import EntryState, due_in_total, share
 from worker.ledger import refreshes
@@ -121,22 +121,6 @@ class Timeline:
     replies: list[ReplyLine]
 
 
-@dataclass(frozen=True)
-class Charge:
-    """Calls that cost the same and stand the same."""
-
-    state: EntryState
-    price: Decimal
-    currency: str
-    price_list: str
-    calls: int
-
-    @property
-    def amount(self) -> Decimal:
-        """What they come to together: nothing if they are void."""
-        return Decimal(0) if self.state == EntryState.VOID else self.price * self.calls
-
-
 def payments(
     tx: Tx, *, state: str | None = None, payment_ids: Sequence[str] | None = None, limit: int = 100
 ) -> list[Line]:
@@ -237,7 +221,7 @@ def _calls(tx: Tx, refresh_id: str | None) -> list[CallLine]:
     opened = _OPENED.c
     query = select(
         opened.call_id,
-        opened.at,
+        opened.called_at,
         _STATE,
         opened.price,
         opened.currency,
@@ -246,7 +230,7 @@ def _calls(tx: Tx, refresh_id: str | None) -> list[CallLine]:
         _CLOSED.c.evidence,
     ).select_from(_CALLS)
     rows = tx.execute(query.where(opened.refresh_id == refresh_id, _IS_OPENED).order_by(opened.entry_id))
-    return [CallLine(row.call_id, row.at, EntryState(row.state), *row[3:]) for row in rows]
+    return [CallLine(row.call_id, row.called_at, EntryState(row.state), *row[3:]) for row in rows]
 
 
 def _balance(tx: Tx, balance_id: str | None) -> BalanceLine | None:
@@ -258,16 +242,6 @@ def _balance(tx: Tx, balance_id: str | None) -> BalanceLine | None:
 def _replies(tx: Tx, payment_id: str) -> list[ReplyLine]:
     query = select(R.task_id, R.delivered_at).where(R.payment_id == payment_id).order_by(R.delivered_at, R.task_id)
     return [ReplyLine(*row) for row in tx.execute(query)]
-
-
-def statement(tx: Tx, since: datetime, until: datetime) -> list[Charge]:
-    """What the calls made from `since` to before `until` come to, as they stand now."""
-    columns = (_STATE, _OPENED.c.price, _OPENED.c.currency, _OPENED.c.price_list)
-    query: Select[Any] = select(*columns, func.count().label("calls")).select_from(_CALLS)
-    query = query.where(_IS_OPENED, _OPENED.c.at >= since, _OPENED.c.at < until).group_by(*columns)
-    charges = [Charge(EntryState(row.state), *row[1:]) for row in tx.execute(query)]
-    rank = {state: place for place, state in enumerate((EntryState.POSTED, EntryState.PENDING, EntryState.VOID))}
-    return sorted(charges, key=lambda charge: (charge.currency, rank[charge.state], charge.price, charge.price_list))
 
 
 def calls_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, Counter[EntryState]]:

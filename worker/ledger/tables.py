@@ -94,7 +94,7 @@ class Payment(SQLModel, table=True):
             where=f"state = '{PaymentState.WAITING}' AND connection_id IS NOT NULL",
         ),
         _partial("payment_profile", "profile_id", where=f"state = '{PaymentState.WAITING}' AND profile_id IS NOT NULL"),
-        _partial("payment_sharers", "refresh_id", where="refresh_id IS NOT NULL"),
+        _partial("payment_sharers", "refresh_id", "reused", where="refresh_id IS NOT NULL"),
         _partial("payment_settled", "settled_at", where="settled_at IS NOT NULL"),
     )
 
@@ -180,7 +180,8 @@ class FeeEntry(SQLModel, table=True):
         UniqueConstraint("call_id", "state", name="fee_entry_once"),
         _partial("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
         Index("fee_entry_refresh", "refresh_id"),
-        Index("fee_entry_at", "at"),
+        Index("fee_entry_called", "called_at"),
+        Index("fee_entry_account", "account_id", "called_at"),
     )
 
     entry_id: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
@@ -193,6 +194,8 @@ class FeeEntry(SQLModel, table=True):
     price_list: str = Field(sa_type=Text)
     """The version of the price list the price was taken from."""
     evidence: dict[str, Any] = Field(sa_type=Json)
+    called_at: datetime = Field(sa_type=UtcTime)
+    """When its call was made: the same on all entries of a call, so that sums over a period need no join."""
     at: datetime = Field(sa_type=UtcTime)
 
 

@@ -1,0 +1,41 @@
+"""A ledger with a past: a month of calls, and the payments that they served."""
+
+from sqlalchemy import Engine, text
+
+from worker.ledger.database import transaction
+
+PAST = """CREATE TEMPORARY TABLE past ON COMMIT DROP AS
+    SELECT n, timestamptz '2026-10-01 00:00:00+00' + n * interval '30 days' / :calls AS called_at
+    FROM generate_series(0, :calls - 1) n"""
+FILL = (
+    """INSERT INTO refresh (refresh_id, account_id, state, calls, deferrals, called_at, claimed_at)
+    SELECT 'ref_past' || n, 'acct_past' || n % :accounts, 'answered', 1, 0, called_at, called_at FROM past""",
+    """INSERT INTO fee_entry
+    (call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, at)
+    SELECT 'call_past' || md5(n::text), 'ref_past' || n, 'acct_past' || n % :accounts, state, 0.1, 'USD', '2026-10',
+        '{"status": 202}', called_at, called_at + interval '1 second'
+    FROM past, unnest(CASE WHEN n % 1000 = 0 THEN '{pending}' WHEN n % 50 = 0 THEN '{pending,void}'
+        ELSE '{pending,posted}' END::text[]) state""",
+    """INSERT INTO payment (payment_id, account_id, state, job, amount, requested_at, fresh_from, deadline, due_at,
+        settled_at, refresh_id, reused, outcome)
+    SELECT 'pay_past' || n || '_' || k, 'acct_past' || n % :accounts, 'released',
+        jsonb_build_object('amount', '25.00', 'metadata', repeat('x', 100)), 25, called_at, called_at, called_at,
+        called_at, called_at, 'ref_past' || n, k = 2,
+        jsonb_build_object('verdict', 'sufficient', 'balance', repeat('x', 400))
+    FROM past, generate_series(0, CASE WHEN n % 5 = 0 THEN 2 ELSE 0 END) k""",
+)
+"""One call in 50 is void, one in 1,000 pending; one in 5 serves three payments, the last of them later."""
+
+
+def fill(engine: Engine, entries: int) -> None:
+    """Write about so many fee entries, and all that belongs to them."""
+    calls = entries // 2
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        tx.execute(text(PAST), {"calls": calls})
+        for statement in FILL:
+            tx.execute(text(statement), {"accounts": max(1, calls // 20)})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("SET statement_timeout = 0"))
+        connection.execute(text("VACUUM ANALYZE"))  # as autovacuum does it in time
+        connection.execute(text("RESET statement_timeout"))

@@ -1,0 +1,66 @@
+"""What every command stands on: trouble said in a sentence, a console to print on, a question to the ledger."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+
+from config.settings import ConfigurationError, settings
+from console.client import NoAnswer
+from console.processes import StartError
+from worker.errors import InvalidJob
+from worker.fees import PriceListError
+from worker.invoice import InvoiceError
+from worker.ledger.database import LEDGER_AWAY, Engine, Tx, open_engine, reading, transaction
+
+T = TypeVar("T")
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+FAILED = 1
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What is expected to go wrong is said in a sentence, without a traceback."""
+    try:
+        yield
+    except (ConfigurationError, StartError, InvalidJob, InvoiceError, PriceListError, NoAnswer, OSError) as error:
+        fail(str(error))
+    except LEDGER_AWAY as error:
+        fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
+
+
+def fail(message: str, status: int = FAILED) -> NoReturn:
+    """Say what went wrong, and end."""
+    typer.echo(f"payready: {message.strip()}", err=True)
+    raise typer.Exit(status)
+
+
+def screen() -> Console:
+    """Where people read."""
+    # Where nobody sees it, a table keeps its width: what reads it are logs and grep.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def ask(question: Callable[[Tx], T]) -> T:
+    """Ask the ledger, as it is at one moment."""
+    with _ledger() as engine, reading(engine) as tx:
+        return question(tx)
+
+
+def change(deed: Callable[[Tx], T]) -> T:
+    """Do something in the ledger, all of it or nothing."""
+    with _ledger() as engine, transaction(engine) as tx:
+        return deed(tx)
+
+
+@contextmanager
+def _ledger() -> Iterator[Engine]:
+    with plainly():
+        engine = open_engine(settings().database_url)
+        try:
+            yield engine
+        finally:
+            engine.dispose()

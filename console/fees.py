@@ -1,0 +1,184 @@
+"""`payready fees`: what the provider's calls cost, and whether its invoice agrees."""
+
+import csv
+import hashlib
+import re
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from console import sheets, show
+from console.command import AsJson, ask, change, plainly, screen
+from worker.invoice import Columns, InvoiceError, Period, Reconciliation, read_invoice, reconcile
+from worker.ledger import fees, statement
+from worker.ledger.database import Tx
+from worker.ledger.fees import Invoice
+from worker.messages import plain
+from worker.runtime import utc_now
+
+app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
+
+
+class By(StrEnum):
+    """What a statement has a line for."""
+
+    ACCOUNT = "account"
+    DAY = "day"
+    PAYMENT = "payment"
+
+
+@app.command("statement")
+def fees_statement(
+    month: Annotated[str | None, typer.Option(help="As YYYY-MM, in UTC; default: this month.")] = None,
+    by: Annotated[By | None, typer.Option(help="A line for each; default: for each price.")] = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, for spreadsheets.")] = False,
+) -> None:
+    """What the calls of a month come to, as they stand now, and what sharing and reuse saved."""
+    if as_json and as_csv:
+        raise typer.BadParameter("not both", param_hint="--json / --csv")
+    since, until = _month(month)
+    tell = _tell_shares if by == By.PAYMENT else partial(_tell_lines, by=by)
+    ask(lambda tx: tell(tx, since, until, as_json=as_json, as_csv=as_csv))
+
+
+def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_json: bool, as_csv: bool) -> None:
+    group: statement.Group = "price" if by is None else "account" if by == By.ACCOUNT else "day"
+    lines = statement.lines(tx, since, until, group)
+    totals = sheets.totals(lines, statement.savings(tx, since, until) if by is None else {})
+    if as_csv:
+        _write_csv(map(sheets.flat, lines))
+    elif as_json:
+        told = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
+        typer.echo(show.as_json(told))
+    else:
+        screen().print(sheets.statement(lines, totals, _title(since), group), highlight=False)
+
+
+def _tell_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
+    shares = statement.shares(tx, since, until)
+    if as_csv:
+        _write_csv(map(sheets.flat, shares))
+    elif as_json:
+        typer.echo(show.as_json({"month": f"{since:%Y-%m}", "by": By.PAYMENT, "lines": list(shares)}))
+    else:
+        screen().print(sheets.shares(shares, _title(since)), highlight=False)
+
+
+def _title(since: datetime) -> str:
+    return f"Calls of {since:%Y-%m} (UTC)"
+
+
+def _write_csv(rows: Iterable[dict[str, Any]]) -> None:
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({name: plain(value) if isinstance(value, Decimal) else value for name, value in row.items()})
+
+
+def _month(text: str | None) -> tuple[datetime, datetime]:
+    if text is None:
+        text = f"{utc_now():%Y-%m}"
+    match = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
+    if match is None or int(match[1]) in (0, 9999):
+        raise typer.BadParameter("must be a month such as 2026-11", param_hint="--month")
+    year, month = int(match[1]), int(match[2])
+    following = (year + 1, 1) if month == 12 else (year, month + 1)  # noqa: PLR2004 - December
+    return datetime(year, month, 1, tzinfo=UTC), datetime(*following, 1, tzinfo=UTC)
+
+
+@app.command("reconcile")
+def fees_reconcile(
+    invoice: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The provider's invoice, as CSV.")],
+    month: Annotated[str, typer.Option(help="The month that it is for, as YYYY-MM.")],
+    account_column: Annotated[str, typer.Option(help="Which column has the account's id.")] = "account_id",
+    date_column: Annotated[str, typer.Option(help="... the call's day, or its time with a zone.")] = "date",
+    amount_column: Annotated[str, typer.Option(help="... what is charged.")] = "amount",
+    number_column: Annotated[str | None, typer.Option(help="... the provider's number of the line.")] = None,
+    tolerance_s: Annotated[int, typer.Option(min=0, max=172_800, help="How far its times may be off ours.")] = 300,
+    apply: Annotated[bool, typer.Option("--apply", help="Post and void pending calls by what it says.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lay an invoice beside the calls of its month: what agrees, what only one side has, and other prices.
+
+    Nothing is changed without --apply. With it, pending calls that the invoice charges are posted, and those that it
+    does not charge are void; doing so twice changes nothing more.
+    """
+    since, until = _month(month)
+    period = Period(since, until, timedelta(seconds=tolerance_s))
+    columns = Columns(account_column, date_column, amount_column, number_column)
+    with plainly():
+        data = invoice.read_bytes()
+        lines = read_invoice(_text(data), columns, period)
+        if apply and utc_now() < until + period.tolerance:
+            raise InvoiceError(f"{month} is not over: no invoice for it can be complete; look without --apply")
+
+    def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int] | None]:
+        calls = statement.calls(tx, since - period.tolerance, until + period.tolerance)
+        found = reconcile(lines, calls, period)
+        if not apply:
+            return found, None
+        if not found.matched:
+            raise InvoiceError(f"none of its {len(lines)} lines belongs to a call of ours: is it the right file?")
+        named = Invoice(invoice.name, hashlib.sha256(data).hexdigest(), month)
+        return found, fees.settle(tx, found, named, utc_now())
+
+    found, settled = (change if apply else ask)(settle)
+    if as_json:
+        typer.echo(show.as_json(_told(found, month, settled)))
+        return
+    screen().print(sheets.reconciliation(found, f"{invoice.name} beside the calls of {month} (UTC)"), highlight=False)
+    typer.echo(_ending(found, settled))
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvoiceError(f"line {line}: not UTF-8") from None
+
+
+def _told(found: Reconciliation, month: str, settled: tuple[int, int] | None) -> dict[str, Any]:
+    return {
+        "month": month,
+        "matched": len(found.matched),
+        "price_differences": found.price_differences,
+        "charged_though_void": found.charged_though_void,
+        "only_theirs": found.only_theirs,
+        "only_ours": found.only_ours,
+        "to_post": [match.call.call_id for match in found.to_post],
+        "to_void": [call.call_id for call in found.to_void],
+        "settled": None if settled is None else {"posted": settled[0], "void": settled[1]},
+    }
+
+
+def _ending(found: Reconciliation, settled: tuple[int, int] | None) -> str:
+    if settled is not None:
+        return f"\n{settled[0]} pending calls posted, {settled[1]} void, with the invoice as evidence"
+    post, void = len(found.to_post), len(found.to_void)
+    if not post and not void:
+        return "\nno pending calls to settle"
+    return f"\n{post} pending calls are charged, {void} are not: --apply posts and voids them"
+
+
+@app.command("questions")
+def fees_questions(
+    age_h: Annotated[int, typer.Option(min=0, max=87_600, help="Only calls that were made so many hours ago.")] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Calls that nobody knows the fate of: pending since long, until an invoice tells."""
+    asked = ask(lambda tx: statement.questions(tx, utc_now() - timedelta(hours=age_h)))
+    if as_json:
+        typer.echo(show.as_json(asked))
+    else:
+        screen().print(sheets.questions(asked, f"Calls that are pending for {age_h} hours and more"), highlight=False)
