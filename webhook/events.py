@@ -2,11 +2,14 @@
 
 Each event is looked at on its own, so that a bad one spoils no other. Unknown types and sources appear over time
 and most balances come from routine syncs: both are passed over in silence.
+
+Nearly every delivery is read as a whole. Only when something in it is odd is it taken apart by its brackets, without
+looking into its parts; each event is then read from its own bytes, and kept as it came if it is not understood.
 """
 
 import json
 import re
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NoReturn
@@ -18,76 +21,118 @@ from worker.messages import Balance
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
 """What may be an id: no database takes every text, and one bad event must spoil no other."""
+OURS = "balance.created"
+NOT_JSON = (ValueError, RecursionError, ArithmeticError)
+"""What reading raises: bad syntax or encoding, too deep, a number with an exponent that no computer has."""
 
 
 class BadDelivery(Exception):
     """The delivery as a whole is not what the provider documents; the message says in what."""
 
 
-@dataclass(frozen=True)
+class Odd(Exception):
+    """The event is one that we should understand, and do not; the message says why, and repeats nothing of it."""
+
+
+Received = tuple[str, Balance]
+"""A REFRESH balance with the id of its event."""
+
+
+@dataclass
 class Delivery:
     """The parts of a delivery that concern us."""
 
-    balances: list[tuple[str, Balance]] = field(default_factory=list)
-    """REFRESH balances, with the ids of their events."""
-    odd: list[tuple[str, str]] = field(default_factory=list)
-    """Balance events that could not be understood, as JSON, with the reason."""
+    events: int = 0
+    """How many there are in all."""
+    balances: list[Received] = field(default_factory=list)
+    odd: list[tuple[bytes, str]] = field(default_factory=list)
+    """Balance events that could not be understood, as they came, with the reason."""
+    unreadable: int = 0
+    """What is not JSON and does not say that it is, or is not, a balance event. It may be personal: it is not kept."""
 
 
 def read(body: bytes) -> Delivery:
     """Read a delivery.
 
     Raises:
-        BadDelivery: not UTF-8, not JSON (duplicate keys and NaN are not), or without a list of events.
+        BadDelivery: not an object with a list of events.
     """
     try:
-        envelope = json.loads(
-            body.decode(),
-            parse_float=Decimal,  # never through a float
-            parse_int=Decimal,
-            parse_constant=_no_constant,
-            object_pairs_hook=_no_duplicates,
-        )
-    except (ValueError, RecursionError, ArithmeticError) as error:
-        raise BadDelivery(f"not JSON: {type(error).__name__}") from None
+        envelope = _json(body)
+    except NOT_JSON:
+        return _one_by_one(body)
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
         raise BadDelivery("no list of events")
-    delivery = Delivery()
     try:
-        for event in events:
-            _look_at(event, delivery)
-    except RecursionError:  # it could just be read, and is too deep to be written again
-        raise BadDelivery("not JSON: RecursionError") from None
-    return delivery
+        balances = [found for event in events if (found := _look_at(event)) is not None]
+    except Odd:
+        return _one_by_one(body)
+    return Delivery(len(events), balances)
+
+
+def read_event(raw: bytes) -> Received | None:
+    """Read one event from its bytes; None if it is none of ours.
+
+    Raises:
+        Odd: it says that it is one of ours, and is not understood.
+        ValueError: it is not JSON, and does not say what it is.
+    """
+    try:
+        event = _json(raw)
+    except NOT_JSON as error:
+        types = [_text(value) for name, value in _members(raw) if name == "type"]
+        if OURS not in types:
+            return None
+        if set(types) != {OURS}:
+            raise ValueError("types that contradict each other") from None
+        raise Odd(f"not JSON: {_kind(error)}") from None
+    return _look_at(event)
+
+
+def _json(raw: bytes) -> Any:
+    return json.loads(
+        raw.decode(),
+        parse_float=Decimal,  # never through a float
+        parse_int=Decimal,
+        parse_constant=_no_constant,
+        object_pairs_hook=_no_duplicates,
+    )
+
+
+class _NotJson(ValueError):
+    """Python would read it; JSON has no such thing."""
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise _NotJson(name)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("duplicate key")
+        raise _NotJson("duplicate key")
     return members
 
 
-def _look_at(event: Any, delivery: Delivery) -> None:
-    if not isinstance(event, dict) or event.get("type") != "balance.created":
-        return
+def _kind(error: Exception) -> str:
+    return str(error) if isinstance(error, _NotJson) else type(error).__name__
+
+
+def _look_at(event: Any) -> Received | None:
+    if not isinstance(event, dict) or event.get("type") != OURS:
+        return None
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
-        return
+        return None
     event_id = event.get("id")
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
-        delivery.odd.append((_text(event), "id: must be an id"))
-        return
+        raise Odd("id: must be an id")
     try:
-        delivery.balances.append((event_id, Balance.model_validate(record)))
+        return event_id, Balance.model_validate(record)
     except ValidationError as error:
-        delivery.odd.append((_text(event), _complaint(error)))
+        raise Odd(_complaint(error)) from None
 
 
 def _complaint(error: ValidationError) -> str:
@@ -95,8 +140,69 @@ def _complaint(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, p['loc'])) or 'record'}: {p['msg']}" for p in problems)
 
 
-def _text(event: dict[str, Any]) -> str:
-    """The event as JSON again, its numbers to the digit."""
-    mark = uuid.uuid4().hex
-    marked = json.dumps(event, default=lambda number: f"{mark}{number}")
-    return re.sub(f'"{mark}([^"]*)"', r"\1", marked)
+# --- by its brackets --------------------------------------------------------------------------------------------------
+
+_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
+"""A text as a whole, or what gives a document its shape; a quote alone opens a text that is never closed."""
+_MEMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:(.*)', re.DOTALL)
+_BLANK = b" \t\r\n"
+
+
+def _one_by_one(body: bytes) -> Delivery:
+    try:
+        lists = [value for name, value in _members(body) if name == "events"]
+        if len(lists) != 1:
+            raise BadDelivery("no list of events")
+        events = list(_items(lists[0], b"[]"))
+    except NOT_JSON as error:
+        raise BadDelivery(f"not JSON: {_kind(error)}") from None
+    delivery = Delivery(len(events))
+    for raw in events:
+        try:
+            found = read_event(raw)
+        except Odd as odd:
+            delivery.odd.append((raw, str(odd)))
+        except ValueError:
+            delivery.unreadable += 1
+        else:
+            delivery.balances += [found] if found is not None else []
+    return delivery
+
+
+def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """The names of an object's members, with the bytes of their values."""
+    for item in _items(raw, b"{}"):
+        member = _MEMBER.fullmatch(item)
+        if member is None:
+            raise _NotJson("a member without a name")
+        yield _text(member[1]), member[2].strip(_BLANK)
+
+
+def _items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
+    """What stands between these brackets, parted at its commas. However deep it is, this goes no deeper."""
+    raw = raw.strip(_BLANK)
+    if raw[:1] + raw[-1:] != brackets:
+        raise _NotJson("a bracket is missing")
+    depth, start = 0, 1
+    for mark in _MARK.finditer(raw):
+        match mark[0]:
+            case b'"':
+                raise _NotJson("a text is not closed")
+            case b"[" | b"{":
+                depth += 1
+            case b"]" | b"}":
+                depth -= 1
+                if depth == 0 and mark.end() != len(raw):
+                    raise _NotJson("something follows the last bracket")
+            case b"," if depth == 1:
+                yield raw[start : mark.start()].strip(_BLANK)
+                start = mark.end()
+    if depth:
+        raise _NotJson("a bracket is missing")
+    if start > 1 or raw[1:-1].strip(_BLANK):
+        yield raw[start:-1].strip(_BLANK)
+
+
+def _text(raw: bytes) -> str:
+    """A text from its bytes, or what can never be equal to one of ours."""
+    return str(json.loads(raw.decode())) if raw.startswith(b'"') else ""

@@ -27,9 +27,10 @@ from worker.correlation.store import CORRELATION_AWAY
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
-from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger import balances, fees, payments, quarantine, refreshes
 from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
 from worker.ledger.payments import Due, Settlement, Waiting
+from worker.ledger.quarantine import Kept
 from worker.ledger.refreshes import Flight
 from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job, stored_job
 from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
@@ -318,7 +319,7 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
 # --- receive and apply ------------------------------------------------------------------------------------------------
 
 
-def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[tuple[str, str]]) -> Next:
+def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[tuple[bytes, str]]) -> Next:
     """Keep REFRESH balances, given with the ids of their events, and set events aside that nobody understands.
 
     When this returns they are safe; that a balance was known before changes nothing.
@@ -326,10 +327,19 @@ def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[
     now = rt.clock()
     with transaction(rt.engine) as tx:
         if odd:
-            balances.set_aside(tx, odd, now)
+            quarantine.set_aside(tx, odd, now)
         if received:
             balances.keep(tx, received, now)
     return Next(apply=[balance.id for _, balance in received])
+
+
+def readmit(rt: Runtime, kept: Kept, received: tuple[str, Balance] | None) -> Next:
+    """Take an event out of quarantine that is understood now: keep its balance, if it is ours, as of when it came."""
+    with transaction(rt.engine) as tx:
+        if received is not None:
+            balances.keep(tx, [received], kept.received_at)
+        quarantine.drop(tx, [kept.quarantine_id])
+    return Next(apply=[received[1].id] if received is not None else [])
 
 
 def apply(rt: Runtime, balance_id: str) -> Next:

@@ -4,7 +4,22 @@ Each role is one process with threads, so the library's plain registry is right;
 Names begin with `payready_`, and no label is open-ended: never an account, never a payment.
 """
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
 """`accepted`, `refused`, `throttled`, `unsent`, `uncertain`."""
+
+DELIVERIES = Counter("payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"])
+"""Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `quarantined` (it brought
+an event that nobody understood, and maybe balances too). `unsafe`: 503, it could not be kept now. All else was
+refused: `stale` (rightly signed, at another time), `mismatch`, `missing`, `malformed`, `no_secret` (401),
+`content_type` (415), `too_large` (413), `too_slow` (408), `cut_off`, `no_delivery`, `unreadable` (400)."""
+
+EVENTS = Counter("payready_webhook_events", "Events of rightly signed deliveries, by what became of them.", ["result"])
+"""`routine` (not ours), `matched` (a REFRESH balance), `quarantined`, `unreadable` (not even JSON)."""
+
+SUBSCRIPTION = Gauge(
+    "payready_webhook_subscription_flaws",
+    "What is wrong with our webhook subscription at the provider, by the last check that this process made.",
+)
+"""0: nothing. Only processes that check have it; where several do, look at the greatest."""
