@@ -2,10 +2,8 @@
 
 import json
 import re
-import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -13,13 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from config.settings import ConfigurationError, settings
-from console import client, demo, show, up
+from config.settings import settings
+from console import client, demo, door, show, up
 from console.interrupts import Interrupted, Interrupts, interrupts
-from console.processes import StartError
-from worker.errors import InvalidJob, PaymentNotReady
+from console.terminal import AsJson, console, fail, plainly
+from worker.errors import PaymentNotReady
 from worker.ledger import reports
-from worker.ledger.database import LEDGER_AWAY, Tx, open_engine, reading
+from worker.ledger.database import Tx, open_engine, reading
 from worker.messages import parse_job
 from worker.runtime import utc_now
 
@@ -32,9 +30,9 @@ payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, look at
 fees_app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fees_app, name="fees")
+app.add_typer(door.quarantine_app, name="quarantine")
+app.add_typer(door.webhooks_app, name="webhooks")
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
-FAILED = 1
 NOT_READY = 3
 """Exit status of `enqueue --wait` when the payment must not start."""
 
@@ -55,34 +53,13 @@ class FundsCheck(StrEnum):
     DISABLED = "disabled"
 
 
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """What is expected to go wrong is said in a sentence, without a traceback."""
-    try:
-        yield
-    except (ConfigurationError, StartError, InvalidJob, client.NoAnswer) as error:
-        _fail(str(error))
-    except LEDGER_AWAY as error:
-        _fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
-
-
-def _fail(message: str, status: int = FAILED) -> None:
-    typer.echo(f"payready: {message.strip()}", err=True)
-    raise typer.Exit(status)
-
-
-def _console() -> Console:
-    # Where nobody sees it, a table keeps its width: what reads it are logs and grep.
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
 def _run(play: Callable[[Console, Interrupts], int]) -> None:
-    console = _console()
-    with _plainly(), interrupts() as signals:
+    screen = console()
+    with plainly(), interrupts() as signals:
         try:
-            raise typer.Exit(play(console, signals))
+            raise typer.Exit(play(screen, signals))
         except Interrupted as interrupted:
-            console.print(f"{interrupted}: stopped, nothing is left running")
+            screen.print(f"{interrupted}: stopped, nothing is left running")
             raise typer.Exit(interrupted.status) from None
 
 
@@ -121,7 +98,7 @@ def enqueue(
         "metadata": _object(metadata),
     }
     arguments = {key: value for key, value in given.items() if value is not None}
-    with _plainly():
+    with plainly():
         job = parse_job(arguments, currency=settings().currency)
         wait_s = job.timeout_s + client.ANSWER_S if wait else None
         try:
@@ -159,7 +136,7 @@ def _say_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) ->
         told = {"payment_id": payment_id, "state": "failed", "reason": error.reason, "detail": error.detail}
         typer.echo(show.as_json(told))
         raise typer.Exit(NOT_READY)
-    _fail(f"{payment_id} is not ready: {error.reason}: {error.detail}", NOT_READY)
+    fail(f"{payment_id} is not ready: {error.reason}: {error.detail}", NOT_READY)
 
 
 @payment_app.command("show")
@@ -167,11 +144,11 @@ def show_payment(payment_id: str, as_json: AsJson = False) -> None:
     """Everything that is known of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
     found = _ask(lambda tx: reports.timeline(tx, payment_id))
     if found is None:
-        _fail(f"the ledger has no payment {payment_id}")
+        fail(f"the ledger has no payment {payment_id}")
     elif as_json:
         typer.echo(show.as_json(found))
     else:
-        _console().print(show.timeline(found, utc_now()), highlight=False, soft_wrap=True)
+        console().print(show.timeline(found, utc_now()), highlight=False, soft_wrap=True)
 
 
 @payment_app.command("list")
@@ -185,20 +162,20 @@ def list_payments(
     if as_json:
         typer.echo(show.as_json(lines))
     else:
-        _console().print(show.payments(lines, utc_now()), highlight=False)
+        console().print(show.payments(lines, utc_now()), highlight=False)
 
 
 @payment_app.command("cancel")
 def cancel(payment_id: str, as_json: AsJson = False) -> None:
     """Fail a waiting payment as cancelled."""
-    with _plainly():
+    with plainly():
         cancelled = client.cancel(settings(), payment_id)
     if as_json:
         typer.echo(show.as_json({"payment_id": payment_id, "cancelled": cancelled}))
     elif cancelled:
         typer.echo(f"{payment_id} is cancelled")
     if not cancelled:
-        _fail(f"{payment_id} was not cancelled: it was settled before, or is not known")
+        fail(f"{payment_id} was not cancelled: it was settled before, or is not known")
 
 
 @fees_app.command("statement")
@@ -214,7 +191,7 @@ def fees_statement(
         lines = [{**vars(charge), "amount": charge.amount} for charge in charges]
         typer.echo(show.as_json({"month": f"{since:%Y-%m}", "lines": lines, "totals": show.totals_of(charges)}))
     else:
-        _console().print(show.statement(charges, title), highlight=False)
+        console().print(show.statement(charges, title), highlight=False)
 
 
 def _month(text: str | None) -> tuple[datetime, datetime]:
@@ -230,7 +207,7 @@ def _month(text: str | None) -> tuple[datetime, datetime]:
 
 def _ask(question: Callable[[Tx], Any]) -> Any:
     """Ask the ledger, as it is at one moment."""
-    with _plainly():
+    with plainly():
         engine = open_engine(settings().database_url)
         try:
             with reading(engine) as tx:

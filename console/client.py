@@ -1,6 +1,6 @@
 """payready's tasks, asked for from the command line: the same way as any payments service does."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,18 @@ def cancel(settings: Settings, payment_id: str) -> bool:
     """
     with _client(settings) as app:
         return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=ANSWER_S))
+
+
+def release(settings: Settings, balance_ids: Sequence[str]) -> None:
+    """Have balances applied to those who wait for them, as the webhook does.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    if balance_ids:
+        with _client(settings) as app:
+            for balance_id in balance_ids:
+                app.send_task("payments.release", (balance_id,), ignore_result=True)
 
 
 def as_arguments(job: Job) -> dict[str, Any]:

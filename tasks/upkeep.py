@@ -5,8 +5,9 @@ No events are sent of them: two a second would soon push the payments out of wha
 
 from tasks.app import app
 from tasks.delivery import carry_out, deliver_overdue
-from worker import flow
+from worker import flow, subscriptions
 from worker.runtime import runtime
+from worker.runtime import subscriptions as provider_subscriptions
 
 
 @app.task(name="payments.expire", send_events=False)
@@ -24,3 +25,18 @@ def sweep() -> None:
     """Make good what was lost on the way: calls, balances, deliveries."""
     deliver_overdue()
     carry_out(flow.sweep(runtime()))
+
+
+@app.task(name="webhooks.check", send_events=False)
+def check_subscription() -> None:
+    """See whether the provider still delivers to us."""
+    url = runtime().settings.webhook_url
+    if url is not None:
+        with provider_subscriptions(runtime().settings) as provider:
+            subscriptions.check(provider, url)
+
+
+@app.task(name="webhooks.trim", send_events=False)
+def trim_quarantine() -> None:
+    """Keep the quarantine within its bounds."""
+    flow.trim_quarantine(runtime())

@@ -8,11 +8,12 @@ Deliveries do not pass through Starlette, which would cost as much as all that i
 """
 
 import asyncio
+import functools
 import logging
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 from anyio import to_thread
 from starlette.applications import Starlette
@@ -37,6 +38,7 @@ tally = Tally()
 PATH = "/webhooks/quiltt"
 BODY_TIME_S = 10
 """How long a sender may take over its body."""
+TOO_SLOW = "the body came too slowly"
 DRAIN_BYTES = 4 * MAX_BODY_BYTES
 """So much of a body over the cap is read and thrown away, so that its sender reads the answer; then it is cut off."""
 INLINE_BYTES = 64 * 1024
@@ -100,16 +102,23 @@ async def _deliver(headers: Headers, receive: Receive) -> int:
 
 
 async def _body(receive: Receive) -> bytes:
+    """The whole body, if it comes in time. Like `asyncio.timeout`, at a third of its cost."""
+    task = cast(asyncio.Task[None], asyncio.current_task())
+    timer = asyncio.get_running_loop().call_later(BODY_TIME_S, task.cancel, TOO_SLOW)
     try:
-        async with asyncio.timeout(BODY_TIME_S):
-            message = await receive()
-            body: bytes = message.get("body", b"")
-            if message.get("more_body"):
-                body = await _rest(body, receive)
-            elif message["type"] == "http.disconnect":
-                raise _cut_off()
-    except TimeoutError:
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            body = await _rest(body, receive)
+        elif message["type"] == "http.disconnect":
+            raise _cut_off()
+    except asyncio.CancelledError as cancelled:
+        if TOO_SLOW not in cancelled.args:
+            raise
+        task.uncancel()
         raise Refused(408, "too_slow", f"its body was not there after {BODY_TIME_S} s") from None
+    finally:
+        timer.cancel()
     if len(body) > MAX_BODY_BYTES:
         raise Refused(413, "too_large", "its body is over the cap")
     return body
@@ -136,12 +145,13 @@ def _cut_off() -> Refused:
 
 def _verify(body: bytes, headers: dict[bytes, bytes]) -> None:
     """Raise `Refused` if this does not come from Quiltt, or not as JSON."""
+    timestamp, signed = headers.get(_TIMESTAMP, b""), headers.get(_SIGNATURE, b"")
     try:
         signature.verify(
             body,
-            _header(headers, TIMESTAMP_HEADER),
-            _header(headers, SIGNATURE_HEADER),
-            [secret.get_secret_value() for secret in settings().webhook_secrets],
+            timestamp.decode("latin-1"),
+            signed.decode("latin-1"),
+            _secrets(),
             utc_now(),
             settings().webhook_window_s,
         )
@@ -151,12 +161,13 @@ def _verify(body: bytes, headers: dict[bytes, bytes]) -> None:
         raise Refused(415, "content_type", "its body does not call itself JSON")
 
 
+_TIMESTAMP, _SIGNATURE = TIMESTAMP_HEADER.lower().encode(), SIGNATURE_HEADER.lower().encode()
 _JSON = re.compile(rb"application/json[ \t]*(;.*)?", re.IGNORECASE)
 
 
-def _header(headers: dict[bytes, bytes], name: str) -> str | None:
-    value = headers.get(name.lower().encode())
-    return None if value is None else value.decode("latin-1")
+@functools.cache
+def _secrets() -> list[str]:
+    return [secret.get_secret_value() for secret in settings().webhook_secrets]
 
 
 def _read(body: bytes) -> Delivery:

@@ -3,8 +3,13 @@
 Each event is looked at on its own, so that a bad one spoils no other. Unknown types and sources appear over time
 and most balances come from routine syncs: both are passed over in silence.
 
-Nearly every delivery is read as a whole. Only when something in it is odd is it taken apart by its brackets, without
-looking into its parts; each event is then read from its own bytes, and kept as it came if it is not understood.
+A delivery is read in up to three ways, each slower than the one before, and each for what the one before leaves:
+
+1. Without the word REFRESH in it, it holds no balance of ours, however it is read. A fast parser sees to it that
+   every event is a routine one. Nearly all end here.
+2. As a whole, strictly: numbers to the digit, and neither a duplicate key nor NaN in it.
+3. If something is odd, taken apart by its brackets, without looking into its parts: each event is then read, strictly,
+   from its own bytes, and kept as it came if it is not understood.
 """
 
 import json
@@ -15,6 +20,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from worker.messages import Balance
 
@@ -57,6 +63,9 @@ def read(body: bytes) -> Delivery:
     Raises:
         BadDelivery: not an object with a list of events.
     """
+    routine = _routine(body)
+    if routine:
+        return Delivery(routine)
     try:
         envelope = _json(body)
     except NOT_JSON:
@@ -69,6 +78,27 @@ def read(body: bytes) -> Delivery:
     except Odd:
         return _one_by_one(body)
     return Delivery(len(events), balances)
+
+
+def _routine(body: bytes) -> int:
+    """The number of events, if none of them can be ours, or odd; 0 if that is not sure."""
+    if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:  # an escape might hide the word
+        return 0
+    try:
+        envelope = from_json(body, allow_inf_nan=False)
+    except ValueError:
+        return 0
+    events = envelope.get("events") if isinstance(envelope, dict) else None
+    return len(events) if isinstance(events, list) and all(map(_is_routine, events)) else 0
+
+
+def _is_routine(event: Any) -> bool:
+    if not isinstance(event, dict):
+        return False
+    if event.get("type") != OURS:
+        return True
+    record = event.get("record")
+    return isinstance(record, dict) and isinstance(record.get("source"), str)
 
 
 def read_event(raw: bytes) -> Received | None:
@@ -90,16 +120,6 @@ def read_event(raw: bytes) -> Received | None:
     return _look_at(event)
 
 
-def _json(raw: bytes) -> Any:
-    return json.loads(
-        raw.decode(),
-        parse_float=Decimal,  # never through a float
-        parse_int=Decimal,
-        parse_constant=_no_constant,
-        object_pairs_hook=_no_duplicates,
-    )
-
-
 class _NotJson(ValueError):
     """Python would read it; JSON has no such thing."""
 
@@ -113,6 +133,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise _NotJson("duplicate key")
     return members
+
+
+_decoder = json.JSONDecoder(
+    parse_float=Decimal,  # never through a float
+    parse_int=Decimal,
+    parse_constant=_no_constant,
+    object_pairs_hook=_no_duplicates,
+)
+
+
+def _json(raw: bytes) -> Any:
+    return _decoder.decode(raw.decode())
 
 
 def _kind(error: Exception) -> str:
@@ -150,10 +182,10 @@ _BLANK = b" \t\r\n"
 
 def _one_by_one(body: bytes) -> Delivery:
     try:
-        lists = [value for name, value in _members(body) if name == "events"]
-        if len(lists) != 1:
-            raise BadDelivery("no list of events")
-        events = list(_items(lists[0], b"[]"))
+        envelope = _no_duplicates(list(_members(body)))
+        events = list(_items(envelope.pop("events", b""), b"[]"))
+        for value in envelope.values():
+            _json(value)
     except NOT_JSON as error:
         raise BadDelivery(f"not JSON: {_kind(error)}") from None
     delivery = Delivery(len(events))

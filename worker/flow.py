@@ -342,6 +342,14 @@ def readmit(rt: Runtime, kept: Kept, received: tuple[str, Balance] | None) -> Ne
     return Next(apply=[received[1].id] if received is not None else [])
 
 
+def trim_quarantine(rt: Runtime) -> None:
+    """Drop the oldest events beyond the quarantine's bounds."""
+    with transaction(rt.engine) as tx:
+        dropped = quarantine.trim(tx, rt.clock())
+    if dropped:
+        log.error("%s events were dropped from the quarantine, which is full or has held them for long", dropped)
+
+
 def apply(rt: Runtime, balance_id: str) -> Next:
     """Settle all whom this balance releases or fails. Repeating it settles whoever came since."""
     with transaction(rt.engine) as tx:

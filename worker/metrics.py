@@ -22,4 +22,5 @@ SUBSCRIPTION = Gauge(
     "payready_webhook_subscription_flaws",
     "What is wrong with our webhook subscription at the provider, by the last check that this process made.",
 )
-"""0: nothing. Only processes that check have it; where several do, look at the greatest."""
+"""0: nothing; NaN: not known. Only workers check, one at a time; where there are several, look at the greatest."""
+SUBSCRIPTION.set(float("nan"))
