@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.door import FORGER, SECRET, body
-from tests.webhook.conftest import sign
+from benchmarks.door import FORGER, body
+from tests.webhook.conftest import SECRET, sign
 from webhook.app import PATH, app
 
 STEPS = 10

@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, cast
 
 from anyio import to_thread
@@ -25,6 +25,7 @@ from config.settings import settings
 from tasks.delivery import BROKER_AWAY, carry_out
 from webhook import events, signature
 from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
+from webhook.keeper import Keeper
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
 from webhook.tally import Tally
 from worker import flow
@@ -98,7 +99,7 @@ async def _deliver(headers: Headers, receive: Receive) -> int:
     if not (delivery.balances or delivery.odd or delivery.unreadable):
         tally.routine(delivery.events)
         return 204
-    return await to_thread.run_sync(_hand_over, delivery)
+    return await _hand_over(delivery)
 
 
 async def _body(receive: Receive) -> bytes:
@@ -177,12 +178,12 @@ def _read(body: bytes) -> Delivery:
         raise Refused(400, "no_delivery", str(bad)) from None
 
 
-def _hand_over(delivery: Delivery) -> int:
+async def _hand_over(delivery: Delivery) -> int:
     """Make safe what is ours. What is unreadable is not: so the answer is no, and Quiltt sends it all again."""
     balances, odd, unreadable = len(delivery.balances), len(delivery.odd), delivery.unreadable
     try:
         if balances or odd:
-            carry_out(flow.receive(runtime(), delivery.balances, delivery.odd))
+            await keeper.keep(delivery)
     except AWAY as error:
         told = f"answered with 503, the provider must send it again: {type(error).__name__}"
         tally.delivery("unsafe", told, logging.ERROR)
@@ -197,6 +198,15 @@ def _hand_over(delivery: Delivery) -> int:
         return 400
     tally.delivery("quarantined" if odd else "matched", told, logging.WARNING if odd else logging.INFO)
     return 204
+
+
+def _keep(deliveries: Sequence[Delivery]) -> None:
+    balances = [balance for delivery in deliveries for balance in delivery.balances]
+    odd = [event for delivery in deliveries for event in delivery.odd]
+    carry_out(flow.receive(runtime(), balances, odd))
+
+
+keeper = Keeper(_keep, AWAY)
 
 
 def _reasons(delivery: Delivery) -> str:

@@ -16,6 +16,7 @@ from tests.webhook.conftest import OLD_SECRET, SECRET, delivery, sign
 from webhook import app
 from webhook.events import MAX_BODY_BYTES
 from webhook.tally import Tally
+from worker import flow
 from worker.flow import Next
 
 Send = Callable[..., int]
@@ -35,12 +36,12 @@ def counts() -> dict[str, float]:
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Send:
     """Sends a delivery to the application itself; what it would keep is kept nowhere."""
-    chosen = Settings(webhook_secrets=(SECRET, OLD_SECRET))  # type: ignore[arg-type]
+    chosen = Settings(webhook_secrets=(SECRET, OLD_SECRET))
     monkeypatch.setattr(app, "settings", lambda: chosen)
     monkeypatch.setattr(app, "_secrets", lambda: [SECRET, OLD_SECRET])
     monkeypatch.setattr(app, "runtime", lambda: None)
     monkeypatch.setattr(app, "carry_out", lambda _: None)
-    monkeypatch.setattr(app.flow, "receive", lambda *_: Next())
+    monkeypatch.setattr(flow, "receive", lambda *_: Next())
     monkeypatch.setattr(app, "tally", Tally())
     caplog.set_level(logging.DEBUG)
 
@@ -142,7 +143,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(app.flow, "receive", fail)
+    monkeypatch.setattr(flow, "receive", fail)
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()

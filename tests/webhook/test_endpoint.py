@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
     "deep": (400, b"[" * 200_000, {}),
     "deep events": (400, b'{"events": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", {}),
     "nonsense for an event": (400, b'{"events": [nonsense]}', {}),
-    "two types": (400, b'{"events": [{"type": "balance.created", "type": "profile.created"}]}', {}),
+    "two types": (400, b'{"events": [{"type": "balance.created", "type": "profile.created", "x": "REFRESH"}]}', {}),
     "a form": (415, GOOD, {"content_type": "application/x-www-form-urlencoded"}),
     "a text": (415, GOOD, {"content_type": "application/jsonp"}),
     "no type at all": (415, GOOD, {"content_type": ""}),

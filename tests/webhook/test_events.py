@@ -141,6 +141,16 @@ def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) ->
     assert (len(delivery.balances), delivery.odd, delivery.unreadable) == (1, [], unreadable)
 
 
+@pytest.mark.parametrize("hidden", [b"REFRESH", rb"\u0052EFRESH", rb"REFR\u0045SH"])
+def test_a_balance_of_ours_is_seen_however_it_is_written(hidden: bytes) -> None:
+    """What is taken for routine at a glance is routine; an escape, or a duplicate key, hides nothing."""
+    raw = body(EVENT).replace(b'"REFRESH"', b'"%s"' % hidden)
+    assert len(read(raw).balances) == 1
+    twice = raw.replace(b'"source"', b'"source": "%s", "source": "SYNC", "x"' % hidden)
+    assert [reason for _, reason in read(twice).odd] == ["not JSON: duplicate key"]
+    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).odd[0][1] == "not JSON: NaN"
+
+
 def test_figures_are_read_to_the_digit() -> None:
     """More digits than a float has."""
     raw = body(EVENT).replace(b"31.41", b"12345678901234567890.123456789")

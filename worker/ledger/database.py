@@ -37,8 +37,6 @@ POSTGRES = {
 }
 """How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
 _READING = "payready_reading"
-ROWS = 1000
-"""Rows that one statement inserts: databases allow so many values in one (SQLite 32,766)."""
 BUSY_S = 30
 """How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
 
@@ -118,8 +116,7 @@ def _lock_key(account_id: str) -> int:
 def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
     """Insert the rows that break no unique rule; returns the `key`s of those that were new."""
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    new: set[Any] = set()
-    for start in range(0, len(rows), ROWS):
-        statement = dialect.insert(table).values(list(rows[start : start + ROWS])).on_conflict_do_nothing()
-        new.update(tx.scalars(statement.returning(table.c[key])))
-    return new
+    statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
+    # Given apart from the statement, any number of rows goes through one that is compiled once, as many at a time as
+    # the database takes.
+    return set(tx.scalars(statement, list(rows))) if rows else set()
