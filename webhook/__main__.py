@@ -7,10 +7,11 @@ import uvicorn
 
 from config.logs import configure_logging
 from config.settings import ConfigurationError, settings
+from webhook.connection import Connection
 
 SERVER: dict[str, Any] = {
     "loop": "uvloop",
-    "http": "httptools",
+    "http": Connection,
     "ws": "none",
     "lifespan": "off",
     "access_log": False,
