@@ -85,7 +85,7 @@ def _routine(body: bytes) -> int:
     if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:  # an escape might hide the word
         return 0
     try:
-        envelope = from_json(body, allow_inf_nan=False)
+        envelope = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
         return 0
     events = envelope.get("events") if isinstance(envelope, dict) else None

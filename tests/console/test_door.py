@@ -39,13 +39,13 @@ ODD = b'{"type": "balance.created", "text": "\x1b[2J\xff", "x": NaN}'
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
     """Runs a command, with a broker."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", valkey_url)
     monkeypatch.setattr("console.door.settings", settings.__wrapped__)
-    yield lambda *words: CliRunner().invoke(app, list(words))
     with Redis.from_url(valkey_url) as redis:
         redis.delete("releases")
+    return lambda *words: CliRunner().invoke(app, list(words))
 
 
 @pytest.fixture
