@@ -35,6 +35,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "payments.cancel": {"queue": "payments"},
             "payments.revoke": {"queue": "payments"},
             "balances.refresh": {"queue": "refreshes"},
+            "balances.read": {"queue": "refreshes"},
             "payments.release": {"queue": "releases"},
             "payments.expire": {"queue": "upkeep"},
             "payments.sweep": {"queue": "upkeep"},

@@ -37,6 +37,9 @@ class Settings(BaseModel):
     """Correlation store; also broker and result backend unless the next two say otherwise."""
     broker_url: str | None = Field(None, repr=False)
     """Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    broker_transport: Literal["atomic", "kombu"] = "atomic"
+    """How workers take messages from Redis. `kombu`: as Celery does by itself, for a Redis behind a proxy that allows
+    neither RESP3 nor CLIENT TRACKING; a worker that is killed then loses the message it was just taking."""
     result_backend_url: str | None = Field(None, repr=False)
     """Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
@@ -56,6 +59,17 @@ class Settings(BaseModel):
     """How long to wait for an answer. Beyond it nobody knows whether the call was accepted."""
     quiltt_connections: int = Field(32, ge=1, le=64)
     """Calls in flight per process. httpx's pool costs the square of this, hence the ceiling."""
+
+    calls_per_s: int = Field(20, ge=1, le=10_000)
+    """Refresh calls a second, over all replicas. Quiltt documents 25 requests a second per key."""
+    breaker_failures: int = Field(10, ge=1, le=1000)
+    """So many calls in a row without any answer of sense (no connection, time-outs, 5xx) stop all calls for a while."""
+    reads_per_s: int = Field(10, ge=0, le=1000)
+    """Free reads of a balance by GraphQL a second, for payments that are about to expire; 0: none."""
+    read_ahead_s: int = Field(10, ge=1, le=600)
+    """How long before its deadline such a payment's balance is read, but no more than a quarter of its timeout."""
+    sync_may_release: bool = False
+    """Whether such a read may release a payment by a balance of source SYNC that is younger than its call."""
 
     webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
     """The current secret and, while it is being rotated, the previous one. None: every delivery is refused."""
@@ -100,6 +114,16 @@ class Settings(BaseModel):
     def clock_skew(self) -> timedelta:
         """`clock_skew_s` as a duration."""
         return timedelta(seconds=self.clock_skew_s)
+
+    @property
+    def read_ahead(self) -> timedelta:
+        """`read_ahead_s` as a duration."""
+        return timedelta(seconds=self.read_ahead_s)
+
+    @property
+    def call_limit(self) -> timedelta:
+        """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
+        return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)
 
     @model_validator(mode="after")
     def _no_call_is_doubled(self) -> Self:

@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 
 from config.celery import celery_settings
 from config.settings import Settings
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
 from worker.messages import Job
 
 ANSWER_S = 10.0

@@ -133,6 +133,9 @@ PLAN: tuple[Order, ...] = (
     _order("forged", "a wrong signature", "acct_forged01", _failed("timeout"), timeout_s=5),
     _order("never", "202, and nothing comes", "acct_never01", _failed("timeout"), timeout_s=5),
     _order("cancelled", "cancelled while it waits", "acct_never02", _failed("cancelled"), is_cancelled=True),
+    _order(
+        "read", "a webhook is lost, a read finds it", "acct_unsent01", _released(), timeout_s=8, profile_id="p_demo"
+    ),
     _order("late", "balance after the deadline", "acct_late01", _failed("timeout"), timeout_s=4),
     _order("later", "the late balance serves it", "acct_late01", _reused(), after_s=14.0),
 )
@@ -158,6 +161,7 @@ COSTS: Mapping[str, Calls] = {
     "acct_forged01": Calls(posted=1),
     "acct_never01": Calls(posted=1),
     "acct_never02": Calls(posted=1),
+    "acct_unsent01": Calls(posted=1),
     "acct_late01": Calls(posted=1),
 }
 """Every account of the plan, and the calls it costs."""

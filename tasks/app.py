@@ -11,15 +11,14 @@ from config.celery import celery_settings
 from config.logs import configure_logging
 from config.settings import ConfigurationError, settings
 
-# Where kombu looks up the scheme of a broker's address.
-TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
-
 
 def _make_app() -> Celery:
     try:
         configuration = celery_settings(settings())
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
+    if settings().broker_transport == "atomic":  # this is where kombu looks up the scheme of a broker's address
+        TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
     app = Celery("payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep", "tasks.revocation"])
     app.conf.update(configuration)
     return app

@@ -1,37 +1,112 @@
-"""Kombu's Redis transport, made to survive that Redis goes away while a worker works (kombu 5.7)."""
+"""Kombu's Redis transport, in which no message is ever in a worker's hands only (kombu 5.7).
 
-from typing import Any, ClassVar
+Kombu takes a message with BRPOP, and notes it as unacknowledged when it has it: a worker that is killed between the
+two, or a Redis that stops, loses the message. Here one script takes and notes it (`take.lua`). A script cannot block,
+so a worker that finds its queues empty asks Redis to be told when they are not: reading their lengths it has them
+tracked (`CLIENT TRACKING`, RESP3), and the next word on its connection is that one has changed.
 
-from kombu.transport import redis
+Keys and messages are kombu's own, so that workers on either transport can share a broker.
+"""
+
+from importlib.resources import files
+from time import monotonic, time
+from typing import Any
+
+from kombu.transport import redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
+
+TAKE = files(__package__).joinpath("take.lua").read_text()
+LOOK_S = 1.0
+"""How often a worker that waits looks by itself, as often as kombu's BRPOP: a connection that is dead must be seen."""
+
+
+class BrokerUnfit(Exception):
+    """The broker cannot tell a worker that its queues are no longer empty; see `PAYREADY_BROKER_TRANSPORT`."""
 
 
 class _QoS(redis.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Note that a message was taken from its queue.
-
-        It has left the queue before it is noted: if Redis goes away between the two, nobody has it but we.
-        """
-        try:
+        if self.channel.has_noted:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
             super().append(message, delivery_tag)
-        except self.channel.connection_errors:
-            delivery = message.delivery_info
-            self.channel.strays.append((message._raw, delivery["exchange"], delivery["routing_key"]))  # noqa: SLF001
-            raise
 
 
 class _Channel(redis.Channel):
     QoS = _QoS
-    strays: ClassVar[list[tuple[Any, str, str]]] = []
-    """Messages that this process has and Redis has not, with their exchange and routing key."""
+    has_noted = False
+    """Whether the message that is being delivered was noted as unacknowledged when it was taken."""
+    is_waiting = False
+    """Whether the queues were empty, and the next word of Redis is that one of them changed."""
 
-    def basic_consume(self, *args: Any, **options: Any) -> None:
-        """Consume, and first give back what was kept over a lost connection."""
-        while self.strays:
-            with self.conn_or_acquire() as client, client.pipeline() as pipe:
-                self._do_restore_message(*self.strays[0], pipe)
-                pipe.execute()
-            self.strays.pop(0)
-        super().basic_consume(*args, **options)
+    def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002 - kombu prescribes the signature
+        """Ask for a message."""
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        lists = [self._q_for_pri(queue, urgency) for urgency in self.priority_steps for queue in queues]
+        keys = [self.unacked_key, self.unacked_index_key, *lists]
+        connection = self._in_poll = self.client.connection
+        self._brpop_sent_at, self.is_waiting = monotonic(), False
+        take = ("EVAL", TAKE, len(keys), *keys, time())
+        connection.send_packed_command(connection.pack_commands([("CLIENT", "TRACKING", "ON", "NOLOOP"), take]))
+
+    def _brpop_read(self, **_: Any) -> bool:
+        """Take what Redis answers: a message, or later the word that there may be one.
+
+        Raises:
+            Empty: there is no message yet.
+        """
+        taken = None
+        try:
+            taken = self._answer()
+        finally:
+            if not self.is_waiting:
+                self._in_poll = None
+                self._flush_brpop_reauth()
+        if taken is None:
+            raise redis.Empty
+        key, message = taken
+        queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        self.has_noted = True
+        try:
+            self.connection._deliver(loads(bytes_to_str(message)), queue)  # noqa: SLF001 - as kombu does
+        finally:
+            self.has_noted = False
+        return True
+
+    def _answer(self) -> Any:
+        connection = self.client.connection
+        try:
+            if self.is_waiting:
+                self.is_waiting = False
+                connection.read_response(push_request=True)
+                return None
+            self._see_that_it_tracks(connection)
+            taken = connection.read_response()
+            # What came in the same breath is in a buffer, where the event loop does not see it.
+            self.is_waiting = taken is None and not connection.can_read(timeout=0)
+        except (*self.connection_errors, self.ResponseError):
+            connection.disconnect()  # there may be an answer left that nobody waits for
+            raise
+        return taken
+
+    def _see_that_it_tracks(self, connection: Any) -> None:
+        try:
+            connection.read_response()
+        except self.ResponseError as error:
+            connection.disconnect()
+            raise BrokerUnfit(
+                f"the broker refuses CLIENT TRACKING ({error}); with PAYREADY_BROKER_TRANSPORT=kombu payready does "
+                "without it, but a worker that is killed may then lose the message it was just taking"
+            ) from error
+
+    def look(self) -> None:
+        """Ask again, if waiting."""
+        if self.is_waiting and self._in_poll and self.qos.can_consume():
+            self._brpop_start()
 
     def close(self) -> None:
         """Close the channel, whatever its connection is like.
@@ -40,6 +115,8 @@ class _Channel(redis.Channel):
         back to this channel when there is nothing left by which its unacknowledged messages could go back; that is
         an error which Celery does not expect, and which ends the worker. The second attempt does not read.
         """
+        if self.is_waiting:
+            self._in_poll = None  # no answer is due
         try:
             super().close()
         except self.connection_errors:
@@ -50,3 +127,12 @@ class RedisTransport(redis.Transport):
     """Kombu's, with the channel above."""
 
     Channel = _Channel
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Have the channels served by the worker's loop."""
+        super().register_with_event_loop(connection, loop)
+        loop.call_repeatedly(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        for channel in self.cycle._channels:  # noqa: SLF001 - as kombu does
+            channel.look()

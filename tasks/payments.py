@@ -12,7 +12,7 @@ from tasks import suspension
 from tasks.app import app
 from tasks.delivery import BROKER_AWAY, carry_out
 from worker import flow
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
 from worker.errors import InvalidJob, PaymentNotReady
 from worker.flow import Entrance
 from worker.ledger.database import LEDGER_AWAY

@@ -13,6 +13,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from anyio import to_thread
@@ -29,7 +30,7 @@ from webhook.keeper import Keeper
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
 from webhook.tally import Tally
 from worker import flow
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
 from worker.ledger.database import LEDGER_AWAY, ping
 from worker.runtime import runtime, utc_now
 
@@ -91,12 +92,13 @@ async def _deliver(headers: Headers, receive: Receive) -> int:
     """Take in one delivery from Quiltt; returns the status of the answer."""
     try:
         body = await _body(receive)
-        _verify(body, dict(headers))
-        delivery = _read(body) if len(body) <= INLINE_BYTES else await to_thread.run_sync(_read, body)
+        signed_at = _verify(body, dict(headers))
+        large = len(body) > INLINE_BYTES
+        delivery = await to_thread.run_sync(_read, body, signed_at) if large else _read(body, signed_at)
     except Refused as refusal:
         tally.delivery(refusal.reason, f"refused with {refusal.status}: {refusal}")
         return refusal.status
-    if not (delivery.balances or delivery.odd or delivery.unreadable):
+    if not delivery.concerns_us:
         tally.routine(delivery.events)
         return 204
     return await _hand_over(delivery)
@@ -144,14 +146,14 @@ def _cut_off() -> Refused:
     return Refused(400, "cut_off", "its sender left before the end")
 
 
-def _verify(body: bytes, headers: dict[bytes, bytes]) -> None:
-    """Raise `Refused` if this does not come from Quiltt, or not as JSON."""
-    timestamp, signed = headers.get(_TIMESTAMP, b""), headers.get(_SIGNATURE, b"")
+def _verify(body: bytes, headers: dict[bytes, bytes]) -> datetime:
+    """When it was signed. Raises `Refused` if it does not come from Quiltt, or not as JSON."""
+    timestamp = headers.get(_TIMESTAMP, b"").decode("latin-1")
     try:
         signature.verify(
             body,
-            timestamp.decode("latin-1"),
-            signed.decode("latin-1"),
+            timestamp,
+            headers.get(_SIGNATURE, b"").decode("latin-1"),
             _secrets(),
             utc_now(),
             settings().webhook_window_s,
@@ -160,6 +162,7 @@ def _verify(body: bytes, headers: dict[bytes, bytes]) -> None:
         raise Refused(401, refusal.reason, str(refusal)) from None
     if not _JSON.fullmatch(headers.get(b"content-type", b"application/json")):
         raise Refused(415, "content_type", "its body does not call itself JSON")
+    return datetime.fromtimestamp(int(timestamp), UTC)
 
 
 _TIMESTAMP, _SIGNATURE = TIMESTAMP_HEADER.lower().encode(), SIGNATURE_HEADER.lower().encode()
@@ -171,9 +174,9 @@ def _secrets() -> list[str]:
     return [secret.get_secret_value() for secret in settings().webhook_secrets]
 
 
-def _read(body: bytes) -> Delivery:
+def _read(body: bytes, signed_at: datetime) -> Delivery:
     try:
-        return events.read(body)
+        return events.read(body, signed_at)
     except BadDelivery as bad:
         raise Refused(400, "no_delivery", str(bad)) from None
 
@@ -181,29 +184,33 @@ def _read(body: bytes) -> Delivery:
 async def _hand_over(delivery: Delivery) -> int:
     """Make safe what is ours. What is unreadable is not: so the answer is no, and Quiltt sends it all again."""
     balances, odd, unreadable = len(delivery.balances), len(delivery.odd), delivery.unreadable
+    connections = len(delivery.breakdowns) + len(delivery.relinks)
+    routine = delivery.events - balances - odd - unreadable - connections
     try:
-        if balances or odd:
+        if balances or odd or connections:
             await keeper.keep(delivery)
     except AWAY as error:
         told = f"answered with 503, the provider must send it again: {type(error).__name__}"
         tally.delivery("unsafe", told, logging.ERROR)
         return 503
-    routine = delivery.events - balances - odd - unreadable
-    tally.events(matched=balances, quarantined=odd, unreadable=unreadable, routine=routine)
-    told = f"{balances} REFRESH balances of {delivery.events} events"
+    tally.events(matched=balances, connection=connections, quarantined=odd, unreadable=unreadable, routine=routine)
+    told = f"{balances} REFRESH balances of {delivery.events} events, {connections} about connections"
     if odd:
         told += f", {odd} were set aside: {_reasons(delivery)}"
     if unreadable:
         tally.delivery("unreadable", f"refused with 400: {told}; {unreadable} are not JSON")
         return 400
-    tally.delivery("quarantined" if odd else "matched", told, logging.WARNING if odd else logging.INFO)
+    result = "quarantined" if odd else "matched" if balances else "connection"
+    tally.delivery(result, told, logging.WARNING if odd else logging.INFO)
     return 204
 
 
 def _keep(deliveries: Sequence[Delivery]) -> None:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
     odd = [event for delivery in deliveries for event in delivery.odd]
-    carry_out(flow.receive(runtime(), balances, odd))
+    breakdowns = [broken for delivery in deliveries for broken in delivery.breakdowns]
+    relinks = [relink for delivery in deliveries for relink in delivery.relinks]
+    carry_out(flow.receive(runtime(), balances, odd, breakdowns, relinks))
 
 
 keeper = Keeper(_keep, AWAY)

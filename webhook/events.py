@@ -1,12 +1,12 @@
-"""What is in a delivery for us? Pure: bytes in; balances, and events that nobody understands, out.
+"""What is in a delivery for us? Pure: bytes in; balances, broken connections, and events that nobody understands, out.
 
 Each event is looked at on its own, so that a bad one spoils no other. Unknown types and sources appear over time
 and most balances come from routine syncs: both are passed over in silence.
 
 A delivery is read in up to three ways, each slower than the one before, and each for what the one before leaves:
 
-1. Without the word REFRESH in it, it holds no balance of ours, however it is read. A fast parser sees to it that
-   every event is a routine one. Nearly all end here.
+1. Without the word REFRESH in it, or one that is in the types of other events of ours, nothing in it is ours, however
+   it is read. A fast parser sees to it that every event is a routine one. Nearly all end here.
 2. As a whole, strictly: numbers to the digit, and neither a duplicate key nor NaN in it.
 3. If something is odd, taken apart by its brackets, without looking into its parts: each event is then read, strictly,
    from its own bytes, and kept as it came if it is not understood.
@@ -16,18 +16,28 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from worker.messages import Balance
+from worker.messages import Balance, Breakdown, ConnectionEvent, ReconnectedEvent, Relink
 
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
 """What may be an id: no database takes every text, and one bad event must spoil no other."""
 OURS = "balance.created"
+BREAKDOWNS = {
+    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
+    "connection.synced.errored.institution": "the connection is in error: the institution fails",
+    "connection.synced.errored.provider": "the connection is in error: the data provider fails",
+    "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
+    "connection.disconnected": "the connection was disconnected: the user must connect again",
+    "profile.deleted": "the profile was deleted",
+}
+"""Events after which no balance will come, and what is said of them."""
 NOT_JSON = (ValueError, RecursionError, ArithmeticError)
 """What reading raises: bad syntax or encoding, too deep, a number with an exponent that no computer has."""
 
@@ -42,6 +52,8 @@ class Odd(Exception):
 
 Received = tuple[str, Balance]
 """A REFRESH balance with the id of its event."""
+Found = Received | Breakdown | Relink | None
+"""What an event is for us; None if it is none of ours."""
 
 
 @dataclass
@@ -53,12 +65,30 @@ class Delivery:
     balances: list[Received] = field(default_factory=list)
     odd: list[tuple[bytes, str]] = field(default_factory=list)
     """Balance events that could not be understood, as they came, with the reason."""
+    breakdowns: list[Breakdown] = field(default_factory=list)
+    """Connections and profiles that no balance will come for."""
+    relinks: list[Relink] = field(default_factory=list)
+    """Accounts that moved to another connection."""
     unreadable: int = 0
     """What is not JSON and does not say that it is, or is not, a balance event. It may be personal: it is not kept."""
 
+    @property
+    def concerns_us(self) -> bool:
+        """Whether there is anything to do about it."""
+        return bool(self.balances or self.odd or self.breakdowns or self.relinks or self.unreadable)
 
-def read(body: bytes) -> Delivery:
-    """Read a delivery.
+    def add(self, found: Found) -> None:
+        """Take in what an event was found to be."""
+        if isinstance(found, tuple):
+            self.balances.append(found)
+        elif isinstance(found, Breakdown):
+            self.breakdowns.append(found)
+        elif isinstance(found, Relink):
+            self.relinks.append(found)
+
+
+def read(body: bytes, signed_at: datetime) -> Delivery:
+    """Read a delivery that was signed at this time.
 
     Raises:
         BadDelivery: not an object with a list of events.
@@ -69,20 +99,30 @@ def read(body: bytes) -> Delivery:
     try:
         envelope = _json(body)
     except NOT_JSON:
-        return _one_by_one(body)
+        return _one_by_one(body, signed_at)
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
         raise BadDelivery("no list of events")
+    delivery = Delivery(len(events))
     try:
-        balances = [found for event in events if (found := _look_at(event)) is not None]
+        for event in events:
+            delivery.add(_look_at(event, signed_at))
     except Odd:
-        return _one_by_one(body)
-    return Delivery(len(events), balances)
+        return _one_by_one(body, signed_at)
+    return delivery
 
 
 def _routine(body: bytes) -> int:
     """The number of events, if none of them can be ours, or odd; 0 if that is not sure."""
-    if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:  # an escape might hide the word
+    if (
+        b"REFRESH" in body
+        or b".errored." in body
+        or b".disconnected" in body
+        or b".reconnected" in body
+        or b"profile.deleted" in body
+        or b"\\" in body  # an escape might hide any of them
+        or body.count(b'"events"') != 1
+    ):
         return 0
     try:
         envelope = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -101,8 +141,8 @@ def _is_routine(event: Any) -> bool:
     return isinstance(record, dict) and isinstance(record.get("source"), str)
 
 
-def read_event(raw: bytes) -> Received | None:
-    """Read one event from its bytes; None if it is none of ours.
+def read_event(raw: bytes, signed_at: datetime) -> Found:
+    """Read one event from its bytes.
 
     Raises:
         Odd: it says that it is one of ours, and is not understood.
@@ -117,7 +157,7 @@ def read_event(raw: bytes) -> Received | None:
         if set(types) != {OURS}:
             raise ValueError("types that contradict each other") from None
         raise Odd(f"not JSON: {_kind(error)}") from None
-    return _look_at(event)
+    return _look_at(event, signed_at)
 
 
 class _NotJson(ValueError):
@@ -151,9 +191,18 @@ def _kind(error: Exception) -> str:
     return str(error) if isinstance(error, _NotJson) else type(error).__name__
 
 
-def _look_at(event: Any) -> Received | None:
-    if not isinstance(event, dict) or event.get("type") != OURS:
-        return None
+def _look_at(event: Any, signed_at: datetime) -> Found:
+    kind = event.get("type") if isinstance(event, dict) else None
+    if kind == OURS:
+        return _look_at_balance(event)
+    if kind == "account.reconnected":
+        return _look_at_reconnection(event)
+    if isinstance(kind, str) and kind in BREAKDOWNS:
+        return _look_at_breakdown(event, signed_at)
+    return None
+
+
+def _look_at_balance(event: dict[str, Any]) -> Received | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
@@ -165,6 +214,27 @@ def _look_at(event: Any) -> Received | None:
         return event_id, Balance.model_validate(record)
     except ValidationError as error:
         raise Odd(_complaint(error)) from None
+
+
+def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> Breakdown | None:
+    """Connections without a sensible id are passed over: no payment can be waiting for them."""
+    try:
+        seen = ConnectionEvent.model_validate(event)
+    except ValidationError:
+        return None
+    # A retry is told as it was the first time: payments that came since are none of its business.
+    at = min(seen.at or signed_at, signed_at)
+    if seen.type == "profile.deleted":
+        return Breakdown(BREAKDOWNS[seen.type], at, profile_id=seen.record.id)
+    return Breakdown(BREAKDOWNS[seen.type], at, connection_id=seen.record.id)
+
+
+def _look_at_reconnection(event: dict[str, Any]) -> Relink | None:
+    try:
+        seen = ReconnectedEvent.model_validate(event)
+    except ValidationError:
+        return None
+    return Relink(seen.record.id, seen.metadata.former.id, seen.metadata.latter.id)
 
 
 def _complaint(error: ValidationError) -> str:
@@ -180,7 +250,7 @@ _MEMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:(.*)', re.DOTAL
 _BLANK = b" \t\r\n"
 
 
-def _one_by_one(body: bytes) -> Delivery:
+def _one_by_one(body: bytes, signed_at: datetime) -> Delivery:
     try:
         envelope = _no_duplicates(list(_members(body)))
         events = list(_items(envelope.pop("events", b""), b"[]"))
@@ -191,13 +261,11 @@ def _one_by_one(body: bytes) -> Delivery:
     delivery = Delivery(len(events))
     for raw in events:
         try:
-            found = read_event(raw)
+            delivery.add(read_event(raw, signed_at))
         except Odd as odd:
             delivery.odd.append((raw, str(odd)))
         except ValueError:
             delivery.unreadable += 1
-        else:
-            delivery.balances += [found] if found is not None else []
     return delivery
 
 

@@ -23,7 +23,8 @@ from functools import partial
 from typing import Any
 
 from worker import funds, metrics, payment
-from worker.correlation.store import CORRELATION_AWAY
+from worker.correlation.client import CORRELATION_AWAY
+from worker.correlation.gate import HeldBack
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
@@ -32,7 +33,19 @@ from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transact
 from worker.ledger.payments import Due, Settlement, Waiting
 from worker.ledger.quarantine import Kept
 from worker.ledger.refreshes import Flight
-from worker.messages import Balance, BalanceSheet, FeeShare, Job, Outcome, parse_job, stored_job
+from worker.messages import (
+    AccountView,
+    Balance,
+    BalanceSheet,
+    Breakdown,
+    FeeShare,
+    Job,
+    Outcome,
+    Relink,
+    parse_job,
+    read_balance,
+    stored_job,
+)
 from worker.payment import MAX_CALLS, OPEN, PaymentState, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
@@ -43,7 +56,9 @@ BATCH = 500
 RETRY = timedelta(seconds=15)
 """After this long a call that was enqueued and was not made is enqueued again."""
 BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
-"""Between attempts to book a call; together less than the room that `Runtime.call_limit` leaves for it."""
+"""Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
+TICK = timedelta(seconds=1)
+"""How often upkeep runs."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -56,8 +71,12 @@ class Next:
     """Payments that were settled: their outcomes are to be delivered."""
     call: list[tuple[str, str]] = field(default_factory=list)
     """Accounts and refreshes whose call is to be made."""
+    call_later: list[tuple[str, str, timedelta]] = field(default_factory=list)
+    """The same, in so long a time: their places in the budget of the second that comes."""
     apply: list[str] = field(default_factory=list)
     """Balances to be applied."""
+    read: list[tuple[str, str, timedelta]] = field(default_factory=list)
+    """Accounts and their profiles whose balance is to be read in so long a time, as its webhook may be lost."""
     more: bool = False
     """The step took as much as it takes at a time: repeat it."""
 
@@ -65,7 +84,9 @@ class Next:
         """Take over what `other` leaves to be done."""
         self.deliver += other.deliver
         self.call += other.call
+        self.call_later += other.call_later
         self.apply += other.apply
+        self.read += other.read
 
 
 @dataclass(frozen=True)
@@ -164,9 +185,23 @@ def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
         status = rt.provider.refresh_balance(account_id)
     except CallFailed as failure:
         metrics.CALLS.labels(type(failure).__name__.lower()).inc()
+        _hint(_report, rt, failure)
         return _insist(partial(_call_failed, rt, claim, failure))
     metrics.CALLS.labels("accepted").inc()
+    _hint(rt.gate.report, "answered", rt.clock())
     return _insist(partial(_call_accepted, rt, claim, status))
+
+
+def _report(rt: Runtime, failure: CallFailed) -> None:
+    """Tell the gate of a call that failed: a refusal is an answer like any other."""
+    now = rt.clock()
+    if isinstance(failure, Throttled):
+        rt.gate.report("throttled", now, _listens_again(failure, now))
+    elif isinstance(failure, Refused):
+        rt.gate.report("answered", now)
+    elif shut_until := rt.gate.report("failed", now):
+        metrics.BREAKER_OPENED.inc()
+        log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
 
 def _insist(book: Callable[[], Next]) -> Next:
@@ -192,7 +227,14 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
                 return Next()  # put off: its time has not come
             demand = payments.demand(tx, account_id)
             if demand is not None and flying is None:
+                if served_by := _serves_all(rt, tx, account_id):
+                    if mine is not None:
+                        refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
+                    _hint(rt.correlation.close, account_id, refresh_id)
+                    return Next(apply=[served_by])
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
+                if held_back := _held_back(rt, mine, now):
+                    return _hold_back(tx, mine, held_back, now)
                 return _take(rt, tx, mine, price, now, max(now, demand.fresh_from))
             if demand is not None and flying is not None and not payment.may_share(flying.called_at, demand.fresh_from):
                 _hold(tx, mine, account_id, refresh_id, due_at=_window_end(rt, flying))
@@ -201,6 +243,39 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, price: Price) -> _Clai
         held = refreshes.requested(tx, account_id)
     _restore(rt, account_id, flying, held)
     return Next()
+
+
+def _serves_all(rt: Runtime, tx: Tx, account_id: str) -> str | None:
+    """A balance that is there and releases or fails all who wait: Redis may have forgotten it, and nothing is paid."""
+    newest = balances.newest(tx, account_id)
+    if newest is None:
+        return None
+    answered = refreshes.find(tx, newest.refresh_id) if newest.refresh_id else None
+    by_call = _Answered(answered, first=False) if answered else None
+    fresh = (w.job.max_balance_age_s and _is_fresh(rt, w, newest, by_call) for w in payments.waiting_on(tx, account_id))
+    return newest.balance_id if all(fresh) else None
+
+
+def _held_back(rt: Runtime, mine: Flight, now: datetime) -> HeldBack | None:
+    """Ask the gate for leave. One that cannot be asked holds nobody back: the provider has a limit of its own."""
+    try:
+        return rt.gate.admit(now, in_turn=mine.not_before is not None)
+    except CORRELATION_AWAY as error:
+        log.warning("a call goes out without leave: %s", error)
+        return None
+
+
+def _hold_back(tx: Tx, mine: Flight, held_back: HeldBack, now: datetime) -> Next:
+    """Let the refresh wait for its turn; while the provider only fails, those who cannot wait fail now."""
+    metrics.HELD_BACK.labels(held_back.why).inc()
+    trouble, hopeless = mine.trouble, list[Waiting]()
+    if held_back.why == "shut":
+        trouble = f"the provider only fails; no calls are made until {held_back.until.isoformat()}"
+        hopeless = [w for w in payments.waiting_on(tx, mine.account_id) if w.deadline <= held_back.until]
+    settlements = [_failure(w, Reason.PROVIDER_UNAVAILABLE, str(trouble), now, _called(mine)) for w in hopeless]
+    payments.settle(tx, settlements)
+    refreshes.hold_back(tx, mine, held_back.until, trouble)
+    return Next(deliver=[w.payment_id for w in hopeless])
 
 
 def _write_refresh(tx: Tx, account_id: str, refresh_id: str, due_at: datetime) -> Flight:
@@ -224,7 +299,7 @@ def _take(rt: Runtime, tx: Tx, mine: Flight, price: Price, now: datetime, called
         tx,
         mine,
         RefreshEvent.CLAIM,
-        now + rt.call_limit,
+        now + rt.settings.call_limit,
         calls=mine.calls + 1,
         called_at=called_at,
         claimed_at=now,
@@ -268,8 +343,8 @@ def _call_failed(rt: Runtime, claim: _Claim, failure: CallFailed) -> Next:
 def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
     """Put the call off: it was provably not accepted, so it does not count."""
     not_before = now + payment.backoff(flight.deferrals)
-    if isinstance(failure, Throttled) and failure.retry_at is not None:
-        not_before = max(not_before, min(failure.retry_at, now + MAX_PAUSE))
+    if isinstance(failure, Throttled):
+        not_before = max(not_before, _listens_again(failure, now))
     calls = flight.calls - 1
     refreshes.move(
         tx,
@@ -284,9 +359,14 @@ def _defer(tx: Tx, flight: Flight, failure: CallFailed, now: datetime) -> None:
     )
 
 
+def _listens_again(throttled: Throttled, now: datetime) -> datetime:
+    return min(throttled.retry_at or now, now + MAX_PAUSE)
+
+
 def _refuse(rt: Runtime, tx: Tx, flight: Flight, refused: Refused, now: datetime) -> Next:
     """Fail all who wait on the account: the provider's answer will not change for any of them."""
-    refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused))
+    if not refreshes.move(tx, flight, RefreshEvent.REFUSE, None, trouble=str(refused)):
+        return Next()  # it was settled otherwise meanwhile
     waiting = payments.waiting_on(tx, flight.account_id)
     payments.settle(tx, [_failure(w, refused.reason, str(refused), now, flight.refresh_id) for w in waiting])
     _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
@@ -319,18 +399,68 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
 # --- receive and apply ------------------------------------------------------------------------------------------------
 
 
-def receive(rt: Runtime, received: Sequence[tuple[str, Balance]], odd: Sequence[tuple[bytes, str]]) -> Next:
-    """Keep REFRESH balances, given with the ids of their events, and set events aside that nobody understands.
+def receive(
+    rt: Runtime,
+    received: Sequence[tuple[str, Balance]],
+    odd: Sequence[tuple[bytes, str]] = (),
+    breakdowns: Sequence[Breakdown] = (),
+    relinks: Sequence[Relink] = (),
+) -> Next:
+    """Keep balances, given with the ids of their events, and set events aside that nobody understands.
 
-    When this returns they are safe; that a balance was known before changes nothing.
+    Payments of connections and profiles that broke down fail: no balance will come for them. When this returns
+    everything is safe, and that it was known before changes nothing.
     """
     now = rt.clock()
+    after = Next(apply=[balance.id for _, balance in received])
     with transaction(rt.engine) as tx:
         if odd:
             quarantine.set_aside(tx, odd, now)
         if received:
             balances.keep(tx, received, now)
-    return Next(apply=[balance.id for _, balance in received])
+        payments.relink(tx, relinks)
+        for broken in breakdowns:
+            after.deliver += _break_down(rt, tx, broken, now)
+    return after
+
+
+def _break_down(rt: Runtime, tx: Tx, broken: Breakdown, now: datetime) -> list[str]:
+    """Fail who waits behind it; who was requested later was requested in the knowledge of it, or after its repair."""
+    waiting = payments.behind(tx, broken, requested_by=broken.at + rt.settings.clock_skew)
+    serving = _serving(rt, tx, waiting)
+    lost = [_failure(w, Reason.CONNECTION_LOST, broken.what, now, _called(serving[w.payment_id])) for w in waiting]
+    payments.settle(tx, lost)
+    return [w.payment_id for w in waiting]
+
+
+def read(rt: Runtime, account_id: str, profile_id: str) -> Next:
+    """Read the account's balance, which costs nothing, as its webhook may be lost; keep it if it may release anyone."""
+    try:
+        account = rt.provider.read_account(account_id, profile_id)
+        balance = read_balance(account, account_id)
+    except (CallFailed, ValueError) as failure:
+        metrics.READS.labels("failed").inc()
+        log.warning("the balance of %s was not read: %s", account_id, failure)
+        return Next()
+    after = _fail_unfit(rt, account_id, account) if account else Next()
+    is_due = balance is not None and (balance.source == "REFRESH" or rt.settings.sync_may_release)
+    metrics.READS.labels("found" if is_due else "nothing").inc()
+    if balance is not None and is_due:
+        after.add(receive(rt, [(f"read:{balance.id}", balance)]))
+    return after
+
+
+def _fail_unfit(rt: Runtime, account_id: str, account: AccountView) -> Next:
+    """Fail the payments that no balance of such an account can release."""
+    now = rt.clock()
+    settlements = []
+    with transaction(rt.engine) as tx:
+        for waiting in payments.waiting_on(tx, account_id):
+            if unfit := funds.unfit(waiting.job, account.kind, account.currency):
+                serving = _serving(rt, tx, [waiting])
+                settlements.append(_failure(waiting, *unfit, now, _called(serving[waiting.payment_id])))
+        payments.settle(tx, settlements)
+    return Next(deliver=[settlement.payment_id for settlement in settlements])
 
 
 def readmit(rt: Runtime, kept: Kept, received: tuple[str, Balance] | None) -> Next:
@@ -357,7 +487,7 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     if balance is None:
         log.warning("balance %s is not in the ledger", balance_id)
         return Next()
-    if balance.due_at is not None:
+    if balance.due_at is not None and balance.source == "REFRESH":
         # From here on a payment that joins finds the balance; who joined before is found waiting below.
         rt.correlation.answer(balance.account_id, balance_id, _as_of(balance), rt.settings.clock_skew)
     with transaction(rt.engine) as tx:
@@ -385,6 +515,8 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
 
     The first time, the refresh is answered, and its fee posted if there is only one call it can be due to.
     """
+    if balance.source != "REFRESH":
+        return _passed(rt, tx, balance)
     if balance.refresh_id is not None:
         flight = refreshes.find(tx, balance.refresh_id)
         return _Answered(flight, first=False) if flight else None
@@ -399,6 +531,12 @@ def _attribute(rt: Runtime, tx: Tx, balance: Row[Any], now: datetime) -> _Answer
                 fees.close_entry(tx, calls[0], EntryState.POSTED, evidence, now)
             return _Answered(flight, first=True)
     return None
+
+
+def _passed(rt: Runtime, tx: Tx, balance: Row[Any]) -> _Answered | None:
+    """The refresh whose call a SYNC balance is younger than: whom it settles share its fee, and it stays open."""
+    called = [flight for flight in refreshes.unanswered(tx, balance.account_id) if _explains(rt, flight, balance)]
+    return _Answered(called[0], first=True) if called else None
 
 
 def _explains(rt: Runtime, flight: Flight, balance: Row[Any]) -> bool:
@@ -436,6 +574,8 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
 
 
 def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:
+    if balance.source != "REFRESH" and (answered is None or waiting.job.max_balance_age_s == 0):
+        return False
     return payment.may_release(
         _as_of(balance),
         answered.flight.called_at if answered else None,
@@ -488,7 +628,7 @@ def _verdict(
     sheet = BalanceSheet(
         id=balance.balance_id,
         at=balance.at,
-        source="REFRESH",
+        source=balance.source,
         available=balance.available,
         current=balance.current,
         limit=balance.limit,
@@ -533,23 +673,55 @@ def _failure(waiting: Waiting, reason: Reason, detail: str, now: datetime, refre
 
 
 def look(rt: Runtime) -> Next:
-    """Fail the payments whose deadline has passed, and see to it that a call is under way for the others."""
+    """Fail the payments whose deadline has passed, and see to it that a balance is under way for the others."""
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = payments.due(tx, now, BATCH)
         if not due:
             return Next()
         serving = _serving(rt, tx, due)
-        expired = [w for w in due if w.deadline <= now]
-        payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
+        after = _expire(tx, [w for w in due if w.deadline <= now], serving, now)
         waiting = [w for w in due if w.deadline > now]
         lost = [w for w in waiting if serving[w.payment_id] is None]
-        looks = {w.payment_id: w.deadline for w in waiting}
+        looks = {w.payment_id: _final_look(rt, w, now) for w in waiting}
         payments.look_again(tx, looks | {w.payment_id: _next_look(w, now) for w in lost})
-    after = Next(deliver=[w.payment_id for w in expired], more=len(due) == BATCH)
+    after.more = len(due) == BATCH
+    unseen = [w for w in waiting if w not in lost and looks[w.payment_id] == now + TICK]
+    if unseen:
+        _hint(_have_read, rt, unseen, now, after)
     for w in lost:
         _hint(_rejoin, rt, w, after)
     return after
+
+
+def _expire(tx: Tx, late: Sequence[Waiting], serving: Mapping[str, Flight | None], now: datetime) -> Next:
+    """Fail those whose time is over, unless a balance of their account is here that nobody has applied yet."""
+    patient = [w.account_id for w in late if now < w.deadline + balances.REAPPLY]
+    left = balances.unapplied(tx, sorted(set(patient))) if patient else {}
+    expired = [w for w in late if w.account_id not in left]
+    payments.settle(tx, [_expiry(w, serving[w.payment_id], now) for w in expired])
+    payments.look_again(tx, {w.payment_id: now + TICK for w in late if w.account_id in left})
+    return Next(
+        deliver=[w.payment_id for w in expired], apply=[balance_id for ids in left.values() for balance_id in ids]
+    )
+
+
+def _final_look(rt: Runtime, waiting: Waiting, now: datetime) -> datetime:
+    """When to look again at a payment whose call is under way: when its balance is to be read, or at its deadline."""
+    if waiting.job.profile_id is None or not rt.settings.reads_per_s:
+        return waiting.deadline
+    ahead = min(rt.settings.read_ahead, (waiting.deadline - waiting.requested_at) / 4)
+    return max(waiting.deadline - ahead, now + TICK)
+
+
+def _have_read(rt: Runtime, unseen: Sequence[Waiting], now: datetime, after: Next) -> None:
+    """Have balances read, one for each account, as the budget has places; the others are looked at in a second."""
+    profiles = {w.account_id: str(w.job.profile_id) for w in unseen}
+    turns = list(zip(profiles.items(), rt.reads.reserve(now, len(profiles)), strict=False))
+    accounts = [account_id for (account_id, _), _ in turns]
+    with transaction(rt.engine) as tx:
+        payments.look_at_deadline(tx, accounts, now + 1.5 * rt.settings.read_ahead)
+    after.read += [(*account, pause) for account, pause in turns]
 
 
 def _rejoin(rt: Runtime, waiting: Waiting, after: Next) -> None:
@@ -587,7 +759,7 @@ def _serves(rt: Runtime, flight: Flight, waiting: Waiting) -> bool:
 def _expiry(waiting: Waiting, flight: Flight | None, now: datetime) -> Settlement:
     """How a payment fails at its deadline: by the provider's trouble if there was any, else by time alone."""
     reason, detail = Reason.TIMEOUT, f"no balance came within {waiting.job.timeout_s} s"
-    if flight is None:
+    if flight is None or not (flight.calls or flight.trouble):
         detail += ", and no call was made"
     elif flight.trouble is not None:
         reason, detail = Reason.PROVIDER_UNAVAILABLE, flight.trouble
@@ -604,8 +776,11 @@ def sweep(rt: Runtime) -> Next:
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = refreshes.due(tx, now, BATCH)
+        wanted = refreshes.wanted(tx, now, rt.settings.calls_per_s)
         left = balances.overdue(tx, now, BATCH)
     after = Next(apply=left)
+    if wanted:
+        after.call_later = _give_turns(rt, wanted, now)
     for flight in due:
         try:
             after.add(_mind(rt, flight, now))
@@ -614,12 +789,27 @@ def sweep(rt: Runtime) -> Next:
     return after
 
 
+def _give_turns(rt: Runtime, wanted: Sequence[Flight], now: datetime) -> list[tuple[str, str, timedelta]]:
+    """Have calls made that were put off or held back, as many as the budget has places for, the most urgent first."""
+    try:
+        places = rt.gate.reserve(now, len(wanted))
+    except CORRELATION_AWAY as error:
+        log.warning("calls take their turns without places: %s", error)
+        places = [timedelta(0)] * len(wanted)
+    turns = list(zip(wanted, places, strict=False))
+    with transaction(rt.engine) as tx:
+        refreshes.give_turns(tx, [flight for flight, _ in turns], now, now + RETRY)
+    return [(flight.account_id, flight.refresh_id, pause) for flight, pause in turns]
+
+
 def _mind(rt: Runtime, flight: Flight, now: datetime) -> Next:
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [flight.account_id])
         if flight.state == RefreshState.REQUESTED:
-            refreshes.postpone(tx, flight, now + RETRY)
-            return Next(call=[(flight.account_id, flight.refresh_id)])
+            if payments.demand(tx, flight.account_id) is None:
+                refreshes.move(tx, flight, RefreshEvent.ABANDON, None)
+                _hint(rt.correlation.close, flight.account_id, flight.refresh_id)
+            return Next()
         if flight.state == RefreshState.CALLING:
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
             refreshes.move(tx, flight, RefreshEvent.LOSE, due_at, trouble="the worker that made the call was lost")
@@ -689,7 +879,7 @@ def delivered(rt: Runtime, task_ids: Sequence[str]) -> None:
 # --- the correlation store, where losing a word costs speed only -----------------------------------------------------
 
 
-def _hint(tell: Callable[..., None], *words: Any) -> None:
+def _hint(tell: Callable[..., object], *words: Any) -> None:
     try:
         tell(*words)
     except CORRELATION_AWAY as error:

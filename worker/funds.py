@@ -14,6 +14,8 @@ from worker.messages import Job, Verdict, plain
 EXACT = Context(prec=120, traps=[Inexact, InvalidOperation])
 """Room for any product and sum of the figures that `messages` lets in; were it too small, nothing is rounded."""
 
+LIABILITIES = ("CREDIT", "LOAN")
+
 
 @dataclass(frozen=True)
 class Funds:
@@ -54,6 +56,18 @@ def judge(job: Job, funds: Funds) -> Judgement:
         detail = f"{plain(needed)} {job.currency} needed, {plain(there)} {job.currency} there"
         return Judgement(None, Reason.INSUFFICIENT_FUNDS, detail, arithmetic)
     return Judgement("sufficient", None, "", arithmetic)
+
+
+def unfit(job: Job, kind: str | None, currency: str | None) -> tuple[Reason, str] | None:
+    """Why no balance of such an account can release the job, if that is known.
+
+    `kind` is Quiltt's: a liability's balance is what is owed, not what is there.
+    """
+    if kind in LIABILITIES:
+        return Reason.ACCOUNT_UNSUPPORTED, f"the account is of kind {kind}: its balance is owed, not there"
+    if job.check != "disabled" and currency not in (None, job.currency):
+        return Reason.ACCOUNT_UNSUPPORTED, f"the account is held in {currency}, the payment in {job.currency}"
+    return None
 
 
 def _there(job: Job, funds: Funds) -> Decimal | None:

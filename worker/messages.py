@@ -6,6 +6,7 @@ JSON Schema of the first two is published under `docs/contracts/`. No error text
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal
 from typing import Annotated, Any, Literal, Self
@@ -89,8 +90,10 @@ class Job(Contract):
     """The payments service's own id; the job is idempotent on it. Printable ASCII without spaces."""
     account_id: QuilttId
     profile_id: QuilttId | None = None
-    """Kept for a free read of the balance when the webhook is lost; nothing reads it yet."""
+    """With it payready can read the balance, free of charge, shortly before the deadline: a webhook may be lost.
+    And the payment fails as soon as the profile is deleted."""
     connection_id: QuilttId | None = None
+    """With it the payment fails as soon as the connection is known to be broken, not only at its deadline."""
     amount: Annotated[DecimalText, Field(gt=0)] | None = None
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
     timeout_s: Annotated[int, Field(strict=True, ge=1, le=3600)] = 120
@@ -251,3 +254,72 @@ class Balance(_Wire):
     available: Figure
     current: Figure
     limit: Figure
+
+
+class Named(_Wire):
+    """A record of which nothing but its id is read."""
+
+    id: QuilttId
+
+
+class ConnectionEvent(_Wire):
+    """An event about a connection, or about a whole profile."""
+
+    type: str
+    at: Moment | None = None
+    """Has been seen missing."""
+    record: Named
+
+
+class Relinked(_Wire):
+    """The metadata of an `account.reconnected` event: from which connection to which."""
+
+    former: Annotated[Named, Field(alias="from")]
+    latter: Annotated[Named, Field(alias="to")]
+
+
+class ReconnectedEvent(_Wire):
+    """An account that moved to another connection."""
+
+    record: Named
+    metadata: Relinked
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """No balance will come for the accounts of a connection, or of a profile: what happened, and to which."""
+
+    what: str
+    """What the payments service is told."""
+    at: datetime
+    """Payments that came later know of it, or of what came after it."""
+    connection_id: str | None = None
+    profile_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Relink:
+    """An account's connection is another one from now on."""
+
+    account_id: str
+    former: str
+    latter: str
+
+
+class AccountView(_Wire):
+    """What a read by GraphQL shows of an account."""
+
+    kind: str | None = None
+    currency: Annotated[str | None, Field(alias="currencyCode")] = None
+    balance: dict[str, Any] | None = None
+
+
+def read_balance(account: AccountView | None, account_id: str) -> Balance | None:
+    """The balance that a read shows, if it shows one.
+
+    Raises:
+        ValueError: it makes no sense; the text does not show it.
+    """
+    if account is None or account.balance is None:
+        return None
+    return Balance.model_validate({**account.balance, "accountId": account_id})

@@ -35,6 +35,10 @@ class PaymentEvent(StrEnum):
     """A fresh balance came, and it does not cover the payment, or cannot tell."""
     REFUSED = "refused"
     """The provider will not refresh this account."""
+    CUT_OFF = "cut off"
+    """Its connection or profile broke down: no balance will come."""
+    UNSERVABLE = "unservable"
+    """The provider only fails, and will for longer than the payment can wait."""
     EXPIRED = "expired"
     """The deadline passed."""
     CANCELLED = "cancelled"
@@ -45,6 +49,8 @@ PAYMENT_LAW: Mapping[tuple[PaymentState, PaymentEvent], PaymentState] = {
     (PaymentState.WAITING, PaymentEvent.COVERED): PaymentState.RELEASED,
     (PaymentState.WAITING, PaymentEvent.NOT_COVERED): PaymentState.FAILED,
     (PaymentState.WAITING, PaymentEvent.REFUSED): PaymentState.FAILED,
+    (PaymentState.WAITING, PaymentEvent.CUT_OFF): PaymentState.FAILED,
+    (PaymentState.WAITING, PaymentEvent.UNSERVABLE): PaymentState.FAILED,
     (PaymentState.WAITING, PaymentEvent.EXPIRED): PaymentState.FAILED,
     (PaymentState.WAITING, PaymentEvent.CANCELLED): PaymentState.FAILED,
 }

@@ -1,17 +1,20 @@
-"""Quiltt over HTTP: the paid call, and the question whose key ours is. The only home of httpx.
+"""Quiltt over HTTP: the paid call, the free read, and the question whose key ours is. The only home of httpx.
 
 What an answer means follows Quiltt's API description: there is no machine-readable error code, so the status is
 all there is to go by, and no request id, so an answer that is lost leaves it open whether the call was accepted.
 """
 
+import json
 import re
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Literal
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.messages import AccountView
 
 _REFUSALS = {
     400: (Reason.ACCOUNT_UNSUPPORTED, "the provider does not refresh accounts of this kind"),
@@ -19,6 +22,10 @@ _REFUSALS = {
     403: (Reason.CONNECTION_INACTIVE, "the account's connection is disconnected or in an error state"),
     404: (Reason.ACCOUNT_NOT_FOUND, "the provider does not know the account"),
 }
+
+READ_ACCOUNT = """query LatestBalance($id: ID!) {
+  account(id: $id) { currencyCode kind balance { id at source available current limit } }
+}"""
 
 Mode = Literal["TEST", "SANDBOX", "PRODUCTION"]
 
@@ -49,7 +56,9 @@ class Quiltt:
         connections: int,
     ) -> None:
         self._refresh_url = api_url.rstrip("/") + "/v1/accounts/{}/balances/refresh"
+        self._graphql_url = api_url.rstrip("/") + "/v1/graphql"
         self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
+        self._secret = api_key
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
             timeout=httpx.Timeout(connect_timeout_s, read=read_timeout_s),
@@ -73,6 +82,27 @@ class Quiltt:
         if answer.status_code != httpx.codes.ACCEPTED:
             raise _failure(answer)
         return answer.status_code
+
+    def read_account(self, account_id: str, profile_id: str) -> AccountView | None:
+        """Read an account and its newest balance by GraphQL: free of charge, and whatever became of its webhook.
+
+        None if the provider shows none: it reports errors in the body of a 200.
+
+        Raises:
+            Unsent: it could not be read. Nothing is charged for asking.
+        """
+        question = {"query": READ_ACCOUNT, "variables": {"id": account_id}}
+        login = httpx.BasicAuth(profile_id, self._secret.get_secret_value())
+        try:
+            answer = self._http.post(self._graphql_url, json=question, auth=login)
+        except httpx.RequestError as error:
+            raise Unsent(f"the balance could not be read: {_name(error)}") from error
+        try:
+            told = json.loads(answer.content, parse_float=Decimal, parse_int=Decimal)  # never through a float
+            account = told["data"]["account"]
+            return AccountView.model_validate(account) if account is not None else None
+        except (ValueError, ArithmeticError, RecursionError, TypeError, KeyError):
+            raise Unsent(f"the provider answered {answer.status_code} when a balance was read") from None
 
     def mode(self) -> Mode:
         """The mode of the environment that our key belongs to; it decides the price of a call.

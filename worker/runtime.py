@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
+from worker.correlation.client import connect
+from worker.correlation.gate import Budget, Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed, Reason, Refused, Unsent
 from worker.fees import Price, PriceList, PriceListError, read_prices
@@ -30,17 +32,14 @@ class Runtime:
     settings: Settings
     engine: Engine
     correlation: Correlation
+    gate: Gate
+    reads: Budget
     provider: Quiltt
     prices: PriceList
     clock: Callable[[], datetime] = utc_now
     _mode: str | None = field(default=None, init=False)
     _trouble: tuple[datetime, CallFailed] | None = field(default=None, init=False)
     _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    @property
-    def call_limit(self) -> timedelta:
-        """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
-        return timedelta(seconds=self.settings.quiltt_connect_timeout_s * 4 + self.settings.quiltt_read_timeout_s + 10)
 
     def price(self) -> Price:
         """What a call costs now. The provider is asked once which of its environments our key belongs to.
@@ -86,10 +85,18 @@ def build(settings: Settings) -> Runtime:
         read_timeout_s=settings.quiltt_read_timeout_s,
         connections=settings.quiltt_connections,
     )
+    redis = connect(settings.redis_url)
     return Runtime(
         settings=settings,
         engine=open_engine(settings.database_url),
-        correlation=Correlation.at(settings.redis_url),
+        correlation=Correlation(redis),
+        gate=Gate(
+            redis,
+            calls_per_s=settings.calls_per_s,
+            failures=settings.breaker_failures,
+            probe_limit=settings.call_limit,
+        ),
+        reads=Budget(redis, "reads", per_s=settings.reads_per_s),
         provider=provider,
         prices=read_prices(settings.fees_file.read_text()),
     )

@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("event_id", sa.Text(), nullable=False),
         sa.Column("account_id", sa.Text(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
+        sa.Column("source", sa.Text(), nullable=False),
         sa.Column("available", Exact(), nullable=True),
         sa.Column("current", Exact(), nullable=True),
         sa.Column("limit", Exact(), nullable=True),
@@ -43,6 +44,8 @@ def upgrade() -> None:
         sa.Column("account_id", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("job", Json, nullable=False),
+        sa.Column("connection_id", sa.Text(), nullable=True),
+        sa.Column("profile_id", sa.Text(), nullable=True),
         sa.Column("amount", Exact(), nullable=True),
         sa.Column("requested_at", UtcTime(), nullable=False),
         sa.Column("fresh_from", UtcTime(), nullable=False),
@@ -56,6 +59,22 @@ def upgrade() -> None:
         sa.Column("arithmetic", Json, nullable=True),
         sa.Column("outcome", Json, nullable=True),
         sa.PrimaryKeyConstraint("payment_id"),
+    )
+    op.create_index(
+        "payment_connection",
+        "payment",
+        ["connection_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'waiting' AND connection_id IS NOT NULL"),
+        sqlite_where=sa.text("state = 'waiting' AND connection_id IS NOT NULL"),
+    )
+    op.create_index(
+        "payment_profile",
+        "payment",
+        ["profile_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'waiting' AND profile_id IS NOT NULL"),
+        sqlite_where=sa.text("state = 'waiting' AND profile_id IS NOT NULL"),
     )
     op.create_index(
         "payment_due",
@@ -267,6 +286,18 @@ def downgrade() -> None:
         table_name="payment",
         postgresql_where=sa.text("state = 'released'"),
         sqlite_where=sa.text("state = 'released'"),
+    )
+    op.drop_index(
+        "payment_profile",
+        table_name="payment",
+        postgresql_where=sa.text("state = 'waiting' AND profile_id IS NOT NULL"),
+        sqlite_where=sa.text("state = 'waiting' AND profile_id IS NOT NULL"),
+    )
+    op.drop_index(
+        "payment_connection",
+        table_name="payment",
+        postgresql_where=sa.text("state = 'waiting' AND connection_id IS NOT NULL"),
+        sqlite_where=sa.text("state = 'waiting' AND connection_id IS NOT NULL"),
     )
     op.drop_index(
         "payment_due",

@@ -16,6 +16,7 @@ from config.settings import settings
 from console.cli import app
 from simulator.testing import Simulator
 from tests.console.conftest import NOON, Books
+from webhook.events import BREAKDOWNS, OURS
 from worker import metrics, runtime
 from worker.errors import CallFailed
 from worker.ledger import quarantine
@@ -211,6 +212,11 @@ def test_an_answer_that_is_not_documented_is_no_subscription() -> None:
         kept._http = httpx.Client(transport=httpx.MockTransport(partial(_always, answer)), base_url="http://x")
         with pytest.raises(CallFailed, match="not as documented"), kept:
             kept.all()
+
+
+def test_we_subscribe_to_just_the_events_that_the_webhook_reads() -> None:
+    """One that nobody reads is noise; one that is left out never comes."""
+    assert set(EVENT_TYPES) == {OURS, "account.reconnected", *BREAKDOWNS}
 
 
 def test_only_https_will_do() -> None:

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from redis import Redis
 
 from tests.support.world import START
-from worker.correlation.store import CORRELATION_AWAY, TIME_TO_LIVE_S, Correlation, Standing
+from worker.correlation.client import CORRELATION_AWAY, connect
+from worker.correlation.store import TIME_TO_LIVE_S, Correlation, Standing
 
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 SKEW = timedelta(seconds=5)
@@ -166,7 +167,7 @@ def test_the_scripts_are_loaded_again_after_the_server_forgot_them(store: Correl
 
 def test_an_absent_server_is_one_kind_of_error() -> None:
     """The one that callers wait for."""
-    store = Correlation.at("redis://127.0.0.1:1/0")
+    store = Correlation(connect("redis://127.0.0.1:1/0"))
     with pytest.raises(CORRELATION_AWAY):
         join(store, "r1")
     with pytest.raises(CORRELATION_AWAY):

@@ -125,12 +125,8 @@ def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payread
 def test_redis_away_while_a_call_is_made_costs_speed_only(payready: World) -> None:
     """The call is made, booked, and answered without it."""
     payready.initiate("p1", A)
-    away, payready.rt.correlation = payready.rt.correlation, type(payready.rt.correlation).at("redis://127.0.0.1:1/0")
-    try:
+    with payready.redis_away():
         payready.work()
-    finally:
-        payready.rt.correlation._redis.close()
-        payready.rt.correlation = away
     assert payready.fees(A) == ["1 pending", "1 posted"]
     payready.balance(A)
     payready.work()
@@ -221,7 +217,7 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
         payready.work()
     payready.lose()
     assert payready.refreshes(A) == ["calling"]
-    payready.pass_time(int(payready.rt.call_limit.total_seconds()))
+    payready.pass_time(int(payready.rt.settings.call_limit.total_seconds()))
     assert payready.refreshes(A) == ["uncertain"]
     assert payready.fees(A) == ["1 pending"]
     payready.pass_time(16)

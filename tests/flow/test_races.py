@@ -277,7 +277,7 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
         return 202
 
     def first() -> CallFailed:
-        payready.clock.advance(payready.rt.call_limit.total_seconds())
+        payready.clock.advance(payready.rt.settings.call_limit.total_seconds())
         flow.sweep(payready.rt)
         payready.clock.advance(15)
         again = flow.sweep(payready.rt)

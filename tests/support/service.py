@@ -14,7 +14,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 QUEUE = "svc"
 
-# Kombu's own transport may lose a message when Redis restarts (see there): then a test could not tell who lost it.
+# Kombu's own transport may lose a message when Redis restarts: then a test could not tell who lost it.
 TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
 
 app = Celery("payments-service", broker=os.environ["SERVICE_URL"], backend=os.environ["SERVICE_URL"])

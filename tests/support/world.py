@@ -23,6 +23,8 @@ from config.settings import Settings
 from console.processes import ROOT
 from tests.support.servers import Postgres
 from worker import flow
+from worker.correlation.client import connect
+from worker.correlation.gate import Budget, Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed
 from worker.fees import read_prices
@@ -30,7 +32,7 @@ from worker.flow import Entrance, Next
 from worker.ledger.database import Engine, open_engine
 from worker.ledger.payments import Due
 from worker.ledger.tables import PAYMENT
-from worker.messages import Balance
+from worker.messages import AccountView, Balance
 from worker.provider import Mode, Quiltt
 from worker.runtime import Runtime
 
@@ -44,7 +46,9 @@ mode = "TEST"
 from = 2026-01-01
 per_call = "0.100000"
 """
-SETTINGS = Settings(refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5)
+SETTINGS = Settings(
+    refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5, calls_per_s=10_000, breaker_failures=1000
+)
 
 Answer = int | CallFailed | Callable[[], "int | CallFailed"]
 """What the provider does with a call: answers a status, fails, or does something first."""
@@ -119,6 +123,8 @@ class ScriptedProvider:
         self.script: dict[str, list[Answer]] = defaultdict(list)
         self.asked: list[Mode | CallFailed] = []
         self.introspections = 0
+        self.accounts: dict[str, AccountView | CallFailed] = {}
+        self.reads: list[tuple[str, str]] = []
 
     def refresh_balance(self, account_id: str) -> int:
         """Take a call."""
@@ -128,6 +134,14 @@ class ScriptedProvider:
         if isinstance(outcome, CallFailed):
             raise outcome
         return outcome
+
+    def read_account(self, account_id: str, profile_id: str) -> AccountView | None:
+        """Take a read; without a word about the account there is nothing to see."""
+        self.reads.append((account_id, profile_id))
+        seen = self.accounts.get(account_id)
+        if isinstance(seen, CallFailed):
+            raise seen
+        return seen
 
     def mode(self) -> Mode:
         """Take a question about the key."""
@@ -185,11 +199,13 @@ class World:
 
     def work(self) -> None:
         """Do what is enqueued, and what follows from that."""
-        while self.queue.call or self.queue.apply or self.queue.deliver:
+        while self.queue.call or self.queue.call_later or self.queue.read or self.queue.apply or self.queue.deliver:
             todo, self.queue = self.queue, Next()
-            for account_id, refresh_id in todo.call:
+            for account_id, refresh_id in todo.call + [(account, refresh) for account, refresh, _ in todo.call_later]:
                 left = flow.call(self.rt, account_id, refresh_id)
                 self.queue.add(left)  # not before: more may be enqueued while the call is on the wire
+            for account_id, profile_id, _ in todo.read:
+                self.queue.add(flow.read(self.rt, account_id, profile_id))
             for balance_id in todo.apply:
                 self.queue.add(flow.apply(self.rt, balance_id))
             if todo.deliver:
@@ -221,6 +237,16 @@ class World:
     def flush(self) -> None:
         """Empty Redis."""
         self.rt.correlation._redis.flushdb()
+
+    @contextmanager
+    def redis_away(self) -> Iterator[None]:
+        """Nobody listens where Redis was."""
+        kept = self.rt.correlation, self.rt.gate, self.rt.reads
+        with connect("redis://127.0.0.1:1/0") as nobody:
+            self.rt.correlation, self.rt.gate = Correlation(nobody), gate_of(nobody, self.rt.settings)
+            self.rt.reads = Budget(nobody, "reads", per_s=self.rt.settings.reads_per_s)
+            yield
+        self.rt.correlation, self.rt.gate, self.rt.reads = kept
 
     def standing(self, account_id: str) -> dict[str, str]:
         """What the correlation store holds of an account."""
@@ -260,15 +286,23 @@ class World:
         return [row["state"] for row in self.rows(query, id=account_id)]
 
 
+def gate_of(redis: Any, settings: Settings) -> Gate:
+    """A gate with the limits of these settings."""
+    limits = {"calls_per_s": settings.calls_per_s, "failures": settings.breaker_failures}
+    return Gate(redis, probe_limit=settings.call_limit, **limits)
+
+
 @contextmanager
 def world(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> Iterator[World]:
     """A payready on this database and an emptied Redis."""
     clock, provider = Clock(), ScriptedProvider()
-    correlation = Correlation.at(redis_url)
+    redis = connect(redis_url)
     rt = Runtime(
         settings=settings,
         engine=open_engine(database_url),
-        correlation=correlation,
+        correlation=Correlation(redis),
+        gate=gate_of(redis, settings),
+        reads=Budget(redis, "reads", per_s=settings.reads_per_s),
         provider=cast(Quiltt, provider),
         prices=read_prices(PRICES),
         clock=clock,
@@ -279,4 +313,4 @@ def world(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> I
         yield made
     finally:
         rt.engine.dispose()
-        correlation._redis.close()
+        redis.close()

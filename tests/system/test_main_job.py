@@ -43,3 +43,16 @@ def test_a_payment_fails_at_once_with_the_reason(
     with pytest.raises(Exception, match=reason) as raised:
         result.get(timeout=15)
     assert type(raised.value).__name__ == "PaymentNotReady"
+
+
+def test_a_connection_that_breaks_down_fails_its_payments_at_once(
+    payready: System, account: Accounts, payment_id: str
+) -> None:
+    """The user must act, and is told so now, not at the deadline."""
+    result = payready.initiate(payment_id, account("never"), amount="25.00", timeout_s=60, connection_id="conn_broken1")
+    payready.payment(payment_id)
+    event = {"type": "connection.synced.errored.repairable", "record": {"id": "conn_broken1", "status": "ERROR"}}
+    answer = payready.simulator.http.post("/control/deliver", json={"body": {"events": [event]}}).raise_for_status()
+    assert answer.json()["status"] == 204
+    with pytest.raises(Exception, match=r"connection_lost.*repairable"):
+        result.get(timeout=15)

@@ -40,6 +40,8 @@ PROMISES: dict[str, Promise] = {
     "forged": Promise(reason="timeout", job=BRIEF),
     "stale": Promise(reason="timeout", job=BRIEF),
     "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id nobody can look
+    "unsent read": Promise(verdict="sufficient", job={**BRIEF, "profile_id": "p_reader"}),
+    "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
     "poor": Promise(reason="insufficient_funds"),
     "nullavail required": Promise(reason="funds_unknown"),
     "nullavail enabled": Promise(verdict="unchecked", job={"funds_check": "enabled"}),

@@ -35,6 +35,8 @@ PAYMENT_TABLE = """
 waiting   | covered     | released
 waiting   | not covered | failed
 waiting   | refused     | failed
+waiting   | cut off     | failed
+waiting   | unservable  | failed
 waiting   | expired     | failed
 waiting   | cancelled   | failed
 """

@@ -1,11 +1,15 @@
 """The provider's client: what each answer, and each way of not getting one, means for the bill."""
 
+import base64
+import json
+import re
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from pydantic import SecretStr
 
 from simulator.testing import Simulator
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.messages import read_balance
 from worker.provider import Quiltt
 
 KEY = "qk_hunter2"
@@ -62,7 +67,7 @@ class Raw:
 
     def _request(self, connection: socket.socket) -> bytes:
         received = b""
-        while not received.endswith(b"\r\n\r\n"):
+        while not _is_whole(received):
             try:
                 piece = connection.recv(65_536)
             except OSError:
@@ -71,6 +76,12 @@ class Raw:
                 return b""
             received += piece
         return received
+
+
+def _is_whole(request: bytes) -> bool:
+    head, blank, body = request.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return bool(blank) and len(body) >= int(length[1] if length else 0)
 
 
 @contextmanager
@@ -302,6 +313,53 @@ def test_a_mode_that_cannot_be_had_is_asked_for_again(serve: Callable[[socket.so
         quiltt.mode()
 
 
+ACCOUNT = (
+    b'{"data":{"account":{"kind":"DEPOSITORY","currencyCode":"USD","new":1,"balance":{"id":"bal_1",'
+    b'"at":"2025-01-24T14:15:22Z","source":"REFRESH","available":314.15,"current":9007199254740993,"limit":1e-7}}}}'
+)
+
+
+def test_an_account_is_read_in_the_name_of_its_profile_and_its_figures_to_the_digit() -> None:
+    with raw(answering(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
+        account = quiltt.read_account(A, "p_1")
+    assert account is not None
+    balance = read_balance(account, A)
+    assert balance is not None
+    assert (balance.account_id, balance.source) == (A, "REFRESH")
+    assert (balance.available, balance.current, balance.limit) == (
+        Decimal("314.15"),
+        Decimal(9007199254740993),
+        Decimal("1e-7"),
+    )
+    head, _, question = server.requests[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/graphql ")
+    assert b"Authorization: Basic " + base64.b64encode(f"p_1:{KEY}".encode()) in head
+    assert json.loads(question)["variables"] == {"id": A}
+
+
+def test_an_account_that_is_not_shown_is_none() -> None:
+    with raw(answering(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server, client(server.url) as quiltt:
+        assert quiltt.read_account(A, "p_1") is None
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        answering(401),
+        answering(500, body=b"<html>"),
+        answering(200, body=b"{}"),
+        answering(200, body=b"[]"),
+        answering(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
+        answering(200, body=b'{"data":{"account":7}}'),
+        answering(200, body=b"[" * 100_000),
+        cut(b"HTTP/1.1 2"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_no_account(serve: Callable[[socket.socket], None]) -> None:
+    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(Unsent, match="read"):
+        quiltt.read_account(A, "p_1")
+
+
 def test_the_key_is_in_no_error_and_in_nothing_that_is_printed() -> None:
     """Not in the text, not in its causes' texts, not in the client's."""
     closed = socket.create_server(("127.0.0.1", 0))
@@ -349,6 +407,10 @@ def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
         for scenario in ("error", "lost"):
             with pytest.raises(Uncertain):
                 quiltt.refresh_balance(f"acct_{scenario}1")
+        shown = quiltt.read_account("acct_prompt1", "p_1")
+        assert shown is not None
+        assert getattr(read_balance(shown, "acct_prompt1"), "source", None) == "SYNC"
+        assert quiltt.read_account("acct_gone1", "p_1") is None
     with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(Uncertain, match="read timeout"):
         quiltt.refresh_balance("acct_silent1")
     accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]

@@ -2,17 +2,24 @@
 
 import itertools
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tests.webhook.conftest import Endpoint
-from webhook.events import MAX_BODY_BYTES, BadDelivery, read
+from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
+from webhook.events import read as read_signed
 
 CORPUS = {path.name.removesuffix(".body"): path.read_bytes() for path in Path(__file__).with_name("corpus").iterdir()}
-STATUSES = {"routine": 204, "matched": 204, "quarantined": 204, "refused": 400}
+STATUSES = {"routine": 204, "matched": 204, "connection": 204, "quarantined": 204, "refused": 400}
 GOOD = json.loads(CORPUS["matched.documented"])["events"][0]
 _numbers = itertools.count(1)
+
+
+def read(body: bytes) -> Delivery:
+    """Read a body that was signed at noon."""
+    return read_signed(body, datetime(2026, 11, 22, 12, tzinfo=UTC))
 
 
 def _outcome(body: bytes) -> str:
@@ -20,7 +27,12 @@ def _outcome(body: bytes) -> str:
         delivery = read(body)
     except BadDelivery:
         return "refused"
-    found = {"refused": delivery.unreadable, "quarantined": delivery.odd, "matched": delivery.balances}
+    found = {
+        "refused": delivery.unreadable,
+        "quarantined": delivery.odd,
+        "matched": delivery.balances,
+        "connection": delivery.breakdowns,
+    }
     return next((outcome for outcome, some in found.items() if some), "routine")
 
 

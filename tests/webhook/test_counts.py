@@ -83,6 +83,7 @@ def call(headers: list[tuple[bytes, bytes]], messages: list[dict[str, Any]]) -> 
 ONE_ODD = b'{"type": "balance.created", "record": {"name": "Ada Lovelace"}}'
 SYNC = delivery("bal_1", source="SYNC")
 PROFILE = b'{"events": [{"type": "profile.updated", "record": {"name": "Ada Lovelace"}}]}'
+BROKEN = b'{"events": [{"type": "connection.disconnected", "record": {"id": "conn_1", "name": "Ada Lovelace"}}]}'
 MIXED = b'{"events": [%s, %s, {"type": "profile.created", "record": {"name": "Ada Lovelace"}}]}' % (
     ONE_ODD,
     json.dumps(json.loads(delivery("bal_1"))["events"][0]).encode(),
@@ -93,6 +94,7 @@ CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
     "routine, by the secret from before": (204, SYNC, {"secret": OLD_SECRET}, {"events routine": 1}),
     "routine, in pieces": (204, SYNC, {"parts": 7}, {"events routine": 1}),
     "matched": (204, delivery("bal_1", "bal_2"), {}, {"events matched": 2}),
+    "connection": (204, BROKEN, {}, {"events connection": 1}),
     "quarantined": (204, MIXED, {}, {"events matched": 1, "events quarantined": 1, "events routine": 1}),
     "stale": (401, delivery("bal_1"), {"age_s": 400}, {}),
     "stale, from the future": (401, delivery("bal_1"), {"age_s": -400}, {}),

@@ -1,6 +1,7 @@
 """What a delivery is read as: each event on its own, numbers to the digit, and nothing but a refusal for the rest."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from webhook.events import BadDelivery, Delivery, read
+import webhook.events
+from webhook.events import BREAKDOWNS, BadDelivery, Delivery
+from worker.messages import Breakdown, Relink
 
 RECORD = {
     "id": "bal_12vXOdjpsZIgB3Ae80Y7Pl",
@@ -20,6 +23,12 @@ RECORD = {
     "limit": None,
 }
 EVENT = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "balance.created", "record": RECORD, "metadata": {}}
+SIGNED_AT = datetime(2025, 1, 24, 14, 15, 30, tzinfo=UTC)
+
+
+def read(raw: bytes) -> Delivery:
+    """Read a delivery that was signed a few seconds after its event."""
+    return webhook.events.read(raw, SIGNED_AT)
 
 
 def event(*, event_id: Any = "evt_1", **record: Any) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def test_other_sources_are_passed_over(source: str) -> None:
     assert read(body(event(source=source))) == Delivery(events=1)
 
 
-@pytest.mark.parametrize("kind", ["connection.synced.errored.repairable", "profile.deleted", "something.new", None, 5])
+@pytest.mark.parametrize("kind", ["connection.created", "profile.created", "something.new", None, 5, []])
 def test_other_types_are_passed_over(kind: Any) -> None:
     """Whatever their records look like."""
     foreign = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
@@ -241,3 +250,45 @@ def test_each_event_of_a_batch_is_what_it_is_alone(batch: list[Any]) -> None:
     assert together.balances == [balance for one in alone for balance in one.balances]
     assert together.odd == [odd for one in alone for odd in one.odd]
     assert {raw for raw, _ in together.odd} <= {json.dumps(one).encode() for one in batch}
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+BROKEN = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "connection.disconnected", "record": {"id": "conn_1"}}
+AT = datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("kind", BREAKDOWNS)
+def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
+    whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
+    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
+    delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
+    assert delivery.breakdowns == [Breakdown(BREAKDOWNS[kind], AT, **whose)]
+    assert len(delivery.balances) == 1
+    assert delivery.concerns_us
+    assert "somebody" not in repr(delivery)
+
+
+def test_an_event_without_a_time_is_as_old_as_its_signature_and_none_is_younger() -> None:
+    """A delivery that is sent again is no news of the payments that came since."""
+    nameless = {name: value for name, value in BROKEN.items() if name != "at"}
+    ahead = {**BROKEN, "at": (SIGNED_AT + timedelta(hours=1)).isoformat()}
+    assert [broken.at for broken in read(body(nameless, ahead)).breakdowns] == [SIGNED_AT, SIGNED_AT]
+
+
+def test_an_account_that_moved_is_told_with_both_connections() -> None:
+    moved = {
+        **BROKEN,
+        "type": "account.reconnected",
+        "record": {"id": "acct_1"},
+        "metadata": {"from": {"id": "conn_1", "provider": "MX"}, "to": {"id": "conn_2", "provider": "PLAID"}},
+    }
+    assert read(body(moved)).relinks == [Relink("acct_1", "conn_1", "conn_2")]
+
+
+@pytest.mark.parametrize("kind", [*BREAKDOWNS, "account.reconnected"])
+@pytest.mark.parametrize(
+    "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
+)
+def test_a_connection_event_that_names_no_connection_is_passed_over(kind: str, record: Any) -> None:
+    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"from": 1}})) == Delivery(events=1)

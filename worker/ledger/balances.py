@@ -23,6 +23,7 @@ def keep(tx: Tx, balances: Sequence[tuple[str, Balance]], now: datetime) -> set[
             "event_id": event_id,
             "account_id": balance.account_id,
             "at": balance.at,
+            "source": balance.source,
             "available": balance.available,
             "current": balance.current,
             "limit": balance.limit,
@@ -37,6 +38,21 @@ def keep(tx: Tx, balances: Sequence[tuple[str, Balance]], now: datetime) -> set[
 def find(tx: Tx, balance_id: str) -> Row[Any] | None:
     """A balance as it was kept."""
     return tx.execute(select(BALANCE).where(B.balance_id == balance_id)).one_or_none()
+
+
+def newest(tx: Tx, account_id: str) -> Row[Any] | None:
+    """The account's newest balance with source REFRESH."""
+    query = select(BALANCE).where(B.account_id == account_id, B.source == "REFRESH").order_by(B.at.desc()).limit(1)
+    return tx.execute(query).one_or_none()
+
+
+def unapplied(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Balances of these accounts that were kept and not applied yet."""
+    left: dict[str, list[str]] = {}
+    query = select(B.account_id, B.balance_id).where(B.account_id.in_(account_ids), B.due_at.is_not(None))
+    for account_id, balance_id in tx.execute(query):
+        left.setdefault(account_id, []).append(balance_id)
+    return left
 
 
 def applied(tx: Tx, balance_id: str, refresh_id: str | None) -> None:

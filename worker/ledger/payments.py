@@ -10,7 +10,7 @@ from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal_co
 
 from worker.ledger.database import Row, Tx, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
-from worker.messages import Job, stored_job
+from worker.messages import Breakdown, Job, Relink, stored_job
 from worker.payment import PaymentState
 
 FIRST_LOOK = timedelta(seconds=5)
@@ -67,6 +67,8 @@ def record(tx: Tx, job: Job, now: datetime) -> bool:
         "account_id": job.account_id,
         "state": PaymentState.WAITING,
         "job": job.model_dump(mode="json", exclude_defaults=True),
+        "connection_id": job.connection_id,
+        "profile_id": job.profile_id,
         "amount": job.amount,
         "requested_at": now,
         "fresh_from": job.fresh_from(now),
@@ -115,6 +117,19 @@ def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
     return _hold(tx, P.payment_id.in_(payment_ids))
 
 
+def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
+    """Waiting payments of a connection or profile that were requested by then, held until the transaction ends."""
+    column, key = (P.connection_id, broken.connection_id) if broken.connection_id else (P.profile_id, broken.profile_id)
+    return _hold(tx, (column == key) & (P.requested_at <= requested_by))
+
+
+def relink(tx: Tx, relinks: Sequence[Relink]) -> None:
+    """Let waiting payments of these accounts follow them to another connection."""
+    for moved in relinks:
+        theirs = (P.account_id == moved.account_id, P.connection_id == moved.former, WAITING)
+        tx.execute(update(PAYMENT).where(*theirs).values(connection_id=moved.latter))
+
+
 def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
     # Rows are taken in one order by everyone, so that no two holders wait for each other.
     return _waiting(tx.execute(select(*_COLUMNS).where(which, WAITING).order_by(P.payment_id).with_for_update()))
@@ -132,6 +147,12 @@ def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:
         key: BindParameter[str] = bindparam("key")
         rows = [{"key": payment_id, "at": at} for payment_id, at in looks.items()]
         tx.execute(update(PAYMENT).where(P.payment_id == key).values(due_at=bindparam("at")), rows)
+
+
+def look_at_deadline(tx: Tx, account_ids: Sequence[str], deadline_by: datetime) -> None:
+    """Let upkeep look at the waiting payments of these accounts, if they end by then, not before they do."""
+    theirs = (P.account_id.in_(account_ids), P.deadline <= deadline_by, WAITING)
+    tx.execute(update(PAYMENT).where(*theirs).values(due_at=P.deadline))
 
 
 @dataclass(frozen=True)

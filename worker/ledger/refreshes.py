@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, func, literal_column, or_, select, update
 
 from worker.ledger.database import Tx, insert_new
-from worker.ledger.tables import REFRESH
-from worker.payment import IN_FLIGHT, REFRESH_LAW, RefreshEvent, RefreshState, after
+from worker.ledger.tables import PAYMENT, REFRESH
+from worker.payment import IN_FLIGHT, REFRESH_LAW, PaymentState, RefreshEvent, RefreshState, after
 
 R = REFRESH.c
 
@@ -74,8 +74,22 @@ def serving(tx: Tx, account_ids: Sequence[str], called_from: datetime) -> list[F
 
 
 def due(tx: Tx, now: datetime, limit: int) -> list[Flight]:
-    """Refreshes that time has something to do with."""
-    return _flights(tx, R.due_at <= now, order=R.due_at, limit=limit)
+    """Refreshes in flight that time has something to do with, and requested ones that nobody waits for any more."""
+    nobody_waits = (R.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
+    return _flights(tx, R.due_at <= now, R.state.in_(IN_FLIGHT) | nobody_waits, order=R.due_at, limit=limit)
+
+
+def wanted(tx: Tx, now: datetime, limit: int) -> list[Flight]:
+    """Requested refreshes whose call is due, those first whose payments have the nearest deadline."""
+    deadline = _nearest_deadline()
+    conditions = (R.due_at <= now, R.state == RefreshState.REQUESTED, deadline.is_not(None))
+    return _flights(tx, *conditions, order=deadline, limit=limit)
+
+
+def _nearest_deadline() -> ScalarSelect[datetime]:
+    waits = PAYMENT.c.state == literal_column(f"'{PaymentState.WAITING}'")  # as in the partial index
+    nearest = select(func.min(PAYMENT.c.deadline)).where(PAYMENT.c.account_id == R.account_id, waits)
+    return nearest.correlate(REFRESH).scalar_subquery()
 
 
 def add(tx: Tx, refresh_id: str, account_id: str, state: RefreshState, **values: Any) -> bool:
@@ -111,3 +125,14 @@ def put_off(tx: Tx, flight: Flight, not_before: datetime, trouble: str) -> None:
         .where(_unchanged(flight))
         .values(not_before=not_before, due_at=not_before, deferrals=flight.deferrals + 1, trouble=trouble)
     )
+
+
+def hold_back(tx: Tx, flight: Flight, until: datetime, trouble: str | None) -> None:
+    """Let a requested refresh wait for its turn; that does not count as a failure of its own."""
+    tx.execute(update(REFRESH).where(_unchanged(flight)).values(not_before=until, due_at=until, trouble=trouble))
+
+
+def give_turns(tx: Tx, flights: Sequence[Flight], now: datetime, due_at: datetime) -> None:
+    """Let requested refreshes be called as if they had waited for it, and be seen to again at `due_at`."""
+    chosen = R.refresh_id.in_([flight.refresh_id for flight in flights])
+    tx.execute(update(REFRESH).where(chosen, R.state == RefreshState.REQUESTED).values(not_before=now, due_at=due_at))

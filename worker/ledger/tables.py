@@ -89,6 +89,12 @@ class Payment(SQLModel, table=True):
         _partial("payment_due", "due_at", where=f"state = '{PaymentState.WAITING}'"),
         _partial("payment_waiting", "account_id", where=f"state = '{PaymentState.WAITING}'"),
         _partial("payment_released", "account_id", "settled_at", where=f"state = '{PaymentState.RELEASED}'"),
+        _partial(
+            "payment_connection",
+            "connection_id",
+            where=f"state = '{PaymentState.WAITING}' AND connection_id IS NOT NULL",
+        ),
+        _partial("payment_profile", "profile_id", where=f"state = '{PaymentState.WAITING}' AND profile_id IS NOT NULL"),
         _partial("payment_sharers", "refresh_id", where="refresh_id IS NOT NULL"),
     )
 
@@ -97,6 +103,8 @@ class Payment(SQLModel, table=True):
     state: str = Field(sa_type=Text)
     job: dict[str, Any] = Field(sa_type=Json)
     """The job as it came, without defaults."""
+    connection_id: str | None = Field(default=None, sa_type=Text)
+    profile_id: str | None = Field(default=None, sa_type=Text)
     amount: Decimal | None = Field(sa_type=Exact)
     requested_at: datetime = Field(sa_type=UtcTime)
     fresh_from: datetime = Field(sa_type=UtcTime)
@@ -189,7 +197,7 @@ class FeeEntry(SQLModel, table=True):
 
 
 class BalanceRow(SQLModel, table=True):
-    """A balance the provider sent with source REFRESH."""
+    """A balance that may settle payments: with source REFRESH, or one that was read and that the settings let in."""
 
     __tablename__ = "balance"
     __table_args__ = (
@@ -201,6 +209,7 @@ class BalanceRow(SQLModel, table=True):
     event_id: str = Field(sa_type=Text)
     account_id: str = Field(sa_type=Text)
     at: datetime = Field(sa_type=UtcTime)
+    source: str = Field(sa_type=Text)
     available: Decimal | None = Field(sa_type=Exact)
     current: Decimal | None = Field(sa_type=Exact)
     limit: Decimal | None = Field(sa_type=Exact)

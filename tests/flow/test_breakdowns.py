@@ -1,0 +1,86 @@
+"""A payment whose connection breaks down fails at once, and not because of what happened before it came."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.support.world import World
+from worker import flow
+from worker.messages import Breakdown, Relink
+
+A, B = "acct_a", "acct_b"
+
+
+def break_down(payready: World, *, age_s: float = 0, **whose: str) -> None:
+    """An event of this age comes in about a connection or a profile."""
+    at = payready.clock() - timedelta(seconds=age_s)
+    payready.queue.add(flow.receive(payready.rt, [], breakdowns=[Breakdown("it is gone", at, **whose)]))
+    payready.work()
+
+
+def test_payments_of_a_connection_that_broke_down_fail_at_once_and_share_the_call_that_was_made_for_them(
+    payready: World,
+) -> None:
+    for name, account, job in (
+        ("p1", A, {"connection_id": "conn_1"}),
+        ("p2", A, {"connection_id": "conn_1", "profile_id": "p_1"}),
+        ("p3", B, {"connection_id": "conn_2"}),
+        ("p4", A, {}),
+    ):
+        payready.initiate(name, account, **job)
+    payready.work()
+    break_down(payready, connection_id="conn_1")
+    assert [payready.state(f"p{n}") for n in (1, 2, 3, 4)] == [
+        "connection_lost",
+        "connection_lost",
+        "waiting",
+        "waiting",
+    ]
+    assert payready.outcome("p1")["detail"] == "it is gone"
+    shares = payready.rows("SELECT refresh_id, reused FROM payment WHERE reason = 'connection_lost'")
+    assert all(row["refresh_id"] and not row["reused"] for row in shares)
+    payready.balance(A)
+    payready.work()
+    assert payready.state("p4") == "released"
+    assert payready.state("p1") == "connection_lost"
+
+
+def test_payments_of_a_profile_that_was_deleted_fail_at_once(payready: World) -> None:
+    payready.initiate("p1", A, profile_id="p_1")
+    payready.initiate("p2", B, profile_id="p_2")
+    break_down(payready, profile_id="p_1")
+    assert [payready.state("p1"), payready.state("p2")] == ["connection_lost", "waiting"]
+
+
+@pytest.mark.parametrize("age_s", [6, 3600])
+def test_an_event_that_is_sent_again_does_not_fail_payments_that_came_since(payready: World, age_s: float) -> None:
+    payready.initiate("p1", A, connection_id="conn_1", profile_id="p_1")
+    break_down(payready, age_s=age_s, connection_id="conn_1")
+    break_down(payready, age_s=age_s, profile_id="p_1")
+    assert payready.state("p1") == "waiting"
+
+
+def test_a_call_for_which_nobody_waits_any_more_is_not_made(payready: World) -> None:
+    payready.initiate("p1", A, connection_id="conn_1")
+    later, payready.queue = payready.queue, flow.Next()
+    break_down(payready, connection_id="conn_1")
+    payready.queue.add(later)
+    payready.work()
+    assert payready.provider.calls == []
+
+
+@pytest.mark.parametrize(
+    ("moved", "states"),
+    [
+        (Relink(A, "conn_1", "conn_2"), ["connection_lost", "waiting"]),
+        (Relink(A, "conn_9", "conn_2"), ["waiting", "waiting"]),
+        (Relink("acct_z", "conn_1", "conn_2"), ["waiting", "waiting"]),
+    ],
+)
+def test_an_account_that_moves_takes_its_payments_along(payready: World, moved: Relink, states: list[Any]) -> None:
+    payready.initiate("p1", A, connection_id="conn_1")
+    payready.initiate("p2", B, connection_id="conn_1")
+    payready.queue.add(flow.receive(payready.rt, [], relinks=[moved]))
+    break_down(payready, connection_id="conn_2")
+    assert [payready.state("p1"), payready.state("p2")] == states

@@ -1,0 +1,77 @@
+"""The gate to the provider: one for all replicas, in Redis.
+
+It keeps calls within a budget of so many a second, and is shut while the provider only fails. What is held back is
+let through by the nearest deadline first: the ledger knows those, and its sweep says whose turn it is. Losing what is
+in here costs little: the provider answers 429 to what is too much, and the next failures shut the gate again.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from redis import Redis
+
+from worker.correlation.client import at_epoch, microseconds, script, since_epoch
+
+CROWDED = timedelta(seconds=2)
+"""So long after a call was held back, others wait for it too: until the sweep's turn, and the next."""
+PAUSE, LONGEST_PAUSE = timedelta(seconds=5), timedelta(seconds=60)
+"""How long the gate is shut the first time, and at most."""
+
+End = Literal["answered", "failed", "throttled"]
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """A call that may not go out. `shut`: as all calls fail; `full`: as too many do."""
+
+    why: Literal["full", "shut"]
+    until: datetime
+
+
+class Budget:
+    """So many requests a second, over all replicas; who cannot go now is given a place. Raises `CORRELATION_AWAY`."""
+
+    def __init__(self, redis: Redis, name: str, *, per_s: int) -> None:
+        self._key = f"payready:{name}"
+        self._per_s = per_s
+        self._reserve = script(redis, "reserve")
+
+    def reserve(self, now: datetime, wanted: int) -> list[timedelta]:
+        """Places in the budget of the next second, as many as there are: how long from now each is to go."""
+        if not self._per_s:
+            return []
+        interval = timedelta(seconds=1) / self._per_s
+        sizes = [wanted, microseconds(interval), microseconds(CROWDED)]
+        count, first = self._reserve([self._key], [since_epoch(now), *sizes])
+        return [at_epoch(first) - now + place * interval for place in range(int(count))]
+
+
+class Gate(Budget):
+    """Leave to make a paid call. Each operation is one Lua script, which documents the key."""
+
+    def __init__(self, redis: Redis, *, calls_per_s: int, failures: int, probe_limit: timedelta) -> None:
+        super().__init__(redis, "gate", per_s=calls_per_s)
+        self._admit = script(redis, "admit")
+        self._report = script(redis, "report")
+        self._interval = timedelta(seconds=1) / calls_per_s
+        self._burst = max(1, calls_per_s // 4)  # with the budget of 20/s no second sees more than Quiltt's limit of 25
+        self._failures = failures
+        self._probe_limit = probe_limit
+
+    def admit(self, now: datetime, *, in_turn: bool) -> HeldBack | None:
+        """Let one call out, or say why not. A call `in_turn` was held back before, and has its place in the budget."""
+        budget = [microseconds(self._interval), self._burst]
+        spans = [microseconds(self._probe_limit), microseconds(CROWDED)]
+        answer = self._admit([self._key], [since_epoch(now), *budget, int(in_turn), *spans])
+        return None if answer[0] == "go" else HeldBack(answer[0], at_epoch(answer[1]))
+
+    def report(self, end: End, now: datetime, retry_at: datetime | None = None) -> datetime | None:
+        """Say how a call ended; returns until when the gate is shut if this end shut it.
+
+        `retry_at` is when the provider will listen again, by its own word, after a throttled call.
+        """
+        pauses = [microseconds(PAUSE), microseconds(LONGEST_PAUSE)]
+        spent_until = (retry_at or now) + (self._burst - 1) * self._interval
+        shut = self._report([self._key], [end, since_epoch(now), self._failures, *pauses, since_epoch(spent_until)])
+        return at_epoch(shut) if shut != "0" else None

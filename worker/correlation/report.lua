@@ -1,0 +1,37 @@
+-- A call to the provider ended.
+--
+-- KEYS[1]  payready:gate, see admit.lua
+-- ARGV[1]  "answered" | "failed" | "throttled"
+-- ARGV[2]  now (µs)
+-- ARGV[3]  failures in a row that shut the gate
+-- ARGV[4]  how long it is shut the first time (µs); twice as long each time that the probe fails
+-- ARGV[5]  how long at most (µs)
+-- ARGV[6]  for a throttled call: until when the budget is spent (µs)
+--
+-- Returns until when the gate is shut (µs) if this shut it, else 0.
+
+local now = tonumber(ARGV[2])
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+if ARGV[1] ~= 'failed' then
+  redis.call('HDEL', KEYS[1], 'failures', 'shut', 'pause', 'probe')
+  local tat = tonumber(redis.call('HGET', KEYS[1], 'tat') or 0)
+  if ARGV[1] == 'throttled' and tonumber(ARGV[6]) > tat then
+    redis.call('HSET', KEYS[1], 'tat', ARGV[6])
+  end
+  return '0'
+end
+
+local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
+local shut = tonumber(redis.call('HGET', KEYS[1], 'shut') or 0)
+if shut > now or (shut == 0 and failures < tonumber(ARGV[3])) then
+  return '0' -- shut already, by a call that ended before; or not often enough
+end
+local pause = tonumber(redis.call('HGET', KEYS[1], 'pause') or 0) * 2
+pause = math.min(math.max(pause, tonumber(ARGV[4])), tonumber(ARGV[5]))
+redis.call('HSET', KEYS[1], 'shut', whole(now + pause), 'pause', whole(pause))
+redis.call('HDEL', KEYS[1], 'probe')
+return whole(now + pause)
