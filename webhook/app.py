@@ -4,7 +4,7 @@
 408  the body came too slowly        413  the body is too large            415  the body does not call itself JSON
 503  cannot be made safe now: send it again
 
-Deliveries do not pass through Starlette, which would cost as much as all that is done with a routine one.
+Deliveries do not pass through Starlette: most are routine, and are to cost little more than their HTTP.
 """
 
 import asyncio
