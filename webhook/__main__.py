@@ -1,4 +1,4 @@
-"""Serve the endpoint: `python -m webhook`. TLS, and limits on headers, are the business of the proxy in front."""
+"""Serve the endpoint: `python -m webhook`. TLS is the business of the proxy in front."""
 
 import sys
 from typing import Any

@@ -136,6 +136,17 @@ def test_without_a_secret_all_are_counted_as_such(send: Send, monkeypatch: pytes
     assert counts()["deliveries no_secret"] == before + 1
 
 
+def test_a_secret_is_rotated_without_a_gap(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of steps that docs/operations.md gives: at each, some subscription's deliveries are all taken."""
+    old, new = OLD_SECRET, SECRET
+    steps = [([old], [old]), ([old], [old, new]), ([new, old], [old, new]), ([new, old], [new]), ([new], [new])]
+    answers = []
+    for known, senders in steps:
+        monkeypatch.setattr(app, "_secrets", lambda known=known: known)
+        answers.append([send(delivery("bal_1"), secret=secret) for secret in senders])
+    assert answers == [[204], [204, 401], [204, 204], [204], [204]], "the 401 is sent again, and then taken"
+
+
 @pytest.mark.parametrize("error", [OperationalError("x", None, Exception()), RuntimeError(), KeyError()])
 def test_what_could_not_be_kept_is_counted_and_sent_again(
     send: Send, monkeypatch: pytest.MonkeyPatch, error: Exception
