@@ -11,15 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import door
 from benchmarks.cases import CASES
 from benchmarks.rig import rig
 
+ALONE = {"door": door.measure}
+"""Cases that need less than a whole system."""
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 
 def _sizes() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=list(CASES), action="append", help="this case only; may be repeated")
+    parser.add_argument("--only", choices=[*CASES, *ALONE], action="append", help="this case only; may be repeated")
     parser.add_argument("--rounds", type=int, default=1, help="measure so often, each time on a fresh system")
     parser.add_argument("--n", type=int, default=2000, help="burst: payments")
     parser.add_argument("--rate", type=float, default=20, help="paced: payments a second")
@@ -27,6 +30,8 @@ def _sizes() -> argparse.Namespace:
     parser.add_argument("--hot", type=int, default=1000, help="hot: payments on ten accounts")
     parser.add_argument("--parked", type=int, default=5000, help="parked: payments")
     parser.add_argument("--entries", type=int, default=1_000_000, help="statement: fee entries")
+    parser.add_argument("--door-rounds", type=int, default=5, help="door: of each handler, in turn")
+    parser.add_argument("--deliveries", type=int, default=1_000_000, help="door: over which memory is watched")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures are kept")
     return parser.parse_args()
 
@@ -45,14 +50,21 @@ def _show(console: Console, case: str, rounds: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _measured(case: str, sizes: argparse.Namespace) -> dict[str, Any]:
+    if case in ALONE:
+        return dict(ALONE[case](sizes))
+    with rig() as running:
+        return CASES[case](running, sizes)
+
+
 def main() -> None:
     """Measure what was asked for."""
     sizes, console = _sizes(), Console()
-    figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or CASES}
+    figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or [*CASES, *ALONE]}
     for _ in range(sizes.rounds):
         for case, rounds in figures.items():
-            with console.status(f"{case}: {CASES[case].__doc__}"), rig() as running:
-                rounds.append(CASES[case](running, sizes))
+            with console.status(f"{case}: {(ALONE.get(case) or CASES[case]).__doc__}"):
+                rounds.append(_measured(case, sizes))
     for case, rounds in figures.items():
         _show(console, case, rounds)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}

@@ -39,6 +39,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "payments.release": {"queue": "releases"},
             "payments.expire": {"queue": "upkeep"},
             "payments.sweep": {"queue": "upkeep"},
+            "webhooks.check": {"queue": "upkeep"},
+            "webhooks.trim": {"queue": "upkeep"},
         },
         # Redelivery: a message is acknowledged after its task, and comes back if its worker died.
         "task_acks_late": True,
@@ -59,6 +61,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "beat_schedule": {
             "expire": _every_tick("payments.expire"),
             "sweep": _every_tick("payments.sweep"),
+            "check webhooks": _every_now_and_then("webhooks.check"),
+            "trim quarantine": _every_now_and_then("webhooks.trim"),
         },
     }
 
@@ -66,6 +70,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
 def _every_tick(task: str) -> dict[str, Any]:
     # A tick that found no worker for five seconds is worthless: the next one does its work.
     return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
+
+
+def _every_now_and_then(task: str) -> dict[str, Any]:
+    return {"task": task, "schedule": 600.0, "options": {"expires": 300.0}}
 
 
 def _transport(settings: Settings) -> dict[str, Any]:

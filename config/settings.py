@@ -76,6 +76,8 @@ class Settings(BaseModel):
     """The current secret and, while it is being rotated, the previous one. None: every delivery is refused."""
     webhook_window_s: int = Field(300, ge=1, le=3600)
     """How far a delivery's timestamp may be from our clock, either way."""
+    webhook_url: str | None = Field(None, pattern=r"^https://[^\s]+$")
+    """The public address of the webhook endpoint, as Quiltt delivers to it. None: the subscription is not checked."""
     host: str = "127.0.0.1"
     """The address that the webhook endpoint listens on."""
     port: int = Field(8000, ge=0, le=65535)

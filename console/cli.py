@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from config.settings import settings
-from console import client, demo, doctor, fees, show, up
+from console import client, demo, doctor, door, fees, show, up
 from console.command import FAILED, AsJson, ask, fail, plainly, screen
 from console.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
@@ -27,6 +27,8 @@ app = typer.Typer(
 payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, look at, cancel.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fees.app, name="fees")
+app.add_typer(door.quarantine_app, name="quarantine")
+app.add_typer(door.webhooks_app, name="webhooks")
 
 NOT_READY = 3
 """Exit status of `enqueue --wait` when the payment must not start."""

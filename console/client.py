@@ -1,6 +1,6 @@
 """payready's tasks, asked for from the command line: the same way as any payments service does."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +99,18 @@ def probe_results(settings: Settings) -> None:
             app.backend.get_task_meta("payready-doctor")
         except _AWAY as error:
             raise NoAnswer(str(error)) from None
+
+
+def release(settings: Settings, balance_ids: Sequence[str]) -> None:
+    """Have balances applied to those who wait for them, as the webhook does.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    if balance_ids:
+        with _client(settings) as app:
+            for balance_id in balance_ids:
+                app.send_task("payments.release", (balance_id,), ignore_result=True)
 
 
 def as_arguments(job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from config.settings import ConfigurationError, settings
 from console.client import NoAnswer
 from console.processes import StartError
-from worker.errors import InvalidJob
+from worker.errors import CallFailed, InvalidJob
 from worker.fees import PriceListError
 from worker.invoice import InvoiceError
 from worker.ledger.database import LEDGER_AWAY, Engine, Tx, open_engine, reading, transaction
@@ -19,6 +19,16 @@ from worker.ledger.database import LEDGER_AWAY, Engine, Tx, open_engine, reading
 T = TypeVar("T")
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 FAILED = 1
+EXPECTED = (
+    ConfigurationError,
+    StartError,
+    InvalidJob,
+    InvoiceError,
+    PriceListError,
+    CallFailed,
+    NoAnswer,
+    OSError,
+)
 
 
 @contextmanager
@@ -26,7 +36,16 @@ def plainly() -> Iterator[None]:
     """What is expected to go wrong is said in a sentence, without a traceback."""
     try:
         yield
-    except (ConfigurationError, StartError, InvalidJob, InvoiceError, PriceListError, NoAnswer, OSError) as error:
+    except (
+        ConfigurationError,
+        StartError,
+        InvalidJob,
+        InvoiceError,
+        PriceListError,
+        CallFailed,
+        NoAnswer,
+        OSError,
+    ) as error:
         fail(str(error))
     except LEDGER_AWAY as error:
         fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 from tasks.app import app
 from tasks.delivery import carry_out, deliver_overdue
-from worker import flow
+from worker import flow, subscriptions
 from worker.ledger.database import LEDGER_AWAY
 from worker.runtime import runtime
+from worker.runtime import subscriptions as provider_subscriptions
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,21 @@ def sweep() -> None:
     with _while_the_ledger_answers():
         deliver_overdue()
         carry_out(flow.sweep(runtime()))
+
+
+@app.task(name="webhooks.check", send_events=False)
+def check_subscription() -> None:
+    """See whether the provider still delivers to us."""
+    url = runtime().settings.webhook_url
+    if url is not None:
+        with provider_subscriptions(runtime().settings) as provider:
+            subscriptions.check(provider, url)
+
+
+@app.task(name="webhooks.trim", send_events=False)
+def trim_quarantine() -> None:
+    """Keep the quarantine within its bounds."""
+    flow.trim_quarantine(runtime())
 
 
 @contextmanager

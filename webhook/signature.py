@@ -19,6 +19,7 @@ that is wrong.
 """
 
 import base64
+import functools
 import hmac
 import re
 from collections.abc import Sequence
@@ -92,9 +93,9 @@ def verify(
     else; `TypeError` and `ValueError` are for the caller's own mistakes: one string for the list of secrets, a clock
     without a zone.
     """
-    keys = _keys(secrets)
+    signers = _signers(secrets)
     now_s = _unix_seconds(now)
-    if not keys:
+    if not signers:
         raise NoSecret("no webhook secret is configured")
     if not timestamp or not signature:
         raise Missing(f"{TIMESTAMP_HEADER} and {SIGNATURE_HEADER} are both needed")
@@ -102,21 +103,27 @@ def verify(
         raise Malformed(f"{TIMESTAMP_HEADER} is not Unix seconds in decimal")
     if not _SIGNATURE.fullmatch(signature):
         raise Malformed(f"{SIGNATURE_HEADER} is not base64 of 32 bytes")
-    if not _any_key_signed(keys, _VERSION + timestamp.encode("ascii") + body, signature.encode("ascii")):
+    if not _any_signed(signers, timestamp.encode("ascii"), body, signature.encode("ascii")):
         raise Mismatch("the signature was made with no secret of ours")
     if abs(now_s - int(timestamp)) > window_s:
         raise Stale(round(now_s) - int(timestamp))
 
 
-def _keys(secrets: Sequence[str]) -> list[bytes]:
-    """Leave out the blank ones: an empty key signs as well as any other, and everybody has it.
+def _signers(secrets: Sequence[str]) -> list[hmac.HMAC]:
+    """One for each secret, blank ones left out: an empty key signs as well as any other, and everybody has it.
 
     HMAC fills a short key up with zero bytes, so a key of nothing but zeros is the empty key again.
     """
     if isinstance(secrets, str):
         raise TypeError("secrets must be a list of secrets: each character of a lone string would pass for one")
+    return [_signer(secret) for secret in secrets if secret.strip().strip("\0")]
+
+
+@functools.lru_cache(maxsize=8)
+def _signer(secret: str) -> hmac.HMAC:
+    """What every signature with this secret begins with; to prepare a key costs as much as to sign with it."""
     # Any str is a key: surrogatepass, for a secret that is no valid text signs nothing, and must not break the door.
-    return [secret.encode("utf-8", "surrogatepass") for secret in secrets if secret.strip().strip("\0")]
+    return hmac.new(secret.encode("utf-8", "surrogatepass"), _VERSION, "sha256")
 
 
 def _unix_seconds(now: datetime) -> float:
@@ -125,10 +132,12 @@ def _unix_seconds(now: datetime) -> float:
     return now.timestamp()
 
 
-def _any_key_signed(keys: list[bytes], message: bytes, signature: bytes) -> bool:
-    """Try every key, matched or not, in the same time: how long the answer takes says nothing about the keys."""
+def _any_signed(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signature: bytes) -> bool:
+    """Try every one, matched or not, in the same time: how long the answer takes says nothing about the keys."""
     signed = False
-    for key in keys:
-        expected = base64.b64encode(hmac.digest(key, message, "sha256"))
-        signed |= hmac.compare_digest(expected, signature)
+    for signer in signers:
+        made = signer.copy()
+        made.update(timestamp)
+        made.update(body)
+        signed |= hmac.compare_digest(base64.b64encode(made.digest()), signature)
     return signed

@@ -28,9 +28,10 @@ from worker.correlation.gate import HeldBack
 from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import ACCEPTED, EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
-from worker.ledger import balances, fees, payments, refreshes
+from worker.ledger import balances, fees, payments, quarantine, refreshes
 from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
 from worker.ledger.payments import Due, Settlement, Waiting
+from worker.ledger.quarantine import Kept
 from worker.ledger.refreshes import Flight
 from worker.messages import (
     AccountView,
@@ -429,7 +430,7 @@ def _not_priced(rt: Runtime, account_id: str, refresh_id: str, failure: CallFail
 def receive(
     rt: Runtime,
     received: Sequence[tuple[str, Balance]],
-    odd: Sequence[tuple[str, str]] = (),
+    odd: Sequence[tuple[bytes, str]] = (),
     breakdowns: Sequence[Breakdown] = (),
     relinks: Sequence[Relink] = (),
 ) -> Next:
@@ -442,7 +443,7 @@ def receive(
     after = Next(apply=[balance.id for _, balance in received])
     with transaction(rt.engine) as tx:
         if odd:
-            balances.set_aside(tx, odd, now)
+            quarantine.set_aside(tx, odd, now)
         if received:
             balances.keep(tx, received, now)
         payments.relink(tx, relinks)
@@ -488,6 +489,23 @@ def _fail_unfit(rt: Runtime, account_id: str, account: AccountView) -> Next:
                 settlements.append(_failure(waiting, *unfit, now, _called(serving[waiting.payment_id])))
         payments.settle(tx, settlements)
     return Next(deliver=[settlement.payment_id for settlement in settlements])
+
+
+def readmit(rt: Runtime, kept: Kept, received: tuple[str, Balance] | None) -> Next:
+    """Take an event out of quarantine that is understood now: keep its balance, if it is ours, as of when it came."""
+    with transaction(rt.engine) as tx:
+        if received is not None:
+            balances.keep(tx, [received], kept.received_at)
+        quarantine.drop(tx, [kept.quarantine_id])
+    return Next(apply=[received[1].id] if received is not None else [])
+
+
+def trim_quarantine(rt: Runtime) -> None:
+    """Drop the oldest events beyond the quarantine's bounds."""
+    with transaction(rt.engine) as tx:
+        dropped = quarantine.trim(tx, rt.clock())
+    if dropped:
+        log.error("%s events were dropped from the quarantine, which is full or has held them for long", dropped)
 
 
 def apply(rt: Runtime, balance_id: str) -> Next:

@@ -13,7 +13,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import REGISTRY, Counter, Histogram, make_wsgi_app
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -25,6 +25,23 @@ ASK_AGAIN_S = 5.0
 
 CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
 """`accepted`, `refused`, `throttled`, `unsent`, `uncertain`."""
+
+DELIVERIES = Counter("payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"])
+"""Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `connection` (it
+brought no more than word of a connection or a profile), `quarantined` (it brought
+an event that nobody understood, and maybe balances too). `unsafe`: 503, it could not be kept now. All else was
+refused: `stale` (rightly signed, at another time), `mismatch`, `missing`, `malformed`, `no_secret` (401),
+`content_type` (415), `too_large` (413), `too_slow` (408), `cut_off`, `no_delivery`, `unreadable` (400)."""
+
+EVENTS = Counter("payready_webhook_events", "Events of rightly signed deliveries, by what became of them.", ["result"])
+"""`routine` (not ours), `matched` (a REFRESH balance), `connection`, `quarantined`, `unreadable` (not even JSON)."""
+
+SUBSCRIPTION = Gauge(
+    "payready_webhook_subscription_flaws",
+    "What is wrong with our webhook subscription at the provider, by the last check that this process made.",
+)
+"""0: nothing; NaN: not known. Only workers check, one at a time; where there are several, look at the greatest."""
+SUBSCRIPTION.set(float("nan"))
 HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leave to go out.", ["why"])
 """`full`: the budget of calls per second is spent. `shut`: the breaker is open."""
 BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")
@@ -34,11 +51,6 @@ CAPS_REACHED = Counter("payready_fee_caps_reached", "Calls that were not made be
 CAPS_NEAR = Counter("payready_fee_caps_near", "Times that a cap was used to four fifths.", ["cap"])
 """`day`, `month`, `account`."""
 
-DELIVERIES = Counter("payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"])
-"""Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `quarantined` (it brought
-an event that nobody understood, and maybe balances too). `unsafe`: 503, it could not be kept now. All else was
-refused: `stale` (rightly signed, at another time), `mismatch`, `missing`, `malformed`, `no_secret` (401),
-`content_type` (415), `too_large` (413), `too_slow` (408), `cut_off`, `no_delivery`, `unreadable` (400)."""
 # What is alerted on is at nought from the start: the first step of a counter that begins with it is not seen.
 for _result in ("quarantined", "unsafe", "stale", "mismatch", "no_secret"):
     DELIVERIES.labels(_result)

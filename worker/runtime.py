@@ -16,6 +16,7 @@ from worker.fees import Price, PriceList, PriceListError, read_prices
 from worker.ledger.database import Engine, open_engine
 from worker.ledger.fees import Spending
 from worker.provider import Mode, Quiltt
+from worker.subscriptions import Subscriptions
 
 ASK_AGAIN = timedelta(seconds=2)
 """After this long a question that the provider did not answer is asked again."""
@@ -115,6 +116,16 @@ def build(settings: Settings) -> Runtime:
         reads=Budget(redis, "reads", per_s=settings.reads_per_s),
         provider=provider,
         prices=read_prices(settings.fees_file.read_text()),
+    )
+
+
+def subscriptions(settings: Settings) -> Subscriptions:
+    """The provider's webhook subscriptions, asked for by few, and seldom."""
+    return Subscriptions(
+        settings.quiltt_api_url,
+        settings.quiltt_api_key,
+        connect_timeout_s=settings.quiltt_connect_timeout_s,
+        read_timeout_s=settings.quiltt_read_timeout_s,
     )
 
 

@@ -119,7 +119,7 @@ def upgrade() -> None:
     op.create_table(
         "quarantine",
         sa.Column("quarantine_id", sa.Text(), nullable=False),
-        sa.Column("event", sa.Text(), nullable=False),
+        sa.Column("event", sa.LargeBinary(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("received_at", UtcTime(), nullable=False),
         sa.PrimaryKeyConstraint("quarantine_id"),

@@ -1,10 +1,15 @@
 """Invariant 2: no payment is forgotten, and Redis may be emptied: no account in flight is charged again."""
 
+from decimal import Decimal
+
 import pytest
 
 from tests.support.world import World
 from worker import flow
 from worker.errors import Reason, Refused, Throttled, Uncertain, Unsent
+from worker.ledger import quarantine
+from worker.ledger.database import transaction
+from worker.messages import Balance
 
 A = "acct_kept"
 STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
@@ -233,3 +238,29 @@ def test_upkeep_takes_any_number_of_expired_payments(payready: World) -> None:
     second = flow.look(payready.rt)
     assert not second.more
     assert len({*first.deliver, *second.deliver}) == count
+
+
+def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: World) -> None:
+    """Out of quarantine it counts as of its arrival, and releases whoever still waits; others stay there."""
+    payready.initiate("pay_1", "acct_1", amount="25.00")
+    payready.work()
+    payready.clock.advance(3)
+    flow.receive(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
+    with transaction(payready.engine) as tx:
+        [kept] = [kept for kept in quarantine.newest(tx, 10) if kept.event == b"{}"]
+    balance = Balance.model_validate(
+        {
+            "id": "bal_1",
+            "accountId": "acct_1",
+            "at": payready.clock.now.isoformat(),
+            "source": "REFRESH",
+            "available": Decimal(100),
+            "current": None,
+            "limit": None,
+        }
+    )
+    payready.clock.advance(30)
+    payready.queue.add(flow.readmit(payready.rt, kept, ("evt_1", balance)))
+    payready.work()
+    assert payready.state("pay_1") == "released"
+    assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

@@ -37,7 +37,7 @@ def test_an_exception_takes_back_all_of_a_transaction(engine: Engine) -> None:
 
 def test_a_row_that_is_known_is_not_new(engine: Engine) -> None:
     """In one statement with others, and when it comes twice in it."""
-    row = {"event": "{}", "reason": "x", "received_at": START}
+    row = {"event": b"{}", "reason": "x", "received_at": START}
     rows = [{"quarantine_id": key, **row} for key in ("a", "b", "a")]
     with transaction(engine) as tx:
         assert insert_new(tx, QUARANTINE, rows, key="quarantine_id") == {"a", "b"}

@@ -8,7 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
 
-from tests.contracts import FOLDER, schemas
+from tests.contracts import FOLDER, contracts
 from worker.errors import InvalidJob, Reason
 from worker.messages import Job, parse_job
 
@@ -25,7 +25,7 @@ def _validator(name: str) -> Callable[[Any], None]:
 def test_the_published_schemas_are_those_of_the_models() -> None:
     """If not: `python -m tests.contracts`, and a line in the change log."""
     published = {path.name: path.read_text() for path in FOLDER.iterdir()}
-    assert published == schemas()
+    assert published == contracts()
 
 
 def test_every_reason_is_published() -> None:

@@ -49,9 +49,13 @@ class Endpoint:
         signature = sign(body if signed is None else signed, timestamp, secret)
         return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
 
-    def send(self, body: bytes, headers: Mapping[str, str] | None = None, **how: Any) -> int:
+    def send(
+        self, body: bytes, headers: Mapping[str, str] | None = None, *, content_type: str | None = None, **how: Any
+    ) -> int:
         """Deliver a body, signed unless other headers are given; the status."""
-        given = self.headers(body, **how) if headers is None else headers
+        given = dict(self.headers(body, **how) if headers is None else headers)
+        if content_type is not None:
+            given["Content-Type"] = content_type
         answer = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=given)
         assert answer.content == b"", "who is refused learns the status and no more"
         return answer.status_code

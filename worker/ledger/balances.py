@@ -1,6 +1,5 @@
-"""Queries on the balances the provider sent, and on the events that could not be understood."""
+"""Queries on the balances the provider sent."""
 
-import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from sqlalchemy import select, update
 
 from worker.ledger.database import Row, Tx, insert_new
-from worker.ledger.tables import BALANCE, QUARANTINE
+from worker.ledger.tables import BALANCE
 from worker.messages import Balance
 
 B = BALANCE.c
@@ -69,17 +68,3 @@ def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:
     if taken:
         tx.execute(update(BALANCE).where(B.balance_id.in_(taken)).values(due_at=now + 3 * REAPPLY))
     return taken
-
-
-def set_aside(tx: Tx, events: Sequence[tuple[str, str]], now: datetime) -> None:
-    """Keep events that could not be understood, as pairs of their JSON and the reason."""
-    rows = [
-        {
-            "quarantine_id": hashlib.sha256(text.encode()).hexdigest(),
-            "event": text,
-            "reason": reason,
-            "received_at": now,
-        }
-        for text, reason in events
-    ]
-    insert_new(tx, QUARANTINE, rows, key="quarantine_id")

@@ -147,5 +147,7 @@ def _lock_key(account_id: str) -> int:
 def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
     """Insert the rows that break no unique rule; returns the `key`s of those that were new."""
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).values(list(rows)).on_conflict_do_nothing()
-    return set(tx.scalars(statement.returning(table.c[key])))
+    statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
+    # Given apart from the statement, any number of rows goes through one that is compiled once, as many at a time as
+    # the database takes.
+    return set(tx.scalars(statement, list(rows))) if rows else set()

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     Numeric,
     Table,
     Text,
@@ -230,7 +231,8 @@ class Quarantine(SQLModel, table=True):
 
     quarantine_id: str = Field(primary_key=True, sa_type=Text)
     """A digest of the event, so that a repeated delivery adds nothing."""
-    event: str = Field(sa_type=Text)
+    event: bytes = Field(sa_type=LargeBinary)
+    """As it came, byte for byte: it need not be text."""
     reason: str = Field(sa_type=Text)
     received_at: datetime = Field(sa_type=UtcTime)
 

@@ -1,0 +1,116 @@
+"""The door from outside, by raw sockets: nobody holds it for long, or for nothing, and the next one is served."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from console.processes import answers, free_port
+from simulator.testing import eventually
+from tests.webhook.conftest import Endpoint, delivery
+from webhook import app, connection
+from webhook.__main__ import SERVER
+from webhook.connection import HEAD_BYTES
+from webhook.events import MAX_BODY_BYTES
+
+START = b"POST /webhooks/quiltt HTTP/1.1\r\nHost: x\r\n"
+
+
+def talk(url: str, *parts: bytes) -> bytes:
+    """Send the parts as they can be sent, and read until the connection is closed."""
+    host, port = url.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=14) as sender:
+        try:
+            for part in parts:
+                sender.sendall(part)
+            while piece := sender.recv(65_536):
+                answer += piece
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    return answer
+
+
+def chunks(count: int) -> bytes:
+    """A part of a body whose length nobody said."""
+    return b"10000\r\n" + b"x" * 65_536 + b"\r\n" if count == 1 else chunks(1) * count
+
+
+ABUSE: dict[str, tuple[tuple[bytes, ...], bytes]] = {
+    "no HTTP": ((b"\x16\x03\x01\x02\x00" * 20,), b"400"),
+    "a header without an end": ((START + b"X: ", *[b"y" * 4096] * (2 * HEAD_BYTES // 4096)), b""),
+    "headers without an end": ((START, *[b"X-Y: z\r\n" * 512] * 32), b""),
+    "a URL without an end": ((b"POST /", *[b"a" * 4096] * 32), b""),
+    "two lengths": ((START + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",), b"400"),
+    "a length and chunks": ((START + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",), b"400"),
+    "a negative length": ((START + b"Content-Length: -5\r\n\r\n",), b"400"),
+    "a length beyond all": ((START + b"Content-Length: 99999999999999999999999\r\n\r\n",), b"400"),
+    "a body without an end": ((START + b"Transfer-Encoding: chunked\r\n\r\n", *[chunks(4)] * 200), b"413"),
+    "a body of which much is promised": (
+        (START + b"Content-Length: 900000000\r\n\r\n", *[b"x" * 65_536] * 400),
+        b"413",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABUSE)
+def test_who_sends_nonsense_or_too_much_is_cut_off(web: Endpoint, name: str, balance_id: str) -> None:
+    """At once, whatever else they have to say; an answer, if there is one, has no body of ours."""
+    parts, status = ABUSE[name]
+    before, began = web.ledger(), time.monotonic()
+    answer = talk(web.url, *parts)
+    assert time.monotonic() - began < 8, "nobody waited for a time limit"
+    assert answer[9:12] in (status, b""), "who does not stop sending may not get to read it"
+    assert web.ledger() == before
+    assert web.send(delivery(balance_id)) == 204
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of the same server with less patience, in a thread."""
+    monkeypatch.setattr(connection, "HEAD_TIME_S", 0.3)
+    monkeypatch.setattr(app, "BODY_TIME_S", 0.3)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app.app, port=port, **SERVER))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    eventually(lambda: server.started)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_who_says_little_is_not_waited_for(hasty: str) -> None:
+    """Nothing, half a head, half a body, a body that is promised: after the time for it each is gone."""
+    silence, half = talk(hasty, b""), talk(hasty, START)
+    assert (silence, half) == (b"", b"")
+    for started in (b"Content-Length: 500\r\n\r\nhalf", b"Content-Length: 5\r\n\r\n"):
+        answer = talk(hasty, START + started)
+        assert answer[9:12] == b"408"
+        assert b"connection: close" in answer
+    assert answers(f"{hasty}/healthz")
+
+
+def test_requests_in_a_row_on_one_connection_are_each_answered(web: Endpoint, balance_id: str) -> None:
+    """Also when they are sent before the answer to the first; a refused one does not take the next with it."""
+    bodies = [delivery(f"{balance_id}p{number}") for number in range(3)]
+    requests = [_request(web, bodies[0]), _request(web, bodies[1], secret="wrong"), _request(web, bodies[2])]
+    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = talk(web.url, b"".join(requests) + last)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"204", b"401", b"204", b"200"]
+    assert {f"{balance_id}p0", f"{balance_id}p2"} <= set(web.balances())
+
+
+def _request(web: Endpoint, body: bytes, **how: str) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in web.headers(body, **how).items())  # type: ignore[arg-type]
+    return START + f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_body_that_is_too_large_is_refused_also_when_only_promised(web: Endpoint) -> None:
+    """To who waits for leave to send it, leave is given: its length is seen as it comes."""
+    head = START + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)
+    answer = talk(web.url, head, b"x" * (MAX_BODY_BYTES + 1))
+    assert b"HTTP/1.1 413" in answer

@@ -1,0 +1,51 @@
+"""The published description of the endpoints, tried by machine: whatever is sent, what it says is what is answered."""
+
+import json
+from typing import Any
+
+import httpx
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from requests import Request
+from schemathesis import Case, GenerationMode
+
+from tests.contracts import FOLDER, openapi
+from tests.webhook.conftest import Endpoint
+
+DOCUMENT = openapi()
+_loaded: Any = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = {found.ok().label: found.ok() for found in _loaded.get_all_operations()}
+cases = st.one_of([found.as_strategy(generation_mode=mode) for found in OPERATIONS.values() for mode in GenerationMode])
+
+
+def test_the_published_description_is_the_one_that_is_tried() -> None:
+    """If not: `make docs`."""
+    assert json.loads((FOLDER / "openapi.json").read_text()) == DOCUMENT
+    assert set(OPERATIONS) == {"POST /webhooks/quiltt", "GET /healthz", "GET /readyz"}
+
+
+@settings(
+    max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(case=cases, signed=st.sampled_from([True, True, False]))
+def test_every_answer_is_one_that_is_documented(web: Endpoint, case: Case[Any], *, signed: bool) -> None:
+    """Requests that keep to the description, and such that do not; rightly signed or as they come. Never a 500."""
+    answer = _send(web, case, signed=signed)
+    assert answer.status_code < 500, answer.text
+    documented = DOCUMENT["paths"].get(case.path, {}).get(case.method.lower(), {}).get("responses", {})
+    assert str(answer.status_code) in {*documented, "400", "404", "405"}
+    if case.path == "/webhooks/quiltt" and answer.status_code != 405:
+        assert answer.content in (b"", b"Invalid HTTP request received.")
+
+
+def _send(web: Endpoint, case: Case[Any], *, signed: bool) -> httpx.Response:
+    """Send the bytes that a case stands for."""
+    how: dict[str, Any] = case.as_transport_kwargs(base_url=web.url)
+    known = {name: how.get(name) for name in ("method", "url", "headers", "params", "data", "json")}
+    made: Any = Request(**known).prepare()
+    body = made.body.encode() if isinstance(made.body, str) else made.body or b""
+    headers = {name: value for name, value in made.headers.items() if name != "Content-Length"}
+    if signed:
+        headers |= web.headers(body)
+    return web.http.request(made.method, made.url, content=body, headers=headers)

@@ -1,0 +1,59 @@
+"""uvicorn's connection, with bounds on what comes before a body: how long it may take, and how much it may be.
+
+uvicorn has none. Who opens connections and says little, or never ends a header, would hold us for nothing.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_TIME_S = 10
+"""How long the head of a request may take; on a connection that is kept alive, uvicorn's own limit comes first."""
+HEAD_BYTES = 32 * 1024
+"""How much it may be. A proxy in front has its own, smaller one."""
+
+
+class Connection(HttpToolsProtocol):
+    """One connection; it is closed without a word when its bounds are passed."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes: int | None = 0  # None: no head is being read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request, and not for ever."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIME_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more is waited for."""
+        self._end_of_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what comes before a body, though it be a single header that never ends."""
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes is not None and self._head_bytes > HEAD_BYTES:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A head begins: on a new connection it is timed since the connection was made."""
+        super().on_message_begin()
+        self._head_bytes = self._head_bytes or 0
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIME_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        """The head is there; the time of the body is the application's business."""
+        self._end_of_head()
+        super().on_headers_complete()
+
+    def _end_of_head(self) -> None:
+        self._head_bytes = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
