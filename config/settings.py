@@ -63,6 +63,8 @@ class Settings(BaseModel):
 
     calls_per_s: int = Field(20, ge=1, le=10_000)
     """Refresh calls a second, over all replicas. Quiltt documents 25 requests a second per key."""
+    answer_within_s: int = Field(5, ge=0, le=600)
+    """A call that had to wait is made only for payments that have at least so long left: a balance takes its time."""
     breaker_failures: int = Field(10, ge=1, le=1000)
     """So many calls in a row without any answer of sense (no connection, time-outs, 5xx) stop all calls for a while."""
     reads_per_s: int = Field(10, ge=0, le=1000)

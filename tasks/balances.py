@@ -7,9 +7,9 @@ from worker.runtime import runtime
 
 
 @app.task(name="balances.refresh")
-def refresh(account_id: str, refresh_id: str) -> None:
+def refresh(account_id: str, refresh_id: str, in_turn: bool = False) -> None:  # noqa: FBT001, FBT002 - as it is sent
     """Make the refresh's call, unless it was made, or is not needed any more."""
-    carry_out(flow.call(runtime(), account_id, refresh_id))
+    carry_out(flow.call(runtime(), account_id, refresh_id, in_turn=in_turn))
 
 
 @app.task(name="balances.read")

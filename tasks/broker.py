@@ -28,6 +28,7 @@ class BrokerUnfit(Exception):
 class _QoS(redis.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.has_noted:
+            self.channel.has_noted = False
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
@@ -36,7 +37,7 @@ class _QoS(redis.QoS):
 class _Channel(redis.Channel):
     QoS = _QoS
     has_noted = False
-    """Whether the message that is being delivered was noted as unacknowledged when it was taken."""
+    """Whether the message that is being delivered was noted when it was taken, and nobody has taken charge of it."""
     _pooled: Any = None
     is_waiting = False
     """Whether the queues were empty, and the next word of Redis is that one of them changed."""
@@ -79,9 +80,12 @@ class _Channel(redis.Channel):
         key, message = taken
         queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
+        payload = loads(bytes_to_str(message))
         self.has_noted = True
         try:
-            self.connection._deliver(loads(bytes_to_str(message)), queue)  # noqa: SLF001 - as kombu does
+            self.connection._deliver(payload, queue)  # noqa: SLF001 - as kombu does
+            if self.has_noted:  # its consumer acknowledges nothing
+                self.qos._remove_from_indices(payload["properties"]["delivery_tag"]).execute()  # noqa: SLF001
         finally:
             self.has_noted = False
         return True
@@ -111,6 +115,12 @@ class _Channel(redis.Channel):
                 f"the broker refuses CLIENT TRACKING ({error}); with PAYREADY_BROKER_TRANSPORT=kombu payready does "
                 "without it, but a worker that is killed may then lose the message it was just taking"
             ) from error
+
+    def _update_queue_cycle(self) -> None:
+        """Have the new queues looked at as well, without waiting for the old ones."""
+        super()._update_queue_cycle()
+        if self.is_waiting:
+            self._in_poll, self.is_waiting = None, False
 
     def look(self) -> None:
         """Ask again, if waiting."""

@@ -41,7 +41,7 @@ def _enqueue(todo: Next, send: Callable[..., object]) -> None:
     for account_id, refresh_id in todo.call:
         send("balances.refresh", (account_id, refresh_id))
     for account_id, refresh_id, pause in todo.call_later:
-        send("balances.refresh", (account_id, refresh_id), countdown=pause.total_seconds())
+        send("balances.refresh", (account_id, refresh_id, True), countdown=pause.total_seconds())
     for account_id, profile_id, pause in todo.read:
         send("balances.read", (account_id, profile_id), countdown=pause.total_seconds())
     for balance_id in todo.apply:

@@ -5,6 +5,7 @@ Exception
 ├── PaymentNotReady       never: the payment was settled as failed (this is an outcome, not a fault)
 └── CallFailed            the provider call did not end with its 202
     ├── Unsent            again: nothing reached the provider
+    │   └── Crowded       again: all of our own connections are in use
     ├── Throttled         again, later: the provider refused to listen (429)
     ├── Refused           never: the provider's answer will not change by asking again
     └── Uncertain         not blindly: the call may have been accepted, and charged
@@ -52,6 +53,10 @@ class CallFailed(Exception):
 
 class Unsent(CallFailed):
     """Provably nothing was sent (no connection was had): safe to call again."""
+
+
+class Crowded(Unsent):
+    """All connections that we allow ourselves are in use: it says nothing of the provider."""
 
 
 class Throttled(CallFailed):

@@ -25,12 +25,12 @@ from typing import Any
 from worker import funds, metrics, payment
 from worker.correlation.client import CORRELATION_AWAY
 from worker.correlation.gate import HeldBack
-from worker.errors import CallFailed, PaymentNotReady, Reason, Refused, Throttled, Uncertain
+from worker.errors import CallFailed, Crowded, PaymentNotReady, Reason, Refused, Throttled, Uncertain
 from worker.fees import ACCEPTED, EntryState, Price, due_in_total, share
 from worker.funds import Funds, Judgement
 from worker.ledger import balances, fees, payments, quarantine, refreshes
 from worker.ledger.database import LEDGER_AWAY, Row, Tx, lock_accounts, transaction
-from worker.ledger.payments import Due, Settlement, Waiting
+from worker.ledger.payments import Demand, Due, Settlement, Waiting
 from worker.ledger.quarantine import Kept
 from worker.ledger.refreshes import Flight
 from worker.messages import (
@@ -174,12 +174,24 @@ class _Claim:
     call: fees.Call
 
 
-def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
-    """Make the refresh's call, if it is still wanted and nobody else does."""
+def call(rt: Runtime, account_id: str, refresh_id: str, *, in_turn: bool = False) -> Next:
+    """Make the refresh's call, if it is still wanted and nobody else does.
+
+    `in_turn`: it was held back, and the sweep has given it a place in the budget.
+    """
     try:
-        claim = _claim(rt, account_id, refresh_id, rt.mode())
+        mode = rt.mode()
     except CallFailed as failure:
         return _not_priced(rt, account_id, refresh_id, failure)
+    held_back = _ask_leave(rt, in_turn=in_turn)
+    claim: _Claim | Next | None = None
+    try:
+        claim = _claim(rt, account_id, refresh_id, mode, held_back, in_turn=in_turn)
+    except CallFailed as failure:
+        return _not_priced(rt, account_id, refresh_id, failure)
+    finally:
+        if held_back is None and not isinstance(claim, _Claim):
+            _hint(rt.gate.give_back)
     if isinstance(claim, Next):
         return claim
     _hint(rt.correlation.depart, account_id, claim.flight.refresh_id, claim.flight.called_at)
@@ -187,21 +199,32 @@ def call(rt: Runtime, account_id: str, refresh_id: str) -> Next:
         status = rt.provider.refresh_balance(account_id)
     except CallFailed as failure:
         metrics.CALLS.labels(type(failure).__name__.lower()).inc()
-        _hint(_report, rt, failure)
+        _hint(_report, rt, claim, failure)
         return _insist(partial(_call_failed, rt, claim, failure))
     metrics.CALLS.labels("accepted").inc()
-    _hint(rt.gate.report, "answered", rt.clock())
+    _hint(rt.gate.report, "answered", claim.flight.claimed_at, rt.clock())
     return _insist(partial(_call_accepted, rt, claim, status))
 
 
-def _report(rt: Runtime, failure: CallFailed) -> None:
+def _ask_leave(rt: Runtime, *, in_turn: bool) -> HeldBack | None:
+    """Ask the gate. One that cannot be asked holds nobody back: the provider has a limit of its own."""
+    try:
+        return rt.gate.admit(rt.clock(), in_turn=in_turn)
+    except CORRELATION_AWAY as error:
+        log.warning("a call goes out without leave: %s", error)
+        return None
+
+
+def _report(rt: Runtime, claim: _Claim, failure: CallFailed) -> None:
     """Tell the gate of a call that failed: a refusal is an answer like any other."""
-    now = rt.clock()
+    now, claimed_at = rt.clock(), claim.flight.claimed_at
     if isinstance(failure, Throttled):
-        rt.gate.report("throttled", now, _listens_again(failure, now))
+        rt.gate.report("throttled", claimed_at, now, _listens_again(failure, now))
     elif isinstance(failure, Refused):
-        rt.gate.report("answered", now)
-    elif shut_until := rt.gate.report("failed", now):
+        rt.gate.report("answered", claimed_at, now)
+    elif isinstance(failure, Crowded):
+        rt.gate.give_back()  # it says nothing of the provider
+    elif shut_until := rt.gate.report("failed", claimed_at, now):
         metrics.BREAKER_OPENED.inc()
         log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
@@ -217,8 +240,12 @@ def _insist(book: Callable[[], Next]) -> Next:
     return book()
 
 
-def _claim(rt: Runtime, account_id: str, refresh_id: str, mode: Mode) -> _Claim | Next:
+def _claim(
+    rt: Runtime, account_id: str, refresh_id: str, mode: Mode, held_back: HeldBack | None, *, in_turn: bool
+) -> _Claim | Next:
     """Claim the refresh and open its fee entry, in one transaction, before anything is sent.
+
+    Who waits is held meanwhile: whoever fails one of them at this moment sees the call that was made for it.
 
     Raises:
         Unsent: there is no price for the call.
@@ -229,18 +256,18 @@ def _claim(rt: Runtime, account_id: str, refresh_id: str, mode: Mode) -> _Claim 
         mine = refreshes.find(tx, refresh_id)
         flying = refreshes.in_flight(tx, account_id)
         if mine is None or mine.state == RefreshState.REQUESTED:
-            if mine is not None and mine.not_before is not None and mine.not_before > now:
+            if not in_turn and mine is not None and mine.not_before is not None and mine.not_before > now:
                 return Next()  # put off: its time has not come
-            demand = payments.demand(tx, account_id)
+            demand = _demand(payments.waiting_on(tx, account_id))
             if demand is not None and flying is None:
                 if served_by := _serves_all(rt, tx, account_id):
-                    if mine is not None:
+                    if mine is not None and not mine.calls:  # else it is this balance that answers it
                         refreshes.move(tx, mine, RefreshEvent.ABANDON, None)
                     _hint(rt.correlation.close, account_id, refresh_id)
                     return Next(apply=[served_by])
                 price = rt.price(mode, now)
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
-                if held_back := _held_back(rt, mine, now):
+                if held_back is not None:
                     return _hold_back(tx, mine, held_back, now)
                 if reached := _cap_reached(rt, tx, account_id, price, now):
                     return _refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now)
@@ -265,13 +292,11 @@ def _serves_all(rt: Runtime, tx: Tx, account_id: str) -> str | None:
     return newest.balance_id if all(fresh) else None
 
 
-def _held_back(rt: Runtime, mine: Flight, now: datetime) -> HeldBack | None:
-    """Ask the gate for leave. One that cannot be asked holds nobody back: the provider has a limit of its own."""
-    try:
-        return rt.gate.admit(now, in_turn=mine.not_before is not None)
-    except CORRELATION_AWAY as error:
-        log.warning("a call goes out without leave: %s", error)
+def _demand(waiting: Sequence[Waiting]) -> Demand | None:
+    """What they want together."""
+    if not waiting:
         return None
+    return Demand(max(w.fresh_from for w in waiting), max(w.deadline for w in waiting))
 
 
 def _hold_back(tx: Tx, mine: Flight, held_back: HeldBack, now: datetime) -> Next:
@@ -447,6 +472,8 @@ def receive(
         if received:
             balances.keep(tx, received, now)
         payments.relink(tx, relinks)
+        if breakdowns:
+            payments.hold_behind(tx, breakdowns)
         for broken in breakdowns:
             after.deliver += _break_down(rt, tx, broken, now)
     return after
@@ -579,7 +606,7 @@ def _may_still_answer(flight: Flight, balance: Row[Any]) -> bool:
 
 
 def _passed(rt: Runtime, tx: Tx, balance: Row[Any]) -> _Answered | None:
-    """The refresh whose call a SYNC balance is younger than: whom it settles share its fee, and it stays open."""
+    """The refresh whose call a SYNC balance is younger than. It stays open: its own balance may still come."""
     called = [flight for flight in refreshes.unanswered(tx, balance.account_id) if _explains(rt, flight, balance)]
     return _Answered(called[0], first=True) if called else None
 
@@ -603,7 +630,8 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
     fresh = [w for w in payments.waiting_on(tx, balance.account_id) if _is_fresh(rt, w, balance, answered)]
     if not fresh:
         return []
-    sharing = [answered is not None and answered.first and _shares(answered.flight, w) for w in fresh]
+    to_share = answered is not None and _is_to_share(tx, answered)
+    sharing = [to_share and answered is not None and _shares(answered.flight, w) for w in fresh]
     shares = _shares_of_fee(rt, tx, answered, sum(sharing))
     released = payments.released_since(tx, balance.account_id, _shown_from(balance, answered) - rt.settings.clock_skew)
     purse = Funds(balance.available, balance.limit, tuple(released))
@@ -628,8 +656,10 @@ def _shown_from(balance: Row[Any], answered: _Answered | None) -> datetime:
 
 
 def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answered | None) -> bool:
-    if balance.source != "REFRESH" and (answered is None or waiting.job.max_balance_age_s == 0):
-        return False
+    if balance.source != "REFRESH":
+        was_called_for = answered is not None and _shares(answered.flight, waiting)
+        if not was_called_for or waiting.job.max_balance_age_s == 0:
+            return False
     return payment.may_release(
         _as_of(balance),
         answered.flight.called_at if answered else None,
@@ -641,6 +671,11 @@ def _is_fresh(rt: Runtime, waiting: Waiting, balance: Row[Any], answered: _Answe
 
 def _shares(flight: Flight, waiting: Waiting) -> bool:
     return payment.may_share(flight.called_at, waiting.fresh_from)
+
+
+def _is_to_share(tx: Tx, answered: _Answered) -> bool:
+    """Whether the fee is still to be shared out: once some were told their shares, there is nothing left of it."""
+    return answered.first and not payments.has_released(tx, answered.flight.refresh_id)
 
 
 def _shares_of_fee(rt: Runtime, tx: Tx, answered: _Answered | None, newcomers: int) -> Iterator[tuple[FeeShare, int]]:
@@ -738,7 +773,7 @@ def look(rt: Runtime) -> Next:
         waiting = [w for w in due if w.deadline > now]
         lost = [w for w in waiting if serving[w.payment_id] is None]
         looks = {w.payment_id: _final_look(rt, w, now) for w in waiting}
-        payments.look_again(tx, looks | {w.payment_id: _next_look(w, now) for w in lost})
+        payments.look_again(tx, looks | {w.payment_id: min(_next_look(w, now), looks[w.payment_id]) for w in lost})
     after.more = len(due) == BATCH
     unseen = [w for w in waiting if w not in lost and looks[w.payment_id] == now + TICK]
     if unseen:
@@ -765,7 +800,7 @@ def _final_look(rt: Runtime, waiting: Waiting, now: datetime) -> datetime:
     if waiting.job.profile_id is None or not rt.settings.reads_per_s:
         return waiting.deadline
     ahead = min(rt.settings.read_ahead, (waiting.deadline - waiting.requested_at) / 4)
-    return max(waiting.deadline - ahead, now + TICK)
+    return min(max(waiting.deadline - ahead, now + TICK), waiting.deadline)
 
 
 def _have_read(rt: Runtime, unseen: Sequence[Waiting], now: datetime, after: Next) -> None:
@@ -791,7 +826,7 @@ def _rejoin(rt: Runtime, waiting: Waiting, after: Next) -> None:
 
 def _next_look(waiting: Waiting, now: datetime) -> datetime:
     """When to look again at a payment that no call is known of: later each time, lest a long queue grow by looking."""
-    return min(now + 2 * (now - waiting.requested_at), waiting.deadline)
+    return now + 2 * (now - waiting.requested_at)
 
 
 def _serving(rt: Runtime, tx: Tx, due: Sequence[Waiting]) -> dict[str, Flight | None]:
@@ -828,23 +863,25 @@ def _called(flight: Flight | None) -> str | None:
 def sweep(rt: Runtime) -> Next:
     """See to refreshes that time has something to do with, and to balances whose application was lost."""
     now = rt.clock()
+    useful_from = now + timedelta(seconds=rt.settings.answer_within_s)
     with transaction(rt.engine) as tx:
         due = refreshes.due(tx, now, BATCH)
-        wanted = refreshes.wanted(tx, now, rt.settings.calls_per_s)
+        wanted = refreshes.wanted(tx, now, useful_from, rt.settings.calls_per_s + 1)  # one more: are there others?
         left = balances.overdue(tx, now, BATCH)
     after = Next(apply=left)
-    if wanted:
-        after.call_later = _give_turns(rt, wanted, now)
     for flight in due:
         try:
             after.add(_mind(rt, flight, now))
         except LEDGER_AWAY as error:  # its account is held: the others must not wait for it
             log.warning("refresh %s is looked at later: %s", flight.refresh_id, error)
+    if wanted:
+        after.call_later = _give_turns(rt, wanted)
     return after
 
 
-def _give_turns(rt: Runtime, wanted: Sequence[Flight], now: datetime) -> list[tuple[str, str, timedelta]]:
+def _give_turns(rt: Runtime, wanted: Sequence[Flight]) -> list[tuple[str, str, timedelta]]:
     """Have calls made that were put off or held back, as many as the budget has places for, the most urgent first."""
+    now = rt.clock()
     try:
         places = rt.gate.reserve(now, len(wanted))
     except CORRELATION_AWAY as error:
@@ -852,7 +889,7 @@ def _give_turns(rt: Runtime, wanted: Sequence[Flight], now: datetime) -> list[tu
         places = [timedelta(0)] * len(wanted)
     turns = list(zip(wanted, places, strict=False))
     with transaction(rt.engine) as tx:
-        refreshes.give_turns(tx, [flight for flight, _ in turns], now, now + RETRY)
+        refreshes.see_to_again(tx, [flight for flight, _ in turns], now + RETRY)
     return [(flight.account_id, flight.refresh_id, pause) for flight, pause in turns]
 
 

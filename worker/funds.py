@@ -63,9 +63,11 @@ def unfit(job: Job, kind: str | None, currency: str | None) -> tuple[Reason, str
 
     `kind` is Quiltt's: a liability's balance is what is owed, not what is there.
     """
+    if job.check == "disabled":
+        return None
     if kind in LIABILITIES:
         return Reason.ACCOUNT_UNSUPPORTED, f"the account is of kind {kind}: its balance is owed, not there"
-    if job.check != "disabled" and currency not in (None, job.currency):
+    if currency not in (None, job.currency):
         return Reason.ACCOUNT_UNSUPPORTED, f"the account is held in {currency}, the payment in {job.currency}"
     return None
 

@@ -15,7 +15,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from worker import metrics
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.errors import CallFailed, Crowded, Reason, Refused, Throttled, Uncertain, Unsent
 from worker.messages import AccountView
 
 _REFUSALS = {
@@ -79,7 +79,9 @@ class Quiltt:
         try:
             answer = self._http.post(self._refresh_url.format(account_id))
             status = str(answer.status_code)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        except httpx.PoolTimeout as error:
+            raise Crowded("no connection to the provider was free: pool timeout") from error
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unsent(f"no connection to the provider: {_name(error)}") from error
         except httpx.RequestError as error:
             raise Uncertain(f"the provider's answer was lost: {_name(error)}") from error

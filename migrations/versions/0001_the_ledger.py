@@ -111,7 +111,7 @@ def upgrade() -> None:
     op.create_index(
         "payment_waiting",
         "payment",
-        ["account_id"],
+        ["account_id", "deadline"],
         unique=False,
         postgresql_where=sa.text("state = 'waiting'"),
         sqlite_where=sa.text("state = 'waiting'"),

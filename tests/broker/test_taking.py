@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ def redis(valkey_url: str) -> Iterator[Redis]:
     with Redis.from_url(valkey_url, decode_responses=True) as client:
         client.flushdb()
         yield client
+        client.config_set("maxmemory", 0)
 
 
 @pytest.fixture
@@ -217,3 +218,50 @@ def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[...,
     with connect(login="plain:secret@") as connection, eating(connection), refused:
         connection.drain_events(timeout=1)
     redis.acl_deluser("plain")
+
+
+@pytest.mark.parametrize("transport", [KOMBUS, OURS])
+def test_a_message_that_nobody_acknowledges_by_contract_is_not_kept(
+    connect: Callable[..., Connection], redis: Redis, transport: str
+) -> None:
+    """Consumers with `no_ack`: the replies to `celery inspect`, and so Flower's."""
+    came: list[Any] = []
+    with connect(transport) as connection:
+        Producer(connection.channel()).publish("reply", routing_key="replies")
+        consumer = Consumer(connection.default_channel, [Queue("replies")], on_message=came.append, no_ack=True)
+        with consumer:
+            while not came:
+                connection.drain_events(timeout=5)
+        assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
+
+
+def test_messages_are_taken_from_a_redis_that_is_full(connect: Callable[..., Connection], redis: Redis) -> None:
+    came: list[Any] = []
+    with connect() as connection:
+        Producer(connection.channel()).publish("job", routing_key="payments")
+        redis.config_set("maxmemory", 1)
+        with Consumer(connection.default_channel, [Queue("payments")], on_message=came.append):
+            while not came:
+                connection.drain_events(timeout=5)
+        came[0].ack()
+        assert redis.hlen("unacked") == 0
+
+
+@pytest.mark.parametrize("transport", [KOMBUS, OURS])
+@pytest.mark.parametrize("second", ["first", "second"])
+def test_a_consumer_that_comes_while_the_channel_waits_for_others_gets_its_messages(
+    connect: Callable[..., Connection], transport: str, second: str
+) -> None:
+    """As `celery inspect` and Flower do: one consumer after the other on one channel, and no event loop."""
+    came: list[Any] = []
+    with connect(transport) as connection, connect(transport) as other:
+        for name in ("first", second):
+            with Consumer(connection.default_channel, [Queue(name)], on_message=came.append, no_ack=True):
+                with pytest.raises(TimeoutError):
+                    connection.drain_events(timeout=0.2)
+                seen = len(came)
+                Producer(other.channel()).publish("reply", routing_key=name)
+                for _ in range(30):
+                    with suppress(TimeoutError):
+                        connection.drain_events(timeout=0.1)
+                assert len(came) == seen + 1

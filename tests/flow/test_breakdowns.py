@@ -1,5 +1,6 @@
 """A payment whose connection breaks down fails at once, and not because of what happened before it came."""
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -84,3 +85,22 @@ def test_an_account_that_moves_takes_its_payments_along(payready: World, moved: 
     payready.queue.add(flow.receive(payready.rt, [], relinks=[moved]))
     break_down(payready, connection_id="conn_2")
     assert [payready.state("p1"), payready.state("p2")] == states
+
+
+def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(payready: World) -> None:
+    """The claim holds who waits, so the other sees the call."""
+    payready.initiate("p1", A, connection_id="conn_1")
+    at = payready.clock()
+    cut_off = threading.Thread(
+        target=lambda: flow.receive(payready.rt, [], breakdowns=[Breakdown("gone", at, connection_id="conn_1")])
+    )
+
+    def meanwhile() -> int:
+        cut_off.start()
+        cut_off.join(10)
+        return 202
+
+    payready.provider.script[A] = [meanwhile]
+    payready.work()
+    assert payready.state("p1") == "connection_lost"
+    assert payready.payment("p1")["refresh_id"] is not None

@@ -366,3 +366,21 @@ def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
     assert payready.outcome("p2") == {"payment_id": "p2", "reason": "timeout", "detail": "no balance came within 20 s"}
     assert share_of(payready, "p1") == 0
     assert share_of(payready, "p2") == Decimal("0.1")
+
+
+def test_a_balance_between_two_calls_of_a_refresh_settles_the_first_calls_fee(
+    payready: World, share_of: Callable[[World, str], Decimal]
+) -> None:
+    """The second call is claimed after the balance was kept and before it was applied."""
+    payready.provider.script[A] = [Uncertain("timed out")]
+    payready.initiate("p1", A, timeout_s=120)
+    payready.work()
+    payready.clock.advance(payready.rt.settings.uncertain_grace_s)
+    payready.queue.add(flow.sweep(payready.rt))  # repeats: the call is enqueued
+    assert payready.queue.call
+    payready.balance(A)
+    payready.work()
+    assert payready.state("p1") == "released"
+    assert payready.provider.calls == [A]
+    assert (payready.fees(A), payready.refreshes(A)) == (["1 pending", "1 posted"], ["answered"])
+    assert share_of(payready, "p1") == Decimal("0.1")

@@ -1,7 +1,9 @@
 """Calls go out within a budget, the most urgent first, and not at all while the provider only fails."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,11 +11,27 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from tests.support.world import SETTINGS, START, Databases, World, gate_of, world
+from worker import flow
 from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, Gate, HeldBack
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
+from worker.ledger import fees
 
 LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "breaker_failures": 3})
 FAILURE = Uncertain("the provider answered 500", 500)
+A = "acct_a"
+Make = Callable[..., AbstractContextManager[World]]
+
+
+@pytest.fixture
+def made(databases: Databases, valkey_url: str) -> Make:
+    """A payready with these settings."""
+
+    @contextmanager
+    def make(**settings: Any) -> Iterator[World]:
+        with databases.one() as address, world(address, valkey_url, SETTINGS.model_copy(update=settings)) as it:
+            yield it
+
+    return make
 
 
 @pytest.fixture
@@ -148,7 +166,7 @@ def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: 
 
     def nobody_else_goes() -> int:
         payready.initiate("c", "acct_c", timeout_s=60)
-        assert gate_is_shut(payready)
+        assert one_call_is_trying(payready)
         return 202
 
     payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [nobody_else_goes]
@@ -156,23 +174,23 @@ def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: 
     assert sorted(called(payready)[3:]) == ["a", "b", "c"]
 
 
-def gate_is_shut(payready: World) -> bool:
+def one_call_is_trying(payready: World) -> bool:
     held_back = payready.rt.gate.admit(payready.clock(), in_turn=True)
-    return held_back is not None and held_back.why == "shut"
+    return held_back is not None and held_back.why == "probing"
 
 
 def test_a_probe_that_fails_shuts_for_twice_as_long(gate: Gate) -> None:
     now, pauses = START, []
     for _ in range(2):
-        assert gate.report("failed", now) is None
+        assert gate.report("failed", now, now) is None
     for _ in range(6):
-        shut_until = gate.report("failed", now)
+        shut_until = gate.report("failed", now, now)
         assert shut_until is not None
         pauses.append(shut_until - now)
         assert gate.admit(shut_until - timedelta(microseconds=1), in_turn=False) == HeldBack("shut", shut_until)
         now = shut_until
         assert gate.admit(now, in_turn=False) is None
-        assert gate.admit(now, in_turn=True) == HeldBack("shut", now + LIMITS.call_limit)
+        assert gate.admit(now, in_turn=True) == HeldBack("probing", now + timedelta(seconds=1))
     assert pauses == [PAUSE * 2**n for n in range(4)] + [LONGEST_PAUSE] * 2
 
 
@@ -199,8 +217,8 @@ def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: World
 
 def test_a_straggler_does_not_prolong_what_is_shut(gate: Gate) -> None:
     for _ in range(3):
-        shut_until = gate.report("failed", START)
-    assert gate.report("failed", START + timedelta(seconds=1)) is None
+        shut_until = gate.report("failed", START, START)
+    assert gate.report("failed", START, START + timedelta(seconds=1)) is None
     assert shut_until
     assert gate.admit(shut_until, in_turn=False) is None
 
@@ -221,3 +239,126 @@ def test_what_was_held_back_goes_on_when_the_gate_is_forgotten(payready: World) 
     payready.pass_time(int(PAUSE.total_seconds()) + 1)
     assert called(payready)[-1] == "a"
     assert CROWDED < PAUSE
+
+
+@pytest.mark.parametrize("timeout_s", [45, 120])
+def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Make, timeout_s: int) -> None:
+    """The probe is answered 202 after 300 ms; a call that is claimed meanwhile must be made soon after."""
+    with made(calls_per_s=20, breaker_failures=3) as payready:
+        fail_until_shut(payready)
+        payready.clock.advance(PAUSE.total_seconds())
+        payready.initiate("probe", A, timeout_s=120)
+
+        def probe() -> int:
+            other = payready.initiate("other", "acct_b", timeout_s=timeout_s)
+            payready.queue = flow.Next()
+            payready.queue.add(flow.call(payready.rt, "acct_b", str(other.refresh_id)))
+            payready.clock.advance(0.3)
+            return 202
+
+        payready.provider.script[A] = [probe]
+        payready.work()
+        payready.pass_time(4)
+        assert payready.state("other") == "waiting"
+        assert "acct_b" in payready.provider.calls
+
+
+def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: Gate) -> None:
+    """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
+    for _ in range(3):
+        first = gate.report("failed", START, START)
+    assert first is not None
+    straggler = first + timedelta(milliseconds=50)
+    gate.report("failed", START, straggler)
+    assert gate.admit(straggler, in_turn=True) is None, "no probe was made, and it is shut for twice as long"
+
+
+def test_an_overload_does_not_make_every_call_too_late(made: Make) -> None:
+    """Six payments a second, four calls a second, an answer after five seconds: four of six could be released."""
+    with made(calls_per_s=4, breaker_failures=1000, answer_within_s=7) as payready:
+        answers: list[tuple[int, str]] = []
+        seen = 0
+        for second in range(90):
+            for n in range(6):
+                payready.initiate(f"p{second}_{n}", f"acct_{second}x{n}", timeout_s=20)
+            payready.work()
+            payready.pass_time(1)
+            answers += [(second + 5, account) for account in payready.provider.calls[seen:]]
+            seen = len(payready.provider.calls)
+            for at, account in answers:
+                if at == second:
+                    payready.balance(account)
+            payready.work()
+        ended = payready.rows("SELECT payment_id FROM payment WHERE state = 'released'")
+        late = [row for row in ended if int(row["payment_id"][1:].split("_")[0]) >= 60]
+        assert len(late) > 40, "calls are made for those who are too late for them"
+
+
+def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: Gate) -> None:
+    gate.admit(START + timedelta(hours=1), in_turn=False)
+    assert gate.admit(START + timedelta(seconds=61), in_turn=False) is None
+
+
+def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: Make) -> None:
+    """The first place of a second is enqueued without an ETA."""
+    with made(calls_per_s=4) as payready:
+        for n in range(3):
+            payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
+        payready.work()
+        payready.clock.advance(1)
+        after = flow.sweep(payready.rt)
+        assert after.call_later[0][2] == timedelta(0)
+        payready.clock.advance(-0.02)
+        account_id, refresh_id, _ = after.call_later[0]
+        flow.call(payready.rt, account_id, refresh_id, in_turn=True)
+        assert account_id in payready.provider.calls
+
+
+def test_a_job_that_is_sent_again_does_not_jump_the_queue(made: Make) -> None:
+    """Jobs are idempotent, so the payments service may well send all of them twice."""
+    with made(calls_per_s=4) as payready:
+        for _ in range(2):
+            for n in range(20):
+                payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
+            payready.work()
+        assert len(payready.provider.calls) == 1
+
+
+def test_a_newcomer_does_not_take_a_place_while_as_many_wait_as_the_sweep_asks_for(made: Make) -> None:
+    """40 wait; each sweep asks for no more than a second's worth, and gets it: nobody says that it is crowded."""
+    with made(calls_per_s=20) as payready:
+        for n in range(80):
+            payready.initiate(f"p{n:02}", f"acct_{n}", timeout_s=60)
+        payready.work()
+        payready.clock.advance(1)
+        payready.tick()
+        payready.clock.advance(1)
+        payready.tick()
+        payready.clock.advance(0.95)
+        payready.initiate("newcomer", "acct_new", timeout_s=3600)
+        payready.work()
+        assert "acct_new" not in payready.provider.calls
+
+
+def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
+    databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate is asked before the claim commits; a claim that the ledger refuses leaves a probe that nobody makes."""
+    settings = SETTINGS.model_copy(update={"calls_per_s": 20, "breaker_failures": 1})
+    with databases.one() as address, world(address, valkey_url, settings) as payready:
+        payready.provider.script["acct_f"] = [Uncertain("500", 500)]
+        payready.initiate("f", "acct_f", timeout_s=300)
+        payready.work()
+        payready.clock.advance(PAUSE.total_seconds())
+        payready.initiate("a", "acct_a", timeout_s=300)
+        with monkeypatch.context() as patch:
+
+            def away(*_: object) -> None:
+                raise ConnectionError("the ledger is away")
+
+            patch.setattr(fees, "open_entry", away)
+            with pytest.raises(ConnectionError):
+                payready.work()
+        payready.lose()
+        payready.pass_time(20)
+        assert "acct_a" in payready.provider.calls

@@ -109,13 +109,12 @@ def test_a_sync_balance_younger_than_the_call_releases_if_the_settings_say_so(ma
         payready.pass_time(50)
         outcome = payready.outcome("p1")
         assert (outcome["state"], outcome["balance"]["source"], outcome["shared_by"]) == ("released", "SYNC", 1)
-        assert payready.refreshes(A) == ["accepted"], "the REFRESH balance may still come"
         begin(payready, "p2", max_balance_age_s=300, amount="10.00")
         assert payready.state("p2") == "waiting", "nobody else is served by it"
         payready.balance(A)
         payready.work()
         assert (payready.state("p2"), payready.refreshes(A)) == ("released", ["answered"])
-        assert payready.outcome("p2")["shared_by"] == 2
+        assert payready.outcome("p2")["fee"]["amount"] == "0", "p1 was told all of it"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_a_sync_balance_never_stands_for_a_call_of_one_s_own_nor_for_what_came_a
     ("account", "job", "reason"),
     [
         ({"kind": "CREDIT"}, {}, "account_unsupported"),
-        ({"kind": "LOAN"}, {"funds_check": "disabled"}, "account_unsupported"),
+        ({"kind": "LOAN"}, {"funds_check": "disabled"}, "released"),
         ({"currencyCode": "EUR"}, {}, "account_unsupported"),
         ({"currencyCode": "EUR"}, {"amount": None}, "released"),
     ],
@@ -216,3 +215,50 @@ def test_a_balance_that_redis_forgot_is_not_paid_for_again(payready: World) -> N
     payready.clock.advance(1)
     begin(payready, "p3", max_balance_age_s=0)
     assert payready.provider.calls == [A, A]
+
+
+def test_shares_that_were_told_add_up_to_the_fee_when_a_sync_balance_came_first(
+    made: Make, share_of: Callable[[World, str], Decimal]
+) -> None:
+    with made(sync_may_release=True) as payready:
+        payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
+        payready.initiate("p2", A, timeout_s=60, max_balance_age_s=0)
+        payready.work()
+        shown(payready, A, START + timedelta(seconds=30), source="SYNC")
+        payready.pass_time(50)
+        assert payready.state("p1") == "released"
+        payready.balance(A)
+        payready.work()
+        assert payready.state("p2") == "released"
+        told = [Decimal(payready.outcome(p)["fee"]["amount"]) for p in ("p1", "p2")]
+        assert sum(told) == Decimal("0.1"), told
+        assert [share_of(payready, p) for p in ("p1", "p2")] == told
+
+
+def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: Make) -> None:
+    """A call of long ago that was never answered is not the payment's call."""
+    with made(sync_may_release=True, breaker_failures=3, calls_per_s=20) as payready:
+        payready.initiate("old", A, timeout_s=60)
+        payready.work()
+        payready.pass_time(3600)
+        assert payready.refreshes(A) == ["unanswered"]
+        payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
+        for _ in range(3):
+            payready.rt.gate.report("failed", payready.clock(), payready.clock())
+        payready.work()
+        shown(payready, A, START + timedelta(seconds=3620), source="SYNC")
+        for _ in range(58):
+            payready.clock.advance(1)
+            payready.lose()
+            payready.queue.add(flow.look(payready.rt))
+            payready.queue.call.clear()
+            payready.work()
+        assert payready.state("p1") == "waiting"
+
+
+def test_a_payment_whose_first_call_was_lost_is_read_before_its_deadline_too(payready: World) -> None:
+    payready.initiate("p1", A, timeout_s=15, profile_id="p_1")
+    payready.lose()
+    payready.pass_time(16)
+    assert payready.provider.calls == [A]
+    assert payready.provider.reads == [(A, "p_1")]

@@ -201,8 +201,9 @@ class World:
         """Do what is enqueued, and what follows from that."""
         while self.queue.call or self.queue.call_later or self.queue.read or self.queue.apply or self.queue.deliver:
             todo, self.queue = self.queue, Next()
-            for account_id, refresh_id in todo.call + [(account, refresh) for account, refresh, _ in todo.call_later]:
-                left = flow.call(self.rt, account_id, refresh_id)
+            calls = [(*call, False) for call in todo.call] + [(*call[:2], True) for call in todo.call_later]
+            for account_id, refresh_id, in_turn in calls:
+                left = flow.call(self.rt, account_id, refresh_id, in_turn=in_turn)
                 self.queue.add(left)  # not before: more may be enqueued while the call is on the wire
             for account_id, profile_id, _ in todo.read:
                 self.queue.add(flow.read(self.rt, account_id, profile_id))

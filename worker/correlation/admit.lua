@@ -5,6 +5,7 @@
 --   crowded       until when those that were held back go first (µs)
 --   failures      calls in a row that failed
 --   shut          until when no call goes out (µs), as all of them fail
+--   shut_at       when that was decided (µs)
 --   pause         how long it was shut last (µs)
 --   probe         until when the answer of the one call that tries again is waited for (µs)
 -- ARGV[1]  now (µs)
@@ -14,12 +15,14 @@
 -- ARGV[5]  how long to wait for the answer of a probe (µs)
 -- ARGV[6]  how long those that were held back go first (µs)
 --
--- Returns {"go"} | {"full", not before (µs)} | {"shut", until when (µs)}.
+-- Returns {"go"} | {"full", not before (µs)} | {"shut", until when (µs)} | {"probing", not before (µs)}.
+-- Nothing in here is more than a minute ahead but by a clock that is wrong: it does not count.
 
 local now, interval = tonumber(ARGV[1]), tonumber(ARGV[2])
 
 local function at(field)
-  return tonumber(redis.call('HGET', KEYS[1], field) or 0)
+  local time = tonumber(redis.call('HGET', KEYS[1], field) or 0)
+  return time <= now + 61000000 and time or 0
 end
 
 local function whole(number)
@@ -31,7 +34,7 @@ if shut > now then
   return {'shut', whole(shut)}
 end
 if shut > 0 and at('probe') > now then
-  return {'shut', whole(at('probe'))}
+  return {'probing', whole(now + 1000000)}
 end
 
 if ARGV[4] ~= '1' then

@@ -23,9 +23,12 @@ End = Literal["answered", "failed", "throttled"]
 
 @dataclass(frozen=True)
 class HeldBack:
-    """A call that may not go out. `shut`: as all calls fail; `full`: as too many do."""
+    """A call that may not go out.
 
-    why: Literal["full", "shut"]
+    `full`: the budget is spent. `shut`: all calls fail. `probing`: one call is trying whether they still do.
+    """
+
+    why: Literal["full", "shut", "probing"]
     until: datetime
 
 
@@ -53,6 +56,7 @@ class Gate(Budget):
     def __init__(self, redis: Redis, *, calls_per_s: int, failures: int, probe_limit: timedelta) -> None:
         super().__init__(redis, "gate", per_s=calls_per_s)
         self._admit = script(redis, "admit")
+        self._give_back = script(redis, "give_back")
         self._report = script(redis, "report")
         self._interval = timedelta(seconds=1) / calls_per_s
         self._burst = max(1, calls_per_s // 4)  # with the budget of 20/s no second sees more than Quiltt's limit of 25
@@ -66,12 +70,19 @@ class Gate(Budget):
         answer = self._admit([self._key], [since_epoch(now), *budget, int(in_turn), *spans])
         return None if answer[0] == "go" else HeldBack(answer[0], at_epoch(answer[1]))
 
-    def report(self, end: End, now: datetime, retry_at: datetime | None = None) -> datetime | None:
-        """Say how a call ended; returns until when the gate is shut if this end shut it.
+    def give_back(self) -> None:
+        """The call that was let out is not made."""
+        self._give_back([self._key], [microseconds(self._interval)])
+
+    def report(
+        self, end: End, claimed_at: datetime | None, now: datetime, retry_at: datetime | None = None
+    ) -> datetime | None:
+        """Say how a call ended that was claimed then; returns until when the gate is shut if this end shut it.
 
         `retry_at` is when the provider will listen again, by its own word, after a throttled call.
         """
         pauses = [microseconds(PAUSE), microseconds(LONGEST_PAUSE)]
         spent_until = (retry_at or now) + (self._burst - 1) * self._interval
-        shut = self._report([self._key], [end, since_epoch(now), self._failures, *pauses, since_epoch(spent_until)])
+        times = [since_epoch(spent_until), since_epoch(claimed_at or now)]
+        shut = self._report([self._key], [end, since_epoch(now), self._failures, *pauses, *times])
         return at_epoch(shut) if shut != "0" else None

@@ -7,6 +7,7 @@
 -- ARGV[4]  how long it is shut the first time (µs); twice as long each time that the probe fails
 -- ARGV[5]  how long at most (µs)
 -- ARGV[6]  for a throttled call: until when the budget is spent (µs)
+-- ARGV[7]  when the call was claimed (µs)
 --
 -- Returns until when the gate is shut (µs) if this shut it, else 0.
 
@@ -17,7 +18,7 @@ local function whole(number)
 end
 
 if ARGV[1] ~= 'failed' then
-  redis.call('HDEL', KEYS[1], 'failures', 'shut', 'pause', 'probe')
+  redis.call('HDEL', KEYS[1], 'failures', 'shut', 'shut_at', 'pause', 'probe')
   local tat = tonumber(redis.call('HGET', KEYS[1], 'tat') or 0)
   if ARGV[1] == 'throttled' and tonumber(ARGV[6]) > tat then
     redis.call('HSET', KEYS[1], 'tat', ARGV[6])
@@ -27,11 +28,15 @@ end
 
 local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
 local shut = tonumber(redis.call('HGET', KEYS[1], 'shut') or 0)
-if shut > now or (shut == 0 and failures < tonumber(ARGV[3])) then
-  return '0' -- shut already, by a call that ended before; or not often enough
+if shut == 0 and failures < tonumber(ARGV[3]) then
+  return '0'
+end
+local shut_at = tonumber(redis.call('HGET', KEYS[1], 'shut_at') or 0)
+if shut > 0 and tonumber(ARGV[7]) <= shut_at then
+  return '0' -- a call from before it was shut: no news
 end
 local pause = tonumber(redis.call('HGET', KEYS[1], 'pause') or 0) * 2
 pause = math.min(math.max(pause, tonumber(ARGV[4])), tonumber(ARGV[5]))
-redis.call('HSET', KEYS[1], 'shut', whole(now + pause), 'pause', whole(pause))
+redis.call('HSET', KEYS[1], 'shut', whole(now + pause), 'shut_at', whole(now), 'pause', whole(pause))
 redis.call('HDEL', KEYS[1], 'probe')
 return whole(now + pause)

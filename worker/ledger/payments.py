@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal_column, or_, select, update
 
 from worker.ledger.database import Row, Tx, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
@@ -117,17 +117,28 @@ def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
     return _hold(tx, P.payment_id.in_(payment_ids))
 
 
+def _behind(broken: Breakdown) -> ColumnElement[bool]:
+    if broken.connection_id is not None:
+        return P.connection_id == broken.connection_id
+    return P.profile_id == broken.profile_id
+
+
+def hold_behind(tx: Tx, breakdowns: Sequence[Breakdown]) -> None:
+    """Hold the waiting payments of all these connections and profiles, so that they can be taken one after another."""
+    _hold(tx, or_(*map(_behind, breakdowns)))
+
+
 def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
     """Waiting payments of a connection or profile that were requested by then, held until the transaction ends."""
-    column, key = (P.connection_id, broken.connection_id) if broken.connection_id else (P.profile_id, broken.profile_id)
-    return _hold(tx, (column == key) & (P.requested_at <= requested_by))
+    return _hold(tx, _behind(broken) & (P.requested_at <= requested_by))
 
 
 def relink(tx: Tx, relinks: Sequence[Relink]) -> None:
     """Let waiting payments of these accounts follow them to another connection."""
     for moved in relinks:
-        theirs = (P.account_id == moved.account_id, P.connection_id == moved.former, WAITING)
-        tx.execute(update(PAYMENT).where(*theirs).values(connection_id=moved.latter))
+        theirs = _hold(tx, (P.account_id == moved.account_id) & (P.connection_id == moved.former))
+        ids = [waiting.payment_id for waiting in theirs]
+        tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(connection_id=moved.latter))
 
 
 def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
@@ -150,9 +161,13 @@ def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:
 
 
 def look_at_deadline(tx: Tx, account_ids: Sequence[str], deadline_by: datetime) -> None:
-    """Let upkeep look at the waiting payments of these accounts, if they end by then, not before they do."""
-    theirs = (P.account_id.in_(account_ids), P.deadline <= deadline_by, WAITING)
-    tx.execute(update(PAYMENT).where(*theirs).values(due_at=P.deadline))
+    """Let upkeep look at the waiting payments of these accounts, if they end by then, not before they do.
+
+    Those that are held are left: whoever holds them settles them, or they are looked at once more.
+    """
+    theirs = select(P.payment_id).where(P.account_id.in_(account_ids), P.deadline <= deadline_by, WAITING)
+    ids = list(tx.scalars(theirs.order_by(P.payment_id).with_for_update(skip_locked=True)))
+    tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(due_at=P.deadline))
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,14 @@ def sharers(tx: Tx, refresh_id: str) -> int:
     """How many settled payments share the refresh's fee."""
     query = select(func.count()).where(P.refresh_id == refresh_id, P.reused.is_(False))
     return int(tx.scalar(query) or 0)
+
+
+def has_released(tx: Tx, refresh_id: str) -> bool:
+    """Whether payments were released that share the refresh's fee: they were told their shares."""
+    query = select(P.payment_id).where(
+        P.refresh_id == refresh_id, P.reused.is_(False), P.state == PaymentState.RELEASED
+    )
+    return tx.execute(query.limit(1)).first() is not None
 
 
 def undelivered(tx: Tx, payment_ids: Sequence[str]) -> list[Due]:

@@ -79,16 +79,20 @@ def due(tx: Tx, now: datetime, limit: int) -> list[Flight]:
     return _flights(tx, R.due_at <= now, R.state.in_(IN_FLIGHT) | nobody_waits, order=R.due_at, limit=limit)
 
 
-def wanted(tx: Tx, now: datetime, limit: int) -> list[Flight]:
-    """Requested refreshes whose call is due, those first whose payments have the nearest deadline."""
-    deadline = _nearest_deadline()
+def wanted(tx: Tx, now: datetime, useful_from: datetime, limit: int) -> list[Flight]:
+    """Requested refreshes whose call is due, those first whose payments have the nearest deadline.
+
+    A deadline before `useful_from` does not count: the balance would come too late, the call would be paid for
+    nothing, and others would be late for it.
+    """
+    deadline = _nearest_deadline(PAYMENT.c.deadline >= useful_from)
     conditions = (R.due_at <= now, R.state == RefreshState.REQUESTED, deadline.is_not(None))
     return _flights(tx, *conditions, order=deadline, limit=limit)
 
 
-def _nearest_deadline() -> ScalarSelect[datetime]:
+def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime]:
     waits = PAYMENT.c.state == literal_column(f"'{PaymentState.WAITING}'")  # as in the partial index
-    nearest = select(func.min(PAYMENT.c.deadline)).where(PAYMENT.c.account_id == R.account_id, waits)
+    nearest = select(func.min(PAYMENT.c.deadline)).where(PAYMENT.c.account_id == R.account_id, waits, *conditions)
     return nearest.correlate(REFRESH).scalar_subquery()
 
 
@@ -132,7 +136,7 @@ def hold_back(tx: Tx, flight: Flight, until: datetime, trouble: str | None) -> N
     tx.execute(update(REFRESH).where(_unchanged(flight)).values(not_before=until, due_at=until, trouble=trouble))
 
 
-def give_turns(tx: Tx, flights: Sequence[Flight], now: datetime, due_at: datetime) -> None:
-    """Let requested refreshes be called as if they had waited for it, and be seen to again at `due_at`."""
+def see_to_again(tx: Tx, flights: Sequence[Flight], due_at: datetime) -> None:
+    """Let requested refreshes, whose call was just enqueued, be seen to again at `due_at`."""
     chosen = R.refresh_id.in_([flight.refresh_id for flight in flights])
-    tx.execute(update(REFRESH).where(chosen, R.state == RefreshState.REQUESTED).values(not_before=now, due_at=due_at))
+    tx.execute(update(REFRESH).where(chosen, R.state == RefreshState.REQUESTED).values(due_at=due_at))

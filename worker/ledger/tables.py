@@ -87,7 +87,7 @@ class Payment(SQLModel, table=True):
     __tablename__ = "payment"
     __table_args__ = (
         _partial("payment_due", "due_at", where=f"state = '{PaymentState.WAITING}'"),
-        _partial("payment_waiting", "account_id", where=f"state = '{PaymentState.WAITING}'"),
+        _partial("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
         _partial("payment_released", "account_id", "settled_at", where=f"state = '{PaymentState.RELEASED}'"),
         _partial(
             "payment_connection",
