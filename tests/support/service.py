@@ -24,7 +24,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    broker_transport_options={"visibility_timeout": 3600},
+    broker_transport_options={"visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "3600"))},
 )
 
 

@@ -77,8 +77,18 @@ class Databases:
         address = self._free.pop() if self._free else self.new()
         yield address
         if self._postgres_template:
-            _empty(address)
+            self.empty(address)
             self._free.append(address)
+
+    def empty(self, address: str) -> None:
+        """Make the database at this address as new; on SQLite nobody may be connected to it."""
+        if self._postgres_template:
+            _empty(address)
+            return
+        path = Path(address.removeprefix("sqlite:///"))
+        for rest in path.parent.glob(f"{path.name}-*"):  # what was not merged into the file itself
+            rest.unlink()
+        shutil.copy(self._template, path)
 
     def new(self) -> str:
         """The address of a new one, to keep."""
