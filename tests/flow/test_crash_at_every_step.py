@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.crashes import STRIKES, Ledger, Operations, Story, Strike, line, violations
 from tests.support.world import Databases
+from worker.correlation.client import connect
 from worker.correlation.store import Correlation
 from worker.errors import Reason, Refused, Throttled, Uncertain
 
@@ -22,6 +23,9 @@ STORIES = {
     "the answer is lost, the balance comes": Story(((0, P1),), ("lost",), (0, 3)),
     "nobody knows what became of the call": Story(((0, P1),), (Uncertain("500", 500),), (0, 16, 19)),
     "put off, then served": Story(((0, P1),), (Throttled("429", None),), (0, 2, 5)),
+    "only a read shows the balance": Story(
+        ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
+    ),
     "refused": Story(((0, P1), (0, P2)), (Refused(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
     "nothing comes": Story(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
 }
@@ -31,9 +35,8 @@ Struck = Callable[[Story, Strike, int | None], tuple[Operations, list[str]]]
 @pytest.fixture(scope="module")
 def correlation(valkey_url: str) -> Iterator[Correlation]:
     """One for all: its scripts stay loaded."""
-    made = Correlation.at(valkey_url)
-    yield made
-    made._redis.close()
+    with connect(valkey_url) as redis:
+        yield Correlation(redis)
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ KINDS = {
     "provider refuses": 4,
     "webhooks held back": 5,
     "webhooks again": 5,
+    "connections break": 3,
     "two beats": 2,
     "all killed": 2,
 }
@@ -130,6 +131,8 @@ def _job(rng: Random, payment_id: str, account_id: str) -> dict[str, Any]:
     return {
         "payment_id": payment_id,
         "account_id": account_id,
+        **({"profile_id": "p_storm"} if rng.random() < 0.5 else {}),
+        "connection_id": f"conn_{account_id[-6:]}",
         "amount": rng.choice(["5.00", "20.00", "150.00", "300.00"]),
         "timeout_s": rng.choice([10, 20, 40, 40]),
         "max_balance_age_s": rng.choice([0, 5, 30, 30, 300]),

@@ -16,6 +16,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 from redis import Redis, RedisError
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from console.processes import Processes, Valkey, free_port, procfile
 from simulator.testing import Simulator
@@ -24,7 +25,15 @@ from tests.support.servers import Postgres, postgres
 from tests.support.system import API_KEY, QUICK, SECRET, SERVICE, SERVICE_QUEUE
 from worker.ledger.database import open_engine
 
-SETTINGS = {**QUICK, "PAYREADY_VISIBILITY_TIMEOUT_S": "6", "PAYREADY_LOG_LEVEL": "WARNING"}
+SETTINGS = {
+    **QUICK,
+    "PAYREADY_VISIBILITY_TIMEOUT_S": "6",
+    "PAYREADY_CALLS_PER_S": "20",
+    "PAYREADY_BREAKER_FAILURES": "10",
+    "PAYREADY_READ_AHEAD_S": "5",
+    "PAYREADY_LOG_LEVEL": "WARNING",
+}
+"""What is rare in production happens all the time; budget and breaker are as there."""
 CLOCK = Path(__file__).parent / "clock"
 PATIENCE_S = 120.0
 
@@ -114,6 +123,7 @@ class Rig:
             "provider refuses": self._provider_refuses,
             "webhooks held back": self._hold_webhooks,
             "webhooks again": self._send_webhooks_again,
+            "connections break": self._break_connections,
             "two beats": self._two_beats,
             "all killed": self._kill_all,
         }[fault.kind]
@@ -195,7 +205,7 @@ class Rig:
         query = "SELECT * FROM balance ORDER BY received_at DESC LIMIT 20"
         try:
             rows = self.rows(query)
-        except Exception:  # noqa: BLE001 - the database is away: another fault strikes at this moment
+        except SQLAlchemyError:  # the database is away: another fault strikes at this moment
             return
         with self._targets["provider"]:
             for row in rows:
@@ -205,6 +215,19 @@ class Rig:
                 event = {"id": row["event_id"], "type": "balance.created", "record": record}
                 body = {"eventTypes": ["balance.created"], "events": [event]}
                 self.simulator.post("deliver", body=body, copies=3)
+
+    def _break_connections(self, _: Fault) -> None:
+        """Quiltt tells of connections that payments wait behind."""
+        query = "SELECT DISTINCT connection_id FROM payment WHERE state = 'waiting' ORDER BY connection_id LIMIT 3"
+        try:
+            rows = self.rows(query)
+        except SQLAlchemyError:  # the database is away: another fault strikes at this moment
+            return
+        with self._targets["provider"]:
+            for row in rows:
+                kind = "connection.disconnected"
+                event = {"id": f"evt_{row['connection_id']}", "type": kind, "record": {"id": row["connection_id"]}}
+                self.simulator.post("deliver", body={"eventTypes": [kind], "events": [event]}, copies=2)
 
     def _two_beats(self, fault: Fault) -> None:
         with self._targets["beat2"]:

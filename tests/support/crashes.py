@@ -26,14 +26,15 @@ from sqlalchemy.exc import OperationalError as LedgerAway
 from tasks import balances, payments, suspension, upkeep
 from tasks.app import app
 from tasks.delivery import carry_out
-from tests.support.world import PRICES, SETTINGS, START, Clock
+from tests.support.world import PRICES, SETTINGS, START, Clock, gate_of
 from worker import flow
 from worker import runtime as production
+from worker.correlation.gate import Budget
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed, InvalidJob, PaymentNotReady, Uncertain, Unsent
 from worker.fees import read_prices, share
 from worker.ledger.database import Engine, open_engine
-from worker.messages import Balance
+from worker.messages import AccountView, Balance
 from worker.payment import MAX_CALLS
 from worker.provider import Quiltt
 from worker.runtime import Runtime
@@ -86,7 +87,8 @@ class Operations:
             return
         self.struck = f"{kind}: {what}"
         if self.strike == "the operation fails":
-            raise FAILURES[kind]()
+            failure = FAILURES[kind]()
+            raise failure
         self.is_dead = True
         raise Killed
 
@@ -110,8 +112,9 @@ class Story:
 
     jobs: tuple[tuple[int, dict[str, Any] | None], ...]
     answers: tuple[str | CallFailed, ...] = ()
-    """`balance`: 202, and a balance 2 s later, as every call that is not listed; `silence`: 202 and nothing; `lost`:
-    accepted, but the answer does not come; or what is raised, without being accepted."""
+    """`balance`: 202, and a balance 2 s later, as every call that is not listed; `silence`: 202, and nothing; `unsent`:
+    202, and a balance that only a read shows; `lost`: accepted, but the answer does not come; or what is raised, by a
+    call that was not accepted."""
     times_s: tuple[int, ...] = (0, 1, 3, 6)
     """When anything happens at all: deliveries, upkeep."""
     available: str = "100.00"
@@ -147,20 +150,32 @@ class Line:
         self.story, self.operations = story, operations
         self._ledger, self._correlation = ledger, correlation
         self.clock = Clock()
-        self.queue: list[tuple[str, Any]] = []
+        self.queue: list[tuple[str, Any, datetime]] = []
+        """Name and arguments of each message, and when it is to be worked on."""
+        self.shown: Balance | None = None
         self.webhooks: list[tuple[datetime, Balance]] = []
         self.told: dict[str, list[Any]] = defaultdict(list)
         self.attempts: list[datetime] = []
         self.accepted: list[datetime] = []
         self.arrived: list[datetime] = []
+        self._kept: set[str] = set()
         self.rt = self._start()
 
     # --- the process ---
 
     def _start(self) -> Runtime:
         self._ledger.operations = self.operations
-        quiltt = cast(Quiltt, self)
-        return Runtime(SETTINGS, self._ledger.engine, self._correlation, quiltt, read_prices(PRICES), self.clock)
+        redis = self._correlation._redis
+        return Runtime(
+            settings=SETTINGS,
+            engine=self._ledger.engine,
+            correlation=self._correlation,
+            gate=gate_of(redis, SETTINGS),
+            reads=Budget(redis, "reads", per_s=SETTINGS.reads_per_s),
+            provider=cast(Quiltt, self),
+            prices=read_prices(PRICES),
+            clock=self.clock,
+        )
 
     def _restart(self) -> None:
         self.rt.engine.dispose()
@@ -183,18 +198,19 @@ class Line:
 
     # --- Celery's part ---
 
-    def enqueue(self, name: str, args: tuple[Any, ...] = (), **_: Any) -> None:
+    def enqueue(self, name: str, args: tuple[Any, ...] = (), countdown: float = 0, **_: Any) -> None:
         """`app.send_task`."""
         self.operations.may("broker", f"enqueue {name}")
-        self.queue.append((name, args))
+        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown)))
 
     def _work(self) -> None:
-        while self.queue:
-            name, args = message = self.queue[0]
+        while ready := [message for message in self.queue if message[2] <= self.clock.now]:
+            name, args, _ = message = ready[0]
             if self._run(lambda name=name, args=args: self._task(name, args)):  # type: ignore[misc]
                 self.queue.remove(message)
             elif message in self.queue:
-                self.queue.append(self.queue.pop(0))  # it comes again, after what was there before
+                self.queue.remove(message)
+                self.queue.append(message)  # it comes again, after what was there before
 
     def _task(self, name: str, args: Any) -> None:
         try:
@@ -205,7 +221,7 @@ class Line:
         except Ignore:
             pass
         except Reject:
-            self.queue.append((name, args))
+            self.queue.append((name, args, self.clock.now))
         except (InvalidJob, PaymentNotReady) as answer:
             self.told[args[0]].append(answer.args)
         except Exception as error:  # noqa: BLE001 - Celery acknowledges a task that fails, and calls its errbacks
@@ -247,13 +263,22 @@ class Line:
             self.operations.may("answer", "to the call")
             raise answer
         self.accepted.append(self.clock.now)
-        if answer != "silence":
-            at = self.clock.now + timedelta(seconds=2)
+        at = self.clock.now + timedelta(seconds=2)
+        if answer == "unsent":
+            self.shown = self._balance(account_id, at)
+        elif answer != "silence":
             self.webhooks.append((at, self._balance(account_id, at)))
         self.operations.may("answer", "to the call")
         if answer == "lost":
             raise Uncertain("read timeout")
         return 202
+
+    def read_account(self, account_id: str, profile_id: str) -> AccountView | None:  # noqa: ARG002
+        """Take a read."""
+        self.operations.may("send", "the read")
+        balance = None if self.shown is None else self.shown.model_dump(by_alias=True, mode="json")
+        self.operations.may("answer", "to the read")
+        return AccountView.model_validate({"kind": "DEPOSITORY", "currencyCode": "USD", "balance": balance})
 
     def _balance(self, account_id: str, at: datetime) -> Balance:
         figures = {"available": Decimal(self.story.available), "current": None, "limit": None}
@@ -279,7 +304,6 @@ class Line:
 
     def live(self) -> None:
         """Let the story happen, and then time pass, until nothing is left to happen."""
-        self._kept: set[str] = set()
         jobs = list(self.story.jobs)
         for second in self.story.times_s:
             self.clock.now = START + timedelta(seconds=second, microseconds=second)
@@ -289,14 +313,15 @@ class Line:
         for step in AFTERWARDS_S:
             self.clock.advance(step)
             self._pass()
-            if not self.webhooks and not self.rows(DUE):
+            if not (self.webhooks or self.queue or self.rows(DUE)):
                 break
 
     def _send(self, job: dict[str, Any] | None) -> None:
         if job is None:
-            self.queue.append(("payments.cancel", ("p1",)))
-        else:
-            self.queue.append(("payments.initiate", (f"task_{job['payment_id']}", {"account_id": "acct_a", **job})))
+            self.queue.append(("payments.cancel", ("p1",), self.clock.now))
+            return
+        arguments = (f"task_{job['payment_id']}", {"account_id": "acct_a", **job})
+        self.queue.append(("payments.initiate", arguments, self.clock.now))
 
     def _pass(self) -> None:
         self._deliver_webhooks()
@@ -316,6 +341,7 @@ class Line:
 
 TASKS: dict[str, Callable[..., Any]] = {
     "balances.refresh": balances.refresh.run,
+    "balances.read": balances.read.run,
     "payments.release": payments.release.run,
     "payments.cancel": payments.cancel.run,
     "payments.expire": upkeep.expire.run,
