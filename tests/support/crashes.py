@@ -434,7 +434,7 @@ def _shares(made: Line) -> Iterator[str]:
     sharing = made.rows("SELECT * FROM payment WHERE refresh_id IS NOT NULL AND NOT reused")
     for refresh_id in {row["refresh_id"] for row in sharing}:
         sharers = [row["payment_id"] for row in sharing if row["refresh_id"] == refresh_id]
-        told = [made.told[f"task_{payment_id}"][0] for payment_id in sharers]
+        told = [outcome for payment_id in sharers for outcome in made.told[f"task_{payment_id}"][:1]]
         amounts = [Decimal(outcome["fee"]["amount"]) for outcome in told if isinstance(outcome, dict)]
         price = Decimal("0.1")
         wholes = [[share(price * n, len(sharers), i) for i in range(len(sharers))] for n in range(MAX_CALLS + 1)]

@@ -71,6 +71,11 @@ class Databases:
         self._postgres_template = server.database() if server else ""
         migrate(self._postgres_template or f"sqlite:///{self._template}")
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether they are on SQLite, where a transaction costs next to nothing."""
+        return not self._postgres_template
+
     @contextmanager
     def one(self) -> Iterator[str]:
         """The address of an empty one for as long as the block runs."""
