@@ -79,6 +79,8 @@ def _transport(settings: Settings) -> dict[str, Any]:
         "unacked_key": "payready-unacked",
         "unacked_index_key": "payready-unacked-index",
         "unacked_mutex_key": "payready-unacked-mutex",
+        # A worker that is killed while it gives messages back keeps the others from it for so long; kombu: 300 s.
+        "unacked_mutex_expire": 10,
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         "max_connections": 256,
