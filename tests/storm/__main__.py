@@ -3,6 +3,7 @@
     --seed N        the storm to repeat; without it a new one is drawn, and its seed is printed
     --payments N    how many; the storm lasts as long as they take
     --faults N      how many, spread over the payments
+    --rabbitmq      with RabbitMQ as the broker, on quorum queues, from the system's package; it is killed too
     --folder PATH   where the logs go, and all that was seen
 
 Exit status 0 if no invariant was violated.
@@ -19,13 +20,15 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.storm.plan import SKEW_S, Fault, Plan, draw
+from tests.storm.plan import KINDS, ON_RABBITMQ, SKEW_S, Fault, Plan, draw
 from tests.storm.rig import Rig, rig
 from tests.storm.verdict import Seen, violations
+from tests.support.rabbit import rabbitmq
 
 BATCH = 20
 """Messages that are sent at a time."""
@@ -145,10 +148,13 @@ def main() -> int:
     """Draw, rage, judge, report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # processes are not to outlive us
     options = _options()
-    plan = draw(options.seed, options.payments, options.faults)
+    kinds = ON_RABBITMQ if options.rabbitmq else KINDS
+    plan = draw(options.seed, options.payments, options.faults, kinds)
     print(f"storm {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True)
     start = time.monotonic()
-    with rig(options.folder, plan) as made:
+    with ExitStack() as stack:
+        broker = stack.enter_context(rabbitmq(options.folder / "rabbitmq")) if options.rabbitmq else None
+        made = stack.enter_context(rig(options.folder, plan, broker))
         storm = Storm(made, plan)
         try:
             storm.rage()
@@ -168,6 +174,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--payments", type=int, default=300)
     parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--rabbitmq", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-storm-"))

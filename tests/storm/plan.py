@@ -4,7 +4,7 @@ A fault strikes when so many jobs were sent, not after so many seconds, so that 
 point of the plan.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -51,6 +51,9 @@ KINDS = {
 }
 """Faults, in percent. `kill` is SIGKILL, `restart` SIGTERM, `pause` SIGSTOP; `REPLICAS` are who meets these three."""
 
+ON_RABBITMQ = KINDS | {"rabbitmq killed": 8}
+"""Faults of a storm whose broker is not Redis."""
+
 SKEW_S = 1.0
 """How far a role's clock may be from the true time; two of them are apart by the allowed 2 s at most."""
 
@@ -93,13 +96,13 @@ class Plan:
         yield from self.sendings[first : first + size]
 
 
-def draw(seed: int, payments: int, faults: int) -> Plan:
+def draw(seed: int, payments: int, faults: int, kinds: Mapping[str, int] = KINDS) -> Plan:
     """Draw a storm."""
     rng = Random(seed)
     sendings = list(_sendings(rng, payments))
     points = sorted(rng.randrange(20, len(sendings)) for _ in range(faults))
     clocks = {replica: _skew(rng) for replica in REPLICAS}
-    return Plan(seed, sendings, [_fault(rng, point) for point in points], clocks)
+    return Plan(seed, sendings, [_fault(rng, point, kinds) for point in points], clocks)
 
 
 def _skew(rng: Random) -> float:
@@ -140,8 +143,8 @@ def _job(rng: Random, payment_id: str, account_id: str) -> dict[str, Any]:
     }
 
 
-def _fault(rng: Random, after: int) -> Fault:
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+def _fault(rng: Random, after: int, kinds: Mapping[str, int]) -> Fault:
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     target = rng.choice(REPLICAS) if kind in ("kill", "restart") else ""
     longest = {"kill": 2.0, "restart": 0.5, "pause": 9.0, "postgres crashes": 3.0, "two beats": 8.0}.get(kind, 2.0)
     if kind == "pause":

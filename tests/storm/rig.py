@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from console.processes import Processes, Valkey, free_port, procfile
 from simulator.testing import Simulator
 from tests.storm.plan import REPLICAS, Fault, Plan, Sending
+from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
 from tests.support.system import API_KEY, QUICK, SECRET, SERVICE, SERVICE_QUEUE
 from worker.ledger.database import open_engine
@@ -55,7 +56,13 @@ class Rig:
     """The processes, and what is done to them. Faults come from threads; two never strike one target at once."""
 
     def __init__(
-        self, processes: Processes, server: Postgres, valkey: Valkey, simulator: Simulator, environ: dict[str, str]
+        self,
+        processes: Processes,
+        server: Postgres,
+        valkey: Valkey,
+        simulator: Simulator,
+        rabbitmq: RabbitMQ | None,
+        environ: dict[str, str],
     ) -> None:
         self.processes, self.postgres, self.simulator = processes, server, simulator
         self.valkey = valkey
@@ -64,13 +71,20 @@ class Rig:
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_PORT']}"
         self.sending = threading.Lock()
         """Held while messages are sent, and while none may be."""
-        self._broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
+        self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._targets = {name: threading.Lock() for name in (*REPLICAS, "valkey", "postgres", "beat2", "provider")}
-        self._service = Celery("sender", broker=self._broker, set_as_current=False)
+        self._targets = {
+            name: threading.Lock() for name in (*REPLICAS, "valkey", "postgres", "rabbitmq", "beat2", "provider")
+        }
+        self._rabbitmq = rabbitmq
+        self._service = Celery("sender", broker=self.broker, set_as_current=False)
+        quick = {"socket_timeout": 2, "socket_connect_timeout": 2}
+        on_rabbitmq = {
+            "task_create_missing_queue_type": "quorum",
+            "broker_transport_options": {"confirm_publish": True},
+        }
         self._service.conf.update(
-            task_ignore_result=False,
-            broker_transport_options={"socket_timeout": 2, "socket_connect_timeout": 2},
+            {"task_ignore_result": False, **(on_rabbitmq if rabbitmq else {"broker_transport_options": quick})}
         )
 
     # --- the payments service ---
@@ -118,6 +132,7 @@ class Rig:
             "pause": self._pause,
             "valkey restarts": self._valkey_restarts,
             "valkey killed": self._valkey_restarts,
+            "rabbitmq killed": self._rabbitmq_killed,
             "postgres crashes": self._postgres_crashes,
             "redis emptied": self._empty_redis,
             "provider refuses": self._provider_refuses,
@@ -169,6 +184,14 @@ class Rig:
             time.sleep(fault.seconds)
             self.valkey.start()
 
+    def _rabbitmq_killed(self, fault: Fault) -> None:
+        if self._rabbitmq is None:
+            raise TypeError("the broker is not RabbitMQ")
+        with self._targets["rabbitmq"]:
+            self._rabbitmq.kill()
+            time.sleep(fault.seconds)
+            self._rabbitmq.start()
+
     def _postgres_crashes(self, fault: Fault) -> None:
         with self._targets["postgres"]:
             self.postgres.stop()
@@ -182,6 +205,9 @@ class Rig:
             while time.monotonic() < end:
                 try:
                     with Redis.from_url(self.redis_url, socket_timeout=2) as client:
+                        if self._rabbitmq:  # the queues are elsewhere
+                            client.flushall()
+                            return
                         if client.eval(FLUSH_WHEN_REPLACEABLE, 0):
                             return
                 except RedisError:
@@ -271,8 +297,8 @@ def _number(value: Any) -> float | None:
 
 
 @contextmanager
-def rig(folder: Path, plan: Plan) -> Iterator[Rig]:
-    """Everything running, for as long as the block does."""
+def rig(folder: Path, plan: Plan, broker: RabbitMQ | None = None) -> Iterator[Rig]:
+    """Everything running, for as long as the block does; the broker is Redis if no other is given."""
     valkey_port, web_port = free_port(), free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     options = ["--seed", str(plan.seed)]
@@ -286,6 +312,7 @@ def rig(folder: Path, plan: Plan) -> Iterator[Rig]:
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
             "PAYREADY_PORT": str(web_port),
+            **({"PAYREADY_BROKER_URL": broker.url} if broker else {}),
             **SETTINGS,
         }
         # What a server that is killed has answered, it has written: `everysec` would not write while it syncs.
@@ -295,8 +322,13 @@ def rig(folder: Path, plan: Plan) -> Iterator[Rig]:
             valkey.start()
             try:
                 processes.run("release", procfile()["release"])
-                made = Rig(processes, server, valkey, simulator, environ)
-                log = {"SERVICE_URL": redis_url, "SERVICE_LOG": str(made.service_log), "SERVICE_VISIBILITY_S": "10"}
+                made = Rig(processes, server, valkey, simulator, broker, environ)
+                log = {
+                    "SERVICE_URL": made.broker,
+                    "SERVICE_RESULTS": redis_url,
+                    "SERVICE_LOG": str(made.service_log),
+                    "SERVICE_VISIBILITY_S": "10",
+                }
                 processes.start("service", SERVICE, **log)
                 for replica in REPLICAS:
                     made.start(replica, plan.clocks[replica])
