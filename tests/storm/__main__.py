@@ -4,6 +4,7 @@
     --payments N    how many; the storm lasts as long as they take
     --faults N      how many, spread over the payments
     --rabbitmq      with RabbitMQ as the broker, on quorum queues, from the system's package; it is killed too
+    --judge         only judge again what the storm in the folder has seen
     --folder PATH   where the logs go, and all that was seen
 
 Exit status 0 if no invariant was violated.
@@ -27,7 +28,7 @@ from typing import Any
 
 from tests.storm.plan import KINDS, ON_RABBITMQ, SKEW_S, Fault, Plan, draw
 from tests.storm.rig import Rig, rig
-from tests.storm.verdict import Seen, violations
+from tests.storm.verdict import Seen, read, violations
 from tests.support.rabbit import rabbitmq
 
 BATCH = 20
@@ -151,6 +152,10 @@ def main() -> int:
     kinds = ON_RABBITMQ if options.rabbitmq else KINDS
     plan = draw(options.seed, options.payments, options.faults, kinds)
     print(f"storm {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True)
+    if options.judge:
+        found = violations(plan, read((options.folder / "seen.json").read_text()))
+        print("\n".join(f"{len(where):4d} violations: {name} {where[:3] or ''}" for name, where in found.items()))
+        return int(any(found.values()))
     start = time.monotonic()
     with ExitStack() as stack:
         broker = stack.enter_context(rabbitmq(options.folder / "rabbitmq")) if options.rabbitmq else None
@@ -174,11 +179,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--payments", type=int, default=300)
     parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--judge", action="store_true")
     parser.add_argument("--rabbitmq", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-storm-"))
-    if options.folder.exists() and any(options.folder.iterdir()):
+    if not options.judge and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty: what an earlier storm left there would be taken for this one's")
     return options
 

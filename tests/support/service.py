@@ -34,7 +34,11 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    broker_transport_options={"visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "3600"))},
+    broker_transport_options={
+        "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "3600")),
+        "unacked_restore_throttle": 1,  # kombu's own looks every 100 s
+        "unacked_mutex_expire": 10,
+    },
 )
 if IS_RABBITMQ:
     app.conf.update(ON_RABBITMQ)
