@@ -64,6 +64,7 @@ def struck(databases: Databases, correlation: Correlation) -> Struck:
 @pytest.mark.parametrize("story", STORIES)
 def test_no_invariant_falls_wherever_it_strikes(struck: Struck, databases: Databases, story: str) -> None:
     """At every operation of the story, one after the other; on PostgreSQL at some of them, as it takes its time."""
+    struck(STORIES[story], "killed", None)  # Redis has all scripts now
     calm, found = struck(STORIES[story], "killed", None)
     assert found == []
     stride = 1 if EVERYWHERE or databases.is_quick else 7
@@ -91,5 +92,5 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
     story = STORIES["two share a call, one of them is covered"]
     calm, found = struck(story, "killed", None)
     assert found == []
-    fallen = [found for number in calm.worth_striking() if (found := struck(story, "killed", number)[1])]
-    assert any("was told []" in line for found in fallen for line in found)
+    struck_anywhere = (lost for number in calm.worth_striking() for lost in struck(story, "killed", number)[1])
+    assert any("was told []" in lost for lost in struck_anywhere)
