@@ -8,10 +8,13 @@ from config.settings import Settings
 
 QUEUES = ("payments", "refreshes", "releases", "upkeep")
 TICK_S = 1.0
+_QUORUM = {"x-queue-type": "quorum"}
+"""RabbitMQ keeps such a queue on several nodes, and what it has confirmed is on the disks of most of them."""
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:
     """Celery's configuration for this deployment; the keys are checked against Celery's own list by a test."""
+    is_rabbitmq = settings.broker.startswith("amqp")
     return {
         "broker_url": settings.broker,
         "result_backend": settings.result_backend,
@@ -27,7 +30,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "timezone": "UTC",
         "enable_utc": True,
         # Queues: one per role, so that roles scale apart. None is made by a misspelt name.
-        "task_queues": [Queue(name) for name in QUEUES],
+        "task_queues": [Queue(name, queue_arguments=_QUORUM if is_rabbitmq else None) for name in QUEUES],
+        "task_create_missing_queue_type": "quorum" if is_rabbitmq else "classic",
         "task_default_queue": "celery",  # not ours: a callback that names no queue goes to Celery's usual one
         "task_create_missing_queues": True,  # a callback goes to whatever queue the payments service names
         "task_routes": {
@@ -77,6 +81,8 @@ def _every_now_and_then(task: str) -> dict[str, Any]:
 
 
 def _transport(settings: Settings) -> dict[str, Any]:
+    if settings.broker.startswith("amqp"):
+        return {"confirm_publish": True}  # what is enqueued is safe, or an error says that it is not
     if not settings.broker.startswith(("redis", "sentinel")):
         return {}
     return {
@@ -87,6 +93,8 @@ def _transport(settings: Settings) -> dict[str, Any]:
         "unacked_key": "payready-unacked",
         "unacked_index_key": "payready-unacked-index",
         "unacked_mutex_key": "payready-unacked-mutex",
+        # A worker that is killed while it gives messages back keeps the others from it for so long; kombu: 300 s.
+        "unacked_mutex_expire": 10,
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         "max_connections": 256,

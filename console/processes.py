@@ -169,10 +169,11 @@ class Processes:
 
     def stop(self) -> None:
         """Stop everything: politely, then by force."""
-        for process in self._running.values():
+        running = list(self._running.values())
+        for process in running:
             _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
-        for process in self._running.values():
+        for process in running:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from kombu import Connection, Consumer, Producer, Queue
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
+from kombu.transport.redis import Mutex
 from redis import Redis
 
+from config.celery import celery_settings
+from config.settings import Settings
 from tasks.broker import BrokerUnfit
 
 OURS, KOMBUS = "tasks.broker:RedisTransport", "kombu.transport.redis:Transport"
@@ -134,6 +137,17 @@ def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
         drain(connection, until=lambda: not redis.llen("payments") and not redis.hlen("unacked"))
     eaten = redis.smembers("eaten") | set(rest)
     assert eaten == set(numbers)
+
+
+def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_from_it_for_long(
+    redis: Redis, valkey_url: str
+) -> None:
+    """The lock outlives its holder, and until it ends no killed worker's message comes back."""
+    options = celery_settings(Settings())["broker_transport_options"]
+    with Connection(valkey_url, transport_options=options) as connection:
+        qos = connection.default_channel.qos
+        with Mutex(connection.default_channel.client, qos.unacked_mutex_key, qos.unacked_mutex_expire):
+            assert 0 < redis.ttl("payready-unacked-mutex") <= 10
 
 
 def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connection]) -> None:

@@ -65,6 +65,13 @@ class Postgres:
             else:
                 return
 
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, which lets connections in."""
+        if self._process is None:
+            raise ProcessLookupError("the server is stopped")
+        return self._process.pid
+
     def stop(self) -> None:
         """Stop the server at once, as a crash would; what was committed is there at the next start."""
         if self._process is not None:

@@ -71,14 +71,29 @@ class Databases:
         self._postgres_template = server.database() if server else ""
         migrate(self._postgres_template or f"sqlite:///{self._template}")
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether they are on SQLite, where a transaction costs next to nothing."""
+        return not self._postgres_template
+
     @contextmanager
     def one(self) -> Iterator[str]:
         """The address of an empty one for as long as the block runs."""
         address = self._free.pop() if self._free else self.new()
         yield address
         if self._postgres_template:
-            _empty(address)
+            self.empty(address)
             self._free.append(address)
+
+    def empty(self, address: str) -> None:
+        """Make the database at this address as new; on SQLite nobody may be connected to it."""
+        if self._postgres_template:
+            _empty(address)
+            return
+        path = Path(address.removeprefix("sqlite:///"))
+        for rest in path.parent.glob(f"{path.name}-*"):  # what was not merged into the file itself
+            rest.unlink()
+        shutil.copy(self._template, path)
 
     def new(self) -> str:
         """The address of a new one, to keep."""

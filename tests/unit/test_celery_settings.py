@@ -40,8 +40,16 @@ def test_each_option_of_the_broker_is_one_that_its_transport_knows() -> None:
 
 def test_another_broker_gets_no_options_of_redis() -> None:
     """They would mean something else there, or nothing."""
+    assert celery_settings(Settings(broker_url="sqs://b"))["broker_transport_options"] == {}
+
+
+def test_on_rabbitmq_queues_are_quorum_queues_and_what_is_sent_is_confirmed() -> None:
+    """Those that a callback names too: a queue is declared by whoever comes first."""
     assert parse_url("amqp://b")["transport"] == "amqp"
-    assert celery_settings(Settings(broker_url="amqp://b"))["broker_transport_options"] == {}
+    settings = celery_settings(Settings(broker_url="amqp://b"))
+    assert settings["broker_transport_options"] == {"confirm_publish": True}
+    assert [queue.queue_arguments for queue in settings["task_queues"]] == [{"x-queue-type": "quorum"}] * len(QUEUES)
+    assert settings["task_create_missing_queue_type"] == "quorum"
 
 
 def test_each_task_that_is_routed_exists_and_each_goes_to_a_queue_of_ours() -> None:

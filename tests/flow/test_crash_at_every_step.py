@@ -1,0 +1,96 @@
+"""Cut off at each of its I/O operations, payready keeps every invariant."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from tasks import delivery
+from tests.support.crashes import STRIKES, Ledger, Operations, Story, Strike, line, violations
+from tests.support.world import Databases
+from worker import flow
+from worker.correlation.client import connect
+from worker.correlation.store import Correlation
+from worker.errors import Reason, Refused, Throttled, Uncertain
+from worker.ledger.payments import Due
+
+P1 = {"payment_id": "p1", "amount": "60.00"}
+P2 = {"payment_id": "p2", "amount": "60.00"}
+OWN = {"payment_id": "p2", "max_balance_age_s": 0}
+STORIES = {
+    "two share a call, one of them is covered": Story(((0, P1), (0, P2))),
+    "one is served, the next takes what is there, one more is cancelled": Story(
+        ((0, P1), (1, None), (1, {"payment_id": "p2"}), (4, {"payment_id": "p3"})),
+        times_s=(0, 1, 3, 4),
+    ),
+    "the second needs a call of its own": Story(((0, P1), (1, OWN)), times_s=(0, 1, 3, 6)),
+    "the answer is lost, the balance comes": Story(((0, P1),), ("lost",), (0, 3)),
+    "nobody knows what became of the call": Story(((0, P1),), (Uncertain("500", 500),), (0, 16, 19)),
+    "put off, then served": Story(((0, P1),), (Throttled("429", None),), (0, 2, 5)),
+    "only a read shows the balance": Story(
+        ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
+    ),
+    "refused": Story(((0, P1), (0, P2)), (Refused(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
+    "nothing comes": Story(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
+}
+EVERYWHERE = bool(os.environ.get("STRIKE_EVERYWHERE"))
+"""Every strike at every operation, on both databases: minutes. Without it each operation meets one of the strikes."""
+Struck = Callable[[Story, Strike, int | None], tuple[Operations, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def correlation(valkey_url: str) -> Iterator[Correlation]:
+    """One for all: its scripts stay loaded."""
+    with connect(valkey_url) as redis:
+        yield Correlation(redis)
+
+
+@pytest.fixture(scope="module")
+def struck(databases: Databases, correlation: Correlation) -> Struck:
+    """Tells a story with a strike at an operation, or without, on an empty database; returns what was violated."""
+    address = databases.new()
+    ledger = Ledger(address)
+
+    def told(story: Story, strike: Strike, at: int | None) -> tuple[Operations, list[str]]:
+        operations = Operations(at, strike)
+        databases.empty(address)
+        with line(story, ledger, correlation, operations) as made:
+            made.live()
+            return operations, list(violations(made))
+
+    return told
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_no_invariant_falls_wherever_it_strikes(struck: Struck, databases: Databases, story: str) -> None:
+    """At every operation of the story, one after the other; on PostgreSQL at some of them, as it takes its time."""
+    struck(STORIES[story], "killed", None)  # Redis has all scripts now
+    calm, found = struck(STORIES[story], "killed", None)
+    assert found == []
+    stride = 1 if EVERYWHERE or databases.is_quick else 7
+    fallen = {}
+    for number in calm.worth_striking()[::stride]:
+        for strike in STRIKES if EVERYWHERE else [STRIKES[number % len(STRIKES)]]:
+            operations, found = struck(STORIES[story], strike, number)
+            assert operations.struck is not None
+            if found:
+                fallen[f"{number}, {strike}: {operations.struck}"] = found
+    assert fallen == {}
+
+
+def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
+    struck: Struck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
+
+    def noted_first(due: Sequence[Due]) -> None:
+        flow.delivered(vars(delivery)["runtime"](), [outcome.task_id for outcome in due])
+        for outcome in due:
+            delivery._complete(outcome)
+
+    monkeypatch.setattr(delivery, "_deliver", noted_first)
+    story = STORIES["two share a call, one of them is covered"]
+    calm, found = struck(story, "killed", None)
+    assert found == []
+    struck_anywhere = (lost for number in calm.worth_striking() for lost in struck(story, "killed", number)[1])
+    assert any("was told []" in lost for lost in struck_anywhere)

@@ -1,0 +1,101 @@
+"""A RabbitMQ server of our own, from the system's package; tests that want one are skipped where there is none."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from console.processes import free_port
+
+SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+"""Without the wrapper in the path, which insists on a user of its own."""
+WHY_NOT = f"{SERVER} is not installed (Debian: rabbitmq-server)"
+START_S = 60
+
+
+class RabbitMQ:
+    """One node on the loopback interface. It can be killed and started again; what it confirmed is there then."""
+
+    def __init__(self, folder: Path) -> None:
+        self._port, self._epmd = free_port(), free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = folder
+        for name in ("mnesia", "log", "home"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "plugins").write_text("[].")
+        (folder / "rabbitmq.conf").write_text("log.console = false\n")
+        self._environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder / "home"),
+            "ERL_EPMD_PORT": str(self._epmd),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"payready{self._port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self._port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        }
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"amqp://guest:guest@127.0.0.1:{self._port}//"
+
+    def start(self) -> None:
+        """Start the server and wait until it listens."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(SERVER)],
+                env=self._environ,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        end = time.monotonic() + START_S
+        while not self._listens():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"RabbitMQ did not start, see {self._folder}")
+            time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def kill(self) -> None:
+        """End the server, as a crash would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """End the server, and the port mapper that came with it."""
+        self.kill()
+        mapper, end = shutil.which("epmd"), time.monotonic() + 5
+        while mapper and time.monotonic() < end:  # it does not end before it has seen that its last node is gone
+            told = subprocess.run(
+                [mapper, "-port", str(self._epmd), "-kill"], check=False, capture_output=True, timeout=5
+            )
+            if b"Killed" in told.stdout + told.stderr:
+                return
+            time.sleep(0.1)
+
+
+@contextmanager
+def rabbitmq(folder: Path) -> Iterator[RabbitMQ]:
+    """A server for as long as the block runs."""
+    server = RabbitMQ(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
