@@ -183,6 +183,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("entry_id"),
         sa.UniqueConstraint("call_id", "state", name="fee_entry_once"),
     )
+    op.create_index("fee_entry_at", "fee_entry", ["at"], unique=False)
     op.create_index("fee_entry_account", "fee_entry", ["account_id", "called_at"], unique=False)
     op.create_index("fee_entry_called", "fee_entry", ["called_at"], unique=False)
     op.create_index(
@@ -258,6 +259,7 @@ def downgrade() -> None:
     )
     op.drop_index("fee_entry_called", table_name="fee_entry")
     op.drop_index("fee_entry_account", table_name="fee_entry")
+    op.drop_index("fee_entry_at", table_name="fee_entry")
     op.drop_table("fee_entry")
     op.drop_index(
         "refresh_requested",

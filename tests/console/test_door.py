@@ -43,7 +43,8 @@ ODD = b'{"type": "balance.created", "text": "\x1b[2J\xff", "x": NaN}'
 def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
     """Runs a command, with a broker."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", valkey_url)
-    monkeypatch.setattr("console.door.settings", settings.__wrapped__)
+    for module in ("console.door", "console.command"):
+        monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
     with Redis.from_url(valkey_url) as redis:
         redis.delete("releases")
     return lambda *words: CliRunner().invoke(app, list(words))

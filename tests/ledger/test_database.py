@@ -14,7 +14,7 @@ from tests.support.world import START
 from worker.ledger import balances, payments
 from worker.ledger.database import LEDGER_AWAY, Engine, insert_new, lock_accounts, open_engine, ping, transaction
 from worker.ledger.tables import BALANCE, QUARANTINE
-from worker.messages import Balance, parse_job
+from worker.messages import MAX_FIGURE_PLACES, Balance, parse_job
 
 zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
 moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
@@ -57,7 +57,9 @@ def test_a_job_comes_back_as_it_was(engine: Engine) -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     at=moments,
-    figure=st.decimals(allow_nan=False, allow_infinity=False, min_value=Decimal("-1e29"), max_value=Decimal("1e29")),
+    figure=st.decimals(
+        allow_nan=False, allow_infinity=False, min_value=Decimal("-1e29"), max_value=Decimal("1e29")
+    ).filter(lambda figure: -int(figure.as_tuple().exponent) <= MAX_FIGURE_PLACES),
 )
 def test_times_and_figures_come_back_as_they_went_in(engine: Engine, at: datetime, figure: Decimal) -> None:
     """To the microsecond and to the digit, whatever the zone."""

@@ -18,7 +18,8 @@ from redis import Redis, RedisError
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from console.processes import Processes, Valkey, free_port, procfile
+from console.embedded import Valkey
+from console.processes import Processes, free_port, procfile
 from simulator.testing import Simulator
 from tests.storm.plan import REPLICAS, Fault, Plan, Sending
 from tests.support.rabbit import RabbitMQ

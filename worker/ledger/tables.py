@@ -181,6 +181,7 @@ class FeeEntry(SQLModel, table=True):
         UniqueConstraint("call_id", "state", name="fee_entry_once"),
         _partial("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
         Index("fee_entry_refresh", "refresh_id"),
+        Index("fee_entry_at", "at"),
         Index("fee_entry_called", "called_at"),
         Index("fee_entry_account", "account_id", "called_at"),
     )
