@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from celery import Celery
+from celery import Celery, _state
 
 from console.processes import procfile
 from tests.canvas.runs import Received, Run, kill_between_settling_and_telling, send_balance
@@ -22,6 +22,13 @@ TWIN = (
 def start_worker(system: System) -> None:
     """Start payready's worker, with the payments team's module."""
     system.processes.start("worker", WORKER, SERVICE_URL=system.redis_url)
+
+
+@pytest.fixture(autouse=True)
+def _apps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery gives each new app the tasks of all others in the process: not here, where apps are made for a test."""
+    builtin = {add for add in _state._on_app_finalizers if add.__module__ == "celery.app.builtins"}
+    monkeypatch.setattr(_state, "_on_app_finalizers", builtin)
 
 
 @pytest.fixture(scope="session")

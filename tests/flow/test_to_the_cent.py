@@ -57,6 +57,11 @@ class Truth:
 
         return take
 
+    def owes(self, account: str, now: datetime) -> bool:
+        """Whether a balance may come; what is later than anyone takes it for is lost."""
+        self.owed[account] = [called_at for called_at in self.owed[account] if now - called_at < flow.LATE]
+        return bool(self.owed[account])
+
     @staticmethod
     def price(at: datetime) -> Decimal:
         """What the contract says of a call made at this time."""
@@ -101,7 +106,7 @@ def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
             payready.initiate(f"p{number}", account, timeout_s=60, max_balance_age_s=age)
             payready.work()
             _pass(payready, pause)
-            if comes and truth.owed[account]:
+            if comes and truth.owes(account, payready.clock.now):
                 truth.owed[account].pop(0)
                 payready.balance(account)
                 payready.work()

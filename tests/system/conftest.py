@@ -20,7 +20,7 @@ def payready(
     url = postgres_server.database() if request.param == "postgresql" else f"sqlite:///{folder}/payready.db"
     with system(folder, url, PAYREADY_UNCERTAIN_GRACE_S="3") as running:
         running.start_service()
-        running.simulator.put("defaults", slow_s=1.5, late_s=4.5)
+        running.simulator.put("defaults", slow_s=1.5, late_s=8)
         yield running
 
 

@@ -26,7 +26,7 @@ class Promise:
     job: Mapping[str, Any] = field(default_factory=dict)
 
 
-BRIEF = {"timeout_s": 3}
+BRIEF = {"timeout_s": 6}
 PROMISES: dict[str, Promise] = {
     "prompt": Promise(verdict="sufficient"),
     "slow": Promise(verdict="sufficient"),
@@ -40,7 +40,7 @@ PROMISES: dict[str, Promise] = {
     "forged": Promise(reason="timeout", job=BRIEF),
     "stale": Promise(reason="timeout", job=BRIEF),
     "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id nobody can look
-    "unsent read": Promise(verdict="sufficient", job={**BRIEF, "profile_id": "p_reader"}),
+    "unsent read": Promise(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
     "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
     "poor": Promise(reason="insufficient_funds"),
     "nullavail required": Promise(reason="funds_unknown"),
@@ -50,8 +50,8 @@ PROMISES: dict[str, Promise] = {
     "unauth": Promise(reason="not_authorized", fees=("void",), accepted=0),
     "inactive": Promise(reason="connection_inactive", fees=("void",), accepted=0),
     "gone": Promise(reason="account_not_found", fees=("void",), accepted=0),
-    "error": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=0, job={"timeout_s": 8}),
-    "silent": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=2, job={"timeout_s": 12}),
+    "error": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=0, job={"timeout_s": 12}),
+    "silent": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=2, job={"timeout_s": 14}),
 }
 
 
