@@ -79,7 +79,7 @@ def test_a_refresh_may_become_this_and_nothing_else() -> None:
     assert _entries(REFRESH_LAW) == _read(REFRESH_TABLE)
 
 
-@pytest.mark.parametrize("state", SETTLED)
+@pytest.mark.parametrize("state", sorted(SETTLED))
 @pytest.mark.parametrize("event", PaymentEvent)
 def test_a_settled_payment_stays_as_it_is(state: PaymentState, event: PaymentEvent) -> None:
     """Released and failed are final."""
