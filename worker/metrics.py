@@ -54,6 +54,8 @@ CAPS_NEAR = Counter("payready_fee_caps_near", "Times that a cap was used to four
 # What is alerted on is at nought from the start: the first step of a counter that begins with it is not seen.
 for _result in ("quarantined", "unsafe", "stale", "mismatch", "no_secret"):
     DELIVERIES.labels(_result)
+for _cap in ("day", "month", "account"):
+    CAPS_REACHED.labels(_cap)
 for _result in ("accepted", "refused", "throttled", "unsent", "uncertain"):
     CALLS.labels(_result)
 ANSWERS = Histogram(
