@@ -34,6 +34,7 @@ QUICK = {
     "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "1",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "2",
     "PAYREADY_CLOCK_SKEW_S": "2",
+    "PAYREADY_ANSWER_WITHIN_S": "1",
 }
 """Settings that make time pass faster than in production."""
 PATIENCE_S = 50.0
