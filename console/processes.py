@@ -136,6 +136,7 @@ class Processes:
             time.sleep(POLL_S)
         del self._running[name]
         if process.returncode != 0:
+            self._check()  # a signal to us may have reached it too, before it had a process group of its own
             raise StartError(f"{name} failed, see {self.log_of(name)}")
 
     def wait_for(self, name: str, ready: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -148,6 +149,7 @@ class Processes:
         while not ready():
             process = self._running.get(name)
             if process is not None and process.poll() is not None:
+                self._check()
                 raise StartError(f"{name} ended with status {process.returncode}, see {self.log_of(name)}")
             if time.monotonic() > deadline:
                 raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
