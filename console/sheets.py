@@ -109,7 +109,8 @@ def shares(told: Iterable[Share], title: str) -> RenderableType:
 def flat(line: Line | Share) -> dict[str, Any]:
     """A line of a statement as a row of a CSV file."""
     row = asdict(line)
-    return {**row, **(row.pop("saved", None) or {})} if isinstance(line, Line) else row
+    saved = row.pop("saved", None) if isinstance(line, Line) else None
+    return {**row, **(saved or {})}
 
 
 # --- an invoice beside the ledger -------------------------------------------------------------------------------------

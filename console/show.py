@@ -64,9 +64,17 @@ def styled(state: str) -> Text:
     return Text(state, STYLES.get(state, ""))
 
 
+class _Sheet(Table):
+    """A table whose cells say what they say: what others wrote is no markup."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; text is taken as it is."""
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
     """An empty table, with these columns."""
-    made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
+    made = _Sheet(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return made

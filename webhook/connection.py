@@ -12,6 +12,8 @@ HEAD_TIME_S = 10
 """How long the head of a request may take; on a connection that is kept alive, uvicorn's own limit comes first."""
 HEAD_BYTES = 32 * 1024
 """How much it may be. A proxy in front has its own, smaller one."""
+REQUEST_BYTES = 2 * 1024 * 1024
+"""How much a whole request may be, its chunks' frames and its trailer too: several times the cap on a body."""
 
 
 class Connection(HttpToolsProtocol):
@@ -21,6 +23,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = 0  # None: no head is being read
+        self._request_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request, and not for ever."""
@@ -36,15 +39,28 @@ class Connection(HttpToolsProtocol):
         """Count what comes before a body, though it be a single header that never ends."""
         if self._head_bytes is not None:
             self._head_bytes += len(data)
+        self._request_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes is not None and self._head_bytes > HEAD_BYTES:
+        if (self._head_bytes or 0) > HEAD_BYTES or self._request_bytes > REQUEST_BYTES:
             self.transport.close()
 
     def on_message_begin(self) -> None:
         """A head begins: on a new connection it is timed since the connection was made."""
         super().on_message_begin()
         self._head_bytes = self._head_bytes or 0
+        self._request_bytes = self._head_bytes
         if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIME_S, self.transport.close)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header of the head. What comes after the body is a trailer, which nobody here asks for."""
+        if self._head_bytes is not None:
+            super().on_header(name, value)
+
+    def on_response_complete(self) -> None:
+        """The next head is waited for from here on, whatever else is sent meanwhile, and though a body goes on."""
+        super().on_response_complete()
+        if self.cycle.response_complete and self._head_timer is None and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(HEAD_TIME_S, self.transport.close)
 
     def on_headers_complete(self) -> None:

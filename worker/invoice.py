@@ -182,10 +182,11 @@ def _cell(row: int, column: str, cells: Mapping[str, str | None]) -> str:
 def _period(row: int, column: str, text: str) -> tuple[datetime, datetime]:
     try:
         at = datetime.fromisoformat(text)
-    except ValueError:
+        if at.tzinfo is not None:
+            return at.astimezone(UTC), at.astimezone(UTC)
+        at + timedelta(days=1)
+    except (ValueError, OverflowError):
         raise InvoiceError(f"line {row}: {column} is no date or time (ISO 8601): {text!r}") from None
-    if at.tzinfo is not None:
-        return at.astimezone(UTC), at.astimezone(UTC)
     if at.time() != time.min or len(text) > len("2026-11-22"):
         raise InvoiceError(f"line {row}: {column} is a time without a zone: {text!r}")
     day = at.replace(tzinfo=UTC)
@@ -209,7 +210,8 @@ def reconcile(lines: Iterable[Line], calls: Iterable[LedgerCall], period: Period
     ours: dict[str, list[LedgerCall]] = defaultdict(list)
     for line in lines:
         theirs[line.account_id].append(line)
-    for call in sorted(calls, key=lambda c: (RANK[c.state], c.at, c.call_id)):
+    # Calls of the neighbouring months come last: their own invoices charge them, and this one's lines are for its own.
+    for call in sorted(calls, key=lambda c: (not period.holds(c.at), RANK[c.state], c.at, c.call_id)):
         ours[call.account_id].append(call)
     result = Reconciliation(period)
     for account_id in sorted(theirs.keys() | ours.keys()):

@@ -56,6 +56,23 @@ ABUSE: dict[str, tuple[tuple[bytes, ...], bytes]] = {
 }
 
 
+def test_a_trailer_is_not_kept_and_has_an_end(web: Endpoint, balance_id: str) -> None:
+    """Nothing counts it but we: the parser hands over each of its lines as a header."""
+    begin = START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    answer = talk(web.url, begin, *[b"X-Y: z\r\n" * 8192] * 200)
+    assert b"204" not in answer
+    assert web.send(delivery(balance_id)) == 204
+
+
+def test_who_was_answered_and_sends_no_request_is_not_waited_for(web: Endpoint) -> None:
+    """Not for a blank line, nor for a body that nobody reads."""
+    for begin, more in (
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n", b"x"),
+    ):
+        assert b"200 OK" in talk(web.url, begin, more)
+
+
 @pytest.mark.parametrize("name", ABUSE)
 def test_who_sends_nonsense_or_too_much_is_cut_off(web: Endpoint, name: str, balance_id: str) -> None:
     """At once, whatever else they have to say; an answer, if there is one, has no body of ours."""

@@ -17,6 +17,8 @@ FIRST_LOOK = timedelta(seconds=5)
 """After this long upkeep sees to it that a call is under way for a payment."""
 REDELIVERY = timedelta(seconds=10)
 """After this long without a note of its delivery, an outcome is delivered again."""
+SLICE = 500
+"""Ids in one statement: no database takes any number."""
 P, R = PAYMENT.c, REPLY.c
 # The state stands in the statement itself, as in the partial indexes: a plan for any state would not use them.
 WAITING = P.state == literal_column(f"'{PaymentState.WAITING}'")
@@ -125,7 +127,11 @@ def _behind(broken: Breakdown) -> ColumnElement[bool]:
 
 def hold_behind(tx: Tx, breakdowns: Sequence[Breakdown]) -> None:
     """Hold the waiting payments of all these connections and profiles, so that they can be taken one after another."""
-    _hold(tx, or_(*map(_behind, breakdowns)))
+    connections = sorted({b.connection_id for b in breakdowns if b.connection_id is not None})
+    profiles = sorted({b.profile_id for b in breakdowns if b.profile_id is not None})
+    for start in range(0, max(len(connections), len(profiles)), SLICE):
+        ids = slice(start, start + SLICE)
+        _hold(tx, or_(P.connection_id.in_(connections[ids]), P.profile_id.in_(profiles[ids])))
 
 
 def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
