@@ -22,3 +22,22 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = ValkeyServer(port=free_port(), data_dir=tmp_path_factory.mktemp("valkey"), config={"save": ""})
     with server:
         yield f"redis://127.0.0.1:{server.port}/0"
+
+
+LONGEST = (
+    "test_outages",
+    "test_crowds",
+    "test_crash_at_every_step",
+    "test_primitives",
+    "test_graceful_stop",
+    "system/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: files are spread over processes, and the last to begin is the last to end."""
+
+    def rank(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=rank)

@@ -35,7 +35,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_transport_options={
-        "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "3600")),
+        "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
         "unacked_restore_throttle": 1,  # kombu's own looks every 100 s
         "unacked_mutex_expire": 10,
     },
