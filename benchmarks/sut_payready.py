@@ -81,6 +81,7 @@ class Payready(Base):  # type: ignore[misc]
             "PAYREADY_QUILTT_API_KEY": self.cfg.api_key,
             "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret,
             "PAYREADY_PORT": str(self.port),
+            "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and no other engine here keeps one
             "FLOWER_PORT": str(free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",
             **{k: v for k, v in options.items() if k.startswith("PAYREADY_")},

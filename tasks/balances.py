@@ -6,7 +6,7 @@ from worker import flow
 from worker.runtime import runtime
 
 
-@app.task(name="balances.refresh")
+@app.task(name="balances.refresh", Strategy="tasks.batches:calls")
 def refresh(account_id: str, refresh_id: str, in_turn: bool = False) -> None:  # noqa: FBT001, FBT002 - as it is sent
     """Make the refresh's call, unless it was made, or is not needed any more."""
     carry_out(flow.call(runtime(), account_id, refresh_id, in_turn=in_turn))

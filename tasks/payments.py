@@ -1,7 +1,7 @@
 """`payments.initiate`, `payments.release`, `payments.cancel`."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from celery import Task
@@ -14,9 +14,9 @@ from tasks.delivery import BROKER_AWAY, carry_out
 from worker import flow
 from worker.correlation.client import CORRELATION_AWAY
 from worker.errors import InvalidJob, PaymentNotReady
-from worker.flow import Entrance
+from worker.flow import Announce, Entrance, Request
 from worker.ledger.database import LEDGER_AWAY
-from worker.ledger.payments import Waiting
+from worker.messages import parse_job
 from worker.runtime import runtime
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ PAUSE_S = 2
 @app.task(
     name="payments.initiate",
     bind=True,
+    Strategy="tasks.batches:intake",
     ignore_result=False,
     max_retries=None,
     throws=(InvalidJob, PaymentNotReady),  # answers, not faults: no traceback in the log
@@ -37,18 +38,9 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
 
     The job comes as keyword arguments, or as a mapping from the task before it in a chain.
     """
-
-    def announce(waiting: Waiting, entrance: Entrance) -> None:
-        meta = {
-            "account_id": waiting.account_id,
-            "refresh_id": entrance.refresh_id,
-            "deadline": waiting.deadline.isoformat(),
-        }
-        if not self.request.ignore_result:
-            self.update_state(state=suspension.WAITING, meta=meta)
-
     try:
-        entrance = flow.initiate(runtime(), _arguments(job, arguments), suspension.leave(self.request), announce)
+        request = request_of(job, arguments, suspension.leave(self.request))
+        entrance = flow.initiate(runtime(), request, announce([request]))
     except (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY) as error:
         _again(self, error)
     try:
@@ -60,10 +52,35 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
     raise Ignore
 
 
-def _arguments(given: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+def request_of(given: Any, keywords: Mapping[str, Any], canvas: dict[str, Any]) -> Request:
+    """The job of a task, which comes as keyword arguments, or as a mapping from the task before it.
+
+    Raises:
+        InvalidJob: it breaks its contract.
+    """
     if given is not None and not isinstance(given, Mapping):
         raise InvalidJob(f"the positional argument must be a job, a mapping, not {type(given).__name__}")
-    return {**(given or {}), **keywords}
+    return Request(parse_job({**(given or {}), **keywords}, currency=runtime().settings.currency), canvas)
+
+
+def announce(requests: Sequence[Request]) -> Announce:
+    """Show in the results of these tasks that they wait, if anybody wants their results."""
+    silent = {request.canvas["id"] for request in requests if request.canvas.get("ignore_result")}
+
+    def show(entrances: Sequence[Entrance]) -> None:
+        waiting = {
+            entrance.task_id: {
+                "account_id": entrance.waiting.account_id,
+                "refresh_id": entrance.refresh_id,
+                "deadline": entrance.waiting.deadline.isoformat(),
+            }
+            for entrance in entrances
+            if entrance.waiting and entrance.task_id not in silent
+        }
+        if waiting:
+            suspension.show(app, waiting)
+
+    return show
 
 
 def _again(task: Task, error: Exception) -> NoReturn:

@@ -19,10 +19,10 @@ do all this: it turns a broker that is away for a moment into the task's failure
 `tests/canvas` compares the outcome of every primitive with what the tracer makes of a task that never waits.
 """
 
+import functools
 import json
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,13 @@ from celery import Celery, Task, group
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import Signature
+from celery.states import SUCCESS
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
 
-from tasks import tracing
-
-log = logging.getLogger(__name__)
+from tasks import results, tracing
+from tasks.results import Result, Watchers
 
 VERSION = 1
 WAITING = "WAITING"
@@ -92,6 +92,11 @@ def _settle_ids(signatures: Any) -> None:
             _settle_ids(options.get(callbacks))
 
 
+def show(app: Celery, waiting: Mapping[str, Any]) -> None:
+    """Let the results of tasks that are left show that they wait, and for what."""
+    results.store(app, [Result(task_id, WAITING, what) for task_id, what in waiting.items()])
+
+
 def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
     """End the task that left this canvas as succeeded with `result`.
 
@@ -106,6 +111,22 @@ def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
             app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], priority=priority)
         task.backend.mark_as_done(request.id, result, request)
         _tell_watchers(app, canvas, "task-succeeded", result=saferepr(result, task.resultrepr_maxsize))
+
+
+def is_plain(canvas: Mapping[str, Any]) -> bool:
+    """Whether nothing follows the task: its outcome is a result, or nothing at all, and can be told with others'."""
+    return canvas["version"] <= VERSION and not any(
+        canvas.get(name) for name in ("callbacks", "chain", "chord", "group")
+    )
+
+
+def complete_plain(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
+    """End plain tasks as succeeded, each with its result."""
+    wanted = [(canvas, result) for canvas, result in ended if not canvas.get("ignore_result")]
+    results.store(app, [Result(c["id"], SUCCESS, result, c.get("parent_id")) for c, result in wanted])
+    for canvas, result in ended:
+        shown = saferepr(result, app.tasks[canvas["task"]].resultrepr_maxsize)
+        _tell_watchers(app, canvas, "task-succeeded", result=shown)
 
 
 def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
@@ -151,10 +172,8 @@ def _resumed(app: Celery, canvas: dict[str, Any]) -> Iterator[tuple[Task, Contex
 
 def _tell_watchers(app: Celery, canvas: dict[str, Any], event: str, **fields: Any) -> None:
     """Tell Flower and its like, in the name of the worker that began the task; the runtime is the whole wait."""
-    if not app.conf.worker_send_task_events:
-        return
-    try:
-        with app.events.default_dispatcher(hostname=canvas.get("hostname")) as dispatcher:
-            dispatcher.send(event, uuid=canvas["id"], runtime=max(0.0, time.time() - canvas["left_at"]), **fields)
-    except Exception as error:  # noqa: BLE001 - the outcome is told; that nobody watches is no reason to tell it again
-        log.warning("the event watchers were not told of task %s: %s", canvas["id"], error)
+    waited_s = max(0.0, time.time() - canvas["left_at"])
+    watchers(app).tell(event, canvas.get("hostname"), uuid=canvas["id"], runtime=waited_s, **fields)
+
+
+watchers = functools.cache(Watchers)

@@ -125,6 +125,11 @@ def _on_end(task_id: str, **_: Any) -> None:
         _tracing.ended(task_id)
 
 
+def is_on() -> bool:
+    """Whether this process traces."""
+    return _tracing is not None
+
+
 def carrier() -> dict[str, str]:
     """What a left task must keep to be found again by its trace; nothing if there is none."""
     return _tracing.carrier() if _tracing else {}

@@ -23,6 +23,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from config.settings import settings
+from tasks.app import app as celery
 from tasks.delivery import BROKER_AWAY, carry_out
 from webhook import events, signature
 from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
@@ -31,6 +32,7 @@ from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefus
 from webhook.tally import Tally
 from worker import flow
 from worker.correlation.client import CORRELATION_AWAY
+from worker.flow import Next
 from worker.ledger.database import LEDGER_AWAY, ping
 from worker.runtime import runtime, utc_now
 
@@ -205,15 +207,24 @@ async def _hand_over(delivery: Delivery) -> int:
     return 204
 
 
-def _keep(deliveries: Sequence[Delivery]) -> None:
+def _keep(deliveries: Sequence[Delivery]) -> Next:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
     odd = [event for delivery in deliveries for event in delivery.odd]
     breakdowns = [broken for delivery in deliveries for broken in delivery.breakdowns]
     relinks = [relink for delivery in deliveries for relink in delivery.relinks]
-    carry_out(flow.receive(runtime(), balances, odd, breakdowns, relinks))
+    return flow.receive(runtime(), balances, odd, breakdowns, relinks)
 
 
-keeper = Keeper(_keep, AWAY)
+def _go_on(todo: Next) -> None:
+    """Do what follows from what is safe. What cannot be done now, upkeep does."""
+    try:
+        carry_out(todo)
+    except AWAY as error:
+        log.error("what follows from a delivery is left to upkeep: %s", type(error).__name__)
+
+
+celery.loader.import_default_modules()  # an outcome is told in the name of the task that waits for it
+keeper = Keeper(_keep, _go_on, AWAY)
 
 
 def _reasons(delivery: Delivery) -> str:

@@ -2,25 +2,33 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from anyio import to_thread
 
 from webhook.events import Delivery
 
+Left = TypeVar("Left")
 TOGETHER = 100
 """Deliveries that are made safe in one transaction at most."""
 HANDS = 2
 """Transactions at a time: while one waits for the disk the next one is made up."""
 
 
-class Keeper:
+class Keeper(Generic[Left]):
     """Collects the deliveries of this process.
 
-    `keep` makes some safe, and raises if it cannot: one of `away` if that is no fault of theirs.
+    `keep` makes some safe, and raises if it cannot: one of `away` if that is no fault of theirs. When their senders
+    have their answers, `go_on` is given what it returned.
     """
 
-    def __init__(self, keep: Callable[[Sequence[Delivery]], None], away: tuple[type[BaseException], ...] = ()) -> None:
-        self._keep = keep
+    def __init__(
+        self,
+        keep: Callable[[Sequence[Delivery]], Left],
+        go_on: Callable[[Left], None],
+        away: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self._keep, self._go_on = keep, go_on
         self._away = away
         self._waiting: list[tuple[Delivery, asyncio.Future[None]]] = []
         self._free = HANDS
@@ -47,7 +55,7 @@ class Keeper:
 
     async def _make_safe(self, taken: list[tuple[Delivery, asyncio.Future[None]]]) -> None:
         try:
-            await to_thread.run_sync(self._keep, [delivery for delivery, _ in taken])
+            left = await to_thread.run_sync(self._keep, [delivery for delivery, _ in taken])
         except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
             if len(taken) > 1 and not isinstance(error, self._away):
                 for one in taken:  # one of them may be the reason, and must not spoil the others
@@ -60,3 +68,4 @@ class Keeper:
             for _, done in taken:
                 if not done.done():
                     done.set_result(None)
+            await to_thread.run_sync(self._go_on, left)

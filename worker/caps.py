@@ -34,6 +34,11 @@ class Caps:
     calls_per_account: int | None = None
 
     @property
+    def any(self) -> bool:
+        """Whether anything is capped."""
+        return self.on_spend or self.calls_per_account is not None
+
+    @property
     def on_spend(self) -> bool:
         """Whether the fees of all accounts together are capped."""
         return self.per_day is not None or self.per_month is not None

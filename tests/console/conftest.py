@@ -1,7 +1,7 @@
 """A ledger to ask, on both databases, with a small history."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +19,7 @@ from worker.ledger.payments import Settlement
 from worker.ledger.refreshes import Flight
 from worker.ledger.tables import FEE_ENTRY
 from worker.messages import Balance, Job
-from worker.payment import PaymentState, RefreshEvent, RefreshState
+from worker.payment import PaymentState, RefreshState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DIME = Price(Decimal("0.100000"), "USD", "2026-11-22")
@@ -35,8 +35,8 @@ class Books:
     def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
         """A payment that waits, with one task."""
         with transaction(self.engine) as tx:
-            payments.record(tx, Job(payment_id=payment_id, account_id=account_id, **job), at)
-            payments.await_outcome(tx, payment_id, {"id": f"task-{payment_id}"}, due_at=None)
+            payments.record(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
+            payments.await_outcomes(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
 
     def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
         """Its end; with `delivered`, its task was told."""
@@ -45,19 +45,17 @@ class Books:
         with transaction(self.engine) as tx:
             payments.settle(tx, [Settlement(payment_id=payment_id, state=state, settled_at=at, **settled)])
             if delivered:
-                payments.delivered(tx, [f"task-{payment_id}"], at + timedelta(seconds=1))
+                payments.delivered(tx, {f"task-{payment_id}": at + timedelta(seconds=1)})
 
     def call(
         self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
     ) -> None:
         """One call of a refresh, and how its fee ended."""
         with transaction(self.engine) as tx:
-            if refreshes.add(tx, refresh_id, account_id, RefreshState.REQUESTED, due_at=at):
-                flight = refreshes.find(tx, refresh_id)
-                assert isinstance(flight, Flight)
-                refreshes.move(tx, flight, RefreshEvent.CLAIM, at, called_at=at, claimed_at=at)
+            refreshes.add(tx, [Flight(refresh_id, account_id, RefreshState.CALLING, 0, 0, at, at, None, at, None)])
             call_id = f"call_{refresh_id}_{len(fees.calls_of(tx, [refresh_id]))}"
-            call = fees.open_entry(tx, call_id, refresh_id, account_id, price, at)
+            call = fees.call_for(call_id, refresh_id, account_id, price, at)
+            fees.open_entries(tx, [call])
             if end is not None:
                 fees.close_entry(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
 
@@ -72,8 +70,7 @@ class Books:
         figures = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
         with transaction(self.engine) as tx:
-            balances.keep(tx, [("evt_1", balance)], at)
-            balances.applied(tx, balance_id, None)
+            balances.keep(tx, [replace(balances.came("evt_1", balance, at), due_at=None)])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

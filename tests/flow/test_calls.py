@@ -12,6 +12,7 @@ from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Uns
 from worker.flow import RETRY
 from worker.ledger import refreshes
 from worker.ledger.database import transaction
+from worker.ledger.refreshes import Flight
 from worker.payment import RefreshState
 
 A = "acct_calls"
@@ -197,9 +198,9 @@ def test_payments_that_come_while_a_call_is_out_share_it(payready: World) -> Non
 def test_at_most_one_refresh_of_an_account_is_in_flight_even_if_the_code_forgets(payready: World) -> None:
     """The database itself refuses a second one."""
     with transaction(payready.engine) as tx:
-        assert refreshes.add(tx, "ref_1", A, RefreshState.ACCEPTED)
-        assert not refreshes.add(tx, "ref_2", A, RefreshState.UNCERTAIN)
-        assert refreshes.add(tx, "ref_3", A, RefreshState.REQUESTED)
+        states = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
+        flights = [Flight(f"ref_{n}", A, state, 0, 0, None, None, None, None, None) for n, state in states]
+        assert refreshes.add(tx, flights) == {"ref_1", "ref_3"}
         waiting = refreshes.find(tx, "ref_3")
         assert waiting is not None
     with pytest.raises(IntegrityError), transaction(payready.engine) as tx:

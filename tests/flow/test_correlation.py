@@ -12,7 +12,7 @@ from redis import Redis
 
 from tests.support.world import START
 from worker.correlation.client import CORRELATION_AWAY, connect
-from worker.correlation.store import TIME_TO_LIVE_S, Correlation, Standing
+from worker.correlation.store import TIME_TO_LIVE_S, Arrival, Correlation, Known, Standing
 
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 SKEW = timedelta(seconds=5)
@@ -44,7 +44,8 @@ def store(redis: "Redis") -> Correlation:
 def join(store: Correlation, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A) -> Standing:
     """Join as a payment that was asked for at this time and allows this age; None: a call of its own."""
     oldest = at(asked - (age or 0))
-    return store.join(account, lead, oldest_balance=None if age is None else oldest - SKEW, oldest_call=oldest)
+    [standing] = store.join([Arrival(account, lead, None if age is None else oldest - SKEW, oldest)])
+    return standing
 
 
 def test_the_first_leads_and_the_others_join(store: Correlation) -> None:
@@ -72,7 +73,7 @@ def test_accounts_have_nothing_to_do_with_each_other(store: Correlation) -> None
 def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: Correlation) -> None:
     """At the instant itself too; who needs a later call leads the next one."""
     join(store, "r1")
-    store.depart(A, "r1", at(1))
+    store.depart([(A, "r1", at(1))])
     assert join(store, "r2", asked=31) == Standing("joined", "r1")
     assert join(store, "r3", asked=31.000001) == Standing("lead", "r3")
     assert join(store, "r4", asked=1.5, age=None) == Standing("joined", "r3")
@@ -81,7 +82,7 @@ def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: Co
 
 def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: Correlation) -> None:
     """To the edge of age and skew; who wants a call of his own is not served by it."""
-    store.answer(A, "b1", at(0), SKEW)
+    store.answer([(A, "b1", at(0))], SKEW)
     assert join(store, "r1", asked=35) == Standing("known", "b1")
     assert join(store, "r2", asked=1, age=None) == Standing("lead", "r2")
     assert join(store, "r3", asked=35.000001) == Standing("joined", "r2")
@@ -89,19 +90,19 @@ def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: Correlati
 
 def test_the_newest_balance_stays(store: Correlation) -> None:
     """Balances come in any order."""
-    store.answer(A, "b2", at(2), SKEW)
-    store.answer(A, "b1", at(1), SKEW)
+    store.answer([(A, "b2", at(2))], SKEW)
+    store.answer([(A, "b1", at(1))], SKEW)
     assert join(store, "r1", asked=3) == Standing("known", "b2")
 
 
 def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: Correlation) -> None:
     """No older than the call, give or take the skew; an older balance leaves it in flight."""
     join(store, "r1")
-    store.depart(A, "r1", at(10))
-    store.answer(A, "b0", at(4.9), SKEW)
+    store.depart([(A, "r1", at(10))])
+    store.answer([(A, "b0", at(4.9))], SKEW)
     assert join(store, "r2", asked=41) == Standing("lead", "r2")
     assert join(store, "r3", asked=10, age=None) == Standing("joined", "r1")
-    store.answer(A, "b1", at(5), SKEW)
+    store.answer([(A, "b1", at(5))], SKEW)
     assert join(store, "r4", asked=10, age=None) == Standing("joined", "r2")
 
 
@@ -112,7 +113,7 @@ def test_a_refresh_that_is_closed_serves_nobody_more(store: Correlation) -> None
     assert join(store, "r2") == Standing("joined", "r1")
     store.close(A, "r1")
     assert join(store, "r2") == Standing("lead", "r2")
-    store.depart(A, "r2", at(0))
+    store.depart([(A, "r2", at(0))])
     store.close(A, "r2")
     assert join(store, "r3") == Standing("lead", "r3")
 
@@ -120,19 +121,19 @@ def test_a_refresh_that_is_closed_serves_nobody_more(store: Correlation) -> None
 def test_departing_leaves_the_next_one_alone(store: Correlation) -> None:
     """Only the refresh that departs is no longer the next."""
     join(store, "r1")
-    store.depart(A, "r0", at(0))
+    store.depart([(A, "r0", at(0))])
     assert join(store, "r2", asked=40) == Standing("joined", "r1")
 
 
-def test_what_the_ledger_knows_replaces_what_is_there_but_keeps_the_balance(store: Correlation) -> None:
-    """Flight and next are as the ledger says; the balance is not its business here."""
-    store.answer(A, "b1", at(0), SKEW)
+def test_what_the_ledger_knows_replaces_what_is_there(store: Correlation) -> None:
+    """Flight, next and balance are as the ledger says: a balance that it does not have was never kept."""
+    store.answer([(A, "b1", at(0))], SKEW)
     join(store, "r1", age=None)
-    store.restore(A, "r7", at(100), "r8")
+    store.restore(A, Known("r7", at(100), "r8", ("b2", at(0))))
     assert join(store, "r9", asked=110) == Standing("joined", "r7")
     assert join(store, "r9", asked=131) == Standing("joined", "r8")
-    assert join(store, "r9", asked=10) == Standing("known", "b1")
-    store.restore(A, None, None, None)
+    assert join(store, "r9", asked=10) == Standing("known", "b2")
+    store.restore(A, Known())
     assert join(store, "r9", asked=131) == Standing("lead", "r9")
 
 
@@ -140,9 +141,9 @@ def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: Corr
     """Each key carries the account in braces, and a time to live, whatever wrote it."""
     writers: list[Callable[[], object]] = [
         lambda: join(store, "r1"),
-        lambda: store.depart(A, "r1", at(0)),
-        lambda: store.answer(A, "b1", at(0), SKEW),
-        lambda: store.restore(A, "r1", at(0), "r2"),
+        lambda: store.depart([(A, "r1", at(0))]),
+        lambda: store.answer([(A, "b1", at(0))], SKEW),
+        lambda: store.restore(A, Known("r1", at(0), "r2")),
     ]
     for write in writers:
         redis.flushall()
@@ -154,7 +155,7 @@ def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: Corr
 def test_closing_and_restoring_nothing_leaves_no_key(store: Correlation, redis: "Redis") -> None:
     """No key without a time to live comes into being by it."""
     store.close(A, "r1")
-    store.restore(A, None, None, None)
+    store.restore(A, Known())
     assert redis.keys() == []
 
 
@@ -212,7 +213,7 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(refresh_id=refresh_ids, now=seconds)
     def depart(self, refresh_id: str, now: int) -> None:
         """A call goes out."""
-        self.store.depart(A, refresh_id, at(now))
+        self.store.depart([(A, refresh_id, at(now))])
         self.flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
@@ -220,7 +221,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def answer(self, when: int) -> None:
         """A balance comes."""
         self.balances += 1
-        self.store.answer(A, f"b{self.balances}", at(when), SKEW)
+        self.store.answer([(A, f"b{self.balances}", at(when))], SKEW)
         if self.balance is None or when >= self.balance[1]:
             self.balance = (f"b{self.balances}", when)
         if self.flight is not None and when >= self.flight[1] - 5:
@@ -233,11 +234,17 @@ class AgainstAModel(RuleBasedStateMachine):
         self.flight = None if self.flight and self.flight[0] == refresh_id else self.flight
         self.next = None if self.next == refresh_id else self.next
 
-    @rule(flight=st.none() | st.tuples(refresh_ids, seconds), requested=st.none() | refresh_ids)
-    def restore(self, flight: tuple[str, int] | None, requested: str | None) -> None:
+    @rule(
+        flight=st.none() | st.tuples(refresh_ids, seconds),
+        requested=st.none() | refresh_ids,
+        balance=st.none() | st.tuples(st.just("b0"), seconds),
+    )
+    def restore(self, flight: tuple[str, int] | None, requested: str | None, balance: tuple[str, int] | None) -> None:
         """The ledger tells."""
-        self.store.restore(A, flight[0] if flight else None, at(flight[1]) if flight else None, requested)
-        self.flight, self.next = flight, requested
+        refresh_id, called_at = (flight[0], at(flight[1])) if flight else (None, None)
+        newest = (balance[0], at(balance[1])) if balance else None
+        self.store.restore(A, Known(refresh_id, called_at, requested, newest))
+        self.flight, self.next, self.balance = flight, requested, balance
 
 
 TestAgainstAModel = AgainstAModel.TestCase

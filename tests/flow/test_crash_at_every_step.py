@@ -84,7 +84,8 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
     """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
 
     def noted_first(due: Sequence[Due]) -> None:
-        flow.delivered(vars(delivery)["runtime"](), [outcome.task_id for outcome in due])
+        rt = vars(delivery)["runtime"]()
+        flow.delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
         for outcome in due:
             delivery._complete(outcome)
 

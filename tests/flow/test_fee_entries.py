@@ -306,8 +306,9 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: E
 
 def test_an_entry_needs_a_refresh(payready: World) -> None:
     """No fee without a refresh that it belongs to, in either database."""
+    call = fees.call_for("call_1", "ref_unknown", A, payready.rt.prices.on("TEST", START.date()), START)
     with pytest.raises(DBAPIError), transaction(payready.engine) as tx:
-        fees.open_entry(tx, "call_1", "ref_unknown", A, payready.rt.prices.on("TEST", START.date()), START)
+        fees.open_entries(tx, [call])
 
 
 @pytest.mark.parametrize("settled_by", ["balance", "deadline", "refusal"])

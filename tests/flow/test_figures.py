@@ -113,7 +113,7 @@ def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: World, t
     """Since it was settled, and since it came."""
     payready.initiate("pay_1", "acct_a")
     payready.work()
-    balance_id = payready.balance("acct_a")
+    balance_id = payready.balance("acct_a", later=True)
     payready.clock.advance(2)
     assert (told("payready_unapplied_balances"), told("payready_oldest_unapplied_seconds")) == (1, 2)
     payready.queue.apply.clear()
@@ -130,7 +130,7 @@ def test_the_way_of_a_balance_is_timed(payready: World) -> None:
     payready.initiate("pay_1", "acct_a")
     payready.work()
     payready.clock.advance(7)
-    balance_id = payready.balance("acct_a")
+    balance_id = payready.balance("acct_a", later=True)
     payready.clock.advance(2)
     payready.work()
     payready.queue.apply.append(balance_id)

@@ -103,7 +103,7 @@ def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, step
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
                 gone += [now + pause for pause in gate.reserve(now, 3)]
-            elif gate.admit(now, in_turn=False) is None:
+            elif gate.admit(now, 1, in_turn=False)[0]:
                 gone.append(now)
         for start in gone:
             assert sum(start <= at < start + timedelta(seconds=1) for at in gone) <= 25
@@ -175,7 +175,7 @@ def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: 
 
 
 def one_call_is_trying(payready: World) -> bool:
-    held_back = payready.rt.gate.admit(payready.clock(), in_turn=True)
+    _, held_back = payready.rt.gate.admit(payready.clock(), 1, in_turn=True)
     return held_back is not None and held_back.why == "probing"
 
 
@@ -187,10 +187,10 @@ def test_a_probe_that_fails_shuts_for_twice_as_long(gate: Gate) -> None:
         shut_until = gate.report("failed", now, now)
         assert shut_until is not None
         pauses.append(shut_until - now)
-        assert gate.admit(shut_until - timedelta(microseconds=1), in_turn=False) == HeldBack("shut", shut_until)
+        assert gate.admit(shut_until - timedelta(microseconds=1), 1, in_turn=False) == (0, HeldBack("shut", shut_until))
         now = shut_until
-        assert gate.admit(now, in_turn=False) is None
-        assert gate.admit(now, in_turn=True) == HeldBack("probing", now + timedelta(seconds=1))
+        assert gate.admit(now, 1, in_turn=False) == (1, None)
+        assert gate.admit(now, 1, in_turn=True) == (0, HeldBack("probing", now + timedelta(seconds=1)))
     assert pauses == [PAUSE * 2**n for n in range(4)] + [LONGEST_PAUSE] * 2
 
 
@@ -220,7 +220,7 @@ def test_a_straggler_does_not_prolong_what_is_shut(gate: Gate) -> None:
         shut_until = gate.report("failed", START, START)
     assert gate.report("failed", START, START + timedelta(seconds=1)) is None
     assert shut_until
-    assert gate.admit(shut_until, in_turn=False) is None
+    assert gate.admit(shut_until, 1, in_turn=False) == (1, None)
 
 
 def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: World) -> None:
@@ -270,7 +270,7 @@ def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: Gate)
     assert first is not None
     straggler = first + timedelta(milliseconds=50)
     gate.report("failed", START, straggler)
-    assert gate.admit(straggler, in_turn=True) is None, "no probe was made, and it is shut for twice as long"
+    assert gate.admit(straggler, 1, in_turn=True) == (1, None), "no probe was made, and it is shut for twice as long"
 
 
 def test_an_overload_does_not_make_every_call_too_late(made: Make) -> None:
@@ -295,8 +295,8 @@ def test_an_overload_does_not_make_every_call_too_late(made: Make) -> None:
 
 
 def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: Gate) -> None:
-    gate.admit(START + timedelta(hours=1), in_turn=False)
-    assert gate.admit(START + timedelta(seconds=61), in_turn=False) is None
+    gate.admit(START + timedelta(hours=1), 1, in_turn=False)
+    assert gate.admit(START + timedelta(seconds=61), 1, in_turn=False) == (1, None)
 
 
 def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: Make) -> None:
@@ -356,7 +356,7 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
             def away(*_: object) -> None:
                 raise ConnectionError("the ledger is away")
 
-            patch.setattr(fees, "open_entry", away)
+            patch.setattr(fees, "open_entries", away)
             with pytest.raises(ConnectionError):
                 payready.work()
         payready.lose()

@@ -1,8 +1,10 @@
 """Invariant 1: a payment has exactly one outcome, however often and in whatever order things happen."""
 
+from typing import Any
+
 import pytest
 
-from tests.support.world import World
+from tests.support.world import World, request
 from worker import flow
 from worker.errors import InvalidJob, PaymentNotReady, Reason
 
@@ -41,7 +43,6 @@ def test_events_tasks_and_ticks_that_are_repeated_change_no_outcome(payready: Wo
     payready.balance(A, "0.00", balance_id=balance_id)  # an event that is sent again, even with another content
     payready.queue.apply.append(balance_id)
     payready.queue.call.append((A, str(entrance.refresh_id)))
-    payready.queue.deliver.append("p1")
     payready.work()
     assert not flow.cancel(payready.rt, ["p1"]).deliver
     payready.pass_time(200)
@@ -57,8 +58,6 @@ def test_a_delivery_that_was_cut_off_is_made_again_with_the_same_outcome(payread
     payready.initiate("p1", A, task_id="t1", amount="25.00")
     payready.work()
     payready.balance(A)
-    for balance_id in payready.queue.apply:
-        flow.apply(payready.rt, balance_id)
     payready.lose()
     assert payready.state("p1") == "released"
     assert payready.delivered["t1"] == []
@@ -112,7 +111,7 @@ def test_the_same_id_with_another_content_is_a_conflict(payready: World, other: 
     payready.initiate("p1", A, task_id="t1", amount="25.00")
     job = {"payment_id": "p1", "account_id": A, "amount": "25.00", **other}
     with pytest.raises(PaymentNotReady) as refusal:
-        flow.initiate(payready.rt, job, {"id": "t2"}, lambda *_: None)
+        flow.initiate(payready.rt, request(job, {"id": "t2"}), lambda _: None)
     assert refusal.value.reason == Reason.CONFLICT
     payready.work()
     payready.balance(A)
@@ -122,12 +121,10 @@ def test_the_same_id_with_another_content_is_a_conflict(payready: World, other: 
 
 
 @pytest.mark.parametrize("bad", [{"amount": "-1"}, {"account_id": "x"}, {"currency": "EUR"}, {"colour": "red"}])
-def test_a_bad_job_leaves_no_trace(payready: World, bad: dict[str, object]) -> None:
+def test_a_bad_job_leaves_no_trace(payready: World, bad: dict[str, Any]) -> None:
     """Nothing is stored, nothing is enqueued, and no call is made."""
     with pytest.raises(InvalidJob):
-        flow.initiate(
-            payready.rt, {"payment_id": "p1", "account_id": A, **bad}, {"id": "t1"}, lambda *_: pytest.fail("announced")
-        )
+        payready.initiate("p1", **{"account_id": A, **bad})
     payready.pass_time(10)
     for table in ("payment", "reply", "refresh", "fee_entry"):
         assert payready.rows(f"SELECT * FROM {table}") == []
@@ -181,7 +178,7 @@ def test_who_announces_is_heard_before_anything_can_settle_the_payment(payready:
 
     job = {"payment_id": "p1", "account_id": A}
     with pytest.raises(ConnectionError):
-        flow.initiate(payready.rt, job, {"id": "t1"}, fail)
+        flow.initiate(payready.rt, request(job, {"id": "t1"}), fail)
     assert payready.rows("SELECT * FROM payment") == []
     payready.initiate("p1", A, task_id="t1")  # as Celery's retry does
     payready.work()

@@ -3,18 +3,19 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.world import World
+from tests.support.world import World, request
 from worker import flow
 from worker.errors import CallFailed, Uncertain, Unsent
-from worker.flow import Next
+from worker.flow import Next, settling, upkeep
 from worker.ledger import refreshes
-from worker.ledger.database import transaction
+from worker.ledger.database import Engine, Tx, transaction
 
 A = "acct_races"
 ROUNDS = 12
@@ -42,7 +43,7 @@ def test_release_against_expiry_has_one_winner(payready: World) -> None:
         for name in "ab":
             payready.initiate(f"{name}{number}", account, timeout_s=1, amount="1.00")
         payready.work()
-        balance_id = payready.balance(account)
+        balance_id = payready.balance(account, later=True)
         payready.lose()
         payready.clock.advance(1)
         done = at_once(
@@ -51,7 +52,7 @@ def test_release_against_expiry_has_one_winner(payready: World) -> None:
             lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
             lambda: flow.look(payready.rt),
         )
-        settled = [payment_id for step in done for payment_id in step.deliver]
+        settled = [due.outcome["payment_id"] for step in done for due in step.deliver]
         for name in "ab":
             state = payready.payment(f"{name}{number}")["state"]
             wins[state] += 1
@@ -66,10 +67,10 @@ def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payrea
         for name in "abc":
             payready.initiate(f"{name}{number}", account, amount="1.00")
         payready.work()
-        balance_id = payready.balance(account)
+        balance_id = payready.balance(account, later=True)
         payready.lose()
         done = at_once(*[lambda balance_id=balance_id: flow.apply(payready.rt, balance_id)] * 3)
-        settled = [payment_id for step in done for payment_id in step.deliver]
+        settled = [due.outcome["payment_id"] for step in done for due in step.deliver]
         assert sorted(settled) == [f"{name}{number}" for name in "abc"]
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
@@ -80,7 +81,7 @@ def test_cancel_against_release_has_one_winner(payready: World) -> None:
         account = f"acct_cancel{number}"
         payready.initiate(f"p{number}", account)
         payready.work()
-        balance_id = payready.balance(account)
+        balance_id = payready.balance(account, later=True)
         payready.lose()
         done = at_once(
             lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
@@ -97,7 +98,7 @@ def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready
         payready.initiate(f"a{number}", account, amount="80.00")
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=60)
         payready.work()
-        first, second = payready.balance(account), payready.balance(account)
+        first, second = payready.balance(account, later=True), payready.balance(account, later=True)
         payready.lose()
         at_once(
             lambda first=first: flow.apply(payready.rt, first),  # type: ignore[misc]
@@ -113,10 +114,10 @@ def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payrea
         account = f"acct_deduct{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
         payready.lose()
-        old = payready.balance(account)
+        old = payready.balance(account, later=True)
         payready.clock.advance(10)
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=1)
-        young = payready.balance(account)
+        young = payready.balance(account, later=True)
         payready.lose()
         at_once(
             lambda old=old: flow.apply(payready.rt, old),  # type: ignore[misc]
@@ -132,7 +133,7 @@ def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payrea
         account = f"acct_meet{number}"
         payready.initiate(f"a{number}", account)
         payready.work()
-        balance_id = payready.balance(account)
+        balance_id = payready.balance(account, later=True)
         payready.lose()
         at_once(
             lambda balance_id=balance_id: payready.queue.add(flow.apply(payready.rt, balance_id)),  # type: ignore[misc]
@@ -189,7 +190,7 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
         applied = threading.Event()
 
         def answer(account: str = account, applied: threading.Event = applied) -> int:
-            balance_id = payready.balance(account)
+            balance_id = payready.balance(account, later=True)
             payready.lose()
 
             def apply() -> None:
@@ -213,19 +214,19 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
 ) -> None:
     """It waits for the account; else the refresh would end as accepted, and hold up the next call for its window."""
     reading, booked = threading.Event(), threading.Event()
-    unanswered = refreshes.unanswered
+    expecting = refreshes.expecting
 
     def read_slowly(*words: Any) -> Any:
-        found = unanswered(*words)
+        found = expecting(*words)
         reading.set()
         booked.wait(0.3)  # in vain: nobody can book while the account is held
         return found
 
-    monkeypatch.setattr(refreshes, "unanswered", read_slowly)
+    monkeypatch.setattr(refreshes, "expecting", read_slowly)
     applying = threading.Thread(target=lambda: flow.apply(payready.rt, payready.queue.apply[0]))
 
     def answer() -> int:
-        payready.balance(A)
+        payready.balance(A, later=True)
         applying.start()
         assert reading.wait(10)
         return 202
@@ -246,7 +247,7 @@ def test_two_upkeeps_at_once_share_the_work(payready: World) -> None:
     payready.lose()
     payready.clock.advance(2)
     done = at_once(*[lambda: flow.look(payready.rt)] * 4)
-    settled = sorted(payment_id for step in done for payment_id in step.deliver)
+    settled = sorted(due.outcome["payment_id"] for step in done for due in step.deliver)
     assert settled == sorted(f"p{number}" for number in range(60))
 
 
@@ -261,7 +262,7 @@ def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready:
     payready.tick()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
-    payready.queue.add(flow._mind(payready.rt, seen, payready.clock.now))
+    payready.queue.add(upkeep._mind(payready.rt, seen, payready.clock.now))
     payready.work()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]
@@ -313,17 +314,17 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     payready.initiate("p2", A)
     payready.work()
     payready.clock.advance(2)
-    balance_id = payready.balance(A)
+    balance_id = payready.balance(A, later=True)
     payready.lose()
-    tell = payready.rt.correlation.answer
-    meanwhile = [lambda: flow.apply(payready.rt, balance_id)]
+    meanwhile = [lambda: None, lambda: flow.apply(payready.rt, balance_id)]
+    """Before its first transaction, and between that and its second."""
 
-    def answer(*words: Any) -> None:
-        tell(*words)
-        while meanwhile:
-            meanwhile.pop()()
+    def begin(engine: Engine) -> AbstractContextManager[Tx]:
+        if meanwhile:
+            meanwhile.pop(0)()
+        return transaction(engine)
 
-    monkeypatch.setattr(payready.rt.correlation, "answer", answer)
+    monkeypatch.setattr(settling, "transaction", begin)
     flow.apply(payready.rt, balance_id)
     assert payready.state("p2") == "released"
     assert payready.refreshes(A) == ["unanswered", "answered"]
@@ -352,7 +353,8 @@ class Crowd:
         """Take in jobs."""
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
-            self.add(flow.initiate(self.payready.rt, job, {"id": f"task_{payment_id}"}, lambda *_: None).next)
+            arrived = request(job, {"id": f"task_{payment_id}"})
+            self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).next)
 
     def work(self) -> None:
         """Do what others enqueue."""

@@ -196,7 +196,7 @@ def test_a_balance_that_is_here_and_not_applied_yet_is_waited_for_at_the_deadlin
 def test_but_not_for_long(payready: World, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(payready, profile_id=None)
     payready.pass_time(59)
-    payready.balance(A)
+    payready.balance(A, later=True)
     for _ in range(7):
         payready.lose()
         payready.clock.advance(1)

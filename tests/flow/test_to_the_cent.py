@@ -20,6 +20,7 @@ from webhook.events import read
 from worker import flow
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
 from worker.fees import read_prices
+from worker.flow import settling
 from worker.invoice import Line, Period, reconcile
 from worker.ledger import fees, statement
 from worker.ledger.database import transaction
@@ -59,7 +60,7 @@ class Truth:
 
     def owes(self, account: str, now: datetime) -> bool:
         """Whether a balance may come; what is later than anyone takes it for is lost."""
-        self.owed[account] = [called_at for called_at in self.owed[account] if now - called_at < flow.LATE]
+        self.owed[account] = [called_at for called_at in self.owed[account] if now - called_at < settling.LATE]
         return bool(self.owed[account])
 
     @staticmethod

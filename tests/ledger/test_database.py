@@ -26,7 +26,7 @@ def test_an_exception_takes_back_all_of_a_transaction(engine: Engine) -> None:
 
     def fail_half_way() -> None:
         with transaction(engine) as tx:
-            payments.record(tx, JOB, START)
+            payments.record(tx, [JOB], START)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -48,7 +48,7 @@ def test_a_row_that_is_known_is_not_new(engine: Engine) -> None:
 def test_a_job_comes_back_as_it_was(engine: Engine) -> None:
     """Texts too that databases are particular about."""
     with transaction(engine) as tx:
-        payments.record(tx, JOB, START)
+        payments.record(tx, [JOB], START)
         [waiting] = payments.still_waiting(tx, ["p1"])
     assert waiting.job == JOB
     assert waiting.deadline == START + timedelta(seconds=120)
@@ -66,10 +66,9 @@ def test_times_and_figures_come_back_as_they_went_in(engine: Engine, at: datetim
     record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
     balance = Balance.model_validate({**record, "available": figure, "current": None, "limit": Decimal(0)})
     with engine.connect() as tx:
-        balances.keep(tx, [("evt_1", balance)], START)
-        row = balances.find(tx, "bal_1")
-        assert row is not None
-        assert (row.at, row.available, row.current, row.limit) == (at, figure, None, 0)
+        balances.keep(tx, [balances.came("evt_1", balance, START)])
+        row = balances.find(tx, ["bal_1"])["bal_1"]
+        assert (row.at, row.available, row.current, row.limit) == (at, figure, None, Decimal(0))
         assert row.at.utcoffset() == timedelta(0)
         tx.rollback()
 
@@ -90,7 +89,7 @@ def test_who_holds_an_account_is_waited_for(engine: Engine) -> None:
     thread.start()
     with transaction(engine) as tx:
         lock_accounts(tx, ["acct_2", "acct_1"])
-        payments.record(tx, JOB, START)
+        payments.record(tx, [JOB], START)
         held.set()
         thread.join(0.1)
         order.append("first")
@@ -127,7 +126,7 @@ def test_no_amount_is_a_number_to_sqlite(engine: Engine) -> None:
     with engine.connect() as tx:
         balance = {"id": "bal_1", "accountId": "acct_1", "at": START.isoformat(), "source": "REFRESH"}
         figures = {"available": Decimal("0.1"), "current": None, "limit": None}
-        balances.keep(tx, [("evt_1", Balance.model_validate({**balance, **figures}))], START)
+        balances.keep(tx, [balances.came("evt_1", Balance.model_validate({**balance, **figures}), START)])
         stored = tx.scalar(text("SELECT available FROM balance"))
         assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)
         tx.rollback()

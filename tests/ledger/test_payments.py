@@ -13,8 +13,8 @@ from worker.payment import PaymentState
 def record(tx: Tx, payment_id: str, *, seconds: float = 0) -> None:
     """A payment that waits, with a task that waits for it."""
     job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60}, currency="USD")
-    assert payments.record(tx, job, START + timedelta(seconds=seconds))
-    payments.await_outcome(tx, payment_id, {"id": f"task_{payment_id}"}, due_at=None)
+    assert payments.record(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
+    payments.await_outcomes(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
 
 
 def settlement(payment_id: str, state: PaymentState) -> Settlement:
@@ -28,7 +28,7 @@ def test_the_first_settlement_stays(engine: Engine) -> None:
         record(tx, "p1")
         payments.settle(tx, [settlement("p1", PaymentState.RELEASED)])
         payments.settle(tx, [settlement("p1", PaymentState.FAILED)])
-        [due] = payments.undelivered(tx, ["p1"])
+        [due] = payments.overdue(tx, START + payments.REDELIVERY, 10)
     assert (due.state, due.outcome["state"]) == (PaymentState.RELEASED, "released")
 
 
@@ -36,8 +36,8 @@ def test_a_payment_is_recorded_once(engine: Engine) -> None:
     """A second time nothing is written."""
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
     with transaction(engine) as tx:
-        assert payments.record(tx, job, START)
-        assert not payments.record(tx, job, START + timedelta(seconds=9))
+        assert payments.record(tx, [job, job], START) == {"p1"}
+        assert not payments.record(tx, [job], START + timedelta(seconds=9))
         [waiting] = payments.still_waiting(tx, ["p1"])
     assert waiting.requested_at == START
 
@@ -47,23 +47,23 @@ def test_those_who_wait_come_in_the_order_of_their_requests(engine: Engine) -> N
     with transaction(engine) as tx:
         for payment_id, seconds in (("a", 2), ("b", 0), ("c", 1)):
             record(tx, payment_id, seconds=seconds)
-        assert [waiting.payment_id for waiting in payments.waiting_on(tx, "acct_1")] == ["b", "c", "a"]
+        assert [waiting.payment_id for waiting in payments.waiting_on(tx, ["acct_1"])["acct_1"]] == ["b", "c", "a"]
 
 
 def test_an_outcome_is_due_until_it_is_noted_as_delivered(engine: Engine) -> None:
     """And while somebody delivers it, nobody else is given it."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        assert payments.undelivered(tx, ["p1"]) == []
-        payments.settle(tx, [settlement("p1", PaymentState.RELEASED)])
+        assert payments.overdue(tx, START + timedelta(days=1), 10) == []
+        [due] = payments.settle(tx, [settlement("p1", PaymentState.RELEASED)])
+        assert (due.task_id, due.outcome["state"]) == ("task_p1", "released")
         assert payments.overdue(tx, START, 10) == []
         late = START + payments.REDELIVERY
         assert [due.task_id for due in payments.overdue(tx, late, 10)] == ["task_p1"]
         assert payments.overdue(tx, late, 10) == []
         assert [due.task_id for due in payments.overdue(tx, late + payments.REDELIVERY, 10)] == ["task_p1"]
-        payments.delivered(tx, ["task_p1"], late)
+        payments.delivered(tx, {"task_p1": late})
         assert payments.overdue(tx, late + timedelta(days=1), 10) == []
-        assert payments.undelivered(tx, ["p1"]) == []
 
 
 def test_what_upkeep_does_not_settle_it_looks_at_again_later(engine: Engine) -> None:
@@ -81,5 +81,5 @@ def test_the_tasks_of_a_payment_lead_to_it(engine: Engine) -> None:
     """And a task that nobody knows leads nowhere."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        payments.await_outcome(tx, "p1", {"id": "task_again"}, due_at=None)
+        payments.await_outcomes(tx, [("p1", {"id": "task_again"})], due_at=None)
         assert payments.of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]

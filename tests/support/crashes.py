@@ -8,7 +8,7 @@ after goes on with a new process, as it would in production; whether the invaria
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,16 +16,16 @@ from decimal import Decimal
 from typing import Any, Literal, cast
 
 import pytest
-from celery import Task
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError as BrokerAway
 from redis.exceptions import ConnectionError as RedisAway
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError as LedgerAway
 
-from tasks import balances, payments, suspension, upkeep
+from tasks import balances, delivery, payments, suspension, upkeep
 from tasks.app import app
 from tasks.delivery import carry_out
+from tasks.gathering import Gatherer
 from tests.support.world import PRICES, SETTINGS, START, Clock, gate_of
 from worker import flow
 from worker import runtime as production
@@ -33,6 +33,7 @@ from worker.correlation.gate import Budget
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed, InvalidJob, PaymentNotReady, Uncertain, Unsent
 from worker.fees import read_prices, share
+from worker.flow import calls as flow_calls
 from worker.ledger.database import Engine, open_engine
 from worker.messages import AccountView, Balance
 from worker.payment import MAX_CALLS
@@ -159,6 +160,8 @@ class Line:
         self.accepted: list[datetime] = []
         self.arrived: list[datetime] = []
         self._kept: set[str] = set()
+        self.noted = Gatherer[tuple[str, datetime]](lambda told: flow.delivered(self.rt, dict(told)), limit=9)
+        """At once, where time is played."""
         self.rt = self._start()
 
     # --- the process ---
@@ -247,6 +250,12 @@ class Line:
         self.operations.may("broker", f"tell {canvas['id']}")
         self.told[canvas["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
         self.operations.may("redis", f"result of {canvas['id']}")
+
+    def tell_plain(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
+        """`suspension.complete_plain`: write results."""
+        self.operations.may("redis", "results")
+        for canvas, outcome in ended:
+            self.told[canvas["id"]].append(outcome)
 
     # --- the provider's part ---
 
@@ -365,12 +374,14 @@ def line(story: Story, ledger: Ledger, correlation: Correlation, operations: Ope
         for name, module in list(sys.modules.items()):
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
-        patch.setattr(flow, "BOOKING_PAUSES_S", (0, 0))
+        patch.setattr(flow_calls, "BOOKING_PAUSES_S", (0, 0))
         patch.setattr(app, "send_task", made.enqueue)
         patch.setattr(suspension, "complete", made.tell)
         patch.setattr(suspension, "fail", made.tell)
+        patch.setattr(suspension, "complete_plain", made.tell_plain)
+        patch.setattr(suspension, "show", lambda *_: operations.may("redis", "WAITING"))
+        patch.setattr(delivery, "noted", made.noted)
         patch.setattr(payments.initiate, "retry", made.retry)
-        patch.setattr(Task, "update_state", lambda *_, **__: operations.may("redis", "WAITING"))
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))
         patch.setattr(client, "execute_command", watched)
         try:

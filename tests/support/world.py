@@ -28,11 +28,12 @@ from worker.correlation.gate import Budget, Gate
 from worker.correlation.store import Correlation
 from worker.errors import CallFailed
 from worker.fees import read_prices
-from worker.flow import Entrance, Next
-from worker.ledger.database import Engine, open_engine
+from worker.flow import Entrance, Next, Request
+from worker.ledger import balances
+from worker.ledger.database import Engine, open_engine, transaction
 from worker.ledger.payments import Due
 from worker.ledger.tables import PAYMENT
-from worker.messages import AccountView, Balance
+from worker.messages import AccountView, Balance, parse_job
 from worker.provider import Mode, Quiltt
 from worker.runtime import Runtime
 
@@ -167,6 +168,11 @@ class ScriptedProvider:
         return answer
 
 
+def request(arguments: dict[str, Any], canvas: dict[str, Any]) -> Request:
+    """A job as it is taken in."""
+    return Request(parse_job(arguments, currency="USD"), canvas)
+
+
 @dataclass
 class World:
     """The runtime, and the part of Celery: what is enqueued is kept in `queue` until `work` does it, or it is lost."""
@@ -187,14 +193,20 @@ class World:
         """A job comes in; what follows from it is enqueued."""
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
         canvas = {"id": task_id or f"task_{next(self._numbers)}"}
-        entrance = flow.initiate(self.rt, arguments, canvas, lambda *_: None)
+        entrance = flow.initiate(self.rt, request(arguments, canvas), lambda _: None)
         self.queue.add(entrance.next)
         return entrance
 
     def balance(
-        self, account_id: str, available: str | None = "100.00", *, balance_id: str | None = None, **fields: Any
+        self,
+        account_id: str,
+        available: str | None = "100.00",
+        *,
+        balance_id: str | None = None,
+        later: bool = False,
+        **fields: Any,
     ) -> str:
-        """A REFRESH balance comes in and is kept; that it is to be applied is enqueued. Returns its id."""
+        """A REFRESH balance comes in and is applied; or `later`, as when somebody holds the account. Returns its id."""
         if isinstance(fields.get("at"), datetime):
             fields["at"] = fields["at"].isoformat()
         balance = Balance.model_validate(
@@ -209,7 +221,12 @@ class World:
                 **fields,
             }
         )
-        self.queue.add(flow.receive(self.rt, [(f"evt_{balance.id}", balance)], []))
+        if later:
+            with transaction(self.engine) as tx:
+                balances.keep(tx, [balances.came(f"evt_{balance.id}", balance, self.clock.now)])
+            self.queue.apply.append(balance.id)
+        else:
+            self.queue.add(flow.receive(self.rt, [(f"evt_{balance.id}", balance)], []))
         return balance.id
 
     def work(self) -> None:
@@ -225,13 +242,13 @@ class World:
             for balance_id in todo.apply:
                 self.queue.add(flow.apply(self.rt, balance_id))
             if todo.deliver:
-                self._deliver(flow.undelivered(self.rt, todo.deliver))
+                self._deliver(todo.deliver)
 
     def _deliver(self, due: list[Due]) -> None:
         for reply in due:
             self.delivered[reply.task_id].append((reply.state, reply.outcome))
         if due:
-            flow.delivered(self.rt, [reply.task_id for reply in due])
+            flow.delivered(self.rt, {reply.task_id: self.clock.now for reply in due})
 
     def lose(self) -> None:
         """Whatever is enqueued is lost."""

@@ -15,7 +15,7 @@ def deliveries(count: int) -> list[Delivery]:
     return [Delivery(events=number) for number in range(count)]
 
 
-async def _keep(keeper: Keeper, given: Sequence[Delivery], go: Event) -> list[BaseException | None]:
+async def _keep(keeper: Keeper[None], given: Sequence[Delivery], go: Event) -> list[BaseException | None]:
     """Have them kept while the first ones wait for `go`; what each was told."""
     tasks = [asyncio.create_task(keeper.keep(delivery)) for delivery in given]
     await asyncio.sleep(0.05)
@@ -31,7 +31,7 @@ def test_what_comes_while_others_are_kept_is_kept_together() -> None:
         go.wait(5)
         kept.append([delivery.events for delivery in taken])
 
-    assert set(asyncio.run(_keep(Keeper(keep), deliveries(250), go))) == {None}
+    assert set(asyncio.run(_keep(Keeper(keep, lambda _: None), deliveries(250), go))) == {None}
     assert sorted(number for batch in kept for number in batch) == list(range(250))
     assert all(batch == sorted(batch) for batch in kept)
     assert len(kept) < 10
@@ -47,7 +47,7 @@ def test_a_delivery_that_cannot_be_kept_spoils_no_other() -> None:
         if any(delivery.events == 7 for delivery in taken):
             raise KeyError
 
-    told = asyncio.run(_keep(Keeper(keep), deliveries(20), go))
+    told = asyncio.run(_keep(Keeper(keep, lambda _: None), deliveries(20), go))
     assert [number for number, error in enumerate(told) if isinstance(error, KeyError)] == [7]
     assert told.count(None) == 19
 
@@ -61,7 +61,7 @@ def test_when_the_store_is_away_it_is_asked_once_for_all() -> None:
         asked.append(len(taken))
         raise ConnectionError
 
-    keeper = Keeper(keep, (ConnectionError,))
+    keeper = Keeper(keep, lambda _: None, (ConnectionError,))
     told = asyncio.run(_keep(keeper, deliveries(50), go))
     assert {type(error) for error in told} == {ConnectionError}
     assert len(asked) <= 4

@@ -1,4 +1,4 @@
--- May one call go out to the provider now?
+-- How many calls may go out to the provider now?
 --
 -- KEYS[1]  payready:gate   hash:
 --   tat           until when the budget is spent (µs): each call moves it on by its interval
@@ -14,8 +14,9 @@
 -- ARGV[4]  1 for a call that was held back and has its place in the budget, see reserve.lua; else 0
 -- ARGV[5]  how long to wait for the answer of a probe (µs)
 -- ARGV[6]  how long those that were held back go first (µs)
+-- ARGV[7]  calls that are wanted
 --
--- Returns {"go"} | {"full", not before (µs)} | {"shut", until when (µs)} | {"probing", not before (µs)}.
+-- Returns {how many, why not more: "full" | "shut" | "probing", until when the others are not to go (µs)}.
 -- Nothing in here is more than a minute ahead but by a clock that is wrong: it does not count.
 
 local now, interval = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -29,27 +30,34 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
+local wanted = tonumber(ARGV[7])
+local granted, why, until_when = wanted, '', now
+
 local shut = at('shut')
 if shut > now then
-  return {'shut', whole(shut)}
+  return {0, 'shut', whole(shut)}
 end
-if shut > 0 and at('probe') > now then
-  return {'probing', whole(now + 1000000)}
+if shut > 0 then
+  if at('probe') > now then
+    return {0, 'probing', whole(now + 1000000)}
+  end
+  granted, why, until_when = 1, 'probing', now + 1000000
 end
 
 if ARGV[4] ~= '1' then
   if at('crowded') > now then
-    return {'full', ARGV[1]} -- the sweep says when
+    return {0, 'full', ARGV[1]} -- the sweep says when
   end
   local tat = math.max(at('tat'), now)
-  local room = tat - (tonumber(ARGV[3]) - 1) * interval
-  if room > now then
+  local last = now + (tonumber(ARGV[3]) - 1) * interval -- when the last of those that may go at once would be due
+  local room = math.max(0, math.floor((last - tat) / interval) + 1)
+  if room < granted then
+    granted, why, until_when = room, 'full', tat + room * interval - (last - now)
     redis.call('HSET', KEYS[1], 'crowded', whole(now + tonumber(ARGV[6])))
-    return {'full', whole(room)}
   end
-  redis.call('HSET', KEYS[1], 'tat', whole(tat + interval))
+  redis.call('HSET', KEYS[1], 'tat', whole(tat + granted * interval))
 end
-if shut > 0 then
+if shut > 0 and granted > 0 then
   redis.call('HSET', KEYS[1], 'probe', whole(now + tonumber(ARGV[5])))
 end
-return {'go'}
+return {granted, why, whole(until_when)}

@@ -1,11 +1,13 @@
 """What the stores in Redis have in common: the client, scripts, and times as whole microseconds."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from redis import Redis, RedisError
+from redis.exceptions import NoScriptError
 
 CORRELATION_AWAY = (RedisError,)
 """What is raised when Redis cannot be reached, or does not answer in time."""
@@ -24,10 +26,34 @@ def connect(url: str) -> Redis:
     )
 
 
-def script(redis: Redis, name: str) -> Callable[[list[str], list[Any]], Any]:
-    """The operation in `name.lua`; it takes the keys and the arguments."""
-    source = files(__package__).joinpath(f"{name}.lua").read_text()
-    return cast(Callable[[list[str], list[Any]], Any], redis.register_script(source))
+class Script:
+    """The operation in `name.lua`; it takes keys and arguments."""
+
+    def __init__(self, redis: Redis, name: str) -> None:
+        self._redis = redis
+        self._source = files(__package__).joinpath(f"{name}.lua").read_text()
+        self._digest = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, keys: list[str], arguments: list[Any]) -> Any:
+        """Do it; raises `CORRELATION_AWAY`."""
+        return self.each([(keys, arguments)])[0]
+
+    def each(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        """Do it several times, in this order, in one round trip."""
+        try:
+            return self._send(calls)
+        except NoScriptError:  # Redis was restarted, or emptied: it knows none of its scripts
+            self._redis.script_load(self._source)
+            return self._send(calls)
+
+    def _send(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        if len(calls) == 1:
+            [(keys, arguments)] = calls
+            return [self._redis.evalsha(self._digest, len(keys), *keys, *arguments)]
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for keys, arguments in calls:
+                pipeline.evalsha(self._digest, len(keys), *keys, *arguments)
+            return pipeline.execute()
 
 
 def microseconds(duration: timedelta) -> int:

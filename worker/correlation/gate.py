@@ -11,7 +11,7 @@ from typing import Literal
 
 from redis import Redis
 
-from worker.correlation.client import at_epoch, microseconds, script, since_epoch
+from worker.correlation.client import Script, at_epoch, microseconds, since_epoch
 
 CROWDED = timedelta(seconds=2)
 """So long after a call was held back, others wait for it too: until the sweep's turn, and the next."""
@@ -38,7 +38,7 @@ class Budget:
     def __init__(self, redis: Redis, name: str, *, per_s: int) -> None:
         self._key = f"payready:{name}"
         self._per_s = per_s
-        self._reserve = script(redis, "reserve")
+        self._reserve = Script(redis, "reserve")
 
     def reserve(self, now: datetime, wanted: int) -> list[timedelta]:
         """Places in the budget of the next second, as many as there are: how long from now each is to go."""
@@ -55,24 +55,27 @@ class Gate(Budget):
 
     def __init__(self, redis: Redis, *, calls_per_s: int, failures: int, probe_limit: timedelta) -> None:
         super().__init__(redis, "gate", per_s=calls_per_s)
-        self._admit = script(redis, "admit")
-        self._give_back = script(redis, "give_back")
-        self._report = script(redis, "report")
+        self._admit = Script(redis, "admit")
+        self._give_back = Script(redis, "give_back")
+        self._report = Script(redis, "report")
         self._interval = timedelta(seconds=1) / calls_per_s
         self._burst = max(1, calls_per_s // 4)  # with the budget of 20/s no second sees more than Quiltt's limit of 25
         self._failures = failures
         self._probe_limit = probe_limit
 
-    def admit(self, now: datetime, *, in_turn: bool) -> HeldBack | None:
-        """Let one call out, or say why not. A call `in_turn` was held back before, and has its place in the budget."""
+    def admit(self, now: datetime, wanted: int, *, in_turn: bool) -> tuple[int, HeldBack | None]:
+        """Let calls out: how many, and why not all that are wanted.
+
+        Calls `in_turn` were held back before, and have their places in the budget.
+        """
         budget = [microseconds(self._interval), self._burst]
         spans = [microseconds(self._probe_limit), microseconds(CROWDED)]
-        answer = self._admit([self._key], [since_epoch(now), *budget, int(in_turn), *spans])
-        return None if answer[0] == "go" else HeldBack(answer[0], at_epoch(answer[1]))
+        let_out, why, until = self._admit([self._key], [since_epoch(now), *budget, int(in_turn), *spans, wanted])
+        return int(let_out), None if int(let_out) == wanted else HeldBack(why, at_epoch(until))
 
-    def give_back(self) -> None:
-        """The call that was let out is not made."""
-        self._give_back([self._key], [microseconds(self._interval)])
+    def give_back(self, unused: int) -> None:
+        """So many calls that were let out are not made."""
+        self._give_back([self._key], [microseconds(self._interval * unused)])
 
     def report(
         self, end: End, claimed_at: datetime | None, now: datetime, retry_at: datetime | None = None

@@ -1,7 +1,7 @@
--- A call that was let out is not made after all.
+-- Calls that were let out are not made after all.
 --
 -- KEYS[1]  payready:gate, see admit.lua
--- ARGV[1]  interval between calls (µs)
+-- ARGV[1]  interval between calls, times these calls (µs)
 
 redis.call('HDEL', KEYS[1], 'probe')
 local tat = tonumber(redis.call('HGET', KEYS[1], 'tat') or 0)

@@ -1,12 +1,13 @@
 """Queries on the balances the provider sent."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from decimal import Decimal
 
 from sqlalchemy import select, update
 
-from worker.ledger.database import Row, Tx, insert_new
+from worker.ledger.database import Tx, among, insert_new
 from worker.ledger.tables import BALANCE
 from worker.messages import Balance
 
@@ -15,35 +16,66 @@ REAPPLY = timedelta(seconds=5)
 """After this long a balance that was not applied to those who wait is applied by the sweep."""
 
 
-def keep(tx: Tx, balances: Sequence[tuple[str, Balance]], now: datetime) -> set[str]:
-    """Write balances with the ids of their events; returns the ids of those that were not known."""
-    rows = {
-        balance.id: {
-            "balance_id": balance.id,
-            "event_id": event_id,
-            "account_id": balance.account_id,
-            "at": balance.at,
-            "source": balance.source,
-            "available": balance.available,
-            "current": balance.current,
-            "limit": balance.limit,
-            "received_at": now,
-            "due_at": now + REAPPLY,
-        }
-        for event_id, balance in balances
-    }
-    return insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
+@dataclass(frozen=True)
+class Kept:
+    """A balance as the ledger has it."""
+
+    balance_id: str
+    event_id: str
+    account_id: str
+    at: datetime
+    source: str
+    available: Decimal | None
+    current: Decimal | None
+    limit: Decimal | None
+    received_at: datetime
+    due_at: datetime | None
+    """Null once it was applied to those who wait."""
+    refresh_id: str | None = None
+    """The refresh it answered."""
+
+    @property
+    def as_of(self) -> datetime:
+        """The time it stands for: the provider's, but a balance cannot be younger than its arrival."""
+        return min(self.at, self.received_at)
 
 
-def find(tx: Tx, balance_id: str) -> Row[Any] | None:
-    """A balance as it was kept."""
-    return tx.execute(select(BALANCE).where(B.balance_id == balance_id)).one_or_none()
+_COLUMNS = tuple(B[name] for name in Kept.__dataclass_fields__)
 
 
-def newest(tx: Tx, account_id: str) -> Row[Any] | None:
-    """The account's newest balance with source REFRESH."""
-    query = select(BALANCE).where(B.account_id == account_id, B.source == "REFRESH").order_by(B.at.desc()).limit(1)
-    return tx.execute(query).one_or_none()
+def came(event_id: str, balance: Balance, now: datetime) -> Kept:
+    """A balance that was received now, and has not been applied."""
+    return Kept(
+        balance_id=balance.id,
+        event_id=event_id,
+        account_id=balance.account_id,
+        at=balance.at,
+        source=balance.source,
+        available=balance.available,
+        current=balance.current,
+        limit=balance.limit,
+        received_at=now,
+        due_at=now + REAPPLY,
+    )
+
+
+def keep(tx: Tx, balances: Sequence[Kept]) -> None:
+    """Write balances; those that are known stay as they are."""
+    rows = {balance.balance_id: vars(balance) for balance in reversed(balances)}
+    insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
+
+
+def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, Kept]:
+    """Those of the balances that were kept."""
+    rows = tx.execute(select(*_COLUMNS).where(among(tx, B.balance_id, balance_ids)))
+    return {row.balance_id: Kept(*row) for row in rows}
+
+
+def newest(tx: Tx, account_ids: Collection[str], oldest: datetime) -> dict[str, Kept]:
+    """Each account's newest balance with source REFRESH, if it is no older than `oldest`."""
+    conditions = (among(tx, B.account_id, account_ids), B.at >= oldest, B.source == "REFRESH")
+    rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(B.at))
+    return {row.account_id: Kept(*row) for row in rows}
 
 
 def unapplied(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -55,10 +87,12 @@ def unapplied(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
     return left
 
 
-def applied(tx: Tx, balance_id: str, refresh_id: str | None) -> None:
-    """Note that all who waited for this balance were settled, and which refresh it answered."""
-    values: dict[str, Any] = {"due_at": None} if refresh_id is None else {"due_at": None, "refresh_id": refresh_id}
-    tx.execute(update(BALANCE).where(B.balance_id == balance_id).values(**values))
+def applied(tx: Tx, balances: Sequence[Kept]) -> None:
+    """Note that all who waited for these balances were settled, and which refresh each of them answered."""
+    for balance in balances:
+        tx.execute(
+            update(BALANCE).where(B.balance_id == balance.balance_id).values(due_at=None, refresh_id=balance.refresh_id)
+        )
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:

@@ -1,15 +1,29 @@
 """How the ledger is reached: one engine a process, short transactions, one lock an account."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any
 
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Engine,
+    Row,
+    Table,
+    Text,
+    any_,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+)
 from sqlalchemy import Connection as Tx
-from sqlalchemy import Engine, Row, Table, create_engine, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -19,8 +33,10 @@ __all__ = [
     "Engine",
     "Row",
     "Tx",
+    "among",
     "insert_new",
     "lock_accounts",
+    "lock_free_accounts",
     "lock_spending",
     "open_engine",
     "ping",
@@ -125,10 +141,21 @@ def lock_accounts(tx: Tx, account_ids: Iterable[str]) -> None:
 
     SQLite has one writer at a time anyway. Accounts are taken in one order, so that no two holders wait for each other.
     """
+    if tx.dialect.name == "postgresql":
+        tx.execute(_HOLD, {"keys": sorted({_lock_key(account_id) for account_id in account_ids})})
+
+
+def lock_free_accounts(tx: Tx, account_ids: Iterable[str]) -> set[str]:
+    """Hold those of these accounts that nobody else holds, waiting for none; returns which."""
+    keys = {account_id: _lock_key(account_id) for account_id in account_ids}
     if tx.dialect.name != "postgresql":
-        return
-    for key in sorted({_lock_key(account_id) for account_id in account_ids}):
-        tx.execute(select(func.pg_advisory_xact_lock(key)))
+        return set(keys)
+    held = set(tx.scalars(_HOLD_FREE, {"keys": sorted(set(keys.values()))}))
+    return {account_id for account_id, key in keys.items() if key in held}
+
+
+_HOLD = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
+_HOLD_FREE = text("SELECT key FROM unnest(CAST(:keys AS bigint[])) AS key WHERE pg_try_advisory_xact_lock(key)")
 
 
 def lock_spending(tx: Tx) -> None:
@@ -142,6 +169,13 @@ def lock_spending(tx: Tx) -> None:
 
 def _lock_key(account_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(account_id.encode(), digest_size=8).digest(), signed=True)
+
+
+def among(tx: Tx, column: ColumnElement[str], values: Collection[str]) -> ColumnElement[bool]:
+    """Whether the column is one of the values; on PostgreSQL the same statement for any number, prepared once."""
+    if tx.dialect.name == "postgresql":
+        return column == any_(bindparam(None, list(values), ARRAY(Text)))
+    return column.in_(values)
 
 
 def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:

@@ -3,7 +3,7 @@
 Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, func, insert, select
 from worker.caps import Cap, Caps, Used, day_of, month_of
 from worker.fees import ACCEPTED, EntryState, Price
 from worker.invoice import Reconciliation
-from worker.ledger.database import Row, Tx, insert_new, lock_spending
+from worker.ledger.database import Row, Tx, among, insert_new, lock_spending
 from worker.ledger.tables import FEE_ENTRY
 from worker.messages import plain
 
@@ -47,9 +47,9 @@ class Call:
         return self.state != EntryState.VOID
 
 
-def open_entry(tx: Tx, call_id: str, refresh_id: str, account_id: str, price: Price, now: datetime) -> Call:
-    """Write the pending entry of a call that is about to be made."""
-    call = Call(
+def call_for(call_id: str, refresh_id: str, account_id: str, price: Price, now: datetime) -> Call:
+    """A call that is about to be made, at its price."""
+    return Call(
         call_id=call_id,
         refresh_id=refresh_id,
         account_id=account_id,
@@ -60,22 +60,32 @@ def open_entry(tx: Tx, call_id: str, refresh_id: str, account_id: str, price: Pr
         called_at=now,
         evidence={},
     )
-    tx.execute(insert(FEE_ENTRY), _entry(call, EntryState.PENDING, {}, now))
-    return call
+
+
+def open_entries(tx: Tx, calls: Sequence[Call]) -> None:
+    """Write the pending entries of calls that are about to be made."""
+    if calls:
+        tx.execute(insert(FEE_ENTRY), [_entry(call, EntryState.PENDING, {}, call.called_at) for call in calls])
 
 
 def close_entry(tx: Tx, call: Call, state: EntryState, evidence: dict[str, Any], now: datetime) -> bool:
     """Post or void a call, with the evidence for it; False if that was done before."""
-    return bool(insert_new(tx, FEE_ENTRY, [_entry(call, state, evidence, now)], key="call_id"))
+    return bool(close_entries(tx, [(call, state, evidence)], now))
+
+
+def close_entries(tx: Tx, ends: Sequence[tuple[Call, EntryState, dict[str, Any]]], now: datetime) -> set[str]:
+    """Post or void calls, each with the evidence for it; returns those for which that was not done before."""
+    rows = [_entry(call, state, evidence, now) for call, state, evidence in ends]
+    return insert_new(tx, FEE_ENTRY, rows, key="call_id")
 
 
 def _entry(call: Call, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:
     return {**vars(call), "state": state, "evidence": evidence, "at": now}
 
 
-def calls_of(tx: Tx, refresh_ids: Sequence[str]) -> list[Call]:
+def calls_of(tx: Tx, refresh_ids: Collection[str]) -> list[Call]:
     """The calls of these refreshes, each with its final state if it has one, else pending."""
-    return _calls(tx, E.refresh_id.in_(refresh_ids))
+    return _calls(tx, among(tx, E.refresh_id, refresh_ids))
 
 
 def _calls(tx: Tx, which: ColumnElement[bool]) -> list[Call]:

@@ -1,6 +1,7 @@
 """Queries on payments and the tasks that wait for them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -8,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal_column, or_, select, update
 
-from worker.ledger.database import Row, Tx, insert_new
+from worker.ledger.database import Row, Tx, among, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
 from worker.messages import Breakdown, Job, Relink, stored_job
 from worker.payment import PaymentState
@@ -22,6 +23,7 @@ SLICE = 500
 P, R = PAYMENT.c, REPLY.c
 # The state stands in the statement itself, as in the partial indexes: a plan for any state would not use them.
 WAITING = P.state == literal_column(f"'{PaymentState.WAITING}'")
+RELEASED = P.state == literal_column(f"'{PaymentState.RELEASED}'")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,15 @@ class Due:
     outcome: dict[str, Any]
 
 
-def record(tx: Tx, job: Job, now: datetime) -> bool:
-    """Write the payment as waiting; False if its id is known already."""
+def record(tx: Tx, jobs: Sequence[Job], now: datetime) -> set[str]:
+    """Write payments as waiting, each once; returns the ids of those that were not known."""
+    rows = {job.payment_id: _row(job, now) for job in reversed(jobs)}
+    return insert_new(tx, PAYMENT, [rows[key] for key in sorted(rows)], key="payment_id")
+
+
+def _row(job: Job, now: datetime) -> dict[str, Any]:
     deadline = now + timedelta(seconds=job.timeout_s)
-    row = {
+    return {
         "payment_id": job.payment_id,
         "account_id": job.account_id,
         "state": PaymentState.WAITING,
@@ -78,7 +85,6 @@ def record(tx: Tx, job: Job, now: datetime) -> bool:
         "due_at": now + min(FIRST_LOOK, (deadline - now) / 2),
         "reused": False,
     }
-    return bool(insert_new(tx, PAYMENT, [row], key="payment_id"))
 
 
 def hold(tx: Tx, payment_id: str) -> Row[Any]:
@@ -86,10 +92,13 @@ def hold(tx: Tx, payment_id: str) -> Row[Any]:
     return tx.execute(select(PAYMENT).where(P.payment_id == payment_id).with_for_update()).one()
 
 
-def await_outcome(tx: Tx, payment_id: str, canvas: dict[str, Any], due_at: datetime | None) -> None:
-    """Note that a task waits for this payment; `due_at` is set when the outcome is there already."""
-    row = {"task_id": canvas["id"], "payment_id": payment_id, "canvas": canvas, "due_at": due_at}
-    insert_new(tx, REPLY, [row], key="task_id")
+def await_outcomes(tx: Tx, canvases: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> None:
+    """Note the tasks that wait for these payments; `due_at` is set when the outcomes are there already."""
+    rows = [
+        {"task_id": canvas["id"], "payment_id": payment_id, "canvas": canvas, "due_at": due_at}
+        for payment_id, canvas in sorted(canvases, key=lambda waiting: str(waiting[1]["id"]))
+    ]
+    insert_new(tx, REPLY, rows, key="task_id")
 
 
 def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
@@ -108,10 +117,14 @@ _COLUMNS = (
 )
 
 
-def waiting_on(tx: Tx, account_id: str) -> list[Waiting]:
-    """The account's waiting payments in the order of their requests, held until the transaction ends."""
-    waiting = _hold(tx, P.account_id == account_id)
-    return sorted(waiting, key=lambda w: (w.requested_at, w.payment_id))
+def waiting_on(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[Waiting]]:
+    """The accounts' waiting payments in the order of their requests, held until the transaction ends."""
+    found: dict[str, list[Waiting]] = defaultdict(list)
+    for waiting in sorted(
+        _hold(tx, among(tx, P.account_id, account_ids)), key=lambda w: (w.requested_at, w.payment_id)
+    ):
+        found[waiting.account_id].append(waiting)
+    return found
 
 
 def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
@@ -193,10 +206,13 @@ def demand(tx: Tx, account_id: str) -> Demand | None:
     return Demand(fresh_from, deadline) if deadline is not None else None
 
 
-def settle(tx: Tx, settlements: Sequence[Settlement]) -> None:
-    """Write how payments ended, and make their outcomes due. The payments must be held and waiting."""
+def settle(tx: Tx, settlements: Sequence[Settlement]) -> list[Due]:
+    """Write how payments ended; returns their outcomes, which are due from now on.
+
+    The payments must be held and waiting.
+    """
     if not settlements:
-        return
+        return []
     by_id: BindParameter[str] = bindparam("key")
     names = ("state", "outcome", "settled_at", "reason", "refresh_id", "reused", "balance_id", "arithmetic")
     rows = [{"key": s.payment_id, **{name: getattr(s, name) for name in names}} for s in settlements]
@@ -204,41 +220,37 @@ def settle(tx: Tx, settlements: Sequence[Settlement]) -> None:
         update(PAYMENT).where(P.payment_id == by_id, WAITING).values({name: bindparam(name) for name in names}),
         rows,
     )
-    tx.execute(
+    settled = {settlement.payment_id: settlement for settlement in settlements}
+    replies = tx.execute(
         update(REPLY)
-        .where(R.payment_id.in_([s.payment_id for s in settlements]))
+        .where(among(tx, R.payment_id, settled))
         .values(due_at=settlements[0].settled_at + REDELIVERY)
+        .returning(R.task_id, R.payment_id, R.canvas)
     )
+    return [Due(r.task_id, r.canvas, settled[r.payment_id].state, settled[r.payment_id].outcome) for r in replies]
 
 
-def released_since(tx: Tx, account_id: str, at: datetime) -> list[Decimal]:
-    """The amounts released on the account at or after `at`."""
-    query = select(P.amount).where(
-        P.account_id == account_id,
-        P.state == PaymentState.RELEASED,
-        P.settled_at >= at,
-        P.amount.is_not(None),
-    )
-    return list(tx.scalars(query))
+def released_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
+    """The amounts released on each account at or after its time."""
+    released: dict[str, list[Decimal]] = defaultdict(list)
+    if since:
+        query = select(P.account_id, P.settled_at, P.amount).where(
+            among(tx, P.account_id, since), RELEASED, P.settled_at >= min(since.values()), P.amount.is_not(None)
+        )
+        for row in tx.execute(query):
+            if row.settled_at >= since[row.account_id]:
+                released[row.account_id].append(row.amount)
+    return released
 
 
-def sharers(tx: Tx, refresh_id: str) -> int:
-    """How many settled payments share the refresh's fee."""
-    query = select(func.count()).where(P.refresh_id == refresh_id, P.reused.is_(False))
-    return int(tx.scalar(query) or 0)
-
-
-def has_released(tx: Tx, refresh_id: str) -> bool:
-    """Whether payments were released that share the refresh's fee: they were told their shares."""
-    query = select(P.payment_id).where(
-        P.refresh_id == refresh_id, P.reused.is_(False), P.state == PaymentState.RELEASED
-    )
-    return tx.execute(query.limit(1)).first() is not None
-
-
-def undelivered(tx: Tx, payment_ids: Sequence[str]) -> list[Due]:
-    """The outcomes of these payments that were not delivered yet."""
-    return _dues(tx, R.payment_id.in_(payment_ids) & R.due_at.is_not(None))
+def sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
+    """How many settled payments share each refresh's fee, by how they ended."""
+    query = select(P.refresh_id, P.state, func.count().label("payments")).group_by(P.refresh_id, P.state)
+    counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
+    if refresh_ids:
+        for row in tx.execute(query.where(among(tx, P.refresh_id, refresh_ids), P.reused.is_(False))):
+            counts[row.refresh_id][PaymentState(row.state)] = row.payments
+    return counts
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
@@ -248,12 +260,8 @@ def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
     if not task_ids:
         return []
     tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=now + REDELIVERY))
-    return _dues(tx, R.task_id.in_(task_ids))
-
-
-def _dues(tx: Tx, condition: ColumnElement[bool]) -> list[Due]:
     query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
-    rows = tx.execute(query.where(condition))
+    rows = tx.execute(query.where(R.task_id.in_(task_ids)))
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
 
 
@@ -262,9 +270,11 @@ def of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
     return list(tx.scalars(select(R.payment_id).where(R.task_id.in_(task_ids)).distinct()))
 
 
-def delivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> None:
-    """Note that these tasks have their outcome."""
-    tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=None, delivered_at=now))
+def delivered(tx: Tx, told: Mapping[str, datetime]) -> None:
+    """Note when these tasks were told their outcome."""
+    key: BindParameter[str] = bindparam("key")
+    rows = [{"key": task_id, "at": told[task_id]} for task_id in sorted(told)]
+    tx.execute(update(REPLY).where(R.task_id == key).values(due_at=None, delivered_at=bindparam("at")), rows)
 
 
 def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:

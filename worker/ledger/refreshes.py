@@ -1,13 +1,24 @@
 """Queries on refreshes. Every write is conditional on the state it starts from, as the law has it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, and_, func, literal_column, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    ScalarSelect,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 
-from worker.ledger.database import Tx, insert_new
+from worker.ledger.database import Tx, among, insert_new
 from worker.ledger.tables import PAYMENT, REFRESH
 from worker.payment import IN_FLIGHT, REFRESH_LAW, PaymentState, RefreshEvent, RefreshState, after
 
@@ -30,6 +41,13 @@ class Flight:
     trouble: str | None
 
 
+def _is_in(states: Iterable[RefreshState]) -> ColumnElement[bool]:
+    # The states stand in the statement itself, as in the partial indexes: a plan for any states would not use them.
+    return R.state.in_([literal_column(f"'{state}'") for state in sorted(states)])
+
+
+IS_IN_FLIGHT = _is_in(IN_FLIGHT)
+EXPECTS = _is_in([state for state in RefreshState if after(REFRESH_LAW, state, RefreshEvent.ANSWER)])
 FIRST_CALLED = R.called_at.asc().nulls_last()  # the databases do not agree where nulls go
 _COLUMNS = tuple(R[name] for name in Flight.__dataclass_fields__)
 
@@ -46,7 +64,7 @@ def find(tx: Tx, refresh_id: str) -> Flight | None:
 
 def in_flight(tx: Tx, account_id: str) -> Flight | None:
     """The account's refresh whose balance is on its way, or may be."""
-    return next(iter(_flights(tx, R.account_id == account_id, R.state.in_(IN_FLIGHT))), None)
+    return next(iter(_flights(tx, R.account_id == account_id, IS_IN_FLIGHT)), None)
 
 
 def requested(tx: Tx, account_id: str) -> Flight | None:
@@ -55,16 +73,17 @@ def requested(tx: Tx, account_id: str) -> Flight | None:
     return next(iter(_flights(tx, *conditions, limit=1)), None)
 
 
-def unanswered(tx: Tx, account_id: str) -> list[Flight]:
-    """The account's refreshes that a balance may still answer, the last called first: those with a call to answer."""
-    states = [state for state in RefreshState if after(REFRESH_LAW, state, RefreshEvent.ANSWER)]
-    return _flights(
-        tx,
-        R.account_id == account_id,
-        R.state.in_(states),
-        R.called_at.is_not(None),
-        order=R.called_at.desc(),
-    )
+def to_be_called(tx: Tx, wanted: Collection[tuple[str, str]]) -> list[Flight]:
+    """Of accounts and refreshes: these refreshes, as far as they were written, and those in flight on the accounts."""
+    accounts, ids = zip(*wanted, strict=True)
+    flying = among(tx, R.account_id, accounts) & IS_IN_FLIGHT
+    return _flights(tx, among(tx, R.refresh_id, ids) | flying)
+
+
+def expecting(tx: Tx, account_ids: Collection[str]) -> list[Flight]:
+    """Refreshes of the accounts that a balance may still answer, or that are to be called; the last called first."""
+    may_come = (EXPECTS & R.called_at.is_not(None)) | _is_in([RefreshState.REQUESTED])
+    return _flights(tx, among(tx, R.account_id, account_ids), may_come, order=R.called_at.desc().nulls_last())
 
 
 def serving(tx: Tx, account_ids: Sequence[str], called_from: datetime) -> list[Flight]:
@@ -76,7 +95,7 @@ def serving(tx: Tx, account_ids: Sequence[str], called_from: datetime) -> list[F
 def due(tx: Tx, now: datetime, limit: int) -> list[Flight]:
     """Refreshes in flight that time has something to do with, and requested ones that nobody waits for any more."""
     nobody_waits = (R.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
-    return _flights(tx, R.due_at <= now, R.state.in_(IN_FLIGHT) | nobody_waits, order=R.due_at, limit=limit)
+    return _flights(tx, R.due_at <= now, IS_IN_FLIGHT | nobody_waits, order=R.due_at, limit=limit)
 
 
 def wanted(tx: Tx, now: datetime, useful_from: datetime, limit: int) -> list[Flight]:
@@ -96,10 +115,9 @@ def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime
     return nearest.correlate(REFRESH).scalar_subquery()
 
 
-def add(tx: Tx, refresh_id: str, account_id: str, state: RefreshState, **values: Any) -> bool:
-    """Write a new refresh; False if it is known already."""
-    row = {"refresh_id": refresh_id, "account_id": account_id, "state": state, "calls": 0, "deferrals": 0, **values}
-    return bool(insert_new(tx, REFRESH, [row], key="refresh_id"))
+def add(tx: Tx, flights: Sequence[Flight]) -> set[str]:
+    """Write new refreshes; returns the ids of those that were not known, and that no other flight forbids."""
+    return insert_new(tx, REFRESH, [vars(flight) for flight in flights], key="refresh_id")
 
 
 def _unchanged(flight: Flight) -> ColumnElement[bool]:
@@ -115,6 +133,35 @@ def move(tx: Tx, flight: Flight, event: RefreshEvent, due_at: datetime | None, *
         return False
     result = tx.execute(update(REFRESH).where(_unchanged(flight)).values(state=state, due_at=due_at, **values))
     return bool(result.rowcount == 1)
+
+
+def move_all(tx: Tx, event: RefreshEvent, moves: Sequence[tuple[Flight, datetime | None]]) -> None:
+    """Let `event`, which ends all trouble, happen to refreshes, each with its new `due_at`.
+
+    Those that are no longer as the caller saw them are left.
+    """
+    rows = [
+        {"key": flight.refresh_id, "seen": flight.state, "claimed": flight.claimed_at, "to": to, "due": due_at}
+        for flight, due_at in moves
+        if (to := after(REFRESH_LAW, flight.state, event))
+    ]
+    if rows:
+        tx.execute(_MOVE, rows)
+
+
+def _given(name: str, column: ColumnElement[Any]) -> BindParameter[Any]:
+    return bindparam(name, type_=column.type)
+
+
+_MOVE = (
+    update(REFRESH)
+    .where(
+        R.refresh_id == _given("key", R.refresh_id),
+        R.state == _given("seen", R.state),
+        R.claimed_at.is_not_distinct_from(_given("claimed", R.claimed_at)),
+    )
+    .values(state=_given("to", R.state), due_at=_given("due", R.due_at), trouble=None)
+)
 
 
 def postpone(tx: Tx, flight: Flight, due_at: datetime) -> None:

@@ -1,0 +1,205 @@
+"""How a worker takes jobs and calls: those at hand together, as far as nothing is special about them.
+
+A Celery *strategy* says what a worker does with a message. These gather the plain messages of a task, and have rounds
+of them worked on by a thread of the worker's pool, each in one transaction; the next round forms meanwhile. What does
+not go like the others (a job that breaks its contract, an account that someone holds, a store that is away) is handed
+to Celery's own strategy, and goes its way alone: what there is to say of errors and retries is said there only.
+
+As there, a message is acknowledged when its work is done, and Flower is told of each task.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery.app.task import Context
+from celery.concurrency.thread import TaskPool
+from celery.worker.state import revoked
+from celery.worker.strategy import default
+
+from tasks import suspension, tracing
+from tasks.delivery import carry_out
+from tasks.gathering import Gatherer
+from tasks.payments import announce, request_of
+from worker import flow
+from worker.flow import Claim, End, Next, Request
+from worker.runtime import runtime
+
+log = logging.getLogger(__name__)
+
+TOGETHER = 100
+"""Messages in a round, at most."""
+Handler = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message, as a worker hands it to a strategy."""
+
+    message: Any
+    rest: tuple[Any, ...]
+    at: float = field(default_factory=time.time)
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """What Celery says of the task."""
+        headers: Mapping[str, Any] = self.message.headers
+        return headers
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is to be worked on now, and like any other."""
+        ours = self.rest[0] is None and "id" in self.headers  # else it is of Celery's first protocol
+        return ours and not any(self.headers.get(name) for name in ("eta", "expires")) and self.id not in revoked
+
+    @property
+    def id(self) -> str:
+        """The task's."""
+        return str(self.headers["id"])
+
+
+class _Rounds:
+    """Messages of one task. A worker makes this anew with each connection to its broker."""
+
+    def __init__(self, task: Any, app: Any, consumer: Any) -> None:
+        self._consumer, self._alone = consumer, default(task, app, consumer)
+        self._pool = consumer.pool.executor
+        self._gatherer = Gatherer(self._work, limit=TOGETHER, run=self._pool.submit)
+
+    def __call__(self, message: Any, *rest: Any) -> None:
+        """Take a message."""
+        received = Received(message, rest)
+        if received.is_plain:
+            self._gatherer.add(received)
+        else:
+            self._alone(message, *rest)
+
+    def _work(self, batch: list[Received]) -> None:
+        raise NotImplementedError
+
+    def _leave_alone(self, batch: Sequence[Received]) -> None:
+        """Hand messages to Celery's own strategy, on the worker's own thread."""
+        for received in batch:
+            self._consumer.call_soon(self._alone, received.message, *received.rest)
+
+    def _done(self, batch: Sequence[Received], *events: str) -> None:
+        """Tell Flower, and acknowledge."""
+        dispatcher = self._consumer.event_dispatcher
+        if dispatcher and dispatcher.enabled:
+            for received in batch:
+                self._tell(dispatcher, received, events)
+        self._consumer.call_soon(self._acknowledge, batch)
+
+    def _tell(self, dispatcher: Any, received: Received, events: Sequence[str]) -> None:
+        headers = received.headers
+        told = ("name", "args", "kwargs", "root_id", "parent_id", "retries")
+        names = ("task", "argsrepr", "kwargsrepr", "root_id", "parent_id", "retries")
+        what = {name: headers.get(header) for name, header in zip(told, names, strict=True)}
+        dispatcher.send("task-received", uuid=received.id, timestamp=received.at, **what)
+        for event in events:
+            took = {"result": "None", "runtime": time.time() - received.at} if event == "task-succeeded" else {}
+            dispatcher.send(event, uuid=received.id, **took)
+
+    def _acknowledge(self, batch: Sequence[Received]) -> None:
+        for received in batch:
+            received.message.ack_log_error(log, self._consumer.connection_errors)
+
+
+class _Intake(_Rounds):
+    """Jobs."""
+
+    def _work(self, batch: list[Received]) -> None:
+        taken, alone = list[Received](), batch
+        try:
+            requests = [self._request(received) for received in batch]
+            entrances = flow.initiate_many(runtime(), requests, announce(requests))
+        except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
+            log.debug("a round of jobs is taken in one by one: %s", error)
+        else:
+            taken = [received for received, entrance in zip(batch, entrances, strict=True) if entrance]
+            alone = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
+            self._go_on([entrance.next for entrance in entrances if entrance], taken)
+        self._done(taken, "task-started")
+        self._leave_alone(alone)
+
+    def _request(self, received: Received) -> Request:
+        args, kwargs, embed = received.message.payload
+        context = Context(
+            received.headers,
+            **embed,
+            hostname=self._consumer.hostname,
+            delivery_info=received.message.delivery_info,
+            reply_to=received.message.properties.get("reply_to"),
+        )
+        return request_of(args[0] if args else None, kwargs, suspension.leave(context))
+
+    def _go_on(self, nexts: Sequence[Next], taken: Sequence[Received]) -> None:
+        todo = Next()
+        for following in nexts:
+            todo.add(following)
+        try:
+            carry_out(todo)
+            gone = [received.id for received in taken if received.id in revoked]
+            if gone:  # while they were taken in, before there was anything to cancel
+                carry_out(flow.revoke(runtime(), gone))
+        except Exception:  # the payments are written down: whatever fails from here on, upkeep makes good
+            log.exception("%s payments wait; upkeep will see to what comes next", len(taken))
+
+
+class _Calls(_Rounds):
+    """Refreshes to be called."""
+
+    def __init__(self, task: Any, app: Any, consumer: Any) -> None:
+        super().__init__(task, app, consumer)
+        self._booking = Gatherer(self._book, limit=TOGETHER)
+
+    def _work(self, batch: list[Received]) -> None:
+        wanted = defaultdict[tuple[str, str], list[Received]](list)
+        try:
+            for received in batch:
+                account_id, refresh_id = received.message.payload[0]
+                wanted[account_id, refresh_id].append(received)
+            claims = flow.claim(runtime(), list(wanted))
+        except Exception as error:  # noqa: BLE001 - as above
+            log.debug("a round of calls is made one by one: %s", error)
+            self._leave_alone(batch)
+            return
+        for busy in claims.busy:
+            self._leave_alone(wanted.pop(busy))
+        for claim in claims.made:
+            messages = wanted.pop((claim.flight.account_id, claim.flight.refresh_id))
+            self._pool.submit(self._call, claim, messages)
+        carry_out(claims.next)
+        self._done(
+            [received for messages in wanted.values() for received in messages], "task-started", "task-succeeded"
+        )
+
+    def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
+        self._booking.add((flow.make(runtime(), claim), messages))
+
+    def _book(self, ends: list[tuple[End, Sequence[Received]]]) -> None:
+        try:
+            carry_out(flow.book(runtime(), [end for end, _ in ends]))
+        finally:  # what could not be booked, upkeep finds
+            self._over([messages for _, messages in ends])
+
+    def _over(self, groups: Sequence[Sequence[Received]]) -> None:
+        self._done([received for messages in groups for received in messages], "task-started", "task-succeeded")
+
+
+def intake(task: Any, app: Any, consumer: Any) -> Handler:
+    """The strategy of `payments.initiate`."""
+    return _Intake(task, app, consumer) if _can_be_together(consumer) else default(task, app, consumer)
+
+
+def calls(task: Any, app: Any, consumer: Any) -> Handler:
+    """The strategy of `balances.refresh`."""
+    return _Calls(task, app, consumer) if _can_be_together(consumer) else default(task, app, consumer)
+
+
+def _can_be_together(consumer: Any) -> bool:
+    """Threads share what they gather, processes do not; and a trace is of one task."""
+    return isinstance(consumer.pool, TaskPool) and not tracing.is_on()
