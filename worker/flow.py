@@ -40,6 +40,7 @@ from worker.messages import (
     Breakdown,
     FeeShare,
     Job,
+    News,
     Outcome,
     Relink,
     parse_job,
@@ -456,8 +457,7 @@ def receive(
     rt: Runtime,
     received: Sequence[tuple[str, Balance]],
     odd: Sequence[tuple[bytes, str]] = (),
-    breakdowns: Sequence[Breakdown] = (),
-    relinks: Sequence[Relink] = (),
+    news: Sequence[News] = (),
 ) -> Next:
     """Keep balances, given with the ids of their events, and set events aside that nobody understands.
 
@@ -471,12 +471,21 @@ def receive(
             quarantine.set_aside(tx, odd, now)
         if received:
             balances.keep(tx, received, now)
-        payments.relink(tx, relinks)
-        if breakdowns:
-            payments.hold_behind(tx, breakdowns)
-        for broken in breakdowns:
-            after.deliver += _break_down(rt, tx, broken, now)
+        if news:
+            after.deliver += _follow(rt, tx, news, now)
     return after
+
+
+def _follow(rt: Runtime, tx: Tx, news: Sequence[News], now: datetime) -> list[str]:
+    """Take what happened in the order in which it did; returns the payments that were failed by it."""
+    payments.hold_concerned(tx, news)
+    failed = []
+    for one in sorted(news, key=lambda one: one.at):
+        if isinstance(one, Relink):
+            payments.relink(tx, one, requested_by=one.at + rt.settings.clock_skew)
+        else:
+            failed += _break_down(rt, tx, one, now)
+    return failed
 
 
 def _break_down(rt: Runtime, tx: Tx, broken: Breakdown, now: datetime) -> list[str]:
@@ -518,13 +527,12 @@ def _fail_unfit(rt: Runtime, account_id: str, account: AccountView) -> Next:
     return Next(deliver=[settlement.payment_id for settlement in settlements])
 
 
-def readmit(rt: Runtime, kept: Kept, received: tuple[str, Balance] | None) -> Next:
-    """Take an event out of quarantine that is understood now: keep its balance, if it is ours, as of when it came."""
+def readmit(rt: Runtime, kept: Kept, received: Sequence[tuple[str, Balance]]) -> Next:
+    """Take out of quarantine what is understood now: keep its balances, if any are ours, as of when it came."""
     with transaction(rt.engine) as tx:
-        if received is not None:
-            balances.keep(tx, [received], kept.received_at)
+        balances.keep(tx, received, kept.received_at)
         quarantine.drop(tx, [kept.quarantine_id])
-    return Next(apply=[received[1].id] if received is not None else [])
+    return Next(apply=[balance.id for _, balance in received])
 
 
 def trim_quarantine(rt: Runtime) -> None:
