@@ -127,16 +127,15 @@ def _page(rt: Runtime, after: str) -> list[Kept]:
 
 def _replay(rt: Runtime, kept: Kept) -> str:
     try:
-        found = events.read_event(kept.event, kept.received_at)
-    except (events.Odd, ValueError):
+        found = events.read_again(kept.event, kept.received_at)
+    except events.Odd:
         return "still_odd"
-    received = found if isinstance(found, tuple) else None  # nothing but balances is ever set aside
-    todo = flow.readmit(rt, kept, received)
+    todo = flow.readmit(rt, kept, found.balances)  # what else a whole delivery tells is old news by now
     try:
         client.release(settings(), todo.apply)
     except client.NoAnswer as away:
         typer.echo(f"payready: {away}; the balance is kept, and will be applied by the sweep", err=True)
-    return "not_ours" if received is None else "taken"
+    return "taken" if found.balances else "not_ours"
 
 
 def _drop(rt: Runtime, kept: Kept) -> int:

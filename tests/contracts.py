@@ -46,8 +46,8 @@ def _readable(node: Any) -> Any:
 
 
 ANSWERS = {
-    204: "Understood, and safe; or there was nothing in it for us.",
-    400: "Rightly signed, but not a delivery, or not readable in all its parts; what was readable is safe.",
+    204: "Understood, or kept as it came, and safe; or there was nothing in it for us.",
+    400: "Rightly signed, but not readable, or in part not, and what is not might be personal; the rest is safe.",
     401: "Not known to come from Quiltt, or signed too far from our clock.",
     408: "The body did not come in time.",
     413: "The body is over the cap.",
@@ -92,8 +92,8 @@ def openapi() -> dict[str, Any]:
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     alive = {"summary": "The process lives.", "responses": {"200": {"description": "It does.", **text}}}
     ready = {
-        "summary": "Deliveries can be made safe: the database and Redis answer.",
-        "responses": {"200": {"description": "They do.", **text}, "503": {"description": "Not both do.", **text}},
+        "summary": "Deliveries can be made safe: the database answers.",
+        "responses": {"200": {"description": "It does.", **text}, "503": {"description": "It does not.", **text}},
     }
     return {
         "openapi": "3.1.0",

@@ -1,6 +1,6 @@
 """The HTTP endpoint: check the signature on the raw bytes, keep what is ours, and only then say yes.
 
-204  understood, and safe            400  signed, but not (all) readable   401  not known to come from Quiltt
+204  understood, or kept, and safe   400  signed, but not (all) readable   401  not known to come from Quiltt
 408  the body came too slowly        413  the body is too large            415  the body does not call itself JSON
 503  cannot be made safe now: send it again
 
@@ -11,8 +11,9 @@ import asyncio
 import functools
 import logging
 import re
+import types
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -24,14 +25,14 @@ from starlette.routing import Route
 
 from config.settings import settings
 from tasks.app import app as celery
-from tasks.delivery import BROKER_AWAY, carry_out
+from tasks.delivery import carry_out
 from webhook import events, signature
 from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
 from webhook.keeper import Keeper
+from webhook.readiness import Readiness
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
 from webhook.tally import Tally
 from worker import flow
-from worker.correlation.client import CORRELATION_AWAY
 from worker.flow import Next
 from worker.ledger.database import LEDGER_AWAY, ping
 from worker.runtime import runtime, utc_now
@@ -47,12 +48,11 @@ DRAIN_BYTES = 4 * MAX_BODY_BYTES
 """So much of a body over the cap is read and thrown away, so that its sender reads the answer; then it is cut off."""
 INLINE_BYTES = 64 * 1024
 """Larger bodies are read in a thread: the others must not wait for them."""
-AWAY = (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY)
-"""What a store that cannot be reached raises."""
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = Iterable[tuple[bytes, bytes]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Coroutine[Any, Any, Message]]
+Send = Callable[[Message], Coroutine[Any, Any, None]]
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Refused(Exception):
@@ -64,7 +64,7 @@ class Refused(Exception):
         self.reason = reason
 
 
-async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+async def app(scope: Message, receive: Receive, send: Send) -> None:
     """The ASGI application."""
     if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
         await _pages(scope, receive, send)
@@ -73,13 +73,13 @@ async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> 
         status = await _deliver(scope["headers"], receive)
     except Exception:
         log.exception("a delivery could not be handled, the provider must send it again")
-        tally.delivery("unsafe", "see the error above", logging.ERROR)
+        tally.delivery("unsafe", "see the error above", level=logging.ERROR)
         status = 503
     await send(_START[status])
     await send(_END)
 
 
-def _start(status: int) -> MutableMapping[str, Any]:
+def _start(status: int) -> Message:
     headers = [] if status == 204 else [(b"content-length", b"0")]  # noqa: PLR2004 - it has no body anyway
     if status in (408, 413):  # the rest of the body, if there is one, is not waited for
         headers.append((b"connection", b"close"))
@@ -93,12 +93,20 @@ _END = {"type": "http.response.body", "body": b""}
 async def _deliver(headers: Headers, receive: Receive) -> int:
     """Take in one delivery from Quiltt; returns the status of the answer."""
     try:
-        body = await _body(receive)
-        signed_at = _verify(body, dict(headers))
-        large = len(body) > INLINE_BYTES
-        delivery = await to_thread.run_sync(_read, body, signed_at) if large else _read(body, signed_at)
+        body = await _in_time(_body(receive))
+        timestamp = _verify(body, dict(headers))
+        if len(body) > INLINE_BYTES:
+            delivery = await to_thread.run_sync(_read, body, timestamp)
+        elif count := events.routine(body):
+            tally.routine(count)
+            return 204
+        else:
+            delivery = _read(body, timestamp)
+    except SignatureRefused as refusal:  # may be half of what comes: one exception is dear enough
+        tally.delivery(refusal.reason, "refused with 401: %s", refusal)
+        return 401
     except Refused as refusal:
-        tally.delivery(refusal.reason, f"refused with {refusal.status}: {refusal}")
+        tally.delivery(refusal.reason, "refused with %d: %s", refusal.status, refusal)
         return refusal.status
     if not delivery.concerns_us:
         tally.routine(delivery.events)
@@ -106,17 +114,32 @@ async def _deliver(headers: Headers, receive: Receive) -> int:
     return await _hand_over(delivery)
 
 
-async def _body(receive: Receive) -> bytes:
-    """The whole body, if it comes in time. Like `asyncio.timeout`, at a third of its cost."""
+@types.coroutine
+def _in_time(body: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
+    """Wait for a body, and not for long.
+
+    Like `asyncio.timeout`, but for a body that is there already, as nearly all are, no timer is made.
+    """
+    try:
+        awaited = body.send(None)
+    except StopIteration as there:
+        return cast(bytes, there.value)
+    return (yield from _before_too_long(body, awaited))
+
+
+def _before_too_long(body: Coroutine[Any, Any, bytes], awaited: Any) -> Generator[Any, Any, bytes]:
     task = cast(asyncio.Task[None], asyncio.current_task())
     timer = asyncio.get_running_loop().call_later(BODY_TIME_S, task.cancel, TOO_SLOW)
     try:
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body"):
-            body = await _rest(body, receive)
-        elif message["type"] == "http.disconnect":
-            raise _cut_off()
+        while True:
+            try:
+                answer = yield awaited
+            except BaseException as error:  # noqa: BLE001 - it is the body's to see, whatever it is
+                awaited = body.throw(error)
+            else:
+                awaited = body.send(answer)
+    except StopIteration as there:
+        return cast(bytes, there.value)
     except asyncio.CancelledError as cancelled:
         if TOO_SLOW not in cancelled.args:
             raise
@@ -124,6 +147,16 @@ async def _body(receive: Receive) -> bytes:
         raise Refused(408, "too_slow", f"its body was not there after {BODY_TIME_S} s") from None
     finally:
         timer.cancel()
+
+
+async def _body(receive: Receive) -> bytes:
+    """The whole body."""
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        body = await _rest(body, receive)
+    elif message["type"] == "http.disconnect":
+        raise _cut_off()
     if len(body) > MAX_BODY_BYTES:
         raise Refused(413, "too_large", "its body is over the cap")
     return body
@@ -148,23 +181,20 @@ def _cut_off() -> Refused:
     return Refused(400, "cut_off", "its sender left before the end")
 
 
-def _verify(body: bytes, headers: dict[bytes, bytes]) -> datetime:
-    """When it was signed. Raises `Refused` if it does not come from Quiltt, or not as JSON."""
+def _verify(body: bytes, headers: dict[bytes, bytes]) -> str:
+    """When it was signed, in Unix seconds.
+
+    Raises:
+        SignatureRefused: it does not come from Quiltt.
+        Refused: it does not come as JSON.
+    """
     timestamp = headers.get(_TIMESTAMP, b"").decode("latin-1")
-    try:
-        signature.verify(
-            body,
-            timestamp,
-            headers.get(_SIGNATURE, b"").decode("latin-1"),
-            _secrets(),
-            utc_now(),
-            settings().webhook_window_s,
-        )
-    except SignatureRefused as refusal:
-        raise Refused(401, refusal.reason, str(refusal)) from None
-    if not _JSON.fullmatch(headers.get(b"content-type", b"application/json")):
+    signed = headers.get(_SIGNATURE, b"").decode("latin-1")
+    signature.verify(body, timestamp, signed, _secrets(), utc_now(), settings().webhook_window_s)
+    kind = headers.get(b"content-type", b"application/json")
+    if kind != b"application/json" and not _JSON.fullmatch(kind):
         raise Refused(415, "content_type", "its body does not call itself JSON")
-    return datetime.fromtimestamp(int(timestamp), UTC)
+    return timestamp
 
 
 _TIMESTAMP, _SIGNATURE = TIMESTAMP_HEADER.lower().encode(), SIGNATURE_HEADER.lower().encode()
@@ -172,13 +202,13 @@ _JSON = re.compile(rb"application/json[ \t]*(;.*)?", re.IGNORECASE)
 
 
 @functools.cache
-def _secrets() -> list[str]:
-    return [secret.get_secret_value() for secret in settings().webhook_secrets]
+def _secrets() -> tuple[str, ...]:
+    return tuple(secret.get_secret_value() for secret in settings().webhook_secrets)
 
 
-def _read(body: bytes, signed_at: datetime) -> Delivery:
+def _read(body: bytes, timestamp: str) -> Delivery:
     try:
-        return events.read(body, signed_at)
+        return events.read(body, datetime.fromtimestamp(int(timestamp), UTC))
     except BadDelivery as bad:
         raise Refused(400, "no_delivery", str(bad)) from None
 
@@ -186,45 +216,52 @@ def _read(body: bytes, signed_at: datetime) -> Delivery:
 async def _hand_over(delivery: Delivery) -> int:
     """Make safe what is ours. What is unreadable is not: so the answer is no, and Quiltt sends it all again."""
     balances, odd, unreadable = len(delivery.balances), len(delivery.odd), delivery.unreadable
-    connections = len(delivery.breakdowns) + len(delivery.relinks)
+    connections = len(delivery.news)
     routine = delivery.events - balances - odd - unreadable - connections
     try:
         if balances or odd or connections:
             await keeper.keep(delivery)
-    except AWAY as error:
-        told = f"answered with 503, the provider must send it again: {type(error).__name__}"
-        tally.delivery("unsafe", told, logging.ERROR)
+    except LEDGER_AWAY as error:
+        told = "answered with 503, the provider must send it again: %s"
+        tally.delivery("unsafe", told, type(error).__name__, level=logging.ERROR)
         return 503
     tally.events(matched=balances, connection=connections, quarantined=odd, unreadable=unreadable, routine=routine)
     told = f"{balances} REFRESH balances of {delivery.events} events, {connections} about connections"
     if odd:
         told += f", {odd} were set aside: {_reasons(delivery)}"
     if unreadable:
-        tally.delivery("unreadable", f"refused with 400: {told}; {unreadable} are not JSON")
+        tally.delivery("unreadable", "refused with 400: %s; %d are not JSON", told, unreadable)
         return 400
     result = "quarantined" if odd else "matched" if balances else "connection"
-    tally.delivery(result, told, logging.WARNING if odd else logging.INFO)
+    tally.delivery(result, "%s", told, level=logging.WARNING if odd else logging.INFO)
     return 204
 
 
 def _keep(deliveries: Sequence[Delivery]) -> Next:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
     odd = [event for delivery in deliveries for event in delivery.odd]
-    breakdowns = [broken for delivery in deliveries for broken in delivery.breakdowns]
-    relinks = [relink for delivery in deliveries for relink in delivery.relinks]
-    return flow.receive(runtime(), balances, odd, breakdowns, relinks)
+    news = [one for delivery in deliveries for one in delivery.news]
+    return flow.receive(runtime(), balances, odd, news)
 
 
-def _go_on(todo: Next) -> None:
-    """Do what follows from what is safe. What cannot be done now, upkeep does."""
+def _follow(left: Sequence[Next]) -> None:
+    todo = Next()
+    for one in left:
+        todo.add(one)
+    carry_out(todo)
+
+
+def _is_ledger_there() -> bool:
     try:
-        carry_out(todo)
-    except AWAY as error:
-        log.error("what follows from a delivery is left to upkeep: %s", type(error).__name__)
+        ping(runtime().engine)
+    except LEDGER_AWAY:
+        return False
+    return True
 
 
 celery.loader.import_default_modules()  # an outcome is told in the name of the task that waits for it
-keeper = Keeper(_keep, _go_on, AWAY)
+keeper = Keeper(_keep, _follow, away=LEDGER_AWAY, answers=_is_ledger_there)
+readiness = Readiness(_is_ledger_there)
 
 
 def _reasons(delivery: Delivery) -> str:
@@ -238,17 +275,10 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(_: Request) -> Response:
-    """Deliveries can be made safe: the database and Redis answer."""
-    return await to_thread.run_sync(_ready)
-
-
-def _ready() -> Response:
-    try:
-        ping(runtime().engine)
-        runtime().correlation.ping()
-    except AWAY as error:
-        return PlainTextResponse(f"not ready: {type(error).__name__}", status_code=503)
-    return PlainTextResponse("ready")
+    """Deliveries can be made safe: the database answers."""
+    if await readiness():
+        return PlainTextResponse("ready")
+    return PlainTextResponse("not ready: the database does not answer", status_code=503)
 
 
 async def _elsewhere(_: Request) -> Response:

@@ -1,6 +1,7 @@
-"""uvicorn's connection, with bounds on what comes before a body: how long it may take, and how much it may be.
+"""uvicorn's connection, with bounds on what comes before a body, and on how long its sender may leave us unread.
 
-uvicorn has none. Who opens connections and says little, or never ends a header, would hold us for nothing.
+uvicorn has none. Who opens connections and says little, never ends a header, or asks and does not read the answers,
+would hold us for nothing.
 """
 
 import asyncio
@@ -12,6 +13,8 @@ HEAD_TIME_S = 10
 """How long the head of a request may take; on a connection that is kept alive, uvicorn's own limit comes first."""
 HEAD_BYTES = 32 * 1024
 """How much it may be. A proxy in front has its own, smaller one."""
+READ_TIME_S = 10
+"""How long an answer may be held up because its reader does not take what was sent before, also while we close."""
 REQUEST_BYTES = 2 * 1024 * 1024
 """How much a whole request may be, its chunks' frames and its trailer too: several times the cap on a body."""
 
@@ -24,16 +27,34 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = 0  # None: no head is being read
         self._request_bytes = 0
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request, and not for ever."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # what the kernel does not take at once has a slow reader
         self._head_timer = self.loop.call_later(HEAD_TIME_S, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more is waited for."""
         self._end_of_head()
+        self._all_was_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The kernel has as much as it takes: from here on the reader is waited for, and not for ever."""
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(READ_TIME_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The reader took what there was."""
+        self._all_was_read()
+        super().resume_writing()
+
+    def _all_was_read(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def data_received(self, data: bytes) -> None:
         """Count what comes before a body, though it be a single header that never ends."""

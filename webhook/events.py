@@ -5,25 +5,28 @@ and most balances come from routine syncs: both are passed over in silence.
 
 A delivery is read in up to three ways, each slower than the one before, and each for what the one before leaves:
 
-1. Without the word REFRESH in it, or one that is in the types of other events of ours, nothing in it is ours, however
-   it is read. A fast parser sees to it that every event is a routine one. Nearly all end here.
+1. Without the word REFRESH in it no balance in it is ours, however it is read. A fast parser sees to it that every
+   event is a routine one. Nearly all end here.
 2. As a whole, strictly: numbers to the digit, and neither a duplicate key nor NaN in it.
 3. If something is odd, taken apart by its brackets, without looking into its parts: each event is then read, strictly,
-   from its own bytes, and kept as it came if it is not understood.
+   from its own bytes, and kept as it came if it is not understood. What stands beside the events may be odd.
+
+What cannot be taken apart, a delivery or an event, may hold records of people. It is kept, as a whole, only if it
+speaks of balances, and of no profile; else it is refused, and nothing of it is kept.
 """
 
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from worker.messages import Balance, Breakdown, ConnectionEvent, ReconnectedEvent, Relink
+from worker.messages import Balance, Breakdown, ConnectionEvent, News, ReconnectedEvent, Relink
 
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
@@ -38,6 +41,9 @@ BREAKDOWNS = {
     "profile.deleted": "the profile was deleted",
 }
 """Events after which no balance will come, and what is said of them."""
+RECONNECTED = "account.reconnected"
+AHEAD = timedelta(seconds=5)
+"""An event may be younger than its signature by so much: the provider's clocks need not agree to the second."""
 NOT_JSON = (ValueError, RecursionError, ArithmeticError)
 """What reading raises: bad syntax or encoding, too deep, a number with an exponent that no computer has."""
 
@@ -52,7 +58,7 @@ class Odd(Exception):
 
 Received = tuple[str, Balance]
 """A REFRESH balance with the id of its event."""
-Found = Received | Breakdown | Relink | None
+Found = Received | News | None
 """What an event is for us; None if it is none of ours."""
 
 
@@ -65,44 +71,45 @@ class Delivery:
     balances: list[Received] = field(default_factory=list)
     odd: list[tuple[bytes, str]] = field(default_factory=list)
     """Balance events that could not be understood, as they came, with the reason."""
-    breakdowns: list[Breakdown] = field(default_factory=list)
-    """Connections and profiles that no balance will come for."""
-    relinks: list[Relink] = field(default_factory=list)
-    """Accounts that moved to another connection."""
+    news: list[News] = field(default_factory=list)
+    """Connections and profiles that no balance will come for, and accounts that moved to another connection."""
     unreadable: int = 0
     """What is not JSON and does not say that it is, or is not, a balance event. It may be personal: it is not kept."""
 
     @property
     def concerns_us(self) -> bool:
         """Whether there is anything to do about it."""
-        return bool(self.balances or self.odd or self.breakdowns or self.relinks or self.unreadable)
+        return bool(self.balances or self.odd or self.news or self.unreadable)
 
     def add(self, found: Found) -> None:
         """Take in what an event was found to be."""
         if isinstance(found, tuple):
             self.balances.append(found)
-        elif isinstance(found, Breakdown):
-            self.breakdowns.append(found)
-        elif isinstance(found, Relink):
-            self.relinks.append(found)
+        elif found is not None:
+            self.news.append(found)
+
+    def apart(self) -> list["Delivery"]:
+        """The same, in deliveries of one event each; those that nothing is done about are left out."""
+        balances = [Delivery(1, balances=[one]) for one in self.balances]
+        odd = [Delivery(1, odd=[one]) for one in self.odd]
+        return [*balances, *odd, *(Delivery(1, news=[one]) for one in self.news)]
 
 
 def read(body: bytes, signed_at: datetime) -> Delivery:
     """Read a delivery that was signed at this time.
 
     Raises:
-        BadDelivery: not an object with a list of events.
+        BadDelivery: not an object with a list of events, and it may be about people: nothing of it may be kept.
     """
-    routine = _routine(body)
-    if routine:
-        return Delivery(routine)
+    if count := routine(body):
+        return Delivery(count)
     try:
         envelope = _json(body)
     except NOT_JSON:
         return _one_by_one(body, signed_at)
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
-        raise BadDelivery("no list of events")
+        return _as_a_whole(body, "no list of events")
     delivery = Delivery(len(events))
     try:
         for event in events:
@@ -112,17 +119,10 @@ def read(body: bytes, signed_at: datetime) -> Delivery:
     return delivery
 
 
-def _routine(body: bytes) -> int:
+def routine(body: bytes) -> int:
     """The number of events, if none of them can be ours, or odd; 0 if that is not sure."""
-    if (
-        b"REFRESH" in body
-        or b".errored." in body
-        or b".disconnected" in body
-        or b".reconnected" in body
-        or b"profile.deleted" in body
-        or b"\\" in body  # an escape might hide any of them
-        or body.count(b'"events"') != 1
-    ):
+    # An escape might hide the word; of two lists one would not be looked at.
+    if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:
         return 0
     try:
         envelope = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -135,8 +135,9 @@ def _routine(body: bytes) -> int:
 def _is_routine(event: Any) -> bool:
     if not isinstance(event, dict):
         return False
-    if event.get("type") != OURS:
-        return True
+    kind = event.get("type")
+    if kind != OURS:
+        return not isinstance(kind, str) or (kind != RECONNECTED and kind not in BREAKDOWNS)
     record = event.get("record")
     return isinstance(record, dict) and isinstance(record.get("source"), str)
 
@@ -151,13 +152,32 @@ def read_event(raw: bytes, signed_at: datetime) -> Found:
     try:
         event = _json(raw)
     except NOT_JSON as error:
-        types = [_text(value) for name, value in _members(raw) if name == "type"]
-        if OURS not in types:
+        types = _types(raw)
+        if OURS not in types and types != {UNTOLD}:
             return None
-        if set(types) != {OURS}:
-            raise ValueError("types that contradict each other") from None
+        if types != {OURS} and not _may_be_kept(raw):
+            raise ValueError("its type cannot be told") from None
         raise Odd(f"not JSON: {_kind(error)}") from None
     return _look_at(event, signed_at)
+
+
+def read_again(raw: bytes, came_at: datetime) -> Delivery:
+    """Read what was set aside once, an event or a whole delivery.
+
+    Raises:
+        Odd: it is still not understood, or not in all its parts.
+    """
+    try:
+        if OURS in _types(raw):
+            delivery = Delivery(1)
+            delivery.add(read_event(raw, came_at))
+        else:
+            delivery = read(raw, came_at)
+    except (BadDelivery, ValueError) as error:
+        raise Odd(str(error)) from None
+    if delivery.odd or delivery.unreadable:
+        raise Odd("; ".join(reason for _, reason in delivery.odd) or "not JSON")
+    return delivery
 
 
 class _NotJson(ValueError):
@@ -195,8 +215,8 @@ def _look_at(event: Any, signed_at: datetime) -> Found:
     kind = event.get("type") if isinstance(event, dict) else None
     if kind == OURS:
         return _look_at_balance(event)
-    if kind == "account.reconnected":
-        return _look_at_reconnection(event)
+    if kind == RECONNECTED:
+        return _look_at_reconnection(event, signed_at)
     if isinstance(kind, str) and kind in BREAKDOWNS:
         return _look_at_breakdown(event, signed_at)
     return None
@@ -217,24 +237,27 @@ def _look_at_balance(event: dict[str, Any]) -> Received | None:
 
 
 def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> Breakdown | None:
-    """Connections without a sensible id are passed over: no payment can be waiting for them."""
+    """What names no connection, or no time, is passed over.
+
+    Each time it is sent again it would be news of payments that came since, and were requested in the knowledge of it.
+    """
     try:
         seen = ConnectionEvent.model_validate(event)
     except ValidationError:
         return None
-    # A retry is told as it was the first time: payments that came since are none of its business.
-    at = min(seen.at or signed_at, signed_at)
+    if seen.at > signed_at + AHEAD:
+        return None
     if seen.type == "profile.deleted":
-        return Breakdown(BREAKDOWNS[seen.type], at, profile_id=seen.record.id)
-    return Breakdown(BREAKDOWNS[seen.type], at, connection_id=seen.record.id)
+        return Breakdown(BREAKDOWNS[seen.type], seen.at, profile_id=seen.record.id)
+    return Breakdown(BREAKDOWNS[seen.type], seen.at, connection_id=seen.record.id)
 
 
-def _look_at_reconnection(event: dict[str, Any]) -> Relink | None:
+def _look_at_reconnection(event: dict[str, Any], signed_at: datetime) -> Relink | None:
     try:
         seen = ReconnectedEvent.model_validate(event)
     except ValidationError:
         return None
-    return Relink(seen.record.id, seen.metadata.former.id, seen.metadata.latter.id)
+    return Relink(seen.record.id, seen.metadata.to.id, seen.at) if seen.at <= signed_at + AHEAD else None
 
 
 def _complaint(error: ValidationError) -> str:
@@ -247,17 +270,20 @@ def _complaint(error: ValidationError) -> str:
 _MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
 """A text as a whole, or what gives a document its shape; a quote alone opens a text that is never closed."""
 _MEMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:(.*)', re.DOTALL)
+_ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 _BLANK = b" \t\r\n"
+UNTOLD = "\0"
+"""In the place of a name, or of a type, that cannot be told. It is none of ours."""
 
 
 def _one_by_one(body: bytes, signed_at: datetime) -> Delivery:
     try:
-        envelope = _no_duplicates(list(_members(body)))
-        events = list(_items(envelope.pop("events", b""), b"[]"))
-        for value in envelope.values():
-            _json(value)
-    except NOT_JSON as error:
-        raise BadDelivery(f"not JSON: {_kind(error)}") from None
+        lists = [value for name, value in _members(body) if name == "events"]
+        events = [event for value in lists for event in _items(value, b"[]")]
+    except _NotJson as error:
+        return _as_a_whole(body, f"not JSON: {error}")
+    if not lists:
+        return _as_a_whole(body, "no list of events")
     delivery = Delivery(len(events))
     for raw in events:
         try:
@@ -269,17 +295,43 @@ def _one_by_one(body: bytes, signed_at: datetime) -> Delivery:
     return delivery
 
 
+def _as_a_whole(raw: bytes, reason: str) -> Delivery:
+    """Set a delivery aside that no event can be taken out of, if it may be kept."""
+    if not _may_be_kept(raw):
+        raise BadDelivery(reason)
+    return Delivery(1, odd=[(raw, reason)])
+
+
+def _may_be_kept(raw: bytes) -> bool:
+    """Whether it speaks of balances, and of no profile, however it is written."""
+    plain = _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]), raw)
+    return OURS.encode() in plain and b"profile." not in plain
+
+
+def _types(raw: bytes) -> set[str]:
+    """The types that an event says it has. `UNTOLD` is among them if one that was meant may not be."""
+    try:
+        members = list(_members(raw))
+    except _NotJson:
+        return {UNTOLD}
+    types = {_text(value) for name, value in members if name == "type"}
+    return types | {UNTOLD for name, _ in members if name == UNTOLD}
+
+
 def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
     """The names of an object's members, with the bytes of their values."""
     for item in _items(raw, b"{}"):
         member = _MEMBER.fullmatch(item)
-        if member is None:
-            raise _NotJson("a member without a name")
-        yield _text(member[1]), member[2].strip(_BLANK)
+        yield (_text(member[1]), member[2].strip(_BLANK)) if member else (UNTOLD, item)
 
 
 def _items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
-    """What stands between these brackets, parted at its commas. However deep it is, this goes no deeper."""
+    """What stands between these brackets, parted at its commas, of which there may be too many."""
+    return filter(None, _parts(raw, brackets))
+
+
+def _parts(raw: bytes, brackets: bytes) -> Iterator[bytes]:
+    """However deep it is, this goes no deeper."""
     raw = raw.strip(_BLANK)
     if raw[:1] + raw[-1:] != brackets:
         raise _NotJson("a bracket is missing")
@@ -299,10 +351,12 @@ def _items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
                 start = mark.end()
     if depth:
         raise _NotJson("a bracket is missing")
-    if start > 1 or raw[1:-1].strip(_BLANK):
-        yield raw[start:-1].strip(_BLANK)
+    yield raw[start:-1].strip(_BLANK)
 
 
 def _text(raw: bytes) -> str:
     """A text from its bytes, or what can never be equal to one of ours."""
-    return str(json.loads(raw.decode())) if raw.startswith(b'"') else ""
+    try:
+        return str(json.loads(raw.decode()))
+    except NOT_JSON:
+        return UNTOLD

@@ -93,7 +93,9 @@ def verify(
     else; `TypeError` and `ValueError` are for the caller's own mistakes: one string for the list of secrets, a clock
     without a zone.
     """
-    signers = _signers(secrets)
+    if isinstance(secrets, str):
+        raise TypeError("secrets must be a list of secrets: each character of a lone string would pass for one")
+    signers = _signers(tuple(secrets))
     now_s = _unix_seconds(now)
     if not signers:
         raise NoSecret("no webhook secret is configured")
@@ -109,19 +111,17 @@ def verify(
         raise Stale(round(now_s) - int(timestamp))
 
 
-def _signers(secrets: Sequence[str]) -> list[hmac.HMAC]:
-    """One for each secret, blank ones left out: an empty key signs as well as any other, and everybody has it.
+@functools.lru_cache(maxsize=8)
+def _signers(secrets: tuple[str, ...]) -> list[hmac.HMAC]:
+    """What every signature begins with, for each secret; to prepare a key costs as much as to sign with it.
 
-    HMAC fills a short key up with zero bytes, so a key of nothing but zeros is the empty key again.
+    Blank secrets are left out: an empty key signs as well as any other, and everybody has it. HMAC fills a short key up
+    with zero bytes, so a key of nothing but zeros is the empty key again.
     """
-    if isinstance(secrets, str):
-        raise TypeError("secrets must be a list of secrets: each character of a lone string would pass for one")
     return [_signer(secret) for secret in secrets if secret.strip().strip("\0")]
 
 
-@functools.lru_cache(maxsize=8)
 def _signer(secret: str) -> hmac.HMAC:
-    """What every signature with this secret begins with; to prepare a key costs as much as to sign with it."""
     # Any str is a key: surrogatepass, for a secret that is no valid text signs nothing, and must not break the door.
     return hmac.new(secret.encode("utf-8", "surrogatepass"), _VERSION, "sha256")
 
@@ -137,7 +137,6 @@ def _any_signed(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signatu
     signed = False
     for signer in signers:
         made = signer.copy()
-        made.update(timestamp)
-        made.update(body)
+        made.update(timestamp + body)
         signed |= hmac.compare_digest(base64.b64encode(made.digest()), signature)
     return signed

@@ -4,6 +4,7 @@ A flood of refusals must not fill a disk, nor cost the honest their time: of eac
 which says how many it stands for. The counters have them all.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Tally:
         self._clock = clock
         self._told_at: dict[str, float] = {}
         self._untold: dict[str, int] = {}
+        self._counters = functools.cache(metrics.DELIVERIES.labels)
         self._routine = metrics.DELIVERIES.labels("routine")
         self._routine_events = metrics.EVENTS.labels("routine")
 
@@ -33,15 +35,16 @@ class Tally:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("delivery: %d events, none of them ours", events)
 
-    def delivery(self, result: str, told: str, level: int = logging.WARNING) -> None:
-        """Count one delivery, and tell it."""
-        metrics.DELIVERIES.labels(result).inc()
+    def delivery(self, result: str, told: str, *facts: object, level: int = logging.WARNING) -> None:
+        """Count one delivery, and tell it: `told`, with `facts` for its placeholders."""
+        self._counters(result).inc()
         now, untold = self._clock(), self._untold.get(result, 0)
         if now - self._told_at.get(result, float("-inf")) < PAUSE_S:
             self._untold[result] = untold + 1
             return
         self._told_at[result], self._untold[result] = now, 0
-        log.log(level, "delivery %s: %s%s", result, told, f" (and {untold} more before it)" if untold else "")
+        more = f" (and {untold} more before it)" if untold else ""
+        log.log(level, f"delivery %s: {told}%s", result, *facts, more)
 
     def events(self, **counts: int) -> None:
         """Count the events of a delivery by what became of them."""

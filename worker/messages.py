@@ -266,21 +266,20 @@ class ConnectionEvent(_Wire):
     """An event about a connection, or about a whole profile."""
 
     type: str
-    at: Moment | None = None
-    """Has been seen missing."""
+    at: Moment
     record: Named
 
 
 class Relinked(_Wire):
-    """The metadata of an `account.reconnected` event: from which connection to which."""
+    """The metadata of an `account.reconnected` event: of the two connections, the one the account is at now."""
 
-    former: Annotated[Named, Field(alias="from")]
-    latter: Annotated[Named, Field(alias="to")]
+    to: Named
 
 
 class ReconnectedEvent(_Wire):
     """An account that moved to another connection."""
 
+    at: Moment
     record: Named
     metadata: Relinked
 
@@ -299,11 +298,16 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Relink:
-    """An account's connection is another one from now on."""
+    """An account moved to a connection."""
 
     account_id: str
-    former: str
-    latter: str
+    connection_id: str
+    at: datetime
+    """Where it is said to have moved before that is no news any more."""
+
+
+News = Breakdown | Relink
+"""What became of a connection, a profile or an account, as of a time."""
 
 
 class AccountView(_Wire):

@@ -45,6 +45,7 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("job", Json, nullable=False),
         sa.Column("connection_id", sa.Text(), nullable=True),
+        sa.Column("linked_at", UtcTime(), nullable=True),
         sa.Column("profile_id", sa.Text(), nullable=True),
         sa.Column("amount", Exact(), nullable=True),
         sa.Column("requested_at", UtcTime(), nullable=False),

@@ -1,5 +1,6 @@
 """A payment whose connection breaks down fails at once, and not because of what happened before it came."""
 
+import itertools
 import threading
 from datetime import timedelta
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from tests.support.world import World
 from worker import flow
-from worker.messages import Breakdown, Relink
+from worker.messages import Breakdown, News, Relink
 
 A, B = "acct_a", "acct_b"
 
@@ -16,7 +17,7 @@ A, B = "acct_a", "acct_b"
 def break_down(payready: World, *, age_s: float = 0, **whose: str) -> None:
     """An event of this age comes in about a connection or a profile."""
     at = payready.clock() - timedelta(seconds=age_s)
-    payready.queue.add(flow.receive(payready.rt, [], breakdowns=[Breakdown("it is gone", at, **whose)]))
+    payready.queue.add(flow.receive(payready.rt, [], news=[Breakdown("it is gone", at, **whose)]))
     payready.work()
 
 
@@ -74,17 +75,69 @@ def test_a_call_for_which_nobody_waits_any_more_is_not_made(payready: World) -> 
 @pytest.mark.parametrize(
     ("moved", "states"),
     [
-        (Relink(A, "conn_1", "conn_2"), ["connection_lost", "waiting"]),
-        (Relink(A, "conn_9", "conn_2"), ["waiting", "waiting"]),
-        (Relink("acct_z", "conn_1", "conn_2"), ["waiting", "waiting"]),
+        ((A, "conn_2"), ["connection_lost", "waiting", "waiting"]),
+        (("acct_z", "conn_2"), ["waiting", "waiting", "waiting"]),
     ],
 )
-def test_an_account_that_moves_takes_its_payments_along(payready: World, moved: Relink, states: list[Any]) -> None:
+def test_an_account_that_moves_takes_its_payments_along(
+    payready: World, moved: tuple[str, str], states: list[Any]
+) -> None:
+    """But no others, and none that named no connection."""
     payready.initiate("p1", A, connection_id="conn_1")
     payready.initiate("p2", B, connection_id="conn_1")
-    payready.queue.add(flow.receive(payready.rt, [], relinks=[moved]))
+    payready.initiate("p3", A)
+    payready.queue.add(flow.receive(payready.rt, [], news=[Relink(*moved, payready.clock())]))
     break_down(payready, connection_id="conn_2")
-    assert [payready.state("p1"), payready.state("p2")] == states
+    assert [payready.state(f"p{n}") for n in (1, 2, 3)] == states
+
+
+@pytest.mark.parametrize("arrivals", [*itertools.permutations((0, 1, 2)), (0, 1, 2, 0), (2, 1, 0, 1, 0)])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_account_is_where_it_moved_last_in_whatever_order_that_is_told(
+    payready: World, arrivals: tuple[int, ...], *, at_once: bool
+) -> None:
+    """Twice, late, or all at once."""
+    payready.initiate("p1", A, connection_id="conn_1")
+    began = payready.clock()
+    moves = [Relink(A, f"conn_{n}", began + timedelta(seconds=n)) for n in (1, 2, 3)]
+    told: list[list[News]] = [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
+    for news in told:
+        flow.receive(payready.rt, [], news=news)
+    assert payready.payment("p1")["connection_id"] == "conn_3"
+
+
+def test_an_old_move_that_is_told_again_is_no_news_to_payments_that_came_since(payready: World) -> None:
+    """They were requested in the knowledge of it, and of what came after it."""
+    at = payready.clock() - timedelta(seconds=6)
+    payready.initiate("p1", A, connection_id="conn_1")
+    flow.receive(payready.rt, [], news=[Relink(A, "conn_2", at)])
+    assert payready.payment("p1")["connection_id"] == "conn_1"
+
+
+@pytest.mark.parametrize(
+    ("news", "state"),
+    [
+        (("moved 1", "broken 2"), "waiting"),
+        (("broken 2", "moved 1"), "waiting"),
+        (("moved 2", "broken 1"), "connection_lost"),
+        (("broken 1", "moved 2"), "connection_lost"),
+        (("moved 1", "broken 1"), "waiting"),
+        (("broken 1", "moved 1"), "connection_lost"),
+    ],
+)
+def test_what_is_told_at_once_is_taken_in_the_order_in_which_it_happened(
+    payready: World, news: tuple[str, ...], state: str
+) -> None:
+    """By its times, and if those are the same as it is told: the account left the connection first, or not."""
+    payready.initiate("p1", A, connection_id="conn_1")
+
+    def happened(one: str) -> News:
+        what, at = one.split(maxsplit=1)[0], payready.clock() + timedelta(seconds=int(one[-1]))
+        return Relink(A, "conn_2", at) if what == "moved" else Breakdown("it is gone", at, connection_id="conn_1")
+
+    payready.queue.add(flow.receive(payready.rt, [], news=[happened(one) for one in news]))
+    payready.work()
+    assert payready.state("p1") == state
 
 
 def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(payready: World) -> None:
@@ -92,7 +145,7 @@ def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(p
     payready.initiate("p1", A, connection_id="conn_1")
     at = payready.clock()
     cut_off = threading.Thread(
-        target=lambda: flow.receive(payready.rt, [], breakdowns=[Breakdown("gone", at, connection_id="conn_1")])
+        target=lambda: flow.receive(payready.rt, [], news=[Breakdown("gone", at, connection_id="conn_1")])
     )
 
     def meanwhile() -> int:

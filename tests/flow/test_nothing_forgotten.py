@@ -260,7 +260,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
         }
     )
     payready.clock.advance(30)
-    payready.queue.add(flow.readmit(payready.rt, kept, ("evt_1", balance)))
+    payready.queue.add(flow.readmit(payready.rt, kept, [("evt_1", balance)]))
     payready.work()
     assert payready.state("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

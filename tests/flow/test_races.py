@@ -316,7 +316,7 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     payready.clock.advance(2)
     balance_id = payready.balance(A, later=True)
     payready.lose()
-    meanwhile = [lambda: None, lambda: flow.apply(payready.rt, balance_id)]
+    meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply(payready.rt, balance_id)]
     """Before its first transaction, and between that and its second."""
 
     def begin(engine: Engine) -> AbstractContextManager[Tx]:

@@ -2,17 +2,19 @@
 
 from datetime import timedelta
 
+import pytest
+
 from tests.support.world import START
 from worker.ledger import payments
 from worker.ledger.database import Engine, Tx, transaction
 from worker.ledger.payments import Settlement
-from worker.messages import parse_job
+from worker.messages import Breakdown, News, Relink, parse_job
 from worker.payment import PaymentState
 
 
-def record(tx: Tx, payment_id: str, *, seconds: float = 0) -> None:
+def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
     """A payment that waits, with a task that waits for it."""
-    job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60}, currency="USD")
+    job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
     assert payments.record(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
     payments.await_outcomes(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
 
@@ -83,3 +85,24 @@ def test_the_tasks_of_a_payment_lead_to_it(engine: Engine) -> None:
         record(tx, "p1")
         payments.await_outcomes(tx, [("p1", {"id": "task_again"})], due_at=None)
         assert payments.of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]
+
+
+def test_all_that_news_concerns_is_held_however_much_it_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else gets hold of any of it meanwhile, and so no two transactions wait for each other half-way."""
+    if engine.dialect.name == "sqlite":
+        return  # it has one writer at a time
+    monkeypatch.setattr(payments, "SLICE", 5)
+    numbers = range(2 * payments.SLICE + 2)
+    news: list[News] = [Relink(f"acct_a{n}", "conn_x", START) for n in numbers]
+    news += [Breakdown("", START, connection_id=f"conn_{n}") for n in numbers]
+    news += [Breakdown("", START, profile_id=f"p_{n}") for n in numbers]
+    with transaction(engine) as tx:
+        for n in numbers:
+            record(tx, f"a{n}", account_id=f"acct_a{n}")
+            record(tx, f"c{n}", connection_id=f"conn_{n}")
+            record(tx, f"p{n}", profile_id=f"p_{n}")
+        record(tx, "other", connection_id="conn_other", profile_id="p_other")
+    with transaction(engine) as tx, transaction(engine) as other:
+        payments.hold_concerned(tx, news)
+        free = payments.due(other, START + timedelta(days=1), 100)
+        assert [waiting.payment_id for waiting in free] == ["other"]

@@ -39,6 +39,7 @@ class Endpoint:
     url: str
     engine: Engine
     redis: Redis
+    log: Path
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=15))
 
     def headers(
@@ -61,11 +62,15 @@ class Endpoint:
         return answer.status_code
 
     def ledger(self) -> dict[str, list[tuple[Any, ...]]]:
-        """All that is in the ledger, and how many tasks were enqueued."""
+        """All that is in the ledger."""
         with self.engine.connect() as connection:
             tables = PAYMENT.metadata.sorted_tables
-            rows = {table.name: sorted(map(tuple, connection.execute(table.select())), key=str) for table in tables}
-        return {**rows, "enqueued": [(self.redis.llen("releases"),)]}
+            return {table.name: sorted(map(tuple, connection.execute(table.select())), key=str) for table in tables}
+
+    def enqueued(self) -> set[str]:
+        """The balances whose application is enqueued, which is done after the answer."""
+        messages = [json.loads(message) for message in self.redis.lrange("releases", 0, -1)]
+        return {json.loads(base64.b64decode(message["body"]))[0][0] for message in messages}
 
     def balances(self) -> list[str]:
         """The ids of the balances that were kept."""
@@ -87,7 +92,9 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
     with Processes(folder, settings) as processes:
         processes.start("web", procfile()["web"])
         processes.wait_for("web", lambda: answers(f"{url}/healthz"))
-        made = Endpoint(url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True))
+        made = Endpoint(
+            url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True), processes.log_of("web")
+        )
         try:
             yield made
         finally:

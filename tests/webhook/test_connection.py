@@ -4,11 +4,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import uvicorn
 
-from console.processes import answers, free_port
+from console.processes import answers
 from simulator.testing import eventually
 from tests.webhook.conftest import Endpoint, delivery
 from webhook import app, connection
@@ -85,19 +86,59 @@ def test_who_sends_nonsense_or_too_much_is_cut_off(web: Endpoint, name: str, bal
     assert web.send(delivery(balance_id)) == 204
 
 
+@contextmanager
+def serving() -> Iterator[tuple[str, uvicorn.Server]]:
+    """The same server in a thread, with its address; the kernel takes next to nothing of its answers by itself."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app.app, **SERVER))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        assert eventually(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of the same server with less patience, in a thread."""
+    """The address of a server with less patience."""
     monkeypatch.setattr(connection, "HEAD_TIME_S", 0.3)
     monkeypatch.setattr(app, "BODY_TIME_S", 0.3)
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app.app, port=port, **SERVER))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with serving() as (url, _):
+        yield url
+
+
+def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However patient they are themselves; till then others are served."""
+    monkeypatch.setattr(connection, "READ_TIME_S", 0.5)
+    question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving() as (url, server), socket.socket() as asker:
+        asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        asker.connect((host, int(port)))
+        asker.sendall(question * 200)
+        assert eventually(lambda: server.server_state.connections)
+        assert answers(f"{url}/healthz")
+        assert eventually(lambda: not server.server_state.connections)
+        assert not server.server_state.tasks
+
+
+def test_nonsense_is_not_worth_a_line_of_the_log(web: Endpoint) -> None:
+    """A scanner sends thousands of them; uvicorn would warn of each."""
+    for nonsense in (
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n",
+    ):
+        assert b"HTTP/1.1 4" in talk(web.url, nonsense)
+    assert web.send(b"", {}) == 401, "which is told"
+    log = web.log.read_text()
+    assert "delivery missing" in log
+    assert "Invalid HTTP" not in log
+    assert "upgrade" not in log
 
 
 def test_who_says_little_is_not_waited_for(hasty: str) -> None:

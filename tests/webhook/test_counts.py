@@ -38,7 +38,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     """Sends a delivery to the application itself; what it would keep is kept nowhere."""
     chosen = Settings(webhook_secrets=(SECRET, OLD_SECRET))
     monkeypatch.setattr(app, "settings", lambda: chosen)
-    monkeypatch.setattr(app, "_secrets", lambda: [SECRET, OLD_SECRET])
+    monkeypatch.setattr(app, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(app, "runtime", lambda: None)
     monkeypatch.setattr(app, "carry_out", lambda _: None)
     monkeypatch.setattr(flow, "receive", lambda *_: Next())
@@ -83,7 +83,9 @@ def call(headers: list[tuple[bytes, bytes]], messages: list[dict[str, Any]]) -> 
 ONE_ODD = b'{"type": "balance.created", "record": {"name": "Ada Lovelace"}}'
 SYNC = delivery("bal_1", source="SYNC")
 PROFILE = b'{"events": [{"type": "profile.updated", "record": {"name": "Ada Lovelace"}}]}'
-BROKEN = b'{"events": [{"type": "connection.disconnected", "record": {"id": "conn_1", "name": "Ada Lovelace"}}]}'
+BROKEN = PROFILE.replace(b'"profile.updated"', b'"connection.disconnected", "at": "2026-11-22T12:00:00Z"').replace(
+    b'"name"', b'"id": "conn_1", "name"'
+)
 MIXED = b'{"events": [%s, %s, {"type": "profile.created", "record": {"name": "Ada Lovelace"}}]}' % (
     ONE_ODD,
     json.dumps(json.loads(delivery("bal_1"))["events"][0]).encode(),
@@ -157,6 +159,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
         raise error
 
     monkeypatch.setattr(flow, "receive", fail)
+    monkeypatch.setattr(app.keeper, "_answers", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()

@@ -23,21 +23,20 @@ from webhook.events import MAX_BODY_BYTES
 
 
 def test_a_balance_is_in_the_ledger_when_the_answer_is_yes(web: Endpoint, balance_id: str) -> None:
-    """And its application is enqueued."""
-    before = web.redis.llen("releases")
+    """And its application is enqueued soon."""
     assert web.send(delivery(balance_id)) == 204
     assert balance_id in web.balances()
-    assert web.redis.llen("releases") == before + 1
+    assert eventually(lambda: balance_id in web.enqueued())
 
 
 def test_an_event_that_is_repeated_changes_nothing(web: Endpoint, balance_id: str) -> None:
     """The same again, and the same with other figures: the first stays. Only its application is enqueued anew."""
     web.send(delivery(balance_id))
-    before = {**web.ledger(), "enqueued": []}
+    before = web.ledger()
     assert web.send(delivery(balance_id)) == 204
     assert web.send(delivery(balance_id, available=9)) == 204
     assert web.send(delivery(balance_id, balance_id)) == 204
-    assert {**web.ledger(), "enqueued": []} == before
+    assert web.ledger() == before
 
 
 def test_the_secret_from_before_is_good_while_it_is_being_replaced(web: Endpoint, balance_id: str) -> None:
@@ -101,9 +100,8 @@ REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
     "another body": (401, GOOD, {"signed": GOOD + b" "}),
     "too old": (401, GOOD, {"age_s": 302}),
     "from the future": (401, GOOD, {"age_s": -302}),
-    "broken JSON": (400, GOOD[:-1], {}),
+    "broken JSON": (400, b'{"events": [{"type": "profile.updated", "record": {"email": "ada@example.com"}}', {}),
     "no events": (400, b'{"eventTypes": []}', {}),
-    "not UTF-8": (400, GOOD.replace(b"eventTypes", b"\xff"), {}),
     "deep": (400, b"[" * 200_000, {}),
     "deep events": (400, b'{"events": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", {}),
     "nonsense for an event": (400, b'{"events": [nonsense]}', {}),
@@ -124,6 +122,7 @@ def test_what_is_refused_changes_nothing(web: Endpoint, name: str) -> None:
     before = web.ledger()
     assert web.send(body, **how) == status
     assert web.ledger() == before
+    assert "bal_refused" not in web.enqueued()
 
 
 def test_a_delivery_of_just_the_cap_is_read(web: Endpoint, balance_id: str) -> None:
@@ -192,7 +191,7 @@ def own_postgres() -> Iterator[Postgres]:
 def test_a_delivery_that_cannot_be_kept_is_asked_for_again(
     tmp_path: Path, own_postgres: Postgres, balance_id: str
 ) -> None:
-    """503 while the database is away, or Redis; when they are back it is taken, and nothing was lost."""
+    """503 while the database is away; then it is taken, and nothing was lost. Redis is not needed to keep it."""
     databases = Databases(tmp_path, own_postgres)
     port = free_port()
     redis_url = f"redis://127.0.0.1:{port}/0"
@@ -212,14 +211,12 @@ def test_a_delivery_that_cannot_be_kept_is_asked_for_again(
             assert eventually(lambda: web.send(delivery(f"{balance_id}b")) == 204)
 
             valkey.stop()
-            assert web.send(delivery(f"{balance_id}c")) == 503
-            assert web.http.get(f"{web.url}/readyz").status_code == 503
-            assert web.http.get(f"{web.url}/healthz").status_code == 200
+            assert web.send(delivery(f"{balance_id}c")) == 204
+            assert eventually(lambda: web.http.get(f"{web.url}/readyz").status_code == 200)
             with ValkeyServer(port=port, data_dir=tmp_path / "valkey2", config={"save": ""}):
-                assert eventually(lambda: web.send(delivery(f"{balance_id}c")) == 204)
-                assert eventually(lambda: web.http.get(f"{web.url}/readyz").status_code == 200)
-                assert web.redis.llen("releases") >= 1
-                assert web.balances() == [f"{balance_id}{letter}" for letter in "abc"]
+                assert web.send(delivery(f"{balance_id}d")) == 204
+                assert eventually(lambda: f"{balance_id}d" in web.enqueued())
+                assert web.balances() == [f"{balance_id}{letter}" for letter in "abcd"]
     finally:
         with suppress(ValkeyServerNotStartedError):
             valkey.stop()

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import webhook.events
-from webhook.events import BREAKDOWNS, BadDelivery, Delivery
+from webhook.events import AHEAD, BREAKDOWNS, BadDelivery, Delivery, Odd, read_again
 from worker.messages import Breakdown, Relink
 
 RECORD = {
@@ -137,17 +137,69 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
         (b'{"type": "profile.created", "record": {"name": "A", "name": "B"}}', 0),
         (b'{"x": NaN}', 0),
         (b'{"type": ["balance.created"], "x": NaN}', 0),
+        (b'{"type": "profile.created", x: 1, "name": "A",}', 0),
         (b'{"type": "profile.created", "type": "balance.created"}', 1),
+        (b'{"type": "balance.created", type: "pro\\u0066ile.created", "name": "A"}', 1),
+        (b'{type: "profile.created", "name": "balance.created"}', 1),
         (b"nonsense", 1),
-        (b'{"type" "balance.created"}', 1),
         (b"[NaN]", 1),
-        (b"", 1),
+        (b"", 0),
     ],
 )
 def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) -> None:
-    """An event that is not JSON is kept only if it says, and says only, that it is about a balance."""
+    """An event that is not JSON is kept only if it is about a balance, and cannot be about anybody's profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
     assert (len(delivery.balances), delivery.odd, delivery.unreadable) == (1, [], unreadable)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"type" "balance.created"}',
+        b'{type: "balance.created"}',
+        b'{"type": "balance.created",, 7: 1}',
+        b'{"type": "balance.created" ?}',
+        b'{"type": "balance\\u002ecreated", "\xff": 1}',
+        b'{"type": "balance.created", "type": "connection.created"}',
+        b'"balance.created"?',
+    ],
+)
+def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_told(odd: bytes) -> None:
+    """If it cannot be personal; its neighbours are taken."""
+    good = json.dumps(EVENT).encode()
+    delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
+    assert ([raw for raw, _ in delivery.odd], len(delivery.balances), delivery.unreadable) == ([odd], 2, 0)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        b'"a": NaN',
+        b'"a": 1, "a": 2',
+        b'"\xe4": 1',
+        b"a: 1",
+        b"NaN",
+        b",",
+        b'"a": ' + b"[" * 5000 + b"]" * 5000,
+        b'"events": []',
+    ],
+    ids=lambda beside: str(beside)[:20],
+)
+def test_what_stands_beside_the_events_may_be_odd(beside: bytes) -> None:
+    """Nobody reads it."""
+    assert len(read(b"{" + beside + b"," + body(EVENT)[1:]).balances) == 1
+    assert len(read(body(EVENT)[:-1] + b"," + beside + b"}").balances) == 1
+
+
+def test_what_was_set_aside_is_read_again_for_what_it_is() -> None:
+    """An event, also one that speaks of profiles, or a whole delivery; what is still odd in any part is still odd."""
+    event = json.dumps({**EVENT, "metadata": {"page": "profile.html"}}).encode()
+    for raw in (event, b'{"events": [' + event + b"]}"):
+        assert len(read_again(raw, SIGNED_AT).balances) == 1
+    assert read_again(json.dumps(EVENT).replace("REFRESH", "OTHER").encode(), SIGNED_AT) == Delivery(1)
+    for raw in (event[:-1], b"[" + event + b"]", body({**EVENT, "id": 7}, EVENT), body(EVENT)[:-2] + b",x]}", b"{}"):
+        with pytest.raises(Odd):
+            read_again(raw, SIGNED_AT)
 
 
 @pytest.mark.parametrize("hidden", [b"REFRESH", rb"\u0052EFRESH", rb"REFR\u0045SH"])
@@ -181,18 +233,34 @@ def test_the_noise_that_floats_leave_of_nothing_is_a_figure() -> None:
     assert balance.available == Decimal("3.5527136788005009e-15")
 
 
+WHOLE = {
+    "cut off": body(EVENT)[:-5],
+    "byte order mark": b"\xef\xbb\xbf" + body(EVENT),
+    "two documents": body() + body(),
+    "an open text": body(EVENT)[:-1] + b', "x": "' + b'\\"' * 100_000,
+    "deep": b'{"events":' + b"[" * 100_000 + b'"balance\\u002ecreated"}',
+    "a list": b"[" + json.dumps(EVENT).encode() + b"]",
+    "events an object": b'{"events": ' + json.dumps(EVENT).encode() + b"}",
+    "no events": b'{"eventTypes": ["balance.created"]}',
+}
+
+
+@pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
+def test_a_delivery_that_cannot_be_taken_apart_is_set_aside_as_a_whole(whole: bytes) -> None:
+    """If it is about balances; one that says a word of profiles is refused, and nothing of it is kept."""
+    assert [raw for raw, _ in read(whole).odd] == [whole]
+    for word in (b'"profile.updated"', b'"pro\\u0066ile\\u002Eupdated"'):
+        with pytest.raises(BadDelivery):
+            read(whole + word)
+
+
 BAD = {
     "empty": b"",
     "no JSON": b"<html>",
-    "cut off": body(EVENT)[:-5],
-    "not UTF-8": b'{"\xe4": 1, "events": []}',
+    "cut off": body({"type": "profile.created", "record": {"name": "A"}})[:-5],
     "UTF-16": body(EVENT).decode().encode("utf-16"),
-    "byte order mark": b"\xef\xbb\xbf" + body(EVENT),
     "an open text": b'{"events": [], "x": "' + b'\\"' * 100_000,
-    "two documents": body() + body(),
-    "duplicate keys": b'{"events": [], "events": []}',
     "deep": b'{"events":' + b"[" * 100_000 + b"}",
-    "no name": b'{"events": [], NaN}',
     "crossed brackets": b'{"events": [{]}}',
     "deep objects": b'{"a":' * 40_000 + b"1" + b"}" * 40_000,
     "no events": b"{}",
@@ -263,27 +331,38 @@ def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
     record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.breakdowns == [Breakdown(BREAKDOWNS[kind], AT, **whose)]
+    assert delivery.news == [Breakdown(BREAKDOWNS[kind], AT, **whose)]
     assert len(delivery.balances) == 1
     assert delivery.concerns_us
     assert "somebody" not in repr(delivery)
 
 
-def test_an_event_without_a_time_is_as_old_as_its_signature_and_none_is_younger() -> None:
-    """A delivery that is sent again is no news of the payments that came since."""
-    nameless = {name: value for name, value in BROKEN.items() if name != "at"}
-    ahead = {**BROKEN, "at": (SIGNED_AT + timedelta(hours=1)).isoformat()}
-    assert [broken.at for broken in read(body(nameless, ahead)).breakdowns] == [SIGNED_AT, SIGNED_AT]
+MOVED = {
+    **BROKEN,
+    "type": "account.reconnected",
+    "record": {"id": "acct_1"},
+    "metadata": {"from": {"id": "conn_1", "provider": "MX"}, "to": {"id": "conn_2", "provider": "PLAID"}},
+}
 
 
-def test_an_account_that_moved_is_told_with_both_connections() -> None:
-    moved = {
-        **BROKEN,
-        "type": "account.reconnected",
-        "record": {"id": "acct_1"},
-        "metadata": {"from": {"id": "conn_1", "provider": "MX"}, "to": {"id": "conn_2", "provider": "PLAID"}},
-    }
-    assert read(body(moved)).relinks == [Relink("acct_1", "conn_1", "conn_2")]
+@pytest.mark.parametrize("event", [BROKEN, MOVED], ids=["broken", "moved"])
+def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) -> None:
+    """Its time is its own, not that of its signature. What has none, or one that is to come, is no news."""
+    timeless = {name: value for name, value in event.items() if name != "at"}
+    soon, later = ({**event, "at": (SIGNED_AT + AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
+    odd = {**event, "at": "yesterday"}
+    assert [one.at for one in read(body(event, timeless, soon, later, odd)).news] == [AT, SIGNED_AT + AHEAD]
+    again = webhook.events.read(body(event), SIGNED_AT + timedelta(days=3))
+    assert again.news == read(body(event)).news
+
+
+def test_an_account_that_moved_is_told_with_its_connection() -> None:
+    assert read(body(MOVED)).news == [Relink("acct_1", "conn_2", AT)]
+
+
+def test_news_is_told_in_its_order() -> None:
+    kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).news]
+    assert kinds == [Relink, Breakdown, Relink]
 
 
 @pytest.mark.parametrize("kind", [*BREAKDOWNS, "account.reconnected"])
@@ -291,4 +370,4 @@ def test_an_account_that_moved_is_told_with_both_connections() -> None:
     "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
 )
 def test_a_connection_event_that_names_no_connection_is_passed_over(kind: str, record: Any) -> None:
-    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"from": 1}})) == Delivery(events=1)
+    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == Delivery(events=1)

@@ -1,11 +1,13 @@
 """Deliveries that come at once are made safe at once, and none suffers by another."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Event
+from typing import Any
 
 import pytest
 
+from webhook import keeper as module
 from webhook.events import Delivery
 from webhook.keeper import TOGETHER, Keeper
 
@@ -15,7 +17,12 @@ def deliveries(count: int) -> list[Delivery]:
     return [Delivery(events=number) for number in range(count)]
 
 
-async def _keep(keeper: Keeper[None], given: Sequence[Delivery], go: Event) -> list[BaseException | None]:
+def keeper(keep: Callable[[Sequence[Delivery]], Any], **how: Any) -> Keeper[Any]:
+    """One that follows nothing up."""
+    return Keeper(keep, lambda _: None, **how)
+
+
+async def _keep(keeper: Keeper[Any], given: Sequence[Delivery], go: Event) -> list[BaseException | None]:
     """Have them kept while the first ones wait for `go`; what each was told."""
     tasks = [asyncio.create_task(keeper.keep(delivery)) for delivery in given]
     await asyncio.sleep(0.05)
@@ -31,7 +38,7 @@ def test_what_comes_while_others_are_kept_is_kept_together() -> None:
         go.wait(5)
         kept.append([delivery.events for delivery in taken])
 
-    assert set(asyncio.run(_keep(Keeper(keep, lambda _: None), deliveries(250), go))) == {None}
+    assert set(asyncio.run(_keep(keeper(keep), deliveries(250), go))) == {None}
     assert sorted(number for batch in kept for number in batch) == list(range(250))
     assert all(batch == sorted(batch) for batch in kept)
     assert len(kept) < 10
@@ -47,7 +54,7 @@ def test_a_delivery_that_cannot_be_kept_spoils_no_other() -> None:
         if any(delivery.events == 7 for delivery in taken):
             raise KeyError
 
-    told = asyncio.run(_keep(Keeper(keep, lambda _: None), deliveries(20), go))
+    told = asyncio.run(_keep(keeper(keep), deliveries(20), go))
     assert [number for number, error in enumerate(told) if isinstance(error, KeyError)] == [7]
     assert told.count(None) == 19
 
@@ -61,9 +68,108 @@ def test_when_the_store_is_away_it_is_asked_once_for_all() -> None:
         asked.append(len(taken))
         raise ConnectionError
 
-    keeper = Keeper(keep, lambda _: None, (ConnectionError,))
-    told = asyncio.run(_keep(keeper, deliveries(50), go))
+    kept = keeper(keep, away=(ConnectionError,))
+    told = asyncio.run(_keep(kept, deliveries(50), go))
     assert {type(error) for error in told} == {ConnectionError}
     assert len(asked) <= 4
     with pytest.raises(ConnectionError):
-        asyncio.run(keeper.keep(Delivery()))
+        asyncio.run(kept.keep(Delivery()))
+
+
+def test_what_looks_like_an_outage_and_is_none_spoils_no_other() -> None:
+    """Some of what a database says of a value it says of itself too; if it answers, it is asked for each apart."""
+    go, kept = Event(), list[Delivery]()
+    go.set()
+
+    def keep(taken: Sequence[Delivery]) -> None:
+        if any(delivery.events == 7 for delivery in taken):
+            raise ConnectionError
+        kept.extend(taken)
+
+    told = asyncio.run(_keep(keeper(keep, away=(ConnectionError,), answers=lambda: True), deliveries(100), go))
+    assert [number for number, error in enumerate(told) if error] == [7]
+    assert len(kept) == 99
+
+
+def test_one_event_spoils_none_that_came_with_it() -> None:
+    """The delivery is asked for again; the others of it are kept by then."""
+    kept: list[Any] = []
+
+    def keep(taken: Sequence[Delivery]) -> None:
+        found: list[Any] = [one for delivery in taken for one in (*delivery.balances, *delivery.odd, *delivery.news)]
+        if "poison" in found:
+            raise KeyError
+        kept.extend(found)
+
+    given: Any = Delivery(6, balances=["a", "poison", "b"], odd=["c"], news=["d"])  # type: ignore[list-item]
+    with pytest.raises(KeyError):
+        asyncio.run(keeper(keep).keep(given))
+    assert sorted(kept) == ["a", "b", "c", "d"]
+
+
+def test_what_fails_once_and_not_again_is_safe() -> None:
+    """Two transactions stood in each other's way."""
+    tried: list[int] = []
+
+    def keep(taken: Sequence[Delivery]) -> None:
+        tried.append(len(taken))
+        if len(tried) == 1:
+            raise KeyError
+
+    given: Any = Delivery(2, balances=["a", "b"])  # type: ignore[list-item]
+    asyncio.run(keeper(keep).keep(given))
+    assert tried == [1, 1, 1]
+
+
+def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provider has given up by then."""
+    monkeypatch.setattr(module, "PATIENCE_S", -1)
+    go, asked = Event(), []
+    go.set()
+
+    def keep(taken: Sequence[Delivery]) -> None:
+        asked.append(len(taken))
+        raise KeyError
+
+    told = asyncio.run(_keep(keeper(keep), deliveries(50), go))
+    assert {type(error) for error in told} == {KeyError}
+    assert len(asked) <= 4
+
+
+def test_if_even_asking_fails_all_are_told() -> None:
+    """Nobody is left waiting."""
+
+    def keep(_: Sequence[Delivery]) -> None:
+        raise ConnectionError
+
+    def answers() -> bool:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        asyncio.run(keeper(keep, away=(ConnectionError,), answers=answers).keep(Delivery()))
+
+
+def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows fails, or takes its time: what comes meanwhile is kept, and followed up together, up to a bound."""
+    monkeypatch.setattr(module, "LEFT", 30)
+    followed: list[list[int]] = []
+    go = Event()
+
+    def follow(left: Sequence[int]) -> None:
+        followed.append(list(left))
+        go.wait(5)
+        raise ConnectionError
+
+    async def story() -> None:
+        kept = Keeper(lambda taken: taken[0].events, follow)
+        for delivery in deliveries(50):
+            await kept.keep(delivery)
+        assert not go.is_set()
+        go.set()
+        await asyncio.gather(*kept._tasks)
+
+    asyncio.run(asyncio.wait_for(story(), 10))
+    assert len(followed) == 2
+    together = [number for left in followed for number in left]
+    assert together == list(range(len(together)))
+    assert len(followed[0]) + 30 == len(together)

@@ -18,7 +18,7 @@ from worker.ledger.database import Tx, lock_accounts, lock_free_accounts, transa
 from worker.ledger.payments import Settlement, Waiting
 from worker.ledger.quarantine import Kept as SetAside
 from worker.ledger.refreshes import Flight
-from worker.messages import AccountView, Balance, BalanceSheet, Breakdown, FeeShare, Outcome, Relink, read_balance
+from worker.messages import AccountView, Balance, BalanceSheet, Breakdown, FeeShare, News, Outcome, Relink, read_balance
 from worker.payment import PaymentState, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
@@ -32,8 +32,7 @@ def receive(
     rt: Runtime,
     received: Sequence[tuple[str, Balance]],
     odd: Sequence[tuple[bytes, str]] = (),
-    breakdowns: Sequence[Breakdown] = (),
-    relinks: Sequence[Relink] = (),
+    news: Sequence[News] = (),
 ) -> Next:
     """Keep balances, given with the ids of their events, and set events aside that nobody understands.
 
@@ -43,13 +42,10 @@ def receive(
     """
     now = rt.clock()
     after = Next()
-    if odd or breakdowns or relinks:
+    if odd or news:
         with transaction(rt.engine) as tx:
             quarantine.set_aside(tx, odd, now)
-            payments.relink(tx, relinks)
-            payments.hold_behind(tx, breakdowns)
-            for broken in breakdowns:
-                after.add(_break_down(rt, tx, broken, now))
+            after.add(_follow(rt, tx, news, now))
     if received:
         after.add(_keep(rt, [balances.came(event_id, balance, now) for event_id, balance in received]))
     return after
@@ -96,13 +92,12 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     return applied.next
 
 
-def readmit(rt: Runtime, kept: SetAside, received: tuple[str, Balance] | None) -> Next:
-    """Take an event out of quarantine that is understood now: keep its balance, if it is ours, as of when it came."""
+def readmit(rt: Runtime, kept: SetAside, received: Sequence[tuple[str, Balance]]) -> Next:
+    """Take out of quarantine what is understood now: keep its balances, if any are ours, as of when it came."""
     with transaction(rt.engine) as tx:
-        if received is not None:
-            balances.keep(tx, [balances.came(*received, kept.received_at)])
+        balances.keep(tx, [balances.came(*one, kept.received_at) for one in received])
         quarantine.drop(tx, [kept.quarantine_id])
-    return Next(apply=[received[1].id] if received is not None else [])
+    return Next(apply=[balance.id for _, balance in received])
 
 
 def trim_quarantine(rt: Runtime) -> None:
@@ -140,6 +135,18 @@ def _fail_unfit(rt: Runtime, account_id: str, account: AccountView) -> Next:
                 by = serving(rt, tx, [waiting])
                 settlements.append(failure(waiting, *unfit, now, called(by[waiting.payment_id])))
         return Next(deliver=payments.settle(tx, settlements))
+
+
+def _follow(rt: Runtime, tx: Tx, news: Sequence[News], now: datetime) -> Next:
+    """Take what happened in the order in which it did, and fail payments by it."""
+    payments.hold_concerned(tx, news)
+    after = Next()
+    for one in sorted(news, key=lambda one: one.at):
+        if isinstance(one, Relink):
+            payments.relink(tx, one, requested_by=one.at + rt.settings.clock_skew)
+        else:
+            after.add(_break_down(rt, tx, one, now))
+    return after
 
 
 def _break_down(rt: Runtime, tx: Tx, broken: Breakdown, now: datetime) -> Next:

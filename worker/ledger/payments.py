@@ -1,17 +1,17 @@
 """Queries on payments and the tasks that wait for them."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal_column, or_, select, update
+from sqlalchemy import BindParameter, Column, ColumnElement, bindparam, func, literal_column, select, update
 
 from worker.ledger.database import Row, Tx, among, insert_new
 from worker.ledger.tables import PAYMENT, REPLY
-from worker.messages import Breakdown, Job, Relink, stored_job
+from worker.messages import Breakdown, Job, News, Relink, stored_job
 from worker.payment import PaymentState
 
 FIRST_LOOK = timedelta(seconds=5)
@@ -138,13 +138,26 @@ def _behind(broken: Breakdown) -> ColumnElement[bool]:
     return P.profile_id == broken.profile_id
 
 
-def hold_behind(tx: Tx, breakdowns: Sequence[Breakdown]) -> None:
-    """Hold the waiting payments of all these connections and profiles, so that they can be taken one after another."""
-    connections = sorted({b.connection_id for b in breakdowns if b.connection_id is not None})
-    profiles = sorted({b.profile_id for b in breakdowns if b.profile_id is not None})
-    for start in range(0, max(len(connections), len(profiles)), SLICE):
-        ids = slice(start, start + SLICE)
-        _hold(tx, or_(P.connection_id.in_(connections[ids]), P.profile_id.in_(profiles[ids])))
+def hold_concerned(tx: Tx, news: Sequence[News]) -> None:
+    """Hold the waiting payments of all these connections, profiles and accounts, so that each can be taken in turn."""
+    concerned: list[tuple[Column[Any], set[str | None]]] = [
+        (P.connection_id, {one.connection_id for one in news if isinstance(one, Breakdown)}),
+        (P.profile_id, {one.profile_id for one in news if isinstance(one, Breakdown)}),
+        (P.account_id, {one.account_id for one in news if isinstance(one, Relink)}),
+    ]
+    found: set[str] = set()
+    for column, ids in concerned:
+        for some in _slices(ids - {None}):
+            found.update(tx.scalars(select(P.payment_id).where(column.in_(some), WAITING)))
+    for some in _slices(found):
+        _hold(tx, P.payment_id.in_(some))
+
+
+def _slices(ids: Iterable[Any]) -> Iterator[list[Any]]:
+    """The ids in one order, as many at a time as one statement takes."""
+    ordered = sorted(ids)
+    for start in range(0, len(ordered), SLICE):
+        yield ordered[start : start + SLICE]
 
 
 def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
@@ -152,12 +165,13 @@ def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
     return _hold(tx, _behind(broken) & (P.requested_at <= requested_by))
 
 
-def relink(tx: Tx, relinks: Sequence[Relink]) -> None:
-    """Let waiting payments of these accounts follow them to another connection."""
-    for moved in relinks:
-        theirs = _hold(tx, (P.account_id == moved.account_id) & (P.connection_id == moved.former))
-        ids = [waiting.payment_id for waiting in theirs]
-        tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(connection_id=moved.latter))
+def relink(tx: Tx, moved: Relink, requested_by: datetime) -> None:
+    """Let the account's waiting payments that were requested by then follow it, but those that know of a later move."""
+    is_news = P.linked_at.is_(None) | (P.linked_at < moved.at)
+    theirs = (P.account_id == moved.account_id) & P.connection_id.is_not(None) & (P.requested_at <= requested_by)
+    ids = [waiting.payment_id for waiting in _hold(tx, theirs & is_news)]
+    values = {"connection_id": moved.connection_id, "linked_at": moved.at}
+    tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(**values))
 
 
 def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:

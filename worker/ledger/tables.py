@@ -105,6 +105,8 @@ class Payment(SQLModel, table=True):
     job: dict[str, Any] = Field(sa_type=Json)
     """The job as it came, without defaults."""
     connection_id: str | None = Field(default=None, sa_type=Text)
+    linked_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """As of when `connection_id` is known, if the provider told it since: only what is newer changes it."""
     profile_id: str | None = Field(default=None, sa_type=Text)
     amount: Decimal | None = Field(sa_type=Exact)
     requested_at: datetime = Field(sa_type=UtcTime)

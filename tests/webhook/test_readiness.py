@@ -1,0 +1,58 @@
+"""Whether the process is ready: anybody may ask, and it costs no more than one check a second."""
+
+import asyncio
+import time
+
+import pytest
+
+from webhook.readiness import PAUSE_S, Readiness
+
+
+def test_a_crowd_shares_one_check_a_second() -> None:
+    """Those who ask while it runs, those who ask soon after, and one who leaves before the answer."""
+    now, checks = [0.0], [0]
+
+    def check() -> bool:
+        checks[0] += 1
+        time.sleep(0.02)
+        return checks[0] == 1
+
+    ready = Readiness(check, lambda: now[0])
+
+    async def story() -> None:
+        impatient = asyncio.create_task(ready())
+        crowd = [asyncio.create_task(ready()) for _ in range(100)]
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert set(await asyncio.gather(*crowd)) == {True}
+        now[0] = PAUSE_S - 0.01
+        assert await ready()
+        assert checks == [1]
+        now[0] = PAUSE_S
+        assert set(await asyncio.gather(*(ready() for _ in range(100)))) == {False}
+        assert checks == [2]
+
+    asyncio.run(story())
+
+
+def test_a_check_that_takes_long_is_not_joined_by_another() -> None:
+    """A database that does not answer holds one thread, not one for each who asks."""
+    now, checks = [0.0], [0]
+
+    def check() -> bool:
+        checks[0] += 1
+        time.sleep(0.05)
+        raise ValueError
+
+    ready = Readiness(check, lambda: now[0])
+
+    async def story() -> None:
+        first = asyncio.create_task(ready())
+        await asyncio.sleep(0)
+        now[0] = 100
+        for one in (first, asyncio.create_task(ready())):
+            with pytest.raises(ValueError):
+                await one
+        assert checks == [1]
+
+    asyncio.run(story())
