@@ -11,6 +11,7 @@ from kombu.exceptions import OperationalError
 
 from config.celery import celery_settings
 from config.settings import Settings
+from tasks.queues import lengths
 from worker.correlation.client import CORRELATION_AWAY
 from worker.messages import Job
 
@@ -85,6 +86,27 @@ def workers(settings: Settings) -> list[Worker]:
             Worker(name, frozenset(queue["name"] for queue in consumed), confs.get(name, {}))
             for name, consumed in queues.items()
         ]
+
+
+def ticks(settings: Settings) -> int:
+    """How many ticks of `beat` the workers that answer have taken since they started.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    with _client(settings) as app:
+        stats = app.control.inspect(timeout=1.5).stats() or {}
+        return sum(told.get("total", {}).get("payments.expire", 0) for told in stats.values())
+
+
+def queue_lengths(settings: Settings) -> dict[str, int]:
+    """How many messages no worker has taken, by queue.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    with _client(settings) as app:
+        return lengths(app)
 
 
 def probe_results(settings: Settings) -> None:

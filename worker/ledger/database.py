@@ -8,15 +8,18 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import Connection as Tx
 from sqlalchemy import Engine, Row, Table, create_engine, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 __all__ = [
     "LEDGER_AWAY",
     "Engine",
+    "NotMigrated",
     "Row",
     "Tx",
     "insert_new",
@@ -28,8 +31,16 @@ __all__ = [
     "transaction",
 ]
 
-LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
-"""What is raised when the database cannot be reached, or does not answer in time."""
+
+class NotMigrated(Exception):
+    """The database is behind this release: run the role `release` (alembic upgrade head)."""
+
+    def __init__(self) -> None:
+        super().__init__(self.__doc__)
+
+
+LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
+"""What is raised when the database cannot be reached, does not answer in time, or is not migrated yet."""
 POSTGRES = {
     "connect_timeout": 5,
     "application_name": "payready",
@@ -57,6 +68,7 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
             pool_timeout=BUSY_S,
             hide_parameters=True,  # an error's text must not show what a payment is about
         )
+        event.listen(engine, "handle_error", _name_what_is_behind)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin)
         return engine
@@ -70,9 +82,19 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
         hide_parameters=True,
         connect_args=POSTGRES,
     )
+    event.listen(engine, "handle_error", _name_what_is_behind)
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine))
     return engine
+
+
+def _name_what_is_behind(context: ExceptionContext) -> None:
+    """A table or column that is not there is no fault of the statement: it comes with the migration."""
+    error = context.original_exception
+    if isinstance(error, UndefinedTable | UndefinedColumn) or str(error).startswith(
+        ("no such table", "no such column")
+    ):
+        raise NotMigrated
 
 
 def _note_use(_connection: object, record: Any) -> None:
