@@ -130,15 +130,20 @@ def _redis(patient: Patient) -> Iterator[Diagnosis]:
 
 def _broker(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        workers = client.workers(patient.settings)
+        yield from _workers(patient)
     except client.NoAnswer as error:
         yield _fault("broker", str(error), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
-        return
+
+
+def _workers(patient: Patient) -> Iterator[Diagnosis]:
+    workers = client.workers(patient.settings)
     yield _ok("broker", f"answers, as do {len(workers)} workers")
     served = frozenset[str]().union(*(worker.queues for worker in workers))
     for queue in QUEUES:
         if queue not in served:
             yield _fault("workers", f"nobody takes from the queue {queue}", f"start the role `{_role(queue)}`")
+    if "upkeep" in served:
+        yield _beat(patient, len(workers))
     for queue, length in client.queue_lengths(patient.settings).items():
         if length > LONG:
             yield _note("queues", f"{length} messages lie in {queue}", f"add replicas of `{_role(queue)}`")
@@ -155,15 +160,10 @@ def _role(queue: str) -> str:
     return "refresh" if queue == "refreshes" else "worker"
 
 
-def _beat(patient: Patient) -> Iterator[Diagnosis]:
-    try:
-        before, after = client.ticks(patient.settings), client.ticks(patient.settings)
-    except client.NoAnswer:
-        return  # told elsewhere
-    if after > before:
-        yield _ok("beat", "ticks")
-    else:
-        yield _fault("beat", "no tick was taken for 1.5 s", "start the role `beat`, and a `worker` to take its ticks")
+def _beat(patient: Patient, workers: int) -> Diagnosis:
+    if client.ticks(patient.settings, workers):
+        return _ok("beat", "ticks")
+    return _fault("beat", f"no tick came for {client.WATCH_S} s", "start the role `beat`")
 
 
 def _results(patient: Patient) -> Iterator[Diagnosis]:
@@ -382,7 +382,6 @@ CHECKS: tuple[Check, ...] = (
     _database,
     _redis,
     _broker,
-    _beat,
     _results,
     _clocks,
     _key,
