@@ -201,12 +201,11 @@ def _key(patient: Patient) -> Iterator[Diagnosis]:
 
 
 def _gate(patient: Patient) -> Iterator[Diagnosis]:
-    now = patient.rt.clock()
     try:
-        shut_until = patient.rt.gate.position(now).shut_until
+        shut_until = patient.rt.gate.position(patient.rt.clock()).shut_until
     except CORRELATION_AWAY:
         return  # told elsewhere
-    if shut_until is not None and shut_until > now:
+    if shut_until is not None:
         told = f"the provider only failed: no call is made until {shut_until:%H:%M:%S}Z, then one tries again"
         yield _fault("calls", told, "look for `the provider only fails` in the log of `refresh`; ask Quiltt")
 

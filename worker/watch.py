@@ -52,7 +52,6 @@ class Watch:
             standing = figures.standing(tx)
             settled = figures.settled(tx, self._since, until)
             entries = figures.entries(tx, self._since, until)
-            caps = caps_used(self._rt, tx, now)
         if self._open is None:
             self._open = self._open_before(self._since)
         self._outcomes.update(settled)
@@ -61,13 +60,7 @@ class Watch:
         self._since = until
         yield from _unfinished(standing, now)
         yield from self._finished(self._open)
-        shares = {(cap.value,): share for cap, share in caps.items()}
-        yield Figure(
-            "payready_fee_cap_used_ratio",
-            "How much of a cap on fees is used; none is set, none is told.",
-            shares,
-            ("cap",),
-        )
+        yield from self._caps(now)
 
     def _open_before(self, start: datetime) -> dict[str, Entry]:
         """The calls that were open at the start. A ledger too large to tell soon is not asked again."""
@@ -103,6 +96,17 @@ class Watch:
         sums = {key: float(amount) for key, amount in pending.items()}
         yield Figure("payready_open_fees", "What open calls may come to.", sums, ("currency",))
 
+    def _caps(self, now: datetime) -> Iterator[Figure]:
+        """Apart from the rest, as a month takes long to count where it is large, once a minute."""
+        try:
+            with reading(self._rt.engine) as tx:
+                figures.be_brief(tx)
+                used = {(cap.value,): share for cap, share in caps_used(self._rt, tx, now).items()}
+        except LEDGER_AWAY:
+            log.warning("how far caps are used is not told: the ledger took too long to count it")
+            return
+        yield Figure("payready_fee_cap_used_ratio", "How much of a cap on fees is used, if it is set.", used, ("cap",))
+
 
 def caps_used(rt: Runtime, tx: Tx, now: datetime) -> dict[Cap, float]:
     """How much of each cap on the fees of all accounts is used, as a share of 1."""
@@ -120,9 +124,8 @@ def _share(amount: Decimal, cap: Decimal) -> float:
 
 def of_redis(rt: Runtime) -> Iterator[Figure]:
     """The gate's position, and how full Redis is; raises `CORRELATION_AWAY`."""
-    now = rt.clock()
-    gate = rt.gate.position(now)
-    is_shut = gate.shut_until is not None and gate.shut_until > now
+    gate = rt.gate.position(rt.clock())
+    is_shut = float(gate.shut_until is not None)
     yield Figure("payready_breaker_shut", "1 while no calls are made, as the provider only fails.", {(): is_shut})
     yield Figure("payready_call_budget_used_ratio", "Of the calls that may go out at once.", {(): gate.budget_used})
     yield Figure(

@@ -37,7 +37,7 @@ class Position:
     """How the gate stands."""
 
     shut_until: datetime | None
-    """None: it is open. A time that is past: the next call tries whether they still fail."""
+    """None: calls go out, if only one that tries whether they still fail."""
     budget_used: float
     """How much of what may go out at once is spent, from 0 to 1."""
 
@@ -86,8 +86,9 @@ class Gate(Budget):
         told = self._redis.hmget(self._key, "tat", "shut")
         tat, shut = (None if text is None else at_epoch(str(text)) for text in told)
         spent = max(timedelta(0), (tat or now) - now) / (self._burst * self._interval)
-        plausible = shut is not None and shut <= now + LONGEST_PAUSE + timedelta(seconds=1)  # as admit.lua has it
-        return Position(shut if plausible else None, min(1.0, spent))
+        # As admit.lua has it: nothing is further ahead but by a clock that was wrong.
+        is_shut = shut is not None and now < shut <= now + LONGEST_PAUSE + timedelta(seconds=1)
+        return Position(shut if is_shut else None, min(1.0, spent))
 
     def give_back(self) -> None:
         """The call that was let out is not made."""

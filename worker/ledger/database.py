@@ -1,6 +1,7 @@
 """How the ledger is reached: one engine a process, short transactions, one lock an account."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -91,9 +92,8 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
 def _name_what_is_behind(context: ExceptionContext) -> None:
     """A table or column that is not there is no fault of the statement: it comes with the migration."""
     error = context.original_exception
-    if isinstance(error, UndefinedTable | UndefinedColumn) or str(error).startswith(
-        ("no such table", "no such column")
-    ):
+    is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
+    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # the second are SQLite's words
         raise NotMigrated
 
 
