@@ -65,8 +65,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "beat_schedule": {
             "expire": _every_tick("payments.expire"),
             "sweep": _every_tick("payments.sweep"),
-            "check webhooks": _every_now_and_then("webhooks.check"),
-            "trim quarantine": _every_now_and_then("webhooks.trim"),
+            "check webhooks": _every("webhooks.check", 60.0),
+            "trim quarantine": _every("webhooks.trim", 600.0),
         },
     }
 
@@ -76,8 +76,8 @@ def _every_tick(task: str) -> dict[str, Any]:
     return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
 
 
-def _every_now_and_then(task: str) -> dict[str, Any]:
-    return {"task": task, "schedule": 600.0, "options": {"expires": 300.0}}
+def _every(task: str, seconds: float) -> dict[str, Any]:
+    return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2}}
 
 
 def _transport(settings: Settings) -> dict[str, Any]:

@@ -19,8 +19,8 @@ QUIET = ("httpx", "httpcore", "uvicorn.access", "celery.app.trace", "celery.work
 """Loggers that write a line per request, task or tick; at INFO that is a third of a worker's throughput."""
 IDS = ("payment_id", "account_id", "refresh_id", "balance_id", "task_id")
 MAX_ID = 128
-TELLTALE = "celery.worker.consumer.consumer"
-"""Logs the whole of a message that it cannot make sense of."""
+TALKATIVE = ("celery.worker.consumer.consumer", "celery.beat")
+"""Loggers that tell too much: the whole of a message without sense, a traceback for each tick without a broker."""
 
 
 def bound(**ids: Any) -> AbstractContextManager[None]:
@@ -40,7 +40,7 @@ def _ids(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _without_content(record: logging.LogRecord) -> bool:
-    """Leave the first line of what is said of a message, without its headers: they repeat its arguments."""
+    """Leave the first line of what is said, and of a message not its headers: they repeat its arguments."""
     record.msg, record.args = re.split(r"\n| headers:", record.getMessage(), maxsplit=1)[0], ()
     return True
 
@@ -67,9 +67,8 @@ def configure_logging(settings: Settings) -> None:
         )
     )
     logging.captureWarnings(capture=True)
-    telltale = logging.getLogger(TELLTALE)
-    if _without_content not in telltale.filters:
-        telltale.addFilter(_without_content)
+    for name in TALKATIVE:
+        logging.getLogger(name).addFilter(_without_content)  # adding it again changes nothing
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level)

@@ -4,7 +4,8 @@ import json
 import uuid
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,6 +31,7 @@ app.add_typer(fees.app, name="fees")
 app.add_typer(door.quarantine_app, name="quarantine")
 app.add_typer(door.webhooks_app, name="webhooks")
 
+T = TypeVar("T")
 NOT_READY = 3
 """Exit status of `enqueue --wait` when the payment must not start."""
 
@@ -50,36 +52,43 @@ class FundsCheck(StrEnum):
     DISABLED = "disabled"
 
 
-def _run(play: Callable[[Console, Interrupts], int]) -> None:
-    console = screen()
+def _run(play: Callable[[Console, Interrupts], T], *, as_json: bool) -> T:
+    console = Console(stderr=True) if as_json else screen()
     with plainly(), interrupts() as signals:
         try:
-            raise typer.Exit(play(console, signals))
+            return play(console, signals)
         except Interrupted as interrupted:
             console.print(f"{interrupted}: stopped, nothing is left running")
             raise typer.Exit(interrupted.status) from None
 
 
 @app.command("demo")
-def demo_command() -> None:
+def demo_command(as_json: AsJson = False) -> None:
     """Run every scenario through the real processes, and check that all comes out as promised."""
-    _run(demo.demo)
+    played = _run(demo.demo, as_json=as_json)
+    if as_json:
+        typer.echo(show.as_json({"as_promised": played.as_promised, **vars(played)}))
+    if not played.as_promised:
+        raise typer.Exit(FAILED)
 
 
 @app.command("up")
-def up_command() -> None:
+def up_command(as_json: AsJson = False) -> None:
     """Run payready on this machine, with a simulator in Quiltt's place, until Ctrl-C."""
-    _run(up.up)
+    _run(partial(up.up, as_json=as_json), as_json=as_json)
 
 
 @app.command("doctor")
 def doctor_command(
     flower: Annotated[str, typer.Option(help="Where Flower answers.")] = "http://127.0.0.1:5555",
+    web: Annotated[
+        str | None, typer.Option(help="Where `web` answers, best as Quiltt sees it; default: this host.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look at everything payready stands on, and say what to do; status 1 if anything is at fault."""
     with plainly():
-        findings = doctor.examine(settings(), build(settings()), flower)
+        findings = doctor.examine(settings(), build(settings()), flower, web)
         found = list(findings if as_json else map(_say_diagnosis, findings))
         if as_json:
             typer.echo(show.as_json(found))

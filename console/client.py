@@ -1,5 +1,6 @@
 """payready's tasks, asked for from the command line: the same way as any payments service does."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from kombu.exceptions import OperationalError
 
 from config.celery import celery_settings
 from config.settings import Settings
+from tasks.queues import lengths
 from worker.correlation.client import CORRELATION_AWAY
 from worker.messages import Job
 
 ANSWER_S = 10.0
 """How long a worker has to answer."""
 CONNECT_S = 3.0
+PING_S = 1.0
+"""How long workers have to answer when all of them are asked at once."""
+WATCH_S = 1.5
+"""In this time `beat` ticks at least once."""
 _AWAY = (OSError, OperationalError, *CORRELATION_AWAY, RuntimeError)
 """What is raised without a broker or a result backend; the last by Celery, when it has tried often enough."""
 
@@ -79,12 +85,39 @@ def workers(settings: Settings) -> list[Worker]:
         NoAnswer: there is no broker.
     """
     with _client(settings) as app:
-        inspect = app.control.inspect(timeout=1.0)
-        queues, confs = inspect.active_queues() or {}, inspect.conf() or {}
+        queues = app.control.inspect(timeout=PING_S).active_queues() or {}
+        confs = app.control.inspect(timeout=PING_S, limit=len(queues)).conf() or {}
         return [
             Worker(name, frozenset(queue["name"] for queue in consumed), confs.get(name, {}))
             for name, consumed in queues.items()
         ]
+
+
+def ticks(settings: Settings, workers: int) -> int:
+    """How many ticks of `beat` so many workers take within `WATCH_S`.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    with _client(settings) as app:
+        before = _ticks_taken(app, workers)
+        time.sleep(WATCH_S)
+        return _ticks_taken(app, workers) - before
+
+
+def _ticks_taken(app: Celery, workers: int) -> int:
+    stats = app.control.inspect(timeout=PING_S, limit=workers).stats() or {}
+    return sum(told.get("total", {}).get("payments.expire", 0) for told in stats.values())
+
+
+def queue_lengths(settings: Settings) -> dict[str, int]:
+    """How many messages no worker has taken, by queue.
+
+    Raises:
+        NoAnswer: there is no broker.
+    """
+    with _client(settings) as app:
+        return lengths(app)
 
 
 def probe_results(settings: Settings) -> None:

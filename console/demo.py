@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from console import sheets, show
 from console.interrupts import Interrupts
 from console.plan import CLOCK, COSTS, PLAN
 from console.processes import ROOT, StartError
-from console.referee import Seen, findings, settled
+from console.referee import Finding, Seen, findings, settled
 from console.stage import Stage, stage
 from worker.ledger import reports, statement
 from worker.ledger.database import Engine, open_engine, reading
@@ -45,8 +46,22 @@ CALM_S = 0.5
 Show = Callable[[Seen], None]
 
 
-def demo(console: Console, interrupts: Interrupts) -> int:
-    """Run the demo; returns the exit status: 0 only if everything came out as promised.
+@dataclass(frozen=True)
+class Played:
+    """What came of the demo."""
+
+    payments: list[reports.Line]
+    statement: list[statement.Line]
+    findings: list[Finding]
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether nothing was otherwise."""
+        return not any(finding.otherwise for finding in self.findings)
+
+
+def demo(console: Console, interrupts: Interrupts) -> Played:
+    """Run the demo, and say on the console how it goes.
 
     Raises:
         StartError, Interrupted: it could not be run to its end.
@@ -57,13 +72,14 @@ def demo(console: Console, interrupts: Interrupts) -> int:
         with stage(folder, interrupts.check, settings=QUICK) as running:
             console.print(f"payready is up after {time.monotonic() - began:.1f} s; {len(PLAN)} jobs are on their way")
             console.print()
-            good = _play(console, interrupts, running)
+            played = _play(console, interrupts, running)
     except StartError:
         raise  # the message names a log in the folder
     except BaseException:
         shutil.rmtree(folder)
         raise
-    return _farewell(console, folder, good=good, took_s=time.monotonic() - began)
+    _farewell(console, folder, good=played.as_promised, took_s=time.monotonic() - began)
+    return played
 
 
 def _folder() -> Path:
@@ -72,7 +88,7 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="demo-", dir=runs))
 
 
-def _play(console: Console, interrupts: Interrupts, running: Stage) -> bool:
+def _play(console: Console, interrupts: Interrupts, running: Stage) -> Played:
     journal = running.processes.folder / "journal.jsonl"
     engine = open_engine(running.database_url)
     began = utc_now()
@@ -114,7 +130,7 @@ def _heard(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _report(console: Console, engine: Engine, seen: Seen, began: datetime) -> bool:
+def _report(console: Console, engine: Engine, seen: Seen, began: datetime) -> Played:
     with reading(engine) as tx:
         until = utc_now()
         lines, saved = statement.lines(tx, began, until, "price"), statement.savings(tx, began, until)
@@ -123,17 +139,16 @@ def _report(console: Console, engine: Engine, seen: Seen, began: datetime) -> bo
     console.print(sheets.statement(lines, sheets.totals(lines, saved), "Fee statement"))
     console.print()
     console.print(show.verdicts(found))
-    return not any(finding.otherwise for finding in found)
+    return Played(list(seen.payments.values()), lines, found)
 
 
-def _farewell(console: Console, folder: Path, *, good: bool, took_s: float) -> int:
+def _farewell(console: Console, folder: Path, *, good: bool, took_s: float) -> None:
     console.print()
     if good:
         shutil.rmtree(folder)
         console.print(f"[bold green]All as promised[/], in {took_s:.0f} s.", highlight=False)
-        return 0
-    console.print(f"[bold red]Not as promised[/]; logs and ledger are in {folder}", highlight=False, soft_wrap=True)
-    return 1
+    else:
+        console.print(f"[bold red]Not as promised[/]; logs and ledger are in {folder}", highlight=False, soft_wrap=True)
 
 
 # --- on a terminal a table that fills; elsewhere a line for each thing that happens, and then the table --------------

@@ -14,19 +14,30 @@ from enum import StrEnum
 from config.celery import QUEUES, celery_settings
 from config.settings import DEMO_MARK, Settings
 from console import client
+from webhook import signature
+from worker import subscriptions
 from worker.correlation.client import CORRELATION_AWAY
 from worker.errors import CallFailed, Refused
 from worker.fees import PriceListError
 from worker.ledger import figures, schema
-from worker.ledger.database import LEDGER_AWAY, reading
+from worker.ledger.database import LEDGER_AWAY, Tx, reading
+from worker.payment import RefreshState
 from worker.runtime import Runtime
+from worker.runtime import subscriptions as provider_subscriptions
+from worker.watch import caps_used
 
 NOTICEABLE = timedelta(seconds=1)
 """Clocks that differ by less are called right."""
 LATE = timedelta(seconds=15)
 """A payment that still waits this long after its deadline is seen to by nobody."""
 DELIVERY_LATE = timedelta(seconds=60)
-FLOWER_S = 3
+FULL = 0.9
+"""A store or a cap that is used to this share is as good as full."""
+LONG = 1000
+"""Messages; a queue that holds more is not kept up with."""
+LOOK_BACK = timedelta(minutes=15)
+"""Calls of this time, but those whose balance may still come, are looked at for what they brought."""
+HTTP_S = 3
 DEMO_LOGIN = "demo:demo"
 ALIKE = (
     "task_acks_late",
@@ -66,6 +77,7 @@ class Patient:
     settings: Settings
     rt: Runtime
     flower_url: str
+    web_url: str
 
 
 Check = Callable[[Patient], Iterator[Diagnosis]]
@@ -105,6 +117,8 @@ def _redis(patient: Patient) -> Iterator[Diagnosis]:
         yield _fault("redis", str(error), "start it, or correct PAYREADY_REDIS_URL")
         return
     yield _ok("redis", f"answers, version {facts.get('valkey_version') or facts.get('redis_version')}")
+    if (used := patient.rt.correlation.memory_used()) >= FULL:
+        yield _fault("redis", f"{used:.0%} of its maxmemory is used", "raise maxmemory, or find the queue that grows")
     policy = facts.get("maxmemory_policy", "not told")
     if policy != "noeviction":
         yield _fault("redis", f"maxmemory-policy is {policy}", "set maxmemory-policy noeviction: queues are data")
@@ -116,16 +130,23 @@ def _redis(patient: Patient) -> Iterator[Diagnosis]:
 
 def _broker(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        workers = client.workers(patient.settings)
+        yield from _workers(patient)
     except client.NoAnswer as error:
         yield _fault("broker", str(error), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
-        return
+
+
+def _workers(patient: Patient) -> Iterator[Diagnosis]:
+    workers = client.workers(patient.settings)
     yield _ok("broker", f"answers, as do {len(workers)} workers")
     served = frozenset[str]().union(*(worker.queues for worker in workers))
     for queue in QUEUES:
         if queue not in served:
-            role = "refresh" if queue == "refreshes" else "worker"
-            yield _fault("workers", f"nobody takes from the queue {queue}", f"start the role `{role}`")
+            yield _fault("workers", f"nobody takes from the queue {queue}", f"start the role `{_role(queue)}`")
+    if "upkeep" in served:
+        yield _beat(patient, len(workers))
+    for queue, length in client.queue_lengths(patient.settings).items():
+        if length > LONG:
+            yield _note("queues", f"{length} messages lie in {queue}", f"add replicas of `{_role(queue)}`")
     ours = celery_settings(patient.settings)
     for worker in workers:
         other = [name for name in ALIKE if name in worker.settings and worker.settings[name] != ours.get(name)]
@@ -133,6 +154,16 @@ def _broker(patient: Patient) -> Iterator[Diagnosis]:
             yield _fault(
                 "celery", f"{worker.name} runs with another {', '.join(other)}", "restart it with this release"
             )
+
+
+def _role(queue: str) -> str:
+    return "refresh" if queue == "refreshes" else "worker"
+
+
+def _beat(patient: Patient, workers: int) -> Diagnosis:
+    if client.ticks(patient.settings, workers):
+        return _ok("beat", "ticks")
+    return _fault("beat", f"no tick came for {client.WATCH_S} s", "start the role `beat`")
 
 
 def _results(patient: Patient) -> Iterator[Diagnosis]:
@@ -165,6 +196,98 @@ def _key(patient: Patient) -> Iterator[Diagnosis]:
         yield _fault("price", f"{error}: no call is made", f"write one into {settings.fees_file}")
     else:
         yield _ok("price", f"{price.per_call} {price.currency} a call, price list {price.price_list}")
+        if settings.env == "production" and "fees_file" not in settings.model_fields_set:
+            yield _note("price", "the price list is the example", "set PAYREADY_FEES_FILE to your contract's prices")
+
+
+def _gate(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        shut_until = patient.rt.gate.position(patient.rt.clock()).shut_until
+    except CORRELATION_AWAY:
+        return  # told elsewhere
+    if shut_until is not None:
+        told = f"the provider only failed: no call is made until {shut_until:%H:%M:%S}Z, then one tries again"
+        yield _fault("calls", told, "look for `the provider only fails` in the log of `refresh`; ask Quiltt")
+
+
+def _money_and_balances(patient: Patient) -> Iterator[Diagnosis]:
+    try:
+        with reading(patient.rt.engine) as tx:
+            if schema.found(tx) == schema.needed():
+                yield from _caps(patient, tx)
+                yield from _balances(patient, tx)
+    except LEDGER_AWAY:
+        return  # told elsewhere
+
+
+def _caps(patient: Patient, tx: Tx) -> Iterator[Diagnosis]:
+    for cap, used in caps_used(patient.rt, tx, patient.rt.clock()).items():
+        told = f"{used:.0%} of the cap per {cap} is used"
+        if used >= FULL:
+            remedy = f"raise PAYREADY_FEE_CAP_PER_{cap.upper()}, or payments fail as fee_cap_reached"
+            yield _fault("fee cap", told, remedy)
+        else:
+            yield _ok("fee cap", told)
+
+
+def _balances(patient: Patient, tx: Tx) -> Iterator[Diagnosis]:
+    now = patient.rt.clock()
+    made = figures.calls_made(tx, now - LOOK_BACK, now - timedelta(seconds=patient.settings.refresh_window_s))
+    came = made.get(RefreshState.ANSWERED, 0)
+    missing = made.get(RefreshState.ACCEPTED, 0) + made.get(RefreshState.UNANSWERED, 0)
+    told = f"of {came + missing} calls accepted in the last quarter of an hour {missing} brought no balance"
+    if missing > came:
+        remedy = (
+            "no events come. Look at `webhook` and `subscription` here, and for `delivery` in the log of `web`: "
+            "`mismatch` is a wrong PAYREADY_WEBHOOK_SECRETS, `stale` a wrong clock, no line at all the proxy"
+        )
+        yield _fault("balances", told, remedy)
+    elif came:
+        yield _ok("balances", told)
+
+
+def _webhook(patient: Patient) -> Iterator[Diagnosis]:
+    """Deliver nothing, rightly signed: that shows the way to `web`, and that it has the secrets that are set here."""
+    if not patient.settings.webhook_secrets:
+        return  # told elsewhere
+    body, where = b'{"eventTypes":[],"events":[]}', f"{patient.web_url.rstrip('/')}/webhooks/quiltt"
+    headers = signature.sign(body, patient.settings.webhook_secrets[0].get_secret_value(), patient.rt.clock())
+    request = urllib.request.Request(where, body, {**headers, "Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=HTTP_S):  # noqa: S310 - the operator's own address
+            yield _ok("webhook", f"{where} takes what is signed with the first secret")
+    except urllib.error.HTTPError as refused:
+        refused.close()
+        yield _fault(
+            "webhook", f"{where} answers {refused.code} to a signed delivery", _REMEDIES.get(refused.code, _PROXY)
+        )
+    except OSError as error:
+        told = f"does not answer at {patient.web_url}: {getattr(error, 'reason', error)}"
+        yield _note("webhook", told, "start the role `web`, or say --web URL")
+
+
+_PROXY = "see what stands before `web`, and its log"
+_REMEDIES = {
+    401: "`web` runs with other secrets than these, or its clock is wrong: restart it, compare the clocks",
+    503: "the database or Redis is away, or out of reach of `web`",
+}
+
+
+def _subscription(patient: Patient) -> Iterator[Diagnosis]:
+    url = patient.settings.webhook_url
+    if url is None:
+        yield _note("subscription", "is not checked", "set PAYREADY_WEBHOOK_URL to the public address of `web`")
+        return
+    try:
+        with provider_subscriptions(patient.settings) as provider:
+            found = subscriptions.flaws(provider.all(), url)
+    except CallFailed as failure:
+        yield _fault("subscription", str(failure), "see what is said of the api key")
+        return
+    for flaw in found:
+        yield _fault("subscription", flaw, "payready webhooks subscribe")
+    if not found:
+        yield _ok("subscription", f"delivers to {url}")
 
 
 def _secrets(patient: Patient) -> Iterator[Diagnosis]:
@@ -247,7 +370,7 @@ def _opens(url: str, login: str | None) -> bool:
     headers = {} if login is None else {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the operator's own address
     try:
-        with urllib.request.urlopen(request, timeout=FLOWER_S):  # noqa: S310
+        with urllib.request.urlopen(request, timeout=HTTP_S):  # noqa: S310
             return True
     except urllib.error.HTTPError as refused:
         refused.close()
@@ -259,17 +382,21 @@ CHECKS: tuple[Check, ...] = (
     _redis,
     _broker,
     _results,
-    _key,
-    _secrets,
     _clocks,
+    _key,
+    _gate,
+    _secrets,
+    _webhook,
+    _subscription,
+    _money_and_balances,
     _upkeep,
     _flower,
 )
 """In the order in which they are told: what others stand on comes first. A new check is one more function here."""
 
 
-def examine(settings: Settings, rt: Runtime, flower_url: str) -> Iterator[Diagnosis]:
+def examine(settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None) -> Iterator[Diagnosis]:
     """Look at everything, and tell what is found as it is found."""
-    patient = Patient(settings, rt, flower_url)
+    patient = Patient(settings, rt, flower_url, web_url or f"http://127.0.0.1:{settings.port}")
     for check in CHECKS:
         yield from check(patient)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from console import show
 from console.interrupts import Interrupted, Interrupts
 from console.processes import ROOT, StartError
 from console.stage import FLOWER_LOGIN, Stage, Wishes, stage
@@ -18,8 +20,8 @@ PORTS = Wishes(web=8000, flower=5555, simulator=9900, valkey=6390)
 LOOK_S = 0.5
 
 
-def up(console: Console, interrupts: Interrupts, folder: Path = FOLDER) -> int:
-    """Run payready until a signal comes; returns the exit status.
+def up(console: Console, interrupts: Interrupts, *, as_json: bool, folder: Path = FOLDER) -> None:
+    """Run payready until a signal comes; say where all of it is once it is up, `as_json` on standard output.
 
     Raises:
         StartError: a process did not come up, ended by itself, or payready is up in this folder already.
@@ -28,13 +30,16 @@ def up(console: Console, interrupts: Interrupts, folder: Path = FOLDER) -> int:
     with _alone(folder), stage(folder, interrupts.check, PORTS) as running:
         environ = folder / "env"
         environ.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in running.settings.items()))
-        _tell(console, running, environ)
+        if as_json:
+            typer.echo(show.as_json(_addresses(running) | {"settings": str(environ)}))
+        else:
+            _tell(console, running, environ)
         try:
             while not (ended := running.processes.ended()):
                 interrupts.sleep(LOOK_S)
         except Interrupted:
             console.print("stopping ...")
-            return 0
+            return
         raise StartError(f"{ended[0]} ended with status {ended[1]}, see {running.processes.log_of(ended[0])}")
 
 
@@ -52,20 +57,27 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _tell(console: Console, running: Stage, environ: Path) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("webhook endpoint", f"{running.web_url}/webhooks/quiltt")
-    table.add_row("Flower", f"{running.flower_url}  login {FLOWER_LOGIN}")
-    table.add_row("simulator", f"{running.simulator_url}  (stands in for Quiltt; python -m simulator --list)")
-    table.add_row("broker and results", running.redis_url)
-    table.add_row("ledger", running.database_url)
-    for role, url in running.metrics_urls.items():
-        table.add_row(f"metrics of {role}", url)
-    table.add_row("logs", str(running.processes.folder))
+    remarks = {"flower": f"  login {FLOWER_LOGIN}", "simulator": "  (stands in for Quiltt; python -m simulator --list)"}
+    for what, where in _addresses(running).items():
+        table.add_row(what.replace("_", " "), where + remarks.get(what, ""))
     console.print("[bold green]payready is up.[/] Ctrl-C stops it; what is in the ledger stays.\n", highlight=False)
     console.print(table, soft_wrap=True)
     console.print("\nIn another terminal, start a payment and look at it:\n")
     for line in (f". {shlex.quote(str(environ))}", *EXAMPLES):
         console.print(f"    {line}", style="cyan", highlight=False, soft_wrap=True)
     console.print()
+
+
+def _addresses(running: Stage) -> dict[str, str]:
+    return {
+        "webhook_endpoint": f"{running.web_url}/webhooks/quiltt",
+        "flower": running.flower_url,
+        "simulator": running.simulator_url,
+        "broker_and_results": running.redis_url,
+        "ledger": running.database_url,
+        **{f"metrics_of_{role}": url for role, url in running.metrics_urls.items()},
+        "logs": str(running.processes.folder),
+    }
 
 
 EXAMPLES = (

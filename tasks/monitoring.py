@@ -1,6 +1,7 @@
 """What the Celery roles tell Prometheus: each its own counts, and beat what the ledger and the queues look like."""
 
 import time
+from functools import partial
 from typing import Any
 
 from celery.signals import beat_init, heartbeat_sent, worker_init
@@ -10,7 +11,7 @@ from tasks.app import app
 from tasks.queues import Queues
 from worker import metrics
 from worker.runtime import runtime
-from worker.watch import Watch
+from worker.watch import Watch, of_redis
 
 SILENCE_S = 30.0
 """A worker that sent no heartbeat for this long is cut off from its broker."""
@@ -38,5 +39,6 @@ def _serve_worker(**_: Any) -> None:
 def _serve_beat(**_: Any) -> None:
     if settings().metrics_port:
         metrics.ask("ledger", Watch(runtime()))
+        metrics.ask("redis", partial(of_redis, runtime()))
         metrics.ask("broker", Queues(app))
         metrics.serve(settings().metrics_host, settings().metrics_port)

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
@@ -29,12 +30,10 @@ class Queues:
 
     def __call__(self) -> Iterator[Figure]:
         """The figures now; raises what the broker's client does when it is away."""
-        with self._app.connection_for_read() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=3)
-            channel = connection.default_channel
-            lengths = {(name,): float(_length(connection, channel, name)) for name in QUEUES}
+        with _channel(self._app) as (connection, channel):
+            counts = {(name,): float(_length(connection, channel, name)) for name in QUEUES}
             ages = {(name,): self._age(channel, name) for name in QUEUES} if hasattr(channel, "_q_for_pri") else {}
-        yield Figure("payready_queue_messages", "Messages that no worker has taken.", lengths, ("queue",))
+        yield Figure("payready_queue_messages", "Messages that no worker has taken.", counts, ("queue",))
         yield Figure("payready_queue_oldest_seconds", "How old the first of them is.", ages, ("queue",))
 
     def _age(self, channel: Any, name: str) -> float:
@@ -52,6 +51,19 @@ class Queues:
         if len(marks) > MAX_MARKS:
             self._marks[key] = deque(list(marks)[::2])
         return now - marks[0][0] if marks else 0.0
+
+
+def lengths(app: Celery) -> dict[str, int]:
+    """How many messages lie in each queue; raises what the broker's client does when it is away."""
+    with _channel(app) as (connection, channel):
+        return {name: _length(connection, channel, name) for name in QUEUES}
+
+
+@contextmanager
+def _channel(app: Celery) -> Iterator[tuple[Any, Any]]:
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=3)
+        yield connection, connection.default_channel
 
 
 def _length(connection: Any, channel: Any, name: str) -> int:

@@ -57,4 +57,4 @@ def _while_the_ledger_answers() -> Iterator[None]:
     try:
         yield
     except LEDGER_AWAY as error:
-        log.error("the database does not answer: %s", " ".join(str(getattr(error, "orig", error)).split()))
+        log.error("upkeep stands still, the database is away: %s", " ".join(str(getattr(error, "orig", error)).split()))

@@ -75,8 +75,16 @@ class Stale(SignatureRefused):
     reason = "stale"
 
     def __init__(self, age_s: int) -> None:
-        super().__init__(f"signed {age_s} s before our clock")
+        super().__init__(f"signed {abs(age_s)} s {'before' if age_s >= 0 else 'after'} the time that it is here")
         self.age_s = age_s
+
+
+def sign(body: bytes, secret: str, now: datetime) -> dict[str, str]:
+    """The headers that Quiltt would send with `body`: with them the endpoint can be tried."""
+    timestamp = str(int(_unix_seconds(now)))
+    signer = _signer(secret).copy()
+    signer.update(timestamp.encode() + body)
+    return {TIMESTAMP_HEADER: timestamp, SIGNATURE_HEADER: base64.b64encode(signer.digest()).decode()}
 
 
 def verify(

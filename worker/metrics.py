@@ -13,11 +13,12 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one more sample each, that nothing here reads
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 ASK_AGAIN_S = 5.0
@@ -38,10 +39,11 @@ EVENTS = Counter("payready_webhook_events", "Events of rightly signed deliveries
 
 SUBSCRIPTION = Gauge(
     "payready_webhook_subscription_flaws",
-    "What is wrong with our webhook subscription at the provider, by the last check that this process made.",
+    "What is wrong with our webhook subscription at the provider, by a check that this process made lately.",
 )
-"""0: nothing; NaN: not known. Only workers check, one at a time; where there are several, look at the greatest."""
-SUBSCRIPTION.set(float("nan"))
+"""0: nothing; NaN: not known. One worker at a time checks; where there are several, look at the greatest."""
+CHECK_LASTS_S = 180.0
+"""So long a check counts: the next one may be another worker's, and find another thing."""
 HELD_BACK = Counter("payready_calls_held_back", "Calls that had to wait for leave to go out.", ["why"])
 """`full`: the budget of calls per second is spent. `shut`: the breaker is open."""
 BREAKER_OPENED = Counter("payready_breaker_opened", "How often calls were stopped, as the provider only failed.")
@@ -72,6 +74,29 @@ SETTLED_AFTER_EVENT = Histogram(
     "From the arrival of a balance to the settlement of those who waited for it.",
     buckets=SECONDS,
 )
+
+
+class Lately:
+    """A value that is not known any more, NaN, unless it is noted again in time: another process may know better."""
+
+    def __init__(self, lasts_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lasts_s = lasts_s
+        self._clock = clock
+        self._noted = float("-inf"), float("nan")
+
+    def note(self, value: float) -> None:
+        """It is this just now."""
+        self._noted = self._clock(), value
+
+    def __call__(self) -> float:
+        """What it is, as far as it is known."""
+        at, value = self._noted
+        return value if self._clock() - at < self._lasts_s else float("nan")
+
+
+FLAWS = Lately(CHECK_LASTS_S)
+"""What is wrong with our subscription; who checks notes it here."""
+SUBSCRIPTION.set_function(FLAWS)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from worker.messages import AccountView
 
 _REFUSALS = {
     400: (Reason.ACCOUNT_UNSUPPORTED, "the provider does not refresh accounts of this kind"),
-    401: (Reason.NOT_AUTHORIZED, "the provider does not accept our API key"),
+    401: (Reason.NOT_AUTHORIZED, "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)"),
     403: (Reason.CONNECTION_INACTIVE, "the account's connection is disconnected or in an error state"),
     404: (Reason.ACCOUNT_NOT_FOUND, "the provider does not know the account"),
 }

@@ -121,7 +121,11 @@ class Subscriptions:
         except httpx.RequestError as error:
             raise Unsent(f"the provider could not be asked about webhooks: {type(error).__name__}") from error
         if answer.status_code in (401, 403):
-            raise Refused(answer.status_code, Reason.NOT_AUTHORIZED, "the provider does not accept our API key")
+            raise Refused(
+                answer.status_code,
+                Reason.NOT_AUTHORIZED,
+                "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
+            )
         if not answer.is_success:
             raise _undocumented(answer)
         return answer
@@ -136,9 +140,9 @@ def check(provider: Subscriptions, url: str) -> None:
     try:
         found = flaws(provider.all(), url)
     except CallFailed as failure:
-        metrics.SUBSCRIPTION.set(float("nan"))
+        metrics.FLAWS.note(float("nan"))
         log.warning("the webhook subscription could not be checked: %s", failure)
         return
-    metrics.SUBSCRIPTION.set(len(found))
+    metrics.FLAWS.note(len(found))
     for flaw in found:
         log.warning("webhook subscription: %s; see payready webhooks status", flaw)

@@ -1,4 +1,4 @@
-"""The ledger's figures for Prometheus, told by one role for all of them."""
+"""What the ledger and Redis say for Prometheus, told by one role for all of them."""
 
 import logging
 from collections import Counter
@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+from worker.caps import Cap, day_of
 from worker.errors import Reason
 from worker.fees import EntryState
 from worker.ledger import figures
-from worker.ledger.database import LEDGER_AWAY, reading
+from worker.ledger.database import LEDGER_AWAY, Tx, reading
+from worker.ledger.fees import spent
 from worker.ledger.figures import Crowd, Entry
 from worker.metrics import Figure
 from worker.payment import OPEN, PaymentState, RefreshState
@@ -58,6 +60,7 @@ class Watch:
         self._since = until
         yield from _unfinished(standing, now)
         yield from self._finished(self._open)
+        yield from self._caps(now)
 
     def _open_before(self, start: datetime) -> dict[str, Entry]:
         """The calls that were open at the start. A ledger too large to tell soon is not asked again."""
@@ -92,6 +95,42 @@ class Watch:
         yield Figure("payready_open_calls", "Calls neither posted nor void.", {(): float(len(open_calls))})
         sums = {key: float(amount) for key, amount in pending.items()}
         yield Figure("payready_open_fees", "What open calls may come to.", sums, ("currency",))
+
+    def _caps(self, now: datetime) -> Iterator[Figure]:
+        """Apart from the rest, as a month takes long to count where it is large, once a minute."""
+        try:
+            with reading(self._rt.engine) as tx:
+                figures.be_brief(tx)
+                used = {(cap.value,): share for cap, share in caps_used(self._rt, tx, now).items()}
+        except LEDGER_AWAY:
+            log.warning("how far caps are used is not told: the ledger took too long to count it")
+            return
+        yield Figure("payready_fee_cap_used_ratio", "How much of a cap on fees is used, if it is set.", used, ("cap",))
+
+
+def caps_used(rt: Runtime, tx: Tx, now: datetime) -> dict[Cap, float]:
+    """How much of each cap on the fees of all accounts is used, as a share of 1."""
+    used = {}
+    if rt.caps.per_day is not None:
+        used[Cap.DAY] = _share(spent(tx, rt.prices.currency, day_of(now)), rt.caps.per_day)
+    if rt.caps.per_month is not None:
+        used[Cap.MONTH] = _share(rt.spending.month(tx, rt.prices.currency, now), rt.caps.per_month)
+    return used
+
+
+def _share(amount: Decimal, cap: Decimal) -> float:
+    return float(amount / cap) if cap else 1.0  # a cap of 0 stops all calls
+
+
+def of_redis(rt: Runtime) -> Iterator[Figure]:
+    """The gate's position, and how full Redis is; raises `CORRELATION_AWAY`."""
+    gate = rt.gate.position(rt.clock())
+    is_shut = float(gate.shut_until is not None)
+    yield Figure("payready_breaker_shut", "1 while no calls are made, as the provider only fails.", {(): is_shut})
+    yield Figure("payready_call_budget_used_ratio", "Of the calls that may go out at once.", {(): gate.budget_used})
+    yield Figure(
+        "payready_redis_memory_used_ratio", "Of its maxmemory; 0: no limit.", {(): rt.correlation.memory_used()}
+    )
 
 
 def _unfinished(standing: figures.Standing, now: datetime) -> Iterator[Figure]:

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from config.settings import settings
@@ -57,6 +58,22 @@ def test_every_report_is_there_as_json(run: Run) -> None:
     assert stated["totals"] == {"USD": {**counts, **sums, "saved": saved}}
     (line,) = stated["lines"]
     assert line == {"key": "2026-11-22", "price": "0.100000", "currency": "USD", **counts, **sums, "saved": None}
+
+
+def test_every_command_has_its_answer_as_json() -> None:
+    """Whoever writes a program need not read what is written for people."""
+
+    def commands(group: Any, words: str = "payready") -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            yield from (
+                commands(command, f"{words} {name}") if hasattr(command, "commands") else [(f"{words} {name}", command)]
+            )
+
+    found = dict(commands(typer.main.get_command(app)))
+    assert len(found) > 15
+    assert [
+        name for name, command in found.items() if "--json" not in {o for p in command.params for o in p.opts}
+    ] == []
 
 
 def test_tables_name_what_they_list(run: Run) -> None:

@@ -148,7 +148,7 @@ def watched() -> float:
     chosen = settings.__wrapped__()
     with runtime.subscriptions(chosen) as provider:
         check(provider, str(chosen.webhook_url))
-    return float(metrics.SUBSCRIPTION._value.get())
+    return float(metrics.FLAWS())
 
 
 def test_a_subscription_is_made_watched_mended_and_ended(

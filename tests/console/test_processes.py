@@ -1,5 +1,6 @@
 """Processes start, say when they do not, and never outlive who started them."""
 
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from console.interrupts import Interrupted, interrupts
-from console.processes import ROOT, Processes, StartError, free_port, procfile
+from console.processes import ROOT, Processes, StartError, answers, free_port, procfile
 
 
 def processes_with(mark: str) -> list[str]:
@@ -144,4 +145,21 @@ def test_commands_that_are_interrupted_while_they_start_leave_nothing_running(co
             assert running.poll() is None
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(20) == 128 + signal.SIGINT
+    assert processes_with(mark) == []
+
+
+def test_up_tells_programs_where_all_of_it_is_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Standard output is one JSON object; SIGTERM is how it is meant to end."""
+    mark, told = f"mark{uuid.uuid4().hex}", tmp_path / "told"
+    payready = [sys.executable, "-m", "console.cli", "up", "--json"]
+    environ = {**os.environ, "MARK": mark}
+    with told.open("wb") as out, subprocess.Popen(payready, cwd=ROOT, env=environ, stdout=out) as running:
+        while not told.read_text().endswith("}\n"):
+            time.sleep(0.05)
+            assert running.poll() is None
+        addresses = json.loads(told.read_text())
+        assert answers(addresses["webhook_endpoint"].replace("/webhooks/quiltt", "/readyz"))
+        assert answers(addresses["metrics_of_beat"])
+        running.terminate()
+        assert running.wait(20) == 0
     assert processes_with(mark) == []

@@ -42,7 +42,7 @@ def test_every_metric_that_is_watched_is_told(name: str) -> None:
     """A panel or an alert on a metric that nobody tells is silent for ever."""
     sources = [*(ROOT / "worker").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
     told = {found for path in sources for found in re.findall(r'"(payready_[a-z_]+)"', path.read_text())}
-    told |= {"payready_ledger_up", "payready_broker_up"}
+    told |= {"payready_ledger_up", "payready_broker_up", "payready_redis_up"}
     watched = {
         re.sub(r"_(total|bucket|count|sum)$", "", found)
         for expression in _expressions(DEPLOY / name)

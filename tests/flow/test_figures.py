@@ -1,14 +1,16 @@
 """What Prometheus is told: the ledger's figures while a story goes on."""
 
+import math
 from collections.abc import Callable
+from decimal import Decimal
 
 import pytest
 
 from tests.support.world import World
 from worker import flow
 from worker.errors import Uncertain
-from worker.metrics import EVENT_AFTER_CALL, SETTLED_AFTER_EVENT, Asked, Figure
-from worker.watch import SETTLE_TIME, Watch
+from worker.metrics import EVENT_AFTER_CALL, SETTLED_AFTER_EVENT, Asked, Figure, Lately
+from worker.watch import SETTLE_TIME, Watch, of_redis
 
 Ask = Callable[..., float]
 
@@ -165,3 +167,46 @@ def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> 
     assert told() == {"payready_ledger_up": 0}
     now[0] += 5
     assert told() == {"payready_ledger_up": 1, "payready_x": 5}
+
+
+def test_caps_are_told_as_far_as_they_are_used(payready: World) -> None:
+    """Posted and pending calls count; a cap that is not set is not told, and one of nought is used up."""
+    payready.rt.settings = payready.rt.settings.model_copy(
+        update={"fee_cap_per_day": Decimal("0.4"), "fee_cap_per_month": Decimal(0)}
+    )
+    watch = Watch(payready.rt)
+
+    def used() -> object:
+        return {figure.name: figure.values for figure in watch()}["payready_fee_cap_used_ratio"]
+
+    assert used() == {("day",): 0, ("month",): 1}
+    payready.rt.settings = payready.rt.settings.model_copy(update={"fee_cap_per_month": None})
+    payready.initiate("pay_1", "acct_a")
+    payready.work()
+    assert used() == {("day",): 0.25}
+
+
+def test_the_breaker_shows_for_as_long_as_it_holds_calls_back(payready: World) -> None:
+    """And the budget as far as it is spent."""
+
+    def told() -> dict[str, float]:
+        return {figure.name: figure.values[()] for figure in of_redis(payready.rt)}
+
+    assert told()["payready_breaker_shut"] == told()["payready_call_budget_used_ratio"] == 0
+    for _ in range(payready.rt.settings.breaker_failures):
+        payready.rt.gate.report("failed", payready.clock(), payready.clock())
+    assert told()["payready_breaker_shut"] == 1
+    payready.clock.advance(6)
+    assert told()["payready_breaker_shut"] == 0
+
+
+def test_what_one_process_found_is_forgotten_for_what_another_may_have_found_since() -> None:
+    """Of several workers only one checks at a time: the greatest of their values must not be an old one."""
+    now = [0.0]
+    flaws = Lately(180, clock=lambda: now[0])
+    assert math.isnan(flaws())
+    flaws.note(2)
+    now[0] = 179
+    assert flaws() == 2
+    now[0] = 180
+    assert math.isnan(flaws())

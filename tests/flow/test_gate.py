@@ -12,7 +12,7 @@ from redis import Redis
 
 from tests.support.world import SETTINGS, START, Databases, World, gate_of, world
 from worker import flow
-from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, Gate, HeldBack
+from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, Gate, HeldBack, Position
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
 from worker.ledger import fees
 
@@ -362,3 +362,18 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
         payready.lose()
         payready.pass_time(20)
         assert "acct_a" in payready.provider.calls
+
+
+def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: Gate) -> None:
+    """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
+    assert gate.position(START) == Position(None, 0.0)
+    assert gate.admit(START, in_turn=False) is None
+    assert gate.position(START) == Position(None, 1.0)
+    assert gate.position(START + timedelta(seconds=0.125)).budget_used == 0.5
+    for _ in range(3):
+        gate.report("failed", START, START)
+    assert gate.position(START).shut_until == START + PAUSE
+    assert gate.position(START + PAUSE).shut_until is None, "the next call tries it"
+    assert gate.position(START - timedelta(hours=1)).shut_until is None, "by a clock that was wrong"
+    gate.report("answered", START, START)
+    assert gate.position(START).shut_until is None

@@ -35,6 +35,17 @@ def test_an_exception_takes_back_all_of_a_transaction(engine: Engine) -> None:
         assert payments.still_waiting(tx, ["p1"]) == []
 
 
+def test_a_database_that_is_behind_is_away_and_says_what_to_do(engine: Engine) -> None:
+    """So jobs and deliveries that come before the migration come again after it, on either database."""
+    for statement in (
+        "SELECT * FROM table_to_come",
+        "SELECT column_to_come FROM payment",
+        "INSERT INTO payment (to_come) VALUES (1)",
+    ):
+        with pytest.raises(LEDGER_AWAY, match="run the role `release`"), transaction(engine) as tx:
+            tx.execute(text(statement))
+
+
 def test_a_row_that_is_known_is_not_new(engine: Engine) -> None:
     """In one statement with others, and when it comes twice in it."""
     row = {"event": b"{}", "reason": "x", "received_at": START}

@@ -112,6 +112,8 @@ def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
     assert found["flower"] == ("ok", "asks for a login")
+    assert found["beat"] == ("ok", "ticks")
+    assert found["webhook"][0] == "ok"
 
 
 def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
         "database": "never migrated; this release needs 0001",
         "broker": f"the broker or the result backend is away: {AWAY} (PAYREADY_REDIS_URL)",
         "result backend": AWAY,
-        "api key": "the provider does not accept our API key",
+        "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
         "webhook secrets": "none: every delivery is refused",
     }
     faults = operation.faults(
@@ -140,13 +142,33 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
     assert "could not be asked" in faults["api key"]
 
 
+def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None:
+    """A subscription that is gone, an endpoint with another secret, calls that nothing answers, a cap that is used."""
+    payready = operation.payready
+    for number in range(3):
+        payready.initiate(f"pay_never{number}", f"acct_never9{number}", timeout_s=600)
+    old = "state = 'pending' AND called_at < now() - interval '1.5 s'"
+    eventually(lambda: payready.rows(f"SELECT count(*) AS calls FROM fee_entry WHERE {old}")[0]["calls"] == 5)
+    assert operation.faults(
+        PAYREADY_WEBHOOK_SECRETS="another-secret",
+        PAYREADY_WEBHOOK_URL="https://pay.example/webhooks/quiltt",
+        PAYREADY_REFRESH_WINDOW_S="1",
+        PAYREADY_FEE_CAP_PER_DAY="0.1",
+    ) == {
+        "webhook": f"{payready.web_url}/webhooks/quiltt answers 401 to a signed delivery",
+        "subscription": "no subscription delivers to https://pay.example/webhooks/quiltt",
+        "balances": "of 5 calls accepted in the last quarter of an hour 4 brought no balance",
+        "fee cap": "500% of the cap per day is used",
+    }
+
+
 def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     """A Redis that forgets, a queue that nobody serves, an open Flower, another release's worker."""
     payready = operation.payready
     with payready.service.connection_for_write() as connection:
         valkey = connection.default_channel.client
         valkey.config_set("maxmemory-policy", "allkeys-lru")
-    payready.kill("refresh")
+    payready.kill("refresh", "beat")
     port = free_port()
     processes: Processes = payready.processes
     command = procfile()["flower"].replace("exec celery", "unset FLOWER_BASIC_AUTH; exec celery")
@@ -155,8 +177,10 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     processes.wait_for("open", lambda: answers(f"{operation.flower_url}/healthcheck"))
     faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
     assert "runs with another result_expires" in faults.pop("celery")
+    faults.pop("balances", None)  # of the test before
     assert faults == {
         "redis": "maxmemory-policy is allkeys-lru",
         "workers": "nobody takes from the queue refreshes",
+        "beat": "no tick came for 1.5 s",
         "flower": "lets anyone in",
     }

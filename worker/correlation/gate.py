@@ -32,6 +32,16 @@ class HeldBack:
     until: datetime
 
 
+@dataclass(frozen=True)
+class Position:
+    """How the gate stands."""
+
+    shut_until: datetime | None
+    """None: calls go out, if only one that tries whether they still fail."""
+    budget_used: float
+    """How much of what may go out at once is spent, from 0 to 1."""
+
+
 class Budget:
     """So many requests a second, over all replicas; who cannot go now is given a place. Raises `CORRELATION_AWAY`."""
 
@@ -55,6 +65,7 @@ class Gate(Budget):
 
     def __init__(self, redis: Redis, *, calls_per_s: int, failures: int, probe_limit: timedelta) -> None:
         super().__init__(redis, "gate", per_s=calls_per_s)
+        self._redis = redis
         self._admit = Script(redis, "admit")
         self._give_back = Script(redis, "give_back")
         self._report = Script(redis, "report")
@@ -72,6 +83,15 @@ class Gate(Budget):
         spans = [microseconds(self._probe_limit), microseconds(CROWDED)]
         let_out, why, until = self._admit([self._key], [since_epoch(now), *budget, int(in_turn), *spans, wanted])
         return int(let_out), None if int(let_out) == wanted else HeldBack(why, at_epoch(until))
+
+    def position(self, now: datetime) -> Position:
+        """How it stands, to be told to people; nothing is changed. Raises `CORRELATION_AWAY`."""
+        told = self._redis.hmget(self._key, "tat", "shut")
+        tat, shut = (None if text is None else at_epoch(str(text)) for text in told)
+        spent = max(timedelta(0), (tat or now) - now) / (self._burst * self._interval)
+        # As admit.lua has it: nothing is further ahead but by a clock that was wrong.
+        is_shut = shut is not None and now < shut <= now + LONGEST_PAUSE + timedelta(seconds=1)
+        return Position(shut if is_shut else None, min(1.0, spent))
 
     def give_back(self, unused: int) -> None:
         """So many calls that were let out are not made."""

@@ -79,6 +79,12 @@ class Correlation:
         """What the server says of itself: the fields of its INFO."""
         return cast(Mapping[str, Any], self._redis.info())
 
+    def memory_used(self) -> float:
+        """How much of its `maxmemory` the server uses, as a share of 1; 0 if it has no such limit."""
+        facts = self.facts()
+        limit = int(facts.get("maxmemory", 0))
+        return int(facts.get("used_memory", 0)) / limit if limit else 0.0
+
     def clock(self) -> datetime:
         """What time it is to the server."""
         whole, rest = self._redis.time()

@@ -1,6 +1,7 @@
 """How the ledger is reached: one engine a process, short transactions, one lock an account."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
@@ -25,12 +27,14 @@ from sqlalchemy import (
 )
 from sqlalchemy import Connection as Tx
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 __all__ = [
     "LEDGER_AWAY",
     "Engine",
+    "NotMigrated",
     "Row",
     "Tx",
     "among",
@@ -44,8 +48,16 @@ __all__ = [
     "transaction",
 ]
 
-LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
-"""What is raised when the database cannot be reached, or does not answer in time."""
+
+class NotMigrated(Exception):
+    """The database is behind this release: run the role `release` (alembic upgrade head)."""
+
+    def __init__(self) -> None:
+        super().__init__(self.__doc__)
+
+
+LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
+"""What is raised when the database cannot be reached, does not answer in time, or is not migrated yet."""
 POSTGRES = {
     "connect_timeout": 5,
     "application_name": "payready",
@@ -73,6 +85,7 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
             pool_timeout=BUSY_S,
             hide_parameters=True,  # an error's text must not show what a payment is about
         )
+        event.listen(engine, "handle_error", _name_what_is_behind)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin)
         return engine
@@ -86,9 +99,18 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
         hide_parameters=True,
         connect_args=POSTGRES,
     )
+    event.listen(engine, "handle_error", _name_what_is_behind)
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine))
     return engine
+
+
+def _name_what_is_behind(context: ExceptionContext) -> None:
+    """A table or column that is not there is no fault of the statement: it comes with the migration."""
+    error = context.original_exception
+    is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
+    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # the second are SQLite's words
+        raise NotMigrated
 
 
 def _note_use(_connection: object, record: Any) -> None:

@@ -180,11 +180,12 @@ class Spending:
             today = spent(tx, price.currency, day_of(now))
             used.append(Used(Cap.DAY, caps.per_day, today, price.per_call, price.currency))
         if caps.per_month is not None:
-            month = self._month(tx, price.currency, now)
+            month = self.month(tx, price.currency, now)
             used.append(Used(Cap.MONTH, caps.per_month, month, price.per_call, price.currency))
         return used
 
-    def _month(self, tx: Tx, currency: str, now: datetime) -> Decimal:
+    def month(self, tx: Tx, currency: str, now: datetime) -> Decimal:
+        """What the calls of this month cost, or may cost."""
         since = month_of(now)
         until = max(since, day_of(now - LAGGING))
         span = (since, until, currency)

@@ -109,6 +109,13 @@ def entries(tx: Tx, after: datetime, until: datetime) -> list[Entry]:
     return [Entry(row[0], EntryState(row[1]), row[2], row[3]) for row in tx.execute(query)]
 
 
+def calls_made(tx: Tx, after: datetime, until: datetime) -> Mapping[RefreshState, int]:
+    """Calls made after `after` up to `until`, by what became of the refreshes that they were made for."""
+    query = select(F.state, func.count()).join_from(FEE_ENTRY, REFRESH, F.refresh_id == E.refresh_id)
+    opened = query.where(E.called_at > after, E.called_at <= until, E.state == EntryState.PENDING)
+    return {RefreshState(row[0]): row[1] for row in tx.execute(opened.group_by(F.state))}
+
+
 def open_calls(tx: Tx, after: datetime, until: datetime) -> list[Entry]:
     """The pending entries written after `after` up to `until` whose call is neither posted nor void."""
     final = FEE_ENTRY.alias("final")

@@ -1,0 +1,22 @@
+"""What is logged, and what is left out of it."""
+
+import logging
+
+import pytest
+
+from config.logs import configure_logging
+from config.settings import Settings
+
+
+def test_a_tick_that_finds_no_broker_is_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """Celery's beat would log a stack for each, twice a second for as long as the broker is away."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    try:
+        configure_logging(Settings())
+        logging.getLogger("celery.beat").error("Message Error: %s\n%s", "refused", ["a stack"], exc_info=False)
+    finally:
+        root.handlers, root.level = handlers, level
+    said = capsys.readouterr().err
+    assert "Message Error: refused" in said
+    assert "a stack" not in said
