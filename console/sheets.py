@@ -133,9 +133,13 @@ def reconciliation(found: Reconciliation, title: str) -> RenderableType:
     if found.only_theirs:
         count = len(found.only_theirs)
         parts += [Text(f"\n{count} charges are for no call of ours"), _charges(found.only_theirs), *_rest(count)]
-    if found.only_ours:
-        count = len(found.only_ours)
-        parts += [Text(f"\n{count} calls of ours are not charged"), _calls(found.only_ours), *_rest(count)]
+    left = {call.call_id for call in found.left}
+    for what, calls in (
+        ("calls of ours are not charged", [call for call in found.only_ours if call.call_id not in left]),
+        ("pending calls near the month's ends are left to the neighbouring month's invoice", found.left),
+    ):
+        if calls:
+            parts += [Text(f"\n{len(calls)} {what}"), _calls(calls), *_rest(len(calls))]
     return Group(*parts)
 
 

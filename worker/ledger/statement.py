@@ -327,11 +327,11 @@ def questions(tx: Tx, before: datetime) -> list[Question]:
     return [Question(*row) for row in tx.execute(query.order_by(opened.called_at, opened.call_id))]
 
 
-def calls(tx: Tx, since: datetime, until: datetime) -> list[LedgerCall]:
-    """The calls made from `since` to before `until`, as they stand."""
+def calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:
+    """The calls in this currency made from `since` to before `until`, as they stand."""
     _make_room(tx)
     opened = _OPENED.c
     state = func.coalesce(_CLOSED.c.state, EntryState.PENDING.value).label("state")
     query = select(opened.call_id, opened.account_id, opened.called_at, state, opened.price).select_from(_CALLS)
-    rows = tx.execute(query.where(_IS_OPENED, opened.called_at >= since, opened.called_at < until))
-    return [LedgerCall(row[0], row[1], row[2], EntryState(row[3]), row[4]) for row in rows]
+    query = query.where(_IS_OPENED, opened.currency == currency, opened.called_at >= since, opened.called_at < until)
+    return [LedgerCall(row[0], row[1], row[2], EntryState(row[3]), row[4]) for row in tx.execute(query)]
