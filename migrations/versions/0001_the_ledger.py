@@ -241,7 +241,7 @@ OPENED = " AND ".join(
 
 
 def _only_add_fee_entries() -> None:
-    """Let the database itself refuse to change or remove a line of the fee ledger, or to close a call unlike its opening."""
+    """Let the database itself refuse to change or remove a fee entry, or to close a call unlike its opening."""
     is_opened = f"EXISTS (SELECT FROM fee_entry opened WHERE opened.state = 'pending' AND {OPENED})"
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("UPDATE", "DELETE"):
