@@ -32,7 +32,7 @@ from worker.invoice import (
 from worker.ledger import fees, statement
 from worker.ledger.database import Tx, lock_invoices
 from worker.ledger.fees import Invoice
-from worker.messages import plain
+from worker.ledger.statement import Line, Share
 from worker.runtime import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
@@ -66,7 +66,7 @@ def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_j
     lines = statement.lines(tx, since, until, group)
     totals = sheets.totals(lines, statement.savings(tx, since, until) if by is None else {})
     if as_csv:
-        _write_csv(map(sheets.flat, lines))
+        _write_csv(lines, group)
     elif as_json:
         told = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
         typer.echo(show.as_json(told))
@@ -77,7 +77,7 @@ def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_j
 def _tell_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
     shares = statement.shares(tx, since, until)
     if as_csv:
-        _write_csv(map(sheets.flat, shares))
+        _write_csv(shares, "payment")
     elif as_json:
         typer.echo(show.as_json({"month": f"{since:%Y-%m}", "by": By.PAYMENT, "lines": list(shares)}))
     else:
@@ -88,13 +88,10 @@ def _title(since: datetime) -> str:
     return f"Calls of {since:%Y-%m} (UTC)"
 
 
-def _write_csv(rows: Iterable[dict[str, Any]]) -> None:
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({name: plain(value) if isinstance(value, Decimal) else value for name, value in row.items()})
+def _write_csv(lines: Iterable[Line | Share], by: str) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(sheets.COLUMNS[by])
+    writer.writerows(sheets.flat(line, by) for line in lines)
 
 
 def _month(text: str | None) -> tuple[datetime, datetime]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from worker import funds, metrics, payment
@@ -321,7 +321,7 @@ def _cap_reached(rt: Runtime, tx: Tx, account_id: str, price: Price, now: dateti
         log.error("no call for %s, a fee cap is reached: %s", account_id, reached)
         return f"a fee cap is reached: {reached}"
     for cap in used:
-        if cap.warns:
+        if cap.warns and rt.spending.is_news(cap, account_id, now):
             metrics.CAPS_NEAR.labels(cap.cap.value).inc()
             log.warning("a fee cap is near: %s", cap)
     return None
@@ -632,13 +632,14 @@ def _settle_all(rt: Runtime, tx: Tx, balance: Row[Any], answered: _Answered | No
         return []
     to_share = answered is not None and _is_to_share(tx, answered)
     sharing = [to_share and answered is not None and _shares(answered.flight, w) for w in fresh]
-    shares = _shares_of_fee(rt, tx, answered, sum(sharing))
+    shares = _shares_of_fee(tx, answered, sum(sharing))
+    nothing = cache(partial(_nothing_due, rt, tx, answered))
     released = payments.released_since(tx, balance.account_id, _shown_from(balance, answered) - rt.settings.clock_skew)
     purse = Funds(balance.available, balance.limit, tuple(released))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
         judgement = funds.judge(waiting.job, purse)
-        fee, shared_by = next(shares) if in_on_it else (_nothing_due(rt), 0)
+        fee, shared_by = next(shares) if in_on_it else (nothing(), 0)
         settlements.append(_verdict(waiting, balance, answered, judgement, fee, shared_by, now))
         if judgement.reason is None:
             purse = purse.less(waiting.job.amount)
@@ -678,26 +679,31 @@ def _is_to_share(tx: Tx, answered: _Answered) -> bool:
     return answered.first and not payments.has_released(tx, answered.flight.refresh_id)
 
 
-def _shares_of_fee(rt: Runtime, tx: Tx, answered: _Answered | None, newcomers: int) -> Iterator[tuple[FeeShare, int]]:
+def _shares_of_fee(tx: Tx, answered: _Answered | None, newcomers: int) -> Iterator[tuple[FeeShare, int]]:
     """The parts of the refresh's fee that fall to those settled now, after those it failed before."""
     if answered is None or not newcomers:
         return
-    total, state = _fee_of(tx, answered.flight.refresh_id)
+    total, currency, state = _fee_of(tx, answered.flight.refresh_id)
     before = payments.sharers(tx, answered.flight.refresh_id)
     sharers = before + newcomers
     for index in range(before, sharers):
-        yield FeeShare(amount=share(total, sharers, index), currency=rt.prices.currency, state=state.value), sharers
+        yield FeeShare(amount=share(total, sharers, index), currency=currency, state=state.value), sharers
 
 
-def _fee_of(tx: Tx, refresh_id: str) -> tuple[Decimal, EntryState]:
-    sums: dict[EntryState, Decimal] = {}
-    for made in fees.calls_of(tx, [refresh_id]):
-        sums[made.state] = sums.get(made.state, Decimal(0)) + made.price
-    return due_in_total(sums)
+def _fee_of(tx: Tx, refresh_id: str) -> tuple[Decimal, str, EntryState]:
+    """What the refresh's calls cost, in the currency of the last one: sums of two currencies are none."""
+    calls = fees.calls_of(tx, [refresh_id])
+    currency, sums = calls[-1].currency, dict[EntryState, Decimal]()
+    for made in calls:
+        if made.currency == currency:
+            sums[made.state] = sums.get(made.state, Decimal(0)) + made.price
+    total, state = due_in_total(sums)
+    return total, currency, state
 
 
-def _nothing_due(rt: Runtime) -> FeeShare:
-    return FeeShare(amount=Decimal(0), currency=rt.prices.currency, state="reused")
+def _nothing_due(rt: Runtime, tx: Tx, answered: _Answered | None) -> FeeShare:
+    currency = _fee_of(tx, answered.flight.refresh_id)[1] if answered else rt.prices.currency
+    return FeeShare(amount=Decimal(0), currency=currency, state="reused")
 
 
 def _verdict(

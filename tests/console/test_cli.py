@@ -103,6 +103,28 @@ def test_a_statement_says_the_same_in_every_form(run: Run, by: str) -> None:
     assert run(*words, "--json", "--csv").exit_code == 2
 
 
+COUNTED = "currency,calls,posted,pending,void,posted_amount,pending_amount"
+HEADS = {
+    None: f"key,price,{COUNTED}",
+    "account": f"key,{COUNTED},shared,by_sharing,reused,by_reuse",
+    "day": f"key,{COUNTED},shared,by_sharing,reused,by_reuse",
+    "payment": "payment_id,account_id,refresh_id,shared_by,fee,currency,state,saved",
+}
+
+
+@pytest.mark.parametrize("by", HEADS)
+def test_a_csv_has_its_columns_whether_there_is_a_line_or_none(run: Run, by: str | None) -> None:
+    """Whoever reads a month without calls finds the columns all the same."""
+    words = ["fees", "statement", "--csv", *(["--by", by] if by else [])]
+    empty = run(*words, "--month", "2026-10").output
+    full = run(*words, "--month", "2026-11").output
+    assert empty == HEADS[by] + "\n"
+    assert full.splitlines()[0] == HEADS[by]
+    assert {line.count(",") for line in full.splitlines()} == {HEADS[by].count(",")}
+    if by == "account":
+        assert full.splitlines()[1] == "acct_a,USD,2,1,1,0,0.100000,0.100000,2,0.400000,1,0.100000"
+
+
 INVOICE = """Acct,When,Fee,No
 acct_a,2026-11-22T12:00:04Z,0.10,1
 acct_a,2026-11-22T12:00:05Z,0.12,2

@@ -285,6 +285,36 @@ def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None
         tx.execute(text(truncate))
 
 
+EURO = PRICES.replace('"USD"', '"EUR"').replace("0.100000", "0.2")
+
+
+def test_a_share_is_in_the_currency_of_its_call(payready: World) -> None:
+    """Whatever the price list says by then; so is the nothing that is owed for its balance when it is used again."""
+    payready.initiate("p1", A)
+    payready.work()
+    payready.rt.prices = read_prices(EURO)
+    payready.balance(A)
+    payready.work()
+    payready.clock.advance(1)
+    payready.initiate("p2", A)
+    payready.work()
+    assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
+    assert payready.outcome("p2")["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
+
+
+def test_a_share_is_of_one_currency(payready: World) -> None:
+    """Dollars are not added to euros: told is the part of the calls in the last one's currency."""
+    payready.provider.script[A] = [Uncertain("timeout"), 202]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.rt.prices = read_prices(EURO)
+    payready.pass_time(16)
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
+    assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "EUR", "state": "posted"}
+
+
 COLUMNS = "call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, at"
 
 

@@ -200,6 +200,16 @@ class Spending:
         self._past = Decimal(0)
         self._counted: tuple[datetime, datetime, str] | None = None
         self._counted_at: datetime | None = None
+        self._warned: tuple[datetime | None, set[tuple[Cap, str | None]]] = (None, set())
+
+    def is_news(self, used: Used, account_id: str, now: datetime) -> bool:
+        """Whether this warning was not given today: calls that turn out to be free bring a cap back to the mark."""
+        if self._warned[0] != day_of(now):
+            self._warned = (day_of(now), set())
+        warned, what = self._warned[1], (used.cap, account_id if used.cap == Cap.ACCOUNT else None)
+        is_new = what not in warned
+        warned.add(what)
+        return is_new
 
     def used(self, tx: Tx, caps: Caps, account_id: str, price: Price, now: datetime) -> list[Used]:
         """Each cap that is set, as it stands. The account must be held; holds the spending if that is capped."""

@@ -7,7 +7,7 @@ so does what it was good for, whenever that was.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -108,20 +108,21 @@ def _units(price: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.round(price * literal(int(1 / UNIT), Integer)), BigInteger)
 
 
-def _sum(value: ColumnElement[Any]) -> ColumnElement[int]:
-    return cast(func.coalesce(func.sum(value), 0), BigInteger)
+def _sum(value: ColumnElement[Any], *which: ColumnElement[bool]) -> ColumnElement[int]:
+    total = func.sum(value).filter(*which) if which else func.sum(value)
+    return cast(func.coalesce(total, 0), BigInteger)
 
 
 def _money(units: int) -> Decimal:
     return units * UNIT
 
 
-def _count(state: EntryState) -> ColumnElement[int]:
-    return func.count().filter(E.state == state.value)
+def _count(state: EntryState, *more: ColumnElement[bool]) -> ColumnElement[int]:
+    return func.count().filter(E.state == state.value, *more)
 
 
 def _amount(state: EntryState) -> ColumnElement[int]:
-    return cast(func.coalesce(func.sum(_units(E.price)).filter(E.state == state.value), 0), BigInteger)
+    return _sum(_units(E.price), E.state == state.value)
 
 
 _OPEN, _POSTED, _VOID = EntryState.PENDING, EntryState.POSTED, EntryState.VOID
@@ -194,18 +195,28 @@ def _served() -> Subquery:
     return query.having((sharers > 1) | (reused > 0)).subquery("served")
 
 
-def _cost() -> tuple[ColumnElement[Any], ...]:
-    """What a refresh's calls come to, void ones left out; the entries must be grouped by refresh and currency."""
-    return (
+LOOKBACK = timedelta(days=7)
+"""So long before a period a refresh may have been called first that was called again in it. One that was called even
+earlier is shared to the last unit all the same, but a unit of it may fall to another payment."""
+
+
+def _cost(since: datetime, until: datetime) -> Select[Any]:
+    """What the calls of each refresh come to that were made in the period, void ones left out; and those before it."""
+    now, before = E.called_at >= since, E.called_at < since
+    due = _units(E.price) * case((E.state == _OPEN.value, 1), (E.state == _VOID.value, -1), else_=0)
+    columns = (
         E.refresh_id,
         E.currency,
         func.min(E.account_id).label("account_id"),
-        func.min(E.called_at).label("called_at"),
-        func.max(_units(E.price)).label("price"),
-        (_count(_OPEN) - _count(_POSTED) - _count(_VOID)).label("pending"),
-        _count(_POSTED).label("posted"),
-        (_amount(_OPEN) - _amount(_VOID)).label("total"),
+        func.min(E.called_at).filter(now).label("called_at"),
+        func.max(_units(E.price)).filter(now).label("price"),
+        _sum(case((E.state == _OPEN.value, 1), else_=-1), now).label("pending"),
+        _count(_POSTED, now).label("posted"),
+        _sum(due, now).label("total"),
+        _sum(due, before).label("before"),
     )
+    query = select(*columns).where(_within(since - LOOKBACK, until))
+    return query.group_by(E.refresh_id, E.currency).having(func.max(E.called_at) >= since)
 
 
 def savings(tx: Tx, since: datetime, until: datetime) -> dict[str, Saved]:
@@ -220,22 +231,21 @@ def _savings(
     """The same by a key, which is made of `account_id` and `called_at`, and currency."""
     _make_room(tx)
     served = _served()
-    cost = (
-        select(*_cost(), served.c.sharers, served.c.reused)
-        .join_from(FEE_ENTRY, served, served.c.refresh_id == E.refresh_id)
-        .where(_within(since, until))
-        .group_by(E.refresh_id, E.currency, served.c.sharers, served.c.reused)
-        .subquery("cost")
-    ).c
+    query = _cost(since, until).join_from(FEE_ENTRY, served, served.c.refresh_id == E.refresh_id)
+    query = query.add_columns(served.c.sharers, served.c.reused).group_by(served.c.sharers, served.c.reused)
+    cost = query.subquery("cost").c
     key = key_of(cost)
     more = case((cost.sharers > 1, cost.sharers - 1), else_=0)
+    once = case(
+        (cost.before == 0, 1), else_=0
+    )  # whom it served is told with the first of its calls that cost something
     query = select(
         key.label("key"),
         cost.currency,
-        _sum(more).label("shared"),
+        _sum(more * once).label("shared"),
         _sum(more * cost.total).label("by_sharing"),
-        _sum(cost.reused).label("reused"),
-        _sum(cost.reused * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
+        _sum(cost.reused * once).label("reused"),
+        _sum(cost.reused * once * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
     )
     rows = tx.execute(query.group_by("key", cost.currency))
     return {
@@ -247,14 +257,15 @@ def _savings(
 def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
     """What each payment owes of the calls of the period, then what nobody owes (yet); together, what the calls cost.
 
-    The shares are those of `worker.fees.share`, made by the database.
+    The shares are those of `worker.fees.share`, made by the database. Of a refresh that was called on both sides of a
+    month's end, each month has what it adds: over both, a payment owes its share of all the calls, and no unit more.
     """
     _make_room(tx)
-    cost = select(*_cost()).where(_within(since, until)).group_by(E.refresh_id, E.currency).subquery("cost")
+    cost = _cost(since, until).subquery("cost")
     group = (P.refresh_id, P.reused, cost.c.currency)
     order = (P.settled_at, P.requested_at, P.payment_id)
     place = func.row_number().over(partition_by=group, order_by=order) - 1
-    columns = [cost.c[name] for name in ("refresh_id", "account_id", "currency", "price", "pending", "posted", "total")]
+    columns = [column for column in cost.c if column.name != "called_at"]
     sharing = (
         select(
             P.payment_id,
@@ -267,7 +278,11 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
         .subquery("sharing")
     )
     s = sharing.c
-    fee = s.total // s.sharers + case((s.place < s.total % s.sharers, 1), else_=0)
+
+    def share_of(units: ColumnElement[int]) -> ColumnElement[int]:
+        return units // s.sharers + case((s.place < units % s.sharers, 1), else_=0)
+
+    fee = share_of(s.before + s.total) - share_of(s.before)
     query = select(sharing, fee.label("fee")).order_by(s.account_id, s.refresh_id, s.reused, s.place)
     for row in tx.execute(query.execution_options(yield_per=5000)):
         yield _reused(row) if row.reused else _shared(row)
@@ -278,7 +293,7 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
 
 
 def _reused(row: Row[Any]) -> Share:
-    saved = _money(row.price if row.total else 0)
+    saved = _money(row.price if row.total and not row.before else 0)
     return Share(row.payment_id, row.account_id, row.refresh_id, 0, Decimal(0), row.currency, "reused", saved)
 
 
