@@ -29,6 +29,7 @@ EXPECTED = (
     NoAnswer,
     OSError,
 )
+"""What goes wrong by what was asked for, or by what payready stands on: a sentence says it."""
 
 
 @contextmanager
@@ -36,16 +37,7 @@ def plainly() -> Iterator[None]:
     """What is expected to go wrong is said in a sentence, without a traceback."""
     try:
         yield
-    except (
-        ConfigurationError,
-        StartError,
-        InvalidJob,
-        InvoiceError,
-        PriceListError,
-        CallFailed,
-        NoAnswer,
-        OSError,
-    ) as error:
+    except EXPECTED as error:
         fail(str(error))
     except LEDGER_AWAY as error:
         fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")

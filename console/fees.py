@@ -14,13 +14,25 @@ from typing import Annotated, Any
 
 import typer
 
+from config.settings import settings
 from console import sheets, show
 from console.command import AsJson, ask, change, plainly, screen
-from worker.invoice import Columns, InvoiceError, Period, Reconciliation, read_invoice, reconcile
+from worker.fees import read_prices
+from worker.invoice import (
+    AMOUNT,
+    Columns,
+    InvoiceError,
+    Period,
+    Reconciliation,
+    check_plausible,
+    check_total,
+    read_invoice,
+    reconcile,
+)
 from worker.ledger import fees, statement
-from worker.ledger.database import Tx
+from worker.ledger.database import Tx, lock_invoices
 from worker.ledger.fees import Invoice
-from worker.messages import plain
+from worker.ledger.statement import Line, Share
 from worker.runtime import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
@@ -54,7 +66,7 @@ def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_j
     lines = statement.lines(tx, since, until, group)
     totals = sheets.totals(lines, statement.savings(tx, since, until) if by is None else {})
     if as_csv:
-        _write_csv(map(sheets.flat, lines))
+        _write_csv(lines, group)
     elif as_json:
         told = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
         typer.echo(show.as_json(told))
@@ -65,7 +77,7 @@ def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_j
 def _tell_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
     shares = statement.shares(tx, since, until)
     if as_csv:
-        _write_csv(map(sheets.flat, shares))
+        _write_csv(shares, "payment")
     elif as_json:
         typer.echo(show.as_json({"month": f"{since:%Y-%m}", "by": By.PAYMENT, "lines": list(shares)}))
     else:
@@ -76,13 +88,10 @@ def _title(since: datetime) -> str:
     return f"Calls of {since:%Y-%m} (UTC)"
 
 
-def _write_csv(rows: Iterable[dict[str, Any]]) -> None:
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({name: plain(value) if isinstance(value, Decimal) else value for name, value in row.items()})
+def _write_csv(lines: Iterable[Line | Share], by: str) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(sheets.COLUMNS[by])
+    writer.writerows(sheets.flat(line, by) for line in lines)
 
 
 def _month(text: str | None) -> tuple[datetime, datetime]:
@@ -104,6 +113,9 @@ def fees_reconcile(
     date_column: Annotated[str, typer.Option(help="... the call's day, or its time with a zone.")] = "date",
     amount_column: Annotated[str, typer.Option(help="... what is charged.")] = "amount",
     number_column: Annotated[str | None, typer.Option(help="... the provider's number of the line.")] = None,
+    currency_column: Annotated[str | None, typer.Option(help="... the currency: every line must be in one.")] = None,
+    currency: Annotated[str | None, typer.Option(help="Which calls it is for; default: the price list's.")] = None,
+    total: Annotated[str | None, typer.Option(help="The invoice's sum: its lines must come to it.")] = None,
     tolerance_s: Annotated[int, typer.Option(min=0, max=172_800, help="How far its times may be off ours.")] = 300,
     apply: Annotated[bool, typer.Option("--apply", help="Post and void pending calls by what it says.")] = False,
     as_json: AsJson = False,
@@ -111,33 +123,52 @@ def fees_reconcile(
     """Lay an invoice beside the calls of its month: what agrees, what only one side has, and other prices.
 
     Nothing is changed without --apply. With it, pending calls that the invoice charges are posted, and those that it
-    does not charge are void; doing so twice changes nothing more.
+    does not charge are void; doing so twice changes nothing more. Only calls in the invoice's currency are looked at.
     """
     since, until = _month(month)
     period = Period(since, until, timedelta(seconds=tolerance_s))
-    columns = Columns(account_column, date_column, amount_column, number_column)
+    columns = Columns(account_column, date_column, amount_column, number_column, currency_column)
     with plainly():
+        currency = _currency(currency)
         data = invoice.read_bytes()
-        lines = read_invoice(_text(data), columns, period)
+        lines = read_invoice(_text(data), columns, period, currency)
+        if total is not None:
+            check_total(lines, _sum(total))
         if apply and utc_now() < until + period.tolerance:
             raise InvoiceError(f"{month} is not over: no invoice for it can be complete; look without --apply")
 
-    def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int] | None]:
-        calls = statement.calls(tx, since - period.tolerance, until + period.tolerance)
-        found = reconcile(lines, calls, period)
-        if not apply:
-            return found, None
-        if not found.matched:
-            raise InvoiceError(f"none of its {len(lines)} lines belongs to a call of ours: is it the right file?")
-        named = Invoice(invoice.name, hashlib.sha256(data).hexdigest(), month)
+    def look(tx: Tx) -> Reconciliation:
+        calls = statement.calls(tx, currency, since - period.tolerance, until + period.tolerance)
+        return reconcile(lines, calls, period, fees.applied(tx, currency))
+
+    def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int]]:
+        lock_invoices(tx)
+        found = look(tx)
+        check_plausible(found, is_whole=total is not None)
+        named = Invoice(invoice.name, hashlib.sha256(data).hexdigest(), month, currency)
         return found, fees.settle(tx, found, named, utc_now())
 
-    found, settled = (change if apply else ask)(settle)
+    found, settled = change(settle) if apply else (ask(look), None)
     if as_json:
-        typer.echo(show.as_json(_told(found, month, settled)))
+        typer.echo(show.as_json({"month": month, "currency": currency, **_told(found, settled)}))
         return
-    screen().print(sheets.reconciliation(found, f"{invoice.name} beside the calls of {month} (UTC)"), highlight=False)
+    title = f"{invoice.name} beside the calls of {month} (UTC) in {currency}"
+    screen().print(sheets.reconciliation(found, title), highlight=False)
     typer.echo(_ending(found, settled))
+
+
+def _currency(text: str | None) -> str:
+    if text is None:
+        return read_prices(settings().fees_file.read_text()).currency
+    if not re.fullmatch("[A-Z]{3}", text, re.ASCII):
+        raise typer.BadParameter("must be three capital letters, such as USD", param_hint="--currency")
+    return text
+
+
+def _sum(text: str) -> Decimal:
+    if not re.fullmatch(AMOUNT, text, re.ASCII):
+        raise typer.BadParameter("must be a sum such as 1234.50", param_hint="--total")
+    return Decimal(text)
 
 
 def _text(data: bytes) -> str:
@@ -148,9 +179,8 @@ def _text(data: bytes) -> str:
         raise InvoiceError(f"line {line}: not UTF-8") from None
 
 
-def _told(found: Reconciliation, month: str, settled: tuple[int, int] | None) -> dict[str, Any]:
+def _told(found: Reconciliation, settled: tuple[int, int] | None) -> dict[str, Any]:
     return {
-        "month": month,
         "matched": len(found.matched),
         "price_differences": found.price_differences,
         "charged_though_void": found.charged_though_void,
@@ -158,6 +188,7 @@ def _told(found: Reconciliation, month: str, settled: tuple[int, int] | None) ->
         "only_ours": found.only_ours,
         "to_post": [match.call.call_id for match in found.to_post],
         "to_void": [call.call_id for call in found.to_void],
+        "left": [call.call_id for call in found.left],
         "settled": None if settled is None else {"posted": settled[0], "void": settled[1]},
     }
 

@@ -1,7 +1,7 @@
 """Finance's sheets: the statement, an invoice beside the ledger, open questions."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from itertools import islice
@@ -14,6 +14,7 @@ from console.show import money, styled, table
 from worker.invoice import LedgerCall, Match, Reconciliation
 from worker.invoice import Line as Charge
 from worker.ledger.statement import Line, Question, Saved, Share
+from worker.messages import plain
 
 ROWS = 100
 """A table for people has no more; programs are given all."""
@@ -106,11 +107,21 @@ def shares(told: Iterable[Share], title: str) -> RenderableType:
     return Group(sheet, *_rest(ROWS + sum(1 for _ in rows)))
 
 
-def flat(line: Line | Share) -> dict[str, Any]:
+COUNTED = ("currency", "calls", "posted", "pending", "void", "posted_amount", "pending_amount")
+SAVED = tuple(column.name for column in fields(Saved))
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "price": ("key", "price", *COUNTED),
+    "account": ("key", *COUNTED, *SAVED),
+    "day": ("key", *COUNTED, *SAVED),
+    "payment": tuple(column.name for column in fields(Share)),
+}
+"""A statement as a CSV file, by what it has a line for: the same columns, whether there is a line or none."""
+
+
+def flat(line: Line | Share, by: str) -> list[Any]:
     """A line of a statement as a row of a CSV file."""
-    row = asdict(line)
-    saved = row.pop("saved", None) if isinstance(line, Line) else None
-    return {**row, **(saved or {})}
+    cells = {**vars(line), **(vars(line.saved) if isinstance(line.saved, Saved) else {})}
+    return [plain(cell) if isinstance(cell, Decimal) else cell for cell in map(cells.__getitem__, COLUMNS[by])]
 
 
 # --- an invoice beside the ledger -------------------------------------------------------------------------------------
@@ -133,9 +144,13 @@ def reconciliation(found: Reconciliation, title: str) -> RenderableType:
     if found.only_theirs:
         count = len(found.only_theirs)
         parts += [Text(f"\n{count} charges are for no call of ours"), _charges(found.only_theirs), *_rest(count)]
-    if found.only_ours:
-        count = len(found.only_ours)
-        parts += [Text(f"\n{count} calls of ours are not charged"), _calls(found.only_ours), *_rest(count)]
+    left = {call.call_id for call in found.left}
+    for what, calls in (
+        ("calls of ours are not charged", [call for call in found.only_ours if call.call_id not in left]),
+        ("pending calls near the month's ends are left to the neighbouring month's invoice", found.left),
+    ):
+        if calls:
+            parts += [Text(f"\n{len(calls)} {what}"), _calls(calls), *_rest(len(calls))]
     return Group(*parts)
 
 

@@ -7,7 +7,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -64,19 +65,60 @@ def styled(state: str) -> Text:
     return Text(state, STYLES.get(state, ""))
 
 
+FOLDED = ("payment", "account", "call", "number", "price list", "what happened", "verdict or reason")
+"""Columns that go over several lines where there is no room: names. Sums, counts, states and times are never cut."""
+FOLDED_WIDTH = 8
+"""So wide at least."""
+GAP = 2
+"""Between columns."""
+
+
 class _Sheet(Table):
-    """A table whose cells say what they say: what others wrote is no markup."""
+    """A table whose cells say what they say: what others wrote is no markup, and where it has no room nothing is cut.
+
+    Names are folded; where that is not enough, each row becomes a list of its cells.
+    """
+
+    def __init__(self, title: str | None) -> None:
+        super().__init__(
+            box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim"
+        )
+        self._told: list[tuple[Text, ...]] = []
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row; text is taken as it is."""
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        texts = tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        self._told.append(texts)
+        super().add_row(*texts, **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._least_width() <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title is not None:
+            yield Text(str(self.title), "bold")
+        for row in self._told:
+            record = Table.grid(padding=(0, GAP))
+            record.add_column(style="dim", no_wrap=True)
+            record.add_column(overflow="fold")
+            for column, cell in zip(self.columns, row, strict=True):
+                record.add_row(str(column.header), cell)
+            yield from (record, Text())
+
+    def _least_width(self) -> int:
+        least = GAP * (len(self.columns) - 1)
+        for number, column in enumerate(self.columns):
+            widest = max(cell_len(str(column.header)), *(row[number].cell_len for row in self._told), 0)
+            least += widest if column.no_wrap else min(widest, FOLDED_WIDTH)
+        return least
 
 
 def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
     """An empty table, with these columns."""
-    made = _Sheet(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
+    made = _Sheet(title)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        justify: JustifyMethod = "right" if column in right else "left"
+        made.add_column(column, justify=justify, no_wrap=column not in FOLDED, overflow="fold")
     return made
 
 

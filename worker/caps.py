@@ -61,9 +61,12 @@ class Used:
 
     @property
     def warns(self) -> bool:
-        """Whether it is this call that brings the cap to where it is warned of: one call in the period does."""
-        mark = WARNING_SHARE * self.limit
-        return self.before < mark <= self.before + self.adds
+        """Whether this call brings the cap to where it is warned of, and another one has room.
+
+        Where none has, a warning would help nobody: a cap of so few calls only says when it is reached.
+        """
+        mark, after = WARNING_SHARE * self.limit, self.before + self.adds
+        return self.before < mark <= after <= self.limit - self.adds
 
     def __str__(self) -> str:
         """For the log, and for the detail of a payment that fails by it: no account and no payment is named."""

@@ -6,6 +6,10 @@ find a call, and calls that are known to be accepted come first, then those of u
 to be free: so a call is only said not to be charged if no reading of the invoice charges it.
 
 A file that is wrong in one line is refused whole, with the line and the reason: half an invoice proves nothing.
+
+Where one month ends and the next begins, clocks may differ: a call nearer to that moment than the tolerance may stand
+in either month's invoice. What one of them charges there, the other one cannot charge again; and a call that neither
+has is free once both were applied, in whatever order: whichever comes second closes it.
 """
 
 import csv
@@ -18,6 +22,7 @@ from datetime import UTC, datetime, time, timedelta
 from decimal import Decimal
 
 from worker.fees import EntryState
+from worker.messages import plain
 
 AMOUNT = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 
@@ -36,6 +41,8 @@ class Columns:
     amount: str = "amount"
     number: str | None = None
     """The provider's own number of the line, for the evidence."""
+    currency: str | None = None
+    """The currency of the line, if the file says it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Period:
     def surely_holds(self, at: datetime) -> bool:
         """The same by any clock within the tolerance: nearer to the edge, the neighbouring invoice may have it."""
         return self.since + self.tolerance <= at < self.until - self.tolerance
+
+    def edge_near(self, at: datetime) -> datetime:
+        """Which of its two ends is nearer to this time."""
+        return min(self.since, self.until, key=lambda edge: abs(at - edge))
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,15 @@ class LedgerCall:
 
 
 @dataclass(frozen=True)
+class Applied:
+    """What is remembered of an invoice that calls were settled by."""
+
+    period: Period
+    edge_calls: frozenset[str]
+    """The calls that it charges so near to the ends of its period that another one could, too."""
+
+
+@dataclass(frozen=True)
 class Match:
     """A line and the call it charges."""
 
@@ -102,6 +122,21 @@ class Reconciliation:
     """Calls of the invoice's period that it does not charge; void ones are not expected to be charged."""
     only_theirs: list[Line] = field(default_factory=list)
     """Charges for which no call is known."""
+    to_void: list[LedgerCall] = field(default_factory=list)
+    """Calls of unknown fate that neither this invoice charges nor any other can."""
+    left: list[LedgerCall] = field(default_factory=list)
+    """Those of the period that it does not charge, and that the neighbouring month's may."""
+
+    @property
+    def missing(self) -> list[LedgerCall]:
+        """Calls that were accepted, cost something, and stand in this invoice if it is whole."""
+        posted = (call for call in self.only_ours if call.state == EntryState.POSTED and call.price)
+        return [call for call in posted if self.period.surely_holds(call.at)]
+
+    @property
+    def edge_calls(self) -> frozenset[str]:
+        """The calls that it charges and that the neighbouring month's could, too."""
+        return frozenset(m.call.call_id for m in self.matched if not self.period.surely_holds(m.call.at))
 
     @property
     def price_differences(self) -> list[Match]:
@@ -118,23 +153,18 @@ class Reconciliation:
         """Calls of unknown fate that the invoice charges."""
         return [match for match in self.matched if match.call.state == EntryState.PENDING]
 
-    @property
-    def to_void(self) -> list[LedgerCall]:
-        """Calls of unknown fate that neither this invoice charges nor, by their time, another one can."""
-        pending = (call for call in self.only_ours if call.state == EntryState.PENDING)
-        return [call for call in pending if self.period.surely_holds(call.at)]
 
-
-def read_invoice(text: str, columns: Columns, period: Period) -> list[Line]:
-    """Read a CSV file with a header line.
+def read_invoice(text: str, columns: Columns, period: Period, currency: str) -> list[Line]:
+    """Read a CSV file with a header line, all in one currency.
 
     Raises:
-        InvoiceError: a column is missing, a line breaks a rule or is not for this period, or there is no line at all.
+        InvoiceError: a column is missing, a line breaks a rule, is not for this period or in another currency, or there
+            is no line at all.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         _check_header(reader.fieldnames or [], columns)
-        lines = [_line(reader.line_num, row, columns) for row in reader]
+        lines = [_line(reader.line_num, row, columns, currency) for row in reader]
     except csv.Error as error:
         raise InvoiceError(f"after line {reader.line_num}: not CSV: {error}") from None
     if not lines:
@@ -148,8 +178,7 @@ def read_invoice(text: str, columns: Columns, period: Period) -> list[Line]:
 
 
 def _check_header(present: Sequence[str], columns: Columns) -> None:
-    wanted = [columns.account, columns.at, columns.amount, *([columns.number] if columns.number else [])]
-    for name in wanted:
+    for name in filter(None, vars(columns).values()):
         if present.count(name) != 1:
             how_many = "no column" if name not in present else "more than one column"
             raise InvoiceError(f"the file has {how_many} {name!r}; it has {', '.join(present) or 'none'}")
@@ -163,9 +192,11 @@ def _check_numbers(lines: Sequence[Line]) -> None:
         first[line.number] = line.row
 
 
-def _line(row: int, cells: Mapping[str, str | None], columns: Columns) -> Line:
+def _line(row: int, cells: Mapping[str, str | None], columns: Columns, currency: str) -> Line:
     if None in cells or None in cells.values():
         raise InvoiceError(f"line {row}: has not as many fields as the header")
+    if columns.currency and (told := _cell(row, columns.currency, cells)) != currency:
+        raise InvoiceError(f"line {row}: {columns.currency} is {told!r}, and the calls of {currency} are looked at")
     account_id = _cell(row, columns.account, cells)
     since, until = _period(row, columns.at, _cell(row, columns.at, cells))
     number = _cell(row, columns.number, cells) if columns.number else str(row)
@@ -204,14 +235,21 @@ RANK = {EntryState.POSTED: 0, EntryState.PENDING: 1, EntryState.VOID: 2}
 """In this order calls are given a line, as long as there are lines."""
 
 
-def reconcile(lines: Iterable[Line], calls: Iterable[LedgerCall], period: Period) -> Reconciliation:
-    """Lay the invoice's lines beside the ledger's calls of its period, and of the tolerance before and after it."""
+def reconcile(
+    lines: Iterable[Line], calls: Iterable[LedgerCall], period: Period, applied: Iterable[Applied] = ()
+) -> Reconciliation:
+    """Lay the invoice's lines beside the ledger's calls of its period, and of the tolerance before and after it.
+
+    `applied`: the invoices that were applied before; those of the neighbouring months have a say.
+    """
+    before = [other for other in applied if period.since == other.period.until or period.until == other.period.since]
     theirs: dict[str, list[Line]] = defaultdict(list)
     ours: dict[str, list[LedgerCall]] = defaultdict(list)
     for line in lines:
         theirs[line.account_id].append(line)
+    free = (call for call in calls if not any(_has(other, call) for other in before))
     # Calls of the neighbouring months come last: their own invoices charge them, and this one's lines are for its own.
-    for call in sorted(calls, key=lambda c: (not period.holds(c.at), RANK[c.state], c.at, c.call_id)):
+    for call in sorted(free, key=lambda c: (not period.holds(c.at), RANK[c.state], c.at, c.call_id)):
         ours[call.account_id].append(call)
     result = Reconciliation(period)
     for account_id in sorted(theirs.keys() | ours.keys()):
@@ -219,9 +257,66 @@ def reconcile(lines: Iterable[Line], calls: Iterable[LedgerCall], period: Period
         result.matched.extend(Match(line, charged[line.row]) for line in theirs[account_id] if line.row in charged)
         result.only_theirs.extend(line for line in theirs[account_id] if line.row not in charged)
         taken = {call.call_id for call in charged.values()}
-        ours_alone = (c for c in ours[account_id] if c.call_id not in taken and c.state != EntryState.VOID)
-        result.only_ours.extend(call for call in ours_alone if period.holds(call.at))
+        _note_uncharged(result, (call for call in ours[account_id] if call.call_id not in taken), before)
     return result
+
+
+def _has(other: Applied, call: LedgerCall) -> bool:
+    """Whether the call is the other invoice's, by its time or because it charges it."""
+    return call.call_id in other.edge_calls or other.period.surely_holds(call.at)
+
+
+def _note_uncharged(result: Reconciliation, calls: Iterable[LedgerCall], before: Sequence[Applied]) -> None:
+    """Tell apart what of it is free, what is left to the neighbouring month, and what only we know of."""
+    period = result.period
+    for call in calls:
+        if period.holds(call.at) and call.state != EntryState.VOID:
+            result.only_ours.append(call)
+        if call.state != EntryState.PENDING:
+            continue
+        edge = period.edge_near(call.at)
+        if period.surely_holds(call.at) or any(edge in (o.period.since, o.period.until) for o in before):
+            result.to_void.append(call)
+        elif period.holds(call.at):
+            result.left.append(call)
+
+
+def check_total(lines: Sequence[Line], total: Decimal) -> None:
+    """Hold the lines against the sum that the invoice names.
+
+    Raises:
+        InvoiceError: they come to another one.
+    """
+    found = sum((line.amount for line in lines), Decimal(0))
+    if found != total:
+        raise InvoiceError(f"its {len(lines)} lines come to {plain(found)}, not to {plain(total)}: is the file whole?")
+
+
+def check_plausible(found: Reconciliation, *, is_whole: bool) -> None:
+    """Whether calls may be closed by this file: it must be an invoice of ours, and there is no sign that it is cut off.
+
+    `is_whole`: its lines come to the sum that the invoice names, so that no sign counts.
+
+    Raises:
+        InvoiceError: a file that was cut off, doubled, or made for somebody else would look like this.
+    """
+    count = len(found.matched) + len(found.only_theirs)
+    if not found.matched:
+        raise InvoiceError(f"none of its {count} lines belongs to a call of ours: is it the right file?")
+    if is_whole:
+        return
+    if len(found.only_theirs) >= len(found.matched):
+        raise InvoiceError(
+            f"only {len(found.matched)} of its {count} lines belong to calls of ours: is it the right file, and is "
+            "nothing twice in it? If all is well, give the invoice's sum as --total"
+        )
+    if found.missing:
+        last = max(match.line.until for match in found.matched)
+        raise InvoiceError(
+            f"{len(found.missing)} calls that the provider accepted are not in it, the last of "
+            f"{max(call.at for call in found.missing):%Y-%m-%d %H:%M}Z; its own last one is of {last:%Y-%m-%d %H:%M}Z: "
+            "is the file whole? If it is, give the invoice's sum as --total"
+        )
 
 
 def _assign(lines: Sequence[Line], calls: Sequence[LedgerCall], tolerance: timedelta) -> dict[int, LedgerCall]:

@@ -181,6 +181,7 @@ def upgrade() -> None:
             ["refresh_id"],
             ["refresh.refresh_id"],
         ),
+        sa.CheckConstraint("state IN ('pending', 'posted', 'void')", name="fee_entry_state"),
         sa.PrimaryKeyConstraint("entry_id"),
         sa.UniqueConstraint("call_id", "state", name="fee_entry_once"),
     )
@@ -196,6 +197,18 @@ def upgrade() -> None:
         sqlite_where=sa.text("state <> 'pending'"),
     )
     op.create_index("fee_entry_refresh", "fee_entry", ["refresh_id"], unique=False)
+    op.create_table(
+        "invoice",
+        sa.Column("digest", sa.Text(), nullable=False),
+        sa.Column("currency", sa.Text(), nullable=False),
+        sa.Column("since", UtcTime(), nullable=False),
+        sa.Column("until", UtcTime(), nullable=False),
+        sa.Column("tolerance_s", sa.Integer(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("edge_calls", Json, nullable=False),
+        sa.Column("applied_at", UtcTime(), nullable=False),
+        sa.PrimaryKeyConstraint("digest", "currency", "since", "tolerance_s"),
+    )
     op.create_table(
         "reply",
         sa.Column("task_id", sa.Text(), nullable=False),
@@ -221,14 +234,35 @@ def upgrade() -> None:
     _only_add_fee_entries()
 
 
+OPENED = " AND ".join(
+    f"opened.{column} = NEW.{column}"
+    for column in ("call_id", "refresh_id", "account_id", "price", "currency", "price_list", "called_at")
+)
+"""What an entry that closes a call has in common with the one that opened it."""
+
+
 def _only_add_fee_entries() -> None:
-    """Let the database itself refuse to change or remove a line of the fee ledger."""
+    """Let the database itself refuse to change or remove a fee entry, or to close a call unlike its opening."""
+    is_opened = f"EXISTS (SELECT FROM fee_entry opened WHERE opened.state = 'pending' AND {OPENED})"
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("UPDATE", "DELETE"):
             op.execute(
                 f"CREATE TRIGGER fee_entry_no_{verb.lower()} BEFORE {verb} ON fee_entry "
                 "BEGIN SELECT RAISE(ABORT, 'fee entries are only ever added'); END"
             )
+        # INSERT OR REPLACE removes what is in its way, and no trigger on DELETE sees it: so nothing may be in its way.
+        op.execute(
+            "CREATE TRIGGER fee_entry_no_replace BEFORE INSERT ON fee_entry WHEN EXISTS ("
+            "SELECT 1 FROM fee_entry known WHERE known.entry_id = NEW.entry_id UNION ALL "
+            "SELECT 1 FROM fee_entry known WHERE known.call_id = NEW.call_id "
+            "AND (known.state <> 'pending' OR NEW.state = 'pending')) "
+            "BEGIN SELECT RAISE(ABORT, 'fee entries are only ever added'); END"
+        )
+        op.execute(
+            "CREATE TRIGGER fee_entry_closes_its_call BEFORE INSERT ON fee_entry "
+            f"WHEN NEW.state <> 'pending' AND NOT {is_opened.replace('SELECT FROM', 'SELECT 1 FROM')} "
+            "BEGIN SELECT RAISE(ABORT, 'a fee entry closes no call that was opened like it'); END"
+        )
         return
     op.execute(
         "CREATE FUNCTION fee_entry_is_final() RETURNS trigger LANGUAGE plpgsql AS "
@@ -238,11 +272,21 @@ def _only_add_fee_entries() -> None:
         "CREATE TRIGGER fee_entry_only_added BEFORE UPDATE OR DELETE OR TRUNCATE ON fee_entry "
         "FOR EACH STATEMENT EXECUTE FUNCTION fee_entry_is_final()"
     )
+    op.execute(
+        "CREATE FUNCTION fee_entry_closes_its_call() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN IF {is_opened} THEN RETURN NEW; END IF; "
+        "RAISE EXCEPTION 'a fee entry closes no call that was opened like it'; END $$"
+    )
+    op.execute(
+        "CREATE TRIGGER fee_entry_closes_its_call BEFORE INSERT ON fee_entry FOR EACH ROW "
+        "WHEN (NEW.state <> 'pending') EXECUTE FUNCTION fee_entry_closes_its_call()"
+    )
 
 
 def downgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         op.execute("DROP FUNCTION fee_entry_is_final() CASCADE")
+        op.execute("DROP FUNCTION fee_entry_closes_its_call() CASCADE")
     op.drop_index("reply_payment", table_name="reply")
     op.drop_index(
         "reply_due",
@@ -251,6 +295,7 @@ def downgrade() -> None:
         sqlite_where=sa.text("due_at IS NOT NULL"),
     )
     op.drop_table("reply")
+    op.drop_table("invoice")
     op.drop_index("fee_entry_refresh", table_name="fee_entry")
     op.drop_index(
         "fee_entry_final",

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from config.settings import settings
 from console import show
 from console.cli import app
 from tests.console.conftest import Books
+from worker.fees import Price
 
 Run = Callable[..., Any]
 
@@ -119,11 +120,34 @@ def test_a_statement_says_the_same_in_every_form(run: Run, by: str) -> None:
     assert run(*words, "--json", "--csv").exit_code == 2
 
 
+COUNTED = "currency,calls,posted,pending,void,posted_amount,pending_amount"
+HEADS = {
+    None: f"key,price,{COUNTED}",
+    "account": f"key,{COUNTED},shared,by_sharing,reused,by_reuse",
+    "day": f"key,{COUNTED},shared,by_sharing,reused,by_reuse",
+    "payment": "payment_id,account_id,refresh_id,shared_by,fee,currency,state,saved",
+}
+
+
+@pytest.mark.parametrize("by", HEADS)
+def test_a_csv_has_its_columns_whether_there_is_a_line_or_none(run: Run, by: str | None) -> None:
+    """Whoever reads a month without calls finds the columns all the same."""
+    words = ["fees", "statement", "--csv", *(["--by", by] if by else [])]
+    empty = run(*words, "--month", "2026-10").output
+    full = run(*words, "--month", "2026-11").output
+    assert empty == HEADS[by] + "\n"
+    assert full.splitlines()[0] == HEADS[by]
+    assert {line.count(",") for line in full.splitlines()} == {HEADS[by].count(",")}
+    if by == "account":
+        assert full.splitlines()[1] == "acct_a,USD,2,1,1,0,0.100000,0.100000,2,0.400000,1,0.100000"
+
+
 INVOICE = """Acct,When,Fee,No
 acct_a,2026-11-22T12:00:04Z,0.10,1
 acct_a,2026-11-22T12:00:05Z,0.12,2
 acct_x,2026-11-22T12:00:05Z,0.10,3
 """
+WHOLE = INVOICE + "acct_c,2026-11-22T12:00:14Z,0.10,4\n"
 MAPPED = ["--account-column", "Acct", "--date-column", "When", "--amount-column", "Fee", "--number-column", "No"]
 
 
@@ -153,9 +177,9 @@ def test_an_invoice_shows_what_agrees_and_what_does_not(run: Run, tmp_path: Path
 def test_an_invoice_settles_what_is_pending_once(run: Run, history: Books, tmp_path: Path) -> None:
     """What it lists is posted with its line as evidence, what it does not list is void; again, nothing changes."""
     history.call("ref_d", "acct_d", None, datetime(2026, 11, 23, tzinfo=UTC))
-    assert "1 pending calls posted, 1 void" in reconcile(run, tmp_path, "--apply").output
+    assert "1 pending calls posted, 1 void" in reconcile(run, tmp_path, "--apply", text=WHOLE).output
     entries = history.entries()
-    assert "0 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply").output
+    assert "0 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", text=WHOLE).output
     assert history.entries() == entries
     posted, void = (evidence for _, _, evidence in entries[-2:])
     assert (posted["line"], posted["number"], posted["amount"], posted["period"]) == (3, "2", "0.12", "2026-11")
@@ -172,6 +196,7 @@ WRONG = [
     (INVOICE.replace("acct_a", "acct_y"), "2026-11", "none of its 3 lines belongs to a call of ours"),
     (INVOICE.replace("2026-11-22", "2026-12-02"), "2026-12", "2026-12 is not over"),
     (INVOICE.splitlines()[0], "2026-11", "no lines but its header"),
+    (INVOICE, "2026-11", "1 calls that the provider accepted are not in it"),
 ]
 
 
@@ -183,6 +208,50 @@ def test_a_wrong_file_is_refused_whole(run: Run, history: Books, tmp_path: Path)
         assert (result.exit_code, type(result.exception)) == (1, SystemExit)
         assert said in result.stderr
     assert history.entries() == before
+
+
+def test_an_invoice_is_for_the_calls_in_its_currency(run: Run, history: Books, tmp_path: Path) -> None:
+    """It compares, posts and voids no others; a line that is in another one is refused."""
+    euro = Price(Decimal("0.10"), "EUR", "2026-11-22")
+    history.call("ref_a", "acct_a", None, datetime(2026, 11, 22, 12, 0, 5, tzinfo=UTC), euro)
+    history.call("ref_more", "acct_e", None, datetime(2026, 11, 23, tzinfo=UTC), euro)
+    assert "1 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", text=WHOLE).output
+    text = "Acct,When,Fee,No,Cur\nacct_a,2026-11-22,0.10,1,EUR\n"
+    said = reconcile(run, tmp_path, "--currency-column", "Cur", text=text).stderr
+    assert "line 2: Cur is 'EUR', and the calls of USD are looked at" in said
+    told = reconcile(run, tmp_path, "--currency-column", "Cur", "--currency", "EUR", "--apply", "--json", text=text)
+    assert json.loads(told.output)["settled"] == {"posted": 1, "void": 1}
+    assert [(call, state) for call, state, _ in history.entries()[-2:]] == [
+        ("call_ref_a_2", "posted"),
+        ("call_ref_more_0", "void"),
+    ]
+    assert reconcile(run, tmp_path, "--currency", "euro").exit_code == 2
+
+
+def test_a_file_that_its_sum_proves_whole_is_believed(run: Run, history: Books, tmp_path: Path) -> None:
+    """Though an accepted call is missing in it; a file that does not come to the sum is refused."""
+    before = history.entries()
+    result = reconcile(run, tmp_path, "--apply", "--total", "0.42")
+    assert (result.exit_code, history.entries()) == (1, before)
+    assert "its 3 lines come to 0.32, not to 0.42" in result.stderr
+    assert "1 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", "--total", "0.32").output
+    assert reconcile(run, tmp_path, "--total", "0,32").exit_code == 2
+
+
+def test_the_turn_of_the_month_is_closed_by_the_second_of_two_invoices(
+    run: Run, history: Books, tmp_path: Path
+) -> None:
+    """What neither has is void; what the first one charges is not charged by the second one's line too."""
+    turn = datetime(2026, 11, 1, tzinfo=UTC)
+    history.call("ref_charged", "acct_m", None, turn - timedelta(seconds=20))
+    history.call("ref_free", "acct_f", None, turn - timedelta(seconds=10))
+    charge = "acct_m,2026-11-01T00:00:01Z,0.10,9\n"
+    october = reconcile(run, tmp_path, "--apply", "--json", text="Acct,When,Fee,No\n" + charge, month="2026-10")
+    told = json.loads(october.output)
+    assert (told["settled"], told["left"]) == ({"posted": 1, "void": 0}, ["call_ref_free_0"])
+    november = json.loads(reconcile(run, tmp_path, "--apply", "--json", text=WHOLE + charge).output)
+    assert (november["settled"], november["to_void"]) == ({"posted": 1, "void": 1}, ["call_ref_free_0"])
+    assert [one["account_id"] for one in november["only_theirs"]] == ["acct_m", "acct_x"]
 
 
 def test_a_file_that_is_not_utf_8_is_refused_with_its_line(run: Run, tmp_path: Path) -> None:

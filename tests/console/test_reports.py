@@ -166,6 +166,46 @@ def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[De
     assert [s.fee for s in told] == [share(sum(prices, Decimal(0)), sharers, place) for place in range(sharers)]
 
 
+TURN = datetime(2026, 12, 1, tzinfo=UTC)
+JANUARY = datetime(2027, 1, 1, tzinfo=UTC)
+prices = st.decimals(0, 10, places=6)
+ends = st.sampled_from([None, EntryState.POSTED, EntryState.VOID])
+around_the_turn = st.integers(-90, 90).map(lambda seconds: TURN + timedelta(seconds=seconds))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=st.lists(st.tuples(prices, ends, around_the_turn), min_size=1, max_size=4), sharers=st.integers(1, 5))
+def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
+    books: Books, calls: list[tuple[Decimal, EntryState | None, datetime]], sharers: int
+) -> None:
+    """Each month adds up to its own calls; over both, a payment owes what it was told, and reuse saved one call."""
+    mark = f"{next(_numbers)}"
+    account_id, refresh_id = f"acct_{mark}", f"ref_{mark}"
+    calls.sort(key=lambda made: made[2])
+    for price, end, at in calls:
+        books.call(refresh_id, account_id, end, at, Price(price, "USD", "x"))
+    for number in range(sharers + 1):
+        books.payment(f"p{number}_{mark}", account_id, calls[0][2])
+        end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers
+        books.settle(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
+    with reading(books.engine) as tx:
+        told = reports.shares(tx, [refresh_id])
+        months = [list(statement.shares(tx, *span)) for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+        lines = [statement.lines(tx, *span, "account") for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+    months = [[share for share in month if share.refresh_id == refresh_id] for month in months]
+    for month, of_month in zip(months, lines, strict=True):
+        here = [line for line in of_month if line.key == account_id]
+        assert sum(s.fee for s in month) == sum(line.posted_amount + line.pending_amount for line in here)
+        assert all(s.fee >= 0 for s in month)
+    for number in range(sharers):
+        owed = sum(s.fee for month in months for s in month if s.payment_id == f"p{number}_{mark}")
+        assert owed == told[f"p{number}_{mark}"].amount
+    saved = [s.saved for month in months for s in month if s.state == "reused" and s.saved]
+    by_account = [line.saved for of_month in lines for line in of_month if line.key == account_id and line.saved]
+    assert saved == [one.by_reuse for one in by_account if one.by_reuse]
+    assert len(saved) == (1 if told[f"p0_{mark}"].total else 0)
+
+
 def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
     """The oldest first, with what their refresh met with."""
     history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))

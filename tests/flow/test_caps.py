@@ -14,7 +14,7 @@ from config.settings import Settings
 from tests.flow.test_races import at_once
 from tests.support.world import SETTINGS, World
 from worker import flow, metrics
-from worker.errors import Reason, Refused, Uncertain
+from worker.errors import Reason, Refused, Uncertain, Unsent
 from worker.ledger.database import lock_spending
 from worker.ledger.fees import Spending
 
@@ -128,6 +128,40 @@ def test_the_call_that_uses_four_fifths_of_a_cap_is_warned_of_once(payready: Wor
     with counted(metrics.CAPS_NEAR, "day") as warned:
         assert [pay(payready, number) for number in range(7, 10)] == ["waiting"] * 3
     assert warned == [1]
+
+
+def test_calls_that_were_not_sent_do_not_warn_again_and_again(payready: World) -> None:
+    """Each of them brings the cap to the mark, and is taken back; the next day may warn again."""
+    capped(payready, fee_calls_per_account_per_day=5)
+    for expected in (1, 1):
+        payready.provider.script[A] = [202, 202, 202, *[Unsent("no connection")] * 3]
+        with counted(metrics.CAPS_NEAR, "account") as warned:
+            for number in range(4):
+                payready.initiate(f"p{number}{payready.clock.now:%d}", A, max_balance_age_s=0)
+                payready.work()
+                if number < 3:
+                    payready.balance(A)
+                    payready.work()
+                payready.pass_time(5)
+        assert payready.provider.script[A] == []
+        assert warned == [expected]
+        payready.clock.advance(24 * 3600)
+        payready.tick()
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4])
+def test_a_cap_of_few_calls_is_not_warned_of(payready: World, cap: int) -> None:
+    """It would be with each account's every call, and no call would be left to save; at the cap the log says so."""
+    capped(payready, fee_calls_per_account_per_day=cap, fee_cap_per_day=Decimal("0.1") * cap)
+    with counted(metrics.CAPS_NEAR, "account") as warned, counted(metrics.CAPS_NEAR, "day") as of_day:
+        for number in range(cap + 1):
+            payready.initiate(f"p{number}", A, max_balance_age_s=0)
+            payready.work()
+            payready.balance(A)
+            payready.work()
+            payready.clock.advance(1)
+    assert payready.state(f"p{cap}") == "fee_cap_reached"
+    assert warned == of_day == [0]
 
 
 def test_no_two_replicas_pass_the_last_unit_together(payready: World) -> None:

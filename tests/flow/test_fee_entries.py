@@ -285,6 +285,101 @@ def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None
         tx.execute(text(truncate))
 
 
+EURO = PRICES.replace('"USD"', '"EUR"').replace("0.100000", "0.2")
+
+
+def test_a_share_is_in_the_currency_of_its_call(payready: World) -> None:
+    """Whatever the price list says by then; so is the nothing that is owed for its balance when it is used again."""
+    payready.initiate("p1", A)
+    payready.work()
+    payready.rt.prices = read_prices(EURO)
+    payready.balance(A)
+    payready.work()
+    payready.clock.advance(1)
+    payready.initiate("p2", A)
+    payready.work()
+    assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
+    assert payready.outcome("p2")["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
+
+
+def test_a_share_is_of_one_currency(payready: World) -> None:
+    """Dollars are not added to euros: told is the part of the calls in the last one's currency."""
+    payready.provider.script[A] = [Uncertain("timeout"), 202]
+    payready.initiate("p1", A)
+    payready.work()
+    payready.rt.prices = read_prices(EURO)
+    payready.pass_time(16)
+    payready.balance(A)
+    payready.work()
+    assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
+    assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "EUR", "state": "posted"}
+
+
+COLUMNS = "call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, at"
+
+
+def entry_like(state: str, **other: str) -> str:
+    """The most of an INSERT of one more entry like the first one, but for these columns."""
+    values = {name: name for name in COLUMNS.split(", ")} | {"state": f"'{state}'"} | other
+    return f"INTO fee_entry ({', '.join(values)}) SELECT {', '.join(values.values())} FROM fee_entry LIMIT 1"
+
+
+def refused(payready: World, statement: str, why: str) -> None:
+    """Whether the database does not do it, and all is as it was."""
+    before = payready.rows("SELECT * FROM fee_entry")
+    with pytest.raises(DBAPIError, match=why), payready.engine.begin() as tx:
+        tx.execute(text(statement))
+    assert payready.rows("SELECT * FROM fee_entry") == before
+
+
+def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready: World) -> None:
+    """By its number, or by its call: SQLite's REPLACE removes rows, and no trigger on removal hears of it."""
+    payready.initiate("p1", A)
+    payready.work()
+    if payready.engine.dialect.name == "sqlite":
+        for statement in (
+            "INSERT OR REPLACE " + entry_like("pending", price="'9'"),
+            "INSERT OR REPLACE " + entry_like("posted"),
+            "INSERT OR REPLACE " + entry_like("void"),
+            "INSERT OR REPLACE " + entry_like("pending", entry_id="2", call_id="'call_new'"),
+        ):
+            refused(payready, statement, "only ever added")
+    else:
+        again = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
+        refused(payready, "INSERT " + entry_like("pending") + again, "only ever added")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"price": "'0.2'"},
+        {"currency": "'EUR'"},
+        {"price_list": "'x'"},
+        {"account_id": "'x'"},
+        {"call_id": "'call_never_opened'"},
+        {"called_at": "'2026-11-22 12:00:01.000000'"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(payready: World, other: dict[str, str]) -> None:
+    """Its price, its currency, its time are those of its opening; and there is one."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    refused(payready, "INSERT " + entry_like("posted", **other), "closes no call that was opened like it")
+    with payready.engine.begin() as tx:
+        tx.execute(text("INSERT " + entry_like("posted")))
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+
+
+def test_the_database_knows_three_states_of_an_entry(payready: World) -> None:
+    """And no other word for one."""
+    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.initiate("p1", A)
+    payready.work()
+    refused(payready, "INSERT " + entry_like("paid"), "fee_entry_state")
+
+
 @pytest.mark.parametrize("second", [EntryState.POSTED, EntryState.VOID])
 def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: EntryState) -> None:
     """Posted or void, once: the ledger's own query passes over it, and the database refuses it."""

@@ -367,7 +367,7 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
 def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: Gate) -> None:
     """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
     assert gate.position(START) == Position(None, 0.0)
-    assert gate.admit(START, in_turn=False) is None
+    assert gate.admit(START, 1, in_turn=False) == (1, None)
     assert gate.position(START) == Position(None, 1.0)
     assert gate.position(START + timedelta(seconds=0.125)).budget_used == 0.5
     for _ in range(3):

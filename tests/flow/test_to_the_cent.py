@@ -139,8 +139,8 @@ def _settle_by_invoice(payready: World, truth: Truth) -> None:
         Line(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
     ]
     with transaction(payready.engine) as tx:
-        found = reconcile(charges, statement.calls(tx, period.since, period.until), period)
-        fees.settle(tx, found, Invoice("i", "x", "2026-11"), payready.clock.now)
+        found = reconcile(charges, statement.calls(tx, "USD", period.since, period.until), period)
+        fees.settle(tx, found, Invoice("i", "x", "2026-11", "USD"), payready.clock.now)
         lines = statement.lines(tx, period.since, period.until, "price")
     assert (found.only_theirs, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0

@@ -207,11 +207,11 @@ def assert_the_ledger_is_the_log(running: System) -> None:
     now = datetime.now(UTC)
     period = Period(now - timedelta(hours=1), now + timedelta(hours=1), tolerance=timedelta(seconds=5))
     with transaction(running.engine) as tx:
-        found = reconcile(charges, statement.calls(tx, period.since, period.until), period)
+        found = reconcile(charges, statement.calls(tx, "USD", period.since, period.until), period)
         assert (found.only_theirs, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.only_ours} <= {EntryState.PENDING}
         assert found.to_post, "nothing was left open: this storm was none"
-        fees.settle(tx, found, fees.Invoice("log", "", "now"), now)
+        fees.settle(tx, found, fees.Invoice("log", "", "now", "USD"), now)
     with transaction(running.engine) as tx:
         (line,) = statement.lines(tx, period.since, period.until, "price")
         assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)

@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.fees import EntryState
-from worker.invoice import Columns, InvoiceError, LedgerCall, Line, Period, Reconciliation, read_invoice, reconcile
+from worker.invoice import (
+    Applied,
+    Columns,
+    InvoiceError,
+    LedgerCall,
+    Line,
+    Period,
+    Reconciliation,
+    check_plausible,
+    check_total,
+    read_invoice,
+    reconcile,
+)
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PRICE = Decimal("0.10")
@@ -27,7 +39,7 @@ def line(row: int, *, at: datetime = NOON, amount: Decimal = PRICE, account: str
 
 
 def read(*rows: str) -> list[Line]:
-    return read_invoice("\n".join(("account_id,date,amount", *rows)), Columns(), NOVEMBER)
+    return read_invoice("\n".join(("account_id,date,amount", *rows)), Columns(), NOVEMBER, "USD")
 
 
 def test_a_day_stands_for_any_time_of_it() -> None:
@@ -40,7 +52,7 @@ def test_a_day_stands_for_any_time_of_it() -> None:
 def test_columns_are_found_by_the_names_given() -> None:
     """The provider's file may call them anything."""
     text = "No,Acct,When,USD\n17,acct_a,2026-11-22T12:00:00Z,0.10\n"
-    (one,) = read_invoice(text, Columns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER)
+    (one,) = read_invoice(text, Columns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER, "USD")
     assert (one.number, one.account_id, one.since) == ("17", "acct_a", NOON)
 
 
@@ -60,6 +72,8 @@ def test_columns_are_found_by_the_names_given() -> None:
         ("acct_a,2026-12-01,0.10", "line 3: 2026-12-01 is not in 2026-11"),
         ("acct_a,2026-10-31T23:54:59Z,0.10", "line 3: 2026-10-31 is not in 2026-11"),
         ("acct_a,2026-11-22,NaN", "line 3: amount must be"),
+        ("acct_a,9999-12-31,0.10", "line 3: date is no date"),
+        ("acct_a,0001-01-01T00:00:00+14:00,0.10", "line 3: date is no date"),
         ('acct_a,2026-11-22,"0.1', "after line 2: not CSV"),
     ],
 )
@@ -72,7 +86,7 @@ def test_a_wrong_line_refuses_the_file_and_is_named(row: str, complaint: str) ->
 def test_a_missing_column_is_named() -> None:
     """So are the columns that are there."""
     with pytest.raises(InvoiceError, match="no column 'account_id'; it has a, b"):
-        read_invoice("a,b\n1,2\n", Columns(), NOVEMBER)
+        read_invoice("a,b\n1,2\n", Columns(), NOVEMBER, "USD")
 
 
 def test_what_agrees_and_what_does_not_is_told_apart() -> None:
@@ -124,12 +138,18 @@ def test_no_line_and_no_call_is_counted_twice_or_lost(called: list[int], charged
             Columns(number="no"),
             "line 4: number '7' stands in line 2 already",
         ),
+        (
+            "account_id,date,amount,cur\na,2026-11-22,1,USD\na,2026-11-22,1,EUR\n",
+            Columns(currency="cur"),
+            "line 3: cur is 'EUR', and the calls of USD are looked at",
+        ),
+        ("account_id,date,amount\na,2026-11-22,1\n", Columns(currency="cur"), "no column 'cur'"),
     ],
 )
 def test_a_file_that_would_be_taken_for_another_is_refused(text: str, columns: Columns, complaint: str) -> None:
     """An empty one would void all, one with lines twice would charge twice."""
     with pytest.raises(InvoiceError, match=complaint):
-        read_invoice(text, columns, NOVEMBER)
+        read_invoice(text, columns, NOVEMBER, "USD")
 
 
 def test_what_is_known_to_be_accepted_is_charged_first() -> None:
@@ -158,6 +178,76 @@ def test_pending_calls_near_the_edge_of_the_month_are_not_voided() -> None:
     result = reconcile([line(2, account="acct_b")], calls, NOVEMBER)
     assert [c.call_id for c in result.only_ours] == ["c0", "c2", "c1"]
     assert [c.call_id for c in result.to_void] == ["c2"]
+
+
+DECEMBER = Period(NOVEMBER.until, datetime(2027, 1, 1, tzinfo=UTC), timedelta(minutes=5))
+CHRISTMAS = datetime(2026, 12, 24, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+
+def test_an_invoices_lines_are_for_its_own_calls_first() -> None:
+    """The neighbour's call was accepted, and this month's is of unknown fate: the line is this month's all the same."""
+    own = call("own", at=NOVEMBER.until - MINUTE, state=EntryState.PENDING)
+    neighbours = call("neighbours", at=NOVEMBER.until + MINUTE)
+    result = reconcile([line(2, at=NOVEMBER.until)], [neighbours, own], NOVEMBER)
+    assert [m.call.call_id for m in result.matched] == ["own"]
+
+
+def test_a_call_that_one_months_invoice_charges_takes_no_line_of_the_next_ones() -> None:
+    """Nor does one that is surely the other month's: the charge is told as one without a call."""
+    edge = call("edge", at=NOVEMBER.until - MINUTE)
+    charge = line(2, at=NOVEMBER.until)
+    november = reconcile([charge], [edge], NOVEMBER)
+    assert november.edge_calls == {"edge"}
+    again = reconcile([charge], [edge], DECEMBER, [Applied(NOVEMBER, november.edge_calls)])
+    assert (again.matched, again.only_theirs, again.only_ours) == ([], [charge], [])
+    deep = call("deep", at=NOVEMBER.until - 3 * MINUTE)
+    precise = Applied(replace(NOVEMBER, tolerance=MINUTE), frozenset())
+    assert reconcile([charge], [deep], DECEMBER, [precise]).matched == []
+    assert len(reconcile([charge], [deep], DECEMBER).matched) == 1
+
+
+@pytest.mark.parametrize("at", [NOVEMBER.until - MINUTE, NOVEMBER.until, NOVEMBER.until + MINUTE])
+@pytest.mark.parametrize("order", [(NOVEMBER, DECEMBER), (DECEMBER, NOVEMBER)])
+def test_a_pending_call_at_the_turn_of_the_month_is_free_when_neither_months_invoice_has_it(
+    at: datetime, order: tuple[Period, Period]
+) -> None:
+    """The first of the two leaves it open, the second one closes it; another month's has no say."""
+    pending = call("edge", at=at, state=EntryState.PENDING)
+    others = {NOVEMBER.since: line(2), DECEMBER.since: line(2, at=CHRISTMAS)}
+    first, second = order
+    far = Applied(Period(datetime(2026, 7, 1, tzinfo=UTC), datetime(2026, 8, 1, tzinfo=UTC), 5 * MINUTE), frozenset())
+    before = reconcile([others[first.since]], [pending], first, [far])
+    assert before.to_void == []
+    assert before.left == ([pending] if first.holds(at) else [])
+    after = reconcile([others[second.since]], [pending], second, [far, Applied(first, before.edge_calls)])
+    assert (after.to_void, after.left) == ([pending], [])
+
+
+def test_a_file_that_does_not_come_to_its_sum_is_refused() -> None:
+    """As one that is cut off, or has lines twice."""
+    lines = [line(2), line(3)]
+    check_total(lines, Decimal("0.2"))
+    with pytest.raises(InvoiceError, match=r"its 2 lines come to 0.20, not to 0.30: is the file whole"):
+        check_total(lines, Decimal("0.30"))
+
+
+def test_a_file_that_may_be_cut_off_or_another_closes_nothing_unless_its_sum_is_right() -> None:
+    """An accepted call that is missing, or as many strange lines as ours, are a sign; free calls are none."""
+    calls = [call("early"), call("late", at=NOON + timedelta(days=3))]
+    cut = reconcile([line(2)], calls, NOVEMBER)
+    with pytest.raises(InvoiceError, match=r"1 calls that the provider accepted are not in it, the last of 2026-11-25"):
+        check_plausible(cut, is_whole=False)
+    doubled = reconcile([line(2), line(3)], calls[:1], NOVEMBER)
+    with pytest.raises(InvoiceError, match="only 1 of its 2 lines"):
+        check_plausible(doubled, is_whole=False)
+    free = replace(calls[1], price=Decimal(0))
+    edge = call("edge", at=NOVEMBER.until - MINUTE)
+    check_plausible(reconcile([line(2)], [calls[0], free, edge], NOVEMBER), is_whole=False)
+    for found in (cut, doubled):
+        check_plausible(found, is_whole=True)
+    with pytest.raises(InvoiceError, match="none of its 1 lines"):
+        check_plausible(reconcile([line(2)], [], NOVEMBER), is_whole=True)
 
 
 def test_a_charge_for_a_call_that_was_refused_is_pointed_out() -> None:

@@ -256,7 +256,7 @@ def _cap_reached(rt: Runtime, tx: Tx, account_id: str, price: Price, now: dateti
         log.error("no call for %s, a fee cap is reached: %s", account_id, reached)
         return f"a fee cap is reached: {reached}"
     for cap in used:
-        if cap.warns:
+        if cap.warns and rt.spending.is_news(cap, account_id, now):
             metrics.CAPS_NEAR.labels(cap.cap.value).inc()
             log.warning("a fee cap is near: %s", cap)
     return None

@@ -269,10 +269,10 @@ def _settle_calls(
     """
     firsts = [(balance, by) for balance in came if (by := answered[balance.balance_id]) is not None and by.first]
     calls = defaultdict[str, list[fees.Call]](list)
-    if not firsts:
+    asked = {refresh_id for by in answered.values() if by for refresh_id in (by.flight.refresh_id, *by.possible)}
+    if not asked:
         return calls
     refreshes.move_all(tx, RefreshEvent.ANSWER, [(by.flight, None) for _, by in firsts if by.possible])
-    asked = {refresh_id for _, by in firsts for refresh_id in (by.flight.refresh_id, *by.possible)}
     for call in fees.calls_of(tx, asked):
         calls[call.refresh_id].append(call)
     ends = []
@@ -325,12 +325,13 @@ def _settle(rt: Runtime, scene: _Scene, balance: Kept, answered: _Answered | Non
     """Judge those for whom the balance is fresh enough."""
     fresh = scene.fresh[balance.balance_id]
     sharing = [_is_to_share(scene, answered) and _shares(answered, w) for w in fresh]
-    shares = _shares_of_fee(rt, scene, answered, sum(sharing))
+    shares = _shares_of_fee(scene, answered, sum(sharing))
+    nothing = FeeShare(amount=Decimal(0), currency=_currency(rt, scene, answered), state="reused")
     purse = Funds(balance.available, balance.limit, tuple(scene.released.get(balance.account_id, ())))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
         judgement = funds.judge(waiting.job, purse)
-        fee, shared_by = next(shares) if in_on_it else (_nothing_due(rt), 0)
+        fee, shared_by = next(shares) if in_on_it else (nothing, 0)
         settlements.append(_verdict(waiting, balance, answered, judgement, fee, shared_by, now))
         if judgement.reason is None:
             purse = purse.less(waiting.job.amount)
@@ -378,29 +379,31 @@ def _is_to_share(scene: _Scene, answered: _Answered | None) -> bool:
     return PaymentState.RELEASED not in scene.sharers.get(answered.flight.refresh_id, {})
 
 
-def _shares_of_fee(
-    rt: Runtime, scene: _Scene, answered: _Answered | None, newcomers: int
-) -> Iterator[tuple[FeeShare, int]]:
+def _shares_of_fee(scene: _Scene, answered: _Answered | None, newcomers: int) -> Iterator[tuple[FeeShare, int]]:
     """The parts of the refresh's fee that fall to those settled now, after those it failed before."""
     if answered is None or not newcomers:
         return
-    calls = scene.calls[answered.flight.refresh_id]
-    total, state = _fee_of(calls)
+    total, currency, state = _fee_of(scene.calls[answered.flight.refresh_id])
     before = sum(scene.sharers.get(answered.flight.refresh_id, {}).values())
     sharers = before + newcomers
     for index in range(before, sharers):
-        yield FeeShare(amount=share(total, sharers, index), currency=rt.prices.currency, state=state.value), sharers
+        yield FeeShare(amount=share(total, sharers, index), currency=currency, state=state.value), sharers
 
 
-def _fee_of(calls: Sequence[fees.Call]) -> tuple[Decimal, EntryState]:
-    sums: dict[EntryState, Decimal] = {}
+def _fee_of(calls: Sequence[fees.Call]) -> tuple[Decimal, str, EntryState]:
+    """What a refresh's calls cost, in the currency of the last one: sums of two currencies are none."""
+    currency, sums = calls[-1].currency, dict[EntryState, Decimal]()
     for made in calls:
-        sums[made.state] = sums.get(made.state, Decimal(0)) + made.price
-    return due_in_total(sums)
+        if made.currency == currency:
+            sums[made.state] = sums.get(made.state, Decimal(0)) + made.price
+    total, state = due_in_total(sums)
+    return total, currency, state
 
 
-def _nothing_due(rt: Runtime) -> FeeShare:
-    return FeeShare(amount=Decimal(0), currency=rt.prices.currency, state="reused")
+def _currency(rt: Runtime, scene: _Scene, answered: _Answered | None) -> str:
+    """Of the call that is reused, or of the price list if none is known."""
+    calls = scene.calls.get(answered.flight.refresh_id) if answered else None
+    return calls[-1].currency if calls else rt.prices.currency
 
 
 def _verdict(

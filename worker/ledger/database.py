@@ -41,6 +41,7 @@ __all__ = [
     "insert_new",
     "lock_accounts",
     "lock_free_accounts",
+    "lock_invoices",
     "lock_spending",
     "open_engine",
     "ping",
@@ -187,6 +188,12 @@ def lock_spending(tx: Tx) -> None:
     """
     if tx.dialect.name == "postgresql":
         tx.execute(select(func.pg_advisory_xact_lock(_lock_key("spending"))))
+
+
+def lock_invoices(tx: Tx) -> None:
+    """Hold the invoices until the transaction ends: whoever applies the next one sees this one applied."""
+    if tx.dialect.name == "postgresql":
+        tx.execute(select(func.pg_advisory_xact_lock(_lock_key("invoices"))))
 
 
 def _lock_key(account_id: str) -> int:

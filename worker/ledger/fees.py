@@ -3,7 +3,7 @@
 Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -13,9 +13,9 @@ from sqlalchemy import ColumnElement, func, insert, select
 
 from worker.caps import Cap, Caps, Used, day_of, month_of
 from worker.fees import ACCEPTED, EntryState, Price
-from worker.invoice import Reconciliation
+from worker.invoice import Applied, Line, Period, Reconciliation
 from worker.ledger.database import Row, Tx, among, insert_new, lock_spending
-from worker.ledger.tables import FEE_ENTRY
+from worker.ledger.tables import FEE_ENTRY, INVOICE
 from worker.messages import plain
 
 E = FEE_ENTRY.c
@@ -76,7 +76,17 @@ def close_entry(tx: Tx, call: Call, state: EntryState, evidence: dict[str, Any],
 def close_entries(tx: Tx, ends: Sequence[tuple[Call, EntryState, dict[str, Any]]], now: datetime) -> set[str]:
     """Post or void calls, each with the evidence for it; returns those for which that was not done before."""
     rows = [_entry(call, state, evidence, now) for call, state, evidence in ends]
-    return insert_new(tx, FEE_ENTRY, rows, key="call_id")
+    return _close(tx, rows)
+
+
+def _close(tx: Tx, finals: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Write these final entries, but of calls that are closed already; returns the calls that were closed by it."""
+    if tx.dialect.name == "sqlite":
+        # Its trigger refuses a second final entry before "on conflict do nothing" is heard. Nobody writes meanwhile.
+        call_ids = [entry["call_id"] for entry in finals]
+        closed = set(tx.scalars(select(E.call_id).where(E.call_id.in_(call_ids), E.state != EntryState.PENDING.value)))
+        finals = [entry for entry in finals if entry["call_id"] not in closed]
+    return insert_new(tx, FEE_ENTRY, finals, key="call_id")
 
 
 def _entry(call: Call, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:
@@ -111,28 +121,61 @@ class Invoice:
     digest: str
     """SHA-256 of the file, so that it can be known again."""
     period: str
+    currency: str
+
+
+def applied(tx: Tx, currency: str) -> list[Applied]:
+    """The invoices in this currency that calls were settled by. Who means to settle by another one holds them first."""
+    rows = tx.execute(select(INVOICE).where(INVOICE.c.currency == currency))
+    return [
+        Applied(Period(row.since, row.until, timedelta(seconds=row.tolerance_s)), frozenset(row.edge_calls))
+        for row in rows
+    ]
 
 
 def settle(tx: Tx, found: Reconciliation, invoice: Invoice, now: datetime) -> tuple[int, int]:
-    """Post the pending calls that the invoice charges, and void those that it does not; returns how many of each.
+    """Post the pending calls that the invoice charges, and void those that are free; returns how many of each.
 
     A call that was closed meanwhile, or by the same invoice before, is left as it is.
     """
-    charged = {match.call.call_id: match.line for match in found.to_post}
+    lines = {match.call.call_id: match.line for match in found.to_post}
     post, void = 0, 0
-    for part in _parts(list(charged)):
-        for call in _calls(tx, E.call_id.in_(part)):
-            line = charged[call.call_id]
-            evidence = {"line": line.row, "number": line.number, "amount": plain(line.amount)}
-            post += close_entry(tx, call, EntryState.POSTED, {**vars(invoice), **evidence}, now)
-    for part in _parts([call.call_id for call in found.to_void]):
-        for call in _calls(tx, E.call_id.in_(part)):
-            void += close_entry(tx, call, EntryState.VOID, {**vars(invoice), "line": None}, now)
+    for calls in _calls_in_parts(tx, list(lines)):
+        evidence = {call.call_id: _charge(lines[call.call_id]) for call in calls}
+        post += _settle(tx, calls, EntryState.POSTED, invoice, evidence, now)
+    for calls in _calls_in_parts(tx, [call.call_id for call in found.to_void]):
+        void += _settle(tx, calls, EntryState.VOID, invoice, {}, now)
+    period = found.period
+    row = {"digest": invoice.digest, "currency": invoice.currency, "name": invoice.name, "applied_at": now}
+    span = {"since": period.since, "until": period.until, "tolerance_s": int(period.tolerance.total_seconds())}
+    insert_new(tx, INVOICE, [{**row, **span, "edge_calls": sorted(found.edge_calls)}], key="digest")
     return post, void
 
 
-def _parts(call_ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (call_ids[start : start + BATCH] for start in range(0, len(call_ids), BATCH))
+def _charge(line: Line) -> dict[str, Any]:
+    return {"line": line.row, "number": line.number, "amount": plain(line.amount)}
+
+
+def _settle(
+    tx: Tx,
+    calls: Sequence[Call],
+    state: EntryState,
+    invoice: Invoice,
+    evidence: Mapping[str, Mapping[str, Any]],
+    now: datetime,
+) -> int:
+    by_absence = {"line": None}
+    finals = [
+        _entry(call, state, {**vars(invoice), **evidence.get(call.call_id, by_absence)}, now)
+        for call in calls
+        if call.state == EntryState.PENDING
+    ]
+    return len(_close(tx, finals))
+
+
+def _calls_in_parts(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[Call]]:
+    for start in range(0, len(call_ids), BATCH):
+        yield _calls(tx, E.call_id.in_(call_ids[start : start + BATCH]))
 
 
 def _counting(state: str) -> int:
@@ -167,6 +210,16 @@ class Spending:
         self._past = Decimal(0)
         self._counted: tuple[datetime, datetime, str] | None = None
         self._counted_at: datetime | None = None
+        self._warned: tuple[datetime | None, set[tuple[Cap, str | None]]] = (None, set())
+
+    def is_news(self, used: Used, account_id: str, now: datetime) -> bool:
+        """Whether this warning was not given today: calls that turn out to be free bring a cap back to the mark."""
+        if self._warned[0] != day_of(now):
+            self._warned = (day_of(now), set())
+        warned, what = self._warned[1], (used.cap, account_id if used.cap == Cap.ACCOUNT else None)
+        is_new = what not in warned
+        warned.add(what)
+        return is_new
 
     def used(self, tx: Tx, caps: Caps, account_id: str, price: Price, now: datetime) -> list[Used]:
         """Each cap that is set, as it stands. The account must be held; holds the spending if that is capped."""

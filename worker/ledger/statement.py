@@ -7,7 +7,7 @@ so does what it was good for, whenever that was.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -108,20 +108,21 @@ def _units(price: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.round(price * literal(int(1 / UNIT), Integer)), BigInteger)
 
 
-def _sum(value: ColumnElement[Any]) -> ColumnElement[int]:
-    return cast(func.coalesce(func.sum(value), 0), BigInteger)
+def _sum(value: ColumnElement[Any], *which: ColumnElement[bool]) -> ColumnElement[int]:
+    total = func.sum(value).filter(*which) if which else func.sum(value)
+    return cast(func.coalesce(total, 0), BigInteger)
 
 
 def _money(units: int) -> Decimal:
     return units * UNIT
 
 
-def _count(state: EntryState) -> ColumnElement[int]:
-    return func.count().filter(E.state == state.value)
+def _count(state: EntryState, *more: ColumnElement[bool]) -> ColumnElement[int]:
+    return func.count().filter(E.state == state.value, *more)
 
 
 def _amount(state: EntryState) -> ColumnElement[int]:
-    return cast(func.coalesce(func.sum(_units(E.price)).filter(E.state == state.value), 0), BigInteger)
+    return _sum(_units(E.price), E.state == state.value)
 
 
 _OPEN, _POSTED, _VOID = EntryState.PENDING, EntryState.POSTED, EntryState.VOID
@@ -151,6 +152,8 @@ def _make_room(tx: Tx) -> None:
     if tx.dialect.name == "postgresql":
         tx.execute(text("SET LOCAL work_mem = '128MB'"))
         tx.execute(text("SET LOCAL statement_timeout = '5min'"))
+        # Between its rows there may be somebody who reads, or an invoice that is laid beside them.
+        tx.execute(text("SET LOCAL idle_in_transaction_session_timeout = '10min'"))
 
 
 def lines(tx: Tx, since: datetime, until: datetime, by: Group) -> list[Line]:
@@ -194,18 +197,28 @@ def _served() -> Subquery:
     return query.having((sharers > 1) | (reused > 0)).subquery("served")
 
 
-def _cost() -> tuple[ColumnElement[Any], ...]:
-    """What a refresh's calls come to, void ones left out; the entries must be grouped by refresh and currency."""
-    return (
+LOOKBACK = timedelta(days=7)
+"""So long before a period a refresh may have been called first that was called again in it. One that was called even
+earlier is shared to the last unit all the same, but a unit of it may fall to another payment."""
+
+
+def _cost(since: datetime, until: datetime) -> Select[Any]:
+    """What the calls of each refresh come to that were made in the period, void ones left out; and those before it."""
+    now, before = E.called_at >= since, E.called_at < since
+    due = _units(E.price) * case((E.state == _OPEN.value, 1), (E.state == _VOID.value, -1), else_=0)
+    columns = (
         E.refresh_id,
         E.currency,
         func.min(E.account_id).label("account_id"),
-        func.min(E.called_at).label("called_at"),
-        func.max(_units(E.price)).label("price"),
-        (_count(_OPEN) - _count(_POSTED) - _count(_VOID)).label("pending"),
-        _count(_POSTED).label("posted"),
-        (_amount(_OPEN) - _amount(_VOID)).label("total"),
+        func.min(E.called_at).filter(now).label("called_at"),
+        func.max(_units(E.price)).filter(now).label("price"),
+        _sum(case((E.state == _OPEN.value, 1), else_=-1), now).label("pending"),
+        _count(_POSTED, now).label("posted"),
+        _sum(due, now).label("total"),
+        _sum(due, before).label("before"),
     )
+    query = select(*columns).where(_within(since - LOOKBACK, until))
+    return query.group_by(E.refresh_id, E.currency).having(func.max(E.called_at) >= since)
 
 
 def savings(tx: Tx, since: datetime, until: datetime) -> dict[str, Saved]:
@@ -220,22 +233,20 @@ def _savings(
     """The same by a key, which is made of `account_id` and `called_at`, and currency."""
     _make_room(tx)
     served = _served()
-    cost = (
-        select(*_cost(), served.c.sharers, served.c.reused)
-        .join_from(FEE_ENTRY, served, served.c.refresh_id == E.refresh_id)
-        .where(_within(since, until))
-        .group_by(E.refresh_id, E.currency, served.c.sharers, served.c.reused)
-        .subquery("cost")
-    ).c
+    query = _cost(since, until).join_from(FEE_ENTRY, served, served.c.refresh_id == E.refresh_id)
+    query = query.add_columns(served.c.sharers, served.c.reused).group_by(served.c.sharers, served.c.reused)
+    cost = query.subquery("cost").c
     key = key_of(cost)
     more = case((cost.sharers > 1, cost.sharers - 1), else_=0)
+    # Whom a refresh served is counted with the first of its calls that cost something.
+    once = case((cost.before == 0, 1), else_=0)
     query = select(
         key.label("key"),
         cost.currency,
-        _sum(more).label("shared"),
+        _sum(more * once).label("shared"),
         _sum(more * cost.total).label("by_sharing"),
-        _sum(cost.reused).label("reused"),
-        _sum(cost.reused * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
+        _sum(cost.reused * once).label("reused"),
+        _sum(cost.reused * once * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
     )
     rows = tx.execute(query.group_by("key", cost.currency))
     return {
@@ -247,18 +258,21 @@ def _savings(
 def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
     """What each payment owes of the calls of the period, then what nobody owes (yet); together, what the calls cost.
 
-    The shares are those of `worker.fees.share`, made by the database.
+    The shares are those of `worker.fees.share`, made by the database. Of a refresh that was called on both sides of a
+    month's end, each month has what it adds: over both, a payment owes its share of all the calls, and no unit more.
     """
     _make_room(tx)
-    cost = select(*_cost()).where(_within(since, until)).group_by(E.refresh_id, E.currency).subquery("cost")
-    group = (P.refresh_id, P.reused, cost.c.currency)
+    cost = _cost(since, until).subquery("cost")
+    group = (cost.c.account_id, cost.c.refresh_id, P.reused, cost.c.currency)
     order = (P.settled_at, P.requested_at, P.payment_id)
     place = func.row_number().over(partition_by=group, order_by=order) - 1
-    columns = [cost.c[name] for name in ("refresh_id", "account_id", "currency", "price", "pending", "posted", "total")]
+    columns = [column for column in cost.c if column.name != "called_at"]
     sharing = (
         select(
             P.payment_id,
             P.reused,
+            P.settled_at,
+            P.requested_at,
             *columns,
             cast(place, BigInteger).label("place"),
             cast(func.count().over(partition_by=group), BigInteger).label("sharers"),
@@ -267,8 +281,14 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
         .subquery("sharing")
     )
     s = sharing.c
-    fee = s.total // s.sharers + case((s.place < s.total % s.sharers, 1), else_=0)
-    query = select(sharing, fee.label("fee")).order_by(s.account_id, s.refresh_id, s.reused, s.place)
+
+    def share_of(units: ColumnElement[int]) -> ColumnElement[int]:
+        return units // s.sharers + case((s.place < units % s.sharers, 1), else_=0)
+
+    fee = share_of(s.before + s.total) - share_of(s.before)
+    query = select(sharing, fee.label("fee"))
+    # The order in which places were given, by its own columns: so the database sorts once.
+    query = query.order_by(s.account_id, s.refresh_id, s.reused, s.currency, s.settled_at, s.requested_at, s.payment_id)
     for row in tx.execute(query.execution_options(yield_per=5000)):
         yield _reused(row) if row.reused else _shared(row)
     borne = select(P.refresh_id).where(P.refresh_id == cost.c.refresh_id, P.reused.is_(False))
@@ -278,7 +298,7 @@ def shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Share]:
 
 
 def _reused(row: Row[Any]) -> Share:
-    saved = _money(row.price if row.total else 0)
+    saved = _money(row.price if row.total and not row.before else 0)
     return Share(row.payment_id, row.account_id, row.refresh_id, 0, Decimal(0), row.currency, "reused", saved)
 
 
@@ -327,11 +347,11 @@ def questions(tx: Tx, before: datetime) -> list[Question]:
     return [Question(*row) for row in tx.execute(query.order_by(opened.called_at, opened.call_id))]
 
 
-def calls(tx: Tx, since: datetime, until: datetime) -> list[LedgerCall]:
-    """The calls made from `since` to before `until`, as they stand."""
+def calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:
+    """The calls in this currency made from `since` to before `until`, as they stand."""
     _make_room(tx)
     opened = _OPENED.c
     state = func.coalesce(_CLOSED.c.state, EntryState.PENDING.value).label("state")
     query = select(opened.call_id, opened.account_id, opened.called_at, state, opened.price).select_from(_CALLS)
-    rows = tx.execute(query.where(_IS_OPENED, opened.called_at >= since, opened.called_at < until))
-    return [LedgerCall(row[0], row[1], row[2], EntryState(row[3]), row[4]) for row in rows]
+    query = query.where(_IS_OPENED, opened.currency == currency, opened.called_at >= since, opened.called_at < until)
+    return [LedgerCall(row[0], row[1], row[2], EntryState(row[3]), row[4]) for row in tx.execute(query)]

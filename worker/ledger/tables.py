@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    CheckConstraint,
     DateTime,
     Dialect,
     ForeignKey,
@@ -26,6 +27,7 @@ from sqlalchemy import text as sql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
+from worker.fees import EntryState
 from worker.payment import IN_FLIGHT, PaymentState, RefreshState
 
 
@@ -180,6 +182,7 @@ class FeeEntry(SQLModel, table=True):
 
     __tablename__ = "fee_entry"
     __table_args__ = (
+        CheckConstraint(f"state IN ({_states(*EntryState)})", name="fee_entry_state"),
         UniqueConstraint("call_id", "state", name="fee_entry_once"),
         _partial("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
         Index("fee_entry_refresh", "refresh_id"),
@@ -201,6 +204,24 @@ class FeeEntry(SQLModel, table=True):
     called_at: datetime = Field(sa_type=UtcTime)
     """When its call was made: the same on all entries of a call, so that sums over a period need no join."""
     at: datetime = Field(sa_type=UtcTime)
+
+
+class InvoiceRow(SQLModel, table=True):
+    """An invoice that calls were settled by: its neighbours ask for it."""
+
+    __tablename__ = "invoice"
+
+    digest: str = Field(primary_key=True, sa_type=Text)
+    """SHA-256 of the file."""
+    currency: str = Field(primary_key=True, sa_type=Text)
+    since: datetime = Field(primary_key=True, sa_type=UtcTime)
+    until: datetime = Field(sa_type=UtcTime)
+    tolerance_s: int = Field(primary_key=True)
+    """How far its times and ours were taken to be apart."""
+    name: str = Field(sa_type=Text)
+    edge_calls: list[str] = Field(sa_type=Json)
+    """The calls that it charges so near to the ends of its period that another one could, too."""
+    applied_at: datetime = Field(sa_type=UtcTime)
 
 
 class BalanceRow(SQLModel, table=True):
@@ -249,5 +270,6 @@ PAYMENT = _table(Payment)
 REPLY = _table(Reply)
 REFRESH = _table(Refresh)
 FEE_ENTRY = _table(FeeEntry)
+INVOICE = _table(InvoiceRow)
 BALANCE = _table(BalanceRow)
 QUARANTINE = _table(Quarantine)
