@@ -86,6 +86,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
     if not settings.broker.startswith(("redis", "sentinel")):
         return {}
     return {
+        "taken_together": ("payments", "refreshes"),  # whose tasks are worked on together; see tasks/batches.py
         # No task runs longer than a provider call; a dead worker's messages come back after this.
         "visibility_timeout": settings.visibility_timeout_s,
         # Kept apart from other Celery apps on this Redis: a message they hold for longer, as one with a countdown,

@@ -21,6 +21,7 @@ from celery.worker.state import revoked
 from celery.worker.strategy import default
 
 from tasks import suspension, tracing
+from tasks.broker import TogetherQoS
 from tasks.delivery import carry_out
 from tasks.gathering import Gatherer
 from tasks.payments import announce, request_of
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 100
 """Messages in a round, at most."""
+PACE_S = 0.025
+"""A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
 Handler = Callable[..., None]
 
 
@@ -66,8 +69,9 @@ class _Rounds:
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         self._consumer, self._alone = consumer, default(task, app, consumer)
+        self._watchers = suspension.watchers(app)
         self._pool = consumer.pool.executor
-        self._gatherer = Gatherer(self._work, limit=TOGETHER, run=self._pool.submit)
+        self._gatherer = Gatherer(self._work, limit=TOGETHER, pace_s=PACE_S, run=self._pool.submit)
 
     def __call__(self, message: Any, *rest: Any) -> None:
         """Take a message."""
@@ -87,25 +91,31 @@ class _Rounds:
 
     def _done(self, batch: Sequence[Received], *events: str) -> None:
         """Tell Flower, and acknowledge."""
-        dispatcher = self._consumer.event_dispatcher
-        if dispatcher and dispatcher.enabled:
-            for received in batch:
-                self._tell(dispatcher, received, events)
-        self._consumer.call_soon(self._acknowledge, batch)
+        for received in batch:
+            self._tell(received, events)
+        if batch:
+            self._consumer.call_soon(self._acknowledge, batch)
 
-    def _tell(self, dispatcher: Any, received: Received, events: Sequence[str]) -> None:
-        headers = received.headers
+    def _tell(self, received: Received, events: Sequence[str]) -> None:
+        headers, hostname = received.headers, self._consumer.hostname
         told = ("name", "args", "kwargs", "root_id", "parent_id", "retries")
         names = ("task", "argsrepr", "kwargsrepr", "root_id", "parent_id", "retries")
         what = {name: headers.get(header) for name, header in zip(told, names, strict=True)}
-        dispatcher.send("task-received", uuid=received.id, timestamp=received.at, **what)
+        self._watchers.tell("task-received", hostname, uuid=received.id, timestamp=received.at, **what)
         for event in events:
             took = {"result": "None", "runtime": time.time() - received.at} if event == "task-succeeded" else {}
-            dispatcher.send(event, uuid=received.id, **took)
+            self._watchers.tell(event, hostname, uuid=received.id, **took)
 
     def _acknowledge(self, batch: Sequence[Received]) -> None:
-        for received in batch:
-            received.message.ack_log_error(log, self._consumer.connection_errors)
+        qos = batch[0].message.channel.qos
+        try:
+            if isinstance(qos, TogetherQoS):
+                qos.ack_together([received.message.delivery_tag for received in batch])
+                return
+            for received in batch:
+                received.message.ack()
+        except self._consumer.connection_errors as error:
+            log.warning("%s messages could not be acknowledged, and will come again: %s", len(batch), error)
 
 
 class _Intake(_Rounds):
@@ -154,7 +164,7 @@ class _Calls(_Rounds):
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        self._booking = Gatherer(self._book, limit=TOGETHER)
+        self._booking = Gatherer(self._book, limit=TOGETHER, pace_s=PACE_S)
 
     def _work(self, batch: list[Received]) -> None:
         wanted = defaultdict[tuple[str, str], list[Received]](list)

@@ -8,6 +8,8 @@ tracked (`CLIENT TRACKING`, RESP3), and the next word on its connection is that 
 Keys and messages are kombu's own, so that workers on either transport can share a broker.
 """
 
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from importlib.resources import files
 from time import monotonic, time
 from typing import Any
@@ -17,6 +19,8 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
 TAKE = files(__package__).joinpath("take.lua").read_text()
+MOST = 50
+"""Messages that are taken at once at most."""
 LOOK_S = 1.0
 """How often a worker that waits looks by itself, as often as kombu's BRPOP: a connection that is dead must be seen."""
 
@@ -25,17 +29,30 @@ class BrokerUnfit(Exception):
     """The broker cannot tell a worker that its queues are no longer empty; see `PAYREADY_BROKER_TRANSPORT`."""
 
 
-class _QoS(redis.QoS):
+class TogetherQoS(redis.QoS):
+    """Knows what is noted already, and acknowledges many at once."""
+
     def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a message as unacknowledged, if that is still to be done."""
         if self.channel.has_noted:
             self.channel.has_noted = False
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
+    def ack_together(self, delivery_tags: Sequence[str]) -> None:
+        """Acknowledge messages in one round trip."""
+        with self.pipe_or_acquire() as pipe:
+            pipe.zrem(self.unacked_index_key, *delivery_tags).hdel(self.unacked_key, *delivery_tags).execute()
+        for tag in delivery_tags:
+            virtual.QoS.ack(self, tag)
+
 
 class _Channel(redis.Channel):
-    QoS = _QoS
+    QoS = TogetherQoS
+    from_transport_options = (*redis.Channel.from_transport_options, "taken_together")
+    taken_together: Collection[str] = ()
+    """Queues of which several messages may be taken at once, as far as the worker may hold them."""
     has_noted = False
     """Whether the message that is being delivered was noted when it was taken, and nobody has taken charge of it."""
     _pooled: Any = None
@@ -55,15 +72,18 @@ class _Channel(redis.Channel):
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        lists = [self._q_for_pri(queue, urgency) for urgency in self.priority_steps for queue in queues]
+        free = self.qos.can_consume_max_estimate()
+        most = MOST if free is None else max(1, min(MOST, free))
+        counts = {queue: most if queue in self.taken_together else 1 for queue in queues}
+        lists = {self._q_for_pri(queue, urgency): queue for urgency in self.priority_steps for queue in queues}
         keys = [self.unacked_key, self.unacked_index_key, *lists]
         connection = self._in_poll = self.client.connection
         self._brpop_sent_at, self.is_waiting = monotonic(), False
-        take = ("EVAL", TAKE, len(keys), *keys, time())
+        take = ("EVAL", TAKE, len(keys), *keys, time(), *(counts[queue] for queue in lists.values()))
         connection.send_packed_command(connection.pack_commands([("CLIENT", "TRACKING", "ON", "NOLOOP"), take]))
 
     def _brpop_read(self, **_: Any) -> bool:
-        """Take what Redis answers: a message, or later the word that there may be one.
+        """Take what Redis answers: messages, or later the word that there may be some.
 
         Raises:
             Empty: there is no message yet.
@@ -77,9 +97,15 @@ class _Channel(redis.Channel):
                 self._flush_brpop_reauth()
         if taken is None:
             raise redis.Empty
-        key, message = taken
+        key, *messages = taken
         queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
+        with ExitStack() as each:  # one that cannot be delivered does not keep the others from it
+            for message in reversed(messages):
+                each.callback(self._deliver_one, message, queue)
+        return True
+
+    def _deliver_one(self, message: Any, queue: str) -> None:
         payload = loads(bytes_to_str(message))
         self.has_noted = True
         try:
@@ -88,7 +114,6 @@ class _Channel(redis.Channel):
                 self.qos._remove_from_indices(payload["properties"]["delivery_tag"]).execute()  # noqa: SLF001
         finally:
             self.has_noted = False
-        return True
 
     def _answer(self) -> Any:
         connection = self.client.connection

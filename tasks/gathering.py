@@ -1,10 +1,12 @@
 """Work that is done together. Batches form by themselves: what comes while a round is at work is the next round.
 
-When nothing else comes, one is a round, and waits for nobody.
+Who comes alone is a round, and waits for nobody; when one comes soon after another, they wait a moment for more, as a
+round costs nearly the same for many.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -16,13 +18,20 @@ Go = Callable[[], None]
 class Gatherer(Generic[Item]):
     """Gives `work` what was added, at most `limit` at a time, one round after the other.
 
-    `run` has the rounds run: by default whoever adds the first item goes on until nothing is left.
+    No round begins before `pace_s` after the one before it began. `run` has the rounds run: by default whoever adds the
+    first item goes on until nothing is left.
     """
 
     def __init__(
-        self, work: Callable[[list[Item]], None], *, limit: int, run: Callable[[Go], object] = lambda go: go()
+        self,
+        work: Callable[[list[Item]], None],
+        *,
+        limit: int,
+        pace_s: float = 0.0,
+        run: Callable[[Go], object] = lambda go: go(),
     ) -> None:
-        self._work, self._limit, self._run = work, limit, run
+        self._work, self._limit, self._pace_s, self._run = work, limit, pace_s, run
+        self._began_at = float("-inf")
         self._lock = threading.Lock()
         self._waiting: list[Item] = []
         self._is_at_work = False
@@ -43,12 +52,15 @@ class Gatherer(Generic[Item]):
 
     def _go(self) -> None:
         while taken := self._take():
+            self._began_at = time.monotonic()
             try:
                 self._work(taken)
             except Exception:
                 log.exception("%s items of work were not done", len(taken))
 
     def _take(self) -> list[Item]:
+        if self._waiting:
+            time.sleep(max(0.0, self._began_at + self._pace_s - time.monotonic()))
         with self._lock:
             taken, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
             self._is_at_work = bool(taken)

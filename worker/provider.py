@@ -6,6 +6,7 @@ all there is to go by, and no request id, so an answer that is lost leaves it op
 
 import json
 import re
+import threading
 import time
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -43,8 +44,8 @@ class _Introspection(BaseModel):
 class Quiltt:
     """A client for one process.
 
-    It keeps at most `connections` calls in flight: httpx's pool works in the square of that (encode/httpcore #1035),
-    so more calls are for more processes.
+    It keeps at most `connections` calls in flight. Each has a transport of its own, with one connection: a pool of
+    httpx works in the square of what is in it (encode/httpcore #1035).
     """
 
     def __init__(
@@ -61,13 +62,18 @@ class Quiltt:
         self._graphql_url = api_url.rstrip("/") + "/v1/graphql"
         self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
         self._secret = api_key
+        self._headers = httpx.Headers({"Authorization": f"Bearer {api_key.get_secret_value()}"})  # its repr hides it
+        self._timeout = httpx.Timeout(connect_timeout_s, read=read_timeout_s)
+        self._ssl = httpx.create_ssl_context(trust_env=False)
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
-            timeout=httpx.Timeout(connect_timeout_s, read=read_timeout_s),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            headers=self._headers,
+            timeout=self._timeout,
             follow_redirects=False,
+            verify=self._ssl,
             trust_env=False,  # no proxy gets between us and a bill without being configured
         )
+        self._idle: list[httpx.HTTPTransport] = []
+        self._free = threading.BoundedSemaphore(connections)
 
     def refresh_balance(self, account_id: str) -> int:
         """Ask for a fresh balance of the account; returns the status, 202.
@@ -77,10 +83,8 @@ class Quiltt:
         """
         status, start = "none", time.monotonic()
         try:
-            answer = self._http.post(self._refresh_url.format(account_id))
+            answer = self._post(self._refresh_url.format(account_id))
             status = str(answer.status_code)
-        except httpx.PoolTimeout as error:
-            raise Crowded("no connection to the provider was free: pool timeout") from error
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unsent(f"no connection to the provider: {_name(error)}") from error
         except httpx.RequestError as error:
@@ -90,6 +94,25 @@ class Quiltt:
         if answer.status_code != httpx.codes.ACCEPTED:
             raise _failure(answer)
         return answer.status_code
+
+    def _post(self, url: str) -> httpx.Response:
+        if not self._free.acquire(timeout=self._timeout.connect):
+            raise Crowded("no connection to the provider was free")
+        try:
+            transport = self._transport()
+            request = httpx.Request("POST", url, headers=self._headers, extensions={"timeout": self._timeout.as_dict()})
+            answer = transport.handle_request(request)
+            answer.read()
+            self._idle.append(transport)  # the one that was used last is used next; one that failed is not used again
+        finally:
+            self._free.release()
+        return answer
+
+    def _transport(self) -> httpx.HTTPTransport:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return httpx.HTTPTransport(verify=self._ssl, limits=_ONE)
 
     def read_account(self, account_id: str, profile_id: str) -> AccountView | None:
         """Read an account and its newest balance by GraphQL: free of charge, and whatever became of its webhook.
@@ -134,6 +157,11 @@ class Quiltt:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        for transport in self._idle:
+            transport.close()
+
+
+_ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 
 
 def _name(error: Exception) -> str:
