@@ -35,6 +35,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 LONGEST = (
+    "test_storm",
     "test_outages",
     "test_crowds",
     "test_crash_at_every_step",
