@@ -90,7 +90,7 @@ end:
        :: skip                                                  /* it joins another: what Redis says may be wrong */
        fi;
        if
-       :: faults > 0 -> faults--                              /* the job comes back */
+       :: faults > 0 -> faults--                                /* the job comes back */
        :: job[i] = false
        fi }
   od
@@ -142,7 +142,7 @@ idle:
          :: accepted++; status = UNCERTAIN; if :: event[r] == NOTHING -> event[r] = COMING :: skip fi
          :: status = UNCERTAIN                                  /* not accepted, which nobody knows */
          :: status = REFUSED
-         :: faults > 0 -> faults--; status = REQUESTED    /* not accepted, and to be made later */
+         :: faults > 0 -> faults--; status = REQUESTED          /* not accepted, and to be made later */
          fi
     fi };
   atomic {                                                      /* booked; what a balance did meanwhile stays */
@@ -208,7 +208,7 @@ inline release(who) {
 #else
   :: WAITS(who) && IS_FRESH(who) ->
 #endif
-       assert(!own[who] || HAS(asked[b], who));                   /* a balance that is fresh */
+       assert(!own[who] || HAS(asked[b], who));                 /* a balance that is fresh */
        settle(who)
   :: else
   fi
@@ -256,7 +256,7 @@ end:
   do
 #ifndef BREAK_DEADLINE
 #ifdef BREAK_ONE_WRITE_DECIDES
-  :: WAITS(i) -> settle(i)                              /* seen waiting, then written: two steps */
+  :: WAITS(i) -> settle(i)                                      /* seen waiting, then written: two steps */
 #else
   :: atomic { WAITS(i) -> settle(i) }
 #endif
