@@ -74,6 +74,8 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(age=st.sampled_from([0, 5]), timeout=st.sampled_from([3, 20]))
     def job(self, age: int, timeout: int) -> None:
         payment_id = f"p{len(self.model.waiting) + len(self.model.ends)}"
+        self.payready.clock.advance(0.5)  # or a call would be as old as the job after it
+        self.model.now += 0.5
         self.model.job(payment_id, age, timeout)
         self.payready.initiate(payment_id, A, max_balance_age_s=age, timeout_s=timeout)
         self.payready.work()
