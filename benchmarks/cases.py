@@ -2,7 +2,9 @@
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -81,6 +83,39 @@ def parked(rig: Rig, sizes: argparse.Namespace) -> Figures:
     }
 
 
+def restart(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """A steady rate while the roles are replaced, one replica after the other: two of each worker, one endpoint."""
+    for replica in ("worker2", "refresh2"):
+        rig.start_replica(replica)
+    count = int(sizes.rate * sizes.seconds)
+    ids, _ = _settle(rig, rig.accounts(count), per_second=sizes.rate)
+    calm = _quantiles(rig.waits(ids))
+    with ThreadPoolExecutor(1) as pool:
+        restarted = pool.submit(_replace_all, rig)
+        ids = []
+        while not restarted.done() or not ids:
+            ids += rig.enqueue(rig.accounts(int(sizes.rate)), per_second=sizes.rate)
+        took = restarted.result()
+    rig.settled(ids)
+    states = Counter(row["state"] for row in rig.payments(ids))
+    later = _quantiles(rig.waits(ids))
+    return {
+        "per_second": sizes.rate,
+        "replicas_s": took,
+        "all_s": round(sum(took.values()), 1),
+        "payments": len(ids),
+        **{f"{state}": number for state, number in states.items()},
+        "lost": len(ids) - states.total(),
+        "calm": calm,
+        "meanwhile": later,
+        "p99_later_by_ms": round(later["p99_ms"] - calm["p99_ms"], 1),
+    }
+
+
+def _replace_all(rig: Rig) -> Figures:
+    return {replica: rig.replace(replica) for replica in ("worker", "worker2", "refresh", "refresh2", "web", "beat")}
+
+
 def statement(rig: Rig, sizes: argparse.Namespace) -> Figures:
     """What finance and the caps ask of a month with a million fee entries: seconds, the median of three."""
     past.fill(rig.system.engine, sizes.entries)
@@ -117,5 +152,6 @@ CASES: Mapping[str, Callable[[Rig, argparse.Namespace], Figures]] = {
     "paced": paced,
     "hot": hot,
     "parked": parked,
+    "restart": restart,
     "statement": statement,
 }

@@ -1,6 +1,7 @@
 """payready as in production, for as long as a measurement takes, and a payments service that enqueues."""
 
 import itertools
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +37,23 @@ class Rig:
         self.redis: Redis = Redis.from_url(running.redis_url)
         self.app = Celery("payments-service", broker=running.redis_url, set_as_current=False)
 
+    def start_replica(self, replica: str) -> None:
+        """Start another worker of a role, as `worker2`, and wait until it takes messages."""
+        role = replica.rstrip("2")
+        command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
+        self.system.processes.start(replica, command)
+        self.system.wait_for_consumer(replica)
+
+    def replace(self, replica: str) -> float:
+        """Stop a replica as a deployment does, start it anew, and wait until it is ready; returns the seconds."""
+        start = time.monotonic()
+        self.system.kill(replica, how=signal.SIGTERM)
+        if replica.endswith("2"):
+            self.start_replica(replica)
+        else:
+            self.system.start(replica)
+        return round(time.monotonic() - start, 1)
+
     def accounts(self, count: int, scenario: str = "prompt") -> list[str]:
         """New accounts."""
         return [f"acct_{scenario}{next(_numbers):07d}" for _ in range(count)]
@@ -55,6 +73,11 @@ class Rig:
     def count(self, query: str, /, **values: Any) -> int:
         """The number that a query gives."""
         return int(next(iter(self.system.rows(query, **values)[0].values())))
+
+    def payments(self, ids: list[str]) -> list[dict[str, Any]]:
+        """What the ledger has of these payments, and of their replies."""
+        query = "SELECT p.* FROM payment p JOIN reply r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
+        return self.system.rows(query + " AND r.delivered_at IS NOT NULL", first=ids[0], last=ids[-1])
 
     def settled(self, ids: list[str]) -> None:
         """Wait until all of these payments' outcomes are delivered.

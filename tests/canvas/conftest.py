@@ -40,7 +40,7 @@ def payready(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
         running.processes.start("twin", TWIN, SERVICE_URL=running.redis_url)
         running.start("web", "refresh")
         for name in ("worker", "service", "twin"):
-            running._wait_for_consumer(name)
+            running.wait_for_consumer(name)
         yield running
         # A result unsubscribes when it is collected: without Valkey it would try for long, and in vain.
         running.service.backend.result_consumer.subscribed_to.clear()

@@ -1,24 +1,16 @@
 """A payready for each test, on each database."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
-from tests.support.servers import Postgres
-from tests.support.world import Databases, World, world
+from tests.support.world import SETTINGS, Databases, Make, World, world
 from worker.fees import EntryState, share
 from worker.ledger import fees
 from worker.ledger.database import transaction
-
-
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def databases(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
-) -> Databases:
-    """Migrated databases of one kind."""
-    server = postgres_server if request.param == "postgresql" else None
-    return Databases(tmp_path_factory.mktemp("ledger"), server)
 
 
 @pytest.fixture
@@ -26,6 +18,18 @@ def payready(databases: Databases, valkey_url: str) -> Iterator[World]:
     """A payready with nothing in it."""
     with databases.one() as address, world(address, valkey_url) as made:
         yield made
+
+
+@pytest.fixture
+def made(databases: Databases, valkey_url: str) -> Make:
+    """A payready with these settings."""
+
+    @contextmanager
+    def make(**settings: Any) -> Iterator[World]:
+        with databases.one() as address, world(address, valkey_url, SETTINGS.model_copy(update=settings)) as it:
+            yield it
+
+    return make
 
 
 def _share_of(payready: World, payment_id: str) -> Decimal:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from typing import ClassVar
 
 import pytest
 from fakeredis import FakeRedis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from redis import Redis
 
 from tests.support.world import START
@@ -183,9 +184,11 @@ refresh_ids = st.sampled_from(["r1", "r2", "r3"])
 class AgainstAModel(RuleBasedStateMachine):
     """The scripts do what a few lines of Python do."""
 
+    redis: ClassVar["Redis"]
+
     def __init__(self) -> None:
         super().__init__()
-        self.store = Correlation(FakeRedis(decode_responses=True))
+        self.store = Correlation(self.redis)
         self.flight: tuple[str, int] | None = None
         self.next: str | None = None
         self.balance: tuple[str, int] | None = None
@@ -247,7 +250,12 @@ class AgainstAModel(RuleBasedStateMachine):
         self.flight, self.next, self.balance = flight, requested, balance
 
 
-TestAgainstAModel = AgainstAModel.TestCase
-TestAgainstAModel.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+def test_whatever_it_is_told_the_store_does_what_the_model_does(redis: "Redis") -> None:
+    """In any order."""
+    AgainstAModel.redis = redis
+    run_state_machine_as_test(
+        AgainstAModel,
+        settings=settings(
+            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )

@@ -1,16 +1,14 @@
 """Calls go out within a budget, the most urgent first, and not at all while the provider only fails."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
-from tests.support.world import SETTINGS, START, Databases, World, gate_of, world
+from tests.support.world import SETTINGS, START, Databases, Make, World, gate_of, world
 from worker import flow
 from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, Gate, HeldBack, Position
 from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
@@ -19,19 +17,6 @@ from worker.ledger import fees
 LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "breaker_failures": 3})
 FAILURE = Uncertain("the provider answered 500", 500)
 A = "acct_a"
-Make = Callable[..., AbstractContextManager[World]]
-
-
-@pytest.fixture
-def made(databases: Databases, valkey_url: str) -> Make:
-    """A payready with these settings."""
-
-    @contextmanager
-    def make(**settings: Any) -> Iterator[World]:
-        with databases.one() as address, world(address, valkey_url, SETTINGS.model_copy(update=settings)) as it:
-            yield it
-
-    return make
 
 
 @pytest.fixture

@@ -199,3 +199,16 @@ def test_an_outcome_is_delivered_again_when_somebody_asks_for_it(payready: World
     payready.tick()
     payready.tick()
     assert payready.delivered == {task: told * 2 for task, told in first.items()}
+
+
+def test_a_message_that_comes_again_after_the_end_is_not_told_once_more(payready: World) -> None:
+    """Its canvas has other ids, by which a receiver could not tell that it was told before."""
+    payready.initiate("pay_1", A, task_id="task_a")
+    payready.work()
+    payready.balance(A)
+    payready.work()
+    payready.initiate("pay_1", A, task_id="task_a")
+    payready.initiate("pay_1", A, task_id="task_b")
+    payready.work()
+    payready.pass_time(30)
+    assert {task: len(told) for task, told in payready.delivered.items()} == {"task_a": 1, "task_b": 1}

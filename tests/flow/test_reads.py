@@ -1,32 +1,18 @@
 """Shortly before a deadline the balance is read, free of charge: the webhook may be lost."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from tests.support.world import SETTINGS, START, Databases, World, world
+from tests.support.world import START, Make, World
 from worker import flow
 from worker.errors import Unsent
 from worker.messages import AccountView
 
 A, B = "acct_a", "acct_b"
-Make = Callable[..., AbstractContextManager[World]]
-
-
-@pytest.fixture
-def made(databases: Databases, valkey_url: str) -> Make:
-    """A payready with these settings."""
-
-    @contextmanager
-    def make(**settings: Any) -> Iterator[World]:
-        with databases.one() as address, world(address, valkey_url, SETTINGS.model_copy(update=settings)) as it:
-            yield it
-
-    return make
 
 
 def shown(payready: World, account_id: str, at: datetime, *, source: str = "REFRESH", **account: Any) -> None:

@@ -38,6 +38,8 @@ SETTINGS = {
 """What is rare in production happens all the time; budget and breaker are as there."""
 CLOCK = Path(__file__).parent / "clock"
 PATIENCE_S = 120.0
+QUEUES_WRITTEN_S = 10.0
+"""So long after a quorum queue was made RabbitMQ has surely written it down; it cannot be asked whether it has."""
 
 FLUSH_WHEN_REPLACEABLE = """
 for _, pattern in ipairs({'payments*', 'svc*', 'unacked'}) do
@@ -122,6 +124,21 @@ class Rig:
         command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
         clock = {"PYTHONPATH": str(CLOCK), "STORM_SKEW_S": str(skew_s)}
         self._running[replica] = self.processes.start(replica, command, **clock)
+
+    def wait_for_queues(self) -> None:
+        """Let RabbitMQ write down the queues that the workers declare.
+
+        A server that is killed as it makes a quorum queue, and that has no other node, may come back with a queue that
+        never has a leader: that is for whoever runs it to know, and not what a storm is about.
+        """
+        workers = [replica for replica in REPLICAS if replica.startswith(("worker", "refresh"))]
+        for replica in workers:
+            self.processes.wait_for(replica, lambda replica=replica: self._consumes(replica), PATIENCE_S)  # type: ignore[misc]
+        time.sleep(QUEUES_WRITTEN_S)
+
+    def _consumes(self, replica: str) -> bool:
+        replies = self._service.control.ping(timeout=0.5)
+        return any(name.startswith(f"{replica}@") for reply in replies for name in reply)
 
     # --- the faults ---
 
@@ -229,11 +246,7 @@ class Rig:
 
     def _send_webhooks_again(self, _: Fault) -> None:
         """Events of the last minute come again, rightly signed, the newest first, three times each."""
-        query = "SELECT * FROM balance ORDER BY received_at DESC LIMIT 20"
-        try:
-            rows = self.rows(query)
-        except SQLAlchemyError:  # the database is away: another fault strikes at this moment
-            return
+        rows = self._rows_if_there("SELECT * FROM balance ORDER BY received_at DESC LIMIT 20")
         with self._targets["provider"]:
             for row in rows:
                 record = {"id": row["balance_id"], "accountId": row["account_id"], "source": "REFRESH"}
@@ -246,10 +259,7 @@ class Rig:
     def _break_connections(self, _: Fault) -> None:
         """Quiltt tells of connections that payments wait behind."""
         query = "SELECT DISTINCT connection_id FROM payment WHERE state = 'waiting' ORDER BY connection_id LIMIT 3"
-        try:
-            rows = self.rows(query)
-        except SQLAlchemyError:  # the database is away: another fault strikes at this moment
-            return
+        rows = self._rows_if_there(query)
         with self._targets["provider"]:
             for row in rows:
                 kind = "connection.disconnected"
@@ -281,6 +291,13 @@ class Rig:
         """What the ledger says."""
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
+
+    def _rows_if_there(self, query: str) -> list[dict[str, Any]]:
+        """None while the database is away: another fault strikes at this moment."""
+        try:
+            return self.rows(query)
+        except SQLAlchemyError:
+            return []
 
     def provider_log(self) -> dict[str, Any]:
         """What the simulator saw."""
@@ -333,6 +350,8 @@ def rig(folder: Path, plan: Plan, broker: RabbitMQ | None = None) -> Iterator[Ri
                 processes.start("service", SERVICE, **log)
                 for replica in REPLICAS:
                     made.start(replica, plan.clocks[replica])
+                if broker:
+                    made.wait_for_queues()
                 yield made
                 made.engine.dispose()
             finally:

@@ -24,6 +24,8 @@ ON_RABBITMQ: dict[str, Any] = {
     "task_create_missing_queue_type": "quorum",
     "task_queues": [Queue(QUEUE, queue_arguments={"x-queue-type": "quorum"})],
     "broker_transport_options": {"confirm_publish": True},
+    # A worker keeps the message of a task whose result it could not write, and here nothing takes it away from it.
+    "task_ignore_result": True,
 }
 """What `docs/integrating.md` asks for there: else the two of us would declare one queue in two ways."""
 

@@ -97,7 +97,7 @@ class System:
         if "web" in roles:
             self.processes.wait_for("web", lambda: answers(f"{self.web_url}/readyz"))
         for role in {"worker", "refresh"}.intersection(roles):
-            self._wait_for_consumer(role)
+            self.wait_for_consumer(role)
 
     def start_second_beat(self) -> None:
         """Start another beat beside the first, as `beat2`."""
@@ -106,9 +106,10 @@ class System:
     def start_service(self) -> None:
         """Start a worker of the payments service, for `link` and `link_error`; see `tests/support/service.py`."""
         self.processes.start("service", SERVICE, SERVICE_URL=self.redis_url, SERVICE_LOG=str(self._service_log))
-        self._wait_for_consumer("service")
+        self.wait_for_consumer("service")
 
-    def _wait_for_consumer(self, role: str) -> None:
+    def wait_for_consumer(self, role: str) -> None:
+        """Wait until a worker of this name takes messages."""
         self.processes.wait_for(role, lambda: self._consumes(role))
 
     def _consumes(self, role: str) -> bool:

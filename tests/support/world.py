@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -317,6 +317,10 @@ class World:
         """The states of the account's refreshes, in the order of their calls."""
         query = "SELECT state FROM refresh WHERE account_id = :id ORDER BY called_at IS NULL, called_at"
         return [row["state"] for row in self.rows(query, id=account_id)]
+
+
+Make = Callable[..., AbstractContextManager[World]]
+"""Makes a payready with the settings that it is given."""
 
 
 def gate_of(redis: Any, settings: Settings) -> Gate:

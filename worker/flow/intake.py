@@ -76,8 +76,11 @@ def _take_in(rt: Runtime, tx: Tx, requests: Sequence[Request], announce: Announc
     return entrances
 
 
-def _write_down(tx: Tx, requests: Sequence[Request], now: datetime) -> list[Waiting | Due]:
-    """Each payment as it waits, or its outcome if it is settled already."""
+def _write_down(tx: Tx, requests: Sequence[Request], now: datetime) -> list[Waiting | Due | None]:
+    """Each payment as it waits, or its outcome if it is settled already; None if its task is known to wait for that.
+
+    Such a task was told, or the sweep will tell it, by the canvas that was saved first: this one has other ids.
+    """
     new = payments.record(tx, [request.job for request in requests], now)
     firsts, written = set[str](), list[Waiting | Due]()
     for request in requests:
@@ -88,14 +91,22 @@ def _write_down(tx: Tx, requests: Sequence[Request], now: datetime) -> list[Wait
             written.append(Waiting(job.payment_id, job.account_id, job, now, job.fresh_from(now), deadline))
         else:
             written.append(_recall(tx, request))
+    noted = set[str]()
     for group, due_at in ((Waiting, None), (Due, now + payments.REDELIVERY)):
         canvases = [
             (request.job.payment_id, request.canvas)
             for request, payment in zip(requests, written, strict=True)
             if isinstance(payment, group)
         ]
-        payments.await_outcomes(tx, canvases, due_at)
-    return written
+        noted = payments.await_outcomes(tx, canvases, due_at)
+    return [_first_of(payment, noted) if isinstance(payment, Due) else payment for payment in written]
+
+
+def _first_of(due: Due, noted: set[str]) -> Due | None:
+    if due.task_id not in noted:
+        return None
+    noted.remove(due.task_id)  # the same message may have come twice at once
+    return due
 
 
 def _recall(tx: Tx, request: Request) -> Waiting | Due:
@@ -135,5 +146,5 @@ def _entrance(request: Request, waiting: Waiting, standing: Standing) -> Entranc
     return Entrance(request.canvas["id"], Next(call=led), waiting, standing.id)
 
 
-def _told(request: Request, due: Due) -> Entrance:
-    return Entrance(request.canvas["id"], Next(deliver=[due]))
+def _told(request: Request, due: Due | None) -> Entrance:
+    return Entrance(request.canvas["id"], Next(deliver=[due] if due else []))

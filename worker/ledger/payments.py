@@ -92,13 +92,16 @@ def hold(tx: Tx, payment_id: str) -> Row[Any]:
     return tx.execute(select(PAYMENT).where(P.payment_id == payment_id).with_for_update()).one()
 
 
-def await_outcomes(tx: Tx, canvases: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> None:
-    """Note the tasks that wait for these payments; `due_at` is set when the outcomes are there already."""
+def await_outcomes(tx: Tx, canvases: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> set[str]:
+    """Note the tasks that wait for these payments; `due_at` is set when the outcomes are there already.
+
+    Returns those that were not known: a task that is keeps the canvas that it was noted with.
+    """
     rows = [
         {"task_id": canvas["id"], "payment_id": payment_id, "canvas": canvas, "due_at": due_at}
         for payment_id, canvas in sorted(canvases, key=lambda waiting: str(waiting[1]["id"]))
     ]
-    insert_new(tx, REPLY, rows, key="task_id")
+    return insert_new(tx, REPLY, rows, key="task_id")
 
 
 def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
