@@ -41,6 +41,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "balances.refresh": {"queue": "refreshes"},
             "balances.read": {"queue": "refreshes"},
             "payments.release": {"queue": "releases"},
+            "payments.deliver": {"queue": "releases"},
             "payments.expire": {"queue": "upkeep"},
             "payments.sweep": {"queue": "upkeep"},
             "webhooks.check": {"queue": "upkeep"},

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
@@ -34,19 +34,34 @@ log = logging.getLogger(__name__)
 
 def carry_out(todo: Next) -> None:
     """Enqueue calls and balances to apply, then deliver what was settled."""
-    messages = list(_messages(todo))
+    _enqueue(_messages(todo))
+    if todo.deliver:
+        deliver(todo.deliver)
+
+
+def carry_out_but_canvases(todo: Next) -> None:
+    """The same, where none but our own tasks are known: a worker tells those that lead on to tasks of others."""
+    others = [due.task_id for due in todo.deliver if not suspension.is_plain(due.canvas)]
+    told_by_a_worker = [("payments.deliver", (others,), None)] if others else []
+    _enqueue([*_messages(todo), *told_by_a_worker])
+    deliver([due for due in todo.deliver if suspension.is_plain(due.canvas)])
+
+
+Message = tuple[str, tuple[Any, ...], float | None]
+"""Name, arguments, and in how many seconds."""
+
+
+def _enqueue(messages: Iterable[Message]) -> None:
+    messages = list(messages)
     if messages:
         with app.producer_or_acquire() as producer:  # to take one for each message costs a third of sending it
             together = producer.batch() if len(messages) > 1 else nullcontext()
             with together:
                 for name, arguments, countdown_s in messages:
                     app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
-    if todo.deliver:
-        deliver(todo.deliver)
 
 
-def _messages(todo: Next) -> Iterator[tuple[str, tuple[Any, ...], float | None]]:
-    """Name, arguments, and in how many seconds."""
+def _messages(todo: Next) -> Iterator[Message]:
     for account_id, refresh_id in todo.call:
         yield "balances.refresh", (account_id, refresh_id), None
     for account_id, refresh_id, pause in todo.call_later:
@@ -109,7 +124,8 @@ def _tell_plain(due: Sequence[Due]) -> bool:
         log.exception("%s outcomes could not be delivered; they stay due", len(due))
         return False
     for outcome in due:
-        log.info("outcome of %s delivered: %s", outcome.outcome["payment_id"], outcome.state)
+        with bound(task_id=outcome.task_id, payment_id=outcome.outcome["payment_id"]):
+            log.info("outcome delivered: %s", outcome.state)
     return True
 
 

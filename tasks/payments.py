@@ -10,7 +10,7 @@ from celery.worker.state import revoked
 
 from tasks import suspension
 from tasks.app import app
-from tasks.delivery import BROKER_AWAY, carry_out
+from tasks.delivery import BROKER_AWAY, carry_out, deliver
 from worker import flow
 from worker.correlation.client import CORRELATION_AWAY
 from worker.errors import InvalidJob, PaymentNotReady
@@ -100,6 +100,12 @@ def _again(task: Task, error: Exception) -> NoReturn:
 def release(balance_id: str) -> None:
     """Settle whoever waits for this balance."""
     carry_out(flow.apply(runtime(), balance_id))
+
+
+@app.task(name="payments.deliver")
+def tell(task_ids: Sequence[str]) -> None:
+    """Complete these tasks, whose payments are settled."""
+    deliver(flow.undelivered(runtime(), task_ids))
 
 
 @app.task(name="payments.cancel", ignore_result=False)

@@ -116,7 +116,7 @@ def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
 def is_plain(canvas: Mapping[str, Any]) -> bool:
     """Whether nothing follows the task: its outcome is a result, or nothing at all, and can be told with others'."""
     return canvas["version"] <= VERSION and not any(
-        canvas.get(name) for name in ("callbacks", "chain", "chord", "group")
+        canvas.get(name) for name in ("callbacks", "errbacks", "chain", "chord", "group")
     )
 
 

@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from config.settings import settings
 from tasks.app import app as celery
-from tasks.delivery import carry_out
+from tasks.delivery import carry_out_but_canvases
 from webhook import events, signature
 from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
 from webhook.keeper import Keeper
@@ -248,7 +248,7 @@ def _follow(left: Sequence[Next]) -> None:
     todo = Next()
     for one in left:
         todo.add(one)
-    carry_out(todo)
+    carry_out_but_canvases(todo)
 
 
 def _is_ledger_there() -> bool:

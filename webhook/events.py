@@ -237,19 +237,17 @@ def _look_at_balance(event: dict[str, Any]) -> Received | None:
 
 
 def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> Breakdown | None:
-    """What names no connection, or no time, is passed over.
-
-    Each time it is sent again it would be news of payments that came since, and were requested in the knowledge of it.
-    """
+    """What names no connection is passed over. One without a time counts as of its signature."""
     try:
         seen = ConnectionEvent.model_validate(event)
     except ValidationError:
         return None
-    if seen.at > signed_at + AHEAD:
+    at = seen.at or signed_at
+    if at > signed_at + AHEAD:
         return None
     if seen.type == "profile.deleted":
-        return Breakdown(BREAKDOWNS[seen.type], seen.at, profile_id=seen.record.id)
-    return Breakdown(BREAKDOWNS[seen.type], seen.at, connection_id=seen.record.id)
+        return Breakdown(BREAKDOWNS[seen.type], at, profile_id=seen.record.id)
+    return Breakdown(BREAKDOWNS[seen.type], at, connection_id=seen.record.id)
 
 
 def _look_at_reconnection(event: dict[str, Any], signed_at: datetime) -> Relink | None:
@@ -257,7 +255,8 @@ def _look_at_reconnection(event: dict[str, Any], signed_at: datetime) -> Relink 
         seen = ReconnectedEvent.model_validate(event)
     except ValidationError:
         return None
-    return Relink(seen.record.id, seen.metadata.to.id, seen.at) if seen.at <= signed_at + AHEAD else None
+    at = seen.at or signed_at
+    return Relink(seen.record.id, seen.metadata.to.id, at) if at <= signed_at + AHEAD else None
 
 
 def _complaint(error: ValidationError) -> str:

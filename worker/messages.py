@@ -266,7 +266,8 @@ class ConnectionEvent(_Wire):
     """An event about a connection, or about a whole profile."""
 
     type: str
-    at: Moment
+    at: Moment | None = None
+    """Has been seen missing."""
     record: Named
 
 
@@ -279,7 +280,7 @@ class Relinked(_Wire):
 class ReconnectedEvent(_Wire):
     """An account that moved to another connection."""
 
-    at: Moment
+    at: Moment | None = None
     record: Named
     metadata: Relinked
 

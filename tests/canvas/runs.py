@@ -5,7 +5,6 @@ import json
 import re
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,23 +141,15 @@ class Run:
 
 
 def kill_between_settling_and_telling(system: System, run: Run) -> None:
-    """Start a worker, and kill it when it has settled the run's payments and has told nobody.
-
-    The worker's transaction is held up by its last row but one, while a lock on the replies queues up behind it. So
-    when the transaction ends, the lock comes before the worker's next query, which asks who is to be told.
-    """
-    blocked = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query"
-    with system.engine.connect() as rows, system.engine.connect() as table, ThreadPoolExecutor(1) as queue:
-        rows.execute(text("SELECT 1 FROM balance WHERE account_id = :it FOR UPDATE"), {"it": run.account_id})
-        system.processes.start("worker", procfile()["worker"])
-        wait_until(lambda: bool(system.rows(blocked, query="UPDATE balance%")), PATIENCE_S, "the payments are settled")
-        locked = queue.submit(table.execute, text("LOCK TABLE reply IN ACCESS EXCLUSIVE MODE"))
-        wait_until(lambda: bool(system.rows(blocked, query="LOCK TABLE%")), PATIENCE_S, "the lock is queued")
-        rows.rollback()
-        locked.result(PATIENCE_S)
-        system.kill("worker")
+    """When the run's payments are settled, start a worker, and kill it when it asks who is to be told."""
     waiting = "SELECT payment_id FROM payment WHERE payment_id LIKE :run AND state = 'waiting'"
-    assert not system.rows(waiting, run=f"{run.name}/%")
+    wait_until(lambda: not system.rows(waiting, run=f"{run.name}/%"), PATIENCE_S, "the payments are settled")
+    blocked = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'SELECT reply.task_id%'"
+    with system.engine.connect() as table:
+        table.execute(text("LOCK TABLE reply IN ACCESS EXCLUSIVE MODE"))
+        system.processes.start("worker", procfile()["worker"])
+        wait_until(lambda: bool(system.rows(blocked)), PATIENCE_S, "the worker asks who is to be told")
+        system.kill("worker")
 
 
 def _of_canvas(canvas: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from redis import Redis
 from config.celery import celery_settings
 from config.settings import Settings
 from tasks import suspension
+from tasks.gathering import Gatherer
 from worker.errors import PaymentNotReady
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
@@ -30,6 +31,8 @@ def app(valkey_url: str) -> Iterator[Celery]:
     app = Celery("left", set_as_current=False)
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
+    watchers = suspension.watchers(app)
+    watchers._gatherer = Gatherer(watchers._send, limit=9)  # at once, where it is counted
     suspension.complete(app, canvas(app), {})  # opens the connections
     suspension.complete(app, canvas(app, chain=[app.signature("ledger.note")]), {})
     yield app

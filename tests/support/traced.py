@@ -49,7 +49,7 @@ def main(account_id: str) -> None:
         )
         assert told.wait(20)
         eventually(lambda: any(span.name == "ledger.execute_ach" for span in spans.get_finished_spans()))
-        eventually(lambda: any(span.name == "payments.release" for span in spans.get_finished_spans()))
+        eventually(lambda: any(span.name == "payments.deliver" for span in spans.get_finished_spans()))
     web.should_exit = True
     serving.join(5)
     lines = [

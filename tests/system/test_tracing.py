@@ -57,7 +57,7 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
         *INITIATE,
     ]
     assert {by_name[name]["trace"] for name in ("balances.refresh", "ledger.execute_ach")} == {TRACE}
-    assert wait["links"] == [by_name["payments.release"]["id"]]
-    assert way(by_name["payments.release"]) == ["payments.release", "send payments.release"], "begun by the webhook"
+    assert wait["links"] == [by_name["payments.deliver"]["id"]]
+    assert way(by_name["payments.deliver"]) == ["payments.deliver", "send payments.deliver"], "begun by the webhook"
     assert wait["lasted_s"] > by_name["payments.initiate"]["lasted_s"]
     assert not [span for span in spans if "sweep" in span["name"] or "expire" in span["name"]]

@@ -16,12 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from redis import Redis
+from sqlalchemy import select
 
 from console.processes import Processes, answers, free_port, procfile
 from tests.support.servers import Postgres
 from tests.support.world import Databases
 from worker.ledger.database import Engine, open_engine
-from worker.ledger.tables import PAYMENT
+from worker.ledger.tables import BALANCE, PAYMENT
 
 SECRET, OLD_SECRET = "whsec_of_the_tests", "whsec_before"
 _numbers = itertools.count(1)
@@ -67,10 +68,10 @@ class Endpoint:
             tables = PAYMENT.metadata.sorted_tables
             return {table.name: sorted(map(tuple, connection.execute(table.select())), key=str) for table in tables}
 
-    def enqueued(self) -> set[str]:
-        """The balances whose application is enqueued, which is done after the answer."""
-        messages = [json.loads(message) for message in self.redis.lrange("releases", 0, -1)]
-        return {json.loads(base64.b64decode(message["body"]))[0][0] for message in messages}
+    def applied(self) -> set[str]:
+        """The ids of the balances that were applied to those who wait."""
+        with self.engine.connect() as connection:
+            return set(connection.scalars(select(BALANCE.c.balance_id).where(BALANCE.c.due_at.is_(None))))
 
     def balances(self) -> list[str]:
         """The ids of the balances that were kept."""

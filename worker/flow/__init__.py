@@ -16,7 +16,7 @@ from worker.flow.calls import Claim, End, book, call, claim, make
 from worker.flow.intake import Announce, Entrance, Request, initiate, initiate_many
 from worker.flow.settling import apply, read, readmit, receive, trim_quarantine
 from worker.flow.steps import BATCH, RETRY, Next
-from worker.flow.upkeep import cancel, delivered, look, overdue, replay, revoke, sweep
+from worker.flow.upkeep import cancel, delivered, look, overdue, replay, revoke, sweep, undelivered
 
 __all__ = [
     "BATCH",
@@ -45,4 +45,5 @@ __all__ = [
     "revoke",
     "sweep",
     "trim_quarantine",
+    "undelivered",
 ]

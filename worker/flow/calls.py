@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+from config.logs import bound
 from worker import metrics, payment
 from worker.correlation.client import CORRELATION_AWAY
 from worker.correlation.gate import HeldBack
@@ -367,7 +368,8 @@ def _book_accepted(rt: Runtime, accepted: Sequence[tuple[Claim, int]]) -> Next:
         ends = [(made.call, rt.prices.ends(status), {"status": status}) for made, status in accepted]
         fees.close_entries(tx, ends, now)
     for made, _ in accepted:
-        log.info("refresh %s of %s: accepted", made.flight.refresh_id, made.flight.account_id)
+        with bound(account_id=made.flight.account_id, refresh_id=made.flight.refresh_id):
+            log.info("refresh %s of %s: accepted", made.flight.refresh_id, made.flight.account_id)
     return Next()
 
 

@@ -188,6 +188,12 @@ def overdue(rt: Runtime, limit: int) -> list[Due]:
         return payments.overdue(tx, rt.clock(), limit)
 
 
+def undelivered(rt: Runtime, task_ids: Sequence[str]) -> list[Due]:
+    """The outcomes that these tasks were not told yet."""
+    with transaction(rt.engine) as tx:
+        return payments.undelivered(tx, task_ids)
+
+
 def delivered(rt: Runtime, told: Mapping[str, datetime]) -> None:
     """Note when these tasks were told their outcome."""
     with transaction(rt.engine) as tx:

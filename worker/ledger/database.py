@@ -1,10 +1,13 @@
 """How the ledger is reached: one engine a process, short transactions, one lock an account."""
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from datetime import datetime
+from decimal import Decimal
+from functools import cache, partial
 from math import inf
 from time import monotonic
 from typing import Any
@@ -17,6 +20,7 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    TextClause,
     any_,
     bindparam,
     create_engine,
@@ -208,9 +212,46 @@ def among(tx: Tx, column: ColumnElement[str], values: Collection[str]) -> Column
 
 
 def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
-    """Insert the rows that break no unique rule; returns the `key`s of those that were new."""
+    """Insert the rows that break no unique rule; returns the `key`s of those that were new.
+
+    All rows must have the same columns.
+    """
+    if not rows:
+        return set()
+    if tx.dialect.name == "postgresql":
+        together = json.dumps(rows, default=_in_json)
+        if _NUL not in together:
+            return set(tx.scalars(_insert_from_json(table, tuple(rows[0]), key), {"rows": together}))
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
     # Given apart from the statement, any number of rows goes through one that is compiled once, as many at a time as
     # the database takes.
-    return set(tx.scalars(statement, list(rows))) if rows else set()
+    return set(tx.scalars(statement, list(rows)))
+
+
+_NUL = "\\u0000"
+"""PostgreSQL keeps it in a JSON value, but does not read it out of one."""
+
+
+@cache
+def _insert_from_json(table: Table, columns: tuple[str, ...], key: str) -> TextClause:
+    """For any number of rows the same statement, with one parameter: it is read, planned and sent at half the cost."""
+    names = ", ".join(f'"{column}"' for column in columns)
+    return text(
+        f"INSERT INTO {table.name} ({names}) "  # noqa: S608 - names of our own tables and columns
+        f"SELECT {names} FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) "
+        f'ON CONFLICT DO NOTHING RETURNING "{key}"'
+    )
+
+
+def _in_json(value: object) -> str:
+    """A value as PostgreSQL reads it out of JSON."""
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone must not reach the ledger")
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, bytes):
+        return "\\x" + value.hex()
+    raise TypeError(f"{type(value).__name__} is no value of the ledger")

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, select
+from sqlalchemy import ColumnElement, func, select
 
 from worker.caps import Cap, Caps, Used, day_of, month_of
 from worker.fees import ACCEPTED, EntryState, Price
@@ -64,8 +64,7 @@ def call_for(call_id: str, refresh_id: str, account_id: str, price: Price, now: 
 
 def open_entries(tx: Tx, calls: Sequence[Call]) -> None:
     """Write the pending entries of calls that are about to be made."""
-    if calls:
-        tx.execute(insert(FEE_ENTRY), [_entry(call, EntryState.PENDING, {}, call.called_at) for call in calls])
+    insert_new(tx, FEE_ENTRY, [_entry(call, EntryState.PENDING, {}, call.called_at) for call in calls], key="call_id")
 
 
 def close_entry(tx: Tx, call: Call, state: EntryState, evidence: dict[str, Any], now: datetime) -> bool:

@@ -277,8 +277,13 @@ def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
     if not task_ids:
         return []
     tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=now + REDELIVERY))
+    return undelivered(tx, task_ids)
+
+
+def undelivered(tx: Tx, task_ids: Sequence[str]) -> list[Due]:
+    """The outcomes that these tasks were not told yet."""
     query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
-    rows = tx.execute(query.where(R.task_id.in_(task_ids)))
+    rows = tx.execute(query.where(among(tx, R.task_id, task_ids), R.due_at.is_not(None)))
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
 
 
