@@ -83,6 +83,20 @@ def parked(rig: Rig, sizes: argparse.Namespace) -> Figures:
     }
 
 
+def growth(rig: Rig, sizes: argparse.Namespace) -> Figures:
+    """The same burst with more and more behind it: settled payments, and a tenth as many that wait."""
+    figures: Figures = {}
+    there = 0
+    for stored in (0, 1_000, 10_000, 100_000, 1_000_000):
+        if stored:
+            past.fill(rig.system.engine, stored * 10 // 7, first=there * 5 // 7)  # 7 payments on 5 calls of 2 entries
+            past.park(rig.system.engine, stored // 10, first=there // 10)
+            there = stored
+        for _ in range(2):  # the first one with cold caches
+            _, figures[f"behind_{stored}"] = _settle(rig, rig.accounts(sizes.n // 2))
+    return figures
+
+
 def restart(rig: Rig, sizes: argparse.Namespace) -> Figures:
     """A steady rate while the roles are replaced, one replica after the other: two of each worker, one endpoint."""
     for replica in ("worker2", "refresh2"):
@@ -152,6 +166,7 @@ CASES: Mapping[str, Callable[[Rig, argparse.Namespace], Figures]] = {
     "paced": paced,
     "hot": hot,
     "parked": parked,
+    "growth": growth,
     "restart": restart,
     "statement": statement,
 }

@@ -1,4 +1,4 @@
-"""A ledger with a past: a month of calls, and the payments that they served."""
+"""A ledger with a past: a month of calls, and the payments that they served; and one in which many wait."""
 
 from sqlalchemy import Engine, text
 
@@ -6,7 +6,7 @@ from worker.ledger.database import transaction
 
 PAST = """CREATE TEMPORARY TABLE past ON COMMIT DROP AS
     SELECT n, timestamptz '2026-10-01 00:00:00+00' + n * interval '30 days' / :calls AS called_at
-    FROM generate_series(0, :calls - 1) n"""
+    FROM generate_series(CAST(:first AS integer), :calls - 1) n"""
 FILL = (
     """INSERT INTO refresh (refresh_id, account_id, state, calls, deferrals, called_at, claimed_at)
     SELECT 'ref_past' || n, 'acct_past' || n % :accounts, 'answered', 1, 0, called_at, called_at FROM past""",
@@ -25,16 +25,50 @@ FILL = (
     FROM past, generate_series(0, CASE WHEN n % 5 = 0 THEN 2 ELSE 0 END) k""",
 )
 """One call in 50 is void, one in 1,000 pending; one in 5 serves three payments, the last of them later."""
+PARK = (
+    """INSERT INTO refresh (refresh_id, account_id, state, calls, deferrals, called_at, claimed_at, due_at)
+    SELECT 'ref_parked' || n, 'acct_parked' || n, 'accepted', 1, 0, now(), now(), now() + interval '1 hour'
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+    """INSERT INTO fee_entry
+    (call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, at)
+    SELECT 'call_' || md5(n::text), 'ref_parked' || n, 'acct_parked' || n, state, 0.1, 'USD', '2026-10',
+        '{"status": 202}', now(), now()
+    FROM generate_series(CAST(:first AS integer), :count - 1) n, unnest('{pending,posted}'::text[]) state""",
+    """INSERT INTO payment
+    (payment_id, account_id, state, job, amount, requested_at, fresh_from, deadline, due_at, reused)
+    SELECT 'pay_parked' || n, 'acct_parked' || n, 'waiting',
+        jsonb_build_object('payment_id', 'pay_parked' || n, 'account_id', 'acct_parked' || n, 'amount', '25.00',
+            'timeout_s', 3600),
+        25, now(), now(), now() + interval '1 hour', now() + interval '1 hour', false
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+    """INSERT INTO reply (task_id, payment_id, canvas)
+    SELECT md5(n::text), 'pay_parked' || n, jsonb_build_object('version', 1, 'id', md5(n::text), 'task',
+        'payments.initiate', 'root_id', md5(n::text), 'hostname', 'worker@host', 'left_at', 1796000000.0)
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+)
 
 
-def fill(engine: Engine, entries: int) -> None:
-    """Write about so many fee entries, and all that belongs to them."""
+def fill(engine: Engine, entries: int, *, first: int = 0) -> None:
+    """Write about so many fee entries, and all that belongs to them; `first` calls of them are there already."""
     calls = entries // 2
     with transaction(engine) as tx:
         tx.execute(text("SET LOCAL statement_timeout = 0"))
-        tx.execute(text(PAST), {"calls": calls})
+        tx.execute(text(PAST), {"first": first, "calls": calls})
         for statement in FILL:
             tx.execute(text(statement), {"accounts": max(1, calls // 20)})
+    _tidy(engine)
+
+
+def park(engine: Engine, count: int, *, first: int = 0) -> None:
+    """Write payments that wait for an hour, of which `first` are there already, and all that belongs to them."""
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        for statement in PARK:
+            tx.execute(text(statement), {"first": first, "count": count})
+    _tidy(engine)
+
+
+def _tidy(engine: Engine) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text("VACUUM ANALYZE"))  # as autovacuum does it in time

@@ -26,6 +26,7 @@ from tasks.delivery import carry_out
 from tasks.gathering import Gatherer
 from tasks.payments import announce, request_of
 from worker import flow
+from worker.errors import InvalidJob
 from worker.flow import Claim, End, Next, Request
 from worker.runtime import runtime
 
@@ -137,6 +138,8 @@ class _Intake(_Rounds):
 
     def _request(self, received: Received) -> Request:
         args, kwargs, embed = received.message.payload
+        if len(args) > 1:
+            raise InvalidJob("there is more than one positional argument")
         context = Context(
             received.headers,
             **embed,
@@ -182,13 +185,17 @@ class _Calls(_Rounds):
         for claim in claims.made:
             messages = wanted.pop((claim.flight.account_id, claim.flight.refresh_id))
             self._pool.submit(self._call, claim, messages)
-        carry_out(claims.next)
-        self._done(
-            [received for messages in wanted.values() for received in messages], "task-started", "task-succeeded"
-        )
+        try:
+            carry_out(claims.next)
+        finally:
+            self._over(list(wanted.values()))
 
     def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
-        self._booking.add((flow.make(runtime(), claim), messages))
+        try:
+            self._booking.add((flow.make(runtime(), claim), messages))
+        except Exception:  # nobody knows what became of the call: upkeep sees to it
+            log.exception("a call for %s ended in an error", claim.flight.account_id)
+            self._over([messages])
 
     def _book(self, ends: list[tuple[End, Sequence[Received]]]) -> None:
         try:

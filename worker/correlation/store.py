@@ -95,11 +95,11 @@ class Correlation:
         calls = [([_key(arrival.account_id)], arrival.words()) for arrival in arrivals]
         return [Standing(kind, found) for kind, found in self._join.each(calls)]
 
-    def depart(self, flights: Sequence[tuple[str, str, datetime]]) -> None:
+    def depart(self, departures: Sequence[tuple[str, str, datetime]]) -> None:
         """The calls of refreshes are about to go out: account, refresh, and when."""
         calls = [
             ([_key(account_id)], [refresh_id, since_epoch(called_at), TIME_TO_LIVE_S])
-            for account_id, refresh_id, called_at in flights
+            for account_id, refresh_id, called_at in departures
         ]
         self._depart.each(calls)
 

@@ -39,6 +39,8 @@ class Claim:
 
     flight: Flight
     call: fees.Call
+    called_at: datetime
+    """When the first call of the refresh went out."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
     finally:
         if let_out > len(claims.made):
             hint(rt.gate.give_back, let_out - len(claims.made))
-    departing = [(made.flight.account_id, made.flight.refresh_id, made.call.called_at) for made in claims.made]
-    if departing:
-        hint(rt.correlation.depart, departing)
+    if claims.made:
+        departures = [(made.flight.account_id, made.flight.refresh_id, made.called_at) for made in claims.made]
+        hint(rt.correlation.depart, departures)
     return claims
 
 
@@ -195,17 +197,18 @@ class _Round:
     def _take(self, mine: Flight, demand: Demand) -> Claim:
         """Whoever is seen waiting came before this call, whatever their host's clock said."""
         now = self._now
+        called_at = mine.called_at or max(now, demand.fresh_from)
         flight = replace(
             mine,
             state=RefreshState.CALLING,
             calls=mine.calls + 1,
-            called_at=mine.called_at or max(now, demand.fresh_from),
+            called_at=called_at,
             claimed_at=now,
             not_before=None,
             due_at=now + self._rt.settings.call_limit,
         )
         call_id = f"call_{uuid.uuid4().hex}"
-        return Claim(flight, fees.call_for(call_id, mine.refresh_id, mine.account_id, self._price, now))
+        return Claim(flight, fees.call_for(call_id, mine.refresh_id, mine.account_id, self._price, now), called_at)
 
     def _write(self) -> None:
         """Write the claims of new refreshes; one that came in between has the call, not we."""
