@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.world import PRICES, START, Databases, World, world
@@ -92,8 +92,17 @@ steps = st.tuples(
 )
 
 
+TWICE: list[tuple[str, list[str], int, int, bool, int]] = [
+    ("acct_a", ["not accepted, answer lost", "accepted"], 0, 0, True, 4000),
+    ("acct_a", ["accepted, answer lost", "accepted, answer lost"], 0, 70, True, 90),
+    ("acct_a", ["throttled"], 30, 70, True, 4000),
+]
+"""A refresh is called twice, and both calls bring a balance. The second one is not the answer to the call before."""
+
+
 @each_time
 @given(story=st.lists(steps, min_size=1, max_size=7))
+@example(story=TWICE)
 def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
     databases: Databases, valkey_url: str, story: list[tuple[str, list[str], int, int, bool, int]]
 ) -> None:

@@ -170,17 +170,17 @@ class _Answered:
     """The refreshes that the balance can be due to."""
 
 
-def _attribute(rt: Runtime, tx: Tx, balance: Kept, unanswered: Sequence[Flight]) -> _Answered | None:
+def _attribute(rt: Runtime, tx: Tx, balance: Kept, flights: Sequence[Flight]) -> _Answered | None:
     """Find the refresh whose call explains this balance: the last one called that it is not too old for."""
     if balance.refresh_id is not None and balance.source == "REFRESH":
         flight = refreshes.find(tx, balance.refresh_id)
         return _Answered(flight, first=False) if flight else None
     if balance.due_at is None and balance.source == "REFRESH":
         return None  # it was applied before, when no call explained it: later calls cannot have brought it
-    explaining = [flight for flight in unanswered if _explains(rt, flight, balance)]
-    if not explaining:
+    explaining = [flight for flight in flights if _explains(rt, flight, balance)]
+    flight = next((flight for flight in explaining if flight.state != RefreshState.ANSWERED), None)
+    if flight is None:
         return None
-    flight = explaining[0]
     if balance.source != "REFRESH":  # it is only younger than the call, whose own balance may still come
         return _Answered(flight, first=True)
     possible = [f.refresh_id for f in explaining if f is flight or _may_still_answer(f, balance)]
@@ -236,9 +236,7 @@ def _apply(rt: Runtime, tx: Tx, came: Sequence[Kept]) -> _Applied:
     flights = defaultdict[str, list[Flight]](list)
     for flight in refreshes.expecting(tx, accounts):
         flights[flight.account_id].append(flight)
-    answered = {
-        b.balance_id: _attribute(rt, tx, b, [f for f in flights[b.account_id] if f.called_at is not None]) for b in came
-    }
+    answered = {balance.balance_id: _attribute(rt, tx, balance, flights[balance.account_id]) for balance in came}
     calls = _settle_calls(rt, tx, came, answered, applied.at)
     scene = _look_around(rt, tx, came, answered, calls)
     settlements = []

@@ -81,8 +81,12 @@ def to_be_called(tx: Tx, wanted: Collection[tuple[str, str]]) -> list[Flight]:
 
 
 def expecting(tx: Tx, account_ids: Collection[str]) -> list[Flight]:
-    """Refreshes of the accounts that a balance may still answer, or that are to be called; the last called first."""
-    may_come = (EXPECTS & R.called_at.is_not(None)) | _is_in([RefreshState.REQUESTED])
+    """Refreshes of the accounts that a balance may still come of, or that are to be called; the last called first.
+
+    One that was answered and called twice is among them: each of its calls may bring a balance.
+    """
+    called = EXPECTS & R.called_at.is_not(None)
+    may_come = called | _is_in([RefreshState.REQUESTED]) | (_is_in([RefreshState.ANSWERED]) & (R.calls > 1))
     return _flights(tx, among(tx, R.account_id, account_ids), may_come, order=R.called_at.desc().nulls_last())
 
 
