@@ -1,9 +1,18 @@
 """`balances.refresh`: the one paid call; `balances.read`: the free look, when a webhook may be lost."""
 
+import logging
+import threading
+from typing import Any
+
+from celery.signals import worker_ready
+
 from tasks.app import app
 from tasks.delivery import carry_out
 from worker import flow
+from worker.errors import CallFailed
 from worker.runtime import runtime
+
+log = logging.getLogger(__name__)
 
 
 @app.task(name="balances.refresh", Strategy="tasks.batches:calls")
@@ -16,3 +25,17 @@ def refresh(account_id: str, refresh_id: str, in_turn: bool = False) -> None:  #
 def read(account_id: str, profile_id: str) -> None:
     """Read the account's balance, before payments that wait for it expire."""
     carry_out(flow.read(runtime(), account_id, profile_id))
+
+
+@worker_ready.connect
+def _ask_for_the_mode(sender: Any, **_: Any) -> None:
+    """Find out what calls cost before there is one, and say at once if our key is not to be used here."""
+    if any(queue.name == "refreshes" for queue in sender.task_consumer.queues):
+        threading.Thread(target=_say_the_mode, daemon=True).start()
+
+
+def _say_the_mode() -> None:
+    try:
+        log.info("our key is for the provider's environment %s", runtime().mode())
+    except CallFailed as trouble:
+        log.error("no call is made: %s", trouble)

@@ -94,6 +94,7 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
     (delivered,) = eventually(lambda: [line for line in operation.log("web") if "outcome" in line["event"]])
     assert delivered["payment_id"] == "pay_1"
     assert delivered["task_id"] == result.id
+    assert [line for line in operation.log("refresh") if line["event"].endswith("environment TEST")]
     (accepted, *_) = [line for line in operation.log("refresh") if "accepted" in line["event"]]
     assert accepted["account_id"] == "acct_prompt01"
     assert accepted["refresh_id"]

@@ -40,7 +40,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     monkeypatch.setattr(app, "settings", lambda: chosen)
     monkeypatch.setattr(app, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(app, "runtime", lambda: None)
-    monkeypatch.setattr(app, "carry_out", lambda _: None)
+    monkeypatch.setattr(app, "carry_out_but_canvases", lambda _: None)
     monkeypatch.setattr(flow, "receive", lambda *_: Next())
     monkeypatch.setattr(app, "tally", Tally())
     caplog.set_level(logging.DEBUG)

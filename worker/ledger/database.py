@@ -220,7 +220,7 @@ def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: 
         return set()
     if tx.dialect.name == "postgresql":
         together = json.dumps(rows, default=_in_json)
-        if _NUL not in together:
+        if not _UNFIT.search(together):
             return set(tx.scalars(_insert_from_json(table, tuple(rows[0]), key), {"rows": together}))
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
@@ -229,8 +229,8 @@ def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: 
     return set(tx.scalars(statement, list(rows)))
 
 
-_NUL = "\\u0000"
-"""PostgreSQL keeps it in a JSON value, but does not read it out of one."""
+_UNFIT = re.compile(r"\\u(0000|d[89a-f])")
+"""NUL, and surrogates without their pair: PostgreSQL keeps them in a JSON value, but does not read it out of one."""
 
 
 @cache
