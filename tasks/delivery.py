@@ -90,8 +90,8 @@ def deliver_overdue() -> None:
 def _deliver(due: Sequence[Due]) -> None:
     plain, others = list[Due](), list[Due]()
     for outcome in due:
-        is_plain = outcome.state == PaymentState.RELEASED and suspension.is_plain(outcome.canvas)
-        (plain if is_plain and not tracing.is_on() else others).append(outcome)
+        is_plain = suspension.is_plain(outcome.canvas) and not tracing.is_on()
+        (plain if is_plain else others).append(outcome)
     told = {outcome.task_id: runtime().clock() for outcome in others if _tell(outcome)}
     if told:
         flow.delivered(runtime(), told)
@@ -119,19 +119,27 @@ def _tell(due: Due) -> bool:
 
 def _tell_plain(due: Sequence[Due]) -> bool:
     try:
-        suspension.complete_plain(app, [(outcome.canvas, outcome.outcome) for outcome in due])
+        suspension.end_plain(app, [(outcome.canvas, _end(outcome)) for outcome in due])
     except Exception:
         log.exception("%s outcomes could not be delivered; they stay due", len(due))
         return False
     for outcome in due:
         with bound(task_id=outcome.task_id, payment_id=outcome.outcome["payment_id"]):
-            log.info("outcome delivered: %s", outcome.state)
+            log.info("outcome delivered: %s", outcome.outcome.get("reason", outcome.state))
     return True
 
 
+def _end(due: Due) -> Any:
+    """What the task returns, or raises."""
+    if due.state == PaymentState.RELEASED:
+        return due.outcome
+    return PaymentNotReady(due.outcome["reason"], due.outcome["detail"])
+
+
 def _complete(due: Due) -> None:
+    end = _end(due)
     with tracing.resumed(due.canvas.get("trace", {}), due.canvas["left_at"], f"wait, then {due.state}"):
-        if due.state == PaymentState.RELEASED:
-            suspension.complete(app, due.canvas, due.outcome)
+        if isinstance(end, Exception):
+            suspension.fail(app, due.canvas, end)
         else:
-            suspension.fail(app, due.canvas, PaymentNotReady(due.outcome["reason"], due.outcome["detail"]))
+            suspension.complete(app, due.canvas, end)

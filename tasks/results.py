@@ -42,7 +42,8 @@ def store(app: Celery, results: Sequence[Result]) -> None:
         return
     with backend.client.pipeline(transaction=False) as pipeline:
         for result in results:
-            meta = backend._get_result_meta(result.value, result.state, None, _request(result))  # noqa: SLF001 - see above
+            told = backend.encode_result(result.value, result.state)
+            meta = backend._get_result_meta(told, result.state, None, _request(result))  # noqa: SLF001 - see above
             key, value = backend.get_key_for_task(result.task_id), backend.encode({**meta, "task_id": result.task_id})
             pipeline.set(key, value, ex=backend.expires or None)
             pipeline.publish(key, value)

@@ -30,7 +30,7 @@ from celery import Celery, Task, group
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import Signature
-from celery.states import SUCCESS
+from celery.states import FAILURE, SUCCESS
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
@@ -120,13 +120,20 @@ def is_plain(canvas: Mapping[str, Any]) -> bool:
     )
 
 
-def complete_plain(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
-    """End plain tasks as succeeded, each with its result."""
-    wanted = [(canvas, result) for canvas, result in ended if not canvas.get("ignore_result")]
-    results.store(app, [Result(c["id"], SUCCESS, result, c.get("parent_id")) for c, result in wanted])
-    for canvas, result in ended:
-        shown = saferepr(result, app.tasks[canvas["task"]].resultrepr_maxsize)
-        _tell_watchers(app, canvas, "task-succeeded", result=shown)
+def end_plain(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
+    """End plain tasks together, each as succeeded with its result, or as failed with its exception."""
+    wanted = [(canvas, end) for canvas, end in ended if not canvas.get("ignore_result")]
+    results.store(app, [Result(canvas["id"], _state(end), end, canvas.get("parent_id")) for canvas, end in wanted])
+    for canvas, end in ended:
+        if isinstance(end, Exception):
+            _tell_watchers(app, canvas, "task-failed", exception=saferepr(end), traceback="")
+        else:
+            shown = saferepr(end, app.tasks[canvas["task"]].resultrepr_maxsize)
+            _tell_watchers(app, canvas, "task-succeeded", result=shown)
+
+
+def _state(end: Any) -> str:
+    return str(FAILURE if isinstance(end, Exception) else SUCCESS)
 
 
 def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:

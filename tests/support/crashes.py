@@ -252,10 +252,10 @@ class Line:
         self.operations.may("redis", f"result of {canvas['id']}")
 
     def tell_plain(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
-        """`suspension.complete_plain`: write results."""
+        """`suspension.end_plain`: write results."""
         self.operations.may("redis", "results")
         for canvas, outcome in ended:
-            self.told[canvas["id"]].append(outcome)
+            self.told[canvas["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
 
     # --- the provider's part ---
 
@@ -378,7 +378,7 @@ def line(story: Story, ledger: Ledger, correlation: Correlation, operations: Ope
         patch.setattr(app, "send_task", made.enqueue)
         patch.setattr(suspension, "complete", made.tell)
         patch.setattr(suspension, "fail", made.tell)
-        patch.setattr(suspension, "complete_plain", made.tell_plain)
+        patch.setattr(suspension, "end_plain", made.tell_plain)
         patch.setattr(suspension, "show", lambda *_: operations.may("redis", "WAITING"))
         patch.setattr(delivery, "noted", made.noted)
         patch.setattr(payments.initiate, "retry", made.retry)
