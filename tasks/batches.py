@@ -12,7 +12,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from celery.app.task import Context
@@ -46,6 +46,8 @@ class Received:
     message: Any
     rest: tuple[Any, ...]
     at: float = field(default_factory=time.time)
+    is_second_time: bool = False
+    """Whether its account was held by someone else in the round before."""
 
     @property
     def headers(self) -> Mapping[str, Any]:
@@ -85,6 +87,13 @@ class _Rounds:
     def _work(self, batch: list[Received]) -> None:
         raise NotImplementedError
 
+    def _try_again(self, busy: Sequence[Received]) -> None:
+        """Have those whose account was held be in the next round as well; who was in it before goes on alone."""
+        self._leave_alone([received for received in busy if received.is_second_time])
+        self._gatherer.add(
+            *(replace(received, is_second_time=True) for received in busy if not received.is_second_time)
+        )
+
     def _leave_alone(self, batch: Sequence[Received]) -> None:
         """Hand messages to Celery's own strategy, on the worker's own thread."""
         for received in batch:
@@ -123,18 +132,19 @@ class _Intake(_Rounds):
     """Jobs."""
 
     def _work(self, batch: list[Received]) -> None:
-        taken, alone = list[Received](), batch
+        taken, busy = list[Received](), list[Received]()
         try:
             requests = [self._request(received) for received in batch]
             entrances = flow.initiate_many(runtime(), requests, announce(requests))
         except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of jobs is taken in one by one: %s", error)
+            self._leave_alone(batch)
         else:
             taken = [received for received, entrance in zip(batch, entrances, strict=True) if entrance]
-            alone = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
+            busy = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
             self._go_on([entrance.next for entrance in entrances if entrance], taken)
         self._done(taken, "task-started")
-        self._leave_alone(alone)
+        self._try_again(busy)
 
     def _request(self, received: Received) -> Request:
         args, kwargs, embed = received.message.payload
@@ -181,7 +191,7 @@ class _Calls(_Rounds):
             self._leave_alone(batch)
             return
         for busy in claims.busy:
-            self._leave_alone(wanted.pop(busy))
+            self._try_again(wanted.pop(busy))
         for claim in claims.made:
             messages = wanted.pop((claim.flight.account_id, claim.flight.refresh_id))
             self._pool.submit(self._call, claim, messages)
