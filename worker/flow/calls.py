@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
 """Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
+PATIENCE = timedelta(seconds=5)
+"""How long after its claim a call goes out at the latest; the rest of the room in `Settings.call_limit` is for it."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -177,13 +179,13 @@ class _Round:
         rt, tx, now = self._rt, self._tx, self._now
         if not self._let_out and self._held_back is not None:
             mine = mine or _write_refresh(tx, account_id, refresh_id, now)
-            self.next.add(_hold_back(tx, mine, waiting, self._held_back, now))
+            self._leave(account_id, _hold_back(tx, mine, waiting, self._held_back, now))
             return
         if rt.caps.any:
             self._write()  # what is claimed counts
             if reached := _cap_reached(rt, tx, account_id, self._price, now):
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
-                self.next.add(_refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now))
+                self._leave(account_id, _refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now))
                 return
         made = self._take(mine or _flight(account_id, refresh_id, now), _demand(waiting))
         if mine is None:
@@ -193,6 +195,12 @@ class _Round:
             self.claims.append(made)
         self._known[refresh_id] = self._flying[account_id] = made.flight
         self._let_out -= 1
+
+    def _leave(self, account_id: str, left: Next) -> None:
+        """No call is made; who failed by that waits no more when the account's next refresh is decided on."""
+        self.next.add(left)
+        if left.deliver:
+            self._waiting = {**self._waiting, account_id: [], **payments.waiting_on(self._tx, [account_id])}
 
     def _take(self, mine: Flight, demand: Demand) -> Claim:
         """Whoever is seen waiting came before this call, whatever their host's clock said."""
@@ -313,7 +321,9 @@ def _put_off(rt: Runtime, tx: Tx, account_id: str, refresh_id: str, trouble: Cal
 
 
 def make(rt: Runtime, claim: Claim) -> End:
-    """Make the call."""
+    """Make the call, unless it is late for it: upkeep would hold it for lost while it is on the wire."""
+    if rt.clock() - claim.call.called_at > PATIENCE:
+        return unmade(claim)
     try:
         status = rt.provider.refresh_balance(claim.flight.account_id)
     except CallFailed as trouble:
@@ -321,6 +331,11 @@ def make(rt: Runtime, claim: Claim) -> End:
         return End(claim, trouble)
     metrics.CALLS.labels("accepted").inc()
     return End(claim, status)
+
+
+def unmade(claim: Claim) -> End:
+    """The end of a call that its worker never came to: nothing was sent, and that says nothing of the provider."""
+    return End(claim, Crowded("the worker had no time for the call"))
 
 
 def book(rt: Runtime, ends: Sequence[End]) -> Next:
