@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from simulator.testing import eventually
 from tests.support.world import Databases, Make, World, request
 from worker import flow
 from worker.ledger import balances
-from worker.ledger.database import transaction
+from worker.ledger.database import lock_accounts, transaction
 from worker.messages import Balance
 
 
@@ -84,3 +85,21 @@ def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_t
     assert kept["due_at"] is None
     assert kept["refresh_id"] is not None
     assert payready.state("pay_1") == "released"
+
+
+def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(payready: World, databases: Databases) -> None:
+    """It is booked when the account is free."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
+    claims = flow.claim(payready.rt, payready.queue.call)
+    ends = [flow.make(payready.rt, claim) for claim in claims.made]
+    booking = Thread(target=flow.book, args=(payready.rt, ends))
+    with transaction(payready.engine) as tx:
+        lock_accounts(tx, ["acct_0"])
+        booking.start()
+        eventually(lambda: payready.fees("acct_1") == ["1 pending", "1 posted"])
+        assert payready.fees("acct_0") == ["1 pending"]
+    booking.join()
+    assert payready.fees("acct_0") == ["1 pending", "1 posted"]
+    assert payready.refreshes("acct_0") == ["accepted"]

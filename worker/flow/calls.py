@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from config.logs import bound
 from worker import metrics, payment
@@ -51,6 +51,11 @@ class End:
 
     claim: Claim
     answer: int | CallFailed
+
+
+Accepted = tuple[Claim, int]
+"""A call that the provider accepted, and the status that said so."""
+Booked = TypeVar("Booked")
 
 
 @dataclass
@@ -339,16 +344,21 @@ def unmade(claim: Claim) -> End:
 
 
 def book(rt: Runtime, ends: Sequence[End]) -> Next:
-    """Book how calls ended, though the ledger be away for a moment: nobody else knows it."""
-    after = Next()
+    """Book how calls ended, though the ledger be away for a moment: nobody else knows it.
+
+    Those whose account somebody holds come last: only for them is it waited for.
+    """
+    after, busy = Next(), list[Accepted]()
     accepted = [(end.claim, end.answer) for end in ends if isinstance(end.answer, int)]
     if accepted:
         hint(rt.gate.report, "answered", max(made.call.called_at for made, _ in accepted), rt.clock())
-        _insist(partial(_book_accepted, rt, accepted))
+        busy = _insist(partial(_book_accepted, rt, accepted))
     for end in ends:
         if isinstance(end.answer, CallFailed):
             hint(_report, rt, end.claim, end.answer)
             after.add(_insist(partial(_book_failure, rt, end.claim, end.answer)))
+    for one in busy:
+        _insist(partial(_book_accepted, rt, [one], patient=True))
     return after
 
 
@@ -366,7 +376,7 @@ def _report(rt: Runtime, claim: Claim, failure: CallFailed) -> None:
         log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
 
-def _insist(book: Callable[[], Next]) -> Next:
+def _insist(book: Callable[[], Booked]) -> Booked:
     """Try again, for some seconds, while the ledger is away."""
     for pause_s in BOOKING_PAUSES_S:
         try:
@@ -377,10 +387,16 @@ def _insist(book: Callable[[], Next]) -> Next:
     return book()
 
 
-def _book_accepted(rt: Runtime, accepted: Sequence[tuple[Claim, int]]) -> Next:
-    now = rt.clock()
+def _book_accepted(rt: Runtime, accepted: Sequence[Accepted], *, patient: bool = False) -> list[Accepted]:
+    """Book these in one transaction; returns those whose account is held by others, who are waited for if `patient`."""
+    now, accounts = rt.clock(), {made.flight.account_id for made, _ in accepted}
     with transaction(rt.engine) as tx:
-        lock_accounts(tx, [made.flight.account_id for made, _ in accepted])  # balances may be applied at this moment
+        if patient:  # balances may be applied at this moment
+            lock_accounts(tx, accounts)
+        else:
+            accounts = lock_free_accounts(tx, accounts)
+        busy = [one for one in accepted if one[0].flight.account_id not in accounts]
+        accepted = [one for one in accepted if one[0].flight.account_id in accounts]
         moves = [(made.flight, window_end(rt, made.flight)) for made, _ in accepted]
         refreshes.move_all(tx, RefreshEvent.ACCEPT, moves)
         ends = [(made.call, rt.prices.ends(status), {"status": status}) for made, status in accepted]
@@ -388,7 +404,7 @@ def _book_accepted(rt: Runtime, accepted: Sequence[tuple[Claim, int]]) -> Next:
     for made, _ in accepted:
         with bound(account_id=made.flight.account_id, refresh_id=made.flight.refresh_id):
             log.info("refresh %s of %s: accepted", made.flight.refresh_id, made.flight.account_id)
-    return Next()
+    return busy
 
 
 def _book_failure(rt: Runtime, claim: Claim, trouble: CallFailed) -> Next:
