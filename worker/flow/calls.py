@@ -91,6 +91,7 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
         price = rt.price(rt.mode(), rt.clock())
     except CallFailed as trouble:
         return _not_priced(rt, wanted, trouble)
+    asked_at = rt.clock()
     let_out, held_back = _ask_leave(rt, len(wanted), in_turn=in_turn)
     claims = Claims()
     try:
@@ -105,7 +106,7 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
         claims = Claims(decided.claims, decided.next, [both for both in wanted if both[0] not in accounts])
     finally:
         if let_out > len(claims.made):
-            hint(rt.gate.give_back, let_out - len(claims.made))
+            hint(rt.gate.give_back, let_out - len(claims.made), asked_at)
     if claims.made:
         departures = [(made.flight.account_id, made.flight.refresh_id, made.called_at) for made in claims.made]
         hint(rt.correlation.depart, departures)
@@ -370,7 +371,7 @@ def _report(rt: Runtime, claim: Claim, failure: CallFailed) -> None:
     elif isinstance(failure, Refused):
         rt.gate.report("answered", claimed_at, now)
     elif isinstance(failure, Crowded):
-        rt.gate.give_back(1)  # it says nothing of the provider
+        rt.gate.give_back(1, claim.call.called_at)  # it says nothing of the provider
     elif shut_until := rt.gate.report("failed", claimed_at, now):
         metrics.BREAKER_OPENED.inc()
         log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
