@@ -12,6 +12,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,8 +78,9 @@ class _Rounds:
         self._gatherer = Gatherer(self._work, limit=TOGETHER, pace_s=PACE_S, run=self._pool.submit)
 
     def __call__(self, message: Any, *rest: Any) -> None:
-        """Take a message."""
+        """Take a message; raises here, where Celery expects it, what makes one unreadable."""
         received = Received(message, rest)
+        message.decode()
         if received.is_plain:
             self._gatherer.add(received)
         else:
@@ -193,12 +195,23 @@ class _Calls(_Rounds):
         for busy in claims.busy:
             self._try_again(wanted.pop(busy))
         for claim in claims.made:
-            messages = wanted.pop((claim.flight.account_id, claim.flight.refresh_id))
-            self._pool.submit(self._call, claim, messages)
+            self._begin(claim, wanted.pop((claim.flight.account_id, claim.flight.refresh_id)))
         try:
             carry_out(claims.next)
         finally:
             self._over(list(wanted.values()))
+
+    def _begin(self, claim: Claim, messages: Sequence[Received]) -> None:
+        """Have a thread make the call. The pool of a worker that stops begins nothing, and drops what has not begun."""
+
+        def see(begun: "Future[None]") -> None:
+            if begun.cancelled():
+                self._booking.add((flow.unmade(claim), messages))
+
+        try:
+            self._pool.submit(self._call, claim, messages).add_done_callback(see)
+        except RuntimeError:  # it was shut down while the call was claimed
+            self._booking.add((flow.unmade(claim), messages))
 
     def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
         try:

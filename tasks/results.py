@@ -27,6 +27,8 @@ class Result:
     state: str
     value: Any
     parent_id: str | None = None
+    reply_to: str | None = None
+    """Where to send it, with the backend `rpc`."""
 
 
 def store(app: Celery, results: Sequence[Result]) -> None:
@@ -51,7 +53,7 @@ def store(app: Celery, results: Sequence[Result]) -> None:
 
 
 def _request(result: Result) -> Context:
-    return Context(id=result.task_id, parent_id=result.parent_id, children=[])
+    return Context(id=result.task_id, parent_id=result.parent_id, reply_to=result.reply_to, children=[])
 
 
 @dataclass(frozen=True)

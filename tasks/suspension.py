@@ -123,7 +123,8 @@ def is_plain(canvas: Mapping[str, Any]) -> bool:
 def end_plain(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
     """End plain tasks together, each as succeeded with its result, or as failed with its exception."""
     wanted = [(canvas, end) for canvas, end in ended if not canvas.get("ignore_result")]
-    results.store(app, [Result(canvas["id"], _state(end), end, canvas.get("parent_id")) for canvas, end in wanted])
+    ends = [Result(c["id"], _state(end), end, c.get("parent_id"), c.get("reply_to")) for c, end in wanted]
+    results.store(app, ends)
     for canvas, end in ended:
         if isinstance(end, Exception):
             _tell_watchers(app, canvas, "task-failed", exception=saferepr(end), traceback="")

@@ -248,6 +248,18 @@ def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Ma
         assert "acct_b" in payready.provider.calls
 
 
+def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: Gate) -> None:
+    assert gate.admit(START, 1, in_turn=False) == (1, None)
+    for _ in range(3):
+        gate.report("failed", START, START + timedelta(seconds=1))
+    later = START + timedelta(seconds=1) + PAUSE
+    assert gate.admit(later, 1, in_turn=False) == (1, None), "the probe"
+    gate.give_back(1, START)
+    assert gate.admit(later, 1, in_turn=True)[0] == 0
+    gate.give_back(1, later)
+    assert gate.admit(later, 1, in_turn=True) == (1, None), "the probe was not made"
+
+
 def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: Gate) -> None:
     """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
     for _ in range(3):

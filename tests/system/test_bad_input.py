@@ -1,6 +1,7 @@
 """Jobs that break their contract: refused by name, before anything is stored or paid for."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,22 @@ def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, 
     """Whatever JSON can say, however odd, is handed back with the outcome."""
     result = payready.initiate(payment_id, account("prompt"), metadata={"note": text})
     assert result.get(timeout=10)["metadata"] == {"note": text}
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"), [(b"{no JSON", "application/json"), (b"\x80\x04K\x01.", "application/x-python-serialize")]
+)
+@pytest.mark.parametrize(("task", "queue"), [("payments.initiate", "payments"), ("balances.refresh", "refreshes")])
+def test_a_message_that_nobody_can_read_is_dropped_and_harms_no_worker(
+    payready: System, account: Accounts, payment_id: str, body: bytes, content_type: str, task: str, queue: str
+) -> None:
+    """It is acknowledged, as Celery does, and those that come with it are worked on."""
+    with payready.service.producer_or_acquire() as producer:
+        headers = {"id": payment_id, "task": task, "lang": "py"}
+        producer.publish(
+            body, content_type=content_type, content_encoding="binary", headers=headers, routing_key=queue, exchange=""
+        )
+    assert payready.initiate(payment_id, account("prompt")).get(timeout=10)["state"] == "released"
+    wait_until(lambda: not payready.unacknowledged(), 10, "nothing is left unacknowledged")
+    for role in ("worker", "refresh"):
+        assert Path(f"/proc/{payready.pids[role]}/cmdline").read_bytes()

@@ -93,9 +93,9 @@ class Gate(Budget):
         is_shut = shut is not None and now < shut <= now + LONGEST_PAUSE + timedelta(seconds=1)
         return Position(shut if is_shut else None, min(1.0, spent))
 
-    def give_back(self, unused: int) -> None:
-        """So many calls that were let out are not made."""
-        self._give_back([self._key], [microseconds(self._interval * unused)])
+    def give_back(self, unused: int, let_out_at: datetime) -> None:
+        """So many calls that were let out then are not made."""
+        self._give_back([self._key], [microseconds(self._interval * unused), since_epoch(let_out_at)])
 
     def report(
         self, end: End, claimed_at: datetime | None, now: datetime, retry_at: datetime | None = None

@@ -12,7 +12,7 @@ Who wins between a balance and a deadline is decided in SQL, by whoever holds th
 at hand together, in one transaction; who has to be waited for is left to come alone.
 """
 
-from worker.flow.calls import Claim, End, book, call, claim, make
+from worker.flow.calls import PATIENCE, Claim, End, book, call, claim, make, unmade
 from worker.flow.intake import Announce, Entrance, Request, initiate, initiate_many
 from worker.flow.settling import apply, read, readmit, receive, trim_quarantine
 from worker.flow.steps import BATCH, RETRY, Next
@@ -20,6 +20,7 @@ from worker.flow.upkeep import cancel, delivered, look, overdue, replay, revoke,
 
 __all__ = [
     "BATCH",
+    "PATIENCE",
     "RETRY",
     "Announce",
     "Claim",
@@ -46,4 +47,5 @@ __all__ = [
     "sweep",
     "trim_quarantine",
     "undelivered",
+    "unmade",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from config.logs import bound
 from worker import metrics, payment
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BOOKING_PAUSES_S = (0.1, 0.5, 1, 2, 4)
 """Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
+PATIENCE = timedelta(seconds=5)
+"""How long after its claim a call goes out at the latest; the rest of the room in `Settings.call_limit` is for it."""
 MAX_PAUSE = timedelta(seconds=60)
 """A rate limit is believed to last no longer than this, whatever the provider's clock says."""
 
@@ -49,6 +51,11 @@ class End:
 
     claim: Claim
     answer: int | CallFailed
+
+
+Accepted = tuple[Claim, int]
+"""A call that the provider accepted, and the status that said so."""
+Booked = TypeVar("Booked")
 
 
 @dataclass
@@ -84,6 +91,7 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
         price = rt.price(rt.mode(), rt.clock())
     except CallFailed as trouble:
         return _not_priced(rt, wanted, trouble)
+    asked_at = rt.clock()
     let_out, held_back = _ask_leave(rt, len(wanted), in_turn=in_turn)
     claims = Claims()
     try:
@@ -98,7 +106,7 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
         claims = Claims(decided.claims, decided.next, [both for both in wanted if both[0] not in accounts])
     finally:
         if let_out > len(claims.made):
-            hint(rt.gate.give_back, let_out - len(claims.made))
+            hint(rt.gate.give_back, let_out - len(claims.made), asked_at)
     if claims.made:
         departures = [(made.flight.account_id, made.flight.refresh_id, made.called_at) for made in claims.made]
         hint(rt.correlation.depart, departures)
@@ -177,13 +185,13 @@ class _Round:
         rt, tx, now = self._rt, self._tx, self._now
         if not self._let_out and self._held_back is not None:
             mine = mine or _write_refresh(tx, account_id, refresh_id, now)
-            self.next.add(_hold_back(tx, mine, waiting, self._held_back, now))
+            self._leave(account_id, _hold_back(tx, mine, waiting, self._held_back, now))
             return
         if rt.caps.any:
             self._write()  # what is claimed counts
             if reached := _cap_reached(rt, tx, account_id, self._price, now):
                 mine = mine or _write_refresh(tx, account_id, refresh_id, now)
-                self.next.add(_refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now))
+                self._leave(account_id, _refuse(rt, tx, mine, Reason.FEE_CAP_REACHED, reached, now))
                 return
         made = self._take(mine or _flight(account_id, refresh_id, now), _demand(waiting))
         if mine is None:
@@ -193,6 +201,12 @@ class _Round:
             self.claims.append(made)
         self._known[refresh_id] = self._flying[account_id] = made.flight
         self._let_out -= 1
+
+    def _leave(self, account_id: str, left: Next) -> None:
+        """No call is made; who failed by that waits no more when the account's next refresh is decided on."""
+        self.next.add(left)
+        if left.deliver:
+            self._waiting = {**self._waiting, account_id: [], **payments.waiting_on(self._tx, [account_id])}
 
     def _take(self, mine: Flight, demand: Demand) -> Claim:
         """Whoever is seen waiting came before this call, whatever their host's clock said."""
@@ -313,7 +327,9 @@ def _put_off(rt: Runtime, tx: Tx, account_id: str, refresh_id: str, trouble: Cal
 
 
 def make(rt: Runtime, claim: Claim) -> End:
-    """Make the call."""
+    """Make the call, unless it is late for it: upkeep would hold it for lost while it is on the wire."""
+    if rt.clock() - claim.call.called_at > PATIENCE:
+        return unmade(claim)
     try:
         status = rt.provider.refresh_balance(claim.flight.account_id)
     except CallFailed as trouble:
@@ -323,17 +339,27 @@ def make(rt: Runtime, claim: Claim) -> End:
     return End(claim, status)
 
 
+def unmade(claim: Claim) -> End:
+    """The end of a call that its worker never came to: nothing was sent, and that says nothing of the provider."""
+    return End(claim, Crowded("the worker had no time for the call"))
+
+
 def book(rt: Runtime, ends: Sequence[End]) -> Next:
-    """Book how calls ended, though the ledger be away for a moment: nobody else knows it."""
-    after = Next()
+    """Book how calls ended, though the ledger be away for a moment: nobody else knows it.
+
+    Those whose account somebody holds come last: only for them is it waited for.
+    """
+    after, busy = Next(), list[Accepted]()
     accepted = [(end.claim, end.answer) for end in ends if isinstance(end.answer, int)]
     if accepted:
         hint(rt.gate.report, "answered", max(made.call.called_at for made, _ in accepted), rt.clock())
-        _insist(partial(_book_accepted, rt, accepted))
+        busy = _insist(partial(_book_accepted, rt, accepted))
     for end in ends:
         if isinstance(end.answer, CallFailed):
             hint(_report, rt, end.claim, end.answer)
             after.add(_insist(partial(_book_failure, rt, end.claim, end.answer)))
+    for one in busy:
+        _insist(partial(_book_accepted, rt, [one], patient=True))
     return after
 
 
@@ -345,13 +371,13 @@ def _report(rt: Runtime, claim: Claim, failure: CallFailed) -> None:
     elif isinstance(failure, Refused):
         rt.gate.report("answered", claimed_at, now)
     elif isinstance(failure, Crowded):
-        rt.gate.give_back(1)  # it says nothing of the provider
+        rt.gate.give_back(1, claim.call.called_at)  # it says nothing of the provider
     elif shut_until := rt.gate.report("failed", claimed_at, now):
         metrics.BREAKER_OPENED.inc()
         log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
 
-def _insist(book: Callable[[], Next]) -> Next:
+def _insist(book: Callable[[], Booked]) -> Booked:
     """Try again, for some seconds, while the ledger is away."""
     for pause_s in BOOKING_PAUSES_S:
         try:
@@ -362,10 +388,16 @@ def _insist(book: Callable[[], Next]) -> Next:
     return book()
 
 
-def _book_accepted(rt: Runtime, accepted: Sequence[tuple[Claim, int]]) -> Next:
-    now = rt.clock()
+def _book_accepted(rt: Runtime, accepted: Sequence[Accepted], *, patient: bool = False) -> list[Accepted]:
+    """Book these in one transaction; returns those whose account is held by others, who are waited for if `patient`."""
+    now, accounts = rt.clock(), {made.flight.account_id for made, _ in accepted}
     with transaction(rt.engine) as tx:
-        lock_accounts(tx, [made.flight.account_id for made, _ in accepted])  # balances may be applied at this moment
+        if patient:  # balances may be applied at this moment
+            lock_accounts(tx, accounts)
+        else:
+            accounts = lock_free_accounts(tx, accounts)
+        busy = [one for one in accepted if one[0].flight.account_id not in accounts]
+        accepted = [one for one in accepted if one[0].flight.account_id in accounts]
         moves = [(made.flight, window_end(rt, made.flight)) for made, _ in accepted]
         refreshes.move_all(tx, RefreshEvent.ACCEPT, moves)
         ends = [(made.call, rt.prices.ends(status), {"status": status}) for made, status in accepted]
@@ -373,7 +405,7 @@ def _book_accepted(rt: Runtime, accepted: Sequence[tuple[Claim, int]]) -> Next:
     for made, _ in accepted:
         with bound(account_id=made.flight.account_id, refresh_id=made.flight.refresh_id):
             log.info("refresh %s of %s: accepted", made.flight.refresh_id, made.flight.account_id)
-    return Next()
+    return busy
 
 
 def _book_failure(rt: Runtime, claim: Claim, trouble: CallFailed) -> Next:

@@ -83,12 +83,12 @@ def _write_down(tx: Tx, requests: Sequence[Request], now: datetime) -> list[Wait
     """
     new = payments.record(tx, [request.job for request in requests], now)
     firsts, written = set[str](), list[Waiting | Due]()
-    for request in requests:
-        job = request.job
+    for place, request in enumerate(requests):
+        job, at = request.job, now + place * payments.APART
         if job.payment_id in new and job.payment_id not in firsts:
             firsts.add(job.payment_id)
-            deadline = now + timedelta(seconds=job.timeout_s)
-            written.append(Waiting(job.payment_id, job.account_id, job, now, job.fresh_from(now), deadline))
+            deadline = at + timedelta(seconds=job.timeout_s)
+            written.append(Waiting(job.payment_id, job.account_id, job, at, job.fresh_from(at), deadline))
         else:
             written.append(_recall(tx, request))
     noted = set[str]()

@@ -51,6 +51,10 @@ def receive(
     return after
 
 
+class _Overtaken(Exception):
+    """Somebody else kept one of these balances at the same moment, as one that is to be applied: so it must be."""
+
+
 def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
     """Keep balances and apply them, in one transaction; should that fail, only keep them.
 
@@ -65,7 +69,8 @@ def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
             applied = _apply(rt, tx, applicable)
             ids = {balance.balance_id for balance in applicable}
             later = [balance for balance in came if balance.balance_id not in ids]
-            balances.keep(tx, [*applied.balances, *later])
+            _write_applied(tx, applied.balances)
+            balances.keep(tx, later)
     except Exception as error:  # noqa: BLE001 - whatever it was: a balance must not be lost over it
         log.warning("balances are kept now, and applied later: %s: %s", type(error).__name__, error)
         with transaction(rt.engine) as tx:
@@ -74,6 +79,11 @@ def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
     applied.measure()
     applied.next.apply += [balance.balance_id for balance in later]
     return applied.next
+
+
+def _write_applied(tx: Tx, applied: Sequence[Kept]) -> None:
+    if len(balances.keep(tx, applied)) < len(applied):
+        raise _Overtaken
 
 
 def apply(rt: Runtime, balance_id: str) -> Next:

@@ -59,10 +59,10 @@ def came(event_id: str, balance: Balance, now: datetime) -> Kept:
     )
 
 
-def keep(tx: Tx, balances: Sequence[Kept]) -> None:
-    """Write balances; those that are known stay as they are."""
+def keep(tx: Tx, balances: Sequence[Kept]) -> set[str]:
+    """Write balances; those that are known stay as they are. Returns the ids of those that were not."""
     rows = {balance.balance_id: vars(balance) for balance in reversed(balances)}
-    insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
+    return insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
 
 
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, Kept]:

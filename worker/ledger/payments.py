@@ -18,6 +18,8 @@ FIRST_LOOK = timedelta(seconds=5)
 """After this long upkeep sees to it that a call is under way for a payment."""
 REDELIVERY = timedelta(seconds=10)
 """After this long without a note of its delivery, an outcome is delivered again."""
+APART = timedelta(microseconds=1)
+"""So long after the one before it each payment of a round was requested: whoever asked first is served first."""
 SLICE = 500
 """Ids in one statement: no database takes any number."""
 P, R = PAYMENT.c, REPLY.c
@@ -64,8 +66,8 @@ class Due:
 
 
 def record(tx: Tx, jobs: Sequence[Job], now: datetime) -> set[str]:
-    """Write payments as waiting, each once; returns the ids of those that were not known."""
-    rows = {job.payment_id: _row(job, now) for job in reversed(jobs)}
+    """Write payments as waiting, each once, requested `APART`; returns the ids of those that were not known."""
+    rows = {job.payment_id: _row(job, now + place * APART) for place, job in reversed(list(enumerate(jobs)))}
     return insert_new(tx, PAYMENT, [rows[key] for key in sorted(rows)], key="payment_id")
 
 

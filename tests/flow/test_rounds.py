@@ -1,0 +1,105 @@
+"""Rounds: who comes together is treated as if each had come alone."""
+
+from datetime import timedelta
+from decimal import Decimal
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from simulator.testing import eventually
+from tests.support.world import Databases, Make, World, request
+from worker import flow
+from worker.ledger import balances
+from worker.ledger.database import lock_accounts, transaction
+from worker.messages import Balance
+
+
+def take_in(payready: World, *jobs: dict[str, Any]) -> None:
+    """Take in jobs in one round."""
+    requests = [request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
+    for entrance in flow.initiate_many(payready.rt, requests, lambda _: None):
+        assert entrance is not None
+        payready.queue.add(entrance.next)
+
+
+def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: World) -> None:
+    """The money is there for one: it goes to the first that asked, whatever its name is."""
+    job = {"account_id": "acct_1", "amount": "80.00"}
+    take_in(payready, {"payment_id": "pay_b", **job}, {"payment_id": "pay_a", **job})
+    payready.work()
+    payready.balance("acct_1", "100.00")
+    assert [payready.state(name) for name in ("pay_b", "pay_a")] == ["released", "insufficient_funds"]
+
+
+def test_an_outcome_is_left_to_be_told_once_when_two_refreshes_of_an_account_are_held_back(made: Make) -> None:
+    """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
+    with made(breaker_failures=1) as payready:
+        payready.rt.gate.report("failed", payready.clock.now, payready.clock.now)
+        take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
+        claims = flow.claim(payready.rt, [("acct_1", "ref_1"), ("acct_1", "ref_2")])
+        assert [due.task_id for due in claims.next.deliver] == ["task_pay_1"]
+
+
+def test_a_claim_that_was_kept_waiting_until_its_call_is_held_for_lost_makes_no_call(payready: World) -> None:
+    """Upkeep may have given the call to somebody else by then; nothing is paid for this one."""
+    payready.initiate("pay_1", "acct_1")
+    [(account_id, refresh_id)] = payready.queue.call
+    payready.lose()
+    [claim] = flow.claim(payready.rt, [(account_id, refresh_id)]).made
+    payready.clock.now += flow.PATIENCE + timedelta(seconds=1)
+    flow.book(payready.rt, [flow.make(payready.rt, claim)])
+    assert payready.provider.calls == []
+    assert payready.fees("acct_1") == ["1 pending", "1 void"]
+
+
+def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_twice(
+    payready: World, databases: Databases
+) -> None:
+    """Its duplicate is being kept when the account becomes free: what is applied must be in the ledger as applied."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    payready.initiate("pay_1", "acct_1")
+    payready.work()
+    now = payready.clock.now
+    balance = Balance.model_validate(
+        {
+            "id": "bal_1",
+            "accountId": "acct_1",
+            "at": now.isoformat(),
+            "source": "REFRESH",
+            "available": Decimal(1),
+            "current": None,
+            "limit": None,
+        }
+    )
+    receiving = Thread(target=lambda: payready.queue.add(flow.receive(payready.rt, [("evt_1", balance)])))
+    with transaction(payready.engine) as tx:
+        balances.keep(tx, [balances.came("evt_1", balance, now)])
+        receiving.start()
+        receiving.join(1)
+        assert receiving.is_alive()
+    receiving.join()
+    payready.work()
+    [kept] = payready.rows("SELECT due_at, refresh_id FROM balance")
+    assert kept["due_at"] is None
+    assert kept["refresh_id"] is not None
+    assert payready.state("pay_1") == "released"
+
+
+def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(payready: World, databases: Databases) -> None:
+    """It is booked when the account is free."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
+    claims = flow.claim(payready.rt, payready.queue.call)
+    ends = [flow.make(payready.rt, claim) for claim in claims.made]
+    booking = Thread(target=flow.book, args=(payready.rt, ends))
+    with transaction(payready.engine) as tx:
+        lock_accounts(tx, ["acct_0"])
+        booking.start()
+        eventually(lambda: payready.fees("acct_1") == ["1 pending", "1 posted"])
+        assert payready.fees("acct_0") == ["1 pending"]
+    booking.join()
+    assert payready.fees("acct_0") == ["1 pending", "1 posted"]
+    assert payready.refreshes("acct_0") == ["accepted"]
