@@ -92,7 +92,7 @@ class _Rounds:
     def _try_again(self, busy: Sequence[Received]) -> None:
         """Have those whose account was held be in the next round as well; who was in it before goes on alone."""
         self._leave_alone([received for received in busy if received.is_second_time])
-        self._gatherer.add(
+        self._gatherer.put_back(
             *(replace(received, is_second_time=True) for received in busy if not received.is_second_time)
         )
 

@@ -50,13 +50,22 @@ class Gatherer(Generic[Item]):
                 self._is_at_work = False
             raise
 
+    def put_back(self, *items: Item) -> None:
+        """Have these be the first of the next round, before those that came later. For `work` itself."""
+        with self._lock:
+            self._waiting[:0] = items
+
     def _go(self) -> None:
-        while taken := self._take():
-            self._began_at = time.monotonic()
-            try:
-                self._work(taken)
-            except Exception:
-                log.exception("%s items of work were not done", len(taken))
+        try:
+            while taken := self._take():
+                self._began_at = time.monotonic()
+                try:
+                    self._work(taken)
+                except Exception:
+                    log.exception("%s items of work were not done", len(taken))
+        finally:  # whatever ends this thread, the next item finds another one
+            with self._lock:
+                self._is_at_work = False
 
     def _take(self) -> list[Item]:
         if self._waiting:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 100
 """Deliveries that are made safe in one transaction at most."""
-HANDS = 1
+HANDS = 2
 """Transactions at a time: while one waits for the disk the next one is made up."""
 PATIENCE_S = 15.0
 """After this long it is no use to try parts of a group apart: the provider waits for an answer for 20 s."""

@@ -349,17 +349,29 @@ def book(rt: Runtime, ends: Sequence[End]) -> Next:
 
     Those whose account somebody holds come last: only for them is it waited for.
     """
-    after, busy = Next(), list[Accepted]()
+    after, lost = Next(), list[Exception]()
+
+    def attempt(booking: Callable[[], Booked], otherwise: Booked) -> Booked:
+        """One that cannot be booked keeps no other from it."""
+        try:
+            return _insist(booking)
+        except LEDGER_AWAY as error:
+            lost.append(error)
+            return otherwise
+
+    busy = list[Accepted]()
     accepted = [(end.claim, end.answer) for end in ends if isinstance(end.answer, int)]
     if accepted:
         hint(rt.gate.report, "answered", max(made.call.called_at for made, _ in accepted), rt.clock())
-        busy = _insist(partial(_book_accepted, rt, accepted))
+        busy = attempt(partial(_book_accepted, rt, accepted), busy)
     for end in ends:
         if isinstance(end.answer, CallFailed):
             hint(_report, rt, end.claim, end.answer)
-            after.add(_insist(partial(_book_failure, rt, end.claim, end.answer)))
+            after.add(attempt(partial(_book_failure, rt, end.claim, end.answer), Next()))
     for one in busy:
-        _insist(partial(_book_accepted, rt, [one], patient=True))
+        attempt(partial(_book_accepted, rt, [one], patient=True), busy)
+    if lost:
+        raise lost[0]
     return after
 
 
