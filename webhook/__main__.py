@@ -1,6 +1,8 @@
 """Serve the endpoint: `python -m webhook`. TLS is the business of the proxy in front."""
 
+import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 import uvicorn
@@ -32,7 +34,10 @@ def main() -> None:
     configure_logging(chosen)
     if chosen.metrics_port:
         metrics.serve(chosen.metrics_host, chosen.metrics_port)
+    # When it has stopped, uvicorn raises the signal again, and the process would end with what is still to be told.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run("webhook.app:app", host=chosen.host, port=chosen.port, **SERVER)
+    import_module("webhook.app").keeper.finish()
 
 
 if __name__ == "__main__":

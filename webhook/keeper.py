@@ -67,6 +67,12 @@ class Keeper(Generic[T]):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def finish(self) -> None:
+        """Follow up what is left when the loop has ended."""
+        self._threads.shutdown(wait=True)
+        if self._left:
+            self._follow(self._left)
+
     async def _work(self) -> None:
         try:
             while self._waiting:
@@ -125,7 +131,8 @@ class Keeper(Generic[T]):
             while self._left:
                 left, self._left = self._left, []
                 try:
-                    await asyncio.get_running_loop().run_in_executor(self._threads, self._follow, left)
+                    following = asyncio.get_running_loop().run_in_executor(self._threads, self._follow, left)
+                    await asyncio.shield(following)  # the end of the loop does not call it off
                 except Exception as error:  # noqa: BLE001 - it is safe, and the sweep sees to what was not done
                     log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
         finally:

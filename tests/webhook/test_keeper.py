@@ -173,3 +173,12 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
     together = [number for left in followed for number in left]
     assert together == list(range(len(together)))
     assert len(followed[0]) + 30 == len(together)
+
+
+def test_what_is_left_when_the_loop_ends_is_followed_up() -> None:
+    """As when the process is stopped right after an answer: else outcomes would be told by the sweep, much later."""
+    followed: list[int] = []
+    kept = Keeper(len, followed.extend)
+    asyncio.run(kept.keep(Delivery()))
+    kept.finish()
+    assert followed == [1]
