@@ -42,7 +42,8 @@ def carry_out(todo: Next) -> None:
 def carry_out_but_canvases(todo: Next) -> None:
     """The same, where none but our own tasks are known: a worker tells those that lead on to tasks of others."""
     others = [due.task_id for due in todo.deliver if not suspension.is_plain(due.canvas)]
-    told_by_a_worker = [("payments.deliver", (others,), None)] if others else []
+    slices = [others[start : start + SLICE] for start in range(0, len(others), SLICE)]
+    told_by_a_worker = [("payments.deliver", (task_ids,), None) for task_ids in slices]
     _enqueue([*_messages(todo), *told_by_a_worker])
     deliver([due for due in todo.deliver if suspension.is_plain(due.canvas)])
 

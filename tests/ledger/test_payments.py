@@ -106,3 +106,16 @@ def test_all_that_news_concerns_is_held_however_much_it_is(engine: Engine, monke
         payments.hold_concerned(tx, news)
         free = payments.due(other, START + timedelta(days=1), 100)
         assert [waiting.payment_id for waiting in free] == ["other"]
+
+
+def test_an_outcome_that_somebody_else_was_given_is_not_delivered_beside_it(engine: Engine) -> None:
+    """The sweep was quicker than the message that asks for it: whoever comes second leaves it."""
+    with transaction(engine) as tx:
+        record(tx, "p1")
+        record(tx, "p2")
+        payments.settle(tx, [settlement(payment_id, PaymentState.RELEASED) for payment_id in ("p1", "p2")])
+        late = START + payments.REDELIVERY
+        assert [due.task_id for due in payments.overdue(tx, late, 1)] == ["task_p1"]
+        assert [due.task_id for due in payments.undelivered(tx, ["task_p1", "task_p2"], late)] == ["task_p2"]
+        assert payments.undelivered(tx, ["task_p1", "task_p2"], late) == []
+        assert payments.overdue(tx, late, 10) == []

@@ -189,9 +189,9 @@ def overdue(rt: Runtime, limit: int) -> list[Due]:
 
 
 def undelivered(rt: Runtime, task_ids: Sequence[str]) -> list[Due]:
-    """The outcomes that these tasks were not told yet."""
+    """The outcomes that these tasks were not told yet; they are the caller's to deliver for a while."""
     with transaction(rt.engine) as tx:
-        return payments.undelivered(tx, task_ids)
+        return payments.undelivered(tx, task_ids, rt.clock())
 
 
 def delivered(rt: Runtime, told: Mapping[str, datetime]) -> None:

@@ -276,16 +276,24 @@ def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
     """Outcomes whose delivery was cut off, the oldest first; nobody else is given them until the next try is due."""
     query = select(R.task_id).where(R.due_at <= now).order_by(R.due_at).limit(limit)
     task_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
+    return _give(tx, task_ids, now)
+
+
+def undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
+    """The outcomes that these tasks are to be told, but those that somebody else was given since they were settled."""
+    query = select(R.task_id, R.due_at, P.settled_at).join_from(REPLY, PAYMENT)
+    query = query.where(among(tx, R.task_id, task_ids), R.due_at.is_not(None)).order_by(R.task_id)
+    rows = tx.execute(query.with_for_update(of=REPLY, skip_locked=True))
+    return _give(tx, [row.task_id for row in rows if row.due_at <= row.settled_at + REDELIVERY], now)
+
+
+def _give(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
+    """These outcomes, which are the caller's to deliver for a while."""
     if not task_ids:
         return []
-    tx.execute(update(REPLY).where(R.task_id.in_(task_ids)).values(due_at=now + REDELIVERY))
-    return undelivered(tx, task_ids)
-
-
-def undelivered(tx: Tx, task_ids: Sequence[str]) -> list[Due]:
-    """The outcomes that these tasks were not told yet."""
+    tx.execute(update(REPLY).where(among(tx, R.task_id, task_ids)).values(due_at=now + REDELIVERY))
     query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
-    rows = tx.execute(query.where(among(tx, R.task_id, task_ids), R.due_at.is_not(None)))
+    rows = tx.execute(query.where(among(tx, R.task_id, task_ids)))
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
 
 
