@@ -63,9 +63,10 @@ class Gatherer(Generic[Item]):
                     self._work(taken)
                 except Exception:
                     log.exception("%s items of work were not done", len(taken))
-        finally:  # whatever ends this thread, the next item finds another one
+        except BaseException:  # the next item must find another thread; at a usual end that was said before
             with self._lock:
                 self._is_at_work = False
+            raise
 
     def _take(self) -> list[Item]:
         if self._waiting:

@@ -1,0 +1,82 @@
+"""Rounds form by themselves: one after the other, with nothing lost, and nobody waits who comes alone."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tasks.gathering import Gatherer
+
+
+def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
+    """Whoever adds, and however quickly one round follows another."""
+    done: list[int] = []
+    overlaps: list[bool] = []
+    working = threading.Lock()
+
+    def work(batch: list[int]) -> None:
+        overlaps.append(not working.acquire(blocking=False))
+        done.extend(batch)
+        if not overlaps[-1]:
+            working.release()
+
+    gatherer = Gatherer(work, limit=3)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(gatherer.add, range(20_000)))
+    assert sorted(done) == list(range(20_000))
+    assert not any(overlaps)
+
+
+def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
+    """Another thread may begin one between the last look at what waits and the end of this one."""
+    rounds: list[list[int]] = []
+    begun: list[object] = []
+    gatherer = Gatherer(rounds.append, limit=9, run=begun.append)
+    gatherer.add(1)
+    take = gatherer._take
+
+    def and_then_another_comes() -> list[int]:
+        taken = take()
+        if not taken:
+            gatherer._take = take  # type: ignore[method-assign]
+            gatherer.add(2)
+        return taken
+
+    gatherer._take = and_then_another_comes  # type: ignore[method-assign]
+    begun.pop()()  # type: ignore[operator]
+    gatherer.add(3)
+    assert len(begun) == 1, "a second round would be at work beside the first"
+    begun.pop()()  # type: ignore[operator]
+    assert rounds == [[1], [2, 3]]
+
+
+def test_what_is_put_back_comes_first() -> None:
+    rounds: list[list[int]] = []
+
+    def work(batch: list[int]) -> None:
+        rounds.append(batch)
+        if batch == [1]:
+            gatherer.add(2)
+            gatherer.put_back(1, 1)
+
+    gatherer = Gatherer(work, limit=9)
+    gatherer.add(1)
+    assert rounds == [[1], [1, 1, 2]]
+
+
+def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
+    rounds: list[int] = []
+
+    def work(batch: list[int]) -> None:
+        rounds.extend(batch)
+        if batch == [1]:
+            raise ValueError
+        if batch == [2]:
+            raise SystemExit
+
+    gatherer = Gatherer(work, limit=9)
+    gatherer.add(1)
+    with pytest.raises(SystemExit):
+        gatherer.add(2)
+    gatherer.add(3)
+    assert rounds == [1, 2, 3]
