@@ -37,6 +37,15 @@ TOGETHER = 100
 """Messages in a round, at most."""
 PACE_S = 0.025
 """A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
+TOLD = {
+    "name": "task",
+    "args": "argsrepr",
+    "kwargs": "kwargsrepr",
+    "root_id": "root_id",
+    "parent_id": "parent_id",
+    "retries": "retries",
+}
+"""What Flower is told of a task that was received, by the headers that say it."""
 Handler = Callable[..., None]
 
 
@@ -110,9 +119,7 @@ class _Rounds:
 
     def _tell(self, received: Received, events: Sequence[str]) -> None:
         headers, hostname = received.headers, self._consumer.hostname
-        told = ("name", "args", "kwargs", "root_id", "parent_id", "retries")
-        names = ("task", "argsrepr", "kwargsrepr", "root_id", "parent_id", "retries")
-        what = {name: headers.get(header) for name, header in zip(told, names, strict=True)}
+        what = {name: headers.get(header) for name, header in TOLD.items()}
         self._watchers.tell("task-received", hostname, uuid=received.id, timestamp=received.at, **what)
         for event in events:
             took = {"result": "None", "runtime": time.time() - received.at} if event == "task-succeeded" else {}
@@ -188,7 +195,7 @@ class _Calls(_Rounds):
                 account_id, refresh_id = received.message.payload[0]
                 wanted[account_id, refresh_id].append(received)
             claims = flow.claim(runtime(), list(wanted))
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of calls is made one by one: %s", error)
             self._leave_alone(batch)
             return

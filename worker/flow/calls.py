@@ -41,8 +41,6 @@ class Claim:
 
     flight: Flight
     call: fees.Call
-    called_at: datetime
-    """When the first call of the refresh went out."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def claim(rt: Runtime, wanted: Sequence[tuple[str, str]], *, in_turn: bool = Fal
         if let_out > len(claims.made):
             hint(rt.gate.give_back, let_out - len(claims.made), asked_at)
     if claims.made:
-        departures = [(made.flight.account_id, made.flight.refresh_id, made.called_at) for made in claims.made]
+        flights = [made.flight for made in claims.made]
+        departures = [(f.account_id, f.refresh_id, f.called_at) for f in flights if f.called_at is not None]
         hint(rt.correlation.depart, departures)
     return claims
 
@@ -211,18 +210,17 @@ class _Round:
     def _take(self, mine: Flight, demand: Demand) -> Claim:
         """Whoever is seen waiting came before this call, whatever their host's clock said."""
         now = self._now
-        called_at = mine.called_at or max(now, demand.fresh_from)
         flight = replace(
             mine,
             state=RefreshState.CALLING,
             calls=mine.calls + 1,
-            called_at=called_at,
+            called_at=mine.called_at or max(now, demand.fresh_from),
             claimed_at=now,
             not_before=None,
             due_at=now + self._rt.settings.call_limit,
         )
         call_id = f"call_{uuid.uuid4().hex}"
-        return Claim(flight, fees.call_for(call_id, mine.refresh_id, mine.account_id, self._price, now), called_at)
+        return Claim(flight, fees.call_for(call_id, mine.refresh_id, mine.account_id, self._price, now))
 
     def _write(self) -> None:
         """Write the claims of new refreshes; one that came in between has the call, not we."""
