@@ -22,7 +22,7 @@ from celery.worker.state import revoked
 from celery.worker.strategy import default
 
 from tasks import suspension, tracing
-from tasks.broker import TogetherQoS
+from tasks.broker import acknowledge
 from tasks.delivery import carry_out
 from tasks.gathering import Gatherer
 from tasks.payments import announce, request_of
@@ -126,13 +126,8 @@ class _Rounds:
             self._watchers.tell(event, hostname, uuid=received.id, **took)
 
     def _acknowledge(self, batch: Sequence[Received]) -> None:
-        qos = batch[0].message.channel.qos
         try:
-            if isinstance(qos, TogetherQoS):
-                qos.ack_together([received.message.delivery_tag for received in batch])
-                return
-            for received in batch:
-                received.message.ack()
+            acknowledge([received.message for received in batch])
         except self._consumer.connection_errors as error:
             log.warning("%s messages could not be acknowledged, and will come again: %s", len(batch), error)
 

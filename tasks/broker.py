@@ -29,7 +29,17 @@ class BrokerUnfit(Exception):
     """The broker cannot tell a worker that its queues are no longer empty; see `PAYREADY_BROKER_TRANSPORT`."""
 
 
-class TogetherQoS(redis.QoS):
+def acknowledge(messages: Sequence[Any]) -> None:
+    """Acknowledge messages that one channel brought, whatever its transport; with this one in one round trip."""
+    qos = getattr(messages[0].channel, "qos", None)  # a channel of RabbitMQ's has none
+    if isinstance(qos, _QoS):
+        qos.ack_together([message.delivery_tag for message in messages])
+        return
+    for message in messages:
+        message.ack()
+
+
+class _QoS(redis.QoS):
     """Knows what is noted already, and acknowledges many at once."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
@@ -49,7 +59,7 @@ class TogetherQoS(redis.QoS):
 
 
 class _Channel(redis.Channel):
-    QoS = TogetherQoS
+    QoS = _QoS
     from_transport_options = (*redis.Channel.from_transport_options, "taken_together")
     taken_together: Collection[str] = ()
     """Queues of which several messages may be taken at once, as far as the worker may hold them."""

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import MagicMock
 
+import amqp
 import pytest
 from kombu import Connection, Consumer, Producer, Queue
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
@@ -14,7 +16,7 @@ from redis import Redis
 
 from config.celery import celery_settings
 from config.settings import Settings
-from tasks.broker import BrokerUnfit
+from tasks.broker import BrokerUnfit, acknowledge
 
 OURS, KOMBUS = "tasks.broker:RedisTransport", "kombu.transport.redis:Transport"
 KILLS = 25
@@ -232,6 +234,26 @@ def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[...,
     with connect(login="plain:secret@") as connection, eating(connection), refused:
         connection.drain_events(timeout=1)
     redis.acl_deluser("plain")
+
+
+@pytest.mark.parametrize("transport", [KOMBUS, OURS])
+def test_messages_are_acknowledged_together(connect: Callable[..., Connection], redis: Redis, transport: str) -> None:
+    held: list[Any] = []
+    with connect(transport) as connection:
+        publish(connection, "first", "second")
+        with Consumer(connection, Queue("payments"), on_message=held.append):
+            drain(connection, until=lambda: len(held) == 2)
+            assert redis.hlen("unacked") == 2
+            acknowledge(held)
+            assert redis.hlen("unacked") == 0
+
+
+def test_messages_of_rabbitmq_are_acknowledged_each() -> None:
+    """Its channels are of another make."""
+    held = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
+    acknowledge(held)
+    for message in held:
+        message.ack.assert_called_once_with()
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
