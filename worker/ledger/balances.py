@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 
-from worker.ledger.database import Tx, among, insert_new
+from worker.ledger.database import Tx, among, insert_new, update_each
 from worker.ledger.tables import BALANCE
 from worker.messages import Balance
 
@@ -40,7 +40,11 @@ class Kept:
         return min(self.at, self.received_at)
 
 
-_COLUMNS = tuple(B[name] for name in Kept.__dataclass_fields__)
+_ALL = select(*(B[name] for name in Kept.__dataclass_fields__))
+_FIND = _ALL.where(among(B.balance_id, "balance_ids"))
+_NEWEST = _ALL.where(among(B.account_id, "account_ids"), B.at >= bindparam("oldest"), B.source == "REFRESH").order_by(
+    B.at
+)
 
 
 def came(event_id: str, balance: Balance, now: datetime) -> Kept:
@@ -67,14 +71,13 @@ def keep(tx: Tx, balances: Sequence[Kept]) -> set[str]:
 
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, Kept]:
     """Those of the balances that were kept."""
-    rows = tx.execute(select(*_COLUMNS).where(among(tx, B.balance_id, balance_ids)))
+    rows = tx.execute(_FIND, {"balance_ids": list(balance_ids)})
     return {row.balance_id: Kept(*row) for row in rows}
 
 
 def newest(tx: Tx, account_ids: Collection[str], oldest: datetime) -> dict[str, Kept]:
     """Each account's newest balance with source REFRESH, if it is no older than `oldest`."""
-    conditions = (among(tx, B.account_id, account_ids), B.at >= oldest, B.source == "REFRESH")
-    rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(B.at))
+    rows = tx.execute(_NEWEST, {"account_ids": list(account_ids), "oldest": oldest})
     return {row.account_id: Kept(*row) for row in rows}
 
 
@@ -89,10 +92,8 @@ def unapplied(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
 
 def applied(tx: Tx, balances: Sequence[Kept]) -> None:
     """Note that all who waited for these balances were settled, and which refresh each of them answered."""
-    for balance in balances:
-        tx.execute(
-            update(BALANCE).where(B.balance_id == balance.balance_id).values(due_at=None, refresh_id=balance.refresh_id)
-        )
+    rows = [{"balance_id": b.balance_id, "due_at": None, "refresh_id": b.refresh_id} for b in balances]
+    update_each(tx, BALANCE, rows, key="balance_id")
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:

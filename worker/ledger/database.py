@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
@@ -15,25 +15,30 @@ from typing import Any
 from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import (
     ARRAY,
+    Column,
     ColumnElement,
+    Dialect,
     Engine,
     Row,
     Table,
     Text,
     TextClause,
-    any_,
     bindparam,
     create_engine,
     event,
     func,
     select,
     text,
+    update,
 )
 from sqlalchemy import Connection as Tx
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 __all__ = [
     "LEDGER_AWAY",
@@ -51,6 +56,7 @@ __all__ = [
     "ping",
     "reading",
     "transaction",
+    "update_each",
 ]
 
 
@@ -204,11 +210,28 @@ def _lock_key(account_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(account_id.encode(), digest_size=8).digest(), signed=True)
 
 
-def among(tx: Tx, column: ColumnElement[str], values: Collection[str]) -> ColumnElement[bool]:
-    """Whether the column is one of the values; on PostgreSQL the same statement for any number, prepared once."""
-    if tx.dialect.name == "postgresql":
-        return column == any_(bindparam(None, list(values), ARRAY(Text)))
-    return column.in_(values)
+class _Among(FunctionElement[bool]):
+    inherit_cache = True
+
+
+@compiles(_Among)
+def _equals_any(element: _Among, compiler: SQLCompiler, **how: Any) -> str:
+    column, given = element.clauses
+    return f"{compiler.process(column, **how)} = ANY ({compiler.process(given, **how)})"
+
+
+@compiles(_Among, "sqlite")
+def _is_in(element: _Among, compiler: SQLCompiler, **how: Any) -> str:
+    column, given = element.clauses
+    return compiler.process(column.in_(bindparam(given.key, expanding=True)), **how)
+
+
+def among(column: ColumnElement[str], name: str) -> ColumnElement[bool]:
+    """Whether the column is one of the values that the parameter `name` is given.
+
+    It is the same statement for any list of values: it can be made up once, and on PostgreSQL it is prepared once.
+    """
+    return _Among(column, bindparam(name, type_=ARRAY(Text)))
 
 
 def insert_new(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
@@ -241,6 +264,47 @@ def _insert_from_json(table: Table, columns: tuple[str, ...], key: str) -> TextC
         f"INSERT INTO {table.name} ({names}) "  # noqa: S608 - names of our own tables and columns
         f"SELECT {names} FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) "
         f'ON CONFLICT DO NOTHING RETURNING "{key}"'
+    )
+
+
+def update_each(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> None:
+    """Write the values of each row into the one that has its `key`, if that is as the row says it was.
+
+    A value named `was_x` says so of the column x. All rows must have the same names.
+    """
+    if not rows:
+        return
+    if tx.dialect.name == "postgresql":
+        together = json.dumps(rows, default=_in_json)
+        if not _UNFIT.search(together):
+            tx.execute(_update_from_json(table, tuple(rows[0]), key), {"rows": together})
+            return
+    new = {name: bindparam(f"new_{name}", type_=_column(table, name).type) for name in rows[0]}
+    was = [_column(table, name).is_not_distinct_from(value) for name, value in new.items() if name.startswith(_WAS)]
+    values = {name: value for name, value in new.items() if name != key and not name.startswith(_WAS)}
+    statement = update(table).where(table.c[key] == new[key], *was).values(values)
+    tx.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
+
+
+_WAS = "was_"
+_POSTGRESQL: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's is not typed
+
+
+def _column(table: Table, name: str) -> Column[Any]:
+    return table.c[name.removeprefix(_WAS)]
+
+
+@cache
+def _update_from_json(table: Table, names: tuple[str, ...], key: str) -> TextClause:
+    """As `_insert_from_json`. What a row was is not said as a partial index has it: else a plan may go through that."""
+    values = ", ".join(f'"{name}" = new."{name}"' for name in names if name != key and not name.startswith(_WAS))
+    seen = [name for name in names if name.startswith(_WAS)]
+    was = [f' AND old."{_column(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in seen]
+    types = ", ".join(f'"{name}" {_column(table, name).type.compile(_POSTGRESQL)}' for name in names)
+    return text(
+        f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above
+        f"FROM json_to_recordset(CAST(:rows AS json)) AS new ({types}) "
+        f'WHERE old."{key}" = new."{key}"{"".join(was)}'
     )
 
 

@@ -3,13 +3,13 @@
 Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import func, select
 
 from worker.caps import Cap, Caps, Used, day_of, month_of
 from worker.fees import ACCEPTED, EntryState, Price
@@ -94,12 +94,15 @@ def _entry(call: Call, state: EntryState, evidence: dict[str, Any], now: datetim
 
 def calls_of(tx: Tx, refresh_ids: Collection[str]) -> list[Call]:
     """The calls of these refreshes, each with its final state if it has one, else pending."""
-    return _calls(tx, among(tx, E.refresh_id, refresh_ids))
+    return _calls(tx.execute(_OF_REFRESHES, {"refresh_ids": list(refresh_ids)}))
 
 
-def _calls(tx: Tx, which: ColumnElement[bool]) -> list[Call]:
-    query = select(FEE_ENTRY).where(which).order_by(E.entry_id)
-    latest = {row.call_id: row for row in tx.execute(query)}
+_CALLS = select(FEE_ENTRY).order_by(E.entry_id)
+_OF_REFRESHES = _CALLS.where(among(E.refresh_id, "refresh_ids"))
+
+
+def _calls(rows: Iterable[Row[Any]]) -> list[Call]:
+    latest = {row.call_id: row for row in rows}
     return [_call(row) for row in latest.values()]
 
 
@@ -174,7 +177,8 @@ def _settle(
 
 def _calls_in_parts(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[Call]]:
     for start in range(0, len(call_ids), BATCH):
-        yield _calls(tx, E.call_id.in_(call_ids[start : start + BATCH]))
+        given = {"call_ids": call_ids[start : start + BATCH]}
+        yield _calls(tx.execute(_CALLS.where(among(E.call_id, "call_ids")), given))
 
 
 def _counting(state: str) -> int:

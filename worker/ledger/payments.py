@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BindParameter, Column, ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
 
-from worker.ledger.database import Row, Tx, among, insert_new
+from worker.ledger.database import Row, Tx, among, insert_new, update_each
 from worker.ledger.tables import PAYMENT, REPLY
 from worker.messages import Breakdown, Job, News, Relink, stored_job
 from worker.payment import PaymentState
@@ -112,22 +112,17 @@ def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
     ]
 
 
-_COLUMNS = (
-    P.payment_id,
-    P.account_id,
-    P.job,
-    P.requested_at,
-    P.fresh_from,
-    P.deadline,
-)
+_ALL = select(P.payment_id, P.account_id, P.job, P.requested_at, P.fresh_from, P.deadline).where(WAITING)
+_HOLD = _ALL.order_by(P.payment_id).with_for_update()
+"""Rows are taken in one order by everyone, so that no two holders wait for each other."""
+_WAITING_ON = _HOLD.where(among(P.account_id, "account_ids"))
 
 
 def waiting_on(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[Waiting]]:
     """The accounts' waiting payments in the order of their requests, held until the transaction ends."""
     found: dict[str, list[Waiting]] = defaultdict(list)
-    for waiting in sorted(
-        _hold(tx, among(tx, P.account_id, account_ids)), key=lambda w: (w.requested_at, w.payment_id)
-    ):
+    held = _waiting(tx.execute(_WAITING_ON, {"account_ids": list(account_ids)}))
+    for waiting in sorted(held, key=lambda w: (w.requested_at, w.payment_id)):
         found[waiting.account_id].append(waiting)
     return found
 
@@ -180,22 +175,19 @@ def relink(tx: Tx, moved: Relink, requested_by: datetime) -> None:
 
 
 def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
-    # Rows are taken in one order by everyone, so that no two holders wait for each other.
-    return _waiting(tx.execute(select(*_COLUMNS).where(which, WAITING).order_by(P.payment_id).with_for_update()))
+    return _waiting(tx.execute(_HOLD.where(which)))
 
 
 def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
     """Waiting payments that someone must look at, held until the transaction ends; those held by others are left."""
-    query = select(*_COLUMNS).where(WAITING, P.due_at <= now).order_by(P.due_at).limit(limit)
+    query = _ALL.where(P.due_at <= now).order_by(P.due_at).limit(limit)
     return _waiting(tx.execute(query.with_for_update(skip_locked=True)))
 
 
 def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:
     """Set when upkeep looks at these payments next."""
-    if looks:
-        key: BindParameter[str] = bindparam("key")
-        rows = [{"key": payment_id, "at": at} for payment_id, at in looks.items()]
-        tx.execute(update(PAYMENT).where(P.payment_id == key).values(due_at=bindparam("at")), rows)
+    rows = [{"payment_id": payment_id, "due_at": at} for payment_id, at in looks.items()]
+    update_each(tx, PAYMENT, rows, key="payment_id")
 
 
 def look_at_deadline(tx: Tx, account_ids: Sequence[str], deadline_by: datetime) -> None:
@@ -232,44 +224,50 @@ def settle(tx: Tx, settlements: Sequence[Settlement]) -> list[Due]:
     """
     if not settlements:
         return []
-    by_id: BindParameter[str] = bindparam("key")
-    names = ("state", "outcome", "settled_at", "reason", "refresh_id", "reused", "balance_id", "arithmetic")
-    rows = [{"key": s.payment_id, **{name: getattr(s, name) for name in names}} for s in settlements]
-    tx.execute(
-        update(PAYMENT).where(P.payment_id == by_id, WAITING).values({name: bindparam(name) for name in names}),
-        rows,
-    )
+    rows = [{**vars(settlement), "was_state": PaymentState.WAITING} for settlement in settlements]
+    update_each(tx, PAYMENT, rows, key="payment_id")
     settled = {settlement.payment_id: settlement for settlement in settlements}
-    replies = tx.execute(
-        update(REPLY)
-        .where(among(tx, R.payment_id, settled))
-        .values(due_at=settlements[0].settled_at + REDELIVERY)
-        .returning(R.task_id, R.payment_id, R.canvas)
-    )
+    replies = tx.execute(_BECOME_DUE, {"payment_ids": list(settled), "at": settlements[0].settled_at + REDELIVERY})
     return [Due(r.task_id, r.canvas, settled[r.payment_id].state, settled[r.payment_id].outcome) for r in replies]
+
+
+_BECOME_DUE = (
+    update(REPLY)
+    .where(among(R.payment_id, "payment_ids"))
+    .values(due_at=bindparam("at"))
+    .returning(R.task_id, R.payment_id, R.canvas)
+)
 
 
 def released_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
     """The amounts released on each account at or after its time."""
     released: dict[str, list[Decimal]] = defaultdict(list)
     if since:
-        query = select(P.account_id, P.settled_at, P.amount).where(
-            among(tx, P.account_id, since), RELEASED, P.settled_at >= min(since.values()), P.amount.is_not(None)
-        )
-        for row in tx.execute(query):
+        for row in tx.execute(_RELEASED, {"account_ids": list(since), "since": min(since.values())}):
             if row.settled_at >= since[row.account_id]:
                 released[row.account_id].append(row.amount)
     return released
 
 
+_RELEASED = select(P.account_id, P.settled_at, P.amount).where(
+    among(P.account_id, "account_ids"), RELEASED, P.settled_at >= bindparam("since"), P.amount.is_not(None)
+)
+
+
 def sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
     """How many settled payments share each refresh's fee, by how they ended."""
-    query = select(P.refresh_id, P.state, func.count().label("payments")).group_by(P.refresh_id, P.state)
     counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
     if refresh_ids:
-        for row in tx.execute(query.where(among(tx, P.refresh_id, refresh_ids), P.reused.is_(False))):
+        for row in tx.execute(_SHARERS, {"refresh_ids": list(refresh_ids)}):
             counts[row.refresh_id][PaymentState(row.state)] = row.payments
     return counts
+
+
+_SHARERS = (
+    select(P.refresh_id, P.state, func.count().label("payments"))
+    .where(among(P.refresh_id, "refresh_ids"), P.reused.is_(False))
+    .group_by(P.refresh_id, P.state)
+)
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
@@ -282,8 +280,8 @@ def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
 def undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
     """The outcomes that these tasks are to be told, but those that somebody else was given since they were settled."""
     query = select(R.task_id, R.due_at, P.settled_at).join_from(REPLY, PAYMENT)
-    query = query.where(among(tx, R.task_id, task_ids), R.due_at.is_not(None)).order_by(R.task_id)
-    rows = tx.execute(query.with_for_update(of=REPLY, skip_locked=True))
+    query = query.where(among(R.task_id, "task_ids"), R.due_at.is_not(None)).order_by(R.task_id)
+    rows = tx.execute(query.with_for_update(of=REPLY, skip_locked=True), {"task_ids": list(task_ids)})
     return _give(tx, [row.task_id for row in rows if row.due_at <= row.settled_at + REDELIVERY], now)
 
 
@@ -291,9 +289,9 @@ def _give(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
     """These outcomes, which are the caller's to deliver for a while."""
     if not task_ids:
         return []
-    tx.execute(update(REPLY).where(among(tx, R.task_id, task_ids)).values(due_at=now + REDELIVERY))
-    query = select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT)
-    rows = tx.execute(query.where(among(tx, R.task_id, task_ids)))
+    these, given = among(R.task_id, "task_ids"), {"task_ids": list(task_ids)}
+    tx.execute(update(REPLY).where(these).values(due_at=now + REDELIVERY), given)
+    rows = tx.execute(select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT).where(these), given)
     return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
 
 
@@ -304,9 +302,8 @@ def of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
 
 def delivered(tx: Tx, told: Mapping[str, datetime]) -> None:
     """Note when these tasks were told their outcome."""
-    key: BindParameter[str] = bindparam("key")
-    rows = [{"key": task_id, "at": told[task_id]} for task_id in sorted(told)]
-    tx.execute(update(REPLY).where(R.task_id == key).values(due_at=None, delivered_at=bindparam("at")), rows)
+    rows = [{"task_id": task_id, "due_at": None, "delivered_at": told[task_id]} for task_id in sorted(told)]
+    update_each(tx, REPLY, rows, key="task_id")
 
 
 def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:

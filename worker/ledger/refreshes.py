@@ -6,11 +6,9 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     ScalarSelect,
     and_,
-    bindparam,
     func,
     literal_column,
     or_,
@@ -18,7 +16,7 @@ from sqlalchemy import (
     update,
 )
 
-from worker.ledger.database import Tx, among, insert_new
+from worker.ledger.database import Tx, among, insert_new, update_each
 from worker.ledger.tables import PAYMENT, REFRESH
 from worker.payment import IN_FLIGHT, REFRESH_LAW, PaymentState, RefreshEvent, RefreshState, after
 
@@ -49,11 +47,14 @@ def _is_in(states: Iterable[RefreshState]) -> ColumnElement[bool]:
 IS_IN_FLIGHT = _is_in(IN_FLIGHT)
 EXPECTS = _is_in([state for state in RefreshState if after(REFRESH_LAW, state, RefreshEvent.ANSWER)])
 FIRST_CALLED = R.called_at.asc().nulls_last()  # the databases do not agree where nulls go
-_COLUMNS = tuple(R[name] for name in Flight.__dataclass_fields__)
+_ALL = select(*(R[name] for name in Flight.__dataclass_fields__))
 
 
 def _flights(tx: Tx, *conditions: Any, order: Any = FIRST_CALLED, limit: int | None = None) -> list[Flight]:
-    rows = tx.execute(select(*_COLUMNS).where(*conditions).order_by(order).limit(limit))
+    return _read(tx.execute(_ALL.where(*conditions).order_by(order).limit(limit)))
+
+
+def _read(rows: Iterable[Any]) -> list[Flight]:
     return [Flight(row[0], row[1], RefreshState(row[2]), *row[3:]) for row in rows]
 
 
@@ -76,8 +77,12 @@ def requested(tx: Tx, account_id: str) -> Flight | None:
 def to_be_called(tx: Tx, wanted: Collection[tuple[str, str]]) -> list[Flight]:
     """Of accounts and refreshes: these refreshes, as far as they were written, and those in flight on the accounts."""
     accounts, ids = zip(*wanted, strict=True)
-    flying = among(tx, R.account_id, accounts) & IS_IN_FLIGHT
-    return _flights(tx, among(tx, R.refresh_id, ids) | flying)
+    return _read(tx.execute(_TO_BE_CALLED, {"account_ids": accounts, "refresh_ids": ids}))
+
+
+_TO_BE_CALLED = _ALL.where(
+    among(R.refresh_id, "refresh_ids") | (among(R.account_id, "account_ids") & IS_IN_FLIGHT)
+).order_by(FIRST_CALLED)
 
 
 def expecting(tx: Tx, account_ids: Collection[str]) -> list[Flight]:
@@ -85,9 +90,15 @@ def expecting(tx: Tx, account_ids: Collection[str]) -> list[Flight]:
 
     One that was answered and called twice is among them: each of its calls may bring a balance.
     """
-    called = EXPECTS & R.called_at.is_not(None)
-    may_come = called | _is_in([RefreshState.REQUESTED]) | (_is_in([RefreshState.ANSWERED]) & (R.calls > 1))
-    return _flights(tx, among(tx, R.account_id, account_ids), may_come, order=R.called_at.desc().nulls_last())
+    return _read(tx.execute(_EXPECTING, {"account_ids": list(account_ids)}))
+
+
+_EXPECTING = _ALL.where(
+    among(R.account_id, "account_ids"),
+    (EXPECTS & R.called_at.is_not(None))
+    | _is_in([RefreshState.REQUESTED])
+    | (_is_in([RefreshState.ANSWERED]) & (R.calls > 1)),
+).order_by(R.called_at.desc().nulls_last())
 
 
 def serving(tx: Tx, account_ids: Sequence[str], called_from: datetime) -> list[Flight]:
@@ -145,27 +156,18 @@ def move_all(tx: Tx, event: RefreshEvent, moves: Sequence[tuple[Flight, datetime
     Those that are no longer as the caller saw them are left.
     """
     rows = [
-        {"key": flight.refresh_id, "seen": flight.state, "claimed": flight.claimed_at, "to": to, "due": due_at}
+        {
+            "refresh_id": flight.refresh_id,
+            "was_state": flight.state,
+            "was_claimed_at": flight.claimed_at,  # as in `_unchanged`
+            "state": state,
+            "due_at": due_at,
+            "trouble": None,
+        }
         for flight, due_at in moves
-        if (to := after(REFRESH_LAW, flight.state, event))
+        if (state := after(REFRESH_LAW, flight.state, event))
     ]
-    if rows:
-        tx.execute(_MOVE, rows)
-
-
-def _given(name: str, column: ColumnElement[Any]) -> BindParameter[Any]:
-    return bindparam(name, type_=column.type)
-
-
-_MOVE = (
-    update(REFRESH)
-    .where(
-        R.refresh_id == _given("key", R.refresh_id),
-        R.state == _given("seen", R.state),
-        R.claimed_at.is_not_distinct_from(_given("claimed", R.claimed_at)),
-    )
-    .values(state=_given("to", R.state), due_at=_given("due", R.due_at), trouble=None)
-)
+    update_each(tx, REFRESH, rows, key="refresh_id")
 
 
 def postpone(tx: Tx, flight: Flight, due_at: datetime) -> None:
