@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -51,10 +51,6 @@ def receive(
     return after
 
 
-class _Overtaken(Exception):
-    """Somebody else kept one of these balances at the same moment, as one that is to be applied: so it must be."""
-
-
 def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
     """Keep balances and apply them, in one transaction; should that fail, only keep them.
 
@@ -64,12 +60,8 @@ def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
     try:
         with transaction(rt.engine) as tx:
             free = lock_free_accounts(tx, first)
-            known = balances.find(tx, [balance.balance_id for balance in came])
-            applicable = [b for b in first.values() if b.account_id in free and b.balance_id not in known]
-            applied = _apply(rt, tx, applicable)
-            ids = {balance.balance_id for balance in applicable}
-            later = [balance for balance in came if balance.balance_id not in ids]
-            _write_applied(tx, applied.balances)
+            applied = _apply(rt, tx, [b for b in first.values() if b.account_id in free], balances.keep)
+            later = [balance for balance in came if balance.balance_id not in applied.balance_ids]
             balances.keep(tx, later)
     except Exception as error:  # noqa: BLE001 - whatever it was: a balance must not be lost over it
         log.warning("balances are kept now, and applied later: %s: %s", type(error).__name__, error)
@@ -79,11 +71,6 @@ def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
     applied.measure()
     applied.next.apply += [balance.balance_id for balance in later]
     return applied.next
-
-
-def _write_applied(tx: Tx, applied: Sequence[Kept]) -> None:
-    if len(balances.keep(tx, applied)) < len(applied):
-        raise _Overtaken
 
 
 def apply(rt: Runtime, balance_id: str) -> Next:
@@ -96,8 +83,7 @@ def apply(rt: Runtime, balance_id: str) -> Next:
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [found[balance_id].account_id])
         found = balances.find(tx, [balance_id])  # again: someone else may have applied it meanwhile
-        applied = _apply(rt, tx, list(found.values()))
-        balances.applied(tx, applied.balances)
+        applied = _apply(rt, tx, list(found.values()), balances.applied)
     applied.measure()
     return applied.next
 
@@ -218,8 +204,7 @@ class _Applied:
     """What came of applying balances."""
 
     at: datetime
-    balances: list[Kept] = field(default_factory=list)
-    """As they are now."""
+    balance_ids: Collection[str] = ()
     next: Next = field(default_factory=Next)
     settled: list[tuple[Kept, _Answered | None, int]] = field(default_factory=list)
     """Each balance, what it answered, and how many payments it settled."""
@@ -234,19 +219,26 @@ class _Applied:
                 metrics.SETTLED_AFTER_EVENT.observe(max(0.0, (self.at - balance.received_at).total_seconds()))
 
 
-def _apply(rt: Runtime, tx: Tx, came: Sequence[Kept]) -> _Applied:
-    """Apply balances, one for each account. The accounts are held."""
+def _apply(
+    rt: Runtime, tx: Tx, came: Sequence[Kept], note: Callable[[Tx, Sequence[Kept]], Collection[str]]
+) -> _Applied:
+    """Apply balances, one for each account. The accounts are held.
+
+    `note` writes them as they are then, and says which of them are to be applied.
+    """
     applied = _Applied(rt.clock())
     if not came:
         return applied
-    news = [(b.account_id, b.balance_id, b.as_of) for b in came if b.due_at is not None and b.source == "REFRESH"]
-    if news:  # a payment that joins when the accounts are free again finds the balance; who joined before is found here
-        rt.correlation.answer(news, rt.settings.clock_skew)
     accounts = [balance.account_id for balance in came]
     flights = defaultdict[str, list[Flight]](list)
     for flight in refreshes.expecting(tx, accounts):
         flights[flight.account_id].append(flight)
     answered = {balance.balance_id: _attribute(rt, tx, balance, flights[balance.account_id]) for balance in came}
+    applied.balance_ids = note(tx, [_as_applied(balance, answered[balance.balance_id]) for balance in came])
+    came = [balance for balance in came if balance.balance_id in applied.balance_ids]
+    news = [(b.account_id, b.balance_id, b.as_of) for b in came if b.due_at is not None and b.source == "REFRESH"]
+    if news:  # a payment that joins when the accounts are free again finds the balance; who joined before is found here
+        rt.correlation.answer(news, rt.settings.clock_skew)
     calls = _settle_calls(rt, tx, came, answered, applied.at)
     scene = _look_around(rt, tx, came, answered, calls)
     settlements = []
@@ -255,12 +247,14 @@ def _apply(rt: Runtime, tx: Tx, came: Sequence[Kept]) -> _Applied:
         settlements += settled
         by = answered[balance.balance_id]
         applied.settled.append((balance, by, len(settled)))
-        refresh_id = by.flight.refresh_id if by else balance.refresh_id
-        applied.balances.append(replace(balance, due_at=None, refresh_id=refresh_id))
         held = [f for f in flights[balance.account_id] if f.state == RefreshState.REQUESTED and not _is(f, by, balance)]
         applied.next.call += [(flight.account_id, flight.refresh_id) for flight in held[:1]]
     applied.next.deliver = payments.settle(tx, settlements)
     return applied
+
+
+def _as_applied(balance: Kept, answered: _Answered | None) -> Kept:
+    return replace(balance, due_at=None, refresh_id=answered.flight.refresh_id if answered else balance.refresh_id)
 
 
 def _is(flight: Flight, answered: _Answered | None, balance: Kept) -> bool:

@@ -90,10 +90,14 @@ def unapplied(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
     return left
 
 
-def applied(tx: Tx, balances: Sequence[Kept]) -> None:
-    """Note that all who waited for these balances were settled, and which refresh each of them answered."""
+def applied(tx: Tx, balances: Sequence[Kept]) -> set[str]:
+    """Note that all who waited for these balances are settled, and which refresh each of them answered.
+
+    Returns their ids.
+    """
     rows = [{"balance_id": b.balance_id, "due_at": None, "refresh_id": b.refresh_id} for b in balances]
     update_each(tx, BALANCE, rows, key="balance_id")
+    return {balance.balance_id for balance in balances}
 
 
 def overdue(tx: Tx, now: datetime, limit: int) -> list[str]:

@@ -97,12 +97,11 @@ def calls_of(tx: Tx, refresh_ids: Collection[str]) -> list[Call]:
     return _calls(tx.execute(_OF_REFRESHES, {"refresh_ids": list(refresh_ids)}))
 
 
-_CALLS = select(FEE_ENTRY).order_by(E.entry_id)
-_OF_REFRESHES = _CALLS.where(among(E.refresh_id, "refresh_ids"))
+_OF_REFRESHES = select(FEE_ENTRY).where(among(E.refresh_id, "refresh_ids"))
 
 
 def _calls(rows: Iterable[Row[Any]]) -> list[Call]:
-    latest = {row.call_id: row for row in rows}
+    latest = {row.call_id: row for row in sorted(rows, key=lambda row: int(row.entry_id))}
     return [_call(row) for row in latest.values()]
 
 
@@ -178,7 +177,7 @@ def _settle(
 def _calls_in_parts(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[Call]]:
     for start in range(0, len(call_ids), BATCH):
         given = {"call_ids": call_ids[start : start + BATCH]}
-        yield _calls(tx.execute(_CALLS.where(among(E.call_id, "call_ids")), given))
+        yield _calls(tx.execute(select(FEE_ENTRY).where(among(E.call_id, "call_ids")), given))
 
 
 def _counting(state: str) -> int:
