@@ -124,7 +124,7 @@ def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.M
         assert eventually(lambda: server.server_state.connections)
         assert answers(f"{url}/healthz")
         assert eventually(lambda: not server.server_state.connections)
-        assert not server.server_state.tasks
+        assert eventually(lambda: not server.server_state.tasks)
 
 
 def test_nonsense_is_not_worth_a_line_of_the_log(web: Endpoint) -> None:
