@@ -63,13 +63,13 @@ def _enqueue(messages: Iterable[Message]) -> None:
 
 
 def _messages(todo: Next) -> Iterator[Message]:
-    for account_id, refresh_id in todo.call:
+    for account_id, refresh_id in dict.fromkeys(todo.call):
         yield "balances.refresh", (account_id, refresh_id), None
     for account_id, refresh_id, pause in todo.call_later:
         yield "balances.refresh", (account_id, refresh_id, True), pause.total_seconds()
     for account_id, profile_id, pause in todo.read:
         yield "balances.read", (account_id, profile_id), pause.total_seconds()
-    for balance_id in todo.apply:
+    for balance_id in dict.fromkeys(todo.apply):  # of a round, many payments may have found the same balance
         yield "payments.release", (balance_id,), None
 
 

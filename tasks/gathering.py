@@ -5,6 +5,7 @@ round costs nearly the same for many.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +19,8 @@ Go = Callable[[], None]
 class Gatherer(Generic[Item]):
     """Gives `work` what was added, at most `limit` at a time, one round after the other.
 
-    No round begins before `pace_s` after the one before it began. `run` has the rounds run: by default whoever adds the
-    first item goes on until nothing is left.
+    No round begins before `pace_s` after the one before it began. What comes when `room` items wait is dropped. `run`
+    has the rounds run: by default whoever adds the first item goes on until nothing is left.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class Gatherer(Generic[Item]):
         *,
         limit: int,
         pace_s: float = 0.0,
+        room: int = sys.maxsize,
         run: Callable[[Go], object] = lambda go: go(),
     ) -> None:
-        self._work, self._limit, self._pace_s, self._run = work, limit, pace_s, run
+        self._work, self._limit, self._pace_s, self._room, self._run = work, limit, pace_s, room, run
         self._began_at = float("-inf")
         self._lock = threading.Lock()
         self._waiting: list[Item] = []
@@ -39,7 +41,7 @@ class Gatherer(Generic[Item]):
     def add(self, *items: Item) -> None:
         """Have these be part of the next round."""
         with self._lock:
-            self._waiting += items
+            self._waiting += items[: max(0, self._room - len(self._waiting))]
             if self._is_at_work or not self._waiting:
                 return
             self._is_at_work = True

@@ -1,15 +1,16 @@
 """Deliveries that come at once are made safe at once: one commit, one round to the disk, for all of them.
 
-What is to be done about them then is done after they were answered: their senders need not wait for it.
+What is to be done about them then is done in another thread: their senders need not wait for it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from tasks.gathering import Gatherer, Go
 from webhook.events import Delivery
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Keeper(Generic[T]):
     """Collects the deliveries of this process.
 
     `keep` makes some safe, or raises: one of `away` if it may be no fault of theirs, and then `answers` says whether
-    the store is there nevertheless. `follow` is given what `keep` returned, after the senders were told.
+    the store is there nevertheless. `follow` is given what `keep` returned, while the senders are told.
     """
 
     def __init__(
@@ -44,12 +45,11 @@ class Keeper(Generic[T]):
     ) -> None:
         self._keep = keep
         self._follow = follow
+        self._following = Gatherer(self._follow_up, limit=LEFT, room=LEFT, run=self._run)
         self._away = away
         self._answers = answers
         self._waiting: list[_Waiting] = []
-        self._left: list[T] = []
         self._free = HANDS
-        self._is_following = False
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them but weakly
         self._threads = ThreadPoolExecutor(HANDS + 1, "keeper")
 
@@ -59,19 +59,14 @@ class Keeper(Generic[T]):
         self._waiting.append((delivery, done))
         if self._free:
             self._free -= 1
-            self._begin(self._work())
+            task = asyncio.create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         await done
-
-    def _begin(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def finish(self) -> None:
         """Follow up what is left when the loop has ended."""
         self._threads.shutdown(wait=True)
-        if self._left:
-            self._follow(self._left)
 
     async def _work(self) -> None:
         try:
@@ -108,15 +103,13 @@ class Keeper(Generic[T]):
 
     async def _try(self, deliveries: Sequence[Delivery]) -> Exception | None:
         try:
-            left = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, deliveries)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._keep_now, deliveries)
         except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
             return error
-        if len(self._left) < LEFT:
-            self._left.append(left)
-        if not self._is_following:
-            self._is_following = True
-            self._begin(self._follow_up())
         return None
+
+    def _keep_now(self, deliveries: Sequence[Delivery]) -> None:
+        self._following.add(self._keep(deliveries))
 
     async def _is_theirs(self, error: Exception, until: float) -> bool:
         """Whether it is one of the deliveries that cannot be kept, and there is time to find out which."""
@@ -126,17 +119,17 @@ class Keeper(Generic[T]):
             return True
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._answers)
 
-    async def _follow_up(self) -> None:
+    def _run(self, go: Go) -> None:
         try:
-            while self._left:
-                left, self._left = self._left, []
-                try:
-                    following = asyncio.get_running_loop().run_in_executor(self._threads, self._follow, left)
-                    await asyncio.shield(following)  # the end of the loop does not call it off
-                except Exception as error:  # noqa: BLE001 - it is safe, and the sweep sees to what was not done
-                    log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
-        finally:
-            self._is_following = False
+            self._threads.submit(go)
+        except RuntimeError:  # the process ends: it is done here and now
+            go()
+
+    def _follow_up(self, left: Sequence[T]) -> None:
+        try:
+            self._follow(left)
+        except Exception as error:  # noqa: BLE001 - it is safe, and the sweep sees to what was not done
+            log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
 
 
 def _tell(taken: Sequence[_Waiting], error: Exception | None) -> None:

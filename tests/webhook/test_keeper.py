@@ -166,7 +166,7 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
             await kept.keep(delivery)
         assert not go.is_set()
         go.set()
-        await asyncio.gather(*kept._tasks)
+        kept.finish()
 
     asyncio.run(asyncio.wait_for(story(), 10))
     assert len(followed) == 2

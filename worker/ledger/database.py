@@ -217,7 +217,10 @@ class _Among(FunctionElement[bool]):
 @compiles(_Among)
 def _equals_any(element: _Among, compiler: SQLCompiler, **how: Any) -> str:
     column, given = element.clauses
-    return f"{compiler.process(column, **how)} = ANY ({compiler.process(given, **how)})"
+    # A plan for an array that is only known when it runs fits all arrays, so PostgreSQL keeps it; else it would plan
+    # anew each time, as few texts look cheaper than it takes many to be.
+    array = f"ARRAY(SELECT unnest({compiler.process(given, **how)}))"
+    return f"{compiler.process(column, **how)} = ANY ({array})"
 
 
 @compiles(_Among, "sqlite")
