@@ -96,9 +96,8 @@ def _deliver(due: Sequence[Due]) -> None:
     told = {outcome.task_id: runtime().clock() for outcome in others if _tell(outcome)}
     if told:
         flow.delivered(runtime(), told)
-    if plain and _tell_plain(plain):
-        now = runtime().clock()
-        noted.add(*((outcome.task_id, now) for outcome in plain))
+    if plain and (told_at := _tell_plain(plain)):
+        noted.add(*((outcome.task_id, told_at) for outcome in plain))
 
 
 noted = Gatherer[tuple[str, datetime]](
@@ -118,16 +117,18 @@ def _tell(due: Due) -> bool:
         return True
 
 
-def _tell_plain(due: Sequence[Due]) -> bool:
+def _tell_plain(due: Sequence[Due]) -> datetime | None:
+    """When they were told, if they were."""
     try:
         suspension.end_plain(app, [(outcome.canvas, _end(outcome)) for outcome in due])
     except Exception:
         log.exception("%s outcomes could not be delivered; they stay due", len(due))
-        return False
+        return None
+    told_at = runtime().clock()
     for outcome in due:
         with bound(task_id=outcome.task_id, payment_id=outcome.outcome["payment_id"]):
             log.info("outcome delivered: %s", outcome.outcome.get("reason", outcome.state))
-    return True
+    return told_at
 
 
 def _end(due: Due) -> Any:

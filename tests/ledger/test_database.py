@@ -12,13 +12,51 @@ from sqlalchemy import select, text
 from tests.support.servers import Postgres
 from tests.support.world import START
 from worker.ledger import balances, payments
-from worker.ledger.database import LEDGER_AWAY, Engine, insert_new, lock_accounts, open_engine, ping, transaction
-from worker.ledger.tables import BALANCE, QUARANTINE
+from worker.ledger.database import (
+    LEDGER_AWAY,
+    Engine,
+    insert_new,
+    lock_accounts,
+    open_engine,
+    ping,
+    transaction,
+    update_each,
+)
+from worker.ledger.tables import BALANCE, PAYMENT, QUARANTINE
 from worker.messages import MAX_FIGURE_PLACES, Balance, parse_job
 
 zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
 moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
 JOB = parse_job({"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, currency="USD")
+
+
+@pytest.mark.parametrize("odd", ["", "\x00 \ud800"], ids=["plain", "what JSON cannot be read out of"])
+def test_rows_are_updated_each_as_far_as_they_are_what_they_were(engine: Engine, odd: str) -> None:
+    """Those that are not, or are not there, are left; and values of every kind arrive as they are."""
+    names = ["p1", "p2", "p3"]
+    jobs = [JOB.model_copy(update={"payment_id": name, "amount": Decimal("0.10")}) for name in names]
+    with transaction(engine) as tx:
+        payments.record(tx, jobs, START)
+        how = {
+            "was_state": "waiting",
+            "state": "released",
+            "outcome": {"odd": odd, "more": [1.5, None]},
+            "reused": True,
+        }
+        new = {"settled_at": START, "amount": Decimal("0.30"), "reason": None}
+        wrong = {**how, "was_state": "failed"}
+        rows = [
+            {"payment_id": "p3", **wrong, **new},
+            {"payment_id": "p9", **how, **new},
+            {"payment_id": "p1", **how, **new},
+        ]
+        update_each(tx, PAYMENT, rows, key="payment_id")
+    with transaction(engine) as tx:
+        found = {row.payment_id: row for row in tx.execute(select(PAYMENT))}
+        assert [found[name].state for name in names] == ["released", "waiting", "waiting"]
+        assert found["p1"].outcome == how["outcome"]
+        assert (found["p1"].settled_at, str(found["p1"].amount), found["p1"].reused) == (START, "0.30", True)
+        update_each(tx, PAYMENT, [], key="payment_id")
 
 
 def test_an_exception_takes_back_all_of_a_transaction(engine: Engine) -> None:
