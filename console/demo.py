@@ -110,8 +110,7 @@ def _watch(interrupts: Interrupts, running: Stage, engine: Engine, journal: Path
         if settled(PLAN, seen):
             interrupts.sleep(CALM_S)
             break
-        if ended := running.processes.ended():
-            raise StartError(f"{ended[0]} ended with status {ended[1]}, see {running.processes.log_of(ended[0])}")
+        running.processes.see_that_all_live()
         interrupts.sleep(LOOK_S)
     calls = running.simulator("/control/log")["calls"]
     shown(seen := _look(engine, journal, Counter(call["account_id"] for call in calls if call["accepted"])))

@@ -23,3 +23,8 @@ class Valkey(ValkeyServer):  # type: ignore[misc]
                 start_new_session=True,
             )
         self.wait_until_ready(timeout)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started and ended by itself; False after `stop`."""
+        return self._process is not None and self._process.poll() is not None

@@ -27,8 +27,12 @@ PORTS = range(20_000, 32_000)
 between the moment it is found free and the moment it is listened on."""
 
 
+LAST_WORDS = 2000
+"""Characters of the log of a process that ended by itself that are told."""
+
+
 class StartError(Exception):
-    """A process did not come up; the message says which, and where its log is."""
+    """A process did not come up, or did not stay; the message says which, and where its log is."""
 
 
 _given: set[int] = set()
@@ -149,23 +153,41 @@ class Processes:
         while not ready():
             process = self._running.get(name)
             if process is not None and process.poll() is not None:
-                self._check()
-                raise StartError(f"{name} ended with status {process.returncode}, see {self.log_of(name)}")
+                raise self._fallen(name, process)
             if time.monotonic() > deadline:
                 raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
             self._check()
             time.sleep(POLL_S)
 
-    def ended(self) -> tuple[str, int] | None:
-        """A process that ended though nobody ended it, with its status."""
-        for name, process in self._running.items():
-            if process.poll() is not None:
-                return name, process.returncode
-        return next((("valkey", 1) for server in self._valkeys if not server.is_running()), None)
+    def see_that_all_live(self) -> None:
+        """See that everything that was started runs, but for what was ended by `end`.
+
+        Raises:
+            StartError: something ended by itself; with the end of its log.
+        """
+        for name, process in list(self._running.items()):  # a copy: another thread may start and end processes
+            if process.poll() is not None and self._running.get(name) is process:
+                raise self._fallen(name, process)
+        if any(server.has_ended for server in self._valkeys):
+            self._check()
+            raise StartError(f"valkey ended by itself, see {self.folder / 'valkey'}")
+
+    def _fallen(self, name: str, process: subprocess.Popen[bytes]) -> StartError:
+        self._check()  # a signal to us may have reached it too, before it had a process group of its own
+        log = self.log_of(name)
+        last_words = log.read_text(errors="replace")[-LAST_WORDS:].rstrip()
+        told = f":\n{last_words}" if last_words else ""
+        return StartError(f"{name} ended with status {process.returncode}, see {log}{told}")
 
     def end(self, name: str, how: signal.Signals) -> None:
-        """Send a process group this signal, and wait until the process is gone."""
+        """Send a process group this signal, and wait until the process is gone.
+
+        Raises:
+            StartError: it was gone before.
+        """
         process = self._running.pop(name)
+        if process.poll() is not None:
+            raise self._fallen(name, process)
         _signal(process, how)
         process.wait()
 

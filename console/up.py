@@ -35,12 +35,11 @@ def up(console: Console, interrupts: Interrupts, *, as_json: bool, folder: Path 
         else:
             _tell(console, running, environ)
         try:
-            while not (ended := running.processes.ended()):
+            while True:
+                running.processes.see_that_all_live()
                 interrupts.sleep(LOOK_S)
         except Interrupted:
             console.print("stopping ...")
-            return
-        raise StartError(f"{ended[0]} ended with status {ended[1]}, see {running.processes.log_of(ended[0])}")
 
 
 @contextmanager

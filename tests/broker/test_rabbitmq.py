@@ -1,5 +1,6 @@
 """RabbitMQ as the broker, where it is installed: its queues are of the kind that outlives a node."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from kombu import Queue
 from config.celery import celery_settings
 from config.settings import Settings
 from tests.support.rabbit import SERVER, WHY_NOT, RabbitMQ, rabbitmq
+from tests.support.system import system, wait_until
 
 pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=WHY_NOT)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RabbitMQ]:
-    with rabbitmq(tmp_path) as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    with rabbitmq(tmp_path_factory.mktemp("rabbitmq")) as running:
         yield running
 
 
@@ -30,3 +32,34 @@ def test_the_queues_of_jobs_and_of_callbacks_are_quorum_queues(server: RabbitMQ)
         with app.connection_for_write() as connection, pytest.raises(PreconditionFailed, match="x-queue-type"):
             Queue(queue, channel=connection).queue_declare()
     app.close()
+
+
+def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
+    """Payments come at once, are released at once, one fails, and the worker is replaced while it takes them in.
+
+    Each is told once, by its callback or as its result, and no role ends by itself.
+    """
+    with system(tmp_path, f"sqlite:///{tmp_path}/payready.db", PAYREADY_BROKER_URL=server.url) as payready:
+        payready.start_service()
+        payready.simulator.post("pause")
+        linked = {f"pay_linked{n}": f"acct_prompt{n:06d}" for n in range(30)}
+        results = {f"pay_result{n}": f"acct_prompt{n + 20:06d}" for n in range(20)}  # they share some accounts
+        payready.initiate_many(
+            [{"payment_id": p, "account_id": a, "timeout_s": 60} for p, a in linked.items()], linked=True
+        )
+        waiting = {p: payready.initiate(p, a, timeout_s=60) for p, a in results.items()}
+        poor = payready.initiate("pay_poor", "acct_poor000001", amount="25.00", options=payready.callbacks("pay_poor"))
+        wait_until(lambda: payready.rows("SELECT payment_id FROM payment") != [], 20, "jobs are taken in")
+        payready.kill("worker", how=signal.SIGTERM)
+        payready.start("worker")
+        wait_until(lambda: payready.simulator.summary()["accepted"] == 41, 20, "all calls are made")
+        payready.simulator.post("resume")
+        assert {result.get(timeout=30)["state"] for result in waiting.values()} == {"released"}
+        with pytest.raises(Exception, match="insufficient_funds"):
+            poor.get(timeout=30)
+        wait_until(lambda: len(payready.endings()) == 31, 30, "all callbacks ran")
+        told = {payment_id: [line["task"] for line in lines] for payment_id, lines in payready.endings().items()}
+        assert told == {p: ["ledger.execute_ach"] for p in linked} | {"pay_poor": ["ledger.not_ready"]}
+        states = {row["payment_id"]: row["state"] for row in payready.rows("SELECT payment_id, state FROM payment")}
+        assert states == dict.fromkeys({**linked, **results}, "released") | {"pay_poor": "failed"}
+        assert all(books.agree and books.accepted == 1 for books in payready.books().values())

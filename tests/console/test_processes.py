@@ -58,12 +58,37 @@ def test_a_process_that_does_not_come_up_is_named_with_its_log(tmp_path: Path) -
 
 
 def test_a_process_that_ended_by_itself_is_noticed(tmp_path: Path) -> None:
-    """Nobody asked for its end."""
+    """Nobody asked for its end: it is named, with its last words."""
     with Processes(tmp_path, {}) as processes:
         processes.start("steady", "sleep 60")
-        assert processes.ended() is None
-        processes.start("frail", "sh -c 'exit 3'").wait()
-        assert processes.ended() == ("frail", 3)
+        processes.see_that_all_live()
+        processes.start("frail", "sh -c 'echo alas; exit 3'").wait()
+        with pytest.raises(StartError, match=r"frail ended with status 3, see .*frail\.log:\nalas"):
+            processes.see_that_all_live()
+
+
+def test_ending_a_process_that_ended_by_itself_does_not_hide_it(tmp_path: Path) -> None:
+    """What was ended here, though, is no news."""
+    with Processes(tmp_path, {}) as processes:
+        processes.start("steady", "sleep 60")
+        processes.start("frail", "false").wait()
+        with pytest.raises(StartError, match="frail ended with status 1"):
+            processes.end("frail", signal.SIGKILL)
+        processes.end("steady", signal.SIGKILL)
+        processes.see_that_all_live()
+
+
+def test_a_valkey_that_ended_by_itself_is_noticed_and_one_that_was_stopped_is_not(tmp_path: Path) -> None:
+    """Tests stop it on purpose."""
+    with Processes(tmp_path, {}) as processes:
+        server = processes.valkey(free_port())
+        server.stop()
+        processes.see_that_all_live()
+        server.start()
+        server._process.kill()
+        server._process.wait()
+        with pytest.raises(StartError, match="valkey ended by itself"):
+            processes.see_that_all_live()
 
 
 def test_settings_of_the_shell_do_not_reach_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

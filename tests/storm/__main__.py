@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from console.processes import StartError
 from tests.storm.plan import KINDS, ON_RABBITMQ, SKEW_S, Fault, Plan, draw
 from tests.storm.rig import Rig, rig
 from tests.storm.verdict import Seen, read, violations
@@ -37,6 +38,7 @@ AT_A_TIME = 300
 """Payments under way at most."""
 END_S = 240.0
 """How long the last payments, calls and webhooks may take, the simulator's retries with them."""
+LIVES = "no process ends but by the storm"
 
 
 class Storm:
@@ -48,16 +50,27 @@ class Storm:
         self.told: list[dict[str, Any]] = []
         self.strikes: Counter[str] = Counter()
         self.trouble: list[str] = []
-        """What a storm does not expect: a fault that could not be made, a process that ended by itself."""
+        """What a storm does not expect: a fault that could not be made, an end that was waited for in vain."""
+        self.fallen: list[str] = []
+        """Processes that ended though the storm did not end them. It is over then."""
         self._ended: set[str] = set()
         self._read = 0
         self._threads: list[threading.Thread] = []
 
     def rage(self) -> None:
-        """Send everything, strike with everything, and wait until all is over."""
+        """Send everything, strike with everything, and wait until all is over, or a process ends by itself."""
+        try:
+            self._rage()
+            self.rig.see_that_all_live()
+        except StartError as error:
+            self.fallen.append(str(error))
+            print(f"VIOLATION {error}\nthe storm ends here", flush=True)
+
+    def _rage(self) -> None:
         sent, faults = 0, list(self.plan.faults)
         at_a_time = min(AT_A_TIME, len(self.plan.sendings) // 4)
         while sent < len(self.plan.sendings) or faults:
+            self.rig.see_that_all_live()
             self._listen()
             while faults and faults[0].after <= sent:
                 self._strike(faults.pop(0))
@@ -70,8 +83,6 @@ class Storm:
         self._wait_for("every webhook is delivered", self._webhooks_are_through)
         self._wait_for("nothing is left to be done", self._nothing_is_due)
         self._listen()
-        if ended := self.rig.processes.ended():
-            self.trouble.append(f"{ended[0]} ended by itself with status {ended[1]}")
 
     def calm(self) -> None:
         """Wait until the last fault is over."""
@@ -97,6 +108,8 @@ class Storm:
     def _make(self, fault: Fault) -> None:
         try:
             self.rig.strike(fault)
+        except StartError as error:
+            self.rig.fallen.append(error)
         except Exception:  # noqa: BLE001 - to be told at the end
             self.trouble.append(f"{fault} could not be made: {traceback.format_exc()}")
 
@@ -115,6 +128,7 @@ class Storm:
     def _wait_for(self, what: str, probe: Callable[[], Any]) -> None:
         end = time.monotonic() + END_S
         while not probe():
+            self.rig.see_that_all_live()
             if time.monotonic() > end:
                 self.trouble.append(f"not within {END_S:.0f} s: {what}")
                 return
@@ -167,7 +181,8 @@ def main() -> int:
             storm.calm()
         seen = storm.seen()
     (options.folder / "seen.json").write_text(json.dumps(asdict(seen), default=str))
-    found = violations(plan, seen)
+    # Of a storm that was cut short nobody knows what would have come of the rest.
+    found = {LIVES: storm.fallen, **({} if storm.fallen else violations(plan, seen))}
     _report(storm, seen, found, time.monotonic() - start)
     return int(bool(storm.trouble or any(found.values())))
 
@@ -205,8 +220,14 @@ def _report(storm: Storm, seen: Seen, found: dict[str, list[str]], seconds: floa
             print(f"       {line}")
     for line in storm.trouble:
         print(f"TROUBLE {line}")
-    again_by = f"--seed {storm.plan.seed} --payments {len(storm.sent_at)} --faults {storm.strikes.total()}"
-    print("held" if held else f"FAILED; again: python -m tests.storm {again_by}")
+    print("held" if held else f"FAILED; again: python -m tests.storm {_again(storm)}")
+
+
+def _again(storm: Storm) -> str:
+    """The options of the same storm, however much of it there was."""
+    payments = len({sending.payment_id for sending in storm.plan.sendings})
+    broker = "--rabbitmq " if storm.rig.is_on_rabbitmq else ""
+    return f"{broker}--seed {storm.plan.seed} --payments {payments} --faults {len(storm.plan.faults)}"
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from console.embedded import Valkey
-from console.processes import Processes, free_port, procfile
+from console.processes import Processes, StartError, free_port, procfile
 from simulator.testing import Simulator
 from tests.storm.plan import REPLICAS, Fault, Plan, Sending
 from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
-from tests.support.system import API_KEY, QUICK, SECRET, SERVICE, SERVICE_QUEUE
+from tests.support.system import API_KEY, ON_RABBITMQ, QUICK, SECRET, SERVICE, SERVICE_QUEUE
 from worker.ledger.database import open_engine
 
 SETTINGS = {
@@ -74,6 +74,8 @@ class Rig:
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_PORT']}"
         self.sending = threading.Lock()
         """Held while messages are sent, and while none may be."""
+        self.fallen: list[StartError] = []
+        """Processes that a fault was to end, and that had ended by themselves."""
         self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._targets = {
@@ -82,12 +84,8 @@ class Rig:
         self._rabbitmq = rabbitmq
         self._service = Celery("sender", broker=self.broker, set_as_current=False)
         quick = {"socket_timeout": 2, "socket_connect_timeout": 2}
-        on_rabbitmq = {
-            "task_create_missing_queue_type": "quorum",
-            "broker_transport_options": {"confirm_publish": True},
-        }
         self._service.conf.update(
-            {"task_ignore_result": False, **(on_rabbitmq if rabbitmq else {"broker_transport_options": quick})}
+            {"task_ignore_result": False, **(ON_RABBITMQ if rabbitmq else {"broker_transport_options": quick})}
         )
 
     # --- the payments service ---
@@ -221,6 +219,7 @@ class Rig:
         end = time.monotonic() + PATIENCE_S
         with self.sending:
             while time.monotonic() < end:
+                self.see_that_all_live()  # nobody else looks: whoever sends waits for us
                 try:
                     with Redis.from_url(self.redis_url, socket_timeout=2) as client:
                         if self._rabbitmq:  # the queues are elsewhere
@@ -287,6 +286,16 @@ class Rig:
 
     # --- what is seen from outside ---
 
+    def see_that_all_live(self) -> None:
+        """See that no process ended by itself.
+
+        Raises:
+            StartError: one did; with the end of its log.
+        """
+        for error in self.fallen:
+            raise error
+        self.processes.see_that_all_live()
+
     def rows(self, query: str) -> list[dict[str, Any]]:
         """What the ledger says."""
         with self.engine.connect() as connection:
@@ -303,6 +312,11 @@ class Rig:
         """What the simulator saw."""
         answer = httpx.get(f"{self.simulator.url}/control/log", timeout=60, verify=False)
         return dict(answer.raise_for_status().json())
+
+    @property
+    def is_on_rabbitmq(self) -> bool:
+        """Whether the broker is RabbitMQ."""
+        return self._rabbitmq is not None
 
     @property
     def service_log(self) -> Path:

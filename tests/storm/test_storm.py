@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from console.processes import ROOT
+from console.processes import ROOT, Processes
+from tests.storm.__main__ import Storm
 from tests.storm.plan import draw
+from tests.storm.rig import Rig
 
 SEED, PAYMENTS, FAULTS = 202, 60, 6
 
@@ -33,3 +35,17 @@ def test_the_same_seed_is_the_same_storm() -> None:
     """And another seed is another one."""
     assert draw(SEED, PAYMENTS, FAULTS) == draw(SEED, PAYMENTS, FAULTS)
     assert draw(SEED, PAYMENTS, FAULTS).faults != draw(SEED + 1, PAYMENTS, FAULTS).faults
+
+
+def test_a_storm_is_over_when_a_process_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so with the process's last words, and waits for nothing more."""
+    with Processes(tmp_path, {}) as processes:
+        processes.start("worker1", "sh -c 'echo alas; exit 1'").wait()
+        made = Rig.__new__(Rig)
+        made.processes, made.fallen = processes, []
+        storm = Storm(made, draw(SEED, PAYMENTS, FAULTS))
+        monkeypatch.setattr(storm, "_send", lambda first: pytest.fail(f"message {first} is still sent"))
+        storm.rage()
+    [fallen] = storm.fallen
+    assert "worker1 ended with status 1" in fallen
+    assert fallen.endswith("alas")

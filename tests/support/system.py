@@ -33,6 +33,11 @@ QUICK = {
     "PAYREADY_BREAKER_FAILURES": "1000",
 }
 """Settings that make time pass faster than in production, and keep tests of other things out of each other's way."""
+ON_RABBITMQ: Mapping[str, Any] = {
+    "task_create_missing_queue_type": "quorum",
+    "broker_transport_options": {"confirm_publish": True},
+}
+"""What `docs/integrating.md` asks of whoever sends there: else the two of us would declare one queue in two ways."""
 SERVICE_QUEUE = "svc"
 """Where the worker of the payments service listens."""
 SERVICE = f"celery -A tests.support.service worker --queues {SERVICE_QUEUE} --pool threads --concurrency 4 \
@@ -74,6 +79,7 @@ class System:
         web_port: int,
         simulator: Simulator,
         valkey: ValkeyServer,
+        broker_url: str,
     ) -> None:
         self.processes = processes
         self.valkey = valkey
@@ -85,8 +91,10 @@ class System:
         self.simulator = simulator
         self._service_log = processes.folder / "service.jsonl"
         self.engine: Engine = open_engine(database_url)
-        self.service = Celery("payments-service", broker=redis_url, backend=redis_url, set_as_current=False)
+        self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
+        if broker_url.startswith("amqp"):
+            self.service.conf.update(ON_RABBITMQ)
 
     def start(self, *roles: str, **environ: str) -> None:
         """Start roles, and wait until the endpoint and the workers are up."""
@@ -105,7 +113,8 @@ class System:
 
     def start_service(self) -> None:
         """Start a worker of the payments service, for `link` and `link_error`; see `tests/support/service.py`."""
-        self.processes.start("service", SERVICE, SERVICE_URL=self.redis_url, SERVICE_LOG=str(self._service_log))
+        addresses = {"SERVICE_URL": self.service.conf.broker_url, "SERVICE_RESULTS": self.redis_url}
+        self.processes.start("service", SERVICE, SERVICE_LOG=str(self._service_log), **addresses)
         self.wait_for_consumer("service")
 
     def wait_for_consumer(self, role: str) -> None:
@@ -228,14 +237,21 @@ class System:
             self.valkey.start()
 
 
+_running: list[Processes] = []
+"""The processes of the systems that run just now."""
+
+
 def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
     """Wait until the probe is true; returns how long it took.
 
     Raises:
         AssertionError: it was not within `timeout_s`.
+        StartError: a process of a system ended by itself; it is not waited for.
     """
     start = time.monotonic()
     while not probe():
+        for processes in _running:
+            processes.see_that_all_live()
         if time.monotonic() > start + timeout_s:
             raise AssertionError(f"not within {timeout_s} s: {what}")
         time.sleep(0.1)
@@ -244,7 +260,13 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 @contextmanager
 def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iterator[System]:
-    """Payready on this database, with a Valkey and a simulator of its own, for as long as the block runs."""
+    """Payready on this database, with a Valkey and a simulator of its own, for as long as the block runs.
+
+    The Valkey is the broker, unless `PAYREADY_BROKER_URL` names another.
+
+    Raises:
+        StartError: a process did not come up, or ended by itself.
+    """
     valkey_port, web_port = free_port(), free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     with Simulator(f"http://127.0.0.1:{web_port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:
@@ -262,11 +284,15 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
         with Processes(folder, settings) as processes:
             valkey = processes.valkey(valkey_port)
             processes.run("release", procfile()["release"])
-            running = System(processes, database_url, redis_url, web_port, simulator, valkey)
+            broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
+            running = System(processes, database_url, redis_url, web_port, simulator, valkey, broker_url)
             running.start(*(roles or ROLES))
+            _running.append(processes)
             try:
                 yield running
+                processes.see_that_all_live()
             finally:
+                _running.remove(processes)
                 running.service.close()
                 running.engine.dispose()
 

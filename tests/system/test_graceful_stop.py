@@ -21,12 +21,13 @@ def test_a_call_that_is_on_the_wire_is_booked_and_the_next_ones_are_left_to_othe
         first = running.initiate("pay_1", "acct_early000001", options=running.callbacks("pay_1"))
         wait_until(lambda: len(running.simulator.calls("acct_early000001")) == 1, 10, "the call is on the wire")
         start = time.monotonic()
-        running.processes._running["refresh"].send_signal(signal.SIGTERM)
+        stopping = running.processes._running.pop("refresh")
+        stopping.send_signal(signal.SIGTERM)
         running.initiate_many(
             [{"payment_id": f"pay_{n}", "account_id": f"acct_prompt{n:06d}"} for n in range(2, 22)], linked=True
         )
         running.simulator.post("resume")
-        running.kill("refresh", how=signal.SIGTERM)
+        stopping.wait(GRACE_S)
         assert time.monotonic() - start < GRACE_S
         assert [state for _, state in running.fees("acct_early000001")] == ["pending", "posted"]
         running.start("refresh")
