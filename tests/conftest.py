@@ -35,6 +35,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 LONGEST = (
+    "test_half_a_minute",
     "test_storm",
     "test_outages",
     "test_crowds",
@@ -46,9 +47,23 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: files are spread over processes, and the last to begin is the last to end."""
+    """The longest first: files are spread over processes, and the last to begin is the last to end.
+
+    A file stays in one process, and so do tests that share a system, which is long in starting.
+    """
 
     def rank(item: pytest.Item) -> int:
         return next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
 
     items.sort(key=rank)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_system_of(item) or item.nodeid.split("::")[0]))
+
+
+def _system_of(item: pytest.Item) -> str | None:
+    """Which of the systems in `tests/system/conftest.py` a test uses, if it does."""
+    names = getattr(item, "fixturenames", ())
+    if "payready" not in names or item.path.parent.name not in ("system", "canvas"):
+        return None
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return f"{item.path.parent.name} on {parameters.get('payready', 'postgresql')}"

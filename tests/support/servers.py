@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -78,6 +79,29 @@ class Postgres:
             self._call("pg_ctl", "stop", "--mode=immediate")
             self._process.wait()
             self._process = None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the server for as long as the block runs: who asks it is refused."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze all its processes for as long as the block runs: who asks it gets no answer, nor an error."""
+        pids = [self.pid]
+        os.kill(self.pid, signal.SIGSTOP)  # it forks no more
+        try:
+            pids += [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+            for pid in pids[1:]:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=5) as connection:

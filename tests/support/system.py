@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -237,8 +238,14 @@ class System:
             self.valkey.start()
 
 
-_running: list[Processes] = []
-"""The processes of the systems that run just now."""
+class _Here(threading.local):
+    """What runs just now, by the thread that started it."""
+
+    def __init__(self) -> None:
+        self.running: list[Processes] = []
+
+
+_here = _Here()
 
 
 def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
@@ -250,7 +257,7 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
     """
     start = time.monotonic()
     while not probe():
-        for processes in _running:
+        for processes in _here.running:
             processes.see_that_all_live()
         if time.monotonic() > start + timeout_s:
             raise AssertionError(f"not within {timeout_s} s: {what}")
@@ -287,12 +294,12 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
             running = System(processes, database_url, redis_url, web_port, simulator, valkey, broker_url)
             running.start(*(roles or ROLES))
-            _running.append(processes)
+            _here.running.append(processes)
             try:
                 yield running
                 processes.see_that_all_live()
             finally:
-                _running.remove(processes)
+                _here.running.remove(processes)
                 running.service.close()
                 running.engine.dispose()
 

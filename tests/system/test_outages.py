@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers import Postgres, postgres
+from tests.support.crowd import assert_books_agree, assert_one_outcome_each, ended, jobs
+from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
 from worker.fees import EntryState
 from worker.invoice import Line, Period, reconcile
@@ -33,85 +34,6 @@ def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
     with system(tmp_path, postgres_server.database(), *ROLES, **SETTINGS) as running:
         running.start_service()
         yield running
-
-
-def jobs(scenario: str, count: int, accounts: int, **more: object) -> list[dict[str, object]]:
-    """Payments spread over accounts of a scenario."""
-    return [
-        {"payment_id": f"pay_{scenario}{n}", "account_id": f"acct_{scenario}{n % accounts:06d}", **more}
-        for n in range(count)
-    ]
-
-
-def ended(running: System, count: int) -> Callable[[], bool]:
-    """Whether as many payments have told the service their end."""
-    return lambda: len(running.endings()) >= count
-
-
-def refused_webhooks(running: System) -> int:
-    """How many deliveries were answered with 503."""
-    return int(running.simulator.summary()["deliveries_by_status"].get("503", 0))
-
-
-def kept(running: System) -> int:
-    """How many balances are in the ledger."""
-    return int(running.rows("SELECT count(*) AS n FROM balance")[0]["n"])
-
-
-def assert_one_outcome_each(running: System, payment_ids: set[str]) -> None:
-    """Every payment told the service one end, under one task id, and the ledger agrees."""
-    endings = running.endings()
-    assert set(endings) == payment_ids
-    assert {payment_id: len(told) for payment_id, told in endings.items() if len(told) != 1} == {}
-    states = {row["payment_id"]: row["state"] for row in running.rows("SELECT payment_id, state FROM payment")}
-    told = {payment_id: line["task"] for payment_id, (line,) in endings.items()}
-    word = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
-    assert {payment_id: word[state] for payment_id, state in states.items()} == told
-
-
-def assert_books_agree(running: System, *, calls_per_account: int) -> None:
-    """The simulator's log and the fee ledger tell the same, and no account was called too often."""
-    books = running.books()
-    assert {account_id: kept for account_id, kept in books.items() if not kept.agree} == {}
-    assert max(kept.accepted for kept in books.values()) <= calls_per_account
-
-
-def test_jobs_and_webhooks_survive_a_database_that_is_away(tmp_path: Path) -> None:
-    """Jobs are tried again, webhooks get 503 and come again; when the database is back, all payments end well."""
-    with postgres() as server, system(tmp_path, server.database(), **SETTINGS) as running:
-        running.start_service()
-        running.simulator.put("defaults", slow_s=2.0)
-        waiting = jobs("slow", 40, 20, timeout_s=60)
-        running.initiate_many(waiting, linked=True)
-        wait_until(lambda: running.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
-        server.stop()
-        meanwhile = jobs("prompt", 40, 20, timeout_s=60)
-        running.initiate_many(meanwhile, linked=True)
-        wait_until(
-            lambda: running.simulator.summary()["deliveries_by_status"].get("503", 0) >= 20,
-            15,
-            "all webhooks are refused",
-        )
-        server.start()
-        wait_until(ended(running, 80), 40, "all payments end")
-        assert_one_outcome_each(running, {str(job["payment_id"]) for job in waiting + meanwhile})
-        assert {line[0]["task"] for line in running.endings().values()} == {"ledger.execute_ach"}
-        assert_books_agree(running, calls_per_account=1)
-
-
-def test_payments_that_wait_survive_a_broker_that_is_away(breakable: System) -> None:
-    """Balances are kept meanwhile; workers and beat reconnect, and all payments end well."""
-    breakable.simulator.put("defaults", slow_s=2.0)
-    waiting = jobs("slow", 40, 20, timeout_s=60)
-    breakable.initiate_many(waiting, linked=True)
-    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
-    with breakable.valkey_away():
-        wait_until(lambda: kept(breakable) >= 20, 20, "all balances are kept")
-        assert refused_webhooks(breakable) == 0
-    wait_until(ended(breakable, 40), 60, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting})
-    assert {line[0]["task"] for line in breakable.endings().values()} == {"ledger.execute_ach"}
-    assert_books_agree(breakable, calls_per_account=1)
 
 
 def _taken_in(system: System, count: int) -> bool:
@@ -146,21 +68,6 @@ def test_payments_survive_a_broker_that_forgets_everything(breakable: System) ->
     assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting + hopeless + later})
     failed = {payment_id for payment_id, (line,) in breakable.endings().items() if line["task"] == "ledger.not_ready"}
     assert failed == {job["payment_id"] for job in hopeless}
-    assert_books_agree(breakable, calls_per_account=1)
-
-
-def test_balances_whose_hand_over_was_lost_are_applied_by_the_sweep(breakable: System) -> None:
-    """The endpoint said yes to them, so they are in the ledger; that Redis forgot them costs seconds only."""
-    breakable.simulator.put("defaults", slow_s=2.0)
-    waiting = jobs("slow", 20, 20, timeout_s=60)
-    breakable.initiate_many(waiting, linked=True)
-    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 20, 10, "all calls are made")
-    with breakable.valkey_away():  # so that they are kept only
-        wait_until(lambda: kept(breakable) >= 20, 20, "all balances are kept")
-        assert breakable.rows("SELECT payment_id FROM payment WHERE state <> 'waiting'") == []
-    wait_until(ended(breakable, 20), 20, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting})
-    assert {line[0]["task"] for line in breakable.endings().values()} == {"ledger.execute_ach"}
     assert_books_agree(breakable, calls_per_account=1)
 
 

@@ -13,21 +13,25 @@
 
 local now = tonumber(ARGV[2])
 
+local function at(field)
+  local time = tonumber(redis.call('HGET', KEYS[1], field) or 0)
+  return time <= now + 61000000 and time or 0 -- see admit.lua on clocks that are wrong
+end
+
 local function whole(number)
   return string.format('%.0f', number)
 end
 
 if ARGV[1] ~= 'failed' then
   redis.call('HDEL', KEYS[1], 'failures', 'shut', 'shut_at', 'pause', 'probe')
-  local tat = tonumber(redis.call('HGET', KEYS[1], 'tat') or 0)
-  if ARGV[1] == 'throttled' and tonumber(ARGV[6]) > tat then
+  if ARGV[1] == 'throttled' and tonumber(ARGV[6]) > at('tat') then
     redis.call('HSET', KEYS[1], 'tat', ARGV[6])
   end
   return '0'
 end
 
 local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
-local shut = tonumber(redis.call('HGET', KEYS[1], 'shut') or 0)
+local shut = at('shut')
 if shut == 0 and failures < tonumber(ARGV[3]) then
   return '0'
 end

@@ -1,0 +1,125 @@
+"""`python -m tests.releases`: save what this release leaves behind at a deploy, for later releases to go on with.
+
+All roles are stopped with payments at every interesting step; what is then in the database, on the broker and in the
+correlation store is written to a file of the release's name beside this one. Earlier files stay as they are.
+"""
+
+import json
+import socket
+import tempfile
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery.result import AsyncResult
+
+from config.celery import QUEUES
+from console.processes import ROOT
+from tests.canvas.runs import send_balance
+from tests.support.system import System, system, wait_until
+from worker.ledger.tables import PAYMENT
+
+SETTINGS = {
+    "PAYREADY_UNCERTAIN_GRACE_S": "60",
+    "PAYREADY_REFRESH_WINDOW_S": "120",
+    "PAYREADY_QUILTT_READ_TIMEOUT_S": "4",
+}
+"""Of those who save and of those who go on: calls whose answer is lost, or still to come, are not repeated."""
+UNACKNOWLEDGED = "payready-unacked"
+
+
+def main() -> None:
+    """Save."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/payready.db"
+        with system(Path(folder), url, "web", "worker", "refresh", **SETTINGS) as running:
+            leave_behind(running)
+            saved = json.dumps(found(running), indent=1, sort_keys=True).replace(f"@{socket.gethostname()}", "@host")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    Path(__file__).with_name(f"{version}.json").write_text(saved + "\n")
+
+
+def leave_behind(running: System) -> None:
+    """Bring payments to where a deploy may meet them; every role but `web` is gone then."""
+    quiet = ("accepted", "result", "settled", "kept", "cancelled", "hopeless")
+    called = dict.fromkeys(quiet, "never") | {"uncertain": "silent"}
+    for number, (name, scenario) in enumerate(called.items()):
+        timeout_s = 10 if name == "hopeless" else 300
+        _send(running, name, f"acct_{scenario}9000{number:02}", linked=name != "result", timeout_s=timeout_s)
+    _until(running, "SELECT state FROM refresh WHERE state IN ('accepted', 'uncertain')", len(called))
+    _send(running, "shared", _account(running, "accepted"))
+    running.simulator.post("pause")  # an early event is tried before the answer: now the answer waits
+    _send(running, "calling", "acct_early900000")
+    wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is on the wire")
+    _send(running, "deferred", "acct_throttled900000")
+    _until(running, "SELECT state FROM refresh WHERE state = 'requested' AND deferrals > 0", 1)
+    assert running.rows("SELECT state FROM refresh WHERE state = 'calling'") == [{"state": "calling"}]
+    running.kill("refresh")
+    for number, name in enumerate(("requested", "turn")):
+        _send(running, name, f"acct_prompt90000{number}")
+    _until(running, "SELECT payment_id FROM payment", len(called) + 5)
+    wait_until(lambda: running.unacknowledged() == 1, 10, "only the killed worker's message is taken")
+    running.kill("worker")
+    send_balance(running, _account(running, "settled"))
+    with running.valkey_away():
+        send_balance(running, _account(running, "kept"))
+    for name, scenario in {"job": "prompt", "poor": "poor"}.items():
+        _send(running, name, f"acct_{scenario}900099", amount="25.00")
+    _send_our_own(running)
+
+
+def _send(
+    running: System, name: str, account_id: str, *, linked: bool = True, timeout_s: int = 300, **job: Any
+) -> "AsyncResult[Any]":
+    job |= {"profile_id": "p_saved", "timeout_s": timeout_s}
+    options: dict[str, Any] = {"task_id": f"task-{name}"}
+    options |= running.callbacks(f"pay_{name}") if linked else {}
+    return running.initiate(f"pay_{name}", account_id, options=options, **job)
+
+
+def _send_our_own(running: System) -> None:
+    """Messages that are on their way for a moment only."""
+    [kept] = running.rows("SELECT balance_id FROM balance WHERE due_at IS NOT NULL")
+    read = (_account(running, "accepted"), "p_saved")
+    for name, queue, arguments in (
+        ("payments.cancel", "payments", ("pay_cancelled",)),
+        ("payments.revoke", "payments", (["task-nobody"],)),
+        ("payments.release", "releases", (kept["balance_id"],)),
+        ("balances.read", "refreshes", read),
+        ("payments.expire", "upkeep", ()),
+        ("payments.sweep", "upkeep", ()),
+        ("webhooks.check", "upkeep", ()),
+        ("webhooks.trim", "upkeep", ()),
+    ):
+        running.service.send_task(name, arguments, queue=queue, ignore_result=True)
+    turn = (_account(running, "turn"), "ref_of_nobody", True)
+    running.service.send_task("balances.refresh", turn, queue="refreshes", countdown=1, ignore_result=True)
+
+
+def _account(running: System, name: str) -> str:
+    return str(running.payment(f"pay_{name}")["account_id"])
+
+
+def _until(running: System, query: str, count: int) -> None:
+    wait_until(lambda: len(running.rows(query)) == count, 15, f"{query}: {count}")
+
+
+def found(running: System) -> dict[str, Any]:
+    """All that the next release will find; rows as SQLite has them, in an order in which they can be written."""
+    with redis.Redis.from_url(running.redis_url, decode_responses=True) as client:
+        keys = list(client.scan_iter("payready:*"))
+        tables = [table.name for table in PAYMENT.metadata.sorted_tables]
+        return {
+            "saved_at": datetime.now(UTC).isoformat(),
+            "revision": running.rows("SELECT version_num FROM alembic_version")[0]["version_num"],
+            "tables": [[table, rows] for table in tables if (rows := running.rows(f"SELECT * FROM {table}"))],
+            "queues": {queue: client.lrange(queue, 0, -1) for queue in QUEUES},
+            "unacknowledged": client.hgetall(UNACKNOWLEDGED),
+            "correlation": {key: client.hgetall(key) for key in sorted(keys)},
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
+
+Each file beside this one is what a release left (`python -m tests.releases`). `tests/canvas/test_saved_canvas.py` has
+every part that a saved canvas may have; here are all the kinds of messages and rows.
+"""
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from redis import Redis
+
+from config.celery import celery_settings
+from config.settings import Settings
+from console.processes import ROOT
+from tests.canvas.runs import send_balance
+from tests.releases.__main__ import SETTINGS, UNACKNOWLEDGED
+from tests.support.servers import Postgres
+from tests.support.system import System, system, wait_until
+
+RELEASES = sorted(Path(__file__).parent.glob("*.json"))
+TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
+"""Released without a further event: by what was kept, by calls that were wanted, by jobs that nobody had taken in."""
+TOLD_BY_AN_EVENT = ("accepted", "shared", "uncertain", "calling")
+FAILED = {"cancelled": "cancelled", "hopeless": "timeout", "poor": "insufficient_funds"}
+TIME = re.compile(r"(\d{4}-\d\d-\d\d)([T ])(\d\d:\d\d:\d\d\.\d{6})")
+MICROSECONDS = re.compile(r"\b1[789]\d{14}\b")
+
+
+def as_if_just_left(release: Path) -> dict[str, Any]:
+    """What a release left, with all times moved as if that had been now."""
+    text = release.read_text()
+    past = datetime.now(UTC) - datetime.fromisoformat(json.loads(text)["saved_at"])
+
+    def moved(match: re.Match[str]) -> str:
+        at = datetime.fromisoformat(f"{match[1]}T{match[3]}") + past
+        return at.isoformat(match[2], "microseconds")
+
+    text = TIME.sub(moved, text)
+    return dict(
+        json.loads(MICROSECONDS.sub(lambda match: str(int(match[0]) + past // timedelta(microseconds=1)), text))
+    )
+
+
+def alembic(url: str, revision: str) -> None:
+    """Migrate a database."""
+    environ = {"PATH": str(Path(sys.executable).parent), "PAYREADY_DATABASE_URL": url}
+    subprocess.run(["alembic", "upgrade", revision], cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
+
+
+def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Write the rows as the release had them; the numbers of fee entries are the database's to give."""
+    is_sqlite = url.startswith("sqlite")
+    mark = "?" if is_sqlite else "%s"
+    database = sqlite3.connect(url.removeprefix("sqlite:///")) if is_sqlite else psycopg.connect(url)
+    with database:
+        cursor = database.cursor()
+        if not is_sqlite:
+            cursor.execute("SET TIME ZONE 'UTC'")
+        for table, rows in tables:
+            for row in rows:
+                row.pop("entry_id", None)
+                names, marks = ", ".join(f'"{name}"' for name in row), ", ".join([mark] * len(row))
+                values = [value if value is None or is_sqlite else str(value) for value in row.values()]
+                cursor.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+    database.close()
+
+
+def put(running: System, left: dict[str, Any]) -> None:
+    """Have the broker and the correlation store hold what the release left there."""
+    with Redis.from_url(running.redis_url) as client:
+        for queue, messages in left["queues"].items():
+            for message in messages:
+                client.rpush(queue, message)
+        for tag, message in left["unacknowledged"].items():
+            client.hset(UNACKNOWLEDGED, tag, message)
+            client.zadd(f"{UNACKNOWLEDGED}-index", {tag: time.time() - 60})
+        for key, fields in left["correlation"].items():
+            client.hset(key, mapping=fields)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.stem)
+def test_what_an_earlier_release_left_comes_to_its_end(
+    release: Path, database: str, tmp_path: Path, postgres_server: Postgres
+) -> None:
+    """Every payment, message and call: each is told once, each fee entry is closed, no message stays."""
+    left = as_if_just_left(release)
+    url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
+    alembic(url, left["revision"])
+    fill(url, left["tables"])
+    with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="8") as running:
+        put(running, left)
+        running.start("worker", "refresh", "beat")
+        running.start_service()
+        told_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
+        wait_until(lambda: told_now <= running.endings().keys(), 30, "what needs no event is told")
+        accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*TOLD_BY_AN_EVENT, "result")]
+        running.initiate("pay_late", accounts[0], options=running.callbacks("pay_late"))
+        running.payment("pay_late")
+        for account_id in accounts:
+            send_balance(running, account_id)
+        told = told_now | {f"pay_{name}" for name in TOLD_BY_AN_EVENT} | {"pay_late"}
+        wait_until(lambda: told <= running.endings().keys(), 20, "all is told")
+        assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
+        assert_each_was_told_its_outcome(running)
+        again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
+        assert again == [], "the calls that the release before made serve who comes later too"
+        wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message stays")
+        unclosed = "SELECT call_id FROM fee_entry GROUP BY call_id HAVING count(*) <> 2"
+        assert running.rows(unclosed) == [], "a call has no last word"
+        for role in ("worker", "refresh"):
+            log = running.processes.log_of(role).read_text()
+            assert not re.search("Traceback|unregistered|Error", log), log
+
+
+def assert_each_was_told_its_outcome(running: System) -> None:
+    """Once, and what the ledger says."""
+    endings = running.endings()
+    rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}
+    assert endings.keys() | {"pay_result"} == rows.keys()
+    assert [payment_id for payment_id, lines in endings.items() if len(lines) != 1] == []
+    word = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
+    assert {p: lines[0]["task"] for p, lines in endings.items()} == {p: word[rows[p]["state"]] for p in endings}
+    assert {p: row["reason"] for p, row in rows.items() if row["reason"]} == {f"pay_{n}": r for n, r in FAILED.items()}
+
+
+def test_all_kinds_of_messages_are_saved() -> None:
+    """A kind that a release adds is saved with that release."""
+    saved = RELEASES[-1].read_text()
+    assert [name for name in celery_settings(Settings())["task_routes"] if f'\\"{name}\\"' not in saved] == []
