@@ -43,8 +43,6 @@ def payready(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
         for name in ("worker", "service", "twin"):
             running.wait_for_consumer(name)
         yield running
-        # A result unsubscribes when it is collected: without Valkey it would try for long, and in vain.
-        running.service.backend.result_consumer.subscribed_to.clear()
 
 
 @pytest.fixture(scope="session")

@@ -300,6 +300,8 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
                 processes.see_that_all_live()
             finally:
                 _here.running.remove(processes)
+                # A result unsubscribes when it is collected: without Valkey it would try for long, and in vain.
+                running.service.backend.result_consumer.subscribed_to.clear()
                 running.service.close()
                 running.engine.dispose()
 
