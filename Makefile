@@ -26,7 +26,7 @@ up: setup  ## the same processes, until Ctrl-C
 	$(BIN)/payready up
 
 test: setup  ## all tests, on a Valkey and a PostgreSQL that they start themselves
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder  # most of the time is waiting: more workers than cores
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # most of the time is waiting: more workers than cores
 
 check: setup  ## style, types, import rules, and migrations in step with the tables
 	$(BIN)/ruff check .

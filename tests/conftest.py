@@ -46,25 +46,10 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: files are spread over processes, and the last to begin is the last to end.
-
-    A file stays in one process, and so do tests that share a system, which is long in starting.
-    """
+    """The longest first: files are spread over processes, and the last to begin is the last to end."""
 
     def rank(item: pytest.Item) -> int:
         return next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
 
     items.sort(key=rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_system_of(item) or item.nodeid.split("::")[0]))
-
-
-def _system_of(item: pytest.Item) -> str | None:
-    """Which of the systems in `tests/system/conftest.py` a test uses, if it does."""
-    names = getattr(item, "fixturenames", ())
-    if "payready" not in names or item.path.parent.name not in ("system", "canvas"):
-        return None
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return f"{item.path.parent.name} on {parameters.get('payready', 'postgresql')}"
