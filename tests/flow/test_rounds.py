@@ -10,7 +10,7 @@ import pytest
 from simulator.testing import eventually
 from tests.support.world import Databases, Make, World, request
 from worker import flow
-from worker.ledger import balances
+from worker.ledger import balances, payments
 from worker.ledger.database import lock_accounts, transaction
 from worker.messages import Balance
 
@@ -85,6 +85,59 @@ def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_t
     assert kept["due_at"] is None
     assert kept["refresh_id"] is not None
     assert payready.state("pay_1") == "released"
+
+
+def refreshed(payready: World, account_id: str, balance_id: str) -> tuple[str, Balance]:
+    """A REFRESH balance of now, with the id of its event."""
+    at = payready.clock.now.isoformat()
+    figures = {"available": Decimal(100), "current": None, "limit": None}
+    record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **figures}
+    return f"evt_{balance_id}", Balance.model_validate(record)
+
+
+def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
+    payready: World, databases: Databases, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two processes hold one of its accounts each: neither must wait for what the other one has written already."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    for name in "ab":
+        payready.initiate(f"pay_{name}", f"acct_{name}")
+    payready.work()
+    came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
+
+    def process() -> Thread:
+        thread = Thread(target=lambda: payready.queue.add(flow.receive(payready.rt, came)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        return thread
+
+    with transaction(payready.engine) as tx:
+        payments.hold(tx, "pay_a")
+        with transaction(payready.engine) as other:
+            lock_accounts(other, ["acct_b"])
+            processes = [process()]
+        processes.append(process())
+    for thread in processes:
+        thread.join()
+    payready.work()
+    assert [payready.state(f"pay_{name}") for name in "ab"] == ["released", "released"]
+    assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]
+    assert "applied later" not in caplog.text
+
+
+def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: World) -> None:
+    """As it is kept once: what its payments are told must be in the ledger."""
+    for name in "ab":
+        payready.initiate(f"pay_{name}", f"acct_{name}")
+    payready.work()
+    came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
+    payready.queue.add(flow.receive(payready.rt, came))
+    payready.work()
+    [kept] = payready.rows("SELECT account_id FROM balance")
+    released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
+    assert released == [kept]
 
 
 def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(payready: World, databases: Databases) -> None:

@@ -56,20 +56,23 @@ def _keep(rt: Runtime, came: Sequence[Kept]) -> Next:
 
     Applied are the first one of each account, if it is new, and if nobody else holds the account.
     """
+    came = list({balance.balance_id: balance for balance in came}.values())
     first = {balance.account_id: balance for balance in reversed(came)}
+
+    def note(tx: Tx, applied: Sequence[Kept]) -> set[str]:
+        return balances.keep(tx, [*applied, *came])  # at once, in one order: or who keeps the same waits for each other
+
     try:
         with transaction(rt.engine) as tx:
             free = lock_free_accounts(tx, first)
-            applied = _apply(rt, tx, [b for b in first.values() if b.account_id in free], balances.keep)
-            later = [balance for balance in came if balance.balance_id not in applied.balance_ids]
-            balances.keep(tx, later)
+            applied = _apply(rt, tx, [b for b in first.values() if b.account_id in free], note)
     except Exception as error:  # noqa: BLE001 - whatever it was: a balance must not be lost over it
         log.warning("balances are kept now, and applied later: %s: %s", type(error).__name__, error)
         with transaction(rt.engine) as tx:
             balances.keep(tx, came)
         return Next(apply=[balance.balance_id for balance in came])
     applied.measure()
-    applied.next.apply += [balance.balance_id for balance in later]
+    applied.next.apply += [b.balance_id for b in came if b.balance_id not in applied.balance_ids]
     return applied.next
 
 
@@ -224,18 +227,19 @@ def _apply(
 ) -> _Applied:
     """Apply balances, one for each account. The accounts are held.
 
-    `note` writes them as they are then, and says which of them are to be applied.
+    `note` writes them as they are then, and says which balances are to be applied.
     """
     applied = _Applied(rt.clock())
-    if not came:
-        return applied
     accounts = [balance.account_id for balance in came]
     flights = defaultdict[str, list[Flight]](list)
     for flight in refreshes.expecting(tx, accounts):
         flights[flight.account_id].append(flight)
     answered = {balance.balance_id: _attribute(rt, tx, balance, flights[balance.account_id]) for balance in came}
-    applied.balance_ids = note(tx, [_as_applied(balance, answered[balance.balance_id]) for balance in came])
-    came = [balance for balance in came if balance.balance_id in applied.balance_ids]
+    noted = note(tx, [_as_applied(balance, answered[balance.balance_id]) for balance in came])
+    came = [balance for balance in came if balance.balance_id in noted]
+    applied.balance_ids = {balance.balance_id for balance in came}
+    if not came:
+        return applied
     news = [(b.account_id, b.balance_id, b.as_of) for b in came if b.due_at is not None and b.source == "REFRESH"]
     if news:  # a payment that joins when the accounts are free again finds the balance; who joined before is found here
         rt.correlation.answer(news, rt.settings.clock_skew)

@@ -64,7 +64,10 @@ def came(event_id: str, balance: Balance, now: datetime) -> Kept:
 
 
 def keep(tx: Tx, balances: Sequence[Kept]) -> set[str]:
-    """Write balances; those that are known stay as they are. Returns the ids of those that were not."""
+    """Write balances, of two with one id the first; those that are known stay as they are.
+
+    Returns the ids of those that were not.
+    """
     rows = {balance.balance_id: vars(balance) for balance in reversed(balances)}
     return insert_new(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
 
