@@ -4,7 +4,7 @@
 on the account since the balance's time is gone from it already, so two payments of 80 are not both covered by 100.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
 from typing import Any
 
@@ -23,11 +23,16 @@ class Funds:
 
     available: Decimal | None
     limit: Decimal | None
-    released: tuple[Decimal, ...] = ()
+    released: Decimal = Decimal(0)
+    """A sum: a thousand payments may follow one another on one balance, and none of them counts all before it."""
+    released_count: int = 0
 
-    def less(self, amount: Decimal | None) -> "Funds":
-        """The same after one more release."""
-        return self if amount is None else Funds(self.available, self.limit, (*self.released, amount))
+    def less(self, *amounts: Decimal | None) -> "Funds":
+        """The same after more releases."""
+        known = [amount for amount in amounts if amount is not None]
+        with localcontext(EXACT):
+            released = sum(known, self.released)
+        return replace(self, released=released, released_count=self.released_count + len(known))
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def _there(job: Job, funds: Funds) -> Decimal | None:
     if funds.available is None:
         return None
     overdraft = funds.limit if job.count_limit and funds.limit is not None else Decimal(0)
-    return funds.available + overdraft - sum(funds.released, Decimal(0))
+    return funds.available + overdraft - funds.released
 
 
 def _arithmetic(job: Job, funds: Funds, needed: Decimal, there: Decimal | None) -> dict[str, Any]:
@@ -90,8 +95,8 @@ def _arithmetic(job: Job, funds: Funds, needed: Decimal, there: Decimal | None) 
         "needed": text(needed),
         "available": text(funds.available),
         "limit": text(funds.limit) if job.count_limit else None,
-        "released_since": text(sum(funds.released, Decimal(0))),
-        "released_count": len(funds.released),
+        "released_since": text(funds.released),
+        "released_count": funds.released_count,
         "there": text(there),
         "currency": job.currency,
     }

@@ -13,7 +13,7 @@ from worker.funds import Funds, judge
 from worker.messages import Job, parse_job
 
 figures = st.decimals(min_value=Decimal("-1e28"), max_value=Decimal("1e28"), places=8)
-amounts = st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e24"), places=2)
+amounts = st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e30"), places=2)
 multipliers = st.decimals(min_value=1, max_value=5, places=10)
 sums = st.decimals(min_value=0, max_value=Decimal("1e20"), places=10)
 
@@ -26,11 +26,8 @@ def job(amount: str | None = "25.00", **more: Any) -> Job:
 
 def funds(available: str | None, limit: str | None = None, *released: str) -> Funds:
     """What the balance says."""
-    return Funds(
-        None if available is None else Decimal(available),
-        None if limit is None else Decimal(limit),
-        tuple(map(Decimal, released)),
-    )
+    there = Funds(None if available is None else Decimal(available), None if limit is None else Decimal(limit))
+    return there.less(*map(Decimal, released))
 
 
 @given(
@@ -57,7 +54,7 @@ def test_the_arithmetic_is_exact(
         buffer={"multiplier": format(multiplier, "f"), "fixed": format(fixed, "f")},
         count_limit=count_limit,
     )
-    judgement = judge(asked, Funds(available, limit, tuple(released)))
+    judgement = judge(asked, Funds(available, limit).less(*released))
     needed = Fraction(amount) * Fraction(multiplier) + Fraction(fixed)
     there = Fraction(available) + (Fraction(limit) if count_limit and limit is not None else 0)
     there -= sum(map(Fraction, released))
@@ -66,6 +63,8 @@ def test_the_arithmetic_is_exact(
     assert judgement.arithmetic is not None
     assert Fraction(judgement.arithmetic["needed"]) == needed
     assert Fraction(judgement.arithmetic["there"]) == there
+    assert Fraction(judgement.arithmetic["released_since"]) == sum(map(Fraction, released))
+    assert judgement.arithmetic["released_count"] == len(released)
 
 
 @given(amount=amounts, multiplier=multipliers, fixed=sums)

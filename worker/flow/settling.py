@@ -333,7 +333,7 @@ def _settle(rt: Runtime, scene: _Scene, balance: Kept, answered: _Answered | Non
     sharing = [_is_to_share(scene, answered) and _shares(answered, w) for w in fresh]
     shares = _shares_of_fee(scene, answered, sum(sharing))
     nothing = FeeShare(amount=Decimal(0), currency=_currency(rt, scene, answered), state="reused")
-    purse = Funds(balance.available, balance.limit, tuple(scene.released.get(balance.account_id, ())))
+    purse = Funds(balance.available, balance.limit).less(*scene.released.get(balance.account_id, ()))
     settlements = []
     for waiting, in_on_it in zip(fresh, sharing, strict=True):
         judgement = funds.judge(waiting.job, purse)
