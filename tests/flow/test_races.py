@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from decimal import Decimal
@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.world import World, request
+from tests.support.world import Databases, World, request
 from worker import flow
 from worker.errors import CallFailed, Uncertain, Unsent
 from worker.flow import Next, settling, upkeep
 from worker.ledger import refreshes
 from worker.ledger.database import Engine, Tx, transaction
+from worker.ledger.refreshes import Flight
+from worker.payment import RefreshEvent, RefreshState
 
 A = "acct_races"
 ROUNDS = 12
@@ -329,6 +331,29 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     assert payready.state("p2") == "released"
     assert payready.refreshes(A) == ["unanswered", "answered"]
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
+
+
+def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: World, databases: Databases) -> None:
+    """A round claims several in an order of its own, and would wait for those that the sweep has already."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    now = payready.clock.now
+    first, second = (Flight(f"r{n}", f"a{n}", RefreshState.REQUESTED, 0, 0, None, None, None, now, None) for n in "12")
+    with transaction(payready.engine) as tx:
+        refreshes.add(tx, [first, second])
+
+    def sweep() -> None:
+        with transaction(payready.engine) as tx:
+            refreshes.see_to_again(tx, [first, second], now + timedelta(seconds=15))
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(payready.engine) as claiming:
+            assert refreshes.move(claiming, second, RefreshEvent.CLAIM, now)
+            swept = pool.submit(sweep)
+            wait([swept], 0.5)
+            assert refreshes.move(claiming, first, RefreshEvent.CLAIM, now)
+        swept.result()
+    assert payready.refreshes("a1") == payready.refreshes("a2") == ["calling"]
 
 
 class Crowd:

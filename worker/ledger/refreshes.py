@@ -190,6 +190,10 @@ def hold_back(tx: Tx, flight: Flight, until: datetime, trouble: str | None) -> N
 
 
 def see_to_again(tx: Tx, flights: Sequence[Flight], due_at: datetime) -> None:
-    """Let requested refreshes, whose call was just enqueued, be seen to again at `due_at`."""
+    """Let requested refreshes, whose call was just enqueued, be seen to again at `due_at`.
+
+    Those that are held are left: whoever holds them sees to them at this moment.
+    """
     chosen = R.refresh_id.in_([flight.refresh_id for flight in flights])
-    tx.execute(update(REFRESH).where(chosen, R.state == RefreshState.REQUESTED).values(due_at=due_at))
+    free = select(R.refresh_id).where(chosen, R.state == RefreshState.REQUESTED).with_for_update(skip_locked=True)
+    tx.execute(update(REFRESH).where(R.refresh_id.in_(list(tx.scalars(free)))).values(due_at=due_at))
