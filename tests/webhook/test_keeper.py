@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from simulator.testing import eventually
 from webhook import keeper as module
 from webhook.events import Delivery
 from webhook.keeper import TOGETHER, Keeper
@@ -181,4 +182,27 @@ def test_what_is_left_when_the_loop_ends_is_followed_up() -> None:
     kept = Keeper(len, followed.extend)
     asyncio.run(kept.keep(Delivery()))
     kept.finish()
+    assert followed == [1]
+
+
+def test_what_is_kept_while_the_process_ends_is_followed_up() -> None:
+    """No thread takes anything on any more: the one that kept it follows it up."""
+    followed: list[int] = []
+    keeping, go = Event(), Event()
+
+    def keep(taken: Sequence[Delivery]) -> int:
+        keeping.set()
+        go.wait(5)
+        return len(taken)
+
+    async def story() -> None:
+        told = asyncio.create_task(kept.keep(Delivery()))
+        await asyncio.to_thread(keeping.wait, 5)
+        finished = asyncio.create_task(asyncio.to_thread(kept.finish))
+        await asyncio.to_thread(eventually, lambda: kept._threads._shutdown)
+        go.set()
+        await asyncio.gather(told, finished)
+
+    kept = Keeper(keep, followed.extend)
+    asyncio.run(asyncio.wait_for(story(), 10))
     assert followed == [1]
