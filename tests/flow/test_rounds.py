@@ -114,7 +114,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.hold(tx, "pay_a")
+        payments.hold(tx, ["pay_a"])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -138,6 +138,24 @@ def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: World
     [kept] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
     assert released == [kept]
+
+
+def test_jobs_that_come_again_are_held_in_one_order(payready: World, databases: Databases) -> None:
+    """As by whoever fails payments whose connection broke down: else the two wait for each other."""
+    if databases.is_quick:
+        pytest.skip("SQLite has one writer at a time")
+    jobs = [{"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in "21"]
+    take_in(payready, *jobs)
+    again = Thread(target=take_in, args=(payready, *jobs))
+    with transaction(payready.engine) as tx:
+        payments.hold(tx, ["pay_1"])
+        again.start()
+        again.join(0.5)
+        assert again.is_alive()
+        payments.hold(tx, ["pay_2"])
+    again.join()
+    payready.work()
+    assert payready.provider.calls == ["acct_2", "acct_1"]
 
 
 def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(payready: World, databases: Databases) -> None:

@@ -121,7 +121,7 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_released"},
     ),
     "who shares": (lambda tx: payments.sharers(tx, ["r7"]), {"payment_sharers"}),
-    "one payment": (lambda tx: payments.hold(tx, "p7"), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "one payment": (lambda tx: payments.hold(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
     "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
     "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
     "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),

@@ -10,7 +10,7 @@ from worker.correlation.store import Arrival, Standing
 from worker.errors import PaymentNotReady, Reason
 from worker.flow.steps import Next
 from worker.ledger import payments
-from worker.ledger.database import Tx, lock_accounts, lock_free_accounts, transaction
+from worker.ledger.database import Row, Tx, lock_accounts, lock_free_accounts, transaction
 from worker.ledger.payments import Due, Waiting
 from worker.messages import Job, stored_job
 from worker.payment import PaymentState
@@ -82,15 +82,18 @@ def _write_down(tx: Tx, requests: Sequence[Request], now: datetime) -> list[Wait
     Such a task was told, or the sweep will tell it, by the canvas that was saved first: this one has other ids.
     """
     new = payments.record(tx, [request.job for request in requests], now)
-    firsts, written = set[str](), list[Waiting | Due]()
+    firsts = {request.job.payment_id: request for request in reversed(requests)}
+    is_new = [request.job.payment_id in new and firsts[request.job.payment_id] is request for request in requests]
+    again = [request.job.payment_id for request, first in zip(requests, is_new, strict=True) if not first]
+    known = payments.hold(tx, again) if again else {}
+    written = list[Waiting | Due]()
     for place, request in enumerate(requests):
         job, at = request.job, now + place * payments.APART
-        if job.payment_id in new and job.payment_id not in firsts:
-            firsts.add(job.payment_id)
+        if is_new[place]:
             deadline = at + timedelta(seconds=job.timeout_s)
             written.append(Waiting(job.payment_id, job.account_id, job, at, job.fresh_from(at), deadline))
         else:
-            written.append(_recall(tx, request))
+            written.append(_recall(request, known[job.payment_id]))
     noted = set[str]()
     for group, due_at in ((Waiting, None), (Due, now + payments.REDELIVERY)):
         canvases = [
@@ -109,13 +112,12 @@ def _first_of(due: Due, noted: set[str]) -> Due | None:
     return due
 
 
-def _recall(tx: Tx, request: Request) -> Waiting | Due:
+def _recall(request: Request, row: Row[Any]) -> Waiting | Due:
     """A payment that is known.
 
     Raises:
         PaymentNotReady: with other content.
     """
-    row = payments.hold(tx, request.job.payment_id)
     if stored_job(row.job) != request.job:
         raise PaymentNotReady(Reason.CONFLICT, "the payment_id was used before, with other content")
     if row.state != PaymentState.WAITING:

@@ -89,9 +89,10 @@ def _row(job: Job, now: datetime) -> dict[str, Any]:
     }
 
 
-def hold(tx: Tx, payment_id: str) -> Row[Any]:
-    """Read a payment and keep it from being settled until the transaction ends."""
-    return tx.execute(select(PAYMENT).where(P.payment_id == payment_id).with_for_update()).one()
+def hold(tx: Tx, payment_ids: Collection[str]) -> Mapping[str, Row[Any]]:
+    """Read payments and keep them from being settled until the transaction ends."""
+    query = select(PAYMENT).where(P.payment_id.in_(payment_ids)).order_by(P.payment_id)
+    return {row.payment_id: row for row in tx.execute(query.with_for_update())}
 
 
 def await_outcomes(tx: Tx, canvases: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> set[str]:
