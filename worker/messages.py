@@ -26,6 +26,8 @@ from pydantic import (
 from worker.errors import InvalidJob
 
 MAX_METADATA_BYTES = 4096
+MAX_METADATA_LEVELS = 64
+"""Of lists and objects in one another: far from where what reads or writes JSON gives up."""
 MAX_FIGURE_DIGITS = 30
 MAX_FIGURE_PLACES = 60
 """Before and after the point: room for what floats leave behind of nothing (3.5e-15), not for more."""
@@ -131,6 +133,8 @@ class Job(Contract):
 
     @model_validator(mode="after")
     def _metadata_is_small(self) -> Self:
+        if _is_deeper(self.metadata, MAX_METADATA_LEVELS):
+            raise ValueError(f"metadata: has more than {MAX_METADATA_LEVELS} levels")
         try:
             size = len(json.dumps(self.metadata, allow_nan=False))
         except (TypeError, ValueError):
@@ -138,6 +142,12 @@ class Job(Contract):
         if size > MAX_METADATA_BYTES:
             raise ValueError(f"metadata: is {size} bytes of JSON, more than {MAX_METADATA_BYTES}")
         return self
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are in one another on more levels than that."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(one, levels - 1) for one in inner))
 
 
 def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:

@@ -63,6 +63,14 @@ def test_the_age_counts_back_from_the_request() -> None:
     assert parse(max_balance_age_s=90).fresh_from(now) == now - timedelta(seconds=90)
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object with lists in one another on so many levels in all."""
+    value: Any = []
+    for _ in range(levels - 2):
+        value = [value]
+    return {"x": value}
+
+
 BAD = [
     # field, value, what the complaint must say
     ("payment_id", "", "at least 1 character"),
@@ -119,6 +127,8 @@ BAD = [
     ("count_limit", 1, "boolean"),
     ("metadata", [1], "dictionary"),
     ("metadata", {"x": "y" * MAX_METADATA_BYTES}, f"more than {MAX_METADATA_BYTES}"),
+    ("metadata", nested(65), "more than 64 levels"),
+    ("metadata", nested(500), "more than 64 levels"),
     ("metadata", {"x": float("nan")}, "JSON object"),
     ("metadata", {"x": object()}, "JSON object"),
     ("amout", "25.00", "not permitted"),
@@ -199,6 +209,7 @@ def test_no_complaint_shows_what_was_sent(field: str) -> None:
 
 def test_a_job_survives_the_way_through_the_ledger() -> None:
     """Its JSON, without defaults, is the same job again."""
+    assert parse(metadata=nested(64)).model_dump(mode="json")["metadata"] == nested(64)
     job = parse(amount="25.10", buffer={"multiplier": "1.50", "fixed": "0.1"}, metadata={"a": [1, None, {"b": "ü"}]})
     stored = json.loads(json.dumps(job.model_dump(mode="json", exclude_defaults=True)))
     assert Job.model_validate(stored) == job
