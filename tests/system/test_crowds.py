@@ -11,7 +11,12 @@ import pytest
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 
-PATIENT = {"PAYREADY_UNCERTAIN_GRACE_S": "10", "PAYREADY_REFRESH_WINDOW_S": "60"}
+PATIENT = {
+    "PAYREADY_UNCERTAIN_GRACE_S": "10",
+    "PAYREADY_REFRESH_WINDOW_S": "60",
+    "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "5",
+    "PAYREADY_QUILTT_READ_TIMEOUT_S": "10",
+}
 """With these an account needs one call: what was lost on the way has time to come, however busy the machine is."""
 SHARES = {"mix": 80, "prompt": 10, "poor": 4, "badreq": 2, "nullavail": 2, "twice": 2}
 """Percent of the accounts by scenario."""
