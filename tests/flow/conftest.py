@@ -6,6 +6,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from fakeredis import FakeRedis
+from redis import Redis
 
 from tests.support.world import SETTINGS, Databases, Make, World, world
 from worker.fees import EntryState, share
@@ -18,6 +20,18 @@ def payready(databases: Databases, valkey_url: str) -> Iterator[World]:
     """A payready with nothing in it."""
     with databases.one() as address, world(address, valkey_url) as made:
         yield made
+
+
+@pytest.fixture(params=["fakeredis", "valkey"])
+def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
+    """An empty Redis: an imitation, and a real server."""
+    if request.param == "fakeredis":
+        client: Redis = FakeRedis(decode_responses=True)
+    else:
+        client = Redis.from_url(request.getfixturevalue("valkey_url"), decode_responses=True)
+    client.flushall()
+    yield client
+    client.close()
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The correlation store: who shares a call and who leads one. On an imitation of Redis and on a real server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import ClassVar
 
 import pytest
-from fakeredis import FakeRedis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -22,18 +21,6 @@ SKEW = timedelta(seconds=5)
 def at(seconds: float) -> datetime:
     """A time of the test."""
     return START + timedelta(seconds=seconds)
-
-
-@pytest.fixture(params=["fakeredis", "valkey"])
-def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
-    """An empty Redis."""
-    if request.param == "fakeredis":
-        client: Redis = FakeRedis(decode_responses=True)
-    else:
-        client = Redis.from_url(request.getfixturevalue("valkey_url"), decode_responses=True)
-    client.flushall()
-    yield client
-    client.close()
 
 
 @pytest.fixture

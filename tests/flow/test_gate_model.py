@@ -1,12 +1,10 @@
 """The gate against a few lines of Python: budget, turns, breaker and rate limit, whatever the replicas tell it."""
 
-from collections.abc import Iterator
 from copy import copy
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, cast
 
 import pytest
-from fakeredis import FakeRedis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -215,17 +213,6 @@ class Breaker(AgainstAModel):
     def a_call_fails_by_a_wrong_clock(self, ahead_s: int) -> None:
         now = self.now + timedelta(seconds=ahead_s)
         assert self.gate.report("failed", now, now) == self.model.report("failed", now, now, None)
-
-
-@pytest.fixture(params=["fakeredis", "valkey"])
-def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
-    """A Redis."""
-    if request.param == "fakeredis":
-        client: Redis = FakeRedis(decode_responses=True)
-    else:
-        client = Redis.from_url(request.getfixturevalue("valkey_url"), decode_responses=True)
-    yield client
-    client.close()
 
 
 @pytest.mark.parametrize("machine", [Budget, Breaker])
