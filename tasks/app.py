@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celery import Celery, Task
-from celery.signals import import_modules, setup_logging, task_postrun, task_prerun
+from celery.signals import beat_init, import_modules, setup_logging, task_postrun, task_prerun, worker_ready
 from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery import celery_settings
+from config.collector import collect_seldom, spare_what_is_loaded
 from config.logs import bind, configure_logging
 from config.settings import ConfigurationError, settings
 from tasks import tracing
 
 
 def _make_app() -> Celery:
+    collect_seldom()
     try:
         configuration = celery_settings(settings())
         if settings().traces:
@@ -36,6 +38,12 @@ def _make_app() -> Celery:
 @setup_logging.connect
 def _our_logging(**_: Any) -> None:
     configure_logging(settings())
+
+
+@worker_ready.connect
+@beat_init.connect
+def _all_is_loaded(**_: Any) -> None:
+    spare_what_is_loaded()
 
 
 @task_prerun.connect

@@ -7,6 +7,7 @@ from typing import Any
 
 import uvicorn
 
+from config.collector import collect_seldom, spare_what_is_loaded
 from config.logs import configure_logging
 from config.settings import ConfigurationError, settings
 from webhook.connection import Connection
@@ -27,6 +28,7 @@ SERVER: dict[str, Any] = {
 
 def main() -> None:
     """Serve until SIGTERM, then finish what is under way."""
+    collect_seldom()
     try:
         chosen = settings()
     except ConfigurationError as error:
@@ -36,6 +38,8 @@ def main() -> None:
         metrics.serve(chosen.metrics_host, chosen.metrics_port)
     # When it has stopped, uvicorn raises the signal again, and the process would end with what is still to be told.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    import_module("webhook.app")
+    spare_what_is_loaded()
     uvicorn.run("webhook.app:app", host=chosen.host, port=chosen.port, **SERVER)
     import_module("webhook.app").keeper.finish()
 
