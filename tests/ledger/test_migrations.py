@@ -53,7 +53,7 @@ def test_a_difference_would_be_found(empty: str) -> None:
     alembic(empty, "upgrade", "head")
     engine = open_engine(empty)
     with engine.begin() as tx:
-        tx.execute(text("DROP INDEX payment_due"))
+        tx.execute(text("DROP INDEX payment_look"))
         tx.execute(text("ALTER TABLE quarantine DROP COLUMN reason"))
     engine.dispose()
     assert {difference[0] for difference in differences(empty)} == {"add_index", "add_column"}

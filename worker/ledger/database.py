@@ -69,6 +69,9 @@ class NotMigrated(Exception):
 
 LEDGER_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
 """What is raised when the database cannot be reached, does not answer in time, or is not migrated yet."""
+_NOT_BY_KEY = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
+"""What plans of a step need not: it asks by keys. Else PostgreSQL reads a table whole while that is small, and keeps
+the plan, while the table grows, until it analyzes it. Who is `reading` asks for much, and may."""
 POSTGRES = {
     "connect_timeout": 5,
     "application_name": "payready",
@@ -76,7 +79,8 @@ POSTGRES = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
-    "options": "-c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s",
+    "options": "-c timezone=UTC -c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s"
+    + "".join(f" -c {name}=off" for name in _NOT_BY_KEY),
 }
 """How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
 _READING = "payready_reading"
@@ -160,7 +164,12 @@ def reading(engine: Engine) -> Iterator[Tx]:
     """A view of the ledger as it is at one moment. It holds up nobody who writes, and must not be written through."""
     how = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     with engine.connect().execution_options(**{_READING: True}, **how) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(_ANY_PLAN)
         yield connection
+
+
+_ANY_PLAN = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _NOT_BY_KEY))
 
 
 def ping(engine: Engine) -> None:

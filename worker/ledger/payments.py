@@ -113,7 +113,8 @@ def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
     ]
 
 
-_ALL = select(P.payment_id, P.account_id, P.job, P.requested_at, P.fresh_from, P.deadline).where(WAITING)
+_READ = select(P.payment_id, P.account_id, P.job, P.requested_at, P.fresh_from, P.deadline)
+_ALL = _READ.where(WAITING)
 _HOLD = _ALL.order_by(P.payment_id).with_for_update()
 """Rows are taken in one order by everyone, so that no two holders wait for each other."""
 _WAITING_ON = _HOLD.where(among(P.account_id, "account_ids"))
@@ -181,8 +182,8 @@ def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
 
 def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
     """Waiting payments that someone must look at, held until the transaction ends; those held by others are left."""
-    query = _ALL.where(P.due_at <= now).order_by(P.due_at).limit(limit)
-    return _waiting(tx.execute(query.with_for_update(skip_locked=True)))
+    unsettled = _READ.where(P.settled_at.is_(None), P.due_at <= now).order_by(P.due_at).limit(limit)
+    return _waiting(tx.execute(unsettled.with_for_update(skip_locked=True)))
 
 
 def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:

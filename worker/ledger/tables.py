@@ -88,7 +88,8 @@ class Payment(SQLModel, table=True):
 
     __tablename__ = "payment"
     __table_args__ = (
-        _partial("payment_due", "due_at", where=f"state = '{PaymentState.WAITING}'"),
+        # All that wait are not settled; said so, no query for those of one account takes it for an index of few.
+        _partial("payment_look", "due_at", where="settled_at IS NULL"),
         _partial("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
         _partial("payment_released", "account_id", "settled_at", where=f"state = '{PaymentState.RELEASED}'"),
         _partial(
