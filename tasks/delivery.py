@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
+from celery.utils import uuid
 from kombu.exceptions import OperationalError
 
 from config.logs import bound
@@ -58,8 +59,22 @@ def _enqueue(messages: Iterable[Message]) -> None:
         with app.producer_or_acquire() as producer:  # to take one for each message costs a third of sending it
             together = producer.batch() if len(messages) > 1 else nullcontext()
             with together:
-                for name, arguments, countdown_s in messages:
-                    app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
+                declared = set[str]()
+                for message in messages:
+                    declared.add(_send(producer, message, declared))
+
+
+def _send(producer: Any, message: Message, declared: Collection[str]) -> str:
+    """Send a message, and see to it that there is its queue, unless that was `declared`; returns the queue.
+
+    `app.send_task` does the same in twice the time: it looks for options that our own tasks do not have.
+    """
+    name, arguments, countdown_s = message
+    queue = app.conf.task_routes[name]["queue"]
+    shown = {"argsrepr": repr(arguments), "kwargsrepr": "{}"}
+    task = app.amqp.as_task_v2(uuid(), name, arguments, countdown=countdown_s, ignore_result=True, **shown)
+    app.amqp.send_task_message(producer, name, task, queue=queue, declare=[] if queue in declared else None)
+    return str(queue)
 
 
 def _messages(todo: Next) -> Iterator[Message]:

@@ -58,7 +58,7 @@ class Quiltt:
         read_timeout_s: float,
         connections: int,
     ) -> None:
-        self._refresh_url = api_url.rstrip("/") + "/v1/accounts/{}/balances/refresh"
+        self._api = httpx.URL(api_url)
         self._graphql_url = api_url.rstrip("/") + "/v1/graphql"
         self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
         self._secret = api_key
@@ -83,7 +83,7 @@ class Quiltt:
         """
         status, start = "none", time.monotonic()
         try:
-            answer = self._post(self._refresh_url.format(account_id))
+            answer = self._post(f"/v1/accounts/{account_id}/balances/refresh")
             status = str(answer.status_code)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unsent(f"no connection to the provider: {_name(error)}") from error
@@ -95,12 +95,15 @@ class Quiltt:
             raise _failure(answer)
         return answer.status_code
 
-    def _post(self, url: str) -> httpx.Response:
+    def _post(self, path: str) -> httpx.Response:
         if not self._free.acquire(timeout=self._timeout.connect):
             raise Crowded("no connection to the provider was free")
         try:
             transport = self._transport()
-            request = httpx.Request("POST", url, headers=self._headers, extensions={"timeout": self._timeout.as_dict()})
+            # With a target of its own, a request needs no URL that is read anew for each account.
+            target = self._api.raw_path.rstrip(b"/") + path.encode()
+            extensions = {"timeout": self._timeout.as_dict(), "target": target}
+            request = httpx.Request("POST", self._api, headers=self._headers, extensions=extensions)
             answer = transport.handle_request(request)
             answer.read()
             self._idle.append(transport)  # the one that was used last is used next; one that failed is not used again
