@@ -23,7 +23,6 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError as LedgerAway
 
 from tasks import balances, delivery, payments, suspension, upkeep
-from tasks.app import app
 from tasks.delivery import carry_out
 from tasks.gathering import Gatherer
 from tests.support.world import PRICES, SETTINGS, START, Clock, gate_of
@@ -158,7 +157,6 @@ class Line:
         self.told: dict[str, list[Any]] = defaultdict(list)
         self.attempts: list[datetime] = []
         self.accepted: list[datetime] = []
-        self.arrived: list[datetime] = []
         self._kept: set[str] = set()
         self.noted = Gatherer[tuple[str, datetime]](lambda told: flow.delivered(self.rt, dict(told)), limit=9)
         """At once, where time is played."""
@@ -201,10 +199,12 @@ class Line:
 
     # --- Celery's part ---
 
-    def enqueue(self, name: str, args: tuple[Any, ...] = (), countdown: float = 0, **_: Any) -> None:
-        """`app.send_task`."""
+    def enqueue(self, _producer: Any, message: delivery.Message, _declared: Any) -> str:
+        """`delivery._send`."""
+        name, args, countdown_s = message
         self.operations.may("broker", f"enqueue {name}")
-        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown)))
+        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown_s or 0)))
+        return name
 
     def _work(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
@@ -241,7 +241,7 @@ class Line:
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue("payments.initiate", payments.initiate.request.args)
+            self.enqueue(None, ("payments.initiate", payments.initiate.request.args, None), ())
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 
@@ -299,7 +299,6 @@ class Line:
             accepted = self._run(lambda balance=webhook[1]: self._webhook(balance))  # type: ignore[misc]
             if accepted and webhook[1].id in self._kept:
                 self.webhooks.remove(webhook)
-                self.arrived.append(self.clock.now)
 
     def _webhook(self, balance: Balance) -> None:
         try:
@@ -375,7 +374,7 @@ def line(story: Story, ledger: Ledger, correlation: Correlation, operations: Ope
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
         patch.setattr(flow_calls, "BOOKING_PAUSES_S", (0, 0))
-        patch.setattr(app, "send_task", made.enqueue)
+        patch.setattr(delivery, "_send", made.enqueue)
         patch.setattr(suspension, "complete", made.tell)
         patch.setattr(suspension, "fail", made.tell)
         patch.setattr(suspension, "end_plain", made.tell_plain)
@@ -435,8 +434,9 @@ def _calls(made: Line) -> Iterator[str]:
     for calls in refreshes.values():
         if sum(states[call] != "void" for call in calls) > MAX_CALLS:
             yield "a call that may be charged was repeated more than once"
+    arrived = [_time(row["received_at"]) for row in made.rows("SELECT * FROM balance")]
     for one, other in zip(made.accepted, made.accepted[1:], strict=False):
-        came = any(one < at <= other for at in made.arrived)
+        came = any(one < at <= other for at in arrived)
         if not came and (other - one).total_seconds() < made.rt.settings.uncertain_grace_s:
             yield f"called again after {other - one}, while the first call was in flight"
 
