@@ -58,7 +58,7 @@ class Settings(BaseModel):
     """How long to wait for a connection, and for a free one of the pool. Beyond it a call is known not to be sent."""
     quiltt_read_timeout_s: float = Field(20, gt=0, le=120)
     """How long to wait for an answer. Beyond it nobody knows whether the call was accepted."""
-    quiltt_connections: int = Field(64, ge=1, le=256)
+    quiltt_connections: int = Field(128, ge=1, le=256)
     """Calls in flight per process; no fewer than its threads, or some wait for others."""
 
     calls_per_s: int = Field(20, ge=1, le=10_000)

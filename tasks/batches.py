@@ -37,6 +37,8 @@ TOGETHER = 100
 """Messages in a round, at most."""
 PACE_S = 0.025
 """A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
+BOOKING_PACE_S = 0.1
+"""How often calls are booked, at most. Nobody waits for that: a balance that comes sooner posts its call itself."""
 TOLD = {
     "name": "task",
     "args": "argsrepr",
@@ -181,7 +183,7 @@ class _Calls(_Rounds):
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        self._booking = Gatherer(self._book, limit=TOGETHER, pace_s=PACE_S)
+        self._booking = Gatherer(self._book, limit=TOGETHER, pace_s=BOOKING_PACE_S)
 
     def _work(self, batch: list[Received]) -> None:
         wanted = defaultdict[tuple[str, str], list[Received]](list)
