@@ -37,7 +37,7 @@ TOGETHER = 100
 """Messages in a round, at most."""
 PACE_S = 0.025
 """A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
-BOOKING_PACE_S = 0.1
+BOOKING_PACE_S = 0.05
 """How often calls are booked, at most. Nobody waits for that: a balance that comes sooner posts its call itself."""
 TOLD = {
     "name": "task",
