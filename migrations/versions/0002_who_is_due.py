@@ -16,19 +16,24 @@ depends_on: str | Sequence[str] | None = None
 
 
 def upgrade() -> None:
-    _replace("payment_due", "state = 'waiting'", by="payment_look", where="settled_at IS NULL")
+    _replace("payment_due", by="payment_look", where="settled_at IS NULL")
 
 
 def downgrade() -> None:
-    _replace("payment_look", "settled_at IS NULL", by="payment_due", where="state = 'waiting'")
+    _replace("payment_look", by="payment_due", where="state = 'waiting'")
 
 
-def _replace(old: str, was: str, *, by: str, where: str) -> None:
-    """Payments go on meanwhile: on PostgreSQL, the new index is built beside those who write."""
+def _replace(old: str, *, by: str, where: str) -> None:
+    """Payments go on meanwhile: on PostgreSQL, the new index is built beside those who write.
+
+    An attempt that was cut off may have left an index that is not valid: it is built anew.
+    """
     is_postgresql = op.get_bind().dialect.name == "postgresql"
     with op.get_context().autocommit_block() if is_postgresql else nullcontext():
         if is_postgresql:
             op.execute("SET statement_timeout = 0")
+            op.execute("SET lock_timeout = 0")
+        op.drop_index(by, "payment", postgresql_concurrently=is_postgresql, if_exists=True)
         op.create_index(
             by,
             "payment",
@@ -36,13 +41,5 @@ def _replace(old: str, was: str, *, by: str, where: str) -> None:
             postgresql_where=sa.text(where),
             sqlite_where=sa.text(where),
             postgresql_concurrently=is_postgresql,
-            if_not_exists=True,
         )
-        op.drop_index(
-            old,
-            "payment",
-            postgresql_where=sa.text(was),
-            sqlite_where=sa.text(was),
-            postgresql_concurrently=is_postgresql,
-            if_exists=True,
-        )
+        op.drop_index(old, "payment", postgresql_concurrently=is_postgresql, if_exists=True)
