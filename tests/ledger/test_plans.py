@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,7 +12,7 @@ from sqlalchemy import event, insert, text
 
 from tests.support.world import START, Databases
 from worker.ledger import balances, fees, figures, payments, refreshes
-from worker.ledger.database import Engine, Tx, open_engine, transaction
+from worker.ledger.database import Engine, Tx, open_engine, reading, transaction
 from worker.ledger.payments import Settlement
 from worker.ledger.refreshes import Flight
 from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
@@ -155,7 +156,7 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
 def test_a_hot_query_reads_no_table_from_end_to_end(engine: Engine, name: str) -> None:
     """Its plan names an index that was made for it."""
     ask, indexes = HOT[name]
-    plans = _plans(engine, ask)
+    plans = _plans(engine, ask, explained=reading(engine))
     assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
     for plan in plans:
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
@@ -181,13 +182,15 @@ def test_rows_of_a_round_are_updated_by_their_key(engine: Engine, name: str) -> 
     if engine.dialect.name == "sqlite":
         pytest.skip("there they are updated one by one")
     write, key = ROUNDS[name]
-    [plan, *_] = _plans(engine, write, "UPDATE")
+    [plan, *_] = _plans(engine, write, "UPDATE", explained=engine.connect())
     assert "Hash" not in plan
     assert set(re.findall(r"Scan using (\w+)|Scan on (\w+_\w+)", plan)) == {(key, ""), ("", "json_to_recordset")}, plan
 
 
-def _plans(engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT") -> list[str]:
-    """The plans of the statements of this kind that this asks."""
+def _plans(
+    engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT", *, explained: AbstractContextManager[Tx]
+) -> list[str]:
+    """The plans of the statements of this kind that this asks, as they are where they are `explained`."""
     asked: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -202,5 +205,5 @@ def _plans(engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT") -> li
     finally:
         event.remove(engine, "before_cursor_execute", note)
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
-    with engine.connect() as tx:
+    with explained as tx:
         return ["\n".join(str(row[-1]) for row in tx.exec_driver_sql(explain + sql, given)) for sql, given in asked]
