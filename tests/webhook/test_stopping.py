@@ -26,7 +26,7 @@ web.main()
 
 @pytest.mark.parametrize("moment", ["webhook.__main__:import_module", "uvicorn:run"])
 def test_web_ends_though_it_is_told_to_while_it_starts(tmp_path: Path, moment: str) -> None:
-    """While it loads, and before its server listens to signals: a lost one would leave it serving until it is killed."""
+    """While it loads, and before its server listens to signals: with one lost it would serve until it is killed."""
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
