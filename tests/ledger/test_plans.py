@@ -24,20 +24,21 @@ PAST, NOW, A = 4000, 40, "acct_7"
 
 @pytest.fixture(scope="module")
 def engine(databases: Databases) -> Iterator[Engine]:
-    """A ledger in which nearly everything is over."""
+    """A ledger in which nearly everything is over, and was when the database last looked at it."""
     made = open_engine(databases.new())
     with transaction(made) as tx:
-        _fill(tx)
+        _fill(tx, range(PAST))
     with made.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
+    with transaction(made) as tx:
+        _fill(tx, range(PAST, PAST + NOW))
     yield made
     made.dispose()
 
 
-def _fill(tx: Tx) -> None:
-    numbers = range(PAST + NOW)
-    over = [number < PAST for number in numbers]
-    times = [START + timedelta(seconds=number) for number in numbers]
+def _fill(tx: Tx, numbers: range) -> None:
+    over = {number: number < PAST for number in numbers}
+    times = {number: START + timedelta(seconds=number) for number in numbers}
     tx.execute(
         insert(PAYMENT),
         [
@@ -126,6 +127,10 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     ),
     "who shares": (lambda tx: payments.sharers(tx, ["r7"]), {"payment_sharers"}),
     "one payment": (lambda tx: payments.hold(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "one that may wait": (
+        lambda tx: payments.still_waiting(tx, ["p7"]),
+        {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
     "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
     "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
     "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),
