@@ -117,6 +117,8 @@ def _fill(tx: Tx, numbers: range) -> None:
 
 
 END = START + timedelta(seconds=PAST + NOW)
+FLIGHT = Flight("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
+WANTED = Flight(f"r{PAST}", A, RefreshState.REQUESTED, 0, 0, None, None, None, START, None)
 HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "what is due": (lambda tx: payments.due(tx, END, 500), {"payment_look"}),
     "who waits on an account": (lambda tx: payments.waiting_on(tx, [A]), {"payment_waiting"}),
@@ -142,6 +144,10 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "an account's balance": (lambda tx: balances.newest(tx, [A], END - timedelta(seconds=60)), {"balance_account"}),
     "refreshes due": (lambda tx: refreshes.due(tx, END, 500), {"refresh_due"}),
     "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
+    "refreshes whose turn it is": (
+        lambda tx: refreshes.see_to_again(tx, [WANTED], END),
+        {"refresh_pkey", "sqlite_autoindex_refresh_1"},
+    ),
     "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
     "what a day cost": (lambda tx: fees.spent(tx, "USD", END - timedelta(seconds=60)), {"fee_entry_called"}),
     "an account's calls": (lambda tx: fees.calls_made(tx, A, END - timedelta(seconds=600)), {"fee_entry_account"}),
@@ -167,8 +173,23 @@ def test_a_hot_query_reads_no_table_from_end_to_end(engine: Engine, name: str) -
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
 
 
+MOVES: dict[str, Callable[[Tx], Any]] = {
+    "held back": lambda tx: refreshes.hold_back(tx, WANTED, END, None),
+    "put off": lambda tx: refreshes.put_off(tx, WANTED, END, "no connection"),
+    "claimed": lambda tx: refreshes.move(tx, WANTED, RefreshEvent.CLAIM, END),
+    "looked at later": lambda tx: refreshes.postpone(tx, FLIGHT, END),
+    "lost": lambda tx: refreshes.move(tx, FLIGHT, RefreshEvent.LOSE, END),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_refresh_is_written_by_its_key(engine: Engine, name: str) -> None:
+    """Not by an index of all that are requested, or in flight: they are many when calls are held back."""
+    [plan] = _plans(engine, MOVES[name], "UPDATE", explained=engine.connect())
+    assert re.search(r"refresh_pkey|sqlite_autoindex_refresh_1", plan), plan
+
+
 LOOKS = {f"p{PAST + number}": END for number in range(NOW)}
-FLIGHT = Flight("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
 ROUNDS: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
         lambda tx: payments.settle(tx, [Settlement(one, PaymentState.FAILED, {}, END) for one in LOOKS]),
