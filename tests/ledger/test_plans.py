@@ -133,6 +133,10 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: payments.still_waiting(tx, ["p7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),
+    "what a task is to be told": (
+        lambda tx: payments.undelivered(tx, ["t7"], END),
+        {"reply_pkey", "sqlite_autoindex_reply_1"},
+    ),
     "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
     "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
     "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),
