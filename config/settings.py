@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 PREFIX = "PAYREADY_"
 DEMO_MARK = "demo"
 """Secrets that start with this word are for demonstrations; production refuses them."""
+ADDRESS = r"^https?://[^\s?#]+$"
+"""Paths are put after it. Without a scheme nothing could be sent, and each call would seem to be of unknown fate."""
 
 
 class ConfigurationError(Exception):
@@ -46,9 +48,9 @@ class Settings(BaseModel):
     database_url: str = Field("sqlite:///payready.db", repr=False)
     """`sqlite:///file` or `postgresql://user:password@host/name`."""
 
-    quiltt_api_url: str = "https://api.quiltt.io"
+    quiltt_api_url: str = Field("https://api.quiltt.io", pattern=ADDRESS)
     """Where balances are refreshed."""
-    quiltt_auth_url: str = "https://auth.quiltt.io"
+    quiltt_auth_url: str = Field("https://auth.quiltt.io", pattern=ADDRESS)
     """Where the API key's environment is asked for: its mode decides the price of a call."""
     quiltt_api_key: SecretStr = SecretStr("demo-api-key")
     """Quiltt's API key secret. Production needs it set."""

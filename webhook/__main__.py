@@ -36,12 +36,15 @@ def main() -> None:
     configure_logging(chosen)
     if chosen.metrics_port:
         metrics.serve(chosen.metrics_host, chosen.metrics_port)
-    # When it has stopped, uvicorn raises the signal again, and the process would end with what is still to be told.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    import_module("webhook.app")
+    keeper = import_module("webhook.app").keeper
     spare_what_is_loaded()
-    uvicorn.run("webhook.app:app", host=chosen.host, port=chosen.port, **SERVER)
-    import_module("webhook.app").keeper.finish()
+    # It may come before uvicorn listens to it, and uvicorn raises it again when it has stopped. By itself it would end
+    # the process with what is still to be told.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        uvicorn.run("webhook.app:app", host=chosen.host, port=chosen.port, **SERVER)
+    finally:
+        keeper.finish()
 
 
 if __name__ == "__main__":

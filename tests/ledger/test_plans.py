@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,7 +12,7 @@ from sqlalchemy import event, insert, text
 
 from tests.support.world import START, Databases
 from worker.ledger import balances, fees, figures, payments, refreshes
-from worker.ledger.database import Engine, Tx, open_engine, transaction
+from worker.ledger.database import Engine, Tx, open_engine, reading, transaction
 from worker.ledger.payments import Settlement
 from worker.ledger.refreshes import Flight
 from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
@@ -23,20 +24,21 @@ PAST, NOW, A = 4000, 40, "acct_7"
 
 @pytest.fixture(scope="module")
 def engine(databases: Databases) -> Iterator[Engine]:
-    """A ledger in which nearly everything is over."""
+    """A ledger in which nearly everything is over, and was when the database last looked at it."""
     made = open_engine(databases.new())
     with transaction(made) as tx:
-        _fill(tx)
+        _fill(tx, range(PAST))
     with made.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
+    with transaction(made) as tx:
+        _fill(tx, range(PAST, PAST + NOW))
     yield made
     made.dispose()
 
 
-def _fill(tx: Tx) -> None:
-    numbers = range(PAST + NOW)
-    over = [number < PAST for number in numbers]
-    times = [START + timedelta(seconds=number) for number in numbers]
+def _fill(tx: Tx, numbers: range) -> None:
+    over = {number: number < PAST for number in numbers}
+    times = {number: START + timedelta(seconds=number) for number in numbers}
     tx.execute(
         insert(PAYMENT),
         [
@@ -115,6 +117,8 @@ def _fill(tx: Tx) -> None:
 
 
 END = START + timedelta(seconds=PAST + NOW)
+FLIGHT = Flight("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
+WANTED = Flight(f"r{PAST}", A, RefreshState.REQUESTED, 0, 0, None, None, None, START, None)
 HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "what is due": (lambda tx: payments.due(tx, END, 500), {"payment_look"}),
     "who waits on an account": (lambda tx: payments.waiting_on(tx, [A]), {"payment_waiting"}),
@@ -125,6 +129,14 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     ),
     "who shares": (lambda tx: payments.sharers(tx, ["r7"]), {"payment_sharers"}),
     "one payment": (lambda tx: payments.hold(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "one that may wait": (
+        lambda tx: payments.still_waiting(tx, ["p7"]),
+        {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
+    "what a task is to be told": (
+        lambda tx: payments.undelivered(tx, ["t7"], END),
+        {"reply_pkey", "sqlite_autoindex_reply_1"},
+    ),
     "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
     "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
     "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),
@@ -136,6 +148,10 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "an account's balance": (lambda tx: balances.newest(tx, [A], END - timedelta(seconds=60)), {"balance_account"}),
     "refreshes due": (lambda tx: refreshes.due(tx, END, 500), {"refresh_due"}),
     "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
+    "refreshes whose turn it is": (
+        lambda tx: refreshes.see_to_again(tx, [WANTED], END),
+        {"refresh_pkey", "sqlite_autoindex_refresh_1"},
+    ),
     "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
     "what a day cost": (lambda tx: fees.spent(tx, "USD", END - timedelta(seconds=60)), {"fee_entry_called"}),
     "an account's calls": (lambda tx: fees.calls_made(tx, A, END - timedelta(seconds=600)), {"fee_entry_account"}),
@@ -155,14 +171,29 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
 def test_a_hot_query_reads_no_table_from_end_to_end(engine: Engine, name: str) -> None:
     """Its plan names an index that was made for it."""
     ask, indexes = HOT[name]
-    plans = _plans(engine, ask)
+    plans = _plans(engine, ask, explained=reading(engine))
     assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
     for plan in plans:
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
 
 
+MOVES: dict[str, Callable[[Tx], Any]] = {
+    "held back": lambda tx: refreshes.hold_back(tx, WANTED, END, None),
+    "put off": lambda tx: refreshes.put_off(tx, WANTED, END, "no connection"),
+    "claimed": lambda tx: refreshes.move(tx, WANTED, RefreshEvent.CLAIM, END),
+    "looked at later": lambda tx: refreshes.postpone(tx, FLIGHT, END),
+    "lost": lambda tx: refreshes.move(tx, FLIGHT, RefreshEvent.LOSE, END),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_refresh_is_written_by_its_key(engine: Engine, name: str) -> None:
+    """Not by an index of all that are requested, or in flight: they are many when calls are held back."""
+    [plan] = _plans(engine, MOVES[name], "UPDATE", explained=engine.connect())
+    assert re.search(r"refresh_pkey|sqlite_autoindex_refresh_1", plan), plan
+
+
 LOOKS = {f"p{PAST + number}": END for number in range(NOW)}
-FLIGHT = Flight("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
 ROUNDS: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
         lambda tx: payments.settle(tx, [Settlement(one, PaymentState.FAILED, {}, END) for one in LOOKS]),
@@ -181,13 +212,15 @@ def test_rows_of_a_round_are_updated_by_their_key(engine: Engine, name: str) -> 
     if engine.dialect.name == "sqlite":
         pytest.skip("there they are updated one by one")
     write, key = ROUNDS[name]
-    [plan, *_] = _plans(engine, write, "UPDATE")
+    [plan, *_] = _plans(engine, write, "UPDATE", explained=engine.connect())
     assert "Hash" not in plan
     assert set(re.findall(r"Scan using (\w+)|Scan on (\w+_\w+)", plan)) == {(key, ""), ("", "json_to_recordset")}, plan
 
 
-def _plans(engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT") -> list[str]:
-    """The plans of the statements of this kind that this asks."""
+def _plans(
+    engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT", *, explained: AbstractContextManager[Tx]
+) -> list[str]:
+    """The plans of the statements of this kind that this asks, as they are where they are `explained`."""
     asked: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -202,5 +235,5 @@ def _plans(engine: Engine, ask: Callable[[Tx], Any], kind: str = "SELECT") -> li
     finally:
         event.remove(engine, "before_cursor_execute", note)
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
-    with engine.connect() as tx:
+    with explained as tx:
         return ["\n".join(str(row[-1]) for row in tx.exec_driver_sql(explain + sql, given)) for sql, given in asked]

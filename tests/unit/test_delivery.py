@@ -1,10 +1,12 @@
 """What a step leaves to be done becomes messages to Celery."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from tasks import delivery
+from tasks.app import app
 from worker.flow import Next
 
 
@@ -19,3 +21,24 @@ def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytes
     assert sent.count(("payments.release", ("bal_1",), None)) == 1
     assert sent.count(("payments.release", ("bal_2",), None)) == 1
     assert sent.count(("balances.refresh", ("acct_1", "ref_1"), None)) == 1
+
+
+def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
+    """As `app.send_task` makes it: an upgrade of Celery may change what that does."""
+    refresh_id, later = ("acct_1", "ref_1"), timedelta(seconds=1)
+    todo = Next(call=[refresh_id], call_later=[(*refresh_id, later)], read=[("acct_1", "p_1", later)], apply=["bal_1"])
+    ours = [*delivery._messages(todo), ("payments.deliver", (["task_1"],), None)]
+    with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
+
+        def taken(name: str) -> dict[str, Any]:
+            message = connection.SimpleQueue(app.conf.task_routes[name]["queue"]).get(block=False)
+            new = {"id": ..., "root_id": ..., "eta": message.headers["eta"] and "later"}
+            delivery_info = {**message.delivery_info, "delivery_tag": ...}
+            return {"headers": {**message.headers, **new}, "body": message.payload, "where": delivery_info}
+
+        for message in ours:
+            name, arguments, countdown_s = message
+            app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
+            theirs = taken(name)
+            delivery._send(producer, message, ())
+            assert taken(name) == theirs

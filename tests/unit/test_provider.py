@@ -117,6 +117,16 @@ def test_a_call_is_what_the_provider_documents() -> None:
     assert "content-length: 0\r\n" in head
 
 
+def test_a_call_goes_below_the_path_of_the_address() -> None:
+    """As through a gateway; the host is the gateway's."""
+    with raw(answering(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
+        quiltt.refresh_balance(A)
+        host = server.url.removeprefix("http://")
+    head = server.requests[0].decode()
+    assert head.startswith(f"POST /banks/quiltt%20x/v1/accounts/{A}/balances/refresh HTTP/1.1\r\n")
+    assert f"\r\nHost: {host}\r\n" in head
+
+
 @pytest.mark.parametrize(
     ("status", "reason"),
     [

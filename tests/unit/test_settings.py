@@ -76,6 +76,8 @@ BAD = [
     ({"PAYREADY_PORT": "65536"}, "PAYREADY_PORT: "),
     ({"PAYREADY_CURRENCY": "usd"}, "PAYREADY_CURRENCY: "),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "20"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than a provider call"),
+    ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
+    ({"PAYREADY_QUILTT_AUTH_URL": "https://auth.quiltt.io?v=1"}, "PAYREADY_QUILTT_AUTH_URL: String should match"),
     ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": ""}, "PAYREADY_QUILTT_API_KEY must be set in production"),
     ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-api-key"}, "PAYREADY_QUILTT_API_KEY must be set in production"),
     ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": ""}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),

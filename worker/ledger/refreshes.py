@@ -137,8 +137,14 @@ def add(tx: Tx, flights: Sequence[Flight]) -> set[str]:
 
 def _unchanged(flight: Flight) -> ColumnElement[bool]:
     # The state alone would not do: between two calls of one refresh it comes back to what it was.
-    seen = (R.refresh_id == flight.refresh_id, R.state == flight.state)
-    return and_(*seen, R.claimed_at.is_not_distinct_from(flight.claimed_at))
+    return and_(
+        R.refresh_id == flight.refresh_id, _is(flight.state), R.claimed_at.is_not_distinct_from(flight.claimed_at)
+    )
+
+
+def _is(state: RefreshState) -> ColumnElement[bool]:
+    # Not as the partial indexes have it: a plan may go through one of these, through all in flight or requested.
+    return R.state.is_not_distinct_from(state)
 
 
 def move(tx: Tx, flight: Flight, event: RefreshEvent, due_at: datetime | None, **values: Any) -> bool:
@@ -195,5 +201,5 @@ def see_to_again(tx: Tx, flights: Sequence[Flight], due_at: datetime) -> None:
     Those that are held are left: whoever holds them sees to them at this moment.
     """
     chosen = R.refresh_id.in_([flight.refresh_id for flight in flights])
-    free = select(R.refresh_id).where(chosen, R.state == RefreshState.REQUESTED).with_for_update(skip_locked=True)
+    free = select(R.refresh_id).where(chosen, _is(RefreshState.REQUESTED)).with_for_update(skip_locked=True)
     tx.execute(update(REFRESH).where(R.refresh_id.in_(list(tx.scalars(free)))).values(due_at=due_at))
