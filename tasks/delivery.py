@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from celery.utils import uuid
-from kombu.exceptions import OperationalError
+from kombu.exceptions import BatchPublishError, OperationalError
 
 from config.logs import bound
 from tasks import suspension, tracing
@@ -21,7 +21,7 @@ from worker.ledger.payments import REDELIVERY, Due
 from worker.payment import PaymentState
 from worker.runtime import runtime
 
-BROKER_AWAY = (OperationalError, OSError)
+BROKER_AWAY = (OperationalError, BatchPublishError, OSError)
 """What is raised when the broker cannot be reached."""
 
 SLICE = 50
