@@ -1,7 +1,7 @@
 """Python's garbage collector, set for processes that load much once and then serve for weeks.
 
-As Python sets it, it goes through all that was loaded several times while a process starts, and again while it serves:
-half a second each in which nothing else runs.
+As Python sets it, it goes again and again through all that was loaded at the start, while the process serves: for up to
+half a second, in which nothing else runs.
 """
 
 import gc

@@ -13,12 +13,14 @@ from tests.support.servers import Postgres
 from tests.support.world import START
 from worker.ledger import balances, payments
 from worker.ledger.database import (
+    _NOT_BY_KEY,
     LEDGER_AWAY,
     Engine,
     insert_new,
     lock_accounts,
     open_engine,
     ping,
+    reading,
     transaction,
     update_each,
 )
@@ -194,3 +196,14 @@ def test_a_connection_that_the_server_closed_while_nobody_used_it_is_not_used_ag
     with engine.connect(), engine.connect() as other:
         assert other.scalar(text("SELECT 1")) == 1
     engine.dispose()
+
+
+def test_who_reads_may_have_any_plan_and_a_step_goes_by_keys(postgres_server: Postgres) -> None:
+    """Of one connection: what a report may do ends with it."""
+    engine = open_engine(postgres_server.database(), connections=1)
+    try:
+        for held, allowed in ((transaction, "off"), (reading, "on"), (transaction, "off")):
+            with held(engine) as tx:
+                assert [tx.scalar(text(f"SHOW {name}")) for name in _NOT_BY_KEY] == [allowed] * len(_NOT_BY_KEY)
+    finally:
+        engine.dispose()

@@ -114,10 +114,10 @@ def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
 
 
 _READ = select(P.payment_id, P.account_id, P.job, P.requested_at, P.fresh_from, P.deadline)
-_ALL = _READ.where(WAITING)
-_HOLD = _ALL.order_by(P.payment_id).with_for_update()
+_HOLD = _READ.order_by(P.payment_id).with_for_update()
 """Rows are taken in one order by everyone, so that no two holders wait for each other."""
-_WAITING_ON = _HOLD.where(among(P.account_id, "account_ids"))
+_HOLD_WAITING = _HOLD.where(WAITING)
+_WAITING_ON = _HOLD_WAITING.where(among(P.account_id, "account_ids"))
 
 
 def waiting_on(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[Waiting]]:
@@ -134,10 +134,8 @@ def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
     return _waiting(tx.execute(_STILL_WAITING, {"payment_ids": list(payment_ids)}))
 
 
-_STILL_WAITING = (
-    _READ.where(among(P.payment_id, "payment_ids"), P.state.is_not_distinct_from(PaymentState.WAITING.value))
-    .order_by(P.payment_id)
-    .with_for_update()
+_STILL_WAITING = _HOLD.where(
+    among(P.payment_id, "payment_ids"), P.state.is_not_distinct_from(PaymentState.WAITING.value)
 )
 """The state is not said as partial indexes have it: else a plan may go through one of these, through all who wait."""
 
@@ -185,7 +183,7 @@ def relink(tx: Tx, moved: Relink, requested_by: datetime) -> None:
 
 
 def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
-    return _waiting(tx.execute(_HOLD.where(which)))
+    return _waiting(tx.execute(_HOLD_WAITING.where(which)))
 
 
 def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
