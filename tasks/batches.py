@@ -27,7 +27,7 @@ from tasks.delivery import carry_out
 from tasks.gathering import Gatherer
 from tasks.payments import announce, request_of
 from worker import flow
-from worker.errors import InvalidJob
+from worker.errors import CallFailed, InvalidJob
 from worker.flow import Claim, End, Next, Request
 from worker.runtime import runtime
 
@@ -37,8 +37,9 @@ TOGETHER = 100
 """Messages in a round, at most."""
 PACE_S = 0.025
 """A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
-BOOKING_PACE_S = 0.05
-"""How often calls are booked, at most. Nobody waits for that: a balance that comes sooner posts its call itself."""
+BOOKING_PACE_S = 0.25
+"""How often accepted calls are booked, at most, if they are few. Nobody waits for that: a balance that comes sooner
+posts its call itself."""
 TOLD = {
     "name": "task",
     "args": "argsrepr",
@@ -183,7 +184,9 @@ class _Calls(_Rounds):
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        self._booking = Gatherer(self._book, limit=TOGETHER, pace_s=BOOKING_PACE_S)
+        many = min(TOGETHER, max(1, consumer.pool.limit // 2))  # the other half of what the worker may hold goes on
+        self._accepted = Gatherer(self._book, limit=many, pace_s=BOOKING_PACE_S)
+        self._failed = Gatherer(self._book, limit=TOGETHER)
 
     def _work(self, batch: list[Received]) -> None:
         wanted = defaultdict[tuple[str, str], list[Received]](list)
@@ -210,19 +213,23 @@ class _Calls(_Rounds):
 
         def see(begun: "Future[None]") -> None:
             if begun.cancelled():
-                self._booking.add((flow.unmade(claim), messages))
+                self._end(flow.unmade(claim), messages)
 
         try:
             self._pool.submit(self._call, claim, messages).add_done_callback(see)
         except RuntimeError:  # it was shut down while the call was claimed
-            self._booking.add((flow.unmade(claim), messages))
+            self._end(flow.unmade(claim), messages)
 
     def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
         try:
-            self._booking.add((flow.make(runtime(), claim), messages))
+            self._end(flow.make(runtime(), claim), messages)
         except Exception:  # nobody knows what became of the call: upkeep sees to it
             log.exception("a call for %s ended in an error", claim.flight.account_id)
             self._over([messages])
+
+    def _end(self, end: End, messages: Sequence[Received]) -> None:
+        """Have the end of a call booked: at once if it failed, as payments may fail by that."""
+        (self._failed if isinstance(end.answer, CallFailed) else self._accepted).add((end, messages))
 
     def _book(self, ends: list[tuple[End, Sequence[Received]]]) -> None:
         try:

@@ -19,8 +19,8 @@ Go = Callable[[], None]
 class Gatherer(Generic[Item]):
     """Gives `work` what was added, at most `limit` at a time, one round after the other.
 
-    No round begins before `pace_s` after the one before it began. What comes when `room` items wait is dropped. `run`
-    has the rounds run: by default whoever adds the first item goes on until nothing is left.
+    No round begins before `pace_s` after the one before it began, unless it is full. What comes when `room` items wait
+    is dropped. `run` has the rounds run: by default whoever adds the first item goes on until nothing is left.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Gatherer(Generic[Item]):
         self._work, self._limit, self._pace_s, self._room, self._run = work, limit, pace_s, room, run
         self._began_at = float("-inf")
         self._lock = threading.Lock()
+        self._full = threading.Condition(self._lock)
         self._waiting: list[Item] = []
         self._is_at_work = False
 
@@ -42,6 +43,8 @@ class Gatherer(Generic[Item]):
         """Have these be part of the next round."""
         with self._lock:
             self._waiting += items[: max(0, self._room - len(self._waiting))]
+            if len(self._waiting) >= self._limit:
+                self._full.notify()
             if self._is_at_work or not self._waiting:
                 return
             self._is_at_work = True
@@ -71,9 +74,10 @@ class Gatherer(Generic[Item]):
             raise
 
     def _take(self) -> list[Item]:
-        if self._waiting:
-            time.sleep(max(0.0, self._began_at + self._pace_s - time.monotonic()))
         with self._lock:
+            early_s = self._began_at + self._pace_s - time.monotonic()
+            if self._waiting and early_s > 0:
+                self._full.wait_for(lambda: len(self._waiting) >= self._limit, early_s)
             taken, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
             self._is_at_work = bool(taken)
             return taken

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 
 import pytest
 
@@ -80,3 +81,19 @@ def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
         gatherer.add(2)
     gatherer.add(3)
     assert rounds == [1, 2, 3]
+
+
+def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
+    """Else those who come quickly would be held up by what is meant for those who come slowly."""
+    rounds: Queue[list[int]] = Queue()
+    with ThreadPoolExecutor(1) as pool:
+        gatherer = Gatherer(rounds.put, limit=3, pace_s=600, run=pool.submit)
+        gatherer.add(1)
+        assert rounds.get(timeout=10) == [1]
+        gatherer.add(2)
+        gatherer.add(3)
+        assert rounds.empty(), "the next one is not due yet"
+        gatherer.add(4, 5)
+        assert rounds.get(timeout=10) == [2, 3, 4]
+        gatherer.add(6, 7)
+        assert rounds.get(timeout=10) == [5, 6, 7]

@@ -1,0 +1,65 @@
+"""The beat sends what is due when it is due, and sleeps in between."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.beat import Scheduler as Theirs
+
+from config.celery import celery_settings
+from config.settings import Settings
+from tasks.beat import Scheduler
+
+NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    """An app whose clock stands still unless someone sleeps, with payready's schedule and tasks that are not sent."""
+    with Celery("beaten", set_as_current=False) as app:
+        app.conf.update(celery_settings(Settings()))
+        monkeypatch.setattr(app, "now", lambda: clock(app))
+        app.slept = timedelta(0)
+        yield app
+
+
+def clock(app: Any) -> datetime:
+    """What time it is to the app."""
+    now: datetime = NOON + app.slept
+    return now
+
+
+def turns(app: Any, scheduler: type[Theirs]) -> list[tuple[float, str | None]]:
+    """Five seconds of a beat's life: when it woke, and what it sent then; cut off after 500 turns."""
+    done: list[tuple[float, str | None]] = []
+    sent: list[str] = []
+
+    class Mute(scheduler):  # type: ignore[misc]
+        def apply_entry(self, entry: Any, producer: Any = None) -> None:  # noqa: ARG002 - Celery's
+            sent.append(entry.task)
+
+        producer = None
+
+    beat = Mute(app)
+    while app.slept < timedelta(seconds=5.5) and len(done) < 500:
+        interval = beat.tick()
+        done.append((app.slept.total_seconds(), sent.pop() if sent else None))
+        if interval and interval > 0:
+            app.slept += timedelta(seconds=interval)
+    return done
+
+
+def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) -> None:
+    """A turn for each task that is sent, and one to find that nothing more is due."""
+    done = turns(app, Scheduler)
+    for task in ("payments.expire", "payments.sweep"):
+        at = [when for when, sent in done if sent == task]
+        assert at == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
+    assert len(done) <= 4 * 6
+
+
+def test_celerys_own_would_not_sleep_for_the_last_hundredth(app: Celery) -> None:
+    """Else ours is no longer needed: the clock stands still, so it asks again and again."""
+    assert len(turns(app, Theirs)) == 500
