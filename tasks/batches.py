@@ -213,12 +213,12 @@ class _Calls(_Rounds):
 
         def see(begun: "Future[None]") -> None:
             if begun.cancelled():
-                self._end(flow.unmade(claim), messages)
+                self._end(flow.unmade(runtime(), claim), messages)
 
         try:
             self._pool.submit(self._call, claim, messages).add_done_callback(see)
         except RuntimeError:  # it was shut down while the call was claimed
-            self._end(flow.unmade(claim), messages)
+            self._end(flow.unmade(runtime(), claim), messages)
 
     def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
         try:

@@ -208,6 +208,32 @@ def test_a_straggler_does_not_prolong_what_is_shut(gate: Gate) -> None:
     assert gate.admit(shut_until, 1, in_turn=False) == (1, None)
 
 
+def test_an_answer_that_is_told_late_does_not_open_what_was_shut_since(payready: World) -> None:
+    """Accepted calls are booked together, a moment after their answers; failed ones at once."""
+    payready.initiate("a", "acct_a", timeout_s=60)
+    [claim] = flow.claim(payready.rt, payready.queue.call).made
+    end = flow.make(payready.rt, claim)
+    payready.lose()
+    payready.clock.advance(1)
+    fail_until_shut(payready)
+    shut_until = payready.rt.gate.position(payready.clock.now).shut_until
+    assert shut_until is not None
+    flow.book(payready.rt, [end])
+    assert payready.fees("acct_a") == ["1 pending", "1 posted"]
+    assert payready.rt.gate.position(payready.clock.now).shut_until == shut_until
+
+
+def test_a_call_from_before_it_was_shut_that_is_answered_since_opens_it(payready: World) -> None:
+    """It was slow, and the provider is there."""
+    payready.initiate("a", "acct_a", timeout_s=60)
+    [claim] = flow.claim(payready.rt, payready.queue.call).made
+    payready.lose()
+    payready.clock.advance(1)
+    fail_until_shut(payready)
+    flow.book(payready.rt, [flow.make(payready.rt, claim)])
+    assert payready.rt.gate.position(payready.clock.now).shut_until is None
+
+
 def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: World) -> None:
     for name in ("a", "b", "c"):
         payready.initiate(name, f"acct_{name}")

@@ -73,9 +73,10 @@ class Model:
             self.probed_until = START - SECOND
 
     def report(self, end: End, claimed_at: datetime, now: datetime, retry_at: datetime | None) -> datetime | None:
-        """Any answer opens the gate, of so many failures in a row the last shuts it, and each probe that fails."""
+        """Any answer opens what was shut before, of so many failures in a row the last shuts it; and so do probes."""
         if end != "failed":
-            self.failures, self.pause, self.shut, self.probed_until = 0, PAUSE / 2, None, START - SECOND
+            if not (self.shut and self.is_shut_believed(now)) or now >= self.shut[0]:
+                self.failures, self.pause, self.shut, self.probed_until = 0, PAUSE / 2, None, START - SECOND
             if end == "throttled":
                 self.spent_until = max(self._spent(now), (retry_at or now) + (BURST - 1) * INTERVAL)
             return None
@@ -132,10 +133,11 @@ class AgainstAModel(RuleBasedStateMachine):
             self.gate.give_back(together, let_out_at)
             self.model.give_back(together, let_out_at)
 
-    def end(self, end: End, which: int, retry_at: datetime | None = None) -> None:
+    def end(self, end: End, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0) -> None:
         claimed_at = self.out.pop(which % len(self.out)) if self.out else None
-        told = self.gate.report(end, claimed_at, self.now, retry_at)
-        assert told == self.model.report(end, claimed_at or self.now, self.now, retry_at)
+        ended_at = self.now - timedelta(milliseconds=ago_ms)
+        told = self.gate.report(end, claimed_at, ended_at, retry_at)
+        assert told == self.model.report(end, claimed_at or ended_at, ended_at, retry_at)
 
     @invariant()
     def whoever_asks_now_is_told_what_the_model_says(self) -> None:
@@ -201,9 +203,10 @@ class Breaker(AgainstAModel):
         self.time_passes(passed)
         self.a_call_fails(-1)
 
-    @rule(end=st.sampled_from(["answered", "throttled"]), which=which_one)
-    def a_call_is_answered(self, end: End, which: int) -> None:
-        self.end(end, which)
+    @rule(end=st.sampled_from(["answered", "throttled"]), which=which_one, ago_ms=st.sampled_from([0, 0, 1, 250, 7500]))
+    def a_call_is_answered(self, end: End, which: int, ago_ms: int) -> None:
+        """Or was, and it is told now."""
+        self.end(end, which, ago_ms=ago_ms)
 
     @rule(wanted=st.integers(1, 4))
     def give_turns(self, wanted: int) -> None:

@@ -98,14 +98,14 @@ class Gate(Budget):
         self._give_back([self._key], [microseconds(self._interval * unused), since_epoch(let_out_at)])
 
     def report(
-        self, end: End, claimed_at: datetime | None, now: datetime, retry_at: datetime | None = None
+        self, end: End, claimed_at: datetime | None, ended_at: datetime, retry_at: datetime | None = None
     ) -> datetime | None:
-        """Say how a call ended that was claimed then; returns until when the gate is shut if this end shut it.
+        """Say how and when a call ended that was claimed then; returns until when the gate is shut if this shut it.
 
         `retry_at` is when the provider will listen again, by its own word, after a throttled call.
         """
         pauses = [microseconds(PAUSE), microseconds(LONGEST_PAUSE)]
-        spent_until = (retry_at or now) + (self._burst - 1) * self._interval
-        times = [since_epoch(spent_until), since_epoch(claimed_at or now)]
-        shut = self._report([self._key], [end, since_epoch(now), self._failures, *pauses, *times])
+        spent_until = (retry_at or ended_at) + (self._burst - 1) * self._interval
+        times = [since_epoch(spent_until), since_epoch(claimed_at or ended_at)]
+        shut = self._report([self._key], [end, since_epoch(ended_at), self._failures, *pauses, *times])
         return at_epoch(shut) if shut != "0" else None

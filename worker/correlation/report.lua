@@ -2,7 +2,7 @@
 --
 -- KEYS[1]  payready:gate, see admit.lua
 -- ARGV[1]  "answered" | "failed" | "throttled"
--- ARGV[2]  now (µs)
+-- ARGV[2]  when it ended (µs): now, or a moment ago
 -- ARGV[3]  failures in a row that shut the gate
 -- ARGV[4]  how long it is shut the first time (µs); twice as long each time that the probe fails
 -- ARGV[5]  how long at most (µs)
@@ -22,8 +22,12 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
+local shut = at('shut')
+local shut_at = tonumber(redis.call('HGET', KEYS[1], 'shut_at') or 0)
 if ARGV[1] ~= 'failed' then
-  redis.call('HDEL', KEYS[1], 'failures', 'shut', 'shut_at', 'pause', 'probe')
+  if shut == 0 or now >= shut_at then -- else it was shut since, by ends that were told sooner
+    redis.call('HDEL', KEYS[1], 'failures', 'shut', 'shut_at', 'pause', 'probe')
+  end
   if ARGV[1] == 'throttled' and tonumber(ARGV[6]) > at('tat') then
     redis.call('HSET', KEYS[1], 'tat', ARGV[6])
   end
@@ -31,11 +35,9 @@ if ARGV[1] ~= 'failed' then
 end
 
 local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
-local shut = at('shut')
 if shut == 0 and failures < tonumber(ARGV[3]) then
   return '0'
 end
-local shut_at = tonumber(redis.call('HGET', KEYS[1], 'shut_at') or 0)
 if shut > 0 and tonumber(ARGV[7]) <= shut_at then
   return '0' -- a call from before it was shut: no news
 end

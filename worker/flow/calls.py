@@ -45,10 +45,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class End:
-    """How a call ended: with the status of its answer, or in failure."""
+    """How a call ended: with the status of its answer, or in failure; and when, as it may be booked later."""
 
     claim: Claim
     answer: int | CallFailed
+    at: datetime
 
 
 Accepted = tuple[Claim, int]
@@ -327,19 +328,19 @@ def _put_off(rt: Runtime, tx: Tx, account_id: str, refresh_id: str, trouble: Cal
 def make(rt: Runtime, claim: Claim) -> End:
     """Make the call, unless it is late for it: upkeep would hold it for lost while it is on the wire."""
     if rt.clock() - claim.call.called_at > PATIENCE:
-        return unmade(claim)
+        return unmade(rt, claim)
     try:
         status = rt.provider.refresh_balance(claim.flight.account_id)
     except CallFailed as trouble:
         metrics.CALLS.labels(type(trouble).__name__.lower()).inc()
-        return End(claim, trouble)
+        return End(claim, trouble, rt.clock())
     metrics.CALLS.labels("accepted").inc()
-    return End(claim, status)
+    return End(claim, status, rt.clock())
 
 
-def unmade(claim: Claim) -> End:
+def unmade(rt: Runtime, claim: Claim) -> End:
     """The end of a call that its worker never came to: nothing was sent, and that says nothing of the provider."""
-    return End(claim, Crowded("the worker had no time for the call"))
+    return End(claim, Crowded("the worker had no time for the call"), rt.clock())
 
 
 def book(rt: Runtime, ends: Sequence[End]) -> Next:
@@ -360,11 +361,11 @@ def book(rt: Runtime, ends: Sequence[End]) -> Next:
     busy = list[Accepted]()
     accepted = [(end.claim, end.answer) for end in ends if isinstance(end.answer, int)]
     if accepted:
-        hint(rt.gate.report, "answered", max(made.call.called_at for made, _ in accepted), rt.clock())
+        hint(rt.gate.report, "answered", None, max(end.at for end in ends if isinstance(end.answer, int)))
         busy = attempt(partial(_book_accepted, rt, accepted), busy)
     for end in ends:
         if isinstance(end.answer, CallFailed):
-            hint(_report, rt, end.claim, end.answer)
+            hint(_report, rt, end.claim, end.answer, end.at)
             after.add(attempt(partial(_book_failure, rt, end.claim, end.answer), Next()))
     for one in busy:
         attempt(partial(_book_accepted, rt, [one], patient=True), busy)
@@ -373,16 +374,16 @@ def book(rt: Runtime, ends: Sequence[End]) -> Next:
     return after
 
 
-def _report(rt: Runtime, claim: Claim, failure: CallFailed) -> None:
+def _report(rt: Runtime, claim: Claim, failure: CallFailed, at: datetime) -> None:
     """Tell the gate of a call that failed: a refusal is an answer like any other."""
-    now, claimed_at = rt.clock(), claim.flight.claimed_at
+    claimed_at = claim.flight.claimed_at
     if isinstance(failure, Throttled):
-        rt.gate.report("throttled", claimed_at, now, _listens_again(failure, now))
+        rt.gate.report("throttled", claimed_at, at, _listens_again(failure, at))
     elif isinstance(failure, Refused):
-        rt.gate.report("answered", claimed_at, now)
+        rt.gate.report("answered", claimed_at, at)
     elif isinstance(failure, Crowded):
         rt.gate.give_back(1, claim.call.called_at)  # it says nothing of the provider
-    elif shut_until := rt.gate.report("failed", claimed_at, now):
+    elif shut_until := rt.gate.report("failed", claimed_at, at):
         metrics.BREAKER_OPENED.inc()
         log.error("the provider only fails: no calls until %s; the last said: %s", shut_until.isoformat(), failure)
 
