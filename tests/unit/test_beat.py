@@ -1,5 +1,6 @@
 """The beat sends what is due when it is due, and sleeps in between."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.beat import Scheduler as Theirs
+from kombu.utils.imports import symbol_by_name
 
 from config.celery import celery_settings
 from config.settings import Settings
+from console.processes import procfile
 from tasks.beat import Scheduler
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -58,6 +61,11 @@ def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) ->
         at = [when for when, sent in done if sent == task]
         assert at == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
     assert len(done) <= 4 * 6
+
+
+def test_the_role_runs_it() -> None:
+    command = shlex.split(procfile()["beat"])
+    assert symbol_by_name(command[command.index("--scheduler") + 1]) is Scheduler
 
 
 def test_celerys_own_would_not_sleep_for_the_last_hundredth(app: Celery) -> None:

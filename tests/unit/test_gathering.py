@@ -87,7 +87,7 @@ def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
     """Else those who come quickly would be held up by what is meant for those who come slowly."""
     rounds: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
-        gatherer = Gatherer(rounds.put, limit=3, pace_s=600, run=pool.submit)
+        gatherer = Gatherer(rounds.put, limit=3, pace_s=20, run=pool.submit)
         gatherer.add(1)
         assert rounds.get(timeout=10) == [1]
         gatherer.add(2)
