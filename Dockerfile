@@ -33,7 +33,7 @@ ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     PAYREADY_ENV=production \
-    PAYREADY_HOST=0.0.0.0 \
+    PAYREADY_WEBHOOK_HOST=0.0.0.0 \
     PAYREADY_METRICS_HOST=0.0.0.0 \
     PAYREADY_METRICS_PORT=9100
 USER 10001:10001

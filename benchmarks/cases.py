@@ -10,9 +10,8 @@ from typing import Any
 
 from benchmarks import meter, past
 from benchmarks.rig import Rig
-from worker.ledger import fees
-from worker.ledger import statement as sheet
-from worker.ledger.database import Tx, reading
+from worker.ledger import cap_usage, fee_calls, fee_statement
+from worker.ledger.engine import Tx, read_only
 
 Figures = dict[str, Any]
 TAIL_S = 1.0
@@ -135,13 +134,16 @@ def statement(rig: Rig, sizes: argparse.Namespace) -> Figures:
     past.fill(rig.system.engine, sizes.entries)
     since, until = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
     questions: dict[str, Callable[[Tx], Any]] = {
-        "by_price": lambda tx: (sheet.lines(tx, since, until, "price"), sheet.savings(tx, since, until)),
-        "by_day": lambda tx: sheet.lines(tx, since, until, "day"),
-        "by_account": lambda tx: sheet.lines(tx, since, until, "account"),
-        "by_payment": lambda tx: sum(1 for _ in sheet.shares(tx, since, until)),
-        "open_questions": lambda tx: sheet.questions(tx, until),
-        "cap_of_a_month": lambda tx: fees.spent(tx, "USD", since, until),
-        "cap_of_a_day": lambda tx: fees.spent(tx, "USD", until - timedelta(days=1), until),
+        "by_price": lambda tx: (
+            fee_statement.statement_lines(tx, since, until, "price"),
+            fee_statement.savings_by_currency(tx, since, until),
+        ),
+        "by_day": lambda tx: fee_statement.statement_lines(tx, since, until, "day"),
+        "by_account": lambda tx: fee_statement.statement_lines(tx, since, until, "account"),
+        "by_payment": lambda tx: sum(1 for _ in fee_statement.payment_shares(tx, since, until)),
+        "open_questions": lambda tx: fee_calls.unresolved_calls(tx, until),
+        "cap_of_a_month": lambda tx: cap_usage.total_spent(tx, "USD", since, until),
+        "cap_of_a_day": lambda tx: cap_usage.total_spent(tx, "USD", until - timedelta(days=1), until),
     }
     entries = rig.count("SELECT count(*) FROM fee_entry")
     return {"entries": entries, **{f"{name}_s": _asked(rig, ask) for name, ask in questions.items()}}
@@ -150,7 +152,7 @@ def statement(rig: Rig, sizes: argparse.Namespace) -> Figures:
 def _asked(rig: Rig, ask: Callable[[Tx], Any]) -> float:
     took = []
     for _ in range(3):
-        with reading(rig.system.engine) as tx:
+        with read_only(rig.system.engine) as tx:
             start = time.monotonic()
             ask(tx)
             took.append(time.monotonic() - start)

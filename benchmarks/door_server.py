@@ -5,7 +5,7 @@ from typing import Any
 
 import uvicorn
 
-from config.logs import configure_logging
+from config.log_config import configure_logging
 from config.settings import settings
 from webhook.__main__ import SERVER
 from webhook.app import app

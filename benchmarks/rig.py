@@ -76,7 +76,7 @@ class Rig:
 
     def payments(self, ids: list[str]) -> list[dict[str, Any]]:
         """What the ledger has of these payments, and of their replies."""
-        query = "SELECT p.* FROM payment p JOIN reply r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
+        query = "SELECT p.* FROM payment p JOIN outcome_delivery r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
         return self.system.rows(query + " AND r.delivered_at IS NOT NULL", first=ids[0], last=ids[-1])
 
     def settled(self, ids: list[str]) -> None:
@@ -85,7 +85,7 @@ class Rig:
         Raises:
             TimeoutError: they were not.
         """
-        query = "SELECT count(*) FROM reply WHERE payment_id BETWEEN :first AND :last AND delivered_at IS NOT NULL"
+        query = "SELECT count(*) FROM outcome_delivery WHERE payment_id BETWEEN :first AND :last AND delivered_at IS NOT NULL"
         self._until(lambda: self.count(query, first=ids[0], last=ids[-1]) == len(ids), "outcomes")
 
     def called(self, accounts: list[str]) -> None:
@@ -104,14 +104,14 @@ class Rig:
         """Seconds from the first request to the last delivery."""
         query = (
             "SELECT extract(epoch FROM max(r.delivered_at) - min(p.requested_at)) FROM payment p "
-            "JOIN reply r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
+            "JOIN outcome_delivery r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
         )
         return float(self.system.rows(query, first=ids[0], last=ids[-1])[0]["extract"])
 
     def waits(self, ids: list[str]) -> list[float]:
         """Milliseconds from the (first) webhook's departure at the simulator to the outcome's delivery."""
         query = (
-            "SELECT p.account_id, extract(epoch FROM r.delivered_at) AS at FROM payment p JOIN reply r "
+            "SELECT p.account_id, extract(epoch FROM r.delivered_at) AS at FROM payment p JOIN outcome_delivery r "
             "USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
         )
         log = self.system.simulator.http.get("/control/log").raise_for_status().json()

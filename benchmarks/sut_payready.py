@@ -2,7 +2,7 @@
 
 Set up as in production: PostgreSQL with its defaults, Valkey with AOF everysec, every role of the Procfile a process of
 its own (Flower too, so events are on), our own interpreter. What the harness counts as the outcome is the latest moment
-there is: `reply.delivered_at`, taken after the outcome is committed *and* told to the payments service.
+there is: `outcome_delivery.delivered_at`, taken after the outcome is committed *and* told to the payments service.
 
 Options (`--opt K=V`): `root` another tree to run, `python` its interpreter, ROLE=N that many processes of a role (0:
 none), `reply=link` outcomes as messages to a queue rather than as stored results, and any `PAYREADY_X`.
@@ -26,7 +26,7 @@ POLL_S = 0.5
 """The harness asks for outcomes ten times a second; asking PostgreSQL so often would count as our CPU."""
 OUTCOMES = (
     "SELECT p.account_id, extract(epoch FROM r.delivered_at)::float8, p.state "
-    "FROM reply r JOIN payment p USING (payment_id) WHERE r.delivered_at > to_timestamp(%s)"
+    "FROM outcome_delivery r JOIN payment p USING (payment_id) WHERE r.delivered_at > to_timestamp(%s)"
 )
 
 
@@ -80,7 +80,7 @@ class Payready(Base):  # type: ignore[misc]
             "PAYREADY_QUILTT_AUTH_URL": f"http://127.0.0.1:{self._auth.server_address[1]}",
             "PAYREADY_QUILTT_API_KEY": self.cfg.api_key,
             "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret,
-            "PAYREADY_PORT": str(self.port),
+            "PAYREADY_WEBHOOK_PORT": str(self.port),
             "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and no other engine here keeps one
             "FLOWER_PORT": str(free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",

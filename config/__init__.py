@@ -1,1 +1,1 @@
-"""What differs between deployments."""
+"""What differs between deployments: settings, Celery configuration, logging, price list."""

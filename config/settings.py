@@ -1,6 +1,7 @@
-"""The settings: one frozen object, made from `PAYREADY_*` variables, the only reader of the environment.
+"""Settings: one frozen object, built from `PAYREADY_*` environment variables.
 
-A variable that is misspelt, missing or unsafe stops the start with one sentence that says what to do.
+This module is the only reader of the environment. An unknown variable, a bad value or a missing secret stops the start
+with one sentence that says what to do.
 """
 
 import functools
@@ -13,15 +14,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-PREFIX = "PAYREADY_"
-DEMO_MARK = "demo"
-"""Secrets that start with this word are for demonstrations; production refuses them."""
-ADDRESS = r"^https?://[^\s?#]+$"
-"""Paths are put after it. Without a scheme nothing could be sent, and each call would seem to be of unknown fate."""
+ENV_PREFIX = "PAYREADY_"
+DEMO_SECRET_PREFIX = "demo"
+"""Secrets that start with this are for demonstrations. Production refuses them."""
+HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
+"""A base URL to which paths are appended. Without a scheme no request could be sent, and each call's result would be
+unknown."""
 
 
 class ConfigurationError(Exception):
-    """The environment does not describe a deployment that may start; the message says what to change."""
+    """The environment does not describe a deployment that may start. The message says what to change."""
 
 
 def _split(value: object) -> object:
@@ -29,103 +31,105 @@ def _split(value: object) -> object:
 
 
 class Settings(BaseModel):
-    """Everything a deployment may choose. Durations are in seconds, as their names say."""
+    """Everything a deployment may choose. Durations are in seconds: their names end in `_s`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     env: Literal["development", "production"] = "development"
-    """`production` refuses demo secrets and logs JSON; `development` refuses keys whose calls are billed."""
+    """`production` refuses demo secrets and logs JSON. `development` refuses API keys whose calls are billed."""
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
-    """Correlation store; also broker and result backend unless the next two say otherwise."""
+    """Address of the correlation store. Also broker and result backend, unless the next two settings say otherwise."""
     broker_url: str | None = Field(None, repr=False)
-    """Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
     broker_transport: Literal["atomic", "kombu"] = "atomic"
-    """How workers take messages from Redis. `kombu`: as Celery does by itself, for a Redis behind a proxy that allows
-    neither RESP3 nor CLIENT TRACKING; a worker that is killed then loses the message it was just taking."""
+    """How workers fetch messages from Redis. `atomic`: one Lua script fetches and tracks a message. `kombu`: Celery's
+    own transport, for a Redis behind a proxy that allows neither RESP3 nor CLIENT TRACKING; a worker killed while it
+    fetches then loses that message."""
     result_backend_url: str | None = Field(None, repr=False)
-    """Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    """Address of Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
     """`sqlite:///file` or `postgresql://user:password@host/name`."""
 
-    quiltt_api_url: str = Field("https://api.quiltt.io", pattern=ADDRESS)
-    """Where balances are refreshed."""
-    quiltt_auth_url: str = Field("https://auth.quiltt.io", pattern=ADDRESS)
-    """Where the API key's environment is asked for: its mode decides the price of a call."""
+    quiltt_api_url: str = Field("https://api.quiltt.io", pattern=HTTP_URL_PATTERN)
+    """Base URL of Quiltt's Platform API."""
+    quiltt_auth_url: str = Field("https://auth.quiltt.io", pattern=HTTP_URL_PATTERN)
+    """Base URL of Quiltt's Auth API. It reports the API key's mode, which decides the price of a call."""
     quiltt_api_key: SecretStr = SecretStr("demo-api-key")
-    """Quiltt's API key secret. Production needs it set."""
+    """Quiltt's API key secret. Required in production."""
     allow_production_key: bool = False
-    """Lets a development deployment use a key of Quiltt's PRODUCTION mode, which is billed."""
+    """Allow a development deployment to use an API key of Quiltt's PRODUCTION mode, whose calls are billed."""
     quiltt_connect_timeout_s: float = Field(5, gt=0, le=60)
-    """How long to wait for a connection, and for a free one of the pool. Beyond it a call is known not to be sent."""
+    """Timeout for opening a connection and for a free connection of the pool. After it the call is known not to be
+    sent."""
     quiltt_read_timeout_s: float = Field(20, gt=0, le=120)
-    """How long to wait for an answer. Beyond it nobody knows whether the call was accepted."""
-    quiltt_connections: int = Field(128, ge=1, le=256)
-    """Calls in flight per process; no fewer than its threads, or some wait for others."""
+    """Read timeout. After it, the result of the call is unknown: it may have been accepted and billed."""
+    quiltt_max_connections: int = Field(128, ge=1, le=256)
+    """Concurrent calls per process. With fewer than the process has threads, some threads wait for a connection."""
 
     calls_per_s: int = Field(20, ge=1, le=10_000)
-    """Refresh calls a second, over all replicas. Quiltt documents 25 requests a second per key."""
-    answer_within_s: int = Field(5, ge=0, le=600)
-    """A call that had to wait is made only for payments that have at least so long left: a balance takes its time."""
-    breaker_failures: int = Field(10, ge=1, le=1000)
-    """So many calls in a row without any answer of sense (no connection, time-outs, 5xx) stop all calls for a while."""
-    reads_per_s: int = Field(10, ge=0, le=1000)
-    """Free reads of a balance by GraphQL a second, for payments that are about to expire; 0: none."""
-    read_ahead_s: int = Field(10, ge=1, le=600)
-    """How long before its deadline such a payment's balance is read, but no more than a quarter of its timeout."""
-    sync_may_release: bool = False
-    """Whether such a read may release a payment by a balance of source SYNC that is younger than its call."""
+    """Refresh calls per second over all replicas. Quiltt documents 25 requests per second and API key."""
+    min_time_left_for_call_s: int = Field(5, ge=0, le=600)
+    """Minimum time before a payment's deadline for a delayed call. With less, the balance would arrive too late."""
+    circuit_breaker_failures: int = Field(10, ge=1, le=1000)
+    """Consecutive failed calls (no connection, timeout, 5xx) that open the circuit breaker."""
+    balance_polls_per_s: int = Field(10, ge=0, le=1000)
+    """Balance polls (free GraphQL reads) per second, for payments that are about to expire. 0 disables polling."""
+    balance_poll_lead_s: int = Field(10, ge=1, le=600)
+    """Time before a payment's deadline at which its balance is polled, but at most a quarter of its timeout."""
+    allow_sync_balances: bool = False
+    """Allow a polled balance of source SYNC that is younger than the call to release a payment."""
 
     webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
-    """The current secret and, while it is being rotated, the previous one. None: every delivery is refused."""
-    webhook_window_s: int = Field(300, ge=1, le=3600)
-    """How far a delivery's timestamp may be from our clock, either way."""
+    """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is refused."""
+    webhook_tolerance_s: int = Field(300, ge=1, le=3600)
+    """Maximum difference between a delivery's timestamp and our clock, in both directions."""
     webhook_url: str | None = Field(None, pattern=r"^https://[^\s]+$")
-    """The public address of the webhook endpoint, as Quiltt delivers to it. None: the subscription is not checked."""
-    host: str = "127.0.0.1"
-    """The address that the webhook endpoint listens on."""
-    port: int = Field(8000, ge=0, le=65535)
-    """The port that the webhook endpoint listens on."""
+    """Public address of the webhook endpoint, to which Quiltt delivers. Without it the subscription is not checked."""
+    webhook_host: str = "127.0.0.1"
+    """Address on which the webhook endpoint listens."""
+    webhook_port: int = Field(8000, ge=0, le=65535)
+    """Port on which the webhook endpoint listens."""
 
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
-    """The currency of the accounts. Quiltt's balance events name none."""
+    """Currency of the accounts. Quiltt's balance events do not state one."""
     clock_skew_s: int = Field(5, ge=0, le=300)
-    """How far the provider's clock and ours may be apart; `at` is also cut to whole seconds."""
+    """Maximum difference between the provider's clock and ours. The provider cuts `at` to whole seconds."""
     refresh_window_s: int = Field(60, ge=1, le=3600)
-    """How long a call counts as in flight: within it the account is not called again."""
+    """Time for which a call counts as in flight. In this time the account is not called again."""
     uncertain_grace_s: int = Field(15, ge=1, le=3600)
-    """How long to wait for the event of a call whose acceptance is unknown, before one more call."""
-    fees_file: Path = Path(__file__).with_name("fees.toml")
-    """The price list: what a call costs, by the mode of the key's environment and by day."""
+    """Time to wait for the event of a call whose result is unknown, before at most one more call."""
+    price_list_file: Path = Path(__file__).with_name("price_list.toml")
+    """The price list: price of a call by mode of the API key and by day."""
     fee_cap_per_day: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
-    """What all calls of a day (UTC) may cost together, in the price list's currency; beyond it payments that need a
-    call fail as `fee_cap_reached`. No cap unless it is set."""
+    """Maximum total fee of a day (UTC), in the price list's currency. Beyond it payments that need a call fail with
+    `fee_cap_reached`. No cap by default."""
     fee_cap_per_month: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
-    """The same for a month (UTC)."""
-    fee_calls_per_account_per_day: int | None = Field(None, ge=0)
-    """How many calls may be made for one account in a day (UTC). No cap unless it is set."""
+    """Maximum total fee of a month (UTC), in the price list's currency. No cap by default."""
+    call_cap_per_account_per_day: int | None = Field(None, ge=0)
+    """Maximum number of calls for one account in a day (UTC). No cap by default."""
 
     visibility_timeout_s: int = Field(120, ge=5, le=3600)
-    """How long a message may be worked on before Redis gives it to another worker: the wait after a worker's death."""
+    """Time after which Redis gives an unacknowledged message to another worker: the delay after a worker's death."""
     result_expires_s: int = Field(86_400, ge=60)
-    """How long an outcome can be read from the result backend."""
+    """Time for which an outcome can be read from the result backend."""
     metrics_port: int = Field(0, ge=0, le=65535)
-    """The port for `/metrics`, `/healthz` and `/readyz` of a role, one for each process of a host; 0: none."""
+    """Port for `/metrics`, `/healthz` and `/readyz` of a role, one per process of a host. 0 disables it."""
     metrics_host: str = "127.0.0.1"
-    """The address that `PAYREADY_METRICS_PORT` is listened on at. Not to be reached from outside."""
-    traces: bool = False
-    """Whether traces are told to OpenTelemetry, which `OTEL_*` variables set up. Needs the extra `payready[otel]`."""
+    """Address on which `PAYREADY_METRICS_PORT` listens. Do not expose it outside the deployment."""
+    tracing_enabled: bool = False
+    """Export OpenTelemetry traces, configured by `OTEL_*` variables. Requires the extra `payready[otel]`."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """The least level that is logged."""
+    """Lowest level that is logged."""
 
     @property
-    def broker(self) -> str:
-        """The broker's address."""
+    def effective_broker_url(self) -> str:
+        """Address of the broker."""
         return self.broker_url or self.redis_url
 
     @property
-    def result_backend(self) -> str:
-        """The result backend's address."""
+    def effective_result_backend_url(self) -> str:
+        """Address of the result backend."""
         return self.result_backend_url or self.redis_url
 
     @property
@@ -134,19 +138,20 @@ class Settings(BaseModel):
         return timedelta(seconds=self.clock_skew_s)
 
     @property
-    def read_ahead(self) -> timedelta:
-        """`read_ahead_s` as a duration."""
-        return timedelta(seconds=self.read_ahead_s)
+    def balance_poll_lead(self) -> timedelta:
+        """`balance_poll_lead_s` as a duration."""
+        return timedelta(seconds=self.balance_poll_lead_s)
 
     @property
-    def call_limit(self) -> timedelta:
-        """After this long a call that was not booked has lost its worker: its time limits, with room to book it."""
+    def max_call_duration(self) -> timedelta:
+        """Time after which a call without a recorded result has lost its worker: all its timeouts, and 10 s to record."""
         return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)
 
     @model_validator(mode="after")
-    def _no_call_is_doubled(self) -> Self:
+    def _visibility_timeout_exceeds_call_timeout(self) -> Self:
+        # Otherwise the broker gives a message to a second worker while the first one makes the call.
         if self.visibility_timeout_s <= 2 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s:
-            raise ValueError(f"{PREFIX}VISIBILITY_TIMEOUT_S must be longer than a provider call may take")
+            raise ValueError(f"{ENV_PREFIX}VISIBILITY_TIMEOUT_S must be longer than a provider call may take")
         return self
 
     @model_validator(mode="after")
@@ -154,41 +159,43 @@ class Settings(BaseModel):
         if self.env == "production":
             _require_real("QUILTT_API_KEY", self.quiltt_api_key)
             if not self.webhook_secrets:
-                raise ValueError(f"{PREFIX}WEBHOOK_SECRETS must be set in production")
+                raise ValueError(f"{ENV_PREFIX}WEBHOOK_SECRETS must be set in production")
             for secret in self.webhook_secrets:
                 _require_real("WEBHOOK_SECRETS", secret)
         return self
 
 
 def _require_real(name: str, secret: SecretStr) -> None:
-    if secret.get_secret_value().startswith(DEMO_MARK):
-        raise ValueError(f"{PREFIX}{name} must be set in production, and not to a demo value")
+    if secret.get_secret_value().startswith(DEMO_SECRET_PREFIX):
+        raise ValueError(f"{ENV_PREFIX}{name} must be set in production, and not to a demo value")
 
 
 def load(environ: Mapping[str, str]) -> Settings:
-    """Make the settings from `environ`.
+    """Build the settings from `environ`.
 
     Raises:
-        ConfigurationError: a `PAYREADY_*` variable is unknown, has a bad value, or a secret is missing.
+        ConfigurationError: a `PAYREADY_*` variable is unknown or has a bad value, or a secret is missing.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
     if unknown:
-        raise ConfigurationError(f"{unknown[0]} is not a setting of payready; see docs/configuration.md for the names")
-    values = {name[len(PREFIX) :].lower(): environ[name] for name in known if environ.get(name)}
+        raise ConfigurationError(
+            f"{unknown[0]} is not a setting of payready; docs/reference/configuration.md lists the settings"
+        )
+    values = {name[len(ENV_PREFIX) :].lower(): environ[name] for name in known if environ.get(name)}
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigurationError(_sentence(error)) from None
+        raise ConfigurationError(_first_error(error)) from None
 
 
-def _sentence(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    return f"{PREFIX}{str(first['loc'][0]).upper()}: {message}" if first["loc"] else message
+    return f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: {message}" if first["loc"] else message
 
 
 @functools.cache
 def settings() -> Settings:
-    """The settings of this process."""
+    """Return the settings of this process."""
     return load(os.environ)

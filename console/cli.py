@@ -16,9 +16,9 @@ from console.command import FAILED, AsJson, ask, fail, plainly, screen
 from console.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
 from worker.errors import PaymentNotReady
-from worker.ledger import reports
-from worker.messages import parse_job
-from worker.runtime import build, utc_now
+from worker.ledger import payment_report
+from worker.rules.job import parse_job
+from worker.runtime import build_runtime, utc_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +88,7 @@ def doctor_command(
 ) -> None:
     """Look at everything payready stands on, and say what to do; status 1 if anything is at fault."""
     with plainly():
-        findings = doctor.examine(settings(), build(settings()), flower, web)
+        findings = doctor.examine(settings(), build_runtime(settings()), flower, web)
         found = list(findings if as_json else map(_say_diagnosis, findings))
         if as_json:
             typer.echo(show.as_json(found))
@@ -105,7 +105,7 @@ def _say_diagnosis(diagnosis: doctor.Diagnosis) -> doctor.Diagnosis:
 def replay(payment_id: str, as_json: AsJson = False) -> None:
     """Have a settled payment's outcome delivered again: the same outcome, with the same task ids."""
     with plainly():
-        task_ids = flow.replay(build(settings()), payment_id)
+        task_ids = flow.redeliver(build_runtime(settings()), payment_id)
     if as_json:
         typer.echo(show.as_json({"payment_id": payment_id, "tasks": task_ids}))
     if not task_ids:
@@ -181,7 +181,7 @@ def _say_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) ->
 @payment_app.command("show")
 def show_payment(payment_id: str, as_json: AsJson = False) -> None:
     """Everything that is known of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
-    found = ask(lambda tx: reports.timeline(tx, payment_id))
+    found = ask(lambda tx: payment_report.payment_timeline(tx, payment_id))
     if found is None:
         fail(f"the ledger has no payment {payment_id}")
     elif as_json:
@@ -197,7 +197,7 @@ def list_payments(
     as_json: AsJson = False,
 ) -> None:
     """Payments, the last requested first."""
-    lines = ask(lambda tx: reports.payments(tx, state=state, limit=limit))
+    lines = ask(lambda tx: payment_report.list_payments(tx, state=state, limit=limit))
     if as_json:
         typer.echo(show.as_json(lines))
     else:

@@ -10,11 +10,11 @@ from celery import Celery
 from celery.exceptions import TimeoutError as NotInTime
 from kombu.exceptions import OperationalError
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks.queues import lengths
-from worker.correlation.client import CORRELATION_AWAY
-from worker.messages import Job
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.rules.job import Job
 
 ANSWER_S = 10.0
 """How long a worker has to answer."""
@@ -23,7 +23,7 @@ PING_S = 1.0
 """How long workers have to answer when all of them are asked at once."""
 WATCH_S = 1.5
 """In this time `beat` ticks at least once."""
-_AWAY = (OSError, OperationalError, *CORRELATION_AWAY, RuntimeError)
+_AWAY = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
 """What is raised without a broker or a result backend; the last by Celery, when it has tried often enough."""
 
 
@@ -143,7 +143,7 @@ def release(settings: Settings, balance_ids: Sequence[str]) -> None:
     if balance_ids:
         with _client(settings) as app:
             for balance_id in balance_ids:
-                app.send_task("payments.release", (balance_id,), ignore_result=True)
+                app.send_task("balances.apply", (balance_id,), ignore_result=True)
 
 
 def as_arguments(job: Job) -> dict[str, Any]:

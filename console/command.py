@@ -12,9 +12,9 @@ from config.settings import ConfigurationError, settings
 from console.client import NoAnswer
 from console.processes import StartError
 from worker.errors import CallFailed, InvalidJob
-from worker.fees import PriceListError
-from worker.invoice import InvoiceError
-from worker.ledger.database import LEDGER_AWAY, Engine, Tx, open_engine, reading, transaction
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_only, transaction
+from worker.rules.invoice_file import InvoiceError
+from worker.rules.pricing import PriceListError
 
 T = TypeVar("T")
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
@@ -39,7 +39,7 @@ def plainly() -> Iterator[None]:
         yield
     except EXPECTED as error:
         fail(str(error))
-    except LEDGER_AWAY as error:
+    except DATABASE_UNAVAILABLE as error:
         fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
 
 
@@ -57,7 +57,7 @@ def screen() -> Console:
 
 def ask(question: Callable[[Tx], T]) -> T:
     """Ask the ledger, as it is at one moment."""
-    with _ledger() as engine, reading(engine) as tx:
+    with _ledger() as engine, read_only(engine) as tx:
         return question(tx)
 
 

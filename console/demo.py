@@ -21,8 +21,8 @@ from console.plan import CLOCK, COSTS, PLAN
 from console.processes import ROOT, StartError
 from console.referee import Finding, Seen, findings, settled
 from console.stage import Stage, stage
-from worker.ledger import reports, statement
-from worker.ledger.database import Engine, open_engine, reading
+from worker.ledger import fee_statement, payment_report
+from worker.ledger.engine import Engine, open_engine, read_only
 from worker.runtime import utc_now
 
 SERVICE = (
@@ -35,7 +35,7 @@ QUICK = {
     "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "1",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "2",
     "PAYREADY_CLOCK_SKEW_S": "2",
-    "PAYREADY_ANSWER_WITHIN_S": "1",
+    "PAYREADY_MIN_TIME_LEFT_FOR_CALL_S": "1",
 }
 """Settings that make time pass faster than in production."""
 PATIENCE_S = 50.0
@@ -50,8 +50,8 @@ Show = Callable[[Seen], None]
 class Played:
     """What came of the demo."""
 
-    payments: list[reports.Line]
-    statement: list[statement.Line]
+    payments: list[payment_report.PaymentLine]
+    fee_statement: list[fee_statement.StatementLine]
     findings: list[Finding]
 
     @property
@@ -118,9 +118,9 @@ def _watch(interrupts: Interrupts, running: Stage, engine: Engine, journal: Path
 
 
 def _look(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Seen:
-    with reading(engine) as tx:
-        lines = reports.payments(tx, payment_ids=[order.payment_id for order in PLAN])
-        calls, backlog = reports.calls_by_account(tx, list(COSTS)), reports.backlog(tx)
+    with read_only(engine) as tx:
+        lines = payment_report.list_payments(tx, payment_ids=[order.payment_id for order in PLAN])
+        calls, backlog = payment_report.call_counts_by_account(tx, list(COSTS)), payment_report.count_backlog(tx)
     return Seen(_heard(journal), {line.payment_id: line for line in lines}, calls, accepted, backlog)
 
 
@@ -130,9 +130,12 @@ def _heard(journal: Path) -> list[dict[str, Any]]:
 
 
 def _report(console: Console, engine: Engine, seen: Seen, began: datetime) -> Played:
-    with reading(engine) as tx:
+    with read_only(engine) as tx:
         until = utc_now()
-        lines, saved = statement.lines(tx, began, until, "price"), statement.savings(tx, began, until)
+        lines, saved = (
+            fee_statement.statement_lines(tx, began, until, "price"),
+            fee_statement.savings_by_currency(tx, began, until),
+        )
     found = findings(PLAN, COSTS, seen)
     console.print()
     console.print(sheets.statement(lines, sheets.totals(lines, saved), "Fee statement"))

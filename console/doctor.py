@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from config.celery import QUEUES, celery_settings
-from config.settings import DEMO_MARK, Settings
+from config.celery_config import QUEUES, celery_settings
+from config.settings import DEMO_SECRET_PREFIX, Settings
 from console import client
 from webhook import signature
-from worker import subscriptions
-from worker.correlation.client import CORRELATION_AWAY
-from worker.errors import CallFailed, Refused
-from worker.fees import PriceListError
-from worker.ledger import figures, schema
-from worker.ledger.database import LEDGER_AWAY, Tx, reading
-from worker.payment import RefreshState
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.errors import CallFailed, CallRejected
+from worker.ledger import metrics_queries, schema
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_only
+from worker.ledger_metrics import cap_used_ratios
+from worker.quiltt import subscriptions
+from worker.rules.pricing import PriceListError
+from worker.rules.states import RefreshState
 from worker.runtime import Runtime
-from worker.runtime import subscriptions as provider_subscriptions
-from worker.watch import caps_used
+from worker.runtime import subscriptions_client as provider_subscriptions
 
 NOTICEABLE = timedelta(seconds=1)
 """Clocks that differ by less are called right."""
@@ -97,9 +97,9 @@ def _fault(check: str, found: str, remedy: str) -> Diagnosis:
 
 def _database(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        with reading(patient.rt.engine) as tx:
-            found, needed = schema.found(tx), schema.needed()
-    except LEDGER_AWAY as error:
+        with read_only(patient.rt.engine) as tx:
+            found, needed = schema.current_revision(tx), schema.required_revision()
+    except DATABASE_UNAVAILABLE as error:
         why = " ".join(str(getattr(error, "orig", None) or error).split())
         yield _fault("database", why, "start it, or correct PAYREADY_DATABASE_URL")
         return
@@ -112,12 +112,12 @@ def _database(patient: Patient) -> Iterator[Diagnosis]:
 
 def _redis(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        facts = patient.rt.correlation.facts()
-    except CORRELATION_AWAY as error:
+        facts = patient.rt.correlation.server_info()
+    except REDIS_UNAVAILABLE as error:
         yield _fault("redis", str(error), "start it, or correct PAYREADY_REDIS_URL")
         return
     yield _ok("redis", f"answers, version {facts.get('valkey_version') or facts.get('redis_version')}")
-    if (used := patient.rt.correlation.memory_used()) >= FULL:
+    if (used := patient.rt.correlation.memory_used_ratio()) >= FULL:
         yield _fault("redis", f"{used:.0%} of its maxmemory is used", "raise maxmemory, or find the queue that grows")
     policy = facts.get("maxmemory_policy", "not told")
     if policy != "noeviction":
@@ -178,8 +178,8 @@ def _results(patient: Patient) -> Iterator[Diagnosis]:
 def _key(patient: Patient) -> Iterator[Diagnosis]:
     settings, rt = patient.settings, patient.rt
     try:
-        mode = rt.provider.mode()
-    except Refused as refused:
+        mode = rt.provider.api_key_mode()
+    except CallRejected as refused:
         yield _fault("api key", str(refused), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh`")
         return
     except CallFailed as failure:
@@ -191,19 +191,21 @@ def _key(patient: Patient) -> Iterator[Diagnosis]:
     elif mode != "PRODUCTION" and settings.env == "production":
         yield _note("api key", f"this is production, and the key is for {mode}", "set PAYREADY_QUILTT_API_KEY")
     try:
-        price = rt.prices.on(mode, rt.clock().date())
+        price = rt.price_list.price_for(mode, rt.clock().date())
     except PriceListError as error:
-        yield _fault("price", f"{error}: no call is made", f"write one into {settings.fees_file}")
+        yield _fault("price", f"{error}: no call is made", f"write one into {settings.price_list_file}")
     else:
         yield _ok("price", f"{price.per_call} {price.currency} a call, price list {price.price_list}")
-        if settings.env == "production" and "fees_file" not in settings.model_fields_set:
-            yield _note("price", "the price list is the example", "set PAYREADY_FEES_FILE to your contract's prices")
+        if settings.env == "production" and "price_list_file" not in settings.model_fields_set:
+            yield _note(
+                "price", "the price list is the example", "set PAYREADY_PRICE_LIST_FILE to your contract's prices"
+            )
 
 
 def _gate(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        shut_until = patient.rt.gate.position(patient.rt.clock()).shut_until
-    except CORRELATION_AWAY:
+        shut_until = patient.rt.admission.status(patient.rt.clock()).open_until
+    except REDIS_UNAVAILABLE:
         return  # told elsewhere
     if shut_until is not None:
         told = f"the provider only failed: no call is made until {shut_until:%H:%M:%S}Z, then one tries again"
@@ -212,16 +214,16 @@ def _gate(patient: Patient) -> Iterator[Diagnosis]:
 
 def _money_and_balances(patient: Patient) -> Iterator[Diagnosis]:
     try:
-        with reading(patient.rt.engine) as tx:
-            if schema.found(tx) == schema.needed():
+        with read_only(patient.rt.engine) as tx:
+            if schema.current_revision(tx) == schema.required_revision():
                 yield from _caps(patient, tx)
                 yield from _balances(patient, tx)
-    except LEDGER_AWAY:
+    except DATABASE_UNAVAILABLE:
         return  # told elsewhere
 
 
 def _caps(patient: Patient, tx: Tx) -> Iterator[Diagnosis]:
-    for cap, used in caps_used(patient.rt, tx, patient.rt.clock()).items():
+    for cap, used in cap_used_ratios(patient.rt, tx, patient.rt.clock()).items():
         told = f"{used:.0%} of the cap per {cap} is used"
         if used >= FULL:
             remedy = f"raise PAYREADY_FEE_CAP_PER_{cap.upper()}, or payments fail as fee_cap_reached"
@@ -232,7 +234,9 @@ def _caps(patient: Patient, tx: Tx) -> Iterator[Diagnosis]:
 
 def _balances(patient: Patient, tx: Tx) -> Iterator[Diagnosis]:
     now = patient.rt.clock()
-    made = figures.calls_made(tx, now - LOOK_BACK, now - timedelta(seconds=patient.settings.refresh_window_s))
+    made = metrics_queries.call_counts_by_refresh_state(
+        tx, now - LOOK_BACK, now - timedelta(seconds=patient.settings.refresh_window_s)
+    )
     came = made.get(RefreshState.ANSWERED, 0)
     missing = made.get(RefreshState.ACCEPTED, 0) + made.get(RefreshState.UNANSWERED, 0)
     told = f"of {came + missing} calls accepted in the last quarter of an hour {missing} brought no balance"
@@ -280,7 +284,7 @@ def _subscription(patient: Patient) -> Iterator[Diagnosis]:
         return
     try:
         with provider_subscriptions(patient.settings) as provider:
-            found = subscriptions.flaws(provider.all(), url)
+            found = subscriptions.problems(provider.list_all(), url)
     except CallFailed as failure:
         yield _fault("subscription", str(failure), "see what is said of the api key")
         return
@@ -296,7 +300,7 @@ def _secrets(patient: Patient) -> Iterator[Diagnosis]:
         yield _fault(
             "webhook secrets", "none: every delivery is refused", "set PAYREADY_WEBHOOK_SECRETS, restart `web`"
         )
-    elif any(secret.startswith(DEMO_MARK) for secret in secrets):
+    elif any(secret.startswith(DEMO_SECRET_PREFIX) for secret in secrets):
         yield _note("webhook secrets", "one is for demonstrations", "set PAYREADY_WEBHOOK_SECRETS before it is real")
     else:
         yield _ok("webhook secrets", f"{len(secrets)} set" + (", as while rotating" if len(secrets) > 1 else ""))
@@ -307,7 +311,7 @@ def _clocks(patient: Patient) -> Iterator[Diagnosis]:
         before = patient.rt.clock()
         try:
             theirs = ask(patient)
-        except (*LEDGER_AWAY, *CORRELATION_AWAY):
+        except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE):
             continue  # told elsewhere
         if theirs is None:
             continue
@@ -323,22 +327,22 @@ def _clocks(patient: Patient) -> Iterator[Diagnosis]:
 
 
 def _database_clock(patient: Patient) -> datetime | None:
-    with reading(patient.rt.engine) as tx:
-        return schema.clock(tx)
+    with read_only(patient.rt.engine) as tx:
+        return schema.server_time(tx)
 
 
 def _redis_clock(patient: Patient) -> datetime | None:
-    return patient.rt.correlation.clock()
+    return patient.rt.correlation.server_time()
 
 
 def _upkeep(patient: Patient) -> Iterator[Diagnosis]:
     now = patient.rt.clock()
     try:
-        with reading(patient.rt.engine) as tx:
-            if schema.found(tx) != schema.needed():
+        with read_only(patient.rt.engine) as tx:
+            if schema.current_revision(tx) != schema.required_revision():
                 return  # told by the check of the database, as is that it is away
-            standing = figures.standing(tx)
-    except LEDGER_AWAY:
+            standing = metrics_queries.backlog(tx)
+    except DATABASE_UNAVAILABLE:
         return
     waiting = sum(crowd.count for crowd in standing.waiting.values())
     late = now - (standing.first_deadline or now)
@@ -347,7 +351,7 @@ def _upkeep(patient: Patient) -> Iterator[Diagnosis]:
         yield _fault("upkeep", told, "see that `beat` and `worker` run, and that the database lets them write")
     else:
         yield _ok("upkeep", f"{waiting} payments wait, none past its deadline")
-    since = now - (standing.undelivered.since or now)
+    since = now - (standing.undelivered.oldest_at or now)
     if since > DELIVERY_LATE:
         told = f"{standing.undelivered.count} outcomes are undelivered, the first since {since.total_seconds():.0f} s"
         yield _fault("upkeep", told, "look for `could not be delivered` in the log of `worker`")
@@ -397,6 +401,6 @@ CHECKS: tuple[Check, ...] = (
 
 def examine(settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None) -> Iterator[Diagnosis]:
     """Look at everything, and tell what is found as it is found."""
-    patient = Patient(settings, rt, flower_url, web_url or f"http://127.0.0.1:{settings.port}")
+    patient = Patient(settings, rt, flower_url, web_url or f"http://127.0.0.1:{settings.webhook_port}")
     for check in CHECKS:
         yield from check(patient)

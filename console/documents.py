@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from config.settings import PREFIX, Settings
+from config.settings import ENV_PREFIX, Settings
 from console.processes import ROOT
-from worker.payment import PAYMENT_LAW, REFRESH_LAW, PaymentState, RefreshState
+from worker.rules.states import PAYMENT_TRANSITIONS, REFRESH_TRANSITIONS, PaymentState, RefreshState
 
 CONFIGURATION_HEAD = """\
 # Configuration
@@ -60,8 +60,8 @@ def state_diagram(law: Mapping[tuple[Any, Any], Any], first: StrEnum) -> str:
 
 def _with_diagrams(page: str) -> str:
     diagrams = {
-        "payment": state_diagram(PAYMENT_LAW, PaymentState.WAITING),
-        "refresh": state_diagram(REFRESH_LAW, RefreshState.REQUESTED),
+        "payment": state_diagram(PAYMENT_TRANSITIONS, PaymentState.WAITING),
+        "refresh": state_diagram(REFRESH_TRANSITIONS, RefreshState.REQUESTED),
     }
     for name, diagram in diagrams.items():
         begin, end = f"<!-- {name}: made from worker/payment.py -->\n", f"<!-- end of {name} -->\n"
@@ -79,7 +79,7 @@ def _with_diagrams(page: str) -> str:
 def configuration() -> str:
     """The page on the settings."""
     rows = (
-        f"| `{PREFIX}{name.upper()}` | {_default(field)} | {_rule(field)} | {_sentence(field)} |"
+        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_rule(field)} | {_sentence(field)} |"
         for name, field in Settings.model_fields.items()
     )
     return CONFIGURATION_HEAD + "\n".join(rows) + "\n"
@@ -88,7 +88,7 @@ def configuration() -> str:
 def environment() -> str:
     """The example of an environment."""
     blocks = (
-        f"\n# {_sentence(field)}\n#{PREFIX}{name.upper()}={_plain_default(field)}\n"
+        f"\n# {_sentence(field)}\n#{ENV_PREFIX}{name.upper()}={_plain_default(field)}\n"
         for name, field in Settings.model_fields.items()
     )
     return ENVIRONMENT_HEAD + "".join(blocks)

@@ -11,12 +11,13 @@ from config.settings import ConfigurationError, settings
 from console import client, show
 from console.command import AsJson, ask, fail, plainly, screen
 from webhook import events
-from worker import flow, runtime, subscriptions
+from worker import flow, runtime
 from worker.ledger import quarantine
-from worker.ledger.database import reading, transaction
-from worker.ledger.quarantine import Kept
+from worker.ledger.engine import read_only, transaction
+from worker.ledger.quarantine import QuarantinedEvent
+from worker.quiltt import subscriptions
+from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
 from worker.runtime import Runtime
-from worker.subscriptions import Subscription, Subscriptions
 
 quarantine_app = typer.Typer(no_args_is_help=True, help="Events that were rightly signed and could not be understood.")
 webhooks_app = typer.Typer(no_args_is_help=True, help="The subscription by which the provider delivers to us.")
@@ -37,7 +38,7 @@ def list_events(
     as_json: AsJson = False,
 ) -> None:
     """Events in quarantine, the last that came first; without what is in them."""
-    found = ask(lambda tx: quarantine.newest(tx, limit))
+    found = ask(lambda tx: quarantine.newest_events(tx, limit))
     if as_json:
         typer.echo(show.as_json([_about(kept) for kept in found]))
         return
@@ -68,7 +69,7 @@ def replay(ids: Ids = None, every: Every = False, as_json: AsJson = False) -> No
     """
     counts = {"taken": 0, "not_ours": 0, "still_odd": 0}
     with plainly():
-        rt = runtime.build(settings())
+        rt = runtime.build_runtime(settings())
         try:
             for kept in _chosen(rt, ids, every=every):
                 counts[_replay(rt, kept)] += 1
@@ -86,7 +87,7 @@ def replay(ids: Ids = None, every: Every = False, as_json: AsJson = False) -> No
 def drop(ids: Ids = None, every: Every = False, as_json: AsJson = False) -> None:
     """Remove events for good."""
     with plainly():
-        rt = runtime.build(settings())
+        rt = runtime.build_runtime(settings())
         try:
             dropped = sum(_drop(rt, kept) for kept in _chosen(rt, ids, every=every))
         finally:
@@ -94,7 +95,7 @@ def drop(ids: Ids = None, every: Every = False, as_json: AsJson = False) -> None
     typer.echo(show.as_json({"dropped": dropped}) if as_json else f"{dropped} dropped")
 
 
-def _about(kept: Kept) -> dict[str, Any]:
+def _about(kept: QuarantinedEvent) -> dict[str, Any]:
     told = {"quarantine_id": kept.quarantine_id, "received_at": kept.received_at}
     return {**told, "bytes": len(kept.event), "reason": kept.reason}
 
@@ -105,42 +106,42 @@ def _printable(raw: bytes) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _chosen(rt: Runtime, ids: list[str] | None, *, every: bool) -> Iterator[Kept]:
+def _chosen(rt: Runtime, ids: list[str] | None, *, every: bool) -> Iterator[QuarantinedEvent]:
     """The events that are meant, each read when its turn has come."""
     if bool(ids) == every:
         raise typer.BadParameter("name events, or give --all")
     for quarantine_id in ids or ():
-        with reading(rt.engine) as tx:
+        with read_only(rt.engine) as tx:
             kept = quarantine.find(tx, quarantine_id)
         if kept is None:
             fail(f"there is no {quarantine_id} in quarantine")
         yield kept
-    page: list[Kept] = []
+    page: list[QuarantinedEvent] = []
     while every and (page := _page(rt, page[-1].quarantine_id if page else "")):
         yield from page
 
 
-def _page(rt: Runtime, after: str) -> list[Kept]:
-    with reading(rt.engine) as tx:
-        return quarantine.kept(tx, after=after, limit=PAGE)
+def _page(rt: Runtime, after: str) -> list[QuarantinedEvent]:
+    with read_only(rt.engine) as tx:
+        return quarantine.events_after(tx, after_id=after, limit=PAGE)
 
 
-def _replay(rt: Runtime, kept: Kept) -> str:
+def _replay(rt: Runtime, kept: QuarantinedEvent) -> str:
     try:
         found = events.read_again(kept.event, kept.received_at)
     except events.Odd:
         return "still_odd"
-    todo = flow.readmit(rt, kept, found.balances)  # what else a whole delivery tells is old news by now
+    todo = flow.requeue_from_quarantine(rt, kept, found.balances)  # what else a whole delivery tells is old news by now
     try:
-        client.release(settings(), todo.apply)
+        client.release(settings(), todo.balances_to_apply)
     except client.NoAnswer as away:
         typer.echo(f"payready: {away}; the balance is kept, and will be applied by the sweep", err=True)
     return "taken" if found.balances else "not_ours"
 
 
-def _drop(rt: Runtime, kept: Kept) -> int:
+def _drop(rt: Runtime, kept: QuarantinedEvent) -> int:
     with transaction(rt.engine) as tx:
-        return quarantine.drop(tx, [kept.quarantine_id])
+        return quarantine.delete_events(tx, [kept.quarantine_id])
 
 
 # --- subscription -----------------------------------------------------------------------------------------------------
@@ -150,8 +151,8 @@ def _drop(rt: Runtime, kept: Kept) -> int:
 def status(as_json: AsJson = False) -> None:
     """Whether the provider delivers to us what we need; status 1 if it does not."""
     with _provider() as (provider, url):
-        found = provider.all()
-    ours, wrong = subscriptions.to_us(found, url), subscriptions.flaws(found, url)
+        found = provider.list_all()
+    ours, wrong = subscriptions.for_url(found, url), subscriptions.problems(found, url)
     if as_json:
         typer.echo(show.as_json({"url": url, "flaws": wrong, "subscriptions": [one.model_dump() for one in ours]}))
     else:
@@ -171,11 +172,11 @@ def subscribe(
 ) -> None:
     """See to it that there is a subscription that does: mend the one there is, or make one."""
     with _provider() as (provider, url):
-        ours = subscriptions.to_us(provider.all(), url)
+        ours = subscriptions.for_url(provider.list_all(), url)
         if another or not ours:
             done, one = "made", provider.create(url)
-        elif ours[0].flaws():
-            done, one = "mended", provider.mend(ours[0])
+        elif ours[0].problems():
+            done, one = "mended", provider.repair(ours[0])
         else:
             done, one = "left as it was", ours[0]
     if as_json:
@@ -194,9 +195,9 @@ def unsubscribe(
 ) -> None:
     """Have the provider deliver nothing more by a subscription to our address."""
     with _provider() as (provider, url):
-        one = _meant(subscriptions.to_us(provider.all(), url), url, subscription_id)
+        one = _meant(subscriptions.for_url(provider.list_all(), url), url, subscription_id)
         if disable:
-            provider.change(one, disabled=True)
+            provider.update(one, disabled=True)
         else:
             provider.delete(one)
     done = "disabled" if disable else "deleted"
@@ -204,12 +205,12 @@ def unsubscribe(
 
 
 @contextmanager
-def _provider() -> Iterator[tuple[Subscriptions, str]]:
+def _provider() -> Iterator[tuple[SubscriptionsClient, str]]:
     with plainly():
         url = settings().webhook_url
         if url is None:
             raise ConfigurationError("set PAYREADY_WEBHOOK_URL to the public https address of the webhook endpoint")
-        with runtime.subscriptions(settings()) as provider:
+        with runtime.subscriptions_client(settings()) as provider:
             yield provider, url
 
 

@@ -17,22 +17,14 @@ import typer
 from config.settings import settings
 from console import sheets, show
 from console.command import AsJson, ask, change, plainly, screen
-from worker.fees import read_prices
-from worker.invoice import (
-    AMOUNT,
-    Columns,
-    InvoiceError,
-    Period,
-    Reconciliation,
-    check_plausible,
-    check_total,
-    read_invoice,
-    reconcile,
-)
-from worker.ledger import fees, statement
-from worker.ledger.database import Tx, lock_invoices
-from worker.ledger.fees import Invoice
-from worker.ledger.statement import Line, Share
+from worker.ledger import fee_calls, fee_statement, invoices
+from worker.ledger.engine import Tx
+from worker.ledger.fee_statement import PaymentShare, StatementLine
+from worker.ledger.invoices import InvoiceEvidence
+from worker.ledger.locks import lock_invoices
+from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoiceError, InvoicePeriod, parse_invoice
+from worker.rules.pricing import parse_price_list
+from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
 from worker.runtime import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
@@ -62,9 +54,9 @@ def fees_statement(
 
 
 def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_json: bool, as_csv: bool) -> None:
-    group: statement.Group = "price" if by is None else "account" if by == By.ACCOUNT else "day"
-    lines = statement.lines(tx, since, until, group)
-    totals = sheets.totals(lines, statement.savings(tx, since, until) if by is None else {})
+    group: fee_statement.GroupBy = "price" if by is None else "account" if by == By.ACCOUNT else "day"
+    lines = fee_statement.statement_lines(tx, since, until, group)
+    totals = sheets.totals(lines, fee_statement.savings_by_currency(tx, since, until) if by is None else {})
     if as_csv:
         _write_csv(lines, group)
     elif as_json:
@@ -75,7 +67,7 @@ def _tell_lines(tx: Tx, since: datetime, until: datetime, *, by: By | None, as_j
 
 
 def _tell_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
-    shares = statement.shares(tx, since, until)
+    shares = fee_statement.payment_shares(tx, since, until)
     if as_csv:
         _write_csv(shares, "payment")
     elif as_json:
@@ -88,7 +80,7 @@ def _title(since: datetime) -> str:
     return f"Calls of {since:%Y-%m} (UTC)"
 
 
-def _write_csv(lines: Iterable[Line | Share], by: str) -> None:
+def _write_csv(lines: Iterable[StatementLine | PaymentShare], by: str) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(sheets.COLUMNS[by])
     writer.writerows(sheets.flat(line, by) for line in lines)
@@ -126,27 +118,27 @@ def fees_reconcile(
     does not charge are void; doing so twice changes nothing more. Only calls in the invoice's currency are looked at.
     """
     since, until = _month(month)
-    period = Period(since, until, timedelta(seconds=tolerance_s))
-    columns = Columns(account_column, date_column, amount_column, number_column, currency_column)
+    period = InvoicePeriod(since, until, timedelta(seconds=tolerance_s))
+    columns = InvoiceColumns(account_column, date_column, amount_column, number_column, currency_column)
     with plainly():
         currency = _currency(currency)
         data = invoice.read_bytes()
-        lines = read_invoice(_text(data), columns, period, currency)
+        lines = parse_invoice(_text(data), columns, period, currency)
         if total is not None:
             check_total(lines, _sum(total))
         if apply and utc_now() < until + period.tolerance:
             raise InvoiceError(f"{month} is not over: no invoice for it can be complete; look without --apply")
 
     def look(tx: Tx) -> Reconciliation:
-        calls = statement.calls(tx, currency, since - period.tolerance, until + period.tolerance)
-        return reconcile(lines, calls, period, fees.applied(tx, currency))
+        calls = fee_calls.ledger_calls(tx, currency, since - period.tolerance, until + period.tolerance)
+        return reconcile(lines, calls, period, invoices.applied_invoices(tx, currency))
 
     def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int]]:
         lock_invoices(tx)
         found = look(tx)
-        check_plausible(found, is_whole=total is not None)
-        named = Invoice(invoice.name, hashlib.sha256(data).hexdigest(), month, currency)
-        return found, fees.settle(tx, found, named, utc_now())
+        check_plausible(found, total_matches=total is not None)
+        named = InvoiceEvidence(invoice.name, hashlib.sha256(data).hexdigest(), month, currency)
+        return found, invoices.apply_invoice(tx, found, named, utc_now())
 
     found, settled = change(settle) if apply else (ask(look), None)
     if as_json:
@@ -159,14 +151,14 @@ def fees_reconcile(
 
 def _currency(text: str | None) -> str:
     if text is None:
-        return read_prices(settings().fees_file.read_text()).currency
+        return parse_price_list(settings().price_list_file.read_text()).currency
     if not re.fullmatch("[A-Z]{3}", text, re.ASCII):
         raise typer.BadParameter("must be three capital letters, such as USD", param_hint="--currency")
     return text
 
 
 def _sum(text: str) -> Decimal:
-    if not re.fullmatch(AMOUNT, text, re.ASCII):
+    if not re.fullmatch(AMOUNT_PATTERN, text, re.ASCII):
         raise typer.BadParameter("must be a sum such as 1234.50", param_hint="--total")
     return Decimal(text)
 
@@ -184,11 +176,11 @@ def _told(found: Reconciliation, settled: tuple[int, int] | None) -> dict[str, A
         "matched": len(found.matched),
         "price_differences": found.price_differences,
         "charged_though_void": found.charged_though_void,
-        "only_theirs": found.only_theirs,
-        "only_ours": found.only_ours,
+        "unmatched_lines": found.unmatched_lines,
+        "unmatched_calls": found.unmatched_calls,
         "to_post": [match.call.call_id for match in found.to_post],
         "to_void": [call.call_id for call in found.to_void],
-        "left": [call.call_id for call in found.left],
+        "deferred_calls": [call.call_id for call in found.deferred_calls],
         "settled": None if settled is None else {"posted": settled[0], "void": settled[1]},
     }
 
@@ -208,7 +200,7 @@ def fees_questions(
     as_json: AsJson = False,
 ) -> None:
     """Calls that nobody knows the fate of: pending since long, until an invoice tells."""
-    asked = ask(lambda tx: statement.questions(tx, utc_now() - timedelta(hours=age_h)))
+    asked = ask(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
     if as_json:
         typer.echo(show.as_json(asked))
     else:

@@ -10,8 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 from console.plan import Calls, Order
-from worker.fees import EntryState
-from worker.ledger.reports import Backlog, Line
+from worker.ledger.payment_report import BacklogCounts, PaymentLine
+from worker.rules.pricing import EntryState
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Seen:
 
     journal: Sequence[Mapping[str, Any]]
     """A line for each callback that ran at the payments service."""
-    payments: Mapping[str, Line]
+    payments: Mapping[str, PaymentLine]
     """The ledger's payments by id."""
     calls: Mapping[str, Counter[EntryState]]
     """The ledger's calls by account, as they stand."""
     accepted: Mapping[str, int]
     """The calls that the provider accepted, by account: what it would charge for."""
-    backlog: Backlog
+    backlog: BacklogCounts
 
 
 @dataclass
@@ -77,8 +77,8 @@ def _outcomes(plan: Sequence[Order], seen: Seen) -> Iterable[str]:
                 yield f"{order.name}: the job was to be refused, and there is a payment"
         elif line is None:
             yield f"{order.name}: the ledger has no payment"
-        elif (line.state.value, line.word) != promised:
-            yield f"{order.name}: the ledger says {(line.state.value, line.word)}, promised was {promised}"
+        elif (line.state.value, line.verdict_or_reason) != promised:
+            yield f"{order.name}: the ledger says {(line.state.value, line.verdict_or_reason)}, promised was {promised}"
 
 
 def _belongs_to_another(order: Order, plan: Sequence[Order]) -> bool:
@@ -123,7 +123,7 @@ def _shares(seen: Seen) -> tuple[int, list[str]]:
     return len(sums), wrong
 
 
-def _left(backlog: Backlog) -> Iterable[str]:
+def _left(backlog: BacklogCounts) -> Iterable[str]:
     for what, count in (
         ("payments that wait", backlog.waiting),
         ("outcomes that were not delivered", backlog.undelivered),

@@ -11,10 +11,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from console.show import money, styled, table
-from worker.invoice import LedgerCall, Match, Reconciliation
-from worker.invoice import Line as Charge
-from worker.ledger.statement import Line, Question, Saved, Share
-from worker.messages import plain
+from worker.ledger.fee_calls import UnresolvedCall
+from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
+from worker.rules.decimals import decimal_text
+from worker.rules.invoice_file import InvoiceLine as Charge
+from worker.rules.reconciliation import LedgerCall, LineMatch, Reconciliation
 
 ROWS = 100
 """A table for people has no more; programs are given all."""
@@ -33,9 +34,9 @@ class Total:
     void: int = 0
     posted_amount: Decimal = Decimal(0)
     pending_amount: Decimal = Decimal(0)
-    saved: Saved = field(default_factory=Saved)
+    saved: Savings = field(default_factory=Savings)
 
-    def add(self, line: Line) -> None:
+    def add(self, line: StatementLine) -> None:
         """Take a line in."""
         self.calls += line.calls
         self.posted += line.posted
@@ -47,7 +48,7 @@ class Total:
             self.saved = self.saved.plus(line.saved)
 
 
-def totals(lines: Iterable[Line], saved: Mapping[str, Saved]) -> dict[str, Total]:
+def totals(lines: Iterable[StatementLine], saved: Mapping[str, Savings]) -> dict[str, Total]:
     """By currency. What was saved is given for lines that do not say it: those by price."""
     sums: dict[str, Total] = {}
     for line in lines:
@@ -60,7 +61,9 @@ def totals(lines: Iterable[Line], saved: Mapping[str, Saved]) -> dict[str, Total
 FIGURES = ("calls", "posted", "pending", "void", "due", "may be due")
 
 
-def statement(lines: Sequence[Line], sums: Mapping[str, Total], title: str, by: str = "price") -> RenderableType:
+def statement(
+    lines: Sequence[StatementLine], sums: Mapping[str, Total], title: str, by: str = "price"
+) -> RenderableType:
     """What calls cost, a line for each of what it is by."""
     if not lines:
         return Group(Text(title, "bold"), Text("no calls"))
@@ -93,7 +96,7 @@ def _rest(count: int) -> list[Text]:
     return [Text(f"... and {count - ROWS} more: --csv or --json has all", "dim")] if count > ROWS else []
 
 
-def shares(told: Iterable[Share], title: str) -> RenderableType:
+def shares(told: Iterable[PaymentShare], title: str) -> RenderableType:
     """What each payment owes."""
     sheet = table(
         "payment", "account", "shared by", "fee", "", "state", "saved", title=title, right=["shared by", "fee", "saved"]
@@ -108,20 +111,20 @@ def shares(told: Iterable[Share], title: str) -> RenderableType:
 
 
 COUNTED = ("currency", "calls", "posted", "pending", "void", "posted_amount", "pending_amount")
-SAVED = tuple(column.name for column in fields(Saved))
+SAVED = tuple(column.name for column in fields(Savings))
 COLUMNS: Mapping[str, Sequence[str]] = {
     "price": ("key", "price", *COUNTED),
     "account": ("key", *COUNTED, *SAVED),
     "day": ("key", *COUNTED, *SAVED),
-    "payment": tuple(column.name for column in fields(Share)),
+    "payment": tuple(column.name for column in fields(PaymentShare)),
 }
 """A statement as a CSV file, by what it has a line for: the same columns, whether there is a line or none."""
 
 
-def flat(line: Line | Share, by: str) -> list[Any]:
+def flat(line: StatementLine | PaymentShare, by: str) -> list[Any]:
     """A line of a statement as a row of a CSV file."""
-    cells = {**vars(line), **(vars(line.saved) if isinstance(line.saved, Saved) else {})}
-    return [plain(cell) if isinstance(cell, Decimal) else cell for cell in map(cells.__getitem__, COLUMNS[by])]
+    cells = {**vars(line), **(vars(line.saved) if isinstance(line.saved, Savings) else {})}
+    return [decimal_text(cell) if isinstance(cell, Decimal) else cell for cell in map(cells.__getitem__, COLUMNS[by])]
 
 
 # --- an invoice beside the ledger -------------------------------------------------------------------------------------
@@ -141,20 +144,20 @@ def reconciliation(found: Reconciliation, title: str) -> RenderableType:
     ):
         if matches:
             parts += [Text(f"\n{len(matches)} of them {what}"), _matches(matches), *_rest(len(matches))]
-    if found.only_theirs:
-        count = len(found.only_theirs)
-        parts += [Text(f"\n{count} charges are for no call of ours"), _charges(found.only_theirs), *_rest(count)]
-    left = {call.call_id for call in found.left}
+    if found.unmatched_lines:
+        count = len(found.unmatched_lines)
+        parts += [Text(f"\n{count} charges are for no call of ours"), _charges(found.unmatched_lines), *_rest(count)]
+    left = {call.call_id for call in found.deferred_calls}
     for what, calls in (
-        ("calls of ours are not charged", [call for call in found.only_ours if call.call_id not in left]),
-        ("pending calls near the month's ends are left to the neighbouring month's invoice", found.left),
+        ("calls of ours are not charged", [call for call in found.unmatched_calls if call.call_id not in left]),
+        ("pending calls near the month's ends are left to the neighbouring month's invoice", found.deferred_calls),
     ):
         if calls:
             parts += [Text(f"\n{len(calls)} {what}"), _calls(calls), *_rest(len(calls))]
     return Group(*parts)
 
 
-def _matches(matches: Sequence[Match]) -> RenderableType:
+def _matches(matches: Sequence[LineMatch]) -> RenderableType:
     sheet = table("line", "account", "call", "theirs", "ours", "state", right=["line", "theirs", "ours"])
     for match in matches[:ROWS]:
         call, line = match.call, match.line
@@ -181,13 +184,13 @@ def _when(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S}Z"
 
 
-def questions(asked: Sequence[Question], title: str) -> RenderableType:
+def questions(asked: Sequence[UnresolvedCall], title: str) -> RenderableType:
     """Calls of unknown fate."""
     if not asked:
         return Group(Text(title, "bold"), Text("none"))
     sheet = table("call", "account", "when", "price", "", "what happened", title=title, right=["price"])
     for one in asked[:ROWS]:
         sheet.add_row(
-            one.call_id, one.account_id, _when(one.called_at), money(one.price), one.currency, one.trouble or ""
+            one.call_id, one.account_id, _when(one.called_at), money(one.price), one.currency, one.last_error or ""
         )
     return Group(sheet, *_rest(len(asked)))

@@ -15,12 +15,12 @@ from rich.text import Text
 from console.doctor import Diagnosis, Grade
 from console.plan import Order
 from console.referee import Finding
-from worker.ledger.reports import CallLine, Fee, Line, Timeline
-from worker.messages import plain
-from worker.payment import PaymentState
+from worker.ledger.payment_report import CallLine, PaymentFee, PaymentLine, PaymentTimeline
+from worker.rules.decimals import decimal_text
+from worker.rules.states import PaymentState
 
-SUMS = ("amount", "fixed", "needed", "available", "limit", "released_since", "there")
-"""The sums of money in a verdict's arithmetic."""
+SUMS = ("amount", "fixed", "needed", "available", "limit", "released_since_balance", "available_after_releases")
+"""The sums of money in a verdict's funds_calculation."""
 STYLES = {
     "released": "green",
     "failed": "red",
@@ -40,7 +40,7 @@ def _json_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Decimal):
-        return plain(value)
+        return decimal_text(value)
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     raise TypeError(f"{type(value).__name__} has no JSON")
@@ -48,16 +48,16 @@ def _json_value(value: Any) -> Any:
 
 def money(value: Decimal) -> str:
     """A sum with two decimal places, or as many more as it has."""
-    whole, _, fraction = plain(value).partition(".")
+    whole, _, fraction = decimal_text(value).partition(".")
     return f"{whole}.{fraction.rstrip('0').ljust(2, '0')}"
 
 
-def _fee(line: Line) -> str:
+def _fee(line: PaymentLine) -> str:
     return "reused" if line.reused else f"{money(line.fee.amount)} {line.fee.state}" if line.fee else ""
 
 
-def _waited(line: Line, now: datetime) -> str:
-    return f"{((line.settled_at or now) - line.requested_at).total_seconds():.1f} s"
+def _waited(line: PaymentLine, now: datetime) -> str:
+    return f"{((line.resolved_at or now) - line.requested_at).total_seconds():.1f} s"
 
 
 def styled(state: str) -> Text:
@@ -122,7 +122,7 @@ def table(*columns: str, right: Iterable[str] = (), title: str | None = None) ->
     return made
 
 
-def payments(lines: Sequence[Line], now: datetime) -> RenderableType:
+def payments(lines: Sequence[PaymentLine], now: datetime) -> RenderableType:
     """Payments as a list."""
     if not lines:
         return Text("no payments")
@@ -131,7 +131,13 @@ def payments(lines: Sequence[Line], now: datetime) -> RenderableType:
         requested = f"{line.requested_at:%Y-%m-%d %H:%M:%S}Z"
         state = styled(line.state.value)
         listed.add_row(
-            line.payment_id, line.account_id, state, line.word or "", _waited(line, now), _fee(line), requested
+            line.payment_id,
+            line.account_id,
+            state,
+            line.verdict_or_reason or "",
+            _waited(line, now),
+            _fee(line),
+            requested,
         )
     return listed
 
@@ -146,7 +152,7 @@ BOARD_WIDTH = sum(BOARD.values()) + 2 * (len(BOARD) - 1)
 
 def board(
     plan: Sequence[Order],
-    lines: Mapping[str, Line],
+    lines: Mapping[str, PaymentLine],
     told: Mapping[str, Mapping[str, Any]],
     now: datetime,
     *,
@@ -166,7 +172,7 @@ def board(
 
 
 def order_cells(
-    order: Order, line: Line | None, told: Mapping[str, Any] | None, now: datetime
+    order: Order, line: PaymentLine | None, told: Mapping[str, Any] | None, now: datetime
 ) -> tuple[str | Text, ...]:
     """One order's row. A job that was refused has no payment of its own."""
     tick = "✓" if told else ""
@@ -176,7 +182,7 @@ def order_cells(
     if line is None:
         return order.name, order.tells, Text(""), "", "", "", tick
     state = styled(line.state.value)
-    return order.name, order.tells, state, line.word or "", _waited(line, now), _fee(line), tick
+    return order.name, order.tells, state, line.verdict_or_reason or "", _waited(line, now), _fee(line), tick
 
 
 def verdicts(found: Sequence[Finding]) -> RenderableType:
@@ -207,7 +213,7 @@ def diagnosis(told: Diagnosis) -> Text:
 # --- one payment ------------------------------------------------------------------------------------------------------
 
 
-def timeline(found: Timeline, now: datetime) -> RenderableType:
+def timeline(found: PaymentTimeline, now: datetime) -> RenderableType:
     """Everything that is known of one payment, in the order in which it happened."""
     line = found.payment
     steps = table("after", "what", "", right=["after"])
@@ -215,21 +221,21 @@ def timeline(found: Timeline, now: datetime) -> RenderableType:
     for at, what, detail in sorted(_events(found), key=lambda event: event[0]):
         steps.add_row(f"{(at - line.requested_at).total_seconds():.3f} s", what, detail)
     head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled(line.state.value))
-    if line.word:
-        head.append(f": {line.word}")
+    if line.verdict_or_reason:
+        head.append(f": {line.verdict_or_reason}")
     facts = [Text(fact) for fact in _facts(found, now)]
     return Group(
         head, Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim"), Text(), steps, Text(), *facts
     )
 
 
-def _events(found: Timeline) -> Iterator[tuple[datetime, str, str]]:
+def _events(found: PaymentTimeline) -> Iterator[tuple[datetime, str, str]]:
     line = found.payment
     yield line.requested_at, "job taken in", _job(found)
     for call in found.calls:
         yield call.called_at, "call", f"{call.call_id}, fee entry pending: {money(call.price)} {call.currency}"
-        if call.closed_at:
-            yield call.closed_at, f"fee {call.state}", f"{call.call_id}, {_evidence(call)}"
+        if call.finalized_at:
+            yield call.finalized_at, f"fee {call.state}", f"{call.call_id}, {_evidence(call)}"
     if found.balance:
         figure = "null" if found.balance.available is None else money(found.balance.available)
         yield (
@@ -237,16 +243,16 @@ def _events(found: Timeline) -> Iterator[tuple[datetime, str, str]]:
             "balance",
             f"{found.balance.balance_id}, {found.balance.event_id}, available {figure}, {_at(found)}",
         )
-    if line.settled_at:
-        yield line.settled_at, line.state.value, line.word or ""
+    if line.resolved_at:
+        yield line.resolved_at, line.state.value, line.verdict_or_reason or ""
     else:
         yield line.deadline, "deadline", "not yet"
-    for reply in found.replies:
+    for reply in found.deliveries:
         if reply.delivered_at:
             yield reply.delivered_at, "outcome delivered", f"to task {reply.task_id}"
 
 
-def _job(found: Timeline) -> str:
+def _job(found: PaymentTimeline) -> str:
     job = found.job
     amount = f"{job['amount']} {job.get('currency', 'USD')}" if "amount" in job else "no amount"
     seconds = (found.payment.deadline - found.payment.requested_at).total_seconds()
@@ -257,29 +263,29 @@ def _evidence(call: CallLine) -> str:
     return ", ".join(f"{key} {value}" for key, value in (call.evidence or {}).items())
 
 
-def _at(found: Timeline) -> str:
+def _at(found: PaymentTimeline) -> str:
     return f"as of {found.balance.at:%H:%M:%S}Z" if found.balance else ""
 
 
-def _facts(found: Timeline, now: datetime) -> Iterator[str]:
+def _facts(found: PaymentTimeline, now: datetime) -> Iterator[str]:
     line = found.payment
     if line.state == PaymentState.WAITING:
         yield f"waits since {_waited(line, now)} for a balance of {line.account_id}"
-    if found.arithmetic:
-        yield _sentence(found.arithmetic)
+    if found.funds_calculation:
+        yield _sentence(found.funds_calculation)
     if line.state == PaymentState.FAILED and found.outcome:
         yield f"detail: {found.outcome['detail']}"
     if found.refresh:
         yield f"refresh {found.refresh.refresh_id}: {found.refresh.state}" + (
-            f", last trouble: {found.refresh.trouble}" if found.refresh.trouble else ""
+            f", last trouble: {found.refresh.last_error}" if found.refresh.last_error else ""
         )
     yield _fee_fact(found)
-    waiting = [reply.task_id for reply in found.replies if not reply.delivered_at]
+    waiting = [reply.task_id for reply in found.deliveries if not reply.delivered_at]
     if waiting:
         yield f"not told yet: {', '.join(waiting)}"
 
 
-def _fee_fact(found: Timeline) -> str:
+def _fee_fact(found: PaymentTimeline) -> str:
     line = found.payment
     if line.reused:
         saved = f", which saved {money(found.calls[0].price)} {found.calls[0].currency}" if found.calls else ""
@@ -289,24 +295,28 @@ def _fee_fact(found: Timeline) -> str:
     return "fee: none" if line.fee is None else f"fee: {_share(line.fee)}"
 
 
-def _share(fee: Fee) -> str:
-    amount = f"{plain(fee.amount)} {fee.currency}, {fee.state}"
+def _share(fee: PaymentFee) -> str:
+    amount = f"{decimal_text(fee.amount)} {fee.currency}, {fee.state}"
     return (
         amount if fee.shared_by == 1 else f"{amount}: a share of {money(fee.total)}, between {fee.shared_by} payments"
     )
 
 
-def _sentence(arithmetic: Mapping[str, Any]) -> str:
-    """The verdict's arithmetic as sums."""
-    sums = {key: money(Decimal(value)) for key, value in arithmetic.items() if key in SUMS and value is not None}
-    needed = f"{sums['needed']} {arithmetic['currency']} needed"
+def _sentence(funds_calculation: Mapping[str, Any]) -> str:
+    """The verdict's funds_calculation as sums."""
+    sums = {key: money(Decimal(value)) for key, value in funds_calculation.items() if key in SUMS and value is not None}
+    needed = f"{sums['needed']} {funds_calculation['currency']} needed"
     if sums["needed"] != sums["amount"]:
-        needed += f" = {sums['amount']} * {arithmetic['multiplier']} + {sums['fixed']}"
-    if "there" not in sums:
+        needed += f" = {sums['amount']} * {funds_calculation['multiplier']} + {sums['fixed']}"
+    if "available_after_releases" not in sums:
         return f"{needed}; what is available is not known"
     parts = [f"{sums['available']} available"]
     if "limit" in sums:
         parts.append(f"+ {sums['limit']} overdraft")
-    if arithmetic["released_count"]:
-        parts.append(f"- {sums['released_since']} released on it since ({arithmetic['released_count']})")
-    return f"{needed}; {parts[0]}" if len(parts) == 1 else f"{needed}; {sums['there']} there = {' '.join(parts)}"
+    if funds_calculation["released_count"]:
+        parts.append(f"- {sums['released_since_balance']} released on it since ({funds_calculation['released_count']})")
+    return (
+        f"{needed}; {parts[0]}"
+        if len(parts) == 1
+        else f"{needed}; {sums['available_after_releases']} there = {' '.join(parts)}"
+    )

@@ -77,7 +77,7 @@ def stage(
         "PAYREADY_QUILTT_AUTH_URL": simulator_url,
         "PAYREADY_QUILTT_API_KEY": API_KEY,
         "PAYREADY_WEBHOOK_SECRETS": SECRET,
-        "PAYREADY_PORT": str(web),
+        "PAYREADY_WEBHOOK_PORT": str(web),
         **(settings or {}),
     }
     with Processes(folder, environ, check) as processes:

@@ -5,7 +5,7 @@ import sys
 from alembic import context
 
 from config.settings import ConfigurationError, settings
-from worker.ledger.database import open_engine
+from worker.ledger.engine import open_engine
 from worker.ledger.tables import PAYMENT
 
 try:

@@ -10,18 +10,18 @@ from celery import Celery, Task
 from celery.signals import beat_init, import_modules, setup_logging, task_postrun, task_prerun, worker_ready
 from kombu.transport import TRANSPORT_ALIASES
 
-from config.celery import celery_settings
-from config.collector import collect_seldom, spare_what_is_loaded
-from config.logs import bind, configure_logging
+from config.celery_config import celery_settings
+from config.garbage_collection import freeze_gc, raise_gc_thresholds
+from config.log_config import configure_logging, set_log_context
 from config.settings import ConfigurationError, settings
 from tasks import tracing
 
 
 def _make_app() -> Celery:
-    collect_seldom()
+    raise_gc_thresholds()
     try:
         configuration = celery_settings(settings())
-        if settings().traces:
+        if settings().tracing_enabled:
             tracing.switch_on()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
@@ -43,14 +43,14 @@ def _our_logging(**_: Any) -> None:
 @worker_ready.connect
 @beat_init.connect
 def _all_is_loaded(**_: Any) -> None:
-    spare_what_is_loaded()
+    freeze_gc()
 
 
 @task_prerun.connect
 def _name_what_is_worked_on(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
     given = dict(zip(_parameters(task.name), args, strict=False))
     job = given.pop("job", None)
-    bind({**(job if isinstance(job, Mapping) else {}), **given, **kwargs, "task_id": task_id})
+    set_log_context({**(job if isinstance(job, Mapping) else {}), **given, **kwargs, "task_id": task_id})
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def _parameters(name: str) -> tuple[str, ...]:
 
 @task_postrun.connect
 def _forget_it(**_: Any) -> None:
-    bind({})
+    set_log_context({})
 
 
 app = _make_app()

@@ -1,4 +1,4 @@
-"""`balances.refresh`: the one paid call; `balances.read`: the free look, when a webhook may be lost."""
+"""`balances.refresh`: the one paid call; `balances.poll`: the free look, when a webhook may be lost."""
 
 import logging
 import threading
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 @app.task(name="balances.refresh", Strategy="tasks.batches:calls")
 def refresh(account_id: str, refresh_id: str, in_turn: bool = False) -> None:  # noqa: FBT001, FBT002 - as it is sent
     """Make the refresh's call, unless it was made, or is not needed any more."""
-    carry_out(flow.call(runtime(), account_id, refresh_id, in_turn=in_turn))
+    carry_out(flow.claim_and_call(runtime(), account_id, refresh_id, has_slot=in_turn))
 
 
-@app.task(name="balances.read")
+@app.task(name="balances.poll")
 def read(account_id: str, profile_id: str) -> None:
     """Read the account's balance, before payments that wait for it expire."""
-    carry_out(flow.read(runtime(), account_id, profile_id))
+    carry_out(flow.poll_balance(runtime(), account_id, profile_id))
 
 
 @worker_ready.connect
@@ -36,6 +36,6 @@ def _ask_for_the_mode(sender: Any, **_: Any) -> None:
 
 def _say_the_mode() -> None:
     try:
-        log.info("our key is for the provider's environment %s", runtime().mode())
+        log.info("our key is for the provider's environment %s", runtime().api_key_mode())
     except CallFailed as trouble:
         log.error("no call is made: %s", trouble)

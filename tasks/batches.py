@@ -28,7 +28,7 @@ from tasks.gathering import Gatherer
 from tasks.payments import announce, request_of
 from worker import flow
 from worker.errors import CallFailed, InvalidJob
-from worker.flow import Claim, End, Next, Request
+from worker.flow import CallResult, Claim, FollowUp, IntakeRequest, RefreshCall
 from worker.runtime import runtime
 
 log = logging.getLogger(__name__)
@@ -142,18 +142,18 @@ class _Intake(_Rounds):
         taken, busy = list[Received](), list[Received]()
         try:
             requests = [self._request(received) for received in batch]
-            entrances = flow.initiate_many(runtime(), requests, announce(requests))
+            entrances = flow.initiate_batch(runtime(), requests, announce(requests))
         except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of jobs is taken in one by one: %s", error)
             self._leave_alone(batch)
         else:
             taken = [received for received, entrance in zip(batch, entrances, strict=True) if entrance]
             busy = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
-            self._go_on([entrance.next for entrance in entrances if entrance], taken)
+            self._go_on([entrance.follow_up for entrance in entrances if entrance], taken)
         self._done(taken, "task-started")
         self._try_again(busy)
 
-    def _request(self, received: Received) -> Request:
+    def _request(self, received: Received) -> IntakeRequest:
         args, kwargs, embed = received.message.payload
         if len(args) > 1:
             raise InvalidJob("there is more than one positional argument")
@@ -166,15 +166,15 @@ class _Intake(_Rounds):
         )
         return request_of(args[0] if args else None, kwargs, suspension.leave(context))
 
-    def _go_on(self, nexts: Sequence[Next], taken: Sequence[Received]) -> None:
-        todo = Next()
+    def _go_on(self, nexts: Sequence[FollowUp], taken: Sequence[Received]) -> None:
+        todo = FollowUp()
         for following in nexts:
-            todo.add(following)
+            todo.merge(following)
         try:
             carry_out(todo)
             gone = [received.id for received in taken if received.id in revoked]
             if gone:  # while they were taken in, before there was anything to cancel
-                carry_out(flow.revoke(runtime(), gone))
+                carry_out(flow.cancel_by_task(runtime(), gone))
         except Exception:  # the payments are written down: whatever fails from here on, upkeep makes good
             log.exception("%s payments wait; upkeep will see to what comes next", len(taken))
 
@@ -189,22 +189,24 @@ class _Calls(_Rounds):
         self._failed = Gatherer(self._book, limit=TOGETHER)
 
     def _work(self, batch: list[Received]) -> None:
-        wanted = defaultdict[tuple[str, str], list[Received]](list)
+        wanted = defaultdict[RefreshCall, list[Received]](list)
         try:
             for received in batch:
                 account_id, refresh_id = received.message.payload[0]
-                wanted[account_id, refresh_id].append(received)
-            claims = flow.claim(runtime(), list(wanted))
+                wanted[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
+            claims = flow.claim_calls(runtime(), list(wanted))
         except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of calls is made one by one: %s", error)
             self._leave_alone(batch)
             return
-        for busy in claims.busy:
+        for busy in claims.contended:
             self._try_again(wanted.pop(busy))
-        for claim in claims.made:
-            self._begin(claim, wanted.pop((claim.flight.account_id, claim.flight.refresh_id)))
+        for claim in claims.claims:
+            self._begin(
+                claim, wanted.pop(RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id))
+            )
         try:
-            carry_out(claims.next)
+            carry_out(claims.follow_up)
         finally:
             self._over(list(wanted.values()))
 
@@ -213,27 +215,27 @@ class _Calls(_Rounds):
 
         def see(begun: "Future[None]") -> None:
             if begun.cancelled():
-                self._end(flow.unmade(runtime(), claim), messages)
+                self._end(flow.skipped_call(runtime(), claim), messages)
 
         try:
             self._pool.submit(self._call, claim, messages).add_done_callback(see)
         except RuntimeError:  # it was shut down while the call was claimed
-            self._end(flow.unmade(runtime(), claim), messages)
+            self._end(flow.skipped_call(runtime(), claim), messages)
 
     def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
         try:
-            self._end(flow.make(runtime(), claim), messages)
+            self._end(flow.make_call(runtime(), claim), messages)
         except Exception:  # nobody knows what became of the call: upkeep sees to it
-            log.exception("a call for %s ended in an error", claim.flight.account_id)
+            log.exception("a call for %s ended in an error", claim.refresh.account_id)
             self._over([messages])
 
-    def _end(self, end: End, messages: Sequence[Received]) -> None:
+    def _end(self, end: CallResult, messages: Sequence[Received]) -> None:
         """Have the end of a call booked: at once if it failed, as payments may fail by that."""
-        (self._failed if isinstance(end.answer, CallFailed) else self._accepted).add((end, messages))
+        (self._failed if isinstance(end.status_or_error, CallFailed) else self._accepted).add((end, messages))
 
-    def _book(self, ends: list[tuple[End, Sequence[Received]]]) -> None:
+    def _book(self, ends: list[tuple[CallResult, Sequence[Received]]]) -> None:
         try:
-            carry_out(flow.book(runtime(), [end for end, _ in ends]))
+            carry_out(flow.record_results(runtime(), [end for end, _ in ends]))
         finally:  # what could not be booked, upkeep finds
             self._over([messages for _, messages in ends])
 

@@ -60,8 +60,8 @@ class _QoS(redis.QoS):
 
 class _Channel(redis.Channel):
     QoS = _QoS
-    from_transport_options = (*redis.Channel.from_transport_options, "taken_together")
-    taken_together: Collection[str] = ()
+    from_transport_options = (*redis.Channel.from_transport_options, "batched_queues")
+    batched_queues: Collection[str] = ()
     """Queues of which several messages may be taken at once, as far as the worker may hold them."""
     has_noted = False
     """Whether the message that is being delivered was noted when it was taken, and nobody has taken charge of it."""
@@ -84,7 +84,7 @@ class _Channel(redis.Channel):
             return
         free = self.qos.can_consume_max_estimate()
         most = MOST if free is None else max(1, min(MOST, free))
-        counts = {queue: most if queue in self.taken_together else 1 for queue in queues}
+        counts = {queue: most if queue in self.batched_queues else 1 for queue in queues}
         lists = {self._q_for_pri(queue, urgency): queue for urgency in self.priority_steps for queue in queues}
         keys = [self.unacked_key, self.unacked_index_key, *lists]
         connection = self._in_poll = self.client.connection

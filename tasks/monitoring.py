@@ -9,9 +9,9 @@ from celery.signals import beat_init, heartbeat_sent, worker_init
 from config.settings import settings
 from tasks.app import app
 from tasks.queues import Queues
-from worker import metrics
+from worker import metrics, metrics_server
+from worker.ledger_metrics import LedgerCollector, redis_metrics
 from worker.runtime import runtime
-from worker.watch import Watch, of_redis
 
 SILENCE_S = 30.0
 """A worker that sent no heartbeat for this long is cut off from its broker."""
@@ -32,13 +32,13 @@ def _is_in_touch() -> bool:
 @worker_init.connect
 def _serve_worker(**_: Any) -> None:
     if settings().metrics_port:
-        metrics.serve(settings().metrics_host, settings().metrics_port, ready=_is_in_touch)
+        metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port, is_ready=_is_in_touch)
 
 
 @beat_init.connect
 def _serve_beat(**_: Any) -> None:
     if settings().metrics_port:
-        metrics.ask("ledger", Watch(runtime()))
-        metrics.ask("redis", partial(of_redis, runtime()))
-        metrics.ask("broker", Queues(app))
-        metrics.serve(settings().metrics_host, settings().metrics_port)
+        metrics.register_collector("database", LedgerCollector(runtime()))
+        metrics.register_collector("redis", partial(redis_metrics, runtime()))
+        metrics.register_collector("broker", Queues(app))
+        metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port)

@@ -1,4 +1,4 @@
-"""`payments.initiate`, `payments.release`, `payments.cancel`."""
+"""`payments.initiate`, `balances.apply`, `payments.cancel`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from tasks import suspension
 from tasks.app import app
 from tasks.delivery import BROKER_AWAY, carry_out, deliver
 from worker import flow
-from worker.correlation.client import CORRELATION_AWAY
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import InvalidJob, PaymentNotReady
-from worker.flow import Announce, Entrance, Request
-from worker.ledger.database import LEDGER_AWAY
-from worker.messages import parse_job
+from worker.flow import IntakeRequest, IntakeResult, OnWaiting
+from worker.ledger.engine import DATABASE_UNAVAILABLE
+from worker.rules.job import parse_job
 from worker.runtime import runtime
 
 log = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
     try:
         request = request_of(job, arguments, suspension.leave(self.request))
         entrance = flow.initiate(runtime(), request, announce([request]))
-    except (*LEDGER_AWAY, *CORRELATION_AWAY, *BROKER_AWAY) as error:
+    except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_AWAY) as error:
         _again(self, error)
     try:
-        carry_out(entrance.next)
+        carry_out(entrance.follow_up)
         if self.request.id in revoked:  # while it was taken in, before there was anything to cancel
-            carry_out(flow.revoke(runtime(), [self.request.id]))
+            carry_out(flow.cancel_by_task(runtime(), [self.request.id]))
     except Exception:  # the payment is written down: whatever fails from here on, upkeep makes good
         log.exception("the payment waits; upkeep will see to what comes next")
     raise Ignore
 
 
-def request_of(given: Any, keywords: Mapping[str, Any], canvas: dict[str, Any]) -> Request:
+def request_of(given: Any, keywords: Mapping[str, Any], continuation: dict[str, Any]) -> IntakeRequest:
     """The job of a task, which comes as keyword arguments, or as a mapping from the task before it.
 
     Raises:
@@ -60,14 +60,14 @@ def request_of(given: Any, keywords: Mapping[str, Any], canvas: dict[str, Any]) 
     """
     if given is not None and not isinstance(given, Mapping):
         raise InvalidJob(f"the positional argument must be a job, a mapping, not {type(given).__name__}")
-    return Request(parse_job({**(given or {}), **keywords}, currency=runtime().settings.currency), canvas)
+    return IntakeRequest(parse_job({**(given or {}), **keywords}, currency=runtime().settings.currency), continuation)
 
 
-def announce(requests: Sequence[Request]) -> Announce:
+def announce(requests: Sequence[IntakeRequest]) -> OnWaiting:
     """Show in the results of these tasks that they wait, if anybody wants their results."""
-    silent = {request.canvas["id"] for request in requests if request.canvas.get("ignore_result")}
+    silent = {request.continuation["id"] for request in requests if request.continuation.get("ignore_result")}
 
-    def show(entrances: Sequence[Entrance]) -> None:
+    def show(entrances: Sequence[IntakeResult]) -> None:
         waiting = {
             entrance.task_id: {
                 "account_id": entrance.waiting.account_id,
@@ -96,16 +96,16 @@ def _again(task: Task, error: Exception) -> NoReturn:
     raise Ignore from error
 
 
-@app.task(name="payments.release")
+@app.task(name="balances.apply")
 def release(balance_id: str) -> None:
     """Settle whoever waits for this balance."""
-    carry_out(flow.apply(runtime(), balance_id))
+    carry_out(flow.apply_balance(runtime(), balance_id))
 
 
-@app.task(name="payments.deliver")
+@app.task(name="outcomes.deliver")
 def tell(task_ids: Sequence[str]) -> None:
     """Complete these tasks, whose payments are settled."""
-    deliver(flow.undelivered(runtime(), task_ids))
+    deliver(flow.claim_deliveries(runtime(), task_ids))
 
 
 @app.task(name="payments.cancel", ignore_result=False)
@@ -113,4 +113,4 @@ def cancel(payment_id: str) -> bool:
     """Fail a waiting payment as cancelled; False if it was settled before, or is unknown."""
     todo = flow.cancel(runtime(), [payment_id])
     carry_out(todo)
-    return bool(todo.deliver)
+    return bool(todo.deliveries)

@@ -8,8 +8,8 @@ from typing import Any
 
 from celery import Celery
 
-from config.celery import QUEUES
-from worker.metrics import Figure
+from config.celery_config import QUEUES
+from worker.metrics import MetricSample
 
 MAX_MARKS = 500
 """Of a queue; beyond it every other one is forgotten, which costs exactness only."""
@@ -28,13 +28,13 @@ class Queues:
         self._clock = clock
         self._marks: dict[str, deque[tuple[float, bytes]]] = {}
 
-    def __call__(self) -> Iterator[Figure]:
+    def __call__(self) -> Iterator[MetricSample]:
         """The figures now; raises what the broker's client does when it is away."""
         with _channel(self._app) as (connection, channel):
             counts = {(name,): float(_length(connection, channel, name)) for name in QUEUES}
             ages = {(name,): self._age(channel, name) for name in QUEUES} if hasattr(channel, "_q_for_pri") else {}
-        yield Figure("payready_queue_messages", "Messages that no worker has taken.", counts, ("queue",))
-        yield Figure("payready_queue_oldest_seconds", "How old the first of them is.", ages, ("queue",))
+        yield MetricSample("payready_queue_messages", "Messages that no worker has taken.", counts, ("queue",))
+        yield MetricSample("payready_queue_oldest_seconds", "How old the first of them is.", ages, ("queue",))
 
     def _age(self, channel: Any, name: str) -> float:
         keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001

@@ -18,10 +18,10 @@ from worker.runtime import runtime
 _revoke = control.revoke
 
 
-@app.task(name="payments.revoke")
+@app.task(name="payments.cancel_by_task")
 def cancel_waiting(task_ids: Sequence[str]) -> None:
     """Cancel the payments that these tasks wait for, if they do."""
-    carry_out(flow.revoke(runtime(), task_ids))
+    carry_out(flow.cancel_by_task(runtime(), task_ids))
 
 
 @control.control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")

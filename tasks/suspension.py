@@ -2,11 +2,11 @@
 
 A task that must wait would hold a thread for as long. Instead it saves what Celery needs to go on after it
 (`leave`), and raises `Ignore`: the message is acknowledged, no result is written, no callback is sent, and Flower
-goes on showing it as started. When its outcome is known, any process takes that saved *canvas* and does what
+goes on showing it as started. When its outcome is known, any process takes that saved *continuation* and does what
 Celery's tracer does at the end of a task (`complete`, `fail`): it sends the `link` callbacks and the rest of the
 chain, writes the result, counts the task in its chord, calls the errbacks, and tells the event watchers.
 
-The canvas is plain JSON with a version. The task ids of everything it will send are settled when it is saved, so
+The continuation is plain JSON with a version. The task ids of everything it will send are settled when it is saved, so
 an outcome that is delivered twice (after a crash) sends callbacks with the same ids twice, and a receiver can tell.
 Celery itself sees to the rest of a second delivery: a result that says SUCCESS stays as it is, and a task counts
 once in its chord.
@@ -65,19 +65,19 @@ _PARTS = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
 
 
 class UnknownCanvas(Exception):
-    """A canvas was saved by a later release than this one, which cannot complete it."""
+    """A continuation was saved by a later release than this one, which cannot complete it."""
 
 
 def leave(request: Context) -> dict[str, Any]:
-    """The canvas of the running task: what it takes to complete it later."""
+    """The continuation of the running task: what it takes to complete it later."""
     saved = {name: value for name in _SAVED if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _settle_ids(saved.get(name))
     trace = tracing.carrier()
     saved["priority"] = (request.delivery_info or {}).get("priority")
-    canvas = {"version": VERSION, **saved, "left_at": time.time(), **({"trace": trace} if trace else {})}
+    continuation = {"version": VERSION, **saved, "left_at": time.time(), **({"trace": trace} if trace else {})}
     # Arguments may hold what JSON has no word for, as dates: kombu writes those in its own way.
-    return dict(json.loads(kombu_json.dumps(canvas)))
+    return dict(json.loads(kombu_json.dumps(continuation)))
 
 
 def _settle_ids(signatures: Any) -> None:
@@ -97,40 +97,40 @@ def show(app: Celery, waiting: Mapping[str, Any]) -> None:
     results.store(app, [Result(task_id, WAITING, what) for task_id, what in waiting.items()])
 
 
-def complete(app: Celery, canvas: dict[str, Any], result: Any) -> None:
-    """End the task that left this canvas as succeeded with `result`.
+def complete(app: Celery, continuation: dict[str, Any], result: Any) -> None:
+    """End the task that left this continuation as succeeded with `result`.
 
     Raises:
         UnknownCanvas: a later release saved it.
     """
-    with _resumed(app, canvas) as (task, request):
+    with _resumed(app, continuation) as (task, request):
         priority = request.delivery_info["priority"] if app.conf.task_inherit_parent_priority else None
         for callback in _callbacks(app, request):
             callback.apply_async((result,), priority=priority)
         if request.chain:
             app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], priority=priority)
         task.backend.mark_as_done(request.id, result, request)
-        _tell_watchers(app, canvas, "task-succeeded", result=_shown(result, task.resultrepr_maxsize))
+        _tell_watchers(app, continuation, "task-succeeded", result=_shown(result, task.resultrepr_maxsize))
 
 
-def is_plain(canvas: Mapping[str, Any]) -> bool:
+def is_plain(continuation: Mapping[str, Any]) -> bool:
     """Whether nothing follows the task: its outcome is a result, or nothing at all, and can be told with others'."""
-    return canvas["version"] <= VERSION and not any(
-        canvas.get(name) for name in ("callbacks", "errbacks", "chain", "chord", "group")
+    return continuation["version"] <= VERSION and not any(
+        continuation.get(name) for name in ("callbacks", "errbacks", "chain", "chord", "group")
     )
 
 
 def end_plain(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
     """End plain tasks together, each as succeeded with its result, or as failed with its exception."""
-    wanted = [(canvas, end) for canvas, end in ended if not canvas.get("ignore_result")]
+    wanted = [(continuation, end) for continuation, end in ended if not continuation.get("ignore_result")]
     ends = [Result(c["id"], _state(end), end, c.get("parent_id"), c.get("reply_to")) for c, end in wanted]
     results.store(app, ends)
-    for canvas, end in ended:
+    for continuation, end in ended:
         if isinstance(end, Exception):
-            _tell_watchers(app, canvas, "task-failed", exception=saferepr(end), traceback="")
+            _tell_watchers(app, continuation, "task-failed", exception=saferepr(end), traceback="")
         else:
-            shown = _shown(end, app.tasks[canvas["task"]].resultrepr_maxsize)
-            _tell_watchers(app, canvas, "task-succeeded", result=shown)
+            shown = _shown(end, app.tasks[continuation["task"]].resultrepr_maxsize)
+            _tell_watchers(app, continuation, "task-succeeded", result=shown)
 
 
 def _shown(result: Any, size: int) -> str:
@@ -152,23 +152,25 @@ def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
         yield group(single, app=app) if len(callbacks) > 1 else single[0]
 
 
-def fail(app: Celery, canvas: dict[str, Any], error: Exception) -> None:
-    """End the task that left this canvas as failed with `error`.
+def fail(app: Celery, continuation: dict[str, Any], error: Exception) -> None:
+    """End the task that left this continuation as failed with `error`.
 
     Raises:
         UnknownCanvas: a later release saved it.
     """
-    with _resumed(app, canvas) as (task, request):
+    with _resumed(app, continuation) as (task, request):
         task.backend.mark_as_failure(request.id, error, request=request, store_result=not request.ignore_result)
-        _tell_watchers(app, canvas, "task-failed", exception=saferepr(error), traceback="")
+        _tell_watchers(app, continuation, "task-failed", exception=saferepr(error), traceback="")
 
 
 @contextmanager
-def _resumed(app: Celery, canvas: dict[str, Any]) -> Iterator[tuple[Task, Context]]:
+def _resumed(app: Celery, continuation: dict[str, Any]) -> Iterator[tuple[Task, Context]]:
     """Run the block as the task that left, with its request."""
-    if canvas["version"] > VERSION:
-        raise UnknownCanvas(f"the canvas has version {canvas['version']}, and this release reads up to {VERSION}")
-    saved = kombu_json.loads(json.dumps(canvas))
+    if continuation["version"] > VERSION:
+        raise UnknownCanvas(
+            f"the continuation has version {continuation['version']}, and this release reads up to {VERSION}"
+        )
+    saved = kombu_json.loads(json.dumps(continuation))
     task = app.tasks[saved["task"]]
     request = Context(
         {name: saved[name] for name in _SAVED if name in saved},
@@ -184,10 +186,10 @@ def _resumed(app: Celery, canvas: dict[str, Any]) -> Iterator[tuple[Task, Contex
         _task_stack.pop()
 
 
-def _tell_watchers(app: Celery, canvas: dict[str, Any], event: str, **fields: Any) -> None:
+def _tell_watchers(app: Celery, continuation: dict[str, Any], event: str, **fields: Any) -> None:
     """Tell Flower and its like, in the name of the worker that began the task; the runtime is the whole wait."""
-    waited_s = max(0.0, time.time() - canvas["left_at"])
-    watchers(app).tell(event, canvas.get("hostname"), uuid=canvas["id"], runtime=waited_s, **fields)
+    waited_s = max(0.0, time.time() - continuation["left_at"])
+    watchers(app).tell(event, continuation.get("hostname"), uuid=continuation["id"], runtime=waited_s, **fields)
 
 
 watchers = functools.cache(Watchers)

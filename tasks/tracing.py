@@ -4,7 +4,7 @@ Celery's messages carry the trace in the header `traceparent` (W3C Trace Context
 is the child of the task that was left, begins when that was, and links to whatever ended it. What is sent at its end
 belongs to it. A tick of upkeep is no span: most have nothing to do.
 
-OpenTelemetry is the extra `payready[otel]`; its home is here, and without `PAYREADY_TRACES` nothing of it is loaded.
+OpenTelemetry is the extra `payready[otel]`; its home is here, and without `PAYREADY_TRACING_ENABLED` nothing of it is loaded.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -98,7 +98,7 @@ def switch_on(processor: "SpanProcessor | None" = None) -> None:
     try:
         _tracing = _Tracing(processor or _exporting())
     except ImportError:
-        raise ConfigurationError("PAYREADY_TRACES needs the extra payready[otel]") from None
+        raise ConfigurationError("PAYREADY_TRACING_ENABLED needs the extra payready[otel]") from None
     before_task_publish.connect(_on_publish)
     task_prerun.connect(_on_begin)
     task_postrun.connect(_on_end)

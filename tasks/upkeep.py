@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 from tasks.app import app
 from tasks.delivery import carry_out, deliver_overdue
-from worker import flow, subscriptions
-from worker.ledger.database import LEDGER_AWAY
+from worker import flow
+from worker.ledger.engine import DATABASE_UNAVAILABLE
+from worker.quiltt import subscriptions
 from worker.runtime import runtime
-from worker.runtime import subscriptions as provider_subscriptions
+from worker.runtime import subscriptions_client as provider_subscriptions
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,9 @@ def expire() -> None:
     more = True
     with _while_the_ledger_answers():
         while more:
-            todo = flow.look(runtime())
+            todo = flow.expire_due_payments(runtime())
             carry_out(todo)
-            more = todo.more
+            more = todo.has_more
 
 
 @app.task(name="payments.sweep", send_events=False)
@@ -36,19 +37,19 @@ def sweep() -> None:
         carry_out(flow.sweep(runtime()))
 
 
-@app.task(name="webhooks.check", send_events=False)
+@app.task(name="webhooks.check_subscription", send_events=False)
 def check_subscription() -> None:
     """See whether the provider still delivers to us."""
     url = runtime().settings.webhook_url
     if url is not None:
         with provider_subscriptions(runtime().settings) as provider:
-            subscriptions.check(provider, url)
+            subscriptions.check_subscription(provider, url)
 
 
-@app.task(name="webhooks.trim", send_events=False)
+@app.task(name="quarantine.prune", send_events=False)
 def trim_quarantine() -> None:
     """Keep the quarantine within its bounds."""
-    flow.trim_quarantine(runtime())
+    flow.prune_quarantine(runtime())
 
 
 @contextmanager
@@ -56,5 +57,5 @@ def _while_the_ledger_answers() -> Iterator[None]:
     """Say in a line that it does not: the next tick tries again, and a traceback a second would drown all else."""
     try:
         yield
-    except LEDGER_AWAY as error:
+    except DATABASE_UNAVAILABLE as error:
         log.error("upkeep stands still, the database is away: %s", " ".join(str(getattr(error, "orig", error)).split()))

@@ -11,7 +11,8 @@ from webhook.app import PATH
 from webhook.events import OURS
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
 from worker.errors import Reason
-from worker.messages import Balance, Job, Outcome
+from worker.quiltt.messages import Balance
+from worker.rules.job import Job, Outcome
 
 FOLDER = Path(__file__).parent.parent / "docs" / "contracts"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -10,7 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from console.processes import ROOT
-from worker.ledger.database import open_engine
+from worker.ledger.engine import open_engine
 from worker.ledger.tables import PAYMENT
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import uvicorn
 
-from config.collector import collect_seldom, spare_what_is_loaded
-from config.logs import configure_logging
+from config.garbage_collection import freeze_gc, raise_gc_thresholds
+from config.log_config import configure_logging
 from config.settings import ConfigurationError, settings
 from webhook.connection import Connection
-from worker import metrics
+from worker import metrics_server
 
 SERVER: dict[str, Any] = {
     "loop": "uvloop",
@@ -28,21 +28,21 @@ SERVER: dict[str, Any] = {
 
 def main() -> None:
     """Serve until SIGTERM, then finish what is under way."""
-    collect_seldom()
+    raise_gc_thresholds()
     try:
         chosen = settings()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     configure_logging(chosen)
     if chosen.metrics_port:
-        metrics.serve(chosen.metrics_host, chosen.metrics_port)
+        metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
     keeper = import_module("webhook.app").keeper
-    spare_what_is_loaded()
+    freeze_gc()
     # It may come before uvicorn listens to it, and uvicorn raises it again when it has stopped. By itself it would end
     # the process with what is still to be told.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
-        uvicorn.run("webhook.app:app", host=chosen.host, port=chosen.port, **SERVER)
+        uvicorn.run("webhook.app:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
     finally:
         keeper.finish()
 

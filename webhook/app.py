@@ -33,8 +33,8 @@ from webhook.readiness import Readiness
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
 from webhook.tally import Tally
 from worker import flow
-from worker.flow import Next
-from worker.ledger.database import LEDGER_AWAY, ping
+from worker.flow import FollowUp
+from worker.ledger.engine import DATABASE_UNAVAILABLE, ping
 from worker.runtime import runtime, utc_now
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _verify(body: bytes, headers: dict[bytes, bytes]) -> str:
     """
     timestamp = headers.get(_TIMESTAMP, b"").decode("latin-1")
     signed = headers.get(_SIGNATURE, b"").decode("latin-1")
-    signature.verify(body, timestamp, signed, _secrets(), utc_now(), settings().webhook_window_s)
+    signature.verify(body, timestamp, signed, _secrets(), utc_now(), settings().webhook_tolerance_s)
     kind = headers.get(b"content-type", b"application/json")
     if kind != b"application/json" and not _JSON.fullmatch(kind):
         raise Refused(415, "content_type", "its body does not call itself JSON")
@@ -221,7 +221,7 @@ async def _hand_over(delivery: Delivery) -> int:
     try:
         if balances or odd or connections:
             await keeper.keep(delivery)
-    except LEDGER_AWAY as error:
+    except DATABASE_UNAVAILABLE as error:
         told = "answered with 503, the provider must send it again: %s"
         tally.delivery("unsafe", told, type(error).__name__, level=logging.ERROR)
         return 503
@@ -237,30 +237,30 @@ async def _hand_over(delivery: Delivery) -> int:
     return 204
 
 
-def _keep(deliveries: Sequence[Delivery]) -> Next:
+def _keep(deliveries: Sequence[Delivery]) -> FollowUp:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
     odd = [event for delivery in deliveries for event in delivery.odd]
     news = [one for delivery in deliveries for one in delivery.news]
-    return flow.receive(runtime(), balances, odd, news)
+    return flow.ingest_events(runtime(), balances, odd, news)
 
 
-def _follow(left: Sequence[Next]) -> None:
-    todo = Next()
+def _follow(left: Sequence[FollowUp]) -> None:
+    todo = FollowUp()
     for one in left:
-        todo.add(one)
+        todo.merge(one)
     carry_out_but_canvases(todo)
 
 
 def _is_ledger_there() -> bool:
     try:
         ping(runtime().engine)
-    except LEDGER_AWAY:
+    except DATABASE_UNAVAILABLE:
         return False
     return True
 
 
 celery.loader.import_default_modules()  # an outcome is told in the name of the task that waits for it
-keeper = Keeper(_keep, _follow, away=LEDGER_AWAY, answers=_is_ledger_there)
+keeper = Keeper(_keep, _follow, away=DATABASE_UNAVAILABLE, answers=_is_ledger_there)
 readiness = Readiness(_is_ledger_there)
 
 

@@ -26,7 +26,8 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from worker.messages import Balance, Breakdown, ConnectionEvent, News, ReconnectedEvent, Relink
+from worker.quiltt.messages import Balance, ConnectionEvent, ReconnectedEvent
+from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
@@ -58,7 +59,7 @@ class Odd(Exception):
 
 Received = tuple[str, Balance]
 """A REFRESH balance with the id of its event."""
-Found = Received | News | None
+Found = Received | ConnectionUpdate | None
 """What an event is for us; None if it is none of ours."""
 
 
@@ -71,7 +72,7 @@ class Delivery:
     balances: list[Received] = field(default_factory=list)
     odd: list[tuple[bytes, str]] = field(default_factory=list)
     """Balance events that could not be understood, as they came, with the reason."""
-    news: list[News] = field(default_factory=list)
+    news: list[ConnectionUpdate] = field(default_factory=list)
     """Connections and profiles that no balance will come for, and accounts that moved to another connection."""
     unreadable: int = 0
     """What is not JSON and does not say that it is, or is not, a balance event. It may be personal: it is not kept."""
@@ -236,7 +237,7 @@ def _look_at_balance(event: dict[str, Any]) -> Received | None:
         raise Odd(_complaint(error)) from None
 
 
-def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> Breakdown | None:
+def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
     """What names no connection is passed over. One without a time counts as of its signature."""
     try:
         seen = ConnectionEvent.model_validate(event)
@@ -246,17 +247,17 @@ def _look_at_breakdown(event: dict[str, Any], signed_at: datetime) -> Breakdown 
     if at > signed_at + AHEAD:
         return None
     if seen.type == "profile.deleted":
-        return Breakdown(BREAKDOWNS[seen.type], at, profile_id=seen.record.id)
-    return Breakdown(BREAKDOWNS[seen.type], at, connection_id=seen.record.id)
+        return ConnectionLost(BREAKDOWNS[seen.type], at, profile_id=seen.record.id)
+    return ConnectionLost(BREAKDOWNS[seen.type], at, connection_id=seen.record.id)
 
 
-def _look_at_reconnection(event: dict[str, Any], signed_at: datetime) -> Relink | None:
+def _look_at_reconnection(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
     try:
         seen = ReconnectedEvent.model_validate(event)
     except ValidationError:
         return None
     at = seen.at or signed_at
-    return Relink(seen.record.id, seen.metadata.to.id, at) if at <= signed_at + AHEAD else None
+    return AccountMoved(seen.record.id, seen.metadata.to.id, at) if at <= signed_at + AHEAD else None
 
 
 def _complaint(error: ValidationError) -> str:

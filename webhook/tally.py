@@ -24,9 +24,9 @@ class Tally:
         self._clock = clock
         self._told_at: dict[str, float] = {}
         self._untold: dict[str, int] = {}
-        self._counters = functools.cache(metrics.DELIVERIES.labels)
-        self._routine = metrics.DELIVERIES.labels("routine")
-        self._routine_events = metrics.EVENTS.labels("routine")
+        self._counters = functools.cache(metrics.WEBHOOK_DELIVERIES.labels)
+        self._routine = metrics.WEBHOOK_DELIVERIES.labels("routine")
+        self._routine_events = metrics.WEBHOOK_EVENTS.labels("routine")
 
     def routine(self, events: int) -> None:
         """Nothing in it was ours: most of what comes."""
@@ -50,4 +50,4 @@ class Tally:
         """Count the events of a delivery by what became of them."""
         for result, count in counts.items():
             if count:
-                metrics.EVENTS.labels(result).inc(count)
+                metrics.WEBHOOK_EVENTS.labels(result).inc(count)

@@ -4,15 +4,16 @@ Exception
 ├── InvalidJob            never: the job is wrong; the message names field and rule
 ├── PaymentNotReady       never: the payment was settled as failed (this is an outcome, not a fault)
 └── CallFailed            the provider call did not end with its 202
-    ├── Unsent            again: nothing reached the provider
-    │   └── Crowded       again: all of our own connections are in use
-    ├── Throttled         again, later: the provider refused to listen (429)
-    ├── Refused           never: the provider's answer will not change by asking again
-    └── Uncertain         not blindly: the call may have been accepted, and charged
+    ├── CallNotSent            again: nothing reached the provider
+    │   └── ConnectionPoolExhausted       again: all of our own connections are in use
+    ├── RateLimited         again, later: the provider refused to listen (429)
+    ├── CallRejected           never: the provider's answer will not change by asking again
+    └── CallResultUnknown         not blindly: the call may have been accepted, and charged
 """
 
 from datetime import datetime
 from enum import StrEnum
+from typing import ClassVar
 
 
 class Reason(StrEnum):
@@ -48,20 +49,27 @@ class PaymentNotReady(Exception):
 class CallFailed(Exception):
     """A call to the provider did not end with its 202."""
 
+    result: ClassVar[str] = "unknown"
+    """The label `result` of `payready_provider_calls_total`."""
     status: int | None = None
 
 
-class Unsent(CallFailed):
+class CallNotSent(CallFailed):
     """Provably nothing was sent (no connection was had): safe to call again."""
 
+    result = "not_sent"
 
-class Crowded(Unsent):
+
+class ConnectionPoolExhausted(CallNotSent):
     """All connections that we allow ourselves are in use: it says nothing of the provider."""
 
+    result = "skipped"
 
-class Throttled(CallFailed):
+
+class RateLimited(CallFailed):
     """The provider answered 429: not accepted, safe to call again, not before `retry_at`."""
 
+    result = "rate_limited"
     status = 429
 
     def __init__(self, detail: str, retry_at: datetime | None) -> None:
@@ -69,8 +77,10 @@ class Throttled(CallFailed):
         self.retry_at = retry_at
 
 
-class Refused(CallFailed):
+class CallRejected(CallFailed):
     """The provider will not refresh this account's balance; `reason` is the payments' reason to fail."""
+
+    result = "rejected"
 
     def __init__(self, status: int, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -78,7 +88,7 @@ class Refused(CallFailed):
         self.reason = reason
 
 
-class Uncertain(CallFailed):
+class CallResultUnknown(CallFailed):
     """The answer was lost, late or a 5xx: the call may have been accepted and charged."""
 
     def __init__(self, detail: str, status: int | None = None) -> None:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
-from worker.caps import Caps
-from worker.correlation.client import connect
-from worker.correlation.gate import Budget, Gate
-from worker.correlation.store import Correlation
-from worker.errors import CallFailed, Reason, Refused, Unsent
-from worker.fees import Price, PriceList, PriceListError, read_prices
-from worker.ledger.database import Engine, open_engine
-from worker.ledger.fees import Spending
-from worker.provider import Mode, Quiltt
-from worker.subscriptions import Subscriptions
+from worker.correlation.admission import AdmissionControl, RateLimiter
+from worker.correlation.redis_client import create_client
+from worker.correlation.store import CorrelationStore
+from worker.errors import CallFailed, CallNotSent, CallRejected, Reason
+from worker.ledger.cap_usage import CapUsageCounter
+from worker.ledger.engine import Engine, open_engine
+from worker.quiltt.client import ApiKeyMode, QuilttClient
+from worker.quiltt.subscriptions import SubscriptionsClient
+from worker.rules.fee_caps import FeeCaps
+from worker.rules.pricing import Price, PriceList, PriceListError, parse_price_list
 
-ASK_AGAIN = timedelta(seconds=2)
+MODE_RETRY_DELAY = timedelta(seconds=2)
 """After this long a question that the provider did not answer is asked again."""
 
 
@@ -33,95 +33,95 @@ class Runtime:
 
     settings: Settings
     engine: Engine
-    correlation: Correlation
-    gate: Gate
-    reads: Budget
-    provider: Quiltt
-    prices: PriceList
+    correlation: CorrelationStore
+    admission: AdmissionControl
+    poll_limiter: RateLimiter
+    provider: QuilttClient
+    price_list: PriceList
     clock: Callable[[], datetime] = utc_now
-    spending: Spending = field(default_factory=Spending, init=False)
-    _mode: Mode | None = field(default=None, init=False)
-    _trouble: tuple[datetime, CallFailed] | None = field(default=None, init=False)
-    _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
+    cap_usage: CapUsageCounter = field(default_factory=CapUsageCounter, init=False)
+    _api_key_mode: ApiKeyMode | None = field(default=None, init=False)
+    _last_mode_error: tuple[datetime, CallFailed] | None = field(default=None, init=False)
+    _mode_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
-    def caps(self) -> Caps:
+    def fee_caps(self) -> FeeCaps:
         """What may be spent."""
         chosen = self.settings
-        return Caps(chosen.fee_cap_per_day, chosen.fee_cap_per_month, chosen.fee_calls_per_account_per_day)
+        return FeeCaps(chosen.fee_cap_per_day, chosen.fee_cap_per_month, chosen.call_cap_per_account_per_day)
 
-    def mode(self) -> Mode:
+    def api_key_mode(self) -> ApiKeyMode:
         """The provider's environment that our key belongs to. The provider is asked once.
 
         Raises:
-            Unsent: it could not be asked.
-            Refused: the key is wrong, or is a production key where none may be used.
+            CallNotSent: it could not be asked.
+            CallRejected: the key is wrong, or is a production key where none may be used.
         """
-        with self._asking:
-            if self._mode is None:
-                self._mode = self._ask()
-            return self._mode
+        with self._mode_lock:
+            if self._api_key_mode is None:
+                self._api_key_mode = self._fetch_key_mode()
+            return self._api_key_mode
 
-    def price(self, mode: Mode, at: datetime) -> Price:
+    def call_price(self, mode: ApiKeyMode, at: datetime) -> Price:
         """What a call costs that is made at this time.
 
         Raises:
-            Unsent: the price list has no price for it.
+            CallNotSent: the price list has no price for it.
         """
         try:
-            return self.prices.on(mode, at.astimezone(UTC).date())
+            return self.price_list.price_for(mode, at.astimezone(UTC).date())
         except PriceListError as error:
-            raise Unsent(str(error)) from error
+            raise CallNotSent(str(error)) from error
 
-    def _ask(self) -> Mode:
+    def _fetch_key_mode(self) -> ApiKeyMode:
         """Ask for the mode; who had to wait while someone else asked in vain does not ask again at once."""
         now = self.clock()
-        if self._trouble is not None and now - self._trouble[0] < ASK_AGAIN:
-            raise self._trouble[1]
+        if self._last_mode_error is not None and now - self._last_mode_error[0] < MODE_RETRY_DELAY:
+            raise self._last_mode_error[1]
         try:
-            return self._allowed(self.provider.mode())
+            return self._require_allowed(self.provider.api_key_mode())
         except CallFailed as failure:
-            self._trouble = (self.clock(), failure)
+            self._last_mode_error = (self.clock(), failure)
             raise
 
-    def _allowed(self, mode: Mode) -> Mode:
+    def _require_allowed(self, mode: ApiKeyMode) -> ApiKeyMode:
         if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
-            raise Refused(
+            raise CallRejected(
                 403, Reason.NOT_AUTHORIZED, "a production key is used in development; see PAYREADY_ALLOW_PRODUCTION_KEY"
             )
         return mode
 
 
-def build(settings: Settings) -> Runtime:
+def build_runtime(settings: Settings) -> Runtime:
     """Make the clients; none of them connects before it is used."""
-    provider = Quiltt(
+    provider = QuilttClient(
         settings.quiltt_api_url,
         settings.quiltt_auth_url,
         settings.quiltt_api_key,
         connect_timeout_s=settings.quiltt_connect_timeout_s,
         read_timeout_s=settings.quiltt_read_timeout_s,
-        connections=settings.quiltt_connections,
+        max_connections=settings.quiltt_max_connections,
     )
-    redis = connect(settings.redis_url)
+    redis = create_client(settings.redis_url)
     return Runtime(
         settings=settings,
         engine=open_engine(settings.database_url),
-        correlation=Correlation(redis),
-        gate=Gate(
+        correlation=CorrelationStore(redis),
+        admission=AdmissionControl(
             redis,
             calls_per_s=settings.calls_per_s,
-            failures=settings.breaker_failures,
-            probe_limit=settings.call_limit,
+            failure_threshold=settings.circuit_breaker_failures,
+            probe_timeout=settings.max_call_duration,
         ),
-        reads=Budget(redis, "reads", per_s=settings.reads_per_s),
+        poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
         provider=provider,
-        prices=read_prices(settings.fees_file.read_text()),
+        price_list=parse_price_list(settings.price_list_file.read_text()),
     )
 
 
-def subscriptions(settings: Settings) -> Subscriptions:
+def subscriptions_client(settings: Settings) -> SubscriptionsClient:
     """The provider's webhook subscriptions, asked for by few, and seldom."""
-    return Subscriptions(
+    return SubscriptionsClient(
         settings.quiltt_api_url,
         settings.quiltt_api_key,
         connect_timeout_s=settings.quiltt_connect_timeout_s,
@@ -132,4 +132,4 @@ def subscriptions(settings: Settings) -> Subscriptions:
 @functools.cache
 def runtime() -> Runtime:
     """The runtime of this process, made at its first use (after any fork)."""
-    return build(settings())
+    return build_runtime(settings())

@@ -9,7 +9,7 @@ from amqp.exceptions import PreconditionFailed
 from celery import Celery
 from kombu import Queue
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from tests.support.rabbit import SERVER, WHY_NOT, RabbitMQ, rabbitmq
 from tests.support.system import system, wait_until

@@ -14,7 +14,7 @@ from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 from kombu.transport.redis import Mutex
 from redis import Redis
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks.broker import BrokerUnfit, acknowledge
 

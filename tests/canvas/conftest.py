@@ -35,7 +35,7 @@ def _apps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def payready(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[System]:
     """All of payready, with every role running; its worker knows the payments team's new-style errbacks."""
-    with system(tmp_path_factory.mktemp("canvas"), postgres_server.database(), "beat") as running:
+    with system(tmp_path_factory.mktemp("continuation"), postgres_server.database(), "beat") as running:
         start_worker(running)
         running.processes.start("service", SERVICE, SERVICE_URL=running.redis_url)
         running.processes.start("twin", TWIN, SERVICE_URL=running.redis_url)
@@ -79,7 +79,7 @@ def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
     payready.start("web")
     send_balance(payready, run.account_id)
     kill_between_settling_and_telling(payready, run)
-    assert not any(reply["delivered_at"] for reply in run.replies() if not is_plain(reply["canvas"]))
+    assert not any(reply["delivered_at"] for reply in run.replies() if not is_plain(reply["continuation"]))
     run.make_due()
     payready.start("beat", "refresh")
     start_worker(payready)

@@ -79,7 +79,7 @@ class Run:
 
     def replies(self) -> list[dict[str, Any]]:
         """The tasks of this run that wait, or waited."""
-        query = "SELECT task_id, payment_id, canvas, due_at, delivered_at FROM reply WHERE payment_id LIKE :run"
+        query = "SELECT task_id, payment_id, continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id LIKE :run"
         return self.system.rows(query, run=f"{self.name}/%")
 
     def wait_until_all_wait(self) -> None:
@@ -119,7 +119,7 @@ class Run:
 
     def make_due(self) -> None:
         """Bring forward what the sweep would do after a while: tell the outcomes that nobody noted as told."""
-        told = text("UPDATE reply SET due_at = now(), delivered_at = NULL WHERE payment_id LIKE :run")
+        told = text("UPDATE outcome_delivery SET due_at = now(), delivered_at = NULL WHERE payment_id LIKE :run")
         with self.system.engine.begin() as connection:
             connection.execute(told, {"run": f"{self.name}/%"})
 
@@ -131,7 +131,7 @@ class Run:
         """What came of a primitive, with names in the place of ids."""
         tag = self.tag(primitive, outcome)
         notes = {note["id"]: note for note in self.received[tag]} | {
-            reply["task_id"]: {"mark": reply["payment_id"].rpartition("/")[2], **_of_canvas(reply["canvas"])}
+            reply["task_id"]: {"mark": reply["payment_id"].rpartition("/")[2], **_of_canvas(reply["continuation"])}
             for reply in self.replies()
             if reply["payment_id"].startswith(tag + "/")
         }
@@ -144,16 +144,16 @@ def kill_between_settling_and_telling(system: System, run: Run) -> None:
     """When the run's payments are settled, start a worker, and kill it when it asks who is to be told."""
     waiting = "SELECT payment_id FROM payment WHERE payment_id LIKE :run AND state = 'waiting'"
     wait_until(lambda: not system.rows(waiting, run=f"{run.name}/%"), PATIENCE_S, "the payments are settled")
-    blocked = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'SELECT reply.task_id%'"
+    blocked = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'SELECT outcome_delivery.task_id%'"
     with system.engine.connect() as table:
-        table.execute(text("LOCK TABLE reply IN ACCESS EXCLUSIVE MODE"))
+        table.execute(text("LOCK TABLE outcome_delivery IN ACCESS EXCLUSIVE MODE"))
         system.processes.start("worker", procfile()["worker"])
         wait_until(lambda: bool(system.rows(blocked)), PATIENCE_S, "the worker asks who is to be told")
         system.kill("worker")
 
 
-def _of_canvas(canvas: dict[str, Any]) -> dict[str, Any]:
-    return {name: canvas.get(name) for name in ("root_id", "parent_id", "group_index")}
+def _of_canvas(continuation: dict[str, Any]) -> dict[str, Any]:
+    return {name: continuation.get(name) for name in ("root_id", "parent_id", "group_index")}
 
 
 def _call(note: dict[str, Any], names: dict[str, str], primitive: Primitive) -> dict[str, Any]:

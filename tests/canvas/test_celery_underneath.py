@@ -83,7 +83,7 @@ def test_a_success_is_never_overwritten(app: Celery) -> None:
 
 
 def test_the_reply_address_survives_for_backends_that_answer_by_message(valkey_url: str) -> None:
-    """With `rpc://` a result is a message to the process that asked, told from the canvas alone."""
+    """With `rpc://` a result is a message to the process that asked, told from the continuation alone."""
     app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     saved = suspension.leave(request(id="rpc", reply_to="who-asked"))

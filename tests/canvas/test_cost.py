@@ -1,4 +1,4 @@
-"""What completing a task costs, counted by the server: one result, and what the canvas itself sends."""
+"""What completing a task costs, counted by the server: one result, and what the continuation itself sends."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from celery.concurrency.thread import TaskPool
 from celery.result import denied_join_result
 from redis import Redis
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks import suspension
 from tasks.gathering import Gatherer
@@ -33,8 +33,8 @@ def app(valkey_url: str) -> Iterator[Celery]:
     app.task(_nothing, name="payments.initiate", shared=False)
     watchers = suspension.watchers(app)
     watchers._gatherer = Gatherer(watchers._send, limit=9)  # at once, where it is counted
-    suspension.complete(app, canvas(app), {})  # opens the connections
-    suspension.complete(app, canvas(app, chain=[app.signature("ledger.note")]), {})
+    suspension.complete(app, continuation(app), {})  # opens the connections
+    suspension.complete(app, continuation(app, chain=[app.signature("ledger.note")]), {})
     yield app
     app.close()
 
@@ -43,8 +43,8 @@ def _nothing() -> None:
     pass
 
 
-def canvas(app: Celery, **given: Any) -> dict[str, Any]:
-    """The canvas of a task that runs."""
+def continuation(app: Celery, **given: Any) -> dict[str, Any]:
+    """The continuation of a task that runs."""
     request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
     return suspension.leave(Context(request))
 
@@ -73,19 +73,19 @@ def total(*parts: dict[str, int]) -> dict[str, int]:
 
 def test_completing_is_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
     """Nothing is read or written but the result."""
-    assert commands(valkey_url, app, canvas(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
+    assert commands(valkey_url, app, continuation(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
     error = PaymentNotReady("timeout", "no balance came")
-    assert commands(valkey_url, app, canvas(app, id="b"), error) == total(RESULT, EVENT)
+    assert commands(valkey_url, app, continuation(app, id="b"), error) == total(RESULT, EVENT)
 
 
 def test_an_ignored_result_is_one_event(app: Celery, valkey_url: str) -> None:
     """Not even a look at the result backend."""
-    assert commands(valkey_url, app, canvas(app, ignore_result=True), {}) == EVENT
+    assert commands(valkey_url, app, continuation(app, ignore_result=True), {}) == EVENT
 
 
 def test_a_link_and_a_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
     """As they are when a plain task sends them."""
-    saved = canvas(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
+    saved = continuation(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
     assert commands(valkey_url, app, saved, {}) == total(RESULT, EVENT, MESSAGE, MESSAGE)
 
 

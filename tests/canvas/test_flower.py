@@ -69,7 +69,7 @@ def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
     for payment, payment_id in ((released, "flower/released"), (failed, "flower/failed")):
         row = payready.payment(payment_id)
         assert info(payment.id)["runtime"] == pytest.approx(
-            (row["settled_at"] - row["requested_at"]).total_seconds(), abs=1
+            (row["resolved_at"] - row["requested_at"]).total_seconds(), abs=1
         )
         assert info(payment.id)["runtime"] > 1.5
     assert "'state': 'released'" in info(released.id)["result"]

@@ -1,4 +1,4 @@
-"""The canvas that is saved: plain JSON with a version, which later releases read and earlier ones refuse."""
+"""The continuation that is saved: plain JSON with a version, which later releases read and earlier ones refuse."""
 
 import json
 from datetime import UTC, datetime
@@ -38,23 +38,23 @@ def request(**given: Any) -> Context:
     return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
 
 
-def ids_in(canvas: Any) -> list[str]:
-    """The ids of all that the canvas will send."""
-    if isinstance(canvas, list):
-        return [found for part in canvas for found in ids_in(part)]
-    if not isinstance(canvas, dict):
+def ids_in(continuation: Any) -> list[str]:
+    """The ids of all that the continuation will send."""
+    if isinstance(continuation, list):
+        return [found for part in continuation for found in ids_in(part)]
+    if not isinstance(continuation, dict):
         return []
-    own = [canvas["options"]["task_id"]] if "task_id" in canvas.get("options", {}) else []
-    return own + [found for part in canvas.values() for found in ids_in(part)]
+    own = [continuation["options"]["task_id"]] if "task_id" in continuation.get("options", {}) else []
+    return own + [found for part in continuation.values() for found in ids_in(part)]
 
 
 def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
     """What JSON has no word for is written as Celery's messages write it, and is read back as what it was."""
     values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
-    canvas = suspension.leave(request(callbacks=[app.signature("ledger.note", args=values)]))
-    assert canvas["version"] == suspension.VERSION == 1
-    assert json.loads(json.dumps(canvas)) == canvas
-    with suspension._resumed(app, canvas) as (_, resumed):
+    continuation = suspension.leave(request(callbacks=[app.signature("ledger.note", args=values)]))
+    assert continuation["version"] == suspension.VERSION == 1
+    assert json.loads(json.dumps(continuation)) == continuation
+    with suspension._resumed(app, continuation) as (_, resumed):
         assert resumed.callbacks[0]["args"] == values
 
 
@@ -75,10 +75,10 @@ def test_all_that_will_be_sent_has_its_id_when_the_canvas_is_saved(app: Celery) 
     linked = note.clone()
     linked.link(note.clone())
     linked.link_error(note.clone())
-    canvas = suspension.leave(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
-    found = ids_in(canvas)
+    continuation = suspension.leave(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
+    found = ids_in(continuation)
     assert len(found) == len(set(found)) == 12  # ten tasks, and the chord and the group as groups
-    assert canvas["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
+    assert continuation["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
 
 
 def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery) -> None:
@@ -93,41 +93,45 @@ def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery
 
 def test_a_canvas_of_a_later_release_is_refused(app: Celery) -> None:
     """It may hold what this release would leave out."""
-    canvas = suspension.leave(request()) | {"version": 2}
-    with pytest.raises(suspension.UnknownCanvas, match="the canvas has version 2, and this release reads up to 1"):
-        suspension.complete(app, canvas, {})
+    continuation = suspension.leave(request()) | {"version": 2}
+    with pytest.raises(
+        suspension.UnknownCanvas, match="the continuation has version 2, and this release reads up to 1"
+    ):
+        suspension.complete(app, continuation, {})
     with pytest.raises(suspension.UnknownCanvas):
-        suspension.fail(app, canvas, ValueError())
+        suspension.fail(app, continuation, ValueError())
 
 
-def replace_canvas(payready: System, payment_id: str, canvas: dict[str, Any]) -> None:
+def replace_canvas(payready: System, payment_id: str, continuation: dict[str, Any]) -> None:
     """As if another release had saved it."""
-    replaced = text("UPDATE reply SET canvas = :canvas WHERE payment_id = :id").bindparams(
-        bindparam("canvas", type_=JSON)
+    replaced = text("UPDATE outcome_delivery SET continuation = :continuation WHERE payment_id = :id").bindparams(
+        bindparam("continuation", type_=JSON)
     )
     with payready.engine.begin() as connection:
-        connection.execute(replaced, {"canvas": canvas, "id": payment_id})
+        connection.execute(replaced, {"continuation": continuation, "id": payment_id})
 
 
 def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
     payready: System, service: Celery, received: Received
 ) -> None:
-    """The payment is settled, nobody is told, the log says why; the release that saved the canvas tells it."""
-    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-canvas", fails=False)
+    """The payment is settled, nobody is told, the log says why; the release that saved the continuation tells it."""
+    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-continuation", fails=False)
     result = kit.pay(link=kit.note("next")).apply_async()
-    reply = "SELECT canvas, due_at, delivered_at FROM reply WHERE payment_id = :id"
+    reply = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"
     [saved] = eventually(lambda: payready.rows(reply, id=kit.payments[0]))
-    replace_canvas(payready, kit.payments[0], saved["canvas"] | {"version": 99})
+    replace_canvas(payready, kit.payments[0], saved["continuation"] | {"version": 99})
     send_balance(payready, kit.account_id)
     log = payready.processes.log_of("worker")
-    eventually(lambda: "the canvas has version 99, and this release reads up to 1" in log.read_text())
+    eventually(lambda: "the continuation has version 99, and this release reads up to 1" in log.read_text())
     [due] = payready.rows(reply, id=kit.payments[0])
     assert payready.payment(kit.payments[0])["state"] == "released"
     assert (due["due_at"] is not None, due["delivered_at"], result.state) == (True, None, "WAITING")
     assert not received[kit.tag]
-    replace_canvas(payready, kit.payments[0], saved["canvas"])
+    replace_canvas(payready, kit.payments[0], saved["continuation"])
     with payready.engine.begin() as connection:
-        connection.execute(text("UPDATE reply SET due_at = now() WHERE payment_id = :id"), {"id": kit.payments[0]})
+        connection.execute(
+            text("UPDATE outcome_delivery SET due_at = now() WHERE payment_id = :id"), {"id": kit.payments[0]}
+        )
     assert result.get(timeout=15)["state"] == "released"
     eventually(lambda: [note["mark"] for note in received[kit.tag]] == ["next"])
 
@@ -142,18 +146,18 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
 def test_what_the_first_release_saved_still_goes_on(
     payready: System, service: Celery, received: Received, outcome: str, called: set[str]
 ) -> None:
-    """The checked-in canvas of version 1 sends all it promises, with the ids, relations and stamps it promises."""
+    """The checked-in continuation of version 1 sends all it promises, with the ids, relations and stamps it promises."""
     tag = f"v1-{outcome}"
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
     kit.pay().apply_async()
-    reply = "SELECT canvas FROM reply WHERE payment_id = :id"
+    reply = "SELECT continuation FROM outcome_delivery WHERE payment_id = :id"
     eventually(lambda: payready.rows(reply, id=kit.payments[0]))
-    canvas = json.loads(VERSION_1.read_text().replace("TAG", tag))
-    replace_canvas(payready, kit.payments[0], canvas)
-    service.backend.set_chord_size(canvas["group"], 1)
+    continuation = json.loads(VERSION_1.read_text().replace("TAG", tag))
+    replace_canvas(payready, kit.payments[0], continuation)
+    service.backend.set_chord_size(continuation["group"], 1)
     send_balance(payready, kit.account_id)
     eventually(lambda: {note["mark"] for note in received[tag]} == called)
-    task: Any = service.AsyncResult(canvas["id"])
+    task: Any = service.AsyncResult(continuation["id"])
     assert task.state == {"released": "SUCCESS", "failed": "FAILURE"}[outcome]
     for note in received[tag]:
         assert note["id"] == f"{tag}-{note['mark']}"
@@ -162,7 +166,7 @@ def test_what_the_first_release_saved_still_goes_on(
 
 
 def test_the_checked_in_canvas_has_every_part_that_a_canvas_has(app: Celery) -> None:
-    """A part that is added to the canvas is added to the fixture, or to a fixture of a new version."""
+    """A part that is added to the continuation is added to the fixture, or to a fixture of a new version."""
     everything: dict[str, Any] = dict.fromkeys(suspension._SAVED, "x")
     everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
     saved = suspension.leave(request(**everything | {"delivery_info": {"priority": 3}}))

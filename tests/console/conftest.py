@@ -12,14 +12,15 @@ from sqlalchemy import Engine, select
 from sqlmodel import SQLModel
 
 from tests.support.servers import Postgres
-from worker.fees import EntryState, Price
-from worker.ledger import balances, fees, payments, refreshes
-from worker.ledger.database import open_engine, transaction
-from worker.ledger.payments import Settlement
-from worker.ledger.refreshes import Flight
+from worker.ledger import balances, fee_entries, outcome_deliveries, payments, refreshes
+from worker.ledger.engine import open_engine, transaction
+from worker.ledger.payments import Resolution
+from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import FEE_ENTRY
-from worker.messages import Balance, Job
-from worker.payment import PaymentState, RefreshState
+from worker.quiltt.messages import Balance
+from worker.rules.job import Job
+from worker.rules.pricing import EntryState, Price
+from worker.rules.states import PaymentState, RefreshState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DIME = Price(Decimal("0.100000"), "USD", "2026-11-22")
@@ -35,29 +36,31 @@ class Books:
     def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
         """A payment that waits, with one task."""
         with transaction(self.engine) as tx:
-            payments.record(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
-            payments.await_outcomes(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
+            payments.insert_payments(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
+            outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
 
     def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
         """Its end; with `delivered`, its task was told."""
         delivered = how.pop("delivered", True)
         settled: dict[str, Any] = {"outcome": {"reason": how.get("reason"), "detail": "the detail"}, **how}
         with transaction(self.engine) as tx:
-            payments.settle(tx, [Settlement(payment_id=payment_id, state=state, settled_at=at, **settled)])
+            payments.resolve(tx, [Resolution(payment_id=payment_id, state=state, resolved_at=at, **settled)])
             if delivered:
-                payments.delivered(tx, {f"task-{payment_id}": at + timedelta(seconds=1)})
+                outcome_deliveries.mark_delivered(tx, {f"task-{payment_id}": at + timedelta(seconds=1)})
 
     def call(
         self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
     ) -> None:
         """One call of a refresh, and how its fee ended."""
         with transaction(self.engine) as tx:
-            refreshes.add(tx, [Flight(refresh_id, account_id, RefreshState.CALLING, 0, 0, at, at, None, at, None)])
-            call_id = f"call_{refresh_id}_{len(fees.calls_of(tx, [refresh_id]))}"
-            call = fees.call_for(call_id, refresh_id, account_id, price, at)
-            fees.open_entries(tx, [call])
+            refreshes.insert_refreshes(
+                tx, [RefreshRecord(refresh_id, account_id, RefreshState.CALLING, 0, 0, at, at, None, at, None)]
+            )
+            call_id = f"call_{refresh_id}_{len(fee_entries.calls_of_refreshes(tx, [refresh_id]))}"
+            call = fee_entries.new_call(call_id, refresh_id, account_id, price, at)
+            fee_entries.open_entries(tx, [call])
             if end is not None:
-                fees.close_entry(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
+                fee_entries.post_or_void(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
 
     def entries(self) -> list[tuple[str, str, dict[str, Any]]]:
         """The fee ledger: call, state and evidence, in the order in which they were written."""
@@ -70,7 +73,7 @@ class Books:
         figures = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
         with transaction(self.engine) as tx:
-            balances.keep(tx, [replace(balances.came("evt_1", balance, at), due_at=None)])
+            balances.insert_balances(tx, [replace(balances.new_record("evt_1", balance, at), due_at=None)])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -92,26 +95,26 @@ def history(books: Books) -> Books:
     books.call("ref_a", "acct_a", EntryState.POSTED, at[4])
     books.call("ref_a", "acct_a", None, at[5])
     books.balance("bal_a", "acct_a", at[6], Decimal("60.00"))
-    arithmetic = {
+    funds_calculation = {
         "amount": "25.00",
         "multiplier": "1",
         "fixed": "0",
         "needed": "25.00",
         "available": "60.00",
         "limit": None,
-        "released_since": "50.00",
+        "released_since_balance": "50.00",
         "released_count": 2,
-        "there": "10.00",
+        "available_after_releases": "10.00",
         "currency": "USD",
     }
     served = {"refresh_id": "ref_a", "balance_id": "bal_a"}
     for number in (1, 2):
         outcome = {"payment_id": f"pay_{number}", "state": "released", "verdict": "sufficient"}
         books.settle(f"pay_{number}", PaymentState.RELEASED, at[7], outcome=outcome, **served)
-    failed = {"reason": "insufficient_funds", "arithmetic": arithmetic, "delivered": False}
+    failed = {"reason": "insufficient_funds", "funds_calculation": funds_calculation, "delivered": False}
     books.settle("pay_3", PaymentState.FAILED, at[7], **failed, **served)
     books.payment("pay_reused", "acct_a", at[8])
-    reused = {"outcome": {"verdict": "not_asked"}, **served}
+    reused = {"outcome": {"verdict": "not_requested"}, **served}
     books.settle("pay_reused", PaymentState.RELEASED, at[9], reused=True, **reused)
     books.payment("pay_refused", "acct_b", at[10])
     books.call("ref_b", "acct_b", EntryState.VOID, at[11])

@@ -17,7 +17,7 @@ from config.settings import settings
 from console import show
 from console.cli import app
 from tests.console.conftest import Books
-from worker.fees import Price
+from worker.rules.pricing import Price
 
 Run = Callable[..., Any]
 
@@ -34,7 +34,7 @@ def run(history: Books, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_show_tells_what_happened_in_the_order_in_which_it_did(run: Run) -> None:
-    """With the arithmetic of the verdict, the share of the fee, and who was not told yet."""
+    """With the funds_calculation of the verdict, the share of the fee, and who was not told yet."""
     said = run("payment", "show", "pay_3").output
     steps = ["failed: insufficient_funds", "job taken in", "call_ref_a_0", "fee posted", "bal_a", "failed  "]
     assert [said.index(step) for step in steps] == sorted(said.index(step) for step in steps)
@@ -162,8 +162,8 @@ def test_an_invoice_shows_what_agrees_and_what_does_not(run: Run, tmp_path: Path
     told = json.loads(reconcile(run, tmp_path, "--json").output)
     assert (told["matched"], told["settled"]) == (2, None)
     assert [(m["line"]["number"], m["call"]["price"]) for m in told["price_differences"]] == [("2", "0.100000")]
-    assert [line["account_id"] for line in told["only_theirs"]] == ["acct_x"]
-    assert [(call["account_id"], call["state"]) for call in told["only_ours"]] == [("acct_c", "posted")]
+    assert [line["account_id"] for line in told["unmatched_lines"]] == ["acct_x"]
+    assert [(call["account_id"], call["state"]) for call in told["unmatched_calls"]] == [("acct_c", "posted")]
     assert (len(told["to_post"]), told["to_void"]) == (1, [])
     said = reconcile(run, tmp_path).output
     assert "2 charges belong to calls of ours: 0.22 by them, 0.20 by us" in said
@@ -248,10 +248,10 @@ def test_the_turn_of_the_month_is_closed_by_the_second_of_two_invoices(
     charge = "acct_m,2026-11-01T00:00:01Z,0.10,9\n"
     october = reconcile(run, tmp_path, "--apply", "--json", text="Acct,When,Fee,No\n" + charge, month="2026-10")
     told = json.loads(october.output)
-    assert (told["settled"], told["left"]) == ({"posted": 1, "void": 0}, ["call_ref_free_0"])
+    assert (told["settled"], told["deferred_calls"]) == ({"posted": 1, "void": 0}, ["call_ref_free_0"])
     november = json.loads(reconcile(run, tmp_path, "--apply", "--json", text=WHOLE + charge).output)
     assert (november["settled"], november["to_void"]) == ({"posted": 1, "void": 1}, ["call_ref_free_0"])
-    assert [one["account_id"] for one in november["only_theirs"]] == ["acct_m", "acct_x"]
+    assert [one["account_id"] for one in november["unmatched_lines"]] == ["acct_m", "acct_x"]
 
 
 def test_a_file_that_is_not_utf_8_is_refused_with_its_line(run: Run, tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import PREFIX, Settings, load
+from config.settings import ENV_PREFIX, Settings, load_settings
 from console.documents import documents, state_diagram
 from console.processes import ROOT
-from worker.payment import PAYMENT_LAW, PaymentState
+from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -21,8 +21,8 @@ def test_what_is_made_from_code_is_current(path: Path) -> None:
 
 def test_a_diagram_shows_every_transition_of_the_law_and_no_other() -> None:
     """A state that nothing leads out of is final."""
-    lines = state_diagram(PAYMENT_LAW, PaymentState.WAITING).splitlines()[1:]
-    transitions = {f"    {state} --> {after}: {event}" for (state, event), after in PAYMENT_LAW.items()}
+    lines = state_diagram(PAYMENT_TRANSITIONS, PaymentState.WAITING).splitlines()[1:]
+    transitions = {f"    {state} --> {after}: {event}" for (state, event), after in PAYMENT_TRANSITIONS.items()}
     assert set(lines) == transitions | {
         "    [*] --> waiting",
         "    released --> [*]",
@@ -37,11 +37,11 @@ def test_every_setting_is_explained() -> None:
 
 def test_the_example_environment_is_one_that_payready_starts_with() -> None:
     """Each of its variables is known, and none is missing; taking off every # changes nothing."""
-    lines = [line[1:] for line in (ROOT / ".env.example").read_text().splitlines() if line.startswith(f"#{PREFIX}")]
+    lines = [line[1:] for line in (ROOT / ".env.example").read_text().splitlines() if line.startswith(f"#{ENV_PREFIX}")]
     environ = dict(line.split("=", 1) for line in lines)
-    assert {name.removeprefix(PREFIX).lower() for name in environ} == set(Settings.model_fields)
-    given = {name: value for name, value in environ.items() if name != "PAYREADY_FEES_FILE"}
-    assert load(given) == load({})
+    assert {name.removeprefix(ENV_PREFIX).lower() for name in environ} == set(Settings.model_fields)
+    given = {name: value for name, value in environ.items() if name != "PAYREADY_PRICE_LIST_FILE"}
+    assert load_settings(given) == load_settings({})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -54,5 +54,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_that_pages_name_are_settings(page: Path) -> None:
     """A page that names a variable names one that payready knows."""
-    named = set(re.findall(rf"{PREFIX}([A-Z_]+)\b", page.read_text()))
+    named = set(re.findall(rf"{ENV_PREFIX}([A-Z_]+)\b", page.read_text()))
     assert {name for name in named if name.lower() not in Settings.model_fields} == set()

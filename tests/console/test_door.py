@@ -20,9 +20,15 @@ from webhook.events import BREAKDOWNS, OURS
 from worker import metrics, runtime
 from worker.errors import CallFailed
 from worker.ledger import quarantine
-from worker.ledger.database import transaction
+from worker.ledger.engine import transaction
 from worker.ledger.tables import BALANCE
-from worker.subscriptions import EVENT_TYPES, Subscription, Subscriptions, check, flaws
+from worker.quiltt.subscriptions import (
+    REQUIRED_EVENT_TYPES,
+    Subscription,
+    SubscriptionsClient,
+    check_subscription,
+    problems,
+)
 
 Run = Callable[..., Any]
 URL = "https://payready.example/webhooks/quiltt"
@@ -55,7 +61,7 @@ def held(books: Books, run: Run, monkeypatch: pytest.MonkeyPatch) -> Books:
     """A ledger with three events in quarantine, that were not understood by an earlier version."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", books.url)
     with transaction(books.engine) as tx:
-        quarantine.set_aside(tx, [(raw, "x: y") for raw in (UNDERSTOOD_NOW, ROUTINE_NOW, ODD, ODD)], NOON)
+        quarantine.insert_events(tx, [(raw, "x: y") for raw in (UNDERSTOOD_NOW, ROUTINE_NOW, ODD, ODD)], NOON)
     return books
 
 
@@ -69,7 +75,7 @@ def test_replay_hands_over_what_is_understood_now_and_leaves_the_rest(held: Book
     assert balance.due_at is not None
     with Redis.from_url(valkey_url) as redis:
         [message] = redis.lrange("releases", 0, -1)
-    assert json.loads(message)["headers"]["task"] == "payments.release"
+    assert json.loads(message)["headers"]["task"] == "balances.apply"
     [left] = json.loads(run("quarantine", "list", "--json").stdout)
     assert left["bytes"] == len(ODD)
     assert json.loads(run("quarantine", "replay", left["quarantine_id"], "--json").stdout)["still_odd"] == 1
@@ -101,8 +107,8 @@ def test_an_event_is_shown_whole_and_harmless(held: Books, run: Run) -> None:
 def test_what_is_dropped_is_gone(held: Books, run: Run) -> None:
     """One, or all; never by leaving the name out."""
     assert run("quarantine", "drop").exit_code == 2
-    assert run("quarantine", "drop", "odd_1", "--all").exit_code == 2
-    assert run("quarantine", "drop", "odd_1").exit_code == 1
+    assert run("quarantine", "drop", "evt_q_1", "--all").exit_code == 2
+    assert run("quarantine", "drop", "evt_q_1").exit_code == 1
     first = json.loads(run("quarantine", "list", "--json").stdout)[0]["quarantine_id"]
     assert json.loads(run("quarantine", "drop", first, "--json").stdout) == {"dropped": 1}
     assert run("quarantine", "show", first).exit_code == 1
@@ -115,12 +121,12 @@ def test_the_quarantine_is_kept_within_its_bounds(books: Books, monkeypatch: pyt
 
     def left() -> list[str]:
         with transaction(books.engine) as tx:
-            quarantine.trim(tx, NOON)
-            return [kept.event[:1].decode() for kept in quarantine.newest(tx, 10)]
+            quarantine.prune(tx, NOON)
+            return [kept.event[:1].decode() for kept in quarantine.newest_events(tx, 10)]
 
     with transaction(books.engine) as tx:
         for age_days, name in enumerate(b"abcde"):
-            quarantine.set_aside(tx, [(bytes([name]) * 10, "x")], NOON - timedelta(days=age_days))
+            quarantine.insert_events(tx, [(bytes([name]) * 10, "x")], NOON - timedelta(days=age_days))
     assert left() == ["a", "b", "c", "d", "e"]
     monkeypatch.setattr(quarantine, "KEPT_FOR", timedelta(days=3))
     assert left() == ["a", "b", "c", "d"]
@@ -146,9 +152,9 @@ def provider(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
 def watched() -> float:
     """The gauge, after a check as the beat has it made."""
     chosen = settings.__wrapped__()
-    with runtime.subscriptions(chosen) as provider:
-        check(provider, str(chosen.webhook_url))
-    return float(metrics.FLAWS())
+    with runtime.subscriptions_client(chosen) as provider:
+        check_subscription(provider, str(chosen.webhook_url))
+    return float(metrics.SUBSCRIPTION_PROBLEMS())
 
 
 def test_a_subscription_is_made_watched_mended_and_ended(
@@ -172,11 +178,11 @@ def test_a_subscription_is_made_watched_mended_and_ended(
         f"/v1/webhooks/subscriptions/{one}", json=changed, headers={"Authorization": f"Bearer {provider.api_key}"}
     ).raise_for_status()
     wrong = json.loads(run("webhooks", "status", "--json").stdout)["flaws"]
-    assert wrong == [f"{one} is disabled", f"{one} leaves out {', '.join(EVENT_TYPES[1:])}"]
+    assert wrong == [f"{one} is disabled", f"{one} leaves out {', '.join(REQUIRED_EVENT_TYPES[1:])}"]
     assert watched() == 2
     mended = json.loads(run("webhooks", "subscribe", "--json").stdout)
     assert (mended["done"], mended["subscription"]["id"]) == ("mended", one)
-    assert mended["subscription"]["event_types"] == ["balance.created", "more", *EVENT_TYPES[1:]]
+    assert mended["subscription"]["event_types"] == ["balance.created", "more", *REQUIRED_EVENT_TYPES[1:]]
     assert watched() == 0
 
     another = json.loads(run("webhooks", "subscribe", "--another", "--json").stdout)["subscription"]["id"]
@@ -209,18 +215,18 @@ def _always(answer: httpx.Response, _: httpx.Request) -> httpx.Response:
 def test_an_answer_that_is_not_documented_is_no_subscription() -> None:
     """Whatever it is, it is said to be so."""
     for answer in (httpx.Response(200, json={"data": []}), httpx.Response(500), httpx.Response(200, text="<html>")):
-        kept = Subscriptions("http://x", SecretStr("k"), connect_timeout_s=1, read_timeout_s=1)
-        kept._http = httpx.Client(transport=httpx.MockTransport(partial(_always, answer)), base_url="http://x")
+        kept = SubscriptionsClient("http://x", SecretStr("k"), connect_timeout_s=1, read_timeout_s=1)
+        kept._http_client = httpx.Client(transport=httpx.MockTransport(partial(_always, answer)), base_url="http://x")
         with pytest.raises(CallFailed, match="not as documented"), kept:
-            kept.all()
+            kept.list_all()
 
 
 def test_we_subscribe_to_just_the_events_that_the_webhook_reads() -> None:
     """One that nobody reads is noise; one that is left out never comes."""
-    assert set(EVENT_TYPES) == {OURS, "account.reconnected", *BREAKDOWNS}
+    assert set(REQUIRED_EVENT_TYPES) == {OURS, "account.reconnected", *BREAKDOWNS}
 
 
 def test_only_https_will_do() -> None:
     """The settings refuse all else; so does the check."""
-    given = {"id": "whs_1", "targetUrl": "http://x", "eventTypes": list(EVENT_TYPES)}
-    assert flaws([Subscription.model_validate(given)], "http://x") == ["http://x is not https"]
+    given = {"id": "whs_1", "targetUrl": "http://x", "eventTypes": list(REQUIRED_EVENT_TYPES)}
+    assert problems([Subscription.model_validate(given)], "http://x") == ["http://x is not https"]

@@ -94,10 +94,10 @@ def test_a_valkey_that_ended_by_itself_is_noticed_and_one_that_was_stopped_is_no
 def test_settings_of_the_shell_do_not_reach_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo must not call the real provider because the terminal is set up for it."""
     monkeypatch.setenv("PAYREADY_QUILTT_API_KEY", "real")
-    with Processes(tmp_path, {"PAYREADY_PORT": "1"}) as processes:
+    with Processes(tmp_path, {"PAYREADY_WEBHOOK_PORT": "1"}) as processes:
         processes.run("show", "env")
         environ = processes.log_of("show").read_text()
-    assert "PAYREADY_PORT=1" in environ
+    assert "PAYREADY_WEBHOOK_PORT=1" in environ
     assert "PAYREADY_QUILTT_API_KEY" not in environ
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from console.plan import COSTS, PLAN, Calls, Order, Promise
 from console.referee import Seen, findings, settled
 from simulator.scenarios import SCENARIOS, scenario_of
-from worker.fees import EntryState
-from worker.ledger.reports import Backlog, Fee, Line
-from worker.payment import PaymentState
+from worker.ledger.payment_report import BacklogCounts, PaymentFee, PaymentLine
+from worker.rules.pricing import EntryState
+from worker.rules.states import PaymentState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DIME = Decimal("0.100000")
@@ -24,10 +24,10 @@ ORDERS = (GOOD, POOR, WRONG)
 PRICES = {"acct_a": Calls(posted=1), "acct_b": Calls(posted=1)}
 
 
-def line(order: Order, state: PaymentState, word: str) -> Line:
+def line(order: Order, state: PaymentState, word: str) -> PaymentLine:
     """A payment of the ledger."""
-    fee = Fee(DIME, "USD", EntryState.POSTED, 1, DIME)
-    return Line(
+    fee = PaymentFee(DIME, "USD", EntryState.POSTED, 1, DIME)
+    return PaymentLine(
         order.payment_id, order.account_id, state, word, None, NOON, NOON, NOON, f"ref_{order.name}", False, fee
     )
 
@@ -49,7 +49,7 @@ def all_well() -> Seen:
         payments={payment.payment_id: payment for payment in payments},
         calls={account_id: Counter({EntryState.POSTED: 1}) for account_id in PRICES},
         accepted=dict.fromkeys(PRICES, 1),
-        backlog=Backlog(0, 0, 0),
+        backlog=BacklogCounts(0, 0, 0),
     )
 
 
@@ -98,14 +98,16 @@ def test_a_call_that_is_not_in_the_ledger_or_not_at_the_provider_is_found() -> N
 def test_shares_that_do_not_add_up_are_found() -> None:
     """To the last unit."""
     seen = all_well()
-    short = replace(seen.payments["pay_poor"], fee=Fee(DIME - Decimal("0.000001"), "USD", EntryState.POSTED, 1, DIME))
+    short = replace(
+        seen.payments["pay_poor"], fee=PaymentFee(DIME - Decimal("0.000001"), "USD", EntryState.POSTED, 1, DIME)
+    )
     found = complaints(replace(seen, payments={**seen.payments, "pay_poor": short}))
     assert found == ["ref_poor: shares of 0.099999 for calls of 0.100000"]
 
 
 def test_what_is_left_is_found() -> None:
     """Nothing may be under way in the end."""
-    assert complaints(replace(all_well(), backlog=Backlog(1, 2, 0))) == [
+    assert complaints(replace(all_well(), backlog=BacklogCounts(1, 2, 0))) == [
         "1 payments that wait",
         "2 outcomes that were not delivered",
     ]

@@ -10,10 +10,12 @@ from rich.console import Console, RenderableType
 
 from console import sheets, show
 from tests.console.conftest import NOON
-from worker.fees import EntryState
-from worker.invoice import LedgerCall, Match, Period, Reconciliation
-from worker.invoice import Line as Charge
-from worker.ledger.statement import Line, Question, Saved, Share
+from worker.ledger.fee_calls import UnresolvedCall
+from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
+from worker.rules.invoice_file import InvoiceLine as Charge
+from worker.rules.invoice_file import InvoicePeriod
+from worker.rules.pricing import EntryState
+from worker.rules.reconciliation import LedgerCall, LineMatch, Reconciliation
 
 LONG = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 PAYMENT = "payment-" + "0123456789" * 4
@@ -40,9 +42,9 @@ def told(said: str) -> str:
 def test_a_statement_shows_every_sum_and_count_whole(width: int, by: str) -> None:
     """However narrow the terminal is; no name is lost either."""
     price = Decimal("0.123456") if by == "price" else None
-    saved = None if by == "price" else Saved(7, SAVED, 0, Decimal(0))
+    saved = None if by == "price" else Savings(7, SAVED, 0, Decimal(0))
     key = {"price": "2026-11-22-final", "account": LONG, "day": "2026-11-22"}[by]
-    line = Line(key, price, "USD", 1234567, 1234501, 60, 6, DUE, MAY_BE, saved)
+    line = StatementLine(key, price, "USD", 1234567, 1234501, 60, 6, DUE, MAY_BE, saved)
     said = printed(sheets.statement([line], sheets.totals([line], {}), "Calls of 2026-11 (UTC)", by), width)
     figures = ["1234567", "1234501", "60", "6", "1234567.654321", "765432.123456", "USD"]
     figures += ["0.123456"] if by == "price" else ["98765.432109"]
@@ -54,10 +56,12 @@ def test_a_statement_shows_every_sum_and_count_whole(width: int, by: str) -> Non
 @pytest.mark.parametrize("width", [40, 48, 60, 80])
 def test_shares_questions_and_payments_show_every_sum_whole(width: int) -> None:
     """Sums, counts, states and times; names are folded."""
-    share = Share(PAYMENT, LONG, "ref_1", 12, DUE, "USD", "pending", SAVED)
+    share = PaymentShare(PAYMENT, LONG, "ref_1", 12, DUE, "USD", "pending", SAVED)
     said = printed(sheets.shares([share], "Calls"), width)
     assert {"1234567.654321", "98765.432109", "12", "pending"} <= set(said.split())
-    question = Question("call_" + "0" * 32, LONG, "ref_1", NOON, DUE, "USD", "the provider's answer was lost: timeout")
+    question = UnresolvedCall(
+        "call_" + "0" * 32, LONG, "ref_1", NOON, DUE, "USD", "the provider's answer was lost: timeout"
+    )
     said = printed(sheets.questions([question], "Calls"), width)
     assert {"1234567.654321", "2026-11-22", "12:00:00Z", "USD"} <= set(said.split())
     assert "…" not in said
@@ -69,7 +73,9 @@ def test_an_invoice_beside_the_ledger_shows_every_sum_whole(width: int) -> None:
     call = LedgerCall("call_" + "0" * 32, LONG, NOON, EntryState.VOID, DUE)
     edge = LedgerCall("call_edge", LONG, NOON, EntryState.PENDING, DUE)
     charge = Charge(123456, "17", LONG, NOON, NOON, MAY_BE)
-    found = Reconciliation(Period(NOON, NOON, timedelta(0)), [Match(charge, call)], [edge], [charge], [], [edge])
+    found = Reconciliation(
+        InvoicePeriod(NOON, NOON, timedelta(0)), [LineMatch(charge, call)], [edge], [charge], [], [edge]
+    )
     said = printed(sheets.reconciliation(found, "Beside"), width)
     assert {"1234567.654321", "765432.123456", "123456", "void", "pending"} <= set(said.split())
     assert "1 pending calls near the month's ends are left to the neighbouring month's invoice" in " ".join(
@@ -81,7 +87,7 @@ def test_an_invoice_beside_the_ledger_shows_every_sum_whole(width: int) -> None:
 @pytest.mark.parametrize("width", [40, 160])
 def test_what_others_wrote_is_shown_as_they_wrote_it(width: int) -> None:
     """A name in brackets is neither a colour nor a link, and no bracket ends the command."""
-    share = Share("[red]p1[/red]", "[/]", "ref_1", 1, DUE, "USD", "posted", SAVED)
+    share = PaymentShare("[red]p1[/red]", "[/]", "ref_1", 1, DUE, "USD", "posted", SAVED)
     said = printed(sheets.shares([share], "Calls"), width)
     assert "[red]p1[/red]" in told(said)
     assert "[/]" in said

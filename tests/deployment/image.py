@@ -154,7 +154,7 @@ def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
         "PAYREADY_QUILTT_AUTH_URL": simulator.url,
         "PAYREADY_QUILTT_API_KEY": API_KEY,
         "PAYREADY_WEBHOOK_SECRETS": SECRET,
-        "PAYREADY_PORT": str(web),
+        "PAYREADY_WEBHOOK_PORT": str(web),
         "FLOWER_PORT": str(flower),
         "FLOWER_BASIC_AUTH": "ops:a-login",
     }

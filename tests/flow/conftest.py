@@ -10,9 +10,9 @@ from fakeredis import FakeRedis
 from redis import Redis
 
 from tests.support.world import SETTINGS, Databases, Make, World, world
-from worker.fees import EntryState, share
-from worker.ledger import fees
-from worker.ledger.database import transaction
+from worker.ledger import fee_entries
+from worker.ledger.engine import transaction
+from worker.rules.pricing import EntryState, split_share
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def _share_of(payready: World, payment_id: str) -> Decimal:
         return Decimal(0)
     sharers = payready.rows(
         "SELECT payment_id FROM payment WHERE refresh_id = :id AND NOT reused"
-        " ORDER BY settled_at, requested_at, payment_id",
+        " ORDER BY resolved_at, requested_at, payment_id",
         id=row["refresh_id"],
     )
     with transaction(payready.engine) as tx:
-        calls = fees.calls_of(tx, [row["refresh_id"]])
+        calls = fee_entries.calls_of_refreshes(tx, [row["refresh_id"]])
     total = sum((call.price for call in calls if call.state != EntryState.VOID), Decimal(0))
     index = [sharer["payment_id"] for sharer in sharers].index(payment_id)
-    owed = share(total, len(sharers), index)
+    owed = split_share(total, len(sharers), index)
     if row["state"] == "released":
         assert Decimal(payready.outcome(payment_id)["fee"]["amount"]) == owed, "the outcome told another share"
     return owed

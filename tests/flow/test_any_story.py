@@ -14,18 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from tests.support.world import START, Databases, World, world
 from worker import flow
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.payment import MAX_CALLS
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.rules.states import MAX_UNCERTAIN_CALLS
 
 ACCOUNTS = ("acct_a", "acct_b")
 ANSWERS: list[int | CallFailed] = [
     202,
     202,
-    Unsent("no connection"),
-    Throttled("rate limit", None),
-    Refused(403, Reason.CONNECTION_INACTIVE, "inactive"),
-    Uncertain("timeout"),
-    Uncertain("500", 500),
+    CallNotSent("no connection"),
+    RateLimited("rate limit", None),
+    CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
+    CallResultUnknown("timeout"),
+    CallResultUnknown("500", 500),
 ]
 ids = st.sampled_from([f"p{number}" for number in range(8)])
 accounts = st.sampled_from(ACCOUNTS)
@@ -81,10 +81,10 @@ class AnyStory(RuleBasedStateMachine):
                 (SELECT 1 FROM fee_entry f WHERE f.call_id = e.call_id AND f.state <> 'pending')"""
             assert self.payready.rows(query, id=account)[0]["n"] > 0, "a call without a pending entry"
             in_flight = self.payready.rows(
-                "SELECT calls FROM refresh WHERE account_id = :id AND state = 'calling'", id=account
+                "SELECT call_count FROM refresh WHERE account_id = :id AND state = 'calling'", id=account
             )
             assert len(in_flight) == 1
-            assert in_flight[0]["calls"] <= MAX_CALLS, "a third call of unknown fate"
+            assert in_flight[0]["call_count"] <= MAX_UNCERTAIN_CALLS, "a third call of unknown fate"
             return answer
 
         return asked
@@ -105,7 +105,7 @@ class AnyStory(RuleBasedStateMachine):
     @rule(payment_id=ids)
     def cancel(self, payment_id: str) -> None:
         """The payments service thinks better of it."""
-        self.payready.queue.add(flow.cancel(self.payready.rt, [payment_id]))
+        self.payready.queue.merge(flow.cancel(self.payready.rt, [payment_id]))
 
     @rule(seconds=st.sampled_from([0.3, 1, 4, 15, 40]))
     def wait(self, seconds: float) -> None:

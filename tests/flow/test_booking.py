@@ -12,7 +12,7 @@ from tasks import batches, suspension
 from tasks.app import app
 from tasks.balances import refresh
 from tests.support.world import World
-from worker.errors import Unsent
+from worker.errors import CallNotSent
 
 ACCOUNTS = tuple(f"acct_{n}" for n in range(6))
 
@@ -21,7 +21,7 @@ ACCOUNTS = tuple(f"acct_{n}" for n in range(6))
 def pool(payready: World, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[TaskPool]:
     """The pool of a worker of four threads that works on `payready`, and books a few calls seldom."""
     monkeypatch.setattr(batches, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batches, "carry_out", payready.queue.add)
+    monkeypatch.setattr(batches, "carry_out", payready.queue.merge)
     monkeypatch.setattr(batches, "BOOKING_PACE_S", 20)
     monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
     pool = TaskPool(limit=getattr(request, "param", 4), app=app)
@@ -36,7 +36,7 @@ class Calls:
     def __init__(self, payready: World, pool: TaskPool) -> None:
         for account_id in ACCOUNTS:
             payready.initiate(f"pay_{account_id}", account_id)
-        self._wanted = dict(payready.queue.call)
+        self._wanted = dict(payready.queue.calls)
         self._payready = payready
         self._handler = batches.calls(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
 
@@ -77,7 +77,7 @@ def test_a_worker_of_one_thread_books_each_call_at_once(payready: World, pool: T
 def test_a_call_that_failed_is_booked_while_accepted_ones_wait(payready: World, pool: TaskPool) -> None:
     """Payments may fail by it, and the others of its account are called again."""
     calls = Calls(payready, pool)
-    payready.provider.script[ACCOUNTS[2]] = [Unsent("no connection")]
+    payready.provider.script[ACCOUNTS[2]] = [CallNotSent("no connection")]
     calls.come(ACCOUNTS[0])
     calls.are_booked(ACCOUNTS[:1], "posted")
     calls.come(ACCOUNTS[1])

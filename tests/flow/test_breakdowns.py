@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.world import World
 from worker import flow
-from worker.messages import Breakdown, News, Relink
+from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 A, B = "acct_a", "acct_b"
 
@@ -17,7 +17,9 @@ A, B = "acct_a", "acct_b"
 def break_down(payready: World, *, age_s: float = 0, **whose: str) -> None:
     """An event of this age comes in about a connection or a profile."""
     at = payready.clock() - timedelta(seconds=age_s)
-    payready.queue.add(flow.receive(payready.rt, [], news=[Breakdown("it is gone", at, **whose)]))
+    payready.queue.merge(
+        flow.ingest_events(payready.rt, [], connection_updates=[ConnectionLost("it is gone", at, **whose)])
+    )
     payready.work()
 
 
@@ -65,9 +67,9 @@ def test_an_event_that_is_sent_again_does_not_fail_payments_that_came_since(payr
 
 def test_a_call_for_which_nobody_waits_any_more_is_not_made(payready: World) -> None:
     payready.initiate("p1", A, connection_id="conn_1")
-    later, payready.queue = payready.queue, flow.Next()
+    later, payready.queue = payready.queue, flow.FollowUp()
     break_down(payready, connection_id="conn_1")
-    payready.queue.add(later)
+    payready.queue.merge(later)
     payready.work()
     assert payready.provider.calls == []
 
@@ -86,7 +88,9 @@ def test_an_account_that_moves_takes_its_payments_along(
     payready.initiate("p1", A, connection_id="conn_1")
     payready.initiate("p2", B, connection_id="conn_1")
     payready.initiate("p3", A)
-    payready.queue.add(flow.receive(payready.rt, [], news=[Relink(*moved, payready.clock())]))
+    payready.queue.merge(
+        flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(*moved, payready.clock())])
+    )
     break_down(payready, connection_id="conn_2")
     assert [payready.state(f"p{n}") for n in (1, 2, 3)] == states
 
@@ -99,10 +103,10 @@ def test_an_account_is_where_it_moved_last_in_whatever_order_that_is_told(
     """Twice, late, or all at once."""
     payready.initiate("p1", A, connection_id="conn_1")
     began = payready.clock()
-    moves = [Relink(A, f"conn_{n}", began + timedelta(seconds=n)) for n in (1, 2, 3)]
-    told: list[list[News]] = [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
+    moves = [AccountMoved(A, f"conn_{n}", began + timedelta(seconds=n)) for n in (1, 2, 3)]
+    told: list[list[ConnectionUpdate]] = [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
     for news in told:
-        flow.receive(payready.rt, [], news=news)
+        flow.ingest_events(payready.rt, [], connection_updates=news)
     assert payready.payment("p1")["connection_id"] == "conn_3"
 
 
@@ -110,7 +114,7 @@ def test_an_old_move_that_is_told_again_is_no_news_to_payments_that_came_since(p
     """They were requested in the knowledge of it, and of what came after it."""
     at = payready.clock() - timedelta(seconds=6)
     payready.initiate("p1", A, connection_id="conn_1")
-    flow.receive(payready.rt, [], news=[Relink(A, "conn_2", at)])
+    flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(A, "conn_2", at)])
     assert payready.payment("p1")["connection_id"] == "conn_1"
 
 
@@ -131,11 +135,15 @@ def test_what_is_told_at_once_is_taken_in_the_order_in_which_it_happened(
     """By its times, and if those are the same as it is told: the account left the connection first, or not."""
     payready.initiate("p1", A, connection_id="conn_1")
 
-    def happened(one: str) -> News:
+    def happened(one: str) -> ConnectionUpdate:
         what, at = one.split(maxsplit=1)[0], payready.clock() + timedelta(seconds=int(one[-1]))
-        return Relink(A, "conn_2", at) if what == "moved" else Breakdown("it is gone", at, connection_id="conn_1")
+        return (
+            AccountMoved(A, "conn_2", at)
+            if what == "moved"
+            else ConnectionLost("it is gone", at, connection_id="conn_1")
+        )
 
-    payready.queue.add(flow.receive(payready.rt, [], news=[happened(one) for one in news]))
+    payready.queue.merge(flow.ingest_events(payready.rt, [], connection_updates=[happened(one) for one in news]))
     payready.work()
     assert payready.state("p1") == state
 
@@ -145,7 +153,9 @@ def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(p
     payready.initiate("p1", A, connection_id="conn_1")
     at = payready.clock()
     cut_off = threading.Thread(
-        target=lambda: flow.receive(payready.rt, [], news=[Breakdown("gone", at, connection_id="conn_1")])
+        target=lambda: flow.ingest_events(
+            payready.rt, [], connection_updates=[ConnectionLost("gone", at, connection_id="conn_1")]
+        )
     )
 
     def meanwhile() -> int:

@@ -7,20 +7,21 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from tests.support.world import START, World
-from worker import flow, payment
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.flow import RETRY
+from worker import flow
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.flow import CALL_ENQUEUE_RETRY
 from worker.ledger import refreshes
-from worker.ledger.database import transaction
-from worker.ledger.refreshes import Flight
-from worker.payment import RefreshState
+from worker.ledger.engine import transaction
+from worker.ledger.refreshes import RefreshRecord
+from worker.rules import states
+from worker.rules.states import RefreshState
 
 A = "acct_calls"
 
 
-@pytest.mark.parametrize("failure", [Unsent("no connection: connect error"), Throttled("rate limit", None)])
+@pytest.mark.parametrize("failure", [CallNotSent("no connection: connect error"), RateLimited("rate limit", None)])
 def test_a_call_that_was_provably_not_accepted_is_made_again_with_backoff(
-    payready: World, failure: Unsent | Throttled
+    payready: World, failure: CallNotSent | RateLimited
 ) -> None:
     """After 1, 2, 4, ... seconds, each try with an entry of its own that is void."""
     payready.provider.script[A] = [failure] * 4
@@ -45,13 +46,13 @@ def test_a_call_that_was_provably_not_accepted_is_made_again_with_backoff(
 
 def test_backoff_ends_at_thirty_seconds() -> None:
     """1, 2, 4, 8, 16, 30, 30, ..."""
-    assert [payment.backoff(n).total_seconds() for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
-    assert payment.backoff(10_000) == timedelta(seconds=30)
+    assert [states.backoff(n).total_seconds() for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert states.backoff(10_000) == timedelta(seconds=30)
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_provider_says(payready: World) -> None:
     """Not before its reset."""
-    payready.provider.script[A] = [Throttled("rate limit", START + timedelta(seconds=7))]
+    payready.provider.script[A] = [RateLimited("rate limit", START + timedelta(seconds=7))]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(6)
@@ -62,7 +63,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_provider_says(payready: World
 
 def test_a_rate_limit_that_never_ends_is_believed_for_a_minute(payready: World) -> None:
     """The provider's clock may be wrong."""
-    payready.provider.script[A] = [Throttled("rate limit", START + timedelta(days=900))]
+    payready.provider.script[A] = [RateLimited("rate limit", START + timedelta(days=900))]
     payready.initiate("p1", A, timeout_s=300)
     payready.work()
     payready.pass_time(59)
@@ -73,23 +74,23 @@ def test_a_rate_limit_that_never_ends_is_believed_for_a_minute(payready: World) 
 
 def test_a_message_to_call_that_comes_too_early_or_twice_makes_no_call(payready: World) -> None:
     """While the refresh is put off, and after it was called."""
-    payready.provider.script[A] = [Throttled("rate limit", None)]
+    payready.provider.script[A] = [RateLimited("rate limit", None)]
     entrance = payready.initiate("p1", A)
     payready.work()
     for _ in range(3):
-        payready.queue.call.append((A, str(entrance.refresh_id)))
+        payready.queue.calls.append((A, str(entrance.refresh_id)))
         payready.work()
     assert payready.provider.calls == [A]
     payready.pass_time(1)
     for _ in range(3):
-        payready.queue.call.append((A, str(entrance.refresh_id)))
+        payready.queue.calls.append((A, str(entrance.refresh_id)))
         payready.work()
     assert payready.provider.calls == [A, A]
 
 
 def test_an_unknown_fate_is_given_a_grace_and_then_one_more_call(payready: World) -> None:
     """Not at once: the event may come. Then once more, and never a third time."""
-    payready.provider.script[A] = [Uncertain("timeout")] * 9
+    payready.provider.script[A] = [CallResultUnknown("timeout")] * 9
     payready.initiate("p1", A, timeout_s=3600)
     payready.work()
     payready.pass_time(14)
@@ -104,7 +105,7 @@ def test_an_unknown_fate_is_given_a_grace_and_then_one_more_call(payready: World
 
 def test_an_event_within_the_grace_spares_the_second_call(payready: World) -> None:
     """The call was accepted after all."""
-    payready.provider.script[A] = [Uncertain("reset")]
+    payready.provider.script[A] = [CallResultUnknown("reset")]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(10)
@@ -117,15 +118,15 @@ def test_an_event_within_the_grace_spares_the_second_call(payready: World) -> No
 
 def test_an_event_between_the_two_calls_spares_the_second(payready: World) -> None:
     """It was already enqueued when the balance came."""
-    payready.provider.script[A] = [Uncertain("reset")]
+    payready.provider.script[A] = [CallResultUnknown("reset")]
     payready.initiate("p1", A)
     payready.work()
     payready.clock.advance(15)
     again = flow.sweep(payready.rt)
-    assert again.call
+    assert again.calls
     payready.balance(A)
     payready.work()
-    payready.queue.add(again)
+    payready.queue.merge(again)
     payready.work()
     assert payready.provider.calls == [A]
     assert payready.refreshes(A) == ["answered"]
@@ -133,7 +134,7 @@ def test_an_event_between_the_two_calls_spares_the_second(payready: World) -> No
 
 def test_no_second_call_when_nobody_has_time_left(payready: World) -> None:
     """The payment expired within the grace."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.work()
     payready.pass_time(120)
@@ -142,7 +143,13 @@ def test_no_second_call_when_nobody_has_time_left(payready: World) -> None:
 
 def test_a_second_call_that_is_put_off_stays_the_second(payready: World) -> None:
     """Provably unsent calls do not count, however many; calls of unknown fate do."""
-    payready.provider.script[A] = [Uncertain("timeout"), Unsent("no"), Unsent("no"), Uncertain("timeout"), 202]
+    payready.provider.script[A] = [
+        CallResultUnknown("timeout"),
+        CallNotSent("no"),
+        CallNotSent("no"),
+        CallResultUnknown("timeout"),
+        202,
+    ]
     payready.initiate("p1", A, timeout_s=600)
     payready.work()
     payready.pass_time(300)
@@ -158,7 +165,7 @@ def test_a_refusal_fails_all_who_wait_on_the_account_and_nobody_else(payready: W
 
     def refuse() -> CallFailed:
         payready.initiate("p3", A)
-        return Refused(400, reason, "no")
+        return CallRejected(400, reason, "no")
 
     payready.provider.script[A] = [refuse]
     payready.initiate("p1", A)
@@ -173,7 +180,7 @@ def test_a_refusal_fails_all_who_wait_on_the_account_and_nobody_else(payready: W
 
 def test_after_a_refusal_the_next_payment_is_called_for_anew(payready: World) -> None:
     """The user may have reconnected."""
-    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.work()
     payready.clock.advance(1)
@@ -198,18 +205,18 @@ def test_payments_that_come_while_a_call_is_out_share_it(payready: World) -> Non
 def test_at_most_one_refresh_of_an_account_is_in_flight_even_if_the_code_forgets(payready: World) -> None:
     """The database itself refuses a second one."""
     with transaction(payready.engine) as tx:
-        states = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
-        flights = [Flight(f"ref_{n}", A, state, 0, 0, None, None, None, None, None) for n, state in states]
-        assert refreshes.add(tx, flights) == {"ref_1", "ref_3"}
+        numbered = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
+        flights = [RefreshRecord(f"ref_{n}", A, state, 0, 0, None, None, None, None, None) for n, state in numbered]
+        assert refreshes.insert_refreshes(tx, flights) == {"ref_1", "ref_3"}
         waiting = refreshes.find(tx, "ref_3")
         assert waiting is not None
     with pytest.raises(IntegrityError), transaction(payready.engine) as tx:
-        refreshes.move(tx, waiting, payment.RefreshEvent.CLAIM, None)
+        refreshes.transition(tx, waiting, states.RefreshEvent.CLAIM, None)
 
 
 def test_no_call_is_made_while_its_price_is_unknown(payready: World) -> None:
     """The provider could not be asked whose key ours is: put off, and asked again."""
-    payready.provider.asked = [Unsent("the provider could not be asked about our key")]
+    payready.provider.asked = [CallNotSent("the provider could not be asked about our key")]
     payready.initiate("p1", A, timeout_s=60)
     payready.work()
     assert payready.provider.calls == []
@@ -221,7 +228,7 @@ def test_no_call_is_made_while_its_price_is_unknown(payready: World) -> None:
 
 def test_a_wrong_key_fails_the_payments_without_a_call(payready: World) -> None:
     """`not_authorized`, and nothing to pay."""
-    payready.provider.asked = [Refused(401, Reason.NOT_AUTHORIZED, "the provider does not accept our API key")]
+    payready.provider.asked = [CallRejected(401, Reason.NOT_AUTHORIZED, "the provider does not accept our API key")]
     payready.initiate("p1", A)
     payready.work()
     assert payready.state("p1") == "not_authorized"
@@ -241,11 +248,11 @@ def test_a_production_key_in_development_makes_no_call(payready: World) -> None:
 
 def test_a_call_that_nobody_has_a_worker_for_is_enqueued_again_and_again_but_not_each_second(payready: World) -> None:
     """A queue that stands still does not grow by the looking."""
-    payready.provider.script[A] = [Throttled("rate limit", None)]
+    payready.provider.script[A] = [RateLimited("rate limit", None)]
     payready.initiate("p1", A, timeout_s=3600)
     payready.work()
     enqueued = 0
     for _ in range(120):
         payready.clock.advance(1)
-        enqueued += len(flow.look(payready.rt).call) + len(flow.sweep(payready.rt).call_later)
-    assert 120 / RETRY.total_seconds() - 1 <= enqueued <= 120 / RETRY.total_seconds() + 2
+        enqueued += len(flow.expire_due_payments(payready.rt).calls) + len(flow.sweep(payready.rt).delayed_calls)
+    assert 120 / CALL_ENQUEUE_RETRY.total_seconds() - 1 <= enqueued <= 120 / CALL_ENQUEUE_RETRY.total_seconds() + 2

@@ -14,9 +14,9 @@ from config.settings import Settings
 from tests.flow.test_races import at_once
 from tests.support.world import SETTINGS, World
 from worker import flow, metrics
-from worker.errors import Reason, Refused, Uncertain, Unsent
-from worker.ledger.database import lock_spending
-from worker.ledger.fees import Spending
+from worker.errors import CallNotSent, CallRejected, CallResultUnknown, Reason
+from worker.ledger.cap_usage import CapUsageCounter
+from worker.ledger.locks import lock_spending
 
 A = "acct_caps"
 
@@ -24,7 +24,7 @@ A = "acct_caps"
 def capped(payready: World, **caps: Any) -> World:
     """The same payready with caps, and as it is after a start: nothing is remembered."""
     payready.rt.settings = Settings.model_validate({**SETTINGS.model_dump(), **caps})
-    payready.rt.spending = Spending()
+    payready.rt.cap_usage = CapUsageCounter()
     return payready
 
 
@@ -50,7 +50,7 @@ def test_beyond_the_cap_of_a_day_payments_fail_at_once(payready: World, caplog: 
     assert [pay(payready, number) for number in range(2)] == ["waiting", "waiting"]
     payready.initiate("p2", A)
     payready.initiate("p3", A)
-    with counted(metrics.CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
+    with counted(metrics.FEE_CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
         payready.work()
     assert refused == [1]
     assert "a fee cap is reached: 0.200000 of 0.2 USD per day are used, a call adds 0.100000" in caplog.text
@@ -70,7 +70,7 @@ def test_the_cap_of_a_month_counts_all_its_days(payready: World) -> None:
         states.append(pay(payready, number))
         payready.clock.advance(24 * 3600)
     assert states == ["waiting", "waiting", "waiting", "fee_cap_reached"]
-    payready.rt.spending = Spending()  # a restart
+    payready.rt.cap_usage = CapUsageCounter()  # a restart
     assert pay(payready, 4) == "fee_cap_reached"
     payready.clock.now = datetime(2026, 12, 1, tzinfo=payready.clock.now.tzinfo)
     assert pay(payready, 5) == "waiting"
@@ -78,7 +78,7 @@ def test_the_cap_of_a_month_counts_all_its_days(payready: World) -> None:
 
 def test_an_account_is_called_so_often_a_day_and_no_more(payready: World) -> None:
     """Other accounts are not concerned; payments that need no call go on."""
-    capped(payready, fee_calls_per_account_per_day=2)
+    capped(payready, call_cap_per_account_per_day=2)
     for number in range(3):
         payready.initiate(f"a{number}", A, max_balance_age_s=0)
         payready.work()
@@ -95,8 +95,8 @@ def test_an_account_is_called_so_often_a_day_and_no_more(payready: World) -> Non
 def test_pending_calls_count_and_void_ones_do_not(payready: World) -> None:
     """What may have to be paid is spent; what provably has not is not, from the moment that this is known."""
     capped(payready, fee_cap_per_day=Decimal("0.2"), fee_cap_per_month=Decimal("0.2"))
-    payready.provider.script["acct_cap0"] = [Refused(404, Reason.ACCOUNT_NOT_FOUND, "unknown")]
-    payready.provider.script["acct_cap1"] = [Uncertain("timeout")]
+    payready.provider.script["acct_cap0"] = [CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown")]
+    payready.provider.script["acct_cap1"] = [CallResultUnknown("timeout")]
     assert [pay(payready, number) for number in range(4)] == [
         "account_not_found",
         "waiting",
@@ -108,7 +108,7 @@ def test_pending_calls_count_and_void_ones_do_not(payready: World) -> None:
 def test_a_call_of_unknown_fate_is_not_repeated_beyond_the_cap_and_its_balance_posts_it(payready: World) -> None:
     """The first call was made, so its fee is shared; a late balance tells that it was accepted."""
     capped(payready, fee_cap_per_day=Decimal("0.1"))
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(16)
@@ -122,20 +122,20 @@ def test_a_call_of_unknown_fate_is_not_repeated_beyond_the_cap_and_its_balance_p
 def test_the_call_that_uses_four_fifths_of_a_cap_is_warned_of_once(payready: World) -> None:
     """Not each call after it."""
     capped(payready, fee_cap_per_day=Decimal(1))
-    with counted(metrics.CAPS_NEAR, "day") as warned:
+    with counted(metrics.FEE_CAP_WARNINGS, "day") as warned:
         assert [pay(payready, number) for number in range(7)] == ["waiting"] * 7
     assert warned == [0]
-    with counted(metrics.CAPS_NEAR, "day") as warned:
+    with counted(metrics.FEE_CAP_WARNINGS, "day") as warned:
         assert [pay(payready, number) for number in range(7, 10)] == ["waiting"] * 3
     assert warned == [1]
 
 
 def test_calls_that_were_not_sent_do_not_warn_again_and_again(payready: World) -> None:
     """Each of them brings the cap to the mark, and is taken back; the next day may warn again."""
-    capped(payready, fee_calls_per_account_per_day=5)
+    capped(payready, call_cap_per_account_per_day=5)
     for expected in (1, 1):
-        payready.provider.script[A] = [202, 202, 202, *[Unsent("no connection")] * 3]
-        with counted(metrics.CAPS_NEAR, "account") as warned:
+        payready.provider.script[A] = [202, 202, 202, *[CallNotSent("no connection")] * 3]
+        with counted(metrics.FEE_CAP_WARNINGS, "account") as warned:
             for number in range(4):
                 payready.initiate(f"p{number}{payready.clock.now:%d}", A, max_balance_age_s=0)
                 payready.work()
@@ -152,8 +152,8 @@ def test_calls_that_were_not_sent_do_not_warn_again_and_again(payready: World) -
 @pytest.mark.parametrize("cap", [1, 2, 4])
 def test_a_cap_of_few_calls_is_not_warned_of(payready: World, cap: int) -> None:
     """It would be with each account's every call, and no call would be left to save; at the cap the log says so."""
-    capped(payready, fee_calls_per_account_per_day=cap, fee_cap_per_day=Decimal("0.1") * cap)
-    with counted(metrics.CAPS_NEAR, "account") as warned, counted(metrics.CAPS_NEAR, "day") as of_day:
+    capped(payready, call_cap_per_account_per_day=cap, fee_cap_per_day=Decimal("0.1") * cap)
+    with counted(metrics.FEE_CAP_WARNINGS, "account") as warned, counted(metrics.FEE_CAP_WARNINGS, "day") as of_day:
         for number in range(cap + 1):
             payready.initiate(f"p{number}", A, max_balance_age_s=0)
             payready.work()
@@ -175,7 +175,7 @@ def test_no_two_replicas_pass_the_last_unit_together(payready: World) -> None:
             entrance = payready.initiate(f"p{number}x{n}", account)
             claims.append((replicas[n % 4], account, str(entrance.refresh_id)))
         payready.lose()
-        at_once(*(lambda claim=claim: flow.call(*claim) for claim in claims))
+        at_once(*(lambda claim=claim: flow.claim_and_call(*claim) for claim in claims))
         assert len(payready.provider.calls) == 3 * (number + 1)
         payready.clock.advance(31 * 24 * 3600)
 
@@ -185,7 +185,7 @@ def test_without_a_cap_on_spending_nobody_waits_for_the_spending(payready: World
     with payready.engine.connect() as holder:
         if payready.engine.dialect.name == "postgresql":
             lock_spending(holder)
-        capped(payready, fee_calls_per_account_per_day=5)
+        capped(payready, call_cap_per_account_per_day=5)
         assert pay(payready, 1) == "waiting"
         holder.rollback()
 

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from tests.contracts import FOLDER
 from tests.support.world import World
-from worker.errors import Reason, Refused, Uncertain
+from worker.errors import CallRejected, CallResultUnknown, Reason
 
 A = "acct_contract"
 
@@ -19,7 +19,7 @@ def _check(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("available", ["31.41", "-5", "0", None, "1" * 30 + "." + "2" * 60])
-@pytest.mark.parametrize("answer", [202, Uncertain("timeout")])
+@pytest.mark.parametrize("answer", [202, CallResultUnknown("timeout")])
 def test_every_release_keeps_to_the_contract(payready: World, answer: Any, available: str | None) -> None:
     """By an own call and by a balance that was there, with figures of any length the door lets in."""
     payready.provider.script[A] = [answer]
@@ -44,7 +44,7 @@ def test_every_release_keeps_to_the_contract(payready: World, answer: Any, avail
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason != Reason.CONFLICT])
 def test_every_failure_keeps_to_the_contract(payready: World, reason: Reason) -> None:
     """With the payment's id for the ledger, and the two arguments for the task."""
-    payready.provider.script[A] = [Refused(400, reason, "told")]
+    payready.provider.script[A] = [CallRejected(400, reason, "told")]
     payready.initiate("p1", A)
     payready.work()
     outcome = payready.outcome("p1")

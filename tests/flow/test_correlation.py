@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from redis import Redis
 
 from tests.support.world import START
-from worker.correlation.client import CORRELATION_AWAY, connect
-from worker.correlation.store import TIME_TO_LIVE_S, Arrival, Correlation, Known, Standing
+from worker.correlation.redis_client import REDIS_UNAVAILABLE, create_client
+from worker.correlation.store import ACCOUNT_TTL_S, AccountState, CorrelationStore, JoinRequest, JoinResult
 
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 SKEW = timedelta(seconds=5)
@@ -24,142 +24,144 @@ def at(seconds: float) -> datetime:
 
 
 @pytest.fixture
-def store(redis: "Redis") -> Correlation:
+def store(redis: "Redis") -> CorrelationStore:
     """The store on it."""
-    return Correlation(redis)
+    return CorrelationStore(redis)
 
 
-def join(store: Correlation, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A) -> Standing:
+def join(
+    store: CorrelationStore, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A
+) -> JoinResult:
     """Join as a payment that was asked for at this time and allows this age; None: a call of its own."""
     oldest = at(asked - (age or 0))
-    [standing] = store.join([Arrival(account, lead, None if age is None else oldest - SKEW, oldest)])
+    [standing] = store.join([JoinRequest(account, lead, None if age is None else oldest - SKEW, oldest)])
     return standing
 
 
-def test_the_first_leads_and_the_others_join(store: Correlation) -> None:
+def test_the_first_leads_and_the_others_join(store: CorrelationStore) -> None:
     """One call for all who wait for it to go out, whatever age they allow."""
-    assert join(store, "r1") == Standing("lead", "r1")
-    assert join(store, "r2") == Standing("joined", "r1")
-    assert join(store, "r3", age=None) == Standing("joined", "r1")
+    assert join(store, "r1") == JoinResult("leader", "r1")
+    assert join(store, "r2") == JoinResult("joined", "r1")
+    assert join(store, "r3", age=None) == JoinResult("joined", "r1")
 
 
-def test_joining_again_changes_nothing(store: Correlation, redis: "Redis") -> None:
+def test_joining_again_changes_nothing(store: CorrelationStore, redis: "Redis") -> None:
     """The leader leads again, whoever joined joins again."""
     join(store, "r1")
     before = redis.hgetall(redis.keys()[0])
-    assert join(store, "r1") == Standing("lead", "r1")
-    assert join(store, "r2") == Standing("joined", "r1")
+    assert join(store, "r1") == JoinResult("leader", "r1")
+    assert join(store, "r2") == JoinResult("joined", "r1")
     assert redis.hgetall(redis.keys()[0]) == before
 
 
-def test_accounts_have_nothing_to_do_with_each_other(store: Correlation) -> None:
+def test_accounts_have_nothing_to_do_with_each_other(store: CorrelationStore) -> None:
     """A leader for each."""
     join(store, "r1")
-    assert join(store, "r2", account="acct_other") == Standing("lead", "r2")
+    assert join(store, "r2", account="acct_other") == JoinResult("leader", "r2")
 
 
-def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: Correlation) -> None:
+def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: CorrelationStore) -> None:
     """At the instant itself too; who needs a later call leads the next one."""
     join(store, "r1")
-    store.depart([(A, "r1", at(1))])
-    assert join(store, "r2", asked=31) == Standing("joined", "r1")
-    assert join(store, "r3", asked=31.000001) == Standing("lead", "r3")
-    assert join(store, "r4", asked=1.5, age=None) == Standing("joined", "r3")
-    assert join(store, "r5", asked=20) == Standing("joined", "r1")
+    store.mark_called([(A, "r1", at(1))])
+    assert join(store, "r2", asked=31) == JoinResult("joined", "r1")
+    assert join(store, "r3", asked=31.000001) == JoinResult("leader", "r3")
+    assert join(store, "r4", asked=1.5, age=None) == JoinResult("joined", "r3")
+    assert join(store, "r5", asked=20) == JoinResult("joined", "r1")
 
 
-def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: Correlation) -> None:
+def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: CorrelationStore) -> None:
     """To the edge of age and skew; who wants a call of his own is not served by it."""
-    store.answer([(A, "b1", at(0))], SKEW)
-    assert join(store, "r1", asked=35) == Standing("known", "b1")
-    assert join(store, "r2", asked=1, age=None) == Standing("lead", "r2")
-    assert join(store, "r3", asked=35.000001) == Standing("joined", "r2")
+    store.add_balances([(A, "b1", at(0))], SKEW)
+    assert join(store, "r1", asked=35) == JoinResult("balance", "b1")
+    assert join(store, "r2", asked=1, age=None) == JoinResult("leader", "r2")
+    assert join(store, "r3", asked=35.000001) == JoinResult("joined", "r2")
 
 
-def test_the_newest_balance_stays(store: Correlation) -> None:
+def test_the_newest_balance_stays(store: CorrelationStore) -> None:
     """Balances come in any order."""
-    store.answer([(A, "b2", at(2))], SKEW)
-    store.answer([(A, "b1", at(1))], SKEW)
-    assert join(store, "r1", asked=3) == Standing("known", "b2")
+    store.add_balances([(A, "b2", at(2))], SKEW)
+    store.add_balances([(A, "b1", at(1))], SKEW)
+    assert join(store, "r1", asked=3) == JoinResult("balance", "b2")
 
 
-def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: Correlation) -> None:
+def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: CorrelationStore) -> None:
     """No older than the call, give or take the skew; an older balance leaves it in flight."""
     join(store, "r1")
-    store.depart([(A, "r1", at(10))])
-    store.answer([(A, "b0", at(4.9))], SKEW)
-    assert join(store, "r2", asked=41) == Standing("lead", "r2")
-    assert join(store, "r3", asked=10, age=None) == Standing("joined", "r1")
-    store.answer([(A, "b1", at(5))], SKEW)
-    assert join(store, "r4", asked=10, age=None) == Standing("joined", "r2")
+    store.mark_called([(A, "r1", at(10))])
+    store.add_balances([(A, "b0", at(4.9))], SKEW)
+    assert join(store, "r2", asked=41) == JoinResult("leader", "r2")
+    assert join(store, "r3", asked=10, age=None) == JoinResult("joined", "r1")
+    store.add_balances([(A, "b1", at(5))], SKEW)
+    assert join(store, "r4", asked=10, age=None) == JoinResult("joined", "r2")
 
 
-def test_a_refresh_that_is_closed_serves_nobody_more(store: Correlation) -> None:
+def test_a_refresh_that_is_closed_serves_nobody_more(store: CorrelationStore) -> None:
     """In flight or wanted; closing another one changes nothing."""
     join(store, "r1")
-    store.close(A, "r9")
-    assert join(store, "r2") == Standing("joined", "r1")
-    store.close(A, "r1")
-    assert join(store, "r2") == Standing("lead", "r2")
-    store.depart([(A, "r2", at(0))])
-    store.close(A, "r2")
-    assert join(store, "r3") == Standing("lead", "r3")
+    store.clear_refresh(A, "r9")
+    assert join(store, "r2") == JoinResult("joined", "r1")
+    store.clear_refresh(A, "r1")
+    assert join(store, "r2") == JoinResult("leader", "r2")
+    store.mark_called([(A, "r2", at(0))])
+    store.clear_refresh(A, "r2")
+    assert join(store, "r3") == JoinResult("leader", "r3")
 
 
-def test_departing_leaves_the_next_one_alone(store: Correlation) -> None:
+def test_departing_leaves_the_next_one_alone(store: CorrelationStore) -> None:
     """Only the refresh that departs is no longer the next."""
     join(store, "r1")
-    store.depart([(A, "r0", at(0))])
-    assert join(store, "r2", asked=40) == Standing("joined", "r1")
+    store.mark_called([(A, "r0", at(0))])
+    assert join(store, "r2", asked=40) == JoinResult("joined", "r1")
 
 
-def test_what_the_ledger_knows_replaces_what_is_there(store: Correlation) -> None:
+def test_what_the_ledger_knows_replaces_what_is_there(store: CorrelationStore) -> None:
     """Flight, next and balance are as the ledger says: a balance that it does not have was never kept."""
-    store.answer([(A, "b1", at(0))], SKEW)
+    store.add_balances([(A, "b1", at(0))], SKEW)
     join(store, "r1", age=None)
-    store.restore(A, Known("r7", at(100), "r8", ("b2", at(0))))
-    assert join(store, "r9", asked=110) == Standing("joined", "r7")
-    assert join(store, "r9", asked=131) == Standing("joined", "r8")
-    assert join(store, "r9", asked=10) == Standing("known", "b2")
-    store.restore(A, Known())
-    assert join(store, "r9", asked=131) == Standing("lead", "r9")
+    store.restore_account(A, AccountState("r7", at(100), "r8", ("b2", at(0))))
+    assert join(store, "r9", asked=110) == JoinResult("joined", "r7")
+    assert join(store, "r9", asked=131) == JoinResult("joined", "r8")
+    assert join(store, "r9", asked=10) == JoinResult("balance", "b2")
+    store.restore_account(A, AccountState())
+    assert join(store, "r9", asked=131) == JoinResult("leader", "r9")
 
 
-def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: Correlation, redis: "Redis") -> None:
+def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: CorrelationStore, redis: "Redis") -> None:
     """Each key carries the account in braces, and a time to live, whatever wrote it."""
     writers: list[Callable[[], object]] = [
         lambda: join(store, "r1"),
-        lambda: store.depart([(A, "r1", at(0))]),
-        lambda: store.answer([(A, "b1", at(0))], SKEW),
-        lambda: store.restore(A, Known("r1", at(0), "r2")),
+        lambda: store.mark_called([(A, "r1", at(0))]),
+        lambda: store.add_balances([(A, "b1", at(0))], SKEW),
+        lambda: store.restore_account(A, AccountState("r1", at(0), "r2")),
     ]
     for write in writers:
         redis.flushall()
         write()
         assert redis.keys() == [f"payready:{{{A}}}"]
-        assert TIME_TO_LIVE_S - 5 <= redis.ttl(redis.keys()[0]) <= TIME_TO_LIVE_S
+        assert ACCOUNT_TTL_S - 5 <= redis.ttl(redis.keys()[0]) <= ACCOUNT_TTL_S
 
 
-def test_closing_and_restoring_nothing_leaves_no_key(store: Correlation, redis: "Redis") -> None:
+def test_closing_and_restoring_nothing_leaves_no_key(store: CorrelationStore, redis: "Redis") -> None:
     """No key without a time to live comes into being by it."""
-    store.close(A, "r1")
-    store.restore(A, Known())
+    store.clear_refresh(A, "r1")
+    store.restore_account(A, AccountState())
     assert redis.keys() == []
 
 
-def test_the_scripts_are_loaded_again_after_the_server_forgot_them(store: Correlation, redis: "Redis") -> None:
+def test_the_scripts_are_loaded_again_after_the_server_forgot_them(store: CorrelationStore, redis: "Redis") -> None:
     """As after a failover."""
     join(store, "r1")
     redis.script_flush()
-    assert join(store, "r2") == Standing("joined", "r1")
+    assert join(store, "r2") == JoinResult("joined", "r1")
 
 
 def test_an_absent_server_is_one_kind_of_error() -> None:
     """The one that callers wait for."""
-    store = Correlation(connect("redis://127.0.0.1:1/0"))
-    with pytest.raises(CORRELATION_AWAY):
+    store = CorrelationStore(create_client("redis://127.0.0.1:1/0"))
+    with pytest.raises(REDIS_UNAVAILABLE):
         join(store, "r1")
-    with pytest.raises(CORRELATION_AWAY):
+    with pytest.raises(REDIS_UNAVAILABLE):
         store.ping()
     store._redis.close()
 
@@ -175,7 +177,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = Correlation(self.redis)
+        self.store = CorrelationStore(self.redis)
         self.flight: tuple[str, int] | None = None
         self.next: str | None = None
         self.balance: tuple[str, int] | None = None
@@ -191,19 +193,19 @@ class AgainstAModel(RuleBasedStateMachine):
         """A payment joins."""
         oldest = asked - (age or 0)
         if age is not None and self.balance is not None and self.balance[1] >= oldest - 5:
-            expected = Standing("known", self.balance[0])
+            expected = JoinResult("balance", self.balance[0])
         elif self.flight is not None and self.flight[1] >= oldest:
-            expected = Standing("joined", self.flight[0])
+            expected = JoinResult("joined", self.flight[0])
         elif self.next is not None and self.next != lead:
-            expected = Standing("joined", self.next)
+            expected = JoinResult("joined", self.next)
         else:
-            expected, self.next = Standing("lead", lead), lead
+            expected, self.next = JoinResult("leader", lead), lead
         assert join(self.store, lead, asked=asked, age=age) == expected
 
     @rule(refresh_id=refresh_ids, now=seconds)
     def depart(self, refresh_id: str, now: int) -> None:
         """A call goes out."""
-        self.store.depart([(A, refresh_id, at(now))])
+        self.store.mark_called([(A, refresh_id, at(now))])
         self.flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
@@ -211,7 +213,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def answer(self, when: int) -> None:
         """A balance comes."""
         self.balances += 1
-        self.store.answer([(A, f"b{self.balances}", at(when))], SKEW)
+        self.store.add_balances([(A, f"b{self.balances}", at(when))], SKEW)
         if self.balance is None or when >= self.balance[1]:
             self.balance = (f"b{self.balances}", when)
         if self.flight is not None and when >= self.flight[1] - 5:
@@ -220,7 +222,7 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(refresh_id=refresh_ids)
     def close(self, refresh_id: str) -> None:
         """A refresh ends."""
-        self.store.close(A, refresh_id)
+        self.store.clear_refresh(A, refresh_id)
         self.flight = None if self.flight and self.flight[0] == refresh_id else self.flight
         self.next = None if self.next == refresh_id else self.next
 
@@ -233,7 +235,7 @@ class AgainstAModel(RuleBasedStateMachine):
         """The ledger tells."""
         refresh_id, called_at = (flight[0], at(flight[1])) if flight else (None, None)
         newest = (balance[0], at(balance[1])) if balance else None
-        self.store.restore(A, Known(refresh_id, called_at, requested, newest))
+        self.store.restore_account(A, AccountState(refresh_id, called_at, requested, newest))
         self.flight, self.next, self.balance = flight, requested, balance
 
 

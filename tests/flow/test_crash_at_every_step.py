@@ -9,10 +9,10 @@ from tasks import delivery
 from tests.support.crashes import STRIKES, Ledger, Operations, Story, Strike, line, violations
 from tests.support.world import Databases
 from worker import flow
-from worker.correlation.client import connect
-from worker.correlation.store import Correlation
-from worker.errors import Reason, Refused, Throttled, Uncertain
-from worker.ledger.payments import Due
+from worker.correlation.redis_client import create_client
+from worker.correlation.store import CorrelationStore
+from worker.errors import CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.ledger.outcome_deliveries import OutcomeDelivery
 
 P1 = {"payment_id": "p1", "amount": "60.00"}
 P2 = {"payment_id": "p2", "amount": "60.00"}
@@ -25,12 +25,12 @@ STORIES = {
     ),
     "the second needs a call of its own": Story(((0, P1), (1, OWN)), times_s=(0, 1, 3, 6)),
     "the answer is lost, the balance comes": Story(((0, P1),), ("lost",), (0, 3)),
-    "nobody knows what became of the call": Story(((0, P1),), (Uncertain("500", 500),), (0, 16, 19)),
-    "put off, then served": Story(((0, P1),), (Throttled("429", None),), (0, 2, 5)),
+    "nobody knows what became of the call": Story(((0, P1),), (CallResultUnknown("500", 500),), (0, 16, 19)),
+    "put off, then served": Story(((0, P1),), (RateLimited("429", None),), (0, 2, 5)),
     "only a read shows the balance": Story(
         ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
     ),
-    "refused": Story(((0, P1), (0, P2)), (Refused(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
+    "refused": Story(((0, P1), (0, P2)), (CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
     "nothing comes": Story(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
 }
 EVERYWHERE = bool(os.environ.get("STRIKE_EVERYWHERE"))
@@ -39,14 +39,14 @@ Struck = Callable[[Story, Strike, int | None], tuple[Operations, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def correlation(valkey_url: str) -> Iterator[Correlation]:
+def correlation(valkey_url: str) -> Iterator[CorrelationStore]:
     """One for all: its scripts stay loaded."""
-    with connect(valkey_url) as redis:
-        yield Correlation(redis)
+    with create_client(valkey_url) as redis:
+        yield CorrelationStore(redis)
 
 
 @pytest.fixture(scope="module")
-def struck(databases: Databases, correlation: Correlation) -> Struck:
+def struck(databases: Databases, correlation: CorrelationStore) -> Struck:
     """Tells a story with a strike at an operation, or without, on an empty database; returns what was violated."""
     address = databases.new()
     ledger = Ledger(address)
@@ -83,9 +83,9 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
 ) -> None:
     """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
 
-    def noted_first(due: Sequence[Due]) -> None:
+    def noted_first(due: Sequence[OutcomeDelivery]) -> None:
         rt = vars(delivery)["runtime"]()
-        flow.delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
+        flow.mark_delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
         for outcome in due:
             delivery._complete(outcome)
 

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, text
 
 from tests.support.world import Databases, World
-from worker.ledger.database import LEDGER_AWAY
+from worker.ledger.engine import DATABASE_UNAVAILABLE
 
 A = "acct_a"
 MANY = 40
@@ -77,10 +77,10 @@ def test_a_job_is_taken_in_whole_or_not_at_all(payready: World, disk: Disk) -> N
         for payment_id in sorted(ids):
             try:
                 payready.initiate(payment_id, A)
-            except LEDGER_AWAY:
+            except DATABASE_UNAVAILABLE:
                 refused.add(payment_id)
     assert refused
-    assert rows(payready, "payment") == rows(payready, "reply") == ids - refused
+    assert rows(payready, "payment") == rows(payready, "outcome_delivery") == ids - refused
     for payment_id in refused:
         payready.initiate(payment_id, A)
     payready.work()
@@ -95,7 +95,7 @@ def test_a_call_that_is_answered_meanwhile_is_booked_when_there_is_room(payready
 
     def fills_up() -> int:
         disk.fill()
-        with pytest.raises(LEDGER_AWAY, match="full"):
+        with pytest.raises(DATABASE_UNAVAILABLE, match="full"):
             enter_calls_of_others(payready)
         disk.refusals = 0
         threading.Timer(0.3, disk.clear).start()
@@ -130,7 +130,7 @@ def test_a_settlement_settles_all_or_nobody(payready: World, disk: Disk) -> None
     for payment_id in ids:
         payready.initiate(payment_id, A)
     payready.work()
-    with disk.full(), pytest.raises(LEDGER_AWAY, match="full"):
+    with disk.full(), pytest.raises(DATABASE_UNAVAILABLE, match="full"):
         arrives(payready)
     assert {payready.state(payment_id) for payment_id in ids} == {"waiting"}
     assert payready.delivered == {}
@@ -150,7 +150,7 @@ def test_a_webhook_is_kept_or_comes_again(payready: World, disk: Disk) -> None:
         for account in accounts:
             try:
                 payready.balance(account, balance_id=account.replace("acct", "bal"))
-            except LEDGER_AWAY:
+            except DATABASE_UNAVAILABLE:
                 refused.append(account)
     assert refused
     kept = {row["account_id"] for row in payready.rows("SELECT account_id FROM balance")}

@@ -10,10 +10,10 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.support.world import PRICES, START, World
 from worker import flow
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.fees import EntryState, read_prices
-from worker.ledger import fees
-from worker.ledger.database import transaction
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.ledger import fee_entries
+from worker.ledger.engine import transaction
+from worker.rules.pricing import EntryState, parse_price_list
 
 A = "acct_fees"
 
@@ -37,11 +37,11 @@ def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: World
     ("answer", "entries"),
     [
         (202, ["1 pending", "1 posted"]),
-        (Refused(404, Reason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
-        (Throttled("rate limit", None), ["1 pending", "1 void"]),
-        (Unsent("no connection"), ["1 pending", "1 void"]),
-        (Uncertain("read timeout"), ["1 pending"]),
-        (Uncertain("500", 500), ["1 pending"]),
+        (CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
+        (RateLimited("rate limit", None), ["1 pending", "1 void"]),
+        (CallNotSent("no connection"), ["1 pending", "1 void"]),
+        (CallResultUnknown("read timeout"), ["1 pending"]),
+        (CallResultUnknown("500", 500), ["1 pending"]),
     ],
 )
 def test_what_the_answer_does_to_the_entry(payready: World, answer: int | CallFailed, entries: list[str]) -> None:
@@ -54,7 +54,7 @@ def test_what_the_answer_does_to_the_entry(payready: World, answer: int | CallFa
 
 def test_an_uncertain_call_is_posted_by_its_event(payready: World) -> None:
     """The balance proves that the call was accepted; the entry names the event as evidence."""
-    payready.provider.script[A] = [Uncertain("read timeout")]
+    payready.provider.script[A] = [CallResultUnknown("read timeout")]
     payready.initiate("p1", A)
     payready.work()
     payready.clock.advance(2)
@@ -83,7 +83,7 @@ def test_an_event_before_the_answer_posts_once(payready: World) -> None:
 
 def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: World) -> None:
     """Both stay pending, and the outcome says that the fee is not certain."""
-    payready.provider.script[A] = [Uncertain("timeout"), Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout"), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(16)
@@ -95,7 +95,7 @@ def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: W
 
 def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payready: World) -> None:
     """After the deadline: the first payment stays failed, the next one needs no call and owes nothing."""
-    payready.provider.script[A] = [Uncertain("timeout"), Unsent("no connection")]
+    payready.provider.script[A] = [CallResultUnknown("timeout"), CallNotSent("no connection")]
     payready.initiate("p1", A, timeout_s=10)
     payready.work()
     payready.pass_time(10)
@@ -117,7 +117,7 @@ def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payre
 
 def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: World) -> None:
     """Unanswered is not the end of a refresh: its fee is settled whenever the balance comes."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.work()
     payready.pass_time(80)
@@ -130,7 +130,7 @@ def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: W
 
 def test_a_balance_from_before_the_call_does_not_post_it(payready: World) -> None:
     """Older than the call by more than the skew, it proves nothing of it."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, max_balance_age_s=60)
     payready.work()
     payready.balance(A, at=START - timedelta(seconds=6))
@@ -142,7 +142,7 @@ def test_a_balance_from_before_the_call_does_not_post_it(payready: World) -> Non
 
 def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: World) -> None:
     """Its second call was put off until nobody waited any more; the first one had been accepted all the same."""
-    payready.provider.script[A] = [Uncertain("timeout"), *[Unsent("no connection")] * 9]
+    payready.provider.script[A] = [CallResultUnknown("timeout"), *[CallNotSent("no connection")] * 9]
     payready.initiate("p1", A, timeout_s=20)
     payready.work()
     payready.pass_time(25)
@@ -156,7 +156,10 @@ def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: 
 
 def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready: World) -> None:
     """What the provider refuses now, it may have accepted a moment ago."""
-    payready.provider.script[A] = [Uncertain("timeout"), Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [
+        CallResultUnknown("timeout"),
+        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
+    ]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(16)
@@ -168,12 +171,12 @@ def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready:
 
 def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payready: World) -> None:
     """A balance that comes all the same is not due to us."""
-    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.work()
     payready.balance(A)
     payready.work()
-    assert payready.refreshes(A) == ["refused"]
+    assert payready.refreshes(A) == ["rejected"]
     assert payready.fees(A) == ["1 pending", "1 void"]
 
 
@@ -182,7 +185,7 @@ def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_lat
     payready: World, later_s: int, entries: list[str]
 ) -> None:
     """The first call was accepted and its balance never came: for an hour it may be its answer that comes late."""
-    payready.provider.script[A] = [202, Uncertain("timeout")]
+    payready.provider.script[A] = [202, CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.work()
     payready.pass_time(61)
@@ -195,19 +198,19 @@ def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_lat
     assert payready.fees(A) == ["1 pending", "1 posted", *entries]
 
 
-BILLABLE = PRICES.replace('["accepted"]', '["accepted", "account_not_found", "throttled"]')
+BILLABLE = PRICES.replace('["accepted"]', '["accepted", "account_not_found", "rate_limited"]')
 
 
 def test_what_a_contract_bills_besides_accepted_calls_is_posted(
     payready: World, share_of: Callable[[World, str], Decimal]
 ) -> None:
     """A refusal that is charged for is shared by those it failed; one that is not stays free."""
-    payready.rt.prices = read_prices(BILLABLE)
+    payready.rt.price_list = parse_price_list(BILLABLE)
     for reason, status, account in (
         (Reason.ACCOUNT_NOT_FOUND, 404, A),
         (Reason.CONNECTION_INACTIVE, 403, "acct_free"),
     ):
-        payready.provider.script[account] = [Refused(status, reason, "no")]
+        payready.provider.script[account] = [CallRejected(status, reason, "no")]
         for number in range(3):
             payready.initiate(f"{account}{number}", account)
         payready.work()
@@ -219,8 +222,8 @@ def test_what_a_contract_bills_besides_accepted_calls_is_posted(
 
 def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that_is_made(payready: World) -> None:
     """No balance can be due to it, so the balance posts the other call."""
-    payready.rt.prices = read_prices(BILLABLE)
-    payready.provider.script[A] = [Throttled("rate limit", None), Uncertain("timeout")]
+    payready.rt.price_list = parse_price_list(BILLABLE)
+    payready.provider.script[A] = [RateLimited("rate limit", None), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
     payready.pass_time(2)
@@ -231,7 +234,7 @@ def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that
 
 def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: World) -> None:
     """An entry there is all the same."""
-    payready.rt.prices = read_prices(PRICES.replace('["accepted"]', "[]"))
+    payready.rt.price_list = parse_price_list(PRICES.replace('["accepted"]', "[]"))
     payready.initiate("p1", A)
     payready.work()
     payready.balance(A)
@@ -242,10 +245,10 @@ def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: World) -> 
 
 def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: World) -> None:
     """A new list in between changes nothing of the call that was made before."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
-    payready.rt.prices = read_prices(PRICES.replace('"test"', '"dear"').replace("0.100000", "0.9"))
+    payready.rt.price_list = parse_price_list(PRICES.replace('"test"', '"dear"').replace("0.100000", "0.9"))
     payready.balance(A)
     payready.work()
     payready.initiate("p2", "acct_other")
@@ -271,7 +274,7 @@ def test_the_database_refuses_to_change_or_remove_an_entry(payready: World, stat
     payready.work()
     before = payready.rows("SELECT * FROM fee_entry")
     assert len(before) == 2
-    with pytest.raises(DBAPIError, match="only ever added"), payready.engine.begin() as tx:
+    with pytest.raises(DBAPIError, match="fee_entry is append-only"), payready.engine.begin() as tx:
         tx.execute(text(statement))
     assert payready.rows("SELECT * FROM fee_entry") == before
 
@@ -281,7 +284,7 @@ def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None
     payready.initiate("p1", A)
     payready.work()
     truncate = "TRUNCATE fee_entry" if payready.engine.dialect.name == "postgresql" else "DELETE FROM fee_entry"
-    with pytest.raises(DBAPIError, match="only ever added"), payready.engine.begin() as tx:
+    with pytest.raises(DBAPIError, match="fee_entry is append-only"), payready.engine.begin() as tx:
         tx.execute(text(truncate))
 
 
@@ -292,7 +295,7 @@ def test_a_share_is_in_the_currency_of_its_call(payready: World) -> None:
     """Whatever the price list says by then; so is the nothing that is owed for its balance when it is used again."""
     payready.initiate("p1", A)
     payready.work()
-    payready.rt.prices = read_prices(EURO)
+    payready.rt.price_list = parse_price_list(EURO)
     payready.balance(A)
     payready.work()
     payready.clock.advance(1)
@@ -304,10 +307,10 @@ def test_a_share_is_in_the_currency_of_its_call(payready: World) -> None:
 
 def test_a_share_is_of_one_currency(payready: World) -> None:
     """Dollars are not added to euros: told is the part of the calls in the last one's currency."""
-    payready.provider.script[A] = [Uncertain("timeout"), 202]
+    payready.provider.script[A] = [CallResultUnknown("timeout"), 202]
     payready.initiate("p1", A)
     payready.work()
-    payready.rt.prices = read_prices(EURO)
+    payready.rt.price_list = parse_price_list(EURO)
     payready.pass_time(16)
     payready.balance(A)
     payready.work()
@@ -363,7 +366,7 @@ def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready:
 )
 def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(payready: World, other: dict[str, str]) -> None:
     """Its price, its currency, its time are those of its opening; and there is one."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
     refused(payready, "INSERT " + entry_like("posted", **other), "closes no call that was opened like it")
@@ -374,7 +377,7 @@ def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(payready
 
 def test_the_database_knows_three_states_of_an_entry(payready: World) -> None:
     """And no other word for one."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.work()
     refused(payready, "INSERT " + entry_like("paid"), "fee_entry_state")
@@ -387,9 +390,9 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: E
     payready.work()
     refresh_id = payready.rows("SELECT refresh_id FROM fee_entry")[0]["refresh_id"]
     with transaction(payready.engine) as tx:
-        [call] = fees.calls_of(tx, [refresh_id])
+        [call] = fee_entries.calls_of_refreshes(tx, [refresh_id])
         assert call.state == EntryState.POSTED
-        assert not fees.close_entry(tx, call, second, {}, START)
+        assert not fee_entries.post_or_void(tx, call, second, {}, START)
     assert payready.fees(A) == ["1 pending", "1 posted"]
     columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, at"
     with pytest.raises(DBAPIError), payready.engine.begin() as tx:
@@ -401,9 +404,11 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: E
 
 def test_an_entry_needs_a_refresh(payready: World) -> None:
     """No fee without a refresh that it belongs to, in either database."""
-    call = fees.call_for("call_1", "ref_unknown", A, payready.rt.prices.on("TEST", START.date()), START)
+    call = fee_entries.new_call(
+        "call_1", "ref_unknown", A, payready.rt.price_list.price_for("TEST", START.date()), START
+    )
     with pytest.raises(DBAPIError), transaction(payready.engine) as tx:
-        fees.open_entries(tx, [call])
+        fee_entries.open_entries(tx, [call])
 
 
 @pytest.mark.parametrize("settled_by", ["balance", "deadline", "refusal"])
@@ -414,7 +419,7 @@ def test_the_shares_of_a_call_add_up_to_its_fee(
     """Whoever settles the payments: what they owe together is what the call costs, to the millionth."""
     payready.initiate("p0", A, timeout_s=30)
     payready.provider.script[A] = [
-        Refused(403, Reason.CONNECTION_INACTIVE, "inactive") if settled_by == "refusal" else 202
+        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive") if settled_by == "refusal" else 202
     ]
     for number in range(1, sharers):
         payready.initiate(f"p{number}", A, timeout_s=30)
@@ -439,7 +444,7 @@ def test_shares_add_up_when_some_fail_before_the_balance_comes(
         payready.initiate(f"p{number}", A, timeout_s=60)
     payready.work()
     payready.pass_time(9)
-    payready.queue.add(flow.cancel(payready.rt, ["p1"]))
+    payready.queue.merge(flow.cancel(payready.rt, ["p1"]))
     payready.pass_time(1)
     payready.balance(A)
     payready.work()
@@ -452,7 +457,7 @@ def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
     payready: World, share_of: Callable[[World, str], Decimal]
 ) -> None:
     """A refusal minutes ago is no part of this payment's end: it bears the call that was made for it."""
-    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
+    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
     payready.initiate("p1", A, timeout_s=20)
     payready.work()
     payready.clock.advance(5)
@@ -468,12 +473,12 @@ def test_a_balance_between_two_calls_of_a_refresh_settles_the_first_calls_fee(
     payready: World, share_of: Callable[[World, str], Decimal]
 ) -> None:
     """The second call is claimed after the balance was kept and before it was applied."""
-    payready.provider.script[A] = [Uncertain("timed out")]
+    payready.provider.script[A] = [CallResultUnknown("timed out")]
     payready.initiate("p1", A, timeout_s=120)
     payready.work()
     payready.clock.advance(payready.rt.settings.uncertain_grace_s)
-    payready.queue.add(flow.sweep(payready.rt))  # repeats: the call is enqueued
-    assert payready.queue.call
+    payready.queue.merge(flow.sweep(payready.rt))  # repeats: the call is enqueued
+    assert payready.queue.calls
     payready.balance(A)
     payready.work()
     assert payready.state("p1") == "released"

@@ -8,9 +8,15 @@ import pytest
 
 from tests.support.world import World
 from worker import flow
-from worker.errors import Uncertain
-from worker.metrics import EVENT_AFTER_CALL, SETTLED_AFTER_EVENT, Asked, Figure, Lately
-from worker.watch import SETTLE_TIME, Watch, of_redis
+from worker.errors import CallResultUnknown
+from worker.ledger_metrics import WRITE_LAG, LedgerCollector, redis_metrics
+from worker.metrics import (
+    BALANCE_TO_RESOLUTION_SECONDS,
+    CALL_TO_BALANCE_SECONDS,
+    ExpiringValue,
+    MetricSample,
+    PolledCollector,
+)
 
 Ask = Callable[..., float]
 
@@ -18,7 +24,7 @@ Ask = Callable[..., float]
 @pytest.fixture
 def told(payready: World) -> Ask:
     """Asks for one value, by the name of its metric and its labels, of a watch that began with the test."""
-    watch = Watch(payready.rt)
+    watch = LedgerCollector(payready.rt)
 
     def ask(name: str, *labels: str) -> float:
         figures = {figure.name: figure for figure in watch()}
@@ -33,7 +39,7 @@ def test_waiting_payments_are_told_by_how_far_their_call_is(payready: World, tol
     payready.lose()
     payready.clock.advance(1)
     payready.initiate("pay_2", "acct_b")
-    payready.provider.script["acct_c"] = [Uncertain("lost")]
+    payready.provider.script["acct_c"] = [CallResultUnknown("lost")]
     payready.initiate("pay_3", "acct_c")
     payready.work()
     payready.clock.advance(2)
@@ -81,7 +87,7 @@ def test_what_happened_while_the_ledger_was_not_asked_is_counted_in_steps(payrea
     payready.work()
     payready.balance("acct_b")
     payready.work()
-    payready.clock.advance(SETTLE_TIME.total_seconds())
+    payready.clock.advance(WRITE_LAG.total_seconds())
     assert [told("payready_outcomes_total", "released", "none") for _ in range(4)] == [1, 1, 2, 2]
 
 
@@ -89,26 +95,28 @@ def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: 
     """However often it is asked; and a call is open until it is posted or void."""
     told("payready_outcomes_total")
     payready.initiate("pay_1", "acct_a")
-    payready.provider.script["acct_b"] = [Uncertain("lost")]
+    payready.provider.script["acct_b"] = [CallResultUnknown("lost")]
     payready.initiate("pay_2", "acct_b")
     payready.work()
     payready.balance("acct_a")
     payready.work()
     assert told("payready_outcomes_total", "released", "none") == 0, "not before the time in which others may commit"
-    payready.clock.advance(SETTLE_TIME.total_seconds())
+    payready.clock.advance(WRITE_LAG.total_seconds())
     for _ in range(2):
         assert told("payready_outcomes_total", "released", "none") == 1
         assert told("payready_fee_entries_total", "posted", "USD") == 1
         assert told("payready_fees_total", "posted", "USD") == 0.1
-    assert (told("payready_open_calls"), told("payready_open_fees", "USD")) == (1, 0.1)
-    late = Watch(payready.rt)
-    assert {f.name: f.values for f in late()}["payready_open_calls"] == {(): 1}, "one that starts now finds it too"
+    assert (told("payready_unresolved_calls"), told("payready_unresolved_fees", "USD")) == (1, 0.1)
+    late = LedgerCollector(payready.rt)
+    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 1}, (
+        "one that starts now finds it too"
+    )
     payready.balance("acct_b")
     payready.work()
-    payready.clock.advance(SETTLE_TIME.total_seconds())
-    assert (told("payready_open_calls"), told("payready_open_fees", "USD")) == (0, 0)
+    payready.clock.advance(WRITE_LAG.total_seconds())
+    assert (told("payready_unresolved_calls"), told("payready_unresolved_fees", "USD")) == (0, 0)
     assert told("payready_fees_total", "posted", "USD") == 0.2
-    assert {f.name: f.values for f in late()}["payready_open_calls"] == {(): 0}
+    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 0}
 
 
 def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: World, told: Ask) -> None:
@@ -118,8 +126,8 @@ def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: World, t
     balance_id = payready.balance("acct_a", later=True)
     payready.clock.advance(2)
     assert (told("payready_unapplied_balances"), told("payready_oldest_unapplied_seconds")) == (1, 2)
-    payready.queue.apply.clear()
-    flow.apply(payready.rt, balance_id)  # and nobody does what it leaves to be done
+    payready.queue.balances_to_apply.clear()
+    flow.apply_balance(payready.rt, balance_id)  # and nobody does what it leaves to be done
     payready.clock.advance(3)
     assert (told("payready_undelivered_outcomes"), told("payready_oldest_undelivered_seconds")) == (1, 3)
     payready.pass_time(10)
@@ -128,16 +136,16 @@ def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: World, t
 
 def test_the_way_of_a_balance_is_timed(payready: World) -> None:
     """From the call to its arrival, from there to the settlement; applying it again times nothing."""
-    before = [_sum_and_count(histogram) for histogram in (EVENT_AFTER_CALL, SETTLED_AFTER_EVENT)]
+    before = [_sum_and_count(histogram) for histogram in (CALL_TO_BALANCE_SECONDS, BALANCE_TO_RESOLUTION_SECONDS)]
     payready.initiate("pay_1", "acct_a")
     payready.work()
     payready.clock.advance(7)
     balance_id = payready.balance("acct_a", later=True)
     payready.clock.advance(2)
     payready.work()
-    payready.queue.apply.append(balance_id)
+    payready.queue.balances_to_apply.append(balance_id)
     payready.work()
-    after = [_sum_and_count(histogram) for histogram in (EVENT_AFTER_CALL, SETTLED_AFTER_EVENT)]
+    after = [_sum_and_count(histogram) for histogram in (CALL_TO_BALANCE_SECONDS, BALANCE_TO_RESOLUTION_SECONDS)]
     assert [(a[0] - b[0], a[1] - b[1]) for a, b in zip(after, before, strict=True)] == [(7, 1), (2, 1)]
 
 
@@ -151,22 +159,22 @@ def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> 
     """Figures of someone who does not answer are left out: old ones would lie."""
     now, asked = [0.0], [0]
 
-    def ask() -> list[Figure]:
+    def ask() -> list[MetricSample]:
         asked[0] += 1
         if asked[0] == 2:
             raise OSError("away")
-        return [Figure("payready_x", "X.", {("a",): 5}, ("kind",))]
+        return [MetricSample("payready_x", "X.", {("a",): 5}, ("kind",))]
 
     def told() -> dict[str, float]:
         return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
 
-    collector = Asked("ledger", ask, clock=lambda: now[0])
-    assert told() == told() == {"payready_ledger_up": 1, "payready_x": 5}
+    collector = PolledCollector("database", ask, clock=lambda: now[0])
+    assert told() == told() == {"payready_database_up": 1, "payready_x": 5}
     assert asked == [1]
     now[0] += 5
-    assert told() == {"payready_ledger_up": 0}
+    assert told() == {"payready_database_up": 0}
     now[0] += 5
-    assert told() == {"payready_ledger_up": 1, "payready_x": 5}
+    assert told() == {"payready_database_up": 1, "payready_x": 5}
 
 
 def test_caps_are_told_as_far_as_they_are_used(payready: World) -> None:
@@ -174,7 +182,7 @@ def test_caps_are_told_as_far_as_they_are_used(payready: World) -> None:
     payready.rt.settings = payready.rt.settings.model_copy(
         update={"fee_cap_per_day": Decimal("0.4"), "fee_cap_per_month": Decimal(0)}
     )
-    watch = Watch(payready.rt)
+    watch = LedgerCollector(payready.rt)
 
     def used() -> object:
         return {figure.name: figure.values for figure in watch()}["payready_fee_cap_used_ratio"]
@@ -190,22 +198,22 @@ def test_the_breaker_shows_for_as_long_as_it_holds_calls_back(payready: World) -
     """And the budget as far as it is spent."""
 
     def told() -> dict[str, float]:
-        return {figure.name: figure.values[()] for figure in of_redis(payready.rt)}
+        return {figure.name: figure.values[()] for figure in redis_metrics(payready.rt)}
 
-    assert told()["payready_breaker_shut"] == told()["payready_call_budget_used_ratio"] == 0
-    for _ in range(payready.rt.settings.breaker_failures):
-        payready.rt.gate.report("failed", payready.clock(), payready.clock())
-    assert told()["payready_breaker_shut"] == 1
+    assert told()["payready_circuit_breaker_open"] == told()["payready_rate_limiter_burst_used_ratio"] == 0
+    for _ in range(payready.rt.settings.circuit_breaker_failures):
+        payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
+    assert told()["payready_circuit_breaker_open"] == 1
     payready.clock.advance(6)
-    assert told()["payready_breaker_shut"] == 0
+    assert told()["payready_circuit_breaker_open"] == 0
 
 
 def test_what_one_process_found_is_forgotten_for_what_another_may_have_found_since() -> None:
     """Of several workers only one checks at a time: the greatest of their values must not be an old one."""
     now = [0.0]
-    flaws = Lately(180, clock=lambda: now[0])
+    flaws = ExpiringValue(180, clock=lambda: now[0])
     assert math.isnan(flaws())
-    flaws.note(2)
+    flaws.set(2)
     now[0] = 179
     assert flaws() == 2
     now[0] = 180

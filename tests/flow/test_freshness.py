@@ -147,7 +147,7 @@ def test_a_call_that_is_too_early_by_less_than_a_millisecond_is_not_joined(payre
     payready.clock.now += timedelta(microseconds=400)
     first = payready.refreshes(A)
     entrance = payready.initiate("p2", A, max_balance_age_s=0)
-    assert entrance.next.call == [(A, entrance.refresh_id)]
+    assert entrance.follow_up.calls == [(A, entrance.refresh_id)]
     assert first == ["accepted"]
 
 
@@ -172,7 +172,7 @@ def test_the_next_call_is_not_made_when_nobody_wants_it_any_more(payready: World
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.work()
-    payready.queue.add(flow.cancel(payready.rt, ["p2"]))
+    payready.queue.merge(flow.cancel(payready.rt, ["p2"]))
     payready.balance(A)
     payready.work()
     assert payready.provider.calls == [A]

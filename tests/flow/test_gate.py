@@ -10,12 +10,19 @@ from redis import Redis
 
 from tests.support.world import SETTINGS, START, Databases, Make, World, gate_of, world
 from worker import flow
-from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, Gate, HeldBack, Position
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.ledger import fees
+from worker.correlation.admission import (
+    DELAYED_CALLS_FIRST,
+    MAX_OPEN_DURATION,
+    OPEN_DURATION,
+    AdmissionControl,
+    AdmissionStatus,
+    Denied,
+)
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.ledger import fee_entries
 
-LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "breaker_failures": 3})
-FAILURE = Uncertain("the provider answered 500", 500)
+LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "circuit_breaker_failures": 3})
+FAILURE = CallResultUnknown("the provider answered 500", 500)
 A = "acct_a"
 
 
@@ -27,7 +34,7 @@ def payready(databases: Databases, valkey_url: str) -> Iterator[World]:
 
 
 @pytest.fixture
-def gate(valkey_url: str) -> Iterator[Gate]:
+def gate(valkey_url: str) -> Iterator[AdmissionControl]:
     with Redis.from_url(valkey_url, decode_responses=True) as redis:
         redis.flushdb()
         yield gate_of(redis, LIMITS)
@@ -70,11 +77,11 @@ def test_a_payment_that_comes_while_others_wait_for_their_turn_goes_behind_the_m
     assert sorted(called(payready)) == sorted([*(f"p{n}" for n in range(10)), "late", "urgent"])
 
 
-def test_places_are_a_second_s_worth_one_interval_apart(gate: Gate) -> None:
-    places = gate.reserve(START, 10)
+def test_places_are_a_second_s_worth_one_interval_apart(gate: AdmissionControl) -> None:
+    places = gate.reserve_slots(START, 10)
     assert places == [timedelta(milliseconds=250) * n for n in range(4)]
-    assert gate.reserve(START, 10) == []
-    assert gate.reserve(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
+    assert gate.reserve_slots(START, 10) == []
+    assert gate.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
@@ -87,8 +94,8 @@ def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, step
         for gap_ms, is_sweep in steps:
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
-                gone += [now + pause for pause in gate.reserve(now, 3)]
-            elif gate.admit(now, 1, in_turn=False)[0]:
+                gone += [now + pause for pause in gate.reserve_slots(now, 3)]
+            elif gate.admit(now, 1, has_slot=False)[0]:
                 gone.append(now)
         for start in gone:
             assert sum(start <= at < start + timedelta(seconds=1) for at in gone) <= 25
@@ -96,7 +103,7 @@ def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, step
 
 def test_a_rate_limit_of_the_provider_stops_all_calls_until_it_listens_again(payready: World) -> None:
     listens_again = START + timedelta(seconds=7)
-    payready.provider.script["acct_a"] = [Throttled("rate limit", listens_again)]
+    payready.provider.script["acct_a"] = [RateLimited("rate limit", listens_again)]
     payready.initiate("a", "acct_a")
     payready.work()
     payready.initiate("b", "acct_b")
@@ -155,39 +162,42 @@ def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: 
         return 202
 
     payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [nobody_else_goes]
-    payready.pass_time(int(PAUSE.total_seconds()) + 4)
+    payready.pass_time(int(OPEN_DURATION.total_seconds()) + 4)
     assert sorted(called(payready)[3:]) == ["a", "b", "c"]
 
 
 def one_call_is_trying(payready: World) -> bool:
-    _, held_back = payready.rt.gate.admit(payready.clock(), 1, in_turn=True)
-    return held_back is not None and held_back.why == "probing"
+    _, held_back = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
+    return held_back is not None and held_back.reason == "half_open"
 
 
-def test_a_probe_that_fails_shuts_for_twice_as_long(gate: Gate) -> None:
+def test_a_probe_that_fails_shuts_for_twice_as_long(gate: AdmissionControl) -> None:
     now, pauses = START, []
     for _ in range(2):
-        assert gate.report("failed", now, now) is None
+        assert gate.record_result("failed", now, now) is None
     for _ in range(6):
-        shut_until = gate.report("failed", now, now)
+        shut_until = gate.record_result("failed", now, now)
         assert shut_until is not None
         pauses.append(shut_until - now)
-        assert gate.admit(shut_until - timedelta(microseconds=1), 1, in_turn=False) == (0, HeldBack("shut", shut_until))
+        assert gate.admit(shut_until - timedelta(microseconds=1), 1, has_slot=False) == (
+            0,
+            Denied("circuit_open", shut_until),
+        )
         now = shut_until
-        assert gate.admit(now, 1, in_turn=False) == (1, None)
-        assert gate.admit(now, 1, in_turn=True) == (0, HeldBack("probing", now + timedelta(seconds=1)))
-    assert pauses == [PAUSE * 2**n for n in range(4)] + [LONGEST_PAUSE] * 2
+        assert gate.admit(now, 1, has_slot=False) == (1, None)
+        assert gate.admit(now, 1, has_slot=True) == (0, Denied("half_open", now + timedelta(seconds=1)))
+    assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
 
 
 def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: World) -> None:
     answers: list[CallFailed] = [
         FAILURE,
-        Unsent("no connection"),
-        Refused(404, Reason.ACCOUNT_NOT_FOUND, "unknown"),
+        CallNotSent("no connection"),
+        CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"),
         FAILURE,
-        Throttled("rate limit", None),
+        RateLimited("rate limit", None),
         FAILURE,
-        Unsent("no connection"),
+        CallNotSent("no connection"),
     ]
     for n, answer in enumerate(answers):
         payready.provider.script[f"acct_f{n}"] = [answer]
@@ -200,38 +210,38 @@ def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: World
     assert called(payready)[-1] == "p"
 
 
-def test_a_straggler_does_not_prolong_what_is_shut(gate: Gate) -> None:
+def test_a_straggler_does_not_prolong_what_is_shut(gate: AdmissionControl) -> None:
     for _ in range(3):
-        shut_until = gate.report("failed", START, START)
-    assert gate.report("failed", START, START + timedelta(seconds=1)) is None
+        shut_until = gate.record_result("failed", START, START)
+    assert gate.record_result("failed", START, START + timedelta(seconds=1)) is None
     assert shut_until
-    assert gate.admit(shut_until, 1, in_turn=False) == (1, None)
+    assert gate.admit(shut_until, 1, has_slot=False) == (1, None)
 
 
 def test_an_answer_that_is_told_late_does_not_open_what_was_shut_since(payready: World) -> None:
     """Accepted calls are booked together, a moment after their answers; failed ones at once."""
     payready.initiate("a", "acct_a", timeout_s=60)
-    [claim] = flow.claim(payready.rt, payready.queue.call).made
-    end = flow.make(payready.rt, claim)
+    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
+    end = flow.make_call(payready.rt, claim)
     payready.lose()
     payready.clock.advance(1)
     fail_until_shut(payready)
-    shut_until = payready.rt.gate.position(payready.clock.now).shut_until
+    shut_until = payready.rt.admission.status(payready.clock.now).open_until
     assert shut_until is not None
-    flow.book(payready.rt, [end])
+    flow.record_results(payready.rt, [end])
     assert payready.fees("acct_a") == ["1 pending", "1 posted"]
-    assert payready.rt.gate.position(payready.clock.now).shut_until == shut_until
+    assert payready.rt.admission.status(payready.clock.now).open_until == shut_until
 
 
 def test_a_call_from_before_it_was_shut_that_is_answered_since_opens_it(payready: World) -> None:
     """It was slow, and the provider is there."""
     payready.initiate("a", "acct_a", timeout_s=60)
-    [claim] = flow.claim(payready.rt, payready.queue.call).made
+    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
     payready.lose()
     payready.clock.advance(1)
     fail_until_shut(payready)
-    flow.book(payready.rt, [flow.make(payready.rt, claim)])
-    assert payready.rt.gate.position(payready.clock.now).shut_until is None
+    flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
+    assert payready.rt.admission.status(payready.clock.now).open_until is None
 
 
 def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: World) -> None:
@@ -247,23 +257,23 @@ def test_what_was_held_back_goes_on_when_the_gate_is_forgotten(payready: World) 
     payready.initiate("a", "acct_a", timeout_s=60)
     payready.work()
     payready.flush()
-    payready.pass_time(int(PAUSE.total_seconds()) + 1)
+    payready.pass_time(int(OPEN_DURATION.total_seconds()) + 1)
     assert called(payready)[-1] == "a"
-    assert CROWDED < PAUSE
+    assert DELAYED_CALLS_FIRST < OPEN_DURATION
 
 
 @pytest.mark.parametrize("timeout_s", [45, 120])
 def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Make, timeout_s: int) -> None:
     """The probe is answered 202 after 300 ms; a call that is claimed meanwhile must be made soon after."""
-    with made(calls_per_s=20, breaker_failures=3) as payready:
+    with made(calls_per_s=20, circuit_breaker_failures=3) as payready:
         fail_until_shut(payready)
-        payready.clock.advance(PAUSE.total_seconds())
+        payready.clock.advance(OPEN_DURATION.total_seconds())
         payready.initiate("probe", A, timeout_s=120)
 
         def probe() -> int:
             other = payready.initiate("other", "acct_b", timeout_s=timeout_s)
-            payready.queue = flow.Next()
-            payready.queue.add(flow.call(payready.rt, "acct_b", str(other.refresh_id)))
+            payready.queue = flow.FollowUp()
+            payready.queue.merge(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
             payready.clock.advance(0.3)
             return 202
 
@@ -274,32 +284,32 @@ def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Ma
         assert "acct_b" in payready.provider.calls
 
 
-def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: Gate) -> None:
-    assert gate.admit(START, 1, in_turn=False) == (1, None)
+def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: AdmissionControl) -> None:
+    assert gate.admit(START, 1, has_slot=False) == (1, None)
     for _ in range(3):
-        gate.report("failed", START, START + timedelta(seconds=1))
-    later = START + timedelta(seconds=1) + PAUSE
-    assert gate.admit(later, 1, in_turn=False) == (1, None), "the probe"
-    gate.give_back(1, START)
-    assert gate.admit(later, 1, in_turn=True)[0] == 0
-    gate.give_back(1, later)
-    assert gate.admit(later, 1, in_turn=True) == (1, None), "the probe was not made"
+        gate.record_result("failed", START, START + timedelta(seconds=1))
+    later = START + timedelta(seconds=1) + OPEN_DURATION
+    assert gate.admit(later, 1, has_slot=False) == (1, None), "the probe"
+    gate.refund(1, START)
+    assert gate.admit(later, 1, has_slot=True)[0] == 0
+    gate.refund(1, later)
+    assert gate.admit(later, 1, has_slot=True) == (1, None), "the probe was not made"
 
 
-def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: Gate) -> None:
+def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: AdmissionControl) -> None:
     """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
     for _ in range(3):
-        first = gate.report("failed", START, START)
+        first = gate.record_result("failed", START, START)
     assert first is not None
     straggler = first + timedelta(milliseconds=50)
-    gate.report("failed", START, straggler)
-    assert gate.admit(straggler, 1, in_turn=True) == (1, None), "no probe was made, and it is shut for twice as long"
+    gate.record_result("failed", START, straggler)
+    assert gate.admit(straggler, 1, has_slot=True) == (1, None), "no probe was made, and it is shut for twice as long"
 
 
 def test_an_overload_does_not_make_every_call_too_late(made: Make, databases: Databases) -> None:
     """Six payments a second, four calls a second, an answer after five seconds: four of six could be released."""
     seconds = 90 if databases.is_quick else 60
-    with made(calls_per_s=4, breaker_failures=1000, answer_within_s=7) as payready:
+    with made(calls_per_s=4, circuit_breaker_failures=1000, min_time_left_for_call_s=7) as payready:
         answers: list[tuple[int, str]] = []
         seen = 0
         for second in range(seconds):
@@ -318,19 +328,19 @@ def test_an_overload_does_not_make_every_call_too_late(made: Make, databases: Da
         assert len(late) > (seconds - 30) * 4 / 3, "calls are made for those who are too late for them"
 
 
-def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: Gate) -> None:
-    gate.admit(START + timedelta(hours=1), 1, in_turn=False)
-    assert gate.admit(START + timedelta(seconds=61), 1, in_turn=False) == (1, None)
+def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
+    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
+    assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == (1, None)
 
 
-def test_a_clock_that_is_ahead_makes_the_gate_forget_neither_rate_limit_nor_failures(gate: Gate) -> None:
+def test_a_clock_that_is_ahead_makes_the_gate_forget_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
     """One replica's clock is an hour ahead, in a call that it makes, and in one that fails."""
-    gate.admit(START + timedelta(hours=1), 1, in_turn=False)
-    gate.report("throttled", START, START, START + timedelta(seconds=7))
-    assert gate.admit(START + timedelta(seconds=6.9), 1, in_turn=False)[0] == 0
+    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
+    gate.record_result("rate_limited", START, START, START + timedelta(seconds=7))
+    assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False)[0] == 0
     for _ in range(3):
-        gate.report("failed", START, START + timedelta(hours=1))
-    assert gate.report("failed", START, START), "all calls fail, and nobody is held back"
+        gate.record_result("failed", START, START + timedelta(hours=1))
+    assert gate.record_result("failed", START, START), "all calls fail, and nobody is held back"
 
 
 def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: Make) -> None:
@@ -341,10 +351,10 @@ def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made:
         payready.work()
         payready.clock.advance(1)
         after = flow.sweep(payready.rt)
-        assert after.call_later[0][2] == timedelta(0)
+        assert after.delayed_calls[0][2] == timedelta(0)
         payready.clock.advance(-0.02)
-        account_id, refresh_id, _ = after.call_later[0]
-        flow.call(payready.rt, account_id, refresh_id, in_turn=True)
+        account_id, refresh_id, _ = after.delayed_calls[0]
+        flow.claim_and_call(payready.rt, account_id, refresh_id, has_slot=True)
         assert account_id in payready.provider.calls
 
 
@@ -378,19 +388,19 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
     databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate is asked before the claim commits; a claim that the ledger refuses leaves a probe that nobody makes."""
-    settings = SETTINGS.model_copy(update={"calls_per_s": 20, "breaker_failures": 1})
+    settings = SETTINGS.model_copy(update={"calls_per_s": 20, "circuit_breaker_failures": 1})
     with databases.one() as address, world(address, valkey_url, settings) as payready:
-        payready.provider.script["acct_f"] = [Uncertain("500", 500)]
+        payready.provider.script["acct_f"] = [CallResultUnknown("500", 500)]
         payready.initiate("f", "acct_f", timeout_s=300)
         payready.work()
-        payready.clock.advance(PAUSE.total_seconds())
+        payready.clock.advance(OPEN_DURATION.total_seconds())
         payready.initiate("a", "acct_a", timeout_s=300)
         with monkeypatch.context() as patch:
 
             def away(*_: object) -> None:
                 raise ConnectionError("the ledger is away")
 
-            patch.setattr(fees, "open_entries", away)
+            patch.setattr(fee_entries, "open_entries", away)
             with pytest.raises(ConnectionError):
                 payready.work()
         payready.lose()
@@ -398,16 +408,16 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
         assert "acct_a" in payready.provider.calls
 
 
-def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: Gate) -> None:
+def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: AdmissionControl) -> None:
     """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
-    assert gate.position(START) == Position(None, 0.0)
-    assert gate.admit(START, 1, in_turn=False) == (1, None)
-    assert gate.position(START) == Position(None, 1.0)
-    assert gate.position(START + timedelta(seconds=0.125)).budget_used == 0.5
+    assert gate.status(START) == AdmissionStatus(None, 0.0)
+    assert gate.admit(START, 1, has_slot=False) == (1, None)
+    assert gate.status(START) == AdmissionStatus(None, 1.0)
+    assert gate.status(START + timedelta(seconds=0.125)).burst_used == 0.5
     for _ in range(3):
-        gate.report("failed", START, START)
-    assert gate.position(START).shut_until == START + PAUSE
-    assert gate.position(START + PAUSE).shut_until is None, "the next call tries it"
-    assert gate.position(START - timedelta(hours=1)).shut_until is None, "by a clock that was wrong"
-    gate.report("answered", START, START)
-    assert gate.position(START).shut_until is None
+        gate.record_result("failed", START, START)
+    assert gate.status(START).open_until == START + OPEN_DURATION
+    assert gate.status(START + OPEN_DURATION).open_until is None, "the next call tries it"
+    assert gate.status(START - timedelta(hours=1)).open_until is None, "by a clock that was wrong"
+    gate.record_result("ok", START, START)
+    assert gate.status(START).open_until is None

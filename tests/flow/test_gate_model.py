@@ -11,7 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from redis import Redis
 
 from tests.support.world import START
-from worker.correlation.gate import CROWDED, LONGEST_PAUSE, PAUSE, End, Gate, HeldBack
+from worker.correlation.admission import (
+    DELAYED_CALLS_FIRST,
+    MAX_OPEN_DURATION,
+    OPEN_DURATION,
+    AdmissionControl,
+    CallStatus,
+    Denied,
+)
 
 KEY = "payready:gate"
 SECOND = timedelta(seconds=1)
@@ -26,26 +33,26 @@ class Model:
 
     def __init__(self) -> None:
         self.spent_until = self.crowded_until = self.probed_until = START - SECOND
-        self.failures, self.pause = 0, PAUSE / 2
+        self.failures, self.pause = 0, OPEN_DURATION / 2
         self.shut: tuple[datetime, datetime] | None = None
         """Since when, and until when; it stays until a call was answered."""
 
-    def admit(self, now: datetime, wanted: int, *, in_turn: bool) -> tuple[int, HeldBack | None]:
+    def admit(self, now: datetime, wanted: int, *, in_turn: bool) -> tuple[int, Denied | None]:
         """While all fails none, then one; within the budget, unless it has a place there; nobody jumps the queue."""
         shut_until = self.shut[1] if self.shut and self.is_shut_believed(now) else None
         if shut_until and now < shut_until:
-            return 0, HeldBack("shut", shut_until)
+            return 0, Denied("circuit_open", shut_until)
         if shut_until and now < self.probed_until <= now + BELIEVED:
-            return 0, HeldBack("probing", now + SECOND)
-        let_out, why = (1, HeldBack("probing", now + SECOND)) if shut_until else (wanted, None)
+            return 0, Denied("half_open", now + SECOND)
+        let_out, why = (1, Denied("half_open", now + SECOND)) if shut_until else (wanted, None)
         if not in_turn:
             if now < self.crowded_until <= now + BELIEVED:
-                return 0, HeldBack("full", now)
+                return 0, Denied("rate_limited", now)
             spent_until = self._spent(now)
             free = BURST - -(-(spent_until - now) // INTERVAL)
             if free < let_out:
-                let_out, self.crowded_until = max(0, free), now + CROWDED
-                why = HeldBack("full", spent_until + (let_out - BURST + 1) * INTERVAL)
+                let_out, self.crowded_until = max(0, free), now + DELAYED_CALLS_FIRST
+                why = Denied("rate_limited", spent_until + (let_out - BURST + 1) * INTERVAL)
             self.spent_until = spent_until + let_out * INTERVAL
         if shut_until and let_out:
             self.probed_until = now + PROBE_LIMIT
@@ -57,7 +64,7 @@ class Model:
         places = min(wanted, max(0, (now + SECOND - first) // INTERVAL))
         self.spent_until = first + places * INTERVAL
         if places < wanted:
-            self.crowded_until = now + CROWDED
+            self.crowded_until = now + DELAYED_CALLS_FIRST
         return [first - now + place * INTERVAL for place in range(places)]
 
     def is_shut_believed(self, now: datetime) -> bool:
@@ -72,12 +79,14 @@ class Model:
         if self.shut is None or let_out_at > self.shut[0]:
             self.probed_until = START - SECOND
 
-    def report(self, end: End, claimed_at: datetime, now: datetime, retry_at: datetime | None) -> datetime | None:
+    def report(
+        self, end: CallStatus, claimed_at: datetime, now: datetime, retry_at: datetime | None
+    ) -> datetime | None:
         """Any answer opens what was shut before, of so many failures in a row the last shuts it; and so do probes."""
         if end != "failed":
             if not (self.shut and self.is_shut_believed(now)) or now >= self.shut[0]:
-                self.failures, self.pause, self.shut, self.probed_until = 0, PAUSE / 2, None, START - SECOND
-            if end == "throttled":
+                self.failures, self.pause, self.shut, self.probed_until = 0, OPEN_DURATION / 2, None, START - SECOND
+            if end == "rate_limited":
                 self.spent_until = max(self._spent(now), (retry_at or now) + (BURST - 1) * INTERVAL)
             return None
         self.failures += 1
@@ -85,7 +94,7 @@ class Model:
         is_news = claimed_at > self.shut[0] if self.shut and is_shut else self.failures >= FAILURES
         if not is_news:
             return None
-        self.pause, self.probed_until = min(2 * self.pause, LONGEST_PAUSE), START - SECOND
+        self.pause, self.probed_until = min(2 * self.pause, MAX_OPEN_DURATION), START - SECOND
         self.shut = now, now + self.pause
         return self.shut[1]
 
@@ -107,7 +116,9 @@ class AgainstAModel(RuleBasedStateMachine):
         super().__init__()
         self.model, self.now = Model(), START
         self.redis.flushall()
-        self.gate = Gate(self.redis, calls_per_s=PER_S, failures=FAILURES, probe_limit=PROBE_LIMIT)
+        self.gate = AdmissionControl(
+            self.redis, calls_per_s=PER_S, failure_threshold=FAILURES, probe_timeout=PROBE_LIMIT
+        )
         self.out: list[datetime] = []
         """When each call was let out that has not ended."""
 
@@ -119,7 +130,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def ask(self, skew: int, wanted: int, *, in_turn: bool) -> None:
         """A replica wants to call."""
         now = self.now + timedelta(milliseconds=skew)
-        let_out, why = self.gate.admit(now, wanted, in_turn=in_turn)
+        let_out, why = self.gate.admit(now, wanted, has_slot=in_turn)
         assert (let_out, why) == self.model.admit(now, wanted, in_turn=in_turn)
         self.out += [now] * let_out
 
@@ -130,13 +141,13 @@ class AgainstAModel(RuleBasedStateMachine):
             let_out_at = self.out[which % len(self.out)]
             together = self.out.count(let_out_at)
             self.out = [at for at in self.out if at != let_out_at]
-            self.gate.give_back(together, let_out_at)
+            self.gate.refund(together, let_out_at)
             self.model.give_back(together, let_out_at)
 
-    def end(self, end: End, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0) -> None:
+    def end(self, end: CallStatus, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0) -> None:
         claimed_at = self.out.pop(which % len(self.out)) if self.out else None
         ended_at = self.now - timedelta(milliseconds=ago_ms)
-        told = self.gate.report(end, claimed_at, ended_at, retry_at)
+        told = self.gate.record_result(end, claimed_at, ended_at, retry_at)
         assert told == self.model.report(end, claimed_at or ended_at, ended_at, retry_at)
 
     @invariant()
@@ -144,12 +155,12 @@ class AgainstAModel(RuleBasedStateMachine):
         """Only asked for: what the gate knows is put back."""
         shut_until = self.model.shut[1] if self.model.shut and self.model.is_shut_believed(self.now) else None
         is_over = shut_until is not None and shut_until <= self.now
-        assert self.gate.position(self.now).shut_until == (None if is_over else shut_until)
+        assert self.gate.status(self.now).open_until == (None if is_over else shut_until)
         known = cast(dict[Any, Any], self.redis.hgetall(KEY))
         for asked in ([True, True], [False, True]):
             model = copy(self.model)
             for in_turn in asked:
-                assert self.gate.admit(self.now, 2, in_turn=in_turn) == model.admit(self.now, 2, in_turn=in_turn)
+                assert self.gate.admit(self.now, 2, has_slot=in_turn) == model.admit(self.now, 2, in_turn=in_turn)
             self.redis.delete(KEY)
             if known:
                 self.redis.hset(KEY, mapping=known)
@@ -161,17 +172,17 @@ class Budget(AgainstAModel):
     @rule(wanted=st.integers(1, 12))
     def give_turns(self, wanted: int) -> None:
         """The sweep wants places for calls that were held back."""
-        assert self.gate.reserve(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(which=which_one, retry_s=st.none() | st.sampled_from([1, 7, 30]))
     def a_call_is_throttled(self, which: int, retry_s: int | None) -> None:
-        self.end("throttled", which, None if retry_s is None else self.now + timedelta(seconds=retry_s))
+        self.end("rate_limited", which, None if retry_s is None else self.now + timedelta(seconds=retry_s))
 
     @rule(wanted=counts, ahead_s=ahead)
     def ask_by_a_wrong_clock(self, wanted: int, ahead_s: int) -> None:
         """What it says of its time is not believed by the others."""
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.admit(now, wanted, in_turn=False) == self.model.admit(now, wanted, in_turn=False)
+        assert self.gate.admit(now, wanted, has_slot=False) == self.model.admit(now, wanted, in_turn=False)
 
 
 class Breaker(AgainstAModel):
@@ -203,19 +214,19 @@ class Breaker(AgainstAModel):
         self.time_passes(passed)
         self.a_call_fails(-1)
 
-    @rule(end=st.sampled_from(["answered", "throttled"]), which=which_one, ago_ms=st.sampled_from([0, 0, 1, 250, 7500]))
-    def a_call_is_answered(self, end: End, which: int, ago_ms: int) -> None:
+    @rule(end=st.sampled_from(["ok", "rate_limited"]), which=which_one, ago_ms=st.sampled_from([0, 0, 1, 250, 7500]))
+    def a_call_is_answered(self, end: CallStatus, which: int, ago_ms: int) -> None:
         """Or was, and it is told now."""
         self.end(end, which, ago_ms=ago_ms)
 
     @rule(wanted=st.integers(1, 4))
     def give_turns(self, wanted: int) -> None:
-        assert self.gate.reserve(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(ahead_s=ahead)
     def a_call_fails_by_a_wrong_clock(self, ahead_s: int) -> None:
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.report("failed", now, now) == self.model.report("failed", now, now, None)
+        assert self.gate.record_result("failed", now, now) == self.model.report("failed", now, now, None)
 
 
 @pytest.mark.parametrize("machine", [Budget, Breaker])

@@ -11,8 +11,8 @@ from sqlalchemy.exc import StatementError
 
 from tests.support.world import START, World
 from worker.ledger import payments
-from worker.ledger.database import transaction
-from worker.messages import parse_job
+from worker.ledger.engine import transaction
+from worker.rules.job import parse_job
 
 A = "acct_money"
 figures = st.decimals(min_value=Decimal("-1e15"), max_value=Decimal("1e15"), places=6)
@@ -55,7 +55,7 @@ def test_a_time_without_a_zone_does_not_reach_the_ledger(payready: World) -> Non
     """It is refused before anything is written."""
     job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
     with pytest.raises((StatementError, ValueError), match="without a zone"), transaction(payready.engine) as tx:
-        payments.record(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
+        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
     assert payready.rows("SELECT * FROM payment") == []
 
 
@@ -132,7 +132,7 @@ def test_payments_without_a_check_take_nothing_and_others_see_no_less(payready: 
     payready.work()
     payready.balance(A, "100.00")
     payready.work()
-    assert [payready.outcome(p).get("verdict") for p in ("p1", "p2")] == ["not_asked", "not_asked"]
+    assert [payready.outcome(p).get("verdict") for p in ("p1", "p2")] == ["not_requested", "not_requested"]
     assert payready.state("p3") == "insufficient_funds"  # 90 were released, checked or not
 
 

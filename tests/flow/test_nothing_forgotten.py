@@ -6,10 +6,10 @@ import pytest
 
 from tests.support.world import World
 from worker import flow
-from worker.errors import Reason, Refused, Throttled, Uncertain, Unsent
+from worker.errors import CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger import quarantine
-from worker.ledger.database import transaction
-from worker.messages import Balance
+from worker.ledger.engine import transaction
+from worker.quiltt.messages import Balance
 
 A = "acct_kept"
 STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
@@ -42,13 +42,13 @@ def test_a_deadline_without_a_call_says_so(payready: World) -> None:
 @pytest.mark.parametrize(
     ("trouble", "detail"),
     [
-        (Unsent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
-        (Throttled("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
-        (Uncertain("the provider answered 500", 500), "the provider answered 500"),
+        (CallNotSent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
+        (RateLimited("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
+        (CallResultUnknown("the provider answered 500", 500), "the provider answered 500"),
     ],
 )
 def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
-    payready: World, trouble: Unsent | Throttled | Uncertain, detail: str
+    payready: World, trouble: CallNotSent | RateLimited | CallResultUnknown, detail: str
 ) -> None:
     """`provider_unavailable`, with what the last call met with."""
     payready.provider.script[A] = [trouble] * 20
@@ -116,10 +116,10 @@ def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payread
     assert second.refresh_id != first.refresh_id
     payready.work()
     assert payready.provider.calls == [A]
-    assert payready.standing(A)["flight"] == first.refresh_id
+    assert payready.standing(A)["in_flight"] == first.refresh_id
     third = payready.initiate("p3", A)
     assert third.refresh_id == first.refresh_id
-    assert third.next.call == []
+    assert third.follow_up.calls == []
 
 
 def test_redis_away_while_a_call_is_made_costs_speed_only(payready: World) -> None:
@@ -161,7 +161,7 @@ def test_a_payment_that_found_a_balance_is_released_though_its_application_was_l
 
 def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: World) -> None:
     """A refusal of another payment's call, minutes ago, serves nobody who comes later."""
-    payready.provider.script[A] = [Refused(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.work()
     assert payready.state("p1") == "connection_inactive"
@@ -185,12 +185,12 @@ def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_o
     assert payready.provider.calls == [A, A]
 
 
-def _join_late(payready: World) -> Refused:
+def _join_late(payready: World) -> CallRejected:
     """While the call is on the wire a payment comes that it cannot serve."""
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.work()
-    return Refused(403, Reason.CONNECTION_INACTIVE, "inactive")
+    return CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")
 
 
 def test_a_lost_call_is_made_when_upkeep_looks(payready: World) -> None:
@@ -217,7 +217,7 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
         payready.work()
     payready.lose()
     assert payready.refreshes(A) == ["calling"]
-    payready.pass_time(int(payready.rt.settings.call_limit.total_seconds()))
+    payready.pass_time(int(payready.rt.settings.max_call_duration.total_seconds()))
     assert payready.refreshes(A) == ["uncertain"]
     assert payready.fees(A) == ["1 pending"]
     payready.pass_time(16)
@@ -227,17 +227,17 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
 
 def test_upkeep_takes_any_number_of_expired_payments(payready: World) -> None:
     """More than a batch: `more` says that the step is to be repeated."""
-    count = flow.BATCH + 3
+    count = flow.MAINTENANCE_BATCH_SIZE + 3
     for number in range(count):
         payready.initiate(f"p{number}", f"acct_{number}", timeout_s=1)
     payready.lose()
     payready.clock.advance(2)
-    first = flow.look(payready.rt)
-    assert first.more
-    assert len(first.deliver) == flow.BATCH
-    second = flow.look(payready.rt)
-    assert not second.more
-    assert len({due.task_id for due in (*first.deliver, *second.deliver)}) == count
+    first = flow.expire_due_payments(payready.rt)
+    assert first.has_more
+    assert len(first.deliveries) == flow.MAINTENANCE_BATCH_SIZE
+    second = flow.expire_due_payments(payready.rt)
+    assert not second.has_more
+    assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
 
 
 def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: World) -> None:
@@ -245,9 +245,9 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.work()
     payready.clock.advance(3)
-    flow.receive(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
+    flow.ingest_events(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
     with transaction(payready.engine) as tx:
-        [kept] = [kept for kept in quarantine.newest(tx, 10) if kept.event == b"{}"]
+        [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
     balance = Balance.model_validate(
         {
             "id": "bal_1",
@@ -260,7 +260,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
         }
     )
     payready.clock.advance(30)
-    payready.queue.add(flow.readmit(payready.rt, kept, [("evt_1", balance)]))
+    payready.queue.merge(flow.requeue_from_quarantine(payready.rt, kept, [("evt_1", balance)]))
     payready.work()
     assert payready.state("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

@@ -41,10 +41,10 @@ def test_events_tasks_and_ticks_that_are_repeated_change_no_outcome(payready: Wo
     payready.work()
     before, delivered = payready.payment("p1"), list(payready.delivered["t1"])
     payready.balance(A, "0.00", balance_id=balance_id)  # an event that is sent again, even with another content
-    payready.queue.apply.append(balance_id)
-    payready.queue.call.append((A, str(entrance.refresh_id)))
+    payready.queue.balances_to_apply.append(balance_id)
+    payready.queue.calls.append((A, str(entrance.refresh_id)))
     payready.work()
-    assert not flow.cancel(payready.rt, ["p1"]).deliver
+    assert not flow.cancel(payready.rt, ["p1"]).deliveries
     payready.pass_time(200)
     assert payready.payment("p1") == before
     assert payready.delivered["t1"] == delivered
@@ -117,7 +117,7 @@ def test_the_same_id_with_another_content_is_a_conflict(payready: World, other: 
     payready.balance(A)
     payready.work()
     assert payready.state("p1") == "released"
-    assert [row["task_id"] for row in payready.rows("SELECT task_id FROM reply")] == ["t1"]
+    assert [row["task_id"] for row in payready.rows("SELECT task_id FROM outcome_delivery")] == ["t1"]
 
 
 @pytest.mark.parametrize("bad", [{"amount": "-1"}, {"account_id": "x"}, {"currency": "EUR"}, {"colour": "red"}])
@@ -126,7 +126,7 @@ def test_a_bad_job_leaves_no_trace(payready: World, bad: dict[str, Any]) -> None
     with pytest.raises(InvalidJob):
         payready.initiate("p1", **{"account_id": A, **bad})
     payready.pass_time(10)
-    for table in ("payment", "reply", "refresh", "fee_entry"):
+    for table in ("payment", "outcome_delivery", "refresh", "fee_entry"):
         assert payready.rows(f"SELECT * FROM {table}") == []
     assert payready.provider.calls == []
 
@@ -135,7 +135,7 @@ def test_a_cancelled_payment_fails_as_cancelled_and_no_balance_revives_it(payrea
     """It bears its share of the call that was made for it, and the balance that comes is kept for others."""
     entrance = payready.initiate("p1", A, amount="25.00")
     payready.work()
-    payready.queue.add(flow.cancel(payready.rt, ["p1", "p_unknown"]))
+    payready.queue.merge(flow.cancel(payready.rt, ["p1", "p_unknown"]))
     payready.work()
     payready.balance(A)
     payready.work()
@@ -152,17 +152,17 @@ def test_a_revoked_task_cancels_the_payment_it_waits_for(payready: World) -> Non
     """By the task's id; tasks that nobody knows change nothing."""
     payready.initiate("p1", A, task_id="t1")
     payready.initiate("p2", A, task_id="t2")
-    payready.queue.add(flow.revoke(payready.rt, ["t1", "t_unknown"]))
+    payready.queue.merge(flow.cancel_by_task(payready.rt, ["t1", "t_unknown"]))
     payready.work()
     assert payready.state("p1") == "cancelled"
     assert payready.state("p2") == "waiting"
-    assert not flow.revoke(payready.rt, ["t_unknown"]).deliver
+    assert not flow.cancel_by_task(payready.rt, ["t_unknown"]).deliveries
 
 
 def test_a_payment_that_nobody_wants_any_more_costs_no_call(payready: World) -> None:
     """Cancelled before its call was made: the refresh is abandoned, or never begun."""
     payready.initiate("p1", A)
-    payready.queue.add(flow.cancel(payready.rt, ["p1"]))
+    payready.queue.merge(flow.cancel(payready.rt, ["p1"]))
     payready.work()
     assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []
@@ -189,20 +189,20 @@ def test_an_outcome_is_delivered_again_when_somebody_asks_for_it(payready: World
     """The same outcome to the same tasks; a payment that waits, or that nobody knows, has none."""
     payready.initiate("pay_1", "acct_a", task_id="task_a")
     payready.initiate("pay_1", "acct_a", task_id="task_b")
-    assert flow.replay(payready.rt, "pay_1") == flow.replay(payready.rt, "pay_nobody") == []
+    assert flow.redeliver(payready.rt, "pay_1") == flow.redeliver(payready.rt, "pay_nobody") == []
     payready.work()
     payready.balance("acct_a")
     payready.work()
     payready.tick()
     first = {task: list(told) for task, told in payready.delivered.items()}
-    assert flow.replay(payready.rt, "pay_1") == ["task_a", "task_b"]
+    assert flow.redeliver(payready.rt, "pay_1") == ["task_a", "task_b"]
     payready.tick()
     payready.tick()
     assert payready.delivered == {task: told * 2 for task, told in first.items()}
 
 
 def test_a_message_that_comes_again_after_the_end_is_not_told_once_more(payready: World) -> None:
-    """Its canvas has other ids, by which a receiver could not tell that it was told before."""
+    """Its continuation has other ids, by which a receiver could not tell that it was told before."""
     payready.initiate("pay_1", A, task_id="task_a")
     payready.work()
     payready.balance(A)

@@ -12,12 +12,12 @@ import pytest
 
 from tests.support.world import Databases, World, request
 from worker import flow
-from worker.errors import CallFailed, Uncertain, Unsent
-from worker.flow import Next, settling, upkeep
+from worker.errors import CallFailed, CallNotSent, CallResultUnknown
+from worker.flow import FollowUp, maintenance, resolution
 from worker.ledger import refreshes
-from worker.ledger.database import Engine, Tx, transaction
-from worker.ledger.refreshes import Flight
-from worker.payment import RefreshEvent, RefreshState
+from worker.ledger.engine import Engine, Tx, transaction
+from worker.ledger.refreshes import RefreshRecord
+from worker.rules.states import RefreshEvent, RefreshState
 
 A = "acct_races"
 ROUNDS = 12
@@ -49,12 +49,12 @@ def test_release_against_expiry_has_one_winner(payready: World) -> None:
         payready.lose()
         payready.clock.advance(1)
         done = at_once(
-            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.look(payready.rt),
-            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.look(payready.rt),
+            lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
+            lambda: flow.expire_due_payments(payready.rt),
+            lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
+            lambda: flow.expire_due_payments(payready.rt),
         )
-        settled = [due.outcome["payment_id"] for step in done for due in step.deliver]
+        settled = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         for name in "ab":
             state = payready.payment(f"{name}{number}")["state"]
             wins[state] += 1
@@ -71,8 +71,8 @@ def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payrea
         payready.work()
         balance_id = payready.balance(account, later=True)
         payready.lose()
-        done = at_once(*[lambda balance_id=balance_id: flow.apply(payready.rt, balance_id)] * 3)
-        settled = [due.outcome["payment_id"] for step in done for due in step.deliver]
+        done = at_once(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
+        settled = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         assert sorted(settled) == [f"{name}{number}" for name in "abc"]
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
@@ -86,11 +86,11 @@ def test_cancel_against_release_has_one_winner(payready: World) -> None:
         balance_id = payready.balance(account, later=True)
         payready.lose()
         done = at_once(
-            lambda balance_id=balance_id: flow.apply(payready.rt, balance_id),  # type: ignore[misc]
+            lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda number=number: flow.cancel(payready.rt, [f"p{number}"]),  # type: ignore[misc]
         )
-        assert len([payment_id for step in done for payment_id in step.deliver]) == 1
-        assert payready.state(f"p{number}") == ("released" if done[0].deliver else "cancelled")
+        assert len([payment_id for step in done for payment_id in step.deliveries]) == 1
+        assert payready.state(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
 
 
 def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready: World) -> None:
@@ -103,8 +103,8 @@ def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready
         first, second = payready.balance(account, later=True), payready.balance(account, later=True)
         payready.lose()
         at_once(
-            lambda first=first: flow.apply(payready.rt, first),  # type: ignore[misc]
-            lambda second=second: flow.apply(payready.rt, second),  # type: ignore[misc]
+            lambda first=first: flow.apply_balance(payready.rt, first),  # type: ignore[misc]
+            lambda second=second: flow.apply_balance(payready.rt, second),  # type: ignore[misc]
         )
         states = sorted(payready.state(f"{name}{number}") for name in "ab")
         assert states == ["insufficient_funds", "released"]
@@ -122,8 +122,8 @@ def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payrea
         young = payready.balance(account, later=True)
         payready.lose()
         at_once(
-            lambda old=old: flow.apply(payready.rt, old),  # type: ignore[misc]
-            lambda young=young: flow.apply(payready.rt, young),  # type: ignore[misc]
+            lambda old=old: flow.apply_balance(payready.rt, old),  # type: ignore[misc]
+            lambda young=young: flow.apply_balance(payready.rt, young),  # type: ignore[misc]
         )
         assert payready.state(f"a{number}") == "released"
         assert payready.state(f"b{number}") == "insufficient_funds"
@@ -138,7 +138,7 @@ def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payrea
         balance_id = payready.balance(account, later=True)
         payready.lose()
         at_once(
-            lambda balance_id=balance_id: payready.queue.add(flow.apply(payready.rt, balance_id)),  # type: ignore[misc]
+            lambda balance_id=balance_id: payready.queue.merge(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
             lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
         )
         payready.work()
@@ -158,7 +158,7 @@ def test_messages_to_call_at_once_make_one_call(payready: World, same: bool) -> 
         ids = [str(first.refresh_id), str(first.refresh_id if same else second.refresh_id)]
         at_once(
             *(
-                lambda refresh_id=refresh_id, account=account: flow.call(payready.rt, account, refresh_id)
+                lambda refresh_id=refresh_id, account=account: flow.claim_and_call(payready.rt, account, refresh_id)
                 for refresh_id in ids * 2
             )
         )
@@ -196,7 +196,7 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
             payready.lose()
 
             def apply() -> None:
-                flow.apply(payready.rt, balance_id)
+                flow.apply_balance(payready.rt, balance_id)
                 applied.set()
 
             threading.Thread(target=apply).start()
@@ -216,7 +216,7 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
 ) -> None:
     """It waits for the account; else the refresh would end as accepted, and hold up the next call for its window."""
     reading, booked = threading.Event(), threading.Event()
-    expecting = refreshes.expecting
+    expecting = refreshes.awaiting_balance
 
     def read_slowly(*words: Any) -> Any:
         found = expecting(*words)
@@ -224,8 +224,8 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
         booked.wait(0.3)  # in vain: nobody can book while the account is held
         return found
 
-    monkeypatch.setattr(refreshes, "expecting", read_slowly)
-    applying = threading.Thread(target=lambda: flow.apply(payready.rt, payready.queue.apply[0]))
+    monkeypatch.setattr(refreshes, "awaiting_balance", read_slowly)
+    applying = threading.Thread(target=lambda: flow.apply_balance(payready.rt, payready.queue.balances_to_apply[0]))
 
     def answer() -> int:
         payready.balance(A, later=True)
@@ -235,7 +235,7 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
 
     payready.provider.script[A] = [answer]
     entrance = payready.initiate("p1", A)
-    flow.call(payready.rt, A, str(entrance.refresh_id))
+    flow.claim_and_call(payready.rt, A, str(entrance.refresh_id))
     booked.set()
     applying.join(10)
     assert payready.refreshes(A) == ["answered"]
@@ -248,23 +248,23 @@ def test_two_upkeeps_at_once_share_the_work(payready: World) -> None:
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
     payready.lose()
     payready.clock.advance(2)
-    done = at_once(*[lambda: flow.look(payready.rt)] * 4)
-    settled = sorted(due.outcome["payment_id"] for step in done for due in step.deliver)
+    done = at_once(*[lambda: flow.expire_due_payments(payready.rt)] * 4)
+    settled = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
     assert settled == sorted(f"p{number}" for number in range(60))
 
 
 def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready: World) -> None:
     """It read the refresh before another sweep repeated the call, and was stopped in between."""
-    payready.provider.script[A] = [Uncertain("timeout")] * 5
+    payready.provider.script[A] = [CallResultUnknown("timeout")] * 5
     payready.initiate("p1", A, timeout_s=600)
     payready.work()
     payready.clock.advance(15)
     with transaction(payready.engine) as tx:
-        [seen] = refreshes.due(tx, payready.clock.now, 10)
+        [seen] = refreshes.due_for_check(tx, payready.clock.now, 10)
     payready.tick()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
-    payready.queue.add(upkeep._mind(payready.rt, seen, payready.clock.now))
+    payready.queue.merge(maintenance._advance_refresh(payready.rt, seen, payready.clock.now))
     payready.work()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]
@@ -280,14 +280,14 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
         return 202
 
     def first() -> CallFailed:
-        payready.clock.advance(payready.rt.settings.call_limit.total_seconds())
+        payready.clock.advance(payready.rt.settings.max_call_duration.total_seconds())
         flow.sweep(payready.rt)
         payready.clock.advance(15)
         again = flow.sweep(payready.rt)
-        threads.append(threading.Thread(target=flow.call, args=(payready.rt, *again.call[0])))
+        threads.append(threading.Thread(target=flow.claim_and_call, args=(payready.rt, *again.calls[0])))
         threads[0].start()
         assert second_is_out.wait(10)
-        return Unsent("no connection after a minute")
+        return CallNotSent("no connection after a minute")
 
     threads: list[threading.Thread] = []
     payready.provider.script[A] = [first, second]
@@ -308,7 +308,7 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     payready: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second application read the balance before the first one told what it answered."""
-    payready.provider.script[A] = [Uncertain("timeout")]
+    payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.work()
     payready.pass_time(90)
@@ -318,7 +318,7 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     payready.clock.advance(2)
     balance_id = payready.balance(A, later=True)
     payready.lose()
-    meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply(payready.rt, balance_id)]
+    meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
     """Before its first transaction, and between that and its second."""
 
     def begin(engine: Engine) -> AbstractContextManager[Tx]:
@@ -326,8 +326,8 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
             meanwhile.pop(0)()
         return transaction(engine)
 
-    monkeypatch.setattr(settling, "transaction", begin)
-    flow.apply(payready.rt, balance_id)
+    monkeypatch.setattr(resolution, "transaction", begin)
+    flow.apply_balance(payready.rt, balance_id)
     assert payready.state("p2") == "released"
     assert payready.refreshes(A) == ["unanswered", "answered"]
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
@@ -338,20 +338,22 @@ def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: World, d
     if databases.is_quick:
         pytest.skip("SQLite has one writer at a time")
     now = payready.clock.now
-    first, second = (Flight(f"r{n}", f"a{n}", RefreshState.REQUESTED, 0, 0, None, None, None, now, None) for n in "12")
+    first, second = (
+        RefreshRecord(f"r{n}", f"a{n}", RefreshState.REQUESTED, 0, 0, None, None, None, now, None) for n in "12"
+    )
     with transaction(payready.engine) as tx:
-        refreshes.add(tx, [first, second])
+        refreshes.insert_refreshes(tx, [first, second])
 
     def sweep() -> None:
         with transaction(payready.engine) as tx:
-            refreshes.see_to_again(tx, [first, second], now + timedelta(seconds=15))
+            refreshes.reschedule_requested(tx, [first, second], now + timedelta(seconds=15))
 
     with ThreadPoolExecutor(1) as pool:
         with transaction(payready.engine) as claiming:
-            assert refreshes.move(claiming, second, RefreshEvent.CLAIM, now)
+            assert refreshes.transition(claiming, second, RefreshEvent.CLAIM, now)
             swept = pool.submit(sweep)
             wait([swept], 0.5)
-            assert refreshes.move(claiming, first, RefreshEvent.CLAIM, now)
+            assert refreshes.transition(claiming, first, RefreshEvent.CLAIM, now)
         swept.result()
     assert payready.refreshes("a1") == payready.refreshes("a2") == ["calling"]
 
@@ -363,15 +365,15 @@ class Crowd:
         self.payready = payready
         self.lock = threading.Lock()
 
-    def add(self, todo: Next) -> None:
+    def add(self, todo: FollowUp) -> None:
         """Enqueue."""
         with self.lock:
-            self.payready.queue.add(todo)
+            self.payready.queue.merge(todo)
 
-    def take(self) -> Next:
+    def take(self) -> FollowUp:
         """Take all that is enqueued."""
         with self.lock:
-            todo, self.payready.queue = self.payready.queue, Next()
+            todo, self.payready.queue = self.payready.queue, FollowUp()
             return todo
 
     def submit(self, jobs: list[tuple[str, str]]) -> None:
@@ -379,17 +381,17 @@ class Crowd:
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
             arrived = request(job, {"id": f"task_{payment_id}"})
-            self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).next)
+            self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).follow_up)
 
     def work(self) -> None:
         """Do what others enqueue."""
         for _ in range(60):
             todo = self.take()
-            for account_id, refresh_id in todo.call:
-                self.add(flow.call(self.payready.rt, account_id, refresh_id))
+            for account_id, refresh_id in todo.calls:
+                self.add(flow.claim_and_call(self.payready.rt, account_id, refresh_id))
                 self.send(account_id)
-            for balance_id in todo.apply:
-                self.add(flow.apply(self.payready.rt, balance_id))
+            for balance_id in todo.balances_to_apply:
+                self.add(flow.apply_balance(self.payready.rt, balance_id))
 
     def send(self, account_id: str) -> None:
         """A balance of 100."""

@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.world import START, Make, World
 from worker import flow
-from worker.errors import Unsent
-from worker.messages import AccountView
+from worker.errors import CallNotSent
+from worker.quiltt.messages import PolledAccount
 
 A, B = "acct_a", "acct_b"
 
@@ -24,7 +24,7 @@ def shown(payready: World, account_id: str, at: datetime, *, source: str = "REFR
         "balance": {**balance, "current": None, "limit": None},
         **account,
     }
-    payready.provider.accounts[account_id] = AccountView.model_validate(seen)
+    payready.provider.accounts[account_id] = PolledAccount.model_validate(seen)
 
 
 def begin(payready: World, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
@@ -89,7 +89,7 @@ def test_what_is_no_fresh_refresh_balance_releases_nobody(payready: World, accou
 
 
 def test_a_sync_balance_younger_than_the_call_releases_if_the_settings_say_so(made: Make) -> None:
-    with made(sync_may_release=True) as payready:
+    with made(allow_sync_balances=True) as payready:
         begin(payready)
         shown(payready, A, START + timedelta(seconds=30), source="SYNC")
         payready.pass_time(50)
@@ -109,7 +109,7 @@ def test_a_sync_balance_younger_than_the_call_releases_if_the_settings_say_so(ma
 def test_a_sync_balance_never_stands_for_a_call_of_one_s_own_nor_for_what_came_after_it(
     made: Make, job: dict[str, Any], at: datetime
 ) -> None:
-    with made(sync_may_release=True) as payready:
+    with made(allow_sync_balances=True) as payready:
         begin(payready, **job)
         shown(payready, A, at, source="SYNC")
         payready.pass_time(61)
@@ -135,7 +135,7 @@ def test_an_account_that_no_balance_makes_fit_fails_its_payments(
 
 
 def test_reads_keep_to_their_budget_and_hold_up_nobody_s_expiry(made: Make) -> None:
-    with made(reads_per_s=2) as payready:
+    with made(balance_polls_per_s=2) as payready:
         for n in range(30):
             begin(payready, f"p{n}", f"acct_{n}")
         begin(payready, "q", B, profile_id=None)
@@ -148,7 +148,7 @@ def test_reads_keep_to_their_budget_and_hold_up_nobody_s_expiry(made: Make) -> N
 
 
 def test_reads_can_be_switched_off(made: Make) -> None:
-    with made(reads_per_s=0) as payready:
+    with made(balance_polls_per_s=0) as payready:
         begin(payready)
         payready.pass_time(61)
         assert payready.provider.reads == []
@@ -157,7 +157,7 @@ def test_reads_can_be_switched_off(made: Make) -> None:
 
 def test_a_read_that_fails_changes_nothing(payready: World) -> None:
     begin(payready)
-    payready.provider.accounts[A] = Unsent("no connection")
+    payready.provider.accounts[A] = CallNotSent("no connection")
     payready.pass_time(61)
     assert payready.state("p1") == "timeout"
 
@@ -187,7 +187,7 @@ def test_but_not_for_long(payready: World, monkeypatch: pytest.MonkeyPatch) -> N
         payready.lose()
         payready.clock.advance(1)
         with payready.redis_away():
-            payready.queue.add(flow.look(payready.rt))
+            payready.queue.merge(flow.expire_due_payments(payready.rt))
     assert payready.state("p1") == "timeout"
 
 
@@ -206,7 +206,7 @@ def test_a_balance_that_redis_forgot_is_not_paid_for_again(payready: World) -> N
 def test_shares_that_were_told_add_up_to_the_fee_when_a_sync_balance_came_first(
     made: Make, share_of: Callable[[World, str], Decimal]
 ) -> None:
-    with made(sync_may_release=True) as payready:
+    with made(allow_sync_balances=True) as payready:
         payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
         payready.initiate("p2", A, timeout_s=60, max_balance_age_s=0)
         payready.work()
@@ -223,21 +223,21 @@ def test_shares_that_were_told_add_up_to_the_fee_when_a_sync_balance_came_first(
 
 def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: Make) -> None:
     """A call of long ago that was never answered is not the payment's call."""
-    with made(sync_may_release=True, breaker_failures=3, calls_per_s=20) as payready:
+    with made(allow_sync_balances=True, circuit_breaker_failures=3, calls_per_s=20) as payready:
         payready.initiate("old", A, timeout_s=60)
         payready.work()
         payready.pass_time(3600)
         assert payready.refreshes(A) == ["unanswered"]
         payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
         for _ in range(3):
-            payready.rt.gate.report("failed", payready.clock(), payready.clock())
+            payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
         payready.work()
         shown(payready, A, START + timedelta(seconds=3620), source="SYNC")
         for _ in range(58):
             payready.clock.advance(1)
             payready.lose()
-            payready.queue.add(flow.look(payready.rt))
-            payready.queue.call.clear()
+            payready.queue.merge(flow.expire_due_payments(payready.rt))
+            payready.queue.calls.clear()
             payready.work()
         assert payready.state("p1") == "waiting"
 

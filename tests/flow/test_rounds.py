@@ -11,16 +11,17 @@ from simulator.testing import eventually
 from tests.support.world import Databases, Make, World, request
 from worker import flow
 from worker.ledger import balances, payments
-from worker.ledger.database import lock_accounts, transaction
-from worker.messages import Balance
+from worker.ledger.engine import transaction
+from worker.ledger.locks import lock_accounts
+from worker.quiltt.messages import Balance
 
 
 def take_in(payready: World, *jobs: dict[str, Any]) -> None:
     """Take in jobs in one round."""
     requests = [request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for entrance in flow.initiate_many(payready.rt, requests, lambda _: None):
+    for entrance in flow.initiate_batch(payready.rt, requests, lambda _: None):
         assert entrance is not None
-        payready.queue.add(entrance.next)
+        payready.queue.merge(entrance.follow_up)
 
 
 def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: World) -> None:
@@ -34,21 +35,21 @@ def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: W
 
 def test_an_outcome_is_left_to_be_told_once_when_two_refreshes_of_an_account_are_held_back(made: Make) -> None:
     """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
-    with made(breaker_failures=1) as payready:
-        payready.rt.gate.report("failed", payready.clock.now, payready.clock.now)
+    with made(circuit_breaker_failures=1) as payready:
+        payready.rt.admission.record_result("failed", payready.clock.now, payready.clock.now)
         take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
-        claims = flow.claim(payready.rt, [("acct_1", "ref_1"), ("acct_1", "ref_2")])
-        assert [due.task_id for due in claims.next.deliver] == ["task_pay_1"]
+        claims = flow.claim_calls(payready.rt, [("acct_1", "ref_1"), ("acct_1", "ref_2")])
+        assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
 def test_a_claim_that_was_kept_waiting_until_its_call_is_held_for_lost_makes_no_call(payready: World) -> None:
     """Upkeep may have given the call to somebody else by then; nothing is paid for this one."""
     payready.initiate("pay_1", "acct_1")
-    [(account_id, refresh_id)] = payready.queue.call
+    [(account_id, refresh_id)] = payready.queue.calls
     payready.lose()
-    [claim] = flow.claim(payready.rt, [(account_id, refresh_id)]).made
-    payready.clock.now += flow.PATIENCE + timedelta(seconds=1)
-    flow.book(payready.rt, [flow.make(payready.rt, claim)])
+    [claim] = flow.claim_calls(payready.rt, [(account_id, refresh_id)]).claims
+    payready.clock.now += flow.MAX_CLAIM_AGE + timedelta(seconds=1)
+    flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
     assert payready.provider.calls == []
     assert payready.fees("acct_1") == ["1 pending", "1 void"]
 
@@ -73,9 +74,9 @@ def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_t
             "limit": None,
         }
     )
-    receiving = Thread(target=lambda: payready.queue.add(flow.receive(payready.rt, [("evt_1", balance)])))
+    receiving = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)])))
     with transaction(payready.engine) as tx:
-        balances.keep(tx, [balances.came("evt_1", balance, now)])
+        balances.insert_balances(tx, [balances.new_record("evt_1", balance, now)])
         receiving.start()
         receiving.join(1)
         assert receiving.is_alive()
@@ -107,14 +108,14 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.add(flow.receive(payready.rt, came)))
+        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, came)))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.hold(tx, ["pay_a"])
+        payments.lock_payments(tx, ["pay_a"])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -133,7 +134,7 @@ def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: World
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.work()
     came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.add(flow.receive(payready.rt, came))
+    payready.queue.merge(flow.ingest_events(payready.rt, came))
     payready.work()
     [kept] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
@@ -148,11 +149,11 @@ def test_jobs_that_come_again_are_held_in_one_order(payready: World, databases: 
     take_in(payready, *jobs)
     again = Thread(target=take_in, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
-        payments.hold(tx, ["pay_1"])
+        payments.lock_payments(tx, ["pay_1"])
         again.start()
         again.join(0.5)
         assert again.is_alive()
-        payments.hold(tx, ["pay_2"])
+        payments.lock_payments(tx, ["pay_2"])
     again.join()
     payready.work()
     assert payready.provider.calls == ["acct_2", "acct_1"]
@@ -163,9 +164,9 @@ def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(payready:
     if databases.is_quick:
         pytest.skip("SQLite has one writer at a time")
     take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
-    claims = flow.claim(payready.rt, payready.queue.call)
-    ends = [flow.make(payready.rt, claim) for claim in claims.made]
-    booking = Thread(target=flow.book, args=(payready.rt, ends))
+    claims = flow.claim_calls(payready.rt, payready.queue.calls)
+    ends = [flow.make_call(payready.rt, claim) for claim in claims.claims]
+    booking = Thread(target=flow.record_results, args=(payready.rt, ends))
     with transaction(payready.engine) as tx:
         lock_accounts(tx, ["acct_0"])
         booking.start()

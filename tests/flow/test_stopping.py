@@ -22,7 +22,7 @@ ACCOUNTS = ("acct_1", "acct_2")
 def pool(payready: World, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
     """The pool of a worker that works on `payready`."""
     monkeypatch.setattr(batches, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batches, "carry_out", payready.queue.add)
+    monkeypatch.setattr(batches, "carry_out", payready.queue.merge)
     monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
     pool = TaskPool(limit=1, app=app)
     pool.start()
@@ -33,7 +33,7 @@ def take_calls(payready: World, pool: TaskPool) -> None:
     """The worker takes the messages of one call for each account."""
     for number, account_id in enumerate(ACCOUNTS):
         payready.initiate(f"pay_{number}", account_id)
-    calls, payready.queue.call = payready.queue.call, []
+    calls, payready.queue.calls = payready.queue.calls, []
     consumer = MagicMock(pool=pool, hostname="refresh@here")
     handler = batches.calls(refresh, app, consumer)
     together = Event()
@@ -66,12 +66,12 @@ def stop_while_calls_are_claimed(payready: World, pool: TaskPool, monkeypatch: p
     claimed = Event()
 
     def claim(*given: Any) -> Any:
-        claims = flow.calls.claim(*given)
+        claims = claiming.claim_calls(*given)
         pool.executor.shutdown(wait=False, cancel_futures=True)
         claimed.set()
         return claims
 
-    monkeypatch.setattr(flow, "claim", claim)
+    monkeypatch.setattr(flow, "claim_calls", claim)
     take_calls(payready, pool)
     assert claimed.wait(10)
     pool.stop()

@@ -18,24 +18,25 @@ from hypothesis import strategies as st
 from tests.support.world import PRICES, START, Databases, World, world
 from webhook.events import read
 from worker import flow
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.fees import read_prices
-from worker.flow import settling
-from worker.invoice import Line, Period, reconcile
-from worker.ledger import fees, statement
-from worker.ledger.database import transaction
-from worker.ledger.fees import Invoice
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.flow import attribution
+from worker.ledger import fee_calls, fee_statement, invoices
+from worker.ledger.engine import transaction
+from worker.ledger.invoices import InvoiceEvidence
+from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.rules.pricing import parse_price_list
+from worker.rules.reconciliation import reconcile
 
 ACCOUNTS = ("acct_a", "acct_b")
 DEARER = START + timedelta(hours=12)
 RISING = f'{PRICES}[[price]]\nmode = "TEST"\nfrom = {DEARER:%Y-%m-%d}\nper_call = "0.123457"\n'
 ENDS: dict[str, Callable[[], int | CallFailed]] = {
     "accepted": lambda: 202,
-    "accepted, answer lost": lambda: Uncertain("timeout"),
-    "not accepted, answer lost": lambda: Uncertain("500", 500),
-    "unsent": lambda: Unsent("no connection"),
-    "throttled": lambda: Throttled("rate limit", None),
-    "refused": lambda: Refused(403, Reason.CONNECTION_INACTIVE, "inactive"),
+    "accepted, answer lost": lambda: CallResultUnknown("timeout"),
+    "not accepted, answer lost": lambda: CallResultUnknown("500", 500),
+    "unsent": lambda: CallNotSent("no connection"),
+    "throttled": lambda: RateLimited("rate limit", None),
+    "refused": lambda: CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
 }
 each_time = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -60,7 +61,9 @@ class Truth:
 
     def owes(self, account: str, now: datetime) -> bool:
         """Whether a balance may come; what is later than anyone takes it for is lost."""
-        self.owed[account] = [called_at for called_at in self.owed[account] if now - called_at < settling.LATE]
+        self.owed[account] = [
+            called_at for called_at in self.owed[account] if now - called_at < attribution.MAX_BALANCE_DELAY
+        ]
         return bool(self.owed[account])
 
     @staticmethod
@@ -109,7 +112,7 @@ def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
     """At every moment none too many and none missing; to the millionth, when the invoice has told the rest."""
     truth = Truth()
     with fresh(databases, valkey_url) as payready:
-        payready.rt.prices = read_prices(RISING)
+        payready.rt.price_list = parse_price_list(RISING)
         for number, (account, ends, age, pause, comes, gap) in enumerate(story):
             script = [truth.answers(payready, account, end) for end in [*ends, *["refused"] * 40]]
             payready.provider.script[account] = list(script)
@@ -135,7 +138,7 @@ def _pass(payready: World, seconds: int) -> None:
 def _agree(payready: World, truth: Truth) -> None:
     """Every accepted call is posted or openly pending; none is void, none is missing, none is posted without one."""
     with transaction(payready.engine) as tx:
-        lines = statement.lines(tx, START, payready.clock.now + timedelta(seconds=1), "account")
+        lines = fee_statement.statement_lines(tx, START, payready.clock.now + timedelta(seconds=1), "account")
     for line in lines:
         accepted = sum(account == line.key for account, _ in truth.accepted)
         assert line.posted <= accepted <= line.posted + line.pending
@@ -143,15 +146,15 @@ def _agree(payready: World, truth: Truth) -> None:
 
 
 def _settle_by_invoice(payready: World, truth: Truth) -> None:
-    period = Period(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(seconds=1))
+    period = InvoicePeriod(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(seconds=1))
     charges = [
-        Line(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
+        InvoiceLine(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
     ]
     with transaction(payready.engine) as tx:
-        found = reconcile(charges, statement.calls(tx, "USD", period.since, period.until), period)
-        fees.settle(tx, found, Invoice("i", "x", "2026-11", "USD"), payready.clock.now)
-        lines = statement.lines(tx, period.since, period.until, "price")
-    assert (found.only_theirs, found.charged_though_void, found.price_differences) == ([], [], [])
+        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
+        invoices.apply_invoice(tx, found, InvoiceEvidence("i", "x", "2026-11", "USD"), payready.clock.now)
+        lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
+    assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0
     owed = sum((truth.price(at) for _, at in truth.accepted), Decimal(0))
     assert sum((line.posted_amount for line in lines), Decimal(0)) == owed
@@ -195,13 +198,13 @@ def test_no_order_of_releases_covers_more_than_the_balance(
 
 def _covered(payready: World) -> None:
     released = payready.rows(
-        "SELECT p.balance_id, p.amount, p.settled_at, b.at, b.available FROM payment p "
+        "SELECT p.balance_id, p.amount, p.resolved_at, b.at, b.available FROM payment p "
         "JOIN balance b USING (balance_id) WHERE p.state = 'released'"
     )
     for balance_id in {row["balance_id"] for row in released}:
         own = [row for row in released if row["balance_id"] == balance_id]
-        last = max(row["settled_at"] for row in own)
-        since = [row for row in released if own[0]["at"] <= row["settled_at"] <= last]
+        last = max(row["resolved_at"] for row in own)
+        since = [row for row in released if own[0]["at"] <= row["resolved_at"] <= last]
         assert sum(Decimal(row["amount"]) for row in since) <= Decimal(own[0]["available"])
 
 
@@ -249,7 +252,7 @@ def test_a_figure_comes_out_as_the_provider_wrote_it(
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.work()
-        payready.queue.add(flow.receive(payready.rt, [("evt_1", balance)], []))
+        payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)], []))
         payready.work()
         sheet = payready.outcome("p1")["balance"]
     assert [Decimal(sheet[name]) for name in names] == [Decimal(figure) for figure in figures]

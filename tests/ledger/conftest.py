@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.world import Databases
-from worker.ledger.database import Engine, open_engine
+from worker.ledger.engine import Engine, open_engine
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from console.processes import ROOT
 from tests.migrations_in_step import alembic, differences
 from tests.support.servers import Postgres
-from worker.ledger.database import open_engine
+from worker.ledger.engine import open_engine
 from worker.ledger.tables import PAYMENT
 
 
@@ -53,7 +53,7 @@ def test_a_difference_would_be_found(empty: str) -> None:
     alembic(empty, "upgrade", "head")
     engine = open_engine(empty)
     with engine.begin() as tx:
-        tx.execute(text("DROP INDEX payment_look"))
+        tx.execute(text("DROP INDEX payment_due_at"))
         tx.execute(text("ALTER TABLE quarantine DROP COLUMN reason"))
     engine.dispose()
     assert {difference[0] for difference in differences(empty)} == {"add_index", "add_column"}
@@ -79,7 +79,7 @@ def test_an_index_that_a_cut_off_migration_left_is_built_anew(empty: str) -> Non
     alembic(empty, "upgrade", "0001")
     engine = open_engine(empty)
     with engine.begin() as tx:
-        tx.execute(text("CREATE INDEX payment_look ON payment (state)"))
+        tx.execute(text("CREATE INDEX payment_due_at ON payment (state)"))
     alembic(empty, "upgrade", "head")
     engine.dispose()
     assert differences(empty) == []

@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import event, insert, text
 
 from tests.support.world import START, Databases
-from worker.ledger import balances, fees, figures, payments, refreshes
-from worker.ledger.database import Engine, Tx, open_engine, reading, transaction
-from worker.ledger.payments import Settlement
-from worker.ledger.refreshes import Flight
-from worker.ledger.tables import BALANCE, FEE_ENTRY, PAYMENT, REFRESH, REPLY
-from worker.payment import PaymentState, RefreshEvent, RefreshState
+from worker.ledger import balances, cap_usage, fee_entries, metrics_queries, outcome_deliveries, payments, refreshes
+from worker.ledger.engine import Engine, Tx, open_engine, read_only, transaction
+from worker.ledger.payments import Resolution
+from worker.ledger.refreshes import RefreshRecord
+from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.rules.states import PaymentState, RefreshEvent, RefreshState
 
 PAST, NOW, A = 4000, 40, "acct_7"
 """Payments that are over, payments that wait, and an account that has some of both."""
@@ -49,10 +49,10 @@ def _fill(tx: Tx, numbers: range) -> None:
                 "job": {"payment_id": f"p{n}", "account_id": f"acct_{n % 500}"},
                 "amount": Decimal(1),
                 "requested_at": times[n],
-                "fresh_from": times[n],
+                "min_balance_at": times[n],
                 "deadline": times[n],
                 "due_at": times[n],
-                "settled_at": times[n] if over[n] else None,
+                "resolved_at": times[n] if over[n] else None,
                 "refresh_id": f"r{n // 2}" if over[n] else None,
                 "reused": False,
                 "outcome": {} if over[n] else None,
@@ -61,9 +61,9 @@ def _fill(tx: Tx, numbers: range) -> None:
         ],
     )
     tx.execute(
-        insert(REPLY),
+        insert(OUTCOME_DELIVERY),
         [
-            {"task_id": f"t{n}", "payment_id": f"p{n}", "canvas": {}, "due_at": None if n % 400 else times[n]}
+            {"task_id": f"t{n}", "payment_id": f"p{n}", "continuation": {}, "due_at": None if n % 400 else times[n]}
             for n in numbers
         ],
     )
@@ -74,8 +74,8 @@ def _fill(tx: Tx, numbers: range) -> None:
                 "refresh_id": f"r{n}",
                 "account_id": f"acct_{n % 500}",
                 "state": "answered" if over[n] else ("accepted" if n % 2 else "requested"),
-                "calls": 1,
-                "deferrals": 0,
+                "call_count": 1,
+                "deferral_count": 0,
                 "called_at": times[n],
                 "due_at": None if over[n] else times[n],
             }
@@ -93,7 +93,7 @@ def _fill(tx: Tx, numbers: range) -> None:
             "price_list": "x",
             "evidence": {},
             "called_at": times[n],
-            "at": times[n],
+            "recorded_at": times[n],
         }
         for n in numbers
         for state in (("pending", "posted") if over[n] else ("pending",))
@@ -117,53 +117,68 @@ def _fill(tx: Tx, numbers: range) -> None:
 
 
 END = START + timedelta(seconds=PAST + NOW)
-FLIGHT = Flight("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
-WANTED = Flight(f"r{PAST}", A, RefreshState.REQUESTED, 0, 0, None, None, None, START, None)
+FLIGHT = RefreshRecord("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
+WANTED = RefreshRecord(f"r{PAST}", A, RefreshState.REQUESTED, 0, 0, None, None, None, START, None)
 HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
-    "what is due": (lambda tx: payments.due(tx, END, 500), {"payment_look"}),
-    "who waits on an account": (lambda tx: payments.waiting_on(tx, [A]), {"payment_waiting"}),
-    "what an account wants": (lambda tx: payments.demand(tx, A), {"payment_waiting"}),
+    "what is due": (lambda tx: payments.lock_due(tx, END, 500), {"payment_due_at"}),
+    "who waits on an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),
+    "what an account wants": (lambda tx: payments.account_demand(tx, A), {"payment_waiting"}),
     "what was released": (
-        lambda tx: payments.released_since(tx, {A: END - timedelta(seconds=900)}),
+        lambda tx: payments.released_amounts_since(tx, {A: END - timedelta(seconds=900)}),
         {"payment_released"},
     ),
-    "who shares": (lambda tx: payments.sharers(tx, ["r7"]), {"payment_sharers"}),
-    "one payment": (lambda tx: payments.hold(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "who shares": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
+    "one payment": (lambda tx: payments.lock_payments(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
     "one that may wait": (
-        lambda tx: payments.still_waiting(tx, ["p7"]),
+        lambda tx: payments.lock_waiting(tx, ["p7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),
     "what a task is to be told": (
-        lambda tx: payments.undelivered(tx, ["t7"], END),
-        {"reply_pkey", "sqlite_autoindex_reply_1"},
+        lambda tx: outcome_deliveries.claim_undelivered(tx, ["t7"], END),
+        {"outcome_delivery_pkey", "sqlite_autoindex_outcome_delivery_1"},
     ),
-    "late deliveries": (lambda tx: payments.overdue(tx, END, 500), {"reply_due"}),
-    "in flight": (lambda tx: refreshes.in_flight(tx, A), {"refresh_in_flight", "refresh_account"}),
-    "wanted": (lambda tx: refreshes.requested(tx, A), {"refresh_requested", "refresh_account"}),
+    "late deliveries": (lambda tx: outcome_deliveries.claim_overdue(tx, END, 500), {"outcome_delivery_due_at"}),
+    "in flight": (lambda tx: refreshes.in_flight_refresh(tx, A), {"refresh_in_flight", "refresh_account"}),
+    "wanted": (lambda tx: refreshes.requested_refresh(tx, A), {"refresh_requested", "refresh_account"}),
     "to be called": (
-        lambda tx: refreshes.to_be_called(tx, [(A, "r7")]),
+        lambda tx: refreshes.find_for_claim(tx, [(A, "r7")]),
         {"refresh_pkey", "sqlite_autoindex_refresh_1", "refresh_in_flight", "refresh_account"},
     ),
-    "may be answered": (lambda tx: refreshes.expecting(tx, [A]), {"refresh_account", "refresh_requested"}),
-    "an account's balance": (lambda tx: balances.newest(tx, [A], END - timedelta(seconds=60)), {"balance_account"}),
-    "refreshes due": (lambda tx: refreshes.due(tx, END, 500), {"refresh_due"}),
+    "may be answered": (lambda tx: refreshes.awaiting_balance(tx, [A]), {"refresh_account", "refresh_requested"}),
+    "an account's balance": (
+        lambda tx: balances.newest_by_account(tx, [A], END - timedelta(seconds=60)),
+        {"balance_account"},
+    ),
+    "refreshes due": (lambda tx: refreshes.due_for_check(tx, END, 500), {"refresh_due_at"}),
     "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
     "refreshes whose turn it is": (
-        lambda tx: refreshes.see_to_again(tx, [WANTED], END),
+        lambda tx: refreshes.reschedule_requested(tx, [WANTED], END),
         {"refresh_pkey", "sqlite_autoindex_refresh_1"},
     ),
-    "its calls": (lambda tx: fees.calls_of(tx, ["r7"]), {"fee_entry_refresh"}),
-    "what a day cost": (lambda tx: fees.spent(tx, "USD", END - timedelta(seconds=60)), {"fee_entry_called"}),
-    "an account's calls": (lambda tx: fees.calls_made(tx, A, END - timedelta(seconds=600)), {"fee_entry_account"}),
-    "one balance": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
-    "what is unfinished": (figures.standing, {"payment_look", "payment_waiting"}),
-    "what was settled lately": (
-        lambda tx: figures.settled(tx, END - timedelta(seconds=60), END),
-        {"payment_settled"},
+    "its calls": (lambda tx: fee_entries.calls_of_refreshes(tx, ["r7"]), {"fee_entry_refresh"}),
+    "what a day cost": (
+        lambda tx: cap_usage.total_spent(tx, "USD", END - timedelta(seconds=60)),
+        {"fee_entry_called_at"},
     ),
-    "what was booked lately": (lambda tx: figures.entries(tx, END - timedelta(seconds=60), END), {"fee_entry_at"}),
-    "which calls are open": (lambda tx: figures.open_calls(tx, END - timedelta(seconds=60), END), {"fee_entry_at"}),
-    "balances due": (lambda tx: balances.overdue(tx, END, 500), {"balance_due"}),
+    "an account's calls": (
+        lambda tx: cap_usage.count_calls(tx, A, END - timedelta(seconds=600)),
+        {"fee_entry_account"},
+    ),
+    "one balance": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
+    "what is unfinished": (metrics_queries.backlog, {"payment_due_at", "payment_waiting"}),
+    "what was settled lately": (
+        lambda tx: metrics_queries.resolved_counts(tx, END - timedelta(seconds=60), END),
+        {"payment_resolved"},
+    ),
+    "what was booked lately": (
+        lambda tx: metrics_queries.fee_entries_between(tx, END - timedelta(seconds=60), END),
+        {"fee_entry_recorded_at"},
+    ),
+    "which calls are open": (
+        lambda tx: metrics_queries.unresolved_entries(tx, END - timedelta(seconds=60), END),
+        {"fee_entry_recorded_at"},
+    ),
+    "balances due": (lambda tx: balances.claim_overdue(tx, END, 500), {"balance_due_at"}),
 }
 
 
@@ -171,18 +186,18 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
 def test_a_hot_query_reads_no_table_from_end_to_end(engine: Engine, name: str) -> None:
     """Its plan names an index that was made for it."""
     ask, indexes = HOT[name]
-    plans = _plans(engine, ask, explained=reading(engine))
+    plans = _plans(engine, ask, explained=read_only(engine))
     assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
     for plan in plans:
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
 
 
 MOVES: dict[str, Callable[[Tx], Any]] = {
-    "held back": lambda tx: refreshes.hold_back(tx, WANTED, END, None),
-    "put off": lambda tx: refreshes.put_off(tx, WANTED, END, "no connection"),
-    "claimed": lambda tx: refreshes.move(tx, WANTED, RefreshEvent.CLAIM, END),
-    "looked at later": lambda tx: refreshes.postpone(tx, FLIGHT, END),
-    "lost": lambda tx: refreshes.move(tx, FLIGHT, RefreshEvent.LOSE, END),
+    "held back": lambda tx: refreshes.delay(tx, WANTED, END, None),
+    "put off": lambda tx: refreshes.defer(tx, WANTED, END, "no connection"),
+    "claimed": lambda tx: refreshes.transition(tx, WANTED, RefreshEvent.CLAIM, END),
+    "looked at later": lambda tx: refreshes.reschedule(tx, FLIGHT, END),
+    "lost": lambda tx: refreshes.transition(tx, FLIGHT, RefreshEvent.RESULT_LOST, END),
 }
 
 
@@ -196,13 +211,13 @@ def test_a_refresh_is_written_by_its_key(engine: Engine, name: str) -> None:
 LOOKS = {f"p{PAST + number}": END for number in range(NOW)}
 ROUNDS: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
-        lambda tx: payments.settle(tx, [Settlement(one, PaymentState.FAILED, {}, END) for one in LOOKS]),
+        lambda tx: payments.resolve(tx, [Resolution(one, PaymentState.FAILED, {}, END) for one in LOOKS]),
         "payment_pkey",
     ),
-    "looks": (lambda tx: payments.look_again(tx, LOOKS), "payment_pkey"),
-    "deliveries": (lambda tx: payments.delivered(tx, {"t7": END}), "reply_pkey"),
-    "refreshes": (lambda tx: refreshes.move_all(tx, RefreshEvent.ACCEPT, [(FLIGHT, END)]), "refresh_pkey"),
-    "balances": (lambda tx: balances.applied(tx, list(balances.find(tx, ["b7"]).values())), "balance_pkey"),
+    "looks": (lambda tx: payments.set_next_checks(tx, LOOKS), "payment_pkey"),
+    "deliveries": (lambda tx: outcome_deliveries.mark_delivered(tx, {"t7": END}), "outcome_delivery_pkey"),
+    "refreshes": (lambda tx: refreshes.transition_all(tx, RefreshEvent.ACCEPT, [(FLIGHT, END)]), "refresh_pkey"),
+    "balances": (lambda tx: balances.mark_applied(tx, list(balances.find(tx, ["b7"]).values())), "balance_pkey"),
 }
 
 

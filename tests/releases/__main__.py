@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from celery.result import AsyncResult
 
-from config.celery import QUEUES
+from config.celery_config import QUEUES
 from console.processes import ROOT
 from tests.canvas.runs import send_balance
 from tests.support.system import System, system, wait_until
@@ -54,7 +54,7 @@ def leave_behind(running: System) -> None:
     _send(running, "calling", "acct_early900000")
     wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is on the wire")
     _send(running, "deferred", "acct_throttled900000")
-    _until(running, "SELECT state FROM refresh WHERE state = 'requested' AND deferrals > 0", 1)
+    _until(running, "SELECT state FROM refresh WHERE state = 'requested' AND deferral_count > 0", 1)
     assert running.rows("SELECT state FROM refresh WHERE state = 'calling'") == [{"state": "calling"}]
     running.kill("refresh")
     for number, name in enumerate(("requested", "turn")):
@@ -85,13 +85,13 @@ def _send_our_own(running: System) -> None:
     read = (_account(running, "accepted"), "p_saved")
     for name, queue, arguments in (
         ("payments.cancel", "payments", ("pay_cancelled",)),
-        ("payments.revoke", "payments", (["task-nobody"],)),
-        ("payments.release", "releases", (kept["balance_id"],)),
-        ("balances.read", "refreshes", read),
+        ("payments.cancel_by_task", "payments", (["task-nobody"],)),
+        ("balances.apply", "releases", (kept["balance_id"],)),
+        ("balances.poll", "refreshes", read),
         ("payments.expire", "upkeep", ()),
         ("payments.sweep", "upkeep", ()),
-        ("webhooks.check", "upkeep", ()),
-        ("webhooks.trim", "upkeep", ()),
+        ("webhooks.check_subscription", "upkeep", ()),
+        ("quarantine.prune", "upkeep", ()),
     ):
         running.service.send_task(name, arguments, queue=queue, ignore_result=True)
     turn = (_account(running, "turn"), "ref_of_nobody", True)

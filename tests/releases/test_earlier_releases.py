@@ -1,7 +1,7 @@
 """A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
 Each file beside this one is what a release left (`python -m tests.releases`). `tests/canvas/test_saved_canvas.py` has
-every part that a saved canvas may have; here are all the kinds of messages and rows.
+every part that a saved continuation may have; here are all the kinds of messages and rows.
 """
 
 import json
@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from redis import Redis
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from console.processes import ROOT
 from tests.canvas.runs import send_balance

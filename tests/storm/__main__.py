@@ -142,7 +142,7 @@ class Storm:
         return bool(self.rig.simulator.summary()["webhooks_pending"] == 0)
 
     def _nothing_is_due(self) -> bool:
-        tables = ("payment", "reply", "refresh", "balance")
+        tables = ("payment", "outcome_delivery", "refresh", "balance")
         return all(
             self.rig.rows(f"SELECT count(*) AS n FROM {table} WHERE due_at IS NOT NULL{more}")[0]["n"] == 0
             for table, more in zip(tables, (" AND state = 'waiting'", "", "", ""), strict=True)
@@ -150,7 +150,7 @@ class Storm:
 
     def seen(self) -> Seen:
         """What the witnesses say now."""
-        tables = ("payment", "reply", "refresh", "fee_entry", "balance")
+        tables = ("payment", "outcome_delivery", "refresh", "fee_entry", "balance")
         payments, replies, refreshes, entries, balances = (self.rig.rows(f"SELECT * FROM {t}") for t in tables)
         entries.sort(key=lambda entry: entry["entry_id"])
         log = self.rig.provider_log()

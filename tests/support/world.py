@@ -23,18 +23,19 @@ from config.settings import Settings
 from console.processes import ROOT
 from tests.support.servers import Postgres
 from worker import flow
-from worker.correlation.client import connect
-from worker.correlation.gate import Budget, Gate
-from worker.correlation.store import Correlation
+from worker.correlation.admission import AdmissionControl, RateLimiter
+from worker.correlation.redis_client import create_client
+from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed
-from worker.fees import read_prices
-from worker.flow import Entrance, Next, Request
+from worker.flow import FollowUp, IntakeRequest, IntakeResult
 from worker.ledger import balances
-from worker.ledger.database import Engine, open_engine, transaction
-from worker.ledger.payments import Due
+from worker.ledger.engine import Engine, open_engine, transaction
+from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.tables import PAYMENT
-from worker.messages import AccountView, Balance, parse_job
-from worker.provider import Mode, Quiltt
+from worker.quiltt.client import ApiKeyMode, QuilttClient
+from worker.quiltt.messages import Balance, PolledAccount
+from worker.rules.job import parse_job
+from worker.rules.pricing import parse_price_list
 from worker.runtime import Runtime
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -48,7 +49,7 @@ from = 2026-01-01
 per_call = "0.100000"
 """
 SETTINGS = Settings(
-    refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5, calls_per_s=10_000, breaker_failures=1000
+    refresh_window_s=60, uncertain_grace_s=15, clock_skew_s=5, calls_per_s=10_000, circuit_breaker_failures=1000
 )
 
 Answer = int | CallFailed | Callable[[], "int | CallFailed"]
@@ -137,9 +138,9 @@ class ScriptedProvider:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.script: dict[str, list[Answer]] = defaultdict(list)
-        self.asked: list[Mode | CallFailed] = []
+        self.asked: list[ApiKeyMode | CallFailed] = []
         self.introspections = 0
-        self.accounts: dict[str, AccountView | CallFailed] = {}
+        self.accounts: dict[str, PolledAccount | CallFailed] = {}
         self.reads: list[tuple[str, str]] = []
 
     def refresh_balance(self, account_id: str) -> int:
@@ -151,7 +152,7 @@ class ScriptedProvider:
             raise outcome
         return outcome
 
-    def read_account(self, account_id: str, profile_id: str) -> AccountView | None:
+    def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:
         """Take a read; without a word about the account there is nothing to see."""
         self.reads.append((account_id, profile_id))
         seen = self.accounts.get(account_id)
@@ -159,7 +160,7 @@ class ScriptedProvider:
             raise seen
         return seen
 
-    def mode(self) -> Mode:
+    def api_key_mode(self) -> ApiKeyMode:
         """Take a question about the key."""
         self.introspections += 1
         answer = self.asked.pop(0) if self.asked else "TEST"
@@ -168,9 +169,9 @@ class ScriptedProvider:
         return answer
 
 
-def request(arguments: dict[str, Any], canvas: dict[str, Any]) -> Request:
+def request(arguments: dict[str, Any], continuation: dict[str, Any]) -> IntakeRequest:
     """A job as it is taken in."""
-    return Request(parse_job(arguments, currency="USD"), canvas)
+    return IntakeRequest(parse_job(arguments, currency="USD"), continuation)
 
 
 @dataclass
@@ -180,7 +181,7 @@ class World:
     rt: Runtime
     clock: Clock
     provider: ScriptedProvider
-    queue: Next = field(default_factory=Next)
+    queue: FollowUp = field(default_factory=FollowUp)
     delivered: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=lambda: defaultdict(list))
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -189,12 +190,12 @@ class World:
         """The ledger's."""
         return self.rt.engine
 
-    def initiate(self, payment_id: str, account_id: str, *, task_id: str | None = None, **job: Any) -> Entrance:
+    def initiate(self, payment_id: str, account_id: str, *, task_id: str | None = None, **job: Any) -> IntakeResult:
         """A job comes in; what follows from it is enqueued."""
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
-        canvas = {"id": task_id or f"task_{next(self._numbers)}"}
-        entrance = flow.initiate(self.rt, request(arguments, canvas), lambda _: None)
-        self.queue.add(entrance.next)
+        continuation = {"id": task_id or f"task_{next(self._numbers)}"}
+        entrance = flow.initiate(self.rt, request(arguments, continuation), lambda _: None)
+        self.queue.merge(entrance.follow_up)
         return entrance
 
     def balance(
@@ -223,42 +224,41 @@ class World:
         )
         if later:
             with transaction(self.engine) as tx:
-                balances.keep(tx, [balances.came(f"evt_{balance.id}", balance, self.clock.now)])
-            self.queue.apply.append(balance.id)
+                balances.insert_balances(tx, [balances.new_record(f"evt_{balance.id}", balance, self.clock.now)])
+            self.queue.balances_to_apply.append(balance.id)
         else:
-            self.queue.add(flow.receive(self.rt, [(f"evt_{balance.id}", balance)], []))
+            self.queue.merge(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
         return balance.id
 
     def work(self) -> None:
         """Do what is enqueued, and what follows from that."""
-        while self.queue.call or self.queue.call_later or self.queue.read or self.queue.apply or self.queue.deliver:
-            todo, self.queue = self.queue, Next()
-            calls = [(*call, False) for call in todo.call] + [(*call[:2], True) for call in todo.call_later]
-            for account_id, refresh_id, in_turn in calls:
-                left = flow.call(self.rt, account_id, refresh_id, in_turn=in_turn)
-                self.queue.add(left)  # not before: more may be enqueued while the call is on the wire
-            for account_id, profile_id, _ in todo.read:
-                self.queue.add(flow.read(self.rt, account_id, profile_id))
-            for balance_id in todo.apply:
-                self.queue.add(flow.apply(self.rt, balance_id))
-            if todo.deliver:
-                self._deliver(todo.deliver)
+        while self.queue.calls or self.queue.balance_polls or self.queue.balances_to_apply or self.queue.deliveries:
+            todo, self.queue = self.queue, FollowUp()
+            for call in sorted(todo.calls, key=lambda call: call.has_slot):
+                left = flow.claim_and_call(self.rt, call.account_id, call.refresh_id, has_slot=call.has_slot)
+                self.queue.merge(left)  # not before: more may be enqueued while the call is on the wire
+            for poll in todo.balance_polls:
+                self.queue.merge(flow.poll_balance(self.rt, poll.account_id, poll.profile_id))
+            for balance_id in todo.balances_to_apply:
+                self.queue.merge(flow.apply_balance(self.rt, balance_id))
+            if todo.deliveries:
+                self._deliver(todo.deliveries)
 
-    def _deliver(self, due: list[Due]) -> None:
+    def _deliver(self, due: list[OutcomeDelivery]) -> None:
         for reply in due:
             self.delivered[reply.task_id].append((reply.state, reply.outcome))
         if due:
-            flow.delivered(self.rt, {reply.task_id: self.clock.now for reply in due})
+            flow.mark_delivered(self.rt, {reply.task_id: self.clock.now for reply in due})
 
     def lose(self) -> None:
         """Whatever is enqueued is lost."""
-        self.queue = Next()
+        self.queue = FollowUp()
 
     def tick(self) -> None:
         """Upkeep runs, and what it enqueues is done."""
-        self.queue.add(flow.look(self.rt))
-        self.queue.add(flow.sweep(self.rt))
-        self._deliver(flow.overdue(self.rt, flow.BATCH))
+        self.queue.merge(flow.expire_due_payments(self.rt))
+        self.queue.merge(flow.sweep(self.rt))
+        self._deliver(flow.claim_overdue_deliveries(self.rt, flow.MAINTENANCE_BATCH_SIZE))
         self.work()
 
     def pass_time(self, seconds: int) -> None:
@@ -274,12 +274,14 @@ class World:
     @contextmanager
     def redis_away(self) -> Iterator[None]:
         """Nobody listens where Redis was."""
-        kept = self.rt.correlation, self.rt.gate, self.rt.reads
-        with connect("redis://127.0.0.1:1/0") as nobody:
-            self.rt.correlation, self.rt.gate = Correlation(nobody), gate_of(nobody, self.rt.settings)
-            self.rt.reads = Budget(nobody, "reads", per_s=self.rt.settings.reads_per_s)
+        kept = self.rt.correlation, self.rt.admission, self.rt.poll_limiter
+        with create_client("redis://127.0.0.1:1/0") as nobody:
+            self.rt.correlation, self.rt.admission = CorrelationStore(nobody), gate_of(nobody, self.rt.settings)
+            self.rt.poll_limiter = RateLimiter(
+                nobody, "poll_limiter", requests_per_s=self.rt.settings.balance_polls_per_s
+            )
             yield
-        self.rt.correlation, self.rt.gate, self.rt.reads = kept
+        self.rt.correlation, self.rt.admission, self.rt.poll_limiter = kept
 
     def standing(self, account_id: str) -> dict[str, str]:
         """What the correlation store holds of an account."""
@@ -301,7 +303,7 @@ class World:
 
     def outcome(self, payment_id: str) -> dict[str, Any]:
         """What the tasks of a payment are told."""
-        replies = self.rows("SELECT task_id FROM reply WHERE payment_id = :id", id=payment_id)
+        replies = self.rows("SELECT task_id FROM outcome_delivery WHERE payment_id = :id", id=payment_id)
         told = [outcome for reply in replies for _, outcome in self.delivered[reply["task_id"]]]
         assert told, f"{payment_id} has no outcome yet"
         assert all(outcome == told[0] for outcome in told)
@@ -323,25 +325,25 @@ Make = Callable[..., AbstractContextManager[World]]
 """Makes a payready with the settings that it is given."""
 
 
-def gate_of(redis: Any, settings: Settings) -> Gate:
+def gate_of(redis: Any, settings: Settings) -> AdmissionControl:
     """A gate with the limits of these settings."""
-    limits = {"calls_per_s": settings.calls_per_s, "failures": settings.breaker_failures}
-    return Gate(redis, probe_limit=settings.call_limit, **limits)
+    limits = {"calls_per_s": settings.calls_per_s, "failure_threshold": settings.circuit_breaker_failures}
+    return AdmissionControl(redis, probe_timeout=settings.max_call_duration, **limits)
 
 
 @contextmanager
 def world(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> Iterator[World]:
     """A payready on this database and an emptied Redis."""
     clock, provider = Clock(), ScriptedProvider()
-    redis = connect(redis_url)
+    redis = create_client(redis_url)
     rt = Runtime(
         settings=settings,
         engine=open_engine(database_url),
-        correlation=Correlation(redis),
-        gate=gate_of(redis, settings),
-        reads=Budget(redis, "reads", per_s=settings.reads_per_s),
-        provider=cast(Quiltt, provider),
-        prices=read_prices(PRICES),
+        correlation=CorrelationStore(redis),
+        admission=gate_of(redis, settings),
+        poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
+        provider=cast(QuilttClient, provider),
+        price_list=parse_price_list(PRICES),
         clock=clock,
     )
     made = World(rt, clock, provider)

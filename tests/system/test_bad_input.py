@@ -58,7 +58,7 @@ def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
     (told,) = payready.endings()[payment_id]
     assert (told["task"], told["args"][0]) == ("ledger.not_ready", result.id)
     assert payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=job["payment_id"]) == []
-    assert payready.rows("SELECT 1 FROM reply WHERE task_id = :id", id=result.id) == []
+    assert payready.rows("SELECT 1 FROM outcome_delivery WHERE task_id = :id", id=result.id) == []
     assert payready.simulator.calls(str(job["account_id"])) == []
 
 

@@ -61,7 +61,9 @@ def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
     jobs = crowd(payments, accounts)
     crowded.initiate_many(jobs, linked=True)
     wait_until(lambda: len(crowded.heard()) >= payments, 80, "all payments end")
-    wait_until(lambda: crowded.rows("SELECT 1 FROM reply WHERE due_at IS NOT NULL") == [], 10, "all is delivered")
+    wait_until(
+        lambda: crowded.rows("SELECT 1 FROM outcome_delivery WHERE due_at IS NOT NULL") == [], 10, "all is delivered"
+    )
 
     heard = Counter(line["args"][1] for line in crowded.heard())
     assert heard == Counter(job["payment_id"] for job in jobs)

@@ -84,11 +84,11 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
             "payments.unheard_of", kwargs={"name": "Jo Doe"}, queue="payments", connection=connection
         )
     assert operation.metric("refresh", 'payready_provider_calls_total{result="accepted"}') >= 1
-    assert operation.metric("refresh", 'payready_provider_answer_seconds_count{status="202"}') >= 1
-    assert operation.metric("web", "payready_event_to_release_seconds_count") == 1
-    assert operation.metric("web", "payready_call_to_event_seconds_count") == 1
+    assert operation.metric("refresh", 'payready_provider_response_seconds_count{status="202"}') >= 1
+    assert operation.metric("web", "payready_balance_to_resolution_seconds_count") == 1
+    assert operation.metric("web", "payready_call_to_balance_seconds_count") == 1
     assert eventually(lambda: operation.metric("beat", 'payready_waiting_payments{call="accepted"}'))
-    assert operation.metric("beat", "payready_ledger_up") == operation.metric("beat", "payready_broker_up") == 1
+    assert operation.metric("beat", "payready_database_up") == operation.metric("beat", "payready_broker_up") == 1
     assert all(answers(operation.url(role, "readyz")) for role in ROLES)
 
     (delivered,) = eventually(lambda: [line for line in operation.log("web") if "outcome" in line["event"]])

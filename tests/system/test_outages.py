@@ -13,10 +13,11 @@ import pytest
 from tests.support.crowd import assert_books_agree, assert_one_outcome_each, ended, jobs
 from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
-from worker.fees import EntryState
-from worker.invoice import Line, Period, reconcile
-from worker.ledger import fees, statement
-from worker.ledger.database import transaction
+from worker.ledger import fee_calls, fee_statement, invoices
+from worker.ledger.engine import transaction
+from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.rules.pricing import EntryState
+from worker.rules.reconciliation import reconcile
 
 Accounts = Callable[[str], str]
 Run = Callable[..., AbstractContextManager[System]]
@@ -110,21 +111,21 @@ def assert_the_ledger_is_the_log(running: System) -> None:
     """
     log = running.simulator.http.get("/control/log").raise_for_status().json()
     charges = [
-        Line(call["seq"], str(call["seq"]), call["account_id"], at, at, DIME)
+        InvoiceLine(call["seq"], str(call["seq"]), call["account_id"], at, at, DIME)
         for call in log["calls"]
         if call["accepted"]
         for at in [datetime.fromtimestamp(call["started_at"], UTC)]
     ]
     now = datetime.now(UTC)
-    period = Period(now - timedelta(hours=1), now + timedelta(hours=1), tolerance=timedelta(seconds=5))
+    period = InvoicePeriod(now - timedelta(hours=1), now + timedelta(hours=1), tolerance=timedelta(seconds=5))
     with transaction(running.engine) as tx:
-        found = reconcile(charges, statement.calls(tx, "USD", period.since, period.until), period)
-        assert (found.only_theirs, found.charged_though_void, found.price_differences) == ([], [], [])
-        assert {call.state for call in found.only_ours} <= {EntryState.PENDING}
+        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
+        assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
+        assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
         assert found.to_post, "nothing was left open: this storm was none"
-        fees.settle(tx, found, fees.Invoice("log", "", "now", "USD"), now)
+        invoices.apply_invoice(tx, found, invoices.InvoiceEvidence("log", "", "now", "USD"), now)
     with transaction(running.engine) as tx:
-        (line,) = statement.lines(tx, period.since, period.until, "price")
+        (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")
         assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)
-        shares = list(statement.shares(tx, period.since, period.until))
+        shares = list(fee_statement.payment_shares(tx, period.since, period.until))
         assert sum(share.fee for share in shares) == line.posted_amount

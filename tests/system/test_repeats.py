@@ -13,7 +13,7 @@ Accounts = Callable[[str], str]
 
 def wait_for_delivery(running: System, task_id: str) -> None:
     """Wait until it is noted that the task was told its outcome."""
-    delivered = "SELECT 1 FROM reply WHERE task_id = :id AND delivered_at IS NOT NULL AND due_at IS NULL"
+    delivered = "SELECT 1 FROM outcome_delivery WHERE task_id = :id AND delivered_at IS NOT NULL AND due_at IS NULL"
     wait_until(lambda: running.rows(delivered, id=task_id) != [], 10, "the outcome is delivered")
 
 

@@ -45,7 +45,7 @@ PROMISES: dict[str, Promise] = {
     "poor": Promise(reason="insufficient_funds"),
     "nullavail required": Promise(reason="funds_unknown"),
     "nullavail enabled": Promise(verdict="unchecked", job={"funds_check": "enabled"}),
-    "nullavail disabled": Promise(verdict="not_asked", job={"funds_check": "disabled"}),
+    "nullavail disabled": Promise(verdict="not_requested", job={"funds_check": "disabled"}),
     "badreq": Promise(reason="account_unsupported", fees=("void",), accepted=0),
     "unauth": Promise(reason="not_authorized", fees=("void",), accepted=0),
     "inactive": Promise(reason="connection_inactive", fees=("void",), accepted=0),

@@ -29,7 +29,7 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
             "PAYREADY_QUILTT_AUTH_URL": simulator.url,
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
-            "PAYREADY_PORT": str(port),
+            "PAYREADY_WEBHOOK_PORT": str(port),
         }
         command = [sys.executable, "-W", "ignore", "-m", "tests.support.traced", "acct_prompt01"]
         ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60)
@@ -57,7 +57,7 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
         *INITIATE,
     ]
     assert {by_name[name]["trace"] for name in ("balances.refresh", "ledger.execute_ach")} == {TRACE}
-    assert wait["links"] == [by_name["payments.deliver"]["id"]]
-    assert way(by_name["payments.deliver"]) == ["payments.deliver", "send payments.deliver"], "begun by the webhook"
+    assert wait["links"] == [by_name["outcomes.deliver"]["id"]]
+    assert way(by_name["outcomes.deliver"]) == ["outcomes.deliver", "send outcomes.deliver"], "begun by the webhook"
     assert wait["lasted_s"] > by_name["payments.initiate"]["lasted_s"]
     assert not [span for span in spans if "sweep" in span["name"] or "expire" in span["name"]]

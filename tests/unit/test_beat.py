@@ -10,7 +10,7 @@ from celery import Celery
 from celery.beat import Scheduler as Theirs
 from kombu.utils.imports import symbol_by_name
 
-from config.celery import celery_settings
+from config.celery_config import celery_settings
 from config.settings import Settings
 from console.processes import procfile
 from tasks.beat import Scheduler

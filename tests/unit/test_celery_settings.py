@@ -8,7 +8,7 @@ from celery.backends import redis
 from celery.beat import ScheduleEntry
 from kombu.utils.url import parse_url
 
-from config.celery import QUEUES, celery_settings
+from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
 from tasks.broker import RedisTransport
 
@@ -68,7 +68,7 @@ def test_the_beat_calls_tasks_that_exist() -> None:
     for entry in SETTINGS["beat_schedule"].values():
         assert entry["task"] in SETTINGS["task_routes"]
         seconds = ScheduleEntry(**entry, name="x").schedule.seconds
-        assert seconds == {"webhooks.check": 60, "webhooks.trim": 600}.get(entry["task"], 1)
+        assert seconds == {"webhooks.check_subscription": 60, "quarantine.prune": 600}.get(entry["task"], 1)
         assert entry["options"]["expires"] <= max(10, seconds / 2)
 
 

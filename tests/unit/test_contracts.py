@@ -10,7 +10,7 @@ from jsonschema.exceptions import ValidationError
 
 from tests.contracts import FOLDER, contracts
 from worker.errors import InvalidJob, Reason
-from worker.messages import Job, parse_job
+from worker.rules.job import Job, parse_job
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_1"}
 
@@ -40,7 +40,7 @@ def test_every_reason_is_published() -> None:
 GOOD: list[dict[str, Any]] = [
     {},
     {"amount": "25.00", "currency": "USD", "funds_check": "enabled"},
-    {"timeout_s": 1, "max_balance_age_s": 0, "count_limit": True, "metadata": {"a": [1, {"b": None}]}},
+    {"timeout_s": 1, "max_balance_age_s": 0, "include_overdraft": True, "metadata": {"a": [1, {"b": None}]}},
     {"amount": "1", "buffer": {"multiplier": "1.5", "fixed": "2.00"}, "profile_id": "p_1", "connection_id": "conn_1"},
 ]
 BAD: list[dict[str, Any]] = [

@@ -7,27 +7,38 @@ import pytest
 
 from tasks import delivery
 from tasks.app import app
-from worker.flow import Next
+from worker.flow import FollowUp
 
 
 def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crowd on one account that finds a balance there wants it applied once, not a thousand times."""
     sent: list[object] = []
     monkeypatch.setattr(delivery, "_enqueue", sent.extend)
-    todo, later = Next(), timedelta(seconds=1)
+    todo, later = FollowUp(), timedelta(seconds=1)
     for _ in range(3):
-        todo.add(Next(apply=["bal_1", "bal_2"], call=[("acct_1", "ref_1")], call_later=[("acct_2", "ref_2", later)]))
+        todo.merge(
+            FollowUp(
+                balances_to_apply=["bal_1", "bal_2"],
+                calls=[("acct_1", "ref_1")],
+                delayed_calls=[("acct_2", "ref_2", later)],
+            )
+        )
     delivery.carry_out(todo)
-    assert sent.count(("payments.release", ("bal_1",), None)) == 1
-    assert sent.count(("payments.release", ("bal_2",), None)) == 1
+    assert sent.count(("balances.apply", ("bal_1",), None)) == 1
+    assert sent.count(("balances.apply", ("bal_2",), None)) == 1
     assert sent.count(("balances.refresh", ("acct_1", "ref_1"), None)) == 1
 
 
 def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
     """As `app.send_task` makes it: an upgrade of Celery may change what that does."""
     refresh_id, later = ("acct_1", "ref_1"), timedelta(seconds=1)
-    todo = Next(call=[refresh_id], call_later=[(*refresh_id, later)], read=[("acct_1", "p_1", later)], apply=["bal_1"])
-    ours = [*delivery._messages(todo), ("payments.deliver", (["task_1"],), None)]
+    todo = FollowUp(
+        calls=[refresh_id],
+        delayed_calls=[(*refresh_id, later)],
+        balance_polls=[("acct_1", "p_1", later)],
+        balances_to_apply=["bal_1"],
+    )
+    ours = [*delivery._messages(todo), ("outcomes.deliver", (["task_1"],), None)]
     with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
 
         def taken(name: str) -> dict[str, Any]:

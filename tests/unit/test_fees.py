@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.settings import Settings
-from worker.fees import UNIT, EntryState, PriceListError, due_in_total, read_prices, share
+from worker.rules.pricing import FEE_UNIT, EntryState, PriceListError, parse_price_list, split_share, total_and_state
 
 totals = st.decimals(min_value=0, max_value=Decimal("1e9"), places=6)
 LIST = """
@@ -33,16 +33,16 @@ per_call = "0"
 @given(total=totals, sharers=st.integers(1, 400))
 def test_the_parts_add_up_to_the_whole(total: Decimal, sharers: int) -> None:
     """Exactly; no two differ by more than the smallest unit, and who comes first bears it."""
-    parts = [share(total, sharers, index) for index in range(sharers)]
+    parts = [split_share(total, sharers, index) for index in range(sharers)]
     assert sum(parts) == total
-    assert max(parts) - min(parts) <= UNIT
+    assert max(parts) - min(parts) <= FEE_UNIT
     assert parts == sorted(parts, reverse=True)
     assert all(part >= 0 for part in parts)
 
 
 def test_a_tenth_among_three() -> None:
     """0.033334 + 0.033333 + 0.033333."""
-    assert [str(share(Decimal("0.10"), 3, index)) for index in range(3)] == ["0.033334", "0.033333", "0.033333"]
+    assert [str(split_share(Decimal("0.10"), 3, index)) for index in range(3)] == ["0.033334", "0.033333", "0.033333"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_tenth_among_three() -> None:
 )
 def test_a_price_holds_from_its_day_on(mode: str, day: date, price: str) -> None:
     """By the mode of the environment; the entry names the list."""
-    found = read_prices(LIST).on(mode, day)
+    found = parse_price_list(LIST).price_for(mode, day)
     assert (str(found.per_call), found.currency, found.price_list) == (price, "USD", "v7")
 
 
@@ -65,7 +65,7 @@ def test_a_price_holds_from_its_day_on(mode: str, day: date, price: str) -> None
 def test_a_day_or_mode_without_a_price_is_an_error_that_says_so(mode: str, day: date) -> None:
     """No call is free by omission."""
     with pytest.raises(PriceListError, match=f"v7 has no price for mode {mode} on {day}"):
-        read_prices(LIST).on(mode, day)
+        parse_price_list(LIST).price_for(mode, day)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_day_or_mode_without_a_price_is_an_error_that_says_so(mode: str, day: 
 def test_a_price_list_that_cannot_be_used_is_refused_as_a_whole(broken: str) -> None:
     """Prices are decimal text; nothing is guessed."""
     with pytest.raises(PriceListError, match="cannot be read"):
-        read_prices(broken)
+        parse_price_list(broken)
 
 
 @pytest.mark.parametrize(
@@ -98,22 +98,22 @@ def test_a_price_list_that_cannot_be_used_is_refused_as_a_whole(broken: str) -> 
         ('["accepted"]', {202}),
         ("[]", set()),
         ('["accepted", "account_not_found", "connection_inactive"]', {202, 403, 404}),
-        ('["throttled", "not_authorized", "account_unsupported"]', {400, 401, 429}),
+        ('["rate_limited", "not_authorized", "account_unsupported"]', {400, 401, 429}),
     ],
 )
 def test_which_answers_are_charged_for_is_the_contracts_to_say(billable: str, posted: set[int]) -> None:
     """All others end the entry as void, and so does a call that was not sent."""
-    prices = read_prices(LIST.replace('["accepted"]', billable))
+    prices = parse_price_list(LIST.replace('["accepted"]', billable))
     answers: list[int | None] = [None, 202, 400, 401, 403, 404, 422, 429]
-    assert {answer for answer in answers if prices.ends(answer) == EntryState.POSTED} == posted
-    assert {prices.ends(answer) for answer in answers if answer not in posted} == {EntryState.VOID}
+    assert {answer for answer in answers if prices.final_state(answer) == EntryState.POSTED} == posted
+    assert {prices.final_state(answer) for answer in answers if answer not in posted} == {EntryState.VOID}
 
 
 def test_the_price_list_that_is_shipped_can_be_used() -> None:
     """In every mode, today."""
-    prices = read_prices(Settings().fees_file.read_text())
+    prices = parse_price_list(Settings().price_list_file.read_text())
     for mode in ("TEST", "SANDBOX", "PRODUCTION"):
-        assert prices.on(mode, date(2026, 11, 22)).currency == Settings().currency
+        assert prices.price_for(mode, date(2026, 11, 22)).currency == Settings().currency
 
 
 @pytest.mark.parametrize(
@@ -130,5 +130,5 @@ def test_what_a_refresh_costs_is_as_sure_as_its_least_sure_call(
     calls: dict[str, str], expected: tuple[str, str]
 ) -> None:
     """Void calls cost nothing; one pending call leaves the sum open."""
-    total, state = due_in_total({EntryState(name): Decimal(price) for name, price in calls.items()})
+    total, state = total_and_state({EntryState(name): Decimal(price) for name, price in calls.items()})
     assert (str(total), state) == expected

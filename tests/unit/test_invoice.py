@@ -8,24 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.fees import EntryState
-from worker.invoice import (
-    Applied,
-    Columns,
-    InvoiceError,
+from worker.rules.invoice_file import InvoiceColumns, InvoiceError, InvoiceLine, InvoicePeriod, parse_invoice
+from worker.rules.pricing import EntryState
+from worker.rules.reconciliation import (
+    AppliedInvoice,
     LedgerCall,
-    Line,
-    Period,
     Reconciliation,
     check_plausible,
     check_total,
-    read_invoice,
     reconcile,
 )
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PRICE = Decimal("0.10")
-NOVEMBER = Period(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(minutes=5))
+NOVEMBER = InvoicePeriod(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(minutes=5))
 
 
 def call(
@@ -34,12 +30,12 @@ def call(
     return LedgerCall(name, account, at, state, PRICE)
 
 
-def line(row: int, *, at: datetime = NOON, amount: Decimal = PRICE, account: str = "acct_a") -> Line:
-    return Line(row, str(row), account, at, at, amount)
+def line(row: int, *, at: datetime = NOON, amount: Decimal = PRICE, account: str = "acct_a") -> InvoiceLine:
+    return InvoiceLine(row, str(row), account, at, at, amount)
 
 
-def read(*rows: str) -> list[Line]:
-    return read_invoice("\n".join(("account_id,date,amount", *rows)), Columns(), NOVEMBER, "USD")
+def read(*rows: str) -> list[InvoiceLine]:
+    return parse_invoice("\n".join(("account_id,date,amount", *rows)), InvoiceColumns(), NOVEMBER, "USD")
 
 
 def test_a_day_stands_for_any_time_of_it() -> None:
@@ -52,7 +48,7 @@ def test_a_day_stands_for_any_time_of_it() -> None:
 def test_columns_are_found_by_the_names_given() -> None:
     """The provider's file may call them anything."""
     text = "No,Acct,When,USD\n17,acct_a,2026-11-22T12:00:00Z,0.10\n"
-    (one,) = read_invoice(text, Columns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER, "USD")
+    (one,) = parse_invoice(text, InvoiceColumns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER, "USD")
     assert (one.number, one.account_id, one.since) == ("17", "acct_a", NOON)
 
 
@@ -86,7 +82,7 @@ def test_a_wrong_line_refuses_the_file_and_is_named(row: str, complaint: str) ->
 def test_a_missing_column_is_named() -> None:
     """So are the columns that are there."""
     with pytest.raises(InvoiceError, match="no column 'account_id'; it has a, b"):
-        read_invoice("a,b\n1,2\n", Columns(), NOVEMBER, "USD")
+        parse_invoice("a,b\n1,2\n", InvoiceColumns(), NOVEMBER, "USD")
 
 
 def test_what_agrees_and_what_does_not_is_told_apart() -> None:
@@ -96,8 +92,8 @@ def test_what_agrees_and_what_does_not_is_told_apart() -> None:
     result = reconcile(lines, calls, NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["right", "dear"]
     assert [m.call.call_id for m in result.price_differences] == ["dear"]
-    assert [c.call_id for c in result.only_ours] == ["forgotten"]
-    assert [one.row for one in result.only_theirs] == [4]
+    assert [c.call_id for c in result.unmatched_calls] == ["forgotten"]
+    assert [one.row for one in result.unmatched_lines] == [4]
 
 
 def test_a_void_call_is_matched_last_and_never_missed() -> None:
@@ -105,14 +101,14 @@ def test_a_void_call_is_matched_last_and_never_missed() -> None:
     calls = [call("refused", at=NOON - timedelta(seconds=9), state=EntryState.VOID), call("accepted")]
     result = reconcile([line(2)], calls, NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["accepted"]
-    assert result.only_ours == []
+    assert result.unmatched_calls == []
 
 
 def test_a_charge_is_not_matched_to_a_call_at_another_time() -> None:
     """Beyond the tolerance it is a charge for no call of ours."""
     result = reconcile([line(2, at=NOON + timedelta(hours=1))], [call("early")], NOVEMBER)
     assert result.matched == []
-    assert [one.row for one in result.only_theirs] == [2]
+    assert [one.row for one in result.unmatched_lines] == [2]
 
 
 @given(st.lists(st.integers(0, 600), max_size=12), st.lists(st.integers(0, 600), max_size=12))
@@ -121,8 +117,8 @@ def test_no_line_and_no_call_is_counted_twice_or_lost(called: list[int], charged
     calls = [call(f"c{i}", at=NOON + timedelta(seconds=s)) for i, s in enumerate(called)]
     lines = [line(i, at=NOON + timedelta(seconds=s)) for i, s in enumerate(charged)]
     result = reconcile(lines, calls, replace(NOVEMBER, tolerance=timedelta(seconds=60)))
-    ours = [m.call.call_id for m in result.matched] + [c.call_id for c in result.only_ours]
-    theirs = [m.line.row for m in result.matched] + [one.row for one in result.only_theirs]
+    ours = [m.call.call_id for m in result.matched] + [c.call_id for c in result.unmatched_calls]
+    theirs = [m.line.row for m in result.matched] + [one.row for one in result.unmatched_lines]
     assert sorted(ours) == sorted(c.call_id for c in calls)
     assert sorted(theirs) == sorted(one.row for one in lines)
 
@@ -130,26 +126,26 @@ def test_no_line_and_no_call_is_counted_twice_or_lost(called: list[int], charged
 @pytest.mark.parametrize(
     ("text", "columns", "complaint"),
     [
-        ("account_id,date,amount\n", Columns(), "no lines but its header"),
-        ("", Columns(), "no column 'account_id'; it has none"),
-        ("account_id,date,amount,amount\na,2026-11-22,1,2\n", Columns(), "more than one column 'amount'"),
+        ("account_id,date,amount\n", InvoiceColumns(), "no lines but its header"),
+        ("", InvoiceColumns(), "no column 'account_id'; it has none"),
+        ("account_id,date,amount,amount\na,2026-11-22,1,2\n", InvoiceColumns(), "more than one column 'amount'"),
         (
             "account_id,date,amount,no\na,2026-11-22,1,7\na,2026-11-22,1,8\na,2026-11-22,1,7\n",
-            Columns(number="no"),
+            InvoiceColumns(number="no"),
             "line 4: number '7' stands in line 2 already",
         ),
         (
             "account_id,date,amount,cur\na,2026-11-22,1,USD\na,2026-11-22,1,EUR\n",
-            Columns(currency="cur"),
+            InvoiceColumns(currency="cur"),
             "line 3: cur is 'EUR', and the calls of USD are looked at",
         ),
-        ("account_id,date,amount\na,2026-11-22,1\n", Columns(currency="cur"), "no column 'cur'"),
+        ("account_id,date,amount\na,2026-11-22,1\n", InvoiceColumns(currency="cur"), "no column 'cur'"),
     ],
 )
-def test_a_file_that_would_be_taken_for_another_is_refused(text: str, columns: Columns, complaint: str) -> None:
+def test_a_file_that_would_be_taken_for_another_is_refused(text: str, columns: InvoiceColumns, complaint: str) -> None:
     """An empty one would void all, one with lines twice would charge twice."""
     with pytest.raises(InvoiceError, match=complaint):
-        read_invoice(text, columns, NOVEMBER, "USD")
+        parse_invoice(text, columns, NOVEMBER, "USD")
 
 
 def test_what_is_known_to_be_accepted_is_charged_first() -> None:
@@ -176,11 +172,11 @@ def test_pending_calls_near_the_edge_of_the_month_are_not_voided() -> None:
     calls = [call(f"c{n}", at=at, state=EntryState.PENDING) for n, at in enumerate(edges)]
     calls.append(call("december", at=NOVEMBER.until + timedelta(minutes=1), state=EntryState.PENDING))
     result = reconcile([line(2, account="acct_b")], calls, NOVEMBER)
-    assert [c.call_id for c in result.only_ours] == ["c0", "c2", "c1"]
+    assert [c.call_id for c in result.unmatched_calls] == ["c0", "c2", "c1"]
     assert [c.call_id for c in result.to_void] == ["c2"]
 
 
-DECEMBER = Period(NOVEMBER.until, datetime(2027, 1, 1, tzinfo=UTC), timedelta(minutes=5))
+DECEMBER = InvoicePeriod(NOVEMBER.until, datetime(2027, 1, 1, tzinfo=UTC), timedelta(minutes=5))
 CHRISTMAS = datetime(2026, 12, 24, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 
@@ -199,10 +195,10 @@ def test_a_call_that_one_months_invoice_charges_takes_no_line_of_the_next_ones()
     charge = line(2, at=NOVEMBER.until)
     november = reconcile([charge], [edge], NOVEMBER)
     assert november.edge_calls == {"edge"}
-    again = reconcile([charge], [edge], DECEMBER, [Applied(NOVEMBER, november.edge_calls)])
-    assert (again.matched, again.only_theirs, again.only_ours) == ([], [charge], [])
+    again = reconcile([charge], [edge], DECEMBER, [AppliedInvoice(NOVEMBER, november.edge_calls)])
+    assert (again.matched, again.unmatched_lines, again.unmatched_calls) == ([], [charge], [])
     deep = call("deep", at=NOVEMBER.until - 3 * MINUTE)
-    precise = Applied(replace(NOVEMBER, tolerance=MINUTE), frozenset())
+    precise = AppliedInvoice(replace(NOVEMBER, tolerance=MINUTE), frozenset())
     assert reconcile([charge], [deep], DECEMBER, [precise]).matched == []
     assert len(reconcile([charge], [deep], DECEMBER).matched) == 1
 
@@ -210,18 +206,20 @@ def test_a_call_that_one_months_invoice_charges_takes_no_line_of_the_next_ones()
 @pytest.mark.parametrize("at", [NOVEMBER.until - MINUTE, NOVEMBER.until, NOVEMBER.until + MINUTE])
 @pytest.mark.parametrize("order", [(NOVEMBER, DECEMBER), (DECEMBER, NOVEMBER)])
 def test_a_pending_call_at_the_turn_of_the_month_is_free_when_neither_months_invoice_has_it(
-    at: datetime, order: tuple[Period, Period]
+    at: datetime, order: tuple[InvoicePeriod, InvoicePeriod]
 ) -> None:
     """The first of the two leaves it open, the second one closes it; another month's has no say."""
     pending = call("edge", at=at, state=EntryState.PENDING)
     others = {NOVEMBER.since: line(2), DECEMBER.since: line(2, at=CHRISTMAS)}
     first, second = order
-    far = Applied(Period(datetime(2026, 7, 1, tzinfo=UTC), datetime(2026, 8, 1, tzinfo=UTC), 5 * MINUTE), frozenset())
+    far = AppliedInvoice(
+        InvoicePeriod(datetime(2026, 7, 1, tzinfo=UTC), datetime(2026, 8, 1, tzinfo=UTC), 5 * MINUTE), frozenset()
+    )
     before = reconcile([others[first.since]], [pending], first, [far])
     assert before.to_void == []
-    assert before.left == ([pending] if first.holds(at) else [])
-    after = reconcile([others[second.since]], [pending], second, [far, Applied(first, before.edge_calls)])
-    assert (after.to_void, after.left) == ([pending], [])
+    assert before.deferred_calls == ([pending] if first.contains(at) else [])
+    after = reconcile([others[second.since]], [pending], second, [far, AppliedInvoice(first, before.edge_calls)])
+    assert (after.to_void, after.deferred_calls) == ([pending], [])
 
 
 def test_a_file_that_does_not_come_to_its_sum_is_refused() -> None:
@@ -237,24 +235,24 @@ def test_a_file_that_may_be_cut_off_or_another_closes_nothing_unless_its_sum_is_
     calls = [call("early"), call("late", at=NOON + timedelta(days=3))]
     cut = reconcile([line(2)], calls, NOVEMBER)
     with pytest.raises(InvoiceError, match=r"1 calls that the provider accepted are not in it, the last of 2026-11-25"):
-        check_plausible(cut, is_whole=False)
+        check_plausible(cut, total_matches=False)
     doubled = reconcile([line(2), line(3)], calls[:1], NOVEMBER)
     with pytest.raises(InvoiceError, match="only 1 of its 2 lines"):
-        check_plausible(doubled, is_whole=False)
+        check_plausible(doubled, total_matches=False)
     free = replace(calls[1], price=Decimal(0))
     edge = call("edge", at=NOVEMBER.until - MINUTE)
-    check_plausible(reconcile([line(2)], [calls[0], free, edge], NOVEMBER), is_whole=False)
+    check_plausible(reconcile([line(2)], [calls[0], free, edge], NOVEMBER), total_matches=False)
     for found in (cut, doubled):
-        check_plausible(found, is_whole=True)
+        check_plausible(found, total_matches=True)
     with pytest.raises(InvoiceError, match="none of its 1 lines"):
-        check_plausible(reconcile([line(2)], [], NOVEMBER), is_whole=True)
+        check_plausible(reconcile([line(2)], [], NOVEMBER), total_matches=True)
 
 
 def test_a_charge_for_a_call_that_was_refused_is_pointed_out() -> None:
     """It is matched, so that it is not taken for a charge without a call, and nothing is posted for it."""
     result = reconcile([line(2)], [call("refused", state=EntryState.VOID)], NOVEMBER)
     assert [m.call.call_id for m in result.charged_though_void] == ["refused"]
-    assert (result.to_post, result.only_theirs) == ([], [])
+    assert (result.to_post, result.unmatched_lines) == ([], [])
 
 
 seconds = st.integers(0, 600)
@@ -281,7 +279,7 @@ def _charged(result: Reconciliation, states: set[EntryState]) -> int:
     return sum(m.call.state in states for m in result.matched)
 
 
-def _most(calls: list[LedgerCall], lines: list[Line]) -> int:
+def _most(calls: list[LedgerCall], lines: list[InvoiceLine]) -> int:
     """How many pairs there can be: each line in turn takes the oldest call that it can have (all windows are equal)."""
     left, pairs = sorted(calls, key=lambda c: c.at), 0
     for one in sorted(lines, key=lambda x: x.since):

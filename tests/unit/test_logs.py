@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from config.logs import configure_logging
+from config.log_config import configure_logging
 from config.settings import Settings
 
 

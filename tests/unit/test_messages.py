@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from worker.errors import InvalidJob
-from worker.messages import MAX_METADATA_BYTES, MINOR_DIGITS, Balance, Job, parse_job
+from worker.quiltt.messages import Balance
+from worker.rules.decimals import MINOR_UNIT_DIGITS
+from worker.rules.job import MAX_METADATA_BYTES, Job, parse_job
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_12Hz9Dz7vEAuljYvhmPcvM9"}
 RECORD = {
@@ -44,23 +46,28 @@ def _complaint(**changes: Any) -> str | None:
 def test_the_smallest_job_has_the_documented_defaults() -> None:
     """Two fields are enough."""
     job = parse()
-    assert (job.currency, job.timeout_s, job.max_balance_age_s, job.check) == ("USD", 120, 30, "disabled")
-    assert (job.amount, job.count_limit, job.metadata) == (None, False, {})
+    assert (job.currency, job.timeout_s, job.max_balance_age_s, job.effective_funds_check) == (
+        "USD",
+        120,
+        30,
+        "disabled",
+    )
+    assert (job.amount, job.include_overdraft, job.metadata) == (None, False, {})
     assert (job.buffer.multiplier, job.buffer.fixed) == (Decimal(1), Decimal(0))
 
 
 def test_an_amount_asks_for_a_check_unless_the_job_says_otherwise() -> None:
     """`required` by default."""
-    assert parse(amount="1.00").check == "required"
-    assert parse(amount="1.00", funds_check="enabled").check == "enabled"
-    assert parse(amount="1.00", funds_check="disabled").check == "disabled"
+    assert parse(amount="1.00").effective_funds_check == "required"
+    assert parse(amount="1.00", funds_check="enabled").effective_funds_check == "enabled"
+    assert parse(amount="1.00", funds_check="disabled").effective_funds_check == "disabled"
 
 
 def test_the_age_counts_back_from_the_request() -> None:
     """Nought is the request itself."""
     now = datetime(2026, 1, 1, tzinfo=UTC)
-    assert parse(max_balance_age_s=0).fresh_from(now) == now
-    assert parse(max_balance_age_s=90).fresh_from(now) == now - timedelta(seconds=90)
+    assert parse(max_balance_age_s=0).min_balance_at(now) == now
+    assert parse(max_balance_age_s=90).min_balance_at(now) == now - timedelta(seconds=90)
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -123,8 +130,8 @@ BAD = [
     ("buffer.multiplier", {"multiplier": 1.5}, "decimal in a string"),
     ("buffer.fixed", {"fixed": "-0.01"}, "greater than or equal to 0"),
     ("buffer.colour", {"colour": "red"}, "not permitted"),
-    ("count_limit", "yes", "boolean"),
-    ("count_limit", 1, "boolean"),
+    ("include_overdraft", "yes", "boolean"),
+    ("include_overdraft", 1, "boolean"),
     ("metadata", [1], "dictionary"),
     ("metadata", {"x": "y" * MAX_METADATA_BYTES}, f"more than {MAX_METADATA_BYTES}"),
     ("metadata", nested(65), "more than 64 levels"),
@@ -174,7 +181,7 @@ def test_a_foreign_currency_is_refused() -> None:
     assert parse_job({**JOB, "currency": "EUR"}, currency="EUR").currency == "EUR"
 
 
-@pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_DIGITS.items()])
+@pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_UNIT_DIGITS.items()])
 def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int) -> None:
     """And not one more; zeros at the end are none."""
     right = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"

@@ -16,19 +16,19 @@ import pytest
 from pydantic import SecretStr
 
 from simulator.testing import Simulator
-from worker.errors import CallFailed, Reason, Refused, Throttled, Uncertain, Unsent
-from worker.messages import read_balance
-from worker.provider import Quiltt
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.quiltt.client import QuilttClient
+from worker.quiltt.messages import parse_polled_balance
 
 KEY = "qk_hunter2"
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 
 
 @contextmanager
-def client(url: str, **changes: Any) -> Iterator[Quiltt]:
+def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
     """A client with short time limits."""
     limits: dict[str, Any] = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "connections": 2, **changes}
-    quiltt = Quiltt(url, url, SecretStr(KEY), **limits)
+    quiltt = QuilttClient(url, url, SecretStr(KEY), **limits)
     try:
         yield quiltt
     finally:
@@ -142,7 +142,7 @@ def test_a_call_goes_below_the_path_of_the_address() -> None:
 def test_a_refusal_has_the_reason_that_its_status_gives(status: int, reason: Reason) -> None:
     """There is no machine-readable code; the text of the body is not repeated."""
     failed = failure(answering(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
-    assert isinstance(failed, Refused)
+    assert isinstance(failed, CallRejected)
     assert (failed.status, failed.reason) == (status, reason)
     assert "hunter3" not in str(failed)
 
@@ -151,7 +151,7 @@ def test_a_refusal_has_the_reason_that_its_status_gives(status: int, reason: Rea
 def test_what_is_not_documented_may_have_been_accepted(status: int) -> None:
     """An accepted call is a 202; with anything else that is no refusal, nobody knows. No redirect is followed."""
     failed = failure(answering(status, "Location: /elsewhere"))
-    assert isinstance(failed, Uncertain)
+    assert isinstance(failed, CallResultUnknown)
     assert failed.status == status
 
 
@@ -172,7 +172,7 @@ def test_what_is_not_documented_may_have_been_accepted(status: int) -> None:
 def test_a_rate_limit_says_when_to_come_again_if_it_can_be_read(header: str, retry_at: datetime | None) -> None:
     """Unix seconds; anything else is as good as nothing."""
     failed = failure(answering(429, header))
-    assert isinstance(failed, Throttled)
+    assert isinstance(failed, RateLimited)
     assert failed.retry_at == retry_at
     assert failed.status == 429
 
@@ -205,7 +205,7 @@ LOST: dict[str, Callable[[socket.socket], None]] = {
 @pytest.mark.parametrize("serve", LOST.values(), ids=LOST)
 def test_a_call_whose_answer_is_lost_is_uncertain(serve: Callable[[socket.socket], None]) -> None:
     """It was sent: it may have been accepted, and charged."""
-    assert isinstance(failure(serve), Uncertain)
+    assert isinstance(failure(serve), CallResultUnknown)
 
 
 def test_a_call_that_is_not_answered_in_time_is_uncertain() -> None:
@@ -217,7 +217,7 @@ def test_a_call_that_is_not_answered_in_time_is_uncertain() -> None:
 
     failed = failure(hold, read_timeout_s=0.1)
     released.set()
-    assert isinstance(failed, Uncertain)
+    assert isinstance(failed, CallResultUnknown)
     assert "read timeout" in str(failed)
 
 
@@ -225,7 +225,7 @@ def test_a_refused_connection_is_provably_unsent() -> None:
     """Nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(Unsent, match="connect error"):
+    with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(CallNotSent, match="connect error"):
         quiltt.refresh_balance(A)
 
 
@@ -240,7 +240,7 @@ def test_a_connection_that_cannot_be_had_in_time_is_provably_unsent() -> None:
                 one.setblocking(False)
                 one.connect_ex(full.getsockname())
             url = f"http://127.0.0.1:{full.getsockname()[1]}"
-            with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(Unsent, match="connect timeout"):
+            with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(CallNotSent, match="connect timeout"):
                 quiltt.refresh_balance(A)
         finally:
             for one in waiting:
@@ -249,7 +249,7 @@ def test_a_connection_that_cannot_be_had_in_time_is_provably_unsent() -> None:
 
 def test_an_unknown_host_is_provably_unsent() -> None:
     """No address, no call."""
-    with client("http://nowhere.invalid") as quiltt, pytest.raises(Unsent):
+    with client("http://nowhere.invalid") as quiltt, pytest.raises(CallNotSent):
         quiltt.refresh_balance(A)
 
 
@@ -266,7 +266,7 @@ def test_a_call_that_finds_no_free_connection_is_provably_unsent() -> None:
         first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
         first.start()
         assert busy.wait(5)
-        with pytest.raises(Unsent, match="no connection to the provider was free"):
+        with pytest.raises(CallNotSent, match="no connection to the provider was free"):
             quiltt.refresh_balance(A)
         release.set()
         first.join(5)
@@ -294,15 +294,15 @@ def test_the_mode_of_the_key_is_asked_for() -> None:
     """At the other address, as documented."""
     body = b'{"id":"k","environment":{"id":"env_1","mode":"SANDBOX","name":"x","metadata":null},"new":1}'
     with raw(answering(200, body=body)) as server, client(server.url) as quiltt:
-        assert quiltt.mode() == "SANDBOX"
+        assert quiltt.api_key_mode() == "SANDBOX"
     assert server.requests[0].startswith(b"POST /v1/introspect/api_key HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_wrong_key_is_a_refusal(status: int) -> None:
     """No call will be accepted with it."""
-    with raw(answering(status)) as server, client(server.url) as quiltt, pytest.raises(Refused) as refused:
-        quiltt.mode()
+    with raw(answering(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as refused:
+        quiltt.api_key_mode()
     assert refused.value.reason == Reason.NOT_AUTHORIZED
 
 
@@ -319,8 +319,8 @@ def test_a_wrong_key_is_a_refusal(status: int) -> None:
 )
 def test_a_mode_that_cannot_be_had_is_asked_for_again(serve: Callable[[socket.socket], None]) -> None:
     """The question costs nothing."""
-    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(Unsent):
-        quiltt.mode()
+    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent):
+        quiltt.api_key_mode()
 
 
 ACCOUNT = (
@@ -331,9 +331,9 @@ ACCOUNT = (
 
 def test_an_account_is_read_in_the_name_of_its_profile_and_its_figures_to_the_digit() -> None:
     with raw(answering(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
-        account = quiltt.read_account(A, "p_1")
+        account = quiltt.poll_account(A, "p_1")
     assert account is not None
-    balance = read_balance(account, A)
+    balance = parse_polled_balance(account, A)
     assert balance is not None
     assert (balance.account_id, balance.source) == (A, "REFRESH")
     assert (balance.available, balance.current, balance.limit) == (
@@ -349,7 +349,7 @@ def test_an_account_is_read_in_the_name_of_its_profile_and_its_figures_to_the_di
 
 def test_an_account_that_is_not_shown_is_none() -> None:
     with raw(answering(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server, client(server.url) as quiltt:
-        assert quiltt.read_account(A, "p_1") is None
+        assert quiltt.poll_account(A, "p_1") is None
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_an_account_that_is_not_shown_is_none() -> None:
     ],
 )
 def test_an_answer_that_makes_no_sense_is_no_account(serve: Callable[[socket.socket], None]) -> None:
-    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(Unsent, match="read"):
-        quiltt.read_account(A, "p_1")
+    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent, match="read"):
+        quiltt.poll_account(A, "p_1")
 
 
 def test_the_key_is_in_no_error_and_in_nothing_that_is_printed() -> None:
@@ -378,8 +378,8 @@ def test_the_key_is_in_no_error_and_in_nothing_that_is_printed() -> None:
     with client(url) as quiltt:
         assert KEY not in repr(quiltt)
         assert KEY not in repr(vars(quiltt))
-        for ask in (lambda: quiltt.refresh_balance(A), quiltt.mode):
-            with pytest.raises(Unsent) as failed:
+        for ask in (lambda: quiltt.refresh_balance(A), quiltt.api_key_mode):
+            with pytest.raises(CallNotSent) as failed:
                 ask()
             error: BaseException | None = failed.value
             while error is not None:
@@ -399,7 +399,7 @@ def simulator() -> Iterator[Simulator]:
 def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
     """The statuses of the documentation, told from both sides."""
     with client(simulator.url) as quiltt:
-        assert quiltt.mode() == "TEST"
+        assert quiltt.api_key_mode() == "TEST"
         assert quiltt.refresh_balance("acct_never1") == 202
         expected = {
             "badreq": Reason.ACCOUNT_UNSUPPORTED,
@@ -408,20 +408,20 @@ def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
             "gone": Reason.ACCOUNT_NOT_FOUND,
         }
         for scenario, reason in expected.items():
-            with pytest.raises(Refused) as refused:
+            with pytest.raises(CallRejected) as refused:
                 quiltt.refresh_balance(f"acct_{scenario}1")
             assert refused.value.reason == reason
-        with pytest.raises(Throttled) as throttled:
+        with pytest.raises(RateLimited) as throttled:
             quiltt.refresh_balance("acct_throttled1")
         assert throttled.value.retry_at is not None
         for scenario in ("error", "lost"):
-            with pytest.raises(Uncertain):
+            with pytest.raises(CallResultUnknown):
                 quiltt.refresh_balance(f"acct_{scenario}1")
-        shown = quiltt.read_account("acct_prompt1", "p_1")
+        shown = quiltt.poll_account("acct_prompt1", "p_1")
         assert shown is not None
-        assert getattr(read_balance(shown, "acct_prompt1"), "source", None) == "SYNC"
-        assert quiltt.read_account("acct_gone1", "p_1") is None
-    with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(Uncertain, match="read timeout"):
+        assert getattr(parse_polled_balance(shown, "acct_prompt1"), "source", None) == "SYNC"
+        assert quiltt.poll_account("acct_gone1", "p_1") is None
+    with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(CallResultUnknown, match="read timeout"):
         quiltt.refresh_balance("acct_silent1")
     accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]
     assert accepted == [True, True, True], "what the client takes for uncertain may well have been accepted"

@@ -9,13 +9,13 @@ CANVAS = {"version": 1, "id": "task_1", "task": "payments.initiate", "reply_to":
 
 
 class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
-    """The task of the canvas."""
+    """The task of the continuation."""
 
     name = "payments.initiate"
 
 
 def test_an_outcome_goes_to_whoever_waits_for_the_reply() -> None:
-    """The canvas says where."""
+    """The continuation says where."""
     app = Celery("of the test", broker="memory://", backend="rpc://", set_as_current=False)
     app.conf.worker_send_task_events = False
     app.tasks.register(Initiate())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import ConfigurationError, load
+from config.settings import ConfigurationError, load_settings
 from console.processes import ROOT, procfile
 
 PRODUCTION = {
@@ -19,7 +19,7 @@ PRODUCTION = {
 
 def test_nothing_set_is_a_development_deployment() -> None:
     """It starts, and refuses every webhook, for it has no secret."""
-    settings = load({})
+    settings = load_settings({})
     assert (settings.env, settings.webhook_secrets) == ("development", ())
     assert settings.quiltt_api_url == "https://api.quiltt.io"
     assert settings.quiltt_auth_url == "https://auth.quiltt.io"
@@ -27,15 +27,15 @@ def test_nothing_set_is_a_development_deployment() -> None:
 
 def test_each_agreed_name_is_read() -> None:
     """The names are a contract with those who deploy."""
-    settings = load(
+    settings = load_settings(
         {
             **PRODUCTION,
             "PAYREADY_REDIS_URL": "redis://r/1",
             "PAYREADY_DATABASE_URL": "postgresql://d/e",
             "PAYREADY_QUILTT_API_URL": "http://api",
             "PAYREADY_QUILTT_AUTH_URL": "http://auth",
-            "PAYREADY_HOST": "0.0.0.0",
-            "PAYREADY_PORT": "8080",
+            "PAYREADY_WEBHOOK_HOST": "0.0.0.0",
+            "PAYREADY_WEBHOOK_PORT": "8080",
             "HOME": "/x",
         }
     )
@@ -44,36 +44,36 @@ def test_each_agreed_name_is_read() -> None:
     assert (settings.quiltt_api_url, settings.quiltt_auth_url) == ("http://api", "http://auth")
     assert settings.quiltt_api_key.get_secret_value() == "qk_real"
     assert [secret.get_secret_value() for secret in settings.webhook_secrets] == ["whsec_new", "whsec_old"]
-    assert (settings.host, settings.port) == ("0.0.0.0", 8080)
+    assert (settings.webhook_host, settings.webhook_port) == ("0.0.0.0", 8080)
 
 
 def test_broker_and_results_are_in_redis_unless_told_otherwise() -> None:
     """Each on its own."""
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1"})
-    assert (settings.broker, settings.result_backend) == ("redis://r/1", "redis://r/1")
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
-    assert (settings.broker, settings.result_backend) == ("amqp://b", "redis://r/1")
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
-    assert (settings.broker, settings.result_backend) == ("redis://r/1", "redis://q")
+    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1"})
+    assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://r/1")
+    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
+    assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("amqp://b", "redis://r/1")
+    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
+    assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://q")
 
 
 def test_an_empty_variable_is_one_that_is_not_set() -> None:
     """As compose files leave them."""
-    assert load({"PAYREADY_PORT": ""}) == load({})
+    assert load_settings({"PAYREADY_WEBHOOK_PORT": ""}) == load_settings({})
 
 
 def test_the_settings_cannot_be_changed() -> None:
     """Nor made with what they do not know."""
     with pytest.raises(ValueError, match="frozen"):
-        load({}).port = 1  # type: ignore[misc]
+        load_settings({}).webhook_port = 1  # type: ignore[misc]
 
 
 BAD = [
     ({"PAYREADY_PROT": "1"}, "PAYREADY_PROT is not a setting of payready; see docs/configuration.md for the names"),
     ({"PAYREADY_": "1"}, "PAYREADY_ is not a setting"),
     ({"PAYREADY_ENV": "staging"}, "PAYREADY_ENV: Input should be 'development' or 'production'"),
-    ({"PAYREADY_PORT": "http"}, "PAYREADY_PORT: "),
-    ({"PAYREADY_PORT": "65536"}, "PAYREADY_PORT: "),
+    ({"PAYREADY_WEBHOOK_PORT": "http"}, "PAYREADY_WEBHOOK_PORT: "),
+    ({"PAYREADY_WEBHOOK_PORT": "65536"}, "PAYREADY_WEBHOOK_PORT: "),
     ({"PAYREADY_CURRENCY": "usd"}, "PAYREADY_CURRENCY: "),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "20"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than a provider call"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
@@ -90,7 +90,7 @@ BAD = [
 def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence: str) -> None:
     """With the name of the variable, and without its value."""
     with pytest.raises(ConfigurationError) as refusal:
-        load(environ)
+        load_settings(environ)
     assert str(refusal.value).startswith(sentence)
     assert "\n" not in str(refusal.value)
     assert refusal.value.__context__ is None or refusal.value.__suppress_context__
@@ -98,13 +98,15 @@ def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence
 
 def test_a_demo_secret_is_good_enough_for_development() -> None:
     """It is what the demo runs with."""
-    assert load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
+    assert (
+        load_settings({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
+    )
 
 
 def test_no_secret_is_in_what_is_printed() -> None:
     """Keys, webhook secrets, and the passwords in addresses."""
     secret = "hunter2"
-    settings = load(
+    settings = load_settings(
         {
             "PAYREADY_QUILTT_API_KEY": secret,
             "PAYREADY_WEBHOOK_SECRETS": f"{secret},{secret}3",
@@ -121,7 +123,7 @@ def test_no_secret_is_in_what_is_printed() -> None:
 @pytest.mark.parametrize(
     "environ",
     [
-        {"PAYREADY_PORT": "hunter2"},
+        {"PAYREADY_WEBHOOK_PORT": "hunter2"},
         {"PAYREADY_ENV": "hunter2"},
         {**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-hunter2"},
     ],
@@ -129,7 +131,7 @@ def test_no_secret_is_in_what_is_printed() -> None:
 def test_no_complaint_shows_a_value(environ: dict[str, str]) -> None:
     """It may have been put into the wrong variable."""
     with pytest.raises(ConfigurationError) as refusal:
-        load(environ)
+        load_settings(environ)
     assert "hunter2" not in str(refusal.value)
 
 

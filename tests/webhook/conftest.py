@@ -21,7 +21,7 @@ from sqlalchemy import select
 from console.processes import Processes, answers, free_port, procfile
 from tests.support.servers import Postgres
 from tests.support.world import Databases
-from worker.ledger.database import Engine, open_engine
+from worker.ledger.engine import Engine, open_engine
 from worker.ledger.tables import BALANCE, PAYMENT
 
 SECRET, OLD_SECRET = "whsec_of_the_tests", "whsec_before"
@@ -86,7 +86,7 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
         "PAYREADY_DATABASE_URL": database_url,
         "PAYREADY_REDIS_URL": redis_url,
         "PAYREADY_WEBHOOK_SECRETS": f"{SECRET},{OLD_SECRET}",
-        "PAYREADY_PORT": str(port),
+        "PAYREADY_WEBHOOK_PORT": str(port),
         **environ,
     }
     url = f"http://127.0.0.1:{port}"

@@ -17,7 +17,7 @@ from webhook import app
 from webhook.events import MAX_BODY_BYTES
 from webhook.tally import Tally
 from worker import flow
-from worker.flow import Next
+from worker.flow import FollowUp
 
 Send = Callable[..., int]
 PRIVATE = "Ada Lovelace"
@@ -41,7 +41,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     monkeypatch.setattr(app, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(app, "runtime", lambda: None)
     monkeypatch.setattr(app, "carry_out_but_canvases", lambda _: None)
-    monkeypatch.setattr(flow, "receive", lambda *_: Next())
+    monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
     monkeypatch.setattr(app, "tally", Tally())
     caplog.set_level(logging.DEBUG)
 
@@ -158,7 +158,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(flow, "receive", fail)
+    monkeypatch.setattr(flow, "ingest_events", fail)
     monkeypatch.setattr(app.keeper, "_answers", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import webhook.events
 from webhook.events import AHEAD, BREAKDOWNS, BadDelivery, Delivery, Odd, read_again
-from worker.messages import Breakdown, Relink
+from worker.rules.connections import AccountMoved, ConnectionLost
 
 RECORD = {
     "id": "bal_12vXOdjpsZIgB3Ae80Y7Pl",
@@ -331,7 +331,7 @@ def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
     record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.news == [Breakdown(BREAKDOWNS[kind], AT, **whose)]
+    assert delivery.news == [ConnectionLost(BREAKDOWNS[kind], AT, **whose)]
     assert len(delivery.balances) == 1
     assert delivery.concerns_us
     assert "somebody" not in repr(delivery)
@@ -357,12 +357,12 @@ def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) ->
 
 
 def test_an_account_that_moved_is_told_with_its_connection() -> None:
-    assert read(body(MOVED)).news == [Relink("acct_1", "conn_2", AT)]
+    assert read(body(MOVED)).news == [AccountMoved("acct_1", "conn_2", AT)]
 
 
 def test_news_is_told_in_its_order() -> None:
     kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).news]
-    assert kinds == [Relink, Breakdown, Relink]
+    assert kinds == [AccountMoved, ConnectionLost, AccountMoved]
 
 
 @pytest.mark.parametrize("kind", [*BREAKDOWNS, "account.reconnected"])

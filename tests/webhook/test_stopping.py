@@ -30,7 +30,7 @@ def test_web_ends_though_it_is_told_to_while_it_starts(tmp_path: Path, moment: s
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
-        "PAYREADY_PORT": str(free_port()),
+        "PAYREADY_WEBHOOK_PORT": str(free_port()),
     }
     command = [sys.executable, "-c", TOLD, moment]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=20)

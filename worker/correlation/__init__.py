@@ -1,1 +1,1 @@
-"""Where payments and balances meet: Redis. All that is in it can be lost, and is then had again from the ledger."""
+"""The correlation store and admission control, in Redis. All of it may be lost and is rebuilt from the ledger."""

@@ -1,63 +1,68 @@
--- How many calls may go out to the provider now?
+-- Admission control for provider calls: a circuit breaker and a rate limiter (GCRA, generic cell rate algorithm).
 --
--- KEYS[1]  payready:gate   hash:
---   tat           until when the budget is spent (µs): each call moves it on by its interval
---   crowded       until when those that were held back go first (µs)
---   failures      calls in a row that failed
---   shut          until when no call goes out (µs), as all of them fail
---   shut_at       when that was decided (µs)
---   pause         how long it was shut last (µs)
---   probe         until when the answer of the one call that tries again is waited for (µs)
+-- KEYS[1]  payready:admission   hash:
+--   rate limiter
+--     tat                  theoretical arrival time (µs): the burst is used up to here; each call adds one interval
+--     delayed_first_until  until then (µs) only delayed calls get slots
+--   circuit breaker
+--     failures             consecutive failed calls
+--     open_until           the breaker is open until then (µs); afterwards it is half-open. 0 or absent: closed
+--     opened_at            when it opened last (µs)
+--     open_duration        how long it was open last (µs)
+--     probe_until          half-open: until then (µs) the result of the probe is awaited
 -- ARGV[1]  now (µs)
 -- ARGV[2]  interval between calls (µs)
--- ARGV[3]  calls that may go out at once
--- ARGV[4]  1 for a call that was held back and has its place in the budget, see reserve.lua; else 0
--- ARGV[5]  how long to wait for the answer of a probe (µs)
--- ARGV[6]  how long those that were held back go first (µs)
--- ARGV[7]  calls that are wanted
+-- ARGV[3]  burst: calls that may be made at once
+-- ARGV[4]  1 if these calls have slots from reserve_slots.lua, else 0
+-- ARGV[5]  probe timeout (µs)
+-- ARGV[6]  how long delayed calls go first (µs)
+-- ARGV[7]  requested number of calls
 --
--- Returns {how many, why not more: "full" | "shut" | "probing", until when the others are not to go (µs)}.
--- Nothing in here is more than a minute ahead but by a clock that is wrong: it does not count.
+-- Returns {granted number, reason why not all: "rate_limited" | "circuit_open" | "half_open" | "", retry time (µs)}.
+-- A time more than 61 s ahead was written by a wrong clock. It is ignored: no valid time is more than 60 s ahead.
 
 local now, interval = tonumber(ARGV[1]), tonumber(ARGV[2])
 
-local function at(field)
+local function time_of(field)
   local time = tonumber(redis.call('HGET', KEYS[1], field) or 0)
   return time <= now + 61000000 and time or 0
 end
 
-local function whole(number)
+local function integer(number)
   return string.format('%.0f', number)
 end
 
-local wanted = tonumber(ARGV[7])
-local granted, why, until_when = wanted, '', now
+local requested = tonumber(ARGV[7])
+local granted, reason, retry_at = requested, '', now
 
-local shut = at('shut')
-if shut > now then
-  return {0, 'shut', whole(shut)}
+-- circuit breaker
+local open_until = time_of('open_until')
+if open_until > now then
+  return {0, 'circuit_open', integer(open_until)}
 end
-if shut > 0 then
-  if at('probe') > now then
-    return {0, 'probing', whole(now + 1000000)}
+if open_until > 0 then -- half-open: one probe at a time
+  if time_of('probe_until') > now then
+    return {0, 'half_open', integer(now + 1000000)}
   end
-  granted, why, until_when = 1, 'probing', now + 1000000
+  granted, reason, retry_at = 1, 'half_open', now + 1000000
 end
 
+-- rate limiter (GCRA)
 if ARGV[4] ~= '1' then
-  if at('crowded') > now then
-    return {0, 'full', ARGV[1]} -- the sweep says when
+  if time_of('delayed_first_until') > now then
+    return {0, 'rate_limited', ARGV[1]} -- payments.sweep schedules delayed calls, most urgent first
   end
-  local tat = math.max(at('tat'), now)
-  local last = now + (tonumber(ARGV[3]) - 1) * interval -- when the last of those that may go at once would be due
-  local room = math.max(0, math.floor((last - tat) / interval) + 1)
-  if room < granted then
-    granted, why, until_when = room, 'full', tat + room * interval - (last - now)
-    redis.call('HSET', KEYS[1], 'crowded', whole(now + tonumber(ARGV[6])))
+  local tat = math.max(time_of('tat'), now)
+  local latest = now + (tonumber(ARGV[3]) - 1) * interval -- arrival time of the last call of a full burst
+  local slots = math.max(0, math.floor((latest - tat) / interval) + 1)
+  if slots < granted then
+    granted, reason, retry_at = slots, 'rate_limited', tat + slots * interval - (latest - now)
+    redis.call('HSET', KEYS[1], 'delayed_first_until', integer(now + tonumber(ARGV[6])))
   end
-  redis.call('HSET', KEYS[1], 'tat', whole(tat + granted * interval))
+  redis.call('HSET', KEYS[1], 'tat', integer(tat + granted * interval))
 end
-if shut > 0 and granted > 0 then
-  redis.call('HSET', KEYS[1], 'probe', whole(now + tonumber(ARGV[5])))
+
+if open_until > 0 and granted > 0 then
+  redis.call('HSET', KEYS[1], 'probe_until', integer(now + tonumber(ARGV[5])))
 end
-return {granted, why, whole(until_when)}
+return {granted, reason, integer(retry_at)}

@@ -1,8 +1,8 @@
-"""The correlation store: for each account the refresh in flight, the next one, and the newest REFRESH balance.
+"""The correlation store in Redis: per account the refresh in flight, the requested refresh and the newest balance.
 
-Who waits is not in here: the ledger knows it, and a second list could only disagree. What is here decides who
-shares a call and who leads one, in one atomic step, without a lock in SQL. Losing all of it costs speed: a
-refresh is claimed in the ledger, which refuses a second call in flight, and `restore` brings back what it knows.
+It decides in one atomic step which payments share a call (request coalescing), without a lock in SQL. Waiting payments
+are not stored here: the ledger has them, and a second list could disagree. Losing all of it costs only speed: a refresh
+is claimed in the ledger, which refuses a second call in flight, and `restore_account` copies the ledger's state back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,116 +12,137 @@ from typing import Any, Literal, cast
 
 from redis import Redis
 
-from worker.correlation.client import EPOCH, Script, microseconds, since_epoch
+from worker.correlation.redis_client import EPOCH, Script, duration_us, epoch_us
 
-TIME_TO_LIVE_S = 2 * 3600
-"""Of an account's key, from its last use; longer than any refresh is in flight."""
+ACCOUNT_TTL_S = 2 * 3600
+"""Time to live of an account's key after its last use. Longer than any refresh is in flight."""
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What a payment found when it joined its account.
+@dataclass(frozen=True, kw_only=True)
+class JoinResult:
+    """How a payment gets its balance.
 
-    `known`: the balance `id` is fresh enough already. `joined`: the refresh `id` will serve it.
-    `lead`: nothing will; the caller must have the refresh `id` called.
+    `balance`: the stored balance `id` is fresh enough. `joined`: the payment shares the refresh `id` of an earlier
+    payment. `leader`: the payment leads the refresh `id`, and the caller must enqueue its call.
     """
 
-    kind: Literal["known", "joined", "lead"]
+    kind: Literal["balance", "joined", "leader"]
     id: str
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A payment that joins its account."""
+@dataclass(frozen=True, kw_only=True)
+class JoinRequest:
+    """A payment that joins a refresh of its account."""
 
     account_id: str
-    lead: str
-    """The id of the refresh that it would lead."""
-    oldest_balance: datetime | None
-    """None if no balance that is there already serves it."""
-    oldest_call: datetime
+    refresh_id: str
+    """Id of the refresh that the payment leads if it finds nothing to join."""
+    min_balance_at: datetime | None
+    """Minimum time of a stored balance. None if the payment accepts no stored balance."""
+    min_called_at: datetime
+    """Minimum time of a call that the payment may share."""
 
-    def words(self) -> list[Any]:
-        """As the script takes it."""
-        oldest = "" if self.oldest_balance is None else since_epoch(self.oldest_balance)
-        return [oldest, since_epoch(self.oldest_call), self.lead, TIME_TO_LIVE_S]
+    def script_args(self) -> list[Any]:
+        """Return the arguments of `join.lua`."""
+        oldest = "" if self.min_balance_at is None else epoch_us(self.min_balance_at)
+        return [oldest, epoch_us(self.min_called_at), self.refresh_id, ACCOUNT_TTL_S]
 
 
-@dataclass(frozen=True)
-class Known:
-    """What the ledger knows of an account."""
+@dataclass(frozen=True, kw_only=True)
+class CalledRefresh:
+    """A refresh whose call is about to be made."""
 
-    flight: str | None = None
-    """The refresh in flight, and when its call went out."""
+    account_id: str
+    refresh_id: str
+    called_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewBalance:
+    """A REFRESH balance that was received."""
+
+    account_id: str
+    balance_id: str
+    at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountState:
+    """State of an account in the ledger, to restore the store from."""
+
+    in_flight: str | None = None
+    """Id of the refresh in flight."""
     called_at: datetime | None = None
+    """When that refresh was called."""
     requested: str | None = None
-    """The refresh that is wanted and not called yet."""
-    balance: tuple[str, datetime] | None = None
-    """The newest balance with source REFRESH, and its time."""
+    """Id of the refresh that is requested and not called yet."""
+    newest_balance: NewBalance | None = None
+    """The newest REFRESH balance."""
 
 
-class Correlation:
-    """The store's operations; each is one Lua script, which documents the keys. Raises `CORRELATION_AWAY`."""
+class CorrelationStore:
+    """The operations of the store. Each is one Lua script, which documents its key. All raise `REDIS_UNAVAILABLE`."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._join = Script(redis, "join")
-        self._depart = Script(redis, "depart")
-        self._answer = Script(redis, "answer")
-        self._close = Script(redis, "close")
-        self._restore = Script(redis, "restore")
+        self._mark_called = Script(redis, "mark_called")
+        self._add_balance = Script(redis, "add_balance")
+        self._clear_refresh = Script(redis, "clear_refresh")
+        self._restore_account = Script(redis, "restore_account")
 
     def ping(self) -> None:
-        """Ask Redis for an answer."""
+        """Check that Redis responds."""
         self._redis.ping()
 
-    def facts(self) -> Mapping[str, Any]:
-        """What the server says of itself: the fields of its INFO."""
+    def server_info(self) -> Mapping[str, Any]:
+        """Return the fields of the server's INFO."""
         return cast(Mapping[str, Any], self._redis.info())
 
-    def memory_used(self) -> float:
-        """How much of its `maxmemory` the server uses, as a share of 1; 0 if it has no such limit."""
-        facts = self.facts()
-        limit = int(facts.get("maxmemory", 0))
-        return int(facts.get("used_memory", 0)) / limit if limit else 0.0
+    def memory_used_ratio(self) -> float:
+        """Return the used share (0 to 1) of the server's `maxmemory`, or 0 if it has no limit."""
+        info = self.server_info()
+        limit = int(info.get("maxmemory", 0))
+        return int(info.get("used_memory", 0)) / limit if limit else 0.0
 
-    def clock(self) -> datetime:
-        """What time it is to the server."""
-        whole, rest = self._redis.time()
-        return EPOCH + timedelta(seconds=whole, microseconds=rest)
+    def server_time(self) -> datetime:
+        """Return the time of the server's clock."""
+        seconds, microseconds = self._redis.time()
+        return EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
 
-    def join(self, arrivals: Sequence[Arrival]) -> list[Standing]:
-        """Find or begin what will serve each of these payments, in their order."""
-        calls = [([_key(arrival.account_id)], arrival.words()) for arrival in arrivals]
-        return [Standing(kind, found) for kind, found in self._join.each(calls)]
+    def join(self, requests: Sequence[JoinRequest]) -> list[JoinResult]:
+        """Join each payment to a balance or a refresh of its account, in this order."""
+        calls = [([_account_key(request.account_id)], request.script_args()) for request in requests]
+        return [JoinResult(kind=kind, id=found) for kind, found in self._join.run_many(calls)]
 
-    def depart(self, departures: Sequence[tuple[str, str, datetime]]) -> None:
-        """The calls of refreshes are about to go out: account, refresh, and when."""
+    def mark_called(self, refreshes: Sequence[CalledRefresh]) -> None:
+        """Mark refreshes as called, just before their calls are made."""
         calls = [
-            ([_key(account_id)], [refresh_id, since_epoch(called_at), TIME_TO_LIVE_S])
-            for account_id, refresh_id, called_at in departures
+            ([_account_key(called.account_id)], [called.refresh_id, epoch_us(called.called_at), ACCOUNT_TTL_S])
+            for called in refreshes
         ]
-        self._depart.each(calls)
+        self._mark_called.run_many(calls)
 
-    def answer(self, balances: Sequence[tuple[str, str, datetime]], skew: timedelta) -> None:
-        """REFRESH balances came: account, balance, and its time. To be told before anyone is settled by them."""
+    def add_balances(self, balances: Sequence[NewBalance], skew: timedelta) -> None:
+        """Store REFRESH balances. Call it before they resolve payments. `skew` is the allowed clock skew."""
         calls = [
-            ([_key(account_id)], [balance_id, since_epoch(at), microseconds(skew), TIME_TO_LIVE_S])
-            for account_id, balance_id, at in balances
+            ([_account_key(new.account_id)], [new.balance_id, epoch_us(new.at), duration_us(skew), ACCOUNT_TTL_S])
+            for new in balances
         ]
-        self._answer.each(calls)
+        self._add_balance.run_many(calls)
 
-    def close(self, account_id: str, refresh_id: str) -> None:
-        """Nothing more is expected of the refresh."""
-        self._close([_key(account_id)], [refresh_id])
+    def clear_refresh(self, account_id: str, refresh_id: str) -> None:
+        """Forget a refresh that no balance will answer."""
+        self._clear_refresh([_account_key(account_id)], [refresh_id])
 
-    def restore(self, account_id: str, known: Known) -> None:
-        """Take over what the ledger knows of the account."""
-        called_at = "" if known.called_at is None else since_epoch(known.called_at)
-        newest, at = known.balance or ("", None)
-        words = [known.flight or "", called_at, known.requested or "", newest, since_epoch(at) if at else ""]
-        self._restore([_key(account_id)], [*words, TIME_TO_LIVE_S])
+    def restore_account(self, account_id: str, state: AccountState) -> None:
+        """Replace the stored state of the account with the ledger's state."""
+        called_at = "" if state.called_at is None else epoch_us(state.called_at)
+        newest = state.newest_balance
+        balance = ["", ""] if newest is None else [newest.balance_id, epoch_us(newest.at)]
+        fields = [state.in_flight or "", called_at, state.requested or "", *balance]
+        self._restore_account([_account_key(account_id)], [*fields, ACCOUNT_TTL_S])
 
 
-def _key(account_id: str) -> str:
+def _account_key(account_id: str) -> str:
     return f"payready:{{{account_id}}}"  # the braces keep an account's keys on one node of a cluster

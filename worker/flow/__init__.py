@@ -12,40 +12,46 @@ Who wins between a balance and a deadline is decided in SQL, by whoever holds th
 at hand together, in one transaction; who has to be waited for is left to come alone.
 """
 
-from worker.flow.calls import PATIENCE, Claim, End, book, call, claim, make, unmade
-from worker.flow.intake import Announce, Entrance, Request, initiate, initiate_many
-from worker.flow.settling import apply, read, readmit, receive, trim_quarantine
-from worker.flow.steps import BATCH, RETRY, Next
-from worker.flow.upkeep import cancel, delivered, look, overdue, replay, revoke, sweep, undelivered
+from worker.flow.calling import MAX_CLAIM_AGE, CallResult, claim_and_call, make_call, record_results, skipped_call
+from worker.flow.claiming import Claim, claim_calls
+from worker.flow.follow_up import CALL_ENQUEUE_RETRY, MAINTENANCE_BATCH_SIZE, BalancePoll, FollowUp, RefreshCall
+from worker.flow.ingest import ingest_events, prune_quarantine, requeue_from_quarantine
+from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, initiate, initiate_batch
+from worker.flow.maintenance import claim_overdue_deliveries, expire_due_payments, sweep
+from worker.flow.operations import cancel, cancel_by_task, claim_deliveries, mark_delivered, redeliver
+from worker.flow.polling import poll_balance
+from worker.flow.resolution import apply_balance
 
 __all__ = [
-    "BATCH",
-    "PATIENCE",
-    "RETRY",
-    "Announce",
+    "MAINTENANCE_BATCH_SIZE",
+    "MAX_CLAIM_AGE",
+    "CALL_ENQUEUE_RETRY",
+    "OnWaiting",
     "Claim",
-    "End",
-    "Entrance",
-    "Next",
-    "Request",
-    "apply",
-    "book",
-    "call",
+    "CallResult",
+    "IntakeResult",
+    "FollowUp",
+    "RefreshCall",
+    "BalancePoll",
+    "IntakeRequest",
+    "apply_balance",
+    "record_results",
+    "claim_and_call",
     "cancel",
-    "claim",
-    "delivered",
+    "claim_calls",
+    "mark_delivered",
     "initiate",
-    "initiate_many",
-    "look",
-    "make",
-    "overdue",
-    "read",
-    "readmit",
-    "receive",
-    "replay",
-    "revoke",
+    "initiate_batch",
+    "expire_due_payments",
+    "make_call",
+    "claim_overdue_deliveries",
+    "poll_balance",
+    "requeue_from_quarantine",
+    "ingest_events",
+    "redeliver",
+    "cancel_by_task",
     "sweep",
-    "trim_quarantine",
-    "undelivered",
-    "unmade",
+    "prune_quarantine",
+    "claim_deliveries",
+    "skipped_call",
 ]

@@ -9,69 +9,62 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
 
-from worker.ledger.database import Row, Tx, among, insert_new, update_each
-from worker.ledger.tables import PAYMENT, REPLY
-from worker.messages import Breakdown, Job, News, Relink, stored_job
-from worker.payment import PaymentState
+from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.engine import Row, Tx
+from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery, payment
+from worker.ledger.tables import PAYMENT
+from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
+from worker.rules.job import Job, stored_job
+from worker.rules.states import PaymentState
 
-FIRST_LOOK = timedelta(seconds=5)
+FIRST_CHECK_AFTER = timedelta(seconds=5)
 """After this long upkeep sees to it that a call is under way for a payment."""
-REDELIVERY = timedelta(seconds=10)
-"""After this long without a note of its delivery, an outcome is delivered again."""
-APART = timedelta(microseconds=1)
+REQUEST_SPACING = timedelta(microseconds=1)
 """So long after the one before it each payment of a round was requested: whoever asked first is served first."""
-SLICE = 500
+IDS_PER_STATEMENT = 500
 """Ids in one statement: no database takes any number."""
-P, R = PAYMENT.c, REPLY.c
 # The state stands in the statement itself, as in the partial indexes: a plan for any state would not use them.
-WAITING = P.state == literal_column(f"'{PaymentState.WAITING}'")
-RELEASED = P.state == literal_column(f"'{PaymentState.RELEASED}'")
+IS_WAITING = payment.state == literal_column(f"'{PaymentState.WAITING}'")
+IS_RELEASED = payment.state == literal_column(f"'{PaymentState.RELEASED}'")
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingPayment:
     """What must be known of a waiting payment to settle it."""
 
     payment_id: str
     account_id: str
     job: Job
     requested_at: datetime
-    fresh_from: datetime
+    min_balance_at: datetime
     deadline: datetime
 
 
 @dataclass(frozen=True)
-class Settlement:
+class Resolution:
     """How a payment ends."""
 
     payment_id: str
     state: PaymentState
     outcome: dict[str, Any]
-    settled_at: datetime
+    resolved_at: datetime
     reason: str | None = None
     refresh_id: str | None = None
     reused: bool = False
     balance_id: str | None = None
-    arithmetic: dict[str, Any] | None = None
+    funds_calculation: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Due:
-    """An outcome to deliver to one Celery task."""
-
-    task_id: str
-    canvas: dict[str, Any]
-    state: PaymentState
-    outcome: dict[str, Any]
-
-
-def record(tx: Tx, jobs: Sequence[Job], now: datetime) -> set[str]:
+def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> set[str]:
     """Write payments as waiting, each once, requested `APART`; returns the ids of those that were not known."""
-    rows = {job.payment_id: _row(job, now + place * APART) for place, job in reversed(list(enumerate(jobs)))}
-    return insert_new(tx, PAYMENT, [rows[key] for key in sorted(rows)], key="payment_id")
+    rows = {
+        job.payment_id: _payment_row(job, now + place * REQUEST_SPACING)
+        for place, job in reversed(list(enumerate(jobs)))
+    }
+    return bulk_insert(tx, PAYMENT, [rows[key] for key in sorted(rows)], key="payment_id")
 
 
-def _row(job: Job, now: datetime) -> dict[str, Any]:
+def _payment_row(job: Job, now: datetime) -> dict[str, Any]:
     deadline = now + timedelta(seconds=job.timeout_s)
     return {
         "payment_id": job.payment_id,
@@ -82,242 +75,196 @@ def _row(job: Job, now: datetime) -> dict[str, Any]:
         "profile_id": job.profile_id,
         "amount": job.amount,
         "requested_at": now,
-        "fresh_from": job.fresh_from(now),
+        "min_balance_at": job.min_balance_at(now),
         "deadline": deadline,
-        "due_at": now + min(FIRST_LOOK, (deadline - now) / 2),
+        "due_at": now + min(FIRST_CHECK_AFTER, (deadline - now) / 2),
         "reused": False,
     }
 
 
-def hold(tx: Tx, payment_ids: Collection[str]) -> Mapping[str, Row[Any]]:
+def lock_payments(tx: Tx, payment_ids: Collection[str]) -> Mapping[str, Row[Any]]:
     """Read payments and keep them from being settled until the transaction ends."""
-    query = select(PAYMENT).where(P.payment_id.in_(payment_ids)).order_by(P.payment_id)
+    query = select(PAYMENT).where(payment.payment_id.in_(payment_ids)).order_by(payment.payment_id)
     return {row.payment_id: row for row in tx.execute(query.with_for_update())}
 
 
-def await_outcomes(tx: Tx, canvases: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> set[str]:
-    """Note the tasks that wait for these payments; `due_at` is set when the outcomes are there already.
-
-    Returns those that were not known: a task that is keeps the canvas that it was noted with.
-    """
-    rows = [
-        {"task_id": canvas["id"], "payment_id": payment_id, "canvas": canvas, "due_at": due_at}
-        for payment_id, canvas in sorted(canvases, key=lambda waiting: str(waiting[1]["id"]))
-    ]
-    return insert_new(tx, REPLY, rows, key="task_id")
-
-
-def _waiting(rows: Iterable[Row[Any]]) -> list[Waiting]:
+def _waiting_payments(rows: Iterable[Row[Any]]) -> list[WaitingPayment]:
     return [
-        Waiting(r.payment_id, r.account_id, stored_job(r.job), r.requested_at, r.fresh_from, r.deadline) for r in rows
+        WaitingPayment(r.payment_id, r.account_id, stored_job(r.job), r.requested_at, r.min_balance_at, r.deadline)
+        for r in rows
     ]
 
 
-_READ = select(P.payment_id, P.account_id, P.job, P.requested_at, P.fresh_from, P.deadline)
-_HOLD = _READ.order_by(P.payment_id).with_for_update()
+_SELECT_PAYMENTS = select(
+    payment.payment_id, payment.account_id, payment.job, payment.requested_at, payment.min_balance_at, payment.deadline
+)
+_LOCK_PAYMENTS = _SELECT_PAYMENTS.order_by(payment.payment_id).with_for_update()
 """Rows are taken in one order by everyone, so that no two holders wait for each other."""
-_HOLD_WAITING = _HOLD.where(WAITING)
-_WAITING_ON = _HOLD_WAITING.where(among(P.account_id, "account_ids"))
+_LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
+_LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_of(payment.account_id, "account_ids"))
 
 
-def waiting_on(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[Waiting]]:
+def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[WaitingPayment]]:
     """The accounts' waiting payments in the order of their requests, held until the transaction ends."""
-    found: dict[str, list[Waiting]] = defaultdict(list)
-    held = _waiting(tx.execute(_WAITING_ON, {"account_ids": list(account_ids)}))
+    found: dict[str, list[WaitingPayment]] = defaultdict(list)
+    held = _waiting_payments(tx.execute(_LOCK_WAITING_BY_ACCOUNT, {"account_ids": list(account_ids)}))
     for waiting in sorted(held, key=lambda w: (w.requested_at, w.payment_id)):
         found[waiting.account_id].append(waiting)
     return found
 
 
-def still_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[Waiting]:
+def lock_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[WaitingPayment]:
     """Those of the payments that wait, held until the transaction ends."""
-    return _waiting(tx.execute(_STILL_WAITING, {"payment_ids": list(payment_ids)}))
+    return _waiting_payments(tx.execute(_LOCK_WAITING_BY_ID, {"payment_ids": list(payment_ids)}))
 
 
-_STILL_WAITING = _HOLD.where(
-    among(P.payment_id, "payment_ids"), P.state.is_not_distinct_from(PaymentState.WAITING.value)
+_LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
+    any_of(payment.payment_id, "payment_ids"), payment.state.is_not_distinct_from(PaymentState.WAITING.value)
 )
 """The state is not said as partial indexes have it: else a plan may go through one of these, through all who wait."""
 
 
-def _behind(broken: Breakdown) -> ColumnElement[bool]:
-    if broken.connection_id is not None:
-        return P.connection_id == broken.connection_id
-    return P.profile_id == broken.profile_id
+def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
+    if lost.connection_id is not None:
+        return payment.connection_id == lost.connection_id
+    return payment.profile_id == lost.profile_id
 
 
-def hold_concerned(tx: Tx, news: Sequence[News]) -> None:
+def lock_affected(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
     """Hold the waiting payments of all these connections, profiles and accounts, so that each can be taken in turn."""
     concerned: list[tuple[Column[Any], set[str | None]]] = [
-        (P.connection_id, {one.connection_id for one in news if isinstance(one, Breakdown)}),
-        (P.profile_id, {one.profile_id for one in news if isinstance(one, Breakdown)}),
-        (P.account_id, {one.account_id for one in news if isinstance(one, Relink)}),
+        (payment.connection_id, {one.connection_id for one in updates if isinstance(one, ConnectionLost)}),
+        (payment.profile_id, {one.profile_id for one in updates if isinstance(one, ConnectionLost)}),
+        (payment.account_id, {one.account_id for one in updates if isinstance(one, AccountMoved)}),
     ]
     found: set[str] = set()
     for column, ids in concerned:
-        for some in _slices(ids - {None}):
-            found.update(tx.scalars(select(P.payment_id).where(column.in_(some), WAITING)))
-    for some in _slices(found):
-        still_waiting(tx, some)
+        for some in _chunks(ids - {None}):
+            found.update(tx.scalars(select(payment.payment_id).where(column.in_(some), IS_WAITING)))
+    for some in _chunks(found):
+        lock_waiting(tx, some)
 
 
-def _slices(ids: Iterable[Any]) -> Iterator[list[Any]]:
+def _chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
     """The ids in one order, as many at a time as one statement takes."""
     ordered = sorted(ids)
-    for start in range(0, len(ordered), SLICE):
-        yield ordered[start : start + SLICE]
+    for start in range(0, len(ordered), IDS_PER_STATEMENT):
+        yield ordered[start : start + IDS_PER_STATEMENT]
 
 
-def behind(tx: Tx, broken: Breakdown, requested_by: datetime) -> list[Waiting]:
+def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, requested_by: datetime) -> list[WaitingPayment]:
     """Waiting payments of a connection or profile that were requested by then, held until the transaction ends."""
-    return _hold(tx, _behind(broken) & (P.requested_at <= requested_by))
+    return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= requested_by))
 
 
-def relink(tx: Tx, moved: Relink, requested_by: datetime) -> None:
+def move_to_connection(tx: Tx, moved: AccountMoved, requested_by: datetime) -> None:
     """Let the account's waiting payments that were requested by then follow it, but those that know of a later move."""
-    is_news = P.linked_at.is_(None) | (P.linked_at < moved.at)
-    theirs = (P.account_id == moved.account_id) & P.connection_id.is_not(None) & (P.requested_at <= requested_by)
-    ids = [waiting.payment_id for waiting in _hold(tx, theirs & is_news)]
-    values = {"connection_id": moved.connection_id, "linked_at": moved.at}
-    tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(**values))
+    is_news = payment.connection_as_of.is_(None) | (payment.connection_as_of < moved.at)
+    theirs = (
+        (payment.account_id == moved.account_id)
+        & payment.connection_id.is_not(None)
+        & (payment.requested_at <= requested_by)
+    )
+    ids = [waiting.payment_id for waiting in _lock_waiting_where(tx, theirs & is_news)]
+    values = {"connection_id": moved.connection_id, "connection_as_of": moved.at}
+    tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(**values))
 
 
-def _hold(tx: Tx, which: ColumnElement[bool]) -> list[Waiting]:
-    return _waiting(tx.execute(_HOLD_WAITING.where(which)))
+def _lock_waiting_where(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingPayment]:
+    return _waiting_payments(tx.execute(_LOCK_WAITING.where(condition)))
 
 
-def due(tx: Tx, now: datetime, limit: int) -> list[Waiting]:
+def lock_due(tx: Tx, now: datetime, limit: int) -> list[WaitingPayment]:
     """Waiting payments that someone must look at, held until the transaction ends; those held by others are left."""
-    unsettled = _READ.where(P.settled_at.is_(None), P.due_at <= now).order_by(P.due_at).limit(limit)
-    return _waiting(tx.execute(unsettled.with_for_update(skip_locked=True)))
+    unsettled = (
+        _SELECT_PAYMENTS.where(payment.resolved_at.is_(None), payment.due_at <= now)
+        .order_by(payment.due_at)
+        .limit(limit)
+    )
+    return _waiting_payments(tx.execute(unsettled.with_for_update(skip_locked=True)))
 
 
-def look_again(tx: Tx, looks: Mapping[str, datetime]) -> None:
+def set_next_checks(tx: Tx, next_checks: Mapping[str, datetime]) -> None:
     """Set when upkeep looks at these payments next."""
-    rows = [{"payment_id": payment_id, "due_at": at} for payment_id, at in looks.items()]
-    update_each(tx, PAYMENT, rows, key="payment_id")
+    rows = [{"payment_id": payment_id, "due_at": at} for payment_id, at in next_checks.items()]
+    bulk_update(tx, PAYMENT, rows, key="payment_id")
 
 
-def look_at_deadline(tx: Tx, account_ids: Sequence[str], deadline_by: datetime) -> None:
+def check_at_deadline(tx: Tx, account_ids: Sequence[str], max_deadline: datetime) -> None:
     """Let upkeep look at the waiting payments of these accounts, if they end by then, not before they do.
 
     Those that are held are left: whoever holds them settles them, or they are looked at once more.
     """
-    theirs = select(P.payment_id).where(P.account_id.in_(account_ids), P.deadline <= deadline_by, WAITING)
-    ids = list(tx.scalars(theirs.order_by(P.payment_id).with_for_update(skip_locked=True)))
-    tx.execute(update(PAYMENT).where(P.payment_id.in_(ids)).values(due_at=P.deadline))
+    theirs = select(payment.payment_id).where(
+        payment.account_id.in_(account_ids), payment.deadline <= max_deadline, IS_WAITING
+    )
+    ids = list(tx.scalars(theirs.order_by(payment.payment_id).with_for_update(skip_locked=True)))
+    tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(due_at=payment.deadline))
 
 
 @dataclass(frozen=True)
-class Demand:
+class AccountDemand:
     """What an account's waiting payments want together."""
 
-    fresh_from: datetime
+    min_balance_at: datetime
     """A call sent before this cannot serve all of them."""
-    deadline: datetime
+    last_deadline: datetime
     """When the last of them gives up."""
 
 
-def demand(tx: Tx, account_id: str) -> Demand | None:
+def account_demand(tx: Tx, account_id: str) -> AccountDemand | None:
     """What the account's waiting payments want, or None if there are none."""
-    query = select(func.max(P.fresh_from), func.max(P.deadline))
-    fresh_from, deadline = tx.execute(query.where(P.account_id == account_id, WAITING)).one()
-    return Demand(fresh_from, deadline) if deadline is not None else None
+    query = select(func.max(payment.min_balance_at), func.max(payment.deadline))
+    min_balance_at, deadline = tx.execute(query.where(payment.account_id == account_id, IS_WAITING)).one()
+    return AccountDemand(min_balance_at, deadline) if deadline is not None else None
 
 
-def settle(tx: Tx, settlements: Sequence[Settlement]) -> list[Due]:
+def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
     """Write how payments ended; returns their outcomes, which are due from now on.
 
     The payments must be held and waiting.
     """
-    if not settlements:
+    if not resolutions:
         return []
-    rows = [{**vars(settlement), "was_state": PaymentState.WAITING} for settlement in settlements]
-    update_each(tx, PAYMENT, rows, key="payment_id")
-    settled = {settlement.payment_id: settlement for settlement in settlements}
-    replies = tx.execute(_BECOME_DUE, {"payment_ids": list(settled), "at": settlements[0].settled_at + REDELIVERY})
-    return [Due(r.task_id, r.canvas, settled[r.payment_id].state, settled[r.payment_id].outcome) for r in replies]
+    rows = [{**vars(settlement), "was_state": PaymentState.WAITING} for settlement in resolutions]
+    bulk_update(tx, PAYMENT, rows, key="payment_id")
+    settled = {settlement.payment_id: settlement for settlement in resolutions}
+    replies = tx.execute(MAKE_DUE, {"payment_ids": list(settled), "at": resolutions[0].resolved_at + REDELIVER_AFTER})
+    return [
+        OutcomeDelivery(r.task_id, r.continuation, settled[r.payment_id].state, settled[r.payment_id].outcome)
+        for r in replies
+    ]
 
 
-_BECOME_DUE = (
-    update(REPLY)
-    .where(among(R.payment_id, "payment_ids"))
-    .values(due_at=bindparam("at"))
-    .returning(R.task_id, R.payment_id, R.canvas)
-)
-
-
-def released_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
+def released_amounts_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
     """The amounts released on each account at or after its time."""
     released: dict[str, list[Decimal]] = defaultdict(list)
     if since:
-        for row in tx.execute(_RELEASED, {"account_ids": list(since), "since": min(since.values())}):
-            if row.settled_at >= since[row.account_id]:
+        for row in tx.execute(_RELEASED_SINCE, {"account_ids": list(since), "since": min(since.values())}):
+            if row.resolved_at >= since[row.account_id]:
                 released[row.account_id].append(row.amount)
     return released
 
 
-_RELEASED = select(P.account_id, P.settled_at, P.amount).where(
-    among(P.account_id, "account_ids"), RELEASED, P.settled_at >= bindparam("since"), P.amount.is_not(None)
+_RELEASED_SINCE = select(payment.account_id, payment.resolved_at, payment.amount).where(
+    any_of(payment.account_id, "account_ids"),
+    IS_RELEASED,
+    payment.resolved_at >= bindparam("since"),
+    payment.amount.is_not(None),
 )
 
 
-def sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
+def count_sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
     """How many settled payments share each refresh's fee, by how they ended."""
     counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
     if refresh_ids:
-        for row in tx.execute(_SHARERS, {"refresh_ids": list(refresh_ids)}):
+        for row in tx.execute(_COUNT_SHARERS, {"refresh_ids": list(refresh_ids)}):
             counts[row.refresh_id][PaymentState(row.state)] = row.payments
     return counts
 
 
-_SHARERS = (
-    select(P.refresh_id, P.state, func.count().label("payments"))
-    .where(among(P.refresh_id, "refresh_ids"), P.reused.is_(False))
-    .group_by(P.refresh_id, P.state)
+_COUNT_SHARERS = (
+    select(payment.refresh_id, payment.state, func.count().label("payments"))
+    .where(any_of(payment.refresh_id, "refresh_ids"), payment.reused.is_(False))
+    .group_by(payment.refresh_id, payment.state)
 )
-
-
-def overdue(tx: Tx, now: datetime, limit: int) -> list[Due]:
-    """Outcomes whose delivery was cut off, the oldest first; nobody else is given them until the next try is due."""
-    query = select(R.task_id).where(R.due_at <= now).order_by(R.due_at).limit(limit)
-    task_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
-    return _give(tx, task_ids, now)
-
-
-def undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
-    """The outcomes that these tasks are to be told, but those that somebody else was given since they were settled."""
-    query = select(R.task_id, R.due_at, P.settled_at).join_from(REPLY, PAYMENT)
-    # Whether they are due is not asked in the statement: a plan may go through the index of all that are.
-    query = query.where(among(R.task_id, "task_ids")).order_by(R.task_id)
-    rows = tx.execute(query.with_for_update(of=REPLY, skip_locked=True), {"task_ids": list(task_ids)})
-    due = [row.task_id for row in rows if row.due_at and row.due_at <= row.settled_at + REDELIVERY]
-    return _give(tx, due, now)
-
-
-def _give(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Due]:
-    """These outcomes, which are the caller's to deliver for a while."""
-    if not task_ids:
-        return []
-    these, given = among(R.task_id, "task_ids"), {"task_ids": list(task_ids)}
-    tx.execute(update(REPLY).where(these).values(due_at=now + REDELIVERY), given)
-    rows = tx.execute(select(R.task_id, R.canvas, P.state, P.outcome).join_from(REPLY, PAYMENT).where(these), given)
-    return [Due(r.task_id, r.canvas, PaymentState(r.state), r.outcome) for r in rows]
-
-
-def of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
-    """The payments that these tasks wait for."""
-    return list(tx.scalars(select(R.payment_id).where(R.task_id.in_(task_ids)).distinct()))
-
-
-def delivered(tx: Tx, told: Mapping[str, datetime]) -> None:
-    """Note when these tasks were told their outcome."""
-    rows = [{"task_id": task_id, "due_at": None, "delivered_at": told[task_id]} for task_id in sorted(told)]
-    update_each(tx, REPLY, rows, key="task_id")
-
-
-def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:
-    """Make a settled payment's outcome due again; returns the tasks that it is due to."""
-    settled = select(P.payment_id).where(P.payment_id == payment_id, P.settled_at.is_not(None))
-    query = update(REPLY).where(R.payment_id.in_(settled)).values(due_at=now)
-    return sorted(tx.scalars(query.returning(R.task_id)))

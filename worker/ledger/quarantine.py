@@ -8,18 +8,19 @@ from typing import Any
 
 from sqlalchemy import delete, func, or_, select
 
-from worker.ledger.database import Row, Tx, insert_new
+from worker.ledger.bulk import bulk_insert
+from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import QUARANTINE
 
-Q = QUARANTINE.c
-KEPT_FOR = timedelta(days=30)
-KEPT_EVENTS = 50_000
-KEPT_BYTES = 64 * 1024 * 1024
+quarantined = QUARANTINE.c
+MAX_AGE = timedelta(days=30)
+MAX_EVENTS = 50_000
+MAX_BYTES = 64 * 1024 * 1024
 """The quarantine is not an archive: beyond any of these the oldest events are dropped."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class QuarantinedEvent:
     """An event in quarantine."""
 
     quarantine_id: str
@@ -28,56 +29,58 @@ class Kept:
     event: bytes
 
 
-def set_aside(tx: Tx, events: Sequence[tuple[bytes, str]], now: datetime) -> None:
+def insert_events(tx: Tx, events: Sequence[tuple[bytes, str]], now: datetime) -> None:
     """Keep events, given as they came with the reason; one that is there already stays as it is."""
     rows = {
         quarantine_id: {"quarantine_id": quarantine_id, "event": raw, "reason": reason, "received_at": now}
         for raw, reason in events
-        for quarantine_id in [_digest(raw)]
+        for quarantine_id in [_quarantine_id(raw)]
     }
-    insert_new(tx, QUARANTINE, [rows[key] for key in sorted(rows)], key="quarantine_id")
+    bulk_insert(tx, QUARANTINE, [rows[key] for key in sorted(rows)], key="quarantine_id")
 
 
-def _digest(raw: bytes) -> str:
-    return "odd_" + hashlib.blake2b(raw, digest_size=12).hexdigest()
+def _quarantine_id(raw: bytes) -> str:
+    return "evt_q_" + hashlib.blake2b(raw, digest_size=12).hexdigest()
 
 
-def kept(tx: Tx, *, after: str = "", limit: int) -> list[Kept]:
+def events_after(tx: Tx, *, after_id: str = "", limit: int) -> list[QuarantinedEvent]:
     """Events by their ids, from the one after `after` on."""
-    query = select(QUARANTINE).where(Q.quarantine_id > after).order_by(Q.quarantine_id).limit(limit)
-    return [_kept(row) for row in tx.execute(query)]
+    query = (
+        select(QUARANTINE).where(quarantined.quarantine_id > after_id).order_by(quarantined.quarantine_id).limit(limit)
+    )
+    return [_event_from_row(row) for row in tx.execute(query)]
 
 
-def newest(tx: Tx, limit: int) -> list[Kept]:
+def newest_events(tx: Tx, limit: int) -> list[QuarantinedEvent]:
     """The events that came last."""
-    query = select(QUARANTINE).order_by(Q.received_at.desc(), Q.quarantine_id).limit(limit)
-    return [_kept(row) for row in tx.execute(query)]
+    query = select(QUARANTINE).order_by(quarantined.received_at.desc(), quarantined.quarantine_id).limit(limit)
+    return [_event_from_row(row) for row in tx.execute(query)]
 
 
-def find(tx: Tx, quarantine_id: str) -> Kept | None:
+def find(tx: Tx, quarantine_id: str) -> QuarantinedEvent | None:
     """One event."""
-    row = tx.execute(select(QUARANTINE).where(Q.quarantine_id == quarantine_id)).one_or_none()
-    return _kept(row) if row else None
+    row = tx.execute(select(QUARANTINE).where(quarantined.quarantine_id == quarantine_id)).one_or_none()
+    return _event_from_row(row) if row else None
 
 
-def drop(tx: Tx, quarantine_ids: Sequence[str]) -> int:
+def delete_events(tx: Tx, quarantine_ids: Sequence[str]) -> int:
     """Remove events for good; returns how many there were."""
-    return _delete(tx, quarantine_ids)
+    return _delete_where(tx, quarantine_ids)
 
 
-def trim(tx: Tx, now: datetime) -> int:
+def prune(tx: Tx, now: datetime) -> int:
     """Remove what is beyond the bounds, the oldest first; returns how many."""
-    order = (Q.received_at.desc(), Q.quarantine_id)
+    order = (quarantined.received_at.desc(), quarantined.quarantine_id)
     number = func.row_number().over(order_by=order).label("number")
-    size = func.sum(func.length(Q.event)).over(order_by=order).label("size")
-    ranked = select(Q.quarantine_id, Q.received_at, number, size).subquery()
-    beyond = or_(ranked.c.received_at < now - KEPT_FOR, ranked.c.number > KEPT_EVENTS, ranked.c.size > KEPT_BYTES)
-    return _delete(tx, select(ranked.c.quarantine_id).where(beyond))
+    size = func.sum(func.length(quarantined.event)).over(order_by=order).label("size")
+    ranked = select(quarantined.quarantine_id, quarantined.received_at, number, size).subquery()
+    beyond = or_(ranked.c.received_at < now - MAX_AGE, ranked.c.number > MAX_EVENTS, ranked.c.size > MAX_BYTES)
+    return _delete_where(tx, select(ranked.c.quarantine_id).where(beyond))
 
 
-def _delete(tx: Tx, which: Any) -> int:
-    return tx.execute(delete(QUARANTINE).where(Q.quarantine_id.in_(which))).rowcount
+def _delete_where(tx: Tx, ids: Any) -> int:
+    return tx.execute(delete(QUARANTINE).where(quarantined.quarantine_id.in_(ids))).rowcount
 
 
-def _kept(row: Row[Any]) -> Kept:
-    return Kept(row.quarantine_id, row.received_at, row.reason, row.event)
+def _event_from_row(row: Row[Any]) -> QuarantinedEvent:
+    return QuarantinedEvent(row.quarantine_id, row.received_at, row.reason, row.event)

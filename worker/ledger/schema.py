@@ -7,21 +7,21 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import func, select
 
-from worker.ledger.database import Tx
+from worker.ledger.engine import Tx
 
-MIGRATIONS = Path(__file__).parents[2] / "migrations"
+MIGRATIONS_DIR = Path(__file__).parents[2] / "migrations"
 
 
-def needed() -> str | None:
+def required_revision() -> str | None:
     """The version that this release's migrations lead to."""
-    return ScriptDirectory(str(MIGRATIONS)).get_current_head()
+    return ScriptDirectory(str(MIGRATIONS_DIR)).get_current_head()
 
 
-def found(tx: Tx) -> str | None:
+def current_revision(tx: Tx) -> str | None:
     """The version of this database; None if it was never migrated."""
     return MigrationContext.configure(tx).get_current_revision()
 
 
-def clock(tx: Tx) -> datetime | None:
+def server_time(tx: Tx) -> datetime | None:
     """What time it is to the database's server; None to SQLite, which has no clock of its own."""
     return tx.scalar(select(func.clock_timestamp())) if tx.dialect.name == "postgresql" else None

@@ -27,8 +27,8 @@ from sqlalchemy import text as sql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
-from worker.fees import EntryState
-from worker.payment import IN_FLIGHT, PaymentState, RefreshState
+from worker.rules.pricing import EntryState
+from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -53,7 +53,7 @@ class UtcTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class Exact(TypeDecorator[Decimal]):
+class ExactDecimal(TypeDecorator[Decimal]):
     """A decimal that no database rounds: NUMERIC on PostgreSQL, text on SQLite (whose numbers are floats)."""
 
     impl = Numeric
@@ -75,11 +75,11 @@ class Exact(TypeDecorator[Decimal]):
 Json = JSON(none_as_null=True)
 
 
-def _states(*states: str) -> str:
+def _quoted_states(*states: str) -> str:
     return ", ".join(f"'{state}'" for state in sorted(states))
 
 
-def _partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
     return Index(name, *columns, unique=unique, postgresql_where=sql(where), sqlite_where=sql(where))
 
 
@@ -89,17 +89,19 @@ class Payment(SQLModel, table=True):
     __tablename__ = "payment"
     __table_args__ = (
         # All that wait are not settled; said so, no query for those of one account takes it for an index of few.
-        _partial("payment_look", "due_at", where="settled_at IS NULL"),
-        _partial("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
-        _partial("payment_released", "account_id", "settled_at", where=f"state = '{PaymentState.RELEASED}'"),
-        _partial(
+        _partial_index("payment_due_at", "due_at", where="resolved_at IS NULL"),
+        _partial_index("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
+        _partial_index("payment_released", "account_id", "resolved_at", where=f"state = '{PaymentState.RELEASED}'"),
+        _partial_index(
             "payment_connection",
             "connection_id",
             where=f"state = '{PaymentState.WAITING}' AND connection_id IS NOT NULL",
         ),
-        _partial("payment_profile", "profile_id", where=f"state = '{PaymentState.WAITING}' AND profile_id IS NOT NULL"),
-        _partial("payment_sharers", "refresh_id", "reused", where="refresh_id IS NOT NULL"),
-        _partial("payment_settled", "settled_at", where="settled_at IS NOT NULL"),
+        _partial_index(
+            "payment_profile", "profile_id", where=f"state = '{PaymentState.WAITING}' AND profile_id IS NOT NULL"
+        ),
+        _partial_index("payment_sharers", "refresh_id", "reused", where="refresh_id IS NOT NULL"),
+        _partial_index("payment_resolved", "resolved_at", where="resolved_at IS NOT NULL"),
     )
 
     payment_id: str = Field(primary_key=True, sa_type=Text)
@@ -108,41 +110,41 @@ class Payment(SQLModel, table=True):
     job: dict[str, Any] = Field(sa_type=Json)
     """The job as it came, without defaults."""
     connection_id: str | None = Field(default=None, sa_type=Text)
-    linked_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    connection_as_of: datetime | None = Field(default=None, sa_type=UtcTime)
     """As of when `connection_id` is known, if the provider told it since: only what is newer changes it."""
     profile_id: str | None = Field(default=None, sa_type=Text)
-    amount: Decimal | None = Field(sa_type=Exact)
+    amount: Decimal | None = Field(sa_type=ExactDecimal)
     requested_at: datetime = Field(sa_type=UtcTime)
-    fresh_from: datetime = Field(sa_type=UtcTime)
+    min_balance_at: datetime = Field(sa_type=UtcTime)
     """The oldest time that a balance may have and still release it."""
     deadline: datetime = Field(sa_type=UtcTime)
     due_at: datetime = Field(sa_type=UtcTime)
     """When upkeep looks at it next while it waits: soon, to see that a call is under way; then at the deadline."""
-    settled_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    resolved_at: datetime | None = Field(default=None, sa_type=UtcTime)
     reason: str | None = Field(default=None, sa_type=Text)
     refresh_id: str | None = Field(default=None, sa_type=Text)
     """Whose call served it, or should have: it shares that call's fee, unless `reused`."""
     reused: bool = False
     """Released by a balance that was there before it: no share of the fee."""
     balance_id: str | None = Field(default=None, sa_type=Text)
-    arithmetic: dict[str, Any] | None = Field(default=None, sa_type=Json)
+    funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)
     """How the funds verdict was reached."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
     """What every task that waits for this payment is told, the same each time."""
 
 
-class Reply(SQLModel, table=True):
-    """A Celery task that waits for a payment's outcome, with the canvas it goes on with."""
+class OutcomeDeliveryRow(SQLModel, table=True):
+    """A Celery task that waits for a payment's outcome, with the continuation it goes on with."""
 
-    __tablename__ = "reply"
+    __tablename__ = "outcome_delivery"
     __table_args__ = (
-        Index("reply_payment", "payment_id"),
-        _partial("reply_due", "due_at", where="due_at IS NOT NULL"),
+        Index("outcome_delivery_payment", "payment_id"),
+        _partial_index("outcome_delivery_due_at", "due_at", where="due_at IS NOT NULL"),
     )
 
     task_id: str = Field(primary_key=True, sa_type=Text)
     payment_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("payment.payment_id")])
-    canvas: dict[str, Any] = Field(sa_type=Json)
+    continuation: dict[str, Any] = Field(sa_type=Json)
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """Null while the payment waits, and again when delivered; between, when the sweep delivers it."""
     delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
@@ -153,18 +155,20 @@ class Refresh(SQLModel, table=True):
 
     __tablename__ = "refresh"
     __table_args__ = (
-        _partial("refresh_in_flight", "account_id", where=f"state IN ({_states(*IN_FLIGHT)})", unique=True),
-        _partial("refresh_requested", "account_id", where=f"state = '{RefreshState.REQUESTED}'"),
-        _partial("refresh_due", "due_at", where="due_at IS NOT NULL"),
+        _partial_index(
+            "refresh_in_flight", "account_id", where=f"state IN ({_quoted_states(*IN_FLIGHT_STATES)})", unique=True
+        ),
+        _partial_index("refresh_requested", "account_id", where=f"state = '{RefreshState.REQUESTED}'"),
+        _partial_index("refresh_due_at", "due_at", where="due_at IS NOT NULL"),
         Index("refresh_account", "account_id", "called_at"),
     )
 
     refresh_id: str = Field(primary_key=True, sa_type=Text)
     account_id: str = Field(sa_type=Text)
     state: str = Field(sa_type=Text)
-    calls: int = 0
+    call_count: int = 0
     """Calls that were accepted, or may have been."""
-    deferrals: int = 0
+    deferral_count: int = 0
     """Calls that provably were not, and were put off."""
     called_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When the first call that may have been accepted went out."""
@@ -174,7 +178,7 @@ class Refresh(SQLModel, table=True):
     """While it is requested: when it may be called, if it was put off."""
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When upkeep looks at it next."""
-    trouble: str | None = Field(default=None, sa_type=Text)
+    last_error: str | None = Field(default=None, sa_type=Text)
     """What the last call that failed met with."""
 
 
@@ -183,12 +187,12 @@ class FeeEntry(SQLModel, table=True):
 
     __tablename__ = "fee_entry"
     __table_args__ = (
-        CheckConstraint(f"state IN ({_states(*EntryState)})", name="fee_entry_state"),
+        CheckConstraint(f"state IN ({_quoted_states(*EntryState)})", name="fee_entry_state"),
         UniqueConstraint("call_id", "state", name="fee_entry_once"),
-        _partial("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
+        _partial_index("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
         Index("fee_entry_refresh", "refresh_id"),
-        Index("fee_entry_at", "at"),
-        Index("fee_entry_called", "called_at"),
+        Index("fee_entry_recorded_at", "recorded_at"),
+        Index("fee_entry_called_at", "called_at"),
         Index("fee_entry_account", "account_id", "called_at"),
     )
 
@@ -197,14 +201,14 @@ class FeeEntry(SQLModel, table=True):
     refresh_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("refresh.refresh_id")])
     account_id: str = Field(sa_type=Text)
     state: str = Field(sa_type=Text)
-    price: Decimal = Field(sa_type=Exact)
+    price: Decimal = Field(sa_type=ExactDecimal)
     currency: str = Field(sa_type=Text)
     price_list: str = Field(sa_type=Text)
     """The version of the price list the price was taken from."""
     evidence: dict[str, Any] = Field(sa_type=Json)
     called_at: datetime = Field(sa_type=UtcTime)
     """When its call was made: the same on all entries of a call, so that sums over a period need no join."""
-    at: datetime = Field(sa_type=UtcTime)
+    recorded_at: datetime = Field(sa_type=UtcTime)
 
 
 class InvoiceRow(SQLModel, table=True):
@@ -231,7 +235,7 @@ class BalanceRow(SQLModel, table=True):
     __tablename__ = "balance"
     __table_args__ = (
         Index("balance_account", "account_id", "at"),
-        _partial("balance_due", "due_at", where="due_at IS NOT NULL"),
+        _partial_index("balance_due_at", "due_at", where="due_at IS NOT NULL"),
     )
 
     balance_id: str = Field(primary_key=True, sa_type=Text)
@@ -239,9 +243,9 @@ class BalanceRow(SQLModel, table=True):
     account_id: str = Field(sa_type=Text)
     at: datetime = Field(sa_type=UtcTime)
     source: str = Field(sa_type=Text)
-    available: Decimal | None = Field(sa_type=Exact)
-    current: Decimal | None = Field(sa_type=Exact)
-    limit: Decimal | None = Field(sa_type=Exact)
+    available: Decimal | None = Field(sa_type=ExactDecimal)
+    current: Decimal | None = Field(sa_type=ExactDecimal)
+    limit: Decimal | None = Field(sa_type=ExactDecimal)
     received_at: datetime = Field(sa_type=UtcTime)
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """Null once it was applied to those who wait; till then, when the sweep applies it."""
@@ -262,15 +266,15 @@ class Quarantine(SQLModel, table=True):
     received_at: datetime = Field(sa_type=UtcTime)
 
 
-def _table(model: type[SQLModel]) -> Table:
+def _table_of(model: type[SQLModel]) -> Table:
     return SQLModel.metadata.tables[str(model.__tablename__)]
 
 
 # Queries are written on the tables: their columns are expressions to a type checker, a model's attributes are values.
-PAYMENT = _table(Payment)
-REPLY = _table(Reply)
-REFRESH = _table(Refresh)
-FEE_ENTRY = _table(FeeEntry)
-INVOICE = _table(InvoiceRow)
-BALANCE = _table(BalanceRow)
-QUARANTINE = _table(Quarantine)
+PAYMENT = _table_of(Payment)
+OUTCOME_DELIVERY = _table_of(OutcomeDeliveryRow)
+REFRESH = _table_of(Refresh)
+FEE_ENTRY = _table_of(FeeEntry)
+INVOICE = _table_of(InvoiceRow)
+BALANCE = _table_of(BalanceRow)
+QUARANTINE = _table_of(Quarantine)

@@ -1,0 +1,107 @@
+"""Celery's configuration, with the reason for each setting that is not Celery's default."""
+
+from typing import Any
+
+from kombu import Queue
+
+from config.settings import Settings
+
+QUEUES = ("payments", "refreshes", "balances", "maintenance")
+TICK_S = 1.0
+_QUORUM = {"x-queue-type": "quorum"}
+"""RabbitMQ replicates a quorum queue, and confirms a message when most replicas have it on disk."""
+
+
+def celery_settings(settings: Settings) -> dict[str, Any]:
+    """Return Celery's configuration for this deployment. A test checks the keys against Celery's own list."""
+    is_rabbitmq = settings.effective_broker_url.startswith("amqp")
+    return {
+        "broker_url": settings.effective_broker_url,
+        "result_backend": settings.effective_result_backend_url,
+        "result_expires": settings.result_expires_s,
+        # At least a day for a chord: each payment of its header may wait for an hour.
+        "result_chord_expires": max(settings.result_expires_s, 86_400),
+        # Give up soon: an outcome that cannot be delivered now is a row, and `payments.sweep` retries it.
+        "result_backend_transport_options": {"retry_policy": {"max_retries": 2, "interval_max": 0.5}},
+        "task_ignore_result": True,  # only payments.initiate and payments.cancel have results
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "timezone": "UTC",
+        "enable_utc": True,
+        # One queue per kind of work, so that roles scale separately.
+        "task_queues": [Queue(name, queue_arguments=_QUORUM if is_rabbitmq else None) for name in QUEUES],
+        "task_create_missing_queue_type": "quorum" if is_rabbitmq else "classic",
+        "task_default_queue": "celery",  # not a queue of payready: a callback without a queue goes to Celery's default
+        "task_create_missing_queues": True,  # a callback goes to any queue that the payments service names
+        "task_routes": {
+            "payments.initiate": {"queue": "payments"},
+            "payments.cancel": {"queue": "payments"},
+            "payments.cancel_by_task": {"queue": "payments"},
+            "balances.refresh": {"queue": "refreshes"},
+            "balances.poll": {"queue": "refreshes"},
+            "balances.apply": {"queue": "balances"},
+            "outcomes.deliver": {"queue": "balances"},
+            "payments.expire": {"queue": "maintenance"},
+            "payments.sweep": {"queue": "maintenance"},
+            "webhooks.check_subscription": {"queue": "maintenance"},
+            "quarantine.prune": {"queue": "maintenance"},
+        },
+        # Redelivery: a message is acknowledged after its task, and is redelivered when its worker died.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,  # threads cannot be cancelled
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # reconnect without limit
+        "broker_transport_options": _transport_options(settings),
+        "redis_socket_timeout": 10,
+        "redis_socket_connect_timeout": 5,
+        "redis_socket_keepalive": True,
+        "redis_backend_health_check_interval": 15,
+        # Flower distinguishes a waiting payment from a queued one by task events.
+        "worker_send_task_events": True,
+        "worker_hijack_root_logger": False,
+        "beat_schedule": {
+            "expire": _tick_schedule("payments.expire"),
+            "sweep": _tick_schedule("payments.sweep"),
+            "check subscription": _schedule("webhooks.check_subscription", 60.0),
+            "prune quarantine": _schedule("quarantine.prune", 600.0),
+        },
+    }
+
+
+def _tick_schedule(task: str) -> dict[str, Any]:
+    # A tick that waited for a worker for 5 s is obsolete: the next tick does its work.
+    return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
+
+
+def _schedule(task: str, seconds: float) -> dict[str, Any]:
+    return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2}}
+
+
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if settings.effective_broker_url.startswith("amqp"):
+        return {"confirm_publish": True}  # the broker confirms each message, or publishing raises an error
+    if not settings.effective_broker_url.startswith(("redis", "sentinel")):
+        return {}
+    return {
+        "batched_queues": ("payments", "refreshes"),  # fetched several at a time; see tasks/batch_strategies.py
+        # Longer than any task runs: a provider call is the longest. A dead worker's messages are redelivered after it.
+        "visibility_timeout": settings.visibility_timeout_s,
+        # Keys of our own: if other Celery apps share this Redis, their messages may stay unacknowledged for longer
+        # (those with a countdown). With shared keys payready would redeliver them, and they would run twice.
+        "unacked_key": "payready-unacked",
+        "unacked_index_key": "payready-unacked-index",
+        "unacked_mutex_key": "payready-unacked-mutex",
+        # A worker that is killed while it redelivers messages blocks other workers for this time. kombu: 300 s.
+        "unacked_mutex_expire": 10,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "max_connections": 256,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+    }

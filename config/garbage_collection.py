@@ -1,0 +1,22 @@
+"""Tune Python's garbage collector for long-running processes.
+
+With Python's defaults the collector scans all objects loaded at the start again and again. Each scan stops all threads
+of the process for up to half a second.
+"""
+
+import gc
+
+THRESHOLDS = (10_000, 10, 10)
+"""Net allocations before a scan of the youngest generation (Python's default: 700), then scans of one generation before
+a scan of the next older one."""
+
+
+def raise_gc_thresholds() -> None:
+    """Collect less often. Reference counting still frees objects without cycles at once."""
+    gc.set_threshold(*THRESHOLDS)
+
+
+def freeze_gc() -> None:
+    """Exclude all objects that exist now from later scans: modules, classes and clients live as long as the process."""
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,136 @@
+"""Logging: structlog events with fields, JSON in production, readable lines in development.
+
+Lines of libraries take the same shape. Each line carries the ids of the log context (`CONTEXT_IDS`). Secrets, amounts
+and metadata are never logged, and lines of libraries that quote a message's content are truncated.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from config.settings import Settings
+
+WARNING_LEVEL_LOGGERS = (
+    "httpx",
+    "httpcore",
+    "uvicorn.access",
+    "celery.app.trace",
+    "celery.worker.strategy",
+    "celery.beat",
+)
+"""Loggers that write a line per request, task or tick. At INFO this costs a third of a worker's throughput."""
+CONTEXT_IDS = ("payment_id", "account_id", "refresh_id", "balance_id", "task_id")
+MAX_ID_CHARS = 128
+TRUNCATED_LOGGERS = ("celery.worker.consumer.consumer", "celery.beat")
+"""Loggers that log too much: the whole of a malformed message, a traceback for each tick without a broker."""
+
+_SHARED: tuple[structlog.typing.Processor, ...] = (
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+)
+"""Processors for our own events and for records of libraries."""
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """Return a logger for events: `log.warning("redis.unavailable", operation=..., error=...)`.
+
+    It needs no global structlog configuration, so a process that configures no logging writes nothing to standard
+    output.
+    """
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[structlog.stdlib.filter_by_level, *_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    return logger
+
+
+log = get_logger(__name__)
+
+
+def log_context(**ids: Any) -> AbstractContextManager[None]:
+    """Add ids to every line that is logged within the block. Values that are not ids are left out."""
+    return structlog.contextvars.bound_contextvars(**_valid_ids(ids))
+
+
+def set_log_context(ids: Mapping[str, Any]) -> None:
+    """Replace the ids that every later line of this thread carries."""
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**_valid_ids(ids))
+
+
+def _valid_ids(given: Mapping[str, Any]) -> dict[str, str]:
+    # The ids may come from a job that was not validated yet.
+    return {
+        name: given[name]
+        for name in CONTEXT_IDS
+        if isinstance(given.get(name), str) and len(given[name]) <= MAX_ID_CHARS
+    }
+
+
+def _keep_first_line(record: logging.LogRecord) -> bool:
+    """Truncate a record to its first line, without message headers: they repeat the arguments of the task."""
+    record.msg, record.args = re.split(r"\n| headers:", record.getMessage(), maxsplit=1)[0], ()
+    return True
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all log lines to standard error through one formatter."""
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if settings.env == "production"
+        # Plain tracebacks: rendering all local variables takes seconds in every thread during an outage.
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.PositionalArgumentsFormatter(), *_SHARED],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    logging.captureWarnings(capture=True)
+    for name in TRUNCATED_LOGGERS:
+        logging.getLogger(name).addFilter(_keep_first_line)  # adding the same filter again has no effect
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.log_level)
+    for name in WARNING_LEVEL_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns about each malformed request
+
+
+def log_start(settings: Settings, role: str) -> None:
+    """Log one line that states what starts: version, role, addresses without credentials, and mode of operation."""
+    log.info(
+        "role.started",
+        role=role,
+        version=version("payready"),
+        env=settings.env,
+        broker=without_credentials(settings.effective_broker_url),
+        redis=without_credentials(settings.redis_url),
+        database=without_credentials(settings.database_url),
+        broker_transport=settings.broker_transport,
+    )
+
+
+def without_credentials(url: str) -> str:
+    """Return scheme, host, port and path of a URL. Everything that may be a secret is left out.
+
+    A user, a password and the query string are dropped: PostgreSQL and Redis accept passwords in all three.
+    """
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"

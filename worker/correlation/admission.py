@@ -1,0 +1,178 @@
+"""Admission control for provider calls: a rate limiter (GCRA) and a circuit breaker, shared by all replicas in Redis.
+
+The rate limiter keeps calls below the provider's limit. The circuit breaker stops calls while the provider fails.
+Delayed calls get slots by earliest deadline first (EDF): the ledger knows the deadlines, and `payments.sweep` schedules
+the calls. All state in Redis may be lost: the provider rejects excess calls with 429, and failing calls open the circuit
+breaker again.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from redis import Redis
+
+from worker.correlation.redis_client import Script, duration_us, epoch_us, from_epoch_us
+
+DELAYED_CALLS_FIRST = timedelta(seconds=2)
+"""After a call was delayed, only delayed calls get slots for this long: until the next sweep but one."""
+OPEN_DURATION, MAX_OPEN_DURATION = timedelta(seconds=5), timedelta(seconds=60)
+"""How long the circuit breaker stays open the first time, and at most."""
+MAX_CLOCK_ERROR = timedelta(seconds=1)
+"""A stored time further ahead than `MAX_OPEN_DURATION` plus this was written by a wrong clock. The scripts ignore it,
+too: their constant 61000000 is this sum in microseconds."""
+
+CallStatus = Literal["ok", "failed", "rate_limited"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denied:
+    """Why calls were not admitted, and when to try again.
+
+    `rate_limited`: the rate limiter has no slot. `circuit_open`: the circuit breaker is open. `half_open`: a probe is
+    being made.
+    """
+
+    reason: Literal["rate_limited", "circuit_open", "half_open"]
+    until: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """How many calls were admitted, and why not all of them."""
+
+    granted: int
+    denied: Denied | None
+    """None if all calls were admitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakerChange:
+    """What a recorded call result did to the circuit breaker."""
+
+    kind: Literal["opened", "closed", "unchanged"]
+    open_until: datetime | None = None
+    """Set if the result opened the circuit breaker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionStatus:
+    """State of admission control, for people and metrics."""
+
+    open_until: datetime | None
+    """None if the circuit breaker is closed or half-open."""
+    burst_used: float
+    """Used share of the rate limiter's burst, from 0 to 1."""
+
+
+class RateLimiter:
+    """A GCRA rate limiter over all replicas. Its operations raise `REDIS_UNAVAILABLE`."""
+
+    def __init__(self, redis: Redis, name: str, *, requests_per_s: int) -> None:
+        self.key = f"payready:{name}"
+        self.requests_per_s = requests_per_s
+        # A quarter of a second's calls: with 20 calls/s no second sees more than Quiltt's limit of 25.
+        self.burst_size = max(1, requests_per_s // 4)
+        self._reserve_slots = Script(redis, "reserve_slots")
+        self._exhaust = Script(redis, "exhaust")
+
+    @property
+    def interval(self) -> timedelta:
+        """Time between two requests at the full rate."""
+        return timedelta(seconds=1) / self.requests_per_s
+
+    def reserve_slots(self, now: datetime, count: int) -> list[timedelta]:
+        """Reserve up to `count` slots within the next second. Return the delay of each from `now`."""
+        if not self.requests_per_s:
+            return []
+        sizes = [count, duration_us(self.interval), duration_us(DELAYED_CALLS_FIRST)]
+        granted, first = self._reserve_slots([self.key], [epoch_us(now), *sizes])
+        return [from_epoch_us(first) - now + slot * self.interval for slot in range(int(granted))]
+
+    def exhaust(self, ended_at: datetime, retry_at: datetime) -> None:
+        """Use up all slots until `retry_at`: the provider returned 429 to a request that ended at `ended_at`."""
+        tat = retry_at + (self.burst_size - 1) * self.interval
+        self._exhaust([self.key], [epoch_us(ended_at), epoch_us(tat)])
+
+    def burst_used(self, tat: datetime | None, now: datetime) -> float:
+        """Return the used share of the burst (0 to 1) at a theoretical arrival time."""
+        ahead = max(timedelta(0), (tat or now) - now)
+        return min(1.0, ahead / (self.burst_size * self.interval))
+
+
+class CircuitBreaker:
+    """Stops calls after `failure_threshold` consecutive failures. Its operations raise `REDIS_UNAVAILABLE`.
+
+    Open for `OPEN_DURATION`, then half-open: one probe is admitted. Each failed probe doubles the time up to
+    `MAX_OPEN_DURATION`. A probe without a result after `probe_timeout` is replaced by another one.
+    """
+
+    def __init__(self, redis: Redis, name: str, *, failure_threshold: int, probe_timeout: timedelta) -> None:
+        self.key = f"payready:{name}"
+        self.failure_threshold = failure_threshold
+        self.probe_timeout = probe_timeout
+        self._record_result = Script(redis, "record_result")
+
+    def record_result(self, status: Literal["ok", "failed"], claimed_at: datetime, ended_at: datetime) -> BreakerChange:
+        """Record the result of a call that was claimed and ended at these times."""
+        durations = [duration_us(OPEN_DURATION), duration_us(MAX_OPEN_DURATION)]
+        args = [status, epoch_us(ended_at), self.failure_threshold, *durations, epoch_us(claimed_at)]
+        kind, open_until = self._record_result([self.key], args)
+        return BreakerChange(kind=kind, open_until=from_epoch_us(open_until) if kind == "opened" else None)
+
+    def is_open(self, open_until: datetime | None, now: datetime) -> bool:
+        """Whether the stored time means that the circuit breaker is open. Times of a wrong clock do not count."""
+        return open_until is not None and now < open_until <= now + MAX_OPEN_DURATION + MAX_CLOCK_ERROR
+
+
+class AdmissionControl:
+    """Decides how many provider calls may be made now. Each operation is one Lua script.
+
+    Rate limiter and circuit breaker share one Redis hash, so that `admit` asks both in one atomic step. `admit.lua`
+    documents the hash. All operations raise `REDIS_UNAVAILABLE`.
+    """
+
+    def __init__(self, redis: Redis, *, calls_per_s: int, failure_threshold: int, probe_timeout: timedelta) -> None:
+        self.limiter = RateLimiter(redis, "admission", requests_per_s=calls_per_s)
+        self.breaker = CircuitBreaker(
+            redis, "admission", failure_threshold=failure_threshold, probe_timeout=probe_timeout
+        )
+        self._redis = redis
+        self._admit = Script(redis, "admit")
+        self._refund = Script(redis, "refund")
+
+    def admit(self, now: datetime, count: int, *, has_slot: bool) -> Admission:
+        """Admit up to `count` calls. Calls that have slots of `RateLimiter.reserve_slots` skip the rate limiter."""
+        limiter, breaker = self.limiter, self.breaker
+        rate: list[Any] = [duration_us(limiter.interval), limiter.burst_size, int(has_slot)]
+        durations = [duration_us(breaker.probe_timeout), duration_us(DELAYED_CALLS_FIRST)]
+        granted, reason, until = self._admit([limiter.key], [epoch_us(now), *rate, *durations, count])
+        denied = None if int(granted) == count else Denied(reason=reason, until=from_epoch_us(until))
+        return Admission(granted=int(granted), denied=denied)
+
+    def refund(self, count: int, admitted_at: datetime) -> None:
+        """Return the slots of `count` calls that were admitted at this time and are not made."""
+        self._refund([self.limiter.key], [duration_us(self.limiter.interval * count), epoch_us(admitted_at)])
+
+    def record_result(
+        self, status: CallStatus, claimed_at: datetime | None, ended_at: datetime, retry_at: datetime | None = None
+    ) -> BreakerChange:
+        """Record how and when a call ended.
+
+        A 429 (`rate_limited`) is a response, so it counts as success for the circuit breaker. `retry_at` is when the
+        provider accepts calls again, by its own response.
+        """
+        if status == "rate_limited":
+            self.limiter.exhaust(ended_at, retry_at or ended_at)
+        return self.breaker.record_result(
+            "failed" if status == "failed" else "ok", claimed_at=claimed_at or ended_at, ended_at=ended_at
+        )
+
+    def status(self, now: datetime) -> AdmissionStatus:
+        """Return the current state. Changes nothing."""
+        stored = self._redis.hmget(self.limiter.key, "tat", "open_until")
+        tat, open_until = (None if text is None else from_epoch_us(str(text)) for text in stored)
+        return AdmissionStatus(
+            open_until=open_until if self.breaker.is_open(open_until, now) else None,
+            burst_used=self.limiter.burst_used(tat, now),
+        )

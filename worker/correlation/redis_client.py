@@ -1,0 +1,84 @@
+"""What the stores in Redis share: the client, Lua scripts, and times as whole microseconds."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from typing import Any
+
+from redis import Redis, RedisError
+from redis.exceptions import NoScriptError
+
+from config.log_config import get_logger
+
+REDIS_UNAVAILABLE = (RedisError,)
+"""Raised when Redis cannot be reached or does not respond in time."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+log = get_logger(__name__)
+
+
+def create_client(url: str) -> Redis:
+    """Return a client for a Redis address. It connects at its first use."""
+    return Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=5,
+        socket_connect_timeout=5,
+        socket_keepalive=True,
+        health_check_interval=15,
+    )
+
+
+class Script:
+    """The Lua script `name.lua` of this package. Calling it raises `REDIS_UNAVAILABLE`."""
+
+    def __init__(self, redis: Redis, name: str) -> None:
+        self._redis = redis
+        self._source = files(__package__).joinpath(f"{name}.lua").read_text()
+        self._digest = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, keys: list[str], arguments: list[Any]) -> Any:
+        """Run the script once."""
+        return self.run_many([(keys, arguments)])[0]
+
+    def run_many(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        """Run the script several times, in this order, in one round trip. A call is its keys and arguments."""
+        try:
+            return self._evaluate(calls)
+        except NoScriptError:  # Redis was restarted or flushed, and lost its scripts
+            self._redis.script_load(self._source)
+            return self._evaluate(calls)
+
+    def _evaluate(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        if len(calls) == 1:
+            [(keys, arguments)] = calls
+            return [self._redis.evalsha(self._digest, len(keys), *keys, *arguments)]
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for keys, arguments in calls:
+                pipeline.evalsha(self._digest, len(keys), *keys, *arguments)
+            return pipeline.execute()
+
+
+def duration_us(duration: timedelta) -> int:
+    """Return a duration in microseconds: the resolution of the ledger, and an exact integer in Lua."""
+    return duration // timedelta(microseconds=1)
+
+
+def epoch_us(at: datetime) -> int:
+    """Return a time in microseconds since the epoch, so that Redis and the ledger agree on what is fresh."""
+    return duration_us(at - EPOCH)
+
+
+def from_epoch_us(text: str) -> datetime:
+    """Return the time that a script returned in microseconds since the epoch."""
+    return EPOCH + timedelta(microseconds=int(text))
+
+
+def best_effort(update: Callable[..., object], *args: Any) -> None:
+    """Update Redis. Log and ignore that it is unavailable: losing the update costs only speed."""
+    try:
+        update(*args)
+    except REDIS_UNAVAILABLE as error:
+        operation = getattr(update, "__name__", type(update).__name__)
+        log.warning("redis.unavailable", operation=operation, error=str(error))

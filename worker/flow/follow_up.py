@@ -1,0 +1,61 @@
+"""Follow-up actions: what a use case wants done after its commit. The caller dispatches them."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from worker.ledger import refreshes
+from worker.ledger.engine import Tx
+from worker.ledger.outcome_deliveries import OutcomeDelivery
+
+MAINTENANCE_BATCH_SIZE = 500
+"""Maximum rows that maintenance processes in one transaction."""
+CALL_ENQUEUE_RETRY = timedelta(seconds=15)
+"""Time after which a call that was enqueued and not made is enqueued again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshCall:
+    """A refresh call to enqueue."""
+
+    account_id: str
+    refresh_id: str
+    has_slot: bool = False
+    """Whether the call was delayed and has a slot of the rate limiter now."""
+    delay: timedelta = timedelta(0)
+    """How long from now the call is to be made: the time of its slot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancePoll:
+    """A balance poll to enqueue, because the webhook of the balance may be lost."""
+
+    account_id: str
+    profile_id: str
+    delay: timedelta
+
+
+@dataclass(kw_only=True)
+class FollowUp:
+    """Actions to dispatch after a commit. Losing them is safe: maintenance finds the same work in the ledger."""
+
+    deliveries: list[OutcomeDelivery] = field(default_factory=list)
+    """Outcomes of resolved payments, to deliver to their tasks."""
+    calls: list[RefreshCall] = field(default_factory=list)
+    balances_to_apply: list[str] = field(default_factory=list)
+    """Ids of stored balances that may resolve waiting payments."""
+    balance_polls: list[BalancePoll] = field(default_factory=list)
+    has_more: bool = False
+    """Whether the use case reached its batch size: call it again."""
+
+    def merge(self, other: "FollowUp") -> None:
+        """Add the actions of `other`."""
+        self.deliveries += other.deliveries
+        self.calls += other.calls
+        self.balances_to_apply += other.balances_to_apply
+        self.balance_polls += other.balance_polls
+
+
+def queued_call(tx: Tx, account_id: str) -> list[RefreshCall]:
+    """Return the call of the refresh that is queued behind the one in flight, as a list of none or one."""
+    refresh = refreshes.requested_refresh(tx, account_id)
+    return [RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id)] if refresh else []

@@ -1,0 +1,164 @@
+"""How the ledger is reached: one engine a process, short transactions, one lock an account."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import inf
+from time import monotonic
+from typing import Any
+
+from psycopg.errors import UndefinedColumn, UndefinedTable
+from sqlalchemy import Connection as Tx
+from sqlalchemy import (
+    Engine,
+    Row,
+    create_engine,
+    event,
+    text,
+)
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.locks import lock_accounts, lock_invoices, lock_spending, try_lock_accounts
+
+__all__ = [
+    "DATABASE_UNAVAILABLE",
+    "Engine",
+    "NotMigrated",
+    "Row",
+    "Tx",
+    "any_of",
+    "bulk_insert",
+    "lock_accounts",
+    "try_lock_accounts",
+    "lock_invoices",
+    "lock_spending",
+    "open_engine",
+    "ping",
+    "read_only",
+    "transaction",
+    "bulk_update",
+]
+
+
+class NotMigrated(Exception):
+    """The database is behind this release: run the role `release` (alembic upgrade head)."""
+
+    def __init__(self) -> None:
+        super().__init__(self.__doc__)
+
+
+DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
+"""What is raised when the database cannot be reached, does not answer in time, or is not migrated yet."""
+_DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
+"""What plans of a step need not: it asks by keys. Else PostgreSQL reads a table whole while that is small, and keeps
+the plan, while the table grows, until it analyzes it. Who is `reading` asks for much, and may."""
+POSTGRES_CONNECT_ARGS = {
+    "connect_timeout": 5,
+    "application_name": "payready",
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+    "options": "-c timezone=UTC -c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s"
+    + "".join(f" -c {name}=off" for name in _DISABLED_PLANS),
+}
+"""How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
+_READ_ONLY_OPTION = "payready_read_only"
+PING_AFTER_IDLE_S = 5
+"""After so long without use a connection is tried before it is used again."""
+MAX_WAIT_S = 30
+"""How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
+
+
+def open_engine(url: str, *, connections: int = 40) -> Engine:
+    """An engine for `sqlite:///file` or `postgresql://...`; nothing is connected yet."""
+    if url.startswith("sqlite"):
+        engine = create_engine(
+            url,
+            connect_args={"timeout": MAX_WAIT_S},
+            pool_size=connections,
+            pool_timeout=MAX_WAIT_S,
+            hide_parameters=True,  # an error's text must not show what a payment is about
+        )
+        event.listen(engine, "handle_error", _raise_not_migrated)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    engine = create_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=MAX_WAIT_S,
+        pool_use_lifo=True,  # a few connections that are in use, rather than all of them now and then
+        hide_parameters=True,
+        connect_args=POSTGRES_CONNECT_ARGS,
+    )
+    event.listen(engine, "handle_error", _raise_not_migrated)
+    event.listen(engine, "checkin", _record_checkin)
+    event.listen(engine, "checkout", partial(_ping_if_idle, engine))
+    return engine
+
+
+def _raise_not_migrated(context: ExceptionContext) -> None:
+    """A table or column that is not there is no fault of the statement: it comes with the migration."""
+    error = context.original_exception
+    is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
+    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # the second are SQLite's words
+        raise NotMigrated
+
+
+def _record_checkin(_connection: object, record: Any) -> None:
+    record.info["used_at"] = monotonic()
+
+
+def _ping_if_idle(engine: Engine, connection: Any, record: Any, _proxy: object) -> None:
+    """Try a connection that nobody used for a while; to try it before each use would cost a round trip each time."""
+    if monotonic() - record.info.get("used_at", inf) > PING_AFTER_IDLE_S:
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions of its own; see _begin
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Tx) -> None:
+    # A transaction that starts by reading and then writes would fail at once, not wait, when another one wrote.
+    connection.exec_driver_sql(
+        "BEGIN" if _READ_ONLY_OPTION in connection.get_execution_options() else "BEGIN IMMEDIATE"
+    )
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Tx]:
+    """One transaction: committed at the end, rolled back by any exception."""
+    with engine.begin() as tx:
+        yield tx
+
+
+@contextmanager
+def read_only(engine: Engine) -> Iterator[Tx]:
+    """A view of the ledger as it is at one moment. It holds up nobody who writes, and must not be written through."""
+    how = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **how) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(_ENABLE_ALL_PLANS)
+        yield connection
+
+
+_ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))
+
+
+def ping(engine: Engine) -> None:
+    """Ask the database for an answer; raises `DATABASE_UNAVAILABLE` if there is none."""
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))

@@ -1,0 +1,82 @@
+"""Queries on the fee ledger. There is no update and no delete in here, and there must never be.
+
+Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import select
+
+from worker.ledger.bulk import bulk_insert
+from worker.ledger.engine import Tx
+from worker.ledger.fee_entries import CallRecord, calls_in_batches, entry_row, insert_final_rows
+from worker.ledger.tables import INVOICE
+from worker.rules.decimals import decimal_text
+from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.rules.pricing import EntryState
+from worker.rules.reconciliation import AppliedInvoice, Reconciliation
+
+
+@dataclass(frozen=True)
+class InvoiceEvidence:
+    """The invoice that closes calls, as the evidence names it."""
+
+    name: str
+    digest: str
+    """SHA-256 of the file, so that it can be known again."""
+    period: str
+    currency: str
+
+
+def applied_invoices(tx: Tx, currency: str) -> list[AppliedInvoice]:
+    """The invoices in this currency that calls were settled by. Who means to settle by another one holds them first."""
+    rows = tx.execute(select(INVOICE).where(INVOICE.c.currency == currency))
+    return [
+        AppliedInvoice(
+            InvoicePeriod(row.since, row.until, timedelta(seconds=row.tolerance_s)), frozenset(row.edge_calls)
+        )
+        for row in rows
+    ]
+
+
+def apply_invoice(tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime) -> tuple[int, int]:
+    """Post the pending calls that the invoice charges, and void those that are free; returns how many of each.
+
+    A call that was closed meanwhile, or by the same invoice before, is left as it is.
+    """
+    lines = {match.call.call_id: match.line for match in reconciliation.to_post}
+    post, void = 0, 0
+    for calls in calls_in_batches(tx, list(lines)):
+        evidence = {call.call_id: _line_evidence(lines[call.call_id]) for call in calls}
+        post += _post_or_void_by_invoice(tx, calls, EntryState.POSTED, invoice, evidence, now)
+    for calls in calls_in_batches(tx, [call.call_id for call in reconciliation.to_void]):
+        void += _post_or_void_by_invoice(tx, calls, EntryState.VOID, invoice, {}, now)
+    period = reconciliation.period
+    row = {"digest": invoice.digest, "currency": invoice.currency, "name": invoice.name, "applied_at": now}
+    span = {"since": period.since, "until": period.until, "tolerance_s": int(period.tolerance.total_seconds())}
+    bulk_insert(tx, INVOICE, [{**row, **span, "edge_calls": sorted(reconciliation.edge_calls)}], key="digest")
+    return post, void
+
+
+def _line_evidence(line: InvoiceLine) -> dict[str, Any]:
+    return {"line": line.row, "number": line.number, "amount": decimal_text(line.amount)}
+
+
+def _post_or_void_by_invoice(
+    tx: Tx,
+    calls: Sequence[CallRecord],
+    state: EntryState,
+    invoice: InvoiceEvidence,
+    evidence: Mapping[str, Mapping[str, Any]],
+    now: datetime,
+) -> int:
+    by_absence = {"line": None}
+    finals = [
+        entry_row(call, state, {**vars(invoice), **evidence.get(call.call_id, by_absence)}, now)
+        for call in calls
+        if call.state == EntryState.PENDING
+    ]
+    return len(insert_final_rows(tx, finals))
