@@ -1,4 +1,4 @@
-"""The ledger."""
+"""Create the tables, their indexes and the triggers that keep the fee ledger append-only."""
 
 from collections.abc import Sequence
 
@@ -82,8 +82,8 @@ def upgrade() -> None:
         "payment",
         ["due_at"],
         unique=False,
-        postgresql_where=sa.text("state = 'waiting'"),
-        sqlite_where=sa.text("state = 'waiting'"),
+        postgresql_where=sa.text("resolved_at IS NULL"),
+        sqlite_where=sa.text("resolved_at IS NULL"),
     )
     op.create_index(
         "payment_released",
@@ -367,8 +367,8 @@ def downgrade() -> None:
     op.drop_index(
         "payment_due_at",
         table_name="payment",
-        postgresql_where=sa.text("state = 'waiting'"),
-        sqlite_where=sa.text("state = 'waiting'"),
+        postgresql_where=sa.text("resolved_at IS NULL"),
+        sqlite_where=sa.text("resolved_at IS NULL"),
     )
     op.drop_table("payment")
     op.drop_index(

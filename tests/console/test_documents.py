@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import ENV_PREFIX, Settings, load_settings
+from config.settings import ENV_PREFIX, Settings, load
 from console.documents import documents, state_diagram
 from console.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
@@ -41,7 +41,7 @@ def test_the_example_environment_is_one_that_payready_starts_with() -> None:
     environ = dict(line.split("=", 1) for line in lines)
     assert {name.removeprefix(ENV_PREFIX).lower() for name in environ} == set(Settings.model_fields)
     given = {name: value for name, value in environ.items() if name != "PAYREADY_PRICE_LIST_FILE"}
-    assert load_settings(given) == load_settings({})
+    assert load(given) == load({})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -72,14 +72,3 @@ def test_the_migrations_can_be_taken_back_and_made_again(empty: str) -> None:
     for command in (("upgrade", "head"), ("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
         alembic(empty, *command)
     assert differences(empty) == []
-
-
-def test_an_index_that_a_cut_off_migration_left_is_built_anew(empty: str) -> None:
-    """PostgreSQL keeps one that was not finished, and never uses it."""
-    alembic(empty, "upgrade", "0001")
-    engine = open_engine(empty)
-    with engine.begin() as tx:
-        tx.execute(text("CREATE INDEX payment_due_at ON payment (state)"))
-    alembic(empty, "upgrade", "head")
-    engine.dispose()
-    assert differences(empty) == []

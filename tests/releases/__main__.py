@@ -86,12 +86,12 @@ def _send_our_own(running: System) -> None:
     for name, queue, arguments in (
         ("payments.cancel", "payments", ("pay_cancelled",)),
         ("payments.cancel_by_task", "payments", (["task-nobody"],)),
-        ("balances.apply", "releases", (kept["balance_id"],)),
+        ("balances.apply", "balances", (kept["balance_id"],)),
         ("balances.poll", "refreshes", read),
-        ("payments.expire", "upkeep", ()),
-        ("payments.sweep", "upkeep", ()),
-        ("webhooks.check_subscription", "upkeep", ()),
-        ("quarantine.prune", "upkeep", ()),
+        ("payments.expire", "maintenance", ()),
+        ("payments.sweep", "maintenance", ()),
+        ("webhooks.check_subscription", "maintenance", ()),
+        ("quarantine.prune", "maintenance", ()),
     ):
         running.service.send_task(name, arguments, queue=queue, ignore_result=True)
     turn = (_account(running, "turn"), "ref_of_nobody", True)

@@ -109,7 +109,7 @@ def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation
     """And tells what it saw."""
     status, found = operation.doctor()
     assert (status, {check: told for check, told in found.items() if told[0] == "fault"}) == (0, {})
-    assert found["database"] == ("ok", "answers, migrated to 0002")
+    assert found["database"] == ("ok", "answers, migrated to 0001")
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
     assert found["flower"] == ("ok", "asks for a login")
@@ -127,7 +127,7 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
         PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
-        "database": "never migrated; this release needs 0002",
+        "database": "never migrated; this release needs 0001",
         "broker": f"the broker or the result backend is away: {AWAY} (PAYREADY_REDIS_URL)",
         "result backend": AWAY,
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",

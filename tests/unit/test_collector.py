@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from config.garbage_collection import GC_THRESHOLDS
+from config.garbage_collection import THRESHOLDS
 from console.processes import ROOT
 
 READY = """
@@ -24,5 +24,5 @@ def test_a_worker_and_beat_spare_what_is_loaded() -> None:
             [sys.executable, "-c", READY, signal], cwd=ROOT, capture_output=True, check=True, timeout=60
         )
         thresholds, frozen, left = json.loads(done.stdout)
-        assert tuple(thresholds) == GC_THRESHOLDS
+        assert tuple(thresholds) == THRESHOLDS
         assert frozen > 10_000 > left

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import ConfigurationError, load_settings
+from config.settings import ConfigurationError, load
 from console.processes import ROOT, procfile
 
 PRODUCTION = {
@@ -19,7 +19,7 @@ PRODUCTION = {
 
 def test_nothing_set_is_a_development_deployment() -> None:
     """It starts, and refuses every webhook, for it has no secret."""
-    settings = load_settings({})
+    settings = load({})
     assert (settings.env, settings.webhook_secrets) == ("development", ())
     assert settings.quiltt_api_url == "https://api.quiltt.io"
     assert settings.quiltt_auth_url == "https://auth.quiltt.io"
@@ -27,7 +27,7 @@ def test_nothing_set_is_a_development_deployment() -> None:
 
 def test_each_agreed_name_is_read() -> None:
     """The names are a contract with those who deploy."""
-    settings = load_settings(
+    settings = load(
         {
             **PRODUCTION,
             "PAYREADY_REDIS_URL": "redis://r/1",
@@ -49,23 +49,23 @@ def test_each_agreed_name_is_read() -> None:
 
 def test_broker_and_results_are_in_redis_unless_told_otherwise() -> None:
     """Each on its own."""
-    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1"})
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://r/1")
-    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("amqp://b", "redis://r/1")
-    settings = load_settings({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
+    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://q")
 
 
 def test_an_empty_variable_is_one_that_is_not_set() -> None:
     """As compose files leave them."""
-    assert load_settings({"PAYREADY_WEBHOOK_PORT": ""}) == load_settings({})
+    assert load({"PAYREADY_WEBHOOK_PORT": ""}) == load({})
 
 
 def test_the_settings_cannot_be_changed() -> None:
     """Nor made with what they do not know."""
     with pytest.raises(ValueError, match="frozen"):
-        load_settings({}).webhook_port = 1  # type: ignore[misc]
+        load({}).webhook_port = 1  # type: ignore[misc]
 
 
 BAD = [
@@ -90,7 +90,7 @@ BAD = [
 def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence: str) -> None:
     """With the name of the variable, and without its value."""
     with pytest.raises(ConfigurationError) as refusal:
-        load_settings(environ)
+        load(environ)
     assert str(refusal.value).startswith(sentence)
     assert "\n" not in str(refusal.value)
     assert refusal.value.__context__ is None or refusal.value.__suppress_context__
@@ -99,14 +99,14 @@ def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence
 def test_a_demo_secret_is_good_enough_for_development() -> None:
     """It is what the demo runs with."""
     assert (
-        load_settings({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
+        load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
     )
 
 
 def test_no_secret_is_in_what_is_printed() -> None:
     """Keys, webhook secrets, and the passwords in addresses."""
     secret = "hunter2"
-    settings = load_settings(
+    settings = load(
         {
             "PAYREADY_QUILTT_API_KEY": secret,
             "PAYREADY_WEBHOOK_SECRETS": f"{secret},{secret}3",
@@ -131,7 +131,7 @@ def test_no_secret_is_in_what_is_printed() -> None:
 def test_no_complaint_shows_a_value(environ: dict[str, str]) -> None:
     """It may have been put into the wrong variable."""
     with pytest.raises(ConfigurationError) as refusal:
-        load_settings(environ)
+        load(environ)
     assert "hunter2" not in str(refusal.value)
 
 
