@@ -36,7 +36,7 @@ class Calls:
     def __init__(self, payready: World, pool: TaskPool) -> None:
         for account_id in ACCOUNTS:
             payready.initiate(f"pay_{account_id}", account_id)
-        self._wanted = dict(payready.queue.calls)
+        self._wanted = {call.account_id: call.refresh_id for call in payready.queue.calls}
         self._payready = payready
         self._handler = batches.calls(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
 

@@ -78,12 +78,12 @@ def test_a_message_to_call_that_comes_too_early_or_twice_makes_no_call(payready:
     entrance = payready.initiate("p1", A)
     payready.work()
     for _ in range(3):
-        payready.queue.calls.append((A, str(entrance.refresh_id)))
+        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id)))
         payready.work()
     assert payready.provider.calls == [A]
     payready.pass_time(1)
     for _ in range(3):
-        payready.queue.calls.append((A, str(entrance.refresh_id)))
+        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id)))
         payready.work()
     assert payready.provider.calls == [A, A]
 
@@ -254,5 +254,6 @@ def test_a_call_that_nobody_has_a_worker_for_is_enqueued_again_and_again_but_not
     enqueued = 0
     for _ in range(120):
         payready.clock.advance(1)
-        enqueued += len(flow.expire_due_payments(payready.rt).calls) + len(flow.sweep(payready.rt).delayed_calls)
+        enqueued += len(flow.expire_due_payments(payready.rt).calls)
+        enqueued += sum(call.has_slot for call in flow.sweep(payready.rt).calls)
     assert 120 / CALL_ENQUEUE_RETRY.total_seconds() - 1 <= enqueued <= 120 / CALL_ENQUEUE_RETRY.total_seconds() + 2

@@ -12,7 +12,15 @@ from redis import Redis
 
 from tests.support.world import START
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, create_client
-from worker.correlation.store import ACCOUNT_TTL_S, AccountState, CorrelationStore, JoinRequest, JoinResult
+from worker.correlation.store import (
+    ACCOUNT_TTL_S,
+    AccountState,
+    CalledRefresh,
+    CorrelationStore,
+    JoinRequest,
+    JoinResult,
+    NewBalance,
+)
 
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 SKEW = timedelta(seconds=5)
@@ -29,111 +37,128 @@ def store(redis: "Redis") -> CorrelationStore:
     return CorrelationStore(redis)
 
 
+def called(refresh_id: str, seconds: float) -> CalledRefresh:
+    """A refresh of the account that is called at this time."""
+    return CalledRefresh(account_id=A, refresh_id=refresh_id, called_at=at(seconds))
+
+
+def new_balance(balance_id: str, seconds: float) -> NewBalance:
+    """A balance of the account at this time."""
+    return NewBalance(account_id=A, balance_id=balance_id, at=at(seconds))
+
+
 def join(
     store: CorrelationStore, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A
 ) -> JoinResult:
     """Join as a payment that was asked for at this time and allows this age; None: a call of its own."""
     oldest = at(asked - (age or 0))
-    [standing] = store.join([JoinRequest(account, lead, None if age is None else oldest - SKEW, oldest)])
-    return standing
+    request = JoinRequest(
+        account_id=account,
+        refresh_id=lead,
+        min_balance_at=None if age is None else oldest - SKEW,
+        min_called_at=oldest,
+    )
+    [result] = store.join([request])
+    return result
 
 
 def test_the_first_leads_and_the_others_join(store: CorrelationStore) -> None:
     """One call for all who wait for it to go out, whatever age they allow."""
-    assert join(store, "r1") == JoinResult("leader", "r1")
-    assert join(store, "r2") == JoinResult("joined", "r1")
-    assert join(store, "r3", age=None) == JoinResult("joined", "r1")
+    assert join(store, "r1") == JoinResult(kind="leader", id="r1")
+    assert join(store, "r2") == JoinResult(kind="joined", id="r1")
+    assert join(store, "r3", age=None) == JoinResult(kind="joined", id="r1")
 
 
 def test_joining_again_changes_nothing(store: CorrelationStore, redis: "Redis") -> None:
     """The leader leads again, whoever joined joins again."""
     join(store, "r1")
     before = redis.hgetall(redis.keys()[0])
-    assert join(store, "r1") == JoinResult("leader", "r1")
-    assert join(store, "r2") == JoinResult("joined", "r1")
+    assert join(store, "r1") == JoinResult(kind="leader", id="r1")
+    assert join(store, "r2") == JoinResult(kind="joined", id="r1")
     assert redis.hgetall(redis.keys()[0]) == before
 
 
 def test_accounts_have_nothing_to_do_with_each_other(store: CorrelationStore) -> None:
     """A leader for each."""
     join(store, "r1")
-    assert join(store, "r2", account="acct_other") == JoinResult("leader", "r2")
+    assert join(store, "r2", account="acct_other") == JoinResult(kind="leader", id="r2")
 
 
 def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: CorrelationStore) -> None:
     """At the instant itself too; who needs a later call leads the next one."""
     join(store, "r1")
-    store.mark_called([(A, "r1", at(1))])
-    assert join(store, "r2", asked=31) == JoinResult("joined", "r1")
-    assert join(store, "r3", asked=31.000001) == JoinResult("leader", "r3")
-    assert join(store, "r4", asked=1.5, age=None) == JoinResult("joined", "r3")
-    assert join(store, "r5", asked=20) == JoinResult("joined", "r1")
+    store.mark_called([called("r1", 1)])
+    assert join(store, "r2", asked=31) == JoinResult(kind="joined", id="r1")
+    assert join(store, "r3", asked=31.000001) == JoinResult(kind="leader", id="r3")
+    assert join(store, "r4", asked=1.5, age=None) == JoinResult(kind="joined", id="r3")
+    assert join(store, "r5", asked=20) == JoinResult(kind="joined", id="r1")
 
 
 def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: CorrelationStore) -> None:
     """To the edge of age and skew; who wants a call of his own is not served by it."""
-    store.add_balances([(A, "b1", at(0))], SKEW)
-    assert join(store, "r1", asked=35) == JoinResult("balance", "b1")
-    assert join(store, "r2", asked=1, age=None) == JoinResult("leader", "r2")
-    assert join(store, "r3", asked=35.000001) == JoinResult("joined", "r2")
+    store.add_balances([new_balance("b1", 0)], SKEW)
+    assert join(store, "r1", asked=35) == JoinResult(kind="balance", id="b1")
+    assert join(store, "r2", asked=1, age=None) == JoinResult(kind="leader", id="r2")
+    assert join(store, "r3", asked=35.000001) == JoinResult(kind="joined", id="r2")
 
 
 def test_the_newest_balance_stays(store: CorrelationStore) -> None:
     """Balances come in any order."""
-    store.add_balances([(A, "b2", at(2))], SKEW)
-    store.add_balances([(A, "b1", at(1))], SKEW)
-    assert join(store, "r1", asked=3) == JoinResult("balance", "b2")
+    store.add_balances([new_balance("b2", 2)], SKEW)
+    store.add_balances([new_balance("b1", 1)], SKEW)
+    assert join(store, "r1", asked=3) == JoinResult(kind="balance", id="b2")
 
 
 def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: CorrelationStore) -> None:
     """No older than the call, give or take the skew; an older balance leaves it in flight."""
     join(store, "r1")
-    store.mark_called([(A, "r1", at(10))])
-    store.add_balances([(A, "b0", at(4.9))], SKEW)
-    assert join(store, "r2", asked=41) == JoinResult("leader", "r2")
-    assert join(store, "r3", asked=10, age=None) == JoinResult("joined", "r1")
-    store.add_balances([(A, "b1", at(5))], SKEW)
-    assert join(store, "r4", asked=10, age=None) == JoinResult("joined", "r2")
+    store.mark_called([called("r1", 10)])
+    store.add_balances([new_balance("b0", 4.9)], SKEW)
+    assert join(store, "r2", asked=41) == JoinResult(kind="leader", id="r2")
+    assert join(store, "r3", asked=10, age=None) == JoinResult(kind="joined", id="r1")
+    store.add_balances([new_balance("b1", 5)], SKEW)
+    assert join(store, "r4", asked=10, age=None) == JoinResult(kind="joined", id="r2")
 
 
 def test_a_refresh_that_is_closed_serves_nobody_more(store: CorrelationStore) -> None:
     """In flight or wanted; closing another one changes nothing."""
     join(store, "r1")
     store.clear_refresh(A, "r9")
-    assert join(store, "r2") == JoinResult("joined", "r1")
+    assert join(store, "r2") == JoinResult(kind="joined", id="r1")
     store.clear_refresh(A, "r1")
-    assert join(store, "r2") == JoinResult("leader", "r2")
-    store.mark_called([(A, "r2", at(0))])
+    assert join(store, "r2") == JoinResult(kind="leader", id="r2")
+    store.mark_called([called("r2", 0)])
     store.clear_refresh(A, "r2")
-    assert join(store, "r3") == JoinResult("leader", "r3")
+    assert join(store, "r3") == JoinResult(kind="leader", id="r3")
 
 
 def test_departing_leaves_the_next_one_alone(store: CorrelationStore) -> None:
     """Only the refresh that departs is no longer the next."""
     join(store, "r1")
-    store.mark_called([(A, "r0", at(0))])
-    assert join(store, "r2", asked=40) == JoinResult("joined", "r1")
+    store.mark_called([called("r0", 0)])
+    assert join(store, "r2", asked=40) == JoinResult(kind="joined", id="r1")
 
 
 def test_what_the_ledger_knows_replaces_what_is_there(store: CorrelationStore) -> None:
     """Flight, next and balance are as the ledger says: a balance that it does not have was never kept."""
-    store.add_balances([(A, "b1", at(0))], SKEW)
+    store.add_balances([new_balance("b1", 0)], SKEW)
     join(store, "r1", age=None)
-    store.restore_account(A, AccountState("r7", at(100), "r8", ("b2", at(0))))
-    assert join(store, "r9", asked=110) == JoinResult("joined", "r7")
-    assert join(store, "r9", asked=131) == JoinResult("joined", "r8")
-    assert join(store, "r9", asked=10) == JoinResult("balance", "b2")
+    state = AccountState(in_flight="r7", called_at=at(100), requested="r8", newest_balance=new_balance("b2", 0))
+    store.restore_account(A, state)
+    assert join(store, "r9", asked=110) == JoinResult(kind="joined", id="r7")
+    assert join(store, "r9", asked=131) == JoinResult(kind="joined", id="r8")
+    assert join(store, "r9", asked=10) == JoinResult(kind="balance", id="b2")
     store.restore_account(A, AccountState())
-    assert join(store, "r9", asked=131) == JoinResult("leader", "r9")
+    assert join(store, "r9", asked=131) == JoinResult(kind="leader", id="r9")
 
 
 def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: CorrelationStore, redis: "Redis") -> None:
     """Each key carries the account in braces, and a time to live, whatever wrote it."""
     writers: list[Callable[[], object]] = [
         lambda: join(store, "r1"),
-        lambda: store.mark_called([(A, "r1", at(0))]),
-        lambda: store.add_balances([(A, "b1", at(0))], SKEW),
-        lambda: store.restore_account(A, AccountState("r1", at(0), "r2")),
+        lambda: store.mark_called([called("r1", 0)]),
+        lambda: store.add_balances([new_balance("b1", 0)], SKEW),
+        lambda: store.restore_account(A, AccountState(in_flight="r1", called_at=at(0), requested="r2")),
     ]
     for write in writers:
         redis.flushall()
@@ -153,7 +178,7 @@ def test_the_scripts_are_loaded_again_after_the_server_forgot_them(store: Correl
     """As after a failover."""
     join(store, "r1")
     redis.script_flush()
-    assert join(store, "r2") == JoinResult("joined", "r1")
+    assert join(store, "r2") == JoinResult(kind="joined", id="r1")
 
 
 def test_an_absent_server_is_one_kind_of_error() -> None:
@@ -193,19 +218,19 @@ class AgainstAModel(RuleBasedStateMachine):
         """A payment joins."""
         oldest = asked - (age or 0)
         if age is not None and self.balance is not None and self.balance[1] >= oldest - 5:
-            expected = JoinResult("balance", self.balance[0])
+            expected = JoinResult(kind="balance", id=self.balance[0])
         elif self.flight is not None and self.flight[1] >= oldest:
-            expected = JoinResult("joined", self.flight[0])
+            expected = JoinResult(kind="joined", id=self.flight[0])
         elif self.next is not None and self.next != lead:
-            expected = JoinResult("joined", self.next)
+            expected = JoinResult(kind="joined", id=self.next)
         else:
-            expected, self.next = JoinResult("leader", lead), lead
+            expected, self.next = JoinResult(kind="leader", id=lead), lead
         assert join(self.store, lead, asked=asked, age=age) == expected
 
     @rule(refresh_id=refresh_ids, now=seconds)
     def depart(self, refresh_id: str, now: int) -> None:
         """A call goes out."""
-        self.store.mark_called([(A, refresh_id, at(now))])
+        self.store.mark_called([called(refresh_id, now)])
         self.flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
@@ -213,7 +238,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def answer(self, when: int) -> None:
         """A balance comes."""
         self.balances += 1
-        self.store.add_balances([(A, f"b{self.balances}", at(when))], SKEW)
+        self.store.add_balances([new_balance(f"b{self.balances}", when)], SKEW)
         if self.balance is None or when >= self.balance[1]:
             self.balance = (f"b{self.balances}", when)
         if self.flight is not None and when >= self.flight[1] - 5:
@@ -234,8 +259,9 @@ class AgainstAModel(RuleBasedStateMachine):
     def restore(self, flight: tuple[str, int] | None, requested: str | None, balance: tuple[str, int] | None) -> None:
         """The ledger tells."""
         refresh_id, called_at = (flight[0], at(flight[1])) if flight else (None, None)
-        newest = (balance[0], at(balance[1])) if balance else None
-        self.store.restore_account(A, AccountState(refresh_id, called_at, requested, newest))
+        newest = new_balance(*balance) if balance else None
+        state = AccountState(in_flight=refresh_id, called_at=called_at, requested=requested, newest_balance=newest)
+        self.store.restore_account(A, state)
         self.flight, self.next, self.balance = flight, requested, balance
 
 

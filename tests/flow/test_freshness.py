@@ -147,7 +147,7 @@ def test_a_call_that_is_too_early_by_less_than_a_millisecond_is_not_joined(payre
     payready.clock.now += timedelta(microseconds=400)
     first = payready.refreshes(A)
     entrance = payready.initiate("p2", A, max_balance_age_s=0)
-    assert entrance.follow_up.calls == [(A, entrance.refresh_id)]
+    assert entrance.follow_up.calls == [flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id))]
     assert first == ["accepted"]
 
 

@@ -1,7 +1,8 @@
 """Calls go out within a budget, the most urgent first, and not at all while the provider only fails."""
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from worker.correlation.admission import (
     DELAYED_CALLS_FIRST,
     MAX_OPEN_DURATION,
     OPEN_DURATION,
+    Admission,
     AdmissionControl,
     AdmissionStatus,
+    BreakerChange,
     Denied,
 )
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
@@ -24,6 +27,20 @@ from worker.ledger import fee_entries
 LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "circuit_breaker_failures": 3})
 FAILURE = CallResultUnknown("the provider answered 500", 500)
 A = "acct_a"
+ADMITTED = Admission(granted=1, denied=None)
+UNCHANGED = BreakerChange(kind="unchanged")
+
+
+def denied(reason: Literal["rate_limited", "circuit_open", "half_open"], until: datetime) -> Admission:
+    """No call is admitted until then."""
+    return Admission(granted=0, denied=Denied(reason=reason, until=until))
+
+
+def opened_until(change: BreakerChange) -> datetime:
+    """When calls are admitted again after a result that opened the circuit breaker."""
+    assert change.kind == "opened"
+    assert change.open_until is not None
+    return change.open_until
 
 
 @pytest.fixture
@@ -78,10 +95,10 @@ def test_a_payment_that_comes_while_others_wait_for_their_turn_goes_behind_the_m
 
 
 def test_places_are_a_second_s_worth_one_interval_apart(gate: AdmissionControl) -> None:
-    places = gate.reserve_slots(START, 10)
+    places = gate.limiter.reserve_slots(START, 10)
     assert places == [timedelta(milliseconds=250) * n for n in range(4)]
-    assert gate.reserve_slots(START, 10) == []
-    assert gate.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
+    assert gate.limiter.reserve_slots(START, 10) == []
+    assert gate.limiter.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
@@ -94,8 +111,8 @@ def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, step
         for gap_ms, is_sweep in steps:
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
-                gone += [now + pause for pause in gate.reserve_slots(now, 3)]
-            elif gate.admit(now, 1, has_slot=False)[0]:
+                gone += [now + pause for pause in gate.limiter.reserve_slots(now, 3)]
+            elif gate.admit(now, 1, has_slot=False).granted:
                 gone.append(now)
         for start in gone:
             assert sum(start <= at < start + timedelta(seconds=1) for at in gone) <= 25
@@ -167,25 +184,22 @@ def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: 
 
 
 def one_call_is_trying(payready: World) -> bool:
-    _, held_back = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
-    return held_back is not None and held_back.reason == "half_open"
+    admission = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
+    return admission.denied is not None and admission.denied.reason == "half_open"
 
 
 def test_a_probe_that_fails_shuts_for_twice_as_long(gate: AdmissionControl) -> None:
     now, pauses = START, []
     for _ in range(2):
-        assert gate.record_result("failed", now, now) is None
+        assert gate.record_result("failed", now, now) == UNCHANGED
     for _ in range(6):
-        shut_until = gate.record_result("failed", now, now)
-        assert shut_until is not None
+        shut_until = opened_until(gate.record_result("failed", now, now))
         pauses.append(shut_until - now)
-        assert gate.admit(shut_until - timedelta(microseconds=1), 1, has_slot=False) == (
-            0,
-            Denied("circuit_open", shut_until),
-        )
+        just_before = gate.admit(shut_until - timedelta(microseconds=1), 1, has_slot=False)
+        assert just_before == denied("circuit_open", shut_until)
         now = shut_until
-        assert gate.admit(now, 1, has_slot=False) == (1, None)
-        assert gate.admit(now, 1, has_slot=True) == (0, Denied("half_open", now + timedelta(seconds=1)))
+        assert gate.admit(now, 1, has_slot=False) == ADMITTED
+        assert gate.admit(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
     assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
 
 
@@ -212,10 +226,9 @@ def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: World
 
 def test_a_straggler_does_not_prolong_what_is_shut(gate: AdmissionControl) -> None:
     for _ in range(3):
-        shut_until = gate.record_result("failed", START, START)
-    assert gate.record_result("failed", START, START + timedelta(seconds=1)) is None
-    assert shut_until
-    assert gate.admit(shut_until, 1, has_slot=False) == (1, None)
+        change = gate.record_result("failed", START, START)
+    assert gate.record_result("failed", START, START + timedelta(seconds=1)) == UNCHANGED
+    assert gate.admit(opened_until(change), 1, has_slot=False) == ADMITTED
 
 
 def test_an_answer_that_is_told_late_does_not_open_what_was_shut_since(payready: World) -> None:
@@ -285,25 +298,24 @@ def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Ma
 
 
 def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: AdmissionControl) -> None:
-    assert gate.admit(START, 1, has_slot=False) == (1, None)
+    assert gate.admit(START, 1, has_slot=False) == ADMITTED
     for _ in range(3):
         gate.record_result("failed", START, START + timedelta(seconds=1))
     later = START + timedelta(seconds=1) + OPEN_DURATION
-    assert gate.admit(later, 1, has_slot=False) == (1, None), "the probe"
+    assert gate.admit(later, 1, has_slot=False) == ADMITTED, "the probe"
     gate.refund(1, START)
-    assert gate.admit(later, 1, has_slot=True)[0] == 0
+    assert gate.admit(later, 1, has_slot=True).granted == 0
     gate.refund(1, later)
-    assert gate.admit(later, 1, has_slot=True) == (1, None), "the probe was not made"
+    assert gate.admit(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
 
 
 def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: AdmissionControl) -> None:
     """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
     for _ in range(3):
         first = gate.record_result("failed", START, START)
-    assert first is not None
-    straggler = first + timedelta(milliseconds=50)
+    straggler = opened_until(first) + timedelta(milliseconds=50)
     gate.record_result("failed", START, straggler)
-    assert gate.admit(straggler, 1, has_slot=True) == (1, None), "no probe was made, and it is shut for twice as long"
+    assert gate.admit(straggler, 1, has_slot=True) == ADMITTED, "no probe was made, and it is shut for twice as long"
 
 
 def test_an_overload_does_not_make_every_call_too_late(made: Make, databases: Databases) -> None:
@@ -330,17 +342,17 @@ def test_an_overload_does_not_make_every_call_too_late(made: Make, databases: Da
 
 def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
     gate.admit(START + timedelta(hours=1), 1, has_slot=False)
-    assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == (1, None)
+    assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
 
 
 def test_a_clock_that_is_ahead_makes_the_gate_forget_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
     """One replica's clock is an hour ahead, in a call that it makes, and in one that fails."""
     gate.admit(START + timedelta(hours=1), 1, has_slot=False)
     gate.record_result("rate_limited", START, START, START + timedelta(seconds=7))
-    assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False)[0] == 0
+    assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
     for _ in range(3):
         gate.record_result("failed", START, START + timedelta(hours=1))
-    assert gate.record_result("failed", START, START), "all calls fail, and nobody is held back"
+    assert gate.record_result("failed", START, START).kind == "opened", "all calls fail, and nobody is held back"
 
 
 def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: Make) -> None:
@@ -351,11 +363,11 @@ def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made:
         payready.work()
         payready.clock.advance(1)
         after = flow.sweep(payready.rt)
-        assert after.delayed_calls[0][2] == timedelta(0)
+        first = after.calls[0]
+        assert (first.has_slot, first.delay) == (True, timedelta(0))
         payready.clock.advance(-0.02)
-        account_id, refresh_id, _ = after.delayed_calls[0]
-        flow.claim_and_call(payready.rt, account_id, refresh_id, has_slot=True)
-        assert account_id in payready.provider.calls
+        flow.claim_and_call(payready.rt, first.account_id, first.refresh_id, has_slot=True)
+        assert first.account_id in payready.provider.calls
 
 
 def test_a_job_that_is_sent_again_does_not_jump_the_queue(made: Make) -> None:
@@ -410,9 +422,9 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
 
 def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: AdmissionControl) -> None:
     """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
-    assert gate.status(START) == AdmissionStatus(None, 0.0)
-    assert gate.admit(START, 1, has_slot=False) == (1, None)
-    assert gate.status(START) == AdmissionStatus(None, 1.0)
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=0.0)
+    assert gate.admit(START, 1, has_slot=False) == ADMITTED
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=1.0)
     assert gate.status(START + timedelta(seconds=0.125)).burst_used == 0.5
     for _ in range(3):
         gate.record_result("failed", START, START)

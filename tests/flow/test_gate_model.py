@@ -15,12 +15,14 @@ from worker.correlation.admission import (
     DELAYED_CALLS_FIRST,
     MAX_OPEN_DURATION,
     OPEN_DURATION,
+    Admission,
     AdmissionControl,
+    BreakerChange,
     CallStatus,
     Denied,
 )
 
-KEY = "payready:gate"
+KEY = "payready:admission"
 SECOND = timedelta(seconds=1)
 PER_S, BURST, FAILURES = 8, 2, 2
 INTERVAL, PROBE_LIMIT = SECOND / PER_S, timedelta(seconds=40)
@@ -37,26 +39,26 @@ class Model:
         self.shut: tuple[datetime, datetime] | None = None
         """Since when, and until when; it stays until a call was answered."""
 
-    def admit(self, now: datetime, wanted: int, *, in_turn: bool) -> tuple[int, Denied | None]:
+    def admit(self, now: datetime, wanted: int, *, in_turn: bool) -> Admission:
         """While all fails none, then one; within the budget, unless it has a place there; nobody jumps the queue."""
         shut_until = self.shut[1] if self.shut and self.is_shut_believed(now) else None
         if shut_until and now < shut_until:
-            return 0, Denied("circuit_open", shut_until)
+            return Admission(granted=0, denied=Denied(reason="circuit_open", until=shut_until))
         if shut_until and now < self.probed_until <= now + BELIEVED:
-            return 0, Denied("half_open", now + SECOND)
-        let_out, why = (1, Denied("half_open", now + SECOND)) if shut_until else (wanted, None)
+            return Admission(granted=0, denied=Denied(reason="half_open", until=now + SECOND))
+        let_out, why = (1, Denied(reason="half_open", until=now + SECOND)) if shut_until else (wanted, None)
         if not in_turn:
             if now < self.crowded_until <= now + BELIEVED:
-                return 0, Denied("rate_limited", now)
+                return Admission(granted=0, denied=Denied(reason="rate_limited", until=now))
             spent_until = self._spent(now)
             free = BURST - -(-(spent_until - now) // INTERVAL)
             if free < let_out:
                 let_out, self.crowded_until = max(0, free), now + DELAYED_CALLS_FIRST
-                why = Denied("rate_limited", spent_until + (let_out - BURST + 1) * INTERVAL)
+                why = Denied(reason="rate_limited", until=spent_until + (let_out - BURST + 1) * INTERVAL)
             self.spent_until = spent_until + let_out * INTERVAL
         if shut_until and let_out:
             self.probed_until = now + PROBE_LIMIT
-        return let_out, why if let_out < wanted else None
+        return Admission(granted=let_out, denied=why if let_out < wanted else None)
 
     def reserve(self, now: datetime, wanted: int) -> list[timedelta]:
         """Places in what is left of the next second; while there are too few, whoever comes goes behind."""
@@ -79,24 +81,24 @@ class Model:
         if self.shut is None or let_out_at > self.shut[0]:
             self.probed_until = START - SECOND
 
-    def report(
-        self, end: CallStatus, claimed_at: datetime, now: datetime, retry_at: datetime | None
-    ) -> datetime | None:
+    def report(self, end: CallStatus, claimed_at: datetime, now: datetime, retry_at: datetime | None) -> BreakerChange:
         """Any answer opens what was shut before, of so many failures in a row the last shuts it; and so do probes."""
         if end != "failed":
-            if not (self.shut and self.is_shut_believed(now)) or now >= self.shut[0]:
+            is_shut = self.is_shut_believed(now)
+            is_news = not (self.shut and is_shut) or now >= self.shut[0]
+            if is_news:
                 self.failures, self.pause, self.shut, self.probed_until = 0, OPEN_DURATION / 2, None, START - SECOND
             if end == "rate_limited":
                 self.spent_until = max(self._spent(now), (retry_at or now) + (BURST - 1) * INTERVAL)
-            return None
+            return BreakerChange(kind="closed" if is_shut and is_news else "unchanged")
         self.failures += 1
-        is_shut = self.shut and self.is_shut_believed(now)
+        is_shut = self.is_shut_believed(now)
         is_news = claimed_at > self.shut[0] if self.shut and is_shut else self.failures >= FAILURES
         if not is_news:
-            return None
+            return BreakerChange(kind="unchanged")
         self.pause, self.probed_until = min(2 * self.pause, MAX_OPEN_DURATION), START - SECOND
         self.shut = now, now + self.pause
-        return self.shut[1]
+        return BreakerChange(kind="opened", open_until=self.shut[1])
 
 
 milliseconds = st.sampled_from([0, 1, 60, 125, 250, 400, 999, 1000, 2000, 5000, 5001, 9000, 30_000])
@@ -130,9 +132,9 @@ class AgainstAModel(RuleBasedStateMachine):
     def ask(self, skew: int, wanted: int, *, in_turn: bool) -> None:
         """A replica wants to call."""
         now = self.now + timedelta(milliseconds=skew)
-        let_out, why = self.gate.admit(now, wanted, has_slot=in_turn)
-        assert (let_out, why) == self.model.admit(now, wanted, in_turn=in_turn)
-        self.out += [now] * let_out
+        admission = self.gate.admit(now, wanted, has_slot=in_turn)
+        assert admission == self.model.admit(now, wanted, in_turn=in_turn)
+        self.out += [now] * admission.granted
 
     @rule(which=which_one)
     def calls_are_not_made(self, which: int) -> None:
@@ -172,7 +174,7 @@ class Budget(AgainstAModel):
     @rule(wanted=st.integers(1, 12))
     def give_turns(self, wanted: int) -> None:
         """The sweep wants places for calls that were held back."""
-        assert self.gate.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.limiter.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(which=which_one, retry_s=st.none() | st.sampled_from([1, 7, 30]))
     def a_call_is_throttled(self, which: int, retry_s: int | None) -> None:
@@ -221,7 +223,7 @@ class Breaker(AgainstAModel):
 
     @rule(wanted=st.integers(1, 4))
     def give_turns(self, wanted: int) -> None:
-        assert self.gate.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.limiter.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(ahead_s=ahead)
     def a_call_fails_by_a_wrong_clock(self, ahead_s: int) -> None:

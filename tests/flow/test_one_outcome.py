@@ -42,7 +42,7 @@ def test_events_tasks_and_ticks_that_are_repeated_change_no_outcome(payready: Wo
     before, delivered = payready.payment("p1"), list(payready.delivered["t1"])
     payready.balance(A, "0.00", balance_id=balance_id)  # an event that is sent again, even with another content
     payready.queue.balances_to_apply.append(balance_id)
-    payready.queue.calls.append((A, str(entrance.refresh_id)))
+    payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id)))
     payready.work()
     assert not flow.cancel(payready.rt, ["p1"]).deliveries
     payready.pass_time(200)

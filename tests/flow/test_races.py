@@ -284,7 +284,9 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
         flow.sweep(payready.rt)
         payready.clock.advance(15)
         again = flow.sweep(payready.rt)
-        threads.append(threading.Thread(target=flow.claim_and_call, args=(payready.rt, *again.calls[0])))
+        call = again.calls[0]
+        args = (payready.rt, call.account_id, call.refresh_id)
+        threads.append(threading.Thread(target=flow.claim_and_call, args=args))
         threads[0].start()
         assert second_is_out.wait(10)
         return CallNotSent("no connection after a minute")
@@ -387,9 +389,9 @@ class Crowd:
         """Do what others enqueue."""
         for _ in range(60):
             todo = self.take()
-            for account_id, refresh_id in todo.calls:
-                self.add(flow.claim_and_call(self.payready.rt, account_id, refresh_id))
-                self.send(account_id)
+            for call in todo.calls:
+                self.add(flow.claim_and_call(self.payready.rt, call.account_id, call.refresh_id))
+                self.send(call.account_id)
             for balance_id in todo.balances_to_apply:
                 self.add(flow.apply_balance(self.payready.rt, balance_id))
 

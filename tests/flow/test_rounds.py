@@ -38,16 +38,17 @@ def test_an_outcome_is_left_to_be_told_once_when_two_refreshes_of_an_account_are
     with made(circuit_breaker_failures=1) as payready:
         payready.rt.admission.record_result("failed", payready.clock.now, payready.clock.now)
         take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
-        claims = flow.claim_calls(payready.rt, [("acct_1", "ref_1"), ("acct_1", "ref_2")])
+        calls = [flow.RefreshCall(account_id="acct_1", refresh_id=refresh_id) for refresh_id in ("ref_1", "ref_2")]
+        claims = flow.claim_calls(payready.rt, calls)
         assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
 def test_a_claim_that_was_kept_waiting_until_its_call_is_held_for_lost_makes_no_call(payready: World) -> None:
     """Upkeep may have given the call to somebody else by then; nothing is paid for this one."""
     payready.initiate("pay_1", "acct_1")
-    [(account_id, refresh_id)] = payready.queue.calls
+    calls = payready.queue.calls
     payready.lose()
-    [claim] = flow.claim_calls(payready.rt, [(account_id, refresh_id)]).claims
+    [claim] = flow.claim_calls(payready.rt, calls).claims
     payready.clock.now += flow.MAX_CLAIM_AGE + timedelta(seconds=1)
     flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
     assert payready.provider.calls == []

@@ -39,8 +39,11 @@ def take_calls(payready: World, pool: TaskPool) -> None:
     together = Event()
     pool.executor.submit(together.wait)
     for call in calls:
-        headers = {"id": call[1], "task": "balances.refresh"}
-        handler(SimpleNamespace(headers=headers, payload=[call, {}, {}], decode=lambda: None), None)
+        headers = {"id": call.refresh_id, "task": "balances.refresh"}
+        handler(
+            SimpleNamespace(headers=headers, payload=[(call.account_id, call.refresh_id), {}, {}], decode=lambda: None),
+            None,
+        )
     together.set()
 
 
@@ -63,10 +66,10 @@ def stop_while_a_call_is_on_the_wire(payready: World, pool: TaskPool, _: pytest.
 
 
 def stop_while_calls_are_claimed(payready: World, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed = Event()
+    claimed, claim_calls = Event(), flow.claim_calls
 
     def claim(*given: Any) -> Any:
-        claims = claiming.claim_calls(*given)
+        claims = claim_calls(*given)
         pool.executor.shutdown(wait=False, cancel_futures=True)
         claimed.set()
         return claims

@@ -141,7 +141,7 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "in flight": (lambda tx: refreshes.in_flight_refresh(tx, A), {"refresh_in_flight", "refresh_account"}),
     "wanted": (lambda tx: refreshes.requested_refresh(tx, A), {"refresh_requested", "refresh_account"}),
     "to be called": (
-        lambda tx: refreshes.find_for_claim(tx, [(A, "r7")]),
+        lambda tx: refreshes.find_for_claim(tx, [A], ["r7"]),
         {"refresh_pkey", "sqlite_autoindex_refresh_1", "refresh_in_flight", "refresh_account"},
     ),
     "may be answered": (lambda tx: refreshes.awaiting_balance(tx, [A]), {"refresh_account", "refresh_requested"}),

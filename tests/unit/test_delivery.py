@@ -7,7 +7,7 @@ import pytest
 
 from tasks import delivery
 from tasks.app import app
-from worker.flow import FollowUp
+from worker.flow import BalancePoll, FollowUp, RefreshCall
 
 
 def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,8 +19,10 @@ def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytes
         todo.merge(
             FollowUp(
                 balances_to_apply=["bal_1", "bal_2"],
-                calls=[("acct_1", "ref_1")],
-                delayed_calls=[("acct_2", "ref_2", later)],
+                calls=[
+                    RefreshCall(account_id="acct_1", refresh_id="ref_1"),
+                    RefreshCall(account_id="acct_2", refresh_id="ref_2", has_slot=True, delay=later),
+                ],
             )
         )
     delivery.carry_out(todo)
@@ -31,11 +33,13 @@ def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytes
 
 def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
     """As `app.send_task` makes it: an upgrade of Celery may change what that does."""
-    refresh_id, later = ("acct_1", "ref_1"), timedelta(seconds=1)
+    later = timedelta(seconds=1)
     todo = FollowUp(
-        calls=[refresh_id],
-        delayed_calls=[(*refresh_id, later)],
-        balance_polls=[("acct_1", "p_1", later)],
+        calls=[
+            RefreshCall(account_id="acct_1", refresh_id="ref_1"),
+            RefreshCall(account_id="acct_1", refresh_id="ref_1", has_slot=True, delay=later),
+        ],
+        balance_polls=[BalancePoll(account_id="acct_1", profile_id="p_1", delay=later)],
         balances_to_apply=["bal_1"],
     )
     ours = [*delivery._messages(todo), ("outcomes.deliver", (["task_1"],), None)]

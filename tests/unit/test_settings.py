@@ -98,9 +98,7 @@ def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence
 
 def test_a_demo_secret_is_good_enough_for_development() -> None:
     """It is what the demo runs with."""
-    assert (
-        load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
-    )
+    assert load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
 
 
 def test_no_secret_is_in_what_is_printed() -> None:
