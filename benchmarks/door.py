@@ -21,7 +21,7 @@ from benchmarks.volley import Volley, flood, paced
 from console.processes import Processes, answers, free_port
 from tests.support.world import migrate
 from tests.webhook.conftest import SECRET, sign
-from webhook.app import PATH
+from webhook.endpoint import PATH
 
 CONNECTIONS = 16
 FORGER = "whsec_of_somebody_else"

@@ -16,7 +16,7 @@ import uvloop
 
 from benchmarks.door import FORGER, body
 from tests.webhook.conftest import SECRET, sign
-from webhook.app import PATH, app
+from webhook.endpoint import PATH, app
 
 STEPS = 10
 

@@ -8,7 +8,7 @@ import uvicorn
 from config.log_config import configure_logging
 from config.settings import settings
 from webhook.__main__ import SERVER
-from webhook.app import app
+from webhook.endpoint import app
 
 EMPTY = "/empty"
 

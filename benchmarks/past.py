@@ -43,7 +43,7 @@ PARK = (
     FROM generate_series(CAST(:first AS integer), :count - 1) n""",
     """INSERT INTO outcome_delivery (task_id, payment_id, continuation)
     SELECT md5(n::text), 'pay_parked' || n, jsonb_build_object('version', 1, 'id', md5(n::text), 'task',
-        'payments.initiate', 'root_id', md5(n::text), 'hostname', 'worker@host', 'left_at', 1796000000.0)
+        'payments.initiate', 'root_id', md5(n::text), 'hostname', 'worker@host', 'suspended_at', 1796000000.0)
     FROM generate_series(CAST(:first AS integer), :count - 1) n""",
 )
 

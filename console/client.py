@@ -12,7 +12,7 @@ from kombu.exceptions import OperationalError
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from tasks.queues import lengths
+from tasks.queue_metrics import lengths_by_queue
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.rules.job import Job
 
@@ -117,7 +117,7 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
         NoAnswer: there is no broker.
     """
     with _client(settings) as app:
-        return lengths(app)
+        return lengths_by_queue(app)
 
 
 def probe_results(settings: Settings) -> None:

@@ -142,7 +142,7 @@ def _workers(patient: Patient) -> Iterator[Diagnosis]:
     for queue in QUEUES:
         if queue not in served:
             yield _fault("workers", f"nobody takes from the queue {queue}", f"start the role `{_role(queue)}`")
-    if "upkeep" in served:
+    if "maintenance" in served:
         yield _beat(patient, len(workers))
     for queue, length in client.queue_lengths(patient.settings).items():
         if length > LONG:
@@ -348,13 +348,13 @@ def _upkeep(patient: Patient) -> Iterator[Diagnosis]:
     late = now - (standing.first_deadline or now)
     if late > LATE:
         told = f"a payment waits {late.total_seconds():.0f} s past its deadline"
-        yield _fault("upkeep", told, "see that `beat` and `worker` run, and that the database lets them write")
+        yield _fault("maintenance", told, "see that `beat` and `worker` run, and that the database lets them write")
     else:
-        yield _ok("upkeep", f"{waiting} payments wait, none past its deadline")
+        yield _ok("maintenance", f"{waiting} payments wait, none past its deadline")
     since = now - (standing.undelivered.oldest_at or now)
     if since > DELIVERY_LATE:
         told = f"{standing.undelivered.count} outcomes are undelivered, the first since {since.total_seconds():.0f} s"
-        yield _fault("upkeep", told, "look for `could not be delivered` in the log of `worker`")
+        yield _fault("maintenance", told, "look for `could not be delivered` in the log of `worker`")
 
 
 def _flower(patient: Patient) -> Iterator[Diagnosis]:

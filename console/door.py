@@ -128,8 +128,8 @@ def _page(rt: Runtime, after: str) -> list[QuarantinedEvent]:
 
 def _replay(rt: Runtime, kept: QuarantinedEvent) -> str:
     try:
-        found = events.read_again(kept.event, kept.received_at)
-    except events.Odd:
+        found = events.parse_quarantined(kept.event, kept.received_at)
+    except events.UnparseableEvent:
         return "still_odd"
     todo = flow.requeue_from_quarantine(rt, kept, found.balances)  # what else a whole delivery tells is old news by now
     try:

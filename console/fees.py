@@ -173,7 +173,7 @@ def _text(data: bytes) -> str:
 
 def _told(found: Reconciliation, settled: tuple[int, int] | None) -> dict[str, Any]:
     return {
-        "matched": len(found.matched),
+        "balance": len(found.matched),
         "price_differences": found.price_differences,
         "charged_though_void": found.charged_though_void,
         "unmatched_lines": found.unmatched_lines,

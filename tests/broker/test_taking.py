@@ -16,7 +16,7 @@ from redis import Redis
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from tasks.broker import BrokerUnfit, acknowledge
+from tasks.broker import BrokerNotSupported, acknowledge
 
 OURS, KOMBUS = "tasks.broker:RedisTransport", "kombu.transport.redis:Transport"
 KILLS = 25
@@ -153,7 +153,7 @@ def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_fro
 
 
 def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connection]) -> None:
-    with connect() as connection, connect() as other, eating(connection, "releases", "payments") as eaten:
+    with connect() as connection, connect() as other, eating(connection, "balances", "payments") as eaten:
         for body in ("first", "second"):
             with pytest.raises(TimeoutError):
                 connection.drain_events(timeout=0.1)
@@ -211,7 +211,7 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
         see = channel._see_that_it_tracks
 
         def publish_meanwhile(redis_connection: Any) -> None:
-            if not eaten and not channel.is_waiting:
+            if not eaten and not channel.awaits_invalidation:
                 monkeypatch.setattr(channel, "_see_that_it_tracks", see)
                 publish(other, "meanwhile")
             see(redis_connection)
@@ -230,7 +230,7 @@ def test_what_is_no_message_is_not_kept(connect: Callable[..., Connection], redi
 
 def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[..., Connection], redis: Redis) -> None:
     redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client|tracking"])
-    refused = pytest.raises(BrokerUnfit, match="PAYREADY_BROKER_TRANSPORT=kombu")
+    refused = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
     with connect(login="plain:secret@") as connection, eating(connection), refused:
         connection.drain_events(timeout=1)
     redis.acl_deluser("plain")

@@ -6,7 +6,7 @@ import pytest
 from celery import Celery, _state
 
 from console.processes import procfile
-from tasks.suspension import is_plain
+from tasks.suspension import has_no_callbacks
 from tests.canvas.runs import Received, Run, kill_between_settling_and_telling, send_balance
 from tests.support.servers import Postgres
 from tests.support.system import System, system
@@ -79,7 +79,7 @@ def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
     payready.start("web")
     send_balance(payready, run.account_id)
     kill_between_settling_and_telling(payready, run)
-    assert not any(reply["delivered_at"] for reply in run.replies() if not is_plain(reply["continuation"]))
+    assert not any(reply["delivered_at"] for reply in run.replies() if not has_no_callbacks(reply["continuation"]))
     run.make_due()
     payready.start("beat", "refresh")
     start_worker(payready)

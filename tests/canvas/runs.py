@@ -12,7 +12,7 @@ from celery.result import AsyncResult, GroupResult
 from sqlalchemy import text
 
 from console.processes import procfile
-from simulator.messages import Account, balance, envelope, event, new_id
+from simulator.quiltt_records import Account, balance, delivery_envelope, event, new_id
 from tests.canvas.primitives import FAILED, PRIMITIVES, RELEASED, Kit, Outcome, Primitive
 from tests.canvas.service import RECEIVED
 from tests.support.system import System, wait_until
@@ -32,7 +32,7 @@ def quiet_account() -> str:
 def send_balance(system: System, account_id: str, **account: Any) -> None:
     """Have the provider's webhook delivered: a fresh balance of this account."""
     record = balance(new_id("bal"), account_id, Account(**account), "REFRESH", time.time())
-    body = envelope([event("balance.created", record, account_id, time.time())], "SANDBOX")
+    body = delivery_envelope([event("balance.created", record, account_id, time.time())], "SANDBOX")
     answer = system.simulator.post("deliver", body=json.loads(body))
     assert answer["status"] == 204, answer
 
@@ -115,7 +115,7 @@ class Run:
     def _nothing_on_its_way(self) -> bool:
         client = self.system.service.backend.client
         due = [reply for reply in self.replies() if reply["due_at"] is not None]
-        return not due and not any(client.llen(queue) for queue in ("svc", "celery", "payments", "releases", "twin"))
+        return not due and not any(client.llen(queue) for queue in ("svc", "celery", "payments", "balances", "twin"))
 
     def make_due(self) -> None:
         """Bring forward what the sweep would do after a while: tell the outcomes that nobody noted as told."""

@@ -55,8 +55,8 @@ def request(**given: Any) -> Context:
 def test_every_field_of_a_request_is_saved_or_left_out_on_purpose() -> None:
     """A field that a new Celery adds must be put on one of the two lists."""
     fields = {name for name, value in vars(Context).items() if not name.startswith("_") and not callable(value)}
-    assert fields - {"children"} - set(suspension._SAVED) == NOT_SAVED
-    assert set(suspension._SAVED) - fields == {"task"}  # Celery sets it without declaring it
+    assert fields - {"children"} - set(suspension._SAVED_FIELDS) == NOT_SAVED
+    assert set(suspension._SAVED_FIELDS) - fields == {"task"}  # Celery sets it without declaring it
 
 
 @pytest.mark.parametrize(("inherit", "priorities"), [(False, [None, 5]), (True, [7, 7])])
@@ -67,18 +67,18 @@ def test_callbacks_inherit_the_priority_if_celery_is_told_so(
     app.conf.task_inherit_parent_priority = inherit
     queue = f"priority-{inherit}"
     links = [app.signature("a", queue=queue), app.signature("b", queue=queue, priority=5)]
-    saved = suspension.leave(request(id=queue, delivery_info={"priority": 7}, callbacks=links, ignore_result=True))
-    suspension.complete(app, saved, {})
+    saved = suspension.suspend(request(id=queue, delivery_info={"priority": 7}, callbacks=links, ignore_result=True))
+    suspension.resume_with_result(app, saved, {})
     by_task = {message.headers["task"]: message.properties.get("priority") for message in sent(app, queue)}
     assert [by_task["a"] or None, by_task["b"]] == priorities
 
 
 def test_a_success_is_never_overwritten(app: Celery) -> None:
     """So neither a repeated delivery nor a job that comes late takes back what was told."""
-    saved = suspension.leave(request(id="settled"))
-    suspension.complete(app, saved, {"state": "released"})
+    saved = suspension.suspend(request(id="settled"))
+    suspension.resume_with_result(app, saved, {"state": "released"})
     app.backend.store_result("settled", {"account_id": "acct_1"}, suspension.WAITING)
-    suspension.fail(app, saved, ValueError("late"))
+    suspension.resume_with_error(app, saved, ValueError("late"))
     assert app.backend.get_task_meta("settled", cache=False)["status"] == "SUCCESS"
 
 
@@ -86,10 +86,10 @@ def test_the_reply_address_survives_for_backends_that_answer_by_message(valkey_u
     """With `rpc://` a result is a message to the process that asked, told from the continuation alone."""
     app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
-    saved = suspension.leave(request(id="rpc", reply_to="who-asked"))
+    saved = suspension.suspend(request(id="rpc", reply_to="who-asked"))
     with app.connection_for_write() as connection:
         connection.SimpleQueue("who-asked").close()
-    suspension.complete(app, saved, {"state": "released"})
+    suspension.resume_with_result(app, saved, {"state": "released"})
     [message] = sent(app, "who-asked")
     assert message.payload["result"] == {"state": "released"}
     assert message.properties["correlation_id"] == "rpc"

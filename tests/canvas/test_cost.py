@@ -13,7 +13,7 @@ from redis import Redis
 from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks import suspension
-from tasks.gathering import Gatherer
+from tasks.batching import MicroBatcher
 from worker.errors import PaymentNotReady
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
@@ -31,10 +31,10 @@ def app(valkey_url: str) -> Iterator[Celery]:
     app = Celery("left", set_as_current=False)
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
-    watchers = suspension.watchers(app)
-    watchers._gatherer = Gatherer(watchers._send, limit=9)  # at once, where it is counted
-    suspension.complete(app, continuation(app), {})  # opens the connections
-    suspension.complete(app, continuation(app, chain=[app.signature("ledger.note")]), {})
+    watchers = suspension.event_publisher(app)
+    watchers._gatherer = MicroBatcher(watchers._send, max_size=9)  # at once, where it is counted
+    suspension.resume_with_result(app, continuation(app), {})  # opens the connections
+    suspension.resume_with_result(app, continuation(app, chain=[app.signature("ledger.note")]), {})
     yield app
     app.close()
 
@@ -46,7 +46,7 @@ def _nothing() -> None:
 def continuation(app: Celery, **given: Any) -> dict[str, Any]:
     """The continuation of a task that runs."""
     request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
-    return suspension.leave(Context(request))
+    return suspension.suspend(Context(request))
 
 
 def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) -> dict[str, int]:
@@ -62,9 +62,9 @@ def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) 
 
 def end(app: Celery, saved: dict[str, Any], outcome: Any) -> None:
     if isinstance(outcome, Exception):
-        suspension.fail(app, saved, outcome)
+        suspension.resume_with_error(app, saved, outcome)
     else:
-        suspension.complete(app, saved, outcome)
+        suspension.resume_with_result(app, saved, outcome)
 
 
 def total(*parts: dict[str, int]) -> dict[str, int]:

@@ -51,7 +51,7 @@ def ids_in(continuation: Any) -> list[str]:
 def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
     """What JSON has no word for is written as Celery's messages write it, and is read back as what it was."""
     values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
-    continuation = suspension.leave(request(callbacks=[app.signature("ledger.note", args=values)]))
+    continuation = suspension.suspend(request(callbacks=[app.signature("ledger.note", args=values)]))
     assert continuation["version"] == suspension.VERSION == 1
     assert json.loads(json.dumps(continuation)) == continuation
     with suspension._resumed(app, continuation) as (_, resumed):
@@ -60,7 +60,7 @@ def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
 
 def test_the_first_place_in_a_group_is_kept(app: Celery) -> None:
     """A zero is a place like any other: a chord orders its results by it."""
-    with suspension._resumed(app, suspension.leave(request(group="g", group_index=0))) as (_, resumed):
+    with suspension._resumed(app, suspension.suspend(request(group="g", group_index=0))) as (_, resumed):
         assert (resumed.group, resumed.group_index) == ("g", 0)
 
 
@@ -75,7 +75,7 @@ def test_all_that_will_be_sent_has_its_id_when_the_canvas_is_saved(app: Celery) 
     linked = note.clone()
     linked.link(note.clone())
     linked.link_error(note.clone())
-    continuation = suspension.leave(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
+    continuation = suspension.suspend(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
     found = ids_in(continuation)
     assert len(found) == len(set(found)) == 12  # ten tasks, and the chord and the group as groups
     assert continuation["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
@@ -85,7 +85,7 @@ def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery
     """A signature among a callback's arguments is the callback's business."""
     data = app.signature("ledger.other")
     callback = app.signature("ledger.note", args=(data,), kwargs={"then": data}, task_id="chosen")
-    [saved] = suspension.leave(request(callbacks=[callback]))["callbacks"]
+    [saved] = suspension.suspend(request(callbacks=[callback]))["callbacks"]
     assert saved["options"]["task_id"] == "chosen"
     assert saved["args"] == [json.loads(json.dumps(data))]
     assert saved["kwargs"]["then"]["options"] == {}
@@ -93,13 +93,14 @@ def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery
 
 def test_a_canvas_of_a_later_release_is_refused(app: Celery) -> None:
     """It may hold what this release would leave out."""
-    continuation = suspension.leave(request()) | {"version": 2}
+    continuation = suspension.suspend(request()) | {"version": 2}
     with pytest.raises(
-        suspension.UnknownCanvas, match="the continuation has version 2, and this release reads up to 1"
+        suspension.UnsupportedContinuationVersion,
+        match="the continuation has version 2, and this release reads up to 1",
     ):
-        suspension.complete(app, continuation, {})
-    with pytest.raises(suspension.UnknownCanvas):
-        suspension.fail(app, continuation, ValueError())
+        suspension.resume_with_result(app, continuation, {})
+    with pytest.raises(suspension.UnsupportedContinuationVersion):
+        suspension.resume_with_error(app, continuation, ValueError())
 
 
 def replace_canvas(payready: System, payment_id: str, continuation: dict[str, Any]) -> None:
@@ -167,16 +168,16 @@ def test_what_the_first_release_saved_still_goes_on(
 
 def test_the_checked_in_canvas_has_every_part_that_a_canvas_has(app: Celery) -> None:
     """A part that is added to the continuation is added to the fixture, or to a fixture of a new version."""
-    everything: dict[str, Any] = dict.fromkeys(suspension._SAVED, "x")
+    everything: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
     everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
-    saved = suspension.leave(request(**everything | {"delivery_info": {"priority": 3}}))
+    saved = suspension.suspend(request(**everything | {"delivery_info": {"priority": 3}}))
     assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
 
 
 def test_a_task_is_a_task_while_it_is_completed(app: Celery) -> None:
     """What is sent then becomes its child, as `current_task` says; afterwards it is not."""
     seen: list[Any] = [app.current_worker_task]
-    with suspension._resumed(app, suspension.leave(request(root_id="root"))) as (task, given):
+    with suspension._resumed(app, suspension.suspend(request(root_id="root"))) as (task, given):
         seen.append(app.current_worker_task)
         assert task.request is given
         assert (given.id, given.root_id, given.children) == ("left", "root", [])

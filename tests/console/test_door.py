@@ -16,7 +16,7 @@ from config.settings import settings
 from console.cli import app
 from simulator.testing import Simulator
 from tests.console.conftest import NOON, Books
-from webhook.events import BREAKDOWNS, OURS
+from webhook.events import BALANCE_CREATED, CONNECTION_LOST_EVENTS
 from worker import metrics, runtime
 from worker.errors import CallFailed
 from worker.ledger import quarantine
@@ -52,7 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
     for module in ("console.door", "console.command"):
         monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
     with Redis.from_url(valkey_url) as redis:
-        redis.delete("releases")
+        redis.delete("balances")
     return lambda *words: CliRunner().invoke(app, list(words))
 
 
@@ -74,7 +74,7 @@ def test_replay_hands_over_what_is_understood_now_and_leaves_the_rest(held: Book
     assert (balance.balance_id, balance.event_id, balance.received_at) == ("bal_1", "evt_1", NOON)
     assert balance.due_at is not None
     with Redis.from_url(valkey_url) as redis:
-        [message] = redis.lrange("releases", 0, -1)
+        [message] = redis.lrange("balances", 0, -1)
     assert json.loads(message)["headers"]["task"] == "balances.apply"
     [left] = json.loads(run("quarantine", "list", "--json").stdout)
     assert left["bytes"] == len(ODD)
@@ -223,7 +223,7 @@ def test_an_answer_that_is_not_documented_is_no_subscription() -> None:
 
 def test_we_subscribe_to_just_the_events_that_the_webhook_reads() -> None:
     """One that nobody reads is noise; one that is left out never comes."""
-    assert set(REQUIRED_EVENT_TYPES) == {OURS, "account.reconnected", *BREAKDOWNS}
+    assert set(REQUIRED_EVENT_TYPES) == {BALANCE_CREATED, "account.reconnected", *CONNECTION_LOST_EVENTS}
 
 
 def test_only_https_will_do() -> None:

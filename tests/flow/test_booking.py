@@ -8,9 +8,9 @@ import pytest
 from celery.concurrency.thread import TaskPool
 
 from simulator.testing import eventually
-from tasks import batches, suspension
+from tasks import batch_strategies, suspension
 from tasks.app import app
-from tasks.balances import refresh
+from tasks.balance_tasks import refresh
 from tests.support.world import World
 from worker.errors import CallNotSent
 
@@ -20,9 +20,9 @@ ACCOUNTS = tuple(f"acct_{n}" for n in range(6))
 @pytest.fixture
 def pool(payready: World, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[TaskPool]:
     """The pool of a worker of four threads that works on `payready`, and books a few calls seldom."""
-    monkeypatch.setattr(batches, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batches, "carry_out", payready.queue.merge)
-    monkeypatch.setattr(batches, "BOOKING_PACE_S", 20)
+    monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
+    monkeypatch.setattr(batch_strategies, "carry_out", payready.queue.merge)
+    monkeypatch.setattr(batch_strategies, "BOOKING_PACE_S", 20)
     monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
     pool = TaskPool(limit=getattr(request, "param", 4), app=app)
     pool.start()
@@ -38,7 +38,7 @@ class Calls:
             payready.initiate(f"pay_{account_id}", account_id)
         self._wanted = {call.account_id: call.refresh_id for call in payready.queue.calls}
         self._payready = payready
-        self._handler = batches.calls(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
+        self._handler = batch_strategies.call_strategy(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
 
     def come(self, *accounts: str) -> None:
         """The worker takes their messages."""

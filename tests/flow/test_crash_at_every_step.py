@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from tasks import delivery
+from tasks import dispatch
 from tests.support.crashes import STRIKES, Ledger, Operations, Story, Strike, line, violations
 from tests.support.world import Databases
 from worker import flow
@@ -84,12 +84,12 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
     """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
 
     def noted_first(due: Sequence[OutcomeDelivery]) -> None:
-        rt = vars(delivery)["runtime"]()
+        rt = vars(dispatch)["runtime"]()
         flow.mark_delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
         for outcome in due:
-            delivery._complete(outcome)
+            dispatch._resume(outcome)
 
-    monkeypatch.setattr(delivery, "_deliver", noted_first)
+    monkeypatch.setattr(dispatch, "_deliver", noted_first)
     story = STORIES["two share a call, one of them is covered"]
     calm, found = struck(story, "killed", None)
     assert found == []

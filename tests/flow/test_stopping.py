@@ -9,9 +9,9 @@ from unittest.mock import MagicMock
 import pytest
 from celery.concurrency.thread import TaskPool
 
-from tasks import batches, suspension
+from tasks import batch_strategies, suspension
 from tasks.app import app
-from tasks.balances import refresh
+from tasks.balance_tasks import refresh
 from tests.support.world import World
 from worker import flow
 
@@ -21,8 +21,8 @@ ACCOUNTS = ("acct_1", "acct_2")
 @pytest.fixture
 def pool(payready: World, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
     """The pool of a worker that works on `payready`."""
-    monkeypatch.setattr(batches, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batches, "carry_out", payready.queue.merge)
+    monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
+    monkeypatch.setattr(batch_strategies, "carry_out", payready.queue.merge)
     monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
     pool = TaskPool(limit=1, app=app)
     pool.start()
@@ -35,7 +35,7 @@ def take_calls(payready: World, pool: TaskPool) -> None:
         payready.initiate(f"pay_{number}", account_id)
     calls, payready.queue.calls = payready.queue.calls, []
     consumer = MagicMock(pool=pool, hostname="refresh@here")
-    handler = batches.calls(refresh, app, consumer)
+    handler = batch_strategies.call_strategy(refresh, app, consumer)
     together = Event()
     pool.executor.submit(together.wait)
     for call in calls:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.world import PRICES, START, Databases, World, world
-from webhook.events import read
+from webhook.events import parse
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.flow import attribution
@@ -248,7 +248,7 @@ def test_a_figure_comes_out_as_the_provider_wrote_it(
         f'{{"id": "bal_1", "accountId": "acct_a", "at": "{START:%Y-%m-%dT%H:%M:%SZ}", "source": "REFRESH", {cells}}}'
     )
     body = f'{{"events": [{{"id": "evt_1", "type": "balance.created", "record": {record}}}]}}'
-    [(_, balance)] = read(body.encode(), START).balances
+    [(_, balance)] = parse(body.encode(), START).balances
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.work()

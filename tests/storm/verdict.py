@@ -217,7 +217,7 @@ def _one_in_flight(_: Plan, seen: Seen) -> Iterator[str]:
                 continue
             apart_s = other["started_at"] - one["started_at"]
             # An early event is tried before the answer is given, which may then come too late for the caller.
-            was_answered = one["status"] == 202 and one["acted_as"] != "early"
+            was_answered = one["status"] == 202 and one["effective_scenario"] != "early"
             least_s = (WINDOW_S if was_answered else GRACE_S) - 2 * SKEW_S
             came = arrived.get(one["balance_id"] or "", float("inf")) <= other["started_at"]
             # The balance of a call before it may be taken for its own, as the provider names no call in it.

@@ -22,9 +22,9 @@ from redis.exceptions import ConnectionError as RedisAway
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError as LedgerAway
 
-from tasks import balances, delivery, payments, suspension, upkeep
-from tasks.delivery import carry_out
-from tasks.gathering import Gatherer
+from tasks import balance_tasks, dispatch, maintenance_tasks, payment_tasks, suspension
+from tasks.batching import MicroBatcher
+from tasks.dispatch import dispatch as dispatch_follow_up
 from tests.support.world import PRICES, SETTINGS, START, Clock, gate_of
 from worker import flow
 from worker import runtime as production
@@ -158,7 +158,9 @@ class Line:
         self.attempts: list[datetime] = []
         self.accepted: list[datetime] = []
         self._kept: set[str] = set()
-        self.noted = Gatherer[tuple[str, datetime]](lambda told: flow.mark_delivered(self.rt, dict(told)), limit=9)
+        self.noted = MicroBatcher[tuple[str, datetime]](
+            lambda told: flow.mark_delivered(self.rt, dict(told)), max_size=9
+        )
         """At once, where time is played."""
         self.rt = self._start()
 
@@ -199,7 +201,7 @@ class Line:
 
     # --- Celery's part ---
 
-    def enqueue(self, _producer: Any, message: delivery.Message, _declared: Any) -> str:
+    def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
         """`delivery._send`."""
         name, args, countdown_s = message
         self.operations.may("broker", f"enqueue {name}")
@@ -232,16 +234,16 @@ class Line:
                 self.told[args[0]].append(repr(error))
 
     def _initiate(self, task_id: str, job: dict[str, Any]) -> None:
-        payments.initiate.push_request(id=task_id, args=(task_id, job), task=payments.initiate.name)
+        payment_tasks.initiate.push_request(id=task_id, args=(task_id, job), task=payment_tasks.initiate.name)
         try:
-            payments.initiate.run(**job)
+            payment_tasks.initiate.run(**job)
         finally:
-            payments.initiate.pop_request()
+            payment_tasks.initiate.pop_request()
 
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue(None, ("payments.initiate", payments.initiate.request.args, None), ())
+            self.enqueue(None, ("payments.initiate", payment_tasks.initiate.request.args, None), ())
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 
@@ -302,7 +304,7 @@ class Line:
 
     def _webhook(self, balance: Balance) -> None:
         try:
-            carry_out(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
+            dispatch_follow_up(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
         except (LedgerAway, RedisAway, BrokerAway):
             self._kept.discard(balance.id)  # 503: it comes again
         else:
@@ -348,12 +350,12 @@ class Line:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "balances.refresh": balances.refresh.run,
-    "balances.poll": balances.read.run,
-    "balances.apply": payments.release.run,
-    "payments.cancel": payments.cancel.run,
-    "payments.expire": upkeep.expire.run,
-    "payments.sweep": upkeep.sweep.run,
+    "balances.refresh": balance_tasks.refresh.run,
+    "balances.poll": balance_tasks.poll.run,
+    "balances.apply": payment_tasks.apply_balance.run,
+    "payments.cancel": payment_tasks.cancel.run,
+    "payments.expire": maintenance_tasks.expire.run,
+    "payments.sweep": maintenance_tasks.sweep.run,
 }
 
 
@@ -374,13 +376,13 @@ def line(story: Story, ledger: Ledger, correlation: CorrelationStore, operations
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
         patch.setattr(flow_calls, "RECORD_RETRY_DELAYS_S", (0, 0))
-        patch.setattr(delivery, "_send", made.enqueue)
+        patch.setattr(dispatch, "_send", made.enqueue)
         patch.setattr(suspension, "complete", made.tell)
         patch.setattr(suspension, "fail", made.tell)
         patch.setattr(suspension, "end_plain", made.tell_plain)
         patch.setattr(suspension, "show", lambda *_: operations.may("redis", "WAITING"))
-        patch.setattr(delivery, "noted", made.noted)
-        patch.setattr(payments.initiate, "retry", made.retry)
+        patch.setattr(dispatch, "delivered_marks", made.noted)
+        patch.setattr(payment_tasks.initiate, "retry", made.retry)
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))
         patch.setattr(client, "execute_command", watched)
         try:

@@ -207,7 +207,7 @@ class System:
         """Messages that wait in payready's queues; queues without any are left out."""
         with self.service.connection_for_write() as connection:
             client = connection.default_channel.client
-            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "releases")}
+            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "balances")}
         return {name: length for name, length in lengths.items() if length}
 
     def unacknowledged(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tasks import delivery
+from tasks import dispatch
 from tasks.app import app
 from worker.flow import BalancePoll, FollowUp, RefreshCall
 
@@ -13,7 +13,7 @@ from worker.flow import BalancePoll, FollowUp, RefreshCall
 def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crowd on one account that finds a balance there wants it applied once, not a thousand times."""
     sent: list[object] = []
-    monkeypatch.setattr(delivery, "_enqueue", sent.extend)
+    monkeypatch.setattr(dispatch, "_enqueue", sent.extend)
     todo, later = FollowUp(), timedelta(seconds=1)
     for _ in range(3):
         todo.merge(
@@ -25,7 +25,7 @@ def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytes
                 ],
             )
         )
-    delivery.carry_out(todo)
+    dispatch.dispatch(todo)
     assert sent.count(("balances.apply", ("bal_1",), None)) == 1
     assert sent.count(("balances.apply", ("bal_2",), None)) == 1
     assert sent.count(("balances.refresh", ("acct_1", "ref_1"), None)) == 1
@@ -42,7 +42,7 @@ def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
         balance_polls=[BalancePoll(account_id="acct_1", profile_id="p_1", delay=later)],
         balances_to_apply=["bal_1"],
     )
-    ours = [*delivery._messages(todo), ("outcomes.deliver", (["task_1"],), None)]
+    ours = [*dispatch._messages(todo), ("outcomes.deliver", (["task_1"],), None)]
     with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
 
         def taken(name: str) -> dict[str, Any]:
@@ -55,5 +55,5 @@ def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
             name, arguments, countdown_s = message
             app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
             theirs = taken(name)
-            delivery._send(producer, message, ())
+            dispatch._send(producer, message, ())
             assert taken(name) == theirs

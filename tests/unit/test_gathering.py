@@ -6,7 +6,7 @@ from queue import Queue
 
 import pytest
 
-from tasks.gathering import Gatherer
+from tasks.batching import MicroBatcher
 
 
 def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
@@ -21,7 +21,7 @@ def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
         if not overlaps[-1]:
             working.release()
 
-    gatherer = Gatherer(work, limit=3)
+    gatherer = MicroBatcher(work, max_size=3)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(gatherer.add, range(20_000)))
     assert sorted(done) == list(range(20_000))
@@ -32,18 +32,18 @@ def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
     """Another thread may begin one between the last look at what waits and the end of this one."""
     rounds: list[list[int]] = []
     begun: list[object] = []
-    gatherer = Gatherer(rounds.append, limit=9, run=begun.append)
+    gatherer = MicroBatcher(rounds.append, max_size=9, executor=begun.append)
     gatherer.add(1)
-    take = gatherer._take
+    take = gatherer._next_batch
 
     def and_then_another_comes() -> list[int]:
         taken = take()
         if not taken:
-            gatherer._take = take  # type: ignore[method-assign]
+            gatherer._next_batch = take  # type: ignore[method-assign]
             gatherer.add(2)
         return taken
 
-    gatherer._take = and_then_another_comes  # type: ignore[method-assign]
+    gatherer._next_batch = and_then_another_comes  # type: ignore[method-assign]
     begun.pop()()  # type: ignore[operator]
     gatherer.add(3)
     assert len(begun) == 1, "a second round would be at work beside the first"
@@ -58,9 +58,9 @@ def test_what_is_put_back_comes_first() -> None:
         rounds.append(batch)
         if batch == [1]:
             gatherer.add(2)
-            gatherer.put_back(1, 1)
+            gatherer.requeue_first(1, 1)
 
-    gatherer = Gatherer(work, limit=9)
+    gatherer = MicroBatcher(work, max_size=9)
     gatherer.add(1)
     assert rounds == [[1], [1, 1, 2]]
 
@@ -75,7 +75,7 @@ def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
         if batch == [2]:
             raise SystemExit
 
-    gatherer = Gatherer(work, limit=9)
+    gatherer = MicroBatcher(work, max_size=9)
     gatherer.add(1)
     with pytest.raises(SystemExit):
         gatherer.add(2)
@@ -87,7 +87,7 @@ def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
     """Else those who come quickly would be held up by what is meant for those who come slowly."""
     rounds: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
-        gatherer = Gatherer(rounds.put, limit=3, pace_s=20, run=pool.submit)
+        gatherer = MicroBatcher(rounds.put, max_size=3, min_interval_s=20, executor=pool.submit)
         gatherer.add(1)
         assert rounds.get(timeout=10) == [1]
         gatherer.add(2)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from celery import Celery
 
-from tasks.queues import MAX_MARKS, Queues
+from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
 
 Seen = tuple[float, float]
 
@@ -15,7 +15,7 @@ class Line:
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
-        self._queues = Queues(app, clock=lambda: self.now)
+        self._queues = QueueMetrics(app, clock=lambda: self.now)
         with app.connection_for_write() as connection:
             self._client = connection.default_channel.client
             self._client.delete("payments", "payments\x06\x163")
@@ -69,8 +69,8 @@ def test_messages_of_another_priority_are_counted_too(line: Line) -> None:
 
 def test_a_queue_that_nobody_takes_from_is_remembered_at_a_bounded_cost(line: Line) -> None:
     """The marks thin out, the first one stays."""
-    for _ in range(MAX_MARKS + 2):
+    for _ in range(MAX_SAMPLES + 2):
         line.put()
         line.look()
-    assert line.look() == (MAX_MARKS + 2, 10 * (MAX_MARKS + 2))
-    assert len(line._queues._marks["payments"]) < MAX_MARKS
+    assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
+    assert len(line._queues._marks["payments"]) < MAX_SAMPLES

@@ -5,7 +5,7 @@ from kombu import Connection
 
 from tasks import suspension
 
-CANVAS = {"version": 1, "id": "task_1", "task": "payments.initiate", "reply_to": "answers", "left_at": 0.0}
+CANVAS = {"version": 1, "id": "task_1", "task": "payments.initiate", "reply_to": "answers", "suspended_at": 0.0}
 
 
 class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
@@ -21,6 +21,6 @@ def test_an_outcome_goes_to_whoever_waits_for_the_reply() -> None:
     app.tasks.register(Initiate())
     with Connection("memory://") as connection:
         answers = connection.SimpleQueue("answers")
-        suspension.end_plain(app, [(CANVAS, {"state": "released"})])
+        suspension.resume_without_callbacks(app, [(CANVAS, {"state": "released"})])
         message = answers.get(timeout=5)
     assert (message.payload["task_id"], message.payload["result"]) == ("task_1", {"state": "released"})

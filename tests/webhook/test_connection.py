@@ -12,10 +12,10 @@ import uvicorn
 from console.processes import answers
 from simulator.testing import eventually
 from tests.webhook.conftest import Endpoint, delivery
-from webhook import app, connection
+from webhook import endpoint, limited_connection
 from webhook.__main__ import SERVER
-from webhook.connection import HEAD_BYTES
 from webhook.events import MAX_BODY_BYTES
+from webhook.limited_connection import MAX_HEADER_BYTES
 
 START = b"POST /webhooks/quiltt HTTP/1.1\r\nHost: x\r\n"
 
@@ -42,7 +42,7 @@ def chunks(count: int) -> bytes:
 
 ABUSE: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     "no HTTP": ((b"\x16\x03\x01\x02\x00" * 20,), b"400"),
-    "a header without an end": ((START + b"X: ", *[b"y" * 4096] * (2 * HEAD_BYTES // 4096)), b""),
+    "a header without an end": ((START + b"X: ", *[b"y" * 4096] * (2 * MAX_HEADER_BYTES // 4096)), b""),
     "headers without an end": ((START, *[b"X-Y: z\r\n" * 512] * 32), b""),
     "a URL without an end": ((b"POST /", *[b"a" * 4096] * 32), b""),
     "two lengths": ((START + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",), b"400"),
@@ -83,7 +83,7 @@ def serving() -> Iterator[tuple[str, uvicorn.Server]]:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app.app, **SERVER))
+        server = uvicorn.Server(uvicorn.Config(endpoint.app, **SERVER))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         assert eventually(lambda: server.started)
@@ -97,15 +97,15 @@ def serving() -> Iterator[tuple[str, uvicorn.Server]]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server with less patience."""
-    monkeypatch.setattr(connection, "HEAD_TIME_S", 0.3)
-    monkeypatch.setattr(app, "BODY_TIME_S", 0.3)
+    monkeypatch.setattr(limited_connection, "HEAD_TIME_S", 0.3)
+    monkeypatch.setattr(endpoint, "BODY_TIME_S", 0.3)
     with serving() as (url, _):
         yield url
 
 
 def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """However patient they are themselves; till then others are served."""
-    monkeypatch.setattr(connection, "READ_TIME_S", 0.5)
+    monkeypatch.setattr(limited_connection, "READ_TIME_S", 0.5)
     question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving() as (url, server), socket.socket() as asker:
         asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -13,9 +13,9 @@ from sqlalchemy.exc import OperationalError
 
 from config.settings import Settings
 from tests.webhook.conftest import OLD_SECRET, SECRET, delivery, sign
-from webhook import app
+from webhook import endpoint
+from webhook.delivery_counters import DeliveryCounters
 from webhook.events import MAX_BODY_BYTES
-from webhook.tally import Tally
 from worker import flow
 from worker.flow import FollowUp
 
@@ -37,12 +37,12 @@ def counts() -> dict[str, float]:
 def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Send:
     """Sends a delivery to the application itself; what it would keep is kept nowhere."""
     chosen = Settings(webhook_secrets=(SECRET, OLD_SECRET))
-    monkeypatch.setattr(app, "settings", lambda: chosen)
-    monkeypatch.setattr(app, "_secrets", lambda: (SECRET, OLD_SECRET))
-    monkeypatch.setattr(app, "runtime", lambda: None)
-    monkeypatch.setattr(app, "carry_out_but_canvases", lambda _: None)
+    monkeypatch.setattr(endpoint, "settings", lambda: chosen)
+    monkeypatch.setattr(endpoint, "_secrets", lambda: (SECRET, OLD_SECRET))
+    monkeypatch.setattr(endpoint, "runtime", lambda: None)
+    monkeypatch.setattr(endpoint, "carry_out_but_canvases", lambda _: None)
     monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
-    monkeypatch.setattr(app, "tally", Tally())
+    monkeypatch.setattr(endpoint, "tally", DeliveryCounters())
     caplog.set_level(logging.DEBUG)
 
     def send(
@@ -76,7 +76,7 @@ def call(headers: list[tuple[bytes, bytes]], messages: list[dict[str, Any]]) -> 
         answers.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/webhooks/quiltt", "headers": headers}
-    asyncio.run(app.app(scope, receive, send))
+    asyncio.run(endpoint.app(scope, receive, send))
     return int(answers[0]["status"])
 
 
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
     "routine, of another type": (204, PROFILE, {}, {"events routine": 1}),
     "routine, by the secret from before": (204, SYNC, {"secret": OLD_SECRET}, {"events routine": 1}),
     "routine, in pieces": (204, SYNC, {"parts": 7}, {"events routine": 1}),
-    "matched": (204, delivery("bal_1", "bal_2"), {}, {"events matched": 2}),
+    "balance": (204, delivery("bal_1", "bal_2"), {}, {"events matched": 2}),
     "connection": (204, BROKEN, {}, {"events connection": 1}),
     "quarantined": (204, MIXED, {}, {"events matched": 1, "events quarantined": 1, "events routine": 1}),
     "stale": (401, delivery("bal_1"), {"age_s": 400}, {}),
@@ -106,11 +106,11 @@ CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
     "malformed": (401, PROFILE, {"quiltt_timestamp": "+1"}, {}),
     "malformed, not ASCII": (401, PROFILE, {"quiltt_signature": "é" * 43 + "="}, {}),
     "content_type": (415, PROFILE, {"content_type": "text/plain"}, {}),
-    "no_delivery": (400, PROFILE[:-1], {}, {}),
-    "unreadable": (400, PROFILE[:-2] + b",Ada Lovelace]}", {}, {"events unreadable": 1, "events routine": 1}),
+    "invalid_envelope": (400, PROFILE[:-1], {}, {}),
+    "invalid_json": (400, PROFILE[:-2] + b",Ada Lovelace]}", {}, {"events unreadable": 1, "events routine": 1}),
     "too_large": (413, PROFILE.ljust(MAX_BODY_BYTES + 1), {}, {}),
     "too_large, in pieces": (413, PROFILE.ljust(9 * MAX_BODY_BYTES), {"parts": 9}, {}),
-    "cut_off": (400, PROFILE, {"leave": True}, {}),
+    "client_disconnected": (400, PROFILE, {"leave": True}, {}),
     "cut_off, before it began": (400, b"", {"leave": True}, {}),
 }
 
@@ -132,7 +132,7 @@ def test_each_delivery_is_counted_once_by_what_became_of_it(
 
 def test_without_a_secret_all_are_counted_as_such(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
     """And refused."""
-    monkeypatch.setattr(app, "_secrets", list)
+    monkeypatch.setattr(endpoint, "_secrets", list)
     before = counts().get("deliveries no_secret", 0)
     assert send(SYNC, secret="") == 401
     assert counts()["deliveries no_secret"] == before + 1
@@ -144,7 +144,7 @@ def test_a_secret_is_rotated_without_a_gap(send: Send, monkeypatch: pytest.Monke
     steps = [([old], [old]), ([old], [old, new]), ([new, old], [old, new]), ([new, old], [new]), ([new], [new])]
     answers = []
     for known, senders in steps:
-        monkeypatch.setattr(app, "_secrets", lambda known=known: known)
+        monkeypatch.setattr(endpoint, "_secrets", lambda known=known: known)
         answers.append([send(delivery("bal_1"), secret=secret) for secret in senders])
     assert answers == [[204], [204, 401], [204, 204], [204], [204]], "the 401 is sent again, and then taken"
 
@@ -159,7 +159,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
         raise error
 
     monkeypatch.setattr(flow, "ingest_events", fail)
-    monkeypatch.setattr(app.keeper, "_answers", lambda: False)
+    monkeypatch.setattr(endpoint.group_committer, "_answers", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()
@@ -170,11 +170,11 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
 def test_a_flood_is_told_in_a_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
     """Which says how many it stands for; another reason has a line of its own, and the counters have all."""
     now = [0.0]
-    tally = Tally(lambda: now[0])
+    tally = DeliveryCounters(lambda: now[0])
     before = counts().get("deliveries mismatch", 0)
     for now[0] in (0.0, 0.1, 0.9, 0.95, 1.1, 1.2, 5.0):
-        tally.delivery("mismatch", "refused with 401")
-    tally.delivery("stale", "refused with 401")
+        tally.count_delivery("mismatch", "refused with 401")
+    tally.count_delivery("stale", "refused with 401")
     assert [record.getMessage() for record in caplog.records] == [
         "delivery mismatch: refused with 401",
         "delivery mismatch: refused with 401 (and 3 more before it)",

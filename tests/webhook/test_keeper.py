@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 
 from simulator.testing import eventually
-from webhook import keeper as module
-from webhook.events import Delivery
-from webhook.keeper import TOGETHER, Keeper
+from webhook import group_commit as module
+from webhook.events import ParsedDelivery
+from webhook.group_commit import MAX_BATCH_SIZE, GroupCommitter
 
 
-def deliveries(count: int) -> list[Delivery]:
+def deliveries(count: int) -> list[ParsedDelivery]:
     """Deliveries that can be told apart."""
-    return [Delivery(events=number) for number in range(count)]
+    return [ParsedDelivery(events=number) for number in range(count)]
 
 
-def keeper(keep: Callable[[Sequence[Delivery]], Any], **how: Any) -> Keeper[Any]:
+def keeper(keep: Callable[[Sequence[ParsedDelivery]], Any], **how: Any) -> GroupCommitter[Any]:
     """One that follows nothing up."""
-    return Keeper(keep, lambda _: None, **how)
+    return GroupCommitter(keep, lambda _: None, **how)
 
 
-async def _keep(keeper: Keeper[Any], given: Sequence[Delivery], go: Event) -> list[BaseException | None]:
+async def _keep(keeper: GroupCommitter[Any], given: Sequence[ParsedDelivery], go: Event) -> list[BaseException | None]:
     """Have them kept while the first ones wait for `go`; what each was told."""
-    tasks = [asyncio.create_task(keeper.keep(delivery)) for delivery in given]
+    tasks = [asyncio.create_task(keeper.commit(delivery)) for delivery in given]
     await asyncio.sleep(0.05)
     go.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -35,7 +35,7 @@ def test_what_comes_while_others_are_kept_is_kept_together() -> None:
     """Each once, in the order in which they came, not more than so many at a time."""
     go, kept = Event(), []
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         go.wait(5)
         kept.append([delivery.events for delivery in taken])
 
@@ -43,7 +43,7 @@ def test_what_comes_while_others_are_kept_is_kept_together() -> None:
     assert sorted(number for batch in kept for number in batch) == list(range(250))
     assert all(batch == sorted(batch) for batch in kept)
     assert len(kept) < 10
-    assert max(map(len, kept)) <= TOGETHER
+    assert max(map(len, kept)) <= MAX_BATCH_SIZE
 
 
 def test_a_delivery_that_cannot_be_kept_spoils_no_other() -> None:
@@ -51,7 +51,7 @@ def test_a_delivery_that_cannot_be_kept_spoils_no_other() -> None:
     go = Event()
     go.set()
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         if any(delivery.events == 7 for delivery in taken):
             raise KeyError
 
@@ -64,7 +64,7 @@ def test_when_the_store_is_away_it_is_asked_once_for_all() -> None:
     """And all are told; the next ones are tried again."""
     go, asked = Event(), []
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         go.wait(5)
         asked.append(len(taken))
         raise ConnectionError
@@ -74,15 +74,15 @@ def test_when_the_store_is_away_it_is_asked_once_for_all() -> None:
     assert {type(error) for error in told} == {ConnectionError}
     assert len(asked) <= 4
     with pytest.raises(ConnectionError):
-        asyncio.run(kept.keep(Delivery()))
+        asyncio.run(kept.commit(ParsedDelivery()))
 
 
 def test_what_looks_like_an_outage_and_is_none_spoils_no_other() -> None:
     """Some of what a database says of a value it says of itself too; if it answers, it is asked for each apart."""
-    go, kept = Event(), list[Delivery]()
+    go, kept = Event(), list[ParsedDelivery]()
     go.set()
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         if any(delivery.events == 7 for delivery in taken):
             raise ConnectionError
         kept.extend(taken)
@@ -96,15 +96,17 @@ def test_one_event_spoils_none_that_came_with_it() -> None:
     """The delivery is asked for again; the others of it are kept by then."""
     kept: list[Any] = []
 
-    def keep(taken: Sequence[Delivery]) -> None:
-        found: list[Any] = [one for delivery in taken for one in (*delivery.balances, *delivery.odd, *delivery.news)]
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
+        found: list[Any] = [
+            one for delivery in taken for one in (*delivery.balances, *delivery.unparsed, *delivery.connection_updates)
+        ]
         if "poison" in found:
             raise KeyError
         kept.extend(found)
 
-    given: Any = Delivery(6, balances=["a", "poison", "b"], odd=["c"], news=["d"])  # type: ignore[list-item]
+    given: Any = ParsedDelivery(6, balances=["a", "poison", "b"], unparsed=["c"], connection_updates=["d"])  # type: ignore[list-item]
     with pytest.raises(KeyError):
-        asyncio.run(keeper(keep).keep(given))
+        asyncio.run(keeper(keep).commit(given))
     assert sorted(kept) == ["a", "b", "c", "d"]
 
 
@@ -112,13 +114,13 @@ def test_what_fails_once_and_not_again_is_safe() -> None:
     """Two transactions stood in each other's way."""
     tried: list[int] = []
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         tried.append(len(taken))
         if len(tried) == 1:
             raise KeyError
 
-    given: Any = Delivery(2, balances=["a", "b"])  # type: ignore[list-item]
-    asyncio.run(keeper(keep).keep(given))
+    given: Any = ParsedDelivery(2, balances=["a", "b"])  # type: ignore[list-item]
+    asyncio.run(keeper(keep).commit(given))
     assert tried == [1, 1, 1]
 
 
@@ -128,7 +130,7 @@ def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) 
     go, asked = Event(), []
     go.set()
 
-    def keep(taken: Sequence[Delivery]) -> None:
+    def keep(taken: Sequence[ParsedDelivery]) -> None:
         asked.append(len(taken))
         raise KeyError
 
@@ -140,14 +142,14 @@ def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_if_even_asking_fails_all_are_told() -> None:
     """Nobody is left waiting."""
 
-    def keep(_: Sequence[Delivery]) -> None:
+    def keep(_: Sequence[ParsedDelivery]) -> None:
         raise ConnectionError
 
     def answers() -> bool:
         raise ValueError
 
     with pytest.raises(ValueError):
-        asyncio.run(keeper(keep, away=(ConnectionError,), answers=answers).keep(Delivery()))
+        asyncio.run(keeper(keep, away=(ConnectionError,), answers=answers).commit(ParsedDelivery()))
 
 
 def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +165,13 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
         raise ConnectionError
 
     async def story() -> None:
-        kept = Keeper(lambda taken: taken[0].events, follow)
+        kept = GroupCommitter(lambda taken: taken[0].events, follow)
         for delivery in deliveries(50):
-            await kept.keep(delivery)
+            await kept.commit(delivery)
             assert begun.wait(5)
         assert not go.is_set()
         go.set()
-        kept.finish()
+        kept.drain()
 
     asyncio.run(asyncio.wait_for(story(), 10))
     assert len(followed) == 2
@@ -181,9 +183,9 @@ def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPat
 def test_what_is_left_when_the_loop_ends_is_followed_up() -> None:
     """As when the process is stopped right after an answer: else outcomes would be told by the sweep, much later."""
     followed: list[int] = []
-    kept = Keeper(len, followed.extend)
-    asyncio.run(kept.keep(Delivery()))
-    kept.finish()
+    kept = GroupCommitter(len, followed.extend)
+    asyncio.run(kept.commit(ParsedDelivery()))
+    kept.drain()
     assert followed == [1]
 
 
@@ -192,19 +194,19 @@ def test_what_is_kept_while_the_process_ends_is_followed_up() -> None:
     followed: list[int] = []
     keeping, go = Event(), Event()
 
-    def keep(taken: Sequence[Delivery]) -> int:
+    def keep(taken: Sequence[ParsedDelivery]) -> int:
         keeping.set()
         go.wait(5)
         return len(taken)
 
     async def story() -> None:
-        told = asyncio.create_task(kept.keep(Delivery()))
+        told = asyncio.create_task(kept.commit(ParsedDelivery()))
         await asyncio.to_thread(keeping.wait, 5)
-        finished = asyncio.create_task(asyncio.to_thread(kept.finish))
+        finished = asyncio.create_task(asyncio.to_thread(kept.drain))
         await asyncio.to_thread(eventually, lambda: kept._threads._shutdown)
         go.set()
         await asyncio.gather(told, finished)
 
-    kept = Keeper(keep, followed.extend)
+    kept = GroupCommitter(keep, followed.extend)
     asyncio.run(asyncio.wait_for(story(), 10))
     assert followed == [1]

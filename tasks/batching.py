@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-Go = Callable[[], None]
+DrainLoop = Callable[[], None]
 
 
-class Gatherer(Generic[Item]):
+class MicroBatcher(Generic[Item]):
     """Gives `work` what was added, at most `limit` at a time, one round after the other.
 
     No round begins before `pace_s` after the one before it began, unless it is full. What comes when `room` items wait
@@ -25,14 +25,20 @@ class Gatherer(Generic[Item]):
 
     def __init__(
         self,
-        work: Callable[[list[Item]], None],
+        process: Callable[[list[Item]], None],
         *,
-        limit: int,
-        pace_s: float = 0.0,
-        room: int = sys.maxsize,
-        run: Callable[[Go], object] = lambda go: go(),
+        max_size: int,
+        min_interval_s: float = 0.0,
+        capacity: int = sys.maxsize,
+        executor: Callable[[DrainLoop], object] = lambda go: go(),
     ) -> None:
-        self._work, self._limit, self._pace_s, self._room, self._run = work, limit, pace_s, room, run
+        self._work, self._limit, self._pace_s, self._room, self._run = (
+            process,
+            max_size,
+            min_interval_s,
+            capacity,
+            executor,
+        )
         self._began_at = float("-inf")
         self._lock = threading.Lock()
         self._full = threading.Condition(self._lock)
@@ -49,20 +55,20 @@ class Gatherer(Generic[Item]):
                 return
             self._is_at_work = True
         try:
-            self._run(self._go)
+            self._run(self._drain)
         except BaseException:
             with self._lock:
                 self._is_at_work = False
             raise
 
-    def put_back(self, *items: Item) -> None:
+    def requeue_first(self, *items: Item) -> None:
         """Have these be the first of the next round, before those that came later. For `work` itself."""
         with self._lock:
             self._waiting[:0] = items
 
-    def _go(self) -> None:
+    def _drain(self) -> None:
         try:
-            while taken := self._take():
+            while taken := self._next_batch():
                 self._began_at = time.monotonic()
                 try:
                     self._work(taken)
@@ -73,7 +79,7 @@ class Gatherer(Generic[Item]):
                 self._is_at_work = False
             raise
 
-    def _take(self) -> list[Item]:
+    def _next_batch(self) -> list[Item]:
         with self._lock:
             early_s = self._began_at + self._pace_s - time.monotonic()
             if self._waiting and early_s > 0:
@@ -83,10 +89,10 @@ class Gatherer(Generic[Item]):
             return taken
 
 
-def after_a_while(pause_s: float) -> Callable[[Go], object]:
+def start_after(delay_s: float) -> Callable[[DrainLoop], object]:
     """Let rounds begin so long after their first item, on a thread that a process waits for before it ends."""
 
-    def run(go: Go) -> None:
-        threading.Timer(pause_s, go).start()
+    def run(go: DrainLoop) -> None:
+        threading.Timer(delay_s, go).start()
 
     return run

@@ -11,11 +11,20 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from simulator import messages
-from simulator.delivery import Courier, Parcel
-from simulator.log import Call, Log
-from simulator.messages import Account, Json
-from simulator.scenarios import ACCOUNT_ID, SCENARIOS, Defaults, Reply, Scenario, Sends, drawn, scenario_of
+from simulator import quiltt_records
+from simulator.quiltt_records import Account, Json
+from simulator.request_log import Log, LoggedCall
+from simulator.scenarios import (
+    ACCOUNT_ID,
+    SCENARIOS,
+    Defaults,
+    ResponseKind,
+    Scenario,
+    Sends,
+    draw_scenario,
+    scenario_of,
+)
+from simulator.webhook_sender import OutgoingDelivery, WebhookSender
 
 ACCEPTED = 202
 _STALE_AGE_S = 600
@@ -25,11 +34,11 @@ _SYNC_AGE_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
-class Ruling:
+class CallDecision:
     """How one call ends. `first`, if set, is waited for before the answer."""
 
-    call: Call
-    reply: Reply
+    call: LoggedCall
+    response: ResponseKind
     status: int
     headers: Mapping[str, str]
     first: asyncio.Event | None = None
@@ -42,7 +51,7 @@ class Quota:
         self._second = 0
         self._used = 0
 
-    def take(self, limit: int, now: float) -> bool:
+    def take_slot(self, limit: int, now: float) -> bool:
         """Count one call; False if it is above the limit."""
         if int(now) != self._second:
             self._second, self._used = int(now), 0
@@ -64,7 +73,7 @@ class Provider:
     mode: str
     rng: Random
     log: Log
-    courier: Courier
+    webhook_sender: WebhookSender
     defaults: Defaults = field(default_factory=Defaults)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     _latest: dict[str, Json] = field(default_factory=dict)
@@ -74,39 +83,39 @@ class Provider:
 
     def set_defaults(self, defaults: Defaults) -> None:
         """Use these settings from the next call and the next retry on."""
-        self.defaults = self.courier.defaults = defaults
+        self.defaults = self.webhook_sender.defaults = defaults
 
-    def knows(self, key: str) -> bool:
+    def is_api_key(self, key: str) -> bool:
         """Whether this is the API key."""
         return hmac.compare_digest(key.encode(), self.api_key.encode())
 
-    def refresh(self, account_id: str, *, authenticated: bool, now: float) -> Ruling:
+    def refresh(self, account_id: str, *, authenticated: bool, now: float) -> CallDecision:
         """Decide one refresh call, log it, and set in motion what it causes."""
         scenario, account = self._account(account_id)
-        acted, pace = drawn(scenario, self.rng)
+        acted, pace = draw_scenario(scenario, self.rng)
         status = self._status(account_id, acted, now) if authenticated else 401
         call = self.log.enter_call(
             account_id=account_id,
             started_at=now,
             authenticated=authenticated,
             scenario=scenario.name,
-            acted_as=acted.name,
+            effective_scenario=acted.name,
             accepted=status == ACCEPTED,
         )
         headers = self._quota.headers(self.defaults.rate_limit_per_s, now)
         if not call.accepted:
-            return Ruling(call, Reply.ANSWER, status, headers)
+            return CallDecision(call, ResponseKind.ANSWER, status, headers)
         delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(pace, self.rng)
-        tried = self._set_in_motion(call, acted, account, delay_s)
-        return Ruling(call, acted.reply, status, headers, tried if acted.early else None)
+        tried = self._schedule_webhooks(call, acted, account, delay_s)
+        return CallDecision(call, acted.response, status, headers, tried if acted.early else None)
 
     def read(self, account_id: str) -> Json | None:
         """What GraphQL shows of an account, with its newest balance: until a refresh, one of a sync an hour ago."""
         scenario, account = self._account(account_id)
         if scenario.status == 404:
             return None
-        balance = self._latest.get(account_id) or messages.balance(
-            messages.sibling_id("bal", account_id), account_id, account, "SYNC", self._started_at - _SYNC_AGE_S
+        balance = self._latest.get(account_id) or quiltt_records.balance(
+            quiltt_records.sibling_id("bal", account_id), account_id, account, "SYNC", self._started_at - _SYNC_AGE_S
         )
         shown = ("id", "at", "source", "available", "current", "limit")
         return {
@@ -115,7 +124,7 @@ class Provider:
             "kind": account.kind,
             "state": account.state,
             "connection": {
-                "id": messages.sibling_id("conn", account_id),
+                "id": quiltt_records.sibling_id("conn", account_id),
                 "status": account.connection_status,
                 "provider": "PLAID",
             },
@@ -131,7 +140,7 @@ class Provider:
         return scenario, Account(**{**scenario.account, **chosen})
 
     def _status(self, account_id: str, acted: Scenario, now: float) -> int:
-        if not self._quota.take(self.defaults.rate_limit_per_s, now):
+        if not self._quota.take_slot(self.defaults.rate_limit_per_s, now):
             return 429
         if acted.refuses_first and account_id not in self._refused:
             self._refused.add(account_id)
@@ -139,32 +148,38 @@ class Provider:
         self._refused.discard(account_id)
         return acted.status
 
-    def _set_in_motion(self, call: Call, acted: Scenario, account: Account, delay_s: float) -> asyncio.Event | None:
+    def _schedule_webhooks(
+        self, call: LoggedCall, acted: Scenario, account: Account, delay_s: float
+    ) -> asyncio.Event | None:
         if acted.sends is Sends.NOTHING and not acted.readable:
             return None
-        call.balance_id = messages.new_id("bal")
-        return self.courier.schedule(delay_s, partial(self._pack, call.account_id, call.balance_id, acted, account))
+        call.balance_id = quiltt_records.new_id("bal")
+        return self.webhook_sender.schedule(
+            delay_s, partial(self._new_delivery, call.account_id, call.balance_id, acted, account)
+        )
 
-    def _pack(self, account_id: str, balance_id: str, acted: Scenario, account: Account) -> list[Parcel]:
+    def _new_delivery(
+        self, account_id: str, balance_id: str, acted: Scenario, account: Account
+    ) -> list[OutgoingDelivery]:
         """Make the balance, now, and the deliveries that tell of it."""
         now = time.time()
-        balance = messages.balance(balance_id, account_id, account, "REFRESH", now)
+        balance = quiltt_records.balance(balance_id, account_id, account, "REFRESH", now)
         if acted.readable:
             self._latest[account_id] = balance
-        right = messages.event("balance.created", balance, account_id, now)
+        right = quiltt_records.event("balance.created", balance, account_id, now)
         match acted.sends:
             case Sends.EVENT:
-                return [self._parcel(right)]
+                return [self._signed_delivery(right)]
             case Sends.NOTHING:
                 return []
             case Sends.TWICE:
-                return [self._parcel(right, right), self._parcel(right, wait_s=_TWICE_GAP_S)]
+                return [self._signed_delivery(right, right), self._signed_delivery(right, wait_s=_TWICE_GAP_S)]
             case Sends.FORGED:
-                return [self._parcel(right, secret="not-the-secret", max_tries=_SPURIOUS_TRIES)]
+                return [self._signed_delivery(right, secret="not-the-secret", max_tries=_SPURIOUS_TRIES)]
             case Sends.STALE:
-                return [self._parcel(right, age_s=_STALE_AGE_S, max_tries=_SPURIOUS_TRIES)]
+                return [self._signed_delivery(right, age_s=_STALE_AGE_S, max_tries=_SPURIOUS_TRIES)]
             case Sends.BATCH:
-                return [self._parcel(*messages.batch(right, account_id, now))]
+                return [self._signed_delivery(*quiltt_records.surrounding_events(right, account_id, now))]
 
-    def _parcel(self, *events: Json, **how: Any) -> Parcel:
-        return Parcel(messages.envelope(events, self.mode), **how)
+    def _signed_delivery(self, *events: Json, **how: Any) -> OutgoingDelivery:
+        return OutgoingDelivery(quiltt_records.delivery_envelope(events, self.mode), **how)

@@ -22,10 +22,10 @@ from celery.worker.state import revoked
 from celery.worker.strategy import default
 
 from tasks import suspension, tracing
+from tasks.batching import MicroBatcher
 from tasks.broker import acknowledge
-from tasks.delivery import carry_out
-from tasks.gathering import Gatherer
-from tasks.payments import announce, request_of
+from tasks.dispatch import dispatch
+from tasks.payment_tasks import parse_request, waiting_announcer
 from worker import flow
 from worker.errors import CallFailed, InvalidJob
 from worker.flow import CallResult, Claim, FollowUp, IntakeRequest, RefreshCall
@@ -33,14 +33,14 @@ from worker.runtime import runtime
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 100
+MAX_BATCH_SIZE = 100
 """Messages in a round, at most."""
-PACE_S = 0.025
+BATCH_INTERVAL_S = 0.025
 """A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
-BOOKING_PACE_S = 0.25
+RECORD_INTERVAL_S = 0.25
 """How often accepted calls are booked, at most, if they are few. Nobody waits for that: a balance that comes sooner
 posts its call itself."""
-TOLD = {
+EVENT_FIELDS = {
     "name": "task",
     "args": "argsrepr",
     "kwargs": "kwargsrepr",
@@ -49,17 +49,17 @@ TOLD = {
     "retries": "retries",
 }
 """What Flower is told of a task that was received, by the headers that say it."""
-Handler = Callable[..., None]
+MessageHandler = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Received:
+class ReceivedMessage:
     """A message, as a worker hands it to a strategy."""
 
     message: Any
-    rest: tuple[Any, ...]
-    at: float = field(default_factory=time.time)
-    is_second_time: bool = False
+    strategy_args: tuple[Any, ...]
+    received_at: float = field(default_factory=time.time)
+    was_contended: bool = False
     """Whether its account was held by someone else in the round before."""
 
     @property
@@ -69,91 +69,97 @@ class Received:
         return headers
 
     @property
-    def is_plain(self) -> bool:
+    def is_batchable(self) -> bool:
         """Whether it is to be worked on now, and like any other."""
-        ours = self.rest[0] is None and "id" in self.headers  # else it is of Celery's first protocol
-        return ours and not any(self.headers.get(name) for name in ("eta", "expires")) and self.id not in revoked
+        ours = self.strategy_args[0] is None and "id" in self.headers  # else it is of Celery's first protocol
+        return ours and not any(self.headers.get(name) for name in ("eta", "expires")) and self.task_id not in revoked
 
     @property
-    def id(self) -> str:
+    def task_id(self) -> str:
         """The task's."""
         return str(self.headers["id"])
 
 
-class _Rounds:
+class _BatchStrategy:
     """Messages of one task. A worker makes this anew with each connection to its broker."""
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
-        self._consumer, self._alone = consumer, default(task, app, consumer)
-        self._watchers = suspension.watchers(app)
+        self._consumer, self._default_strategy = consumer, default(task, app, consumer)
+        self._event_publisher = suspension.event_publisher(app)
         self._pool = consumer.pool.executor
-        self._gatherer = Gatherer(self._work, limit=TOGETHER, pace_s=PACE_S, run=self._pool.submit)
+        self._batcher = MicroBatcher(
+            self._process_batch, max_size=MAX_BATCH_SIZE, min_interval_s=BATCH_INTERVAL_S, executor=self._pool.submit
+        )
 
     def __call__(self, message: Any, *rest: Any) -> None:
         """Take a message; raises here, where Celery expects it, what makes one unreadable."""
-        received = Received(message, rest)
+        received = ReceivedMessage(message, rest)
         message.decode()
-        if received.is_plain:
-            self._gatherer.add(received)
+        if received.is_batchable:
+            self._batcher.add(received)
         else:
-            self._alone(message, *rest)
+            self._default_strategy(message, *rest)
 
-    def _work(self, batch: list[Received]) -> None:
+    def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         raise NotImplementedError
 
-    def _try_again(self, busy: Sequence[Received]) -> None:
+    def _retry_contended(self, busy: Sequence[ReceivedMessage]) -> None:
         """Have those whose account was held be in the next round as well; who was in it before goes on alone."""
-        self._leave_alone([received for received in busy if received.is_second_time])
-        self._gatherer.put_back(
-            *(replace(received, is_second_time=True) for received in busy if not received.is_second_time)
+        self._fall_back([received for received in busy if received.was_contended])
+        self._batcher.requeue_first(
+            *(replace(received, was_contended=True) for received in busy if not received.was_contended)
         )
 
-    def _leave_alone(self, batch: Sequence[Received]) -> None:
+    def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
         """Hand messages to Celery's own strategy, on the worker's own thread."""
         for received in batch:
-            self._consumer.call_soon(self._alone, received.message, *received.rest)
+            self._consumer.call_soon(self._default_strategy, received.message, *received.strategy_args)
 
-    def _done(self, batch: Sequence[Received], *events: str) -> None:
+    def _finish(self, batch: Sequence[ReceivedMessage], *events: str) -> None:
         """Tell Flower, and acknowledge."""
         for received in batch:
-            self._tell(received, events)
+            self._emit_events(received, events)
         if batch:
             self._consumer.call_soon(self._acknowledge, batch)
 
-    def _tell(self, received: Received, events: Sequence[str]) -> None:
+    def _emit_events(self, received: ReceivedMessage, events: Sequence[str]) -> None:
         headers, hostname = received.headers, self._consumer.hostname
-        what = {name: headers.get(header) for name, header in TOLD.items()}
-        self._watchers.tell("task-received", hostname, uuid=received.id, timestamp=received.at, **what)
+        what = {name: headers.get(header) for name, header in EVENT_FIELDS.items()}
+        self._event_publisher.publish(
+            "task-received", hostname, uuid=received.task_id, timestamp=received.received_at, **what
+        )
         for event in events:
-            took = {"result": "None", "runtime": time.time() - received.at} if event == "task-succeeded" else {}
-            self._watchers.tell(event, hostname, uuid=received.id, **took)
+            took = (
+                {"result": "None", "runtime": time.time() - received.received_at} if event == "task-succeeded" else {}
+            )
+            self._event_publisher.publish(event, hostname, uuid=received.task_id, **took)
 
-    def _acknowledge(self, batch: Sequence[Received]) -> None:
+    def _acknowledge(self, batch: Sequence[ReceivedMessage]) -> None:
         try:
             acknowledge([received.message for received in batch])
         except self._consumer.connection_errors as error:
             log.warning("%s messages could not be acknowledged, and will come again: %s", len(batch), error)
 
 
-class _Intake(_Rounds):
+class _JobBatchStrategy(_BatchStrategy):
     """Jobs."""
 
-    def _work(self, batch: list[Received]) -> None:
-        taken, busy = list[Received](), list[Received]()
+    def _work(self, batch: list[ReceivedMessage]) -> None:
+        taken, busy = list[ReceivedMessage](), list[ReceivedMessage]()
         try:
-            requests = [self._request(received) for received in batch]
-            entrances = flow.initiate_batch(runtime(), requests, announce(requests))
+            requests = [self._parse_request(received) for received in batch]
+            entrances = flow.initiate_batch(runtime(), requests, waiting_announcer(requests))
         except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of jobs is taken in one by one: %s", error)
-            self._leave_alone(batch)
+            self._fall_back(batch)
         else:
             taken = [received for received, entrance in zip(batch, entrances, strict=True) if entrance]
             busy = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
-            self._go_on([entrance.follow_up for entrance in entrances if entrance], taken)
-        self._done(taken, "task-started")
-        self._try_again(busy)
+            self._dispatch_follow_ups([entrance.follow_up for entrance in entrances if entrance], taken)
+        self._finish(taken, "task-started")
+        self._retry_contended(busy)
 
-    def _request(self, received: Received) -> IntakeRequest:
+    def _parse_request(self, received: ReceivedMessage) -> IntakeRequest:
         args, kwargs, embed = received.message.payload
         if len(args) > 1:
             raise InvalidJob("there is more than one positional argument")
@@ -164,32 +170,34 @@ class _Intake(_Rounds):
             delivery_info=received.message.delivery_info,
             reply_to=received.message.properties.get("reply_to"),
         )
-        return request_of(args[0] if args else None, kwargs, suspension.leave(context))
+        return parse_request(args[0] if args else None, kwargs, suspension.suspend(context))
 
-    def _go_on(self, nexts: Sequence[FollowUp], taken: Sequence[Received]) -> None:
+    def _dispatch_follow_ups(self, nexts: Sequence[FollowUp], taken: Sequence[ReceivedMessage]) -> None:
         todo = FollowUp()
         for following in nexts:
             todo.merge(following)
         try:
-            carry_out(todo)
-            gone = [received.id for received in taken if received.id in revoked]
+            dispatch(todo)
+            gone = [received.task_id for received in taken if received.task_id in revoked]
             if gone:  # while they were taken in, before there was anything to cancel
-                carry_out(flow.cancel_by_task(runtime(), gone))
+                dispatch(flow.cancel_by_task(runtime(), gone))
         except Exception:  # the payments are written down: whatever fails from here on, upkeep makes good
             log.exception("%s payments wait; upkeep will see to what comes next", len(taken))
 
 
-class _Calls(_Rounds):
+class _CallBatchStrategy(_BatchStrategy):
     """Refreshes to be called."""
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        many = min(TOGETHER, max(1, consumer.pool.limit // 2))  # the other half of what the worker may hold goes on
-        self._accepted = Gatherer(self._book, limit=many, pace_s=BOOKING_PACE_S)
-        self._failed = Gatherer(self._book, limit=TOGETHER)
+        many = min(
+            MAX_BATCH_SIZE, max(1, consumer.pool.limit // 2)
+        )  # the other half of what the worker may hold goes on
+        self._accepted_results = MicroBatcher(self._record_results, max_size=many, min_interval_s=RECORD_INTERVAL_S)
+        self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
 
-    def _work(self, batch: list[Received]) -> None:
-        wanted = defaultdict[RefreshCall, list[Received]](list)
+    def _work(self, batch: list[ReceivedMessage]) -> None:
+        wanted = defaultdict[RefreshCall, list[ReceivedMessage]](list)
         try:
             for received in batch:
                 account_id, refresh_id = received.message.payload[0]
@@ -197,62 +205,64 @@ class _Calls(_Rounds):
             claims = flow.claim_calls(runtime(), list(wanted))
         except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
             log.debug("a round of calls is made one by one: %s", error)
-            self._leave_alone(batch)
+            self._fall_back(batch)
             return
         for busy in claims.contended:
-            self._try_again(wanted.pop(busy))
+            self._retry_contended(wanted.pop(busy))
         for claim in claims.claims:
-            self._begin(
+            self._start_call(
                 claim, wanted.pop(RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id))
             )
         try:
-            carry_out(claims.follow_up)
+            dispatch(claims.follow_up)
         finally:
-            self._over(list(wanted.values()))
+            self._finish_groups(list(wanted.values()))
 
-    def _begin(self, claim: Claim, messages: Sequence[Received]) -> None:
+    def _start_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         """Have a thread make the call. The pool of a worker that stops begins nothing, and drops what has not begun."""
 
         def see(begun: "Future[None]") -> None:
             if begun.cancelled():
-                self._end(flow.skipped_call(runtime(), claim), messages)
+                self._queue_result(flow.skipped_call(runtime(), claim), messages)
 
         try:
-            self._pool.submit(self._call, claim, messages).add_done_callback(see)
+            self._pool.submit(self._make_call, claim, messages).add_done_callback(see)
         except RuntimeError:  # it was shut down while the call was claimed
-            self._end(flow.skipped_call(runtime(), claim), messages)
+            self._queue_result(flow.skipped_call(runtime(), claim), messages)
 
-    def _call(self, claim: Claim, messages: Sequence[Received]) -> None:
+    def _make_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         try:
-            self._end(flow.make_call(runtime(), claim), messages)
+            self._queue_result(flow.make_call(runtime(), claim), messages)
         except Exception:  # nobody knows what became of the call: upkeep sees to it
             log.exception("a call for %s ended in an error", claim.refresh.account_id)
-            self._over([messages])
+            self._finish_groups([messages])
 
-    def _end(self, end: CallResult, messages: Sequence[Received]) -> None:
+    def _queue_result(self, end: CallResult, messages: Sequence[ReceivedMessage]) -> None:
         """Have the end of a call booked: at once if it failed, as payments may fail by that."""
-        (self._failed if isinstance(end.status_or_error, CallFailed) else self._accepted).add((end, messages))
+        (self._failed_results if isinstance(end.status_or_error, CallFailed) else self._accepted_results).add(
+            (end, messages)
+        )
 
-    def _book(self, ends: list[tuple[CallResult, Sequence[Received]]]) -> None:
+    def _record_results(self, ends: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
         try:
-            carry_out(flow.record_results(runtime(), [end for end, _ in ends]))
+            dispatch(flow.record_results(runtime(), [end for end, _ in ends]))
         finally:  # what could not be booked, upkeep finds
-            self._over([messages for _, messages in ends])
+            self._finish_groups([messages for _, messages in ends])
 
-    def _over(self, groups: Sequence[Sequence[Received]]) -> None:
-        self._done([received for messages in groups for received in messages], "task-started", "task-succeeded")
+    def _finish_groups(self, groups: Sequence[Sequence[ReceivedMessage]]) -> None:
+        self._finish([received for messages in groups for received in messages], "task-started", "task-succeeded")
 
 
-def intake(task: Any, app: Any, consumer: Any) -> Handler:
+def job_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
     """The strategy of `payments.initiate`."""
-    return _Intake(task, app, consumer) if _can_be_together(consumer) else default(task, app, consumer)
+    return _JobBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
 
 
-def calls(task: Any, app: Any, consumer: Any) -> Handler:
+def call_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
     """The strategy of `balances.refresh`."""
-    return _Calls(task, app, consumer) if _can_be_together(consumer) else default(task, app, consumer)
+    return _CallBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
 
 
-def _can_be_together(consumer: Any) -> bool:
+def _batching_supported(consumer: Any) -> bool:
     """Threads share what they gather, processes do not; and a trace is of one task."""
-    return isinstance(consumer.pool, TaskPool) and not tracing.is_on()
+    return isinstance(consumer.pool, TaskPool) and not tracing.is_enabled()

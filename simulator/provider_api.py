@@ -15,18 +15,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from simulator import messages
-from simulator.checks import Refused
-from simulator.control import Control
-from simulator.provider import Provider, Ruling
-from simulator.scenarios import Reply
-from simulator.subscriptions import Subscriptions
+from simulator import quiltt_records
+from simulator.control_api import Control
+from simulator.control_options import InvalidControlRequest
+from simulator.fake_provider import CallDecision, Provider
+from simulator.scenarios import ResponseKind
+from simulator.subscription_api import Subscriptions
 
 _API_VERSION = "2026-04-01"
 _EARLY_WAIT_S = 5.0  # a webhook that is down or paused must not hold the answer for ever
 
 
-class Unanswered(Response):
+class NoResponse(Response):
     """Ends a request without an answer: at once if it is cut, otherwise when the client gives up."""
 
     def __init__(self, *, cut: bool) -> None:
@@ -58,7 +58,7 @@ class Api:
     def authenticated(self, request: Request) -> bool:
         """Whether the request carries the API key as Bearer token."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and self._provider.knows(key)
+        return scheme.lower() == "bearer" and self._provider.is_api_key(key)
 
     async def refresh(self, request: Request) -> Response:
         """The paid call."""
@@ -67,12 +67,12 @@ class Api:
         if ruling.first:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ruling.first.wait(), _EARLY_WAIT_S)
-        return self._ended(ruling)
+        return self._finish_call(ruling)
 
     async def graphql(self, request: Request) -> Response:
         """The free read. The query is not looked at: `variables.id` says which account."""
         if not self._authenticated_for_a_profile(request):
-            return refusal(401)
+            return rest_error_response(401)
         try:
             account_id = json.loads(await request.body())["variables"]["id"]
         except (ValueError, LookupError, TypeError):
@@ -82,18 +82,18 @@ class Api:
     async def introspect(self, request: Request) -> Response:
         """Which environment the key belongs to."""
         if not self.authenticated(request):
-            return refusal(401)
+            return rest_error_response(401)
         key = {"id": "api_simulator", "name": "Simulator", "apiVersion": _API_VERSION, "metadata": None}
-        return JSONResponse(key | {"environment": messages.environment(self._provider.mode)})
+        return JSONResponse(key | {"environment": quiltt_records.environment(self._provider.mode)})
 
-    def _ended(self, ruling: Ruling) -> Response:
-        if ruling.reply is not Reply.ANSWER:
+    def _finish_call(self, ruling: CallDecision) -> Response:
+        if ruling.response is not ResponseKind.ANSWER:
             self._provider.log.close_call(ruling.call, None)
-            return Unanswered(cut=ruling.reply is Reply.CUT)
+            return NoResponse(cut=ruling.response is ResponseKind.CUT)
         self._provider.log.close_call(ruling.call, ruling.status)
         if ruling.call.accepted:
             return Response(status_code=ruling.status, headers=ruling.headers)
-        return JSONResponse(messages.rest_error(ruling.status), ruling.status, ruling.headers)
+        return JSONResponse(quiltt_records.rest_error(ruling.status), ruling.status, ruling.headers)
 
     def _authenticated_for_a_profile(self, request: Request) -> bool:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -101,15 +101,15 @@ class Api:
             profile_id, _, key = base64.b64decode(given, validate=True).decode().partition(":")
         except ValueError:
             return False
-        return scheme.lower() == "basic" and profile_id.startswith("p_") and self._provider.knows(key)
+        return scheme.lower() == "basic" and profile_id.startswith("p_") and self._provider.is_api_key(key)
 
 
-def refusal(status: int) -> Response:
+def rest_error_response(status: int) -> Response:
     """A RestError as a response."""
-    return JSONResponse(messages.rest_error(status), status)
+    return JSONResponse(quiltt_records.rest_error(status), status)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _invalid_request(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 422)
 
 
@@ -118,11 +118,11 @@ def build_app(provider: Provider) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        courier = asyncio.create_task(provider.courier.run())
+        courier = asyncio.create_task(provider.webhook_sender.run())
         yield
         courier.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await courier
 
     routes = [*Api(provider).routes(), *Control(provider).routes()]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refused: _refused})
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _invalid_request})

@@ -27,7 +27,7 @@ def sibling_id(prefix: str, account_id: str) -> str:
     return f"{prefix}_{account_id.partition('_')[2]}"
 
 
-def stamp(at: float) -> str:
+def timestamp_text(at: float) -> str:
     """Unix seconds as the provider writes a time: UTC, whole seconds."""
     return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -52,7 +52,7 @@ def balance(balance_id: str, account_id: str, account: Account, source: str, at:
     return {
         "id": balance_id,
         "accountId": account_id,
-        "at": stamp(at + account.at_offset_s),
+        "at": timestamp_text(at + account.at_offset_s),
         "source": source,
         "available": account.available,
         "current": account.current,
@@ -65,7 +65,7 @@ def event(kind: str, record: Json, account_id: str, at: float) -> Json:
     profile_id = sibling_id("p", account_id)
     return {
         "id": new_id("evt"),
-        "at": stamp(at),
+        "at": timestamp_text(at),
         "type": kind,
         "profile": {"id": profile_id, "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, profile_id)), "metadata": None},
         "record": record,
@@ -73,7 +73,7 @@ def event(kind: str, record: Json, account_id: str, at: float) -> Json:
     }
 
 
-def batch(right: Json, account_id: str, at: float) -> list[Json]:
+def surrounding_events(right: Json, account_id: str, at: float) -> list[Json]:
     """The right event in bad company: only its neighbours are foreign, unknown or malformed."""
     stranger, nobody = new_id("acct"), new_id("acct")
     synced = balance(new_id("bal"), stranger, Account(), "SYNC", at)
@@ -96,13 +96,13 @@ def environment(mode: str) -> Json:
     return {"id": "env_simulator", "name": "Simulator", "mode": mode, "metadata": None}
 
 
-def envelope(events: Sequence[Json], mode: str) -> bytes:
+def delivery_envelope(events: Sequence[Json], mode: str) -> bytes:
     """The body of one delivery."""
     kinds = list(dict.fromkeys(item["type"] for item in events))
-    return encode({"environment": environment(mode), "eventTypes": kinds, "events": list(events)})
+    return encode_json({"environment": environment(mode), "eventTypes": kinds, "events": list(events)})
 
 
-def encode(value: object) -> bytes:
+def encode_json(value: object) -> bytes:
     """Compact JSON: the bytes that are signed are the bytes that are sent."""
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -125,7 +125,7 @@ def rest_error(status: int) -> Json:
 
 
 @dataclass(frozen=True, slots=True)
-class Ids:
+class BodyIds:
     """Who and what a delivery speaks of."""
 
     events: tuple[str, ...] = ()
@@ -133,16 +133,16 @@ class Ids:
     accounts: tuple[str, ...] = ()
 
 
-def ids_in(body: bytes) -> Ids:
+def ids_in(body: bytes) -> BodyIds:
     """The ids found in a delivery's body, in order and each once; a body that makes no sense has none."""
     try:
         found = json.loads(body)
     except ValueError:
-        return Ids()
+        return BodyIds()
     events = found.get("events") if isinstance(found, dict) else None
     events = [item for item in events if isinstance(item, dict)] if isinstance(events, list) else []
     records = [item["record"] for item in events if isinstance(item.get("record"), dict)]
-    return Ids(
+    return BodyIds(
         events=_texts(item.get("id") for item in events),
         balances=_texts(record.get("id") for record in records if "source" in record),
         accounts=_texts(record.get("accountId") for record in records),

@@ -13,7 +13,7 @@ from kombu.exceptions import BatchPublishError, OperationalError
 from config.log_config import log_context
 from tasks import suspension, tracing
 from tasks.app import app
-from tasks.gathering import Gatherer, after_a_while
+from tasks.batching import MicroBatcher, start_after
 from worker import flow
 from worker.errors import PaymentNotReady
 from worker.flow import FollowUp
@@ -21,39 +21,39 @@ from worker.ledger.outcome_deliveries import REDELIVER_AFTER, OutcomeDelivery
 from worker.rules.states import PaymentState
 from worker.runtime import runtime
 
-BROKER_AWAY = (OperationalError, BatchPublishError, OSError)
+BROKER_UNAVAILABLE = (OperationalError, BatchPublishError, OSError)
 """What is raised when the broker cannot be reached."""
 
-SLICE = 50
+DELIVERY_BATCH_SIZE = 50
 """Outcomes that are delivered before it is noted."""
-NOTED_AFTER_S = 0.3
-PATIENCE_S = REDELIVER_AFTER.total_seconds() / 2
+MARK_DELAY_S = 0.3
+DELIVERY_TIME_BUDGET_S = REDELIVER_AFTER.total_seconds() / 2
 """After this long the rest of a long list is left to the sweep, which would take it for forgotten anyway."""
 
 log = logging.getLogger(__name__)
 
 
-def carry_out(todo: FollowUp) -> None:
+def dispatch(follow_up: FollowUp) -> None:
     """Enqueue calls and balances to apply, then deliver what was settled."""
-    _enqueue(_messages(todo))
-    if todo.deliveries:
-        deliver(todo.deliveries)
+    _enqueue(_messages(follow_up))
+    if follow_up.deliveries:
+        deliver(follow_up.deliveries)
 
 
-def carry_out_but_canvases(todo: FollowUp) -> None:
+def dispatch_without_callbacks(follow_up: FollowUp) -> None:
     """The same, where none but our own tasks are known: a worker tells those that lead on to tasks of others."""
-    others = [due.task_id for due in todo.deliveries if not suspension.is_plain(due.continuation)]
-    slices = [others[start : start + SLICE] for start in range(0, len(others), SLICE)]
+    others = [due.task_id for due in follow_up.deliveries if not suspension.has_no_callbacks(due.continuation)]
+    slices = [others[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(others), DELIVERY_BATCH_SIZE)]
     told_by_a_worker = [("outcomes.deliver", (task_ids,), None) for task_ids in slices]
-    _enqueue([*_messages(todo), *told_by_a_worker])
-    deliver([due for due in todo.deliveries if suspension.is_plain(due.continuation)])
+    _enqueue([*_messages(follow_up), *told_by_a_worker])
+    deliver([due for due in follow_up.deliveries if suspension.has_no_callbacks(due.continuation)])
 
 
-Message = tuple[str, tuple[Any, ...], float | None]
+TaskMessage = tuple[str, tuple[Any, ...], float | None]
 """Name, arguments, and in how many seconds."""
 
 
-def _enqueue(messages: Iterable[Message]) -> None:
+def _enqueue(messages: Iterable[TaskMessage]) -> None:
     messages = list(messages)
     if messages:
         with app.producer_or_acquire() as producer:  # to take one for each message costs a third of sending it
@@ -64,7 +64,7 @@ def _enqueue(messages: Iterable[Message]) -> None:
                     declared.add(_send(producer, message, declared))
 
 
-def _send(producer: Any, message: Message, declared: Collection[str]) -> str:
+def _send(producer: Any, message: TaskMessage, declared: Collection[str]) -> str:
     """Send a message, and see to it that there is its queue, unless that was `declared`; returns the queue.
 
     `app.send_task` does the same in twice the time: it looks for options that our own tasks do not have.
@@ -77,57 +77,57 @@ def _send(producer: Any, message: Message, declared: Collection[str]) -> str:
     return str(queue)
 
 
-def _messages(todo: FollowUp) -> Iterator[Message]:
-    for call in dict.fromkeys(todo.calls):
+def _messages(follow_up: FollowUp) -> Iterator[TaskMessage]:
+    for call in dict.fromkeys(follow_up.calls):
         if call.has_slot:
             yield "balances.refresh", (call.account_id, call.refresh_id, True), call.delay.total_seconds()
         else:
             yield "balances.refresh", (call.account_id, call.refresh_id), None
-    for poll in todo.balance_polls:
+    for poll in follow_up.balance_polls:
         yield "balances.poll", (poll.account_id, poll.profile_id), poll.delay.total_seconds()
     for balance_id in dict.fromkeys(
-        todo.balances_to_apply
+        follow_up.balances_to_apply
     ):  # of a round, many payments may have found the same balance
         yield "balances.apply", (balance_id,), None
 
 
 def deliver(due: Sequence[OutcomeDelivery]) -> None:
     """Complete the tasks that wait. What cannot be delivered now, or not soon, stays due: the sweep delivers it."""
-    end = time.monotonic() + PATIENCE_S
-    for start in range(0, len(due), SLICE):
+    end = time.monotonic() + DELIVERY_TIME_BUDGET_S
+    for start in range(0, len(due), DELIVERY_BATCH_SIZE):
         if time.monotonic() > end:
             return
-        _deliver(due[start : start + SLICE])
+        _deliver_batch(due[start : start + DELIVERY_BATCH_SIZE])
 
 
 def deliver_overdue() -> None:
     """Deliver what was not delivered when it was settled; each slice is kept from other sweeps while it is."""
-    while due := flow.claim_overdue_deliveries(runtime(), SLICE):
-        _deliver(due)
+    while due := flow.claim_overdue_deliveries(runtime(), DELIVERY_BATCH_SIZE):
+        _deliver_batch(due)
 
 
-def _deliver(due: Sequence[OutcomeDelivery]) -> None:
+def _deliver_batch(due: Sequence[OutcomeDelivery]) -> None:
     plain, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
     for outcome in due:
-        is_plain = suspension.is_plain(outcome.continuation) and not tracing.is_on()
+        is_plain = suspension.has_no_callbacks(outcome.continuation) and not tracing.is_enabled()
         (plain if is_plain else others).append(outcome)
-    told = {outcome.task_id: runtime().clock() for outcome in others if _tell(outcome)}
+    told = {outcome.task_id: runtime().clock() for outcome in others if _deliver_one(outcome)}
     if told:
         flow.mark_delivered(runtime(), told)
-    if plain and (told_at := _tell_plain(plain)):
-        noted.add(*((outcome.task_id, told_at) for outcome in plain))
+    if plain and (told_at := _deliver_results(plain)):
+        delivered_marks.add(*((outcome.task_id, told_at) for outcome in plain))
 
 
-noted = Gatherer[tuple[str, datetime]](
-    lambda told: flow.mark_delivered(runtime(), dict(told)), limit=1000, run=after_a_while(NOTED_AFTER_S)
+delivered_marks = MicroBatcher[tuple[str, datetime]](
+    lambda told: flow.mark_delivered(runtime(), dict(told)), max_size=1000, executor=start_after(MARK_DELAY_S)
 )
 """Results that were told. Should the note be lost with the process, the sweep writes the same results once more."""
 
 
-def _tell(due: OutcomeDelivery) -> bool:
+def _deliver_one(due: OutcomeDelivery) -> bool:
     with log_context(task_id=due.task_id, payment_id=due.outcome["payment_id"]):
         try:
-            _complete(due)
+            _resume(due)
         except Exception:
             log.exception("an outcome could not be delivered; it stays due")
             return False
@@ -135,10 +135,10 @@ def _tell(due: OutcomeDelivery) -> bool:
         return True
 
 
-def _tell_plain(due: Sequence[OutcomeDelivery]) -> datetime | None:
+def _deliver_results(due: Sequence[OutcomeDelivery]) -> datetime | None:
     """When they were told, if they were."""
     try:
-        suspension.end_plain(app, [(outcome.continuation, _end(outcome)) for outcome in due])
+        suspension.resume_without_callbacks(app, [(outcome.continuation, _result_or_error(outcome)) for outcome in due])
     except Exception:
         log.exception("%s outcomes could not be delivered; they stay due", len(due))
         return None
@@ -149,17 +149,19 @@ def _tell_plain(due: Sequence[OutcomeDelivery]) -> datetime | None:
     return told_at
 
 
-def _end(due: OutcomeDelivery) -> Any:
+def _result_or_error(due: OutcomeDelivery) -> Any:
     """What the task returns, or raises."""
     if due.state == PaymentState.RELEASED:
         return due.outcome
     return PaymentNotReady(due.outcome["reason"], due.outcome["detail"])
 
 
-def _complete(due: OutcomeDelivery) -> None:
-    end = _end(due)
-    with tracing.resumed(due.continuation.get("trace", {}), due.continuation["left_at"], f"wait, then {due.state}"):
+def _resume(due: OutcomeDelivery) -> None:
+    end = _result_or_error(due)
+    with tracing.resumed_span(
+        due.continuation.get("trace", {}), due.continuation["suspended_at"], f"wait, then {due.state}"
+    ):
         if isinstance(end, Exception):
-            suspension.fail(app, due.continuation, end)
+            suspension.resume_with_error(app, due.continuation, end)
         else:
-            suspension.complete(app, due.continuation, end)
+            suspension.resume_with_result(app, due.continuation, end)

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections: no call may fail because it met a closing one
-_BIND_AGAIN_S = 0.1
+_REBIND_INTERVAL_S = 0.1
 
 
 class CuttableProtocol(HttpToolsProtocol):
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
-    def refuse(self, seconds: float) -> None:
+    def refuse_connections(self, seconds: float) -> None:
         """Close the listening socket and every idle connection; listen on the same port again after `seconds`."""
         if self._reopening:
             self._reopening.cancel()
@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
             try:
                 self.servers = [await self._listen()]
             except OSError:  # somebody else's outgoing connection may have been given the port meanwhile
-                await asyncio.sleep(_BIND_AGAIN_S)
+                await asyncio.sleep(_REBIND_INTERVAL_S)
             else:
                 return
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from simulator.messages import Ids
+from simulator.quiltt_records import BodyIds
 
 
 @dataclass(slots=True)
-class Call:
+class LoggedCall:
     """One refresh call. `accepted`: the provider would bill it. `status` is null while, and when, it has no answer."""
 
     seq: int
@@ -25,14 +25,14 @@ class Call:
     started_at: float
     authenticated: bool
     scenario: str
-    acted_as: str  # differs from the scenario for `mix` only
+    effective_scenario: str  # differs from the scenario for `mix` only
     accepted: bool
     balance_id: str | None = None  # of the balance this call will make
     status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class LoggedDelivery:
     """One attempt to deliver. `signed_rightly` says nothing of the timestamp's age: compare it with `sent_at`."""
 
     seq: int
@@ -42,15 +42,15 @@ class Delivery:
     attempt: int
     sent_at: float
     timestamp: int  # as in Quiltt-Timestamp
-    signed_rightly: bool
+    signature_valid: bool
     status: int | None
     error: str | None
 
 
-_COLUMNS = {kind: tuple(column.name for column in fields(kind)) for kind in (Call, Delivery)}
+_COLUMNS = {kind: tuple(column.name for column in fields(kind)) for kind in (LoggedCall, LoggedDelivery)}
 
 
-def _row(entry: Call | Delivery) -> dict[str, Any]:
+def _row(entry: LoggedCall | LoggedDelivery) -> dict[str, Any]:
     """As `dataclasses.asdict`, which copies deeply and takes five times as long: the whole log is asked for at once."""
     return {name: getattr(entry, name) for name in _COLUMNS[type(entry)]}
 
@@ -59,22 +59,31 @@ class Log:
     """Append-only until `reset`. With a path, each finished entry is also appended there as a line of JSON."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.calls: list[Call] = []
-        self.deliveries: list[Delivery] = []
+        self.calls: list[LoggedCall] = []
+        self.deliveries: list[LoggedDelivery] = []
         self._last_call = 0
         self._last_delivery = 0
         self._file = path.open("a", buffering=1) if path else None
 
     def enter_call(
-        self, *, account_id: str, started_at: float, authenticated: bool, scenario: str, acted_as: str, accepted: bool
-    ) -> Call:
+        self,
+        *,
+        account_id: str,
+        started_at: float,
+        authenticated: bool,
+        scenario: str,
+        effective_scenario: str,
+        accepted: bool,
+    ) -> LoggedCall:
         """Enter a call that just came in; its status is not known yet."""
         self._last_call += 1
-        call = Call(self._last_call, account_id, started_at, authenticated, scenario, acted_as, accepted)
+        call = LoggedCall(
+            self._last_call, account_id, started_at, authenticated, scenario, effective_scenario, accepted
+        )
         self.calls.append(call)
         return call
 
-    def close_call(self, call: Call, status: int | None) -> None:
+    def close_call(self, call: LoggedCall, status: int | None) -> None:
         """The call's request is over: answered with this status, or never answered."""
         call.status = status
         self._write("call", call)
@@ -82,18 +91,18 @@ class Log:
     def enter_delivery(
         self,
         *,
-        ids: Ids,
+        ids: BodyIds,
         attempt: int,
         sent_at: float,
         timestamp: int,
-        signed_rightly: bool,
+        signature_valid: bool,
         status: int | None,
         error: str | None,
     ) -> None:
         """Enter a delivery attempt that is over."""
         self._last_delivery += 1
         names = (ids.events, ids.balances, ids.accounts)
-        entry = Delivery(self._last_delivery, *names, attempt, sent_at, timestamp, signed_rightly, status, error)
+        entry = LoggedDelivery(self._last_delivery, *names, attempt, sent_at, timestamp, signature_valid, status, error)
         self.deliveries.append(entry)
         self._write("delivery", entry)
 
@@ -122,6 +131,6 @@ class Log:
         self.calls.clear()
         self.deliveries.clear()
 
-    def _write(self, kind: str, entry: Call | Delivery) -> None:
+    def _write(self, kind: str, entry: LoggedCall | LoggedDelivery) -> None:
         if self._file:
             self._file.write(json.dumps({"entry": kind, **_row(entry)}) + "\n")

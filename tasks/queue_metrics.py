@@ -11,11 +11,11 @@ from celery import Celery
 from config.celery_config import QUEUES
 from worker.metrics import MetricSample
 
-MAX_MARKS = 500
+MAX_SAMPLES = 500
 """Of a queue; beyond it every other one is forgotten, which costs exactness only."""
 
 
-class Queues:
+class QueueMetrics:
     """Looks at the queues. Messages carry no time, so each look remembers the message that came last.
 
     While that message is there, what lies before it came no later: the oldest is as old as the first look whose
@@ -31,12 +31,16 @@ class Queues:
     def __call__(self) -> Iterator[MetricSample]:
         """The figures now; raises what the broker's client does when it is away."""
         with _channel(self._app) as (connection, channel):
-            counts = {(name,): float(_length(connection, channel, name)) for name in QUEUES}
-            ages = {(name,): self._age(channel, name) for name in QUEUES} if hasattr(channel, "_q_for_pri") else {}
+            counts = {(name,): float(_queue_length(connection, channel, name)) for name in QUEUES}
+            ages = (
+                {(name,): self._oldest_message_age(channel, name) for name in QUEUES}
+                if hasattr(channel, "_q_for_pri")
+                else {}
+            )
         yield MetricSample("payready_queue_messages", "Messages that no worker has taken.", counts, ("queue",))
         yield MetricSample("payready_queue_oldest_seconds", "How old the first of them is.", ages, ("queue",))
 
-    def _age(self, channel: Any, name: str) -> float:
+    def _oldest_message_age(self, channel: Any, name: str) -> float:
         keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001
         return max(self._age_of_list(channel.client, key) for key in keys)
 
@@ -48,15 +52,15 @@ class Queues:
         last = client.lindex(key, 0)
         if last is not None and (not marks or marks[-1][1] != last):
             marks.append((now, last))
-        if len(marks) > MAX_MARKS:
+        if len(marks) > MAX_SAMPLES:
             self._marks[key] = deque(list(marks)[::2])
         return now - marks[0][0] if marks else 0.0
 
 
-def lengths(app: Celery) -> dict[str, int]:
+def lengths_by_queue(app: Celery) -> dict[str, int]:
     """How many messages lie in each queue; raises what the broker's client does when it is away."""
     with _channel(app) as (connection, channel):
-        return {name: _length(connection, channel, name) for name in QUEUES}
+        return {name: _queue_length(connection, channel, name) for name in QUEUES}
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def _channel(app: Celery) -> Iterator[tuple[Any, Any]]:
         yield connection, connection.default_channel
 
 
-def _length(connection: Any, channel: Any, name: str) -> int:
+def _queue_length(connection: Any, channel: Any, name: str) -> int:
     try:
         return int(channel.queue_declare(name, passive=True).message_count)
     except connection.channel_errors:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tasks.app import app
-from tasks.delivery import carry_out, deliver_overdue
+from tasks.dispatch import deliver_overdue, dispatch
 from worker import flow
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.quiltt import subscriptions
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 def expire() -> None:
     """Fail payments whose deadline has passed."""
     more = True
-    with _while_the_ledger_answers():
+    with _skip_if_database_unavailable():
         while more:
             todo = flow.expire_due_payments(runtime())
-            carry_out(todo)
+            dispatch(todo)
             more = todo.has_more
 
 
 @app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
     """Make good what was lost on the way: calls, balances, deliveries."""
-    with _while_the_ledger_answers():
+    with _skip_if_database_unavailable():
         deliver_overdue()
-        carry_out(flow.sweep(runtime()))
+        dispatch(flow.sweep(runtime()))
 
 
 @app.task(name="webhooks.check_subscription", send_events=False)
@@ -47,13 +47,13 @@ def check_subscription() -> None:
 
 
 @app.task(name="quarantine.prune", send_events=False)
-def trim_quarantine() -> None:
+def prune_quarantine() -> None:
     """Keep the quarantine within its bounds."""
     flow.prune_quarantine(runtime())
 
 
 @contextmanager
-def _while_the_ledger_answers() -> Iterator[None]:
+def _skip_if_database_unavailable() -> Iterator[None]:
     """Say in a line that it does not: the next tick tries again, and a traceback a second would drown all else."""
     try:
         yield

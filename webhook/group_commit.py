@@ -10,25 +10,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from tasks.gathering import Gatherer, Go
-from webhook.events import Delivery
+from tasks.batching import DrainLoop, MicroBatcher
+from webhook.events import ParsedDelivery
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 100
+MAX_BATCH_SIZE = 100
 """Deliveries that are made safe in one transaction at most."""
-HANDS = 2
+MAX_CONCURRENT_COMMITS = 2
 """Transactions at a time: while one waits for the disk the next one is made up."""
-PATIENCE_S = 15.0
+BISECT_TIME_BUDGET_S = 15.0
 """After this long it is no use to try parts of a group apart: the provider waits for an answer for 20 s."""
-LEFT = 1000
+FOLLOW_UP_CAPACITY = 1000
 """Groups that wait to be followed up at most; the sweep does what is beyond."""
 
 T = TypeVar("T")
-_Waiting = tuple[Delivery, asyncio.Future[None]]
+_PendingDelivery = tuple[ParsedDelivery, asyncio.Future[None]]
 
 
-class Keeper(Generic[T]):
+class GroupCommitter(Generic[T]):
     """Collects the deliveries of this process.
 
     `keep` makes some safe, or raises: one of `away` if it may be no fault of theirs, and then `answers` says whether
@@ -37,23 +37,25 @@ class Keeper(Generic[T]):
 
     def __init__(
         self,
-        keep: Callable[[Sequence[Delivery]], T],
-        follow: Callable[[Sequence[T]], None],
+        commit: Callable[[Sequence[ParsedDelivery]], T],
+        on_committed: Callable[[Sequence[T]], None],
         *,
-        away: tuple[type[BaseException], ...] = (),
-        answers: Callable[[], bool] = lambda: False,
+        unavailable_errors: tuple[type[BaseException], ...] = (),
+        is_available: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._keep = keep
-        self._follow = follow
-        self._following = Gatherer(self._follow_up, limit=LEFT, room=LEFT, run=self._run)
-        self._away = away
-        self._answers = answers
-        self._waiting: list[_Waiting] = []
-        self._free = HANDS
+        self._keep = commit
+        self._follow = on_committed
+        self._following = MicroBatcher(
+            self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY, executor=self._run
+        )
+        self._away = unavailable_errors
+        self._answers = is_available
+        self._waiting: list[_PendingDelivery] = []
+        self._free = MAX_CONCURRENT_COMMITS
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them but weakly
-        self._threads = ThreadPoolExecutor(HANDS + 1, "keeper")
+        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "keeper")
 
-    async def keep(self, delivery: Delivery) -> None:
+    async def commit(self, delivery: ParsedDelivery) -> None:
         """Return when it is safe. Raises what `keep` raised."""
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((delivery, done))
@@ -64,36 +66,38 @@ class Keeper(Generic[T]):
             task.add_done_callback(self._tasks.discard)
         await done
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Follow up what is left when the loop has ended."""
         self._threads.shutdown(wait=True)
 
     async def _work(self) -> None:
         try:
             while self._waiting:
-                taken, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+                taken, self._waiting = self._waiting[:MAX_BATCH_SIZE], self._waiting[MAX_BATCH_SIZE:]
                 try:
-                    await self._make_safe(taken, time.monotonic() + PATIENCE_S)
+                    await self._commit_or_bisect(taken, time.monotonic() + BISECT_TIME_BUDGET_S)
                 except Exception as error:  # noqa: BLE001 - whatever it is, they are told
-                    _tell(taken, error)
+                    _complete(taken, error)
         finally:  # at once when nothing waits: what comes a moment later must find a free hand
             self._free += 1
 
-    async def _make_safe(self, taken: Sequence[_Waiting], until: float) -> None:
+    async def _commit_or_bisect(self, taken: Sequence[_PendingDelivery], until: float) -> None:
         """Keep them together; if that cannot be done, keep apart what can be kept, and tell the others."""
         error = await self._try([delivery for delivery, _ in taken])
-        if error is None or not await self._is_theirs(error, until):
-            _tell(taken, error)
+        if error is None or not await self._is_data_error(error, until):
+            _complete(taken, error)
         elif len(taken) > 1:
             half = len(taken) // 2
-            await self._make_safe(taken[:half], until)
-            await self._make_safe(taken[half:], until)
+            await self._commit_or_bisect(taken[:half], until)
+            await self._commit_or_bisect(taken[half:], until)
         else:
-            _tell(taken, await self._keep_apart(taken[0][0], error, until))
+            _complete(taken, await self._commit_events_separately(taken[0][0], error, until))
 
-    async def _keep_apart(self, delivery: Delivery, error: Exception, until: float) -> Exception | None:
+    async def _commit_events_separately(
+        self, delivery: ParsedDelivery, error: Exception, until: float
+    ) -> Exception | None:
         """Keep event by event what could not be kept at once: none must spoil those that came with it."""
-        parts = delivery.apart()
+        parts = delivery.split_by_event()
         failed = error if len(parts) < 2 else None  # noqa: PLR2004 - of one there are no others
         for one in parts if failed is None else ():
             if time.monotonic() > until:
@@ -101,17 +105,17 @@ class Keeper(Generic[T]):
             failed = await self._try([one]) or failed
         return failed
 
-    async def _try(self, deliveries: Sequence[Delivery]) -> Exception | None:
+    async def _try(self, deliveries: Sequence[ParsedDelivery]) -> Exception | None:
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._keep_now, deliveries)
         except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
             return error
         return None
 
-    def _keep_now(self, deliveries: Sequence[Delivery]) -> None:
+    def _keep_now(self, deliveries: Sequence[ParsedDelivery]) -> None:
         self._following.add(self._keep(deliveries))
 
-    async def _is_theirs(self, error: Exception, until: float) -> bool:
+    async def _is_data_error(self, error: Exception, until: float) -> bool:
         """Whether it is one of the deliveries that cannot be kept, and there is time to find out which."""
         if time.monotonic() > until:
             return False
@@ -119,7 +123,7 @@ class Keeper(Generic[T]):
             return True
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._answers)
 
-    def _run(self, go: Go) -> None:
+    def _run(self, go: DrainLoop) -> None:
         try:
             self._threads.submit(go)
         except RuntimeError:  # the process ends: it is done here and now
@@ -132,7 +136,7 @@ class Keeper(Generic[T]):
             log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
 
 
-def _tell(taken: Sequence[_Waiting], error: Exception | None) -> None:
+def _complete(taken: Sequence[_PendingDelivery], error: Exception | None) -> None:
     for _, done in taken:
         if done.done():
             continue

@@ -13,28 +13,28 @@ from simulator.scenarios import SCENARIOS
 Rules = Mapping[str, Callable[[Any], Any]]
 
 
-class Refused(ValueError):
+class InvalidControlRequest(ValueError):
     """The request makes no sense; the message says why and is shown to the client."""
 
 
-def checked(raw: bytes, rules: Rules) -> dict[str, Any]:
+def parse_options(raw: bytes, rules: Rules) -> dict[str, Any]:
     """The JSON object in `raw`, each value as its rule returns it."""
     try:
         given = json.loads(raw or b"{}")
     except ValueError as error:
-        raise Refused("not JSON") from error
+        raise InvalidControlRequest("not JSON") from error
     if not isinstance(given, dict):
-        raise Refused("not a JSON object")
+        raise InvalidControlRequest("not a JSON object")
     if unknown := sorted(given.keys() - rules.keys()):
-        raise Refused(f"unknown: {', '.join(unknown)}; known: {', '.join(rules)}")
-    return {name: _ruled(name, value, rules[name]) for name, value in given.items()}
+        raise InvalidControlRequest(f"unknown: {', '.join(unknown)}; known: {', '.join(rules)}")
+    return {name: _parse_value(name, value, rules[name]) for name, value in given.items()}
 
 
-def _ruled(name: str, value: object, rule: Callable[[Any], Any]) -> object:
+def _parse_value(name: str, value: object, rule: Callable[[Any], Any]) -> object:
     try:
         return rule(value)
     except (ValueError, TypeError, InvalidOperation) as error:
-        raise Refused(f"{name}: not valid: {value!r}") from error
+        raise InvalidControlRequest(f"{name}: not valid: {value!r}") from error
 
 
 def number(value: object) -> float:

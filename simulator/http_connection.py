@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 20.0
-_BODY_LIMIT = 1 << 20  # bytes of an answer that are read to save the connection
+_MAX_BODY_BYTES = 1 << 20  # bytes of an answer that are read to save the connection
 
 
-class Connection:
+class HttpConnection:
     """Posts to one URL, one request at a time. Any failure closes it; the next post opens it anew."""
 
     def __init__(self, url: str) -> None:
@@ -46,7 +46,7 @@ class Connection:
         writer.write(f"{self._head}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
         status, length = _parse(await reader.readuntil(b"\r\n\r\n"))
-        if length is None or length > _BODY_LIMIT:
+        if length is None or length > _MAX_BODY_BYTES:
             return status, False
         await reader.readexactly(length)
         return status, True

@@ -25,28 +25,28 @@ from starlette.routing import Route
 
 from config.settings import settings
 from tasks.app import app as celery
-from tasks.delivery import carry_out_but_canvases
+from tasks.dispatch import dispatch_without_callbacks
 from webhook import events, signature
-from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
-from webhook.keeper import Keeper
+from webhook.delivery_counters import DeliveryCounters
+from webhook.events import MAX_BODY_BYTES, InvalidDelivery, ParsedDelivery
+from webhook.group_commit import GroupCommitter
 from webhook.readiness import Readiness
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused
-from webhook.tally import Tally
 from worker import flow
 from worker.flow import FollowUp
 from worker.ledger.engine import DATABASE_UNAVAILABLE, ping
 from worker.runtime import runtime, utc_now
 
 log = logging.getLogger(__name__)
-tally = Tally()
+delivery_counters = DeliveryCounters()
 
 PATH = "/webhooks/quiltt"
-BODY_TIME_S = 10
+BODY_TIMEOUT_S = 10
 """How long a sender may take over its body."""
-TOO_SLOW = "the body came too slowly"
-DRAIN_BYTES = 4 * MAX_BODY_BYTES
+BODY_TIMEOUT = "the body came too slowly"
+MAX_DRAIN_BYTES = 4 * MAX_BODY_BYTES
 """So much of a body over the cap is read and thrown away, so that its sender reads the answer; then it is cut off."""
-INLINE_BYTES = 64 * 1024
+MAX_INLINE_BYTES = 64 * 1024
 """Larger bodies are read in a thread: the others must not wait for them."""
 
 Message = MutableMapping[str, Any]
@@ -55,11 +55,11 @@ Send = Callable[[Message], Coroutine[Any, Any, None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-class Refused(Exception):
+class DeliveryRejected(Exception):
     """The delivery is not let in; `reason` is a word for the log and the counters, the sender learns the status."""
 
-    def __init__(self, status: int, reason: str, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
         self.status = status
         self.reason = reason
 
@@ -67,13 +67,13 @@ class Refused(Exception):
 async def app(scope: Message, receive: Receive, send: Send) -> None:
     """The ASGI application."""
     if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
-        await _pages(scope, receive, send)
+        await _other_routes(scope, receive, send)
         return
     try:
-        status = await _deliver(scope["headers"], receive)
+        status = await _handle_delivery(scope["headers"], receive)
     except Exception:
         log.exception("a delivery could not be handled, the provider must send it again")
-        tally.delivery("unsafe", "see the error above", level=logging.ERROR)
+        delivery_counters.count_delivery("unavailable", "see the error above", level=logging.ERROR)
         status = 503
     await send(_START[status])
     await send(_END)
@@ -90,32 +90,32 @@ _START = {status: _start(status) for status in (204, 400, 401, 408, 413, 415, 50
 _END = {"type": "http.response.body", "body": b""}
 
 
-async def _deliver(headers: Headers, receive: Receive) -> int:
+async def _handle_delivery(headers: Headers, receive: Receive) -> int:
     """Take in one delivery from Quiltt; returns the status of the answer."""
     try:
-        body = await _in_time(_body(receive))
+        body = await _with_deadline(_read_body(receive))
         timestamp = _verify(body, dict(headers))
-        if len(body) > INLINE_BYTES:
-            delivery = await to_thread.run_sync(_read, body, timestamp)
-        elif count := events.routine(body):
-            tally.routine(count)
+        if len(body) > MAX_INLINE_BYTES:
+            delivery = await to_thread.run_sync(_parse_delivery, body, timestamp)
+        elif count := events.count_if_routine(body):
+            delivery_counters.count_routine(count)
             return 204
         else:
-            delivery = _read(body, timestamp)
+            delivery = _parse_delivery(body, timestamp)
     except SignatureRefused as refusal:  # may be half of what comes: one exception is dear enough
-        tally.delivery(refusal.reason, "refused with 401: %s", refusal)
+        delivery_counters.count_delivery(refusal.reason, "refused with 401: %s", refusal)
         return 401
-    except Refused as refusal:
-        tally.delivery(refusal.reason, "refused with %d: %s", refusal.status, refusal)
+    except DeliveryRejected as refusal:
+        delivery_counters.count_delivery(refusal.reason, "refused with %d: %s", refusal.status, refusal)
         return refusal.status
-    if not delivery.concerns_us:
-        tally.routine(delivery.events)
+    if not delivery.needs_processing:
+        delivery_counters.count_routine(delivery.events)
         return 204
-    return await _hand_over(delivery)
+    return await _commit_delivery(delivery)
 
 
 @types.coroutine
-def _in_time(body: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
+def _with_deadline(body: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
     """Wait for a body, and not for long.
 
     Like `asyncio.timeout`, but for a body that is there already, as nearly all are, no timer is made.
@@ -124,12 +124,12 @@ def _in_time(body: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
         awaited = body.send(None)
     except StopIteration as there:
         return cast(bytes, there.value)
-    return (yield from _before_too_long(body, awaited))
+    return (yield from _await_with_timer(body, awaited))
 
 
-def _before_too_long(body: Coroutine[Any, Any, bytes], awaited: Any) -> Generator[Any, Any, bytes]:
+def _await_with_timer(body: Coroutine[Any, Any, bytes], awaited: Any) -> Generator[Any, Any, bytes]:
     task = cast(asyncio.Task[None], asyncio.current_task())
-    timer = asyncio.get_running_loop().call_later(BODY_TIME_S, task.cancel, TOO_SLOW)
+    timer = asyncio.get_running_loop().call_later(BODY_TIMEOUT_S, task.cancel, BODY_TIMEOUT)
     try:
         while True:
             try:
@@ -141,34 +141,34 @@ def _before_too_long(body: Coroutine[Any, Any, bytes], awaited: Any) -> Generato
     except StopIteration as there:
         return cast(bytes, there.value)
     except asyncio.CancelledError as cancelled:
-        if TOO_SLOW not in cancelled.args:
+        if BODY_TIMEOUT not in cancelled.args:
             raise
         task.uncancel()
-        raise Refused(408, "too_slow", f"its body was not there after {BODY_TIME_S} s") from None
+        raise DeliveryRejected(408, "body_timeout", f"its body was not there after {BODY_TIMEOUT_S} s") from None
     finally:
         timer.cancel()
 
 
-async def _body(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes:
     """The whole body."""
     message = await receive()
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
-        body = await _rest(body, receive)
+        body = await _read_rest(body, receive)
     elif message["type"] == "http.disconnect":
-        raise _cut_off()
+        raise _client_disconnected()
     if len(body) > MAX_BODY_BYTES:
-        raise Refused(413, "too_large", "its body is over the cap")
+        raise DeliveryRejected(413, "too_large", "its body is over the cap")
     return body
 
 
-async def _rest(first: bytes, receive: Receive) -> bytes:
+async def _read_rest(first: bytes, receive: Receive) -> bytes:
     """The body as it comes, of which no more than the cap and a bit is ever kept."""
     body, size, more = bytearray(first), len(first), True
-    while more and size <= DRAIN_BYTES:
+    while more and size <= MAX_DRAIN_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _cut_off()
+            raise _client_disconnected()
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
         if len(body) <= MAX_BODY_BYTES:
@@ -177,8 +177,8 @@ async def _rest(first: bytes, receive: Receive) -> bytes:
     return bytes(body)
 
 
-def _cut_off() -> Refused:
-    return Refused(400, "cut_off", "its sender left before the end")
+def _client_disconnected() -> DeliveryRejected:
+    return DeliveryRejected(400, "client_disconnected", "its sender left before the end")
 
 
 def _verify(body: bytes, headers: dict[bytes, bytes]) -> str:
@@ -193,7 +193,7 @@ def _verify(body: bytes, headers: dict[bytes, bytes]) -> str:
     signature.verify(body, timestamp, signed, _secrets(), utc_now(), settings().webhook_tolerance_s)
     kind = headers.get(b"content-type", b"application/json")
     if kind != b"application/json" and not _JSON.fullmatch(kind):
-        raise Refused(415, "content_type", "its body does not call itself JSON")
+        raise DeliveryRejected(415, "content_type", "its body does not call itself JSON")
     return timestamp
 
 
@@ -206,52 +206,54 @@ def _secrets() -> tuple[str, ...]:
     return tuple(secret.get_secret_value() for secret in settings().webhook_secrets)
 
 
-def _read(body: bytes, timestamp: str) -> Delivery:
+def _parse_delivery(body: bytes, timestamp: str) -> ParsedDelivery:
     try:
-        return events.read(body, datetime.fromtimestamp(int(timestamp), UTC))
-    except BadDelivery as bad:
-        raise Refused(400, "no_delivery", str(bad)) from None
+        return events.parse(body, datetime.fromtimestamp(int(timestamp), UTC))
+    except InvalidDelivery as bad:
+        raise DeliveryRejected(400, "invalid_envelope", str(bad)) from None
 
 
-async def _hand_over(delivery: Delivery) -> int:
+async def _commit_delivery(delivery: ParsedDelivery) -> int:
     """Make safe what is ours. What is unreadable is not: so the answer is no, and Quiltt sends it all again."""
-    balances, odd, unreadable = len(delivery.balances), len(delivery.odd), delivery.unreadable
-    connections = len(delivery.news)
+    balances, odd, unreadable = len(delivery.balances), len(delivery.unparsed), delivery.is_unreadable
+    connections = len(delivery.connection_updates)
     routine = delivery.events - balances - odd - unreadable - connections
     try:
         if balances or odd or connections:
-            await keeper.keep(delivery)
+            await group_committer.commit(delivery)
     except DATABASE_UNAVAILABLE as error:
         told = "answered with 503, the provider must send it again: %s"
-        tally.delivery("unsafe", told, type(error).__name__, level=logging.ERROR)
+        delivery_counters.count_delivery("unavailable", told, type(error).__name__, level=logging.ERROR)
         return 503
-    tally.events(matched=balances, connection=connections, quarantined=odd, unreadable=unreadable, routine=routine)
+    delivery_counters.count_events(
+        matched=balances, connection=connections, quarantined=odd, unreadable=unreadable, routine=routine
+    )
     told = f"{balances} REFRESH balances of {delivery.events} events, {connections} about connections"
     if odd:
-        told += f", {odd} were set aside: {_reasons(delivery)}"
+        told += f", {odd} were set aside: {_quarantine_reasons(delivery)}"
     if unreadable:
-        tally.delivery("unreadable", "refused with 400: %s; %d are not JSON", told, unreadable)
+        delivery_counters.count_delivery("invalid_json", "refused with 400: %s; %d are not JSON", told, unreadable)
         return 400
-    result = "quarantined" if odd else "matched" if balances else "connection"
-    tally.delivery(result, "%s", told, level=logging.WARNING if odd else logging.INFO)
+    result = "quarantined" if odd else "balance" if balances else "connection"
+    delivery_counters.count_delivery(result, "%s", told, level=logging.WARNING if odd else logging.INFO)
     return 204
 
 
-def _keep(deliveries: Sequence[Delivery]) -> FollowUp:
+def _commit(deliveries: Sequence[ParsedDelivery]) -> FollowUp:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
-    odd = [event for delivery in deliveries for event in delivery.odd]
-    news = [one for delivery in deliveries for one in delivery.news]
+    odd = [event for delivery in deliveries for event in delivery.unparsed]
+    news = [one for delivery in deliveries for one in delivery.connection_updates]
     return flow.ingest_events(runtime(), balances, odd, news)
 
 
-def _follow(left: Sequence[FollowUp]) -> None:
+def _dispatch(left: Sequence[FollowUp]) -> None:
     todo = FollowUp()
     for one in left:
         todo.merge(one)
-    carry_out_but_canvases(todo)
+    dispatch_without_callbacks(todo)
 
 
-def _is_ledger_there() -> bool:
+def _is_database_available() -> bool:
     try:
         ping(runtime().engine)
     except DATABASE_UNAVAILABLE:
@@ -260,13 +262,15 @@ def _is_ledger_there() -> bool:
 
 
 celery.loader.import_default_modules()  # an outcome is told in the name of the task that waits for it
-keeper = Keeper(_keep, _follow, away=DATABASE_UNAVAILABLE, answers=_is_ledger_there)
-readiness = Readiness(_is_ledger_there)
+group_committer = GroupCommitter(
+    _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=_is_database_available
+)
+readiness = Readiness(_is_database_available)
 
 
-def _reasons(delivery: Delivery) -> str:
+def _quarantine_reasons(delivery: ParsedDelivery) -> str:
     """The most frequent reasons for setting events aside."""
-    return ", ".join(f"{reason} ({count})" for reason, count in Counter(r for _, r in delivery.odd).most_common(3))
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(r for _, r in delivery.unparsed).most_common(3))
 
 
 async def healthz(_: Request) -> Response:
@@ -281,16 +285,16 @@ async def readyz(_: Request) -> Response:
     return PlainTextResponse("not ready: the database does not answer", status_code=503)
 
 
-async def _elsewhere(_: Request) -> Response:
+async def _method_not_allowed(_: Request) -> Response:
     """Never called: for POST there is `app`. With its route, other methods are told so."""
     return Response(status_code=405)
 
 
-_pages = Starlette(
+_other_routes = Starlette(
     routes=[
         Route("/healthz", healthz),
         Route("/readyz", readyz),
-        Route(PATH, _elsewhere, methods=["POST"]),
+        Route(PATH, _method_not_allowed, methods=["POST"]),
     ]
 )
 """All that is not a delivery."""

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from simulator import messages
-from simulator.checks import Refused, Rules, checked, flag, text
+from simulator import quiltt_records
+from simulator.control_options import InvalidControlRequest, Rules, flag, parse_options, text
 
 _PATH = "/v1/webhooks/subscriptions"
 
@@ -47,20 +47,20 @@ class Subscriptions:
     async def collection(self, request: Request) -> Response:
         """List all, or add one."""
         if not self._authenticated(request):
-            return JSONResponse(messages.rest_error(401), 401)
+            return JSONResponse(quiltt_records.rest_error(401), 401)
         if request.method == "GET":
             return JSONResponse(list(self._kept.values()))
-        given = checked(await request.body(), _FIELDS)
+        given = parse_options(await request.body(), _FIELDS)
         if missing := {"name", "targetUrl", "eventTypes"} - given.keys():
-            raise Refused(f"missing: {', '.join(sorted(missing))}")
-        kept = {"id": messages.new_id("whs"), "disabled": False, **given}
+            raise InvalidControlRequest(f"missing: {', '.join(sorted(missing))}")
+        kept = {"id": quiltt_records.new_id("whs"), "disabled": False, **given}
         self._kept[kept["id"]] = kept
         return JSONResponse(kept, 201)
 
     async def member(self, request: Request) -> Response:
         """Show, change or remove one."""
         if not self._authenticated(request):
-            return JSONResponse(messages.rest_error(401), 401)
+            return JSONResponse(quiltt_records.rest_error(401), 401)
         kept = self._kept.get(request.path_params["id"])
         if kept is None:
             return JSONResponse({"message": "Subscription not found", "instruction": "Check the id."}, 404)
@@ -68,5 +68,5 @@ class Subscriptions:
             del self._kept[kept["id"]]
             return Response(status_code=204)
         if request.method == "PATCH":
-            kept |= checked(await request.body(), _FIELDS)
+            kept |= parse_options(await request.body(), _FIELDS)
         return JSONResponse(kept)
