@@ -16,7 +16,7 @@ backend methods `mark_as_done` and `mark_as_failure`, which are what custom back
 `Task.request_stack` and `celery._state._task_stack`. A task that is on both stacks is the current one, so that what
 is sent becomes its child, with its root, as if it had never left. Celery's tracer cannot be asked to
 do all this: it turns a broker that is away for a moment into the task's failure, while here the outcome must stay due.
-`tests/canvas` compares the outcome of every primitive with what the tracer makes of a task that never waits.
+`tests/suspension` compares the outcome of every primitive with what the tracer makes of a task that never waits.
 """
 
 import functools

