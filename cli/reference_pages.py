@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import typer
+
 from cli.log_event_meanings import LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
 from config.celery_config import QUEUES, celery_settings
