@@ -11,7 +11,8 @@ RUN python -m venv --without-pip /venv \
         --only-binary :all: --require-hashes --requirement requirements.txt
 COPY pyproject.toml Procfile /app/
 COPY config /app/config
-COPY console /app/console
+COPY cli /app/cli
+COPY demo /app/demo
 COPY migrations /app/migrations
 COPY tasks /app/tasks
 COPY webhook /app/webhook

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo up test check storm docs bench lock image-test clean
+.PHONY: help setup demo up test test-slow check chaos docs bench lock image-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,11 +35,11 @@ check: setup  ## style, types, import rules, and migrations in step with the tab
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.migrations_in_step
 
-storm: setup  ## everything broken at random, and checked: make storm SEED=1 PAYMENTS=10000 FAULTS=220
-	$(BIN)/python -m tests.storm $(if $(SEED),--seed $(SEED)) --payments $(or $(PAYMENTS),1000) --faults $(or $(FAULTS),40)
+chaos: setup  ## everything broken at random, and checked: make chaos SEED=1 PAYMENTS=10000 FAULTS=220
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --payments $(or $(PAYMENTS),1000) --faults $(or $(FAULTS),40)
 
 docs: setup  ## renew what is made from code: configuration, .env.example, state diagrams, JSON Schemas
-	$(BIN)/python -m console.documents
+	$(BIN)/python -m cli.generated_docs
 	$(BIN)/python -m tests.contracts
 
 bench: setup  ## figures, side by side

@@ -11,18 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import door
+from benchmarks import webhook_throughput
+from benchmarks.benchmark_system import benchmark_system
 from benchmarks.cases import CASES
-from benchmarks.rig import rig
 
-ALONE = {"door": door.measure}
+STANDALONE_CASES = {"door": webhook_throughput.measure}
 """Cases that need less than a whole system."""
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 
-def _sizes() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=[*CASES, *ALONE], action="append", help="this case only; may be repeated")
+    parser.add_argument(
+        "--only", choices=[*CASES, *STANDALONE_CASES], action="append", help="this case only; may be repeated"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="measure so often, each time on a fresh system")
     parser.add_argument("--n", type=int, default=2000, help="burst: payments")
     parser.add_argument("--rate", type=float, default=20, help="paced: payments a second")
@@ -50,21 +52,21 @@ def _show(console: Console, case: str, rounds: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _measured(case: str, sizes: argparse.Namespace) -> dict[str, Any]:
-    if case in ALONE:
-        return dict(ALONE[case](sizes))
-    with rig() as running:
+def _measure(case: str, sizes: argparse.Namespace) -> dict[str, Any]:
+    if case in STANDALONE_CASES:
+        return dict(STANDALONE_CASES[case](sizes))
+    with benchmark_system() as running:
         return CASES[case](running, sizes)
 
 
 def main() -> None:
     """Measure what was asked for."""
-    sizes, console = _sizes(), Console()
-    figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or [*CASES, *ALONE]}
+    sizes, console = _parse_options(), Console()
+    figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or [*CASES, *STANDALONE_CASES]}
     for _ in range(sizes.rounds):
         for case, rounds in figures.items():
-            with console.status(f"{case}: {(ALONE.get(case) or CASES[case]).__doc__}"):
-                rounds.append(_measured(case, sizes))
+            with console.status(f"{case}: {(STANDALONE_CASES.get(case) or CASES[case]).__doc__}"):
+                rounds.append(_measure(case, sizes))
     for case, rounds in figures.items():
         _show(console, case, rounds)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}

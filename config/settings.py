@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 ENV_PREFIX = "PAYREADY_"
-DEMO_SECRET_PREFIX = "demo"
+DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
 """Secrets that start with this are for demonstrations. Production refuses them."""
 HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
 """A base URL to which paths are appended. Without a scheme no request could be sent, and each call's result would be

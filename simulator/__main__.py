@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from random import Random
 
-from simulator.app import build_app
-from simulator.delivery import Courier
-from simulator.log import Log
-from simulator.provider import Provider
-from simulator.scenarios import table
-from simulator.server import Server
+from simulator.fake_provider import Provider
+from simulator.http_server import Server
+from simulator.provider_api import build_app
+from simulator.request_log import Log
+from simulator.scenarios import scenario_table
+from simulator.webhook_sender import WebhookSender
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=["TEST", "SANDBOX", "PRODUCTION"], default="TEST")
     parser.add_argument("--seed", type=int, help="for the delays and for the scenario mix")
     parser.add_argument("--log", type=Path, help="also append the log to this file, as JSON lines")
-    parser.add_argument("--list", action="version", version=table(), help="print the scenarios and exit")
+    parser.add_argument("--list", action="version", version=scenario_table(), help="print the scenarios and exit")
     return parser
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Serve until a signal comes."""
     options = _parser().parse_args()
     log = Log(options.log)
-    courier = Courier(options.webhook_url, options.webhook_secret, log)
+    courier = WebhookSender(options.webhook_url, options.webhook_secret, log)
     provider = Provider(options.api_key, options.mode, Random(options.seed), log, courier)
     Server(build_app(provider), options.host, options.port).run()
 

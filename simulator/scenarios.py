@@ -17,7 +17,7 @@ ACCOUNT_ID = re.compile(r"[a-z]{1,8}_[0-9A-Za-z]{1,64}")
 _NAME = re.compile(r"acct_([a-z]+)")
 
 
-class Reply(Enum):
+class ResponseKind(Enum):
     """How the HTTP request of the call ends."""
 
     ANSWER = auto()  # with a status
@@ -53,7 +53,7 @@ class Scenario:
     name: str
     summary: str
     status: int = 202
-    reply: Reply = Reply.ANSWER
+    response: ResponseKind = ResponseKind.ANSWER
     sends: Sends = Sends.EVENT
     pace: Pace = Pace.PROMPT
     early: bool = False
@@ -70,11 +70,13 @@ _ROWS = (
     Scenario("unsent", "202, a new balance that only GraphQL shows: its webhook is lost", sends=Sends.NOTHING),
     Scenario("twice", "202, the event twice in one delivery and again in a second one", sends=Sends.TWICE),
     Scenario("early", "the webhook is delivered before the 202 is answered", pace=Pace.NONE, early=True),
-    Scenario("lost", "accepted: the event comes, but the connection closes without an answer", reply=Reply.CUT),
+    Scenario(
+        "lost", "accepted: the event comes, but the connection closes without an answer", response=ResponseKind.CUT
+    ),
     Scenario(
         "silent",
         "accepted: never answered, the request stays open; no event",
-        reply=Reply.HANG,
+        response=ResponseKind.HANG,
         sends=Sends.NOTHING,
         readable=False,
     ),
@@ -107,7 +109,7 @@ def scenario_of(account_id: str) -> Scenario:
     return SCENARIOS.get(named[1], SCENARIOS["prompt"]) if named else SCENARIOS["prompt"]
 
 
-def drawn(scenario: Scenario, rng: Random) -> tuple[Scenario, Pace]:
+def draw_scenario(scenario: Scenario, rng: Random) -> tuple[Scenario, Pace]:
     """What this one call acts as, and its pace: the scenario itself, unless it is `mix`."""
     if scenario.name != "mix":
         return scenario, scenario.pace
@@ -141,6 +143,6 @@ class Defaults:
                 return 0.0
 
 
-def table() -> str:
+def scenario_table() -> str:
     """The scenarios, one a line."""
     return "\n".join(f"{row.name:<10} {row.summary}" for row in _ROWS)

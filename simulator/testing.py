@@ -18,16 +18,16 @@ import httpx
 
 T = TypeVar("T")
 
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 _POLL_S = 0.01
 
 
 def eventually(probe: Callable[[], T]) -> T:
     """The first true value of the probe. Raises AssertionError after 10 s without one."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not (value := probe()):
         if time.monotonic() > end:
-            raise AssertionError(f"still {value!r} after {PATIENCE_S} s")
+            raise AssertionError(f"still {value!r} after {TIMEOUT_S} s")
         time.sleep(_POLL_S)
     return value
 
@@ -45,7 +45,7 @@ class Simulator:
             cwd=Path(__file__).parents[1],
         )
         self.url = self._first_line().split()[-1]
-        self.http = httpx.Client(base_url=self.url, verify=False, timeout=PATIENCE_S)
+        self.http = httpx.Client(base_url=self.url, verify=False, timeout=TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -58,9 +58,9 @@ class Simulator:
         self.http.close()
         self.process.send_signal(number)
         with self.process:
-            return self.process.wait(PATIENCE_S)
+            return self.process.wait(TIMEOUT_S)
 
-    def refresh(self, account_id: str, api_key: str | None = None, timeout_s: float = PATIENCE_S) -> httpx.Response:
+    def refresh(self, account_id: str, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> httpx.Response:
         """The paid call."""
         headers = {"Authorization": f"Bearer {api_key or self.api_key}"}
         return self.http.post(f"/v1/accounts/{account_id}/balances/refresh", headers=headers, timeout=timeout_s)
@@ -106,7 +106,7 @@ class Simulator:
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
+class ReceivedRequest:
     """One request to the webhook; header names are in lower case."""
 
     path: str
@@ -118,8 +118,8 @@ class Received:
 class Inbox:
     """A webhook endpoint in a thread. `answers` are the statuses of the next answers; after them it is 204."""
 
-    received: list[Received] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
+    received: list[ReceivedRequest] = field(default_factory=list)
+    responses: list[int] = field(default_factory=list)
     _server: ThreadingHTTPServer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,15 +150,15 @@ class Inbox:
         """Where it listens."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/webhooks/quiltt"
 
-    def about(self, account_id: str) -> list[Received]:
+    def about(self, account_id: str) -> list[ReceivedRequest]:
         """What was received so far that speaks of one account."""
         return [request for request in self.received if account_id.encode() in request.body]
 
     def _serve(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.received.append(Received(request.path, headers, body))
-        status = self.answers.pop(0) if self.answers else 204
+        self.received.append(ReceivedRequest(request.path, headers, body))
+        status = self.responses.pop(0) if self.responses else 204
         request.send_response(status)
         if status != 204:
             request.send_header("Content-Length", "0")

@@ -22,13 +22,20 @@ def _make_app() -> Celery:
     try:
         configuration = celery_settings(settings())
         if settings().tracing_enabled:
-            tracing.switch_on()
+            tracing.enable()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     if settings().broker_transport == "atomic":  # this is where kombu looks up the scheme of a broker's address
         TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
     app = Celery(
-        "payready", include=["tasks.payments", "tasks.balances", "tasks.upkeep", "tasks.revocation", "tasks.monitoring"]
+        "payready",
+        include=[
+            "tasks.payment_tasks",
+            "tasks.balance_tasks",
+            "tasks.maintenance_tasks",
+            "tasks.revocation",
+            "tasks.monitoring",
+        ],
     )
     app.conf.update(configuration)
     return app
@@ -36,30 +43,30 @@ def _make_app() -> Celery:
 
 @import_modules.connect  # of the roles, Flower sets up no logging of its own
 @setup_logging.connect
-def _our_logging(**_: Any) -> None:
+def _configure_logging(**_: Any) -> None:
     configure_logging(settings())
 
 
 @worker_ready.connect
 @beat_init.connect
-def _all_is_loaded(**_: Any) -> None:
+def _freeze_gc_after_start(**_: Any) -> None:
     freeze_gc()
 
 
 @task_prerun.connect
-def _name_what_is_worked_on(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
-    given = dict(zip(_parameters(task.name), args, strict=False))
+def _set_task_log_context(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
+    given = dict(zip(_parameter_names(task.name), args, strict=False))
     job = given.pop("job", None)
     set_log_context({**(job if isinstance(job, Mapping) else {}), **given, **kwargs, "task_id": task_id})
 
 
 @functools.cache
-def _parameters(name: str) -> tuple[str, ...]:
+def _parameter_names(name: str) -> tuple[str, ...]:
     return tuple(inspect.signature(app.tasks[name].run).parameters)
 
 
 @task_postrun.connect
-def _forget_it(**_: Any) -> None:
+def _clear_task_log_context(**_: Any) -> None:
     set_log_context({})
 
 

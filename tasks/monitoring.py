@@ -8,37 +8,39 @@ from celery.signals import beat_init, heartbeat_sent, worker_init
 
 from config.settings import settings
 from tasks.app import app
-from tasks.queues import Queues
+from tasks.queue_metrics import QueueMetrics
 from worker import metrics, metrics_server
 from worker.ledger_metrics import LedgerCollector, redis_metrics
 from worker.runtime import runtime
 
-SILENCE_S = 30.0
+HEARTBEAT_TIMEOUT_S = 30.0
 """A worker that sent no heartbeat for this long is cut off from its broker."""
 
-_last_beat = float("-inf")
+_last_heartbeat_at = float("-inf")
 
 
 @heartbeat_sent.connect
-def _heard(**_: Any) -> None:
-    global _last_beat  # noqa: PLW0603 - one worker is one process
-    _last_beat = time.monotonic()
+def _on_heartbeat(**_: Any) -> None:
+    global _last_heartbeat_at  # noqa: PLW0603 - one worker is one process
+    _last_heartbeat_at = time.monotonic()
 
 
-def _is_in_touch() -> bool:
-    return time.monotonic() - _last_beat < SILENCE_S
+def _has_recent_heartbeat() -> bool:
+    return time.monotonic() - _last_heartbeat_at < HEARTBEAT_TIMEOUT_S
 
 
 @worker_init.connect
-def _serve_worker(**_: Any) -> None:
+def _start_worker_metrics(**_: Any) -> None:
     if settings().metrics_port:
-        metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port, is_ready=_is_in_touch)
+        metrics_server.start_metrics_server(
+            settings().metrics_host, settings().metrics_port, is_ready=_has_recent_heartbeat
+        )
 
 
 @beat_init.connect
-def _serve_beat(**_: Any) -> None:
+def _start_beat_metrics(**_: Any) -> None:
     if settings().metrics_port:
         metrics.register_collector("database", LedgerCollector(runtime()))
         metrics.register_collector("redis", partial(redis_metrics, runtime()))
-        metrics.register_collector("broker", Queues(app))
+        metrics.register_collector("broker", QueueMetrics(app))
         metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port)

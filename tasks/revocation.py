@@ -11,7 +11,7 @@ from typing import Any
 from celery.worker import control
 
 from tasks.app import app
-from tasks.delivery import carry_out
+from tasks.dispatch import dispatch
 from worker import flow
 from worker.runtime import runtime
 
@@ -19,9 +19,9 @@ _revoke = control.revoke
 
 
 @app.task(name="payments.cancel_by_task")
-def cancel_waiting(task_ids: Sequence[str]) -> None:
+def cancel_by_task_ids(task_ids: Sequence[str]) -> None:
     """Cancel the payments that these tasks wait for, if they do."""
-    carry_out(flow.cancel_by_task(runtime(), task_ids))
+    dispatch(flow.cancel_by_task(runtime(), task_ids))
 
 
 @control.control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
@@ -29,5 +29,5 @@ def revoke(state: Any, task_id: str | Sequence[str], **options: Any) -> Any:
     """Revoke tasks by id; those that wait fail as cancelled."""
     answer = _revoke(state, task_id, **options)
     task_ids = [task_id] if isinstance(task_id, str) else list(task_id)
-    cancel_waiting.delay(task_ids)
+    cancel_by_task_ids.delay(task_ids)
     return answer

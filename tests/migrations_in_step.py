@@ -9,7 +9,7 @@ from typing import Any
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from console.processes import ROOT
+from demo.processes import ROOT
 from worker.ledger.engine import open_engine
 from worker.ledger.tables import PAYMENT
 

@@ -10,12 +10,12 @@ import uvicorn
 from config.garbage_collection import freeze_gc, raise_gc_thresholds
 from config.log_config import configure_logging
 from config.settings import ConfigurationError, settings
-from webhook.connection import Connection
+from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
 
 SERVER: dict[str, Any] = {
     "loop": "uvloop",
-    "http": Connection,
+    "http": LimitedConnection,
     "ws": "none",
     "lifespan": "off",
     "access_log": False,
@@ -36,13 +36,13 @@ def main() -> None:
     configure_logging(chosen)
     if chosen.metrics_port:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
-    keeper = import_module("webhook.app").keeper
+    keeper = import_module("webhook.endpoint").keeper
     freeze_gc()
     # It may come before uvicorn listens to it, and uvicorn raises it again when it has stopped. By itself it would end
     # the process with what is still to be told.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
-        uvicorn.run("webhook.app:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
+        uvicorn.run("webhook.endpoint:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
     finally:
         keeper.finish()
 

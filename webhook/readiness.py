@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-PAUSE_S = 1.0
+CHECK_INTERVAL_S = 1.0
 """From the beginning of one check to that of the next."""
 
 
@@ -20,7 +20,7 @@ class Readiness:
     async def __call__(self) -> bool:
         """Whether the last check said so. Raises what it raised."""
         now = self._clock()
-        if self._answer is None or (self._answer.done() and now - self._began_at >= PAUSE_S):
+        if self._answer is None or (self._answer.done() and now - self._began_at >= CHECK_INTERVAL_S):
             self._began_at = now
             self._answer = asyncio.get_running_loop().run_in_executor(None, self._check)
         return await asyncio.shield(self._answer)  # one who leaves does not take the answer from the others

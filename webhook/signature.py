@@ -93,7 +93,7 @@ def verify(
     signature: str | None,
     secrets: Sequence[str],
     now: datetime,
-    window_s: int = 300,
+    tolerance_s: int = 300,
 ) -> None:
     """Return if one of `secrets` signed `body` at `timestamp`, close enough to `now`; raise `SignatureRefused` if not.
 
@@ -113,9 +113,9 @@ def verify(
         raise Malformed(f"{TIMESTAMP_HEADER} is not Unix seconds in decimal")
     if not _SIGNATURE.fullmatch(signature):
         raise Malformed(f"{SIGNATURE_HEADER} is not base64 of 32 bytes")
-    if not _any_signed(signers, timestamp.encode("ascii"), body, signature.encode("ascii")):
+    if not _is_signed_by_any(signers, timestamp.encode("ascii"), body, signature.encode("ascii")):
         raise Mismatch("the signature was made with no secret of ours")
-    if abs(now_s - int(timestamp)) > window_s:
+    if abs(now_s - int(timestamp)) > tolerance_s:
         raise Stale(round(now_s) - int(timestamp))
 
 
@@ -140,7 +140,7 @@ def _unix_seconds(now: datetime) -> float:
     return now.timestamp()
 
 
-def _any_signed(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signature: bytes) -> bool:
+def _is_signed_by_any(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signature: bytes) -> bool:
     """Try every one, matched or not, in the same time: how long the answer takes says nothing about the keys."""
     signed = False
     for signer in signers:

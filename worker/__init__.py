@@ -1,1 +1,1 @@
-"""What we decide and do about it. Plain Python: there is no Celery and no HTTP server in it."""
+"""What payready decides and does. Plain Python, without Celery."""

@@ -11,10 +11,10 @@ from kombu import Queue
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from tests.support.rabbit import SERVER, WHY_NOT, RabbitMQ, rabbitmq
+from tests.support.rabbit import SERVER, UNAVAILABLE_REASON, RabbitMQ, rabbitmq
 from tests.support.system import system, wait_until
 
-pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=WHY_NOT)
+pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
         assert {result.get(timeout=30)["state"] for result in waiting.values()} == {"released"}
         with pytest.raises(Exception, match="insufficient_funds"):
             poor.get(timeout=30)
-        wait_until(lambda: len(payready.endings()) == 31, 30, "all callbacks ran")
-        told = {payment_id: [line["task"] for line in lines] for payment_id, lines in payready.endings().items()}
+        wait_until(lambda: len(payready.ended_payments()) == 31, 30, "all callbacks ran")
+        told = {payment_id: [line["task"] for line in lines] for payment_id, lines in payready.ended_payments().items()}
         assert told == {p: ["ledger.execute_ach"] for p in linked} | {"pay_poor": ["ledger.not_ready"]}
         states = {row["payment_id"]: row["state"] for row in payready.rows("SELECT payment_id, state FROM payment")}
         assert states == dict.fromkeys({**linked, **results}, "released") | {"pay_poor": "failed"}
-        assert all(books.agree and books.accepted == 1 for books in payready.books().values())
+        assert all(books.match and books.accepted == 1 for books in payready.fee_totals().values())

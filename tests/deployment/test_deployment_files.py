@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from config.settings import load
-from console.processes import ROOT, procfile
+from demo.processes import ROOT, procfile
 
 DEPLOY = ROOT / "deploy"
 LONG_RUNNING = set(procfile()) - {"release"}
@@ -102,7 +102,7 @@ def test_the_image_holds_what_production_imports_and_no_more() -> None:
     """All packages but the simulator."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     copied = set(re.findall(r"^COPY (\w+) /app/\w+$", dockerfile, re.MULTILINE))
-    assert copied == {"config", "console", "migrations", "tasks", "webhook", "worker"}
+    assert copied == {"cli", "config", "demo", "migrations", "tasks", "webhook", "worker"}
     assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
     ignored = (ROOT / ".dockerignore").read_text()
     assert all(f"!{name}\n" in ignored for name in copied)

@@ -9,16 +9,16 @@ import pytest
 from fakeredis import FakeRedis
 from redis import Redis
 
-from tests.support.world import SETTINGS, Databases, Make, World, world
+from tests.support.in_process import SETTINGS, Databases, InProcessSystem, MakeSystem, in_process_system
 from worker.ledger import fee_entries
 from worker.ledger.engine import transaction
 from worker.rules.pricing import EntryState, split_share
 
 
 @pytest.fixture
-def payready(databases: Databases, valkey_url: str) -> Iterator[World]:
+def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
     """A payready with nothing in it."""
-    with databases.one() as address, world(address, valkey_url) as made:
+    with databases.create() as address, in_process_system(address, valkey_url) as made:
         yield made
 
 
@@ -35,18 +35,21 @@ def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
 
 
 @pytest.fixture
-def made(databases: Databases, valkey_url: str) -> Make:
+def made(databases: Databases, valkey_url: str) -> MakeSystem:
     """A payready with these settings."""
 
     @contextmanager
-    def make(**settings: Any) -> Iterator[World]:
-        with databases.one() as address, world(address, valkey_url, SETTINGS.model_copy(update=settings)) as it:
+    def make(**settings: Any) -> Iterator[InProcessSystem]:
+        with (
+            databases.create() as address,
+            in_process_system(address, valkey_url, SETTINGS.model_copy(update=settings)) as it,
+        ):
             yield it
 
     return make
 
 
-def _share_of(payready: World, payment_id: str) -> Decimal:
+def _share_of(payready: InProcessSystem, payment_id: str) -> Decimal:
     row = payready.payment(payment_id)
     if row["refresh_id"] is None or row["reused"]:
         return Decimal(0)
@@ -66,6 +69,6 @@ def _share_of(payready: World, payment_id: str) -> Decimal:
 
 
 @pytest.fixture
-def share_of() -> Callable[[World, str], Decimal]:
+def share_of() -> Callable[[InProcessSystem, str], Decimal]:
     """What a payment owes, as the ledger tells it: its part of its refresh's calls."""
     return _share_of

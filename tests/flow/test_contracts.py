@@ -7,7 +7,7 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 
 from tests.contracts import FOLDER
-from tests.support.world import World
+from tests.support.in_process import InProcessSystem
 from worker.errors import CallRejected, CallResultUnknown, Reason
 
 A = "acct_contract"
@@ -20,17 +20,17 @@ def _check(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("available", ["31.41", "-5", "0", None, "1" * 30 + "." + "2" * 60])
 @pytest.mark.parametrize("answer", [202, CallResultUnknown("timeout")])
-def test_every_release_keeps_to_the_contract(payready: World, answer: Any, available: str | None) -> None:
+def test_every_release_keeps_to_the_contract(payready: InProcessSystem, answer: Any, available: str | None) -> None:
     """By an own call and by a balance that was there, with figures of any length the door lets in."""
     payready.provider.script[A] = [answer]
     for payment_id in ("p1", "p2"):
         payready.initiate(payment_id, A, amount="1.00", funds_check="enabled", metadata={"order": 7})
         payready.initiate(f"{payment_id}_unchecked", A)
-        payready.work()
+        payready.run_tasks()
         payready.clock.advance(1)
         if payment_id == "p1":
             payready.balance(A, available)
-            payready.work()
+            payready.run_tasks()
     for payment_id in ("p1_unchecked", "p2_unchecked"):
         _check("outcome", payready.outcome(payment_id))
     for payment_id in ("p1", "p2"):
@@ -42,11 +42,11 @@ def test_every_release_keeps_to_the_contract(payready: World, answer: Any, avail
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason != Reason.CONFLICT])
-def test_every_failure_keeps_to_the_contract(payready: World, reason: Reason) -> None:
+def test_every_failure_keeps_to_the_contract(payready: InProcessSystem, reason: Reason) -> None:
     """With the payment's id for the ledger, and the two arguments for the task."""
     payready.provider.script[A] = [CallRejected(400, reason, "told")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     outcome = payready.outcome("p1")
     assert set(outcome) == {"payment_id", "reason", "detail"}
     _check("failure", {"reason": outcome["reason"], "detail": outcome["detail"]})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from redis import Redis
 
-from tests.support.world import START
+from tests.support.in_process import START
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, create_client
 from worker.correlation.store import (
     ACCOUNT_TTL_S,

@@ -5,9 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from tasks import delivery
-from tests.support.crashes import STRIKES, Ledger, Operations, Story, Strike, line, violations
-from tests.support.world import Databases
+from tasks import dispatch
+from tests.support.fault_injection import (
+    FAULT_MODES,
+    FaultMode,
+    Ledger,
+    Operations,
+    Scenario,
+    build_test_system,
+    violations,
+)
+from tests.support.in_process import Databases
 from worker import flow
 from worker.correlation.redis_client import create_client
 from worker.correlation.store import CorrelationStore
@@ -18,24 +26,24 @@ P1 = {"payment_id": "p1", "amount": "60.00"}
 P2 = {"payment_id": "p2", "amount": "60.00"}
 OWN = {"payment_id": "p2", "max_balance_age_s": 0}
 STORIES = {
-    "two share a call, one of them is covered": Story(((0, P1), (0, P2))),
-    "one is served, the next takes what is there, one more is cancelled": Story(
+    "two share a call, one of them is covered": Scenario(((0, P1), (0, P2))),
+    "one is served, the next takes what is there, one more is cancelled": Scenario(
         ((0, P1), (1, None), (1, {"payment_id": "p2"}), (4, {"payment_id": "p3"})),
         times_s=(0, 1, 3, 4),
     ),
-    "the second needs a call of its own": Story(((0, P1), (1, OWN)), times_s=(0, 1, 3, 6)),
-    "the answer is lost, the balance comes": Story(((0, P1),), ("lost",), (0, 3)),
-    "nobody knows what became of the call": Story(((0, P1),), (CallResultUnknown("500", 500),), (0, 16, 19)),
-    "put off, then served": Story(((0, P1),), (RateLimited("429", None),), (0, 2, 5)),
-    "only a read shows the balance": Story(
+    "the second needs a call of its own": Scenario(((0, P1), (1, OWN)), times_s=(0, 1, 3, 6)),
+    "the answer is lost, the balance comes": Scenario(((0, P1),), ("lost",), (0, 3)),
+    "nobody knows what became of the call": Scenario(((0, P1),), (CallResultUnknown("500", 500),), (0, 16, 19)),
+    "put off, then served": Scenario(((0, P1),), (RateLimited("429", None),), (0, 2, 5)),
+    "only a read shows the balance": Scenario(
         ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
     ),
-    "refused": Story(((0, P1), (0, P2)), (CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
-    "nothing comes": Story(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
+    "refused": Scenario(((0, P1), (0, P2)), (CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
+    "nothing comes": Scenario(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
 }
 EVERYWHERE = bool(os.environ.get("STRIKE_EVERYWHERE"))
 """Every strike at every operation, on both databases: minutes. Without it each operation meets one of the strikes."""
-Struck = Callable[[Story, Strike, int | None], tuple[Operations, list[str]]]
+Struck = Callable[[Scenario, FaultMode, int | None], tuple[Operations, list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +59,11 @@ def struck(databases: Databases, correlation: CorrelationStore) -> Struck:
     address = databases.new()
     ledger = Ledger(address)
 
-    def told(story: Story, strike: Strike, at: int | None) -> tuple[Operations, list[str]]:
+    def told(story: Scenario, strike: FaultMode, at: int | None) -> tuple[Operations, list[str]]:
         operations = Operations(at, strike)
         databases.empty(address)
-        with line(story, ledger, correlation, operations) as made:
-            made.live()
+        with build_test_system(story, ledger, correlation, operations) as made:
+            made.run()
             return operations, list(violations(made))
 
     return told
@@ -67,14 +75,14 @@ def test_no_invariant_falls_wherever_it_strikes(struck: Struck, databases: Datab
     struck(STORIES[story], "killed", None)  # Redis has all scripts now
     calm, found = struck(STORIES[story], "killed", None)
     assert found == []
-    stride = 1 if EVERYWHERE or databases.is_quick else 7
+    stride = 1 if EVERYWHERE or databases.is_sqlite else 7
     fallen = {}
-    for number in calm.worth_striking()[::stride]:
-        for strike in STRIKES if EVERYWHERE else [STRIKES[number % len(STRIKES)]]:
+    for number in calm.faultable_count()[::stride]:
+        for strike in FAULT_MODES if EVERYWHERE else [FAULT_MODES[number % len(FAULT_MODES)]]:
             operations, found = struck(STORIES[story], strike, number)
-            assert operations.struck is not None
+            assert operations.fault_injected is not None
             if found:
-                fallen[f"{number}, {strike}: {operations.struck}"] = found
+                fallen[f"{number}, {strike}: {operations.fault_injected}"] = found
     assert fallen == {}
 
 
@@ -84,14 +92,14 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
     """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
 
     def noted_first(due: Sequence[OutcomeDelivery]) -> None:
-        rt = vars(delivery)["runtime"]()
+        rt = vars(dispatch)["runtime"]()
         flow.mark_delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
         for outcome in due:
-            delivery._complete(outcome)
+            dispatch._resume(outcome)
 
-    monkeypatch.setattr(delivery, "_deliver", noted_first)
+    monkeypatch.setattr(dispatch, "_deliver", noted_first)
     story = STORIES["two share a call, one of them is covered"]
     calm, found = struck(story, "killed", None)
     assert found == []
-    struck_anywhere = (lost for number in calm.worth_striking() for lost in struck(story, "killed", number)[1])
+    struck_anywhere = (lost for number in calm.faultable_count() for lost in struck(story, "killed", number)[1])
     assert any("was told []" in lost for lost in struck_anywhere)

@@ -8,17 +8,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests.support.world import PRICES, START, World
+from tests.support.in_process import PRICES, START, InProcessSystem
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger import fee_entries
 from worker.ledger.engine import transaction
+from worker.ledger.fee_entries import FinalEntry
 from worker.rules.pricing import EntryState, parse_price_list
 
 A = "acct_fees"
 
 
-def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: World) -> None:
+def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: InProcessSystem) -> None:
     """While the provider is asked, another connection sees the entry, with the price and its list."""
     seen: list[dict[str, object]] = []
 
@@ -28,7 +29,7 @@ def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: World
 
     payready.provider.script[A] = [look_into_the_ledger]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     assert [(row["state"], Decimal(str(row["price"]))) for row in seen] == [("pending", Decimal("0.100000"))]
     assert (seen[0]["currency"], seen[0]["price_list"], seen[0]["account_id"]) == ("USD", "test", A)
 
@@ -44,70 +45,72 @@ def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: World
         (CallResultUnknown("500", 500), ["1 pending"]),
     ],
 )
-def test_what_the_answer_does_to_the_entry(payready: World, answer: int | CallFailed, entries: list[str]) -> None:
+def test_what_the_answer_does_to_the_entry(
+    payready: InProcessSystem, answer: int | CallFailed, entries: list[str]
+) -> None:
     """Accepted is posted, refused is void, and what nobody knows stays pending."""
     payready.provider.script[A] = [answer]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == entries
 
 
-def test_an_uncertain_call_is_posted_by_its_event(payready: World) -> None:
+def test_an_uncertain_call_is_posted_by_its_event(payready: InProcessSystem) -> None:
     """The balance proves that the call was accepted; the entry names the event as evidence."""
     payready.provider.script[A] = [CallResultUnknown("read timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(2)
     balance_id = payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert balance_id in str(payready.rows("SELECT evidence FROM fee_entry WHERE state = 'posted'")[0]["evidence"])
     assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
 
 
-def test_an_event_before_the_answer_posts_once(payready: World) -> None:
+def test_an_event_before_the_answer_posts_once(payready: InProcessSystem) -> None:
     """The webhook overtakes the 202: one posted entry, and the refresh stays answered."""
 
     def webhook_first() -> int:
         payready.balance(A)
-        payready.work()
+        payready.run_tasks()
         return 202
 
     payready.provider.script[A] = [webhook_first]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert payready.refreshes(A) == ["answered"]
 
 
-def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: World) -> None:
+def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: InProcessSystem) -> None:
     """Both stay pending, and the outcome says that the fee is not certain."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(16)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "2 pending"]
     assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "USD", "state": "pending"}
 
 
-def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payready: World) -> None:
+def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payready: InProcessSystem) -> None:
     """After the deadline: the first payment stays failed, the next one needs no call and owes nothing."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), CallNotSent("no connection")]
     payready.initiate("p1", A, timeout_s=10)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(10)
     assert payready.state("p1") == "provider_unavailable"
     payready.clock.advance(20)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert payready.state("p1") == "provider_unavailable"
     payready.clock.advance(5)
     payready.initiate("p2", A)
-    payready.work()
+    payready.run_tasks()
     outcome = payready.outcome("p2")
     assert outcome["state"] == "released"
     assert outcome["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
@@ -115,85 +118,85 @@ def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payre
     assert payready.provider.calls == [A]
 
 
-def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: World) -> None:
+def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: InProcessSystem) -> None:
     """Unanswered is not the end of a refresh: its fee is settled whenever the balance comes."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(80)
     assert payready.refreshes(A) == ["unanswered"]
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.refreshes(A) == ["answered"]
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_a_balance_from_before_the_call_does_not_post_it(payready: World) -> None:
+def test_a_balance_from_before_the_call_does_not_post_it(payready: InProcessSystem) -> None:
     """Older than the call by more than the skew, it proves nothing of it."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, max_balance_age_s=60)
-    payready.work()
+    payready.run_tasks()
     payready.balance(A, at=START - timedelta(seconds=6))
-    payready.work()
+    payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.fees(A) == ["1 pending"]
     assert payready.refreshes(A) == ["uncertain"]
 
 
-def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: World) -> None:
+def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: InProcessSystem) -> None:
     """Its second call was put off until nobody waited any more; the first one had been accepted all the same."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), *[CallNotSent("no connection")] * 9]
     payready.initiate("p1", A, timeout_s=20)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(25)
     assert payready.refreshes(A) == ["abandoned"]
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.refreshes(A) == ["answered"]
     assert payready.fees(A)[-1] == "1 posted"
     assert payready.fees(A).count("1 pending") == 1
 
 
-def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready: World) -> None:
+def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready: InProcessSystem) -> None:
     """What the provider refuses now, it may have accepted a moment ago."""
     payready.provider.script[A] = [
         CallResultUnknown("timeout"),
         CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
     ]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(16)
     assert payready.state("p1") == "connection_inactive"
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "2 pending", "2 void", "1 posted"]
 
 
-def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payready: World) -> None:
+def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payready: InProcessSystem) -> None:
     """A balance that comes all the same is not due to us."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.refreshes(A) == ["rejected"]
     assert payready.fees(A) == ["1 pending", "1 void"]
 
 
 @pytest.mark.parametrize(("later_s", "entries"), [(120, ["2 pending"]), (3600, ["2 pending", "2 posted"])])
 def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_later_one(
-    payready: World, later_s: int, entries: list[str]
+    payready: InProcessSystem, later_s: int, entries: list[str]
 ) -> None:
     """The first call was accepted and its balance never came: for an hour it may be its answer that comes late."""
     payready.provider.script[A] = [202, CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(61)
     payready.clock.advance(later_s - 61)
     payready.initiate("p2", A, timeout_s=10)
-    payready.work()
+    payready.run_tasks()
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.state("p2") == "released"
     assert payready.fees(A) == ["1 pending", "1 posted", *entries]
 
@@ -202,7 +205,7 @@ BILLABLE = PRICES.replace('["accepted"]', '["accepted", "account_not_found", "ra
 
 
 def test_what_a_contract_bills_besides_accepted_calls_is_posted(
-    payready: World, share_of: Callable[[World, str], Decimal]
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     """A refusal that is charged for is shared by those it failed; one that is not stays free."""
     payready.rt.price_list = parse_price_list(BILLABLE)
@@ -213,46 +216,48 @@ def test_what_a_contract_bills_besides_accepted_calls_is_posted(
         payready.provider.script[account] = [CallRejected(status, reason, "no")]
         for number in range(3):
             payready.initiate(f"{account}{number}", account)
-        payready.work()
+        payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert payready.fees("acct_free") == ["1 pending", "1 void"]
     assert sum(share_of(payready, f"{A}{number}") for number in range(3)) == Decimal("0.1")
     assert share_of(payready, "acct_free0") == 0
 
 
-def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that_is_made(payready: World) -> None:
+def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that_is_made(
+    payready: InProcessSystem,
+) -> None:
     """No balance can be due to it, so the balance posts the other call."""
     payready.rt.price_list = parse_price_list(BILLABLE)
     payready.provider.script[A] = [RateLimited("rate limit", None), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(2)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted", "2 pending", "2 posted"]
 
 
-def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: World) -> None:
+def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: InProcessSystem) -> None:
     """An entry there is all the same."""
     payready.rt.price_list = parse_price_list(PRICES.replace('["accepted"]', "[]"))
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 void"]
     assert payready.outcome("p1")["fee"] == {"amount": "0.000000", "currency": "USD", "state": "void"}
 
 
-def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: World) -> None:
+def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: InProcessSystem) -> None:
     """A new list in between changes nothing of the call that was made before."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.rt.price_list = parse_price_list(PRICES.replace('"test"', '"dear"').replace("0.100000", "0.9"))
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     payready.initiate("p2", "acct_other")
-    payready.work()
+    payready.run_tasks()
     rows = payready.rows("SELECT price, price_list, state FROM fee_entry ORDER BY entry_id")
     told = [(Decimal(str(row["price"])), row["price_list"], row["state"]) for row in rows]
     dime, dear = Decimal("0.1"), Decimal("0.9")
@@ -268,10 +273,10 @@ def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: World) -> No
     "statement",
     ["UPDATE fee_entry SET price = '9'", "UPDATE fee_entry SET state = 'void'", "DELETE FROM fee_entry"],
 )
-def test_the_database_refuses_to_change_or_remove_an_entry(payready: World, statement: str) -> None:
+def test_the_database_refuses_to_change_or_remove_an_entry(payready: InProcessSystem, statement: str) -> None:
     """Whoever tries, by whatever way."""
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     before = payready.rows("SELECT * FROM fee_entry")
     assert len(before) == 2
     with pytest.raises(DBAPIError, match="fee_entry is append-only"), payready.engine.begin() as tx:
@@ -279,10 +284,10 @@ def test_the_database_refuses_to_change_or_remove_an_entry(payready: World, stat
     assert payready.rows("SELECT * FROM fee_entry") == before
 
 
-def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None:
+def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: InProcessSystem) -> None:
     """TRUNCATE passes by row triggers; the statement trigger stops it. SQLite has no such command."""
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     truncate = "TRUNCATE fee_entry" if payready.engine.dialect.name == "postgresql" else "DELETE FROM fee_entry"
     with pytest.raises(DBAPIError, match="fee_entry is append-only"), payready.engine.begin() as tx:
         tx.execute(text(truncate))
@@ -291,29 +296,29 @@ def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: World) -> None
 EURO = PRICES.replace('"USD"', '"EUR"').replace("0.100000", "0.2")
 
 
-def test_a_share_is_in_the_currency_of_its_call(payready: World) -> None:
+def test_a_share_is_in_the_currency_of_its_call(payready: InProcessSystem) -> None:
     """Whatever the price list says by then; so is the nothing that is owed for its balance when it is used again."""
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.rt.price_list = parse_price_list(EURO)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(1)
     payready.initiate("p2", A)
-    payready.work()
+    payready.run_tasks()
     assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
     assert payready.outcome("p2")["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
 
 
-def test_a_share_is_of_one_currency(payready: World) -> None:
+def test_a_share_is_of_one_currency(payready: InProcessSystem) -> None:
     """Dollars are not added to euros: told is the part of the calls in the last one's currency."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), 202]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     payready.rt.price_list = parse_price_list(EURO)
     payready.pass_time(16)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
     assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "EUR", "state": "posted"}
 
@@ -327,7 +332,7 @@ def entry_like(state: str, **other: str) -> str:
     return f"INTO fee_entry ({', '.join(values)}) SELECT {', '.join(values.values())} FROM fee_entry LIMIT 1"
 
 
-def refused(payready: World, statement: str, why: str) -> None:
+def refused(payready: InProcessSystem, statement: str, why: str) -> None:
     """Whether the database does not do it, and all is as it was."""
     before = payready.rows("SELECT * FROM fee_entry")
     with pytest.raises(DBAPIError, match=why), payready.engine.begin() as tx:
@@ -335,10 +340,10 @@ def refused(payready: World, statement: str, why: str) -> None:
     assert payready.rows("SELECT * FROM fee_entry") == before
 
 
-def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready: World) -> None:
+def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready: InProcessSystem) -> None:
     """By its number, or by its call: SQLite's REPLACE removes rows, and no trigger on removal hears of it."""
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     if payready.engine.dialect.name == "sqlite":
         for statement in (
             "INSERT OR REPLACE " + entry_like("pending", price="'9'"),
@@ -364,35 +369,37 @@ def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready:
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(payready: World, other: dict[str, str]) -> None:
+def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(
+    payready: InProcessSystem, other: dict[str, str]
+) -> None:
     """Its price, its currency, its time are those of its opening; and there is one."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     refused(payready, "INSERT " + entry_like("posted", **other), "closes no call that was opened like it")
     with payready.engine.begin() as tx:
         tx.execute(text("INSERT " + entry_like("posted")))
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_the_database_knows_three_states_of_an_entry(payready: World) -> None:
+def test_the_database_knows_three_states_of_an_entry(payready: InProcessSystem) -> None:
     """And no other word for one."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     refused(payready, "INSERT " + entry_like("paid"), "fee_entry_state")
 
 
 @pytest.mark.parametrize("second", [EntryState.POSTED, EntryState.VOID])
-def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: EntryState) -> None:
+def test_a_second_final_entry_of_a_call_is_impossible(payready: InProcessSystem, second: EntryState) -> None:
     """Posted or void, once: the ledger's own query passes over it, and the database refuses it."""
     payready.initiate("p1", A)
-    payready.work()
+    payready.run_tasks()
     refresh_id = payready.rows("SELECT refresh_id FROM fee_entry")[0]["refresh_id"]
     with transaction(payready.engine) as tx:
         [call] = fee_entries.calls_of_refreshes(tx, [refresh_id])
         assert call.state == EntryState.POSTED
-        assert not fee_entries.post_or_void(tx, call, second, {}, START)
+        assert not fee_entries.post_or_void(tx, [FinalEntry(call=call, state=second, evidence={})], START)
     assert payready.fees(A) == ["1 pending", "1 posted"]
     columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, at"
     with pytest.raises(DBAPIError), payready.engine.begin() as tx:
@@ -402,7 +409,7 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: World, second: E
         )
 
 
-def test_an_entry_needs_a_refresh(payready: World) -> None:
+def test_an_entry_needs_a_refresh(payready: InProcessSystem) -> None:
     """No fee without a refresh that it belongs to, in either database."""
     call = fee_entries.new_call(
         "call_1", "ref_unknown", A, payready.rt.price_list.price_for("TEST", START.date()), START
@@ -414,7 +421,7 @@ def test_an_entry_needs_a_refresh(payready: World) -> None:
 @pytest.mark.parametrize("settled_by", ["balance", "deadline", "refusal"])
 @pytest.mark.parametrize("sharers", [1, 3, 7])
 def test_the_shares_of_a_call_add_up_to_its_fee(
-    payready: World, sharers: int, settled_by: str, share_of: Callable[[World, str], Decimal]
+    payready: InProcessSystem, sharers: int, settled_by: str, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     """Whoever settles the payments: what they owe together is what the call costs, to the millionth."""
     payready.initiate("p0", A, timeout_s=30)
@@ -423,10 +430,10 @@ def test_the_shares_of_a_call_add_up_to_its_fee(
     ]
     for number in range(1, sharers):
         payready.initiate(f"p{number}", A, timeout_s=30)
-    payready.work()
+    payready.run_tasks()
     if settled_by == "balance":
         payready.balance(A)
-        payready.work()
+        payready.run_tasks()
     elif settled_by == "deadline":
         payready.pass_time(30)
     fee = Decimal("0.1") if settled_by != "refusal" else Decimal(0)
@@ -435,34 +442,34 @@ def test_the_shares_of_a_call_add_up_to_its_fee(
 
 
 def test_shares_add_up_when_some_fail_before_the_balance_comes(
-    payready: World, share_of: Callable[[World, str], Decimal]
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     """Those who failed for time, or were cancelled, bear their part of the call that was made for them."""
     for number in range(3):
         payready.initiate(f"p{number}", A, timeout_s=10)
     for number in range(3, 7):
         payready.initiate(f"p{number}", A, timeout_s=60)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(9)
     payready.queue.merge(flow.cancel(payready.rt, ["p1"]))
     payready.pass_time(1)
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert [payready.state(payment_id) for payment_id in ("p0", "p1")] == ["timeout", "cancelled"]
     assert payready.outcome("p6")["shared_by"] == 7
     assert sum(share_of(payready, f"p{number}") for number in range(7)) == Decimal("0.1")
 
 
 def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
-    payready: World, share_of: Callable[[World, str], Decimal]
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     """A refusal minutes ago is no part of this payment's end: it bears the call that was made for it."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
     payready.initiate("p1", A, timeout_s=20)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(5)
     payready.initiate("p2", A, timeout_s=20)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(20)
     assert payready.outcome("p2") == {"payment_id": "p2", "reason": "timeout", "detail": "no balance came within 20 s"}
     assert share_of(payready, "p1") == 0
@@ -470,17 +477,17 @@ def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
 
 
 def test_a_balance_between_two_calls_of_a_refresh_settles_the_first_calls_fee(
-    payready: World, share_of: Callable[[World, str], Decimal]
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     """The second call is claimed after the balance was kept and before it was applied."""
     payready.provider.script[A] = [CallResultUnknown("timed out")]
     payready.initiate("p1", A, timeout_s=120)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(payready.rt.settings.uncertain_grace_s)
     payready.queue.merge(flow.sweep(payready.rt))  # repeats: the call is enqueued
     assert payready.queue.calls
     payready.balance(A)
-    payready.work()
+    payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.provider.calls == [A]
     assert (payready.fees(A), payready.refreshes(A)) == (["1 pending", "1 posted"], ["answered"])

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.world import Databases, World, request
+from tests.support.in_process import Databases, InProcessSystem, intake_request
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallResultUnknown
 from worker.flow import FollowUp, maintenance, resolution
 from worker.ledger import refreshes
 from worker.ledger.engine import Engine, Tx, transaction
-from worker.ledger.refreshes import RefreshRecord
-from worker.rules.states import RefreshEvent, RefreshState
+from worker.rules.states import RefreshEvent
 
 A = "acct_races"
 ROUNDS = 12
@@ -37,16 +36,16 @@ def at_once(*steps: Callable[[], T]) -> list[T]:
     return [future.result() for future in futures]
 
 
-def test_release_against_expiry_has_one_winner(payready: World) -> None:
+def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> None:
     """The balance and the deadline in the same instant: each payment is settled by one of them, and told by one."""
     wins = {"released": 0, "failed": 0}
     for number in range(ROUNDS):
         account = f"acct_race{number}"
         for name in "ab":
             payready.initiate(f"{name}{number}", account, timeout_s=1, amount="1.00")
-        payready.work()
+        payready.run_tasks()
         balance_id = payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         payready.clock.advance(1)
         done = at_once(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
@@ -62,29 +61,29 @@ def test_release_against_expiry_has_one_winner(payready: World) -> None:
     assert sum(wins.values()) == 2 * ROUNDS
 
 
-def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payready: World) -> None:
+def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payready: InProcessSystem) -> None:
     """And the fee is posted once, and shared once."""
     for number in range(ROUNDS):
         account = f"acct_same{number}"
         for name in "abc":
             payready.initiate(f"{name}{number}", account, amount="1.00")
-        payready.work()
+        payready.run_tasks()
         balance_id = payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         done = at_once(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
         settled = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         assert sorted(settled) == [f"{name}{number}" for name in "abc"]
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
 
-def test_cancel_against_release_has_one_winner(payready: World) -> None:
+def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> None:
     """Who is told that it was cancelled was not released."""
     for number in range(ROUNDS):
         account = f"acct_cancel{number}"
         payready.initiate(f"p{number}", account)
-        payready.work()
+        payready.run_tasks()
         balance_id = payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         done = at_once(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda number=number: flow.cancel(payready.rt, [f"p{number}"]),  # type: ignore[misc]
@@ -93,15 +92,15 @@ def test_cancel_against_release_has_one_winner(payready: World) -> None:
         assert payready.state(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
 
 
-def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready: World) -> None:
+def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready: InProcessSystem) -> None:
     """Two of 80, and two different balances of 100 of the same time: one is released, however the threads run."""
     for number in range(ROUNDS):
         account = f"acct_eighty{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=60)
-        payready.work()
+        payready.run_tasks()
         first, second = payready.balance(account, later=True), payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         at_once(
             lambda first=first: flow.apply_balance(payready.rt, first),  # type: ignore[misc]
             lambda second=second: flow.apply_balance(payready.rt, second),  # type: ignore[misc]
@@ -110,17 +109,17 @@ def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready
         assert states == ["insufficient_funds", "released"]
 
 
-def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payready: World) -> None:
+def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payready: InProcessSystem) -> None:
     """The first balance is too old for the second payment: each is settled by another application."""
     for number in range(ROUNDS):
         account = f"acct_deduct{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
-        payready.lose()
+        payready.drop_tasks()
         old = payready.balance(account, later=True)
         payready.clock.advance(10)
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=1)
         young = payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         at_once(
             lambda old=old: flow.apply_balance(payready.rt, old),  # type: ignore[misc]
             lambda young=young: flow.apply_balance(payready.rt, young),  # type: ignore[misc]
@@ -129,31 +128,31 @@ def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payrea
         assert payready.state(f"b{number}") == "insufficient_funds"
 
 
-def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payready: World) -> None:
+def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payready: InProcessSystem) -> None:
     """It sees the balance, or the balance sees it: no upkeep is needed to release it."""
     for number in range(ROUNDS):
         account = f"acct_meet{number}"
         payready.initiate(f"a{number}", account)
-        payready.work()
+        payready.run_tasks()
         balance_id = payready.balance(account, later=True)
-        payready.lose()
+        payready.drop_tasks()
         at_once(
             lambda balance_id=balance_id: payready.queue.merge(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
             lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
         )
-        payready.work()
+        payready.run_tasks()
         assert payready.state(f"b{number}") == "released"
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one refresh", "a refresh each"])
-def test_messages_to_call_at_once_make_one_call(payready: World, same: bool) -> None:  # noqa: FBT001
+def test_messages_to_call_at_once_make_one_call(payready: InProcessSystem, same: bool) -> None:  # noqa: FBT001
     """The same message twice, or two payments that both led (Redis was emptied between them)."""
     for number in range(ROUNDS):
         account = f"acct_call{number}"
         first = payready.initiate(f"a{number}", account)
         payready.flush()
         second = payready.initiate(f"b{number}", account)
-        payready.lose()
+        payready.drop_tasks()
         assert first.refresh_id != second.refresh_id
         ids = [str(first.refresh_id), str(first.refresh_id if same else second.refresh_id)]
         at_once(
@@ -166,7 +165,7 @@ def test_messages_to_call_at_once_make_one_call(payready: World, same: bool) -> 
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
 
-def test_the_same_job_at_once_is_one_payment(payready: World) -> None:
+def test_the_same_job_at_once_is_one_payment(payready: InProcessSystem) -> None:
     """Two workers take in two messages with one payment_id."""
     for number in range(ROUNDS):
         account = f"acct_twice{number}"
@@ -178,14 +177,14 @@ def test_the_same_job_at_once_is_one_payment(payready: World) -> None:
                 for name in "abc"
             )
         )
-        payready.work()
+        payready.run_tasks()
         assert payready.provider.calls.count(account) == 1
         payready.balance(account)
-        payready.work()
+        payready.run_tasks()
         assert [len(payready.delivered[f"t{number}{name}"]) for name in "abc"] == [1, 1, 1]
 
 
-def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -> None:
+def test_an_early_event_against_its_answer_posts_the_fee_once(payready: InProcessSystem) -> None:
     """The webhook is applied while the 202 is booked."""
     for number in range(ROUNDS):
         account = f"acct_early{number}"
@@ -193,7 +192,7 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
 
         def answer(account: str = account, applied: threading.Event = applied) -> int:
             balance_id = payready.balance(account, later=True)
-            payready.lose()
+            payready.drop_tasks()
 
             def apply() -> None:
                 flow.apply_balance(payready.rt, balance_id)
@@ -204,7 +203,7 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
 
         payready.provider.script[account] = [answer]
         payready.initiate(f"p{number}", account)
-        payready.work()
+        payready.run_tasks()
         assert applied.wait(10)
         assert payready.fees(account) == ["1 pending", "1 posted"]
         assert payready.state(f"p{number}") == "released"
@@ -212,7 +211,7 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: World) -
 
 
 def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
-    payready: World, monkeypatch: pytest.MonkeyPatch
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for the account; else the refresh would end as accepted, and hold up the next call for its window."""
     reading, booked = threading.Event(), threading.Event()
@@ -242,35 +241,37 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_two_upkeeps_at_once_share_the_work(payready: World) -> None:
+def test_two_upkeeps_at_once_share_the_work(payready: InProcessSystem) -> None:
     """Each expired payment is settled, and delivered, by one of them."""
     for number in range(60):
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
-    payready.lose()
+    payready.drop_tasks()
     payready.clock.advance(2)
     done = at_once(*[lambda: flow.expire_due_payments(payready.rt)] * 4)
     settled = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
     assert settled == sorted(f"p{number}" for number in range(60))
 
 
-def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready: World) -> None:
+def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready: InProcessSystem) -> None:
     """It read the refresh before another sweep repeated the call, and was stopped in between."""
     payready.provider.script[A] = [CallResultUnknown("timeout")] * 5
     payready.initiate("p1", A, timeout_s=600)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(15)
     with transaction(payready.engine) as tx:
         [seen] = refreshes.due_for_check(tx, payready.clock.now, 10)
-    payready.tick()
+    payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
     payready.queue.merge(maintenance._advance_refresh(payready.rt, seen, payready.clock.now))
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]
 
 
-def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_next_call(payready: World) -> None:
+def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_next_call(
+    payready: InProcessSystem,
+) -> None:
     """The first call hangs, is taken for lost, and is repeated; then it fails while the second is on the wire."""
     second_is_out, first_is_booked = threading.Event(), threading.Event()
 
@@ -294,9 +295,9 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
     threads: list[threading.Thread] = []
     payready.provider.script[A] = [first, second]
     payready.initiate("p1", A, timeout_s=600)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(1)
-    payready.tick()
+    payready.run_maintenance()
     assert payready.refreshes(A) == ["calling"]
     first_is_booked.set()
     threads[0].join(10)
@@ -307,19 +308,19 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
 
 
 def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
-    payready: World, monkeypatch: pytest.MonkeyPatch
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second application read the balance before the first one told what it answered."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(90)
     assert payready.refreshes(A) == ["unanswered"]
     payready.initiate("p2", A)
-    payready.work()
+    payready.run_tasks()
     payready.clock.advance(2)
     balance_id = payready.balance(A, later=True)
-    payready.lose()
+    payready.drop_tasks()
     meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
     """Before its first transaction, and between that and its second."""
 
@@ -335,14 +336,12 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
 
 
-def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: World, databases: Databases) -> None:
+def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: InProcessSystem, databases: Databases) -> None:
     """A round claims several in an order of its own, and would wait for those that the sweep has already."""
-    if databases.is_quick:
+    if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     now = payready.clock.now
-    first, second = (
-        RefreshRecord(f"r{n}", f"a{n}", RefreshState.REQUESTED, 0, 0, None, None, None, now, None) for n in "12"
-    )
+    first, second = (refreshes.new_refresh(f"a{n}", f"r{n}", now) for n in "12")
     with transaction(payready.engine) as tx:
         refreshes.insert_refreshes(tx, [first, second])
 
@@ -363,7 +362,7 @@ def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: World, d
 class Crowd:
     """Workers that share a queue, and a provider that sends a balance after each call."""
 
-    def __init__(self, payready: World) -> None:
+    def __init__(self, payready: InProcessSystem) -> None:
         self.payready = payready
         self.lock = threading.Lock()
 
@@ -382,7 +381,7 @@ class Crowd:
         """Take in jobs."""
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
-            arrived = request(job, {"id": f"task_{payment_id}"})
+            arrived = intake_request(job, {"id": f"task_{payment_id}"})
             self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).follow_up)
 
     def work(self) -> None:
@@ -402,16 +401,16 @@ class Crowd:
             self.payready.balance(account_id, "100.00")
 
 
-def test_many_payments_on_few_accounts_all_end_once_and_exactly(payready: World) -> None:
+def test_many_payments_on_few_accounts_all_end_once_and_exactly(payready: InProcessSystem) -> None:
     """Eight threads with everything at once: jobs, calls, balances. The sums are right at the end."""
     accounts = [f"acct_crowd{number}" for number in range(4)]
     jobs = [(f"p{number}", accounts[number % 4]) for number in range(80)]
     crowd = Crowd(payready)
     at_once(*(lambda part=part: crowd.submit(jobs[part::4]) for part in range(4)), *[crowd.work] * 4)
-    payready.work()
+    payready.run_tasks()
     for account_id in accounts:
         payready.balance(account_id, "0")
-    payready.work()
+    payready.run_tasks()
     payready.pass_time(130)
     rows = payready.rows("SELECT account_id, state, amount FROM payment")
     assert len(rows) == 80

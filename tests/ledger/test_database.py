@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
+from tests.support.in_process import START
 from tests.support.servers import Postgres
-from tests.support.world import START
 from worker.ledger import balances, payments
 from worker.ledger.bulk import bulk_insert, bulk_update
 from worker.ledger.engine import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from console.processes import ROOT
+from demo.processes import ROOT
 from tests.migrations_in_step import alembic, differences
 from tests.support.servers import Postgres
 from worker.ledger.engine import open_engine

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from tests.support.world import START
+from tests.support.in_process import START
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Engine, Tx, transaction
 from worker.ledger.payments import Resolution

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from console.processes import ROOT
+from demo.processes import ROOT
 
 MODEL = ROOT / "docs" / "model" / "payment.pml"
 MISSED = {

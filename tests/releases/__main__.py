@@ -16,9 +16,9 @@ import redis
 from celery.result import AsyncResult
 
 from config.celery_config import QUEUES
-from console.processes import ROOT
-from tests.canvas.runs import send_balance
+from demo.processes import ROOT
 from tests.support.system import System, system, wait_until
+from tests.suspension.primitive_runs import send_balance
 from worker.ledger.tables import PAYMENT
 
 SETTINGS = {
@@ -63,7 +63,7 @@ def leave_behind(running: System) -> None:
     wait_until(lambda: running.unacknowledged() == 1, 10, "only the killed worker's message is taken")
     running.kill("worker")
     send_balance(running, _account(running, "settled"))
-    with running.valkey_away():
+    with running.valkey_unavailable():
         send_balance(running, _account(running, "kept"))
     for name, scenario in {"job": "prompt", "poor": "poor"}.items():
         _send(running, name, f"acct_{scenario}900099", amount="25.00")

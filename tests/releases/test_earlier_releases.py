@@ -1,6 +1,6 @@
 """A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
-Each file beside this one is what a release left (`python -m tests.releases`). `tests/canvas/test_saved_canvas.py` has
+Each file beside this one is what a release left (`python -m tests.releases`). `tests/suspension/test_saved_canvas.py` has
 every part that a saved continuation may have; here are all the kinds of messages and rows.
 """
 
@@ -20,11 +20,11 @@ from redis import Redis
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from console.processes import ROOT
-from tests.canvas.runs import send_balance
+from demo.processes import ROOT
 from tests.releases.__main__ import SETTINGS, UNACKNOWLEDGED
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
+from tests.suspension.primitive_runs import send_balance
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
 TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
@@ -102,14 +102,14 @@ def test_what_an_earlier_release_left_comes_to_its_end(
         running.start("worker", "refresh", "beat")
         running.start_service()
         told_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
-        wait_until(lambda: told_now <= running.endings().keys(), 30, "what needs no event is told")
+        wait_until(lambda: told_now <= running.ended_payments().keys(), 30, "what needs no event is told")
         accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*TOLD_BY_AN_EVENT, "result")]
         running.initiate("pay_late", accounts[0], options=running.callbacks("pay_late"))
         running.payment("pay_late")
         for account_id in accounts:
             send_balance(running, account_id)
         told = told_now | {f"pay_{name}" for name in TOLD_BY_AN_EVENT} | {"pay_late"}
-        wait_until(lambda: told <= running.endings().keys(), 20, "all is told")
+        wait_until(lambda: told <= running.ended_payments().keys(), 20, "all is told")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
         assert_each_was_told_its_outcome(running)
         again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
@@ -124,7 +124,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
 
 def assert_each_was_told_its_outcome(running: System) -> None:
     """Once, and what the ledger says."""
-    endings = running.endings()
+    endings = running.ended_payments()
     rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}
     assert endings.keys() | {"pay_result"} == rows.keys()
     assert [payment_id for payment_id, lines in endings.items() if len(lines) != 1] == []

@@ -53,7 +53,7 @@ def simulator(_simulator: Simulator) -> Simulator:
 def inbox(_inbox: Inbox, simulator: Simulator) -> Inbox:
     """The simulator's webhook endpoint, empty, answering 204."""
     _inbox.received.clear()
-    _inbox.answers.clear()
+    _inbox.responses.clear()
     return _inbox
 
 

@@ -11,23 +11,23 @@ import httpx
 import pytest
 
 from simulator.signing import sign
-from simulator.testing import Inbox, Received, Simulator, eventually
+from simulator.testing import Inbox, ReceivedRequest, Simulator, eventually
 
 Accounts = Callable[[str], str]
 
 TIMER_S = 0.002  # the loop's timers are that exact
 
 
-def records(request: Received) -> list[dict[str, Any]]:
+def records(request: ReceivedRequest) -> list[dict[str, Any]]:
     return [event["record"] for event in json.loads(request.body)["events"]]
 
 
-def signed_with(secret: str, request: Received) -> bool:
+def signed_with(secret: str, request: ReceivedRequest) -> bool:
     expected = sign(secret, request.headers["quiltt-timestamp"], request.body)
     return request.headers["quiltt-signature"] == expected
 
 
-def arrived(inbox: Inbox, account_id: str, count: int = 1) -> list[Received]:
+def arrived(inbox: Inbox, account_id: str, count: int = 1) -> list[ReceivedRequest]:
     eventually(lambda: len(inbox.about(account_id)) >= count)
     return inbox.about(account_id)
 
@@ -66,11 +66,11 @@ def test_the_log_ties_the_call_to_its_event(simulator: Simulator, account: Accou
     simulator.settled()
     (call,), (delivery,) = simulator.calls(account_id), simulator.deliveries(account_id)
     assert (call["authenticated"], call["accepted"], call["status"]) == (True, True, 202)
-    assert (call["scenario"], call["acted_as"]) == ("prompt", "prompt")
+    assert (call["scenario"], call["effective_scenario"]) == ("prompt", "prompt")
     assert delivery["balance_ids"] == [call["balance_id"]]
     assert delivery["account_ids"] == [account_id]
     assert (delivery["attempt"], delivery["status"], delivery["error"]) == (1, 204, None)
-    assert delivery["signed_rightly"]
+    assert delivery["signature_valid"]
     assert call["started_at"] <= delivery["sent_at"] <= time.time()
 
 
@@ -186,12 +186,12 @@ def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: Inbo
 
 def test_forged_deliveries_never_verify(simulator: Simulator, inbox: Inbox, account: Accounts, secret: str) -> None:
     """All of a few tries carry a wrong signature, and there is no balance behind them."""
-    inbox.answers += [401, 401, 401]
+    inbox.responses += [401, 401, 401]
     account_id = account("forged")
     simulator.refresh(account_id)
     simulator.settled()
     assert not any(signed_with(secret, request) for request in inbox.about(account_id))
-    assert [entry["signed_rightly"] for entry in simulator.deliveries(account_id)] == [False, False, False]
+    assert [entry["signature_valid"] for entry in simulator.deliveries(account_id)] == [False, False, False]
     assert read(simulator, account_id)["balance"]["source"] == "SYNC"
 
 
@@ -205,7 +205,7 @@ def test_stale_deliveries_verify_but_are_old(
     simulator.settled()
     (delivery,) = simulator.deliveries(account_id)
     assert signed_with(secret, request)
-    assert delivery["signed_rightly"]
+    assert delivery["signature_valid"]
     assert 600 <= delivery["sent_at"] - delivery["timestamp"] < 601
 
 
@@ -254,7 +254,7 @@ def test_the_mix_never_fails_for_good(simulator: Simulator, account: Accounts) -
     for account_id in accounts:
         (balance_id,) = [entry["balance_id"] for entry in simulator.calls(account_id) if entry["accepted"]]
         assert [balance_id] in [entry["balance_ids"] for entry in simulator.deliveries(account_id)]
-    assert len({entry["acted_as"] for account_id in accounts for entry in simulator.calls(account_id)}) > 1
+    assert len({entry["effective_scenario"] for account_id in accounts for entry in simulator.calls(account_id)}) > 1
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> No
 
 def test_the_summary_counts(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
     """Calls by scenario and status, what is billed, deliveries by status."""
-    inbox.answers.append(500)
+    inbox.responses.append(500)
     for scenario in ("prompt", "prompt", "never", "error"):
         simulator.refresh(account(scenario))
     with pytest.raises(httpx.TransportError):

@@ -5,8 +5,8 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator import messages
-from simulator.messages import Account
+from simulator import quiltt_records
+from simulator.quiltt_records import Account
 from simulator.scenarios import ACCOUNT_ID
 
 ACCOUNT = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
@@ -24,19 +24,19 @@ json_values = st.recursive(
 
 def test_ids_are_opaque_and_unique() -> None:
     """Ten thousand new ids differ, and all pass the safe check."""
-    ids = {messages.new_id("bal") for _ in range(10_000)}
+    ids = {quiltt_records.new_id("bal") for _ in range(10_000)}
     assert len(ids) == 10_000
     assert all(ACCOUNT_ID.fullmatch(found) for found in ids)
 
 
 def test_times_are_whole_seconds_in_utc() -> None:
     """A fraction is cut off, not rounded, as the provider's times have none."""
-    assert messages.stamp(AT) == "2025-01-24T14:14:22Z"
+    assert quiltt_records.timestamp_text(AT) == "2025-01-24T14:14:22Z"
 
 
 def test_a_balance_has_all_fields_and_its_offset() -> None:
     """All seven fields are present, null or not, and the offset moves `at`."""
-    made = messages.balance("bal_1", ACCOUNT, Account(available=None, at_offset_s=-60), "REFRESH", AT)
+    made = quiltt_records.balance("bal_1", ACCOUNT, Account(available=None, at_offset_s=-60), "REFRESH", AT)
     assert made == {
         "id": "bal_1",
         "accountId": ACCOUNT,
@@ -50,7 +50,7 @@ def test_a_balance_has_all_fields_and_its_offset() -> None:
 
 def test_an_account_keeps_its_profile() -> None:
     """Two events of one account name the same profile and have ids of their own."""
-    one, two = (messages.event("balance.created", {}, ACCOUNT, AT) for _ in range(2))
+    one, two = (quiltt_records.event("balance.created", {}, ACCOUNT, AT) for _ in range(2))
     assert one["profile"] == two["profile"]
     assert one["id"] != two["id"]
 
@@ -58,9 +58,10 @@ def test_an_account_keeps_its_profile() -> None:
 def test_an_envelope_names_each_event_type_once() -> None:
     """The list of types follows the events, without repetition; the environment carries the mode."""
     events = [
-        messages.event(kind, {}, ACCOUNT, AT) for kind in ("balance.created", "account.verified", "balance.created")
+        quiltt_records.event(kind, {}, ACCOUNT, AT)
+        for kind in ("balance.created", "account.verified", "balance.created")
     ]
-    sent = json.loads(messages.envelope(events, "SANDBOX"))
+    sent = json.loads(quiltt_records.delivery_envelope(events, "SANDBOX"))
     assert sent["eventTypes"] == ["balance.created", "account.verified"]
     assert sent["environment"]["mode"] == "SANDBOX"
     assert sent["events"] == events
@@ -68,22 +69,24 @@ def test_an_envelope_names_each_event_type_once() -> None:
 
 def test_only_server_errors_carry_an_error_id() -> None:
     """Every refusal has a message and an instruction; 5xx has an id as well."""
-    keys = {status: messages.rest_error(status).keys() for status in (400, 401, 403, 404, 429, 500)}
+    keys = {status: quiltt_records.rest_error(status).keys() for status in (400, 401, 403, 404, 429, 500)}
     assert keys.pop(500) == {"message", "instruction", "errorId"}
     assert all(found == {"message", "instruction"} for found in keys.values())
 
 
 def test_the_ids_of_a_delivery_are_read_from_its_body() -> None:
     """Events, balances and accounts are each listed once, in order; records of other kinds are no balances."""
-    record = messages.balance("bal_1", ACCOUNT, Account(), "REFRESH", AT)
-    event = messages.event("balance.created", record, ACCOUNT, AT)
-    other = messages.event("connection.disconnected", {"id": "conn_1"}, ACCOUNT, AT)
-    found = messages.ids_in(messages.envelope([event, other, event], "TEST"))
-    assert found == messages.Ids((event["id"], other["id"]), ("bal_1",), (ACCOUNT,))
+    record = quiltt_records.balance("bal_1", ACCOUNT, Account(), "REFRESH", AT)
+    event = quiltt_records.event("balance.created", record, ACCOUNT, AT)
+    other = quiltt_records.event("connection.disconnected", {"id": "conn_1"}, ACCOUNT, AT)
+    found = quiltt_records.ids_in(quiltt_records.delivery_envelope([event, other, event], "TEST"))
+    assert found == quiltt_records.BodyIds((event["id"], other["id"]), ("bal_1",), (ACCOUNT,))
 
 
 @settings(database=None, deadline=None)
-@given(st.binary() | st.one_of(json_values, st.fixed_dictionaries({"events": json_values})).map(messages.encode))
+@given(
+    st.binary() | st.one_of(json_values, st.fixed_dictionaries({"events": json_values})).map(quiltt_records.encode_json)
+)
 def test_no_body_is_too_odd_to_be_logged(body: bytes) -> None:
     """Reading ids never raises, whatever is sent."""
-    messages.ids_in(body)
+    quiltt_records.ids_in(body)

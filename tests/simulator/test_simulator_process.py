@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 import simulator
-from simulator.scenarios import table
+from simulator.scenarios import scenario_table
 from simulator.testing import Inbox, Simulator, eventually
 
 PACKAGE = Path(simulator.__file__).parent
@@ -37,7 +37,7 @@ def test_it_knows_payready_only_by_http() -> None:
 def test_the_scenarios_can_be_listed() -> None:
     """`--list` prints the table and needs nothing else."""
     listed = run("--list")
-    assert (listed.returncode, listed.stdout.strip()) == (0, table())
+    assert (listed.returncode, listed.stdout.strip()) == (0, scenario_table())
 
 
 def test_a_port_in_use_ends_it() -> None:

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from simulator.scenarios import ACCOUNT_ID, SCENARIOS, Defaults, Pace, drawn, scenario_of, table
+from simulator.scenarios import ACCOUNT_ID, SCENARIOS, Defaults, Pace, draw_scenario, scenario_of, scenario_table
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -25,25 +25,27 @@ def test_any_other_account_is_prompt(account_id: str) -> None:
 
 def test_the_table_lists_each_scenario_once() -> None:
     """The printed table has one line a scenario, beginning with its name."""
-    assert [line.split()[0] for line in table().splitlines()] == list(SCENARIOS)
+    assert [line.split()[0] for line in scenario_table().splitlines()] == list(SCENARIOS)
 
 
 def test_mix_draws_the_same_with_the_same_seed() -> None:
     """The order of the calls and the seed decide what each call acts as."""
-    runs = [[drawn(SCENARIOS["mix"], rng)[0].name for _ in range(200)] for rng in (Random(1), Random(1), Random(2))]
+    runs = [
+        [draw_scenario(SCENARIOS["mix"], rng)[0].name for _ in range(200)] for rng in (Random(1), Random(1), Random(2))
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_mix_draws_only_what_succeeds_in_the_end() -> None:
     """No call of the mix is refused for good, and all its kinds turn up."""
     rng = Random(3)
-    acted = {drawn(SCENARIOS["mix"], rng)[0].name for _ in range(500)}
+    acted = {draw_scenario(SCENARIOS["mix"], rng)[0].name for _ in range(500)}
     assert acted == {"prompt", "twice", "early", "lost", "throttled"}
 
 
 def test_other_scenarios_act_as_themselves() -> None:
     """Nothing is drawn for a scenario that is not mixed."""
-    assert drawn(SCENARIOS["late"], Random(4)) == (SCENARIOS["late"], Pace.LATE)
+    assert draw_scenario(SCENARIOS["late"], Random(4)) == (SCENARIOS["late"], Pace.LATE)
 
 
 def test_each_pace_has_its_delay() -> None:

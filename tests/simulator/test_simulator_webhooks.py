@@ -17,7 +17,7 @@ TIMER_S = 0.002  # the loop's timers are that exact
 @pytest.mark.parametrize("status", [301, 400, 401, 500, 503])
 def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: Inbox, account: Accounts, status: int) -> None:
     """The same body comes again until it is taken, each time after a longer while."""
-    inbox.answers += [status, status]
+    inbox.responses += [status, status]
     account_id = account("prompt")
     simulator.refresh(account_id)
     simulator.settled()
@@ -32,7 +32,7 @@ def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: Inbox, account
 def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
     """Then nothing is pending any more."""
     simulator.put("defaults", retry_base_s=0)
-    inbox.answers += [500] * 25
+    inbox.responses += [500] * 25
     account_id = account("prompt")
     simulator.refresh(account_id)
     simulator.settled()
@@ -45,7 +45,7 @@ def test_a_retry_is_signed_anew_unless_told_otherwise(
 ) -> None:
     """A second later the timestamp is another one, or the first signature is kept; both verify."""
     simulator.put("defaults", retry_base_s=1, keep_signature=keep)
-    inbox.answers.append(500)
+    inbox.responses.append(500)
     account_id = account("prompt")
     simulator.refresh(account_id)
     eventually(lambda: len(inbox.about(account_id)) == 2)
@@ -84,7 +84,7 @@ def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: Inbox, accou
 
 def test_any_body_can_be_delivered(simulator: Simulator, inbox: Inbox, secret: str) -> None:
     """A given JSON body is sent once, signed rightly, and the endpoint's status comes back."""
-    inbox.answers.append(418)
+    inbox.responses.append(418)
     answer = simulator.post("deliver", body={"events": []})
     assert answer == {"status": 418, "deliveries": [{"status": 418, "error": None}]}
     (request,) = inbox.received
@@ -101,13 +101,13 @@ def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: Inb
     assert request.headers["quiltt-timestamp"] == "1700000000"
     assert request.headers["quiltt-signature"] == sign("other", "1700000000", raw)
     (entry,) = simulator.http.get("/control/log").json()["deliveries"]
-    assert (entry["signed_rightly"], entry["timestamp"], entry["event_ids"]) == (False, 1700000000, [])
+    assert (entry["signature_valid"], entry["timestamp"], entry["event_ids"]) == (False, 1700000000, [])
 
 
 def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: Inbox) -> None:
     """Each copy has its own answer, also while other deliveries are paused."""
     simulator.post("pause")
-    inbox.answers += [200, 500, 200]
+    inbox.responses += [200, 500, 200]
     answer = simulator.post("deliver", body={}, copies=3)
     assert sorted(entry["status"] for entry in answer["deliveries"]) == [200, 200, 500]
 

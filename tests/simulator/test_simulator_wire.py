@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from simulator.wire import Connection
+from simulator.http_connection import HttpConnection
 
 EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 
@@ -31,7 +31,7 @@ class Scripted(asyncio.Protocol):
 
 async def converse(script: Scripted, posts: int) -> list[int]:
     server = await asyncio.get_running_loop().create_server(lambda: script, "127.0.0.1", 0)
-    connection = Connection(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook?a=b")
+    connection = HttpConnection(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook?a=b")
     statuses = []
     try:
         for _ in range(posts):

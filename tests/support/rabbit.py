@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from console.processes import free_port
+from demo.processes import free_port
 
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 """Without the wrapper in the path, which insists on a user of its own."""
-WHY_NOT = f"{SERVER} is not installed (Debian: rabbitmq-server)"
-START_S = 60
+UNAVAILABLE_REASON = f"{SERVER} is not installed (Debian: rabbitmq-server)"
+START_TIMEOUT_S = 60
 
 
 class RabbitMQ:
@@ -60,7 +60,7 @@ class RabbitMQ:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        end = time.monotonic() + START_S
+        end = time.monotonic() + START_TIMEOUT_S
         while not self._listens():
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"RabbitMQ did not start, see {self._folder}")

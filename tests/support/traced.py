@@ -33,9 +33,9 @@ def execute_ach(_outcome: object) -> None:
 def main(account_id: str) -> None:
     """Make one payment, and print its spans."""
     spans = InMemorySpanExporter()
-    tracing.switch_on(SimpleSpanProcessor(spans))
+    tracing.enable(SimpleSpanProcessor(spans))
     web = uvicorn.Server(
-        uvicorn.Config("webhook.app:app", port=settings().webhook_port, lifespan="off", log_level="error")
+        uvicorn.Config("webhook.endpoint:app", port=settings().webhook_port, lifespan="off", log_level="error")
     )
     serving = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
     serving.start()
@@ -45,7 +45,7 @@ def main(account_id: str) -> None:
             "payments.initiate",
             kwargs={"payment_id": "pay_1", "account_id": account_id, "amount": "25.00"},
             queue="payments",
-            headers={tracing.HEADER: f"00-{TRACE}-{SENDER}-01"},
+            headers={tracing.TRACE_HEADER: f"00-{TRACE}-{SENDER}-01"},
             link=app.signature("ledger.execute_ach", queue="svc"),
             ignore_result=True,
         )

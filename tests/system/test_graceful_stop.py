@@ -32,7 +32,7 @@ def test_a_call_that_is_on_the_wire_is_booked_and_the_next_ones_are_left_to_othe
         assert [state for _, state in running.fees("acct_early000001")] == ["pending", "posted"]
         running.start("refresh")
         assert first.get(timeout=15)["state"] == "released"
-        wait_until(lambda: len(running.endings()) == 21, 30, "all payments end")
-        assert {line["task"] for line in running.heard()} == {"ledger.execute_ach"}
-        assert {kept.accepted for kept in running.books().values()} == {1}
-        assert all(kept.agree for kept in running.books().values())
+        wait_until(lambda: len(running.ended_payments()) == 21, 30, "all payments end")
+        assert {line["task"] for line in running.callbacks_received()} == {"ledger.execute_ach"}
+        assert {kept.accepted for kept in running.fee_totals().values()} == {1}
+        assert all(kept.match for kept in running.fee_totals().values())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from console.processes import ROOT, Processes, answers, free_port, procfile
+from demo.processes import ROOT, Processes, free_port, procfile, responds
 from tests.support.servers import Postgres
 from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system
 
@@ -69,7 +69,7 @@ def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgre
     with system(folder, postgres_server.database(), **PRODUCTION) as payready:
         payready.processes.start("flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN)
         flower_url = f"http://127.0.0.1:{flower}"
-        payready.processes.wait_for("flower", lambda: answers(f"{flower_url}/healthcheck"))
+        payready.processes.wait_for("flower", lambda: responds(f"{flower_url}/healthcheck"))
         yield Operation(payready, flower_url)
 
 
@@ -89,7 +89,7 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
     assert operation.metric("web", "payready_call_to_balance_seconds_count") == 1
     assert eventually(lambda: operation.metric("beat", 'payready_waiting_payments{call="accepted"}'))
     assert operation.metric("beat", "payready_database_up") == operation.metric("beat", "payready_broker_up") == 1
-    assert all(answers(operation.url(role, "readyz")) for role in ROLES)
+    assert all(responds(operation.url(role, "readyz")) for role in ROLES)
 
     (delivered,) = eventually(lambda: [line for line in operation.log("web") if "outcome" in line["event"]])
     assert delivered["payment_id"] == "pay_1"
@@ -175,7 +175,7 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     command = procfile()["flower"].replace("exec celery", "unset FLOWER_BASIC_AUTH; exec celery")
     processes.start("open", command, FLOWER_PORT=str(port), FLOWER_BASIC_AUTH=LOGIN)
     operation.flower_url = f"http://127.0.0.1:{port}"
-    processes.wait_for("open", lambda: answers(f"{operation.flower_url}/healthcheck"))
+    processes.wait_for("open", lambda: responds(f"{operation.flower_url}/healthcheck"))
     faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
     assert "runs with another result_expires" in faults.pop("celery")
     faults.pop("balances", None)  # of the test before

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.crowd import assert_books_agree, assert_one_outcome_each, ended, jobs
+from tests.support.load_assertions import (
+    assert_ledger_matches_provider,
+    assert_one_outcome_each,
+    jobs,
+    wait_until_ended,
+)
 from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
 from worker.ledger import fee_calls, fee_statement, invoices
@@ -48,12 +53,12 @@ def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(brea
     breakable.initiate_many(crowd, linked=True)
     for count in stumbles:
         wait_until(partial(_taken_in, breakable, count), 40, f"{count} jobs are taken in")
-        with breakable.valkey_away():
+        with breakable.valkey_unavailable():
             time.sleep(0.3)
-    wait_until(ended(breakable, 600), 60, "all payments end")
+    wait_until(wait_until_ended(breakable, 600), 60, "all payments end")
     assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd})
-    assert {line["task"] for line in breakable.heard()} == {"ledger.execute_ach"}
-    assert_books_agree(breakable, calls_per_account=1)
+    assert {line["task"] for line in breakable.callbacks_received()} == {"ledger.execute_ach"}
+    assert_ledger_matches_provider(breakable, calls_per_account=1)
 
 
 def test_payments_survive_a_broker_that_forgets_everything(breakable: System) -> None:
@@ -65,11 +70,13 @@ def test_payments_survive_a_broker_that_forgets_everything(breakable: System) ->
     breakable.flush()
     later = [{**job, "payment_id": f"{job['payment_id']}again"} for job in waiting]
     breakable.initiate_many(later, linked=True)
-    wait_until(ended(breakable, 60), 30, "all payments end")
+    wait_until(wait_until_ended(breakable, 60), 30, "all payments end")
     assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting + hopeless + later})
-    failed = {payment_id for payment_id, (line,) in breakable.endings().items() if line["task"] == "ledger.not_ready"}
+    failed = {
+        payment_id for payment_id, (line,) in breakable.ended_payments().items() if line["task"] == "ledger.not_ready"
+    }
     assert failed == {job["payment_id"] for job in hopeless}
-    assert_books_agree(breakable, calls_per_account=1)
+    assert_ledger_matches_provider(breakable, calls_per_account=1)
 
 
 def test_killed_processes_leave_no_payment_behind_and_no_call_unaccounted_for(breakable: System) -> None:
@@ -87,9 +94,9 @@ def test_killed_processes_leave_no_payment_behind_and_no_call_unaccounted_for(br
     for role in ("refresh", "worker"):
         breakable.kill(role)
         breakable.start(role)
-    wait_until(ended(breakable, len(crowd + storm)), 60, "all payments end")
+    wait_until(wait_until_ended(breakable, len(crowd + storm)), 60, "all payments end")
     assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd + storm})
-    assert_books_agree(breakable, calls_per_account=2)
+    assert_ledger_matches_provider(breakable, calls_per_account=2)
     assert_the_ledger_is_the_log(breakable)
 
 

@@ -54,8 +54,8 @@ def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
     other = payready.initiate(payment_id, account_id, amount="26.00", options=payready.callbacks(payment_id))
     with pytest.raises(PaymentNotReady, match="conflict"):
         other.get(timeout=15)
-    wait_until(lambda: payment_id in payready.endings(), 10, "link_error runs")
-    assert payready.endings()[payment_id][0]["task"] == "ledger.not_ready"
+    wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
+    assert payready.ended_payments()[payment_id][0]["task"] == "ledger.not_ready"
     assert first.get(timeout=15)["state"] == "released"
     assert len(payready.simulator.calls(account_id)) == 1
 
@@ -72,8 +72,8 @@ def test_a_message_that_the_broker_delivers_again_changes_nothing(
     payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
     marker = payready.initiate(f"{payment_id}_marker", account_id, options=payready.callbacks(f"{payment_id}_marker"))
     marker.get(timeout=15)
-    wait_until(lambda: f"{payment_id}_marker" in payready.endings(), 10, "what was enqueued later is through")
-    assert [line["args"][1] for line in payready.heard()].count(payment_id) == 1
+    wait_until(lambda: f"{payment_id}_marker" in payready.ended_payments(), 10, "what was enqueued later is through")
+    assert [line["args"][1] for line in payready.callbacks_received()].count(payment_id) == 1
     assert first.get() == outcome
     assert len(payready.simulator.calls(account_id)) == 1
 
@@ -94,7 +94,7 @@ def test_an_outcome_that_is_delivered_again_carries_the_same_ids(
 
 def told(running: System, task_id: str) -> list[dict[str, Any]]:
     """What the callbacks of a task were told."""
-    return [line for line in running.heard() if line["parent_id"] == task_id]
+    return [line for line in running.callbacks_received() if line["parent_id"] == task_id]
 
 
 def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payment_id: str) -> None:
@@ -104,9 +104,9 @@ def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payme
     try:
         ids = [f"{payment_id}_{n}" for n in range(50)]
         payready.initiate_many(({"payment_id": i, "account_id": account_id, "timeout_s": 2} for i in ids), linked=True)
-        wait_until(lambda: set(ids) <= payready.endings().keys(), 15, "all fail")
+        wait_until(lambda: set(ids) <= payready.ended_payments().keys(), 15, "all fail")
     finally:
         payready.kill("beat2")
-    ends = [line for line in payready.heard() if line["args"][-1] in ids]
+    ends = [line for line in payready.callbacks_received() if line["args"][-1] in ids]
     assert sorted(line["args"][1] for line in ends) == sorted(ids)
     assert {line["task"] for line in ends} == {"ledger.not_ready"}

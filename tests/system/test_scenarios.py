@@ -9,7 +9,7 @@ import pytest
 from celery.result import AsyncResult
 
 from simulator.scenarios import SCENARIOS
-from tests.support.system import Books, System, eventually, wait_until
+from tests.support.system import FeeTotals, System, eventually, wait_until
 from worker.errors import PaymentNotReady
 
 Accounts = Callable[[str], str]
@@ -101,8 +101,8 @@ def test_a_scenario_ends_as_promised_and_is_booked_to_the_call(
     assert outcome(payment) == (promise.verdict, promise.reason)
     eventually(lambda: states(payready, payment.account_id) == sorted(promise.fees) or None)
     kept = Counter(promise.fees)
-    books = payready.books()[payment.account_id]
-    assert books == Books(promise.accepted, posted=kept["posted"], pending=kept["pending"], void=kept["void"])
+    books = payready.fee_totals()[payment.account_id]
+    assert books == FeeTotals(promise.accepted, posted=kept["posted"], pending=kept["pending"], void=kept["void"])
     assert len(payready.simulator.calls(payment.account_id)) == len(promise.fees)
 
 
@@ -144,7 +144,7 @@ def test_a_provider_that_refuses_connections_is_tried_again_and_owed_nothing_for
     payready.simulator.post("refuse", seconds=1.5)
     released = payready.initiate(payment_id, account_id, amount="25.00").get(timeout=15)
     assert released["state"] == "released"
-    books = payready.books()[account_id]
+    books = payready.fee_totals()[account_id]
     assert (books.accepted, books.posted, books.pending) == (1, 1, 0)
     assert books.void >= 1
 

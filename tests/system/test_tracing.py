@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from console.processes import ROOT, free_port
+from demo.processes import ROOT, free_port
 from simulator.testing import Simulator
+from tests.support.in_process import migrate
 from tests.support.system import API_KEY, SECRET
 from tests.support.traced import SENDER, TRACE
-from tests.support.world import migrate
 
 INITIATE = ("payments.initiate", "send payments.initiate", "sender")
 

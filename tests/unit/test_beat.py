@@ -12,7 +12,7 @@ from kombu.utils.imports import symbol_by_name
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from console.processes import procfile
+from demo.processes import procfile
 from tasks.beat import Scheduler
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)

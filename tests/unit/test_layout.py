@@ -5,9 +5,20 @@ import subprocess
 
 import pytest
 
-from console.processes import ROOT
+from demo.processes import ROOT
 
-FOLDERS = {"benchmarks", "config", "console", "migrations", "simulator", "tasks", "tests", "webhook", "worker"}
+FOLDERS = {
+    "benchmarks",
+    "cli",
+    "config",
+    "demo",
+    "migrations",
+    "simulator",
+    "tasks",
+    "tests",
+    "webhook",
+    "worker",
+}
 
 
 def _tracked_and_new() -> list[str]:

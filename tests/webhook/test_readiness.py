@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from webhook.readiness import PAUSE_S, Readiness
+from webhook.readiness import CHECK_INTERVAL_S, Readiness
 
 
 def test_a_crowd_shares_one_check_a_second() -> None:
@@ -25,10 +25,10 @@ def test_a_crowd_shares_one_check_a_second() -> None:
         await asyncio.sleep(0)
         impatient.cancel()
         assert set(await asyncio.gather(*crowd)) == {True}
-        now[0] = PAUSE_S - 0.01
+        now[0] = CHECK_INTERVAL_S - 0.01
         assert await ready()
         assert checks == [1]
-        now[0] = PAUSE_S
+        now[0] = CHECK_INTERVAL_S
         assert set(await asyncio.gather(*(ready() for _ in range(100)))) == {False}
         assert checks == [2]
 

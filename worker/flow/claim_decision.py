@@ -114,8 +114,7 @@ def decide_claim(
     4. While another refresh is in flight, the account is not called. If its call is late enough for all waiting
        payments, they share it, and this refresh is abandoned. Else this refresh is queued.
     5. A stored balance that is fresh enough for all waiting payments is applied.
-    6. A call that admission control denied (`denied` is set) is delayed.
-    7. Every other call is claimed.
+    6. A call is claimed, unless admission control denied it (`denied` is set): then it is delayed.
     """
     refresh, account = inputs.refresh, inputs.account
     if refresh is not None and refresh.state != RefreshState.REQUESTED:
@@ -125,9 +124,7 @@ def decide_claim(
     if not account.waiting:
         return _unneeded(refresh)
     if account.in_flight is not None:
-        if states.call_is_late_enough(account.in_flight.called_at, _min_called_at(account.waiting)):
-            return _unneeded(refresh)
-        return QueueBehindInFlight(in_flight=account.in_flight)
+        return _share_or_queue(refresh, account.in_flight, account.waiting)
     balance = account.newest_balance
     if balance is not None and _serves_all(balance, account.waiting, clock_skew):
         was_called = refresh is not None and refresh.call_count > 0
@@ -152,6 +149,14 @@ def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
 
 def _unneeded(refresh: RefreshRecord | None) -> Decision:
     return NotNeeded() if refresh is None else Abandon()
+
+
+def _share_or_queue(
+    refresh: RefreshRecord | None, in_flight: RefreshRecord, waiting: Sequence[WaitingPayment]
+) -> Decision:
+    if states.call_is_late_enough(in_flight.called_at, _min_called_at(waiting)):
+        return _unneeded(refresh)
+    return QueueBehindInFlight(in_flight=in_flight)
 
 
 def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock_skew: timedelta) -> bool:

@@ -1,1 +1,1 @@
-"""The truth, in SQL: payments, the tasks that wait for them, refreshes, fees and balances."""
+"""The ledger: all SQL. The source of truth."""

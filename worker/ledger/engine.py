@@ -21,26 +21,16 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
-from worker.ledger.locks import lock_accounts, lock_invoices, lock_spending, try_lock_accounts
-
 __all__ = [
     "DATABASE_UNAVAILABLE",
     "Engine",
     "NotMigrated",
     "Row",
     "Tx",
-    "any_of",
-    "bulk_insert",
-    "lock_accounts",
-    "try_lock_accounts",
-    "lock_invoices",
-    "lock_spending",
     "open_engine",
     "ping",
     "read_only",
     "transaction",
-    "bulk_update",
 ]
 
 

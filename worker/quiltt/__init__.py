@@ -1,0 +1,1 @@
+"""The provider: clients of Quiltt's APIs and its wire format."""

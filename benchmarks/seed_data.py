@@ -1,0 +1,75 @@
+"""A ledger with a past: a month of calls, and the payments that they served; and one in which many wait."""
+
+from sqlalchemy import Engine, text
+
+from worker.ledger.engine import transaction
+
+HISTORY_START = """CREATE TEMPORARY TABLE past ON COMMIT DROP AS
+    SELECT n, timestamptz '2026-10-01 00:00:00+00' + n * interval '30 days' / :calls AS called_at
+    FROM generate_series(CAST(:first AS integer), :calls - 1) n"""
+FILL_STATEMENTS = (
+    """INSERT INTO refresh (refresh_id, account_id, state, call_count, deferral_count, called_at, claimed_at)
+    SELECT 'ref_past' || n, 'acct_past' || n % :accounts, 'answered', 1, 0, called_at, called_at FROM past""",
+    """INSERT INTO fee_entry
+    (call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, recorded_at)
+    SELECT 'call_past' || md5(n::text), 'ref_past' || n, 'acct_past' || n % :accounts, state, 0.1, 'USD', '2026-10',
+        '{"status": 202}', called_at, called_at + interval '1 second'
+    FROM past, unnest(CASE WHEN n % 1000 = 0 THEN '{pending}' WHEN n % 50 = 0 THEN '{pending,void}'
+        ELSE '{pending,posted}' END::text[]) state""",
+    """INSERT INTO payment (payment_id, account_id, state, job, amount, requested_at, min_balance_at, deadline, due_at,
+        resolved_at, refresh_id, reused, outcome)
+    SELECT 'pay_past' || n || '_' || k, 'acct_past' || n % :accounts, 'released',
+        jsonb_build_object('amount', '25.00', 'metadata', repeat('x', 100)), 25, called_at, called_at, called_at,
+        called_at, called_at, 'ref_past' || n, k = 2,
+        jsonb_build_object('verdict', 'sufficient', 'balance', repeat('x', 400))
+    FROM past, generate_series(0, CASE WHEN n % 5 = 0 THEN 2 ELSE 0 END) k""",
+)
+"""One call in 50 is void, one in 1,000 pending; one in 5 serves three payments, the last of them later."""
+WAITING_STATEMENTS = (
+    """INSERT INTO refresh (refresh_id, account_id, state, call_count, deferral_count, called_at, claimed_at, due_at)
+    SELECT 'ref_parked' || n, 'acct_parked' || n, 'accepted', 1, 0, now(), now(), now() + interval '1 hour'
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+    """INSERT INTO fee_entry
+    (call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, recorded_at)
+    SELECT 'call_' || md5(n::text), 'ref_parked' || n, 'acct_parked' || n, state, 0.1, 'USD', '2026-10',
+        '{"status": 202}', now(), now()
+    FROM generate_series(CAST(:first AS integer), :count - 1) n, unnest('{pending,posted}'::text[]) state""",
+    """INSERT INTO payment
+    (payment_id, account_id, state, job, amount, requested_at, min_balance_at, deadline, due_at, reused)
+    SELECT 'pay_parked' || n, 'acct_parked' || n, 'waiting',
+        jsonb_build_object('payment_id', 'pay_parked' || n, 'account_id', 'acct_parked' || n, 'amount', '25.00',
+            'timeout_s', 3600),
+        25, now(), now(), now() + interval '1 hour', now() + interval '1 hour', false
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+    """INSERT INTO outcome_delivery (task_id, payment_id, continuation)
+    SELECT md5(n::text), 'pay_parked' || n, jsonb_build_object('version', 1, 'id', md5(n::text), 'task',
+        'payments.initiate', 'root_id', md5(n::text), 'hostname', 'worker@host', 'suspended_at', 1796000000.0)
+    FROM generate_series(CAST(:first AS integer), :count - 1) n""",
+)
+
+
+def insert_history(engine: Engine, entries: int, *, first: int = 0) -> None:
+    """Write about so many fee entries, and all that belongs to them; `first` calls of them are there already."""
+    calls = entries // 2
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        tx.execute(text(HISTORY_START), {"first": first, "calls": calls})
+        for statement in FILL_STATEMENTS:
+            tx.execute(text(statement), {"accounts": max(1, calls // 20)})
+    _vacuum(engine)
+
+
+def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:
+    """Write payments that wait for an hour, of which `first` are there already, and all that belongs to them."""
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        for statement in WAITING_STATEMENTS:
+            tx.execute(text(statement), {"first": first, "count": count})
+    _vacuum(engine)
+
+
+def _vacuum(engine: Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("SET statement_timeout = 0"))
+        connection.execute(text("VACUUM ANALYZE"))  # as autovacuum does it in time
+        connection.execute(text("RESET statement_timeout"))

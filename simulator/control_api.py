@@ -1,0 +1,144 @@
+"""The control endpoints: for tests and benchmarks, no part of the provider."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, replace
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from simulator import control_options
+from simulator.control_options import InvalidControlRequest, Rules, parse_options
+from simulator.fake_provider import Provider
+from simulator.quiltt_records import encode_json
+from simulator.webhook_sender import OutgoingDelivery
+
+MAX_COPIES = 100
+
+OVERRIDE_OPTIONS: Rules = {
+    "scenario": control_options.scenario_name,
+    "delay_s": control_options.seconds,
+    "at_offset_s": control_options.number,
+    "available": control_options.amount,
+    "current": control_options.amount,
+    "limit": control_options.amount,
+    "currency_code": control_options.text,
+    "kind": control_options.text,
+    "state": control_options.text,
+    "connection_status": control_options.text,
+}
+DEFAULT_OPTIONS: Rules = {
+    "prompt_s": control_options.seconds,
+    "slow_s": control_options.seconds,
+    "late_s": control_options.seconds,
+    "retry_base_s": control_options.seconds,
+    "keep_signature": control_options.flag,
+    "rate_limit_per_s": control_options.whole,
+}
+DELIVER_OPTIONS: Rules = {
+    "body": control_options.anything,
+    "raw": control_options.raw_bytes,
+    "secret": control_options.text,
+    "timestamp": control_options.whole,
+    "copies": control_options.whole,
+}
+REFUSE_OPTIONS: Rules = {"seconds": control_options.seconds}
+
+
+class Listener(Protocol):
+    """What can stop listening for a while."""
+
+    def refuse_connections(self, seconds: float) -> None:
+        """Refuse TCP connections for this long."""
+
+
+class Control:
+    """Handlers over one provider; the door is looked up in the application's state."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+        self._courier = provider.webhook_sender
+        self._log = provider.log
+
+    def routes(self) -> list[Route]:
+        """Every control endpoint."""
+        return [
+            Route("/healthz", self.healthz),
+            Route("/control/scenarios/{account_id}", self.put_scenario, methods=["PUT"]),
+            Route("/control/defaults", self.put_defaults, methods=["PUT"]),
+            Route("/control/deliver", self.deliver, methods=["POST"]),
+            Route("/control/pause", self.pause, methods=["POST"]),
+            Route("/control/resume", self.resume, methods=["POST"]),
+            Route("/control/refuse", self.refuse_connections, methods=["POST"]),
+            Route("/control/log", self.get_log),
+            Route("/control/log", self.delete_log, methods=["DELETE"]),
+            Route("/control/summary", self.summary),
+        ]
+
+    async def healthz(self, _: Request) -> Response:
+        """The process is there."""
+        return JSONResponse({"status": "ok"})
+
+    async def put_scenario(self, request: Request) -> Response:
+        """Replace what is special about an account; `{}` makes it ordinary again."""
+        given = parse_options(await request.body(), OVERRIDE_OPTIONS)
+        self._provider.overrides[request.path_params["account_id"]] = given
+        return JSONResponse(given)
+
+    async def put_defaults(self, request: Request) -> Response:
+        """Change the given settings; answers all of them."""
+        given = parse_options(await request.body(), DEFAULT_OPTIONS)
+        self._provider.set_defaults(replace(self._provider.defaults, **given))
+        return JSONResponse(asdict(self._provider.defaults))
+
+    async def deliver(self, request: Request) -> Response:
+        """Send copies of a body at the same time, once each, even while paused; answers what each of them got."""
+        given = parse_options(await request.body(), DELIVER_OPTIONS)
+        copies = given.pop("copies", 1)
+        if ("body" in given) == ("raw" in given) or copies > MAX_COPIES:
+            raise InvalidControlRequest(f"give either body or raw, and at most {MAX_COPIES} copies")
+        body = given.pop("raw") if "raw" in given else encode_json(given.pop("body"))
+        outcomes = await asyncio.gather(
+            *(self._courier.post_once(OutgoingDelivery(body, **given)) for _ in range(copies))
+        )
+        return JSONResponse({"status": outcomes[0].status, "deliveries": [asdict(outcome) for outcome in outcomes]})
+
+    async def pause(self, _: Request) -> Response:
+        """Hold back deliveries."""
+        self._courier.pause()
+        return JSONResponse({"paused": True})
+
+    async def resume(self, _: Request) -> Response:
+        """Let deliveries go."""
+        self._courier.resume()
+        return JSONResponse({"paused": False})
+
+    async def refuse_connections(self, request: Request) -> Response:
+        """Refuse TCP connections for some seconds, these endpoints' too; then listen again."""
+        given = parse_options(await request.body(), REFUSE_OPTIONS)
+        if "seconds" not in given:
+            raise InvalidControlRequest("seconds: missing")
+        door: Listener = request.app.state.door
+        door.refuse_connections(given["seconds"])
+        return JSONResponse(given)
+
+    async def get_log(self, request: Request) -> Response:
+        """The referee's log, or what came after the given sequence numbers, or what concerns one account."""
+        query = request.query_params
+        try:
+            call_seq, delivery_seq = int(query.get("since_call", 0)), int(query.get("since_delivery", 0))
+        except ValueError as error:
+            raise InvalidControlRequest("since_call, since_delivery: not a number") from error
+        return JSONResponse(self._log.after(call_seq, delivery_seq, query.get("account")))
+
+    async def delete_log(self, _: Request) -> Response:
+        """Forget the log; what is pending stays so."""
+        self._log.reset()
+        return Response(status_code=204)
+
+    async def summary(self, _: Request) -> Response:
+        """Counts over the log, and the webhooks that are not settled yet."""
+        return JSONResponse(self._log.summary() | {"webhooks_pending": self._courier.pending})

@@ -1,0 +1,153 @@
+"""The provider's JSON: ids, balances, events, envelopes, errors. Pure but for the ids, which are random."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+Json = dict[str, Any]
+
+_BASE62 = string.digits + string.ascii_letters
+_ids = random.Random()  # never seeded: ids must stay unique when the simulator starts again with the same seed
+
+
+def new_id(prefix: str) -> str:
+    """A fresh opaque id such as `bal_12vXOdjpsZIgB3Ae80Y7Pl`."""
+    return f"{prefix}_{''.join(_ids.choices(_BASE62, k=22))}"
+
+
+def sibling_id(prefix: str, account_id: str) -> str:
+    """The id of the one thing of another kind that belongs to this account: always the same."""
+    return f"{prefix}_{account_id.partition('_')[2]}"
+
+
+def timestamp_text(at: float) -> str:
+    """Unix seconds as the provider writes a time: UTC, whole seconds."""
+    return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What GraphQL and the events say of one account, and two knobs of its events. Amounts are JSON numbers or null."""
+
+    delay_s: float | None = None  # None: the pace of the scenario
+    at_offset_s: float = 0.0  # added to the balance's `at`
+    available: float | None = 500.00
+    current: float | None = 512.34
+    limit: float | None = None
+    currency_code: str = "USD"
+    kind: str = "DEPOSITORY"
+    state: str = "OPEN"
+    connection_status: str = "SYNCED"
+
+
+def balance(balance_id: str, account_id: str, account: Account, source: str, at: float) -> Json:
+    """A Balance record made at `at` (Unix seconds)."""
+    return {
+        "id": balance_id,
+        "accountId": account_id,
+        "at": timestamp_text(at + account.at_offset_s),
+        "source": source,
+        "available": account.available,
+        "current": account.current,
+        "limit": account.limit,
+    }
+
+
+def event(kind: str, record: Json, account_id: str, at: float) -> Json:
+    """One event about a record of the account's profile."""
+    profile_id = sibling_id("p", account_id)
+    return {
+        "id": new_id("evt"),
+        "at": timestamp_text(at),
+        "type": kind,
+        "profile": {"id": profile_id, "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, profile_id)), "metadata": None},
+        "record": record,
+        "metadata": {},
+    }
+
+
+def surrounding_events(right: Json, account_id: str, at: float) -> list[Json]:
+    """The right event in bad company: only its neighbours are foreign, unknown or malformed."""
+    stranger, nobody = new_id("acct"), new_id("acct")
+    synced = balance(new_id("bal"), stranger, Account(), "SYNC", at)
+    homeless = balance(new_id("bal"), account_id, Account(), "REFRESH", at)
+    del homeless["accountId"]
+    garbled = balance(new_id("bal"), account_id, Account(), "REFRESH", at) | {"available": "abc"}
+    unknown = balance(new_id("bal"), nobody, Account(), "REFRESH", at)
+    return [
+        event("balance.created", synced, stranger, at),
+        event("account.pondered", {"id": account_id, "mood": "new"}, account_id, at),
+        event("balance.created", homeless, account_id, at),
+        event("balance.created", garbled, account_id, at),
+        right,
+        event("balance.created", unknown, nobody, at),
+    ]
+
+
+def environment(mode: str) -> Json:
+    """The environment every key and every webhook of this simulator belongs to."""
+    return {"id": "env_simulator", "name": "Simulator", "mode": mode, "metadata": None}
+
+
+def delivery_envelope(events: Sequence[Json], mode: str) -> bytes:
+    """The body of one delivery."""
+    kinds = list(dict.fromkeys(item["type"] for item in events))
+    return encode_json({"environment": environment(mode), "eventTypes": kinds, "events": list(events)})
+
+
+def encode_json(value: object) -> bytes:
+    """Compact JSON: the bytes that are signed are the bytes that are sent."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+_ERRORS: Mapping[int, tuple[str, str]] = {
+    400: ("Account kind not supported by provider", "Refresh accounts of a supported kind only."),
+    401: ("Unauthorized", "Check the API key."),
+    403: ("Connection disconnected or in an error state", "Ask the user to reconnect."),
+    404: ("Account not found", "Check the account id."),
+    429: ("Provider rate limit exceeded", "Try again later."),
+    500: ("Internal server error", "Contact support with the error id."),
+}
+
+
+def rest_error(status: int) -> Json:
+    """The body of a refusal; the error id is given for 5xx only."""
+    message, instruction = _ERRORS[status]
+    error = {"message": message, "instruction": instruction}
+    return error | {"errorId": new_id("err")} if status >= 500 else error
+
+
+@dataclass(frozen=True, slots=True)
+class BodyIds:
+    """Who and what a delivery speaks of."""
+
+    events: tuple[str, ...] = ()
+    balances: tuple[str, ...] = ()
+    accounts: tuple[str, ...] = ()
+
+
+def ids_in(body: bytes) -> BodyIds:
+    """The ids found in a delivery's body, in order and each once; a body that makes no sense has none."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return BodyIds()
+    events = found.get("events") if isinstance(found, dict) else None
+    events = [item for item in events if isinstance(item, dict)] if isinstance(events, list) else []
+    records = [item["record"] for item in events if isinstance(item.get("record"), dict)]
+    return BodyIds(
+        events=_texts(item.get("id") for item in events),
+        balances=_texts(record.get("id") for record in records if "source" in record),
+        accounts=_texts(record.get("accountId") for record in records),
+    )
+
+
+def _texts(values: Iterable[object]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value for value in values if isinstance(value, str)))

@@ -1,0 +1,72 @@
+"""Webhook subscriptions, in memory. They change nothing: deliveries go to the URL the process was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from simulator import quiltt_records
+from simulator.control_options import InvalidControlRequest, Rules, flag, parse_options, text
+
+_PATH = "/v1/webhooks/subscriptions"
+
+
+def _https_url(value: object) -> str:
+    if not text(value).startswith("https://"):
+        raise ValueError
+    return text(value)
+
+
+def _texts(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError
+    return [text(item) for item in value]
+
+
+_FIELDS: Rules = {"name": text, "targetUrl": _https_url, "eventTypes": _texts, "disabled": flag}
+
+
+class Subscriptions:
+    """Handlers over a dictionary of subscriptions."""
+
+    def __init__(self, authenticated: Callable[[Request], bool]) -> None:
+        self._authenticated = authenticated
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    def routes(self) -> list[Route]:
+        """The collection and its members."""
+        return [
+            Route(_PATH, self.collection, methods=["GET", "POST"]),
+            Route(_PATH + "/{id}", self.member, methods=["GET", "PATCH", "DELETE"]),
+        ]
+
+    async def collection(self, request: Request) -> Response:
+        """List all, or add one."""
+        if not self._authenticated(request):
+            return JSONResponse(quiltt_records.rest_error(401), 401)
+        if request.method == "GET":
+            return JSONResponse(list(self._kept.values()))
+        given = parse_options(await request.body(), _FIELDS)
+        if missing := {"name", "targetUrl", "eventTypes"} - given.keys():
+            raise InvalidControlRequest(f"missing: {', '.join(sorted(missing))}")
+        kept = {"id": quiltt_records.new_id("whs"), "disabled": False, **given}
+        self._kept[kept["id"]] = kept
+        return JSONResponse(kept, 201)
+
+    async def member(self, request: Request) -> Response:
+        """Show, change or remove one."""
+        if not self._authenticated(request):
+            return JSONResponse(quiltt_records.rest_error(401), 401)
+        kept = self._kept.get(request.path_params["id"])
+        if kept is None:
+            return JSONResponse({"message": "Subscription not found", "instruction": "Check the id."}, 404)
+        if request.method == "DELETE":
+            del self._kept[kept["id"]]
+            return Response(status_code=204)
+        if request.method == "PATCH":
+            kept |= parse_options(await request.body(), _FIELDS)
+        return JSONResponse(kept)

@@ -1,0 +1,376 @@
+"""All that a storm breaks, as processes of this machine: the roles in replicas, each with a clock of its own."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from celery import Celery
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+from redis import Redis, RedisError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from demo.embedded_valkey import Valkey
+from demo.processes import Processes, StartError, free_port, procfile
+from simulator.testing import Simulator
+from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, Fault, PlannedJob
+from tests.support.rabbit import RabbitMQ
+from tests.support.servers import Postgres, postgres
+from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE
+from worker.ledger.engine import open_engine
+
+SETTINGS = {
+    **FAST_SETTINGS,
+    "PAYREADY_VISIBILITY_TIMEOUT_S": "6",
+    "PAYREADY_CALLS_PER_S": "20",
+    "PAYREADY_CIRCUIT_BREAKER_FAILURES": "10",
+    "PAYREADY_BALANCE_POLL_LEAD_S": "5",
+    "PAYREADY_LOG_LEVEL": "WARNING",
+}
+"""What is rare in production happens all the time; budget and breaker are as there."""
+CLOCK = Path(__file__).parent / "clock"
+WAIT_TIMEOUT_S = 120.0
+QUEUES_WRITTEN_S = 10.0
+"""So long after a quorum queue was made RabbitMQ has surely written it down; it cannot be asked whether it has."""
+
+FLUSH_WHEN_REPLACEABLE = """
+for _, pattern in ipairs({'payments*', 'svc*', 'unacked'}) do
+  if #redis.call('KEYS', pattern) > 0 then return 0 end
+end
+for _, message in ipairs(redis.call('HVALS', 'payready-unacked')) do
+  if string.find(message, 'payments.initiate', 1, true) then return 0 end
+end
+redis.call('FLUSHALL')
+return 1
+"""
+"""Jobs that payready has not taken in, and callbacks that the payments service has not run, are in the broker only.
+Redis is emptied in the moment when there are none: whatever else it holds, payready must make good by itself."""
+
+
+class ChaosSystem:
+    """The processes, and what is done to them. Faults come from threads; two never strike one target at once."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        server: Postgres,
+        valkey: Valkey,
+        simulator: Simulator,
+        rabbitmq: RabbitMQ | None,
+        environ: dict[str, str],
+    ) -> None:
+        self.processes, self.postgres, self.simulator = processes, server, simulator
+        self.valkey = valkey
+        self.redis_url = environ["PAYREADY_REDIS_URL"]
+        self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"])
+        self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
+        self.sending = threading.Lock()
+        """Held while messages are sent, and while none may be."""
+        self.fallen: list[StartError] = []
+        """Processes that a fault was to end, and that had ended by themselves."""
+        self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._targets = {
+            name: threading.Lock() for name in (*REPLICAS, "valkey", "postgres", "rabbitmq", "beat2", "provider")
+        }
+        self._rabbitmq = rabbitmq
+        self._service = Celery("sender", broker=self.broker, set_as_current=False)
+        quick = {"socket_timeout": 2, "socket_connect_timeout": 2}
+        self._service.conf.update(
+            {"task_ignore_result": False, **(ON_RABBITMQ if rabbitmq else {"broker_transport_options": quick})}
+        )
+
+    # --- the payments service ---
+
+    def send(self, sendings: list[PlannedJob]) -> bool:
+        """Send messages; False if it is not known whether all were: they are then to be sent again."""
+        with self.sending:
+            try:
+                with self._service.connection_for_write(connect_timeout=2) as connection:
+                    producer = self._service.amqp.Producer(connection, auto_declare=False)
+                    for sending in sendings:
+                        self._publish(producer, sending)
+            except (OSError, RedisError, OperationalError):
+                return False
+        return True
+
+    def _publish(self, producer: Any, sending: PlannedJob) -> "AsyncResult[Any]":
+        options = {"queue": "payments", "producer": producer, "retry": False, "task_id": sending.task_id}
+        if sending.job is None:
+            return self._service.send_task("payments.cancel", (sending.payment_id,), **options)
+        link, link_error = (
+            self._service.signature(f"ledger.{name}", args=(sending.payment_id,), queue=SERVICE_QUEUE)
+            for name in ("execute_ach", "not_ready")
+        )
+        return self._service.send_task(
+            "payments.initiate", kwargs=sending.job, link=link, link_error=link_error, **options
+        )
+
+    # --- the roles ---
+
+    def start(self, replica: str, skew_s: float = 0) -> None:
+        """Start a replica of a role, with its clock so far off."""
+        role = replica.rstrip("0123456789")
+        command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
+        clock = {"PYTHONPATH": str(CLOCK), "STORM_SKEW_S": str(skew_s)}
+        self._running[replica] = self.processes.start(replica, command, **clock)
+
+    def wait_for_queues(self) -> None:
+        """Let RabbitMQ write down the queues that the workers declare.
+
+        A server that is killed as it makes a quorum queue, and that has no other node, may come back with a queue that
+        never has a leader: that is for whoever runs it to know, and not what a storm is about.
+        """
+        workers = [replica for replica in REPLICAS if replica.startswith(("worker", "refresh"))]
+        for replica in workers:
+            self.processes.wait_for(replica, lambda replica=replica: self._consumes(replica), WAIT_TIMEOUT_S)  # type: ignore[misc]
+        time.sleep(QUEUES_WRITTEN_S)
+
+    def _consumes(self, replica: str) -> bool:
+        replies = self._service.control.ping(timeout=0.5)
+        return any(name.startswith(f"{replica}@") for reply in replies for name in reply)
+
+    # --- the faults ---
+
+    def inject(self, fault: Fault) -> None:
+        """Let a fault happen, and end."""
+        strike = {
+            "kill": self._kill,
+            "restart": self._restart,
+            "pause": self._pause,
+            "valkey restarts": self._valkey_restarts,
+            "valkey killed": self._valkey_restarts,
+            "rabbitmq killed": self._rabbitmq_killed,
+            "postgres crashes": self._postgres_crashes,
+            "redis emptied": self._empty_redis,
+            "provider refuses": self._provider_rejects,
+            "webhooks held back": self._pause_webhooks,
+            "webhooks again": self._resume_webhooks,
+            "connections break": self._break_connections,
+            "two beats": self._two_beats,
+            "all killed": self._kill_all,
+        }[fault.kind]
+        strike(fault)
+
+    def _kill(self, fault: Fault) -> None:
+        with self._targets[fault.target]:
+            self.processes.stop_process(fault.target, signal.SIGKILL)
+            time.sleep(fault.seconds)
+            self.start(fault.target, fault.skew_s)
+
+    def _restart(self, fault: Fault) -> None:
+        with self._targets[fault.target]:
+            self.processes.stop_process(fault.target, signal.SIGTERM)
+            time.sleep(fault.seconds)
+            self.start(fault.target, fault.skew_s)
+
+    def _pause(self, fault: Fault) -> None:
+        with self._targets[fault.target]:
+            pid = {"valkey": self._valkey_pid, "postgres": self._postgres_pid}.get(fault.target, self._pid)(fault)
+            # Not the group: PostgreSQL's server processes have none of their own, and the others are one process each.
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                time.sleep(fault.seconds)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+    def _pid(self, fault: Fault) -> int:
+        return self._running[fault.target].pid
+
+    def _valkey_pid(self, _: Fault) -> int:
+        return int(self.valkey._process.pid)
+
+    def _postgres_pid(self, _: Fault) -> int:
+        return self.postgres.pid
+
+    def _valkey_restarts(self, fault: Fault) -> None:
+        with self._targets["valkey"]:
+            if fault.kind == "valkey killed":
+                self.valkey._process.kill()
+                self.valkey._process.wait()
+            self.valkey.stop()
+            time.sleep(fault.seconds)
+            self.valkey.start()
+
+    def _rabbitmq_killed(self, fault: Fault) -> None:
+        if self._rabbitmq is None:
+            raise TypeError("the broker is not RabbitMQ")
+        with self._targets["rabbitmq"]:
+            self._rabbitmq.kill()
+            time.sleep(fault.seconds)
+            self._rabbitmq.start()
+
+    def _postgres_crashes(self, fault: Fault) -> None:
+        with self._targets["postgres"]:
+            self.postgres.stop()
+            time.sleep(fault.seconds)
+            self.postgres.start()
+
+    def _empty_redis(self, _: Fault) -> None:
+        """Empty Redis in a moment when nothing is in it that only the payments service could send again."""
+        end = time.monotonic() + WAIT_TIMEOUT_S
+        with self.sending:
+            while time.monotonic() < end:
+                self.check_all_running()  # nobody else looks: whoever sends waits for us
+                try:
+                    with Redis.from_url(self.redis_url, socket_timeout=2) as client:
+                        if self._rabbitmq:  # the queues are elsewhere
+                            client.flushall()
+                            return
+                        if client.eval(FLUSH_WHEN_REPLACEABLE, 0):
+                            return
+                except RedisError:
+                    pass
+                time.sleep(0.05)
+        raise TimeoutError("the queues were never empty")
+
+    def _provider_rejects(self, fault: Fault) -> None:
+        with self._targets["provider"]:
+            self.simulator.post("refuse", seconds=fault.seconds)
+            time.sleep(fault.seconds + 0.2)
+
+    def _pause_webhooks(self, fault: Fault) -> None:
+        with self._targets["provider"]:
+            self.simulator.post("pause")
+            time.sleep(fault.seconds)
+            self.simulator.post("resume")
+
+    def _resume_webhooks(self, _: Fault) -> None:
+        """Events of the last minute come again, rightly signed, the newest first, three times each."""
+        rows = self._rows_if_there("SELECT * FROM balance ORDER BY received_at DESC LIMIT 20")
+        with self._targets["provider"]:
+            for row in rows:
+                record = {"id": row["balance_id"], "accountId": row["account_id"], "source": "REFRESH"}
+                record |= {"at": row["at"].isoformat()}
+                record |= {name: _number(row[name]) for name in ("available", "current", "limit")}
+                event = {"id": row["event_id"], "type": "balance.created", "record": record}
+                body = {"eventTypes": ["balance.created"], "events": [event]}
+                self.simulator.post("deliver", body=body, copies=3)
+
+    def _break_connections(self, _: Fault) -> None:
+        """Quiltt tells of connections that payments wait behind."""
+        query = "SELECT DISTINCT connection_id FROM payment WHERE state = 'waiting' ORDER BY connection_id LIMIT 3"
+        rows = self._rows_if_there(query)
+        with self._targets["provider"]:
+            for row in rows:
+                kind = "connection.disconnected"
+                event = {"id": f"evt_{row['connection_id']}", "type": kind, "record": {"id": row["connection_id"]}}
+                self.simulator.post("deliver", body={"eventTypes": [kind], "events": [event]}, copies=2)
+
+    def _two_beats(self, fault: Fault) -> None:
+        with self._targets["beat2"]:
+            self.processes.start("beat2", procfile()["beat"])
+            time.sleep(fault.seconds)
+            self.processes.stop_process("beat2", signal.SIGKILL)
+
+    def _kill_all(self, fault: Fault) -> None:
+        for replica in REPLICAS:
+            self._targets[replica].acquire()
+        try:
+            for replica in REPLICAS:
+                self.processes.stop_process(replica, signal.SIGKILL)
+            time.sleep(fault.seconds)
+            for replica in REPLICAS:
+                self.start(replica, fault.skew_s)
+        finally:
+            for replica in REPLICAS:
+                self._targets[replica].release()
+
+    # --- what is seen from outside ---
+
+    def check_all_running(self) -> None:
+        """See that no process ended by itself.
+
+        Raises:
+            StartError: one did; with the end of its log.
+        """
+        for error in self.fallen:
+            raise error
+        self.processes.check_all_running()
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """What the ledger says."""
+        with self.engine.connect() as connection:
+            return [dict(row) for row in connection.execute(text(query)).mappings()]
+
+    def _rows_if_there(self, query: str) -> list[dict[str, Any]]:
+        """None while the database is away: another fault strikes at this moment."""
+        try:
+            return self.rows(query)
+        except SQLAlchemyError:
+            return []
+
+    def provider_log(self) -> dict[str, Any]:
+        """What the simulator saw."""
+        answer = httpx.get(f"{self.simulator.url}/control/log", timeout=60, verify=False)
+        return dict(answer.raise_for_status().json())
+
+    @property
+    def is_on_rabbitmq(self) -> bool:
+        """Whether the broker is RabbitMQ."""
+        return self._rabbitmq is not None
+
+    @property
+    def service_log(self) -> Path:
+        """Where the payments service's worker notes what it was told."""
+        return self.processes.folder / "service.jsonl"
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+@contextmanager
+def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) -> Iterator[ChaosSystem]:
+    """Everything running, for as long as the block does; the broker is Redis if no other is given."""
+    valkey_port, web_port = free_port(), free_port()
+    redis_url = f"redis://127.0.0.1:{valkey_port}/0"
+    options = ["--seed", str(plan.seed)]
+    webhook = f"http://127.0.0.1:{web_port}/webhooks/quiltt"
+    with postgres() as server, Simulator(webhook, secret=SECRET, api_key=API_KEY, options=options) as simulator:
+        environ = {
+            "PAYREADY_REDIS_URL": redis_url,
+            "PAYREADY_DATABASE_URL": server.database(),
+            "PAYREADY_QUILTT_API_URL": simulator.url,
+            "PAYREADY_QUILTT_AUTH_URL": simulator.url,
+            "PAYREADY_QUILTT_API_KEY": API_KEY,
+            "PAYREADY_WEBHOOK_SECRETS": SECRET,
+            "PAYREADY_WEBHOOK_PORT": str(web_port),
+            **({"PAYREADY_BROKER_URL": broker.url} if broker else {}),
+            **SETTINGS,
+        }
+        # What a server that is killed has answered, it has written: `everysec` would not write while it syncs.
+        config = {"appendonly": "yes", "appendfsync": "no", "save": ""}
+        valkey = Valkey(port=valkey_port, data_dir=folder / "valkey", persist=True, config=config)
+        with Processes(folder, environ) as processes:
+            valkey.start()
+            try:
+                processes.run("release", procfile()["release"])
+                made = ChaosSystem(processes, server, valkey, simulator, broker, environ)
+                log = {
+                    "SERVICE_URL": made.broker,
+                    "SERVICE_RESULTS": redis_url,
+                    "SERVICE_LOG": str(made.service_log),
+                    "SERVICE_VISIBILITY_S": "10",
+                }
+                processes.start("service", SERVICE, **log)
+                for replica in REPLICAS:
+                    made.start(replica, plan.clocks[replica])
+                if broker:
+                    made.wait_for_queues()
+                yield made
+                made.engine.dispose()
+            finally:
+                processes.stop()
+                valkey.stop()
+
+
+__all__ = ["ChaosSystem", "chaos_system"]

@@ -1,0 +1,76 @@
+"""What docs/integrating.md shows, done as it stands there, by programs that have nothing of payready."""
+
+import json
+import re
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from demo.processes import ROOT
+from simulator.testing import eventually
+from tests.support.system import System, system
+
+PAGE = (ROOT / "docs" / "integrating.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def payready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Every role of payready."""
+    folder = tmp_path_factory.mktemp("integrating")
+    with system(folder, f"sqlite:///{folder}/payready.db") as running:
+        yield running
+
+
+def test_the_documented_message_starts_a_payment_and_its_outcome_can_be_read(payready: System) -> None:
+    """A list to push to, a key to read: that is all another language needs."""
+    blocks = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    (message,) = (json.loads(block) for block in blocks if '"body"' in block)
+    with redis.Redis.from_url(payready.redis_url, decode_responses=True) as client:
+        client.lpush("payments", json.dumps(message))
+        key = f"celery-task-meta-{message['headers']['id']}"
+        done = eventually(lambda: _done(client.get(key)))
+    assert done
+    assert done["status"] == "SUCCESS"
+    assert done["result"]["payment_id"] == "pay_1"
+    assert done["result"]["verdict"] == "sufficient"
+
+
+def _done(text: Any) -> dict[str, Any] | None:
+    told = json.loads(text) if isinstance(text, str) else {}
+    return told if told.get("status") in ("SUCCESS", "FAILURE") else None
+
+
+def test_the_worked_example_works(payready: System, tmp_path: Path) -> None:
+    """A payment that is covered is started, one that is not is not; told twice, it is started once."""
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "service worker" in block)
+    (tmp_path / "service.py").write_text(source)
+    orders = tmp_path / "orders.db"
+    environ = {"BROKER_URL": payready.redis_url, "ORDERS": str(orders), "PYTHONPATH": str(tmp_path)}
+    options = "--pool threads --concurrency 2 --hostname service@%h --loglevel WARNING"
+    payready.processes.start("example", f"celery -A service worker --queues svc {options}", **environ)
+    pay = (
+        "import service; [service.pay(f'pay_{kind}', f'acct_{kind}77', '25.00')"
+        " for kind in ('prompt', 'poor', 'gone') for twice in range(2)]"
+    )
+    payready.processes.run(
+        "pay", f'env PYTHONPATH={tmp_path} BROKER_URL={payready.redis_url} ORDERS={orders} {sys.executable} -c "{pay}"'
+    )
+
+    def ended() -> dict[str, str]:
+        with closing(sqlite3.connect(orders)) as connection:
+            if not connection.execute("SELECT name FROM sqlite_master").fetchall():
+                return {}
+            return dict(connection.execute("SELECT payment_id, how FROM ended"))
+
+    eventually(lambda: len(ended()) == 3)
+    assert ended() == {
+        "pay_prompt": "started, fee 0.100000",
+        "pay_poor": "insufficient_funds",
+        "pay_gone": "account_not_found",
+    }

@@ -1,0 +1,190 @@
+"""Processes start, say when they do not, and never outlive who started them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from demo.interrupts import Interrupted, interrupts
+from demo.processes import ROOT, Processes, StartError, free_port, procfile, responds
+
+
+def processes_with(mark: str) -> list[str]:
+    """The command lines of all processes that have this word in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it ended while we looked, or is not ours
+            continue
+    return [command for command in found if command]
+
+
+def test_the_procfile_is_read_by_role(tmp_path: Path) -> None:
+    """A line is `role: command`; anything else is passed over."""
+    (tmp_path / "Procfile").write_text("# a remark\nweb: python -m webhook\n\nbeat:  celery beat --x=${Y:-1}\n")
+    assert procfile(tmp_path / "Procfile") == {"web": "python -m webhook", "beat": "celery beat --x=${Y:-1}"}
+    assert list(procfile()) == ["release", "web", "worker", "refresh", "beat", "flower"]
+
+
+def test_a_port_that_is_taken_is_not_given() -> None:
+    """The wish is granted if it can be."""
+    wish = free_port()
+    assert free_port(wish) == wish
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", wish))
+        listener.listen()
+        assert free_port(wish) != wish
+
+
+def test_a_process_that_does_not_come_up_is_named_with_its_log(tmp_path: Path) -> None:
+    """So that one knows where to look."""
+    with Processes(tmp_path, {}) as processes:
+        processes.start("role", "sh -c 'echo trouble; exit 7'")
+        with pytest.raises(StartError, match=r"role ended with status 7, see .*role\.log"):
+            processes.wait_for("role", lambda: False)
+        assert processes.log_of("role").read_text() == "trouble\n"
+        with pytest.raises(StartError, match="migration failed"):
+            processes.run("migration", "false")
+
+
+def test_a_process_that_ended_by_itself_is_noticed(tmp_path: Path) -> None:
+    """Nobody asked for its end: it is named, with its last words."""
+    with Processes(tmp_path, {}) as processes:
+        processes.start("steady", "sleep 60")
+        processes.check_all_running()
+        processes.start("frail", "sh -c 'echo alas; exit 3'").wait()
+        with pytest.raises(StartError, match=r"frail ended with status 3, see .*frail\.log:\nalas"):
+            processes.check_all_running()
+
+
+def test_ending_a_process_that_ended_by_itself_does_not_hide_it(tmp_path: Path) -> None:
+    """What was ended here, though, is no news."""
+    with Processes(tmp_path, {}) as processes:
+        processes.start("steady", "sleep 60")
+        processes.start("frail", "false").wait()
+        with pytest.raises(StartError, match="frail ended with status 1"):
+            processes.stop_process("frail", signal.SIGKILL)
+        processes.stop_process("steady", signal.SIGKILL)
+        processes.check_all_running()
+
+
+def test_a_valkey_that_ended_by_itself_is_noticed_and_one_that_was_stopped_is_not(tmp_path: Path) -> None:
+    """Tests stop it on purpose."""
+    with Processes(tmp_path, {}) as processes:
+        server = processes.valkey(free_port())
+        server.stop()
+        processes.check_all_running()
+        server.start()
+        server._process.kill()
+        server._process.wait()
+        with pytest.raises(StartError, match="valkey ended by itself"):
+            processes.check_all_running()
+
+
+def test_settings_of_the_shell_do_not_reach_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo must not call the real provider because the terminal is set up for it."""
+    monkeypatch.setenv("PAYREADY_QUILTT_API_KEY", "real")
+    with Processes(tmp_path, {"PAYREADY_WEBHOOK_PORT": "1"}) as processes:
+        processes.run("show", "env")
+        environ = processes.log_of("show").read_text()
+    assert "PAYREADY_WEBHOOK_PORT=1" in environ
+    assert "PAYREADY_QUILTT_API_KEY" not in environ
+
+
+def test_a_stubborn_process_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Politely, then by force; and its group with it."""
+    monkeypatch.setattr("demo.processes.STOP_TIMEOUT_S", 0.3)
+    mark = f"mark{uuid.uuid4().hex}"
+    with Processes(tmp_path, {"MARK": mark}) as processes:
+        processes.start("stubborn", "sh -c 'trap \"\" TERM; sleep 61 & wait; sleep 62'")
+        while len(processes_with(mark)) < 2:
+            time.sleep(0.01)
+    assert processes_with(mark) == []
+
+
+def test_signals_are_noted_and_raised_where_one_asks() -> None:
+    """Not between the start of a process and the note of it."""
+    with interrupts() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        with pytest.raises(Interrupted) as raised:
+            signals.check()
+        with pytest.raises(Interrupted):
+            signals.sleep(5)
+    assert raised.value.status == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from demo.interrupts import Interrupted, interrupts
+from demo.processes import Processes, free_port
+
+with interrupts() as signals:
+    try:
+        with Processes(Path(sys.argv[1]), {}, signals.check) as processes:
+            processes.valkey(free_port())
+            for number in range(20):
+                processes.start(f"sleeper-{number}", "sleep 60")
+                processes.run(f"step-{number}", "sleep 0.05")
+            processes.wait_for("nothing", lambda: False)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.status)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("after_s", [0.2, 0.35, 0.8])
+def test_a_signal_leaves_nothing_running_at_any_moment(tmp_path: Path, number: signal.Signals, after_s: float) -> None:
+    """Also in the middle of starting things; as a terminal does, the signal goes to the whole process group."""
+    mark = f"mark{uuid.uuid4().hex}"
+    command = [sys.executable, "-c", textwrap.dedent(STARTER), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MARK": mark}, start_new_session=True) as starter:
+        while len(processes_with(mark)) < 2:  # the first is up, the others follow
+            time.sleep(0.01)
+        time.sleep(after_s)
+        os.killpg(starter.pid, number)
+        assert starter.wait(10) == 128 + number
+    assert processes_with(mark) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "up"])
+def test_commands_that_are_interrupted_while_they_start_leave_nothing_running(command: str) -> None:
+    """The real thing, stopped as soon as its first processes are there."""
+    mark = f"mark{uuid.uuid4().hex}"
+    payready = [sys.executable, "-m", "cli.main", command]
+    with subprocess.Popen(payready, cwd=ROOT, env={**os.environ, "MARK": mark}, start_new_session=True) as running:
+        while len(processes_with(mark)) < 4:
+            time.sleep(0.02)
+            assert running.poll() is None
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(20) == 128 + signal.SIGINT
+    assert processes_with(mark) == []
+
+
+def test_up_tells_programs_where_all_of_it_is_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Standard output is one JSON object; SIGTERM is how it is meant to end."""
+    mark, told = f"mark{uuid.uuid4().hex}", tmp_path / "told"
+    payready = [sys.executable, "-m", "cli.main", "up", "--json"]
+    environ = {**os.environ, "MARK": mark}
+    with told.open("wb") as out, subprocess.Popen(payready, cwd=ROOT, env=environ, stdout=out) as running:
+        while not told.read_text().endswith("}\n"):
+            time.sleep(0.05)
+            assert running.poll() is None
+        addresses = json.loads(told.read_text())
+        assert responds(addresses["webhook_endpoint"].replace("/webhooks/quiltt", "/readyz"))
+        assert responds(addresses["metrics_of_beat"])
+        running.terminate()
+        assert running.wait(20) == 0
+    assert processes_with(mark) == []

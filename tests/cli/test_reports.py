@@ -1,0 +1,278 @@
+"""What people ask of the ledger, answered alike on both databases."""
+
+import itertools
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy.exc import DBAPIError
+
+from tests.cli.conftest import DIME, NOON, Books
+from worker.ledger import fee_calls, fee_statement, payment_report
+from worker.ledger.engine import open_engine, read_only, transaction
+from worker.ledger.fee_statement import Savings, StatementLine
+from worker.ledger.payment_report import BacklogCounts
+from worker.ledger.tables import PAYMENT
+from worker.rules.pricing import EntryState, Price, split_share
+from worker.rules.states import PaymentState
+
+NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
+_numbers = itertools.count()
+
+
+def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: Books) -> None:
+    """Two calls of 0.10, three payments: the first two settled owe a unit more, and a pending call makes it pending."""
+    with read_only(history.engine) as tx:
+        fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
+    assert {key: fee.amount for key, fee in fees.items()} == {
+        "pay_1": Decimal("0.066667"),
+        "pay_2": Decimal("0.066667"),
+        "pay_3": Decimal("0.066666"),
+        "pay_refused": Decimal(0),
+    }
+    assert sum(fee.amount for fee in fees.values()) == Decimal("0.200000")
+    assert {fee.state for key, fee in fees.items() if key != "pay_refused"} == {EntryState.PENDING}
+    assert fees["pay_refused"].state == EntryState.VOID
+    assert fees["pay_1"].shared_by == 3
+
+
+def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
+    """With the verdict of those that were released, and the reason of those that were not."""
+    with read_only(history.engine) as tx:
+        lines = payment_report.list_payments(tx)
+        waiting = payment_report.list_payments(tx, state="waiting")
+        two = payment_report.list_payments(tx, limit=2)
+    assert [(line.payment_id, line.verdict_or_reason) for line in lines] == [
+        ("pay_waits", None),
+        ("pay_refused", "account_not_found"),
+        ("pay_reused", "not_requested"),
+        ("pay_3", "insufficient_funds"),
+        ("pay_2", "sufficient"),
+        ("pay_1", "sufficient"),
+    ]
+    assert [line.payment_id for line in waiting] == ["pay_waits"]
+    assert two == lines[:2]
+    assert lines[2].fee is None
+    assert lines[2].reused
+
+
+def test_a_timeline_tells_a_payments_whole_way(history: Books) -> None:
+    """Job, calls with their fees, balance, verdict, deliveries."""
+    with read_only(history.engine) as tx:
+        found = payment_report.payment_timeline(tx, "pay_3")
+    assert found is not None
+    assert found.job["metadata"] == {"order": 3}
+    assert [(call.state, call.finalized_at) for call in found.calls] == [
+        (EntryState.POSTED, NOON + timedelta(seconds=5)),
+        (EntryState.PENDING, None),
+    ]
+    assert found.balance is not None
+    assert found.balance.available == Decimal("60.00")
+    assert found.funds_calculation is not None
+    assert found.funds_calculation["available_after_releases"] == "10.00"
+    assert [(reply.task_id, reply.delivered_at) for reply in found.deliveries] == [("task-pay_3", None)]
+
+
+def test_a_timeline_of_a_waiting_payment_shows_the_call_that_is_to_serve_it(history: Books) -> None:
+    """Though nothing ties the two together before the end; and nobody's timeline is None."""
+    with read_only(history.engine) as tx:
+        found = payment_report.payment_timeline(tx, "pay_waits")
+        assert payment_report.payment_timeline(tx, "pay_nobody") is None
+    assert found is not None
+    assert found.refresh is not None
+    assert found.refresh.refresh_id == "ref_c"
+    assert [call.state for call in found.calls] == [EntryState.POSTED]
+
+
+def test_a_statement_counts_the_calls_of_its_month_as_they_stand_now(history: Books) -> None:
+    """A call belongs to the month in which it was made; the end of the month is the next one's."""
+    december = datetime(2026, 12, 1, tzinfo=UTC)
+    history.call("ref_late", "acct_d", EntryState.POSTED, december - timedelta(microseconds=1))
+    history.call("ref_next", "acct_e", EntryState.POSTED, december)
+    with read_only(history.engine) as tx:
+        november = fee_statement.statement_lines(tx, NOVEMBER, december, "price")
+        after = fee_statement.statement_lines(tx, december, datetime(2027, 1, 1, tzinfo=UTC), "price")
+    dime = DIME.per_call
+    assert november == [StatementLine("2026-11-22", dime, "USD", 5, 3, 1, 1, 3 * dime, dime)]
+    assert after == [StatementLine("2026-11-22", dime, "USD", 1, 1, 0, 0, dime, Decimal(0))]
+
+
+def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
+    """Three calls of 0.1 are 0.3; each price, currency and price list is a line of its own."""
+    for number in range(3):
+        books.call(f"ref_{number}", f"acct_{number}", EntryState.POSTED)
+    books.call(
+        "ref_dear",
+        "acct_x",
+        EntryState.POSTED,
+        price=Price(per_call=Decimal("0.333333"), currency="USD", price_list="2027-01-01"),
+    )
+    books.call(
+        "ref_euro",
+        "acct_y",
+        EntryState.POSTED,
+        price=Price(per_call=Decimal("0.100000"), currency="EUR", price_list="2026-11-22"),
+    )
+    with read_only(books.engine) as tx:
+        lines = fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "price")
+    assert [(line.currency, line.calls, line.posted_amount) for line in lines] == [
+        ("EUR", 1, Decimal("0.100000")),
+        ("USD", 3, Decimal("0.300000")),
+        ("USD", 1, Decimal("0.333333")),
+    ]
+
+
+def test_what_sharing_and_reuse_saved_is_told_by_account_and_day(history: Books) -> None:
+    """Three payments shared two calls of 0.10: alone they would have cost 0.60. A later one needed no call."""
+    books, day = history, timedelta(days=1)
+    books.call("ref_next", "acct_d", EntryState.POSTED, NOON + day)
+    saved = Savings(shared=2, by_sharing=Decimal("0.400000"), reused=1, by_reuse=Decimal("0.100000"))
+    with read_only(books.engine) as tx:
+        accounts = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "account")
+        days = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "day")
+        together = fee_statement.savings_by_currency(tx, NOVEMBER, NOON + 2 * day)
+    assert [(line.key, line.calls, line.posted, line.pending, line.void) for line in accounts] == [
+        ("acct_a", 2, 1, 1, 0),
+        ("acct_b", 1, 0, 0, 1),
+        ("acct_c", 1, 1, 0, 0),
+        ("acct_d", 1, 1, 0, 0),
+    ]
+    assert [line.saved for line in accounts] == [saved, Savings(), Savings(), Savings()]
+    assert [(line.key, line.calls) for line in days] == [("2026-11-22", 4), ("2026-11-23", 1)]
+    assert [line.saved for line in days] == [saved, Savings()]
+    assert together == {"USD": saved}
+
+
+def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_payments_share(history: Books) -> None:
+    """Who reused owes nothing; a call that no settled payment shares has a line of its own."""
+    with read_only(history.engine) as tx:
+        told = list(fee_statement.payment_shares(tx, NOVEMBER, NOON + timedelta(days=1)))
+        fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
+        lines = fee_statement.statement_lines(tx, NOVEMBER, NOON + timedelta(days=1), "price")
+    by_payment = {share.payment_id: share for share in told}
+    assert {key: by_payment[key].fee for key in fees} == {key: fee.amount for key, fee in fees.items()}
+    assert {key: by_payment[key].state for key in fees} == {key: fee.state for key, fee in fees.items()}
+    assert (by_payment["pay_reused"].fee, by_payment["pay_reused"].saved) == (Decimal(0), Decimal("0.100000"))
+    assert (by_payment[None].account_id, by_payment[None].fee) == ("acct_c", Decimal("0.100000"))
+    assert sum(share.fee for share in told) == sum(line.posted_amount + line.pending_amount for line in lines)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prices=st.lists(st.decimals(0, 10**6, places=6), min_size=1, max_size=3), sharers=st.integers(1, 7))
+def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[Decimal], sharers: int) -> None:
+    """Whatever the price: the same millionths to the same payments."""
+    mark = f"{next(_numbers)}"
+    for number in range(sharers):
+        books.payment(f"p{number}_{mark}", f"acct_{mark}", NOON)
+    for price in prices:
+        books.call(
+            f"ref_{mark}",
+            f"acct_{mark}",
+            EntryState.POSTED,
+            NOON,
+            Price(per_call=price, currency="USD", price_list="x"),
+        )
+    for number in range(sharers):
+        end = NOON + timedelta(seconds=number)
+        books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
+    with read_only(books.engine) as tx:
+        told = [s for s in fee_statement.payment_shares(tx, NOON, NOON + timedelta(1)) if s.refresh_id == f"ref_{mark}"]
+    assert [s.fee for s in told] == [split_share(sum(prices, Decimal(0)), sharers, place) for place in range(sharers)]
+
+
+TURN = datetime(2026, 12, 1, tzinfo=UTC)
+JANUARY = datetime(2027, 1, 1, tzinfo=UTC)
+prices = st.decimals(0, 10, places=6)
+ends = st.sampled_from([None, EntryState.POSTED, EntryState.VOID])
+around_the_turn = st.integers(-90, 90).map(lambda seconds: TURN + timedelta(seconds=seconds))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=st.lists(st.tuples(prices, ends, around_the_turn), min_size=1, max_size=4), sharers=st.integers(1, 5))
+def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
+    books: Books, calls: list[tuple[Decimal, EntryState | None, datetime]], sharers: int
+) -> None:
+    """Each month adds up to its own calls; over both, a payment owes what it was told, and reuse saved one call."""
+    mark = f"{next(_numbers)}"
+    account_id, refresh_id = f"acct_{mark}", f"ref_{mark}"
+    calls.sort(key=lambda made: made[2])
+    for price, end, at in calls:
+        books.call(refresh_id, account_id, end, at, Price(per_call=price, currency="USD", price_list="x"))
+    for number in range(sharers + 1):
+        books.payment(f"p{number}_{mark}", account_id, calls[0][2])
+        end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers
+        books.settle(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
+    with read_only(books.engine) as tx:
+        told = payment_report.payment_fees(tx, [refresh_id])
+        months = [list(fee_statement.payment_shares(tx, *span)) for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+        lines = [fee_statement.statement_lines(tx, *span, "account") for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+    months = [[share for share in month if share.refresh_id == refresh_id] for month in months]
+    for month, of_month in zip(months, lines, strict=True):
+        here = [line for line in of_month if line.key == account_id]
+        assert sum(s.fee for s in month) == sum(line.posted_amount + line.pending_amount for line in here)
+        assert all(s.fee >= 0 for s in month)
+    for number in range(sharers):
+        owed = sum(s.fee for month in months for s in month if s.payment_id == f"p{number}_{mark}")
+        assert owed == told[f"p{number}_{mark}"].amount
+    saved = [s.saved for month in months for s in month if s.state == "reused" and s.saved]
+    by_account = [line.saved for of_month in lines for line in of_month if line.key == account_id and line.saved]
+    assert saved == [one.by_reuse for one in by_account if one.by_reuse]
+    assert len(saved) == (1 if told[f"p0_{mark}"].total else 0)
+
+
+def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
+    """The oldest first, with what their refresh met with."""
+    history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
+    with read_only(history.engine) as tx:
+        early = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=1))
+        both = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=6))
+        assert fee_calls.unresolved_calls(tx, NOON) == []
+    assert [(one.account_id, one.price) for one in early] == [("acct_a", DIME.per_call)]
+    assert [one.account_id for one in both] == ["acct_a", "acct_d"]
+
+
+def test_what_is_not_finished_is_counted(history: Books) -> None:
+    """One waits, one was not told its outcome."""
+    with read_only(history.engine) as tx:
+        assert payment_report.count_backlog(tx) == BacklogCounts(waiting=1, undelivered=1, unapplied=0)
+        calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_nobody"])
+    assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
+
+
+def test_an_empty_ledger_answers_too(books: Books) -> None:
+    """With nothing."""
+    with read_only(books.engine) as tx:
+        assert payment_report.list_payments(tx) == []
+        assert payment_report.list_payments(tx, payment_ids=[]) == []
+        assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
+        assert list(fee_statement.payment_shares(tx, NOON, NOON + timedelta(days=1))) == []
+        assert payment_report.count_backlog(tx) == BacklogCounts(0, 0, 0)
+
+
+def test_who_reads_holds_up_nobody_who_writes(books: Books) -> None:
+    """And goes on seeing the ledger as it was."""
+    books.payment("pay_1", "acct_a")
+    with read_only(books.engine) as tx:
+        before = payment_report.list_payments(tx)
+        books.payment("pay_2", "acct_a")
+        assert payment_report.list_payments(tx) == before
+    with read_only(books.engine) as tx:
+        assert len(payment_report.list_payments(tx)) == 2
+
+
+def test_nothing_is_written_by_who_reads(books: Books) -> None:
+    """PostgreSQL refuses it; on both it is gone in the end, and the connection writes again for the next."""
+    books.payment("pay_1", "acct_a")
+    one = open_engine(books.url, connections=1)
+    with read_only(one) as tx:
+        if tx.dialect.name == "postgresql":
+            with pytest.raises(DBAPIError, match="read-only"):
+                tx.execute(PAYMENT.update().values(reason="y"))
+        else:
+            tx.execute(PAYMENT.update().values(reason="y"))
+    with transaction(one) as tx:
+        assert tx.execute(PAYMENT.select()).one().reason is None
+        assert tx.execute(PAYMENT.update().values(reason="x")).rowcount == 1
+    one.dispose()

@@ -1,0 +1,447 @@
+"""Calls go out within a budget, the most urgent first, and not at all while the provider only fails."""
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis import Redis
+
+from tests.support.in_process import (
+    SETTINGS,
+    START,
+    Databases,
+    InProcessSystem,
+    MakeSystem,
+    admission_control,
+    in_process_system,
+)
+from worker import flow
+from worker.correlation.admission import (
+    DELAYED_CALLS_FIRST,
+    MAX_OPEN_DURATION,
+    OPEN_DURATION,
+    Admission,
+    AdmissionControl,
+    AdmissionStatus,
+    BreakerChange,
+    Denied,
+)
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.ledger import fee_entries
+
+LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "circuit_breaker_failures": 3})
+FAILURE = CallResultUnknown("the provider answered 500", 500)
+A = "acct_a"
+ADMITTED = Admission(granted=1, denied=None)
+UNCHANGED = BreakerChange(kind="unchanged")
+
+
+def denied(reason: Literal["rate_limited", "circuit_open", "half_open"], until: datetime) -> Admission:
+    """No call is admitted until then."""
+    return Admission(granted=0, denied=Denied(reason=reason, until=until))
+
+
+def opened_until(change: BreakerChange) -> datetime:
+    """When calls are admitted again after a result that opened the circuit breaker."""
+    assert change.kind == "opened"
+    assert change.open_until is not None
+    return change.open_until
+
+
+@pytest.fixture
+def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
+    """Four calls a second, one at a time; three failures in a row are too many."""
+    with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as made:
+        yield made
+
+
+@pytest.fixture
+def gate(valkey_url: str) -> Iterator[AdmissionControl]:
+    with Redis.from_url(valkey_url, decode_responses=True) as redis:
+        redis.flushdb()
+        yield admission_control(redis, LIMITS)
+
+
+def called(payready: InProcessSystem) -> list[str]:
+    """The payments whose accounts were called, in that order."""
+    return [account.removeprefix("acct_") for account in payready.provider.calls]
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_over_the_budget_is_called_a_second_later_the_nearest_deadline_first(payready: InProcessSystem) -> None:
+    for name, timeout_s in {"first": 60, "c": 50, "b": 40, "e": 500, "a": 30, "d": 60}.items():
+        payready.initiate(name, f"acct_{name}", timeout_s=timeout_s)
+    payready.run_tasks()
+    assert called(payready) == ["first"]
+    payready.pass_time(1)
+    assert called(payready) == ["first", "a", "b", "c", "d"]
+    payready.pass_time(1)
+    assert called(payready) == ["first", "a", "b", "c", "d", "e"]
+
+
+def test_a_payment_that_comes_while_others_wait_for_their_turn_goes_behind_the_more_urgent(
+    payready: InProcessSystem,
+) -> None:
+    for n in range(10):
+        payready.initiate(f"p{n}", f"acct_p{n}", timeout_s=60)
+    payready.run_tasks()
+    payready.pass_time(1)
+    payready.clock.advance(0.9)
+    payready.initiate("late", "acct_late", timeout_s=600)
+    payready.initiate("urgent", "acct_urgent", timeout_s=10)
+    payready.run_tasks()
+    assert len(called(payready)) == 5
+    payready.clock.advance(0.1)
+    payready.run_maintenance()
+    assert "urgent" in called(payready)
+    assert "late" not in called(payready)
+    payready.pass_time(3)
+    assert sorted(called(payready)) == sorted([*(f"p{n}" for n in range(10)), "late", "urgent"])
+
+
+def test_places_are_a_second_s_worth_one_interval_apart(gate: AdmissionControl) -> None:
+    places = gate.limiter.reserve_slots(START, 10)
+    assert places == [timedelta(milliseconds=250) * n for n in range(4)]
+    assert gate.limiter.reserve_slots(START, 10) == []
+    assert gate.limiter.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
+def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, steps: list[tuple[int, bool]]) -> None:
+    """Whether calls come by themselves, or have waited for their places."""
+    with Redis.from_url(valkey_url, decode_responses=True) as redis:
+        redis.flushdb()
+        gate = admission_control(redis, LIMITS.model_copy(update={"calls_per_s": 20}))
+        now, gone = START, []
+        for gap_ms, is_sweep in steps:
+            now += timedelta(milliseconds=gap_ms)
+            if is_sweep:
+                gone += [now + pause for pause in gate.limiter.reserve_slots(now, 3)]
+            elif gate.admit(now, 1, has_slot=False).granted:
+                gone.append(now)
+        for start in gone:
+            assert sum(start <= at < start + timedelta(seconds=1) for at in gone) <= 25
+
+
+def test_a_rate_limit_of_the_provider_stops_all_calls_until_it_listens_again(payready: InProcessSystem) -> None:
+    listens_again = START + timedelta(seconds=7)
+    payready.provider.script["acct_a"] = [RateLimited("rate limit", listens_again)]
+    payready.initiate("a", "acct_a")
+    payready.run_tasks()
+    payready.initiate("b", "acct_b")
+    payready.run_tasks()
+    payready.pass_time(6)
+    assert called(payready) == ["a"]
+    payready.pass_time(3)
+    assert sorted(called(payready)) == ["a", "a", "b"]
+
+
+def test_a_call_that_waited_for_its_turn_until_nobody_waited_for_it_is_not_made(payready: InProcessSystem) -> None:
+    for n in range(6):
+        payready.initiate(f"p{n}", f"acct_p{n}", timeout_s=1)
+    payready.run_tasks()
+    payready.clock.advance(2)
+    payready.run_maintenance()
+    payready.pass_time(2)
+    assert called(payready) == ["p0"]
+    assert payready.refreshes("acct_p5") == ["abandoned"]
+    assert payready.state("p5") == "timeout"
+    assert "no call was made" in payready.outcome("p5")["detail"]
+
+
+# --- the breaker ------------------------------------------------------------------------------------------------------
+
+
+def fail_until_shut(payready: InProcessSystem) -> None:
+    for n in range(3):
+        payready.provider.script[f"acct_f{n}"] = [FAILURE]
+        payready.initiate(f"f{n}", f"acct_f{n}", timeout_s=300)
+        payready.run_tasks()
+        payready.clock.advance(1)
+
+
+def test_when_the_provider_only_fails_no_call_is_made_and_who_cannot_wait_fails_at_once(
+    payready: InProcessSystem,
+) -> None:
+    fail_until_shut(payready)
+    payready.initiate("hurried", "acct_hurried", timeout_s=3)
+    payready.initiate("patient", "acct_patient", timeout_s=60)
+    payready.run_tasks()
+    assert called(payready) == ["f0", "f1", "f2"]
+    assert payready.state("hurried") == "provider_unavailable"
+    assert "no calls are made until" in payready.outcome("hurried")["detail"]
+    assert payready.fees("acct_hurried") == []
+    assert payready.state("patient") == "waiting"
+
+
+def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: InProcessSystem) -> None:
+    fail_until_shut(payready)
+    for name in ("a", "b"):
+        payready.initiate(name, f"acct_{name}", timeout_s=60)
+    payready.run_tasks()
+
+    def nobody_else_goes() -> int:
+        payready.initiate("c", "acct_c", timeout_s=60)
+        assert one_call_is_trying(payready)
+        return 202
+
+    payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [nobody_else_goes]
+    payready.pass_time(int(OPEN_DURATION.total_seconds()) + 4)
+    assert sorted(called(payready)[3:]) == ["a", "b", "c"]
+
+
+def one_call_is_trying(payready: InProcessSystem) -> bool:
+    admission = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
+    return admission.denied is not None and admission.denied.reason == "half_open"
+
+
+def test_a_probe_that_fails_shuts_for_twice_as_long(gate: AdmissionControl) -> None:
+    now, pauses = START, []
+    for _ in range(2):
+        assert gate.record_result("failed", now, now) == UNCHANGED
+    for _ in range(6):
+        shut_until = opened_until(gate.record_result("failed", now, now))
+        pauses.append(shut_until - now)
+        just_before = gate.admit(shut_until - timedelta(microseconds=1), 1, has_slot=False)
+        assert just_before == denied("circuit_open", shut_until)
+        now = shut_until
+        assert gate.admit(now, 1, has_slot=False) == ADMITTED
+        assert gate.admit(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
+    assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
+
+
+def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: InProcessSystem) -> None:
+    answers: list[CallFailed] = [
+        FAILURE,
+        CallNotSent("no connection"),
+        CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"),
+        FAILURE,
+        RateLimited("rate limit", None),
+        FAILURE,
+        CallNotSent("no connection"),
+    ]
+    for n, answer in enumerate(answers):
+        payready.provider.script[f"acct_f{n}"] = [answer]
+        payready.initiate(f"f{n}", f"acct_f{n}", timeout_s=300)
+        payready.run_tasks()
+        assert called(payready)[-1] == f"f{n}"
+        payready.clock.advance(2)
+    payready.initiate("p", "acct_p")
+    payready.run_tasks()
+    assert called(payready)[-1] == "p"
+
+
+def test_a_straggler_does_not_prolong_what_is_shut(gate: AdmissionControl) -> None:
+    for _ in range(3):
+        change = gate.record_result("failed", START, START)
+    assert gate.record_result("failed", START, START + timedelta(seconds=1)) == UNCHANGED
+    assert gate.admit(opened_until(change), 1, has_slot=False) == ADMITTED
+
+
+def test_an_answer_that_is_told_late_does_not_open_what_was_shut_since(payready: InProcessSystem) -> None:
+    """Accepted calls are booked together, a moment after their answers; failed ones at once."""
+    payready.initiate("a", "acct_a", timeout_s=60)
+    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
+    end = flow.make_call(payready.rt, claim)
+    payready.drop_tasks()
+    payready.clock.advance(1)
+    fail_until_shut(payready)
+    shut_until = payready.rt.admission.status(payready.clock.now).open_until
+    assert shut_until is not None
+    flow.record_results(payready.rt, [end])
+    assert payready.fees("acct_a") == ["1 pending", "1 posted"]
+    assert payready.rt.admission.status(payready.clock.now).open_until == shut_until
+
+
+def test_a_call_from_before_it_was_shut_that_is_answered_since_opens_it(payready: InProcessSystem) -> None:
+    """It was slow, and the provider is there."""
+    payready.initiate("a", "acct_a", timeout_s=60)
+    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
+    payready.drop_tasks()
+    payready.clock.advance(1)
+    fail_until_shut(payready)
+    flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
+    assert payready.rt.admission.status(payready.clock.now).open_until is None
+
+
+def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: InProcessSystem) -> None:
+    for name in ("a", "b", "c"):
+        payready.initiate(name, f"acct_{name}")
+    with payready.redis_unavailable():
+        payready.run_tasks()
+        assert called(payready) == ["a", "b", "c"]
+
+
+def test_what_was_held_back_goes_on_when_the_gate_is_forgotten(payready: InProcessSystem) -> None:
+    fail_until_shut(payready)
+    payready.initiate("a", "acct_a", timeout_s=60)
+    payready.run_tasks()
+    payready.flush()
+    payready.pass_time(int(OPEN_DURATION.total_seconds()) + 1)
+    assert called(payready)[-1] == "a"
+    assert DELAYED_CALLS_FIRST < OPEN_DURATION
+
+
+@pytest.mark.parametrize("timeout_s", [45, 120])
+def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: MakeSystem, timeout_s: int) -> None:
+    """The probe is answered 202 after 300 ms; a call that is claimed meanwhile must be made soon after."""
+    with made(calls_per_s=20, circuit_breaker_failures=3) as payready:
+        fail_until_shut(payready)
+        payready.clock.advance(OPEN_DURATION.total_seconds())
+        payready.initiate("probe", A, timeout_s=120)
+
+        def probe() -> int:
+            other = payready.initiate("other", "acct_b", timeout_s=timeout_s)
+            payready.queue = flow.FollowUp()
+            payready.queue.merge(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
+            payready.clock.advance(0.3)
+            return 202
+
+        payready.provider.script[A] = [probe]
+        payready.run_tasks()
+        payready.pass_time(4)
+        assert payready.state("other") == "waiting"
+        assert "acct_b" in payready.provider.calls
+
+
+def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: AdmissionControl) -> None:
+    assert gate.admit(START, 1, has_slot=False) == ADMITTED
+    for _ in range(3):
+        gate.record_result("failed", START, START + timedelta(seconds=1))
+    later = START + timedelta(seconds=1) + OPEN_DURATION
+    assert gate.admit(later, 1, has_slot=False) == ADMITTED, "the probe"
+    gate.refund(1, START)
+    assert gate.admit(later, 1, has_slot=True).granted == 0
+    gate.refund(1, later)
+    assert gate.admit(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
+
+
+def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: AdmissionControl) -> None:
+    """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
+    for _ in range(3):
+        first = gate.record_result("failed", START, START)
+    straggler = opened_until(first) + timedelta(milliseconds=50)
+    gate.record_result("failed", START, straggler)
+    assert gate.admit(straggler, 1, has_slot=True) == ADMITTED, "no probe was made, and it is shut for twice as long"
+
+
+def test_an_overload_does_not_make_every_call_too_late(made: MakeSystem, databases: Databases) -> None:
+    """Six payments a second, four calls a second, an answer after five seconds: four of six could be released."""
+    seconds = 90 if databases.is_sqlite else 60
+    with made(calls_per_s=4, circuit_breaker_failures=1000, min_time_left_for_call_s=7) as payready:
+        answers: list[tuple[int, str]] = []
+        seen = 0
+        for second in range(seconds):
+            for n in range(6):
+                payready.initiate(f"p{second}_{n}", f"acct_{second}x{n}", timeout_s=20)
+            payready.run_tasks()
+            payready.pass_time(1)
+            answers += [(second + 5, account) for account in payready.provider.calls[seen:]]
+            seen = len(payready.provider.calls)
+            for at, account in answers:
+                if at == second:
+                    payready.balance(account)
+            payready.run_tasks()
+        ended = payready.rows("SELECT payment_id FROM payment WHERE state = 'released'")
+        late = [row for row in ended if int(row["payment_id"][1:].split("_")[0]) >= 30]
+        assert len(late) > (seconds - 30) * 4 / 3, "calls are made for those who are too late for them"
+
+
+def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
+    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
+    assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
+
+
+def test_a_clock_that_is_ahead_makes_the_gate_forget_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
+    """One replica's clock is an hour ahead, in a call that it makes, and in one that fails."""
+    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
+    gate.record_result("rate_limited", START, START, START + timedelta(seconds=7))
+    assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
+    for _ in range(3):
+        gate.record_result("failed", START, START + timedelta(hours=1))
+    assert gate.record_result("failed", START, START).kind == "opened", "all calls fail, and nobody is held back"
+
+
+def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: MakeSystem) -> None:
+    """The first place of a second is enqueued without an ETA."""
+    with made(calls_per_s=4) as payready:
+        for n in range(3):
+            payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
+        payready.run_tasks()
+        payready.clock.advance(1)
+        after = flow.sweep(payready.rt)
+        first = after.calls[0]
+        assert (first.has_slot, first.delay) == (True, timedelta(0))
+        payready.clock.advance(-0.02)
+        flow.claim_and_call(payready.rt, first.account_id, first.refresh_id, has_slot=True)
+        assert first.account_id in payready.provider.calls
+
+
+def test_a_job_that_is_sent_again_does_not_jump_the_queue(made: MakeSystem) -> None:
+    """Jobs are idempotent, so the payments service may well send all of them twice."""
+    with made(calls_per_s=4) as payready:
+        for _ in range(2):
+            for n in range(20):
+                payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
+            payready.run_tasks()
+        assert len(payready.provider.calls) == 1
+
+
+def test_a_newcomer_does_not_take_a_place_while_as_many_wait_as_the_sweep_asks_for(made: MakeSystem) -> None:
+    """40 wait; each sweep asks for no more than a second's worth, and gets it: nobody says that it is crowded."""
+    with made(calls_per_s=20) as payready:
+        for n in range(80):
+            payready.initiate(f"p{n:02}", f"acct_{n}", timeout_s=60)
+        payready.run_tasks()
+        payready.clock.advance(1)
+        payready.run_maintenance()
+        payready.clock.advance(1)
+        payready.run_maintenance()
+        payready.clock.advance(0.95)
+        payready.initiate("newcomer", "acct_new", timeout_s=3600)
+        payready.run_tasks()
+        assert "acct_new" not in payready.provider.calls
+
+
+def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
+    databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate is asked before the claim commits; a claim that the ledger refuses leaves a probe that nobody makes."""
+    settings = SETTINGS.model_copy(update={"calls_per_s": 20, "circuit_breaker_failures": 1})
+    with databases.create() as address, in_process_system(address, valkey_url, settings) as payready:
+        payready.provider.script["acct_f"] = [CallResultUnknown("500", 500)]
+        payready.initiate("f", "acct_f", timeout_s=300)
+        payready.run_tasks()
+        payready.clock.advance(OPEN_DURATION.total_seconds())
+        payready.initiate("a", "acct_a", timeout_s=300)
+        with monkeypatch.context() as patch:
+
+            def away(*_: object) -> None:
+                raise ConnectionError("the ledger is away")
+
+            patch.setattr(fee_entries, "open_entries", away)
+            with pytest.raises(ConnectionError):
+                payready.run_tasks()
+        payready.drop_tasks()
+        payready.pass_time(20)
+        assert "acct_a" in payready.provider.calls
+
+
+def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: AdmissionControl) -> None:
+    """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=0.0)
+    assert gate.admit(START, 1, has_slot=False) == ADMITTED
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=1.0)
+    assert gate.status(START + timedelta(seconds=0.125)).burst_used == 0.5
+    for _ in range(3):
+        gate.record_result("failed", START, START)
+    assert gate.status(START).open_until == START + OPEN_DURATION
+    assert gate.status(START + OPEN_DURATION).open_until is None, "the next call tries it"
+    assert gate.status(START - timedelta(hours=1)).open_until is None, "by a clock that was wrong"
+    gate.record_result("ok", START, START)
+    assert gate.status(START).open_until is None

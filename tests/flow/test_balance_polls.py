@@ -1,0 +1,252 @@
+"""Shortly before a deadline the balance is read, free of charge: the webhook may be lost."""
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from tests.support.in_process import START, InProcessSystem, MakeSystem
+from worker import flow
+from worker.errors import CallNotSent
+from worker.quiltt.messages import PolledAccount
+
+A, B = "acct_a", "acct_b"
+
+
+def shown(payready: InProcessSystem, account_id: str, at: datetime, *, source: str = "REFRESH", **account: Any) -> None:
+    """From now on a read shows this balance."""
+    balance = {"id": "bal_1", "at": at.isoformat(), "source": source, "available": Decimal(100)}
+    seen = {
+        "kind": "DEPOSITORY",
+        "currencyCode": "USD",
+        "balance": {**balance, "current": None, "limit": None},
+        **account,
+    }
+    payready.provider.accounts[account_id] = PolledAccount.model_validate(seen)
+
+
+def begin(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
+    payready.initiate(payment_id, account_id, **{"profile_id": "p_1", "timeout_s": 60, "amount": "80.00", **job})
+    payready.run_tasks()
+
+
+def test_a_refresh_balance_that_is_read_releases_and_the_fee_is_shared_as_ever(payready: InProcessSystem) -> None:
+    begin(payready)
+    shown(payready, A, START + timedelta(seconds=3))
+    payready.pass_time(49)
+    assert payready.provider.reads == []
+    payready.pass_time(1)
+    assert payready.provider.reads == [(A, "p_1")]
+    outcome = payready.outcome("p1")
+    assert (outcome["state"], outcome["balance"]["id"], outcome["fee"]["amount"]) == ("released", "bal_1", "0.100000")
+    payready.balance(A, balance_id="bal_1")
+    payready.run_tasks()
+    assert payready.fees(A) == ["1 pending", "1 posted"]
+
+
+def test_one_read_serves_all_payments_of_an_account(payready: InProcessSystem) -> None:
+    for n in range(5):
+        begin(payready, f"p{n}", timeout_s=60 + n)
+    payready.pass_time(60)
+    assert payready.provider.reads == [(A, "p_1")]
+    payready.pass_time(5)
+    assert {payready.state(f"p{n}") for n in range(5)} == {"timeout"}
+    assert len(payready.provider.reads) == 1
+
+
+@pytest.mark.parametrize("job", [{"profile_id": None}, {"timeout_s": 3600}])
+def test_without_a_profile_or_long_before_the_deadline_nothing_is_read(
+    payready: InProcessSystem, job: dict[str, Any]
+) -> None:
+    begin(payready, **job)
+    payready.pass_time(70)
+    assert payready.provider.reads == []
+
+
+def test_a_short_timeout_is_read_in_its_last_quarter(payready: InProcessSystem) -> None:
+    begin(payready, timeout_s=8)
+    payready.pass_time(5)
+    assert payready.provider.reads == []
+    payready.pass_time(1)
+    assert payready.provider.reads == [(A, "p_1")]
+
+
+@pytest.mark.parametrize(
+    "account",
+    [
+        {"balance": None},
+        {"at": START - timedelta(seconds=60)},
+        {"source": "SYNC", "at": START + timedelta(seconds=3)},
+        {"balance": {"id": "bal_1", "at": "yesterday", "source": "REFRESH"}},
+    ],
+)
+def test_what_is_no_fresh_refresh_balance_releases_nobody(payready: InProcessSystem, account: dict[str, Any]) -> None:
+    begin(payready)
+    shown(payready, A, **{"at": START, **account})
+    payready.pass_time(61)
+    assert len(payready.provider.reads) == 1
+    assert payready.state("p1") == "timeout"
+
+
+def test_a_sync_balance_younger_than_the_call_releases_if_the_settings_say_so(made: MakeSystem) -> None:
+    with made(allow_sync_balances=True) as payready:
+        begin(payready)
+        shown(payready, A, START + timedelta(seconds=30), source="SYNC")
+        payready.pass_time(50)
+        outcome = payready.outcome("p1")
+        assert (outcome["state"], outcome["balance"]["source"], outcome["shared_by"]) == ("released", "SYNC", 1)
+        begin(payready, "p2", max_balance_age_s=300, amount="10.00")
+        assert payready.state("p2") == "waiting", "nobody else is served by it"
+        payready.balance(A)
+        payready.run_tasks()
+        assert (payready.state("p2"), payready.refreshes(A)) == ("released", ["answered"])
+        assert payready.outcome("p2")["fee"]["amount"] == "0", "p1 was told all of it"
+
+
+@pytest.mark.parametrize(
+    ("job", "at"), [({"max_balance_age_s": 0}, START + timedelta(seconds=30)), ({}, START - timedelta(seconds=20))]
+)
+def test_a_sync_balance_never_stands_for_a_call_of_one_s_own_nor_for_what_came_after_it(
+    made: MakeSystem, job: dict[str, Any], at: datetime
+) -> None:
+    with made(allow_sync_balances=True) as payready:
+        begin(payready, **job)
+        shown(payready, A, at, source="SYNC")
+        payready.pass_time(61)
+        assert payready.state("p1") == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("account", "job", "reason"),
+    [
+        ({"kind": "CREDIT"}, {}, "account_unsupported"),
+        ({"kind": "LOAN"}, {"funds_check": "disabled"}, "released"),
+        ({"currencyCode": "EUR"}, {}, "account_unsupported"),
+        ({"currencyCode": "EUR"}, {"amount": None}, "released"),
+    ],
+)
+def test_an_account_that_no_balance_makes_fit_fails_its_payments(
+    payready: InProcessSystem, account: dict[str, Any], job: dict[str, Any], reason: str
+) -> None:
+    begin(payready, **job)
+    shown(payready, A, START + timedelta(seconds=3), **account)
+    payready.pass_time(50)
+    assert payready.state("p1") == reason
+
+
+def test_reads_keep_to_their_budget_and_hold_up_nobody_s_expiry(made: MakeSystem) -> None:
+    with made(balance_polls_per_s=2) as payready:
+        for n in range(30):
+            begin(payready, f"p{n}", f"acct_{n}")
+        begin(payready, "q", B, profile_id=None)
+        payready.pass_time(52)
+        assert len(payready.provider.reads) == 6
+        payready.pass_time(8)
+        assert payready.state("q") == "timeout"
+        assert {payready.state(f"p{n}") for n in range(30)} == {"timeout"}
+        assert len({account for account, _ in payready.provider.reads}) == len(payready.provider.reads) == 20
+
+
+def test_reads_can_be_switched_off(made: MakeSystem) -> None:
+    with made(balance_polls_per_s=0) as payready:
+        begin(payready)
+        payready.pass_time(61)
+        assert payready.provider.reads == []
+        assert payready.state("p1") == "timeout"
+
+
+def test_a_read_that_fails_changes_nothing(payready: InProcessSystem) -> None:
+    begin(payready)
+    payready.provider.accounts[A] = CallNotSent("no connection")
+    payready.pass_time(61)
+    assert payready.state("p1") == "timeout"
+
+
+def test_without_redis_payments_expire_unread(payready: InProcessSystem) -> None:
+    begin(payready)
+    with payready.redis_unavailable():
+        payready.pass_time(61)
+    assert payready.state("p1") == "timeout"
+
+
+def test_a_balance_that_is_here_and_not_applied_yet_is_waited_for_at_the_deadline(payready: InProcessSystem) -> None:
+    begin(payready, profile_id=None)
+    payready.pass_time(59)
+    payready.balance(A)
+    payready.drop_tasks()
+    payready.clock.advance(2)
+    payready.run_maintenance()
+    assert payready.state("p1") == "released"
+
+
+def test_but_not_for_long(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(payready, profile_id=None)
+    payready.pass_time(59)
+    payready.balance(A, later=True)
+    for _ in range(7):
+        payready.drop_tasks()
+        payready.clock.advance(1)
+        with payready.redis_unavailable():
+            payready.queue.merge(flow.expire_due_payments(payready.rt))
+    assert payready.state("p1") == "timeout"
+
+
+def test_a_balance_that_redis_forgot_is_not_paid_for_again(payready: InProcessSystem) -> None:
+    begin(payready)
+    payready.balance(A)
+    payready.run_tasks()
+    payready.flush()
+    begin(payready, "p2", amount="10.00")
+    assert payready.state("p2") == "released"
+    payready.clock.advance(1)
+    begin(payready, "p3", max_balance_age_s=0)
+    assert payready.provider.calls == [A, A]
+
+
+def test_shares_that_were_told_add_up_to_the_fee_when_a_sync_balance_came_first(
+    made: MakeSystem, share_of: Callable[[InProcessSystem, str], Decimal]
+) -> None:
+    with made(allow_sync_balances=True) as payready:
+        payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
+        payready.initiate("p2", A, timeout_s=60, max_balance_age_s=0)
+        payready.run_tasks()
+        shown(payready, A, START + timedelta(seconds=30), source="SYNC")
+        payready.pass_time(50)
+        assert payready.state("p1") == "released"
+        payready.balance(A)
+        payready.run_tasks()
+        assert payready.state("p2") == "released"
+        told = [Decimal(payready.outcome(p)["fee"]["amount"]) for p in ("p1", "p2")]
+        assert sum(told) == Decimal("0.1"), told
+        assert [share_of(payready, p) for p in ("p1", "p2")] == told
+
+
+def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: MakeSystem) -> None:
+    """A call of long ago that was never answered is not the payment's call."""
+    with made(allow_sync_balances=True, circuit_breaker_failures=3, calls_per_s=20) as payready:
+        payready.initiate("old", A, timeout_s=60)
+        payready.run_tasks()
+        payready.pass_time(3600)
+        assert payready.refreshes(A) == ["unanswered"]
+        payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
+        for _ in range(3):
+            payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
+        payready.run_tasks()
+        shown(payready, A, START + timedelta(seconds=3620), source="SYNC")
+        for _ in range(58):
+            payready.clock.advance(1)
+            payready.drop_tasks()
+            payready.queue.merge(flow.expire_due_payments(payready.rt))
+            payready.queue.calls.clear()
+            payready.run_tasks()
+        assert payready.state("p1") == "waiting"
+
+
+def test_a_payment_whose_first_call_was_lost_is_read_before_its_deadline_too(payready: InProcessSystem) -> None:
+    payready.initiate("p1", A, timeout_s=15, profile_id="p_1")
+    payready.drop_tasks()
+    payready.pass_time(16)
+    assert payready.provider.calls == [A]
+    assert payready.provider.reads == [(A, "p_1")]

@@ -1,0 +1,93 @@
+"""A worker that stops: what it claimed and has not begun is neither called nor paid for, and is called by others."""
+
+from collections.abc import Callable
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from celery.concurrency.thread import TaskPool
+
+from tasks import batch_strategies, suspension
+from tasks.app import app
+from tasks.balance_tasks import refresh
+from tests.support.in_process import InProcessSystem
+from worker import flow
+
+ACCOUNTS = ("acct_1", "acct_2")
+
+
+@pytest.fixture
+def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
+    """The pool of a worker that works on `payready`."""
+    monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
+    monkeypatch.setattr(batch_strategies, "carry_out", payready.queue.merge)
+    monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
+    pool = TaskPool(limit=1, app=app)
+    pool.start()
+    return pool
+
+
+def take_calls(payready: InProcessSystem, pool: TaskPool) -> None:
+    """The worker takes the messages of one call for each account."""
+    for number, account_id in enumerate(ACCOUNTS):
+        payready.initiate(f"pay_{number}", account_id)
+    calls, payready.queue.calls = payready.queue.calls, []
+    consumer = MagicMock(pool=pool, hostname="refresh@here")
+    handler = batch_strategies.call_strategy(refresh, app, consumer)
+    together = Event()
+    pool.executor.submit(together.wait)
+    for call in calls:
+        headers = {"id": call.refresh_id, "task": "balances.refresh"}
+        handler(
+            SimpleNamespace(headers=headers, payload=[(call.account_id, call.refresh_id), {}, {}], decode=lambda: None),
+            None,
+        )
+    together.set()
+
+
+def stop_while_a_call_is_on_the_wire(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> None:
+    sent, answered = Event(), Event()
+
+    def answer() -> int:
+        sent.set()
+        answered.wait(10)
+        return 202
+
+    payready.provider.script["acct_1"] = [answer]
+    take_calls(payready, pool)
+    assert sent.wait(10)
+    stopping = Thread(target=pool.stop)
+    stopping.start()
+    stopping.join(0.5)
+    answered.set()
+    stopping.join()
+
+
+def stop_while_calls_are_claimed(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed, claim_calls = Event(), flow.claim_calls
+
+    def claim(*given: Any) -> Any:
+        claims = claim_calls(*given)
+        pool.executor.shutdown(wait=False, cancel_futures=True)
+        claimed.set()
+        return claims
+
+    monkeypatch.setattr(flow, "claim_calls", claim)
+    take_calls(payready, pool)
+    assert claimed.wait(10)
+    pool.stop()
+
+
+@pytest.mark.parametrize("stop", [stop_while_a_call_is_on_the_wire, stop_while_calls_are_claimed])
+def test_a_call_that_a_stopping_worker_does_not_begin_is_made_by_another_one_soon(
+    payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch, stop: Callable[..., None]
+) -> None:
+    """Its fee entry is void, and nobody has to wait until the worker is held for lost."""
+    stop(payready, pool, monkeypatch)
+    assert payready.fees("acct_2") == ["1 pending", "1 void"]
+    assert "acct_2" not in payready.provider.calls
+    payready.pass_time(2)
+    assert sorted(payready.provider.calls) == list(ACCOUNTS)
+    assert payready.fees("acct_2")[-2:] == ["2 pending", "2 posted"]

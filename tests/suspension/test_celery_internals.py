@@ -1,0 +1,96 @@
+"""What `tasks/suspension.py` takes for granted of the installed Celery beyond its documentation.
+
+That the outcome is the tracer's own is what `test_primitives.py` compares; here is what it would not show.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+
+from tasks import suspension
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
+
+NOT_SAVED = {
+    *("args", "kwargs", "headers", "properties", "shadow", "origin"),  # what it was asked, not what comes next
+    "correlation_id",  # its own id
+    *("eta", "expires", "timelimit", "time_limit", "soft_time_limit", "retries"),  # of the run that is over
+    *("loglevel", "logfile", "utc", "is_eager", "called_directly", "delivery_info"),  # of its worker; delivery_info
+    "replaced_task_nesting",  # only a running task can be replaced
+    "taskset",  # another name of `group`
+}
+"""Of the request; of `delivery_info` the priority is saved."""
+
+
+@pytest.fixture
+def app(valkey_url: str) -> Iterator[Celery]:
+    """An app with a task that is left."""
+    app = Celery("left", broker=valkey_url, backend=valkey_url, set_as_current=False)
+    app.task(_nothing, name="payments.initiate", shared=False)
+    yield app
+    app.backend.result_consumer.subscribed_to.clear()
+    app.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def sent(app: Celery, queue: str) -> list[Any]:
+    """The messages in a queue, which is empty then."""
+    with app.connection_for_read() as connection:
+        messages = []
+        while message := connection.default_channel.basic_get(queue, no_ack=True):
+            messages.append(message)
+        return messages
+
+
+def request(**given: Any) -> Context:
+    return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
+
+
+def test_every_field_of_a_request_is_saved_or_left_out_on_purpose() -> None:
+    """A field that a new Celery adds must be put on one of the two lists."""
+    fields = {name for name, value in vars(Context).items() if not name.startswith("_") and not callable(value)}
+    assert fields - {"children"} - set(suspension._SAVED_FIELDS) == NOT_SAVED
+    assert set(suspension._SAVED_FIELDS) - fields == {"task"}  # Celery sets it without declaring it
+
+
+@pytest.mark.parametrize(("inherit", "priorities"), [(False, [None, 5]), (True, [7, 7])])
+def test_callbacks_inherit_the_priority_if_celery_is_told_so(
+    app: Celery, *, inherit: bool, priorities: list[int | None]
+) -> None:
+    """`task_inherit_parent_priority` decides, as for any task."""
+    app.conf.task_inherit_parent_priority = inherit
+    queue = f"priority-{inherit}"
+    links = [app.signature("a", queue=queue), app.signature("b", queue=queue, priority=5)]
+    saved = suspension.suspend(request(id=queue, delivery_info={"priority": 7}, callbacks=links, ignore_result=True))
+    suspension.resume_with_result(app, saved, {})
+    by_task = {message.headers["task"]: message.properties.get("priority") for message in sent(app, queue)}
+    assert [by_task["a"] or None, by_task["b"]] == priorities
+
+
+def test_a_success_is_never_overwritten(app: Celery) -> None:
+    """So neither a repeated delivery nor a job that comes late takes back what was told."""
+    saved = suspension.suspend(request(id="settled"))
+    suspension.resume_with_result(app, saved, {"state": "released"})
+    app.backend.store_result("settled", {"account_id": "acct_1"}, suspension.WAITING)
+    suspension.resume_with_error(app, saved, ValueError("late"))
+    assert app.backend.get_task_meta("settled", cache=False)["status"] == "SUCCESS"
+
+
+def test_the_reply_address_survives_for_backends_that_answer_by_message(valkey_url: str) -> None:
+    """With `rpc://` a result is a message to the process that asked, told from the continuation alone."""
+    app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
+    app.task(_nothing, name="payments.initiate", shared=False)
+    saved = suspension.suspend(request(id="rpc", reply_to="who-asked"))
+    with app.connection_for_write() as connection:
+        connection.SimpleQueue("who-asked").close()
+    suspension.resume_with_result(app, saved, {"state": "released"})
+    [message] = sent(app, "who-asked")
+    assert message.payload["result"] == {"state": "released"}
+    assert message.properties["correlation_id"] == "rpc"
+    app.close()

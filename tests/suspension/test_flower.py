@@ -1,0 +1,100 @@
+"""Payments in a real Flower, as the Procfile starts it: running while they wait, then succeeded or failed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from celery import Celery, chain
+
+from demo.processes import free_port, procfile, responds
+from tests.support.system import API_KEY, SECRET, System, eventually
+from tests.suspension.primitive_runs import quiet_account, send_balance
+from tests.suspension.primitives import Kit
+
+LOGIN = ("watcher", "flowers-of-the-tests")
+Info = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def flower(payready: System) -> Iterator[httpx.Client]:
+    """A client with the login, once Flower sees what the workers do."""
+    port = free_port()
+    environ = {"FLOWER_PORT": str(port), "FLOWER_BASIC_AUTH": ":".join(LOGIN)}
+    payready.processes.start("flower", procfile()["flower"], **environ)
+    payready.processes.wait_for("flower", lambda: responds(f"http://127.0.0.1:{port}/healthcheck"))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=LOGIN, timeout=10) as client:
+        eventually(lambda: _sees(client, payready))
+        yield client
+
+
+def _sees(flower: httpx.Client, payready: System) -> bool:
+    """Whether Flower has heard of one more task."""
+    known = payready.service.signature("payments.cancel", args=("unknown",), queue="payments").apply_async()
+    known.get(timeout=10)
+    return flower.get(f"/api/task/info/{known.id}").status_code == 200
+
+
+@pytest.fixture
+def info(flower: httpx.Client) -> Info:
+    """What Flower knows of a task; nothing yet is an empty answer."""
+
+    def ask(task_id: str) -> dict[str, Any]:
+        answer = flower.get(f"/api/task/info/{task_id}")
+        return dict(answer.json()) if answer.status_code == 200 else {}
+
+    return ask
+
+
+def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
+    payready: System, service: Celery, flower: httpx.Client, info: Info
+) -> None:
+    """STARTED with readable arguments, wherever they came from; then SUCCESS or FAILURE with what came of it."""
+    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "flower", fails=False)
+    released = kit.pay("released").apply_async()
+    job = kit.note("job", returns=kit.job("failed") | {"timeout_s": 2})
+    failed = chain(job, kit.built(), app=service).apply_async()
+    for payment, arguments in ((released, "kwargs"), (failed, "args")):
+        eventually(lambda payment=payment: info(payment.id).get("state") == "STARTED")  # type: ignore[misc]
+        waiting = info(payment.id)
+        assert waiting["name"] == "payments.initiate"
+        assert waiting["worker"].startswith("worker@")
+        assert kit.account_id in waiting[arguments]
+        assert "flower/" in waiting[arguments]
+        assert waiting["runtime"] is None
+
+    eventually(lambda: info(failed.id)["state"] == "FAILURE")
+    send_balance(payready, kit.account_id)
+    eventually(lambda: info(released.id)["state"] == "SUCCESS")
+    for payment, payment_id in ((released, "flower/released"), (failed, "flower/failed")):
+        row = payready.payment(payment_id)
+        assert info(payment.id)["runtime"] == pytest.approx(
+            (row["resolved_at"] - row["requested_at"]).total_seconds(), abs=1
+        )
+        assert info(payment.id)["runtime"] > 1.5
+    assert "'state': 'released'" in info(released.id)["result"]
+    assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance came within 2 s")
+    names = {task["name"] for task in flower.get("/api/tasks?limit=10000").json().values()}
+    assert not names & {"payments.expire", "payments.sweep"}  # two a second would push the payments out of its memory
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/tasks", "/broker", "/task/x", "/api/tasks", "/api/workers", "/api/task/info/x"]
+)
+def test_pages_and_api_refuse_whoever_has_no_login(flower: httpx.Client, path: str) -> None:
+    """Arguments, results and commands are for those who know the password."""
+    for auth in (None, ("watcher", "wrong")):
+        answer = httpx.get(flower.base_url.join(path), auth=auth)
+        assert answer.status_code == 401, answer.text
+    assert flower.get(path).status_code in {200, 404}
+
+
+def test_no_secret_is_on_any_page(flower: httpx.Client) -> None:
+    """Neither the provider's key nor the webhook's secret nor Flower's own password."""
+    workers = flower.get("/api/workers?refresh=true").json()
+    [worker] = [name for name in workers if name.startswith("worker@")]
+    for path in ("/", "/tasks", "/broker", f"/worker/{worker}", "/api/tasks?limit=10000", "/api/workers"):
+        page = flower.get(path)
+        assert page.status_code == 200
+        assert "worker@" in page.text or path in {"/broker", "/tasks"}
+        assert not any(secret in page.text for secret in (API_KEY, SECRET, LOGIN[1]))

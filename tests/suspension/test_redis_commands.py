@@ -1,0 +1,94 @@
+"""What completing a task costs, counted by the server: one result, and what the continuation itself sends."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from celery.concurrency.thread import TaskPool
+from celery.result import denied_join_result
+from redis import Redis
+
+from config.celery_config import celery_settings
+from config.settings import Settings
+from tasks import suspension
+from tasks.batching import MicroBatcher
+from worker.errors import PaymentNotReady
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
+
+RESULT = {"get": 1, "multi": 1, "setex": 1, "publish": 1, "exec": 1}
+"""Celery's way to write a result: look whether it is SUCCESS already, write it, and tell those who wait in `get`."""
+EVENT = {"publish": 1}
+"""For Flower."""
+MESSAGE = {"lpush": 1}
+
+
+@pytest.fixture
+def app(valkey_url: str) -> Iterator[Celery]:
+    """An app with payready's settings, and with a task that is left."""
+    app = Celery("left", set_as_current=False)
+    app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
+    app.task(_nothing, name="payments.initiate", shared=False)
+    watchers = suspension.event_publisher(app)
+    watchers._gatherer = MicroBatcher(watchers._send, max_size=9)  # at once, where it is counted
+    suspension.resume_with_result(app, continuation(app), {})  # opens the connections
+    suspension.resume_with_result(app, continuation(app, chain=[app.signature("ledger.note")]), {})
+    yield app
+    app.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def continuation(app: Celery, **given: Any) -> dict[str, Any]:
+    """The continuation of a task that runs."""
+    request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
+    return suspension.suspend(Context(request))
+
+
+def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) -> dict[str, int]:
+    """The commands that Valkey got while the task ended like this."""
+    with Redis.from_url(valkey_url) as counter:
+        counter.config_resetstat()
+        with denied_join_result():  # as it is in a worker's pool of threads
+            end(app, saved, outcome)
+        stats: dict[str, Any] = counter.info("commandstats")
+    ours = ("cmdstat_info", "cmdstat_config|resetstat")
+    return {name.removeprefix("cmdstat_"): told["calls"] for name, told in stats.items() if name not in ours}
+
+
+def end(app: Celery, saved: dict[str, Any], outcome: Any) -> None:
+    if isinstance(outcome, Exception):
+        suspension.resume_with_error(app, saved, outcome)
+    else:
+        suspension.resume_with_result(app, saved, outcome)
+
+
+def total(*parts: dict[str, int]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in parts) for name in {name for part in parts for name in part}}
+
+
+def test_completing_is_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
+    """Nothing is read or written but the result."""
+    assert commands(valkey_url, app, continuation(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
+    error = PaymentNotReady("timeout", "no balance came")
+    assert commands(valkey_url, app, continuation(app, id="b"), error) == total(RESULT, EVENT)
+
+
+def test_an_ignored_result_is_one_event(app: Celery, valkey_url: str) -> None:
+    """Not even a look at the result backend."""
+    assert commands(valkey_url, app, continuation(app, ignore_result=True), {}) == EVENT
+
+
+def test_a_link_and_a_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
+    """As they are when a plain task sends them."""
+    saved = continuation(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
+    assert commands(valkey_url, app, saved, {}) == total(RESULT, EVENT, MESSAGE, MESSAGE)
+
+
+def test_a_worker_does_not_listen_for_what_it_sends() -> None:
+    """Celery knows that a task in a pool of threads waits for no result: it subscribes to none."""
+    assert TaskPool.task_join_will_block

@@ -1,0 +1,184 @@
+"""The continuation that is saved: plain JSON with a version, which later releases read and earlier ones refuse."""
+
+import json
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.app.task import Context
+from sqlalchemy import JSON, bindparam, text
+
+from tasks import suspension
+from tests.support.system import System, eventually
+from tests.suspension.primitive_runs import Received, quiet_account, send_balance
+from tests.suspension.primitives import Kit
+
+VERSION_1 = Path(__file__).with_name("continuation_v1.json")
+"""What the first release saves: of every part one, and each id after what it names."""
+
+
+@pytest.fixture
+def app() -> Celery:
+    """An app with a task that is left; it never sends anything."""
+    app = Celery("left", set_as_current=False)
+    app.task(_nothing, name="payments.initiate", shared=False)
+    return app
+
+
+def _nothing() -> None:
+    pass
+
+
+def request(**given: Any) -> Context:
+    """The request of a task that runs."""
+    return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
+
+
+def ids_in(continuation: Any) -> list[str]:
+    """The ids of all that the continuation will send."""
+    if isinstance(continuation, list):
+        return [found for part in continuation for found in ids_in(part)]
+    if not isinstance(continuation, dict):
+        return []
+    own = [continuation["options"]["task_id"]] if "task_id" in continuation.get("options", {}) else []
+    return own + [found for part in continuation.values() for found in ids_in(part)]
+
+
+def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
+    """What JSON has no word for is written as Celery's messages write it, and is read back as what it was."""
+    values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
+    continuation = suspension.suspend(request(callbacks=[app.signature("ledger.note", args=values)]))
+    assert continuation["version"] == suspension.VERSION == 1
+    assert json.loads(json.dumps(continuation)) == continuation
+    with suspension._resumed(app, continuation) as (_, resumed):
+        assert resumed.callbacks[0]["args"] == values
+
+
+def test_the_first_place_in_a_group_is_kept(app: Celery) -> None:
+    """A zero is a place like any other: a chord orders its results by it."""
+    with suspension._resumed(app, suspension.suspend(request(group="g", group_index=0))) as (_, resumed):
+        assert (resumed.group, resumed.group_index) == ("g", 0)
+
+
+def test_all_that_will_be_sent_has_its_id_when_the_canvas_is_saved(app: Celery) -> None:
+    """However deep it is nested: members of groups, headers and bodies of chords, and callbacks of callbacks."""
+    note = app.signature("ledger.note")
+    deep = chord(
+        [note.clone(), group(note.clone(), note.clone(), app=app)],
+        chain(note.clone(), note.clone(), app=app),
+        app=app,
+    )
+    linked = note.clone()
+    linked.link(note.clone())
+    linked.link_error(note.clone())
+    continuation = suspension.suspend(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
+    found = ids_in(continuation)
+    assert len(found) == len(set(found)) == 12  # ten tasks, and the chord and the group as groups
+    assert continuation["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
+
+
+def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery) -> None:
+    """A signature among a callback's arguments is the callback's business."""
+    data = app.signature("ledger.other")
+    callback = app.signature("ledger.note", args=(data,), kwargs={"then": data}, task_id="chosen")
+    [saved] = suspension.suspend(request(callbacks=[callback]))["callbacks"]
+    assert saved["options"]["task_id"] == "chosen"
+    assert saved["args"] == [json.loads(json.dumps(data))]
+    assert saved["kwargs"]["then"]["options"] == {}
+
+
+def test_a_canvas_of_a_later_release_is_refused(app: Celery) -> None:
+    """It may hold what this release would leave out."""
+    continuation = suspension.suspend(request()) | {"version": 2}
+    with pytest.raises(
+        suspension.UnsupportedContinuationVersion,
+        match="the continuation has version 2, and this release reads up to 1",
+    ):
+        suspension.resume_with_result(app, continuation, {})
+    with pytest.raises(suspension.UnsupportedContinuationVersion):
+        suspension.resume_with_error(app, continuation, ValueError())
+
+
+def replace_canvas(payready: System, payment_id: str, continuation: dict[str, Any]) -> None:
+    """As if another release had saved it."""
+    replaced = text("UPDATE outcome_delivery SET continuation = :continuation WHERE payment_id = :id").bindparams(
+        bindparam("continuation", type_=JSON)
+    )
+    with payready.engine.begin() as connection:
+        connection.execute(replaced, {"continuation": continuation, "id": payment_id})
+
+
+def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
+    payready: System, service: Celery, received: Received
+) -> None:
+    """The payment is settled, nobody is told, the log says why; the release that saved the continuation tells it."""
+    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-continuation", fails=False)
+    result = kit.pay(link=kit.note("next")).apply_async()
+    reply = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"
+    [saved] = eventually(lambda: payready.rows(reply, id=kit.payments[0]))
+    replace_canvas(payready, kit.payments[0], saved["continuation"] | {"version": 99})
+    send_balance(payready, kit.account_id)
+    log = payready.processes.log_of("worker")
+    eventually(lambda: "the continuation has version 99, and this release reads up to 1" in log.read_text())
+    [due] = payready.rows(reply, id=kit.payments[0])
+    assert payready.payment(kit.payments[0])["state"] == "released"
+    assert (due["due_at"] is not None, due["delivered_at"], result.state) == (True, None, "WAITING")
+    assert not received[kit.tag]
+    replace_canvas(payready, kit.payments[0], saved["continuation"])
+    with payready.engine.begin() as connection:
+        connection.execute(
+            text("UPDATE outcome_delivery SET due_at = now() WHERE payment_id = :id"), {"id": kit.payments[0]}
+        )
+    assert result.get(timeout=15)["state"] == "released"
+    eventually(lambda: [note["mark"] for note in received[kit.tag]] == ["next"])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "called"),
+    [
+        ("released", {"link", "chain-of-link", "chain-of-link-2", "chain", "chord-body"}),
+        ("failed", {"errback", "errback-2", "chord-errback"}),
+    ],
+)
+def test_what_the_first_release_saved_still_goes_on(
+    payready: System, service: Celery, received: Received, outcome: str, called: set[str]
+) -> None:
+    """The checked-in continuation of version 1 sends all it promises, with the ids, relations and stamps it promises."""
+    tag = f"v1-{outcome}"
+    kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
+    kit.pay().apply_async()
+    reply = "SELECT continuation FROM outcome_delivery WHERE payment_id = :id"
+    eventually(lambda: payready.rows(reply, id=kit.payments[0]))
+    continuation = json.loads(VERSION_1.read_text().replace("TAG", tag))
+    replace_canvas(payready, kit.payments[0], continuation)
+    service.backend.set_chord_size(continuation["group"], 1)
+    send_balance(payready, kit.account_id)
+    eventually(lambda: {note["mark"] for note in received[tag]} == called)
+    task: Any = service.AsyncResult(continuation["id"])
+    assert task.state == {"released": "SUCCESS", "failed": "FAILURE"}[outcome]
+    for note in received[tag]:
+        assert note["id"] == f"{tag}-{note['mark']}"
+        assert note["root_id"] == ("root-" + tag if not note["mark"].startswith("chord") else note["root_id"])
+        assert note["stamps"] == ({"order": "order-7"} if note["mark"] in ("chain", "errback") else {})
+
+
+def test_the_checked_in_canvas_has_every_part_that_a_canvas_has(app: Celery) -> None:
+    """A part that is added to the continuation is added to the fixture, or to a fixture of a new version."""
+    everything: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
+    everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
+    saved = suspension.suspend(request(**everything | {"delivery_info": {"priority": 3}}))
+    assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
+
+
+def test_a_task_is_a_task_while_it_is_completed(app: Celery) -> None:
+    """What is sent then becomes its child, as `current_task` says; afterwards it is not."""
+    seen: list[Any] = [app.current_worker_task]
+    with suspension._resumed(app, suspension.suspend(request(root_id="root"))) as (task, given):
+        seen.append(app.current_worker_task)
+        assert task.request is given
+        assert (given.id, given.root_id, given.children) == ("left", "root", [])
+    assert [*seen, app.current_worker_task] == [None, app.tasks["payments.initiate"], None]

@@ -1,0 +1,99 @@
+"""Rounds form by themselves: one after the other, with nothing lost, and nobody waits who comes alone."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import pytest
+
+from tasks.batching import MicroBatcher
+
+
+def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
+    """Whoever adds, and however quickly one round follows another."""
+    done: list[int] = []
+    overlaps: list[bool] = []
+    working = threading.Lock()
+
+    def work(batch: list[int]) -> None:
+        overlaps.append(not working.acquire(blocking=False))
+        done.extend(batch)
+        if not overlaps[-1]:
+            working.release()
+
+    gatherer = MicroBatcher(work, max_size=3)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(gatherer.add, range(20_000)))
+    assert sorted(done) == list(range(20_000))
+    assert not any(overlaps)
+
+
+def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
+    """Another thread may begin one between the last look at what waits and the end of this one."""
+    rounds: list[list[int]] = []
+    begun: list[object] = []
+    gatherer = MicroBatcher(rounds.append, max_size=9, executor=begun.append)
+    gatherer.add(1)
+    take = gatherer._next_batch
+
+    def and_then_another_comes() -> list[int]:
+        taken = take()
+        if not taken:
+            gatherer._next_batch = take  # type: ignore[method-assign]
+            gatherer.add(2)
+        return taken
+
+    gatherer._next_batch = and_then_another_comes  # type: ignore[method-assign]
+    begun.pop()()  # type: ignore[operator]
+    gatherer.add(3)
+    assert len(begun) == 1, "a second round would be at work beside the first"
+    begun.pop()()  # type: ignore[operator]
+    assert rounds == [[1], [2, 3]]
+
+
+def test_what_is_put_back_comes_first() -> None:
+    rounds: list[list[int]] = []
+
+    def work(batch: list[int]) -> None:
+        rounds.append(batch)
+        if batch == [1]:
+            gatherer.add(2)
+            gatherer.requeue_first(1, 1)
+
+    gatherer = MicroBatcher(work, max_size=9)
+    gatherer.add(1)
+    assert rounds == [[1], [1, 1, 2]]
+
+
+def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
+    rounds: list[int] = []
+
+    def work(batch: list[int]) -> None:
+        rounds.extend(batch)
+        if batch == [1]:
+            raise ValueError
+        if batch == [2]:
+            raise SystemExit
+
+    gatherer = MicroBatcher(work, max_size=9)
+    gatherer.add(1)
+    with pytest.raises(SystemExit):
+        gatherer.add(2)
+    gatherer.add(3)
+    assert rounds == [1, 2, 3]
+
+
+def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
+    """Else those who come quickly would be held up by what is meant for those who come slowly."""
+    rounds: Queue[list[int]] = Queue()
+    with ThreadPoolExecutor(1) as pool:
+        gatherer = MicroBatcher(rounds.put, max_size=3, min_interval_s=20, executor=pool.submit)
+        gatherer.add(1)
+        assert rounds.get(timeout=10) == [1]
+        gatherer.add(2)
+        gatherer.add(3)
+        assert rounds.empty(), "the next one is not due yet"
+        gatherer.add(4, 5)
+        assert rounds.get(timeout=10) == [2, 3, 4]
+        gatherer.add(6, 7)
+        assert rounds.get(timeout=10) == [5, 6, 7]

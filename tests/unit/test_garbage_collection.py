@@ -1,0 +1,28 @@
+"""The roles of Celery leave what they loaded alone when they are ready."""
+
+import json
+import subprocess
+import sys
+
+from config.garbage_collection import THRESHOLDS
+from demo.processes import ROOT
+
+READY = """
+import gc, json, sys
+from tasks.app import app
+app.finalize()
+from celery import signals
+getattr(signals, sys.argv[1]).send(sender=None)
+print(json.dumps([gc.get_threshold(), gc.get_freeze_count(), len(gc.get_objects())]))
+"""
+
+
+def test_a_worker_and_beat_spare_what_is_loaded() -> None:
+    """The collector waits for more to do, and then goes through what was made since the process was ready."""
+    for signal in ("worker_ready", "beat_init"):
+        done = subprocess.run(
+            [sys.executable, "-c", READY, signal], cwd=ROOT, capture_output=True, check=True, timeout=60
+        )
+        thresholds, frozen, left = json.loads(done.stdout)
+        assert tuple(thresholds) == THRESHOLDS
+        assert frozen > 10_000 > left

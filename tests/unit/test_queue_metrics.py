@@ -1,0 +1,76 @@
+"""How long the queues are, and how old what lies in them, on a real Valkey."""
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+
+from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
+
+Seen = tuple[float, float]
+
+
+class Line:
+    """The queue `payments`, a clock, and who looks at both."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app, self.now = app, 0.0
+        self._queues = QueueMetrics(app, clock=lambda: self.now)
+        with app.connection_for_write() as connection:
+            self._client = connection.default_channel.client
+            self._client.delete("payments", "payments\x06\x163")
+
+    def put(self, count: int = 1, **options: int) -> None:
+        for _ in range(count):
+            self.app.send_task("payments.initiate", queue="payments", ignore_result=True, **options)
+
+    def take(self, count: int) -> None:
+        self._client.rpop("payments", count)
+
+    def look(self, after_s: float = 10) -> Seen:
+        """Length, and the age of the oldest, as they are told that much later."""
+        self.now += after_s
+        length, age = self._queues()
+        return length.values["payments",], age.values["payments",]
+
+
+@pytest.fixture
+def line(valkey_url: str) -> Iterator[Line]:
+    """An empty queue."""
+    with Celery("line", broker=valkey_url, set_as_current=False) as app:
+        yield Line(app)
+
+
+def test_a_queue_is_as_old_as_the_message_at_its_end(line: Line) -> None:
+    """Though it moves: what came later is younger. Looked at every ten seconds, it is known to ten seconds."""
+    assert line.look() == (0, 0)
+    line.put(3)
+    assert line.look() == (3, 0)
+    line.put(2)
+    assert line.look() == (5, 10)
+    line.take(1)
+    assert line.look() == (4, 20)
+    line.take(2)
+    assert line.look() == (2, 20)
+    line.take(2)
+    assert line.look() == (0, 0)
+    line.put()
+    assert line.look() == (1, 0)
+
+
+def test_messages_of_another_priority_are_counted_too(line: Line) -> None:
+    """They lie in a list of their own."""
+    line.put(2)
+    line.put(1, priority=3)
+    assert line.look() == (3, 0)
+    line.take(2)
+    assert line.look() == (1, 10)
+
+
+def test_a_queue_that_nobody_takes_from_is_remembered_at_a_bounded_cost(line: Line) -> None:
+    """The marks thin out, the first one stays."""
+    for _ in range(MAX_SAMPLES + 2):
+        line.put()
+        line.look()
+    assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
+    assert len(line._queues._marks["payments"]) < MAX_SAMPLES

@@ -1,0 +1,179 @@
+"""The door from outside, by raw sockets: nobody holds it for long, or for nothing, and the next one is served."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+
+from demo.processes import responds
+from simulator.testing import eventually
+from tests.webhook.conftest import Endpoint, delivery
+from webhook import endpoint, limited_connection
+from webhook.__main__ import SERVER
+from webhook.events import MAX_BODY_BYTES
+from webhook.limited_connection import MAX_HEADER_BYTES
+
+START = b"POST /webhooks/quiltt HTTP/1.1\r\nHost: x\r\n"
+
+
+def talk(url: str, *parts: bytes) -> bytes:
+    """Send the parts as they can be sent, and read until the connection is closed."""
+    host, port = url.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=14) as sender:
+        try:
+            for part in parts:
+                sender.sendall(part)
+            while piece := sender.recv(65_536):
+                answer += piece
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    return answer
+
+
+def chunks(count: int) -> bytes:
+    """A part of a body whose length nobody said."""
+    return b"10000\r\n" + b"x" * 65_536 + b"\r\n" if count == 1 else chunks(1) * count
+
+
+ABUSE: dict[str, tuple[tuple[bytes, ...], bytes]] = {
+    "no HTTP": ((b"\x16\x03\x01\x02\x00" * 20,), b"400"),
+    "a header without an end": ((START + b"X: ", *[b"y" * 4096] * (2 * MAX_HEADER_BYTES // 4096)), b""),
+    "headers without an end": ((START, *[b"X-Y: z\r\n" * 512] * 32), b""),
+    "a URL without an end": ((b"POST /", *[b"a" * 4096] * 32), b""),
+    "two lengths": ((START + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",), b"400"),
+    "a length and chunks": ((START + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",), b"400"),
+    "a negative length": ((START + b"Content-Length: -5\r\n\r\n",), b"400"),
+    "a length beyond all": ((START + b"Content-Length: 99999999999999999999999\r\n\r\n",), b"400"),
+    "a body without an end": ((START + b"Transfer-Encoding: chunked\r\n\r\n", *[chunks(4)] * 200), b"413"),
+    "a body of which much is promised": (
+        (START + b"Content-Length: 900000000\r\n\r\n", *[b"x" * 65_536] * 400),
+        b"413",
+    ),
+}
+
+
+def test_a_trailer_is_not_kept_and_has_an_end(web: Endpoint, balance_id: str) -> None:
+    """Nothing counts it but we: the parser hands over each of its lines as a header."""
+    begin = START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    answer = talk(web.url, begin, *[b"X-Y: z\r\n" * 8192] * 200)
+    assert b"204" not in answer
+    assert web.send(delivery(balance_id)) == 204
+
+
+@pytest.mark.parametrize("name", ABUSE)
+def test_who_sends_nonsense_or_too_much_is_cut_off(web: Endpoint, name: str, balance_id: str) -> None:
+    """At once, whatever else they have to say; an answer, if there is one, has no body of ours."""
+    parts, status = ABUSE[name]
+    before, began = web.ledger(), time.monotonic()
+    answer = talk(web.url, *parts)
+    assert time.monotonic() - began < 8, "nobody waited for a time limit"
+    assert answer[9:12] in (status, b""), "who does not stop sending may not get to read it"
+    assert web.ledger() == before
+    assert web.send(delivery(balance_id)) == 204
+
+
+@contextmanager
+def serving() -> Iterator[tuple[str, uvicorn.Server]]:
+    """The same server in a thread, with its address; the kernel takes next to nothing of its answers by itself."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(endpoint.app, **SERVER))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        assert eventually(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server with less patience."""
+    monkeypatch.setattr(limited_connection, "HEAD_TIME_S", 0.3)
+    monkeypatch.setattr(endpoint, "BODY_TIME_S", 0.3)
+    with serving() as (url, _):
+        yield url
+
+
+def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However patient they are themselves; till then others are served."""
+    monkeypatch.setattr(limited_connection, "READ_TIME_S", 0.5)
+    question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving() as (url, server), socket.socket() as asker:
+        asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        asker.connect((host, int(port)))
+        asker.sendall(question * 200)
+        assert eventually(lambda: server.server_state.connections)
+        assert responds(f"{url}/healthz")
+        assert eventually(lambda: not server.server_state.connections)
+        assert eventually(lambda: not server.server_state.tasks)
+
+
+def test_nonsense_is_not_worth_a_line_of_the_log(web: Endpoint) -> None:
+    """A scanner sends thousands of them; uvicorn would warn of each."""
+    for nonsense in (
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, close\r\n\r\n",
+    ):
+        assert b"HTTP/1.1 4" in talk(web.url, nonsense)
+    assert web.send(b"", {}) == 401, "which is told"
+    log = web.log.read_text()
+    assert "delivery missing" in log
+    assert "Invalid HTTP" not in log
+    assert "upgrade" not in log
+
+
+def test_who_says_little_is_not_waited_for(hasty: str) -> None:
+    """Nothing, half a head, half a body, a body that is promised: after the time for it each is gone."""
+    silence, half = talk(hasty, b""), talk(hasty, START)
+    assert (silence, half) == (b"", b"")
+    for started in (b"Content-Length: 500\r\n\r\nhalf", b"Content-Length: 5\r\n\r\n"):
+        answer = talk(hasty, START + started)
+        assert answer[9:12] == b"408"
+        assert b"connection: close" in answer
+    assert responds(f"{hasty}/healthz")
+
+
+@pytest.mark.parametrize(
+    ("promised", "more"), [(b"", b"\r\n"), (b"Content-Length: 100000\r\n", b"x")], ids=["a blank line", "a body"]
+)
+def test_who_was_answered_and_sends_no_request_is_not_waited_for(hasty: str, promised: bytes, more: bytes) -> None:
+    """Not for more than a blank line, nor for a body that nobody reads, though it comes after the answer."""
+    host, port = hasty.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3) as asker:
+        asker.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + promised + b"\r\n")
+        assert b"200 OK" in asker.recv(65_536)
+        asker.sendall(more)
+        while asker.recv(65_536):
+            pass
+
+
+def test_requests_in_a_row_on_one_connection_are_each_answered(web: Endpoint, balance_id: str) -> None:
+    """Also when they are sent before the answer to the first; a refused one does not take the next with it."""
+    bodies = [delivery(f"{balance_id}p{number}") for number in range(3)]
+    requests = [_request(web, bodies[0]), _request(web, bodies[1], secret="wrong"), _request(web, bodies[2])]
+    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = talk(web.url, b"".join(requests) + last)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"204", b"401", b"204", b"200"]
+    assert {f"{balance_id}p0", f"{balance_id}p2"} <= set(web.balances())
+
+
+def _request(web: Endpoint, body: bytes, **how: str) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in web.headers(body, **how).items())  # type: ignore[arg-type]
+    return START + f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_body_that_is_too_large_is_refused_also_when_only_promised(web: Endpoint) -> None:
+    """To who waits for leave to send it, leave is given: its length is seen as it comes."""
+    head = START + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)
+    answer = talk(web.url, head, b"x" * (MAX_BODY_BYTES + 1))
+    assert b"HTTP/1.1 413" in answer
