@@ -7,7 +7,7 @@ or the provider rejects it, or its window ends. If the result of its first call 
 time. A refresh that is called and not yet ended is *in flight*; its account is not called again meanwhile.
 
 All functions are pure: no I/O, no clock. Transitions are defined in the tables below and nowhere else. The state
-diagrams in the documentation are generated from the tables.
+diagrams in `docs/explanation/architecture.md` are generated from the tables.
 """
 
 from collections.abc import Mapping
