@@ -221,7 +221,7 @@ def test_decision_on_a_call(name: str) -> None:
     assert example.decide() == expected
 
 
-@pytest.mark.parametrize("state", set(RefreshState) - {RefreshState.REQUESTED})
+@pytest.mark.parametrize("state", sorted(set(RefreshState) - {RefreshState.REQUESTED}))
 def test_refresh_that_is_not_requested_needs_no_call(state: RefreshState) -> None:
     """Whatever else is true of its account."""
     stored = refresh(state, call_count=1)

@@ -99,14 +99,10 @@ class RefreshEvent(StrEnum):
 
 REFRESH_TRANSITIONS: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = {
     (RefreshState.REQUESTED, RefreshEvent.CLAIM): RefreshState.CALLING,
-    (
-        RefreshState.REQUESTED,
-        RefreshEvent.REJECT,
-    ): RefreshState.REJECTED,  # the API key is wrong, or a fee cap is reached
-    (
-        RefreshState.REQUESTED,
-        RefreshEvent.BALANCE_RECEIVED,
-    ): RefreshState.ANSWERED,  # its first call was accepted after all
+    # The API key is wrong, or a fee cap is reached.
+    (RefreshState.REQUESTED, RefreshEvent.REJECT): RefreshState.REJECTED,
+    # Its first call was accepted after all.
+    (RefreshState.REQUESTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
     (RefreshState.REQUESTED, RefreshEvent.ABANDON): RefreshState.ABANDONED,
     (RefreshState.CALLING, RefreshEvent.ACCEPT): RefreshState.ACCEPTED,
     (RefreshState.CALLING, RefreshEvent.REJECT): RefreshState.REJECTED,
