@@ -23,7 +23,9 @@ CACHE_TTL_S = 5.0
 """Figures that are asked for are this old at most when they are told, and asked for no more often."""
 
 PROVIDER_CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
-"""`accepted`, `rejected`, `rate_limited`, `not_sent`, `unknown`, `skipped`."""
+"""`accepted`, `rejected`, `rate_limited`, `not_sent`, `unknown`, `skipped`. A skipped call was claimed and not tried,
+because the worker stops or is late (`CallSkipped`) or its own connection pool is full (`ConnectionPoolExhausted`): it says
+nothing about the provider, so alerts about the provider must not count it."""
 
 WEBHOOK_DELIVERIES = Counter(
     "payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"]
