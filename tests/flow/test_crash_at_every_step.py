@@ -22,6 +22,9 @@ from worker.correlation.store import CorrelationStore
 from worker.errors import CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 
+pytestmark = pytest.mark.slow
+
+
 P1 = {"payment_id": "p1", "amount": "60.00"}
 P2 = {"payment_id": "p2", "amount": "60.00"}
 OWN = {"payment_id": "p2", "max_balance_age_s": 0}
@@ -97,7 +100,7 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
         for outcome in due:
             dispatch._resume(outcome)
 
-    monkeypatch.setattr(dispatch, "_deliver", noted_first)
+    monkeypatch.setattr(dispatch, "_deliver_batch", noted_first)
     story = STORIES["two share a call, one of them is covered"]
     calm, found = struck(story, "killed", None)
     assert found == []

@@ -7,7 +7,7 @@ or the provider rejects it, or its window ends. If the result of its first call 
 time. A refresh that is called and not yet ended is *in flight*; its account is not called again meanwhile.
 
 All functions are pure: no I/O, no clock. Transitions are defined in the tables below and nowhere else. The state
-diagrams in the documentation are generated from the tables.
+diagrams in `docs/explanation/architecture.md` are generated from the tables.
 """
 
 from collections.abc import Mapping
@@ -99,8 +99,10 @@ class RefreshEvent(StrEnum):
 
 REFRESH_TRANSITIONS: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = {
     (RefreshState.REQUESTED, RefreshEvent.CLAIM): RefreshState.CALLING,
-    (RefreshState.REQUESTED, RefreshEvent.REJECT): RefreshState.REJECTED,  # the API key is wrong, or a fee cap is reached
-    (RefreshState.REQUESTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,  # its first call was accepted after all
+    # The API key is wrong, or a fee cap is reached.
+    (RefreshState.REQUESTED, RefreshEvent.REJECT): RefreshState.REJECTED,
+    # Its first call was accepted after all.
+    (RefreshState.REQUESTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
     (RefreshState.REQUESTED, RefreshEvent.ABANDON): RefreshState.ABANDONED,
     (RefreshState.CALLING, RefreshEvent.ACCEPT): RefreshState.ACCEPTED,
     (RefreshState.CALLING, RefreshEvent.REJECT): RefreshState.REJECTED,
