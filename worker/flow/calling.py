@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from config.log_config import get_logger, log_context
 from worker import metrics
@@ -192,7 +192,7 @@ def _record_failed(rt: Runtime, failed: FailedCall) -> FollowUp:
     return FollowUp()
 
 
-def _final_entry(rt: Runtime, claim: Claim, status: int | None, evidence: dict[str, object]) -> FinalEntry:
+def _final_entry(rt: Runtime, claim: Claim, status: int | None, evidence: dict[str, Any]) -> FinalEntry:
     return FinalEntry(call=claim.call, state=rt.price_list.final_state(status), evidence=evidence)
 
 

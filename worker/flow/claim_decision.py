@@ -76,7 +76,7 @@ class Delay:
 
     denied: Denied
     last_error: str | None
-    failing: Sequence[WaitingPayment] = ()
+    failing: tuple[WaitingPayment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,20 @@ def decide_claim(
     4. While another refresh is in flight, the account is not called. If its call is late enough for all waiting
        payments, they share it, and this refresh is abandoned. Else this refresh is queued.
     5. A stored balance that is fresh enough for all waiting payments is applied.
-    6. A call that admission control denied (`denied` is set) is delayed.
-    7. Every other call is claimed.
+    6. A call is claimed, unless admission control denied it (`denied` is set): then it is delayed.
     """
+    without_call = _decide_without_call(inputs, now=now, has_slot=has_slot, clock_skew=clock_skew)
+    if without_call is not None:
+        return without_call
+    if denied is not None:
+        return _delay(inputs.refresh, inputs.account.waiting, denied)
+    return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
+
+
+def _decide_without_call(
+    inputs: ClaimInputs, *, now: datetime, has_slot: bool, clock_skew: timedelta
+) -> Decision | None:
+    """Apply the rules 1 to 5. Return None if a call is needed now."""
     refresh, account = inputs.refresh, inputs.account
     if refresh is not None and refresh.state != RefreshState.REQUESTED:
         return NotNeeded()
@@ -125,16 +136,12 @@ def decide_claim(
     if not account.waiting:
         return _unneeded(refresh)
     if account.in_flight is not None:
-        if states.call_is_late_enough(account.in_flight.called_at, _min_called_at(account.waiting)):
-            return _unneeded(refresh)
-        return QueueBehindInFlight(in_flight=account.in_flight)
+        return _share_or_queue(refresh, account.in_flight, account.waiting)
     balance = account.newest_balance
-    if balance is not None and _serves_all(balance, account.waiting, clock_skew):
-        was_called = refresh is not None and refresh.call_count > 0
-        return ApplyBalance(balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called)
-    if denied is not None:
-        return _delay(refresh, account.waiting, denied)
-    return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
+    if balance is None or not _serves_all(balance, account.waiting, clock_skew):
+        return None
+    was_called = refresh is not None and refresh.call_count > 0
+    return ApplyBalance(balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called)
 
 
 def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
@@ -152,6 +159,14 @@ def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
 
 def _unneeded(refresh: RefreshRecord | None) -> Decision:
     return NotNeeded() if refresh is None else Abandon()
+
+
+def _share_or_queue(
+    refresh: RefreshRecord | None, in_flight: RefreshRecord, waiting: Sequence[WaitingPayment]
+) -> Decision:
+    if states.call_is_late_enough(in_flight.called_at, _min_called_at(waiting)):
+        return _unneeded(refresh)
+    return QueueBehindInFlight(in_flight=in_flight)
 
 
 def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock_skew: timedelta) -> bool:
@@ -174,7 +189,7 @@ def _delay(refresh: RefreshRecord | None, waiting: Sequence[WaitingPayment], den
     return Delay(
         denied=denied,
         last_error=f"provider calls fail; no call is made before {utc_text(denied.until)}",
-        failing=[payment for payment in waiting if payment.deadline <= denied.until],
+        failing=tuple(payment for payment in waiting if payment.deadline <= denied.until),
     )
 
 

@@ -74,6 +74,7 @@ class _ClaimTerms:
     admission: Admission
     has_slot: bool
     now: datetime
+    """Time of the decisions and claims, after the accounts were locked."""
 
 
 def claim_calls(
@@ -90,10 +91,9 @@ def claim_calls(
         return ClaimBatch(follow_up=defer_unpriced_calls(rt, calls, error))
     admitted_at = rt.clock()
     admission = _acquire_slots(rt, len(calls), has_slot=has_slot)
-    terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
     batch = ClaimBatch()
     try:
-        batch = _claim_admitted(rt, calls, terms, wait_for_locks=wait_for_locks)
+        batch = _claim_admitted(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
     finally:
         if admission.granted > len(batch.claims):
             best_effort(rt.admission.refund, admission.granted - len(batch.claims), admitted_at)
@@ -118,7 +118,13 @@ def _called_refresh(refresh: RefreshRecord) -> CalledRefresh:
 
 
 def _claim_admitted(
-    rt: Runtime, calls: Sequence[RefreshCall], terms: _ClaimTerms, *, wait_for_locks: bool
+    rt: Runtime,
+    calls: Sequence[RefreshCall],
+    price: Price,
+    admission: Admission,
+    *,
+    has_slot: bool,
+    wait_for_locks: bool,
 ) -> ClaimBatch:
     with transaction(rt.engine) as tx:
         locked = {call.account_id for call in calls}
@@ -126,6 +132,7 @@ def _claim_admitted(
             lock_accounts(tx, locked)
         else:
             locked = try_lock_accounts(tx, locked)
+        terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
         loaded = load_claim_inputs(tx, [call for call in calls if call.account_id in locked], rt.settings.clock_skew)
         batch = _decide_and_persist(rt, tx, loaded, terms)
     return replace(batch, contended=[call for call in calls if call.account_id not in locked])

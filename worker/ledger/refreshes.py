@@ -125,7 +125,7 @@ _AWAITING_BALANCE = _SELECT_REFRESHES.where(
 
 
 def called_since(tx: Tx, account_ids: Sequence[str], since: datetime) -> list[RefreshRecord]:
-    """Return refreshes of these accounts that are requested, or called at or after `since`. The first called is first."""
+    """Return refreshes of these accounts that are requested, or called since then. The first called is first."""
     called = or_(refresh.state == RefreshState.REQUESTED, refresh.called_at >= since)
     return _find_refreshes(tx, refresh.account_id.in_(account_ids), called)
 

@@ -29,7 +29,7 @@ BILLABLE_STATUSES: Mapping[str, int] = {
 
 
 class EntryState(StrEnum):
-    """State of a call's fee: `pending` until it is known whether the provider bills the call, then `posted` or `void`."""
+    """State of a call's fee: `pending` until it is known whether the call is billed, then `posted` or `void`."""
 
     PENDING = "pending"
     POSTED = "posted"
