@@ -125,9 +125,7 @@ def billed_refresh_id(refresh: RefreshRecord | None) -> str | None:
     return refresh.refresh_id if refresh is not None and refresh.call_count > 0 else None
 
 
-def refresh_by_payment(
-    rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]
-) -> dict[str, RefreshRecord | None]:
+def refresh_by_payment(rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]) -> dict[str, RefreshRecord | None]:
     """Return, by payment id, the refresh that serves each payment or was to serve it."""
     if not waiting:
         return {}

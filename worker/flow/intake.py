@@ -121,9 +121,7 @@ def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
             raise PaymentNotReady(Reason.CONFLICT, detail)
 
 
-def _register_tasks(
-    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime
-) -> None:
+def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime) -> None:
     """Register the tasks of waiting and of resolved payments. Outcomes that exist already are due after a while."""
     deliveries = [
         NewDelivery(

@@ -149,7 +149,7 @@ def sweep(rt: Runtime) -> FollowUp:
     min_deadline = now + timedelta(seconds=rt.settings.min_time_left_for_call_s)
     with transaction(rt.engine) as tx:
         due = refreshes.due_for_check(tx, now, MAINTENANCE_BATCH_SIZE)
-        # One more than there are slots in a second: the limiter then knows that delayed calls remain, and new ones wait.
+        # One more than there are slots in a second: the limiter then knows whether delayed calls remain.
         callable_refreshes = refreshes.callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
         unapplied = balances.claim_overdue(tx, now, MAINTENANCE_BATCH_SIZE)
     follow_up = FollowUp(balances_to_apply=unapplied)

@@ -110,9 +110,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
     calls = _calls_by_refresh(tx, attributed)
     waiting = payments.lock_waiting_by_account(tx, [balance.balance.account_id for balance in attributed])
     useful = [
-        balance
-        for balance in attributed
-        if fresh_payments(balance, waiting.get(balance.balance.account_id, ()), skew)
+        balance for balance in attributed if fresh_payments(balance, waiting.get(balance.balance.account_id, ()), skew)
     ]
     newly_attributed = [
         balance.attribution.refresh.refresh_id

@@ -137,9 +137,7 @@ def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: dateti
 
 def _call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry | None:
     candidates = balance.attribution.candidates if balance.attribution else ()
-    possible = [
-        call for refresh_id in candidates for call in inputs.calls.get(refresh_id, ()) if call.may_be_accepted
-    ]
+    possible = [call for refresh_id in candidates for call in inputs.calls.get(refresh_id, ()) if call.may_be_accepted]
     if len(possible) != 1 or possible[0].state != EntryState.PENDING:
         return None
     evidence = {"event": balance.balance.event_id, "balance": balance.balance.balance_id}

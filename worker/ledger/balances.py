@@ -76,13 +76,13 @@ def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
     """Return the stored balances among these, by id."""
     rows = tx.execute(_BY_ID, {"balance_ids": list(balance_ids)})
-    return {row.balance_id: BalanceRecord(**row._mapping) for row in rows}
+    return {row.balance_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
 def newest_by_account(tx: Tx, account_ids: Collection[str], oldest: datetime) -> dict[str, BalanceRecord]:
     """Return each account's newest balance with source REFRESH whose time is not before `oldest`."""
     rows = tx.execute(_NEWEST_BY_ACCOUNT, {"account_ids": list(account_ids), "oldest": oldest})
-    return {row.account_id: BalanceRecord(**row._mapping) for row in rows}
+    return {row.account_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
 def unapplied_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -98,9 +98,7 @@ def unapplied_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[s
 
 def mark_applied(tx: Tx, records: Sequence[BalanceRecord]) -> None:
     """Mark stored balances as applied, and store the refresh that each is attributed to."""
-    rows = [
-        {"balance_id": record.balance_id, "due_at": None, "refresh_id": record.refresh_id} for record in records
-    ]
+    rows = [{"balance_id": record.balance_id, "due_at": None, "refresh_id": record.refresh_id} for record in records]
     bulk_update(tx, BALANCE, rows, key="balance_id")
 
 

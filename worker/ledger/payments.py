@@ -109,9 +109,7 @@ def _payment_row(new: WaitingPayment) -> dict[str, Any]:
     }
 
 
-def lock_known_payments(
-    tx: Tx, payment_ids: Collection[str], task_ids: Collection[str]
-) -> Mapping[str, KnownPayment]:
+def lock_known_payments(tx: Tx, payment_ids: Collection[str], task_ids: Collection[str]) -> Mapping[str, KnownPayment]:
     """Lock payments in any state until the transaction ends, so that none is resolved meanwhile. Return them by id.
 
     With each payment, return which of these tasks are registered for its outcome.

@@ -89,4 +89,4 @@ def _delete_where(tx: Tx, ids: Any) -> int:
 
 
 def _event_from_row(row: Row[Any]) -> QuarantinedEvent:
-    return QuarantinedEvent(**row._mapping)
+    return QuarantinedEvent(**row._asdict())
