@@ -60,9 +60,8 @@ def parse_request(positional_job: Any, keyword_job: Mapping[str, Any], continuat
     """
     if positional_job is not None and not isinstance(positional_job, Mapping):
         raise InvalidJob(f"the positional argument must be a job, a mapping, not {type(positional_job).__name__}")
-    return IntakeRequest(
-        parse_job({**(positional_job or {}), **keyword_job}, currency=runtime().settings.currency), continuation
-    )
+    job = parse_job({**(positional_job or {}), **keyword_job}, currency=runtime().settings.currency)
+    return IntakeRequest(job=job, continuation=continuation)
 
 
 def waiting_announcer(requests: Sequence[IntakeRequest]) -> OnWaiting:

@@ -270,7 +270,9 @@ readiness = Readiness(_is_database_available)
 
 def _quarantine_reasons(delivery: ParsedDelivery) -> str:
     """The most frequent reasons for setting events aside."""
-    return ", ".join(f"{reason} ({count})" for reason, count in Counter(r for _, r in delivery.unparsed).most_common(3))
+    return ", ".join(
+        f"{reason} ({count})" for reason, count in Counter(event.reason for event in delivery.unparsed).most_common(3)
+    )
 
 
 async def healthz(_: Request) -> Response:

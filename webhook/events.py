@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from worker.quiltt.messages import Balance, ConnectionEvent, ReconnectedEvent
+from worker.quiltt.messages import Balance, ConnectionEvent, ReceivedBalance, ReconnectedEvent, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 MAX_BODY_BYTES = 256 * 1024
@@ -57,9 +57,7 @@ class UnparseableEvent(Exception):
     """The event is one that we should understand, and do not; the message says why, and repeats nothing of it."""
 
 
-Received = tuple[str, Balance]
-"""A REFRESH balance with the id of its event."""
-ParsedEvent = Received | ConnectionUpdate | None
+ParsedEvent = ReceivedBalance | ConnectionUpdate | None
 """What an event is for us; None if it is none of ours."""
 
 
@@ -69,8 +67,8 @@ class ParsedDelivery:
 
     events: int = 0
     """How many there are in all."""
-    balances: list[Received] = field(default_factory=list)
-    unparsed: list[tuple[bytes, str]] = field(default_factory=list)
+    balances: list[ReceivedBalance] = field(default_factory=list)
+    unparsed: list[UnparsedEvent] = field(default_factory=list)
     """Balance events that could not be understood, as they came, with the reason."""
     connection_updates: list[ConnectionUpdate] = field(default_factory=list)
     """Connections and profiles that no balance will come for, and accounts that moved to another connection."""
@@ -84,7 +82,7 @@ class ParsedDelivery:
 
     def add(self, found: ParsedEvent) -> None:
         """Take in what an event was found to be."""
-        if isinstance(found, tuple):
+        if isinstance(found, ReceivedBalance):
             self.balances.append(found)
         elif found is not None:
             self.connection_updates.append(found)
@@ -177,7 +175,7 @@ def parse_quarantined(raw: bytes, came_at: datetime) -> ParsedDelivery:
     except (InvalidDelivery, ValueError) as error:
         raise UnparseableEvent(str(error)) from None
     if delivery.unparsed or delivery.is_unreadable:
-        raise UnparseableEvent("; ".join(reason for _, reason in delivery.unparsed) or "not JSON")
+        raise UnparseableEvent("; ".join(event.reason for event in delivery.unparsed) or "not JSON")
     return delivery
 
 
@@ -223,7 +221,7 @@ def _parse_record(event: Any, signed_at: datetime) -> ParsedEvent:
     return None
 
 
-def _parse_balance(event: dict[str, Any]) -> Received | None:
+def _parse_balance(event: dict[str, Any]) -> ReceivedBalance | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
@@ -232,7 +230,7 @@ def _parse_balance(event: dict[str, Any]) -> Received | None:
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
         raise UnparseableEvent("id: must be an id")
     try:
-        return event_id, Balance.model_validate(record)
+        return ReceivedBalance(event_id=event_id, balance=Balance.model_validate(record))
     except ValidationError as error:
         raise UnparseableEvent(_validation_message(error)) from None
 
@@ -247,8 +245,8 @@ def _parse_connection_lost(event: dict[str, Any], signed_at: datetime) -> Connec
     if at > signed_at + MAX_EVENT_AHEAD:
         return None
     if seen.type == "profile.deleted":
-        return ConnectionLost(CONNECTION_LOST_EVENTS[seen.type], at, profile_id=seen.record.id)
-    return ConnectionLost(CONNECTION_LOST_EVENTS[seen.type], at, connection_id=seen.record.id)
+        return ConnectionLost(detail=CONNECTION_LOST_EVENTS[seen.type], at=at, profile_id=seen.record.id)
+    return ConnectionLost(detail=CONNECTION_LOST_EVENTS[seen.type], at=at, connection_id=seen.record.id)
 
 
 def _parse_reconnection(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
@@ -257,7 +255,9 @@ def _parse_reconnection(event: dict[str, Any], signed_at: datetime) -> AccountMo
     except ValidationError:
         return None
     at = seen.at or signed_at
-    return AccountMoved(seen.record.id, seen.metadata.to.id, at) if at <= signed_at + MAX_EVENT_AHEAD else None
+    if at > signed_at + MAX_EVENT_AHEAD:
+        return None
+    return AccountMoved(account_id=seen.record.id, connection_id=seen.metadata.to.id, at=at)
 
 
 def _validation_message(error: ValidationError) -> str:
@@ -289,7 +289,7 @@ def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
         try:
             delivery.add(parse_event(raw, signed_at))
         except UnparseableEvent as odd:
-            delivery.unparsed.append((raw, str(odd)))
+            delivery.unparsed.append(UnparsedEvent(raw=raw, reason=str(odd)))
         except ValueError:
             delivery.is_unreadable += 1
     return delivery
@@ -299,7 +299,7 @@ def _quarantine_delivery(raw: bytes, reason: str) -> ParsedDelivery:
     """Set a delivery aside that no event can be taken out of, if it may be kept."""
     if not _may_be_quarantined(raw):
         raise InvalidDelivery(reason)
-    return ParsedDelivery(1, unparsed=[(raw, reason)])
+    return ParsedDelivery(1, unparsed=[UnparsedEvent(raw=raw, reason=reason)])
 
 
 def _may_be_quarantined(raw: bytes) -> bool:

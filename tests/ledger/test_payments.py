@@ -7,6 +7,7 @@ import pytest
 from tests.support.in_process import START
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Engine, Tx, transaction
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import parse_job
@@ -16,13 +17,20 @@ from worker.rules.states import PaymentState
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
     """A payment that waits, with a task that waits for it."""
     job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
-    assert payments.insert_payments(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
-    outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
+    assert set(payments.insert_payments(tx, [job], START + timedelta(seconds=seconds))) == {payment_id}
+    register(tx, payment_id, f"task_{payment_id}")
+
+
+def register(tx: Tx, payment_id: str, task_id: str) -> None:
+    """Register a task for the outcome of a waiting payment."""
+    task = NewDelivery(payment_id=payment_id, continuation={"id": task_id}, due_at=None)
+    outcome_deliveries.register_deliveries(tx, [task])
 
 
 def settlement(payment_id: str, state: PaymentState) -> Resolution:
     """How it ends."""
-    return Resolution(payment_id, state, {"payment_id": payment_id, "state": state.value}, START)
+    outcome = {"payment_id": payment_id, "state": state.value}
+    return Resolution(payment_id=payment_id, state=state, outcome=outcome, resolved_at=START)
 
 
 def test_the_first_settlement_stays(engine: Engine) -> None:
@@ -39,7 +47,7 @@ def test_a_payment_is_recorded_once(engine: Engine) -> None:
     """A second time nothing is written."""
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
     with transaction(engine) as tx:
-        assert payments.insert_payments(tx, [job, job], START) == {"p1"}
+        assert set(payments.insert_payments(tx, [job, job], START)) == {"p1"}
         assert not payments.insert_payments(tx, [job], START + timedelta(seconds=9))
         [waiting] = payments.lock_waiting(tx, ["p1"])
     assert waiting.requested_at == START
@@ -90,7 +98,7 @@ def test_the_tasks_of_a_payment_lead_to_it(engine: Engine) -> None:
     """And a task that nobody knows leads nowhere."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        outcome_deliveries.register_deliveries(tx, [("p1", {"id": "task_again"})], due_at=None)
+        register(tx, "p1", "task_again")
         assert outcome_deliveries.payments_of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]
 
 
@@ -100,9 +108,11 @@ def test_all_that_news_concerns_is_held_however_much_it_is(engine: Engine, monke
         return  # it has one writer at a time
     monkeypatch.setattr(payments, "IDS_PER_STATEMENT", 5)
     numbers = range(2 * payments.IDS_PER_STATEMENT + 2)
-    news: list[ConnectionUpdate] = [AccountMoved(f"acct_a{n}", "conn_x", START) for n in numbers]
-    news += [ConnectionLost("", START, connection_id=f"conn_{n}") for n in numbers]
-    news += [ConnectionLost("", START, profile_id=f"p_{n}") for n in numbers]
+    news: list[ConnectionUpdate] = [
+        AccountMoved(account_id=f"acct_a{n}", connection_id="conn_x", at=START) for n in numbers
+    ]
+    news += [ConnectionLost(detail="", at=START, connection_id=f"conn_{n}") for n in numbers]
+    news += [ConnectionLost(detail="", at=START, profile_id=f"p_{n}") for n in numbers]
     with transaction(engine) as tx:
         for n in numbers:
             record(tx, f"a{n}", account_id=f"acct_a{n}")

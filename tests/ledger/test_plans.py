@@ -130,7 +130,10 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_released"},
     ),
     "who shares": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
-    "one payment": (lambda tx: payments.lock_payments(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "one payment": (
+        lambda tx: payments.lock_known_payments(tx, ["p7"], ["t7"]),
+        {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
     "one that may wait": (
         lambda tx: payments.lock_waiting(tx, ["p7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
@@ -213,7 +216,10 @@ def test_a_refresh_is_written_by_its_key(engine: Engine, name: str) -> None:
 LOOKS = {f"p{PAST + number}": END for number in range(NOW)}
 ROUNDS: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
-        lambda tx: payments.resolve(tx, [Resolution(one, PaymentState.FAILED, {}, END) for one in LOOKS]),
+        lambda tx: payments.resolve(
+            tx,
+            [Resolution(payment_id=one, state=PaymentState.FAILED, outcome={}, resolved_at=END) for one in LOOKS],
+        ),
         "payment_pkey",
     ),
     "looks": (lambda tx: payments.set_next_checks(tx, LOOKS), "payment_pkey"),
