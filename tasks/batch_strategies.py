@@ -128,7 +128,7 @@ class _BatchStrategy:
     def _fall_back_after(self, error: Exception, kind: str, batch: Sequence[ReceivedMessage]) -> None:
         """Process a failed batch one by one: the task then handles the error of its own message."""
         metrics.BATCH_FALLBACKS.labels(kind).inc()
-        log.warning("batch.fallback", kind=kind, size=len(batch), error=_first_line(error))
+        log.warning("batch.fallback", kind=kind, error=_first_line(error))
         self._fall_back(batch)
 
     def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
@@ -209,7 +209,7 @@ class _CallBatchStrategy(_BatchStrategy):
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        # A worker fetches no more messages than it has threads: recording half of them lets it fetch new ones.
+        # Results are recorded when half of the threads have one, so that the other half stays busy meanwhile.
         accepted_size = min(MAX_BATCH_SIZE, max(1, consumer.pool.limit // 2))
         self._accepted_results = MicroBatcher(
             self._record_results, max_size=accepted_size, min_interval_s=RECORD_INTERVAL_S
@@ -249,12 +249,12 @@ class _CallBatchStrategy(_BatchStrategy):
             self._queue_result(flow.skipped_call(runtime(), claim), messages)
 
     def _make_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
-        with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
-            try:
-                self._queue_result(flow.make_call(runtime(), claim), messages)
-            except Exception:  # the result of the call is unknown: the sweep handles the claim
+        try:
+            self._queue_result(flow.make_call(runtime(), claim), messages)
+        except Exception:  # the result of the call is unknown: the sweep handles the claim
+            with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
                 log.error("refresh_call.crashed", exc_info=True)
-                self._finish_groups([messages])
+            self._finish_groups([messages])
 
     def _queue_result(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:
         """Queue a result for recording. A failure is recorded at once, because payments may fail by it."""

@@ -165,14 +165,14 @@ delivered_marks = MicroBatcher[tuple[str, datetime]](
 
 def _deliver_one(delivery: OutcomeDelivery) -> bool:
     """Deliver one outcome, and return whether this succeeded."""
-    try:
-        _resume(delivery)
-    except Exception:
-        with _context(delivery):
+    with _context(delivery):
+        try:
+            _resume(delivery)
+        except Exception:
             log.error("outcome.delivery_failed", count=1, exc_info=True)
-        return False
-    _log_delivered(delivery)
-    return True
+            return False
+        log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
+        return True
 
 
 def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
@@ -186,13 +186,9 @@ def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
         return None
     delivered_at = runtime().clock()
     for delivery in deliveries:
-        _log_delivered(delivery)
+        with _context(delivery):
+            log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
     return delivered_at
-
-
-def _log_delivered(delivery: OutcomeDelivery) -> None:
-    with _context(delivery):
-        log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
 
 
 def _context(delivery: OutcomeDelivery) -> AbstractContextManager[None]:
