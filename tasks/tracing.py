@@ -1,10 +1,10 @@
-"""One trace a payment: from the message of the payments service, over the wait, to its callback.
+"""One trace per payment: from the message of the payments service, over the wait, to its callback.
 
-Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: it
-is the child of the task that was left, begins when that was, and links to whatever ended it. What is sent at its end
-belongs to it. A tick of upkeep is no span: most have nothing to do.
+Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: a child
+of the suspended task's span that starts at the suspension and links to the span that resolves the payment. Messages that
+are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing to do.
 
-OpenTelemetry is the extra `payready[otel]`; its home is here, and without `PAYREADY_TRACING_ENABLED` nothing of it is loaded.
+OpenTelemetry is the extra `payready[otel]`. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
