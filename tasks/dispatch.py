@@ -48,9 +48,7 @@ def dispatch_without_callbacks(follow_up: FollowUp) -> None:
     Outcomes of tasks with callbacks are left to a worker, with the task `outcomes.deliver`.
     """
     for_worker = [
-        delivery.task_id
-        for delivery in follow_up.deliveries
-        if not suspension.has_no_callbacks(delivery.continuation)
+        delivery.task_id for delivery in follow_up.deliveries if not suspension.has_no_callbacks(delivery.continuation)
     ]
     batches = [
         for_worker[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(for_worker), DELIVERY_BATCH_SIZE)

@@ -38,7 +38,9 @@ class QueueMetrics:
                 if hasattr(channel, "_q_for_pri")
                 else {}
             )
-        yield MetricSample("payready_queue_messages", "Messages in the queue that no worker has fetched.", counts, ("queue",))
+        yield MetricSample(
+            "payready_queue_messages", "Messages in the queue that no worker has fetched.", counts, ("queue",)
+        )
         yield MetricSample("payready_queue_oldest_seconds", "Age of the oldest message in the queue.", ages, ("queue",))
 
     def _oldest_message_age(self, channel: Any, name: str) -> float:
