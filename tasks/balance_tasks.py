@@ -1,4 +1,4 @@
-"""`balances.refresh` makes the billed refresh call. `balances.poll` reads a balance for free, if its event may be lost."""
+"""`balances.refresh` makes the billed call; `balances.poll` reads a balance for free when its event may be lost."""
 
 import threading
 from typing import Any

@@ -201,7 +201,7 @@ class _JobBatchStrategy(_BatchStrategy):
             if revoked_ids:  # revoked during the intake, when there was no payment to cancel yet
                 dispatch(flow.cancel_by_task(runtime(), revoked_ids))
         except Exception:  # the payments are committed, so the sweep repeats whatever failed
-            log.error("follow_up.dispatch_failed", count=len(started), recovery="sweep", exc_info=True)
+            log.exception("follow_up.dispatch_failed", count=len(started), recovery="sweep")
 
 
 class _CallBatchStrategy(_BatchStrategy):
@@ -253,7 +253,7 @@ class _CallBatchStrategy(_BatchStrategy):
             self._queue_result(flow.make_call(runtime(), claim), messages)
         except Exception:  # the result of the call is unknown: the sweep handles the claim
             with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
-                log.error("refresh_call.crashed", exc_info=True)
+                log.exception("refresh_call.crashed")
             self._finish_groups([messages])
 
     def _queue_result(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:

@@ -72,7 +72,7 @@ class MicroBatcher(Generic[Item]):
                 try:
                     self._process(batch)
                 except Exception:
-                    log.error("batch.failed", size=len(batch), exc_info=True)
+                    log.exception("batch.failed", size=len(batch))
         except BaseException:  # a normal end has reset the flag in _next_batch
             with self._lock:
                 self._is_running = False

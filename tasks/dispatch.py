@@ -167,7 +167,7 @@ def _deliver_one(delivery: OutcomeDelivery) -> bool:
         try:
             _resume(delivery)
         except Exception:
-            log.error("outcome.delivery_failed", count=1, exc_info=True)
+            log.exception("outcome.delivery_failed", count=1)
             return False
         log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
         return True
@@ -180,7 +180,7 @@ def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
             app, [(delivery.continuation, _result_or_error(delivery)) for delivery in deliveries]
         )
     except Exception:
-        log.error("outcome.delivery_failed", count=len(deliveries), exc_info=True)
+        log.exception("outcome.delivery_failed", count=len(deliveries))
         return None
     delivered_at = runtime().clock()
     for delivery in deliveries:

@@ -51,7 +51,7 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
             dispatch(flow.cancel_by_task(runtime(), [self.request.id]))
     except Exception:  # the payment is committed, so the sweep repeats whatever failed
-        log.error("follow_up.dispatch_failed", recovery="sweep", exc_info=True)
+        log.exception("follow_up.dispatch_failed", recovery="sweep")
     raise Ignore
 
 

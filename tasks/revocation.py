@@ -1,7 +1,7 @@
 """The remote control command `revoke`, also for suspended tasks.
 
-Celery's own command skips a task whose result has a state that Celery does not know, such as `WAITING`. The command here
-calls Celery's and then enqueues the cancellation of the payments of the revoked tasks. Every worker receives the
+Celery's own command skips a task whose result has a state that Celery does not know, such as `WAITING`. The command
+here calls Celery's and then enqueues the cancellation of the payments of the revoked tasks. Every worker receives the
 command. Cancelling twice is a no-op.
 """
 

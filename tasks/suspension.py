@@ -3,8 +3,8 @@
 A waiting task would block a thread. Instead the task saves what Celery needs to finish it (`suspend`) and raises
 `Ignore`: the worker acknowledges the message, stores no result, sends no callback, and Flower still shows the task as
 started. When its outcome is known, any process resumes the saved *continuation* (`resume_with_result`,
-`resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks and the rest of the chain,
-store the result, count the task in its chord, call the errbacks, and publish the task event.
+`resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks and the rest of the
+chain, store the result, count the task in its chord, call the errbacks, and publish the task event.
 
 The continuation is plain JSON with a version. It contains the task ids of everything that it will send. An outcome that
 is delivered twice (after a crash) therefore sends callbacks with the same ids twice, and a receiver can detect that.
@@ -181,7 +181,8 @@ def _resumed(app: Celery, continuation: dict[str, Any]) -> Iterator[tuple[Task, 
     """Run the block as the suspended task, with its request."""
     if continuation["version"] > VERSION:
         raise UnsupportedContinuationVersion(
-            f"the continuation has version {continuation['version']}, this release supports up to {VERSION}; upgrade this process"
+            f"the continuation has version {continuation['version']}, this release supports up to {VERSION}; "
+            "upgrade this process"
         )
     saved = kombu_json.loads(json.dumps(continuation))
     task = app.tasks[saved["task"]]

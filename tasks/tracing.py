@@ -1,8 +1,9 @@
 """One trace per payment: from the message of the payments service, over the wait, to its callback.
 
-Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: a child
-of the suspended task's span that starts at the suspension and links to the span that resolves the payment. Messages that
-are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing to do.
+Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: a
+child of the suspended task's span that starts at the suspension and links to the span that resolves the payment.
+Messages that are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing
+to do.
 
 OpenTelemetry is the extra `payready[otel]`. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
 """

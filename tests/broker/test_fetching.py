@@ -208,7 +208,7 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
     """The queue is filled between the answer that it is empty and its reading: both are read at once."""
     with connect() as connection, connect() as other, eating(connection) as eaten:
         channel = connection.default_channel
-        see = channel._see_that_it_tracks
+        see = channel._check_client_tracking
 
         def publish_meanwhile(redis_connection: Any) -> None:
             if not eaten and not channel.awaits_invalidation:
