@@ -240,7 +240,7 @@ def _parse_balance(event: dict[str, Any]) -> Received | None:
 
 
 def _parse_connection_lost(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
-    """Parse the loss of a connection or profile. Ignore an event without its id. The default time is its signature's."""
+    """Parse the loss of a connection or profile. Without an id it is ignored; without a time it has the signature's."""
     try:
         parsed = ConnectionEvent.model_validate(event)
     except ValidationError:

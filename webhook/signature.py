@@ -14,8 +14,8 @@ Every refusal is one of these. Its `reason` is a label for logs and metrics:
      +-- Mismatch     mismatch     no configured secret made this signature
      +-- Stale        stale        a configured secret did, but too long ago or ahead of our clock
 
-The signature is checked before the clock, so `stale` is always a genuine Quiltt request: a late retry, or one of the two
-clocks is wrong.
+The signature is checked before the clock, so `stale` is always a genuine Quiltt request: a late retry, or one of the
+two clocks is wrong.
 """
 
 import base64
