@@ -147,7 +147,7 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
 def test_what_the_first_release_saved_still_goes_on(
     payready: System, service: Celery, received: Received, outcome: str, called: set[str]
 ) -> None:
-    """The checked-in continuation of version 1 sends all it promises, with the ids, relations and stamps it promises."""
+    """The stored continuation of version 1 sends all callbacks with their ids, relations and stamps."""
     tag = f"v1-{outcome}"
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
     kit.pay().apply_async()
