@@ -59,6 +59,10 @@ BALANCE_POLLS = Counter(
     "payready_balance_polls", "Free reads of a balance before a deadline, by what they gave.", ["result"]
 )
 """`found`, `nothing`, `failed`."""
+BATCH_FALLBACKS = Counter(
+    "payready_batch_fallbacks", "Batches that failed, so that their items were processed one by one.", ["kind"]
+)
+"""`job`, `call`."""
 FEE_CAPS_REACHED = Counter("payready_fee_caps_reached", "Calls that were not made because of a cap.", ["cap"])
 FEE_CAP_WARNINGS = Counter("payready_fee_cap_warnings", "Times that a cap was used to four fifths.", ["cap"])
 """`day`, `month`, `account`."""
@@ -68,6 +72,8 @@ for _result in ("quarantined", "unavailable", "stale", "mismatch", "no_secret"):
     WEBHOOK_DELIVERIES.labels(_result)
 for _cap in ("day", "month", "account"):
     FEE_CAPS_REACHED.labels(_cap)
+for _kind in ("job", "call"):
+    BATCH_FALLBACKS.labels(_kind)
 for _result in ("accepted", "rejected", "rate_limited", "not_sent", "unknown", "skipped"):
     PROVIDER_CALLS.labels(_result)
 RESPONSE_SECONDS = Histogram(

@@ -205,10 +205,10 @@ class TestSystem:
 
     def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
         """`delivery._send`."""
-        name, args, countdown_s = message
-        self.operations.before_operation("broker", f"enqueue {name}")
-        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown_s or 0)))
-        return name
+        self.operations.before_operation("broker", f"enqueue {message.name}")
+        ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
+        self.queue.append((message.name, message.arguments, ready_at))
+        return message.name
 
     def _run_tasks(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
