@@ -226,7 +226,7 @@ async def _commit_delivery(delivery: ParsedDelivery) -> int:
         delivery_counters.count_delivery("unavailable", told, type(error).__name__, level=logging.ERROR)
         return 503
     delivery_counters.count_events(
-        matched=balances, connection=connections, quarantined=odd, unreadable=unreadable, routine=routine
+        balance=balances, connection=connections, quarantined=odd, invalid_json=unreadable, routine=routine
     )
     told = f"{balances} REFRESH balances of {delivery.events} events, {connections} about connections"
     if odd:
