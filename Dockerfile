@@ -1,11 +1,11 @@
-# One image for all roles: `docker run payready worker`. The role's command is its line of the Procfile.
+# One image for all roles: `docker run payready worker`. A role's command is its line in the Procfile.
 # Build: docker build --tag payready .
 
 FROM python:3.11-slim-bookworm AS build
 ARG REQUIREMENTS=requirements.txt
 WORKDIR /build
 COPY ${REQUIREMENTS} requirements.txt
-# Without pip in the environment, and nothing that is not locked by its hash; all of it is wheels, so nothing is compiled.
+# The environment has no pip. Every package is a wheel that is locked by its hash, so the build compiles nothing.
 RUN python -m venv --without-pip /venv \
     && pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
         --only-binary :all: --require-hashes --requirement requirements.txt
@@ -18,7 +18,7 @@ COPY tasks /app/tasks
 COPY webhook /app/webhook
 COPY worker /app/worker
 COPY deploy/role deploy/healthy deploy/payready /venv/bin/
-# The image is read-only at run time: bytecode that is not made now is made at every start.
+# The image is read-only at run time. Without this step Python would compile the code again at every start.
 RUN python -m compileall -q /venv /app
 
 FROM python:3.11-slim-bookworm
@@ -41,5 +41,5 @@ USER 10001:10001
 EXPOSE 8000 9100 5555
 ENTRYPOINT ["role"]
 CMD ["web"]
-# Of web, worker, refresh and beat. Costs no Python: it asks over a socket of the shell.
+# For web, worker, refresh and beat. `release` and `flower` need another check, or none.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 CMD ["healthy", "9100", "/healthz"]

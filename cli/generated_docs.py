@@ -40,9 +40,11 @@ ENVIRONMENT_HEAD = """\
 def generated_files() -> dict[Path, str]:
     """Every file that has parts made from code, as it should be."""
     return {
-        ROOT / "docs" / "configuration.md": configuration_page(),
+        ROOT / "docs" / "reference" / "configuration.md": configuration_page(),
         ROOT / ".env.example": env_example(),
-        ROOT / "docs" / "architecture.md": _with_diagrams((ROOT / "docs" / "architecture.md").read_text()),
+        ROOT / "docs" / "explanation" / "architecture.md": _with_diagrams(
+            (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+        ),
     }
 
 
@@ -64,11 +66,11 @@ def _with_diagrams(page: str) -> str:
         "refresh": state_diagram(REFRESH_TRANSITIONS, RefreshState.REQUESTED),
     }
     for name, diagram in diagrams.items():
-        begin, end = f"<!-- {name}: made from worker/payment.py -->\n", f"<!-- end of {name} -->\n"
+        begin, end = f"<!-- {name}: made from worker/rules/states.py -->\n", f"<!-- end of {name} -->\n"
         before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"docs/architecture.md has no place for the diagram of the {name}")
+            raise ValueError(f"docs/explanation/architecture.md has no place for the diagram of the {name}")
         page = f"{before}{begin}```mermaid\n{diagram}\n```\n{end}{after}"
     return page
 

@@ -34,7 +34,7 @@ RETRY_DELAY_S = 2
     throws=(InvalidJob, PaymentNotReady),  # answers, not faults: no traceback in the log
 )
 def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
-    """Start waiting for a fresh balance; see `docs/integrating.md` for the job and its outcome.
+    """Start waiting for a fresh balance; see `docs/howto/integrate-a-payments-service.md` for the job and its outcome.
 
     The job comes as keyword arguments, or as a mapping from the task before it in a chain.
     """

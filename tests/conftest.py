@@ -37,10 +37,10 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 LONGEST = (
-    "test_half_a_minute",
-    "test_storm",
+    "test_long_outages",
+    "test_chaos",
     "test_outages",
-    "test_crowds",
+    "test_load",
     "test_crash_at_every_step",
     "test_primitives",
     "test_graceful_stop",

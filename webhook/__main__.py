@@ -36,7 +36,7 @@ def main() -> None:
     configure_logging(chosen)
     if chosen.metrics_port:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
-    keeper = import_module("webhook.endpoint").keeper
+    group_committer = import_module("webhook.endpoint").group_committer
     freeze_gc()
     # It may come before uvicorn listens to it, and uvicorn raises it again when it has stopped. By itself it would end
     # the process with what is still to be told.
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         uvicorn.run("webhook.endpoint:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
     finally:
-        keeper.finish()
+        group_committer.drain()
 
 
 if __name__ == "__main__":

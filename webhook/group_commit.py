@@ -43,22 +43,22 @@ class GroupCommitter(Generic[T]):
         unavailable_errors: tuple[type[BaseException], ...] = (),
         is_available: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._keep = commit
-        self._follow = on_committed
-        self._following = MicroBatcher(
+        self._commit = commit
+        self._on_committed = on_committed
+        self._follow_ups = MicroBatcher(
             self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY, executor=self._run
         )
-        self._away = unavailable_errors
-        self._answers = is_available
-        self._waiting: list[_PendingDelivery] = []
+        self._unavailable_errors = unavailable_errors
+        self._is_available = is_available
+        self._pending: list[_PendingDelivery] = []
         self._free = MAX_CONCURRENT_COMMITS
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them but weakly
-        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "keeper")
+        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "group-commit")
 
     async def commit(self, delivery: ParsedDelivery) -> None:
         """Return when it is safe. Raises what `keep` raised."""
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append((delivery, done))
+        self._pending.append((delivery, done))
         if self._free:
             self._free -= 1
             task = asyncio.create_task(self._work())
@@ -72,8 +72,8 @@ class GroupCommitter(Generic[T]):
 
     async def _work(self) -> None:
         try:
-            while self._waiting:
-                taken, self._waiting = self._waiting[:MAX_BATCH_SIZE], self._waiting[MAX_BATCH_SIZE:]
+            while self._pending:
+                taken, self._pending = self._pending[:MAX_BATCH_SIZE], self._pending[MAX_BATCH_SIZE:]
                 try:
                     await self._commit_or_bisect(taken, time.monotonic() + BISECT_TIME_BUDGET_S)
                 except Exception as error:  # noqa: BLE001 - whatever it is, they are told
@@ -113,15 +113,15 @@ class GroupCommitter(Generic[T]):
         return None
 
     def _keep_now(self, deliveries: Sequence[ParsedDelivery]) -> None:
-        self._following.add(self._keep(deliveries))
+        self._follow_ups.add(self._commit(deliveries))
 
     async def _is_data_error(self, error: Exception, until: float) -> bool:
         """Whether it is one of the deliveries that cannot be kept, and there is time to find out which."""
         if time.monotonic() > until:
             return False
-        if not isinstance(error, self._away):
+        if not isinstance(error, self._unavailable_errors):
             return True
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._answers)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._is_available)
 
     def _run(self, go: DrainLoop) -> None:
         try:
@@ -131,7 +131,7 @@ class GroupCommitter(Generic[T]):
 
     def _follow_up(self, left: Sequence[T]) -> None:
         try:
-            self._follow(left)
+            self._on_committed(left)
         except Exception as error:  # noqa: BLE001 - it is safe, and the sweep sees to what was not done
             log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
 

@@ -1,81 +1,85 @@
-/* Two payments of one account, two refreshes, and one fault: every order of their steps.
+/* Two payments of one account, two refreshes, and one fault, in every order of their steps.
  *
- * An `atomic` is what happens in one transaction, or one call; between two of them anything else may happen. What is
- * sent after a transaction is sent in it: sent later would be no other than taken later. Where whoever does it may be
- * killed, that is one of its ends, and what it had taken from the broker comes back. Time is free: a deadline, a window,
- * a grace time may be over at any moment. A fault is a worker killed, Redis emptied, or a call throttled; `-DFAULTS=2`
- * lets two of them happen.
+ * An `atomic` block is one transaction or one call; any other step may run between two blocks.
+ * A message that is sent after a transaction is sent inside its block: a later send equals a later fetch.
+ * Where a process may be killed, the kill is one of the block's results, and its fetched message returns to the broker.
+ * Time is free: a deadline, a window or a grace period may end at any moment.
+ * A fault is a killed worker, lost Redis data, or a rate-limited call; `-DFAULTS=2` permits two faults.
  *
- * What Redis knows of an account is not here: to a payment that joins it may say anything. So what follows holds
- * whatever it says. Names are those of worker/flow.py and worker/payment.py.
+ * The correlation store is not modelled: it may give a joining payment any result.
+ * The claims are therefore true for every content of Redis.
+ * The names are those of worker/flow/ and worker/rules/states.py.
  *
- * `-DBREAK_...` takes one rule away, and the search must find what the rule is for: README.md.
+ * `-DBREAK_...` removes one rule, and the search must find the claim that depends on it: see ../explanation/model.md.
  */
 
 #ifndef FAULTS
 #define FAULTS 1
 #endif
-#define MAX_CALLS 2              /* of one refresh whose fate may be unknown */
+#define MAX_UNCERTAIN_CALLS 2    /* of one refresh whose result may be unknown */
 
-#define HAS(mask, i)   (((mask) >> (i)) & 1)
-#define WAITS(i)       (pay[i] == WAITING)
-#define ANY_WAITS      (WAITS(0) || WAITS(1))
-#define THERE          ((own[0] && pay[0] != NONE) | ((own[1] && pay[1] != NONE) << 1))  /* to others it is all one */
-#define ALL_SETTLED    (pay[0] == SETTLED && pay[1] == SETTLED)
-#define FLIES(r)       (refresh[r] == CALLING || refresh[r] == ACCEPTED || refresh[r] == UNCERTAIN)
-#define IS_OPEN(r)     (refresh[r] == REQUESTED || FLIES(r))
-#define SHARES(r, i)   (!own[i] || calls[r] == 0 || HAS(called[r], i))
-#define SERVED(i)      ((IS_OPEN(0) && SHARES(0, i)) || (IS_OPEN(1) && SHARES(1, i)))
-#define SUITS_ALL(r)   ((!WAITS(0) || SHARES(r, 0)) && (!WAITS(1) || SHARES(r, 1)))
-#define COUNT(r, s)    ((entry[2*(r)] == s) + (entry[2*(r) + 1] == s))
+#define HAS(mask, i)      (((mask) >> (i)) & 1)
+#define WAITS(i)          (pay[i] == WAITING)
+#define ANY_WAITS         (WAITS(0) || WAITS(1))
+/* The payments that exist and need a balance of their own; for other payments it makes no difference. */
+#define PRESENT           ((own[0] && pay[0] != NONE) | ((own[1] && pay[1] != NONE) << 1))
+#define ALL_RESOLVED      (pay[0] == RESOLVED && pay[1] == RESOLVED)
+#define IN_FLIGHT(r)      (refresh[r] == CALLING || refresh[r] == ACCEPTED || refresh[r] == UNCERTAIN)
+#define IS_ACTIVE(r)      (refresh[r] == REQUESTED || IN_FLIGHT(r))
+#define SHARES(r, i)      (!own[i] || call_count[r] == 0 || HAS(before_call[r], i))
+#define SERVED(i)         ((IS_ACTIVE(0) && SHARES(0, i)) || (IS_ACTIVE(1) && SHARES(1, i)))
+#define SERVES_ALL(r)     ((!WAITS(0) || SHARES(r, 0)) && (!WAITS(1) || SHARES(r, 1)))
+#define COUNT(r, s)       ((entry[2*(r)] == s) + (entry[2*(r) + 1] == s))
 
-mtype = { NONE, WAITING, SETTLED };  /* released or failed: that is told, and decides nothing more */
-mtype = { UNWRITTEN, REQUESTED, CALLING, ACCEPTED, UNCERTAIN, ANSWERED, UNANSWERED, REFUSED, ABANDONED };
+mtype = { NONE, WAITING, RESOLVED };  /* released or failed: the model needs no difference */
+mtype = { UNWRITTEN, REQUESTED, CALLING, ACCEPTED, UNCERTAIN, ANSWERED, UNANSWERED, REJECTED, ABANDONED };
 mtype = { NO_ENTRY, PENDING, POSTED };
-mtype = { NOTHING, COMING, MADE, MADE_AGAIN, TAKEN, LOST };
-#define IS_KEPT(b)     (event[b] == MADE_AGAIN || event[b] == TAKEN)
+mtype = { NO_EVENT, EXPECTED, SENT, SENT_AGAIN, ACKNOWLEDGED, LOST };
+#define IS_COMMITTED(b)   (event[b] == SENT_AGAIN || event[b] == ACKNOWLEDGED)
 
-/* SQL. Each payment may lead one refresh, and each refresh bring one balance: all three have its number. */
+/* SQL. Each payment may lead one refresh, and each refresh may cause one balance: all three have the same number. */
 mtype pay[2] = NONE;
-bool own[2];                     /* wants a balance no older than itself; else any that comes serves */
+bool own[2];                     /* needs a balance no older than itself; else any balance resolves it */
 mtype refresh[2] = UNWRITTEN;
-byte calls[2];                   /* of the refresh, those that may be charged */
-byte called[2];                  /* the payments that were there when its first call went out */
+byte call_count[2];              /* of the refresh, the calls that may be charged */
+byte before_call[2];             /* the payments that existed when its first call was made */
 byte latest;                     /* the refresh that was called last */
-mtype entry[4] = NO_ENTRY;       /* fee entries: two calls of each refresh; one that is void makes room */
-bool applied[2];                 /* a balance that was kept */
-byte answers[2];                 /* 1 + the refresh that a balance was found to answer */
+mtype entry[4] = NO_ENTRY;       /* fee entries: two calls of each refresh; a void entry frees its place */
+bool applied[2];                 /* a committed balance */
+byte attributed[2];              /* 1 + the refresh that the balance was attributed to */
 
-/* The broker. What Redis loses is lost; jobs are the payments service's to send again. */
+/* The broker. Lost messages do not return; the payments service sends its jobs again. */
 bool job[2] = true;
 bool call_message[2], apply_message[2];
 
-/* The world outside */
-bool on_the_wire[2];             /* a worker that lives is at this refresh's call */
-mtype event[2] = NOTHING;        /* a webhook: on its way, there, kept and to come again, kept and answered with 2xx */
-byte asked[2];                   /* the payments that were there when the balance was made */
-byte explains[2];                /* the refreshes whose call had gone out by then */
+/* The environment */
+bool in_transit[2];              /* a live worker makes this refresh's call */
+mtype event[2] = NO_EVENT;       /* webhook: expected, sent, committed and sent again, committed and acknowledged */
+byte before_balance[2];          /* the payments that existed when the balance was created */
+byte candidates[2];              /* the refreshes whose call had been made by then */
 byte accepted;                   /* calls that the provider will charge */
 
 byte faults = FAULTS;
-bool emptied;                    /* Redis was: what a worker had taken from it does not come back */
+bool redis_lost_data;            /* Redis lost its data: a fetched message does not return */
 
-inline settle(who) {
-  assert(WAITS(who));                                           /* one outcome */
-  pay[who] = SETTLED;
+inline resolve(payment) {
+  assert(WAITS(payment));                                       /* one outcome */
+  pay[payment] = RESOLVED;
   if
-  :: ALL_SETTLED -> called[0] = 0; called[1] = 0; asked[0] = 0; asked[1] = 0; answers[0] = 0; answers[1] = 0
-  :: else                                                       /* nobody looks at these again */
+  :: ALL_RESOLVED ->
+       before_call[0] = 0; before_call[1] = 0; before_balance[0] = 0; before_balance[1] = 0;
+       attributed[0] = 0; attributed[1] = 0
+  :: else                                                       /* no step reads these again */
   fi
 }
 
 inline fail_all() {
-  if :: WAITS(0) -> settle(0) :: else fi;
-  if :: WAITS(1) -> settle(1) :: else fi
+  if :: WAITS(0) -> resolve(0) :: else fi;
+  if :: WAITS(1) -> resolve(1) :: else fi
 }
 
-inline wake(held) {                                               /* it waited for the end of the one in flight */
-  if :: refresh[held] == REQUESTED -> call_message[held] = true :: else fi
+inline call_queued(queued) {                                    /* it was queued behind the refresh in flight */
+  if :: refresh[queued] == REQUESTED -> call_message[queued] = true :: else fi
 }
 
 /* --- initiate --- */
@@ -87,10 +91,10 @@ end:
        if :: pay[i] == NONE -> pay[i] = WAITING :: else fi;
        if
        :: WAITS(i) -> call_message[i] = true                    /* it leads */
-       :: skip                                                  /* it joins another: what Redis says may be wrong */
+       :: skip                                                  /* it joins the other refresh: Redis may be wrong */
        fi;
        if
-       :: faults > 0 -> faults--                                /* the job comes back */
+       :: faults > 0 -> faults--                                /* the job returns */
        :: job[i] = false
        fi }
   od
@@ -98,8 +102,8 @@ end:
 
 /* --- call --- */
 
-#define KILLED  faults > 0 -> faults--; on_the_wire[r] = false; \
-                if :: emptied :: !emptied -> call_message[r] = true fi; k = 0; status = NONE; goto idle
+#define KILLED  faults > 0 -> faults--; in_transit[r] = false; \
+                if :: redis_lost_data :: !redis_lost_data -> call_message[r] = true fi; k = 0; status = NONE; goto idle
 
 proctype caller(bit r) {
   bit k;
@@ -114,38 +118,38 @@ idle:
          if :: refresh[r] == REQUESTED -> refresh[r] = ABANDONED :: else fi;
          goto idle
 #ifndef BREAK_ONE_IN_FLIGHT
-    :: (refresh[r] == UNWRITTEN || refresh[r] == REQUESTED) && ANY_WAITS && FLIES(1-r) ->
+    :: (refresh[r] == UNWRITTEN || refresh[r] == REQUESTED) && ANY_WAITS && IN_FLIGHT(1-r) ->
          if
-         :: !SUITS_ALL(1-r) -> refresh[r] = REQUESTED           /* held until that one is over */
-         :: SUITS_ALL(1-r) && refresh[r] == REQUESTED -> refresh[r] = ABANDONED
+         :: !SERVES_ALL(1-r) -> refresh[r] = REQUESTED          /* queued behind the refresh in flight */
+         :: SERVES_ALL(1-r) && refresh[r] == REQUESTED -> refresh[r] = ABANDONED
          :: else
          fi;
          goto idle
 #endif
     :: else ->
-         if :: calls[r] == 0 -> called[r] = THERE; latest = r :: else fi;
-         k = calls[r]; calls[r]++;
-         assert(calls[r] <= MAX_CALLS);
-         refresh[r] = CALLING; on_the_wire[r] = true;
+         if :: call_count[r] == 0 -> before_call[r] = PRESENT; latest = r :: else fi;
+         k = call_count[r]; call_count[r]++;
+         assert(call_count[r] <= MAX_UNCERTAIN_CALLS);
+         refresh[r] = CALLING; in_transit[r] = true;
 #ifndef BREAK_ENTRY_BEFORE_CALL
          entry[2*r + k] = PENDING
 #endif
     fi };
-  atomic {                                                      /* the call, and what the provider makes of it */
+  atomic {                                                      /* the call, and the provider's decision */
     if
     :: KILLED
     :: true ->
-         assert(entry[2*r + k] != NO_ENTRY);                    /* written before */
-         assert(!FLIES(1-r) || k > 0);                          /* nobody else's is in flight, but after a lost one */
+         assert(entry[2*r + k] != NO_ENTRY);                    /* written before the call */
+         assert(!IN_FLIGHT(1-r) || k > 0);                      /* the only call in flight, except after a lost result */
          if
-         :: accepted++; status = ACCEPTED; if :: event[r] == NOTHING -> event[r] = COMING :: skip fi
-         :: accepted++; status = UNCERTAIN; if :: event[r] == NOTHING -> event[r] = COMING :: skip fi
-         :: status = UNCERTAIN                                  /* not accepted, which nobody knows */
-         :: status = REFUSED
-         :: faults > 0 -> faults--; status = REQUESTED          /* not accepted, and to be made later */
+         :: accepted++; status = ACCEPTED; if :: event[r] == NO_EVENT -> event[r] = EXPECTED :: skip fi
+         :: accepted++; status = UNCERTAIN; if :: event[r] == NO_EVENT -> event[r] = EXPECTED :: skip fi
+         :: status = UNCERTAIN                                  /* not accepted, but the result is unknown */
+         :: status = REJECTED
+         :: faults > 0 -> faults--; status = REQUESTED          /* not accepted, and deferred */
          fi
     fi };
-  atomic {                                                      /* booked; what a balance did meanwhile stays */
+  atomic {                                                      /* record the result; changes by a balance remain */
     if
     :: KILLED
     :: true ->
@@ -154,78 +158,80 @@ idle:
 #ifdef BREAK_UNKNOWN_STAYS_PENDING
          :: status == UNCERTAIN && entry[2*r + k] == PENDING -> entry[2*r + k] = NO_ENTRY
 #endif
-         :: (status == REFUSED || status == REQUESTED) && entry[2*r + k] == PENDING -> entry[2*r + k] = NO_ENTRY
+         :: (status == REJECTED || status == REQUESTED) && entry[2*r + k] == PENDING -> entry[2*r + k] = NO_ENTRY
          :: else
          fi;
          if
          :: refresh[r] == CALLING ->
               refresh[r] = status;
               if
-              :: status == REFUSED -> calls[r]--; fail_all(); wake(1-r)
-              :: status == REQUESTED -> calls[r]--
+              :: status == REJECTED -> call_count[r]--; fail_all(); call_queued(1-r)
+              :: status == REQUESTED -> call_count[r]--
               :: else
               fi
          :: else
          fi;
-         on_the_wire[r] = false; k = 0; status = NONE; goto idle
+         in_transit[r] = false; k = 0; status = NONE; goto idle
     fi }
 }
 
-/* --- receive and apply --- */
+/* --- ingest and apply --- */
 
 proctype bank(bit b) {
 end:
   do
-  :: atomic { event[b] == COMING ->
-       event[b] = MADE; asked[b] = THERE * !ALL_SETTLED; explains[b] = (calls[0] > 0) | ((calls[1] > 0) << 1) }
+  :: atomic { event[b] == EXPECTED ->
+       event[b] = SENT; before_balance[b] = PRESENT * !ALL_RESOLVED;
+       candidates[b] = (call_count[0] > 0) | ((call_count[1] > 0) << 1) }
   od
 }
 
 proctype web(bit b) {
 end:
   do
-  :: atomic { event[b] == MADE || event[b] == MADE_AGAIN ->     /* kept, and only then handed over and answered */
+  :: atomic { event[b] == SENT || event[b] == SENT_AGAIN ->     /* commit, then enqueue and respond */
        if
-#ifndef BREAK_SAFE_BEFORE_2XX
-       :: faults > 0 -> faults--; event[b] = MADE_AGAIN; if :: apply_message[b] = true :: skip fi
-       :: event[b] = TAKEN; apply_message[b] = true
+#ifndef BREAK_COMMIT_BEFORE_2XX
+       :: faults > 0 -> faults--; event[b] = SENT_AGAIN; if :: apply_message[b] = true :: skip fi
+       :: event[b] = ACKNOWLEDGED; apply_message[b] = true
 #else
-       :: faults > 0 -> faults--; event[b] = LOST               /* answered, and killed before it is kept */
-       :: event[b] = TAKEN; apply_message[b] = true
+       :: faults > 0 -> faults--; event[b] = LOST               /* responds, and is killed before the commit */
+       :: event[b] = ACKNOWLEDGED; apply_message[b] = true
 #endif
        fi }
   od
 }
 
-#define MAY_ANSWER(r)  (HAS(explains[b], r) && calls[r] > 0 && refresh[r] != ANSWERED)
-#define CALLS_OF(r)    (COUNT(r, PENDING) + COUNT(r, POSTED))
-#define IS_FRESH(i)    (!own[i] || (HAS(asked[b], i) && answers[b] > 0 && HAS(called[answers[b] - 1], i)))
+#define MAY_EXPLAIN(r)    (HAS(candidates[b], r) && call_count[r] > 0 && refresh[r] != ANSWERED)
+#define CALLS_OF(r)       (COUNT(r, PENDING) + COUNT(r, POSTED))
+#define IS_OWN(i)         (attributed[b] > 0 && HAS(before_call[attributed[b] - 1], i))
+#define IS_FRESH(i)       (!own[i] || (HAS(before_balance[b], i) && IS_OWN(i)))
 
-inline release(who) {
+inline release_if_fresh(payment) {
   if
 #ifdef BREAK_FRESHNESS
-  :: WAITS(who) ->
+  :: WAITS(payment) ->
 #else
-  :: WAITS(who) && IS_FRESH(who) ->
+  :: WAITS(payment) && IS_FRESH(payment) ->
 #endif
-       assert(!own[who] || HAS(asked[b], who));                 /* a balance that is fresh */
-       settle(who)
+       assert(!own[payment] || HAS(before_balance[b], payment));  /* a fresh balance */
+       resolve(payment)
   :: else
   fi
 }
 
-inline attribute() {                                            /* to the last call that explains it */
+inline attribute() {                                            /* to the last call that can explain it */
   if
-  :: MAY_ANSWER(latest) -> answers[b] = 1 + latest
-  :: !MAY_ANSWER(latest) && MAY_ANSWER(1-latest) -> answers[b] = 2 - latest
+  :: MAY_EXPLAIN(latest) -> attributed[b] = 1 + latest
+  :: !MAY_EXPLAIN(latest) && MAY_EXPLAIN(1-latest) -> attributed[b] = 2 - latest
   :: else
   fi;
   if
-  :: answers[b] > 0 ->
-       f = answers[b] - 1;
-       if                                                       /* a call is posted if no other can be the one */
-       :: CALLS_OF(f) + MAY_ANSWER(1-f) * CALLS_OF(1-f) == 1 && entry[2*f] == PENDING -> entry[2*f] = POSTED
-       :: CALLS_OF(f) + MAY_ANSWER(1-f) * CALLS_OF(1-f) == 1 && entry[2*f + 1] == PENDING -> entry[2*f + 1] = POSTED
+  :: attributed[b] > 0 ->
+       f = attributed[b] - 1;
+       if                                                       /* a call is posted if no other call can be the cause */
+       :: CALLS_OF(f) + MAY_EXPLAIN(1-f) * CALLS_OF(1-f) == 1 && entry[2*f] == PENDING -> entry[2*f] = POSTED
+       :: CALLS_OF(f) + MAY_EXPLAIN(1-f) * CALLS_OF(1-f) == 1 && entry[2*f + 1] == PENDING -> entry[2*f + 1] = POSTED
        :: else
        fi;
        refresh[f] = ANSWERED; f = 0
@@ -240,89 +246,89 @@ end:
   :: atomic { apply_message[b] ->
        apply_message[b] = false;
        if :: !applied[b] -> attribute() :: else fi;
-       release(0); release(1);
-       applied[b] = true; explains[b] = 0; answers[b] = answers[b] * !ALL_SETTLED;
+       release_if_fresh(0); release_if_fresh(1);
+       applied[b] = true; candidates[b] = 0; attributed[b] = attributed[b] * !ALL_RESOLVED;
        if
-       :: faults > 0 -> faults--; if :: emptied :: !emptied -> apply_message[b] = true fi
-       :: wake(0); wake(1)
+       :: faults > 0 -> faults--; if :: redis_lost_data :: !redis_lost_data -> apply_message[b] = true fi
+       :: call_queued(0); call_queued(1)
        fi }
   od
 }
 
-/* --- time passes --- */
+/* --- maintenance --- */
 
 proctype expire(bit i) {
 end:
   do
 #ifndef BREAK_DEADLINE
 #ifdef BREAK_ONE_WRITE_DECIDES
-  :: WAITS(i) -> settle(i)                                      /* seen waiting, then written: two steps */
+  :: WAITS(i) -> resolve(i)                                     /* read as waiting, then written: two steps */
 #else
-  :: atomic { WAITS(i) -> settle(i) }
+  :: atomic { WAITS(i) -> resolve(i) }
 #endif
 #endif
   :: atomic { WAITS(i) && !SERVED(i) && refresh[i] == UNWRITTEN && !call_message[i] -> call_message[i] = true }
   od
 }
 
-#define IS_LEFT(r)     (refresh[r] == REQUESTED && !call_message[r] && !FLIES(1-r))
-#define IS_LOST(r)     (refresh[r] == CALLING && !on_the_wire[r])
+#define IS_QUEUED(r)      (refresh[r] == REQUESTED && !call_message[r] && !IN_FLIGHT(1-r))
+#define IS_LOST(r)        (refresh[r] == CALLING && !in_transit[r])
 #ifdef BREAK_ONE_REPEAT
-#define MAY_REPEAT(r)  ANY_WAITS
+#define MAY_REPEAT(r)     ANY_WAITS
 #else
-#define MAY_REPEAT(r)  (calls[r] < MAX_CALLS && ANY_WAITS)
+#define MAY_REPEAT(r)     (call_count[r] < MAX_UNCERTAIN_CALLS && ANY_WAITS)
 #endif
 
 proctype sweep(bit r) {
 end:
   do
-  :: atomic { IS_KEPT(r) && !applied[r] && !apply_message[r] -> apply_message[r] = true }
+  :: atomic { IS_COMMITTED(r) && !applied[r] && !apply_message[r] -> apply_message[r] = true }
 #ifndef BREAK_SWEEP
-  :: atomic { IS_LEFT(r) && ANY_WAITS -> call_message[r] = true }
+  :: atomic { IS_QUEUED(r) && ANY_WAITS -> call_message[r] = true }
   :: atomic { refresh[r] == REQUESTED && !ANY_WAITS -> refresh[r] = ABANDONED }
   :: atomic { IS_LOST(r) -> refresh[r] = UNCERTAIN }
   :: atomic { refresh[r] == UNCERTAIN && MAY_REPEAT(r) -> refresh[r] = REQUESTED; call_message[r] = true }
   :: atomic { refresh[r] == ACCEPTED || (refresh[r] == UNCERTAIN && !MAY_REPEAT(r)) ->
-       refresh[r] = UNANSWERED; wake(1-r) }
+       refresh[r] = UNANSWERED; call_queued(1-r) }
 #endif
   od
 }
 
-/* --- Redis is emptied, once --- */
+/* --- Redis loses its data, once --- */
 
-proctype redis_emptied() {
+proctype lose_redis_data() {
 end:
   atomic { faults > 0 ->
-    faults--; emptied = true;
+    faults--; redis_lost_data = true;
     call_message[0] = false; call_message[1] = false; apply_message[0] = false; apply_message[1] = false }
 }
 
-/* --- deliver, when nothing else can happen any more, as nothing depends on it; then see what must hold --- */
+/* --- deliver, after all other steps, because none depends on it; then check the claims --- */
 
 inline deliver(i) {
-  due = true; told = false; cut = true;                         /* due since it was settled, in one transaction */
+  due = true; delivered = false; may_crash = true;              /* due since the resolution, in the same transaction */
   do
   :: due ->
-#ifdef BREAK_TOLD_THEN_NOTED
+#ifdef BREAK_DELIVER_THEN_MARK
        due = false;
-       if :: cut -> cut = false :: told = true fi
+       if :: may_crash -> may_crash = false :: delivered = true fi
 #else
-       told = true;
-       if :: cut -> cut = false :: due = false fi               /* killed between the two: it is told again */
+       delivered = true;
+       if :: may_crash -> may_crash = false :: due = false fi   /* killed between the two: it is delivered again */
 #endif
   :: !due -> break
   od;
-  assert(told)
+  assert(delivered)
 }
 
-proctype end_of_it() {
-  bool due, told, cut;
+proctype final_checks() {
+  bool due, delivered, may_crash;
 end:
   atomic { timeout ->
-    assert(pay[0] == SETTLED && pay[1] == SETTLED);             /* none is forgotten */
+    assert(pay[0] == RESOLVED && pay[1] == RESOLVED);           /* every payment is resolved */
     deliver(0); deliver(1);
-    assert(!IS_OPEN(0) && !IS_OPEN(1));                         /* else the account would not be called again */
-    assert(event[0] != LOST && event[1] != LOST);               /* a 2xx only for what is safe */
+    assert(!IS_ACTIVE(0) && !IS_ACTIVE(1));                     /* an active refresh would block its account */
+    assert(event[0] != LOST && event[1] != LOST);               /* a 2xx only for committed events */
     assert(COUNT(0, POSTED) + COUNT(1, POSTED) <= accepted);
     assert(accepted <= CALLS_OF(0) + CALLS_OF(1)) }
 }
@@ -337,5 +343,5 @@ init {
 #endif
     run initiate(0); run initiate(1); run caller(0); run caller(1); run bank(0); run bank(1); run web(0); run web(1);
     run apply(0); run apply(1); run expire(0); run expire(1); run sweep(0); run sweep(1);
-    run redis_emptied(); run end_of_it() }
+    run lose_redis_data(); run final_checks() }
 }

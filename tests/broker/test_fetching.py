@@ -212,11 +212,11 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
 
         def publish_meanwhile(redis_connection: Any) -> None:
             if not eaten and not channel.awaits_invalidation:
-                monkeypatch.setattr(channel, "_see_that_it_tracks", see)
+                monkeypatch.setattr(channel, "_check_client_tracking", see)
                 publish(other, "meanwhile")
             see(redis_connection)
 
-        monkeypatch.setattr(channel, "_see_that_it_tracks", publish_meanwhile)
+        monkeypatch.setattr(channel, "_check_client_tracking", publish_meanwhile)
         drain(connection, until=lambda: bool(eaten))
     assert eaten == ["meanwhile"]
 

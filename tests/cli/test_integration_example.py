@@ -1,4 +1,4 @@
-"""What docs/integrating.md shows, done as it stands there, by programs that have nothing of payready."""
+"""What docs/howto/integrate-a-payments-service.md shows, done as it stands there, by programs that have nothing of payready."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from demo.processes import ROOT
 from simulator.testing import eventually
 from tests.support.system import System, system
 
-PAGE = (ROOT / "docs" / "integrating.md").read_text()
+PAGE = (ROOT / "docs" / "howto" / "integrate-a-payments-service.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_worked_example_works(payready: System, tmp_path: Path) -> None:
         with closing(sqlite3.connect(orders)) as connection:
             if not connection.execute("SELECT name FROM sqlite_master").fetchall():
                 return {}
-            return dict(connection.execute("SELECT payment_id, how FROM ended"))
+            return dict(connection.execute("SELECT payment_id, result FROM finished"))
 
     eventually(lambda: len(ended()) == 3)
     assert ended() == {

@@ -128,11 +128,11 @@ def test_the_quarantine_is_kept_within_its_bounds(books: Books, monkeypatch: pyt
         for age_days, name in enumerate(b"abcde"):
             quarantine.insert_events(tx, [(bytes([name]) * 10, "x")], NOON - timedelta(days=age_days))
     assert left() == ["a", "b", "c", "d", "e"]
-    monkeypatch.setattr(quarantine, "KEPT_FOR", timedelta(days=3))
+    monkeypatch.setattr(quarantine, "MAX_AGE", timedelta(days=3))
     assert left() == ["a", "b", "c", "d"]
-    monkeypatch.setattr(quarantine, "KEPT_EVENTS", 3)
+    monkeypatch.setattr(quarantine, "MAX_EVENTS", 3)
     assert left() == ["a", "b", "c"]
-    monkeypatch.setattr(quarantine, "KEPT_BYTES", 29)
+    monkeypatch.setattr(quarantine, "MAX_BYTES", 29)
     assert left() == ["a", "b"]
 
 

@@ -13,6 +13,7 @@ from config.settings import load
 from demo.processes import ROOT, procfile
 
 DEPLOY = ROOT / "deploy"
+RUNBOOKS = ROOT / "docs" / "runbooks"
 LONG_RUNNING = set(procfile()) - {"release"}
 
 
@@ -52,14 +53,30 @@ def test_every_metric_that_is_watched_is_told(name: str) -> None:
     assert watched - {re.sub(r"_total$", "", found) for found in told} == set()
 
 
-def test_every_alert_leads_to_a_paragraph_of_the_runbook_and_has_a_test() -> None:
-    """And every paragraph has an alert."""
-    page = (ROOT / "docs" / "operations.md").read_text()
-    runbook = page.split("## Alerts\n")[1].split("\n## ")[0]
-    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall("### (.+)", runbook)}
-    assert {alert["annotations"]["runbook_url"].split("#")[1] for alert in _alerts()} == anchors
+def _runbook(alert: str) -> str:
+    """Return the file name of an alert's runbook."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", alert.removeprefix("Payready")).lower() + ".md"
+
+
+def test_every_alert_links_to_its_runbook_and_has_a_promtool_test() -> None:
+    """No runbook is left without an alert, and the index lists each."""
+    names = {alert["alert"]: _runbook(alert["alert"]) for alert in _alerts()}
+    links = {alert["alert"]: alert["annotations"]["runbook_url"] for alert in _alerts()}
+    assert all(links[alert].endswith(f"{{{{ end }}}}/runbooks/{name}") for alert, name in names.items())
+    assert set(names.values()) == {path.name for path in RUNBOOKS.glob("*.md")} - {"README.md"}
+    index = (RUNBOOKS / "README.md").read_text()
+    assert set(re.findall(r"^\| \[(\w+)\]\(([\w-]+\.md)\)", index, re.MULTILINE)) == set(names.items())
     tested = set(re.findall(r"alertname: (\w+)", (DEPLOY / "prometheus" / "alerts.test.yml").read_text()))
-    assert {alert["alert"] for alert in _alerts()} == tested
+    assert set(names) == tested
+
+
+@pytest.mark.parametrize("path", sorted(RUNBOOKS.glob("[!R]*.md")), ids=lambda path: path.stem)
+def test_runbook_has_the_four_headings_in_order(path: Path) -> None:
+    """The title is the alert's name."""
+    text = path.read_text()
+    (title,) = re.findall(r"^# (\w+)$", text, re.MULTILINE)
+    assert _runbook(title) == path.name
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Meaning", "Impact", "Diagnosis", "Fix"]
 
 
 def test_compose_runs_every_role_confined() -> None:

@@ -97,7 +97,7 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
         for outcome in due:
             dispatch._resume(outcome)
 
-    monkeypatch.setattr(dispatch, "_deliver", noted_first)
+    monkeypatch.setattr(dispatch, "_deliver_batch", noted_first)
     story = STORIES["two share a call, one of them is covered"]
     calm, found = struck(story, "killed", None)
     assert found == []

@@ -23,9 +23,9 @@ def pool(
 ) -> Iterator[TaskPool]:
     """The pool of a worker of four threads that works on `payready`, and books a few calls seldom."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batch_strategies, "carry_out", payready.queue.merge)
-    monkeypatch.setattr(batch_strategies, "BOOKING_PACE_S", 20)
-    monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
+    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
+    monkeypatch.setattr(batch_strategies, "RECORD_INTERVAL_S", 20)
+    monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
     pool = TaskPool(limit=getattr(request, "param", 4), app=app)
     pool.start()
     yield pool

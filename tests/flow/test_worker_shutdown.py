@@ -22,8 +22,8 @@ ACCOUNTS = ("acct_1", "acct_2")
 def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
     """The pool of a worker that works on `payready`."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batch_strategies, "carry_out", payready.queue.merge)
-    monkeypatch.setattr(suspension, "watchers", lambda _: MagicMock())
+    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
+    monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
     pool = TaskPool(limit=1, app=app)
     pool.start()
     return pool

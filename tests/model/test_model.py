@@ -15,11 +15,11 @@ MISSED = {
     "DEADLINE": "pay[",
     "FRESHNESS": "own[",
     "ONE_IN_FLIGHT": "refresh[",
-    "ONE_REPEAT": "calls[",
+    "ONE_REPEAT": "call_count[",
     "ENTRY_BEFORE_CALL": "entry[",
     "UNKNOWN_STAYS_PENDING": "accepted",
-    "SAFE_BEFORE_2XX": "event[",
-    "TOLD_THEN_NOTED": "told",
+    "COMMIT_BEFORE_2XX": "event[",
+    "DELIVER_THEN_MARK": "delivered",
     "SWEEP": "refresh[",
 }
 """By rule, what the claim that falls without it begins with."""

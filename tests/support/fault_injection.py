@@ -31,7 +31,7 @@ from worker import runtime as production
 from worker.correlation.admission import RateLimiter
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob, PaymentNotReady
-from worker.flow import claiming as flow_calls
+from worker.flow import calling
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import QuilttClient
 from worker.quiltt.messages import Balance, PolledAccount
@@ -381,12 +381,12 @@ def build_test_system(
         for name, module in list(sys.modules.items()):
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
-        patch.setattr(flow_calls, "RECORD_RETRY_DELAYS_S", (0, 0))
+        patch.setattr(calling, "RECORD_RETRY_DELAYS_S", (0, 0))
         patch.setattr(dispatch, "_send", made.enqueue)
-        patch.setattr(suspension, "complete", made.resume)
-        patch.setattr(suspension, "fail", made.resume)
-        patch.setattr(suspension, "end_plain", made.resume_without_callbacks)
-        patch.setattr(suspension, "show", lambda *_: operations.before_operation("redis", "WAITING"))
+        patch.setattr(suspension, "resume_with_result", made.resume)
+        patch.setattr(suspension, "resume_with_error", made.resume)
+        patch.setattr(suspension, "resume_without_callbacks", made.resume_without_callbacks)
+        patch.setattr(suspension, "store_waiting_state", lambda *_: operations.before_operation("redis", "WAITING"))
         patch.setattr(dispatch, "delivered_marks", made.noted)
         patch.setattr(payment_tasks.initiate, "retry", made.retry)
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))

@@ -27,7 +27,7 @@ ON_RABBITMQ: dict[str, Any] = {
     # A worker keeps the message of a task whose result it could not write, and here nothing takes it away from it.
     "task_ignore_result": True,
 }
-"""What `docs/integrating.md` asks for there: else the two of us would declare one queue in two ways."""
+"""What `docs/howto/integrate-a-payments-service.md` asks for there: else the two of us would declare one queue in two ways."""
 
 app = Celery("payments-service", broker=BROKER, backend=RESULTS)
 app.conf.update(

@@ -38,7 +38,7 @@ ON_RABBITMQ: Mapping[str, Any] = {
     "task_create_missing_queue_type": "quorum",
     "broker_transport_options": {"confirm_publish": True},
 }
-"""What `docs/integrating.md` asks of whoever sends there: else the two of us would declare one queue in two ways."""
+"""What `docs/howto/integrate-a-payments-service.md` asks of whoever sends there: else the two of us would declare one queue in two ways."""
 SERVICE_QUEUE = "svc"
 """Where the worker of the payments service listens."""
 SERVICE = f"celery -A tests.support.service worker --queues {SERVICE_QUEUE} --pool threads --concurrency 4 \

@@ -8,7 +8,7 @@ from tests.support.servers import Postgres
 from tests.support.system import system, wait_until
 
 GRACE_S = 30
-"""What `docs/operations.md` asks a deployment to allow."""
+"""What `docs/howto/monitor.md` asks a deployment to allow."""
 
 
 def test_a_call_that_is_on_the_wire_is_booked_and_the_next_ones_are_left_to_others(

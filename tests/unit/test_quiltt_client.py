@@ -27,7 +27,7 @@ A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 @contextmanager
 def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
     """A client with short time limits."""
-    limits: dict[str, Any] = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "connections": 2, **changes}
+    limits: dict[str, Any] = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "max_connections": 2, **changes}
     quiltt = QuilttClient(url, url, SecretStr(KEY), **limits)
     try:
         yield quiltt
@@ -262,7 +262,7 @@ def test_a_call_that_finds_no_free_connection_is_provably_unsent() -> None:
         release.wait(10)
         answering(202)(connection)
 
-    with raw(hold) as server, client(server.url, connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt:
+    with raw(hold) as server, client(server.url, max_connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt:
         first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
         first.start()
         assert busy.wait(5)

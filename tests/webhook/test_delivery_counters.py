@@ -40,9 +40,9 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     monkeypatch.setattr(endpoint, "settings", lambda: chosen)
     monkeypatch.setattr(endpoint, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(endpoint, "runtime", lambda: None)
-    monkeypatch.setattr(endpoint, "carry_out_but_canvases", lambda _: None)
+    monkeypatch.setattr(endpoint, "dispatch_without_callbacks", lambda _: None)
     monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
-    monkeypatch.setattr(endpoint, "tally", DeliveryCounters())
+    monkeypatch.setattr(endpoint, "delivery_counters", DeliveryCounters())
     caplog.set_level(logging.DEBUG)
 
     def send(
@@ -139,7 +139,7 @@ def test_without_a_secret_all_are_counted_as_such(send: Send, monkeypatch: pytes
 
 
 def test_a_secret_is_rotated_without_a_gap(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of steps that docs/operations.md gives: at each, some subscription's deliveries are all taken."""
+    """In the order of steps that docs/howto/monitor.md gives: at each, some subscription's deliveries are all taken."""
     old, new = OLD_SECRET, SECRET
     steps = [([old], [old]), ([old], [old, new]), ([new, old], [old, new]), ([new, old], [new]), ([new], [new])]
     answers = []
@@ -159,7 +159,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
         raise error
 
     monkeypatch.setattr(flow, "ingest_events", fail)
-    monkeypatch.setattr(endpoint.group_committer, "_answers", lambda: False)
+    monkeypatch.setattr(endpoint.group_committer, "_is_available", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()

@@ -126,7 +126,7 @@ def test_what_fails_once_and_not_again_is_safe() -> None:
 
 def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider has given up by then."""
-    monkeypatch.setattr(module, "PATIENCE_S", -1)
+    monkeypatch.setattr(module, "BISECT_TIME_BUDGET_S", -1)
     go, asked = Event(), []
     go.set()
 
@@ -154,7 +154,7 @@ def test_if_even_asking_fails_all_are_told() -> None:
 
 def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows fails, or takes its time: what comes meanwhile is kept, and followed up together, up to a bound."""
-    monkeypatch.setattr(module, "LEFT", 30)
+    monkeypatch.setattr(module, "FOLLOW_UP_CAPACITY", 30)
     followed: list[list[int]] = []
     begun, go = Event(), Event()
 

@@ -97,15 +97,15 @@ def serving() -> Iterator[tuple[str, uvicorn.Server]]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server with less patience."""
-    monkeypatch.setattr(limited_connection, "HEAD_TIME_S", 0.3)
-    monkeypatch.setattr(endpoint, "BODY_TIME_S", 0.3)
+    monkeypatch.setattr(limited_connection, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.3)
     with serving() as (url, _):
         yield url
 
 
 def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """However patient they are themselves; till then others are served."""
-    monkeypatch.setattr(limited_connection, "READ_TIME_S", 0.5)
+    monkeypatch.setattr(limited_connection, "READ_TIMEOUT_S", 0.5)
     question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving() as (url, server), socket.socket() as asker:
         asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

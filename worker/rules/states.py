@@ -6,7 +6,7 @@ unknown), and closed by the answer, by a refusal, or by the end of its window. W
 closed it is *in flight*, and its account is not called again.
 
 Everything here is pure: no I/O, no clock. The tables are the only place where transitions are written down;
-`docs/architecture.md` shows the diagrams made from them.
+`docs/explanation/architecture.md` shows the diagrams made from them.
 """
 
 from collections.abc import Mapping
