@@ -11,7 +11,7 @@ a counter that begins with it.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
@@ -46,7 +46,7 @@ class MetricDefinition:
     source: Source | None = None
     """The system that `beat` reads the value from on a scrape; None if each process counts it."""
 
-    def sample(self, values: Mapping[tuple[str, ...], float]) -> "MetricSample":
+    def sample(self, values: Mapping[Any, float]) -> "MetricSample":
         """Return a sample with one value per tuple of label values."""
         return MetricSample(metric=self, values=values)
 
@@ -56,7 +56,8 @@ class MetricSample:
     """Values of a collected metric, by the values of its labels."""
 
     metric: MetricDefinition
-    values: Mapping[tuple[str, ...], float]
+    values: Mapping[Any, float]
+    """The keys are tuples of strings. Their length varies, and the key type of a mapping is invariant, hence `Any`."""
 
     @property
     def name(self) -> str:
@@ -81,7 +82,9 @@ DELIVERY_RESULTS: Mapping[str, DeliveryResult] = {
     "balance": _result(204, "at least one REFRESH balance; committed"),
     "routine": _result(204, "no event that payready uses"),
     "connection": _result(204, "connection or profile events only, no REFRESH balance; committed"),
-    "quarantined": _result(204, "at least one event that cannot be parsed; it is quarantined, the others are committed"),
+    "quarantined": _result(
+        204, "at least one event that cannot be parsed; it is quarantined, the others are committed"
+    ),
     "stale": _result(401, "valid signature, but its timestamp is outside the tolerance"),
     "mismatch": _result(401, "the signature matches none of the webhook secrets"),
     "missing": _result(401, "no signature header or no timestamp header"),

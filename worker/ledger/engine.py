@@ -132,7 +132,9 @@ def transaction(engine: Engine) -> Iterator[Tx]:
 @contextmanager
 def read_only(engine: Engine) -> Iterator[Tx]:
     """Open a read-only snapshot of the ledger. It blocks no writer."""
-    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    options = (
+        {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    )
     with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(_ENABLE_ALL_PLANS)

@@ -9,7 +9,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Row, func, literal_column, select, text
+from sqlalchemy import func, literal_column, select, text
 
 from worker.ledger.engine import Tx
 from worker.ledger.fee_calls import FINAL_ENTRY
@@ -78,7 +78,9 @@ def backlog(tx: Tx) -> Backlog:
         .where(delivery.due_at.is_not(None))
     )
     return Backlog(
-        waiting={row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("call"))},
+        waiting={
+            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("call"))
+        },
         first_deadline=tx.scalar(select(func.min(payment.deadline)).where(IS_WAITING)),
         undelivered=_count_and_oldest(tx, undelivered),
         unapplied=_count_and_oldest(
@@ -132,9 +134,7 @@ def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[FeeEnt
 def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
     """Return the pending entries recorded after `after` up to `until` whose call has no final entry."""
     [pending] = _literals({EntryState.PENDING})
-    final = select(FINAL_ENTRY.c.call_id).where(
-        FINAL_ENTRY.c.call_id == entry.call_id, FINAL_ENTRY.c.state != pending
-    )
+    final = select(FINAL_ENTRY.c.call_id).where(FINAL_ENTRY.c.call_id == entry.call_id, FINAL_ENTRY.c.state != pending)
     query = _FEE_ENTRY_COLUMNS.where(
         entry.recorded_at > after, entry.recorded_at <= until, entry.state == EntryState.PENDING, ~final.exists()
     )
@@ -144,7 +144,7 @@ def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntr
 _FEE_ENTRY_COLUMNS = select(entry.call_id, entry.state, entry.price, entry.currency)
 
 
-def _fee_entry(row: Row[Any]) -> FeeEntryRow:
+def _fee_entry(row: Any) -> FeeEntryRow:
     return FeeEntryRow(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
 
 

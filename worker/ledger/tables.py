@@ -30,7 +30,6 @@ from sqlmodel import Field, SQLModel
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
 
-
 NAIVE_TIME_ERROR = "the ledger accepts no time without a time zone"
 
 
@@ -91,8 +90,8 @@ class Payment(SQLModel, table=True):
 
     __tablename__ = "payment"
     __table_args__ = (
-        # Equal to `state = 'waiting'`, but written differently: otherwise PostgreSQL uses this index, which has all waiting
-        # payments, for queries on the waiting payments of one account.
+        # The condition is equal to `state = 'waiting'`, but not written so: otherwise PostgreSQL uses this index of all
+        # waiting payments for queries on the waiting payments of one account.
         _partial_index("payment_due_at", "due_at", where="resolved_at IS NULL"),
         _partial_index("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
         _partial_index("payment_released", "account_id", "resolved_at", where=f"state = '{PaymentState.RELEASED}'"),

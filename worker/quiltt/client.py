@@ -143,7 +143,9 @@ class QuilttClient:
         try:
             return _Introspection.model_validate_json(response.content).environment.mode
         except ValidationError:
-            raise CallNotSent(f"the API key could not be checked: HTTP {response.status_code} without a valid body") from None
+            raise CallNotSent(
+                f"the API key could not be checked: HTTP {response.status_code} without a valid body"
+            ) from None
 
     def close(self) -> None:
         """Close all connections."""

@@ -31,9 +31,7 @@ _REJECTIONS: Mapping[int, _Rejection] = {
     httpx.codes.FORBIDDEN: _Rejection(
         reason=Reason.CONNECTION_INACTIVE, detail="the account's connection is disconnected or in an error state"
     ),
-    httpx.codes.NOT_FOUND: _Rejection(
-        reason=Reason.ACCOUNT_NOT_FOUND, detail="the provider does not know the account"
-    ),
+    httpx.codes.NOT_FOUND: _Rejection(reason=Reason.ACCOUNT_NOT_FOUND, detail="the provider does not know the account"),
 }
 """Documented responses to a refresh call that reject it."""
 

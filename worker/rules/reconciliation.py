@@ -14,8 +14,8 @@ paths:
 
 A pending call that is matched is posted; a pending call that no invoice can charge is void.
 
-Clocks differ at a month's boundary: a call nearer to it than the tolerance may be on the invoice of either month. If one
-invoice charges it, the other cannot. If neither does, the invoice that is applied second voids it.
+Clocks differ at a month's boundary: a call nearer to it than the tolerance may be on the invoice of either month. If
+one invoice charges it, the other cannot. If neither does, the invoice that is applied second voids it.
 """
 
 from collections import defaultdict, deque
@@ -221,9 +221,7 @@ def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
         )
 
 
-def _match_lines(
-    lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tolerance: timedelta
-) -> list[LineMatch]:
+def _match_lines(lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tolerance: timedelta) -> list[LineMatch]:
     """Return a maximum matching of one account's lines and calls, in the order of the lines.
 
     Calls are given by priority: a call has a line whenever all calls before it that have one can keep one.
@@ -262,9 +260,7 @@ class _Matching:
 
     def _candidate_lines(self, call: LedgerCall) -> list[InvoiceLine]:
         """Return the lines that may charge this call, the most likely first."""
-        near = [
-            line for line in self._lines if line.since - self._tolerance <= call.at <= line.until + self._tolerance
-        ]
+        near = [line for line in self._lines if line.since - self._tolerance <= call.at <= line.until + self._tolerance]
         return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))
 
     def _augment(self, free_row: int, parent: Mapping[int, LedgerCall]) -> None:
