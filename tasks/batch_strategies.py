@@ -27,8 +27,8 @@ from tasks.broker import acknowledge
 from tasks.dispatch import dispatch
 from tasks.payment_tasks import parse_request, waiting_announcer
 from worker import flow
-from worker.errors import CallFailed, InvalidJob
-from worker.flow import CallResult, Claim, FollowUp, IntakeRequest, RefreshCall
+from worker.errors import InvalidJob
+from worker.flow import CallResult, Claim, FailedCall, FollowUp, IntakeRequest, RefreshCall
 from worker.runtime import runtime
 
 log = logging.getLogger(__name__)
@@ -239,9 +239,7 @@ class _CallBatchStrategy(_BatchStrategy):
 
     def _queue_result(self, end: CallResult, messages: Sequence[ReceivedMessage]) -> None:
         """Have the end of a call booked: at once if it failed, as payments may fail by that."""
-        (self._failed_results if isinstance(end.status_or_error, CallFailed) else self._accepted_results).add(
-            (end, messages)
-        )
+        (self._failed_results if isinstance(end, FailedCall) else self._accepted_results).add((end, messages))
 
     def _record_results(self, ends: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
         try:

@@ -1,14 +1,15 @@
-"""The errors payready raises, as a tree that answers the caller's only question: again, or never?
+"""The errors that payready raises, as a tree that answers the caller's only question: again, or never?
 
 Exception
-├── InvalidJob            never: the job is wrong; the message names field and rule
-├── PaymentNotReady       never: the payment was settled as failed (this is an outcome, not a fault)
-└── CallFailed            the provider call did not end with its 202
-    ├── CallNotSent            again: nothing reached the provider
-    │   └── ConnectionPoolExhausted       again: all of our own connections are in use
-    ├── RateLimited         again, later: the provider refused to listen (429)
-    ├── CallRejected           never: the provider's answer will not change by asking again
-    └── CallResultUnknown         not blindly: the call may have been accepted, and charged
+├── InvalidJob                       never: the job is wrong; the message names the field and the rule
+├── PaymentNotReady                  never: the payment failed (this is an outcome, not a fault)
+└── CallFailed                       the provider did not respond to a call with 202
+    ├── CallNotSent                  again: nothing reached the provider
+    │   └── CallSkipped              again: this process did not try (the worker stops or is late)
+    │       └── ConnectionPoolExhausted   again: all connections of this process are in use
+    ├── RateLimited                  again, later: the provider rejected the call because of its rate (429)
+    ├── CallRejected                 never: the provider will give the same response again
+    └── CallResultUnknown            not blindly: the call may have been accepted and billed
 """
 
 from datetime import datetime
@@ -34,11 +35,11 @@ class Reason(StrEnum):
 
 
 class InvalidJob(Exception):
-    """The job breaks its contract. Nothing was stored and no call was made; correct the job and send it again."""
+    """The job breaks its contract. Nothing was stored and no call was made: correct the job and send it again."""
 
 
 class PaymentNotReady(Exception):
-    """The payment must not start. `args` are `(reason, detail)`, so that it travels as a Celery result."""
+    """The payment must not start. `args` are `(reason, detail)`, so that it can be a Celery result."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -47,27 +48,35 @@ class PaymentNotReady(Exception):
 
 
 class CallFailed(Exception):
-    """A call to the provider did not end with its 202."""
+    """The provider did not respond to a call with 202."""
 
     result: ClassVar[str] = "unknown"
     """The label `result` of `payready_provider_calls_total`."""
     status: int | None = None
+    """The HTTP status of the response, if there was one."""
 
 
 class CallNotSent(CallFailed):
-    """Provably nothing was sent (no connection was had): safe to call again."""
+    """Provably nothing was sent, for instance because no connection was made. The call can be repeated."""
 
     result = "not_sent"
 
 
-class ConnectionPoolExhausted(CallNotSent):
-    """All connections that we allow ourselves are in use: it says nothing of the provider."""
+class CallSkipped(CallNotSent):
+    """This process did not try to make the call, because its worker stops or is late. Not a failure of the provider.
+
+    Admission control gets the call's slot back, and the circuit breaker does not count it.
+    """
 
     result = "skipped"
 
 
+class ConnectionPoolExhausted(CallSkipped):
+    """All connections that this process may open are in use."""
+
+
 class RateLimited(CallFailed):
-    """The provider answered 429: not accepted, safe to call again, not before `retry_at`."""
+    """The provider responded with 429. The call was not accepted and can be repeated, not before `retry_at`."""
 
     result = "rate_limited"
     status = 429
@@ -78,7 +87,7 @@ class RateLimited(CallFailed):
 
 
 class CallRejected(CallFailed):
-    """The provider will not refresh this account's balance; `reason` is the payments' reason to fail."""
+    """The provider will not refresh this account's balance. Its waiting payments fail with `reason`."""
 
     result = "rejected"
 
@@ -89,7 +98,7 @@ class CallRejected(CallFailed):
 
 
 class CallResultUnknown(CallFailed):
-    """The answer was lost, late or a 5xx: the call may have been accepted and charged."""
+    """The response was lost, late or a 5xx: the call may have been accepted and billed."""
 
     def __init__(self, detail: str, status: int | None = None) -> None:
         super().__init__(detail)

@@ -147,7 +147,8 @@ PROVIDER_CALLS = _counter(
             "rate_limited": "HTTP 429; retried later",
             "not_sent": "no connection, so nothing was sent; retried later",
             "unknown": "no response or HTTP 5xx; the call may have been accepted and billed",
-            "skipped": "not made: no connection of our own pool was free, or the worker stops; retried later",
+            "skipped": "claimed but not made: the worker stops or is late, or its own connection pool is full; "
+            "says nothing about the provider",
         },
     ),
 )

@@ -1,4 +1,4 @@
-"""The only place that builds clients. Everything else is given them."""
+"""Dependency wiring: the only module that builds clients. All other code receives them as arguments."""
 
 import functools
 import threading
@@ -19,17 +19,25 @@ from worker.rules.fee_caps import FeeCaps
 from worker.rules.pricing import Price, PriceList, PriceListError, parse_price_list
 
 MODE_RETRY_DELAY = timedelta(seconds=2)
-"""After this long a question that the provider did not answer is asked again."""
+"""Time after a failed key introspection in which other threads get its error without another request."""
 
 
 def utc_now() -> datetime:
-    """The clock of production."""
+    """Return the current time in UTC: the clock of production."""
     return datetime.now(UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FailedIntrospection:
+    """The last failed introspection of the API key."""
+
+    at: datetime
+    error: CallFailed
 
 
 @dataclass
 class Runtime:
-    """What the flow works with."""
+    """Settings, clients and clock of a process."""
 
     settings: Settings
     engine: Engine
@@ -41,21 +49,24 @@ class Runtime:
     clock: Callable[[], datetime] = utc_now
     cap_usage: CapUsageCounter = field(default_factory=CapUsageCounter, init=False)
     _api_key_mode: ApiKeyMode | None = field(default=None, init=False)
-    _last_mode_error: tuple[datetime, CallFailed] | None = field(default=None, init=False)
+    _failed_introspection: _FailedIntrospection | None = field(default=None, init=False)
     _mode_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def fee_caps(self) -> FeeCaps:
-        """What may be spent."""
-        chosen = self.settings
-        return FeeCaps(chosen.fee_cap_per_day, chosen.fee_cap_per_month, chosen.call_cap_per_account_per_day)
+        """The fee caps of the settings."""
+        return FeeCaps(
+            per_day=self.settings.fee_cap_per_day,
+            per_month=self.settings.fee_cap_per_month,
+            calls_per_account=self.settings.call_cap_per_account_per_day,
+        )
 
     def api_key_mode(self) -> ApiKeyMode:
-        """The provider's environment that our key belongs to. The provider is asked once.
+        """Return the mode of the provider's environment that the API key belongs to. Cached after the first success.
 
         Raises:
-            CallNotSent: it could not be asked.
-            CallRejected: the key is wrong, or is a production key where none may be used.
+            CallNotSent: the provider could not introspect the key.
+            CallRejected: the key is wrong, or a production key is used outside production.
         """
         with self._mode_lock:
             if self._api_key_mode is None:
@@ -63,10 +74,10 @@ class Runtime:
             return self._api_key_mode
 
     def call_price(self, mode: ApiKeyMode, at: datetime) -> Price:
-        """What a call costs that is made at this time.
+        """Return the price of a call that is made at this time.
 
         Raises:
-            CallNotSent: the price list has no price for it.
+            CallNotSent: the price list has no price for it, so the call must not be made.
         """
         try:
             return self.price_list.price_for(mode, at.astimezone(UTC).date())
@@ -74,26 +85,25 @@ class Runtime:
             raise CallNotSent(str(error)) from error
 
     def _fetch_key_mode(self) -> ApiKeyMode:
-        """Ask for the mode; who had to wait while someone else asked in vain does not ask again at once."""
-        now = self.clock()
-        if self._last_mode_error is not None and now - self._last_mode_error[0] < MODE_RETRY_DELAY:
-            raise self._last_mode_error[1]
+        """Introspect the key. Threads that waited for a failed attempt of another thread get its error."""
+        last_failed = self._failed_introspection
+        if last_failed is not None and self.clock() - last_failed.at < MODE_RETRY_DELAY:
+            raise last_failed.error
         try:
             return self._require_allowed(self.provider.api_key_mode())
-        except CallFailed as failure:
-            self._last_mode_error = (self.clock(), failure)
+        except CallFailed as error:
+            self._failed_introspection = _FailedIntrospection(at=self.clock(), error=error)
             raise
 
     def _require_allowed(self, mode: ApiKeyMode) -> ApiKeyMode:
         if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
-            raise CallRejected(
-                403, Reason.NOT_AUTHORIZED, "a production key is used in development; see PAYREADY_ALLOW_PRODUCTION_KEY"
-            )
+            detail = "the API key is a production key; set PAYREADY_ALLOW_PRODUCTION_KEY to use it outside production"
+            raise CallRejected(403, Reason.NOT_AUTHORIZED, detail)
         return mode
 
 
 def build_runtime(settings: Settings) -> Runtime:
-    """Make the clients; none of them connects before it is used."""
+    """Build the clients. None of them connects before its first use."""
     provider = QuilttClient(
         settings.quiltt_api_url,
         settings.quiltt_auth_url,
@@ -120,7 +130,7 @@ def build_runtime(settings: Settings) -> Runtime:
 
 
 def subscriptions_client(settings: Settings) -> SubscriptionsClient:
-    """The provider's webhook subscriptions, asked for by few, and seldom."""
+    """Build the client for the provider's webhook subscriptions."""
     return SubscriptionsClient(
         settings.quiltt_api_url,
         settings.quiltt_api_key,
@@ -131,5 +141,5 @@ def subscriptions_client(settings: Settings) -> SubscriptionsClient:
 
 @functools.cache
 def runtime() -> Runtime:
-    """The runtime of this process, made at its first use (after any fork)."""
+    """Return the runtime of this process. It is built at its first use, after any fork."""
     return build_runtime(settings())

@@ -14,6 +14,7 @@ from sqlmodel import SQLModel
 from tests.support.servers import Postgres
 from worker.ledger import balances, fee_entries, outcome_deliveries, payments, refreshes
 from worker.ledger.engine import open_engine, transaction
+from worker.ledger.fee_entries import FinalEntry
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import FEE_ENTRY
@@ -23,7 +24,7 @@ from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState, RefreshState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
-DIME = Price(Decimal("0.100000"), "USD", "2026-11-22")
+DIME = Price(per_call=Decimal("0.100000"), currency="USD", price_list="2026-11-22")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ class Books:
     ) -> None:
         """One call of a refresh, and how its fee ended."""
         with transaction(self.engine) as tx:
-            refreshes.insert_refreshes(
-                tx, [RefreshRecord(refresh_id, account_id, RefreshState.CALLING, 0, 0, at, at, None, at, None)]
+            refresh = RefreshRecord(
+                refresh_id=refresh_id,
+                account_id=account_id,
+                state=RefreshState.CALLING,
+                called_at=at,
+                claimed_at=at,
+                due_at=at,
             )
+            refreshes.insert_refreshes(tx, [refresh])
             call_id = f"call_{refresh_id}_{len(fee_entries.calls_of_refreshes(tx, [refresh_id]))}"
             call = fee_entries.new_call(call_id, refresh_id, account_id, price, at)
             fee_entries.open_entries(tx, [call])
             if end is not None:
-                fee_entries.post_or_void(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
+                final = FinalEntry(call=call, state=end, evidence={"status": 202})
+                fee_entries.post_or_void(tx, [final], at + timedelta(seconds=1))
 
     def entries(self) -> list[tuple[str, str, dict[str, Any]]]:
         """The fee ledger: call, state and evidence, in the order in which they were written."""

@@ -212,7 +212,7 @@ def test_a_wrong_file_is_refused_whole(run: Run, history: Books, tmp_path: Path)
 
 def test_an_invoice_is_for_the_calls_in_its_currency(run: Run, history: Books, tmp_path: Path) -> None:
     """It compares, posts and voids no others; a line that is in another one is refused."""
-    euro = Price(Decimal("0.10"), "EUR", "2026-11-22")
+    euro = Price(per_call=Decimal("0.10"), currency="EUR", price_list="2026-11-22")
     history.call("ref_a", "acct_a", None, datetime(2026, 11, 22, 12, 0, 5, tzinfo=UTC), euro)
     history.call("ref_more", "acct_e", None, datetime(2026, 11, 23, tzinfo=UTC), euro)
     assert "1 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", text=WHOLE).output

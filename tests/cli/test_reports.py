@@ -114,8 +114,18 @@ def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
     """Three calls of 0.1 are 0.3; each price, currency and price list is a line of its own."""
     for number in range(3):
         books.call(f"ref_{number}", f"acct_{number}", EntryState.POSTED)
-    books.call("ref_dear", "acct_x", EntryState.POSTED, price=Price(Decimal("0.333333"), "USD", "2027-01-01"))
-    books.call("ref_euro", "acct_y", EntryState.POSTED, price=Price(Decimal("0.100000"), "EUR", "2026-11-22"))
+    books.call(
+        "ref_dear",
+        "acct_x",
+        EntryState.POSTED,
+        price=Price(per_call=Decimal("0.333333"), currency="USD", price_list="2027-01-01"),
+    )
+    books.call(
+        "ref_euro",
+        "acct_y",
+        EntryState.POSTED,
+        price=Price(per_call=Decimal("0.100000"), currency="EUR", price_list="2026-11-22"),
+    )
     with read_only(books.engine) as tx:
         lines = fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "price")
     assert [(line.currency, line.calls, line.posted_amount) for line in lines] == [
@@ -168,7 +178,13 @@ def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[De
     for number in range(sharers):
         books.payment(f"p{number}_{mark}", f"acct_{mark}", NOON)
     for price in prices:
-        books.call(f"ref_{mark}", f"acct_{mark}", EntryState.POSTED, NOON, Price(price, "USD", "x"))
+        books.call(
+            f"ref_{mark}",
+            f"acct_{mark}",
+            EntryState.POSTED,
+            NOON,
+            Price(per_call=price, currency="USD", price_list="x"),
+        )
     for number in range(sharers):
         end = NOON + timedelta(seconds=number)
         books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
@@ -194,7 +210,7 @@ def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
     account_id, refresh_id = f"acct_{mark}", f"ref_{mark}"
     calls.sort(key=lambda made: made[2])
     for price, end, at in calls:
-        books.call(refresh_id, account_id, end, at, Price(price, "USD", "x"))
+        books.call(refresh_id, account_id, end, at, Price(per_call=price, currency="USD", price_list="x"))
     for number in range(sharers + 1):
         books.payment(f"p{number}_{mark}", account_id, calls[0][2])
         end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers

@@ -206,7 +206,7 @@ def test_at_most_one_refresh_of_an_account_is_in_flight_even_if_the_code_forgets
     """The database itself refuses a second one."""
     with transaction(payready.engine) as tx:
         numbered = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
-        flights = [RefreshRecord(f"ref_{n}", A, state, 0, 0, None, None, None, None, None) for n, state in numbered]
+        flights = [RefreshRecord(refresh_id=f"ref_{n}", account_id=A, state=state) for n, state in numbered]
         assert refreshes.insert_refreshes(tx, flights) == {"ref_1", "ref_3"}
         waiting = refreshes.find(tx, "ref_3")
         assert waiting is not None

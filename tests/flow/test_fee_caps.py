@@ -55,9 +55,18 @@ def test_beyond_the_cap_of_a_day_payments_fail_at_once(
     with counted(metrics.FEE_CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
         payready.run_tasks()
     assert refused == [1]
-    assert "a fee cap is reached: 0.200000 of 0.2 USD per day are used, a call adds 0.100000" in caplog.text
+    [event] = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    assert event["event"] == "fee_cap.reached"
+    assert {name: event[name] for name in ("account_id", "cap", "used", "limit")} == {
+        "account_id": A,
+        "cap": "day",
+        "used": "0.200000",
+        "limit": "0.2",
+    }
     for payment_id in ("p2", "p3"):
         assert payready.outcome(payment_id)["reason"] == "fee_cap_reached"
+        detail = "fee cap reached: 0.200000 of 0.2 USD per day used, and a call adds 0.100000"
+        assert payready.outcome(payment_id)["detail"] == detail
     assert len(payready.provider.calls) == 2
     assert payready.fees(A) == []
     payready.clock.advance(12 * 3600)

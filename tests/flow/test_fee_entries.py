@@ -13,6 +13,7 @@ from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger import fee_entries
 from worker.ledger.engine import transaction
+from worker.ledger.fee_entries import FinalEntry
 from worker.rules.pricing import EntryState, parse_price_list
 
 A = "acct_fees"
@@ -398,7 +399,7 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: InProcessSystem,
     with transaction(payready.engine) as tx:
         [call] = fee_entries.calls_of_refreshes(tx, [refresh_id])
         assert call.state == EntryState.POSTED
-        assert not fee_entries.post_or_void(tx, call, second, {}, START)
+        assert not fee_entries.post_or_void(tx, [FinalEntry(call=call, state=second, evidence={})], START)
     assert payready.fees(A) == ["1 pending", "1 posted"]
     columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, recorded_at"
     with pytest.raises(DBAPIError), payready.engine.begin() as tx:

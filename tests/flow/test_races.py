@@ -16,8 +16,7 @@ from worker.errors import CallFailed, CallNotSent, CallResultUnknown
 from worker.flow import FollowUp, maintenance, resolution
 from worker.ledger import refreshes
 from worker.ledger.engine import Engine, Tx, transaction
-from worker.ledger.refreshes import RefreshRecord
-from worker.rules.states import RefreshEvent, RefreshState
+from worker.rules.states import RefreshEvent
 
 A = "acct_races"
 ROUNDS = 12
@@ -342,9 +341,7 @@ def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: InProces
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     now = payready.clock.now
-    first, second = (
-        RefreshRecord(f"r{n}", f"a{n}", RefreshState.REQUESTED, 0, 0, None, None, None, now, None) for n in "12"
-    )
+    first, second = (refreshes.new_refresh(f"a{n}", f"r{n}", now) for n in "12")
     with transaction(payready.engine) as tx:
         refreshes.insert_refreshes(tx, [first, second])
 

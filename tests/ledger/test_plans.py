@@ -117,8 +117,10 @@ def _fill(tx: Tx, numbers: range) -> None:
 
 
 END = START + timedelta(seconds=PAST + NOW)
-FLIGHT = RefreshRecord("r7", A, RefreshState.CALLING, 1, 0, START, START, None, None, None)
-WANTED = RefreshRecord(f"r{PAST}", A, RefreshState.REQUESTED, 0, 0, None, None, None, START, None)
+FLIGHT = RefreshRecord(
+    refresh_id="r7", account_id=A, state=RefreshState.CALLING, call_count=1, called_at=START, claimed_at=START
+)
+WANTED = refreshes.new_refresh(A, f"r{PAST}", START)
 HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "what is due": (lambda tx: payments.lock_due(tx, END, 500), {"payment_due_at"}),
     "who waits on an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),

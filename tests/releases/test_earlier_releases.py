@@ -26,6 +26,9 @@ from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 from tests.suspension.primitive_runs import send_balance
 
+pytestmark = pytest.mark.slow
+
+
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
 TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
 """Released without a further event: by what was kept, by calls that were wanted, by jobs that nobody had taken in."""

@@ -12,7 +12,7 @@ from celery.result import AsyncResult, GroupResult
 from sqlalchemy import text
 
 from demo.processes import procfile
-from simulator.quiltt_records import Account, balance, delivery_envelope, event, new_id
+from simulator.quiltt_records import Account, balance_record, delivery_body, event_record, new_id
 from tests.support.system import System, wait_until
 from tests.suspension.primitives import FAILED, PRIMITIVES, RELEASED, Kit, Outcome, Primitive
 from tests.suspension.service import RECEIVED
@@ -31,8 +31,8 @@ def quiet_account() -> str:
 
 def send_balance(system: System, account_id: str, **account: Any) -> None:
     """Have the provider's webhook delivered: a fresh balance of this account."""
-    record = balance(new_id("bal"), account_id, Account(**account), "REFRESH", time.time())
-    body = delivery_envelope([event("balance.created", record, account_id, time.time())], "SANDBOX")
+    record = balance_record(new_id("bal"), account_id, Account(**account), "REFRESH", time.time())
+    body = delivery_body([event_record("balance.created", record, account_id, time.time())], "SANDBOX")
     answer = system.simulator.post("deliver", body=json.loads(body))
     assert answer["status"] == 204, answer
 

@@ -12,7 +12,16 @@ Who wins between a balance and a deadline is decided in SQL, by whoever holds th
 at hand together, in one transaction; who has to be waited for is left to come alone.
 """
 
-from worker.flow.calling import MAX_CLAIM_AGE, CallResult, claim_and_call, make_call, record_results, skipped_call
+from worker.flow.calling import (
+    MAX_CLAIM_AGE,
+    AcceptedCall,
+    CallResult,
+    FailedCall,
+    claim_and_call,
+    make_call,
+    record_results,
+    skipped_call,
+)
 from worker.flow.claiming import Claim, claim_calls
 from worker.flow.follow_up import CALL_ENQUEUE_RETRY, MAINTENANCE_BATCH_SIZE, BalancePoll, FollowUp, RefreshCall
 from worker.flow.ingest import ingest_events, prune_quarantine, requeue_from_quarantine
@@ -26,9 +35,11 @@ __all__ = [
     "CALL_ENQUEUE_RETRY",
     "MAINTENANCE_BATCH_SIZE",
     "MAX_CLAIM_AGE",
+    "AcceptedCall",
     "BalancePoll",
     "CallResult",
     "Claim",
+    "FailedCall",
     "FollowUp",
     "IntakeRequest",
     "IntakeResult",

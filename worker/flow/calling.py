@@ -1,191 +1,207 @@
-"""The paid calls: each is claimed and accounted for before it is made, and booked after."""
+"""Make the refresh calls that were claimed, and record their results."""
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from config.log_config import log_context
+from config.log_config import get_logger, log_context
 from worker import metrics
+from worker.correlation.admission import BreakerChange, CallStatus
 from worker.correlation.redis_client import best_effort
-from worker.errors import CallFailed, CallRejected, CallResultUnknown, ConnectionPoolExhausted, RateLimited
+from worker.errors import CallFailed, CallRejected, CallResultUnknown, CallSkipped, RateLimited
 from worker.flow.attribution import window_end
-from worker.flow.claiming import Claim, claim_calls, rebuild_correlation
+from worker.flow.claiming import Claim, claim_calls
+from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.resolution import reject_refresh
 from worker.ledger import fee_entries, refreshes
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
+from worker.ledger.fee_entries import FinalEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.refreshes import RefreshRecord, without_this_call
 from worker.rules import states
 from worker.rules.states import RefreshEvent
+from worker.rules.times import utc_text
 from worker.runtime import Runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 RECORD_RETRY_DELAYS_S = (0.1, 0.5, 1, 2, 4)
-"""Between attempts to book a call; together less than the room that `Settings.call_limit` leaves for it."""
+"""Delays between attempts to record a result. Their sum is below the margin for it in `Settings.max_call_duration`."""
 MAX_CLAIM_AGE = timedelta(seconds=5)
-"""How long after its claim a call goes out at the latest; the rest of the room in `Settings.call_limit` is for it."""
+"""Maximum time from a claim to its call. The rest of the margin in `Settings.max_call_duration` is for it."""
 MAX_RATE_LIMIT_WAIT = timedelta(seconds=60)
-"""A rate limit is believed to last no longer than this, whatever the provider's clock says."""
+"""Maximum duration of a rate limit. A longer one in a response is the error of a clock."""
 
 
-@dataclass(frozen=True)
-class CallResult:
-    """How a call ended: with the status of its answer, or in failure; and when, as it may be booked later."""
+@dataclass(frozen=True, kw_only=True)
+class AcceptedCall:
+    """A call that the provider accepted."""
 
     claim: Claim
-    status_or_error: int | CallFailed
+    status: int
+    """HTTP status of the response."""
     ended_at: datetime
 
 
-AcceptedCall = tuple[Claim, int]
-"""A call that the provider accepted, and the status that said so."""
+@dataclass(frozen=True, kw_only=True)
+class FailedCall:
+    """A call that was not accepted, or whose result is unknown."""
+
+    claim: Claim
+    error: CallFailed
+    ended_at: datetime
+
+
+CallResult = AcceptedCall | FailedCall
+"""How and when a call ended. It may be recorded later."""
 T = TypeVar("T")
 
 
 def claim_and_call(rt: Runtime, account_id: str, refresh_id: str, *, has_slot: bool = False) -> FollowUp:
-    """Make the refresh's call, if it is still wanted and nobody else does.
+    """Claim a refresh's call, make it and record its result, if the call is still needed.
 
-    `in_turn`: it was held back, and the sweep has given it a place in the budget.
+    `has_slot`: the call was delayed and has a slot of the rate limiter now.
     """
-    claims = claim_calls(
-        rt, [RefreshCall(account_id=account_id, refresh_id=refresh_id)], has_slot=has_slot, wait_for_locks=True
-    )
-    claims.follow_up.merge(record_results(rt, [make_call(rt, claimed) for claimed in claims.claims]))
-    return claims.follow_up
+    call = RefreshCall(account_id=account_id, refresh_id=refresh_id)
+    batch = claim_calls(rt, [call], has_slot=has_slot, wait_for_locks=True)
+    batch.follow_up.merge(record_results(rt, [make_call(rt, claim) for claim in batch.claims]))
+    return batch.follow_up
 
 
-# --- the call, and after ----------------------------------------------------------------------------------------------
+# --- make a call ------------------------------------------------------------------------------------------------------
 
 
 def make_call(rt: Runtime, claim: Claim) -> CallResult:
-    """Make the call, unless it is late for it: upkeep would hold it for lost while it is on the wire."""
+    """Make the call, unless its claim is too old: maintenance would consider it lost before it ends."""
     if rt.clock() - claim.call.called_at > MAX_CLAIM_AGE:
         return skipped_call(rt, claim)
     try:
         status = rt.provider.refresh_balance(claim.refresh.account_id)
     except CallFailed as error:
-        metrics.PROVIDER_CALLS.labels(error.result).inc()
-        return CallResult(claim, error, rt.clock())
+        return _failed_call(rt, claim, error)
     metrics.PROVIDER_CALLS.labels("accepted").inc()
-    return CallResult(claim, status, rt.clock())
+    return AcceptedCall(claim=claim, status=status, ended_at=rt.clock())
 
 
 def skipped_call(rt: Runtime, claim: Claim) -> CallResult:
-    """The end of a call that its worker never came to: nothing was sent, and that says nothing of the provider."""
-    return CallResult(claim, ConnectionPoolExhausted("the worker had no time for the call"), rt.clock())
+    """Return the result of a call that is not made, because the worker stops or is late."""
+    return _failed_call(rt, claim, CallSkipped("the call was not made: the worker was stopping or late"))
+
+
+def _failed_call(rt: Runtime, claim: Claim, error: CallFailed) -> FailedCall:
+    metrics.PROVIDER_CALLS.labels(error.result).inc()
+    with _call_context(claim):
+        log.warning("refresh_call.failed", result=error.result, status=error.status, error=str(error))
+    return FailedCall(claim=claim, error=error, ended_at=rt.clock())
+
+
+# --- record results ---------------------------------------------------------------------------------------------------
 
 
 def record_results(rt: Runtime, results: Sequence[CallResult]) -> FollowUp:
-    """Book how calls ended, though the ledger be away for a moment: nobody else knows it.
+    """Record call results. Retry for up to 8 s while the database is unavailable: no other process knows them.
 
-    Those whose account somebody holds come last: only for them is it waited for.
+    Results of locked accounts are recorded last; only these wait for the lock. A result that cannot be recorded keeps
+    no other from being recorded. Maintenance treats its call as lost.
+
+    Raises:
+        one of `DATABASE_UNAVAILABLE`: a result could not be recorded. The first such error is raised.
     """
-    after, lost = FollowUp(), list[Exception]()
-
-    def attempt(booking: Callable[[], T], otherwise: T) -> T:
-        """One that cannot be booked keeps no other from it."""
-        try:
-            return _retry_while_unavailable(booking)
-        except DATABASE_UNAVAILABLE as error:
-            lost.append(error)
-            return otherwise
-
-    busy = list[AcceptedCall]()
-    accepted = [(end.claim, end.status_or_error) for end in results if isinstance(end.status_or_error, int)]
+    follow_up, errors = FollowUp(), list[Exception]()
+    contended: Sequence[AcceptedCall] = ()
+    accepted = [result for result in results if isinstance(result, AcceptedCall)]
     if accepted:
-        best_effort(
-            rt.admission.record_result,
-            "ok",
-            None,
-            max(end.ended_at for end in results if isinstance(end.status_or_error, int)),
-        )
-        busy = attempt(partial(_record_accepted, rt, accepted), busy)
-    for end in results:
-        if isinstance(end.status_or_error, CallFailed):
-            best_effort(_report_to_admission, rt, end.claim, end.status_or_error, end.ended_at)
-            after.merge(attempt(partial(_record_failure, rt, end.claim, end.status_or_error), FollowUp()))
-    for one in busy:
-        attempt(partial(_record_accepted, rt, [one], wait_for_locks=True), busy)
-    if lost:
-        raise lost[0]
-    return after
+        best_effort(_report_accepted, rt, max(result.ended_at for result in accepted))
+        with _collect(errors):
+            contended = _retry_while_unavailable(partial(_record_accepted, rt, accepted))
+    for result in results:
+        if isinstance(result, FailedCall):
+            best_effort(_report_failed, rt, result)
+            with _collect(errors):
+                follow_up.merge(_retry_while_unavailable(partial(_record_failed, rt, result)))
+    for result in contended:
+        with _collect(errors):
+            _retry_while_unavailable(partial(_record_accepted, rt, [result], wait_for_locks=True))
+    if errors:
+        raise errors[0]
+    return follow_up
 
 
-def _report_to_admission(rt: Runtime, claim: Claim, error: CallFailed, at: datetime) -> None:
-    """Tell the gate of a call that failed: a refusal is an answer like any other."""
-    claimed_at = claim.refresh.claimed_at
-    if isinstance(error, RateLimited):
-        rt.admission.record_result("rate_limited", claimed_at, at, _rate_limit_reset(error, at))
-    elif isinstance(error, CallRejected):
-        rt.admission.record_result("ok", claimed_at, at)
-    elif isinstance(error, ConnectionPoolExhausted):
-        rt.admission.refund(1, claim.call.called_at)  # it says nothing of the provider
-    elif (change := rt.admission.record_result("failed", claimed_at, at)).open_until:
-        metrics.CIRCUIT_BREAKER_OPENED.inc()
-        log.error("the provider only fails: no calls until %s; the last said: %s", change.open_until.isoformat(), error)
+@contextmanager
+def _collect(errors: list[Exception]) -> Iterator[None]:
+    """Append an error of the database to `errors` instead of raising it."""
+    try:
+        yield
+    except DATABASE_UNAVAILABLE as error:
+        errors.append(error)
 
 
 def _retry_while_unavailable(record: Callable[[], T]) -> T:
-    """Try again, for some seconds, while the ledger is away."""
-    for pause_s in RECORD_RETRY_DELAYS_S:
+    """Call `record`. Repeat it after each of `RECORD_RETRY_DELAYS_S` while the database is unavailable."""
+    for delay_s in RECORD_RETRY_DELAYS_S:
         try:
             return record()
         except DATABASE_UNAVAILABLE as error:
-            log.warning("a call could not be booked, trying again: %s", error)
-            time.sleep(pause_s)
+            log.warning("call_result.record_retry", error=str(error))
+            time.sleep(delay_s)
     return record()
 
 
 def _record_accepted(
     rt: Runtime, accepted: Sequence[AcceptedCall], *, wait_for_locks: bool = False
 ) -> list[AcceptedCall]:
-    """Book these in one transaction; returns those whose account is held by others, who are waited for if `patient`."""
-    now, accounts = rt.clock(), {made.refresh.account_id for made, _ in accepted}
+    """Record accepted calls in one transaction. Return those of locked accounts, unless `wait_for_locks`."""
+    now, locked = rt.clock(), {result.claim.refresh.account_id for result in accepted}
     with transaction(rt.engine) as tx:
-        if wait_for_locks:  # balances may be applied at this moment
-            lock_accounts(tx, accounts)
+        if wait_for_locks:
+            lock_accounts(tx, locked)
         else:
-            accounts = try_lock_accounts(tx, accounts)
-        busy = [one for one in accepted if one[0].refresh.account_id not in accounts]
-        accepted = [one for one in accepted if one[0].refresh.account_id in accounts]
-        moves = [(made.refresh, window_end(rt, made.refresh)) for made, _ in accepted]
-        refreshes.transition_all(tx, RefreshEvent.ACCEPT, moves)
-        ends = [(made.call, rt.price_list.final_state(status), {"status": status}) for made, status in accepted]
-        fee_entries.post_or_void_all(tx, ends, now)
-    for made, _ in accepted:
-        with log_context(account_id=made.refresh.account_id, refresh_id=made.refresh.refresh_id):
-            log.info("refresh %s of %s: accepted", made.refresh.refresh_id, made.refresh.account_id)
-    return busy
+            locked = try_lock_accounts(tx, locked)
+        recorded = [result for result in accepted if result.claim.refresh.account_id in locked]
+        transitions = [(result.claim.refresh, window_end(rt, result.claim.refresh)) for result in recorded]
+        refreshes.transition_all(tx, RefreshEvent.ACCEPT, transitions)
+        entries = [_final_entry(rt, result.claim, result.status, {"status": result.status}) for result in recorded]
+        fee_entries.post_or_void(tx, entries, now)
+    for result in recorded:
+        with _call_context(result.claim):
+            log.info("refresh_call.accepted")
+    return [result for result in accepted if result.claim.refresh.account_id not in locked]
 
 
-def _record_failure(rt: Runtime, claim: Claim, error: CallFailed) -> FollowUp:
-    """Book what is known of the call, and decide whether and when there is another one."""
-    now = rt.clock()
-    refresh, what = claim.refresh, str(error)
-    log.warning("refresh %s of %s: %s", refresh.refresh_id, refresh.account_id, what)
+def _record_failed(rt: Runtime, failed: FailedCall) -> FollowUp:
+    """Record a failed call, and decide whether and when it is repeated."""
+    now, claim, error = rt.clock(), failed.claim, failed.error
+    refresh, detail = claim.refresh, str(error)
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [refresh.account_id])
         if isinstance(error, CallResultUnknown):
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
-            refreshes.transition(tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error=what)
+            refreshes.transition(tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error=detail)
             return FollowUp()
-        evidence = {"status": error.status} if error.status else {"not_sent": what}
-        fee_entries.post_or_void(tx, claim.call, rt.price_list.final_state(error.status), evidence, now)
+        evidence = {"status": error.status} if error.status else {"not_sent": detail}
+        fee_entries.post_or_void(tx, [_final_entry(rt, claim, error.status, evidence)], now)
         if isinstance(error, CallRejected):
-            return reject_refresh(rt, tx, refresh, error.reason, what, now)
+            return reject_refresh(rt, tx, refresh, error.reason, detail, now)
         _defer(tx, refresh, error, now)
         rebuild_correlation(rt, tx, refresh.account_id)
     return FollowUp()
 
 
+def _final_entry(rt: Runtime, claim: Claim, status: int | None, evidence: dict[str, Any]) -> FinalEntry:
+    return FinalEntry(call=claim.call, state=rt.price_list.final_state(status), evidence=evidence)
+
+
+def _call_context(claim: Claim) -> AbstractContextManager[None]:
+    return log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id)
+
+
 def _defer(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> None:
-    """Put the call off: it was provably not accepted, so it does not count."""
+    """Defer the call with backoff. It was provably not accepted, so it does not count as a call."""
     not_before = now + states.backoff(refresh.deferral_count)
     if isinstance(error, RateLimited):
         not_before = max(not_before, _rate_limit_reset(error, now))
@@ -203,3 +219,36 @@ def _defer(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> 
 
 def _rate_limit_reset(error: RateLimited, now: datetime) -> datetime:
     return min(error.retry_at or now, now + MAX_RATE_LIMIT_WAIT)
+
+
+# --- report results to admission control ------------------------------------------------------------------------------
+
+
+def _report_accepted(rt: Runtime, ended_at: datetime) -> None:
+    _log_breaker_change(rt.admission.record_result("ok", None, ended_at), last_error=None)
+
+
+def _report_failed(rt: Runtime, failed: FailedCall) -> None:
+    """Report a failed call to admission control. A rejection is a response, so the provider works.
+
+    A skipped call says nothing about the provider: its slot is refunded.
+    """
+    error, claimed_at, ended_at = failed.error, failed.claim.refresh.claimed_at, failed.ended_at
+    if isinstance(error, CallSkipped):
+        rt.admission.refund(1, failed.claim.call.called_at)
+        return
+    if isinstance(error, RateLimited):
+        reset_at = _rate_limit_reset(error, ended_at)
+        change = rt.admission.record_result("rate_limited", claimed_at, ended_at, reset_at)
+    else:
+        status: CallStatus = "ok" if isinstance(error, CallRejected) else "failed"
+        change = rt.admission.record_result(status, claimed_at, ended_at)
+    _log_breaker_change(change, last_error=str(error))
+
+
+def _log_breaker_change(change: BreakerChange, *, last_error: str | None) -> None:
+    if change.kind == "opened" and change.open_until is not None:
+        metrics.CIRCUIT_BREAKER_OPENED.inc()
+        log.error("circuit_breaker.opened", open_until=utc_text(change.open_until), last_error=last_error)
+    elif change.kind == "closed":
+        log.info("circuit_breaker.closed")

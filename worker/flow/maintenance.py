@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.errors import Reason
 from worker.flow.attribution import billed_refresh_id, refresh_by_payment, window_end
-from worker.flow.claiming import rebuild_correlation
+from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
     MAINTENANCE_BATCH_SIZE,

@@ -158,10 +158,11 @@ def _mark_answered_and_post(
         if len(candidates) == 1 and candidates[0].state == EntryState.PENDING:
             [call] = candidates
             posted = rt.price_list.final_state(ACCEPTED_STATUS)
-            ends.append((call, posted, {"event": balance.event_id, "balance": balance.balance_id}))
+            evidence = {"event": balance.event_id, "balance": balance.balance_id}
+            ends.append(fee_entries.FinalEntry(call=call, state=posted, evidence=evidence))
             of_refresh = calls[call.refresh_id]
             of_refresh[of_refresh.index(call)] = replace(call, state=posted)
-    fee_entries.post_or_void_all(tx, ends, now)
+    fee_entries.post_or_void(tx, ends, now)
     return calls
 
 
@@ -227,13 +228,6 @@ def _funds_as_of(balance: BalanceRecord, attribution: Attribution | None) -> dat
     """
     called_at = attribution.refresh.called_at if attribution else None
     return min(balance.as_of, called_at or balance.as_of)
-
-
-def serves_all(rt: Runtime, tx: Tx, newest: BalanceRecord, waiting: Sequence[WaitingPayment]) -> bool:
-    """Whether a balance that is there releases or fails all who wait: Redis may have forgotten it, nothing is paid."""
-    refresh = refreshes.find(tx, newest.refresh_id) if newest.refresh_id else None
-    by_call = Attribution(refresh, is_new=False) if refresh else None
-    return all(w.job.max_balance_age_s and _is_fresh(rt, w, newest, by_call) for w in waiting)
 
 
 def _is_fresh(rt: Runtime, waiting: WaitingPayment, balance: BalanceRecord, attribution: Attribution | None) -> bool:

@@ -1,14 +1,17 @@
-"""Queries on the fee ledger. There is no update and no delete in here, and there must never be.
+"""Usage of fee caps, computed from the fee ledger.
 
-Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
+Amounts are sums of a price times a count, so they are exact on databases without an exact decimal type.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
 from sqlalchemy import func, select
 
 from worker.ledger.engine import Tx
+from worker.ledger.fee_entries import CallRecord
 from worker.ledger.locks import lock_spending
 from worker.ledger.tables import FEE_ENTRY
 from worker.rules.fee_caps import CapKind, CapUsage, FeeCaps, start_of_day, start_of_month
@@ -16,79 +19,115 @@ from worker.rules.pricing import EntryState, Price
 
 entry = FEE_ENTRY.c
 MONTH_CACHE_TTL = timedelta(minutes=1)
-"""How long the sum of past days is remembered."""
+"""How long the total of past days is cached."""
 MAX_CLOCK_LAG = timedelta(hours=1)
-"""No host's clock is so far behind that it still adds to a day that ended so long ago."""
-
-
-def _count_weight(state: str) -> int:
-    """What an entry adds to the count of calls that may have to be paid: the first one opens, a void one takes back."""
-    return {EntryState.PENDING.value: 1, EntryState.VOID.value: -1}.get(state, 0)
+"""Maximum lag of a host's clock. No host adds to a day that ended longer ago than this."""
+COUNT_WEIGHT: Mapping[EntryState, int] = {EntryState.PENDING: 1, EntryState.POSTED: 0, EntryState.VOID: -1}
+"""What an entry adds to the number of calls that may have to be paid. Each call has a pending entry, and at most one
+final entry: a void entry cancels the pending one, a posted entry confirms it."""
 
 
 def total_spent(tx: Tx, currency: str, since: datetime, until: datetime | None = None) -> Decimal:
-    """What the calls made from `since` to before `until` cost, or may cost."""
+    """Return the posted and pending fees of calls made from `since` to before `until`."""
     query = select(entry.state, entry.price, func.count().label("entries")).group_by(entry.state, entry.price)
     query = query.where(entry.called_at >= since, entry.currency == currency)
     if until is not None:
         query = query.where(entry.called_at < until)
-    return sum((row.price * row.entries * _count_weight(row.state) for row in tx.execute(query)), Decimal(0))
+    rows = tx.execute(query)
+    return sum((row.price * row.entries * COUNT_WEIGHT[EntryState(row.state)] for row in rows), Decimal(0))
 
 
 def count_calls(tx: Tx, account_id: str, since: datetime) -> int:
-    """How many calls were made for an account that have to be paid, or may have to."""
+    """Return the number of an account's posted and pending calls made at or after `since`."""
     query = select(entry.state, func.count().label("entries")).group_by(entry.state)
     rows = tx.execute(query.where(entry.account_id == account_id, entry.called_at >= since))
-    return sum(row.entries * _count_weight(row.state) for row in rows)
+    return sum(row.entries * COUNT_WEIGHT[EntryState(row.state)] for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PastDays:
+    """Total fees of the month's past days."""
+
+    since: datetime
+    until: datetime
+    currency: str
+    counted_at: datetime
+    total: Decimal
+
+    def covers(self, since: datetime, until: datetime, currency: str, now: datetime) -> bool:
+        """Whether this total is for the same span and currency, and recent enough."""
+        same_span = (self.since, self.until, self.currency) == (since, until, currency)
+        return same_span and now - self.counted_at <= MONTH_CACHE_TTL
 
 
 class CapUsageCounter:
-    """How far the caps are used, counted in the transaction that is about to make a call.
+    """Computes the usage of fee caps in the transaction that claims a call.
 
-    The days before today are counted once a minute: they only shrink, by calls that are voided, so what is remembered
-    of them is never too little. Today is counted each time, and nobody counts or adds meanwhile.
+    The total of the month's past days is cached for `MONTH_CACHE_TTL`. It only shrinks, when calls are voided, so the
+    cached total is never too low. Today's total is computed each time, under the spending lock.
     """
 
     def __init__(self) -> None:
-        self._past_days_total = Decimal(0)
-        self._counted_span: tuple[datetime, datetime, str] | None = None
-        self._counted_at: datetime | None = None
-        self._warnings_given: tuple[datetime | None, set[tuple[CapKind, str | None]]] = (None, set())
+        self._past_days: _PastDays | None = None
+        self._warned_day: datetime | None = None
+        self._warned: set[tuple[CapKind, str | None]] = set()
+        """Caps that a warning was given for on that day, with the account if the cap is per account."""
 
-    def should_warn(self, used: CapUsage, account_id: str, now: datetime) -> bool:
-        """Whether this warning was not given today: calls that turn out to be free bring a cap back to the mark."""
-        if self._warnings_given[0] != start_of_day(now):
-            self._warnings_given = (start_of_day(now), set())
-        warned, what = self._warnings_given[1], (used.cap, account_id if used.cap == CapKind.ACCOUNT else None)
-        is_new = what not in warned
-        warned.add(what)
-        return is_new
+    def should_warn(self, usage: CapUsage, account_id: str, now: datetime) -> bool:
+        """Return whether no warning was given for this cap today, and remember that one is given now.
 
-    def usage(self, tx: Tx, caps: FeeCaps, account_id: str, price: Price, now: datetime) -> list[CapUsage]:
-        """Each cap that is set, as it stands. The account must be held; holds the spending if that is capped."""
-        used: list[CapUsage] = []
+        Calls that turn out to be free move the usage below the threshold, and the next call crosses it again.
+        """
+        if self._warned_day != start_of_day(now):
+            self._warned_day, self._warned = start_of_day(now), set()
+        key = usage.cap, account_id if usage.cap == CapKind.ACCOUNT else None
+        is_first = key not in self._warned
+        self._warned.add(key)
+        return is_first
+
+    def usage(
+        self, tx: Tx, caps: FeeCaps, *, account_id: str, price: Price, unwritten: Sequence[CallRecord], now: datetime
+    ) -> list[CapUsage]:
+        """Return the usage of each cap that is set. The account must be locked.
+
+        Locks the spending if fees are capped. `unwritten` are calls that this transaction has claimed and will write.
+        """
+        usages: list[CapUsage] = []
         if caps.calls_per_account is not None:
-            made = Decimal(count_calls(tx, account_id, start_of_day(now)))
-            used.append(CapUsage(CapKind.ACCOUNT, Decimal(caps.calls_per_account), made, Decimal(1), "calls"))
-        if caps.has_total_cap:
-            lock_spending(tx)
+            calls = count_calls(tx, account_id, start_of_day(now))
+            calls += sum(call.account_id == account_id for call in unwritten)
+            usages.append(
+                CapUsage(
+                    cap=CapKind.ACCOUNT,
+                    limit=Decimal(caps.calls_per_account),
+                    used=Decimal(calls),
+                    call_cost=Decimal(1),
+                    unit="calls",
+                )
+            )
+        if not caps.has_total_cap:
+            return usages
+        lock_spending(tx)
+        claimed = sum((call.price for call in unwritten if call.currency == price.currency), Decimal(0))
         if caps.per_day is not None:
-            today = total_spent(tx, price.currency, start_of_day(now))
-            used.append(CapUsage(CapKind.DAY, caps.per_day, today, price.per_call, price.currency))
+            today = total_spent(tx, price.currency, start_of_day(now)) + claimed
+            usages.append(_fee_usage(CapKind.DAY, limit=caps.per_day, used=today, price=price))
         if caps.per_month is not None:
-            month = self.month_total(tx, price.currency, now)
-            used.append(CapUsage(CapKind.MONTH, caps.per_month, month, price.per_call, price.currency))
-        return used
+            month = self.month_total(tx, price.currency, now) + claimed
+            usages.append(_fee_usage(CapKind.MONTH, limit=caps.per_month, used=month, price=price))
+        return usages
 
     def month_total(self, tx: Tx, currency: str, now: datetime) -> Decimal:
-        """What the calls of this month cost, or may cost."""
+        """Return the posted and pending fees of this month's calls."""
         since = start_of_month(now)
         until = max(since, start_of_day(now - MAX_CLOCK_LAG))
-        span = (since, until, currency)
-        if self._counted_span != span or self._counted_at is None or now - self._counted_at > MONTH_CACHE_TTL:
-            self._past_days_total, self._counted_span, self._counted_at = (
-                total_spent(tx, currency, since, until),
-                span,
-                now,
-            )
-        return self._past_days_total + total_spent(tx, currency, until)
+        past_days = self._past_days
+        if past_days is None or not past_days.covers(since, until, currency, now):
+            total = total_spent(tx, currency, since, until)
+            past_days = _PastDays(since=since, until=until, currency=currency, counted_at=now, total=total)
+            self._past_days = past_days
+        return past_days.total + total_spent(tx, currency, until)
+
+
+def _fee_usage(cap: CapKind, *, limit: Decimal, used: Decimal, price: Price) -> CapUsage:
+    return CapUsage(cap=cap, limit=limit, used=used, call_cost=price.per_call, unit=price.currency)

@@ -1,4 +1,4 @@
-"""Queries on refreshes. Every write is conditional on the state it starts from, as the law has it."""
+"""Queries on refreshes. Every write is conditional on the state that the caller read (optimistic locking)."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
-from worker.ledger.engine import Tx
+from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import PAYMENT, REFRESH
 from worker.rules.states import (
     IN_FLIGHT_STATES,
@@ -31,24 +31,35 @@ from worker.rules.states import (
 refresh = REFRESH.c
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshRecord:
-    """A refresh as the ledger has it."""
+    """A refresh in the ledger."""
 
     refresh_id: str
     account_id: str
     state: RefreshState
-    call_count: int
-    deferral_count: int
-    called_at: datetime | None
-    claimed_at: datetime | None
-    not_before: datetime | None
-    due_at: datetime | None
-    last_error: str | None
+    call_count: int = 0
+    """Calls that were accepted, or may have been."""
+    deferral_count: int = 0
+    """Calls that were provably not accepted, and deferred."""
+    called_at: datetime | None = None
+    """When the first call that may have been accepted was made."""
+    claimed_at: datetime | None = None
+    """When the last call was claimed. The refresh window starts here."""
+    not_before: datetime | None = None
+    """Earliest time of the next call, if the refresh was deferred or delayed."""
+    due_at: datetime | None = None
+    """When maintenance next processes the refresh."""
+    last_error: str | None = None
+
+
+def new_refresh(account_id: str, refresh_id: str, due_at: datetime) -> RefreshRecord:
+    """Return a requested refresh that is not in the ledger yet."""
+    return RefreshRecord(refresh_id=refresh_id, account_id=account_id, state=RefreshState.REQUESTED, due_at=due_at)
 
 
 def _state_in(states: Iterable[RefreshState]) -> ColumnElement[bool]:
-    # The states stand in the statement itself, as in the partial indexes: a plan for any states would not use them.
+    # Inline the states as literals. With bind parameters PostgreSQL cannot match the partial indexes.
     return refresh.state.in_([literal_column(f"'{state}'") for state in sorted(states)])
 
 
@@ -56,7 +67,7 @@ IS_IN_FLIGHT = _state_in(IN_FLIGHT_STATES)
 CAN_BE_ANSWERED = _state_in(
     [state for state in RefreshState if next_state(REFRESH_TRANSITIONS, state, RefreshEvent.BALANCE_RECEIVED)]
 )
-BY_CALL_TIME = refresh.called_at.asc().nulls_last()  # the databases do not agree where nulls go
+BY_CALL_TIME = refresh.called_at.asc().nulls_last()  # PostgreSQL and SQLite sort NULL differently by default
 _SELECT_REFRESHES = select(*(refresh[name] for name in RefreshRecord.__dataclass_fields__))
 
 
@@ -66,30 +77,30 @@ def _find_refreshes(
     return _records(tx.execute(_SELECT_REFRESHES.where(*conditions).order_by(order).limit(limit)))
 
 
-def _records(rows: Iterable[Any]) -> list[RefreshRecord]:
-    return [RefreshRecord(row[0], row[1], RefreshState(row[2]), *row[3:]) for row in rows]
+def _records(rows: Iterable[Row[Any]]) -> list[RefreshRecord]:
+    return [RefreshRecord(**{**row._asdict(), "state": RefreshState(row.state)}) for row in rows]
 
 
 def find(tx: Tx, refresh_id: str) -> RefreshRecord | None:
-    """The refresh, if it was ever written."""
+    """Return the refresh, or None if it is not in the ledger."""
     return next(iter(_find_refreshes(tx, refresh.refresh_id == refresh_id)), None)
 
 
 def in_flight_refresh(tx: Tx, account_id: str) -> RefreshRecord | None:
-    """The account's refresh whose balance is on its way, or may be."""
+    """Return the account's refresh in flight, or None."""
     return next(iter(_find_refreshes(tx, refresh.account_id == account_id, IS_IN_FLIGHT)), None)
 
 
 def requested_refresh(tx: Tx, account_id: str) -> RefreshRecord | None:
-    """A refresh of the account that is wanted and not called."""
+    """Return a refresh of the account that is requested and not called, or None."""
     conditions = (refresh.account_id == account_id, refresh.state == RefreshState.REQUESTED)
     return next(iter(_find_refreshes(tx, *conditions, limit=1)), None)
 
 
 def find_for_claim(tx: Tx, account_ids: Collection[str], refresh_ids: Collection[str]) -> list[RefreshRecord]:
-    """Return these refreshes if they exist, and the refreshes in flight on these accounts."""
-    given = {"account_ids": list(account_ids), "refresh_ids": list(refresh_ids)}
-    return _records(tx.execute(_FOR_CLAIM, given))
+    """Return these refreshes, if they are in the ledger, and the refreshes in flight of these accounts."""
+    ids = {"account_ids": list(account_ids), "refresh_ids": list(refresh_ids)}
+    return _records(tx.execute(_FOR_CLAIM, ids))
 
 
 _FOR_CLAIM = _SELECT_REFRESHES.where(
@@ -98,9 +109,9 @@ _FOR_CLAIM = _SELECT_REFRESHES.where(
 
 
 def awaiting_balance(tx: Tx, account_ids: Collection[str]) -> list[RefreshRecord]:
-    """Refreshes of the accounts that a balance may still come of, or that are to be called; the last called first.
+    """Return refreshes of the accounts that a balance may answer, and requested ones. The last called is first.
 
-    One that was answered and called twice is among them: each of its calls may bring a balance.
+    Includes an answered refresh that was called twice, because each of its calls may produce a balance.
     """
     return _records(tx.execute(_AWAITING_BALANCE, {"account_ids": list(account_ids)}))
 
@@ -114,22 +125,22 @@ _AWAITING_BALANCE = _SELECT_REFRESHES.where(
 
 
 def called_since(tx: Tx, account_ids: Sequence[str], since: datetime) -> list[RefreshRecord]:
-    """Refreshes of these accounts that are wanted, or were called at or after `called_from`; the first called first."""
+    """Return refreshes of these accounts that are requested, or called since then. The first called is first."""
     called = or_(refresh.state == RefreshState.REQUESTED, refresh.called_at >= since)
     return _find_refreshes(tx, refresh.account_id.in_(account_ids), called)
 
 
 def due_for_check(tx: Tx, now: datetime, limit: int) -> list[RefreshRecord]:
-    """Refreshes in flight that time has something to do with, and requested ones that nobody waits for any more."""
-    nobody_waits = (refresh.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
-    return _find_refreshes(tx, refresh.due_at <= now, IS_IN_FLIGHT | nobody_waits, order=refresh.due_at, limit=limit)
+    """Return in-flight refreshes whose `due_at` has passed, and requested refreshes without a waiting payment."""
+    is_unneeded = (refresh.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
+    return _find_refreshes(tx, refresh.due_at <= now, IS_IN_FLIGHT | is_unneeded, order=refresh.due_at, limit=limit)
 
 
 def callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: int) -> list[RefreshRecord]:
-    """Requested refreshes whose call is due, those first whose payments have the nearest deadline.
+    """Return requested refreshes whose call is due, earliest deadline of a waiting payment first (EDF).
 
-    A deadline before `useful_from` does not count: the balance would come too late, the call would be paid for
-    nothing, and others would be late for it.
+    Deadlines before `min_deadline` do not count. The balance would arrive too late for them, so the fee would be
+    wasted, and the call would delay calls of other accounts.
     """
     deadline = _nearest_deadline(PAYMENT.c.deadline >= min_deadline)
     conditions = (refresh.due_at <= now, refresh.state == RefreshState.REQUESTED, deadline.is_not(None))
@@ -137,18 +148,19 @@ def callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: i
 
 
 def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime]:
-    waits = PAYMENT.c.state == literal_column(f"'{PaymentState.WAITING}'")  # as in the partial index
-    nearest = select(func.min(PAYMENT.c.deadline)).where(PAYMENT.c.account_id == refresh.account_id, waits, *conditions)
+    is_waiting = PAYMENT.c.state == literal_column(f"'{PaymentState.WAITING}'")  # a literal, as in the partial index
+    of_account = PAYMENT.c.account_id == refresh.account_id
+    nearest = select(func.min(PAYMENT.c.deadline)).where(of_account, is_waiting, *conditions)
     return nearest.correlate(REFRESH).scalar_subquery()
 
 
 def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> set[str]:
-    """Write new refreshes; returns the ids of those that were not known, and that no other record forbids."""
+    """Insert new refreshes. Return the ids of those that were inserted: no row conflicts with them."""
     return bulk_insert(tx, REFRESH, [vars(record) for record in records], key="refresh_id")
 
 
 def _is_unchanged(record: RefreshRecord) -> ColumnElement[bool]:
-    # The state alone would not do: between two calls of one refresh it comes back to what it was.
+    # The state alone is not enough: a refresh that is called twice is in the same state twice.
     return and_(
         refresh.refresh_id == record.refresh_id,
         _state_is(record.state),
@@ -157,12 +169,12 @@ def _is_unchanged(record: RefreshRecord) -> ColumnElement[bool]:
 
 
 def _state_is(state: RefreshState) -> ColumnElement[bool]:
-    # Not as the partial indexes have it: a plan may go through one of these, through all in flight or requested.
+    # Unlike the predicates of the partial indexes: else PostgreSQL may scan all refreshes in one of them.
     return refresh.state.is_not_distinct_from(state)
 
 
 def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datetime | None, **values: Any) -> bool:
-    """Let `event` happen to the refresh; False if it is no longer as the caller saw it."""
+    """Apply `event` to the refresh. Return False if it changed since the caller read it, or allows no such event."""
     state = next_state(REFRESH_TRANSITIONS, record.state, event)
     if state is None:
         return False
@@ -171,15 +183,15 @@ def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datet
 
 
 def transition_all(tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]) -> None:
-    """Let `event`, which ends all trouble, happen to refreshes, each with its new `due_at`.
+    """Apply `event` to refreshes, each with its new `due_at`, and clear their last errors.
 
-    Those that are no longer as the caller saw them are left.
+    Refreshes that changed since the caller read them are not updated.
     """
     rows = [
         {
             "refresh_id": record.refresh_id,
             "was_state": record.state,
-            "was_claimed_at": record.claimed_at,  # as in `_unchanged`
+            "was_claimed_at": record.claimed_at,  # as in `_is_unchanged`
             "state": state,
             "due_at": due_at,
             "last_error": None,
@@ -191,12 +203,12 @@ def transition_all(tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[Refr
 
 
 def reschedule(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:
-    """Look at the refresh again at `due_at`, if nothing happened to it meanwhile."""
+    """Set when maintenance next processes the refresh, unless it changed since the caller read it."""
     tx.execute(update(REFRESH).where(_is_unchanged(record)).values(due_at=due_at))
 
 
 def defer(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) -> None:
-    """Let a requested refresh wait: no call could be made."""
+    """Defer the call of a requested refresh until `not_before`, because it could not be made. Counts as a deferral."""
     tx.execute(
         update(REFRESH)
         .where(_is_unchanged(record))
@@ -207,23 +219,23 @@ def defer(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) 
 
 
 def delay(tx: Tx, record: RefreshRecord, until: datetime, last_error: str | None) -> None:
-    """Let a requested refresh wait for its turn; that does not count as a failure of its own."""
+    """Delay the call of a requested refresh until admission control may admit it. Does not count as a deferral."""
     tx.execute(
         update(REFRESH).where(_is_unchanged(record)).values(not_before=until, due_at=until, last_error=last_error)
     )
 
 
 def reschedule_requested(tx: Tx, records: Sequence[RefreshRecord], due_at: datetime) -> None:
-    """Let requested refreshes, whose call was just enqueued, be seen to again at `due_at`.
+    """Set when maintenance next processes requested refreshes whose calls were just enqueued.
 
-    Those that are held are left: whoever holds them sees to them at this moment.
+    Skips locked rows: the transaction that locked them is processing them.
     """
-    chosen = refresh.refresh_id.in_([record.refresh_id for record in records])
-    free = select(refresh.refresh_id).where(chosen, _state_is(RefreshState.REQUESTED)).with_for_update(skip_locked=True)
-    tx.execute(update(REFRESH).where(refresh.refresh_id.in_(list(tx.scalars(free)))).values(due_at=due_at))
+    is_requested = refresh.refresh_id.in_([record.refresh_id for record in records]), _state_is(RefreshState.REQUESTED)
+    locked_ids = list(tx.scalars(select(refresh.refresh_id).where(*is_requested).with_for_update(skip_locked=True)))
+    tx.execute(update(REFRESH).where(refresh.refresh_id.in_(locked_ids)).values(due_at=due_at))
 
 
-def without_this_call(refresh: RefreshRecord) -> dict[str, Any]:
-    """The refresh's count without the call that is on the wire: it was not accepted, so no balance can answer it."""
-    calls = refresh.call_count - (refresh.state == RefreshState.CALLING)
-    return {"call_count": calls, "called_at": refresh.called_at if calls else None}
+def without_this_call(record: RefreshRecord) -> dict[str, Any]:
+    """Return call columns of the refresh without the current call: it was not accepted, so no balance answers it."""
+    call_count = record.call_count - (record.state == RefreshState.CALLING)
+    return {"call_count": call_count, "called_at": record.called_at if call_count else None}

@@ -1,6 +1,6 @@
-"""What may be spent, and how far that has gone. Pure: what the ledger counts in, which caps a call would touch out.
+"""Fee caps: limits on fees and on calls, and the rules when a call exceeds one or warrants a warning. Pure.
 
-Pending and posted calls count, void ones do not: a cap is on what may have to be paid. Days and months are UTC's.
+Pending and posted calls count, void calls do not: a cap limits what may have to be paid. Days and months are in UTC.
 """
 
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from enum import StrEnum
 from worker.rules.decimals import decimal_text
 
 WARNING_THRESHOLD = Decimal("0.8")
-"""The call that brings a cap to this share of it is warned of."""
+"""Share of a cap at which a warning is logged."""
 
 
 class CapKind(StrEnum):
-    """What is capped."""
+    """What a cap limits."""
 
     DAY = "day"
     """The fees of all calls of a day."""
     MONTH = "month"
     """The fees of all calls of a month."""
     ACCOUNT = "account"
-    """The calls for one account in a day."""
+    """The number of calls for one account in a day."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeeCaps:
-    """The caps of a deployment; None where there is none. Sums are in the price list's currency."""
+    """The caps of a deployment. None means no cap. Amounts are in the currency of the price list."""
 
     per_day: Decimal | None = None
     per_month: Decimal | None = None
@@ -35,7 +35,7 @@ class FeeCaps:
 
     @property
     def has_any(self) -> bool:
-        """Whether anything is capped."""
+        """Whether any cap is set."""
         return self.has_total_cap or self.calls_per_account is not None
 
     @property
@@ -44,41 +44,43 @@ class FeeCaps:
         return self.per_day is not None or self.per_month is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CapUsage:
-    """How far one cap has gone, and what the next call adds to it."""
+    """Usage of one cap before a call, and what the call adds."""
 
     cap: CapKind
     limit: Decimal
     used: Decimal
     call_cost: Decimal
     unit: str
+    """A currency, or `calls`."""
 
     @property
     def would_be_exceeded(self) -> bool:
-        """Whether the call would go beyond the cap."""
+        """Whether the call would exceed the cap."""
         return self.used + self.call_cost > self.limit
 
     @property
     def crosses_warning_threshold(self) -> bool:
-        """Whether this call brings the cap to where it is warned of, and another one has room.
+        """Whether this call reaches the warning threshold and the cap allows at least one more call.
 
-        Where none has, a warning would help nobody: a cap of so few calls only says when it is reached.
+        If the cap allows no further call, a warning would be too late to act on. Caps of few calls give no warning.
         """
-        mark, after = WARNING_THRESHOLD * self.limit, self.used + self.call_cost
-        return self.used < mark <= after <= self.limit - self.call_cost
+        threshold, used_after = WARNING_THRESHOLD * self.limit, self.used + self.call_cost
+        return self.used < threshold <= used_after <= self.limit - self.call_cost
 
     def __str__(self) -> str:
-        """For the log, and for the detail of a payment that fails by it: no account and no payment is named."""
-        whose = "per account and day" if self.cap == CapKind.ACCOUNT else f"per {self.cap}"
-        return f"{decimal_text(self.used)} of {decimal_text(self.limit)} {self.unit} {whose} are used, a call adds {decimal_text(self.call_cost)}"
+        """Describe the usage in the detail of a failed payment. No account and no payment is named."""
+        period = "per account and day" if self.cap == CapKind.ACCOUNT else f"per {self.cap}"
+        used, limit, cost = decimal_text(self.used), decimal_text(self.limit), decimal_text(self.call_cost)
+        return f"{used} of {limit} {self.unit} {period} used, and a call adds {cost}"
 
 
 def start_of_day(now: datetime) -> datetime:
-    """When this day began."""
+    """Return the start of the day (UTC)."""
     return now.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def start_of_month(now: datetime) -> datetime:
-    """When this month began."""
+    """Return the start of the month (UTC)."""
     return start_of_day(now).replace(day=1)

@@ -1,4 +1,4 @@
-"""What a call costs, who shares it, and what its answer does to its entry. Pure."""
+"""The price list: what a call costs, which responses are billed, and how payments share a fee. Pure."""
 
 import tomllib
 from collections import Counter
@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from worker.rules.decimals import BoundedDecimalString
 
 FEE_UNIT = Decimal("0.000001")
-"""The smallest part of a fee that is told apart."""
+"""Smallest unit of a fee share."""
 ACCEPTED_STATUS = 202
-"""The provider's answer to a call that it carries out."""
+"""HTTP status of a call that the provider accepted."""
 BILLABLE_STATUSES: Mapping[str, int] = {
     "accepted": ACCEPTED_STATUS,
     "account_unsupported": 400,
@@ -25,11 +25,11 @@ BILLABLE_STATUSES: Mapping[str, int] = {
     "account_not_found": 404,
     "rate_limited": 429,
 }
-"""What a contract may charge for, by the status that says so. What provably was not sent is never charged."""
+"""Call results that a contract with the provider may bill, and their HTTP status. A call that was not sent is free."""
 
 
 class EntryState(StrEnum):
-    """`pending` until it is known whether the provider charges the call; then `posted` or `void` for good."""
+    """State of a call's fee: `pending` until it is known whether the call is billed, then `posted` or `void`."""
 
     PENDING = "pending"
     POSTED = "posted"
@@ -37,12 +37,12 @@ class EntryState(StrEnum):
 
 
 class PriceListError(Exception):
-    """The price list cannot be used; the message says why."""
+    """The price list cannot be used. The message states why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Price:
-    """What one call costs, and the version of the price list that says so."""
+    """Price of one call, and the version of the price list that defines it."""
 
     per_call: Decimal
     currency: str
@@ -58,7 +58,7 @@ class _PriceLine(BaseModel):
 
 
 class PriceList(BaseModel):
-    """Prices by the mode of the provider's environment, each from a day on (UTC)."""
+    """Prices by mode of the provider's environment. Each is valid from the start of a day (UTC)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,11 +82,11 @@ class PriceList(BaseModel):
         days = Counter((line.mode, line.since) for line in self.price)
         for (mode, since), count in days.items():
             if count > 1:
-                raise ValueError(f"there are {count} prices for mode {mode} from {since}; leave one")
+                raise ValueError(f"there are {count} prices for mode {mode} from {since}; keep one of them")
         return self
 
     def price_for(self, mode: str, day: date) -> Price:
-        """The price of a call made on `day` in an environment of this mode.
+        """Return the price of a call made on `day` (UTC) in an environment of this mode.
 
         Raises:
             PriceListError: the list has no price for it.
@@ -94,19 +94,20 @@ class PriceList(BaseModel):
         lines = [line for line in self.price if line.mode == mode and line.since <= day]
         if not lines:
             raise PriceListError(f"price list {self.version} has no price for mode {mode} on {day}; add one")
-        return Price(max(lines, key=lambda line: line.since).per_call, self.currency, self.version)
+        latest = max(lines, key=lambda line: line.since)
+        return Price(per_call=latest.per_call, currency=self.currency, price_list=self.version)
 
     def final_state(self, status: int | None) -> EntryState:
-        """How the entry of a call ends that the provider answered with `status`; None if it was not sent."""
-        billed = {BILLABLE_STATUSES[answer] for answer in self.billable}
-        return EntryState.POSTED if status in billed else EntryState.VOID
+        """Return the final state of a call's fee by the status of the response. None means that nothing was sent."""
+        billed_statuses = {BILLABLE_STATUSES[result] for result in self.billable}
+        return EntryState.POSTED if status in billed_statuses else EntryState.VOID
 
 
 def parse_price_list(toml: str) -> PriceList:
-    """Read a price list.
+    """Parse and validate a price list.
 
     Raises:
-        PriceListError: it is not TOML, or not a price list.
+        PriceListError: the text is not TOML or not a valid price list.
     """
     try:
         return PriceList.model_validate(tomllib.loads(toml))
@@ -115,17 +116,18 @@ def parse_price_list(toml: str) -> PriceList:
 
 
 def split_share(total: Decimal, count: int, index: int) -> Decimal:
-    """The part of `total` that the sharer at `index` owes; the parts of all `sharers` add up to it exactly.
+    """Return the share of `total` of the payment at `index` among `count` payments. All shares sum to `total` exactly.
 
-    Equal parts cut to `UNIT`; what is left over goes to the first ones, a unit each (largest remainder).
+    Each share is rounded down to `FEE_UNIT`. The remainder goes to the first payments, one unit each (largest
+    remainder method).
     """
-    even = (total / count).quantize(FEE_UNIT, rounding=ROUND_DOWN)
-    left_over = int((total - even * count) / FEE_UNIT)
-    return even + FEE_UNIT if index < left_over else even
+    equal_share = (total / count).quantize(FEE_UNIT, rounding=ROUND_DOWN)
+    remaining_units = int((total - equal_share * count) / FEE_UNIT)
+    return equal_share + FEE_UNIT if index < remaining_units else equal_share
 
 
 def total_and_state(prices_by_state: Mapping[EntryState, Decimal]) -> tuple[Decimal, EntryState]:
-    """What a refresh costs by its calls' states, and how sure that is."""
+    """Return the posted and pending fees of a refresh, and the state of that total: pending if any part is pending."""
     total = prices_by_state.get(EntryState.POSTED, Decimal(0)) + prices_by_state.get(EntryState.PENDING, Decimal(0))
     if EntryState.PENDING in prices_by_state:
         return total, EntryState.PENDING

@@ -1,12 +1,13 @@
-"""THE LAW: what a payment and a refresh may become, and on which balance a payment may start.
+"""The state machines of payments and refreshes, and the rules of freshness.
 
-A *payment* waits until one thing settles it, and is then settled for good. A *refresh* is our one attempt to
-have an account's balance made fresh: it is requested, called (once, or once more when the first call's fate is
-unknown), and closed by the answer, by a refusal, or by the end of its window. While it is called and not
-closed it is *in flight*, and its account is not called again.
+A *payment* waits until one event resolves it. Its resolution is final.
 
-Everything here is pure: no I/O, no clock. The tables are the only place where transitions are written down;
-`docs/explanation/architecture.md` shows the diagrams made from them.
+A *refresh* is one attempt to get a fresh balance for an account. It is requested, then called. A balance answers it,
+or the provider rejects it, or its window ends. If the result of its first call is unknown, it may be called a second
+time. A refresh that is called and not yet ended is *in flight*; its account is not called again meanwhile.
+
+All functions are pure: no I/O, no clock. Transitions are defined in the tables below and nowhere else. The state
+diagrams in `docs/explanation/architecture.md` are generated from the tables.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ Event = TypeVar("Event", bound=StrEnum)
 
 
 class PaymentState(StrEnum):
-    """Where a payment stands."""
+    """State of a payment."""
 
     WAITING = "waiting"
     RELEASED = "released"
@@ -27,22 +28,22 @@ class PaymentState(StrEnum):
 
 
 class PaymentEvent(StrEnum):
-    """What can happen to a payment."""
+    """Event that resolves a payment."""
 
     FUNDS_SUFFICIENT = "funds sufficient"
-    """A fresh balance came, and it covers the payment (or nobody asked whether it does)."""
+    """A fresh balance was received, and it covers the payment or no funds check was requested."""
     FUNDS_INSUFFICIENT = "funds insufficient"
-    """A fresh balance came, and it does not cover the payment, or cannot tell."""
+    """A fresh balance was received, and it does not cover the payment or has no amount."""
     CALL_REJECTED = "call rejected"
-    """The provider will not refresh this account."""
+    """The provider will not refresh this account, or a fee cap forbids the call."""
     CONNECTION_LOST = "connection lost"
-    """Its connection or profile broke down: no balance will come."""
+    """Its connection or profile is lost: the provider will send no balance."""
     PROVIDER_UNAVAILABLE = "provider unavailable"
-    """The provider only fails, and will for longer than the payment can wait."""
+    """The circuit breaker stays open past the payment's deadline."""
     EXPIRED = "expired"
     """The deadline passed."""
     CANCELLED = "cancelled"
-    """The payments service no longer wants it."""
+    """The payments service cancelled it."""
 
 
 PAYMENT_TRANSITIONS: Mapping[tuple[PaymentState, PaymentEvent], PaymentState] = {
@@ -54,52 +55,54 @@ PAYMENT_TRANSITIONS: Mapping[tuple[PaymentState, PaymentEvent], PaymentState] = 
     (PaymentState.WAITING, PaymentEvent.EXPIRED): PaymentState.FAILED,
     (PaymentState.WAITING, PaymentEvent.CANCELLED): PaymentState.FAILED,
 }
-"""What is not listed changes nothing: released and failed are final."""
+"""An event that is not listed for a state changes nothing: released and failed are final."""
 
 
 class RefreshState(StrEnum):
-    """Where a refresh stands."""
+    """State of a refresh."""
 
     REQUESTED = "requested"
-    """Wanted, not called; due at its `due_at`."""
+    """A balance is needed and no call was made yet. The call is due at `due_at`."""
     CALLING = "calling"
-    """A worker has claimed it, and its call may be on the wire."""
+    """A worker has claimed the call and may be making it."""
     ACCEPTED = "accepted"
-    """Answered 202; the balance will come."""
+    """The provider responded with 202 and will send the balance."""
     UNCERTAIN = "uncertain"
-    """The call's answer is not known."""
+    """The result of the call is unknown: it may have been accepted."""
     ANSWERED = "answered"
-    """Its balance came."""
+    """Its balance was received."""
     REJECTED = "rejected"
-    """The provider will not do it, or we do not ask it to. A call before that may still be answered."""
+    """The provider rejected the call, or the call was not allowed. A balance may still answer an earlier call."""
     UNANSWERED = "unanswered"
-    """Its window ended without a balance. One may still come."""
+    """Its window ended without a balance. A late balance may still answer it."""
     ABANDONED = "abandoned"
-    """Nobody waited for it any more when it was to be called. A call before that may still be answered."""
+    """No payment needed it any more when its call was due. A balance may still answer an earlier call."""
 
 
 class RefreshEvent(StrEnum):
-    """What can happen to a refresh."""
+    """Event in the life of a refresh."""
 
     CLAIM = "claim"
     ACCEPT = "accept"
     REJECT = "reject"
     DEFER = "defer"
-    """The call was provably not accepted: again, later."""
+    """The call was provably not accepted. It is repeated later."""
     RESULT_LOST = "result lost"
-    """The call's answer was lost, or its worker."""
+    """The response or the worker of the call was lost."""
     RETRY = "retry"
-    """The grace after a lost answer is over, someone still waits: once more."""
+    """The grace period after a lost result ended and a payment still waits: one more call."""
     BALANCE_RECEIVED = "balance received"
     WINDOW_ENDED = "window ended"
-    """The window is over."""
+    """No balance was received within the refresh window."""
     ABANDON = "abandon"
 
 
 REFRESH_TRANSITIONS: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = {
     (RefreshState.REQUESTED, RefreshEvent.CLAIM): RefreshState.CALLING,
-    (RefreshState.REQUESTED, RefreshEvent.REJECT): RefreshState.REJECTED,  # our key is wrong, or a cap is reached
-    (RefreshState.REQUESTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,  # between two calls
+    # The API key is wrong, or a fee cap is reached.
+    (RefreshState.REQUESTED, RefreshEvent.REJECT): RefreshState.REJECTED,
+    # Its first call was accepted after all.
+    (RefreshState.REQUESTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
     (RefreshState.REQUESTED, RefreshEvent.ABANDON): RefreshState.ABANDONED,
     (RefreshState.CALLING, RefreshEvent.ACCEPT): RefreshState.ACCEPTED,
     (RefreshState.CALLING, RefreshEvent.REJECT): RefreshState.REJECTED,
@@ -112,28 +115,28 @@ REFRESH_TRANSITIONS: Mapping[tuple[RefreshState, RefreshEvent], RefreshState] = 
     (RefreshState.UNCERTAIN, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
     (RefreshState.UNCERTAIN, RefreshEvent.WINDOW_ENDED): RefreshState.UNANSWERED,
     (RefreshState.UNANSWERED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
-    # Only where a call was made before: it was of unknown fate, and its balance tells that it was accepted.
+    # Only after an earlier call whose result is unknown: the balance proves that the call was accepted.
     (RefreshState.REJECTED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
     (RefreshState.ABANDONED, RefreshEvent.BALANCE_RECEIVED): RefreshState.ANSWERED,
 }
 
 IN_FLIGHT_STATES = frozenset({RefreshState.CALLING, RefreshState.ACCEPTED, RefreshState.UNCERTAIN})
-"""States in which a balance is on its way, or may be. At most one refresh of an account is in one of them."""
+"""States in which the provider may still send a balance. At most one refresh of an account is in one of them."""
 ACTIVE_STATES = IN_FLIGHT_STATES | {RefreshState.REQUESTED}
-"""States in which time still has something to do with a refresh; each has a `due_at`."""
+"""States that maintenance still processes. A refresh in one of them has a `due_at`."""
 MAX_UNCERTAIN_CALLS = 2
-"""Calls of one refresh whose fate may be unknown: the first, and one more after a grace time."""
+"""Maximum calls of one refresh with an unknown result: the first, and one more after the grace period."""
 
 
 def next_state(table: Mapping[tuple[State, Event], State], state: State, event: Event) -> State | None:
-    """The state that `event` leads to, or None when it changes nothing."""
+    """Return the state that `event` leads to, or None if it changes nothing."""
     return table.get((state, event))
 
 
 def call_is_late_enough(called_at: datetime | None, min_balance_at: datetime) -> bool:
-    """Whether a call can serve a payment that needs a balance no older than `min_balance_at`.
+    """Return whether a call can serve a payment that needs a balance no older than `min_balance_at`.
 
-    A call that was not made yet (None) will be late enough for anybody who waits now.
+    A call that was not made yet (None) will be late enough for every payment that waits now.
     """
     return called_at is None or called_at >= min_balance_at
 
@@ -141,11 +144,12 @@ def call_is_late_enough(called_at: datetime | None, min_balance_at: datetime) ->
 def balance_is_fresh_enough(
     balance_at: datetime, called_at: datetime | None, min_balance_at: datetime, *, only_own_call: bool, skew: timedelta
 ) -> bool:
-    """Whether a REFRESH balance is fresh enough for a payment.
+    """Return whether a REFRESH balance is fresh enough for a payment.
 
-    `min_balance_at` is the request's time less the age the payment allows; `balance_at` is cut to whole seconds by the
-    provider and told by its clock, which `skew` allows for. A payment that allows no age (`only_own_call`) moreover
-    needs the call to be sent after it: `called_at` is when the call that explains this balance went out, None if none.
+    `min_balance_at` is the time of the payment's request minus its max balance age. `balance_at` is by the provider's
+    clock and cut to whole seconds; `skew` allows for both. A payment with a max balance age of 0 (`only_own_call`)
+    also needs a call after its request. `called_at` is the time of the call that the balance is attributed to, or
+    None.
     """
     if only_own_call and (called_at is None or called_at < min_balance_at):
         return False
@@ -153,10 +157,10 @@ def balance_is_fresh_enough(
 
 
 def can_be_response_to(balance_at: datetime, called_at: datetime, skew: timedelta) -> bool:
-    """Whether a REFRESH balance can be the answer to a call: it is no older than the call."""
+    """Return whether a REFRESH balance can be the result of a call: it is no older than the call."""
     return balance_at >= called_at - skew
 
 
 def backoff(deferral_count: int) -> timedelta:
-    """The pause before a call that was provably not accepted is made again: 1, 2, 4, ... 30 s."""
+    """Return the delay before a call that was provably not accepted is repeated: 1, 2, 4, ... 30 s."""
     return timedelta(seconds=min(2**deferral_count, 30))

@@ -1,0 +1,257 @@
+"""The decision whether a refresh call is made: a table of examples, without a database."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from worker.correlation.admission import Denied
+from worker.flow.claim_decision import (
+    Abandon,
+    AccountInputs,
+    ApplyBalance,
+    ClaimCall,
+    ClaimInputs,
+    Decision,
+    Delay,
+    NotDue,
+    NotNeeded,
+    QueueBehindInFlight,
+    RejectByCap,
+    after_decision,
+    decide_claim,
+)
+from worker.ledger.balances import BalanceRecord
+from worker.ledger.payments import WaitingPayment
+from worker.ledger.refreshes import RefreshRecord
+from worker.rules.job import Job
+from worker.rules.states import IN_FLIGHT_STATES, RefreshState
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+SKEW = 5 * SECOND
+MAX_CALL_DURATION = 30 * SECOND
+A, R = "acct_1", "ref_1"
+OPEN = Denied(reason="circuit_open", until=NOW + 5 * SECOND)
+FULL = Denied(reason="rate_limited", until=NOW + SECOND)
+PROBING = Denied(reason="half_open", until=NOW + SECOND)
+
+
+def payment(
+    payment_id: str = "pay_1", *, requested: float = 0, max_balance_age_s: int = 30, timeout_s: int = 120
+) -> WaitingPayment:
+    """Return a waiting payment that was requested this many seconds after `NOW`."""
+    job = Job(payment_id=payment_id, account_id=A, max_balance_age_s=max_balance_age_s, timeout_s=timeout_s)
+    requested_at = NOW + requested * SECOND
+    return WaitingPayment(
+        payment_id=payment_id,
+        account_id=A,
+        job=job,
+        requested_at=requested_at,
+        min_balance_at=job.min_balance_at(requested_at),
+        deadline=requested_at + timedelta(seconds=timeout_s),
+    )
+
+
+def refresh(state: RefreshState = RefreshState.REQUESTED, refresh_id: str = R, **fields: Any) -> RefreshRecord:
+    return RefreshRecord(refresh_id=refresh_id, account_id=A, state=state, **fields)
+
+
+def in_flight(called: float) -> RefreshRecord:
+    """Return another refresh of the account that was called this many seconds after `NOW`."""
+    called_at = NOW + called * SECOND
+    return refresh(RefreshState.ACCEPTED, "ref_0", call_count=1, called_at=called_at, claimed_at=called_at)
+
+
+def balance(at: float, received: float = 0) -> BalanceRecord:
+    """Return a REFRESH balance of this many seconds after `NOW`."""
+    return BalanceRecord(
+        balance_id="bal_1",
+        event_id="evt_1",
+        account_id=A,
+        at=NOW + at * SECOND,
+        source="REFRESH",
+        available=Decimal(100),
+        current=None,
+        limit=None,
+        received_at=NOW + received * SECOND,
+        due_at=None,
+    )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Inputs of a decision."""
+
+    inputs: ClaimInputs
+    has_slot: bool
+    denied: Denied | None
+
+    def decide(self) -> Decision:
+        return decide_claim(
+            self.inputs,
+            now=NOW,
+            has_slot=self.has_slot,
+            denied=self.denied,
+            clock_skew=SKEW,
+            max_call_duration=MAX_CALL_DURATION,
+        )
+
+
+def given(
+    stored: RefreshRecord | None,
+    *waiting: WaitingPayment,
+    has_slot: bool = False,
+    denied: Denied | None = None,
+    **account: Any,
+) -> Given:
+    account_inputs = AccountInputs(waiting=waiting, **account)
+    inputs = ClaimInputs(account_id=A, refresh_id=R, refresh=stored, account=account_inputs)
+    return Given(inputs, has_slot, denied)
+
+
+def claimed(**fields: Any) -> ClaimCall:
+    claim = {"call_count": 1, "called_at": NOW, "claimed_at": NOW, "due_at": NOW + MAX_CALL_DURATION}
+    return ClaimCall(refresh=refresh(RefreshState.CALLING, **{**claim, **fields}))
+
+
+LATER, EARLIER = NOW + SECOND, NOW - SECOND
+CALLED_ONCE = refresh(call_count=1, called_at=NOW - 20 * SECOND, claimed_at=NOW - 20 * SECOND, last_error="timeout")
+OPEN_ERROR = "provider calls fail; no call is made before 2026-11-22T12:00:05Z"
+NO_AGE = payment(max_balance_age_s=0)
+SHORT = payment("pay_short", timeout_s=5)
+
+EXAMPLES: dict[str, tuple[Given, Decision]] = {
+    # A call that is needed
+    "new refresh": (given(None, payment()), claimed()),
+    "requested refresh": (given(refresh(due_at=EARLIER), payment()), claimed()),
+    "second call keeps the time of the first": (
+        given(CALLED_ONCE, payment()),
+        claimed(call_count=2, called_at=CALLED_ONCE.called_at, last_error="timeout"),
+    ),
+    "payment of a host whose clock is ahead": (
+        given(None, payment(requested=3, max_balance_age_s=0)),
+        claimed(called_at=NOW + 3 * SECOND),
+    ),
+    "deferral is over": (
+        given(refresh(not_before=NOW, deferral_count=2), payment()),
+        claimed(not_before=None, deferral_count=2),
+    ),
+    # Deferred or delayed
+    "deferred until later": (given(refresh(not_before=LATER), payment()), NotDue()),
+    "deferred until later, no payment": (given(refresh(not_before=LATER)), NotDue()),
+    "deferred until later, with a slot": (given(refresh(not_before=LATER), payment(), has_slot=True), claimed()),
+    # No payment needs it
+    "no payment, new refresh": (given(None), NotNeeded()),
+    "no payment, requested refresh": (given(refresh()), Abandon()),
+    "no payment, admission denied": (given(refresh(), denied=OPEN), Abandon()),
+    # Another refresh is in flight
+    "in flight, late enough, new refresh": (given(None, payment(), in_flight=in_flight(-30)), NotNeeded()),
+    "in flight, late enough, requested refresh": (given(refresh(), payment(), in_flight=in_flight(-30)), Abandon()),
+    "in flight, too early": (
+        given(None, payment(), in_flight=in_flight(-31)),
+        QueueBehindInFlight(in_flight=in_flight(-31)),
+    ),
+    "in flight, too early for one payment": (
+        given(refresh(), payment(), NO_AGE, in_flight=in_flight(-1)),
+        QueueBehindInFlight(in_flight=in_flight(-1)),
+    ),
+    "in flight, admission denied": (
+        given(refresh(), NO_AGE, in_flight=in_flight(-1), denied=OPEN),
+        QueueBehindInFlight(in_flight=in_flight(-1)),
+    ),
+    "in flight, stored balance": (
+        given(refresh(), payment(), in_flight=in_flight(-1), newest_balance=balance(-1)),
+        Abandon(),
+    ),
+    # A stored balance
+    "balance of the maximum age": (
+        given(None, payment(), newest_balance=balance(-35)),
+        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+    ),
+    "balance too old": (given(None, payment(), newest_balance=balance(-35.1)), claimed()),
+    "balance too old for one payment": (
+        given(None, payment(max_balance_age_s=60), payment("pay_2"), newest_balance=balance(-40)),
+        claimed(),
+    ),
+    "balance younger than its arrival": (
+        given(None, payment(), newest_balance=balance(at=60, received=-36)),
+        claimed(),
+    ),
+    "one payment accepts no earlier balance": (
+        given(None, payment(), NO_AGE, newest_balance=balance(0)),
+        claimed(),
+    ),
+    "balance, requested refresh": (
+        given(refresh(), payment(), newest_balance=balance(0)),
+        ApplyBalance(balance_id="bal_1", abandons_refresh=True),
+    ),
+    "balance, refresh that was called": (
+        given(CALLED_ONCE, payment(), newest_balance=balance(0)),
+        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+    ),
+    "balance, admission denied": (
+        given(None, payment(), newest_balance=balance(0), denied=OPEN),
+        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+    ),
+    # Admission control
+    "no slot": (given(None, payment(), SHORT, denied=FULL), Delay(denied=FULL, last_error=None)),
+    "no slot, keeps the last error": (
+        given(CALLED_ONCE, payment(), denied=FULL),
+        Delay(denied=FULL, last_error="timeout"),
+    ),
+    "probe in progress": (given(refresh(), SHORT, denied=PROBING), Delay(denied=PROBING, last_error=None)),
+    "circuit breaker open": (given(None, payment(), denied=OPEN), Delay(denied=OPEN, last_error=OPEN_ERROR)),
+    "circuit breaker open, with a slot": (
+        given(refresh(), payment(), denied=OPEN, has_slot=True),
+        Delay(denied=OPEN, last_error=OPEN_ERROR),
+    ),
+    "circuit breaker open past a deadline": (
+        given(None, payment(), SHORT, denied=OPEN),
+        Delay(denied=OPEN, last_error=OPEN_ERROR, failing=(SHORT,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_decision_on_a_call(name: str) -> None:
+    example, expected = EXAMPLES[name]
+    assert example.decide() == expected
+
+
+@pytest.mark.parametrize("state", sorted(set(RefreshState) - {RefreshState.REQUESTED}))
+def test_refresh_that_is_not_requested_needs_no_call(state: RefreshState) -> None:
+    """Whatever else is true of its account."""
+    stored = refresh(state, call_count=1)
+    own = {"in_flight": stored} if state in IN_FLIGHT_STATES else {}
+    for arguments in ({}, own, {"newest_balance": balance(0)}, {"denied": OPEN}, {"has_slot": True}):
+        assert given(stored, payment(), **arguments).decide() == NotNeeded()
+
+
+def test_next_call_of_the_account_sees_the_claim() -> None:
+    """Its refresh shares the claimed call, or is queued behind it. It is never called at the same time."""
+    first = claimed()
+    account = after_decision(AccountInputs(waiting=[payment()]), first)
+    assert account == AccountInputs(waiting=[payment()], in_flight=first.refresh)
+    assert given(refresh(), payment(), in_flight=account.in_flight).decide() == Abandon()
+
+
+@pytest.mark.parametrize(
+    ("decision", "still_waiting"),
+    [
+        (Delay(denied=OPEN, last_error=OPEN_ERROR, failing=(SHORT,)), [payment()]),
+        (Delay(denied=FULL, last_error=None), [payment(), SHORT]),
+        (RejectByCap(detail="fee cap reached"), []),
+        (NotDue(), [payment(), SHORT]),
+        (NotNeeded(), [payment(), SHORT]),
+        (Abandon(), [payment(), SHORT]),
+        (QueueBehindInFlight(in_flight=in_flight(0)), [payment(), SHORT]),
+        (ApplyBalance(balance_id="bal_1", abandons_refresh=True), [payment(), SHORT]),
+    ],
+)
+def test_next_call_of_the_account_sees_failed_payments(decision: Decision, still_waiting: list[WaitingPayment]) -> None:
+    account = after_decision(AccountInputs(waiting=[payment(), SHORT]), decision)
+    assert list(account.waiting) == still_waiting
+    assert account.in_flight is None

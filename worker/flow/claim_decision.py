@@ -1,0 +1,216 @@
+"""The decision whether a refresh call is made now. Pure: no I/O, no clock.
+
+`worker.flow.claiming` loads the inputs, calls `decide_claim` for one call after the other, and persists the decisions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from worker.correlation.admission import Denied
+from worker.ledger.balances import BalanceRecord
+from worker.ledger.payments import WaitingPayment
+from worker.ledger.refreshes import RefreshRecord, new_refresh
+from worker.rules import states
+from worker.rules.states import RefreshState
+from worker.rules.times import utc_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountInputs:
+    """State of an account, as far as a decision needs it. The account is locked."""
+
+    waiting: Sequence[WaitingPayment] = ()
+    """The account's waiting payments, by the time of their requests."""
+    in_flight: RefreshRecord | None = None
+    """The refresh in flight."""
+    newest_balance: BalanceRecord | None = None
+    """The newest REFRESH balance, if all waiting payments accept a balance from before their requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimInputs:
+    """All that the decision on one call needs from the ledger."""
+
+    account_id: str
+    refresh_id: str
+    refresh: RefreshRecord | None
+    """The refresh, or None if it is not in the ledger yet."""
+    account: AccountInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotDue:
+    """Make no call now: the refresh was deferred or delayed until later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotNeeded:
+    """Make no call: it was made before, or no payment needs it. The correlation store is out of date."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abandon:
+    """Abandon the requested refresh: no payment needs its call. The correlation store is out of date."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueBehindInFlight:
+    """Queue the refresh until the window of `in_flight` ends, because its call is too early for a waiting payment."""
+
+    in_flight: RefreshRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyBalance:
+    """Apply a stored balance that is fresh enough for all waiting payments. No call is needed."""
+
+    balance_id: str
+    abandons_refresh: bool
+    """Whether the refresh is abandoned. A refresh that was called before is not: the balance may answer it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delay:
+    """Delay the call, because admission control denied it. Fail the payments that cannot wait so long."""
+
+    denied: Denied
+    last_error: str | None
+    failing: tuple[WaitingPayment, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimCall:
+    """Claim the call. A fee cap may still turn this into `RejectByCap`."""
+
+    refresh: RefreshRecord
+    """The refresh as it is after the claim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectByCap:
+    """Reject the refresh and fail all waiting payments, because a fee cap would be exceeded."""
+
+    detail: str
+
+
+Decision = NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | Delay | ClaimCall | RejectByCap
+
+
+def decide_claim(
+    inputs: ClaimInputs,
+    *,
+    now: datetime,
+    has_slot: bool,
+    denied: Denied | None,
+    clock_skew: timedelta,
+    max_call_duration: timedelta,
+) -> Decision:
+    """Decide on one call.
+
+    1. A refresh that is not requested any more needs no call.
+    2. A refresh that was deferred or delayed is not due before its time, unless it has a slot of the rate limiter.
+    3. A refresh without a waiting payment is abandoned.
+    4. While another refresh is in flight, the account is not called. If its call is late enough for all waiting
+       payments, they share it, and this refresh is abandoned. Else this refresh is queued.
+    5. A stored balance that is fresh enough for all waiting payments is applied.
+    6. A call is claimed, unless admission control denied it (`denied` is set): then it is delayed.
+    """
+    without_call = _decide_without_call(inputs, now=now, has_slot=has_slot, clock_skew=clock_skew)
+    if without_call is not None:
+        return without_call
+    if denied is not None:
+        return _delay(inputs.refresh, inputs.account.waiting, denied)
+    return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
+
+
+def _decide_without_call(
+    inputs: ClaimInputs, *, now: datetime, has_slot: bool, clock_skew: timedelta
+) -> Decision | None:
+    """Apply the rules 1 to 5. Return None if a call is needed now."""
+    refresh, account = inputs.refresh, inputs.account
+    if refresh is not None and refresh.state != RefreshState.REQUESTED:
+        return NotNeeded()
+    if refresh is not None and refresh.not_before is not None and refresh.not_before > now and not has_slot:
+        return NotDue()
+    if not account.waiting:
+        return _unneeded(refresh)
+    if account.in_flight is not None:
+        return _share_or_queue(refresh, account.in_flight, account.waiting)
+    balance = account.newest_balance
+    if balance is None or not _serves_all(balance, account.waiting, clock_skew):
+        return None
+    was_called = refresh is not None and refresh.call_count > 0
+    return ApplyBalance(balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called)
+
+
+def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
+    """Return the account as the decision on its next call in the same transaction must see it."""
+    match decision:
+        case ClaimCall():
+            return replace(account, in_flight=decision.refresh)
+        case Delay():
+            return replace(account, waiting=[payment for payment in account.waiting if payment not in decision.failing])
+        case RejectByCap():
+            return replace(account, waiting=())
+        case _:
+            return account
+
+
+def _unneeded(refresh: RefreshRecord | None) -> Decision:
+    return NotNeeded() if refresh is None else Abandon()
+
+
+def _share_or_queue(
+    refresh: RefreshRecord | None, in_flight: RefreshRecord, waiting: Sequence[WaitingPayment]
+) -> Decision:
+    if states.call_is_late_enough(in_flight.called_at, _min_called_at(waiting)):
+        return _unneeded(refresh)
+    return QueueBehindInFlight(in_flight=in_flight)
+
+
+def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock_skew: timedelta) -> bool:
+    """Whether the REFRESH balance is fresh enough for all payments, all of which must accept an earlier balance.
+
+    The correlation store finds such a balance when a payment joins, unless it has lost it.
+    """
+    return all(
+        payment.job.max_balance_age_s > 0
+        and states.balance_is_fresh_enough(
+            balance.as_of, None, payment.min_balance_at, only_own_call=False, skew=clock_skew
+        )
+        for payment in waiting
+    )
+
+
+def _delay(refresh: RefreshRecord | None, waiting: Sequence[WaitingPayment], denied: Denied) -> Delay:
+    if denied.reason != "circuit_open":
+        return Delay(denied=denied, last_error=refresh.last_error if refresh is not None else None)
+    return Delay(
+        denied=denied,
+        last_error=f"provider calls fail; no call is made before {utc_text(denied.until)}",
+        failing=tuple(payment for payment in waiting if payment.deadline <= denied.until),
+    )
+
+
+def _claimed(inputs: ClaimInputs, now: datetime, max_call_duration: timedelta) -> RefreshRecord:
+    """Return the refresh after its claim.
+
+    All waiting payments were requested before this call, also if the clocks of their hosts are ahead of ours: hence
+    `called_at` is not before any `min_balance_at`.
+    """
+    refresh = inputs.refresh or new_refresh(inputs.account_id, inputs.refresh_id, now)
+    return replace(
+        refresh,
+        state=RefreshState.CALLING,
+        call_count=refresh.call_count + 1,
+        called_at=refresh.called_at or max(now, _min_called_at(inputs.account.waiting)),
+        claimed_at=now,
+        not_before=None,
+        due_at=now + max_call_duration,
+    )
+
+
+def _min_called_at(waiting: Sequence[WaitingPayment]) -> datetime:
+    """Return the time of the earliest call that serves all these payments."""
+    return max(payment.min_balance_at for payment in waiting)

@@ -1,0 +1,27 @@
+"""Rebuild an account's state in the correlation store from the ledger."""
+
+from datetime import timedelta
+
+from worker.correlation.redis_client import best_effort
+from worker.correlation.store import ACCOUNT_TTL_S, AccountState, NewBalance
+from worker.ledger import balances, refreshes
+from worker.ledger.engine import Tx
+from worker.runtime import Runtime
+
+BALANCE_TTL = timedelta(seconds=ACCOUNT_TTL_S)
+"""Maximum age of a balance that is copied: the correlation store would have expired an older one."""
+
+
+def rebuild_correlation(rt: Runtime, tx: Tx, account_id: str) -> None:
+    """Replace the account's state in the correlation store with the ledger's."""
+    in_flight, requested = refreshes.in_flight_refresh(tx, account_id), refreshes.requested_refresh(tx, account_id)
+    newest = balances.newest_by_account(tx, [account_id], rt.clock() - BALANCE_TTL).get(account_id)
+    state = AccountState(
+        in_flight=in_flight.refresh_id if in_flight else None,
+        called_at=in_flight.called_at if in_flight else None,
+        requested=requested.refresh_id if requested else None,
+        newest_balance=(
+            NewBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.as_of) if newest else None
+        ),
+    )
+    best_effort(rt.correlation.restore_account, account_id, state)
