@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery
 
 from config.celery_config import QUEUES
+from worker import metrics
 from worker.metrics import MetricSample
 
 MAX_SAMPLES = 500
@@ -38,10 +39,8 @@ class QueueMetrics:
                 if hasattr(channel, "_q_for_pri")
                 else {}
             )
-        yield MetricSample(
-            "payready_queue_messages", "Messages in the queue that no worker has fetched.", counts, ("queue",)
-        )
-        yield MetricSample("payready_queue_oldest_seconds", "Age of the oldest message in the queue.", ages, ("queue",))
+        yield metrics.QUEUE_MESSAGES.sample(counts)
+        yield metrics.QUEUE_OLDEST_SECONDS.sample(ages)
 
     def _oldest_message_age(self, channel: Any, name: str) -> float:
         keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001
