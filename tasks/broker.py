@@ -189,4 +189,4 @@ class RedisTransport(redis.Transport):
 
     def _poll_channels(self) -> None:
         for channel in self.cycle._channels:  # noqa: SLF001 - as kombu does
-            channel.look()
+            channel.poll()
