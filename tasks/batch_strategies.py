@@ -144,7 +144,7 @@ class _BatchStrategy:
 class _JobBatchStrategy(_BatchStrategy):
     """Jobs."""
 
-    def _work(self, batch: list[ReceivedMessage]) -> None:
+    def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         taken, busy = list[ReceivedMessage](), list[ReceivedMessage]()
         try:
             requests = [self._parse_request(received) for received in batch]
@@ -196,7 +196,7 @@ class _CallBatchStrategy(_BatchStrategy):
         self._accepted_results = MicroBatcher(self._record_results, max_size=many, min_interval_s=RECORD_INTERVAL_S)
         self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
 
-    def _work(self, batch: list[ReceivedMessage]) -> None:
+    def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         wanted = defaultdict[RefreshCall, list[ReceivedMessage]](list)
         try:
             for received in batch:
