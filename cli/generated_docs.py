@@ -1,6 +1,6 @@
-"""The parts of the documentation that are made from code: `python -m cli.generated_docs`, or `make docs`.
+"""Write the documents that are generated from code: `python -m cli.generated_docs`, or `make docs`.
 
-A test fails when one of them is not what the code says.
+A test fails when one of them is not current.
 """
 
 import sys
@@ -15,6 +15,14 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from cli.reference_pages import (
+    cli_page,
+    log_events_page,
+    metrics_page,
+    schema_page,
+    tasks_page,
+    webhook_results_table,
+)
 from config.settings import ENV_PREFIX, Settings
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, REFRESH_TRANSITIONS, PaymentState, RefreshState
@@ -22,37 +30,45 @@ from worker.rules.states import PAYMENT_TRANSITIONS, REFRESH_TRANSITIONS, Paymen
 CONFIGURATION_HEAD = """\
 # Configuration
 
-Every setting is an environment variable. A name that is misspelt, a value that breaks its rule, or a secret that is
-missing in production stops the start with one sentence. `.env.example` has them all, ready to be copied.
+Every setting is an environment variable.
+An unknown name, a bad value, or a missing secret in production stops the start with one sentence.
+`.env.example` has all settings, ready to copy.
+A change needs a restart of all roles.
 
-This page is made from `config/settings.py`; `make docs` renews it.
+`make docs` generates this page from `config/settings.py`.
 
 | variable | default | rule | meaning |
 |---|---|---|---|
 """
 ENVIRONMENT_HEAD = """\
-# Every setting of payready with its default. Copy this file to .env, and take off the # of what you change.
-# payready reads its environment, not this file: `set -a; . ./.env; set +a`, a container runtime or systemd loads it.
-# Made from config/settings.py; `make docs` renews it.
+# Every setting of payready with its default. Copy this file to .env and uncomment what you change.
+# payready reads its environment, not this file. To load it: `set -a; . ./.env; set +a`, a container runtime or systemd.
+# `make docs` generates this file from config/settings.py.
 """
 
 
 def generated_files() -> dict[Path, str]:
-    """Every file that has parts made from code, as it should be."""
+    """Return every file with generated parts, as it should be."""
+    reference, architecture = ROOT / "docs" / "reference", ROOT / "docs" / "explanation" / "architecture.md"
+    responses = reference / "webhook-responses.md"
     return {
-        ROOT / "docs" / "reference" / "configuration.md": configuration_page(),
         ROOT / ".env.example": env_example(),
-        ROOT / "docs" / "explanation" / "architecture.md": _with_diagrams(
-            (ROOT / "docs" / "explanation" / "architecture.md").read_text()
-        ),
+        architecture: _with_diagrams(architecture.read_text()),
+        responses: _with_part(responses.read_text(), "results", "worker/metrics.py", webhook_results_table()),
+        reference / "configuration.md": configuration_page(),
+        reference / "cli.md": cli_page(),
+        reference / "tasks-and-queues.md": tasks_page(),
+        reference / "metrics.md": metrics_page(),
+        reference / "log-events.md": log_events_page(),
+        reference / "database-schema.md": schema_page(),
     }
 
 
-# --- the laws ---------------------------------------------------------------------------------------------------------
+# --- state machines ---------------------------------------------------------------------------------------------------------
 
 
 def state_diagram(transitions: Mapping[tuple[Any, Any], Any], initial: StrEnum) -> str:
-    """A table of transitions as a Mermaid diagram; what nothing leads out of is final."""
+    """Return a Mermaid diagram of a transition table. A state without a transition out of it is final."""
     lines = ["stateDiagram-v2", f"    [*] --> {initial}"]
     lines += [f"    {state} --> {after}: {event}" for (state, event), after in transitions.items()]
     leaving = {state for state, _ in transitions}
@@ -66,20 +82,29 @@ def _with_diagrams(page: str) -> str:
         "refresh": state_diagram(REFRESH_TRANSITIONS, RefreshState.REQUESTED),
     }
     for name, diagram in diagrams.items():
-        begin, end = f"<!-- {name}: made from worker/rules/states.py -->\n", f"<!-- end of {name} -->\n"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"docs/explanation/architecture.md has no place for the diagram of the {name}")
-        page = f"{before}{begin}```mermaid\n{diagram}\n```\n{end}{after}"
+        page = _with_part(page, name, "worker/rules/states.py", f"```mermaid\n{diagram}\n```\n")
     return page
 
 
-# --- the settings -----------------------------------------------------------------------------------------------------
+def _with_part(page: str, name: str, source: str, part: str) -> str:
+    """Return the page with the generated part between its two markers.
+
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    begin, end = f"<!-- {name}: made from {source} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"a page lacks the markers {begin.strip()} and {end.strip()}")
+    return f"{before}{begin}{part}{end}{after}"
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
 
 
 def configuration_page() -> str:
-    """The page on the settings."""
+    """Return the page on settings."""
     rows = (
         f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_rule(field)} | {_description(field)} |"
         for name, field in Settings.model_fields.items()
@@ -88,7 +113,7 @@ def configuration_page() -> str:
 
 
 def env_example() -> str:
-    """The example of an environment."""
+    """Return the example environment file."""
     blocks = (
         f"\n# {_description(field)}\n#{ENV_PREFIX}{name.upper()}={_plain_default(field)}\n"
         for name, field in Settings.model_fields.items()
@@ -126,7 +151,7 @@ def _rule(field: FieldInfo) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """What a value looks like, to a reader who knows no Python."""
+    """Return the kind of value in words, for readers without Python."""
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{word}`" for word in typing.get_args(annotation))
     if isinstance(annotation, UnionType):
@@ -145,11 +170,11 @@ def _kind(annotation: Any) -> str:
 
 
 def main() -> None:
-    """Write what is not as it should be."""
+    """Write the files that are not current."""
     for path, text in generated_files().items():
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-            sys.stdout.write(f"renewed {path.relative_to(ROOT)}\n")
+            sys.stdout.write(f"updated {path.relative_to(ROOT)}\n")
 
 
 if __name__ == "__main__":

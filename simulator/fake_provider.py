@@ -173,7 +173,7 @@ class Provider:
             case Sends.NOTHING:
                 return []
             case Sends.TWICE:
-                return [self._signed_delivery(right, right), self._signed_delivery(right, wait_s=_TWICE_GAP_S)]
+                return [self._signed_delivery(right, right), self._signed_delivery(right, delay_s=_TWICE_GAP_S)]
             case Sends.FORGED:
                 return [self._signed_delivery(right, secret="not-the-secret", max_tries=_SPURIOUS_TRIES)]
             case Sends.STALE:

@@ -1,4 +1,4 @@
-"""Servers are started once a session, databases once a test."""
+"""Start servers once a session and create databases once a test."""
 
 import re
 from collections.abc import Iterator
@@ -36,11 +36,11 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"redis://127.0.0.1:{server.port}/0"
 
 
-LONGEST = (
-    "test_half_a_minute",
-    "test_storm",
+LONGEST_FILES = (
+    "test_long_outages",
+    "test_chaos",
     "test_outages",
-    "test_crowds",
+    "test_load",
     "test_crash_at_every_step",
     "test_primitives",
     "test_graceful_stop",
@@ -48,26 +48,26 @@ LONGEST = (
 )
 
 
-ON_ONE_SYSTEM = re.compile("tests/system/test_(bad_input|main_job|repeats|scenarios).py")
-"""These share systems, which take seconds to start."""
+SHARED_SYSTEM_FILES = re.compile("tests/system/test_(bad_input|main_job|repeats|scenarios).py")
+"""Tests that share running systems, which take seconds to start."""
 
 
 class Scheduler(LoadFileScheduling):  # type: ignore[misc]  # xdist is not typed
-    """Each file to one process, and files that share systems to the same one."""
+    """Run each file in one process, and files that share systems in the same process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "on one system" if ON_ONE_SYSTEM.match(nodeid) else str(super()._split_scope(nodeid))
+        return "shared system" if SHARED_SYSTEM_FILES.match(nodeid) else str(super()._split_scope(nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
-    """How tests are spread over processes."""
+    """Return the scheduler that distributes tests over processes."""
     return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: files are spread over processes, and the last to begin is the last to end."""
+    """Run the longest files first, so that no process is busy alone at the end."""
 
     def rank(item: pytest.Item) -> int:
-        return next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+        return next((place for place, name in enumerate(LONGEST_FILES) if name in item.nodeid), len(LONGEST_FILES))
 
     items.sort(key=rank)

@@ -11,6 +11,9 @@ from tests.chaos.__main__ import ChaosTest
 from tests.chaos.chaos_plan import draw_plan
 from tests.chaos.chaos_system import ChaosSystem
 
+pytestmark = pytest.mark.slow
+
+
 SEED, PAYMENTS, FAULTS = 202, 60, 6
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from cli.generated_docs import generated_files, state_diagram
+from cli.log_event_meanings import LOG_EVENT_MEANINGS
+from cli.reference_pages import log_events
 from config.settings import ENV_PREFIX, Settings, load
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
@@ -45,8 +47,8 @@ def test_the_example_environment_is_one_that_payready_starts_with() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    """Every relative link of the documentation leads to a file that is there."""
+def test_relative_links_exist(page: Path) -> None:
+    """Each relative link leads to a file."""
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
@@ -56,3 +58,27 @@ def test_settings_that_pages_name_are_settings(page: Path) -> None:
     """A page that names a variable names one that payready knows."""
     named = set(re.findall(rf"{ENV_PREFIX}([A-Z_]+)\b", page.read_text()))
     assert {name for name in named if name.lower() not in Settings.model_fields} == set()
+
+
+def test_log_event_meanings_match_the_code() -> None:
+    """Each event in the code has a meaning, and each meaning belongs to an event in the code."""
+    assert {event.name for event in log_events()} == set(LOG_EVENT_MEANINGS)
+
+
+def test_log_events_are_named_noun_dot_verb() -> None:
+    """A name is a stable identifier, not a sentence."""
+    assert [event for event in log_events() if not re.fullmatch(r"[a-z_]+\.[a-z_]+", event.name)] == []
+
+
+def test_runbooks_quote_only_log_events_that_exist() -> None:
+    """A quoted name with a dot that looks like an event is one."""
+    nouns = {name.partition(".")[0] for name in LOG_EVENT_MEANINGS}
+    pages = [*(ROOT / "docs" / "runbooks").glob("*.md"), *(ROOT / "docs" / "howto").glob("*.md")]
+    quoted = {
+        name
+        for page in pages
+        for name in re.findall(r"`([a-z_]+\.[a-z_]+)`", page.read_text())
+        if name.partition(".")[0] in nouns and not name.endswith((".py", ".json", ".md", ".toml"))
+    }
+    known = set(LOG_EVENT_MEANINGS) | {"balance.created", "balance.at"}
+    assert {name for name in quoted if name not in known} == set()

@@ -22,6 +22,9 @@ from worker.correlation.store import CorrelationStore
 from worker.errors import CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 
+pytestmark = pytest.mark.slow
+
+
 P1 = {"payment_id": "p1", "amount": "60.00"}
 P2 = {"payment_id": "p2", "amount": "60.00"}
 OWN = {"payment_id": "p2", "max_balance_age_s": 0}

@@ -111,7 +111,7 @@ def test_a_call_that_is_answered_meanwhile_is_booked_when_there_is_room(payready
 
 def enter_calls_of_others(payready: InProcessSystem) -> None:
     """As the one that is there, to take what room its page still has."""
-    same = "refresh_id, state, price, currency, price_list, evidence, called_at, at"
+    same = "refresh_id, state, price, currency, price_list, evidence, called_at, recorded_at"
     entry = f"INSERT INTO fee_entry (call_id, account_id, {same}) SELECT :id, 'acct_z', {same} FROM fee_entry LIMIT 1"
     for number in itertools.count():
         with payready.engine.begin() as connection:

@@ -322,7 +322,7 @@ def test_a_share_is_of_one_currency(payready: InProcessSystem) -> None:
     assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "EUR", "state": "posted"}
 
 
-COLUMNS = "call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, at"
+COLUMNS = "call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, recorded_at"
 
 
 def entry_like(state: str, **other: str) -> str:
@@ -350,10 +350,10 @@ def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready:
             "INSERT OR REPLACE " + entry_like("void"),
             "INSERT OR REPLACE " + entry_like("pending", entry_id="2", call_id="'call_new'"),
         ):
-            refused(payready, statement, "only ever added")
+            refused(payready, statement, "append-only")
     else:
         again = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
-        refused(payready, "INSERT " + entry_like("pending") + again, "only ever added")
+        refused(payready, "INSERT " + entry_like("pending") + again, "append-only")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.run_tasks()
-    refused(payready, "INSERT " + entry_like("posted", **other), "closes no call that was opened like it")
+    refused(payready, "INSERT " + entry_like("posted", **other), "does not match its pending entry")
     with payready.engine.begin() as tx:
         tx.execute(text("INSERT " + entry_like("posted")))
     assert payready.fees(A) == ["1 pending", "1 posted"]
@@ -400,7 +400,7 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: InProcessSystem,
         assert call.state == EntryState.POSTED
         assert not fee_entries.post_or_void(tx, call, second, {}, START)
     assert payready.fees(A) == ["1 pending", "1 posted"]
-    columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, at"
+    columns = "call_id, refresh_id, account_id, price, currency, price_list, evidence, called_at, recorded_at"
     with pytest.raises(DBAPIError), payready.engine.begin() as tx:
         tx.execute(
             text(f"INSERT INTO fee_entry (state, {columns}) SELECT :state, {columns} FROM fee_entry LIMIT 1"),

@@ -13,6 +13,8 @@ from tests.support.servers import Postgres
 from worker.ledger.engine import open_engine
 from worker.ledger.tables import PAYMENT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> str:

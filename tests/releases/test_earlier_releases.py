@@ -1,6 +1,6 @@
 """A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
-Each file beside this one is what a release left (`python -m tests.releases`). `tests/suspension/test_saved_canvas.py` has
+Each file beside this one is what a release left (`python -m tests.releases`). `tests/suspension/test_saved_continuation.py` has
 every part that a saved continuation may have; here are all the kinds of messages and rows.
 """
 
@@ -25,6 +25,9 @@ from tests.releases.__main__ import SETTINGS, UNACKNOWLEDGED
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 from tests.suspension.primitive_runs import send_balance
+
+pytestmark = pytest.mark.slow
+
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
 TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}

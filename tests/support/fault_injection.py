@@ -31,7 +31,7 @@ from worker import runtime as production
 from worker.correlation.admission import RateLimiter
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob, PaymentNotReady
-from worker.flow import claiming as flow_calls
+from worker.flow import calling
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import QuilttClient
 from worker.quiltt.messages import Balance, PolledAccount
@@ -381,7 +381,7 @@ def build_test_system(
         for name, module in list(sys.modules.items()):
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: made.rt)
-        patch.setattr(flow_calls, "RECORD_RETRY_DELAYS_S", (0, 0))
+        patch.setattr(calling, "RECORD_RETRY_DELAYS_S", (0, 0))
         patch.setattr(dispatch, "_send", made.enqueue)
         patch.setattr(suspension, "resume_with_result", made.resume)
         patch.setattr(suspension, "resume_with_error", made.resume)

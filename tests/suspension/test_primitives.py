@@ -6,6 +6,9 @@ from demo.processes import ROOT
 from tests.suspension.primitive_runs import Run
 from tests.suspension.primitives import FAILED, PRIMITIVES, RELEASED, Outcome, Primitive
 
+pytestmark = pytest.mark.slow
+
+
 each_primitive = pytest.mark.parametrize("primitive", PRIMITIVES, ids=lambda primitive: primitive.name)
 each_outcome = pytest.mark.parametrize("outcome", [RELEASED, FAILED])
 

@@ -11,6 +11,9 @@ import pytest
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 
+pytestmark = pytest.mark.slow
+
+
 PATIENT = {
     "PAYREADY_UNCERTAIN_GRACE_S": "10",
     "PAYREADY_REFRESH_WINDOW_S": "60",

@@ -24,6 +24,9 @@ from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import reconcile
 
+pytestmark = pytest.mark.slow
+
+
 Accounts = Callable[[str], str]
 Run = Callable[..., AbstractContextManager[System]]
 

@@ -57,7 +57,11 @@ def test_each_task_that_is_routed_exists_and_each_goes_to_a_queue_of_ours() -> N
     from tasks.app import app  # noqa: PLC0415 - it reads the environment
 
     app.loader.import_default_modules()
-    ours = {name for name in app.tasks if name.split(".")[0] in ("payments", "balances", "webhooks")}
+    ours = {
+        name
+        for name in app.tasks
+        if name.split(".")[0] in ("payments", "balances", "outcomes", "quarantine", "webhooks")
+    }
     routes = SETTINGS["task_routes"]
     assert set(routes) == ours
     assert {route["queue"] for route in routes.values()} == set(QUEUES)

@@ -1,0 +1,263 @@
+"""Reference pages that are generated from code: commands, tasks and queues, metrics, log events, database schema.
+
+`cli.generated_docs` writes them. A test fails when a page is not current, or when a log event has no meaning here.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import typer
+from cli.log_event_meanings import LOG_EVENT_MEANINGS
+from cli.main import app as cli_app
+from config.celery_config import QUEUES, celery_settings
+from config.settings import Settings
+from demo.processes import ROOT, procfile
+from tasks.app import app as celery_app
+from worker import metrics
+from worker.ledger import tables
+
+PACKAGES = ("config", "tasks", "webhook", "worker")
+"""Packages that log events."""
+LEVELS = ("debug", "info", "warning", "error", "exception")
+HEAD = "<!-- Generated from code by `make docs`. -->\n"
+
+
+def _table(header: str, rows: Iterator[str] | list[str]) -> str:
+    columns = header.count("|") - 1
+    return "\n".join([header, "|" + "---|" * columns, *rows]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _first_line(docstring: str | None) -> str:
+    return (inspect.cleandoc(docstring or "").partition("\n")[0]).strip()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    """Return the page on the commands of `payready`."""
+    parts = [f"{HEAD}# Commands\n", "`payready COMMAND --help` prints the same.\n"]
+    root = typer.main.get_command(cli_app)
+    parts += [_command_section(path, command) for path, command in _commands("payready", root)]
+    return "\n".join(parts)
+
+
+def _commands(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    if isinstance(command, click.Group) or hasattr(command, "commands"):
+        for name, child in sorted(command.commands.items()):
+            yield from _commands(f"{path} {name}", child)
+    else:
+        yield path, command
+
+
+def _command_section(path: str, command: click.Command) -> str:
+    rows = []
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        is_option = parameter.param_type_name == "option"
+        name = " / ".join(parameter.opts) if is_option else str(parameter.human_readable_name)
+        help_text = getattr(parameter, "help", None) or ""
+        rows.append(f"| `{name}` | {'required' if parameter.required else 'optional'} | {_cell(help_text)} |")
+    table = _table("| argument or option | | meaning |", rows) if rows else ""
+    return f"## `{path}`\n\n{inspect.cleandoc(command.help or '')}\n\n{table}"
+
+
+# --- tasks and queues -------------------------------------------------------------------------------------------------
+
+
+def tasks_page() -> str:
+    """Return the page on Celery tasks, queues and roles."""
+    configuration = celery_settings(Settings())
+    celery_app.loader.import_default_modules()
+    schedule = {entry["task"]: entry["schedule"] for entry in configuration["beat_schedule"].values()}
+    rows = [
+        f"| `{name}` | `{_signature(name)}` | `{route['queue']}` | {_interval(schedule.get(name))} | "
+        f"{_cell(_first_line(celery_app.tasks[name].__doc__))} |"
+        for name, route in configuration["task_routes"].items()
+    ]
+    tasks = _table("| task | arguments | queue | every | effect |", rows)
+    roles = {role: command for role, command in procfile(ROOT / "Procfile").items() if "--queues" in command}
+    consumers = {
+        queue: [
+            role for role, command in roles.items() if queue in command.partition("--queues ")[2].split()[0].split(",")
+        ]
+        for queue in QUEUES
+    }
+    queues = _table(
+        "| queue | consumed by |",
+        [f"| `{queue}` | {', '.join(f'`{role}`' for role in consumers[queue])} |" for queue in QUEUES],
+    )
+    return (
+        f"{HEAD}# Tasks and queues\n\n"
+        "Only `payments.initiate` and `payments.cancel` are contracts with the payments service: "
+        "[job and outcome](job-and-outcome.md).\n"
+        "All other tasks are internal.\n\n"
+        f"## Tasks\n\n{tasks}\n## Queues\n\n{queues}"
+    )
+
+
+def _signature(task: str) -> str:
+    parameters = inspect.signature(celery_app.tasks[task].run).parameters
+    return ", ".join(name for name in parameters if name not in ("self", "task")) or "none"
+
+
+def _interval(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:g} s"
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_page() -> str:
+    """Return the page on all Prometheus metrics."""
+    rows = [
+        f"| `{_exported_name(metric)}` | {metric.kind} | {metric.source or 'each process'} | {_labels(metric)} | "
+        f"{_cell(metric.help_text)} |"
+        for metric in sorted(metrics.METRICS, key=lambda metric: metric.name)
+    ]
+    return (
+        f"{HEAD}# Metrics\n\n"
+        "Each role exports metrics on `PAYREADY_METRICS_PORT`.\n"
+        "Prometheus adds up the values that each process counts.\n"
+        "`beat` exports the values that it reads from the database, the broker and Redis.\n\n"
+        f"{_table('| metric | type | source | labels | meaning |', rows)}"
+    )
+
+
+def _exported_name(metric: metrics.MetricDefinition) -> str:
+    needs_suffix = metric.kind == "counter" and not metric.name.endswith("_total")
+    return f"{metric.name}_total" if needs_suffix else metric.name
+
+
+def _labels(metric: metrics.MetricDefinition) -> str:
+    return "; ".join(_label(label) for label in metric.labels)
+
+
+def _label(label: metrics.Label) -> str:
+    values = ", ".join(
+        f"`{value}` ({_cell(meaning)})" if meaning else f"`{value}`" for value, meaning in label.values.items()
+    )
+    return f"`{label.name}`: {values or _cell(label.meaning)}"
+
+
+def webhook_results_table() -> str:
+    """Return the table of webhook delivery results for `webhook-responses.md`."""
+    rows = [
+        f"| `{name}` | {result.status} | {_cell(result.meaning)} |" for name, result in metrics.DELIVERY_RESULTS.items()
+    ]
+    return _table("| result | status | meaning |", rows)
+
+
+# --- log events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogEvent:
+    """One place in the code that logs an event."""
+
+    name: str
+    level: str
+    fields: tuple[str, ...]
+    module: str
+
+
+def log_events() -> list[LogEvent]:
+    """Return all log events of the production code, found in its syntax trees."""
+    return [
+        event
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for event in _events_of(str(path.relative_to(ROOT)), path.read_text())
+    ]
+
+
+def _events_of(module: str, source: str) -> Iterator[LogEvent]:
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
+            continue
+        if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "log"):
+            continue
+        first = node.args[0] if node.args else None
+        name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ast.unparse(node)
+        fields = tuple(keyword.arg for keyword in node.keywords if keyword.arg and keyword.arg != "exc_info")
+        level = "error" if node.func.attr == "exception" else node.func.attr
+        yield LogEvent(name=name, level=level, fields=fields, module=module)
+
+
+def log_events_page() -> str:
+    """Return the page on all log events."""
+    by_name: dict[str, list[LogEvent]] = {}
+    for event in log_events():
+        by_name.setdefault(event.name, []).append(event)
+    rows = [
+        f"| `{name}` | {', '.join(sorted({event.level for event in found}))} | "
+        f"{', '.join(f'`{field}`' for field in dict.fromkeys(field for event in found for field in event.fields))} | "
+        f"{_cell(LOG_EVENT_MEANINGS.get(name, ''))} |"
+        for name, found in sorted(by_name.items())
+    ]
+    return (
+        f"{HEAD}# Log events\n\n"
+        "Each line is one event with fields; names and fields are contracts: [compatibility](compatibility.md).\n"
+        "A line also has the ids of its context: `payment_id`, `account_id`, `refresh_id`, `balance_id`, `task_id`.\n\n"
+        f"{_table('| event | level | fields | meaning |', rows)}"
+    )
+
+
+# --- database schema --------------------------------------------------------------------------------------------------
+
+
+def schema_page() -> str:
+    """Return the page on tables, columns and indexes."""
+    documented = dict(_documented_columns())
+    sections = [_table_section(table, documented) for table in tables.ALL_TABLES]
+    return f"{HEAD}# Database schema\n\nTimes are aware UTC. Amounts are exact decimals.\n\n" + "\n".join(sections)
+
+
+def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield for each table its attribute docstrings, and its class docstring under the empty name."""
+    for node in ast.parse(inspect.getsource(tables)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        texts, name = {"": _first_line(ast.get_docstring(node))}, ""
+        for before, statement in zip(node.body, node.body[1:], strict=False):
+            if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == "__tablename__":
+                name = str(ast.literal_eval(before.value))
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
+                    texts[before.target.id] = " ".join(str(statement.value.value).split())
+        if name:
+            yield name, texts
+
+
+def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
+    texts = documented.get(table.name, {})
+    columns = [
+        f"| `{column.name}` | {_type_name(column)} | {'yes' if column.nullable else ''} | {_cell(texts.get(column.name, ''))} |"
+        for column in table.columns
+    ]
+    indexes = [
+        f"| `{index.name}` | {', '.join(f'`{column.name}`' for column in index.columns)} | "
+        f"{'unique' if index.unique else ''} | {_cell(str(index.dialect_options['postgresql'].get('where') or ''))} |"
+        for index in sorted(table.indexes, key=lambda index: str(index.name))
+    ]
+    index_table = _table("| index | columns | | where |", indexes) if indexes else ""
+    return (
+        f"## `{table.name}`\n\n{texts.get('', '')}\n\n"
+        f"{_table('| column | type | null | meaning |', columns)}\n{index_table}"
+    )
+
+
+def _type_name(column: Any) -> str:
+    text = re.sub(r"\(.*\)", "", type(column.type).__name__)
+    key = ", primary key" if column.primary_key else ""
+    return f"{ {'UtcTime': 'time', 'ExactDecimal': 'decimal', 'Exact': 'decimal'}.get(text, text.lower()) }{key}"
