@@ -31,6 +31,14 @@ class InvoiceEvidence:
     currency: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class InvoiceApplication:
+    """Numbers of calls that an invoice posted and voided."""
+
+    posted: int
+    voided: int
+
+
 def applied_invoices(tx: Tx, currency: str) -> list[AppliedInvoice]:
     """The invoices in this currency that calls were settled by. Who means to settle by another one holds them first."""
     rows = tx.execute(select(INVOICE).where(INVOICE.c.currency == currency))
@@ -42,10 +50,12 @@ def applied_invoices(tx: Tx, currency: str) -> list[AppliedInvoice]:
     ]
 
 
-def apply_invoice(tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime) -> tuple[int, int]:
-    """Post the pending calls that the invoice charges, and void those that are free; returns how many of each.
+def apply_invoice(
+    tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime
+) -> InvoiceApplication:
+    """Post the pending calls that the invoice charges, and void those that are free.
 
-    A call that was closed meanwhile, or by the same invoice before, is left as it is.
+    A call that already has a final entry is left as it is, so applying an invoice twice changes nothing more.
     """
     lines = {match.call.call_id: match.line for match in reconciliation.to_post}
     post, void = 0, 0
@@ -58,7 +68,7 @@ def apply_invoice(tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEviden
     row = {"digest": invoice.digest, "currency": invoice.currency, "name": invoice.name, "applied_at": now}
     span = {"since": period.since, "until": period.until, "tolerance_s": int(period.tolerance.total_seconds())}
     bulk_insert(tx, INVOICE, [{**row, **span, "edge_calls": sorted(reconciliation.edge_calls)}], key="digest")
-    return post, void
+    return InvoiceApplication(posted=post, voided=void)
 
 
 def _line_evidence(line: InvoiceLine) -> dict[str, Any]:
