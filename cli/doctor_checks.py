@@ -162,9 +162,7 @@ def check_clocks(context: CheckContext) -> Iterator[CheckResult]:
             yield _clock_result(context, server, sample)
 
 
-def _fastest_sample(
-    context: CheckContext, read_clock: Callable[[CheckContext], datetime | None]
-) -> ClockSample | None:
+def _fastest_sample(context: CheckContext, read_clock: Callable[[CheckContext], datetime | None]) -> ClockSample | None:
     samples = []
     for _ in range(CLOCK_SAMPLES):
         sent_at = context.rt.clock()

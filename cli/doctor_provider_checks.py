@@ -52,7 +52,9 @@ def check_api_key(context: CheckContext) -> Iterator[CheckResult]:
         return
     yield ok("api key", f"accepted, mode {mode}")
     if mode == "PRODUCTION" and settings.env != "production" and not settings.allow_production_key:
-        yield error("api key", "its calls are billed, but PAYREADY_ENV is development", "set PAYREADY_ENV, or a test key")
+        yield error(
+            "api key", "its calls are billed, but PAYREADY_ENV is development", "set PAYREADY_ENV, or a test key"
+        )
     elif mode != "PRODUCTION" and settings.env == "production":
         yield warning("api key", f"its mode is {mode}, but PAYREADY_ENV is production", "set PAYREADY_QUILTT_API_KEY")
     yield from _check_price(context, mode)

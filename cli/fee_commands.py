@@ -28,7 +28,9 @@ from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
 from worker.runtime import utc_now
 
-app = typer.Typer(no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, unresolved calls.")
+app = typer.Typer(
+    no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, unresolved calls."
+)
 
 
 class GroupByOption(StrEnum):
@@ -42,7 +44,9 @@ class GroupByOption(StrEnum):
 @app.command("statement")
 def fees_statement(
     month: Annotated[str | None, typer.Option(help="Month as YYYY-MM, in UTC. Default: this month.")] = None,
-    by: Annotated[GroupByOption | None, typer.Option(help="One line per account, day or payment. Default: per price.")] = None,
+    by: Annotated[
+        GroupByOption | None, typer.Option(help="One line per account, day or payment. Default: per price.")
+    ] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
 ) -> None:
@@ -120,7 +124,9 @@ def fees_reconcile(
     tolerance_s: Annotated[
         int, typer.Option(min=0, max=172_800, help="Maximum difference between the times of a line and its call.")
     ] = 300,
-    apply: Annotated[bool, typer.Option("--apply", help="Post or void pending calls according to the invoice.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Post or void pending calls according to the invoice.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an invoice with the calls of its month: matches, unmatched lines, unmatched calls, price differences.

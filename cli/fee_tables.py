@@ -80,9 +80,7 @@ def statement_table(
         head = (line.key,) if line.price is None else (line.key, money_text(line.price, line.currency))
         counts = (str(count) for count in (line.calls, line.posted, line.pending, line.void))
         amounts = (money_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
-        saved = (
-            () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
-        )
+        saved = () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
         table.add_row(*head, *counts, *amounts, line.currency, *saved)
     return Group(table, *_omitted_rows(len(lines)), *(Text(text) for text in _total_lines(sums)))
 

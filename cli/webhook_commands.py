@@ -79,7 +79,7 @@ def replay_quarantined(ids: QuarantineIds = None, all_events: AllEvents = False,
 
     Events that this version cannot parse stay in quarantine. Use it after an upgrade.
     """
-    counts = Counter({result: 0 for result in ReplayResult})
+    counts = Counter(dict.fromkeys(ReplayResult, 0))
     with _selected_events(ids, all_events=all_events) as (rt, selected):
         for event in selected:
             counts[_replay_one(rt, event)] += 1

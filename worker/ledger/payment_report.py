@@ -112,6 +112,8 @@ class PaymentTimeline:
     calls: list[CallLine]
     """That refresh's."""
     balance: BalanceLine | None
+    unapplied_balances: list[BalanceLine]
+    """Balances that arrived for the account while the payment waits, and are not applied yet."""
     deliveries: list[DeliveryLine]
 
 
@@ -196,6 +198,7 @@ def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
         balance=_balance_line(tx, row.balance_id),
+        unapplied_balances=_unapplied_balance_lines(tx, row) if row.state == PaymentState.WAITING else [],
         deliveries=_delivery_lines(tx, payment_id),
     )
 
@@ -245,6 +248,16 @@ def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
     return BalanceLine(*row) if row else None
 
 
+def _unapplied_balance_lines(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
+    """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
+    columns = [balance[name] for name in BalanceLine.__dataclass_fields__]
+    query = select(*columns).where(
+        balance.account_id == row.account_id, balance.due_at.is_not(None), balance.received_at >= row.requested_at
+    )
+    query = query.order_by(balance.received_at, balance.balance_id)
+    return [BalanceLine(**line) for line in tx.execute(query).mappings()]
+
+
 def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:
     query = (
         select(delivery.task_id, delivery.delivered_at)
@@ -262,24 +275,3 @@ def call_counts_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, Coun
     for row in tx.execute(query.where(PENDING_ENTRY.c.account_id.in_(account_ids), IS_PENDING_ENTRY)):
         counts.setdefault(row.account_id, Counter())[EntryState(row.state)] = row.calls
     return counts
-
-
-@dataclass(frozen=True)
-class BacklogCounts:
-    """What is not finished."""
-
-    waiting: int
-    """Payments that wait for a balance."""
-    undelivered: int
-    """Outcomes that a task is still to be told."""
-    unapplied: int
-    """Balances that were not applied to those who wait."""
-
-
-def count_backlog(tx: Tx) -> BacklogCounts:
-    """How much is not finished just now."""
-    waiting = select(func.count()).where(payment.state == PaymentState.WAITING)
-    undelivered = select(func.count()).where(delivery.due_at.is_not(None))
-    unapplied = select(func.count()).where(balance.due_at.is_not(None))
-    query = select(waiting.scalar_subquery(), undelivered.scalar_subquery(), unapplied.scalar_subquery())
-    return BacklogCounts(*tx.execute(query).one())
