@@ -156,8 +156,8 @@ def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
 
 def _unapplied_text(balances: Sequence[BalanceLine]) -> str:
     ids = ", ".join(balance.balance_id for balance in balances)
-    arrived = "1 balance has" if len(balances) == 1 else f"{len(balances)} balances have"
-    return f"{arrived} arrived for the account and not been applied yet: {ids}. The sweep of `worker` applies overdue ones."
+    verb = "is" if len(balances) == 1 else "are"
+    return f"{count_text(len(balances), 'balance')} arrived and {verb} not applied yet: {ids}"
 
 
 def _fee_fact(timeline: PaymentTimeline) -> str:

@@ -23,7 +23,7 @@ STOP_TIMEOUT_S = 15
 """Time between SIGTERM and SIGKILL."""
 POLL_S = 0.05
 PORTS = range(20_000, 32_000)
-"""Range of free ports. It is below the ephemeral ports, so no outgoing connection takes a port before its server binds."""
+"""Range of free ports, below the ephemeral ports: no outgoing connection takes one before its server binds it."""
 LOG_TAIL_CHARS = 2000
 """Characters from the end of a log that an error message quotes."""
 

@@ -1,4 +1,4 @@
-"""A ledger to ask, on both databases, with a small history."""
+"""A ledger with a small history, on both databases."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,19 +28,19 @@ DIME = Price(Decimal("0.100000"), "USD", "2026-11-22")
 
 @dataclass(frozen=True)
 class Books:
-    """A ledger that can be written to, by hand."""
+    """A ledger with helpers that insert rows."""
 
     url: str
     engine: Engine
 
     def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
-        """A payment that waits, with one task."""
+        """Insert a waiting payment with one task."""
         with transaction(self.engine) as tx:
             payments.insert_payments(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
             outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
 
     def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
-        """Its end; with `delivered`, its task was told."""
+        """Resolve a payment and, unless `delivered` is False, mark its outcome delivered."""
         delivered = how.pop("delivered", True)
         settled: dict[str, Any] = {"outcome": {"reason": how.get("reason"), "detail": "the detail"}, **how}
         with transaction(self.engine) as tx:
@@ -51,7 +51,7 @@ class Books:
     def call(
         self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
     ) -> None:
-        """One call of a refresh, and how its fee ended."""
+        """Insert a call of a refresh with its final fee entry; `end` None: the entry stays pending."""
         with transaction(self.engine) as tx:
             refreshes.insert_refreshes(
                 tx, [RefreshRecord(refresh_id, account_id, RefreshState.CALLING, 0, 0, at, at, None, at, None)]
@@ -63,17 +63,20 @@ class Books:
                 fee_entries.post_or_void(tx, call, end, {"status": 202}, at + timedelta(seconds=1))
 
     def entries(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """The fee ledger: call, state and evidence, in the order in which they were written."""
+        """Return call, state and evidence of all fee entries in insertion order."""
         query = select(FEE_ENTRY.c.call_id, FEE_ENTRY.c.state, FEE_ENTRY.c.evidence).order_by(FEE_ENTRY.c.entry_id)
         with transaction(self.engine) as tx:
             return [(row[0], row[1], row[2]) for row in tx.execute(query)]
 
-    def balance(self, balance_id: str, account_id: str, at: datetime, available: Decimal | None) -> None:
-        """A balance that came, and was applied."""
+    def balance(
+        self, balance_id: str, account_id: str, at: datetime, available: Decimal | None, *, is_applied: bool = True
+    ) -> None:
+        """Insert a balance."""
         figures = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
         with transaction(self.engine) as tx:
-            balances.insert_balances(tx, [replace(balances.new_record("evt_1", balance, at), due_at=None)])
+            record = balances.new_record("evt_1", balance, at)
+            balances.insert_balances(tx, [replace(record, due_at=None) if is_applied else record])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -88,7 +91,7 @@ def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postg
 
 @pytest.fixture
 def history(books: Books) -> Books:
-    """Three payments on one refresh with a repeated call, one that waits, one that was refused, one that reused."""
+    """Three payments of one refresh with two calls, one waiting, one rejected by the provider, one with a reused balance."""
     at = [NOON + timedelta(seconds=s) for s in range(20)]
     for number in (1, 2, 3):
         books.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})

@@ -13,7 +13,6 @@ from tests.cli.conftest import DIME, NOON, Books
 from worker.ledger import fee_calls, fee_statement, payment_report
 from worker.ledger.engine import open_engine, read_only, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
-from worker.ledger.payment_report import BacklogCounts
 from worker.ledger.tables import PAYMENT
 from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
@@ -220,7 +219,6 @@ def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books
 def test_what_is_not_finished_is_counted(history: Books) -> None:
     """One waits, one was not told its outcome."""
     with read_only(history.engine) as tx:
-        assert payment_report.count_backlog(tx) == BacklogCounts(waiting=1, undelivered=1, unapplied=0)
         calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_nobody"])
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
@@ -232,7 +230,6 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
         assert payment_report.list_payments(tx, payment_ids=[]) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(fee_statement.payment_shares(tx, NOON, NOON + timedelta(days=1))) == []
-        assert payment_report.count_backlog(tx) == BacklogCounts(0, 0, 0)
 
 
 def test_who_reads_holds_up_nobody_who_writes(books: Books) -> None:
