@@ -231,8 +231,8 @@ def test_invoice_covers_only_calls_in_its_currency(run: Run, history: Books, tmp
     text = "Acct,When,Fee,No,Cur\nacct_a,2026-11-22,0.10,1,EUR\n"
     output = reconcile(run, tmp_path, "--currency-column", "Cur", text=text).stderr
     assert "line 2: Cur is 'EUR', and the calls of USD are looked at" in output
-    told = reconcile(run, tmp_path, "--currency-column", "Cur", "--currency", "EUR", "--apply", "--json", text=text)
-    assert json.loads(told.output)["settled"] == {"posted": 1, "void": 1}
+    applied = reconcile(run, tmp_path, "--currency-column", "Cur", "--currency", "EUR", "--apply", "--json", text=text)
+    assert json.loads(applied.output)["applied"] == {"posted": 1, "voided": 1}
     assert [(call, state) for call, state, _ in history.entries()[-2:]] == [
         ("call_ref_a_2", "posted"),
         ("call_ref_more_0", "void"),

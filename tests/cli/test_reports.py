@@ -216,8 +216,8 @@ def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books
     assert [one.account_id for one in both] == ["acct_a", "acct_d"]
 
 
-def test_what_is_not_finished_is_counted(history: Books) -> None:
-    """One waits, one was not told its outcome."""
+def test_calls_are_counted_by_account_and_state(history: Books) -> None:
+    """An account without calls is left out."""
     with read_only(history.engine) as tx:
         calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_nobody"])
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}

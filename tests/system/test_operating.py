@@ -45,18 +45,18 @@ class Operation:
         environ = {**self.payready.processes._environ, **environ}
         command = ["payready", "doctor", "--json", "--flower", self.flower_url]
         ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60)
-        rank = ("ok", "note", "fault")
+        rank = ("ok", "warning", "error")
         worst: dict[str, tuple[str, str]] = {}
         for found in json.loads(ran.stdout):
             before = worst.get(found["check"], ("ok", ""))
-            if rank.index(found["grade"]) >= rank.index(before[0]):
-                worst[found["check"]] = (found["grade"], found["found"])
+            if rank.index(found["severity"]) >= rank.index(before[0]):
+                worst[found["check"]] = (found["severity"], found["message"])
         return ran.returncode, worst
 
     def faults(self, **environ: str) -> dict[str, str]:
         """By check, what the doctor finds at fault."""
         status, found = self.doctor(**environ)
-        faults = {check: told for check, (grade, told) in found.items() if grade == "fault"}
+        faults = {check: told for check, (grade, told) in found.items() if grade == "error"}
         assert bool(status) == bool(faults)
         return faults
 
@@ -108,7 +108,7 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
 def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation) -> None:
     """And tells what it saw."""
     status, found = operation.doctor()
-    assert (status, {check: told for check, told in found.items() if told[0] == "fault"}) == (0, {})
+    assert (status, {check: told for check, told in found.items() if told[0] == "error"}) == (0, {})
     assert found["database"] == ("ok", "answers, migrated to 0001")
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
@@ -177,7 +177,7 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     operation.flower_url = f"http://127.0.0.1:{port}"
     processes.wait_for("open", lambda: responds(f"{operation.flower_url}/healthcheck"))
     faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
-    assert "runs with another result_expires" in faults.pop("celery")
+    assert "has a different result_expires" in faults.pop("celery")
     faults.pop("balances", None)  # of the test before
     assert faults == {
         "redis": "maxmemory-policy is allkeys-lru",
