@@ -91,7 +91,7 @@ def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postg
 
 @pytest.fixture
 def history(books: Books) -> Books:
-    """Three payments of one refresh with two calls, one waiting, one rejected by the provider, one with a reused balance."""
+    """Three payments of a refresh with two calls, one reused balance, one rejected call, one waiting payment."""
     at = [NOON + timedelta(seconds=s) for s in range(20)]
     for number in (1, 2, 3):
         books.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})

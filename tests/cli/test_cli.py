@@ -295,7 +295,7 @@ def test_money_text_has_currency_decimals_and_no_lost_digit(value: str, text: st
 
 def test_money_text_follows_decimals_of_currency() -> None:
     """Yen have none, Kuwaiti dinars have three."""
-    assert render.money_text(Decimal("25"), "JPY") == "25"
+    assert render.money_text(Decimal(25), "JPY") == "25"
     assert render.money_text(Decimal("25.1"), "KWD") == "25.100"
 
 

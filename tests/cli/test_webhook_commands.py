@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
         monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
     with Redis.from_url(valkey_url) as redis:
         redis.delete("balances")
-    return lambda *arguments, input=None: CliRunner().invoke(app, list(arguments), input=input)
+    return lambda *arguments, typed=None: CliRunner().invoke(app, list(arguments), input=typed)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_quarantine_delete_removes_named_or_all_events(quarantined: Books, run: 
     first = json.loads(run("quarantine", "list", "--json").stdout)[0]["quarantine_id"]
     assert json.loads(run("quarantine", "delete", first, "--json").stdout) == {"deleted": 1}
     assert run("quarantine", "show", first).exit_code == 1
-    assert run("quarantine", "delete", "--all", input="n\n").exit_code == 1
+    assert run("quarantine", "delete", "--all", typed="n\n").exit_code == 1
     assert len(json.loads(run("quarantine", "list", "--json").stdout)) == 2
     assert run("quarantine", "delete", "--all", "--yes").stdout == "deleted 2 events\n"
     assert "empty" in run("quarantine", "list").stdout

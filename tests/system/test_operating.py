@@ -128,10 +128,10 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
         "database": "never migrated; this release needs 0001",
-        "broker": f"the broker or the result backend is away: {AWAY} (PAYREADY_REDIS_URL)",
+        "broker": f"cannot reach the broker or the result backend: {AWAY}. Check PAYREADY_REDIS_URL.",
         "result backend": AWAY,
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
-        "webhook secrets": "none: every delivery is refused",
+        "webhook secrets": "none is set: `web` rejects every delivery",
     }
     faults = operation.faults(
         PAYREADY_DATABASE_URL="postgresql://u@127.0.0.1:1/x",
@@ -156,9 +156,9 @@ def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None
         PAYREADY_REFRESH_WINDOW_S="1",
         PAYREADY_FEE_CAP_PER_DAY="0.1",
     ) == {
-        "webhook": f"{payready.web_url}/webhooks/quiltt answers 401 to a signed delivery",
+        "webhook": f"{payready.web_url}/webhooks/quiltt responds 401 to a signed delivery",
         "subscription": "no subscription delivers to https://pay.example/webhooks/quiltt",
-        "balances": "of 5 calls accepted in the last quarter of an hour 4 brought no balance",
+        "balances": "4 of 5 calls accepted in the last 15 min brought no balance",
         "fee cap": "500% of the cap per day is used",
     }
 
@@ -181,7 +181,7 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     faults.pop("balances", None)  # of the test before
     assert faults == {
         "redis": "maxmemory-policy is allkeys-lru",
-        "workers": "nobody takes from the queue refreshes",
-        "beat": "no tick came for 1.5 s",
-        "flower": "lets anyone in",
+        "workers": "no worker consumes the queue refreshes",
+        "beat": "no tick within 1.5 s",
+        "flower": "requires no login",
     }
