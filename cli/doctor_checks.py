@@ -212,14 +212,14 @@ def check_maintenance(context: CheckContext) -> Iterator[CheckResult]:
     overdue = now - (backlog.first_deadline or now)
     if overdue > MAX_BACKLOG_AGE:
         message = f"a payment is still waiting {overdue.total_seconds():.0f} s after its deadline"
-        fix = "check that `beat` and `worker` run, and look for `maintenance.skipped` in the log of `worker`"
+        fix = "check that `beat` and `worker` run, and search the log of `worker` for `maintenance.skipped`"
         yield error("maintenance", message, fix)
     else:
         yield ok("maintenance", f"{count_text(waiting, 'payment')} waiting, none past its deadline")
     undelivered, oldest = backlog.undelivered.count, now - (backlog.undelivered.oldest_at or now)
     if oldest > MAX_DELIVERY_AGE:
         message = f"{count_text(undelivered, 'outcome')} undelivered, the oldest for {oldest.total_seconds():.0f} s"
-        yield error("maintenance", message, "look for `outcome.delivery_failed` in the log of `worker`")
+        yield error("maintenance", message, "search the log of `worker` for `outcome.delivery_failed`")
 
 
 def check_flower(context: CheckContext) -> Iterator[CheckResult]:

@@ -21,14 +21,14 @@ from worker.runtime import subscriptions_client
 
 CAP_WARNING_RATIO = 0.9
 CALLS_LOOKBACK = timedelta(minutes=15)
-"""Only calls of this time are counted, without those whose balance may still arrive."""
+"""Only calls of this time are counted, without calls whose balance may still arrive."""
 MISSING_WARNING_RATIO = 0.1
 """Share of calls without a balance that is a warning."""
 MISSING_ERROR_RATIO = 0.5
 """Share of calls without a balance that is an error."""
 HTTP_TIMEOUT_S = 3
 _MISSING_BALANCES_FIX = (
-    "fix `webhook` and `subscription` above, if they fail; else look for `webhook.delivery` in the log of `web`: "
+    "fix `webhook` and `subscription` above, if they fail; else search the log of `web` for `webhook.delivery`: "
     "result=mismatch is a wrong PAYREADY_WEBHOOK_SECRETS, result=stale a wrong clock; "
     "without any such event, check the proxy"
 )
@@ -81,7 +81,7 @@ def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:
         return  # check_redis reports it
     if open_until is not None:
         message = f"the circuit breaker is open: no calls until {time_text(open_until)}, then one probe"
-        yield error("calls", message, "look for `circuit_breaker.opened` in the log of `refresh`; ask Quiltt")
+        yield error("calls", message, "search the log of `refresh` for `circuit_breaker.opened`; ask Quiltt")
 
 
 def check_caps_and_balances(context: CheckContext) -> Iterator[CheckResult]:

@@ -88,7 +88,7 @@ COLUMN_GAP = 2
 
 
 class _FoldingTable(Table):
-    """A table that never cuts a cell. Text in cells is not parsed as markup, because it may come from outside.
+    """A table that never cuts a cell. Text in cells is not parsed as markup: it may be from outside.
 
     If the terminal is too narrow even with wrapped names, each row is printed as a list of its cells.
     """

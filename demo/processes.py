@@ -159,7 +159,7 @@ class Processes:
             time.sleep(POLL_S)
 
     def check_all_running(self) -> None:
-        """Check that every started process runs, except those that `stop_process` ended.
+        """Check that every started process runs, except processes that `stop_process` ended.
 
         Raises:
             StartError: a process exited; the message has the end of its log.
