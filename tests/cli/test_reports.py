@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tests.cli.conftest import DIME, NOON, Books
-from worker.ledger import fee_calls, fee_statement, metrics_queries, payment_report
+from worker.ledger import fee_calls, fee_statement, payment_report
 from worker.ledger.engine import open_engine, read_only, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.tables import PAYMENT
@@ -244,12 +244,10 @@ def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books
     assert [one.account_id for one in both] == ["acct_a", "acct_d"]
 
 
-def test_what_is_not_finished_is_counted(history: Books) -> None:
-    """One waits, one was not told its outcome."""
+def test_calls_are_counted_by_account_and_state(history: Books) -> None:
+    """An account without calls is left out."""
     with read_only(history.engine) as tx:
-        backlog = metrics_queries.backlog(tx)
         calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_nobody"])
-    assert (backlog.waiting_count, backlog.undelivered.count, backlog.unapplied.count) == (1, 1, 0)
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
@@ -260,8 +258,6 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
         assert payment_report.list_payments(tx, payment_ids=[]) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(fee_statement.payment_shares(tx, NOON, NOON + timedelta(days=1))) == []
-        backlog = metrics_queries.backlog(tx)
-        assert (backlog.waiting_count, backlog.undelivered.count, backlog.unapplied.count) == (0, 0, 0)
 
 
 def test_who_reads_holds_up_nobody_who_writes(books: Books) -> None:

@@ -250,7 +250,9 @@ class TestSystem:
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=payment_tasks.initiate.request.args), ())
+            self.enqueue(
+                None, dispatch.TaskMessage(name="payments.initiate", arguments=payment_tasks.initiate.request.args), ()
+            )
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 

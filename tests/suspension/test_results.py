@@ -168,7 +168,10 @@ def _conflict(kit: Kit) -> Signature:
         (_no_mapping, ("InvalidJob", ("the positional argument must be a job, a mapping, not list",))),
         (
             _conflict,
-            ("PaymentNotReady", ("conflict", "payment_id was already used for a different job; these fields differ: TODO")),
+            (
+                "PaymentNotReady",
+                ("conflict", "payment_id was already used for a different job; these fields differ: TODO"),
+            ),
         ),
     ],
 )

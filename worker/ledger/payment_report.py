@@ -123,6 +123,8 @@ class PaymentTimeline:
     calls: list[CallLine]
     """Calls of that refresh."""
     balance: BalanceLine | None
+    unapplied_balances: list[BalanceLine]
+    """Balances that arrived for the account while the payment waits, and are not applied yet."""
     deliveries: list[DeliveryLine]
 
 
@@ -222,6 +224,7 @@ def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
         balance=_balance_line(tx, row.balance_id),
+        unapplied_balances=_unapplied_balance_lines(tx, row) if row.state == PaymentState.WAITING else [],
         deliveries=_delivery_lines(tx, payment_id),
     )
 
@@ -268,6 +271,16 @@ def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
     )
     row = tx.execute(select(*columns).where(balance.balance_id == balance_id)).mappings().one_or_none()
     return BalanceLine(**row) if row else None
+
+
+def _unapplied_balance_lines(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
+    """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
+    columns = [balance[name] for name in BalanceLine.__dataclass_fields__]
+    query = select(*columns).where(
+        balance.account_id == row.account_id, balance.due_at.is_not(None), balance.received_at >= row.requested_at
+    )
+    query = query.order_by(balance.received_at, balance.balance_id)
+    return [BalanceLine(**line) for line in tx.execute(query).mappings()]
 
 
 def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:
