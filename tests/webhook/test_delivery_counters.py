@@ -111,7 +111,7 @@ CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
     "too_large": (413, PROFILE.ljust(MAX_BODY_BYTES + 1), {}, {}),
     "too_large, in pieces": (413, PROFILE.ljust(9 * MAX_BODY_BYTES), {"parts": 9}, {}),
     "client_disconnected": (400, PROFILE, {"leave": True}, {}),
-    "cut_off, before it began": (400, b"", {"leave": True}, {}),
+    "client_disconnected, before it began": (400, b"", {"leave": True}, {}),
 }
 
 
@@ -163,7 +163,7 @@ def test_what_could_not_be_kept_is_counted_and_sent_again(
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()
-    assert after["deliveries unsafe"] == before.get("deliveries unsafe", 0) + 1
+    assert after["deliveries unavailable"] == before.get("deliveries unavailable", 0) + 1
     assert after.get("events balance") == before.get("events balance")
 
 
