@@ -1,4 +1,4 @@
-"""What the Celery roles tell Prometheus: each its own counts, and beat what the ledger and the queues look like."""
+"""Metrics of the Celery roles: each exports its counters, and `beat` also collects from database, Redis and broker."""
 
 import time
 from functools import partial
@@ -15,7 +15,7 @@ from worker.metrics_collector import register_collector
 from worker.runtime import runtime
 
 HEARTBEAT_TIMEOUT_S = 30.0
-"""A worker that sent no heartbeat for this long is cut off from its broker."""
+"""Without a heartbeat for this time the worker counts as disconnected from its broker."""
 
 _last_heartbeat_at = float("-inf")
 

@@ -22,6 +22,7 @@ from worker.errors import CallFailed
 from worker.ledger import quarantine
 from worker.ledger.engine import transaction
 from worker.ledger.tables import BALANCE
+from worker.quiltt.messages import UnparsedEvent
 from worker.quiltt.subscriptions import (
     REQUIRED_EVENT_TYPES,
     Subscription,
@@ -61,7 +62,7 @@ def held(books: Books, run: Run, monkeypatch: pytest.MonkeyPatch) -> Books:
     """A ledger with three events in quarantine, that were not understood by an earlier version."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", books.url)
     with transaction(books.engine) as tx:
-        quarantine.insert_events(tx, [(raw, "x: y") for raw in (UNDERSTOOD_NOW, ROUTINE_NOW, ODD, ODD)], NOON)
+        quarantine.insert_events(tx, [UnparsedEvent(raw=raw, reason="x: y") for raw in (UNDERSTOOD_NOW, ROUTINE_NOW, ODD, ODD)], NOON)
     return books
 
 
@@ -126,7 +127,7 @@ def test_the_quarantine_is_kept_within_its_bounds(books: Books, monkeypatch: pyt
 
     with transaction(books.engine) as tx:
         for age_days, name in enumerate(b"abcde"):
-            quarantine.insert_events(tx, [(bytes([name]) * 10, "x")], NOON - timedelta(days=age_days))
+            quarantine.insert_events(tx, [UnparsedEvent(raw=bytes([name]) * 10, reason="x")], NOON - timedelta(days=age_days))
     assert left() == ["a", "b", "c", "d", "e"]
     monkeypatch.setattr(quarantine, "MAX_AGE", timedelta(days=3))
     assert left() == ["a", "b", "c", "d"]

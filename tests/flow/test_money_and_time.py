@@ -91,7 +91,7 @@ def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InPr
     payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.outcome("p2")["reason"] == "insufficient_funds"
-    assert payready.outcome("p2")["detail"] == "80.00 USD needed, 20.00 USD there"
+    assert payready.outcome("p2")["detail"] == "needed 80.00 USD, available 20.00 USD"
 
 
 def test_what_was_released_on_a_balance_is_gone_for_who_comes_later(payready: InProcessSystem) -> None:

@@ -7,6 +7,7 @@ import pytest
 from tests.support.in_process import START
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Engine, Tx, transaction
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import parse_job
@@ -16,13 +17,20 @@ from worker.rules.states import PaymentState
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
     """Insert a waiting payment with one task."""
     job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
-    assert payments.insert_payments(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
-    outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
+    assert set(payments.insert_payments(tx, [job], START + timedelta(seconds=seconds))) == {payment_id}
+    register(tx, payment_id, f"task_{payment_id}")
+
+
+def register(tx: Tx, payment_id: str, task_id: str) -> None:
+    """Register a task for the outcome of a waiting payment."""
+    task = NewDelivery(payment_id=payment_id, continuation={"id": task_id}, due_at=None)
+    outcome_deliveries.register_deliveries(tx, [task])
 
 
 def resolution(payment_id: str, state: PaymentState) -> Resolution:
     """Return a resolution with this state."""
-    return Resolution(payment_id, state, {"payment_id": payment_id, "state": state.value}, START)
+    outcome = {"payment_id": payment_id, "state": state.value}
+    return Resolution(payment_id=payment_id, state=state, outcome=outcome, resolved_at=START)
 
 
 def test_second_resolution_changes_nothing(engine: Engine) -> None:
@@ -38,7 +46,7 @@ def test_second_resolution_changes_nothing(engine: Engine) -> None:
 def test_payment_is_inserted_once(engine: Engine) -> None:
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
     with transaction(engine) as tx:
-        assert payments.insert_payments(tx, [job, job], START) == {"p1"}
+        assert set(payments.insert_payments(tx, [job, job], START)) == {"p1"}
         assert not payments.insert_payments(tx, [job], START + timedelta(seconds=9))
         [waiting] = payments.lock_waiting(tx, ["p1"])
     assert waiting.requested_at == START
@@ -88,7 +96,7 @@ def test_payment_is_found_by_each_of_its_tasks(engine: Engine) -> None:
     """An unknown task is ignored."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        outcome_deliveries.register_deliveries(tx, [("p1", {"id": "task_again"})], due_at=None)
+        register(tx, "p1", "task_again")
         assert outcome_deliveries.payments_of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]
 
 
@@ -98,9 +106,11 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
         return  # it has one writer at a time
     monkeypatch.setattr(payments, "IDS_PER_STATEMENT", 5)
     numbers = range(2 * payments.IDS_PER_STATEMENT + 2)
-    updates: list[ConnectionUpdate] = [AccountMoved(f"acct_a{n}", "conn_x", START) for n in numbers]
-    updates += [ConnectionLost("", START, connection_id=f"conn_{n}") for n in numbers]
-    updates += [ConnectionLost("", START, profile_id=f"p_{n}") for n in numbers]
+    updates: list[ConnectionUpdate] = [
+        AccountMoved(account_id=f"acct_a{n}", connection_id="conn_x", at=START) for n in numbers
+    ]
+    updates += [ConnectionLost(detail="", at=START, connection_id=f"conn_{n}") for n in numbers]
+    updates += [ConnectionLost(detail="", at=START, profile_id=f"p_{n}") for n in numbers]
     with transaction(engine) as tx:
         for n in numbers:
             record(tx, f"a{n}", account_id=f"acct_a{n}")

@@ -130,7 +130,10 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_released"},
     ),
     "sharers of a refresh": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
-    "payment by id": (lambda tx: payments.lock_payments(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
+    "known payment by id": (
+        lambda tx: payments.lock_known_payments(tx, ["p7"], ["t7"]),
+        {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
     "waiting payment by id": (
         lambda tx: payments.lock_waiting(tx, ["p7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
@@ -217,7 +220,11 @@ NEXT_CHECKS = {f"p{PAST + number}": END for number in range(NOW)}
 BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
         lambda tx: payments.resolve(
-            tx, [Resolution(payment_id, PaymentState.FAILED, {}, END) for payment_id in NEXT_CHECKS]
+            tx,
+            [
+                Resolution(payment_id=payment_id, state=PaymentState.FAILED, outcome={}, resolved_at=END)
+                for payment_id in NEXT_CHECKS
+            ],
         ),
         "payment_pkey",
     ),

@@ -1,6 +1,7 @@
 """The provider's wire format: webhook events and the balance poll. Error texts never repeat the input."""
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any
@@ -68,6 +69,23 @@ class Balance(_ProviderModel):
     available: Amount
     current: Amount
     limit: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedBalance:
+    """A balance, and the id of the event that it was received with."""
+
+    event_id: str
+    balance: Balance
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnparsedEvent:
+    """An event that payready needs and cannot parse, as it was received."""
+
+    raw: bytes
+    reason: str
+    """Why it could not be parsed. The text repeats nothing of the event."""
 
 
 class RecordRef(_ProviderModel):
