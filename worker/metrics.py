@@ -11,6 +11,7 @@ a counter that begins with it.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
@@ -128,6 +129,10 @@ def _collected(source: Source, name: str, help_text: str, *labels: Label) -> Met
     return _define(MetricDefinition(name=name, kind=kind, help_text=help_text, labels=labels, source=source))
 
 
+_from_database = partial(_collected, "database")
+_from_redis = partial(_collected, "redis")
+_from_broker = partial(_collected, "broker")
+
 _CAP = {
     "day": "fees of all calls of a day (UTC)",
     "month": "fees of all calls of a month (UTC)",
@@ -189,9 +194,7 @@ FEE_CAPS_REACHED = _counter(
     Label(name="cap", values=_CAP),
 )
 FEE_CAP_WARNINGS = _counter(
-    "payready_fee_cap_warnings_total",
-    "Times that the usage of a fee cap crossed 80 %.",
-    Label(name="cap", values=_CAP),
+    "payready_fee_cap_warnings_total", "Times that the usage of a fee cap crossed 80 %.", Label(name="cap", values=_CAP)
 )
 BATCH_FALLBACKS = _counter(
     "payready_batch_fallbacks_total",
@@ -258,9 +261,9 @@ Gauge(_subscription_problems.name, _subscription_problems.help_text).set_functio
 # --- metrics that `beat` collects from other systems ------------------------------------------------------------------
 
 UP: Mapping[Source, MetricDefinition] = {
-    "database": _collected("database", "payready_database_up", "1 if the SQL database responded, else 0."),
-    "redis": _collected("redis", "payready_redis_up", "1 if Redis responded, else 0."),
-    "broker": _collected("broker", "payready_broker_up", "1 if the broker responded, else 0."),
+    "database": _from_database("payready_database_up", "1 if the SQL database responded, else 0."),
+    "redis": _from_redis("payready_redis_up", "1 if Redis responded, else 0."),
+    "broker": _from_broker("payready_broker_up", "1 if the broker responded, else 0."),
 }
 """By source. While one is 0, the other metrics of that source are missing."""
 
@@ -277,57 +280,53 @@ CALL_STATE = Label(
 )
 _STATE = Label(name="state", values={"pending": "opened", "posted": "billed", "void": "not billed"})
 _CURRENCY = Label(name="currency", meaning="ISO 4217 code")
-WAITING_PAYMENTS = _collected(
-    "database", "payready_waiting_payments", "Waiting payments, by the state of their account's refresh.", CALL_STATE
+WAITING_PAYMENTS = _from_database(
+    "payready_waiting_payments", "Waiting payments, by the state of their account's refresh.", CALL_STATE
 )
-OLDEST_WAIT_SECONDS = _collected(
-    "database", "payready_oldest_wait_seconds", "Time since the oldest waiting payment was requested.", CALL_STATE
+OLDEST_WAIT_SECONDS = _from_database(
+    "payready_oldest_wait_seconds", "Time since the oldest waiting payment was requested.", CALL_STATE
 )
-PAST_DEADLINE_SECONDS = _collected(
-    "database", "payready_past_deadline_seconds", "Time that a waiting payment is past its deadline, at most."
+PAST_DEADLINE_SECONDS = _from_database(
+    "payready_past_deadline_seconds", "Longest time that a waiting payment is past its deadline."
 )
-UNDELIVERED_OUTCOMES = _collected("database", "payready_undelivered_outcomes", "Outcomes that are not delivered yet.")
-OLDEST_UNDELIVERED_SECONDS = _collected(
-    "database", "payready_oldest_undelivered_seconds", "Time since the oldest undelivered outcome was resolved."
+UNDELIVERED_OUTCOMES = _from_database("payready_undelivered_outcomes", "Outcomes that are not delivered yet.")
+OLDEST_UNDELIVERED_SECONDS = _from_database(
+    "payready_oldest_undelivered_seconds", "Time since the oldest undelivered outcome was resolved."
 )
-UNAPPLIED_BALANCES = _collected("database", "payready_unapplied_balances", "Balances that are not applied yet.")
-OLDEST_UNAPPLIED_SECONDS = _collected(
-    "database", "payready_oldest_unapplied_seconds", "Time since the oldest unapplied balance arrived."
+UNAPPLIED_BALANCES = _from_database("payready_unapplied_balances", "Balances that are not applied yet.")
+OLDEST_UNAPPLIED_SECONDS = _from_database(
+    "payready_oldest_unapplied_seconds", "Time since the oldest unapplied balance arrived."
 )
-OUTCOMES = _collected(
-    "database",
+OUTCOMES = _from_database(
     "payready_outcomes_total",
     "Resolved payments since the start of this process.",
     Label(name="state", values={"released": "may start", "failed": "must not start"}),
     Label(name="reason", meaning="the failure reason; `none` for a released payment"),
 )
-FEE_ENTRIES = _collected(
-    "database", "payready_fee_entries_total", "Fee entries since the start of this process.", _STATE, _CURRENCY
+FEE_ENTRIES = _from_database(
+    "payready_fee_entries_total", "Fee entries since the start of this process.", _STATE, _CURRENCY
 )
-FEES = _collected(
-    "database", "payready_fees_total", "Sum of the fee entries since the start of this process.", _STATE, _CURRENCY
+FEES = _from_database(
+    "payready_fees_total", "Sum of the fee entries since the start of this process.", _STATE, _CURRENCY
 )
-UNRESOLVED_CALLS = _collected(
-    "database", "payready_unresolved_calls", "Calls whose fee entry is neither posted nor void."
-)
-UNRESOLVED_FEES = _collected("database", "payready_unresolved_fees", "Sum of the fees of unresolved calls.", _CURRENCY)
-FEE_CAP_USED_RATIO = _collected(
-    "database",
+UNRESOLVED_CALLS = _from_database("payready_unresolved_calls", "Calls whose fee entry is neither posted nor void.")
+UNRESOLVED_FEES = _from_database("payready_unresolved_fees", "Sum of the fees of unresolved calls.", _CURRENCY)
+FEE_CAP_USED_RATIO = _from_database(
     "payready_fee_cap_used_ratio",
     "Used share of a fee cap (0 to 1). A cap that is not set is missing.",
     Label(name="cap", values={cap: meaning for cap, meaning in _CAP.items() if cap != "account"}),
 )
-CIRCUIT_BREAKER_OPEN = _collected("redis", "payready_circuit_breaker_open", "1 while the circuit breaker is open.")
-BURST_USED_RATIO = _collected(
-    "redis", "payready_rate_limiter_burst_used_ratio", "Used share of the rate limiter's burst (0 to 1)."
+CIRCUIT_BREAKER_OPEN = _from_redis("payready_circuit_breaker_open", "1 while the circuit breaker is open.")
+BURST_USED_RATIO = _from_redis(
+    "payready_rate_limiter_burst_used_ratio", "Used share of the rate limiter's burst (0 to 1)."
 )
-REDIS_MEMORY_USED_RATIO = _collected(
-    "redis", "payready_redis_memory_used_ratio", "Used share of Redis' maxmemory (0 to 1); 0 without a limit."
+REDIS_MEMORY_USED_RATIO = _from_redis(
+    "payready_redis_memory_used_ratio", "Used share of Redis' maxmemory (0 to 1); 0 without a limit."
 )
 _QUEUE = Label(name="queue", meaning="`payments`, `balances`, `maintenance` or `refreshes`")
-QUEUE_MESSAGES = _collected("broker", "payready_queue_messages", "Messages that no worker has fetched.", _QUEUE)
-QUEUE_OLDEST_SECONDS = _collected(
-    "broker", "payready_queue_oldest_seconds", "Age of the oldest message that no worker has fetched.", _QUEUE
+QUEUE_MESSAGES = _from_broker("payready_queue_messages", "Messages that no worker has fetched.", _QUEUE)
+QUEUE_OLDEST_SECONDS = _from_broker(
+    "payready_queue_oldest_seconds", "Age of the oldest message that no worker has fetched.", _QUEUE
 )
 
 METRICS: tuple[MetricDefinition, ...] = tuple(_definitions)

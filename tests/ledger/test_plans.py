@@ -130,7 +130,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_released"},
     ),
     "sharers of a refresh": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
-    "payment by id": (
+    "known payment by id": (
         lambda tx: payments.lock_known_payments(tx, ["p7"], ["t7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),

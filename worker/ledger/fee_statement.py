@@ -34,7 +34,7 @@ from worker.rules.pricing import FEE_UNIT, EntryState
 entry, payment = FEE_ENTRY.c, PAYMENT.c
 
 GroupBy = Literal["price", "account", "day"]
-"""What a line of a statement stands for."""
+"""What each line of a statement groups."""
 
 
 @dataclass(frozen=True, kw_only=True)

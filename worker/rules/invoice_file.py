@@ -24,7 +24,7 @@ class InvoiceColumns:
 
     account: str = "account_id"
     at: str = "date"
-    """A day in UTC, which stands for any call of that day, or a time with a time zone."""
+    """A day in UTC, for a call at any time of that day, or a time with a time zone."""
     amount: str = "amount"
     number: str | None = None
     """The provider's number of the line, for the evidence."""
