@@ -65,7 +65,7 @@ def _command_section(path: str, command: Any) -> str:
         if parameter.name == "help":
             continue
         is_option = parameter.param_type_name == "option"
-        name = " / ".join(parameter.opts) if is_option else str(parameter.human_readable_name)
+        name = " / ".join(parameter.opts) if is_option else str(parameter.name)
         help_text = getattr(parameter, "help", None) or ""
         rows.append(f"| `{name}` | {'required' if parameter.required else 'optional'} | {_cell(help_text)} |")
     table = _table("| argument or option | | meaning |", rows) if rows else ""
@@ -247,7 +247,7 @@ def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> s
     ]
     indexes = [
         f"| `{index.name}` | {', '.join(f'`{column.name}`' for column in index.columns)} | "
-        f"{'unique' if index.unique else ''} | {_cell(str(index.dialect_options['postgresql'].get('where') or ''))} |"
+        f"{'unique' if index.unique else ''} | {_condition(index)} |"
         for index in sorted(table.indexes, key=lambda index: str(index.name))
     ]
     index_table = _table("| index | columns | | where |", indexes) if indexes else ""
@@ -255,6 +255,11 @@ def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> s
         f"## `{table.name}`\n\n{texts.get('', '')}\n\n"
         f"{_table('| column | type | null | meaning |', columns)}\n{index_table}"
     )
+
+
+def _condition(index: Any) -> str:
+    where = index.dialect_options["postgresql"].get("where")
+    return "" if where is None else f"`{_cell(str(where))}`"
 
 
 def _type_name(column: Any) -> str:
