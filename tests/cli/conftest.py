@@ -15,6 +15,7 @@ from tests.support.servers import Postgres
 from worker.ledger import balances, fee_entries, outcome_deliveries, payments, refreshes
 from worker.ledger.engine import open_engine, transaction
 from worker.ledger.fee_entries import FinalEntry
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import FEE_ENTRY
@@ -38,7 +39,8 @@ class Books:
         """A payment that waits, with one task."""
         with transaction(self.engine) as tx:
             payments.insert_payments(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
-            outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
+            task = NewDelivery(payment_id=payment_id, continuation={"id": f"task-{payment_id}"}, due_at=None)
+            outcome_deliveries.register_deliveries(tx, [task])
 
     def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
         """Its end; with `delivered`, its task was told."""

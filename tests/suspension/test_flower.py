@@ -73,7 +73,7 @@ def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
         )
         assert info(payment.id)["runtime"] > 1.5
     assert "'state': 'released'" in info(released.id)["result"]
-    assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance came within 2 s")
+    assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance arrived within 2 s")
     names = {task["name"] for task in flower.get("/api/tasks?limit=10000").json().values()}
     assert not names & {"payments.expire", "payments.sweep"}  # two a second would push the payments out of its memory
 

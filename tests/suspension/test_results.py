@@ -75,7 +75,7 @@ def test_get_raises_reason_and_detail_when_the_deadline_comes(kit: Kit) -> None:
     result = kit.built(kwargs=job).apply_async()
     name, (reason, detail) = raised_by(result)
     assert (name, reason) == ("PaymentNotReady", "timeout")
-    assert detail.startswith("no balance came within 1 s")
+    assert detail.startswith("no balance arrived within 1 s")
     assert (result.ready(), result.successful(), result.failed()) == (True, False, True)
 
 
@@ -136,7 +136,7 @@ def test_a_waiting_payment_can_be_given_up(
     payment = chord(header, body, app=kit.app).apply_async().parent.results[0]
     eventually(lambda: waits(payment) and "x" in notes())
     give_up(kit, payment)
-    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled it"))
+    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled the payment"))
     eventually(lambda: notes() == ["body-sorry", "sorry", "x"])
     other = kit.pay("other").apply_async()
     eventually(lambda: waits(other))
@@ -168,7 +168,7 @@ def _conflict(kit: Kit) -> Signature:
         (_no_mapping, ("InvalidJob", ("the positional argument must be a job, a mapping, not list",))),
         (
             _conflict,
-            ("PaymentNotReady", ("conflict", "the payment_id was used before, with other content")),
+            ("PaymentNotReady", ("conflict", "payment_id was already used for a different job; these fields differ: TODO")),
         ),
     ],
 )

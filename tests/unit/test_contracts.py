@@ -32,7 +32,7 @@ def test_every_reason_is_published() -> None:
     """The payments service branches on them."""
     failure = json.loads((FOLDER / "failure.schema.json").read_text())
     assert failure["$defs"]["Reason"]["enum"] == [reason.value for reason in Reason]
-    _validator("failure")({"reason": "timeout", "detail": "no balance came within 120 s"})
+    _validator("failure")({"reason": "timeout", "detail": "no balance arrived within 120 s"})
     with pytest.raises(ValidationError):
         _validator("failure")({"reason": "bad luck", "detail": ""})
 

@@ -18,6 +18,7 @@ from webhook.events import (
     UnparseableEvent,
     parse_quarantined,
 )
+from worker.quiltt.messages import UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost
 
 RECORD = {
@@ -50,8 +51,9 @@ def body(*events: Any, **envelope: Any) -> bytes:
 
 def test_a_refresh_balance_is_taken_with_the_id_of_its_event() -> None:
     """Its figures are decimals."""
-    [(event_id, balance)] = read(body(EVENT)).balances
-    assert event_id == "evt_1"
+    [received] = read(body(EVENT)).balances
+    balance = received.balance
+    assert received.event_id == "evt_1"
     assert (balance.available, balance.current, balance.limit) == (Decimal("31.41"), Decimal("314.15"), None)
 
 
@@ -107,10 +109,10 @@ ODD: list[tuple[Any, str]] = [
 def test_a_balance_event_that_is_not_understood_is_set_aside_with_the_reason(odd: Any, reason: str) -> None:
     """And spoils no other: those before and after it are taken."""
     delivery = read(body(event(event_id="evt_before"), odd, event(event_id="evt_after")))
-    assert [event_id for event_id, _ in delivery.balances] == ["evt_before", "evt_after"]
-    [(raw, told)] = delivery.unparsed
-    assert told.startswith(reason)
-    assert raw == json.dumps(odd).encode()
+    assert [received.event_id for received in delivery.balances] == ["evt_before", "evt_after"]
+    [unparsed] = delivery.unparsed
+    assert unparsed.reason.startswith(reason)
+    assert unparsed.raw == json.dumps(odd).encode()
 
 
 @pytest.mark.parametrize(
@@ -133,8 +135,8 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events" : [' + b" ,\n".join([good, odd, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
-    assert delivery.unparsed == [(odd, f"not JSON: {reason}")]
-    assert (delivery.events, delivery.is_unreadable) == (3, 0)
+    assert delivery.unparsed == [UnparsedEvent(raw=odd, reason=f"not JSON: {reason}")]
+    assert (delivery.events, delivery.invalid_json) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
 def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) -> None:
     """An event that is not JSON is kept only if it is about a balance, and cannot be about anybody's profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.unparsed, delivery.is_unreadable) == (1, [], unreadable)
+    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], unreadable)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_t
     """If it cannot be personal; its neighbours are taken."""
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
-    assert ([raw for raw, _ in delivery.unparsed], len(delivery.balances), delivery.is_unreadable) == ([odd], 2, 0)
+    assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == ([odd], 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +217,15 @@ def test_a_balance_of_ours_is_seen_however_it_is_written(hidden: bytes) -> None:
     raw = body(EVENT).replace(b'"REFRESH"', b'"%s"' % hidden)
     assert len(read(raw).balances) == 1
     twice = raw.replace(b'"source"', b'"source": "%s", "source": "SYNC", "x"' % hidden)
-    assert [reason for _, reason in read(twice).unparsed] == ["not JSON: duplicate key"]
-    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).unparsed[0][1] == "not JSON: NaN"
+    assert [unparsed.reason for unparsed in read(twice).unparsed] == ["not JSON: duplicate key"]
+    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).unparsed[0].reason == "not JSON: NaN"
 
 
 def test_figures_are_read_to_the_digit() -> None:
     """More digits than a float has."""
     raw = body(EVENT).replace(b"31.41", b"12345678901234567890.123456789")
-    [(_, balance)] = read(raw).balances
-    assert balance.available == Decimal("12345678901234567890.123456789")
+    [received] = read(raw).balances
+    assert received.balance.available == Decimal("12345678901234567890.123456789")
 
 
 @pytest.mark.parametrize("figure", ["1" * 400, "1" + "0" * 30, "1e400", "1e-400", "-1e31", "0." + "0" * 61 + "1"])
@@ -236,8 +238,8 @@ def test_a_figure_that_no_account_holds_is_set_aside(figure: str) -> None:
 
 def test_the_noise_that_floats_leave_of_nothing_is_a_figure() -> None:
     """3.5527136788005009e-15 is a balance of nought to somebody's computer."""
-    [(_, balance)] = read(body(EVENT).replace(b"31.41", b"3.5527136788005009e-15")).balances
-    assert balance.available == Decimal("3.5527136788005009e-15")
+    [received] = read(body(EVENT).replace(b"31.41", b"3.5527136788005009e-15")).balances
+    assert received.balance.available == Decimal("3.5527136788005009e-15")
 
 
 WHOLE = {
@@ -255,7 +257,7 @@ WHOLE = {
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
 def test_a_delivery_that_cannot_be_taken_apart_is_set_aside_as_a_whole(whole: bytes) -> None:
     """If it is about balances; one that says a word of profiles is refused, and nothing of it is kept."""
-    assert [raw for raw, _ in read(whole).unparsed] == [whole]
+    assert [unparsed.raw for unparsed in read(whole).unparsed] == [whole]
     for word in (b'"profile.updated"', b'"pro\\u0066ile\\u002Eupdated"'):
         with pytest.raises(InvalidDelivery):
             read(whole + word)
@@ -324,7 +326,7 @@ def test_each_event_of_a_batch_is_what_it_is_alone(batch: list[Any]) -> None:
     alone = [read(body(one)) for one in batch]
     assert together.balances == [balance for one in alone for balance in one.balances]
     assert together.unparsed == [odd for one in alone for odd in one.unparsed]
-    assert {raw for raw, _ in together.unparsed} <= {json.dumps(one).encode() for one in batch}
+    assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(one).encode() for one in batch}
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
     record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.connection_updates == [ConnectionLost(CONNECTION_LOST_EVENTS[kind], AT, **whose)]
+    assert delivery.connection_updates == [ConnectionLost(detail=CONNECTION_LOST_EVENTS[kind], at=AT, **whose)]
     assert len(delivery.balances) == 1
     assert delivery.needs_processing
     assert "somebody" not in repr(delivery)
@@ -368,7 +370,8 @@ def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) ->
 
 
 def test_an_account_that_moved_is_told_with_its_connection() -> None:
-    assert read(body(MOVED)).connection_updates == [AccountMoved("acct_1", "conn_2", AT)]
+    moved = AccountMoved(account_id="acct_1", connection_id="conn_2", at=AT)
+    assert read(body(MOVED)).connection_updates == [moved]
 
 
 def test_news_is_told_in_its_order() -> None:

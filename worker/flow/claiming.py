@@ -28,7 +28,8 @@ from worker.flow.claim_decision import (
 )
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import FollowUp, RefreshCall
-from worker.flow.resolution import failed_resolution, reject_refresh
+from worker.flow.resolution import reject_refresh
+from worker.flow.resolution_decision import failed_resolution
 from worker.flow.unpriced_calls import defer_unpriced_calls
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.balances import BalanceRecord
