@@ -20,7 +20,7 @@ from config.settings import settings
 from worker.ledger import fee_calls, fee_statement, invoices
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import PaymentShare, StatementLine
-from worker.ledger.invoices import InvoiceEvidence
+from worker.ledger.invoices import InvoiceApplication, InvoiceEvidence
 from worker.ledger.locks import lock_invoices
 from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoiceError, InvoicePeriod, parse_invoice
 from worker.rules.pricing import parse_price_list
@@ -122,8 +122,14 @@ def fees_reconcile(
     does not charge are void; doing so twice changes nothing more. Only calls in the invoice's currency are looked at.
     """
     since, until = _parse_month(month)
-    period = InvoicePeriod(since, until, timedelta(seconds=tolerance_s))
-    columns = InvoiceColumns(account_column, date_column, amount_column, number_column, currency_column)
+    period = InvoicePeriod(since=since, until=until, tolerance=timedelta(seconds=tolerance_s))
+    columns = InvoiceColumns(
+        account=account_column,
+        at=date_column,
+        amount=amount_column,
+        number=number_column,
+        currency=currency_column,
+    )
     with report_errors():
         currency = _parse_currency(currency)
         data = invoice.read_bytes()
@@ -137,11 +143,13 @@ def fees_reconcile(
         calls = fee_calls.ledger_calls(tx, currency, since - period.tolerance, until + period.tolerance)
         return reconcile(lines, calls, period, invoices.applied_invoices(tx, currency))
 
-    def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int]]:
+    def settle(tx: Tx) -> tuple[Reconciliation, InvoiceApplication]:
         lock_invoices(tx)
         found = look(tx)
         check_plausible(found, total_matches=total is not None)
-        named = InvoiceEvidence(invoice.name, hashlib.sha256(data).hexdigest(), month, currency)
+        named = InvoiceEvidence(
+            name=invoice.name, digest=hashlib.sha256(data).hexdigest(), period=month, currency=currency
+        )
         return found, invoices.apply_invoice(tx, found, named, utc_now())
 
     found, settled = update(settle) if apply else (query(look), None)
@@ -175,9 +183,9 @@ def _decode(data: bytes) -> str:
         raise InvoiceError(f"line {line}: not UTF-8") from None
 
 
-def _reconciliation_json(found: Reconciliation, settled: tuple[int, int] | None) -> dict[str, Any]:
+def _reconciliation_json(found: Reconciliation, settled: InvoiceApplication | None) -> dict[str, Any]:
     return {
-        "balance": len(found.matched),
+        "matched": len(found.matched),
         "price_differences": found.price_differences,
         "charged_though_void": found.charged_though_void,
         "unmatched_lines": found.unmatched_lines,
@@ -185,13 +193,13 @@ def _reconciliation_json(found: Reconciliation, settled: tuple[int, int] | None)
         "to_post": [match.call.call_id for match in found.to_post],
         "to_void": [call.call_id for call in found.to_void],
         "deferred_calls": [call.call_id for call in found.deferred_calls],
-        "settled": None if settled is None else {"posted": settled[0], "void": settled[1]},
+        "settled": None if settled is None else {"posted": settled.posted, "void": settled.voided},
     }
 
 
-def _print_conclusion(found: Reconciliation, settled: tuple[int, int] | None) -> str:
+def _print_conclusion(found: Reconciliation, settled: InvoiceApplication | None) -> str:
     if settled is not None:
-        return f"\n{settled[0]} pending calls posted, {settled[1]} void, with the invoice as evidence"
+        return f"\n{settled.posted} pending calls posted, {settled.voided} void, with the invoice as evidence"
     post, void = len(found.to_post), len(found.to_void)
     if not post and not void:
         return "\nno pending calls to settle"

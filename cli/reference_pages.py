@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import typer
+
 from cli.log_event_meanings import LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
 from config.celery_config import QUEUES, celery_settings
@@ -51,15 +51,15 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
-def _commands(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group) or hasattr(command, "commands"):
+def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(command, "commands"):
         for name, child in sorted(command.commands.items()):
             yield from _commands(f"{path} {name}", child)
     else:
         yield path, command
 
 
-def _command_section(path: str, command: click.Command) -> str:
+def _command_section(path: str, command: Any) -> str:
     rows = []
     for parameter in command.params:
         if parameter.name == "help":

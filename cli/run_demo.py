@@ -21,7 +21,7 @@ from demo.demo_plan import DEMO_JOBS, DEMO_TIMINGS, EXPECTED_CALLS
 from demo.dev_stack import DevStack, dev_stack
 from demo.interrupts import Interrupts
 from demo.processes import ROOT, StartError
-from worker.ledger import fee_statement, payment_report
+from worker.ledger import fee_statement, metrics_queries, payment_report
 from worker.ledger.engine import Engine, open_engine, read_only
 from worker.runtime import utc_now
 
@@ -128,7 +128,7 @@ def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Obse
         lines = payment_report.list_payments(tx, payment_ids=[order.payment_id for order in DEMO_JOBS])
         calls, backlog = (
             payment_report.call_counts_by_account(tx, list(EXPECTED_CALLS)),
-            payment_report.count_backlog(tx),
+            metrics_queries.backlog(tx),
         )
     return Observed(_read_journal(journal), {line.payment_id: line for line in lines}, calls, accepted, backlog)
 

@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 from demo.demo_plan import DemoJob, ExpectedCalls
-from worker.ledger.payment_report import BacklogCounts, PaymentLine
+from worker.ledger.metrics_queries import Backlog
+from worker.ledger.payment_report import PaymentLine
 from worker.rules.pricing import EntryState
 
 
@@ -26,7 +27,7 @@ class Observed:
     """The ledger's calls by account, as they stand."""
     accepted: Mapping[str, int]
     """The calls that the provider accepted, by account: what it would charge for."""
-    backlog: BacklogCounts
+    backlog: Backlog
 
 
 @dataclass
@@ -129,11 +130,11 @@ def _check_shares(seen: Observed) -> tuple[int, list[str]]:
     return len(sums), wrong
 
 
-def _check_backlog(backlog: BacklogCounts) -> Iterable[str]:
+def _check_backlog(backlog: Backlog) -> Iterable[str]:
     for what, count in (
-        ("payments that wait", backlog.waiting),
-        ("outcomes that were not delivered", backlog.undelivered),
-        ("balances that were not applied", backlog.unapplied),
+        ("payments that wait", backlog.waiting_count),
+        ("outcomes that were not delivered", backlog.undelivered.count),
+        ("balances that were not applied", backlog.unapplied.count),
     ):
         if count:
             yield f"{count} {what}"

@@ -9,12 +9,12 @@ from random import Random
 from simulator.fake_provider import Provider
 from simulator.http_server import Server
 from simulator.provider_api import build_app
-from simulator.request_log import Log
+from simulator.request_log import RequestLog
 from simulator.scenarios import scenario_table
 from simulator.webhook_sender import WebhookSender
 
 
-def _parser() -> argparse.ArgumentParser:
+def _argument_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("simulator", description=__doc__, formatter_class=raw)
     parser.add_argument("--host", default="127.0.0.1")
@@ -31,8 +31,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Serve until a signal comes."""
-    options = _parser().parse_args()
-    log = Log(options.log)
+    options = _argument_parser().parse_args()
+    log = RequestLog(options.log)
     courier = WebhookSender(options.webhook_url, options.webhook_secret, log)
     provider = Provider(options.api_key, options.mode, Random(options.seed), log, courier)
     Server(build_app(provider), options.host, options.port).run()

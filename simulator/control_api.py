@@ -10,42 +10,42 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from simulator import control_options
-from simulator.control_options import InvalidControlRequest, Rules, parse_options
+from simulator import request_validation
 from simulator.fake_provider import Provider
 from simulator.quiltt_records import encode_json
+from simulator.request_validation import FieldParsers, InvalidControlRequest, parse_fields
 from simulator.webhook_sender import OutgoingDelivery
 
 MAX_COPIES = 100
 
-OVERRIDE_OPTIONS: Rules = {
-    "scenario": control_options.scenario_name,
-    "delay_s": control_options.seconds,
-    "at_offset_s": control_options.number,
-    "available": control_options.amount,
-    "current": control_options.amount,
-    "limit": control_options.amount,
-    "currency_code": control_options.text,
-    "kind": control_options.text,
-    "state": control_options.text,
-    "connection_status": control_options.text,
+OVERRIDE_FIELDS: FieldParsers = {
+    "scenario": request_validation.scenario_name,
+    "delay_s": request_validation.seconds,
+    "at_offset_s": request_validation.number,
+    "available": request_validation.amount,
+    "current": request_validation.amount,
+    "limit": request_validation.amount,
+    "currency_code": request_validation.text,
+    "kind": request_validation.text,
+    "state": request_validation.text,
+    "connection_status": request_validation.text,
 }
-DEFAULT_OPTIONS: Rules = {
-    "prompt_s": control_options.seconds,
-    "slow_s": control_options.seconds,
-    "late_s": control_options.seconds,
-    "retry_base_s": control_options.seconds,
-    "keep_signature": control_options.flag,
-    "rate_limit_per_s": control_options.whole,
+DEFAULTS_FIELDS: FieldParsers = {
+    "prompt_s": request_validation.seconds,
+    "slow_s": request_validation.seconds,
+    "late_s": request_validation.seconds,
+    "retry_base_s": request_validation.seconds,
+    "keep_signature": request_validation.flag,
+    "rate_limit_per_s": request_validation.positive_integer,
 }
-DELIVER_OPTIONS: Rules = {
-    "body": control_options.anything,
-    "raw": control_options.raw_bytes,
-    "secret": control_options.text,
-    "timestamp": control_options.whole,
-    "copies": control_options.whole,
+DELIVER_FIELDS: FieldParsers = {
+    "body": request_validation.anything,
+    "raw": request_validation.raw_bytes,
+    "secret": request_validation.text,
+    "timestamp": request_validation.positive_integer,
+    "copies": request_validation.positive_integer,
 }
-REFUSE_OPTIONS: Rules = {"seconds": control_options.seconds}
+REFUSE_FIELDS: FieldParsers = {"seconds": request_validation.seconds}
 
 
 class Listener(Protocol):
@@ -55,12 +55,12 @@ class Listener(Protocol):
         """Refuse TCP connections for this long."""
 
 
-class Control:
-    """Handlers over one provider; the door is looked up in the application's state."""
+class ControlApi:
+    """Handlers over one provider; the listener is looked up in the application's state."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
-        self._courier = provider.webhook_sender
+        self._webhook_sender = provider.webhook_sender
         self._log = provider.log
 
     def routes(self) -> list[Route]:
@@ -84,45 +84,45 @@ class Control:
 
     async def put_scenario(self, request: Request) -> Response:
         """Replace what is special about an account; `{}` makes it ordinary again."""
-        given = parse_options(await request.body(), OVERRIDE_OPTIONS)
+        given = parse_fields(await request.body(), OVERRIDE_FIELDS)
         self._provider.overrides[request.path_params["account_id"]] = given
         return JSONResponse(given)
 
     async def put_defaults(self, request: Request) -> Response:
         """Change the given settings; answers all of them."""
-        given = parse_options(await request.body(), DEFAULT_OPTIONS)
+        given = parse_fields(await request.body(), DEFAULTS_FIELDS)
         self._provider.set_defaults(replace(self._provider.defaults, **given))
         return JSONResponse(asdict(self._provider.defaults))
 
     async def deliver(self, request: Request) -> Response:
         """Send copies of a body at the same time, once each, even while paused; answers what each of them got."""
-        given = parse_options(await request.body(), DELIVER_OPTIONS)
+        given = parse_fields(await request.body(), DELIVER_FIELDS)
         copies = given.pop("copies", 1)
         if ("body" in given) == ("raw" in given) or copies > MAX_COPIES:
             raise InvalidControlRequest(f"give either body or raw, and at most {MAX_COPIES} copies")
         body = given.pop("raw") if "raw" in given else encode_json(given.pop("body"))
         outcomes = await asyncio.gather(
-            *(self._courier.post_once(OutgoingDelivery(body, **given)) for _ in range(copies))
+            *(self._webhook_sender.post_once(OutgoingDelivery(body, **given)) for _ in range(copies))
         )
         return JSONResponse({"status": outcomes[0].status, "deliveries": [asdict(outcome) for outcome in outcomes]})
 
     async def pause(self, _: Request) -> Response:
         """Hold back deliveries."""
-        self._courier.pause()
+        self._webhook_sender.pause()
         return JSONResponse({"paused": True})
 
     async def resume(self, _: Request) -> Response:
         """Let deliveries go."""
-        self._courier.resume()
+        self._webhook_sender.resume()
         return JSONResponse({"paused": False})
 
     async def refuse_connections(self, request: Request) -> Response:
         """Refuse TCP connections for some seconds, these endpoints' too; then listen again."""
-        given = parse_options(await request.body(), REFUSE_OPTIONS)
+        given = parse_fields(await request.body(), REFUSE_FIELDS)
         if "seconds" not in given:
             raise InvalidControlRequest("seconds: missing")
-        door: Listener = request.app.state.door
-        door.refuse_connections(given["seconds"])
+        listener: Listener = request.app.state.listener
+        listener.refuse_connections(given["seconds"])
         return JSONResponse(given)
 
     async def get_log(self, request: Request) -> Response:
@@ -132,7 +132,7 @@ class Control:
             call_seq, delivery_seq = int(query.get("since_call", 0)), int(query.get("since_delivery", 0))
         except ValueError as error:
             raise InvalidControlRequest("since_call, since_delivery: not a number") from error
-        return JSONResponse(self._log.after(call_seq, delivery_seq, query.get("account")))
+        return JSONResponse(self._log.entries_after(call_seq, delivery_seq, query.get("account")))
 
     async def delete_log(self, _: Request) -> Response:
         """Forget the log; what is pending stays so."""
@@ -141,4 +141,4 @@ class Control:
 
     async def summary(self, _: Request) -> Response:
         """Counts over the log, and the webhooks that are not settled yet."""
-        return JSONResponse(self._log.summary() | {"webhooks_pending": self._courier.pending})
+        return JSONResponse(self._log.summary() | {"webhooks_pending": self._webhook_sender.pending})

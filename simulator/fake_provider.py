@@ -13,24 +13,24 @@ from typing import Any
 
 from simulator import quiltt_records
 from simulator.quiltt_records import Account, Json
-from simulator.request_log import Log, LoggedCall
+from simulator.request_log import LoggedCall, RequestLog
 from simulator.scenarios import (
     ACCOUNT_ID,
     SCENARIOS,
     Defaults,
     ResponseKind,
     Scenario,
-    Sends,
+    WebhookKind,
     draw_scenario,
     scenario_of,
 )
 from simulator.webhook_sender import OutgoingDelivery, WebhookSender
 
 ACCEPTED = 202
-_STALE_AGE_S = 600
-_TWICE_GAP_S = 0.2
-_SPURIOUS_TRIES = 3  # a forger, or a replay, gives up sooner than the provider
-_SYNC_AGE_S = 3600
+_STALE_SIGNATURE_AGE_S = 600
+_DUPLICATE_DELAY_S = 0.2
+_SPURIOUS_ATTEMPTS = 3  # a forger, or a replay, gives up sooner than the provider
+_SYNC_BALANCE_AGE_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class CallDecision:
     """How one call ends. `first`, if set, is waited for before the answer."""
 
     call: LoggedCall
-    response: ResponseKind
+    response_kind: ResponseKind
     status: int
     headers: Mapping[str, str]
-    first: asyncio.Event | None = None
+    first_attempt: asyncio.Event | None = None
 
 
 class Quota:
@@ -72,12 +72,12 @@ class Provider:
     api_key: str
     mode: str
     rng: Random
-    log: Log
+    log: RequestLog
     webhook_sender: WebhookSender
     defaults: Defaults = field(default_factory=Defaults)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _latest: dict[str, Json] = field(default_factory=dict)
-    _refused: set[str] = field(default_factory=set)
+    _latest_balances: dict[str, Json] = field(default_factory=dict)
+    _rate_limited_accounts: set[str] = field(default_factory=set)
     _quota: Quota = field(default_factory=Quota)
     _started_at: float = field(default_factory=time.time)
 
@@ -91,10 +91,10 @@ class Provider:
 
     def refresh(self, account_id: str, *, authenticated: bool, now: float) -> CallDecision:
         """Decide one refresh call, log it, and set in motion what it causes."""
-        scenario, account = self._account(account_id)
+        scenario, account = self._scenario_and_account(account_id)
         acted, pace = draw_scenario(scenario, self.rng)
-        status = self._status(account_id, acted, now) if authenticated else 401
-        call = self.log.enter_call(
+        status = self._response_status(account_id, acted, now) if authenticated else 401
+        call = self.log.add_call(
             account_id=account_id,
             started_at=now,
             authenticated=authenticated,
@@ -104,18 +104,24 @@ class Provider:
         )
         headers = self._quota.headers(self.defaults.rate_limit_per_s, now)
         if not call.accepted:
-            return CallDecision(call, ResponseKind.ANSWER, status, headers)
+            return CallDecision(call, ResponseKind.STATUS, status, headers)
         delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(pace, self.rng)
         tried = self._schedule_webhooks(call, acted, account, delay_s)
-        return CallDecision(call, acted.response, status, headers, tried if acted.early else None)
+        return CallDecision(
+            call, acted.response_kind, status, headers, tried if acted.webhook_before_response else None
+        )
 
-    def read(self, account_id: str) -> Json | None:
+    def graphql_account(self, account_id: str) -> Json | None:
         """What GraphQL shows of an account, with its newest balance: until a refresh, one of a sync an hour ago."""
-        scenario, account = self._account(account_id)
+        scenario, account = self._scenario_and_account(account_id)
         if scenario.status == 404:
             return None
-        balance = self._latest.get(account_id) or quiltt_records.balance(
-            quiltt_records.sibling_id("bal", account_id), account_id, account, "SYNC", self._started_at - _SYNC_AGE_S
+        balance = self._latest_balances.get(account_id) or quiltt_records.balance_record(
+            quiltt_records.derived_id("bal", account_id),
+            account_id,
+            account,
+            "SYNC",
+            self._started_at - _SYNC_BALANCE_AGE_S,
         )
         shown = ("id", "at", "source", "available", "current", "limit")
         return {
@@ -124,14 +130,14 @@ class Provider:
             "kind": account.kind,
             "state": account.state,
             "connection": {
-                "id": quiltt_records.sibling_id("conn", account_id),
+                "id": quiltt_records.derived_id("conn", account_id),
                 "status": account.connection_status,
                 "provider": "PLAID",
             },
             "balance": {name: balance[name] for name in shown},
         }
 
-    def _account(self, account_id: str) -> tuple[Scenario, Account]:
+    def _scenario_and_account(self, account_id: str) -> tuple[Scenario, Account]:
         if not ACCOUNT_ID.fullmatch(account_id):
             return SCENARIOS["gone"], Account()
         chosen = dict(self.overrides.get(account_id, {}))
@@ -139,47 +145,54 @@ class Provider:
         scenario = SCENARIOS[name] if name else scenario_of(account_id)
         return scenario, Account(**{**scenario.account, **chosen})
 
-    def _status(self, account_id: str, acted: Scenario, now: float) -> int:
+    def _response_status(self, account_id: str, effective: Scenario, now: float) -> int:
         if not self._quota.take_slot(self.defaults.rate_limit_per_s, now):
             return 429
-        if acted.refuses_first and account_id not in self._refused:
-            self._refused.add(account_id)
+        if effective.rate_limits_first_call and account_id not in self._rate_limited_accounts:
+            self._rate_limited_accounts.add(account_id)
             return 429
-        self._refused.discard(account_id)
-        return acted.status
+        self._rate_limited_accounts.discard(account_id)
+        return effective.status
 
     def _schedule_webhooks(
-        self, call: LoggedCall, acted: Scenario, account: Account, delay_s: float
+        self, call: LoggedCall, effective: Scenario, account: Account, delay_s: float
     ) -> asyncio.Event | None:
-        if acted.sends is Sends.NOTHING and not acted.readable:
+        if effective.webhooks is WebhookKind.NOTHING and not effective.shown_in_graphql:
             return None
         call.balance_id = quiltt_records.new_id("bal")
         return self.webhook_sender.schedule(
-            delay_s, partial(self._new_delivery, call.account_id, call.balance_id, acted, account)
+            delay_s, partial(self._create_balance, call.account_id, call.balance_id, effective, account)
         )
 
-    def _new_delivery(
-        self, account_id: str, balance_id: str, acted: Scenario, account: Account
+    def _create_balance(
+        self, account_id: str, balance_id: str, effective: Scenario, account: Account
     ) -> list[OutgoingDelivery]:
         """Make the balance, now, and the deliveries that tell of it."""
         now = time.time()
-        balance = quiltt_records.balance(balance_id, account_id, account, "REFRESH", now)
-        if acted.readable:
-            self._latest[account_id] = balance
-        right = quiltt_records.event("balance.created", balance, account_id, now)
-        match acted.sends:
-            case Sends.EVENT:
-                return [self._signed_delivery(right)]
-            case Sends.NOTHING:
+        balance = quiltt_records.balance_record(balance_id, account_id, account, "REFRESH", now)
+        if effective.shown_in_graphql:
+            self._latest_balances[account_id] = balance
+        right = quiltt_records.event_record("balance.created", balance, account_id, now)
+        match effective.webhooks:
+            case WebhookKind.EVENT:
+                return [self._outgoing_delivery(right)]
+            case WebhookKind.NOTHING:
                 return []
-            case Sends.TWICE:
-                return [self._signed_delivery(right, right), self._signed_delivery(right, delay_s=_TWICE_GAP_S)]
-            case Sends.FORGED:
-                return [self._signed_delivery(right, secret="not-the-secret", max_tries=_SPURIOUS_TRIES)]
-            case Sends.STALE:
-                return [self._signed_delivery(right, age_s=_STALE_AGE_S, max_tries=_SPURIOUS_TRIES)]
-            case Sends.BATCH:
-                return [self._signed_delivery(*quiltt_records.surrounding_events(right, account_id, now))]
+            case WebhookKind.TWICE:
+                return [
+                    self._outgoing_delivery(right, right),
+                    self._outgoing_delivery(right, extra_delay_s=_DUPLICATE_DELAY_S),
+                ]
+            case WebhookKind.FORGED:
+                return [self._outgoing_delivery(right, secret="not-the-secret", max_attempts=_SPURIOUS_ATTEMPTS)]
+            case WebhookKind.STALE:
+                return [
+                    self._outgoing_delivery(
+                        right, signature_age_s=_STALE_SIGNATURE_AGE_S, max_attempts=_SPURIOUS_ATTEMPTS
+                    )
+                ]
+            case WebhookKind.BATCH:
+                return [self._outgoing_delivery(*quiltt_records.mixed_events(right, account_id, now))]
 
-    def _signed_delivery(self, *events: Json, **how: Any) -> OutgoingDelivery:
-        return OutgoingDelivery(quiltt_records.delivery_envelope(events, self.mode), **how)
+    def _outgoing_delivery(self, *events: Json, **options: Any) -> OutgoingDelivery:
+        return OutgoingDelivery(quiltt_records.delivery_body(events, self.mode), **options)

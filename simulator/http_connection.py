@@ -19,7 +19,7 @@ class HttpConnection:
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._tls else 80)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        self._request_head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, body: bytes, headers: Mapping[str, str]) -> int:
@@ -43,9 +43,9 @@ class HttpConnection:
     async def _exchange(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, bool]:
         reader, writer = await self._open()
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"{self._head}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(f"{self._request_head}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
-        status, length = _parse(await reader.readuntil(b"\r\n\r\n"))
+        status, length = _parse_response_head(await reader.readuntil(b"\r\n\r\n"))
         if length is None or length > _MAX_BODY_BYTES:
             return status, False
         await reader.readexactly(length)
@@ -59,7 +59,7 @@ class HttpConnection:
         return self._streams
 
 
-def _parse(head: bytes) -> tuple[int, int | None]:
+def _parse_response_head(head: bytes) -> tuple[int, int | None]:
     """Status and body length of an answer; no length means that the connection cannot be used again."""
     start, *lines = head.decode("latin-1").lower().split("\r\n")
     headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -16,7 +16,7 @@ _KEEP_ALIVE_S = 75  # longer than clients keep idle connections: no call may fai
 _REBIND_INTERVAL_S = 0.1
 
 
-class CuttableProtocol(HttpToolsProtocol):
+class AbortableProtocol(HttpToolsProtocol):
     """Hands `abort` to the handlers, which ASGI has no way to ask for."""
 
     def on_message_begin(self) -> None:
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
             app,
             host=host,
             port=port,
-            http=CuttableProtocol,
+            http=AbortableProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -42,8 +42,8 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
-        self._reopening: asyncio.Task[None] | None = None
-        app.state.door = self
+        self._reopen_task: asyncio.Task[None] | None = None
+        app.state.listener = self
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -53,8 +53,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Cut what is still open: a silent call would never end."""
-        if self._reopening:
-            self._reopening.cancel()
+        if self._reopen_task:
+            self._reopen_task.cancel()
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         await super().shutdown(sockets)
@@ -69,13 +69,13 @@ class Server(uvicorn.Server):
 
     def refuse_connections(self, seconds: float) -> None:
         """Close the listening socket and every idle connection; listen on the same port again after `seconds`."""
-        if self._reopening:
-            self._reopening.cancel()
+        if self._reopen_task:
+            self._reopen_task.cancel()
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        self._reopening = asyncio.create_task(self._reopen_after(seconds))
+        self._reopen_task = asyncio.create_task(self._reopen_after(seconds))
 
     async def _reopen_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -89,7 +89,9 @@ class Server(uvicorn.Server):
 
     async def _listen(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
-        return await loop.create_server(self._protocol, self.config.host, self.config.port, backlog=self.config.backlog)
+        return await loop.create_server(
+            self._new_protocol, self.config.host, self.config.port, backlog=self.config.backlog
+        )
 
-    def _protocol(self) -> CuttableProtocol:
-        return CuttableProtocol(self.config, self.server_state, self.lifespan.state)
+    def _new_protocol(self) -> AbortableProtocol:
+        return AbortableProtocol(self.config, self.server_state, self.lifespan.state)

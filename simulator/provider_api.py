@@ -16,31 +16,31 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from simulator import quiltt_records
-from simulator.control_api import Control
-from simulator.control_options import InvalidControlRequest
+from simulator.control_api import ControlApi
 from simulator.fake_provider import CallDecision, Provider
+from simulator.request_validation import InvalidControlRequest
 from simulator.scenarios import ResponseKind
-from simulator.subscription_api import Subscriptions
+from simulator.subscription_api import SubscriptionApi
 
 _API_VERSION = "2026-04-01"
-_EARLY_WAIT_S = 5.0  # a webhook that is down or paused must not hold the answer for ever
+_MAX_EARLY_WAIT_S = 5.0  # a webhook that is down or paused must not hold the answer for ever
 
 
 class NoResponse(Response):
     """Ends a request without an answer: at once if it is cut, otherwise when the client gives up."""
 
-    def __init__(self, *, cut: bool) -> None:
+    def __init__(self, *, disconnect: bool) -> None:
         super().__init__()
-        self._cut = cut
+        self._disconnect = disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._cut:
+        if self._disconnect:
             scope["state"]["abort"]()
         while (await receive())["type"] != "http.disconnect":
             pass
 
 
-class Api:
+class ProviderApi:
     """Handlers of what Quiltt offers."""
 
     def __init__(self, provider: Provider) -> None:
@@ -52,50 +52,50 @@ class Api:
             Route("/v1/accounts/{account_id}/balances/refresh", self.refresh, methods=["POST"]),
             Route("/v1/graphql", self.graphql, methods=["POST"]),
             Route("/v1/introspect/api_key", self.introspect, methods=["POST"]),
-            *Subscriptions(self.authenticated).routes(),
+            *SubscriptionApi(self.is_authenticated).routes(),
         ]
 
-    def authenticated(self, request: Request) -> bool:
+    def is_authenticated(self, request: Request) -> bool:
         """Whether the request carries the API key as Bearer token."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and self._provider.is_api_key(key)
 
     async def refresh(self, request: Request) -> Response:
         """The paid call."""
-        account_id, authenticated = request.path_params["account_id"], self.authenticated(request)
+        account_id, authenticated = request.path_params["account_id"], self.is_authenticated(request)
         ruling = self._provider.refresh(account_id, authenticated=authenticated, now=time.time())
-        if ruling.first:
+        if ruling.first_attempt:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ruling.first.wait(), _EARLY_WAIT_S)
+                await asyncio.wait_for(ruling.first_attempt.wait(), _MAX_EARLY_WAIT_S)
         return self._finish_call(ruling)
 
     async def graphql(self, request: Request) -> Response:
         """The free read. The query is not looked at: `variables.id` says which account."""
-        if not self._authenticated_for_a_profile(request):
+        if not self._has_profile_credentials(request):
             return rest_error_response(401)
         try:
             account_id = json.loads(await request.body())["variables"]["id"]
         except (ValueError, LookupError, TypeError):
             return JSONResponse({"errors": [{"message": "Variable $id was not provided", "extensions": {}}]})
-        return JSONResponse({"data": {"account": self._provider.read(str(account_id))}})
+        return JSONResponse({"data": {"account": self._provider.graphql_account(str(account_id))}})
 
     async def introspect(self, request: Request) -> Response:
         """Which environment the key belongs to."""
-        if not self.authenticated(request):
+        if not self.is_authenticated(request):
             return rest_error_response(401)
         key = {"id": "api_simulator", "name": "Simulator", "apiVersion": _API_VERSION, "metadata": None}
-        return JSONResponse(key | {"environment": quiltt_records.environment(self._provider.mode)})
+        return JSONResponse(key | {"environment": quiltt_records.environment_record(self._provider.mode)})
 
-    def _finish_call(self, ruling: CallDecision) -> Response:
-        if ruling.response is not ResponseKind.ANSWER:
-            self._provider.log.close_call(ruling.call, None)
-            return NoResponse(cut=ruling.response is ResponseKind.CUT)
-        self._provider.log.close_call(ruling.call, ruling.status)
-        if ruling.call.accepted:
-            return Response(status_code=ruling.status, headers=ruling.headers)
-        return JSONResponse(quiltt_records.rest_error(ruling.status), ruling.status, ruling.headers)
+    def _finish_call(self, decision: CallDecision) -> Response:
+        if decision.response_kind is not ResponseKind.STATUS:
+            self._provider.log.finish_call(decision.call, None)
+            return NoResponse(disconnect=decision.response_kind is ResponseKind.DISCONNECT)
+        self._provider.log.finish_call(decision.call, decision.status)
+        if decision.call.accepted:
+            return Response(status_code=decision.status, headers=decision.headers)
+        return JSONResponse(quiltt_records.rest_error_body(decision.status), decision.status, decision.headers)
 
-    def _authenticated_for_a_profile(self, request: Request) -> bool:
+    def _has_profile_credentials(self, request: Request) -> bool:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         try:
             profile_id, _, key = base64.b64decode(given, validate=True).decode().partition(":")
@@ -106,7 +106,7 @@ class Api:
 
 def rest_error_response(status: int) -> Response:
     """A RestError as a response."""
-    return JSONResponse(quiltt_records.rest_error(status), status)
+    return JSONResponse(quiltt_records.rest_error_body(status), status)
 
 
 async def _invalid_request(_: Request, error: Exception) -> Response:
@@ -124,5 +124,5 @@ def build_app(provider: Provider) -> Starlette:
         with contextlib.suppress(asyncio.CancelledError):
             await courier
 
-    routes = [*Api(provider).routes(), *Control(provider).routes()]
+    routes = [*ProviderApi(provider).routes(), *ControlApi(provider).routes()]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _invalid_request})

@@ -14,15 +14,15 @@ from typing import Any
 Json = dict[str, Any]
 
 _BASE62 = string.digits + string.ascii_letters
-_ids = random.Random()  # never seeded: ids must stay unique when the simulator starts again with the same seed
+_id_generator = random.Random()  # never seeded: ids must stay unique when the simulator starts again with the same seed
 
 
 def new_id(prefix: str) -> str:
     """A fresh opaque id such as `bal_12vXOdjpsZIgB3Ae80Y7Pl`."""
-    return f"{prefix}_{''.join(_ids.choices(_BASE62, k=22))}"
+    return f"{prefix}_{''.join(_id_generator.choices(_BASE62, k=22))}"
 
 
-def sibling_id(prefix: str, account_id: str) -> str:
+def derived_id(prefix: str, account_id: str) -> str:
     """The id of the one thing of another kind that belongs to this account: always the same."""
     return f"{prefix}_{account_id.partition('_')[2]}"
 
@@ -47,7 +47,7 @@ class Account:
     connection_status: str = "SYNCED"
 
 
-def balance(balance_id: str, account_id: str, account: Account, source: str, at: float) -> Json:
+def balance_record(balance_id: str, account_id: str, account: Account, source: str, at: float) -> Json:
     """A Balance record made at `at` (Unix seconds)."""
     return {
         "id": balance_id,
@@ -60,46 +60,46 @@ def balance(balance_id: str, account_id: str, account: Account, source: str, at:
     }
 
 
-def event(kind: str, record: Json, account_id: str, at: float) -> Json:
+def event_record(event_type: str, record: Json, account_id: str, at: float) -> Json:
     """One event about a record of the account's profile."""
-    profile_id = sibling_id("p", account_id)
+    profile_id = derived_id("p", account_id)
     return {
         "id": new_id("evt"),
         "at": timestamp_text(at),
-        "type": kind,
+        "type": event_type,
         "profile": {"id": profile_id, "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, profile_id)), "metadata": None},
         "record": record,
         "metadata": {},
     }
 
 
-def surrounding_events(right: Json, account_id: str, at: float) -> list[Json]:
+def mixed_events(valid_event: Json, account_id: str, at: float) -> list[Json]:
     """The right event in bad company: only its neighbours are foreign, unknown or malformed."""
     stranger, nobody = new_id("acct"), new_id("acct")
-    synced = balance(new_id("bal"), stranger, Account(), "SYNC", at)
-    homeless = balance(new_id("bal"), account_id, Account(), "REFRESH", at)
+    synced = balance_record(new_id("bal"), stranger, Account(), "SYNC", at)
+    homeless = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at)
     del homeless["accountId"]
-    garbled = balance(new_id("bal"), account_id, Account(), "REFRESH", at) | {"available": "abc"}
-    unknown = balance(new_id("bal"), nobody, Account(), "REFRESH", at)
+    garbled = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at) | {"available": "abc"}
+    unknown = balance_record(new_id("bal"), nobody, Account(), "REFRESH", at)
     return [
-        event("balance.created", synced, stranger, at),
-        event("account.pondered", {"id": account_id, "mood": "new"}, account_id, at),
-        event("balance.created", homeless, account_id, at),
-        event("balance.created", garbled, account_id, at),
-        right,
-        event("balance.created", unknown, nobody, at),
+        event_record("balance.created", synced, stranger, at),
+        event_record("account.pondered", {"id": account_id, "mood": "new"}, account_id, at),
+        event_record("balance.created", homeless, account_id, at),
+        event_record("balance.created", garbled, account_id, at),
+        valid_event,
+        event_record("balance.created", unknown, nobody, at),
     ]
 
 
-def environment(mode: str) -> Json:
+def environment_record(mode: str) -> Json:
     """The environment every key and every webhook of this simulator belongs to."""
     return {"id": "env_simulator", "name": "Simulator", "mode": mode, "metadata": None}
 
 
-def delivery_envelope(events: Sequence[Json], mode: str) -> bytes:
+def delivery_body(events: Sequence[Json], mode: str) -> bytes:
     """The body of one delivery."""
     kinds = list(dict.fromkeys(item["type"] for item in events))
-    return encode_json({"environment": environment(mode), "eventTypes": kinds, "events": list(events)})
+    return encode_json({"environment": environment_record(mode), "eventTypes": kinds, "events": list(events)})
 
 
 def encode_json(value: object) -> bytes:
@@ -107,7 +107,7 @@ def encode_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-_ERRORS: Mapping[int, tuple[str, str]] = {
+_REST_ERRORS: Mapping[int, tuple[str, str]] = {
     400: ("Account kind not supported by provider", "Refresh accounts of a supported kind only."),
     401: ("Unauthorized", "Check the API key."),
     403: ("Connection disconnected or in an error state", "Ask the user to reconnect."),
@@ -117,9 +117,9 @@ _ERRORS: Mapping[int, tuple[str, str]] = {
 }
 
 
-def rest_error(status: int) -> Json:
+def rest_error_body(status: int) -> Json:
     """The body of a refusal; the error id is given for 5xx only."""
-    message, instruction = _ERRORS[status]
+    message, instruction = _REST_ERRORS[status]
     error = {"message": message, "instruction": instruction}
     return error | {"errorId": new_id("err")} if status >= 500 else error
 
@@ -133,7 +133,7 @@ class BodyIds:
     accounts: tuple[str, ...] = ()
 
 
-def ids_in(body: bytes) -> BodyIds:
+def ids_in_body(body: bytes) -> BodyIds:
     """The ids found in a delivery's body, in order and each once; a body that makes no sense has none."""
     try:
         found = json.loads(body)
@@ -143,11 +143,11 @@ def ids_in(body: bytes) -> BodyIds:
     events = [item for item in events if isinstance(item, dict)] if isinstance(events, list) else []
     records = [item["record"] for item in events if isinstance(item.get("record"), dict)]
     return BodyIds(
-        events=_texts(item.get("id") for item in events),
-        balances=_texts(record.get("id") for record in records if "source" in record),
-        accounts=_texts(record.get("accountId") for record in records),
+        events=_unique_strings(item.get("id") for item in events),
+        balances=_unique_strings(record.get("id") for record in records if "source" in record),
+        accounts=_unique_strings(record.get("accountId") for record in records),
     )
 
 
-def _texts(values: Iterable[object]) -> tuple[str, ...]:
+def _unique_strings(values: Iterable[object]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value for value in values if isinstance(value, str)))

@@ -47,25 +47,25 @@ class LoggedDelivery:
     error: str | None
 
 
-_COLUMNS = {kind: tuple(column.name for column in fields(kind)) for kind in (LoggedCall, LoggedDelivery)}
+_FIELD_NAMES = {kind: tuple(column.name for column in fields(kind)) for kind in (LoggedCall, LoggedDelivery)}
 
 
-def _row(entry: LoggedCall | LoggedDelivery) -> dict[str, Any]:
+def _as_dict(entry: LoggedCall | LoggedDelivery) -> dict[str, Any]:
     """As `dataclasses.asdict`, which copies deeply and takes five times as long: the whole log is asked for at once."""
-    return {name: getattr(entry, name) for name in _COLUMNS[type(entry)]}
+    return {name: getattr(entry, name) for name in _FIELD_NAMES[type(entry)]}
 
 
-class Log:
+class RequestLog:
     """Append-only until `reset`. With a path, each finished entry is also appended there as a line of JSON."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.calls: list[LoggedCall] = []
         self.deliveries: list[LoggedDelivery] = []
-        self._last_call = 0
-        self._last_delivery = 0
+        self._last_call_seq = 0
+        self._last_delivery_seq = 0
         self._file = path.open("a", buffering=1) if path else None
 
-    def enter_call(
+    def add_call(
         self,
         *,
         account_id: str,
@@ -76,19 +76,19 @@ class Log:
         accepted: bool,
     ) -> LoggedCall:
         """Enter a call that just came in; its status is not known yet."""
-        self._last_call += 1
+        self._last_call_seq += 1
         call = LoggedCall(
-            self._last_call, account_id, started_at, authenticated, scenario, effective_scenario, accepted
+            self._last_call_seq, account_id, started_at, authenticated, scenario, effective_scenario, accepted
         )
         self.calls.append(call)
         return call
 
-    def close_call(self, call: LoggedCall, status: int | None) -> None:
+    def finish_call(self, call: LoggedCall, status: int | None) -> None:
         """The call's request is over: answered with this status, or never answered."""
         call.status = status
-        self._write("call", call)
+        self._write_line("call", call)
 
-    def enter_delivery(
+    def add_delivery(
         self,
         *,
         ids: BodyIds,
@@ -100,20 +100,22 @@ class Log:
         error: str | None,
     ) -> None:
         """Enter a delivery attempt that is over."""
-        self._last_delivery += 1
+        self._last_delivery_seq += 1
         names = (ids.events, ids.balances, ids.accounts)
-        entry = LoggedDelivery(self._last_delivery, *names, attempt, sent_at, timestamp, signature_valid, status, error)
+        entry = LoggedDelivery(
+            self._last_delivery_seq, *names, attempt, sent_at, timestamp, signature_valid, status, error
+        )
         self.deliveries.append(entry)
-        self._write("delivery", entry)
+        self._write_line("delivery", entry)
 
-    def after(self, call_seq: int, delivery_seq: int, account_id: str | None) -> dict[str, Any]:
+    def entries_after(self, call_seq: int, delivery_seq: int, account_id: str | None) -> dict[str, Any]:
         """The entries with higher sequence numbers, of one account if it is given."""
         calls = self.calls[bisect_right(self.calls, call_seq, key=lambda entry: entry.seq) :]
         deliveries = self.deliveries[bisect_right(self.deliveries, delivery_seq, key=lambda entry: entry.seq) :]
         if account_id is not None:
             calls = [call for call in calls if call.account_id == account_id]
             deliveries = [entry for entry in deliveries if account_id in entry.account_ids]
-        return {"calls": [_row(call) for call in calls], "deliveries": [_row(entry) for entry in deliveries]}
+        return {"calls": [_as_dict(call) for call in calls], "deliveries": [_as_dict(entry) for entry in deliveries]}
 
     def summary(self) -> dict[str, Any]:
         """Counts. An unanswered call counts under `none`, a delivery without a status under its error."""
@@ -131,6 +133,6 @@ class Log:
         self.calls.clear()
         self.deliveries.clear()
 
-    def _write(self, kind: str, entry: LoggedCall | LoggedDelivery) -> None:
+    def _write_line(self, kind: str, entry: LoggedCall | LoggedDelivery) -> None:
         if self._file:
-            self._file.write(json.dumps({"entry": kind, **_row(entry)}) + "\n")
+            self._file.write(json.dumps({"entry": kind, **_as_dict(entry)}) + "\n")

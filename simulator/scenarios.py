@@ -14,18 +14,18 @@ from random import Random
 from types import MappingProxyType
 
 ACCOUNT_ID = re.compile(r"[a-z]{1,8}_[0-9A-Za-z]{1,64}")
-_NAME = re.compile(r"acct_([a-z]+)")
+_SCENARIO_PATTERN = re.compile(r"acct_([a-z]+)")
 
 
 class ResponseKind(Enum):
     """How the HTTP request of the call ends."""
 
-    ANSWER = auto()  # with a status
-    CUT = auto()  # the connection is closed without an answer
+    STATUS = auto()  # with a status
+    DISCONNECT = auto()  # the connection is closed without an answer
     HANG = auto()  # the request stays open until the client gives up
 
 
-class Sends(Enum):
+class WebhookKind(Enum):
     """What is sent to the webhook."""
 
     EVENT = auto()
@@ -36,7 +36,7 @@ class Sends(Enum):
     BATCH = auto()  # the event among foreign, unknown and malformed ones
 
 
-class Pace(Enum):
+class EventDelay(Enum):
     """Which delay lies between the call and its event; the seconds are settings (`Defaults`)."""
 
     PROMPT = auto()
@@ -53,43 +53,59 @@ class Scenario:
     name: str
     summary: str
     status: int = 202
-    response: ResponseKind = ResponseKind.ANSWER
-    sends: Sends = Sends.EVENT
-    pace: Pace = Pace.PROMPT
-    early: bool = False
-    refuses_first: bool = False
-    readable: bool = True
+    response_kind: ResponseKind = ResponseKind.STATUS
+    webhooks: WebhookKind = WebhookKind.EVENT
+    event_delay: EventDelay = EventDelay.PROMPT
+    webhook_before_response: bool = False
+    rate_limits_first_call: bool = False
+    shown_in_graphql: bool = True
     account: Mapping[str, object] = field(default_factory=dict)
 
 
-_ROWS = (
+_SCENARIO_ROWS = (
     Scenario("prompt", "202, then the event after a short delay; every account without another scenario"),
-    Scenario("slow", "202, the event after seconds", pace=Pace.SLOW),
-    Scenario("late", "202, the event after longer than a short deadline", pace=Pace.LATE),
-    Scenario("never", "202, no event and no new balance", sends=Sends.NOTHING, readable=False),
-    Scenario("unsent", "202, a new balance that only GraphQL shows: its webhook is lost", sends=Sends.NOTHING),
-    Scenario("twice", "202, the event twice in one delivery and again in a second one", sends=Sends.TWICE),
-    Scenario("early", "the webhook is delivered before the 202 is answered", pace=Pace.NONE, early=True),
+    Scenario("slow", "202, the event after seconds", event_delay=EventDelay.SLOW),
+    Scenario("late", "202, the event after longer than a short deadline", event_delay=EventDelay.LATE),
+    Scenario("never", "202, no event and no new balance", webhooks=WebhookKind.NOTHING, shown_in_graphql=False),
+    Scenario("unsent", "202, a new balance that only GraphQL shows: its webhook is lost", webhooks=WebhookKind.NOTHING),
+    Scenario("twice", "202, the event twice in one delivery and again in a second one", webhooks=WebhookKind.TWICE),
     Scenario(
-        "lost", "accepted: the event comes, but the connection closes without an answer", response=ResponseKind.CUT
+        "early",
+        "the webhook is delivered before the 202 is answered",
+        event_delay=EventDelay.NONE,
+        webhook_before_response=True,
+    ),
+    Scenario(
+        "lost",
+        "accepted: the event comes, but the connection closes without an answer",
+        response_kind=ResponseKind.DISCONNECT,
     ),
     Scenario(
         "silent",
         "accepted: never answered, the request stays open; no event",
-        response=ResponseKind.HANG,
-        sends=Sends.NOTHING,
-        readable=False,
+        response_kind=ResponseKind.HANG,
+        webhooks=WebhookKind.NOTHING,
+        shown_in_graphql=False,
     ),
-    Scenario("forged", "202, then only deliveries with a wrong signature", sends=Sends.FORGED, readable=False),
-    Scenario("stale", "202, then only deliveries signed 10 minutes ago", sends=Sends.STALE, readable=False),
+    Scenario(
+        "forged",
+        "202, then only deliveries with a wrong signature",
+        webhooks=WebhookKind.FORGED,
+        shown_in_graphql=False,
+    ),
+    Scenario(
+        "stale", "202, then only deliveries signed 10 minutes ago", webhooks=WebhookKind.STALE, shown_in_graphql=False
+    ),
     Scenario(
         "batch",
         "202, one delivery: a foreign SYNC, an unknown type, two malformed, the right event, a foreign REFRESH",
-        sends=Sends.BATCH,
+        webhooks=WebhookKind.BATCH,
     ),
     Scenario("nullavail", "202, event with available null", account={"available": None}),
     Scenario("poor", "202, event with available 1.00", account={"available": 1.00, "current": 1.00}),
-    Scenario("throttled", "429 with Ratelimit-Reset, the next call 202 and the event, and so on", refuses_first=True),
+    Scenario(
+        "throttled", "429 with Ratelimit-Reset, the next call 202 and the event, and so on", rate_limits_first_call=True
+    ),
     Scenario("badreq", "400: account kind not supported", status=400, account={"kind": "LOAN"}),
     Scenario("unauth", "401, whatever the key", status=401),
     Scenario("inactive", "403: connection in error", status=403, account={"connection_status": "ERROR_REPAIRABLE"}),
@@ -98,23 +114,23 @@ _ROWS = (
     Scenario("mix", "drawn per call: 0-2 s, sometimes twice, early, lost or throttled; never fails for good"),
 )
 
-SCENARIOS: Mapping[str, Scenario] = MappingProxyType({row.name: row for row in _ROWS})
+SCENARIOS: Mapping[str, Scenario] = MappingProxyType({row.name: row for row in _SCENARIO_ROWS})
 
 _MIX_WEIGHTS = {"prompt": 60, "twice": 10, "early": 10, "lost": 10, "throttled": 10}
 
 
 def scenario_of(account_id: str) -> Scenario:
     """The scenario an account id asks for."""
-    named = _NAME.match(account_id)
+    named = _SCENARIO_PATTERN.match(account_id)
     return SCENARIOS.get(named[1], SCENARIOS["prompt"]) if named else SCENARIOS["prompt"]
 
 
-def draw_scenario(scenario: Scenario, rng: Random) -> tuple[Scenario, Pace]:
+def draw_scenario(scenario: Scenario, rng: Random) -> tuple[Scenario, EventDelay]:
     """What this one call acts as, and its pace: the scenario itself, unless it is `mix`."""
     if scenario.name != "mix":
-        return scenario, scenario.pace
+        return scenario, scenario.event_delay
     acted = SCENARIOS[rng.choices(list(_MIX_WEIGHTS), list(_MIX_WEIGHTS.values()))[0]]
-    return acted, acted.pace if acted.early else Pace.MIXED
+    return acted, acted.event_delay if acted.webhook_before_response else EventDelay.MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +144,21 @@ class Defaults:
     keep_signature: bool = False  # True: a retry carries the timestamp and signature of the first try
     rate_limit_per_s: int = 1000  # calls; what is above is answered 429
 
-    def delay_s(self, pace: Pace, rng: Random) -> float:
+    def delay_s(self, event_delay: EventDelay, rng: Random) -> float:
         """Seconds from the call to its event."""
-        match pace:
-            case Pace.PROMPT:
+        match event_delay:
+            case EventDelay.PROMPT:
                 return rng.uniform(0.5, 1.5) * self.prompt_s
-            case Pace.SLOW:
+            case EventDelay.SLOW:
                 return self.slow_s
-            case Pace.LATE:
+            case EventDelay.LATE:
                 return self.late_s
-            case Pace.MIXED:
+            case EventDelay.MIXED:
                 return rng.uniform(0.0, 2.0)
-            case Pace.NONE:
+            case EventDelay.NONE:
                 return 0.0
 
 
 def scenario_table() -> str:
     """The scenarios, one a line."""
-    return "\n".join(f"{row.name:<10} {row.summary}" for row in _ROWS)
+    return "\n".join(f"{row.name:<10} {row.summary}" for row in _SCENARIO_ROWS)

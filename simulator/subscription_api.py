@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from simulator import quiltt_records
-from simulator.control_options import InvalidControlRequest, Rules, flag, parse_options, text
+from simulator.request_validation import FieldParsers, InvalidControlRequest, flag, parse_fields, text
 
 _PATH = "/v1/webhooks/subscriptions"
 
@@ -21,21 +21,26 @@ def _https_url(value: object) -> str:
     return text(value)
 
 
-def _texts(value: object) -> list[str]:
+def _string_list(value: object) -> list[str]:
     if not isinstance(value, list):
         raise TypeError
     return [text(item) for item in value]
 
 
-_FIELDS: Rules = {"name": text, "targetUrl": _https_url, "eventTypes": _texts, "disabled": flag}
+_SUBSCRIPTION_FIELDS: FieldParsers = {
+    "name": text,
+    "targetUrl": _https_url,
+    "eventTypes": _string_list,
+    "disabled": flag,
+}
 
 
-class Subscriptions:
+class SubscriptionApi:
     """Handlers over a dictionary of subscriptions."""
 
-    def __init__(self, authenticated: Callable[[Request], bool]) -> None:
-        self._authenticated = authenticated
-        self._kept: dict[str, dict[str, Any]] = {}
+    def __init__(self, is_authenticated: Callable[[Request], bool]) -> None:
+        self._is_authenticated = is_authenticated
+        self._subscriptions: dict[str, dict[str, Any]] = {}
 
     def routes(self) -> list[Route]:
         """The collection and its members."""
@@ -46,27 +51,27 @@ class Subscriptions:
 
     async def collection(self, request: Request) -> Response:
         """List all, or add one."""
-        if not self._authenticated(request):
-            return JSONResponse(quiltt_records.rest_error(401), 401)
+        if not self._is_authenticated(request):
+            return JSONResponse(quiltt_records.rest_error_body(401), 401)
         if request.method == "GET":
-            return JSONResponse(list(self._kept.values()))
-        given = parse_options(await request.body(), _FIELDS)
+            return JSONResponse(list(self._subscriptions.values()))
+        given = parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
         if missing := {"name", "targetUrl", "eventTypes"} - given.keys():
             raise InvalidControlRequest(f"missing: {', '.join(sorted(missing))}")
         kept = {"id": quiltt_records.new_id("whs"), "disabled": False, **given}
-        self._kept[kept["id"]] = kept
+        self._subscriptions[kept["id"]] = kept
         return JSONResponse(kept, 201)
 
     async def member(self, request: Request) -> Response:
         """Show, change or remove one."""
-        if not self._authenticated(request):
-            return JSONResponse(quiltt_records.rest_error(401), 401)
-        kept = self._kept.get(request.path_params["id"])
+        if not self._is_authenticated(request):
+            return JSONResponse(quiltt_records.rest_error_body(401), 401)
+        kept = self._subscriptions.get(request.path_params["id"])
         if kept is None:
             return JSONResponse({"message": "Subscription not found", "instruction": "Check the id."}, 404)
         if request.method == "DELETE":
-            del self._kept[kept["id"]]
+            del self._subscriptions[kept["id"]]
             return Response(status_code=204)
         if request.method == "PATCH":
-            kept |= parse_options(await request.body(), _FIELDS)
+            kept |= parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
         return JSONResponse(kept)

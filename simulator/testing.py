@@ -19,7 +19,7 @@ import httpx
 T = TypeVar("T")
 
 TIMEOUT_S = 10.0
-_POLL_S = 0.01
+_POLL_INTERVAL_S = 0.01
 
 
 def eventually(probe: Callable[[], T]) -> T:
@@ -28,7 +28,7 @@ def eventually(probe: Callable[[], T]) -> T:
     while not (value := probe()):
         if time.monotonic() > end:
             raise AssertionError(f"still {value!r} after {TIMEOUT_S} s")
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_INTERVAL_S)
     return value
 
 
@@ -44,7 +44,7 @@ class Simulator:
             text=True,
             cwd=Path(__file__).parents[1],
         )
-        self.url = self._first_line().split()[-1]
+        self.url = self._read_first_line().split()[-1]
         self.http = httpx.Client(base_url=self.url, verify=False, timeout=TIMEOUT_S)
 
     def __enter__(self) -> Self:
@@ -53,10 +53,10 @@ class Simulator:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """Send the process this signal and answer its exit status."""
         self.http.close()
-        self.process.send_signal(number)
+        self.process.send_signal(signal_number)
         with self.process:
             return self.process.wait(TIMEOUT_S)
 
@@ -90,14 +90,14 @@ class Simulator:
         """The log's counts."""
         return dict(self.http.get("/control/summary").raise_for_status().json())
 
-    def settled(self) -> None:
+    def wait_for_webhooks(self) -> None:
         """Wait until no webhook is pending."""
         eventually(lambda: self.summary()["webhooks_pending"] == 0)
 
     def _log(self, account_id: str) -> dict[str, Any]:
         return dict(self.http.get("/control/log", params={"account": account_id}).raise_for_status().json())
 
-    def _first_line(self) -> str:
+    def _read_first_line(self) -> str:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             with self.process:
@@ -115,11 +115,11 @@ class ReceivedRequest:
 
 
 @dataclass(slots=True)
-class Inbox:
+class WebhookInbox:
     """A webhook endpoint in a thread. `answers` are the statuses of the next answers; after them it is 204."""
 
     received: list[ReceivedRequest] = field(default_factory=list)
-    responses: list[int] = field(default_factory=list)
+    response_statuses: list[int] = field(default_factory=list)
     _server: ThreadingHTTPServer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Inbox:
         """Where it listens."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/webhooks/quiltt"
 
-    def about(self, account_id: str) -> list[ReceivedRequest]:
+    def requests_about(self, account_id: str) -> list[ReceivedRequest]:
         """What was received so far that speaks of one account."""
         return [request for request in self.received if account_id.encode() in request.body]
 
@@ -158,7 +158,7 @@ class Inbox:
         body = request.rfile.read(int(request.headers["Content-Length"]))
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.received.append(ReceivedRequest(request.path, headers, body))
-        status = self.responses.pop(0) if self.responses else 204
+        status = self.response_statuses.pop(0) if self.response_statuses else 204
         request.send_response(status)
         if status != 204:
             request.send_header("Content-Length", "0")

@@ -8,38 +8,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from simulator.http_connection import HttpConnection
-from simulator.quiltt_records import BodyIds, ids_in
-from simulator.request_log import Log
+from simulator.quiltt_records import BodyIds, ids_in_body
+from simulator.request_log import RequestLog
 from simulator.scenarios import Defaults
 from simulator.signing import sign
 
 MAX_CONNECTIONS = 32
-MAX_TRIES = 20
+MAX_ATTEMPTS = 20
 
 
 @dataclass(slots=True)
 class OutgoingDelivery:
     """One body to deliver, and how it is signed.
 
-    `secret` None: the right one. `age_s`: how old the timestamp is when sent. `timestamp` (Unix seconds) overrides it.
+    `secret` None: the right one. `signature_age_s`: how old the timestamp is when sent. `timestamp` (Unix seconds) overrides it.
     """
 
     body: bytes
     secret: str | None = None
-    age_s: int = 0
+    signature_age_s: int = 0
     timestamp: int | None = None
-    delay_s: float = 0.0  # between the due time of the event and the first try
-    max_tries: int = MAX_TRIES
+    extra_delay_s: float = 0.0  # between the due time of the event and the first try
+    max_attempts: int = MAX_ATTEMPTS
     attempts: int = 0
-    on_attempt: asyncio.Event = field(default_factory=asyncio.Event)
-    ids: BodyIds = field(init=False)
+    attempted: asyncio.Event = field(default_factory=asyncio.Event)
+    body_ids: BodyIds = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ids = ids_in(self.body)
+        self.body_ids = ids_in_body(self.body)
 
 
 @dataclass(frozen=True, slots=True)
-class DeliveryResult:
+class AttemptResult:
     """What an attempt got: a status, or the name of the error that came instead."""
 
     status: int | None = None
@@ -53,99 +53,101 @@ class DeliveryResult:
 class WebhookSender:
     """Delivers parcels to the webhook URL. `pending`: scheduled, queued, held back, under way, or to be retried."""
 
-    def __init__(self, url: str, secret: str, log: Log) -> None:
+    def __init__(self, url: str, secret: str, log: RequestLog) -> None:
         self.defaults = Defaults()
         self.pending = 0
         self._url = url
         self._secret = secret
         self._log = log
         self._queue: asyncio.Queue[OutgoingDelivery] = asyncio.Queue()
-        self._open = asyncio.Event()
-        self._open.set()
+        self._not_paused = asyncio.Event()
+        self._not_paused.set()
 
-    def schedule(self, delay_s: float, pack: Callable[[], Sequence[OutgoingDelivery]]) -> asyncio.Event:
+    def schedule(self, delay_s: float, make_deliveries: Callable[[], Sequence[OutgoingDelivery]]) -> asyncio.Event:
         """Pack and send parcels after the delay. The event is set once the first was tried, or there was none."""
         tried = asyncio.Event()
         self.pending += 1
-        asyncio.get_running_loop().call_later(delay_s, self._dispatch, pack, tried)
+        asyncio.get_running_loop().call_later(delay_s, self._enqueue_deliveries, make_deliveries, tried)
         return tried
 
     def pause(self) -> None:
         """Hold back all deliveries that have not been sent yet."""
-        self._open.clear()
+        self._not_paused.clear()
 
     def resume(self) -> None:
         """Send what was held back, and go on."""
-        self._open.set()
+        self._not_paused.set()
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(MAX_CONNECTIONS):
-                group.create_task(self._work())
+                group.create_task(self._send_queued())
 
-    async def post_once(self, parcel: OutgoingDelivery) -> DeliveryResult:
+    async def post_once(self, delivery: OutgoingDelivery) -> AttemptResult:
         """Send a parcel now, on a connection of its own, paused or not, and never again."""
         connection = HttpConnection(self._url)
         try:
-            return await self._attempt(connection, parcel)
+            return await self._attempt_delivery(connection, delivery)
         finally:
             connection.close()
 
-    def _dispatch(self, pack: Callable[[], Sequence[OutgoingDelivery]], tried: asyncio.Event) -> None:
-        parcels = pack()
+    def _enqueue_deliveries(
+        self, make_deliveries: Callable[[], Sequence[OutgoingDelivery]], attempted: asyncio.Event
+    ) -> None:
+        parcels = make_deliveries()
         self.pending += len(parcels) - 1
         for parcel in parcels:
-            asyncio.get_running_loop().call_later(parcel.delay_s, self._queue.put_nowait, parcel)
+            asyncio.get_running_loop().call_later(parcel.extra_delay_s, self._queue.put_nowait, parcel)
         if parcels:
-            parcels[0].on_attempt = tried
+            parcels[0].attempted = attempted
         else:
-            tried.set()
+            attempted.set()
 
-    async def _work(self) -> None:
+    async def _send_queued(self) -> None:
         connection = HttpConnection(self._url)
         try:
             while True:
                 parcel = await self._queue.get()
-                await self._open.wait()
-                outcome = await self._attempt(connection, parcel)
-                self._finish(parcel, outcome)
+                await self._not_paused.wait()
+                outcome = await self._attempt_delivery(connection, parcel)
+                self._finish_or_retry(parcel, outcome)
         finally:
             connection.close()
 
-    def _finish(self, parcel: OutgoingDelivery, outcome: DeliveryResult) -> None:
-        parcel.on_attempt.set()
-        if outcome.delivered or parcel.attempts >= parcel.max_tries:
+    def _finish_or_retry(self, delivery: OutgoingDelivery, result: AttemptResult) -> None:
+        delivery.attempted.set()
+        if result.delivered or delivery.attempts >= delivery.max_attempts:
             self.pending -= 1
             return
-        backoff_s = self.defaults.retry_base_s * 2 ** (parcel.attempts - 1)
-        asyncio.get_running_loop().call_later(backoff_s, self._queue.put_nowait, parcel)
+        backoff_s = self.defaults.retry_base_s * 2 ** (delivery.attempts - 1)
+        asyncio.get_running_loop().call_later(backoff_s, self._queue.put_nowait, delivery)
 
-    async def _attempt(self, connection: HttpConnection, parcel: OutgoingDelivery) -> DeliveryResult:
-        parcel.attempts += 1
+    async def _attempt_delivery(self, connection: HttpConnection, delivery: OutgoingDelivery) -> AttemptResult:
+        delivery.attempts += 1
         sent_at = time.time()
-        timestamp = self._timestamp(parcel, sent_at)
-        signature = sign(parcel.secret or self._secret, str(timestamp), parcel.body)
+        timestamp = self._signature_timestamp(delivery, sent_at)
+        signature = sign(delivery.secret or self._secret, str(timestamp), delivery.body)
         headers = {"Quiltt-Timestamp": str(timestamp), "Quiltt-Signature": signature}
         try:
-            outcome = DeliveryResult(status=await connection.post(parcel.body, headers))
+            outcome = AttemptResult(status=await connection.post(delivery.body, headers))
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-            outcome = DeliveryResult(error=type(error).__name__)
-        self._log.enter_delivery(
-            ids=parcel.ids,
-            attempt=parcel.attempts,
+            outcome = AttemptResult(error=type(error).__name__)
+        self._log.add_delivery(
+            ids=delivery.body_ids,
+            attempt=delivery.attempts,
             sent_at=sent_at,
             timestamp=timestamp,
-            signature_valid=parcel.secret in (None, self._secret),
+            signature_valid=delivery.secret in (None, self._secret),
             status=outcome.status,
             error=outcome.error,
         )
         return outcome
 
-    def _timestamp(self, parcel: OutgoingDelivery, now: float) -> int:
-        if parcel.timestamp is not None:
-            return parcel.timestamp
-        timestamp = int(now) - parcel.age_s
+    def _signature_timestamp(self, delivery: OutgoingDelivery, now: float) -> int:
+        if delivery.timestamp is not None:
+            return delivery.timestamp
+        timestamp = int(now) - delivery.signature_age_s
         if self.defaults.keep_signature:
-            parcel.timestamp = timestamp  # the same timestamp and body give the same signature
+            delivery.timestamp = timestamp  # the same timestamp and body give the same signature
         return timestamp

@@ -131,7 +131,7 @@ def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
         with producer.batch(max_size=500):
             for number in numbers:
                 producer.publish(number, routing_key="payments")
-    command = [sys.executable, "-m", "tests.support.eater", valkey_url, "payments", OURS, str(KILLS)]
+    command = [sys.executable, "-m", "tests.support.killed_consumer", valkey_url, "payments", OURS, str(KILLS)]
     subprocess.run(command, check=True, timeout=60)
     held = redis.hlen("unacked")
     assert 0 < held <= KILLS, "no kill hit a consumer at work: the test has shown nothing"
@@ -208,7 +208,7 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
     """The queue is filled between the answer that it is empty and its reading: both are read at once."""
     with connect() as connection, connect() as other, eating(connection) as eaten:
         channel = connection.default_channel
-        see = channel._see_that_it_tracks
+        see = channel._check_client_tracking
 
         def publish_meanwhile(redis_connection: Any) -> None:
             if not eaten and not channel.awaits_invalidation:

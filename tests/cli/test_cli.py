@@ -190,13 +190,13 @@ def test_an_invoice_settles_what_is_pending_once(run: Run, history: Books, tmp_p
 
 
 WRONG = [
-    (INVOICE.replace("0.12", "free"), "2026-11", "line 3: Fee must be a sum"),
+    (INVOICE.replace("0.12", "free"), "2026-11", "line 3: Fee must be an amount"),
     (INVOICE.replace("Fee", "Sum"), "2026-11", "no column 'Fee'"),
     (INVOICE, "2026-10", "line 2: 2026-11-22 is not in 2026-10"),
-    (INVOICE.replace("acct_a", "acct_y"), "2026-11", "none of its 3 lines belongs to a call of ours"),
+    (INVOICE.replace("acct_a", "acct_y"), "2026-11", "none of the 3 lines matches a call of the ledger"),
     (INVOICE.replace("2026-11-22", "2026-12-02"), "2026-12", "2026-12 is not over"),
-    (INVOICE.splitlines()[0], "2026-11", "no lines but its header"),
-    (INVOICE, "2026-11", "1 calls that the provider accepted are not in it"),
+    (INVOICE.splitlines()[0], "2026-11", "no lines after its header"),
+    (INVOICE, "2026-11", "1 accepted calls are missing from the invoice"),
 ]
 
 
@@ -218,7 +218,7 @@ def test_an_invoice_is_for_the_calls_in_its_currency(run: Run, history: Books, t
     assert "1 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", text=WHOLE).output
     text = "Acct,When,Fee,No,Cur\nacct_a,2026-11-22,0.10,1,EUR\n"
     said = reconcile(run, tmp_path, "--currency-column", "Cur", text=text).stderr
-    assert "line 2: Cur is 'EUR', and the calls of USD are looked at" in said
+    assert "line 2: Cur is 'EUR', but the calls are in USD" in said
     told = reconcile(run, tmp_path, "--currency-column", "Cur", "--currency", "EUR", "--apply", "--json", text=text)
     assert json.loads(told.output)["settled"] == {"posted": 1, "void": 1}
     assert [(call, state) for call, state, _ in history.entries()[-2:]] == [
@@ -233,7 +233,7 @@ def test_a_file_that_its_sum_proves_whole_is_believed(run: Run, history: Books, 
     before = history.entries()
     result = reconcile(run, tmp_path, "--apply", "--total", "0.42")
     assert (result.exit_code, history.entries()) == (1, before)
-    assert "its 3 lines come to 0.32, not to 0.42" in result.stderr
+    assert "the 3 lines add up to 0.32, but --total is 0.42" in result.stderr
     assert "1 pending calls posted, 0 void" in reconcile(run, tmp_path, "--apply", "--total", "0.32").output
     assert reconcile(run, tmp_path, "--total", "0,32").exit_code == 2
 

@@ -9,7 +9,8 @@ from typing import Any
 from demo.demo_checks import Observed, all_resolved, run_checks
 from demo.demo_plan import DEMO_JOBS, EXPECTED_CALLS, DemoJob, Expected, ExpectedCalls
 from simulator.scenarios import SCENARIOS, scenario_of
-from worker.ledger.payment_report import BacklogCounts, PaymentFee, PaymentLine
+from worker.ledger.metrics_queries import Backlog, CountAndOldest
+from worker.ledger.payment_report import PaymentFee, PaymentLine
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
 
@@ -26,9 +27,29 @@ PRICES = {"acct_a": ExpectedCalls(posted=1), "acct_b": ExpectedCalls(posted=1)}
 
 def line(order: DemoJob, state: PaymentState, word: str) -> PaymentLine:
     """A payment of the ledger."""
-    fee = PaymentFee(DIME, "USD", EntryState.POSTED, 1, DIME)
     return PaymentLine(
-        order.payment_id, order.account_id, state, word, None, NOON, NOON, NOON, f"ref_{order.name}", False, fee
+        payment_id=order.payment_id,
+        account_id=order.account_id,
+        state=state,
+        verdict=word if state == PaymentState.RELEASED else None,
+        reason=word if state == PaymentState.FAILED else None,
+        amount=None,
+        requested_at=NOON,
+        deadline=NOON,
+        resolved_at=NOON,
+        refresh_id=f"ref_{order.name}",
+        reused=False,
+        fee=PaymentFee(amount=DIME, currency="USD", state=EntryState.POSTED, shared_by=1, total=DIME),
+    )
+
+
+def backlog(*, waiting: int = 0, undelivered: int = 0) -> Backlog:
+    """Unfinished work, by number only."""
+    return Backlog(
+        waiting={"none": CountAndOldest(count=waiting, oldest_at=None)},
+        first_deadline=None,
+        undelivered=CountAndOldest(count=undelivered, oldest_at=None),
+        unapplied=CountAndOldest(count=0, oldest_at=None),
     )
 
 
@@ -49,7 +70,7 @@ def all_well() -> Observed:
         payments={payment.payment_id: payment for payment in payments},
         calls={account_id: Counter({EntryState.POSTED: 1}) for account_id in PRICES},
         accepted=dict.fromkeys(PRICES, 1),
-        backlog=BacklogCounts(0, 0, 0),
+        backlog=backlog(),
     )
 
 
@@ -98,16 +119,16 @@ def test_a_call_that_is_not_in_the_ledger_or_not_at_the_provider_is_found() -> N
 def test_shares_that_do_not_add_up_are_found() -> None:
     """To the last unit."""
     seen = all_well()
-    short = replace(
-        seen.payments["pay_poor"], fee=PaymentFee(DIME - Decimal("0.000001"), "USD", EntryState.POSTED, 1, DIME)
-    )
+    poor = seen.payments["pay_poor"]
+    assert poor.fee is not None
+    short = replace(poor, fee=replace(poor.fee, amount=DIME - Decimal("0.000001")))
     found = complaints(replace(seen, payments={**seen.payments, "pay_poor": short}))
     assert found == ["ref_poor: shares of 0.099999 for calls of 0.100000"]
 
 
 def test_what_is_left_is_found() -> None:
     """Nothing may be under way in the end."""
-    assert complaints(replace(all_well(), backlog=BacklogCounts(1, 2, 0))) == [
+    assert complaints(replace(all_well(), backlog=backlog(waiting=1, undelivered=2))) == [
         "1 payments that wait",
         "2 outcomes that were not delivered",
     ]

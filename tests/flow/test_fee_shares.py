@@ -146,13 +146,17 @@ def _agree(payready: InProcessSystem, truth: Truth) -> None:
 
 
 def _settle_by_invoice(payready: InProcessSystem, truth: Truth) -> None:
-    period = InvoicePeriod(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(seconds=1))
+    period = InvoicePeriod(
+        since=datetime(2026, 11, 1, tzinfo=UTC), until=datetime(2026, 12, 1, tzinfo=UTC), tolerance=timedelta(seconds=1)
+    )
     charges = [
-        InvoiceLine(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
+        InvoiceLine(row=row, number=str(row), account_id=account, since=at, until=at, amount=truth.price(at))
+        for row, (account, at) in enumerate(truth.accepted)
     ]
     with transaction(payready.engine) as tx:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
-        invoices.apply_invoice(tx, found, InvoiceEvidence("i", "x", "2026-11", "USD"), payready.clock.now)
+        evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
+        invoices.apply_invoice(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
     assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0

@@ -54,7 +54,7 @@ def test_no_float_is_in_an_outcome(payready: InProcessSystem) -> None:
 def test_a_time_without_a_zone_does_not_reach_the_ledger(payready: InProcessSystem) -> None:
     """It is refused before anything is written."""
     job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
-    with pytest.raises((StatementError, ValueError), match="without a zone"), transaction(payready.engine) as tx:
+    with pytest.raises((StatementError, ValueError), match="without a time zone"), transaction(payready.engine) as tx:
         payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
     assert payready.rows("SELECT * FROM payment") == []
 

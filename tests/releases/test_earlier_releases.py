@@ -1,7 +1,7 @@
 """A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
-Each file beside this one is what a release left (`python -m tests.releases`). `tests/suspension/test_saved_continuation.py` has
-every part that a saved continuation may have; here are all the kinds of messages and rows.
+Each file beside this one is what a release left (`python -m tests.releases`). All parts that a saved continuation may
+have are in `tests/suspension/test_saved_continuation.py`; here are all the kinds of messages and rows.
 """
 
 import json

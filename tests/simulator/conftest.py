@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from simulator.testing import Inbox, Simulator
+from simulator.testing import Simulator, WebhookInbox
 
 SECRET = "whsec_test"
 _numbers = itertools.count()
@@ -22,13 +22,13 @@ _QUICK: dict[str, object] = {
 
 
 @pytest.fixture(scope="session")
-def _inbox() -> Iterator[Inbox]:
-    with Inbox() as inbox:
+def _inbox() -> Iterator[WebhookInbox]:
+    with WebhookInbox() as inbox:
         yield inbox
 
 
 @pytest.fixture(scope="session")
-def _simulator(_inbox: Inbox) -> Iterator[Simulator]:
+def _simulator(_inbox: WebhookInbox) -> Iterator[Simulator]:
     with Simulator(_inbox.url, secret=SECRET, api_key="key_test", options=["--seed", "7"]) as simulator:
         yield simulator
 
@@ -43,17 +43,17 @@ def secret() -> str:
 def simulator(_simulator: Simulator) -> Simulator:
     """The simulator, with short delays, nothing pending and an empty log."""
     _simulator.post("resume")
-    _simulator.settled()
+    _simulator.wait_for_webhooks()
     _simulator.put("defaults", **_QUICK)
     _simulator.http.delete("/control/log")
     return _simulator
 
 
 @pytest.fixture
-def inbox(_inbox: Inbox, simulator: Simulator) -> Inbox:
+def inbox(_inbox: WebhookInbox, simulator: Simulator) -> WebhookInbox:
     """The simulator's webhook endpoint, empty, answering 204."""
     _inbox.received.clear()
-    _inbox.responses.clear()
+    _inbox.response_statuses.clear()
     return _inbox
 
 

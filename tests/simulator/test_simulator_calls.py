@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from simulator.signing import sign
-from simulator.testing import Inbox, ReceivedRequest, Simulator, eventually
+from simulator.testing import ReceivedRequest, Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 
@@ -27,9 +27,9 @@ def signed_with(secret: str, request: ReceivedRequest) -> bool:
     return request.headers["quiltt-signature"] == expected
 
 
-def arrived(inbox: Inbox, account_id: str, count: int = 1) -> list[ReceivedRequest]:
-    eventually(lambda: len(inbox.about(account_id)) >= count)
-    return inbox.about(account_id)
+def arrived(inbox: WebhookInbox, account_id: str, count: int = 1) -> list[ReceivedRequest]:
+    eventually(lambda: len(inbox.requests_about(account_id)) >= count)
+    return inbox.requests_about(account_id)
 
 
 def read(simulator: Simulator, account_id: str) -> Any:
@@ -45,7 +45,7 @@ def test_a_prompt_call_is_answered_202_without_a_body(simulator: Simulator, acco
     assert 0 <= int(response.headers["Ratelimit-Reset"]) - int(time.time()) <= 1
 
 
-def test_its_event_arrives_signed(simulator: Simulator, inbox: Inbox, account: Accounts, secret: str) -> None:
+def test_its_event_arrives_signed(simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str) -> None:
     """One balance of this account with source REFRESH comes, made now, under a signature over the raw bytes."""
     account_id, before = account("prompt"), int(time.time())
     simulator.refresh(account_id)
@@ -63,7 +63,7 @@ def test_the_log_ties_the_call_to_its_event(simulator: Simulator, account: Accou
     """The accepted call names the balance that the delivery carries."""
     account_id = account("prompt")
     simulator.refresh(account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     (call,), (delivery,) = simulator.calls(account_id), simulator.deliveries(account_id)
     assert (call["authenticated"], call["accepted"], call["status"]) == (True, True, 202)
     assert (call["scenario"], call["effective_scenario"]) == ("prompt", "prompt")
@@ -101,7 +101,9 @@ def test_a_malformed_account_id_is_not_found(simulator: Simulator) -> None:
     assert simulator.refresh("acct_no-such").status_code == 404
 
 
-def test_a_throttled_account_is_refused_every_other_time(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_a_throttled_account_is_refused_every_other_time(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts
+) -> None:
     """429 with the reset time, then 202 and the event; never refused two times in a row."""
     account_id = account("throttled")
     refused, accepted, again = (simulator.refresh(account_id) for _ in range(3))
@@ -123,7 +125,7 @@ def test_an_event_takes_its_time(simulator: Simulator, account: Accounts, scenar
     """Slow and late events are sent after their delay and not before."""
     account_id = account(scenario)
     simulator.refresh(account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     (call,), (delivery,) = simulator.calls(account_id), simulator.deliveries(account_id)
     assert delivery["sent_at"] - call["started_at"] >= least_s - TIMER_S
 
@@ -142,13 +144,13 @@ def test_an_unsent_event_can_only_be_read(simulator: Simulator, account: Account
     """The new balance shows up in GraphQL, and nothing is delivered."""
     account_id = account("unsent")
     simulator.refresh(account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     balance = read(simulator, account_id)["balance"]
     assert (balance["source"], balance["id"]) == ("REFRESH", simulator.calls(account_id)[0]["balance_id"])
     assert simulator.deliveries(account_id) == []
 
 
-def test_a_lost_answer_is_accepted_all_the_same(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_a_lost_answer_is_accepted_all_the_same(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """The connection closes without an answer, the call is billed, the event comes."""
     account_id = account("lost")
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
@@ -167,14 +169,14 @@ def test_a_silent_call_stays_open_until_the_client_gives_up(simulator: Simulator
     assert (call["accepted"], call["status"], call["balance_id"]) == (True, None, None)
 
 
-def test_an_early_event_comes_before_the_answer(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_an_early_event_comes_before_the_answer(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """When the 202 is there, the webhook has already been delivered."""
     account_id = account("early")
     assert simulator.refresh(account_id).status_code == 202
-    assert len(inbox.about(account_id)) == 1
+    assert len(inbox.requests_about(account_id)) == 1
 
 
-def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """The same event two times in the first delivery and once in a second one."""
     account_id = account("twice")
     simulator.refresh(account_id)
@@ -184,32 +186,36 @@ def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: Inbo
     assert len({*ids[0], *ids[1]}) == 1
 
 
-def test_forged_deliveries_never_verify(simulator: Simulator, inbox: Inbox, account: Accounts, secret: str) -> None:
+def test_forged_deliveries_never_verify(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str
+) -> None:
     """All of a few tries carry a wrong signature, and there is no balance behind them."""
-    inbox.responses += [401, 401, 401]
+    inbox.response_statuses += [401, 401, 401]
     account_id = account("forged")
     simulator.refresh(account_id)
-    simulator.settled()
-    assert not any(signed_with(secret, request) for request in inbox.about(account_id))
+    simulator.wait_for_webhooks()
+    assert not any(signed_with(secret, request) for request in inbox.requests_about(account_id))
     assert [entry["signature_valid"] for entry in simulator.deliveries(account_id)] == [False, False, False]
     assert read(simulator, account_id)["balance"]["source"] == "SYNC"
 
 
 def test_stale_deliveries_verify_but_are_old(
-    simulator: Simulator, inbox: Inbox, account: Accounts, secret: str
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str
 ) -> None:
     """The signature is right for a timestamp ten minutes ago; the balance inside is as of now."""
     account_id = account("stale")
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     (delivery,) = simulator.deliveries(account_id)
     assert signed_with(secret, request)
     assert delivery["signature_valid"]
     assert 600 <= delivery["sent_at"] - delivery["timestamp"] < 601
 
 
-def test_a_batch_holds_the_right_event_among_others(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_a_batch_holds_the_right_event_among_others(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts
+) -> None:
     """A foreign SYNC, an unknown type, no account, a word for a number, ours, a foreign REFRESH."""
     account_id = account("batch")
     simulator.refresh(account_id)
@@ -225,7 +231,7 @@ def test_a_batch_holds_the_right_event_among_others(simulator: Simulator, inbox:
 
 @pytest.mark.parametrize(("scenario", "available"), [("nullavail", None), ("poor", 1.00)])
 def test_the_scenario_sets_the_amount(
-    simulator: Simulator, inbox: Inbox, account: Accounts, scenario: str, available: float | None
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, scenario: str, available: float | None
 ) -> None:
     """The event and GraphQL carry the scenario's amount."""
     account_id = account(scenario)
@@ -250,7 +256,7 @@ def test_the_mix_never_fails_for_good(simulator: Simulator, account: Accounts) -
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(call, accounts))
-    simulator.settled()
+    simulator.wait_for_webhooks()
     for account_id in accounts:
         (balance_id,) = [entry["balance_id"] for entry in simulator.calls(account_id) if entry["accepted"]]
         assert [balance_id] in [entry["balance_ids"] for entry in simulator.deliveries(account_id)]
@@ -262,7 +268,7 @@ def ordinary(account: Accounts) -> str:
     return account("prompt")
 
 
-def test_an_account_can_be_given_another_scenario(simulator: Simulator, inbox: Inbox, ordinary: str) -> None:
+def test_an_account_can_be_given_another_scenario(simulator: Simulator, inbox: WebhookInbox, ordinary: str) -> None:
     """Scenario, delay, amounts and age are taken from the override instead of from the id."""
     values = {"scenario": "poor", "delay_s": 0.1, "available": "12.34", "current": None, "at_offset_s": -60}
     simulator.put(f"scenarios/{ordinary}", **values)
@@ -291,7 +297,7 @@ def test_graphql_shows_the_account_with_its_newest_balance(simulator: Simulator,
     assert before["connection"].keys() == {"id", "status", "provider"}
     assert (before["balance"]["source"], before["currencyCode"]) == ("SYNC", "USD")
     simulator.refresh(ordinary)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     assert read(simulator, ordinary)["balance"]["id"] == simulator.calls(ordinary)[0]["balance_id"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from simulator.testing import Inbox, Simulator, eventually
+from simulator.testing import Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 
@@ -21,7 +21,7 @@ def test_the_log_can_be_read_on_from_where_one_was(simulator: Simulator, account
     """Entries after the given sequence numbers, in order, and none twice."""
     for _ in range(3):
         simulator.refresh(account("prompt"))
-    simulator.settled()
+    simulator.wait_for_webhooks()
     log = simulator.http.get("/control/log").json()
     assert (len(log["calls"]), len(log["deliveries"])) == (3, 3)
     query = {"since_call": log["calls"][0]["seq"], "since_delivery": log["deliveries"][1]["seq"]}
@@ -40,14 +40,14 @@ def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> No
     assert after["seq"] == before["seq"] + 1
 
 
-def test_the_summary_counts(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """Calls by scenario and status, what is billed, deliveries by status."""
-    inbox.responses.append(500)
+    inbox.response_statuses.append(500)
     for scenario in ("prompt", "prompt", "never", "error"):
         simulator.refresh(account(scenario))
     with pytest.raises(httpx.TransportError):
         simulator.refresh(account("lost"))
-    simulator.settled()
+    simulator.wait_for_webhooks()
     assert simulator.summary() == {
         "calls": 5,
         "accepted": 4,

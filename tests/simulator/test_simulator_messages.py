@@ -36,7 +36,7 @@ def test_times_are_whole_seconds_in_utc() -> None:
 
 def test_a_balance_has_all_fields_and_its_offset() -> None:
     """All seven fields are present, null or not, and the offset moves `at`."""
-    made = quiltt_records.balance("bal_1", ACCOUNT, Account(available=None, at_offset_s=-60), "REFRESH", AT)
+    made = quiltt_records.balance_record("bal_1", ACCOUNT, Account(available=None, at_offset_s=-60), "REFRESH", AT)
     assert made == {
         "id": "bal_1",
         "accountId": ACCOUNT,
@@ -50,7 +50,7 @@ def test_a_balance_has_all_fields_and_its_offset() -> None:
 
 def test_an_account_keeps_its_profile() -> None:
     """Two events of one account name the same profile and have ids of their own."""
-    one, two = (quiltt_records.event("balance.created", {}, ACCOUNT, AT) for _ in range(2))
+    one, two = (quiltt_records.event_record("balance.created", {}, ACCOUNT, AT) for _ in range(2))
     assert one["profile"] == two["profile"]
     assert one["id"] != two["id"]
 
@@ -58,10 +58,10 @@ def test_an_account_keeps_its_profile() -> None:
 def test_an_envelope_names_each_event_type_once() -> None:
     """The list of types follows the events, without repetition; the environment carries the mode."""
     events = [
-        quiltt_records.event(kind, {}, ACCOUNT, AT)
+        quiltt_records.event_record(kind, {}, ACCOUNT, AT)
         for kind in ("balance.created", "account.verified", "balance.created")
     ]
-    sent = json.loads(quiltt_records.delivery_envelope(events, "SANDBOX"))
+    sent = json.loads(quiltt_records.delivery_body(events, "SANDBOX"))
     assert sent["eventTypes"] == ["balance.created", "account.verified"]
     assert sent["environment"]["mode"] == "SANDBOX"
     assert sent["events"] == events
@@ -69,17 +69,17 @@ def test_an_envelope_names_each_event_type_once() -> None:
 
 def test_only_server_errors_carry_an_error_id() -> None:
     """Every refusal has a message and an instruction; 5xx has an id as well."""
-    keys = {status: quiltt_records.rest_error(status).keys() for status in (400, 401, 403, 404, 429, 500)}
+    keys = {status: quiltt_records.rest_error_body(status).keys() for status in (400, 401, 403, 404, 429, 500)}
     assert keys.pop(500) == {"message", "instruction", "errorId"}
     assert all(found == {"message", "instruction"} for found in keys.values())
 
 
 def test_the_ids_of_a_delivery_are_read_from_its_body() -> None:
     """Events, balances and accounts are each listed once, in order; records of other kinds are no balances."""
-    record = quiltt_records.balance("bal_1", ACCOUNT, Account(), "REFRESH", AT)
-    event = quiltt_records.event("balance.created", record, ACCOUNT, AT)
-    other = quiltt_records.event("connection.disconnected", {"id": "conn_1"}, ACCOUNT, AT)
-    found = quiltt_records.ids_in(quiltt_records.delivery_envelope([event, other, event], "TEST"))
+    record = quiltt_records.balance_record("bal_1", ACCOUNT, Account(), "REFRESH", AT)
+    event = quiltt_records.event_record("balance.created", record, ACCOUNT, AT)
+    other = quiltt_records.event_record("connection.disconnected", {"id": "conn_1"}, ACCOUNT, AT)
+    found = quiltt_records.ids_in_body(quiltt_records.delivery_body([event, other, event], "TEST"))
     assert found == quiltt_records.BodyIds((event["id"], other["id"]), ("bal_1",), (ACCOUNT,))
 
 
@@ -89,4 +89,4 @@ def test_the_ids_of_a_delivery_are_read_from_its_body() -> None:
 )
 def test_no_body_is_too_odd_to_be_logged(body: bytes) -> None:
     """Reading ids never raises, whatever is sent."""
-    quiltt_records.ids_in(body)
+    quiltt_records.ids_in_body(body)

@@ -14,7 +14,7 @@ import pytest
 
 import simulator
 from simulator.scenarios import scenario_table
-from simulator.testing import Inbox, Simulator, eventually
+from simulator.testing import Simulator, WebhookInbox, eventually
 
 PACKAGE = Path(simulator.__file__).parent
 
@@ -77,9 +77,12 @@ def test_the_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
     """One line of JSON for each finished call and delivery, as in the log."""
     path = tmp_path / "log.jsonl"
     path.write_text("{}\n")
-    with Inbox() as inbox, Simulator(inbox.url, secret="s", api_key="k", options=["--log", str(path)]) as running:
+    with (
+        WebhookInbox() as inbox,
+        Simulator(inbox.url, secret="s", api_key="k", options=["--log", str(path)]) as running,
+    ):
         running.refresh("acct_prompt1")
-        running.settled()
+        running.wait_for_webhooks()
         log = running.http.get("/control/log").json()
     first, call, delivery = (json.loads(line) for line in path.read_text().splitlines())
     assert first == {}
@@ -90,7 +93,7 @@ def test_the_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
 def test_the_mode_is_given_at_the_start() -> None:
     """Webhooks and introspection carry it."""
     with (
-        Inbox() as inbox,
+        WebhookInbox() as inbox,
         Simulator(inbox.url, secret="s", api_key="k", options=["--mode", "PRODUCTION"]) as running,
     ):
         key = running.http.post("/v1/introspect/api_key", headers={"Authorization": "Bearer k"}).json()

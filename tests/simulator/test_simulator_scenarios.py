@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from simulator.scenarios import ACCOUNT_ID, SCENARIOS, Defaults, Pace, draw_scenario, scenario_of, scenario_table
+from simulator.scenarios import ACCOUNT_ID, SCENARIOS, Defaults, EventDelay, draw_scenario, scenario_of, scenario_table
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -45,12 +45,16 @@ def test_mix_draws_only_what_succeeds_in_the_end() -> None:
 
 def test_other_scenarios_act_as_themselves() -> None:
     """Nothing is drawn for a scenario that is not mixed."""
-    assert draw_scenario(SCENARIOS["late"], Random(4)) == (SCENARIOS["late"], Pace.LATE)
+    assert draw_scenario(SCENARIOS["late"], Random(4)) == (SCENARIOS["late"], EventDelay.LATE)
 
 
 def test_each_pace_has_its_delay() -> None:
     """Prompt varies around its middle, mixed between 0 and 2 s, slow and late are exact, none is none."""
     defaults, rng = Defaults(), Random(5)
-    assert all(0.15 <= defaults.delay_s(Pace.PROMPT, rng) <= 0.45 for _ in range(100))
-    assert all(0 <= defaults.delay_s(Pace.MIXED, rng) <= 2 for _ in range(100))
-    assert [defaults.delay_s(pace, rng) for pace in (Pace.SLOW, Pace.LATE, Pace.NONE)] == [3.0, 6.0, 0.0]
+    assert all(0.15 <= defaults.delay_s(EventDelay.PROMPT, rng) <= 0.45 for _ in range(100))
+    assert all(0 <= defaults.delay_s(EventDelay.MIXED, rng) <= 2 for _ in range(100))
+    assert [defaults.delay_s(pace, rng) for pace in (EventDelay.SLOW, EventDelay.LATE, EventDelay.NONE)] == [
+        3.0,
+        6.0,
+        0.0,
+    ]

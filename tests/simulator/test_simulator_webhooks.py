@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from simulator.signing import sign
-from simulator.testing import Inbox, Simulator, eventually
+from simulator.testing import Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 
@@ -15,49 +15,51 @@ TIMER_S = 0.002  # the loop's timers are that exact
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 500, 503])
-def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: Inbox, account: Accounts, status: int) -> None:
+def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: WebhookInbox, account: Accounts, status: int) -> None:
     """The same body comes again until it is taken, each time after a longer while."""
-    inbox.responses += [status, status]
+    inbox.response_statuses += [status, status]
     account_id = account("prompt")
     simulator.refresh(account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     attempts = simulator.deliveries(account_id)
     assert [(entry["attempt"], entry["status"]) for entry in attempts] == [(1, status), (2, status), (3, 204)]
-    assert len({request.body for request in inbox.about(account_id)}) == 1
+    assert len({request.body for request in inbox.requests_about(account_id)}) == 1
     first, second, third = (entry["sent_at"] for entry in attempts)
     assert second - first >= 0.05 - TIMER_S
     assert third - second >= 0.1 - TIMER_S
 
 
-def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """Then nothing is pending any more."""
     simulator.put("defaults", retry_base_s=0)
-    inbox.responses += [500] * 25
+    inbox.response_statuses += [500] * 25
     account_id = account("prompt")
     simulator.refresh(account_id)
-    simulator.settled()
+    simulator.wait_for_webhooks()
     assert len(simulator.deliveries(account_id)) == 20
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_retry_is_signed_anew_unless_told_otherwise(
-    simulator: Simulator, inbox: Inbox, account: Accounts, secret: str, *, keep: bool
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str, *, keep: bool
 ) -> None:
     """A second later the timestamp is another one, or the first signature is kept; both verify."""
     simulator.put("defaults", retry_base_s=1, keep_signature=keep)
-    inbox.responses.append(500)
+    inbox.response_statuses.append(500)
     account_id = account("prompt")
     simulator.refresh(account_id)
-    eventually(lambda: len(inbox.about(account_id)) == 2)
-    first, second = ((r.headers["quiltt-timestamp"], r.headers["quiltt-signature"]) for r in inbox.about(account_id))
+    eventually(lambda: len(inbox.requests_about(account_id)) == 2)
+    first, second = (
+        (r.headers["quiltt-timestamp"], r.headers["quiltt-signature"]) for r in inbox.requests_about(account_id)
+    )
     assert (first == second) is keep
     for timestamp, signature in (first, second):
-        assert signature == sign(secret, timestamp, inbox.about(account_id)[0].body)
+        assert signature == sign(secret, timestamp, inbox.requests_about(account_id)[0].body)
 
 
 def test_a_webhook_that_is_down_is_tried_again(account: Accounts) -> None:
     """A refused connection is an attempt, logged by the error's name, and the event stays pending."""
-    with Inbox() as gone:
+    with WebhookInbox() as gone:
         url = gone.url
     account_id = account("prompt")
     with Simulator(url, secret="s", api_key="k") as simulator:
@@ -68,7 +70,7 @@ def test_a_webhook_that_is_down_is_tried_again(account: Accounts) -> None:
         assert {entry["error"] for entry in simulator.deliveries(account_id)} == {"ConnectionRefusedError"}
 
 
-def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: Inbox, account: Accounts) -> None:
+def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """Nothing is sent while paused, but GraphQL knows; all is sent after the resume."""
     simulator.post("pause")
     accounts = [account("prompt") for _ in range(40)]  # more than there are connections
@@ -78,13 +80,13 @@ def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: Inbox, accou
     eventually(lambda: simulator.graphql(last).json()["data"]["account"]["balance"]["source"] == "REFRESH")
     assert (inbox.received, simulator.summary()["webhooks_pending"]) == ([], 40)
     simulator.post("resume")
-    simulator.settled()
-    assert all(len(inbox.about(account_id)) == 1 for account_id in accounts)
+    simulator.wait_for_webhooks()
+    assert all(len(inbox.requests_about(account_id)) == 1 for account_id in accounts)
 
 
-def test_any_body_can_be_delivered(simulator: Simulator, inbox: Inbox, secret: str) -> None:
+def test_any_body_can_be_delivered(simulator: Simulator, inbox: WebhookInbox, secret: str) -> None:
     """A given JSON body is sent once, signed rightly, and the endpoint's status comes back."""
-    inbox.responses.append(418)
+    inbox.response_statuses.append(418)
     answer = simulator.post("deliver", body={"events": []})
     assert answer == {"status": 418, "deliveries": [{"status": 418, "error": None}]}
     (request,) = inbox.received
@@ -92,7 +94,7 @@ def test_any_body_can_be_delivered(simulator: Simulator, inbox: Inbox, secret: s
     assert request.headers["quiltt-signature"] == sign(secret, request.headers["quiltt-timestamp"], request.body)
 
 
-def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: Inbox) -> None:
+def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: WebhookInbox) -> None:
     """Raw bytes, secret and timestamp are used as given; the log knows that the signature is not right."""
     raw = b"\xff not json"
     simulator.post("deliver", raw=base64.b64encode(raw).decode(), secret="other", timestamp=1700000000)
@@ -104,10 +106,10 @@ def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: Inb
     assert (entry["signature_valid"], entry["timestamp"], entry["event_ids"]) == (False, 1700000000, [])
 
 
-def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: Inbox) -> None:
+def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: WebhookInbox) -> None:
     """Each copy has its own answer, also while other deliveries are paused."""
     simulator.post("pause")
-    inbox.responses += [200, 500, 200]
+    inbox.response_statuses += [200, 500, 200]
     answer = simulator.post("deliver", body={}, copies=3)
     assert sorted(entry["status"] for entry in answer["deliveries"]) == [200, 200, 500]
 

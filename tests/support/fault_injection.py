@@ -55,7 +55,12 @@ RECOVERY_TIME_S = (1, 2, 5, 6, 6, 11, 11, 16, 16, 16, 31, 61, 61, 61, 91)
 
 DUE_COLUMNS = " UNION ALL ".join(
     f"SELECT 1 FROM {table} WHERE due_at IS NOT NULL{more}"
-    for table, more in (("payment", " AND state = 'waiting'"), ("reply", ""), ("refresh", ""), ("balance", ""))
+    for table, more in (
+        ("payment", " AND state = 'waiting'"),
+        ("outcome_delivery", ""),
+        ("refresh", ""),
+        ("balance", ""),
+    )
 )
 
 
@@ -205,10 +210,10 @@ class TestSystem:
 
     def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
         """`delivery._send`."""
-        name, args, countdown_s = message
-        self.operations.before_operation("broker", f"enqueue {name}")
-        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown_s or 0)))
-        return name
+        self.operations.before_operation("broker", f"enqueue {message.name}")
+        ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
+        self.queue.append((message.name, message.arguments, ready_at))
+        return message.name
 
     def _run_tasks(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
@@ -245,18 +250,18 @@ class TestSystem:
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue(None, ("payments.initiate", payment_tasks.initiate.request.args, None), ())
+            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=payment_tasks.initiate.request.args), ())
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 
     def resume(self, _app: Any, continuation: dict[str, Any], outcome: Any) -> None:
-        """`suspension.complete`, `suspension.fail`: send what comes next, then write the result."""
+        """Replaces `resume_with_result` and `resume_with_error`: send what comes next, then write the result."""
         self.operations.before_operation("broker", f"tell {continuation['id']}")
         self.told[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
         self.operations.before_operation("redis", f"result of {continuation['id']}")
 
     def resume_without_callbacks(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
-        """`suspension.end_plain`: write results."""
+        """`suspension.resume_without_callbacks`: write results."""
         self.operations.before_operation("redis", "results")
         for continuation, outcome in ended:
             self.told[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
@@ -403,7 +408,7 @@ def violations(made: TestSystem) -> Iterator[str]:
     yield from _outcomes(made)
     yield from _calls(made)
     yield from _shares(made)
-    for table in ("reply", "refresh", "balance"):
+    for table in ("outcome_delivery", "refresh", "balance"):
         if left := made.rows(f"SELECT * FROM {table} WHERE due_at IS NOT NULL"):
             yield f"left to be done: {left}"
 

@@ -12,7 +12,7 @@ from celery.result import AsyncResult, GroupResult
 from sqlalchemy import text
 
 from demo.processes import procfile
-from simulator.quiltt_records import Account, balance, delivery_envelope, event, new_id
+from simulator.quiltt_records import Account, balance_record, delivery_body, event_record, new_id
 from tests.support.system import System, wait_until
 from tests.suspension.primitives import FAILED, PRIMITIVES, RELEASED, Kit, Outcome, Primitive
 from tests.suspension.service import RECEIVED
@@ -31,8 +31,8 @@ def quiet_account() -> str:
 
 def send_balance(system: System, account_id: str, **account: Any) -> None:
     """Have the provider's webhook delivered: a fresh balance of this account."""
-    record = balance(new_id("bal"), account_id, Account(**account), "REFRESH", time.time())
-    body = delivery_envelope([event("balance.created", record, account_id, time.time())], "SANDBOX")
+    record = balance_record(new_id("bal"), account_id, Account(**account), "REFRESH", time.time())
+    body = delivery_body([event_record("balance.created", record, account_id, time.time())], "SANDBOX")
     answer = system.simulator.post("deliver", body=json.loads(body))
     assert answer["status"] == 204, answer
 
@@ -79,7 +79,10 @@ class Run:
 
     def replies(self) -> list[dict[str, Any]]:
         """The tasks of this run that wait, or waited."""
-        query = "SELECT task_id, payment_id, continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id LIKE :run"
+        query = (
+            "SELECT task_id, payment_id, continuation, due_at, delivered_at FROM outcome_delivery"
+            " WHERE payment_id LIKE :run"
+        )
         return self.system.rows(query, run=f"{self.name}/%")
 
     def wait_until_all_wait(self) -> None:
@@ -144,7 +147,10 @@ def kill_between_settling_and_telling(system: System, run: Run) -> None:
     """When the run's payments are settled, start a worker, and kill it when it asks who is to be told."""
     waiting = "SELECT payment_id FROM payment WHERE payment_id LIKE :run AND state = 'waiting'"
     wait_until(lambda: not system.rows(waiting, run=f"{run.name}/%"), PATIENCE_S, "the payments are settled")
-    blocked = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'SELECT outcome_delivery.task_id%'"
+    blocked = (
+        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        " AND query LIKE 'SELECT outcome_delivery.task_id%'"
+    )
     with system.engine.connect() as table:
         table.execute(text("LOCK TABLE outcome_delivery IN ACCESS EXCLUSIVE MODE"))
         system.processes.start("worker", procfile()["worker"])

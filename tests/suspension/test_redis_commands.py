@@ -32,7 +32,7 @@ def app(valkey_url: str) -> Iterator[Celery]:
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
     watchers = suspension.event_publisher(app)
-    watchers._gatherer = MicroBatcher(watchers._send, max_size=9)  # at once, where it is counted
+    watchers._batcher = MicroBatcher(watchers._send, max_size=9)  # at once, where it is counted
     suspension.resume_with_result(app, continuation(app), {})  # opens the connections
     suspension.resume_with_result(app, continuation(app, chain=[app.signature("ledger.note")]), {})
     yield app

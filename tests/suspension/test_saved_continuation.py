@@ -96,7 +96,7 @@ def test_a_canvas_of_a_later_release_is_refused(app: Celery) -> None:
     continuation = suspension.suspend(request()) | {"version": 2}
     with pytest.raises(
         suspension.UnsupportedContinuationVersion,
-        match="the continuation has version 2, and this release reads up to 1",
+        match="the continuation has version 2, this release supports up to 1",
     ):
         suspension.resume_with_result(app, continuation, {})
     with pytest.raises(suspension.UnsupportedContinuationVersion):
@@ -123,7 +123,7 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
     replace_canvas(payready, kit.payments[0], saved["continuation"] | {"version": 99})
     send_balance(payready, kit.account_id)
     log = payready.processes.log_of("worker")
-    eventually(lambda: "the continuation has version 99, and this release reads up to 1" in log.read_text())
+    eventually(lambda: "the continuation has version 99, this release supports up to 1" in log.read_text())
     [due] = payready.rows(reply, id=kit.payments[0])
     assert payready.payment(kit.payments[0])["state"] == "released"
     assert (due["due_at"] is not None, due["delivered_at"], result.state) == (True, None, "WAITING")
@@ -147,7 +147,7 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
 def test_what_the_first_release_saved_still_goes_on(
     payready: System, service: Celery, received: Received, outcome: str, called: set[str]
 ) -> None:
-    """The checked-in continuation of version 1 sends all it promises, with the ids, relations and stamps it promises."""
+    """The stored continuation of version 1 sends all callbacks with their ids, relations and stamps."""
     tag = f"v1-{outcome}"
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
     kit.pay().apply_async()

@@ -78,7 +78,7 @@ def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
     kinds = {job["payment_id"]: job["account_id"].removeprefix("acct_").rstrip("0123456789") for job in jobs}
     assert {i for i, kind in kinds.items() if kind in ("mix", "prompt", "twice")} == released.keys()
 
-    crowded.simulator.settled()
+    crowded.simulator.wait_for_webhooks()
     wait_until(lambda: crowded.rows("SELECT 1 FROM balance WHERE due_at IS NOT NULL") == [], 10, "all is applied")
     books = crowded.fee_totals()
     assert len(books) == accounts

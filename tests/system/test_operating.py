@@ -140,7 +140,7 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
     )
     assert faults.keys() == {"database", "redis", "broker", "result backend", "api key"}
     assert "Connection refused" in faults["database"]
-    assert "could not be asked" in faults["api key"]
+    assert "could not be checked" in faults["api key"]
 
 
 def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None:

@@ -73,4 +73,4 @@ def test_a_queue_that_nobody_takes_from_is_remembered_at_a_bounded_cost(line: Li
         line.put()
         line.look()
     assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
-    assert len(line._queues._marks["payments"]) < MAX_SAMPLES
+    assert len(line._queues._samples["payments"]) < MAX_SAMPLES

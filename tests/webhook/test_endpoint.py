@@ -18,6 +18,7 @@ from simulator.testing import eventually
 from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
 from tests.webhook.conftest import OLD_SECRET, Endpoint, delivery, endpoint
+from webhook import body as body_module
 from webhook import endpoint as endpoint_module
 from webhook.events import MAX_BODY_BYTES
 
@@ -243,7 +244,7 @@ def _deliver(receive: Any) -> int:
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """408, after the time that is set for it."""
-    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.02)
 
     async def nothing() -> Any:
         await asyncio.sleep(60)
@@ -253,7 +254,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_a_body_that_comes_drop_by_drop_is_not_waited_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is for all of it, not for each piece."""
-    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.05)
 
     async def drops() -> Any:
         await asyncio.sleep(0.01)

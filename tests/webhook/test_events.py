@@ -136,7 +136,7 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
     delivery = read(b'{"events" : [' + b" ,\n".join([good, odd, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
     assert delivery.unparsed == [UnparsedEvent(raw=odd, reason=f"not JSON: {reason}")]
-    assert (delivery.events, delivery.is_unreadable) == (3, 0)
+    assert (delivery.events, delivery.invalid_json) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
 def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) -> None:
     """An event that is not JSON is kept only if it is about a balance, and cannot be about anybody's profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.unparsed, delivery.is_unreadable) == (1, [], unreadable)
+    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], unreadable)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,7 @@ def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_t
     """If it cannot be personal; its neighbours are taken."""
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
-    assert ([unparsed.raw for unparsed in delivery.unparsed], len(delivery.balances), delivery.is_unreadable) == (
-        [odd],
-        2,
-        0,
-    )
+    assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == ([odd], 2, 0)
 
 
 @pytest.mark.parametrize(

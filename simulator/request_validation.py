@@ -10,14 +10,14 @@ from typing import Any
 
 from simulator.scenarios import SCENARIOS
 
-Rules = Mapping[str, Callable[[Any], Any]]
+FieldParsers = Mapping[str, Callable[[Any], Any]]
 
 
 class InvalidControlRequest(ValueError):
     """The request makes no sense; the message says why and is shown to the client."""
 
 
-def parse_options(raw: bytes, rules: Rules) -> dict[str, Any]:
+def parse_fields(raw: bytes, parsers: FieldParsers) -> dict[str, Any]:
     """The JSON object in `raw`, each value as its rule returns it."""
     try:
         given = json.loads(raw or b"{}")
@@ -25,14 +25,14 @@ def parse_options(raw: bytes, rules: Rules) -> dict[str, Any]:
         raise InvalidControlRequest("not JSON") from error
     if not isinstance(given, dict):
         raise InvalidControlRequest("not a JSON object")
-    if unknown := sorted(given.keys() - rules.keys()):
-        raise InvalidControlRequest(f"unknown: {', '.join(unknown)}; known: {', '.join(rules)}")
-    return {name: _parse_value(name, value, rules[name]) for name, value in given.items()}
+    if unknown := sorted(given.keys() - parsers.keys()):
+        raise InvalidControlRequest(f"unknown: {', '.join(unknown)}; known: {', '.join(parsers)}")
+    return {name: _parse_value(name, value, parsers[name]) for name, value in given.items()}
 
 
-def _parse_value(name: str, value: object, rule: Callable[[Any], Any]) -> object:
+def _parse_value(name: str, value: object, parser: Callable[[Any], Any]) -> object:
     try:
-        return rule(value)
+        return parser(value)
     except (ValueError, TypeError, InvalidOperation) as error:
         raise InvalidControlRequest(f"{name}: not valid: {value!r}") from error
 
@@ -51,7 +51,7 @@ def seconds(value: object) -> float:
     return number(value)
 
 
-def whole(value: object) -> int:
+def positive_integer(value: object) -> int:
     """A whole number, at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError
