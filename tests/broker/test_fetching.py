@@ -90,7 +90,7 @@ def killed_with_a_message_in_hand(connection: Connection, monkeypatch: pytest.Mo
         monkeypatch.setattr(connection.transport, "close_connection", lambda _: None)  # the dead do not clean up
 
 
-def test_a_message_that_was_just_taken_comes_back_when_its_worker_is_killed(
+def test_fetched_message_of_a_killed_worker_is_restored(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
@@ -103,16 +103,16 @@ def test_a_message_that_was_just_taken_comes_back_when_its_worker_is_killed(
     assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
-def test_kombus_own_transport_loses_it_still(
+def test_kombu_transport_still_loses_the_message(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When this fails, kombu has closed the gap, and ours may go."""
+    """When this fails, kombu has fixed the bug, and the transport can be removed."""
     publish(connect(KOMBUS), "initiate")
     killed_with_a_message_in_hand(connect(KOMBUS), monkeypatch)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
-def test_kombus_own_transport_gives_back_what_ours_noted(
+def test_kombu_transport_restores_tracked_messages(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
@@ -122,7 +122,7 @@ def test_kombus_own_transport_gives_back_what_ours_noted(
     assert eaten == ["initiate"]
 
 
-def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
+def test_repeatedly_killed_consumer_loses_nothing(
     connect: Callable[..., Connection], redis: Redis, valkey_url: str
 ) -> None:
     numbers = [str(n) for n in range(20_000)]
@@ -141,10 +141,10 @@ def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
     assert eaten == set(numbers)
 
 
-def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_from_it_for_long(
+def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(
     redis: Redis, valkey_url: str
 ) -> None:
-    """The lock outlives its holder, and until it ends no killed worker's message comes back."""
+    """The lock outlives its owner. Until it expires no killed worker's message is restored."""
     options = celery_settings(Settings())["broker_transport_options"]
     with Connection(valkey_url, transport_options=options) as connection:
         qos = connection.default_channel.qos
@@ -152,7 +152,7 @@ def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_fro
             assert 0 < redis.ttl("payready-unacked-mutex") <= 10
 
 
-def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connection]) -> None:
+def test_idle_worker_gets_a_message_at_once(connect: Callable[..., Connection]) -> None:
     with connect() as connection, connect() as other, eating(connection, "balances", "payments") as eaten:
         for body in ("first", "second"):
             with pytest.raises(TimeoutError):
@@ -162,7 +162,7 @@ def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connect
     assert eaten == ["first", "second"]
 
 
-def test_two_that_wait_share_the_work(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_two_idle_workers_share_messages(connect: Callable[..., Connection], redis: Redis) -> None:
     with connect() as one, connect() as two, connect() as other, eating(one) as first, eating(two) as second:
         for connection in (one, two):
             with pytest.raises(TimeoutError):
@@ -178,7 +178,7 @@ def test_two_that_wait_share_the_work(connect: Callable[..., Connection], redis:
     assert redis.hlen("unacked") == 0
 
 
-def test_what_is_urgent_goes_first(connect: Callable[..., Connection]) -> None:
+def test_messages_are_fetched_by_priority(connect: Callable[..., Connection]) -> None:
     with connect() as connection, connect() as other:
         publish(other, "later", priority=9)
         publish(other, "soon", priority=3)
@@ -188,7 +188,7 @@ def test_what_is_urgent_goes_first(connect: Callable[..., Connection]) -> None:
     assert eaten == ["now", "soon", "later"]
 
 
-def test_no_more_is_taken_than_may_be_held(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_fetch_respects_the_prefetch_count(connect: Callable[..., Connection], redis: Redis) -> None:
     held: list[Any] = []
     with connect() as connection, connect() as other:
         publish(other, *range(5))
@@ -202,10 +202,10 @@ def test_no_more_is_taken_than_may_be_held(connect: Callable[..., Connection], r
             assert (len(held), redis.llen("payments")) == (3, 2)
 
 
-def test_a_word_that_came_with_the_answer_is_not_overlooked(
+def test_invalidation_in_the_read_buffer_is_handled(
     connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue is filled between the answer that it is empty and its reading: both are read at once."""
+    """A message arrives between the empty fetch and the reading of its response: both are read together."""
     with connect() as connection, connect() as other, eating(connection) as eaten:
         channel = connection.default_channel
         see = channel._check_client_tracking
@@ -221,14 +221,14 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
     assert eaten == ["meanwhile"]
 
 
-def test_what_is_no_message_is_not_kept(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_invalid_message_is_not_tracked(connect: Callable[..., Connection], redis: Redis) -> None:
     redis.lpush("payments", "no message")
     with connect() as connection, eating(connection), pytest.raises(ValueError, match="Expecting value"):
         connection.drain_events(timeout=1)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
-def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_broker_without_client_tracking_is_rejected_with_advice(connect: Callable[..., Connection], redis: Redis) -> None:
     redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client|tracking"])
     refused = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
     with connect(login="plain:secret@") as connection, eating(connection), refused:
@@ -237,7 +237,7 @@ def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[...,
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
-def test_messages_are_acknowledged_together(connect: Callable[..., Connection], redis: Redis, transport: str) -> None:
+def test_messages_are_acknowledged_in_one_batch(connect: Callable[..., Connection], redis: Redis, transport: str) -> None:
     held: list[Any] = []
     with connect(transport) as connection:
         publish(connection, "first", "second")
@@ -248,8 +248,8 @@ def test_messages_are_acknowledged_together(connect: Callable[..., Connection], 
             assert redis.hlen("unacked") == 0
 
 
-def test_messages_of_rabbitmq_are_acknowledged_each() -> None:
-    """Its channels are of another make."""
+def test_rabbitmq_messages_are_acknowledged_one_by_one() -> None:
+    """Its channels have another class."""
     held = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
     acknowledge(held)
     for message in held:
@@ -257,10 +257,10 @@ def test_messages_of_rabbitmq_are_acknowledged_each() -> None:
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
-def test_a_message_that_nobody_acknowledges_by_contract_is_not_kept(
+def test_message_of_no_ack_consumer_is_not_tracked(
     connect: Callable[..., Connection], redis: Redis, transport: str
 ) -> None:
-    """Consumers with `no_ack`: the replies to `celery inspect`, and so Flower's."""
+    """The replies to `celery inspect`, and so Flower's."""
     came: list[Any] = []
     with connect(transport) as connection:
         Producer(connection.channel()).publish("reply", routing_key="replies")
@@ -271,7 +271,7 @@ def test_a_message_that_nobody_acknowledges_by_contract_is_not_kept(
         assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
-def test_messages_are_taken_from_a_redis_that_is_full(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_messages_are_fetched_from_a_full_redis(connect: Callable[..., Connection], redis: Redis) -> None:
     came: list[Any] = []
     with connect() as connection:
         Producer(connection.channel()).publish("job", routing_key="payments")
@@ -285,10 +285,10 @@ def test_messages_are_taken_from_a_redis_that_is_full(connect: Callable[..., Con
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
 @pytest.mark.parametrize("second", ["first", "second"])
-def test_a_consumer_that_comes_while_the_channel_waits_for_others_gets_its_messages(
+def test_new_consumer_on_an_idle_channel_gets_its_messages(
     connect: Callable[..., Connection], transport: str, second: str
 ) -> None:
-    """As `celery inspect` and Flower do: one consumer after the other on one channel, and no event loop."""
+    """`celery inspect` and Flower use one consumer after the other on one channel, without an event loop."""
     came: list[Any] = []
     with connect(transport) as connection, connect(transport) as other:
         for name in ("first", second):

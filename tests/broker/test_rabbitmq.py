@@ -23,8 +23,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
         yield running
 
 
-def test_the_queues_of_jobs_and_of_callbacks_are_quorum_queues(server: RabbitMQ) -> None:
-    """Whoever sends first declares a queue; another kind of it is then refused, even to us."""
+def test_queues_of_jobs_and_callbacks_are_quorum_queues(server: RabbitMQ) -> None:
+    """The first sender declares a queue. A later declaration with another type is rejected."""
     app = Celery("payready", broker=server.url, set_as_current=False)
     app.conf.update(celery_settings(Settings(broker_url=server.url)))
     for task, queue in (("payments.initiate", "payments"), ("ledger.execute_ach", "svc")):
@@ -34,7 +34,7 @@ def test_the_queues_of_jobs_and_of_callbacks_are_quorum_queues(server: RabbitMQ)
     app.close()
 
 
-def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
+def test_payments_are_resolved_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
     """Payments come at once, are released at once, one fails, and the worker is replaced while it takes them in.
 
     Each is told once, by its callback or as its result, and no role ends by itself.

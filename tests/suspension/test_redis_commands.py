@@ -71,24 +71,24 @@ def total(*parts: dict[str, int]) -> dict[str, int]:
     return {name: sum(part.get(name, 0) for part in parts) for name in {name for part in parts for name in part}}
 
 
-def test_completing_is_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
-    """Nothing is read or written but the result."""
+def test_delivery_writes_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
+    """Nothing else is read or written."""
     assert commands(valkey_url, app, continuation(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
     error = PaymentNotReady("timeout", "no balance came")
     assert commands(valkey_url, app, continuation(app, id="b"), error) == total(RESULT, EVENT)
 
 
-def test_an_ignored_result_is_one_event(app: Celery, valkey_url: str) -> None:
-    """Not even a look at the result backend."""
+def test_delivery_of_ignored_result_sends_one_event(app: Celery, valkey_url: str) -> None:
+    """The result backend is not accessed."""
     assert commands(valkey_url, app, continuation(app, ignore_result=True), {}) == EVENT
 
 
-def test_a_link_and_a_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
-    """As they are when a plain task sends them."""
+def test_link_and_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
+    """As with a plain task."""
     saved = continuation(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
     assert commands(valkey_url, app, saved, {}) == total(RESULT, EVENT, MESSAGE, MESSAGE)
 
 
-def test_a_worker_does_not_listen_for_what_it_sends() -> None:
-    """Celery knows that a task in a pool of threads waits for no result: it subscribes to none."""
+def test_worker_does_not_subscribe_to_results() -> None:
+    """In a pool of threads Celery subscribes to no result."""
     assert TaskPool.task_join_will_block

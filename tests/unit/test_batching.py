@@ -9,8 +9,8 @@ import pytest
 from tasks.batching import MicroBatcher
 
 
-def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
-    """Whoever adds, and however quickly one round follows another."""
+def test_batches_do_not_overlap_and_lose_no_item() -> None:
+    """With several threads that add items."""
     done: list[int] = []
     overlaps: list[bool] = []
     working = threading.Lock()
@@ -28,8 +28,8 @@ def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
     assert not any(overlaps)
 
 
-def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
-    """Another thread may begin one between the last look at what waits and the end of this one."""
+def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
+    """Another thread may start a loop between the last check for items and the end of this loop."""
     rounds: list[list[int]] = []
     begun: list[object] = []
     gatherer = MicroBatcher(rounds.append, max_size=9, executor=begun.append)
@@ -51,7 +51,7 @@ def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
     assert rounds == [[1], [2, 3]]
 
 
-def test_what_is_put_back_comes_first() -> None:
+def test_requeued_items_are_first() -> None:
     rounds: list[list[int]] = []
 
     def work(batch: list[int]) -> None:
@@ -65,7 +65,7 @@ def test_what_is_put_back_comes_first() -> None:
     assert rounds == [[1], [1, 1, 2]]
 
 
-def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
+def test_failed_batch_does_not_block_the_next() -> None:
     rounds: list[int] = []
 
     def work(batch: list[int]) -> None:
@@ -83,8 +83,8 @@ def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
     assert rounds == [1, 2, 3]
 
 
-def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
-    """Else those who come quickly would be held up by what is meant for those who come slowly."""
+def test_full_batch_ignores_the_interval() -> None:
+    """Else the interval, which is for few items, would delay many."""
     rounds: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
         gatherer = MicroBatcher(rounds.put, max_size=3, min_interval_s=20, executor=pool.submit)

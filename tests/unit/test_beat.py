@@ -49,8 +49,8 @@ def turns(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str
     return done
 
 
-def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) -> None:
-    """A turn for each task that is sent, and one to find that nothing more is due."""
+def test_scheduler_sleeps_until_the_next_task(app: Celery) -> None:
+    """One cycle per task, and one that finds no due task."""
     done = turns(app, Scheduler)
     for task in ("payments.expire", "payments.sweep"):
         at = [when for when, sent in done if sent == task]
@@ -58,11 +58,11 @@ def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) ->
     assert len(done) <= 4 * 6
 
 
-def test_the_role_runs_it() -> None:
+def test_role_beat_uses_the_scheduler() -> None:
     command = shlex.split(procfile()["beat"])
     assert symbol_by_name(command[command.index("--scheduler") + 1]) is Scheduler
 
 
-def test_celerys_own_would_not_sleep_for_the_last_hundredth(app: Celery) -> None:
-    """Else ours is no longer needed: the clock stands still, so it asks again and again."""
+def test_celery_scheduler_still_polls_for_the_last_10_ms(app: Celery) -> None:
+    """When this fails, the scheduler is no longer needed. The clock of this test does not advance."""
     assert len(turns(app, Theirs)) == 500

@@ -14,8 +14,8 @@ class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
     name = "payments.initiate"
 
 
-def test_an_outcome_goes_to_whoever_waits_for_the_reply() -> None:
-    """The continuation says where."""
+def test_outcome_is_sent_to_the_reply_queue() -> None:
+    """The continuation has its name."""
     app = Celery("of the test", broker="memory://", backend="rpc://", set_as_current=False)
     app.conf.worker_send_task_events = False
     app.tasks.register(Initiate())

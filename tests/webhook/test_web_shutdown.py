@@ -25,8 +25,8 @@ web.main()
 
 
 @pytest.mark.parametrize("moment", ["webhook.__main__:import_module", "uvicorn:run"])
-def test_web_ends_though_it_is_told_to_while_it_starts(tmp_path: Path, moment: str) -> None:
-    """While it loads, and before its server listens to signals: with one lost it would serve until it is killed."""
+def test_sigterm_during_start_ends_the_process(tmp_path: Path, moment: str) -> None:
+    """While modules load, and before uvicorn handles signals. A lost signal would leave `web` running until SIGKILL."""
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
