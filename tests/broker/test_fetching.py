@@ -141,9 +141,7 @@ def test_repeatedly_killed_consumer_loses_nothing(
     assert eaten == set(numbers)
 
 
-def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(
-    redis: Redis, valkey_url: str
-) -> None:
+def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(redis: Redis, valkey_url: str) -> None:
     """The lock outlives its owner. Until it expires no killed worker's message is restored."""
     options = celery_settings(Settings())["broker_transport_options"]
     with Connection(valkey_url, transport_options=options) as connection:
@@ -228,7 +226,9 @@ def test_invalid_message_is_not_tracked(connect: Callable[..., Connection], redi
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
-def test_broker_without_client_tracking_is_rejected_with_advice(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_broker_without_client_tracking_is_rejected_with_advice(
+    connect: Callable[..., Connection], redis: Redis
+) -> None:
     redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client|tracking"])
     refused = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
     with connect(login="plain:secret@") as connection, eating(connection), refused:
@@ -237,7 +237,9 @@ def test_broker_without_client_tracking_is_rejected_with_advice(connect: Callabl
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
-def test_messages_are_acknowledged_in_one_batch(connect: Callable[..., Connection], redis: Redis, transport: str) -> None:
+def test_messages_are_acknowledged_in_one_batch(
+    connect: Callable[..., Connection], redis: Redis, transport: str
+) -> None:
     held: list[Any] = []
     with connect(transport) as connection:
         publish(connection, "first", "second")

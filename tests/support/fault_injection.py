@@ -245,7 +245,8 @@ class TestSystem:
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue(None, ("payments.initiate", payment_tasks.initiate.request.args, None), ())
+            arguments = payment_tasks.initiate.request.args
+            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments), ())
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 

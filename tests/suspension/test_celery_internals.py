@@ -60,9 +60,7 @@ def test_every_request_field_is_saved_or_excluded() -> None:
 
 
 @pytest.mark.parametrize(("inherit", "priorities"), [(False, [None, 5]), (True, [7, 7])])
-def test_callbacks_inherit_priority_if_configured(
-    app: Celery, *, inherit: bool, priorities: list[int | None]
-) -> None:
+def test_callbacks_inherit_priority_if_configured(app: Celery, *, inherit: bool, priorities: list[int | None]) -> None:
     """`task_inherit_parent_priority` decides, as for any task."""
     app.conf.task_inherit_parent_priority = inherit
     queue = f"priority-{inherit}"

@@ -46,9 +46,7 @@ def info(flower: httpx.Client) -> Info:
     return ask
 
 
-def test_flower_shows_the_wait_as_runtime(
-    payready: System, service: Celery, flower: httpx.Client, info: Info
-) -> None:
+def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flower: httpx.Client, info: Info) -> None:
     """STARTED with readable arguments, then SUCCESS or FAILURE with the result."""
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), "flower", fails=False)
     released = kit.pay("released").apply_async()

@@ -79,9 +79,7 @@ def test_get_raises_reason_and_detail_after_the_deadline(kit: Kit) -> None:
     assert (result.ready(), result.successful(), result.failed()) == (True, False, True)
 
 
-def test_results_expire_as_configured(
-    payready: System, service: Celery, kit: Kit, key: Callable[[Any], bytes]
-) -> None:
+def test_results_expire_as_configured(payready: System, service: Celery, kit: Kit, key: Callable[[Any], bytes]) -> None:
     """`result_expires` applies to WAITING, SUCCESS and FAILURE."""
     good = kit.pay().apply_async()
     bad = kit.built(kwargs=kit.job("bad") | {"amount": "9999.00"}).apply_async()
@@ -185,9 +183,7 @@ def test_invalid_job_fails_like_any_task(
     eventually(lambda: type(result.result).__name__ == "ChordError")
 
 
-def test_every_task_of_a_payment_gets_the_outcome(
-    payready: System, kit: Kit, notes: Callable[[], list[str]]
-) -> None:
+def test_every_task_of_a_payment_gets_the_outcome(payready: System, kit: Kit, notes: Callable[[], list[str]]) -> None:
     """The same job sent twice is one payment. Both results have the outcome, and both callbacks run."""
     first = kit.pay(link=kit.note("one")).apply_async()
     second = kit.pay(link=kit.note("two")).apply_async()

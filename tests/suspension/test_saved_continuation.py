@@ -115,7 +115,7 @@ def replace_canvas(payready: System, payment_id: str, continuation: dict[str, An
 def test_outcome_with_unsupported_continuation_stays_undelivered(
     payready: System, service: Celery, received: Received
 ) -> None:
-    """The payment is resolved, and the log has the reason. A release that supports the continuation delivers the outcome."""
+    """The payment is resolved, and the log has the reason. A later release delivers the outcome."""
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-continuation", fails=False)
     result = kit.pay(link=kit.note("next")).apply_async()
     reply = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"

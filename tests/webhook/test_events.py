@@ -68,10 +68,10 @@ def test_other_types_are_ignored(kind: Any) -> None:
     assert read(body(*foreign)) == ParsedDelivery(events=3)
 
 
-@pytest.mark.parametrize("odd", [None, 5, "x", [], [EVENT], True, {}])
-def test_non_event_is_ignored(odd: Any) -> None:
+@pytest.mark.parametrize("unparseable", [None, 5, "x", [], [EVENT], True, {}])
+def test_non_event_is_ignored(unparseable: Any) -> None:
     """It has no type that concerns payready."""
-    assert read(body(odd, EVENT, odd)).balances == read(body(EVENT)).balances
+    assert read(body(unparseable, EVENT, unparseable)).balances == read(body(EVENT)).balances
 
 
 def test_delivery_without_events_is_valid() -> None:
@@ -80,7 +80,7 @@ def test_delivery_without_events_is_valid() -> None:
     assert read(b'{"events": [], "environment": {"id": "env_1"}}') == ParsedDelivery()
 
 
-ODD: list[tuple[Any, str]] = [
+UNPARSEABLE: list[tuple[Any, str]] = [
     (event(event_id=None), "id: must be an id"),
     (event(event_id=7), "id: must be an id"),
     (event(event_id=""), "id: must be an id"),
@@ -103,14 +103,14 @@ ODD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("odd", "reason"), ODD, ids=lambda value: str(value)[:30])
-def test_unparseable_balance_event_is_quarantined_with_its_reason(odd: Any, reason: str) -> None:
+@pytest.mark.parametrize(("unparseable", "reason"), UNPARSEABLE, ids=lambda value: str(value)[:30])
+def test_unparseable_balance_event_is_quarantined_with_its_reason(unparseable: Any, reason: str) -> None:
     """The events before and after it are parsed."""
-    delivery = read(body(event(event_id="evt_before"), odd, event(event_id="evt_after")))
+    delivery = read(body(event(event_id="evt_before"), unparseable, event(event_id="evt_after")))
     assert [event_id for event_id, _ in delivery.balances] == ["evt_before", "evt_after"]
     [(raw, told)] = delivery.unparsed
     assert told.startswith(reason)
-    assert raw == json.dumps(odd).encode()
+    assert raw == json.dumps(unparseable).encode()
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,11 @@ def test_unparseable_balance_event_is_quarantined_with_its_reason(odd: Any, reas
 )
 def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, reason: str) -> None:
     """Its type must be readable. The events beside it are parsed."""
-    odd = b'{"id": "evt_1", "type": "balance.created", "record": {"x": "}],\\"", ' + part + b"}}"
+    unparseable = b'{"id": "evt_1", "type": "balance.created", "record": {"x": "}],\\"", ' + part + b"}}"
     good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events" : [' + b" ,\n".join([good, odd, good]) + b'], "more": {}}')
+    delivery = read(b'{"events" : [' + b" ,\n".join([good, unparseable, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
-    assert delivery.unparsed == [(odd, f"not JSON: {reason}")]
+    assert delivery.unparsed == [(unparseable, f"not JSON: {reason}")]
     assert (delivery.events, delivery.invalid_json) == (3, 0)
 
 
@@ -153,14 +153,14 @@ def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, r
         (b"", 0),
     ],
 )
-def test_possibly_personal_data_is_never_quarantined(raw: bytes, unreadable: int) -> None:
+def test_possibly_personal_data_is_never_quarantined(raw: bytes, invalid_json: int) -> None:
     """Invalid JSON is stored only if it is a balance event and cannot be about a profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], unreadable)
+    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], invalid_json)
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "unparseable",
     [
         b'{"type" "balance.created"}',
         b'{type: "balance.created"}',
@@ -171,11 +171,15 @@ def test_possibly_personal_data_is_never_quarantined(raw: bytes, unreadable: int
         b'"balance.created"?',
     ],
 )
-def test_possible_balance_event_with_unreadable_type_is_quarantined(odd: bytes) -> None:
+def test_possible_balance_event_with_unreadable_type_is_quarantined(unparseable: bytes) -> None:
     """It must not be personal data. The events beside it are parsed."""
     good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
-    assert ([raw for raw, _ in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == ([odd], 2, 0)
+    delivery = read(b'{"events": [' + b",".join([good, unparseable, good]) + b",]}")
+    assert ([raw for raw, _ in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == (
+        [unparseable],
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_invalid_members_beside_events_are_ignored(beside: bytes) -> None:
 
 
 def test_quarantined_bytes_are_parsed_again() -> None:
-    """They are an event, also one that mentions profiles, or a whole delivery. An unparseable part makes all unparseable."""
+    """They are an event, also one that mentions profiles, or a whole delivery without unparseable parts."""
     event = json.dumps({**EVENT, "metadata": {"page": "profile.html"}}).encode()
     for raw in (event, b'{"events": [' + event + b"]}"):
         assert len(parse_quarantined(raw, SIGNED_AT).balances) == 1
@@ -320,7 +324,7 @@ def test_event_is_parsed_independently_of_others(batch: list[Any]) -> None:
     together = read(body(*batch))
     alone = [read(body(one)) for one in batch]
     assert together.balances == [balance for one in alone for balance in one.balances]
-    assert together.unparsed == [odd for one in alone for odd in one.unparsed]
+    assert together.unparsed == [event for delivery in alone for event in delivery.unparsed]
     assert {raw for raw, _ in together.unparsed} <= {json.dumps(one).encode() for one in batch}
 
 
@@ -354,8 +358,8 @@ def test_repeated_connection_event_has_the_same_time(event: dict[str, Any]) -> N
     """The time is that of the event, else that of its signature. An event from the future is ignored."""
     timeless = {name: value for name, value in event.items() if name != "at"}
     soon, later = ({**event, "at": (SIGNED_AT + MAX_EVENT_AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
-    odd = {**event, "at": "yesterday"}
-    assert [one.at for one in read(body(event, timeless, soon, later, odd)).connection_updates] == [
+    unparseable = {**event, "at": "yesterday"}
+    assert [one.at for one in read(body(event, timeless, soon, later, unparseable)).connection_updates] == [
         AT,
         SIGNED_AT,
         SIGNED_AT + MAX_EVENT_AHEAD,

@@ -12,6 +12,7 @@ import uvicorn
 from demo.processes import responds
 from simulator.testing import eventually
 from tests.webhook.conftest import Endpoint, delivery
+from webhook import body as body_module
 from webhook import endpoint, limited_connection
 from webhook.__main__ import SERVER
 from webhook.events import MAX_BODY_BYTES
@@ -36,7 +37,7 @@ def talk(url: str, *parts: bytes) -> bytes:
 
 
 def chunks(count: int) -> bytes:
-    """A part of a body whose length nobody said."""
+    """Return a chunk of a body with chunked encoding."""
     return b"10000\r\n" + b"x" * 65_536 + b"\r\n" if count == 1 else chunks(1) * count
 
 
@@ -96,9 +97,9 @@ def serving() -> Iterator[tuple[str, uvicorn.Server]]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server with less patience."""
+    """Return the address of a server with short timeouts."""
     monkeypatch.setattr(limited_connection, "HEADER_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.3)
     with serving() as (url, _):
         yield url
 
@@ -125,9 +126,9 @@ def test_invalid_requests_are_not_logged(web: Endpoint) -> None:
         b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, close\r\n\r\n",
     ):
         assert b"HTTP/1.1 4" in talk(web.url, nonsense)
-    assert web.send(b"", {}) == 401, "which is told"
+    assert web.send(b"", {}) == 401, "a rejected delivery is logged"
     log = web.log.read_text()
-    assert "delivery missing" in log
+    assert "webhook.delivery" in log
     assert "Invalid HTTP" not in log
     assert "upgrade" not in log
 
