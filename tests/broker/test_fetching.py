@@ -23,7 +23,7 @@ KILLS = 25
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nobody catches it."""
+    """The simulated end of the process."""
 
 
 @pytest.fixture
@@ -36,7 +36,10 @@ def redis(valkey_url: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def connect(redis: Redis, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Connection]:
-    """Connects by a transport; `visibility_timeout` 0 gives back at once what nobody acknowledged."""
+    """Return a function that connects with a transport.
+
+    With `visibility_timeout=0` unacknowledged messages are restored at once.
+    """
 
     def connected(transport: str = OURS, login: str = "", visibility_timeout: float = 3600) -> Connection:
         monkeypatch.setitem(TRANSPORT_ALIASES, "redis", transport)
@@ -55,7 +58,7 @@ def publish(connection: Connection, *bodies: Any, **options: Any) -> None:
 
 @contextmanager
 def eating(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[list[Any]]:
-    """Consume as long as the block runs; gives the list of what came, acknowledged."""
+    """Consume and acknowledge messages during the block. Return their list."""
     eaten: list[Any] = []
 
     def take(body: Any, message: Any) -> None:
@@ -69,7 +72,7 @@ def eating(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[
 
 
 def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, patience: int = 50) -> None:
-    """Take in what comes until the condition holds, or nothing came for so many tenths of a second in all."""
+    """Consume until the condition is true, or no message arrived for `patience` tenths of a second in total."""
     while not until() and patience:
         try:
             connection.drain_events(timeout=0.1)
@@ -77,8 +80,8 @@ def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, 
             patience -= 1
 
 
-def killed_with_a_message_in_hand(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consume, and end the moment a message has come from Redis, before anything else is done about it."""
+def kill_after_fetch(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consume, and end after a message is fetched and before it is delivered."""
     with eating(connection):
 
         def die(*_: Any) -> None:
@@ -87,14 +90,16 @@ def killed_with_a_message_in_hand(connection: Connection, monkeypatch: pytest.Mo
         monkeypatch.setattr(connection.transport, "_deliver", die)
         with pytest.raises(Killed):
             drain(connection)
-        monkeypatch.setattr(connection.transport, "close_connection", lambda _: None)  # the dead do not clean up
+        monkeypatch.setattr(
+            connection.transport, "close_connection", lambda _: None
+        )  # a killed process does not clean up
 
 
 def test_fetched_message_of_a_killed_worker_is_restored(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
-    killed_with_a_message_in_hand(connect(), monkeypatch)
+    kill_after_fetch(connect(), monkeypatch)
     assert redis.llen("payments") == 0
     assert redis.hlen("unacked") == 1
     with connect(visibility_timeout=0) as connection, eating(connection) as eaten:
@@ -108,7 +113,7 @@ def test_kombu_transport_still_loses_the_message(
 ) -> None:
     """When this fails, kombu has fixed the bug, and the transport can be removed."""
     publish(connect(KOMBUS), "initiate")
-    killed_with_a_message_in_hand(connect(KOMBUS), monkeypatch)
+    kill_after_fetch(connect(KOMBUS), monkeypatch)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
@@ -116,7 +121,7 @@ def test_kombu_transport_restores_tracked_messages(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
-    killed_with_a_message_in_hand(connect(), monkeypatch)
+    kill_after_fetch(connect(), monkeypatch)
     with connect(KOMBUS, visibility_timeout=0) as connection, eating(connection) as eaten:
         drain(connection, until=lambda: bool(eaten))
     assert eaten == ["initiate"]
@@ -133,8 +138,8 @@ def test_repeatedly_killed_consumer_loses_nothing(
                 producer.publish(number, routing_key="payments")
     command = [sys.executable, "-m", "tests.support.killed_consumer", valkey_url, "payments", OURS, str(KILLS)]
     subprocess.run(command, check=True, timeout=60)
-    held = redis.hlen("unacked")
-    assert 0 < held <= KILLS, "no kill hit a consumer at work: the test has shown nothing"
+    unacked = redis.hlen("unacked")
+    assert 0 < unacked <= KILLS, "no kill hit a busy consumer, so the test proves nothing"
     with connect(visibility_timeout=0) as connection, eating(connection) as rest:
         drain(connection, until=lambda: not redis.llen("payments") and not redis.hlen("unacked"))
     eaten = redis.smembers("eaten") | set(rest)
@@ -187,17 +192,17 @@ def test_messages_are_fetched_by_priority(connect: Callable[..., Connection]) ->
 
 
 def test_fetch_respects_the_prefetch_count(connect: Callable[..., Connection], redis: Redis) -> None:
-    held: list[Any] = []
+    messages: list[Any] = []
     with connect() as connection, connect() as other:
         publish(other, *range(5))
-        consumer = Consumer(connection.default_channel, [Queue("payments")], on_message=held.append)
+        consumer = Consumer(connection.default_channel, [Queue("payments")], on_message=messages.append)
         consumer.qos(prefetch_count=2)
         with consumer:
             drain(connection, patience=2)
-            assert (len(held), redis.llen("payments")) == (2, 3)
-            held[0].ack()
-            drain(connection, until=lambda: len(held) == 3)
-            assert (len(held), redis.llen("payments")) == (3, 2)
+            assert (len(messages), redis.llen("payments")) == (2, 3)
+            messages[0].ack()
+            drain(connection, until=lambda: len(messages) == 3)
+            assert (len(messages), redis.llen("payments")) == (3, 2)
 
 
 def test_invalidation_in_the_read_buffer_is_handled(
@@ -240,21 +245,21 @@ def test_broker_without_client_tracking_is_rejected_with_advice(
 def test_messages_are_acknowledged_in_one_batch(
     connect: Callable[..., Connection], redis: Redis, transport: str
 ) -> None:
-    held: list[Any] = []
+    messages: list[Any] = []
     with connect(transport) as connection:
         publish(connection, "first", "second")
-        with Consumer(connection, Queue("payments"), on_message=held.append):
-            drain(connection, until=lambda: len(held) == 2)
+        with Consumer(connection, Queue("payments"), on_message=messages.append):
+            drain(connection, until=lambda: len(messages) == 2)
             assert redis.hlen("unacked") == 2
-            acknowledge(held)
+            acknowledge(messages)
             assert redis.hlen("unacked") == 0
 
 
 def test_rabbitmq_messages_are_acknowledged_one_by_one() -> None:
     """Its channels have another class."""
-    held = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
-    acknowledge(held)
-    for message in held:
+    messages = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
+    acknowledge(messages)
+    for message in messages:
         message.ack.assert_called_once_with()
 
 

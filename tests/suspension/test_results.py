@@ -195,7 +195,7 @@ def test_every_task_of_a_payment_gets_the_outcome(payready: System, kit: Kit, no
 
 def test_delayed_callback_of_another_worker_is_not_restored(service: Celery, kit: Kit) -> None:
     """A message with a countdown is in its own worker's `unacked` keys. payready restores only its own."""
-    kit.note("later", countdown=3600).apply_async(task_id=f"held-{kit.account_id}")
+    kit.note("later", countdown=3600).apply_async(task_id=f"delayed-{kit.account_id}")
     client = service.backend.client
     eventually(lambda: any(kit.account_id.encode() in message for message in client.hvals("unacked")))
     assert not any(kit.account_id.encode() in message for message in client.hvals("payready-unacked"))

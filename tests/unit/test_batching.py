@@ -1,4 +1,4 @@
-"""Rounds form by themselves: one after the other, with nothing lost, and nobody waits who comes alone."""
+"""Micro-batching: batches do not overlap, lose nothing, and start at once when idle."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +30,9 @@ def test_batches_do_not_overlap_and_lose_no_item() -> None:
 
 def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
     """Another thread may start a loop between the last check for items and the end of this loop."""
-    rounds: list[list[int]] = []
+    batches: list[list[int]] = []
     begun: list[object] = []
-    gatherer = MicroBatcher(rounds.append, max_size=9, executor=begun.append)
+    gatherer = MicroBatcher(batches.append, max_size=9, executor=begun.append)
     gatherer.add(1)
     take = gatherer._next_batch
 
@@ -48,28 +48,28 @@ def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
     gatherer.add(3)
     assert len(begun) == 1, "a second round would be at work beside the first"
     begun.pop()()  # type: ignore[operator]
-    assert rounds == [[1], [2, 3]]
+    assert batches == [[1], [2, 3]]
 
 
 def test_requeued_items_are_first() -> None:
-    rounds: list[list[int]] = []
+    batches: list[list[int]] = []
 
     def work(batch: list[int]) -> None:
-        rounds.append(batch)
+        batches.append(batch)
         if batch == [1]:
             gatherer.add(2)
             gatherer.requeue_first(1, 1)
 
     gatherer = MicroBatcher(work, max_size=9)
     gatherer.add(1)
-    assert rounds == [[1], [1, 1, 2]]
+    assert batches == [[1], [1, 1, 2]]
 
 
 def test_failed_batch_does_not_block_the_next() -> None:
-    rounds: list[int] = []
+    batches: list[int] = []
 
     def work(batch: list[int]) -> None:
-        rounds.extend(batch)
+        batches.extend(batch)
         if batch == [1]:
             raise ValueError
         if batch == [2]:
@@ -80,20 +80,20 @@ def test_failed_batch_does_not_block_the_next() -> None:
     with pytest.raises(SystemExit):
         gatherer.add(2)
     gatherer.add(3)
-    assert rounds == [1, 2, 3]
+    assert batches == [1, 2, 3]
 
 
 def test_full_batch_ignores_the_interval() -> None:
     """Else the interval, which is for few items, would delay many."""
-    rounds: Queue[list[int]] = Queue()
+    batches: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
-        gatherer = MicroBatcher(rounds.put, max_size=3, min_interval_s=20, executor=pool.submit)
+        gatherer = MicroBatcher(batches.put, max_size=3, min_interval_s=20, executor=pool.submit)
         gatherer.add(1)
-        assert rounds.get(timeout=10) == [1]
+        assert batches.get(timeout=10) == [1]
         gatherer.add(2)
         gatherer.add(3)
-        assert rounds.empty(), "the next one is not due yet"
+        assert batches.empty(), "the next one is not due yet"
         gatherer.add(4, 5)
-        assert rounds.get(timeout=10) == [2, 3, 4]
+        assert batches.get(timeout=10) == [2, 3, 4]
         gatherer.add(6, 7)
-        assert rounds.get(timeout=10) == [5, 6, 7]
+        assert batches.get(timeout=10) == [5, 6, 7]

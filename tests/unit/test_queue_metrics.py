@@ -1,4 +1,4 @@
-"""How long the queues are, and how old what lies in them, on a real Valkey."""
+"""Queue length and age with a real Valkey."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ Seen = tuple[float, float]
 
 
 class Line:
-    """The queue `payments`, a clock, and who looks at both."""
+    """The queue `payments` with a collector and a clock."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
@@ -28,7 +28,7 @@ class Line:
         self._client.rpop("payments", count)
 
     def look(self, after_s: float = 10) -> Seen:
-        """Length, and the age of the oldest, as they are told that much later."""
+        """Collect length and age `after_s` seconds later."""
         self.now += after_s
         length, age = self._queues()
         return length.values["payments",], age.values["payments",]
@@ -36,7 +36,7 @@ class Line:
 
 @pytest.fixture
 def line(valkey_url: str) -> Iterator[Line]:
-    """An empty queue."""
+    """Return an empty queue."""
     with Celery("line", broker=valkey_url, set_as_current=False) as app:
         yield Line(app)
 

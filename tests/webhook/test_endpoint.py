@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
     "no signature": (401, GOOD, {"headers": {}}),
     "no timestamp": (401, GOOD, {"headers": {"Quiltt-Signature": "A" * 43 + "="}}),
     "nonsense": (401, GOOD, {"headers": {"Quiltt-Timestamp": "now", "Quiltt-Signature": "x"}}),
-    "a foreign secret": (401, GOOD, {"secret": "whsec_of_somebody_else"}),
+    "a foreign secret": (401, GOOD, {"secret": "whsec_unknown"}),
     "the empty secret": (401, GOOD, {"secret": ""}),
     "another body": (401, GOOD, {"signed": GOOD + b" "}),
     "too old": (401, GOOD, {"age_s": 302}),

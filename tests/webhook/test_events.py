@@ -108,8 +108,8 @@ def test_unparseable_balance_event_is_quarantined_with_its_reason(unparseable: A
     """The events before and after it are parsed."""
     delivery = read(body(event(event_id="evt_before"), unparseable, event(event_id="evt_after")))
     assert [event_id for event_id, _ in delivery.balances] == ["evt_before", "evt_after"]
-    [(raw, told)] = delivery.unparsed
-    assert told.startswith(reason)
+    [(raw, found_reason)] = delivery.unparsed
+    assert found_reason.startswith(reason)
     assert raw == json.dumps(unparseable).encode()
 
 
@@ -337,12 +337,12 @@ AT = datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
 @pytest.mark.parametrize("kind", CONNECTION_LOST_EVENTS)
 def test_connection_loss_is_parsed_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
-    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
+    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "Ada Lovelace", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
     assert delivery.connection_updates == [ConnectionLost(CONNECTION_LOST_EVENTS[kind], AT, **whose)]
     assert len(delivery.balances) == 1
     assert delivery.needs_processing
-    assert "somebody" not in repr(delivery)
+    assert "Ada Lovelace" not in repr(delivery)
 
 
 MOVED = {

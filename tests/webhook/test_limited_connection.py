@@ -1,4 +1,4 @@
-"""The door from outside, by raw sockets: nobody holds it for long, or for nothing, and the next one is served."""
+"""Limits of connections, with raw sockets: a slow or invalid client is disconnected, and the next one is served."""
 
 import socket
 import threading
@@ -72,7 +72,7 @@ def test_invalid_or_oversized_request_closes_the_connection(web: Endpoint, name:
     parts, status = ABUSE[name]
     before, began = web.ledger(), time.monotonic()
     answer = talk(web.url, *parts)
-    assert time.monotonic() - began < 8, "nobody waited for a time limit"
+    assert time.monotonic() - began < 8, "the connection was closed by a timeout"
     assert answer[9:12] in (status, b""), "who does not stop sending may not get to read it"
     assert web.ledger() == before
     assert web.send(delivery(balance_id)) == 204
