@@ -80,7 +80,7 @@ class Run:
     def deliveries(self) -> list[dict[str, Any]]:
         """Return the outcome deliveries of this run."""
         columns = "task_id, payment_id, continuation, due_at, delivered_at"
-        query = f"SELECT {columns} FROM outcome_delivery WHERE payment_id LIKE :run"  # noqa: S608 - constants
+        query = f"SELECT {columns} FROM outcome_delivery WHERE payment_id LIKE :run"
         return self.system.rows(query, run=f"{self.name}/%")
 
     def wait_until_all_wait(self) -> None:
@@ -149,7 +149,7 @@ def kill_between_resolution_and_delivery(system: System, run: Run) -> None:
     waiting = "SELECT payment_id FROM payment WHERE payment_id LIKE :run AND state = 'waiting'"
     wait_until(lambda: not system.rows(waiting, run=f"{run.name}/%"), TIMEOUT_S, "the payments are resolved")
     is_claiming = "wait_event_type = 'Lock' AND query LIKE 'SELECT outcome_delivery.task_id%'"
-    blocked = f"SELECT 1 FROM pg_stat_activity WHERE {is_claiming}"  # noqa: S608 - constants
+    blocked = f"SELECT 1 FROM pg_stat_activity WHERE {is_claiming}"
     with system.engine.connect() as table:
         table.execute(text("LOCK TABLE outcome_delivery IN ACCESS EXCLUSIVE MODE"))
         system.processes.start("worker", procfile()["worker"])
