@@ -1,4 +1,4 @@
-"""Runs: every primitive, with every outcome, all at once; and what came of it, free of ids and names of runs."""
+"""Runs of every primitive with every outcome, and their calls and results without ids."""
 
 import itertools
 import json

@@ -27,7 +27,7 @@ NOT_SAVED = {
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    """An app with a task that is left."""
+    """Return an app with a task that is suspended."""
     app = Celery("left", broker=valkey_url, backend=valkey_url, set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     yield app

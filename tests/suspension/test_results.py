@@ -18,7 +18,7 @@ Raised = tuple[str, tuple[Any, ...]]
 
 @pytest.fixture
 def kit(service: Celery, request: pytest.FixtureRequest) -> Kit:
-    """Payments on an account of the test's own, whose balance comes when the test sends it."""
+    """Return payments of a new account, whose balance the test sends."""
     return Kit(service, "payments.initiate", "payments", quiet_account(), request.node.name, fails=False)
 
 

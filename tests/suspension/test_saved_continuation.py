@@ -23,7 +23,7 @@ VERSION_1 = Path(__file__).with_name("continuation_v1.json")
 
 @pytest.fixture
 def app() -> Celery:
-    """An app with a task that is left; it never sends anything."""
+    """Return an app with a task that is suspended. It sends nothing."""
     app = Celery("left", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     return app

@@ -222,7 +222,7 @@ def test_delivery_gets_503_while_the_database_is_unavailable(
 
 
 def _deliver(receive: Any) -> int:
-    """Call the application itself, with a body as it comes; the status."""
+    """Call the ASGI application with the chunks of a body, and return the status."""
     sent: list[dict[str, Any]] = []
     scope = {
         "type": "http",
