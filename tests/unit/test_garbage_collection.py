@@ -1,4 +1,4 @@
-"""The roles of Celery leave what they loaded alone when they are ready."""
+"""Garbage collection in the Celery roles: loaded objects are frozen when a role is ready."""
 
 import json
 import subprocess
