@@ -250,9 +250,8 @@ class TestSystem:
     def retry(self, **_: Any) -> None:
         """`initiate.retry`."""
         try:
-            self.enqueue(
-                None, dispatch.TaskMessage(name="payments.initiate", arguments=payment_tasks.initiate.request.args), ()
-            )
+            arguments = payment_tasks.initiate.request.args
+            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments), ())
         except BrokerAway as error:
             raise Reject(error, requeue=False) from error
 
