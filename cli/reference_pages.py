@@ -232,9 +232,9 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
         for before, statement in zip(node.body, node.body[1:], strict=False):
             if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == "__tablename__":
                 name = str(ast.literal_eval(before.value))
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
-                    texts[before.target.id] = " ".join(str(statement.value.value).split())
+            match before, statement:
+                case ast.AnnAssign(target=ast.Name(id=column)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[column] = _cell(text)
         if name:
             yield name, texts
 
@@ -242,7 +242,7 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{column.name}` | {_type_name(column)} | {'yes' if column.nullable else ''} | {_cell(texts.get(column.name, ''))} |"
+        f"| `{column.name}` | {_type_name(column)} | {'yes' if column.nullable else ''} | {texts.get(column.name, '')} |"
         for column in table.columns
     ]
     indexes = [
