@@ -38,6 +38,7 @@ from worker.ledger.fee_entries import CallRecord
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
+from worker.rules.decimals import decimal_text
 from worker.rules.pricing import Price
 from worker.rules.states import IN_FLIGHT_STATES, RefreshEvent
 from worker.runtime import Runtime
@@ -193,12 +194,14 @@ def _check_fee_caps(
     with log_context(account_id=account_id, refresh_id=decision.refresh.refresh_id):
         if exceeded is not None:
             metrics.FEE_CAPS_REACHED.labels(exceeded.cap.value).inc()
-            log.error("fee_cap.reached", cap=exceeded.cap.value, used=decimal_text(exceeded.used), limit=decimal_text(exceeded.limit))
+            used, limit = decimal_text(exceeded.used), decimal_text(exceeded.limit)
+            log.error("fee_cap.reached", cap=exceeded.cap.value, used=used, limit=limit)
             return RejectByCap(detail=f"fee cap reached: {exceeded}")
         for usage in usages:
             if usage.crosses_warning_threshold and rt.cap_usage.should_warn(usage, account_id, now):
                 metrics.FEE_CAP_WARNINGS.labels(usage.cap.value).inc()
-                log.warning("fee_cap.warning", cap=usage.cap.value, used=decimal_text(usage.used), limit=decimal_text(usage.limit))
+                used, limit = decimal_text(usage.used), decimal_text(usage.limit)
+                log.warning("fee_cap.warning", cap=usage.cap.value, used=used, limit=limit)
     return decision
 
 
