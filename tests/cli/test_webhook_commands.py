@@ -185,7 +185,7 @@ def test_subscription_is_created_checked_repaired_and_deleted(
         f"/v1/webhooks/subscriptions/{one}", json=changed, headers={"Authorization": f"Bearer {provider.api_key}"}
     ).raise_for_status()
     wrong = json.loads(run("webhooks", "status", "--json").stdout)["problems"]
-    assert wrong == [f"{one} is disabled", f"{one} leaves out {', '.join(REQUIRED_EVENT_TYPES[1:])}"]
+    assert wrong == [f"{one} is disabled", f"{one} lacks the events {', '.join(REQUIRED_EVENT_TYPES[1:])}"]
     assert checked_problems() == 2
     repaired = json.loads(run("webhooks", "subscribe", "--json").stdout)
     assert (repaired["action"], repaired["subscription"]["id"]) == ("repaired", one)
@@ -226,7 +226,7 @@ def test_undocumented_response_is_an_error() -> None:
         quarantined_event._http_client = httpx.Client(
             transport=httpx.MockTransport(partial(_always, response)), base_url="http://x"
         )
-        with pytest.raises(CallFailed, match="not as documented"), quarantined_event:
+        with pytest.raises(CallFailed, match="not documented"), quarantined_event:
             quarantined_event.list_all()
 
 

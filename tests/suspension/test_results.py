@@ -162,13 +162,13 @@ def _conflict(kit: Kit) -> Signature:
 @pytest.mark.parametrize(
     ("payment", "exception"),
     [
-        (_unknown_field, ("InvalidJob", ("amuont: Extra inputs are not permitted",))),
+        (_unknown_field, ("InvalidJob", ('amuont: is not a field of a job (did you mean "amount"?)',))),
         (_no_mapping, ("InvalidJob", ("the positional argument must be a job, a mapping, not list",))),
         (
             _conflict,
             (
                 "PaymentNotReady",
-                ("conflict", "payment_id was already used for a different job; these fields differ: TODO"),
+                ("conflict", "payment_id was already used for a different job; these fields differ: amount"),
             ),
         ),
     ],

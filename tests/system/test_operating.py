@@ -91,11 +91,13 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
     assert operation.metric("beat", "payready_database_up") == operation.metric("beat", "payready_broker_up") == 1
     assert all(responds(operation.url(role, "readyz")) for role in ROLES)
 
-    (delivered,) = eventually(lambda: [line for line in operation.log("web") if "outcome" in line["event"]])
+    (delivered,) = eventually(lambda: [line for line in operation.log("web") if line["event"] == "outcome.delivered"])
     assert delivered["payment_id"] == "pay_1"
     assert delivered["task_id"] == result.id
-    assert [line for line in operation.log("refresh") if line["event"].endswith("environment TEST")]
-    (accepted, *_) = [line for line in operation.log("refresh") if "accepted" in line["event"]]
+    assert [
+        line for line in operation.log("refresh") if line["event"] == "api_key.mode_detected" and line["mode"] == "TEST"
+    ]
+    (accepted, *_) = [line for line in operation.log("refresh") if line["event"] == "refresh_call.accepted"]
     assert accepted["account_id"] == "acct_prompt01"
     assert accepted["refresh_id"]
     eventually(lambda: [line for line in operation.log("worker") if "unheard_of" in line["event"]])
