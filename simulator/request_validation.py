@@ -73,7 +73,7 @@ def text(value: object) -> str:
 
 
 def amount(value: object) -> float | None:
-    """Return an amount, given as decimal string, number or null, as a JSON number like those in the provider's events."""
+    """Convert a decimal string, a number or null into a JSON number, as in the provider's events."""
     return None if value is None else float(Decimal(str(value)))
 
 

@@ -33,7 +33,7 @@ def eventually(probe: Callable[[], T]) -> T:
 
 
 class Simulator:
-    """Simulator process on a free loopback port, with its endpoints as methods. It stops at the end of the `with` block."""
+    """Simulator process on a free loopback port, with its endpoints as methods. It stops with the `with` block."""
 
     def __init__(self, webhook_url: str, *, secret: str, api_key: str, options: Sequence[str] = ()) -> None:
         self.api_key = api_key
