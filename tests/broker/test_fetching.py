@@ -131,7 +131,7 @@ def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
         with producer.batch(max_size=500):
             for number in numbers:
                 producer.publish(number, routing_key="payments")
-    command = [sys.executable, "-m", "tests.support.eater", valkey_url, "payments", OURS, str(KILLS)]
+    command = [sys.executable, "-m", "tests.support.killed_consumer", valkey_url, "payments", OURS, str(KILLS)]
     subprocess.run(command, check=True, timeout=60)
     held = redis.hlen("unacked")
     assert 0 < held <= KILLS, "no kill hit a consumer at work: the test has shown nothing"
