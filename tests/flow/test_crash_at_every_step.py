@@ -105,4 +105,4 @@ def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
     calm, found = struck(story, "killed", None)
     assert found == []
     struck_anywhere = (lost for number in calm.faultable_count() for lost in struck(story, "killed", number)[1])
-    assert any("was told []" in lost for lost in struck_anywhere)
+    assert any("received []" in lost for lost in struck_anywhere)
