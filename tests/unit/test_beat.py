@@ -1,4 +1,4 @@
-"""The beat sends what is due when it is due, and sleeps in between."""
+"""The beat sends each task on time, and sleeps in between."""
 
 import shlex
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.beat import Scheduler as Theirs
+from celery.beat import Scheduler as CeleryScheduler
 from kombu.utils.imports import symbol_by_name
 
 from config.celery_config import celery_settings
@@ -20,8 +20,8 @@ NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app whose clock stands still unless someone sleeps, with payready's schedule and tasks that are not sent."""
-    with Celery("beaten", set_as_current=False) as app:
+    """Create an app with payready's schedule and a clock that only `slept` moves."""
+    with Celery("beat", set_as_current=False) as app:
         app.conf.update(celery_settings(Settings()))
         monkeypatch.setattr(app, "now", lambda: clock(app))
         app.slept = timedelta(0)
@@ -29,40 +29,43 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
 
 
 def clock(app: Any) -> datetime:
-    """What time it is to the app."""
+    """Return the current time of the app."""
     now: datetime = NOON + app.slept
     return now
 
 
-def turns(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str | None]]:
-    """Five seconds of a beat's life: when it woke, and what it sent then; cut off after 500 turns."""
-    done: list[tuple[float, str | None]] = []
+def run_ticks(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str | None]]:
+    """Run a beat for 5 s, up to 500 ticks; return the time and the task sent of each tick."""
+    ticks: list[tuple[float, str | None]] = []
     sent: list[str] = []
     beat = scheduler(app)
-    beat.producer = None  # else it would connect to a broker
+    beat.producer = None  # without this, the beat connects to a broker
     beat.apply_entry = lambda entry, **_: sent.append(entry.task)
-    while app.slept < timedelta(seconds=5.5) and len(done) < 500:
+    while app.slept < timedelta(seconds=5.5) and len(ticks) < 500:
         interval = beat.tick()
-        done.append((app.slept.total_seconds(), sent.pop() if sent else None))
+        ticks.append((app.slept.total_seconds(), sent.pop() if sent else None))
         if interval and interval > 0:
             app.slept += timedelta(seconds=interval)
-    return done
+    return ticks
 
 
-def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) -> None:
-    """A turn for each task that is sent, and one to find that nothing more is due."""
-    done = turns(app, Scheduler)
+def test_beat_sends_each_task_on_time_and_sleeps_until_the_next(app: Celery) -> None:
+    """The beat needs one tick for each task sent, and one to find that no task is due."""
+    ticks = run_ticks(app, Scheduler)
     for task in ("payments.expire", "payments.sweep"):
-        at = [when for when, sent in done if sent == task]
+        at = [when for when, sent in ticks if sent == task]
         assert at == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
-    assert len(done) <= 4 * 6
+    assert len(ticks) <= 4 * 6
 
 
-def test_the_role_runs_it() -> None:
+def test_beat_role_runs_payready_scheduler() -> None:
     command = shlex.split(procfile()["beat"])
     assert symbol_by_name(command[command.index("--scheduler") + 1]) is Scheduler
 
 
-def test_celerys_own_would_not_sleep_for_the_last_hundredth(app: Celery) -> None:
-    """Else ours is no longer needed: the clock stands still, so it asks again and again."""
-    assert len(turns(app, Theirs)) == 500
+def test_celery_scheduler_polls_in_the_last_hundredth_of_a_second(app: Celery) -> None:
+    """The scheduler of payready avoids this. If this test fails, the scheduler is obsolete.
+
+    The clock does not advance, so Celery's scheduler ticks without a sleep.
+    """
+    assert len(run_ticks(app, CeleryScheduler)) == 500

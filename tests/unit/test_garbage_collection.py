@@ -1,4 +1,4 @@
-"""The roles of Celery leave what they loaded alone when they are ready."""
+"""Celery roles freeze loaded objects when they are ready."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ print(json.dumps([gc.get_threshold(), gc.get_freeze_count(), len(gc.get_objects(
 """
 
 
-def test_a_worker_and_beat_spare_what_is_loaded() -> None:
-    """The collector waits for more to do, and then goes through what was made since the process was ready."""
+def test_worker_and_beat_freeze_loaded_objects() -> None:
+    """The garbage collector runs less often, and scans only objects created after the process was ready."""
     for signal in ("worker_ready", "beat_init"):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", READY, signal], cwd=ROOT, capture_output=True, check=True, timeout=60
         )
-        thresholds, frozen, left = json.loads(done.stdout)
+        thresholds, frozen, unfrozen = json.loads(process.stdout)
         assert tuple(thresholds) == THRESHOLDS
-        assert frozen > 10_000 > left
+        assert frozen > 10_000 > unfrozen

@@ -1,4 +1,4 @@
-"""What a job may say: each rule that is broken is named, with its field, and nothing of the value is shown."""
+"""Validation of jobs and balance records: errors name the field and the rule, and never show the value."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -29,22 +29,22 @@ SECRET = "s3cr3t"
 
 
 def parse(**changes: Any) -> Job:
-    """A job with these changes; None takes a field away."""
+    """Parse a job with these changes; None removes a field."""
     arguments = {name: value for name, value in {**JOB, **changes}.items() if value is not None}
     return parse_job(arguments, currency="USD")
 
 
-def _complaint(**changes: Any) -> str | None:
-    """What is said of a job with these changes; None if it is taken."""
+def _error_text(**changes: Any) -> str | None:
+    """Return the validation error of a job with these changes, or None for a valid job."""
     try:
         parse(**changes)
-    except InvalidJob as refusal:
-        return f"{refusal} {refusal.__cause__}".removesuffix(" None")
+    except InvalidJob as error_info:
+        return f"{error_info} {error_info.__cause__}".removesuffix(" None")
     return None
 
 
-def test_the_smallest_job_has_the_documented_defaults() -> None:
-    """Two fields are enough."""
+def test_minimal_job_has_the_documented_defaults() -> None:
+    """Two fields are required."""
     job = parse()
     assert (job.currency, job.timeout_s, job.max_balance_age_s, job.effective_funds_check) == (
         "USD",
@@ -56,22 +56,22 @@ def test_the_smallest_job_has_the_documented_defaults() -> None:
     assert (job.buffer.multiplier, job.buffer.fixed) == (Decimal(1), Decimal(0))
 
 
-def test_an_amount_asks_for_a_check_unless_the_job_says_otherwise() -> None:
-    """`required` by default."""
+def test_amount_requires_a_funds_check_by_default() -> None:
+    """`funds_check` overrides the default."""
     assert parse(amount="1.00").effective_funds_check == "required"
     assert parse(amount="1.00", funds_check="enabled").effective_funds_check == "enabled"
     assert parse(amount="1.00", funds_check="disabled").effective_funds_check == "disabled"
 
 
-def test_the_age_counts_back_from_the_request() -> None:
-    """Nought is the request itself."""
+def test_max_balance_age_counts_back_from_the_request() -> None:
+    """Zero is the time of the request."""
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert parse(max_balance_age_s=0).min_balance_at(now) == now
     assert parse(max_balance_age_s=90).min_balance_at(now) == now - timedelta(seconds=90)
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """An object with lists in one another on so many levels in all."""
+    """Return an object with nested lists, `levels` deep in total."""
     value: Any = []
     for _ in range(levels - 2):
         value = [value]
@@ -79,7 +79,7 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 BAD = [
-    # field, value, what the complaint must say
+    # field, value, text that the error must contain
     ("payment_id", "", "at least 1 character"),
     ("payment_id", "x" * 129, "at most 128 characters"),
     ("payment_id", "with space", "pattern"),
@@ -143,47 +143,45 @@ BAD = [
 
 
 @pytest.mark.parametrize(("field", "value", "rule"), BAD, ids=lambda value: str(value)[:24])
-def test_a_rule_that_is_broken_is_named_with_its_field(field: str, value: Any, rule: str) -> None:
-    """So that who sent the job can mend it."""
-    with pytest.raises(InvalidJob) as refusal:
+def test_error_names_the_field_and_the_rule(field: str, value: Any, rule: str) -> None:
+    """The sender needs both to fix the job."""
+    with pytest.raises(InvalidJob) as error_info:
         parse(**{field.partition(".")[0]: value})
-    assert f"{field}: " in str(refusal.value)
-    assert rule in str(refusal.value)
+    assert f"{field}: " in str(error_info.value)
+    assert rule in str(error_info.value)
 
 
 @pytest.mark.parametrize("field", ["payment_id", "account_id"])
-def test_a_field_that_is_needed_is_asked_for(field: str) -> None:
-    """By name."""
+def test_error_names_a_missing_field(field: str) -> None:
     with pytest.raises(InvalidJob, match=f"{field}: Field required"):
         parse(**{field: None})
 
 
-def test_all_complaints_come_at_once() -> None:
-    """No job is sent back twice for two mistakes."""
-    with pytest.raises(InvalidJob) as refusal:
+def test_error_lists_all_mistakes_at_once() -> None:
+    """The sender can fix all of them in one step."""
+    with pytest.raises(InvalidJob) as error_info:
         parse(amount="-1", timeout_s=0, colour="red")
     for field in ("amount", "timeout_s", "colour"):
-        assert f"{field}: " in str(refusal.value)
+        assert f"{field}: " in str(error_info.value)
 
 
-def test_a_check_needs_an_amount() -> None:
-    """Else there is nothing to check."""
+def test_funds_check_requires_an_amount() -> None:
     for check in ("required", "enabled"):
         with pytest.raises(InvalidJob, match="amount: is needed for a funds check"):
             parse(funds_check=check)
     assert parse(funds_check="disabled").amount is None
 
 
-def test_a_foreign_currency_is_refused() -> None:
-    """Quiltt names none with its balances, so there is one for all accounts."""
+def test_parser_rejects_a_foreign_currency() -> None:
+    """Quiltt's balances name no currency, so one setting applies to all accounts."""
     with pytest.raises(InvalidJob, match="currency: is EUR, but the accounts are held in USD"):
         parse_job({**JOB, "currency": "EUR"}, currency="USD")
     assert parse_job({**JOB, "currency": "EUR"}, currency="EUR").currency == "EUR"
 
 
 @pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_UNIT_DIGITS.items()])
-def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int) -> None:
-    """And not one more; zeros at the end are none."""
+def test_amount_has_at_most_the_decimal_places_of_its_currency(currency: str, places: int) -> None:
+    """Trailing zeros do not count."""
     right = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"
     assert parse_job({**JOB, "amount": right, "currency": currency}, currency=currency).amount == Decimal(right)
     with pytest.raises(InvalidJob, match=f"amount: has more than the {places} decimal places of {currency}"):
@@ -194,28 +192,27 @@ def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int
     amount=st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e34"), places=2, allow_nan=False)
     | st.integers(0, 37).map(lambda exponent: Decimal(f"1e{exponent}"))
 )
-def test_every_amount_of_cents_is_taken_as_it_is(amount: Decimal) -> None:
-    """Large ones too: no digit is lost, and none is too many."""
+def test_parser_keeps_every_digit_of_an_amount(amount: Decimal) -> None:
+    """This includes large amounts."""
     assert parse(amount=format(amount, "f")).amount == amount
 
 
 @given(text=st.text(max_size=60) | st.from_regex(r"-?[0-9]{0,40}(\.[0-9]{0,40})?(e-?[0-9]{1,6})?", fullmatch=True))
-def test_any_text_is_an_amount_or_an_invalid_job(text: str) -> None:
-    """Nothing else is ever raised."""
-    told = _complaint(amount=text)
-    assert told is None or "amount: " in told
+def test_parser_raises_only_invalid_job_for_any_amount_text(text: str) -> None:
+    message = _error_text(amount=text)
+    assert message is None or "amount: " in message
 
 
 @pytest.mark.parametrize("field", [*Job.model_fields, "colour"])
-def test_no_complaint_shows_what_was_sent(field: str) -> None:
-    """It may be private, and errors end up in logs and results."""
+def test_error_never_shows_the_value(field: str) -> None:
+    """The value may be private, and errors appear in logs and results."""
     for value in (f" {SECRET}", {SECRET: {SECRET: SECRET}}, [SECRET], SECRET * 2000):
-        told = _complaint(**{field: value}) or ""
-        assert SECRET not in told.replace(f"buffer.{SECRET}: ", "")
+        message = _error_text(**{field: value}) or ""
+        assert SECRET not in message.replace(f"buffer.{SECRET}: ", "")
 
 
-def test_a_job_survives_the_way_through_the_ledger() -> None:
-    """Its JSON, without defaults, is the same job again."""
+def test_job_survives_a_round_trip_through_the_ledger() -> None:
+    """The stored JSON without defaults parses to the same job."""
     assert parse(metadata=nested(64)).model_dump(mode="json")["metadata"] == nested(64)
     job = parse(amount="25.10", buffer={"multiplier": "1.50", "fixed": "0.1"}, metadata={"a": [1, None, {"b": "ü"}]})
     stored = json.loads(json.dumps(job.model_dump(mode="json", exclude_defaults=True)))
@@ -225,16 +222,16 @@ def test_a_job_survives_the_way_through_the_ledger() -> None:
 
 
 def balance(**changes: Any) -> Balance:
-    """A record with these changes."""
+    """Return a balance record with these changes."""
     return Balance.model_validate({**RECORD, **changes})
 
 
-def test_a_balance_is_read_to_the_digit() -> None:
-    """Null stays null, zero stays zero."""
-    read = balance()
-    assert (read.available, read.current, read.limit) == (Decimal("31.41"), None, Decimal(0))
-    assert read.at == datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
-    assert read.account_id == "acct_1"
+def test_balance_keeps_every_digit() -> None:
+    """Null stays null, and zero stays zero."""
+    parsed = balance()
+    assert (parsed.available, parsed.current, parsed.limit) == (Decimal("31.41"), None, Decimal(0))
+    assert parsed.at == datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
+    assert parsed.account_id == "acct_1"
 
 
 @pytest.mark.parametrize(
@@ -262,14 +259,14 @@ def test_a_balance_is_read_to_the_digit() -> None:
         ("source", 5),
     ],
 )
-def test_a_record_that_is_not_what_is_documented_is_no_balance(field: str, value: Any) -> None:
-    """It is refused with the field's name, and without its value."""
-    with pytest.raises(ValidationError) as refusal:
+def test_balance_rejects_an_undocumented_record(field: str, value: Any) -> None:
+    """The error has the field's name, and not its value."""
+    with pytest.raises(ValidationError) as error_info:
         balance(**{field: value})
-    assert [error["loc"] for error in refusal.value.errors()] == [(field,)]
-    assert "input_value" not in str(refusal.value)
+    assert [error["loc"] for error in error_info.value.errors()] == [(field,)]
+    assert "input_value" not in str(error_info.value)
 
 
-def test_fields_nobody_knows_yet_are_passed_over() -> None:
-    """They appear over time."""
+def test_balance_ignores_unknown_fields() -> None:
+    """Quiltt adds fields over time."""
     assert balance(colour="red") == balance()

@@ -1,4 +1,4 @@
-"""What is logged, and what is left out of it."""
+"""Log output of Celery's beat."""
 
 import logging
 
@@ -8,8 +8,8 @@ from config.log_config import configure_logging
 from config.settings import Settings
 
 
-def test_a_tick_that_finds_no_broker_is_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    """Celery's beat would log a stack for each, twice a second for as long as the broker is away."""
+def test_beat_logs_no_traceback_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
+    """Celery's beat logs a stack twice a second while the broker is unavailable."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     try:
@@ -17,6 +17,6 @@ def test_a_tick_that_finds_no_broker_is_a_line_and_no_traceback(capsys: pytest.C
         logging.getLogger("celery.beat").error("Message Error: %s\n%s", "refused", ["a stack"], exc_info=False)
     finally:
         root.handlers, root.level = handlers, level
-    said = capsys.readouterr().err
-    assert "Message Error: refused" in said
-    assert "a stack" not in said
+    output = capsys.readouterr().err
+    assert "Message Error: refused" in output
+    assert "a stack" not in output

@@ -1,4 +1,4 @@
-"""How long the queues are, and how old what lies in them, on a real Valkey."""
+"""Queue length and age of the oldest message, on a real Valkey."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from celery import Celery
 
 from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
 
-Seen = tuple[float, float]
+Sample = tuple[float, float]
 
 
-class Line:
-    """The queue `payments`, a clock, and who looks at both."""
+class PaymentsQueue:
+    """The queue `payments` with a clock and its metrics."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
@@ -27,50 +27,50 @@ class Line:
     def take(self, count: int) -> None:
         self._client.rpop("payments", count)
 
-    def look(self, after_s: float = 10) -> Seen:
-        """Length, and the age of the oldest, as they are told that much later."""
+    def measure(self, after_s: float = 10) -> Sample:
+        """Return the length and the age of the oldest message after `after_s`."""
         self.now += after_s
         length, age = self._queues()
         return length.values["payments",], age.values["payments",]
 
 
 @pytest.fixture
-def line(valkey_url: str) -> Iterator[Line]:
-    """An empty queue."""
-    with Celery("line", broker=valkey_url, set_as_current=False) as app:
-        yield Line(app)
+def queue(valkey_url: str) -> Iterator[PaymentsQueue]:
+    """Create an empty queue."""
+    with Celery("queue", broker=valkey_url, set_as_current=False) as app:
+        yield PaymentsQueue(app)
 
 
-def test_a_queue_is_as_old_as_the_message_at_its_end(line: Line) -> None:
-    """Though it moves: what came later is younger. Looked at every ten seconds, it is known to ten seconds."""
-    assert line.look() == (0, 0)
-    line.put(3)
-    assert line.look() == (3, 0)
-    line.put(2)
-    assert line.look() == (5, 10)
-    line.take(1)
-    assert line.look() == (4, 20)
-    line.take(2)
-    assert line.look() == (2, 20)
-    line.take(2)
-    assert line.look() == (0, 0)
-    line.put()
-    assert line.look() == (1, 0)
+def test_queue_age_is_the_age_of_its_oldest_message(queue: PaymentsQueue) -> None:
+    """The age stays correct while workers fetch messages; its resolution is the sampling interval of 10 s."""
+    assert queue.measure() == (0, 0)
+    queue.put(3)
+    assert queue.measure() == (3, 0)
+    queue.put(2)
+    assert queue.measure() == (5, 10)
+    queue.take(1)
+    assert queue.measure() == (4, 20)
+    queue.take(2)
+    assert queue.measure() == (2, 20)
+    queue.take(2)
+    assert queue.measure() == (0, 0)
+    queue.put()
+    assert queue.measure() == (1, 0)
 
 
-def test_messages_of_another_priority_are_counted_too(line: Line) -> None:
-    """They lie in a list of their own."""
-    line.put(2)
-    line.put(1, priority=3)
-    assert line.look() == (3, 0)
-    line.take(2)
-    assert line.look() == (1, 10)
+def test_queue_length_includes_messages_of_other_priorities(queue: PaymentsQueue) -> None:
+    """Redis stores each priority in its own list."""
+    queue.put(2)
+    queue.put(1, priority=3)
+    assert queue.measure() == (3, 0)
+    queue.take(2)
+    assert queue.measure() == (1, 10)
 
 
-def test_a_queue_that_nobody_takes_from_is_remembered_at_a_bounded_cost(line: Line) -> None:
-    """The marks thin out, the first one stays."""
+def test_unconsumed_queue_keeps_a_bounded_number_of_samples(queue: PaymentsQueue) -> None:
+    """The samples thin out, and the first one stays."""
     for _ in range(MAX_SAMPLES + 2):
-        line.put()
-        line.look()
-    assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
-    assert len(line._queues._marks["payments"]) < MAX_SAMPLES
+        queue.put()
+        queue.measure()
+    assert queue.measure() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
+    assert len(queue._queues._marks["payments"]) < MAX_SAMPLES
