@@ -1,4 +1,4 @@
-"""Payments in the ledger: what is settled stays as it is, whoever writes."""
+"""Payments in the ledger: a resolved payment never changes."""
 
 from datetime import timedelta
 
@@ -14,29 +14,28 @@ from worker.rules.states import PaymentState
 
 
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
-    """A payment that waits, with a task that waits for it."""
+    """Insert a waiting payment with one outcome delivery."""
     job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
     assert payments.insert_payments(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
     outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
 
 
-def settlement(payment_id: str, state: PaymentState) -> Resolution:
-    """How it ends."""
+def resolution(payment_id: str, state: PaymentState) -> Resolution:
+    """Return a resolution with this state."""
     return Resolution(payment_id, state, {"payment_id": payment_id, "state": state.value}, START)
 
 
-def test_the_first_settlement_stays(engine: Engine) -> None:
-    """The write itself is conditional: a second one changes nothing, even from who forgot to hold the payment."""
+def test_first_resolution_is_final(engine: Engine) -> None:
+    """The update is conditional, so a second one changes nothing even without a row lock."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        payments.resolve(tx, [settlement("p1", PaymentState.RELEASED)])
-        payments.resolve(tx, [settlement("p1", PaymentState.FAILED)])
+        payments.resolve(tx, [resolution("p1", PaymentState.RELEASED)])
+        payments.resolve(tx, [resolution("p1", PaymentState.FAILED)])
         [due] = outcome_deliveries.claim_overdue(tx, START + outcome_deliveries.REDELIVER_AFTER, 10)
     assert (due.state, due.outcome["state"]) == (PaymentState.RELEASED, "released")
 
 
-def test_a_payment_is_recorded_once(engine: Engine) -> None:
-    """A second time nothing is written."""
+def test_insert_skips_a_known_payment(engine: Engine) -> None:
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
     with transaction(engine) as tx:
         assert payments.insert_payments(tx, [job, job], START) == {"p1"}
@@ -45,8 +44,8 @@ def test_a_payment_is_recorded_once(engine: Engine) -> None:
     assert waiting.requested_at == START
 
 
-def test_those_who_wait_come_in_the_order_of_their_requests(engine: Engine) -> None:
-    """Not in that of their names: who asked first is covered first."""
+def test_waiting_payments_are_ordered_by_request_time(engine: Engine) -> None:
+    """The earliest payment is covered first, whatever its id."""
     with transaction(engine) as tx:
         for payment_id, seconds in (("a", 2), ("b", 0), ("c", 1)):
             record(tx, payment_id, seconds=seconds)
@@ -57,12 +56,12 @@ def test_those_who_wait_come_in_the_order_of_their_requests(engine: Engine) -> N
         ]
 
 
-def test_an_outcome_is_due_until_it_is_noted_as_delivered(engine: Engine) -> None:
-    """And while somebody delivers it, nobody else is given it."""
+def test_outcome_is_overdue_until_it_is_marked_delivered(engine: Engine) -> None:
+    """A claim prevents a second claim until it expires."""
     with transaction(engine) as tx:
         record(tx, "p1")
         assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10) == []
-        [due] = payments.resolve(tx, [settlement("p1", PaymentState.RELEASED)])
+        [due] = payments.resolve(tx, [resolution("p1", PaymentState.RELEASED)])
         assert (due.task_id, due.outcome["state"]) == ("task_p1", "released")
         assert outcome_deliveries.claim_overdue(tx, START, 10) == []
         late = START + outcome_deliveries.REDELIVER_AFTER
@@ -75,8 +74,8 @@ def test_an_outcome_is_due_until_it_is_noted_as_delivered(engine: Engine) -> Non
         assert outcome_deliveries.claim_overdue(tx, late + timedelta(days=1), 10) == []
 
 
-def test_what_upkeep_does_not_settle_it_looks_at_again_later(engine: Engine) -> None:
-    """Soon after the request, then when it was told to."""
+def test_maintenance_checks_a_waiting_payment_at_its_due_time(engine: Engine) -> None:
+    """The first check follows the request; `set_next_checks` sets the next one."""
     with transaction(engine) as tx:
         record(tx, "p1")
         assert payments.lock_due(tx, START + timedelta(seconds=4), 10) == []
@@ -86,23 +85,22 @@ def test_what_upkeep_does_not_settle_it_looks_at_again_later(engine: Engine) -> 
         assert len(payments.lock_due(tx, START + timedelta(seconds=60), 10)) == 1
 
 
-def test_the_tasks_of_a_payment_lead_to_it(engine: Engine) -> None:
-    """And a task that nobody knows leads nowhere."""
+def test_payments_of_tasks_finds_known_tasks(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         outcome_deliveries.register_deliveries(tx, [("p1", {"id": "task_again"})], due_at=None)
         assert outcome_deliveries.payments_of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]
 
 
-def test_all_that_news_concerns_is_held_however_much_it_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else gets hold of any of it meanwhile, and so no two transactions wait for each other half-way."""
+def test_lock_affected_locks_every_payment_of_many_updates(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other transaction locks one of them meanwhile, so no deadlock is possible."""
     if engine.dialect.name == "sqlite":
         return  # it has one writer at a time
     monkeypatch.setattr(payments, "IDS_PER_STATEMENT", 5)
     numbers = range(2 * payments.IDS_PER_STATEMENT + 2)
-    news: list[ConnectionUpdate] = [AccountMoved(f"acct_a{n}", "conn_x", START) for n in numbers]
-    news += [ConnectionLost("", START, connection_id=f"conn_{n}") for n in numbers]
-    news += [ConnectionLost("", START, profile_id=f"p_{n}") for n in numbers]
+    updates: list[ConnectionUpdate] = [AccountMoved(f"acct_a{n}", "conn_x", START) for n in numbers]
+    updates += [ConnectionLost("", START, connection_id=f"conn_{n}") for n in numbers]
+    updates += [ConnectionLost("", START, profile_id=f"p_{n}") for n in numbers]
     with transaction(engine) as tx:
         for n in numbers:
             record(tx, f"a{n}", account_id=f"acct_a{n}")
@@ -110,17 +108,17 @@ def test_all_that_news_concerns_is_held_however_much_it_is(engine: Engine, monke
             record(tx, f"p{n}", profile_id=f"p_{n}")
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
-        payments.lock_affected(tx, news)
+        payments.lock_affected(tx, updates)
         free = payments.lock_due(other, START + timedelta(days=1), 100)
         assert [waiting.payment_id for waiting in free] == ["other"]
 
 
-def test_an_outcome_that_somebody_else_was_given_is_not_delivered_beside_it(engine: Engine) -> None:
-    """The sweep was quicker than the message that asks for it: whoever comes second leaves it."""
+def test_claimed_outcome_is_not_claimed_again(engine: Engine) -> None:
+    """The sweep may claim an outcome before the delivery message does."""
     with transaction(engine) as tx:
         record(tx, "p1")
         record(tx, "p2")
-        payments.resolve(tx, [settlement(payment_id, PaymentState.RELEASED) for payment_id in ("p1", "p2")])
+        payments.resolve(tx, [resolution(payment_id, PaymentState.RELEASED) for payment_id in ("p1", "p2")])
         late = START + outcome_deliveries.REDELIVER_AFTER
         assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 1)] == ["task_p1"]
         assert [due.task_id for due in outcome_deliveries.claim_undelivered(tx, ["task_p1", "task_p2"], late)] == [

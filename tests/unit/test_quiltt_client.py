@@ -1,4 +1,4 @@
-"""The provider's client: what each answer, and each way of not getting one, means for the bill."""
+"""The provider's client: the call result of each response and of each transport failure."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 
 @contextmanager
 def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
-    """A client with short time limits."""
+    """Open a client with short timeouts."""
     limits: dict[str, Any] = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "max_connections": 2, **changes}
     quiltt = QuilttClient(url, url, SecretStr(KEY), **limits)
     try:
@@ -36,7 +36,7 @@ def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
 
 
 class Raw:
-    """A server that does with each connection what it is told, and keeps what it was sent."""
+    """A TCP server that runs `serve` for each request and records the requests."""
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
         self._serve = serve
@@ -47,7 +47,7 @@ class Raw:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Base URL of the server."""
         return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def _accept(self) -> None:
@@ -86,7 +86,7 @@ def _is_whole(request: bytes) -> bool:
 
 @contextmanager
 def raw(serve: Callable[[socket.socket], None]) -> Iterator[Raw]:
-    """Such a server for as long as the block runs."""
+    """Run a raw server during the block."""
     server = Raw(serve)
     try:
         yield server
@@ -94,22 +94,22 @@ def raw(serve: Callable[[socket.socket], None]) -> Iterator[Raw]:
         server.listener.close()
 
 
-def answering(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
-    """Answer with this status."""
+def responding(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
+    """Return a handler that responds with this status."""
     lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body)}", *headers, "", ""]
     return lambda connection: connection.sendall("\r\n".join(lines).encode() + body)
 
 
 def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFailed:
-    """How a call fails on a server that does this."""
+    """Return the error of a refresh call to such a server."""
     with raw(serve) as server, client(server.url, **changes) as quiltt, pytest.raises(CallFailed) as failed:
         quiltt.refresh_balance(A)
     return failed.value
 
 
-def test_a_call_is_what_the_provider_documents() -> None:
-    """POST, the account in the path, our key as bearer, no body."""
-    with raw(answering(202)) as server, client(server.url) as quiltt:
+def test_refresh_call_sends_the_documented_request() -> None:
+    """POST, the account in the path, the API key as bearer token, no body."""
+    with raw(responding(202)) as server, client(server.url) as quiltt:
         assert quiltt.refresh_balance(A) == 202
     head = server.requests[0].decode().lower()
     assert head.startswith(f"post /v1/accounts/{A.lower()}/balances/refresh http/1.1\r\n")
@@ -117,9 +117,9 @@ def test_a_call_is_what_the_provider_documents() -> None:
     assert "content-length: 0\r\n" in head
 
 
-def test_a_call_goes_below_the_path_of_the_address() -> None:
-    """As through a gateway; the host is the gateway's."""
-    with raw(answering(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
+def test_refresh_call_keeps_the_path_of_the_base_url() -> None:
+    """An HTTP gateway needs its own path and host."""
+    with raw(responding(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
         quiltt.refresh_balance(A)
         host = server.url.removeprefix("http://")
     head = server.requests[0].decode()
@@ -139,18 +139,18 @@ def test_a_call_goes_below_the_path_of_the_address() -> None:
         (422, Reason.PROVIDER_UNAVAILABLE),
     ],
 )
-def test_a_refusal_has_the_reason_that_its_status_gives(status: int, reason: Reason) -> None:
-    """There is no machine-readable code; the text of the body is not repeated."""
-    failed = failure(answering(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
+def test_rejected_call_has_the_reason_of_its_status(status: int, reason: Reason) -> None:
+    """The response has no machine-readable code, and the error does not repeat the body."""
+    failed = failure(responding(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
     assert isinstance(failed, CallRejected)
     assert (failed.status, failed.reason) == (status, reason)
     assert "hunter3" not in str(failed)
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 301, 302, 307, 408, 500, 502, 503, 504])
-def test_what_is_not_documented_may_have_been_accepted(status: int) -> None:
-    """An accepted call is a 202; with anything else that is no refusal, nobody knows. No redirect is followed."""
-    failed = failure(answering(status, "Location: /elsewhere"))
+def test_undocumented_status_is_an_unknown_result(status: int) -> None:
+    """Only 202 means accepted. The client follows no redirect."""
+    failed = failure(responding(status, "Location: /elsewhere"))
     assert isinstance(failed, CallResultUnknown)
     assert failed.status == status
 
@@ -169,22 +169,22 @@ def test_what_is_not_documented_may_have_been_accepted(status: int) -> None:
         ("X-Nothing: 1", None),
     ],
 )
-def test_a_rate_limit_says_when_to_come_again_if_it_can_be_read(header: str, retry_at: datetime | None) -> None:
-    """Unix seconds; anything else is as good as nothing."""
-    failed = failure(answering(429, header))
+def test_rate_limited_call_has_the_retry_time_of_a_valid_header(header: str, retry_at: datetime | None) -> None:
+    """The header has Unix seconds. The client ignores any other value."""
+    failed = failure(responding(429, header))
     assert isinstance(failed, RateLimited)
     assert failed.retry_at == retry_at
     assert failed.status == 429
 
 
 def reset(connection: socket.socket) -> None:
-    """End the connection with a reset."""
+    """Reset the connection."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def cut(sent: bytes) -> Callable[[socket.socket], None]:
-    """Send this, and close the connection."""
+    """Return a handler that sends these bytes and closes the connection."""
 
     def serve(connection: socket.socket) -> None:
         connection.sendall(sent)
@@ -194,7 +194,7 @@ def cut(sent: bytes) -> Callable[[socket.socket], None]:
 
 
 LOST: dict[str, Callable[[socket.socket], None]] = {
-    "closed without an answer": cut(b""),
+    "closed without a response": cut(b""),
     "reset": reset,
     "closed within the head": cut(b"HTTP/1.1 20"),
     "closed within the body": cut(b"HTTP/1.1 500 x\r\nContent-Length: 9\r\n\r\nhalf"),
@@ -203,66 +203,67 @@ LOST: dict[str, Callable[[socket.socket], None]] = {
 
 
 @pytest.mark.parametrize("serve", LOST.values(), ids=LOST)
-def test_a_call_whose_answer_is_lost_is_uncertain(serve: Callable[[socket.socket], None]) -> None:
-    """It was sent: it may have been accepted, and charged."""
+def test_lost_response_is_an_unknown_result(serve: Callable[[socket.socket], None]) -> None:
+    """The request was sent, so the provider may have accepted and billed it."""
     assert isinstance(failure(serve), CallResultUnknown)
 
 
-def test_a_call_that_is_not_answered_in_time_is_uncertain() -> None:
-    """The time limit is kept."""
+def test_read_timeout_is_an_unknown_result() -> None:
     released = threading.Event()
 
-    def hold(_: socket.socket) -> None:
+    def wait_for_release(_: socket.socket) -> None:
         released.wait(10)
 
-    failed = failure(hold, read_timeout_s=0.1)
+    failed = failure(wait_for_release, read_timeout_s=0.1)
     released.set()
     assert isinstance(failed, CallResultUnknown)
     assert "read timeout" in str(failed)
 
 
-def test_a_refused_connection_is_provably_unsent() -> None:
-    """Nobody listens."""
+def test_refused_connection_is_not_sent() -> None:
+    """No process listens on the port."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(CallNotSent, match="connect error"):
         quiltt.refresh_balance(A)
 
 
-def test_a_connection_that_cannot_be_had_in_time_is_provably_unsent() -> None:
-    """The backlog is full: the handshake does not end."""
+def test_connect_timeout_is_not_sent() -> None:
+    """The listen backlog is full, so the handshake does not complete."""
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         waiting = [socket.socket() for _ in range(4)]
         try:
-            for one in waiting:
-                one.setblocking(False)
-                one.connect_ex(full.getsockname())
+            for pending_socket in waiting:
+                pending_socket.setblocking(False)
+                pending_socket.connect_ex(full.getsockname())
             url = f"http://127.0.0.1:{full.getsockname()[1]}"
             with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(CallNotSent, match="connect timeout"):
                 quiltt.refresh_balance(A)
         finally:
-            for one in waiting:
-                one.close()
+            for pending_socket in waiting:
+                pending_socket.close()
 
 
-def test_an_unknown_host_is_provably_unsent() -> None:
-    """No address, no call."""
+def test_unknown_host_is_not_sent() -> None:
     with client("http://nowhere.invalid") as quiltt, pytest.raises(CallNotSent):
         quiltt.refresh_balance(A)
 
 
-def test_a_call_that_finds_no_free_connection_is_provably_unsent() -> None:
-    """All are busy for longer than it may wait."""
+def test_exhausted_connection_pool_is_not_sent() -> None:
+    """All connections are busy for longer than the connect timeout."""
     busy, release = threading.Event(), threading.Event()
 
-    def hold(connection: socket.socket) -> None:
+    def respond_after_release(connection: socket.socket) -> None:
         busy.set()
         release.wait(10)
-        answering(202)(connection)
+        responding(202)(connection)
 
-    with raw(hold) as server, client(server.url, max_connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt:
+    with (
+        raw(respond_after_release) as server,
+        client(server.url, max_connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt,
+    ):
         first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
         first.start()
         assert busy.wait(5)
@@ -273,35 +274,35 @@ def test_a_call_that_finds_no_free_connection_is_provably_unsent() -> None:
     assert len(server.requests) == 1
 
 
-def test_connections_are_kept_for_the_next_call() -> None:
-    """One handshake for many calls."""
-    with raw(answering(202)) as server, client(server.url) as quiltt:
+def test_client_reuses_connections() -> None:
+    """Many calls need one handshake."""
+    with raw(responding(202)) as server, client(server.url) as quiltt:
         for _ in range(5):
             quiltt.refresh_balance(A)
     assert len(server.requests) == 5
     assert server.connections == 1
 
 
-def test_no_proxy_gets_between_us_and_a_bill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's proxies are passed by."""
+def test_client_ignores_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy could hide the provider's response."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
-    with raw(answering(202)) as server, client(server.url) as quiltt:
+    with raw(responding(202)) as server, client(server.url) as quiltt:
         assert quiltt.refresh_balance(A) == 202
 
 
-def test_the_mode_of_the_key_is_asked_for() -> None:
-    """At the other address, as documented."""
+def test_client_introspects_the_mode_of_the_api_key() -> None:
+    """Quiltt documents this endpoint for the authentication host."""
     body = b'{"id":"k","environment":{"id":"env_1","mode":"SANDBOX","name":"x","metadata":null},"new":1}'
-    with raw(answering(200, body=body)) as server, client(server.url) as quiltt:
+    with raw(responding(200, body=body)) as server, client(server.url) as quiltt:
         assert quiltt.api_key_mode() == "SANDBOX"
     assert server.requests[0].startswith(b"POST /v1/introspect/api_key HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_wrong_key_is_a_refusal(status: int) -> None:
-    """No call will be accepted with it."""
-    with raw(answering(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as refused:
+def test_introspection_of_a_wrong_key_is_rejected(status: int) -> None:
+    """The provider accepts no call with this key."""
+    with raw(responding(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as refused:
         quiltt.api_key_mode()
     assert refused.value.reason == Reason.NOT_AUTHORIZED
 
@@ -309,16 +310,16 @@ def test_a_wrong_key_is_a_refusal(status: int) -> None:
 @pytest.mark.parametrize(
     "serve",
     [
-        answering(500),
-        answering(429),
-        answering(200, body=b"<html>"),
-        answering(200, body=b'{"environment":{"mode":"LIVE"}}'),
-        answering(200, body=b"{}"),
+        responding(500),
+        responding(429),
+        responding(200, body=b"<html>"),
+        responding(200, body=b'{"environment":{"mode":"LIVE"}}'),
+        responding(200, body=b"{}"),
         LOST["reset"],
     ],
 )
-def test_a_mode_that_cannot_be_had_is_asked_for_again(serve: Callable[[socket.socket], None]) -> None:
-    """The question costs nothing."""
+def test_failed_introspection_is_not_sent(serve: Callable[[socket.socket], None]) -> None:
+    """A retry is free of charge."""
     with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent):
         quiltt.api_key_mode()
 
@@ -329,8 +330,8 @@ ACCOUNT = (
 )
 
 
-def test_an_account_is_read_in_the_name_of_its_profile_and_its_figures_to_the_digit() -> None:
-    with raw(answering(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
+def test_balance_poll_authenticates_as_the_profile_and_keeps_every_digit() -> None:
+    with raw(responding(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
         account = quiltt.poll_account(A, "p_1")
     assert account is not None
     balance = parse_polled_balance(account, A)
@@ -341,63 +342,62 @@ def test_an_account_is_read_in_the_name_of_its_profile_and_its_figures_to_the_di
         Decimal(9007199254740993),
         Decimal("1e-7"),
     )
-    head, _, question = server.requests[0].partition(b"\r\n\r\n")
+    head, _, query = server.requests[0].partition(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/graphql ")
     assert b"Authorization: Basic " + base64.b64encode(f"p_1:{KEY}".encode()) in head
-    assert json.loads(question)["variables"] == {"id": A}
+    assert json.loads(query)["variables"] == {"id": A}
 
 
-def test_an_account_that_is_not_shown_is_none() -> None:
-    with raw(answering(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server, client(server.url) as quiltt:
+def test_balance_poll_of_a_hidden_account_is_none() -> None:
+    with raw(responding(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server, client(server.url) as quiltt:
         assert quiltt.poll_account(A, "p_1") is None
 
 
 @pytest.mark.parametrize(
     "serve",
     [
-        answering(401),
-        answering(500, body=b"<html>"),
-        answering(200, body=b"{}"),
-        answering(200, body=b"[]"),
-        answering(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
-        answering(200, body=b'{"data":{"account":7}}'),
-        answering(200, body=b"[" * 100_000),
+        responding(401),
+        responding(500, body=b"<html>"),
+        responding(200, body=b"{}"),
+        responding(200, body=b"[]"),
+        responding(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
+        responding(200, body=b'{"data":{"account":7}}'),
+        responding(200, body=b"[" * 100_000),
         cut(b"HTTP/1.1 2"),
     ],
 )
-def test_an_answer_that_makes_no_sense_is_no_account(serve: Callable[[socket.socket], None]) -> None:
+def test_balance_poll_with_an_invalid_response_is_not_sent(serve: Callable[[socket.socket], None]) -> None:
     with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent, match="read"):
         quiltt.poll_account(A, "p_1")
 
 
-def test_the_key_is_in_no_error_and_in_nothing_that_is_printed() -> None:
-    """Not in the text, not in its causes' texts, not in the client's."""
+def test_api_key_is_in_no_error_and_no_repr() -> None:
+    """This includes the causes of an error."""
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
     with client(url) as quiltt:
         assert KEY not in repr(quiltt)
         assert KEY not in repr(vars(quiltt))
-        for ask in (lambda: quiltt.refresh_balance(A), quiltt.api_key_mode):
+        for request in (lambda: quiltt.refresh_balance(A), quiltt.api_key_mode):
             with pytest.raises(CallNotSent) as failed:
-                ask()
+                request()
             error: BaseException | None = failed.value
             while error is not None:
                 assert KEY not in repr(error)
                 error = error.__cause__ or error.__context__
-    for serve in (answering(401), answering(500), LOST["reset"]):
+    for serve in (responding(401), responding(500), LOST["reset"]):
         assert KEY not in repr(failure(serve))
 
 
 @pytest.fixture(scope="module")
 def simulator() -> Iterator[Simulator]:
-    """The stand-in for Quiltt; its webhooks go nowhere."""
+    """Run the simulator of Quiltt; its webhooks have no receiver."""
     with Simulator("http://127.0.0.1:1/", secret="s", api_key=KEY) as running:
         yield running
 
 
-def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
-    """The statuses of the documentation, told from both sides."""
+def test_client_and_simulator_agree_on_the_documented_statuses(simulator: Simulator) -> None:
     with client(simulator.url) as quiltt:
         assert quiltt.api_key_mode() == "TEST"
         assert quiltt.refresh_balance("acct_never1") == 202
@@ -424,4 +424,4 @@ def test_the_client_and_the_stand_in_agree(simulator: Simulator) -> None:
     with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(CallResultUnknown, match="read timeout"):
         quiltt.refresh_balance("acct_silent1")
     accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]
-    assert accepted == [True, True, True], "what the client takes for uncertain may well have been accepted"
+    assert accepted == [True, True, True], "the provider may have accepted a call whose result is unknown"

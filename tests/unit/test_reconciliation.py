@@ -1,4 +1,4 @@
-"""The provider's invoice against our ledger."""
+"""Reconciliation of the provider's invoice with the ledger."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -38,22 +38,27 @@ def read(*rows: str) -> list[InvoiceLine]:
     return parse_invoice("\n".join(("account_id,date,amount", *rows)), InvoiceColumns(), NOVEMBER, "USD")
 
 
-def test_a_day_stands_for_any_time_of_it() -> None:
-    """A date without a time covers the whole day in UTC."""
-    (one,) = read("acct_a,2026-11-22,0.10")
-    assert (one.since, one.until) == (datetime(2026, 11, 22, tzinfo=UTC), datetime(2026, 11, 23, tzinfo=UTC))
-    assert one.amount == PRICE
+def test_date_without_a_time_covers_the_day() -> None:
+    """The day is in UTC."""
+    (invoice_line,) = read("acct_a,2026-11-22,0.10")
+    assert (invoice_line.since, invoice_line.until) == (
+        datetime(2026, 11, 22, tzinfo=UTC),
+        datetime(2026, 11, 23, tzinfo=UTC),
+    )
+    assert invoice_line.amount == PRICE
 
 
-def test_columns_are_found_by_the_names_given() -> None:
-    """The provider's file may call them anything."""
+def test_parser_finds_columns_by_the_given_names() -> None:
+    """The provider's file may use any names."""
     text = "No,Acct,When,USD\n17,acct_a,2026-11-22T12:00:00Z,0.10\n"
-    (one,) = parse_invoice(text, InvoiceColumns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER, "USD")
-    assert (one.number, one.account_id, one.since) == ("17", "acct_a", NOON)
+    (invoice_line,) = parse_invoice(
+        text, InvoiceColumns(account="Acct", at="When", amount="USD", number="No"), NOVEMBER, "USD"
+    )
+    assert (invoice_line.number, invoice_line.account_id, invoice_line.since) == ("17", "acct_a", NOON)
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "message"),
     [
         ("acct_a,2026-11-22", "line 3: has not as many fields"),
         ("acct_a,2026-11-22,0.10,x", "line 3: has not as many fields"),
@@ -73,58 +78,56 @@ def test_columns_are_found_by_the_names_given() -> None:
         ('acct_a,2026-11-22,"0.1', "after line 2: not CSV"),
     ],
 )
-def test_a_wrong_line_refuses_the_file_and_is_named(row: str, complaint: str) -> None:
-    """The line, the column and the rule are in the message."""
-    with pytest.raises(InvoiceError, match=complaint):
+def test_parser_names_the_line_and_rule_of_an_error(row: str, message: str) -> None:
+    """The error has the line, the column and the rule."""
+    with pytest.raises(InvoiceError, match=message):
         read("acct_a,2026-11-21,0.10", row)
 
 
-def test_a_missing_column_is_named() -> None:
-    """So are the columns that are there."""
+def test_parser_names_a_missing_column() -> None:
+    """The error also lists the existing columns."""
     with pytest.raises(InvoiceError, match="no column 'account_id'; it has a, b"):
         parse_invoice("a,b\n1,2\n", InvoiceColumns(), NOVEMBER, "USD")
 
 
-def test_what_agrees_and_what_does_not_is_told_apart() -> None:
-    """One call is charged rightly, one at another price, one not at all, and one charge is for no call of ours."""
+def test_reconcile_separates_matches_from_differences() -> None:
+    """One match, one price difference, one unmatched call, one unmatched line."""
     calls = [call("right"), call("dear", account="acct_b"), call("forgotten", account="acct_c")]
     lines = [line(2), line(3, account="acct_b", amount=Decimal("0.12")), line(4, account="acct_d")]
     result = reconcile(lines, calls, NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["right", "dear"]
     assert [m.call.call_id for m in result.price_differences] == ["dear"]
     assert [c.call_id for c in result.unmatched_calls] == ["forgotten"]
-    assert [one.row for one in result.unmatched_lines] == [4]
+    assert [unmatched.row for unmatched in result.unmatched_lines] == [4]
 
 
-def test_a_void_call_is_matched_last_and_never_missed() -> None:
-    """A charge goes to the call that was accepted, not to the refused one before it."""
+def test_reconcile_prefers_an_accepted_call_to_a_void_one() -> None:
+    """A void call without a line is no difference."""
     calls = [call("refused", at=NOON - timedelta(seconds=9), state=EntryState.VOID), call("accepted")]
     result = reconcile([line(2)], calls, NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["accepted"]
     assert result.unmatched_calls == []
 
 
-def test_a_charge_is_not_matched_to_a_call_at_another_time() -> None:
-    """Beyond the tolerance it is a charge for no call of ours."""
+def test_reconcile_does_not_match_beyond_the_tolerance() -> None:
     result = reconcile([line(2, at=NOON + timedelta(hours=1))], [call("early")], NOVEMBER)
     assert result.matched == []
-    assert [one.row for one in result.unmatched_lines] == [2]
+    assert [unmatched.row for unmatched in result.unmatched_lines] == [2]
 
 
 @given(st.lists(st.integers(0, 600), max_size=12), st.lists(st.integers(0, 600), max_size=12))
-def test_no_line_and_no_call_is_counted_twice_or_lost(called: list[int], charged: list[int]) -> None:
-    """Each ends in exactly one place."""
+def test_reconcile_returns_each_line_and_call_once(called: list[int], charged: list[int]) -> None:
     calls = [call(f"c{i}", at=NOON + timedelta(seconds=s)) for i, s in enumerate(called)]
     lines = [line(i, at=NOON + timedelta(seconds=s)) for i, s in enumerate(charged)]
     result = reconcile(lines, calls, replace(NOVEMBER, tolerance=timedelta(seconds=60)))
-    ours = [m.call.call_id for m in result.matched] + [c.call_id for c in result.unmatched_calls]
-    theirs = [m.line.row for m in result.matched] + [one.row for one in result.unmatched_lines]
-    assert sorted(ours) == sorted(c.call_id for c in calls)
-    assert sorted(theirs) == sorted(one.row for one in lines)
+    call_ids = [m.call.call_id for m in result.matched] + [c.call_id for c in result.unmatched_calls]
+    rows = [m.line.row for m in result.matched] + [unmatched.row for unmatched in result.unmatched_lines]
+    assert sorted(call_ids) == sorted(c.call_id for c in calls)
+    assert sorted(rows) == sorted(charge.row for charge in lines)
 
 
 @pytest.mark.parametrize(
-    ("text", "columns", "complaint"),
+    ("text", "columns", "message"),
     [
         ("account_id,date,amount\n", InvoiceColumns(), "no lines but its header"),
         ("", InvoiceColumns(), "no column 'account_id'; it has none"),
@@ -142,14 +145,14 @@ def test_no_line_and_no_call_is_counted_twice_or_lost(called: list[int], charged
         ("account_id,date,amount\na,2026-11-22,1\n", InvoiceColumns(currency="cur"), "no column 'cur'"),
     ],
 )
-def test_a_file_that_would_be_taken_for_another_is_refused(text: str, columns: InvoiceColumns, complaint: str) -> None:
-    """An empty one would void all, one with lines twice would charge twice."""
-    with pytest.raises(InvoiceError, match=complaint):
+def test_parser_rejects_an_ambiguous_file(text: str, columns: InvoiceColumns, message: str) -> None:
+    """An empty file would void every call, and a duplicate line would charge twice."""
+    with pytest.raises(InvoiceError, match=message):
         parse_invoice(text, columns, NOVEMBER, "USD")
 
 
-def test_what_is_known_to_be_accepted_is_charged_first() -> None:
-    """One charge for a day with an accepted call and one of unknown fate: it is the accepted one's."""
+def test_reconcile_prefers_an_accepted_call_to_an_unknown_one() -> None:
+    """The only line of the day matches the accepted call."""
     calls = [call("unknown", at=NOON, state=EntryState.PENDING), call("accepted", at=NOON + timedelta(hours=1))]
     result = reconcile(read("acct_a,2026-11-22,0.10"), calls, NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["accepted"]
@@ -157,8 +160,8 @@ def test_what_is_known_to_be_accepted_is_charged_first() -> None:
     assert result.to_post == []
 
 
-def test_a_call_gets_a_line_if_there_is_any_way_to_it() -> None:
-    """The first line fits both calls, the second one only: neither call is said not to be charged."""
+def test_reconcile_finds_a_maximum_matching() -> None:
+    """The first line fits both calls, and the second line fits one. Both calls match."""
     first, second = line(2, at=NOON), line(3, at=NOON + timedelta(minutes=4))
     early = call("early", at=NOON - timedelta(minutes=4), state=EntryState.PENDING)
     late = call("late", at=NOON + timedelta(minutes=1))
@@ -166,8 +169,8 @@ def test_a_call_gets_a_line_if_there_is_any_way_to_it() -> None:
     assert {m.call.call_id: m.line.row for m in result.matched} == {"early": 2, "late": 3}
 
 
-def test_pending_calls_near_the_edge_of_the_month_are_not_voided() -> None:
-    """By the provider's clock they may belong to the neighbouring month, and stand in its invoice."""
+def test_reconcile_does_not_void_pending_calls_near_the_month_boundary() -> None:
+    """By the provider's clock they may belong to the neighbouring month's invoice."""
     edges = [NOVEMBER.since, NOVEMBER.until - timedelta(minutes=1), NOON]
     calls = [call(f"c{n}", at=at, state=EntryState.PENDING) for n, at in enumerate(edges)]
     calls.append(call("december", at=NOVEMBER.until + timedelta(minutes=1), state=EntryState.PENDING))
@@ -181,16 +184,16 @@ CHRISTMAS = datetime(2026, 12, 24, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 
 
-def test_an_invoices_lines_are_for_its_own_calls_first() -> None:
-    """The neighbour's call was accepted, and this month's is of unknown fate: the line is this month's all the same."""
+def test_reconcile_prefers_calls_of_the_invoice_month() -> None:
+    """The line matches this month's pending call, not the accepted call of the neighbouring month."""
     own = call("own", at=NOVEMBER.until - MINUTE, state=EntryState.PENDING)
     neighbours = call("neighbours", at=NOVEMBER.until + MINUTE)
     result = reconcile([line(2, at=NOVEMBER.until)], [neighbours, own], NOVEMBER)
     assert [m.call.call_id for m in result.matched] == ["own"]
 
 
-def test_a_call_that_one_months_invoice_charges_takes_no_line_of_the_next_ones() -> None:
-    """Nor does one that is surely the other month's: the charge is told as one without a call."""
+def test_call_matched_by_one_month_takes_no_line_of_the_next() -> None:
+    """A call that certainly belongs to the other month takes no line either. The line stays unmatched."""
     edge = call("edge", at=NOVEMBER.until - MINUTE)
     charge = line(2, at=NOVEMBER.until)
     november = reconcile([charge], [edge], NOVEMBER)
@@ -205,10 +208,10 @@ def test_a_call_that_one_months_invoice_charges_takes_no_line_of_the_next_ones()
 
 @pytest.mark.parametrize("at", [NOVEMBER.until - MINUTE, NOVEMBER.until, NOVEMBER.until + MINUTE])
 @pytest.mark.parametrize("order", [(NOVEMBER, DECEMBER), (DECEMBER, NOVEMBER)])
-def test_a_pending_call_at_the_turn_of_the_month_is_free_when_neither_months_invoice_has_it(
+def test_pending_call_at_the_month_boundary_is_voided_after_both_invoices(
     at: datetime, order: tuple[InvoicePeriod, InvoicePeriod]
 ) -> None:
-    """The first of the two leaves it open, the second one closes it; another month's has no say."""
+    """The first invoice defers the call, and the second voids it. Other months have no effect."""
     pending = call("edge", at=at, state=EntryState.PENDING)
     others = {NOVEMBER.since: line(2), DECEMBER.since: line(2, at=CHRISTMAS)}
     first, second = order
@@ -222,16 +225,16 @@ def test_a_pending_call_at_the_turn_of_the_month_is_free_when_neither_months_inv
     assert (after.to_void, after.deferred_calls) == ([pending], [])
 
 
-def test_a_file_that_does_not_come_to_its_sum_is_refused() -> None:
-    """As one that is cut off, or has lines twice."""
+def test_check_total_rejects_a_wrong_sum() -> None:
+    """The file may be truncated or have duplicate lines."""
     lines = [line(2), line(3)]
     check_total(lines, Decimal("0.2"))
     with pytest.raises(InvoiceError, match=r"its 2 lines come to 0.20, not to 0.30: is the file whole"):
         check_total(lines, Decimal("0.30"))
 
 
-def test_a_file_that_may_be_cut_off_or_another_closes_nothing_unless_its_sum_is_right() -> None:
-    """An accepted call that is missing, or as many strange lines as ours, are a sign; free calls are none."""
+def test_check_plausible_rejects_a_suspicious_file_unless_its_total_matches() -> None:
+    """Signs are a missing accepted call, or as many unmatched lines as matches. A free call is no sign."""
     calls = [call("early"), call("late", at=NOON + timedelta(days=3))]
     cut = reconcile([line(2)], calls, NOVEMBER)
     with pytest.raises(InvoiceError, match=r"1 calls that the provider accepted are not in it, the last of 2026-11-25"):
@@ -248,8 +251,8 @@ def test_a_file_that_may_be_cut_off_or_another_closes_nothing_unless_its_sum_is_
         check_plausible(reconcile([line(2)], [], NOVEMBER), total_matches=True)
 
 
-def test_a_charge_for_a_call_that_was_refused_is_pointed_out() -> None:
-    """It is matched, so that it is not taken for a charge without a call, and nothing is posted for it."""
+def test_reconcile_reports_a_line_for_a_void_call() -> None:
+    """The line is matched, and nothing is posted for it."""
     result = reconcile([line(2)], [call("refused", state=EntryState.VOID)], NOVEMBER)
     assert [m.call.call_id for m in result.charged_though_void] == ["refused"]
     assert (result.to_post, result.unmatched_lines) == ([], [])
@@ -260,10 +263,10 @@ states = st.sampled_from(EntryState)
 
 
 @given(st.lists(st.tuples(seconds, states), max_size=8), st.lists(seconds, max_size=8))
-def test_as_many_accepted_calls_are_charged_as_the_lines_allow(
+def test_reconcile_matches_a_maximum_of_accepted_calls(
     called: list[tuple[int, EntryState]], charged: list[int]
 ) -> None:
-    """No other reading of the invoice charges more of them, and none more calls that are not void."""
+    """No other matching has more accepted calls, or more calls that are not void."""
     period = replace(NOVEMBER, tolerance=timedelta(seconds=60))
     calls = [call(f"c{i}", at=NOON + timedelta(seconds=s), state=state) for i, (s, state) in enumerate(called)]
     lines = [line(i, at=NOON + timedelta(seconds=s)) for i, s in enumerate(charged)]
@@ -280,11 +283,11 @@ def _charged(result: Reconciliation, states: set[EntryState]) -> int:
 
 
 def _most(calls: list[LedgerCall], lines: list[InvoiceLine]) -> int:
-    """How many pairs there can be: each line in turn takes the oldest call that it can have (all windows are equal)."""
-    left, pairs = sorted(calls, key=lambda c: c.at), 0
-    for one in sorted(lines, key=lambda x: x.since):
-        fit = next((c for c in left if abs(c.at - one.since) <= timedelta(seconds=60)), None)
+    """Return the size of a maximum matching: each line takes the oldest call in its window (all windows are equal)."""
+    free_calls, pairs = sorted(calls, key=lambda c: c.at), 0
+    for charge in sorted(lines, key=lambda x: x.since):
+        fit = next((c for c in free_calls if abs(c.at - charge.since) <= timedelta(seconds=60)), None)
         if fit is not None:
-            left.remove(fit)
+            free_calls.remove(fit)
             pairs += 1
     return pairs
