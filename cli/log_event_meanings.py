@@ -18,8 +18,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "fee_cap.reached": "A call was not made, because it would exceed a fee cap. Its payments fail with "
     "`fee_cap_reached`.",
     "fee_cap.warning": "A fee cap is used to 80 %. Logged once a day for each cap.",
-    "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds the "
-    "work.",
+    "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds "
+    "the work.",
     "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries "
     "again.",
     "messages.ack_failed": "Messages could not be acknowledged. The broker redelivers them.",
@@ -31,16 +31,16 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "outcome.delivered": "An outcome was delivered to its task.",
     "outcome.delivery_failed": "An outcome could not be delivered. `payments.sweep` delivers it again.",
     "quarantine.pruned": "The oldest quarantined events were deleted: the quarantine is full, or they are too old.",
-    "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces its own "
-    "limit.",
+    "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces "
+    "its own limit.",
     "redis.unavailable": "An update of the correlation store was lost. This costs only speed.",
-    "refresh.check_postponed": "A due refresh could not be checked, because the database is unavailable. The next sweep tries "
-    "again.",
+    "refresh.check_postponed": "A due refresh could not be checked, because the database is unavailable. The next "
+    "sweep tries again.",
     "refresh_call.accepted": "The provider accepted a refresh call.",
     "refresh_call.crashed": "A refresh call raised an unexpected error. Its result is unknown.",
     "refresh_call.failed": "A refresh call was not accepted, or its result is unknown.",
-    "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not be "
-    "fetched.",
+    "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not "
+    "be fetched.",
     "role.started": "A role started. Addresses are logged without credentials.",
     "task_events.publish_failed": "Events for Flower could not be published.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",

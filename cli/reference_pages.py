@@ -242,7 +242,7 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{column.name}` | {_type_name(column)} | {'yes' if column.nullable else ''} | {texts.get(column.name, '')} |"
+        f"| `{column.name}` | {_type_name(column)} | {'yes' * column.nullable} | {texts.get(column.name, '')} |"
         for column in table.columns
     ]
     indexes = [
