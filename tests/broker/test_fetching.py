@@ -1,4 +1,4 @@
-"""A message is never in a worker's hands only; and the transport that sees to it goes on with kombu's."""
+"""A message is fetched and tracked atomically, and the transport keeps kombu's behaviour otherwise."""
 
 import subprocess
 import sys

@@ -68,8 +68,8 @@ def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
     assert type(refusal.value).__name__ == "InvalidJob"
     assert result.state == "FAILURE"
     wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
-    (told,) = payready.ended_payments()[payment_id]
-    assert (told["task"], told["args"][0]) == ("ledger.not_ready", result.id)
+    (ended,) = payready.ended_payments()[payment_id]
+    assert (ended["task"], ended["args"][0]) == ("ledger.not_ready", result.id)
     assert payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=job["payment_id"]) == []
     assert payready.rows("SELECT 1 FROM outcome_delivery WHERE task_id = :id", id=result.id) == []
     assert payready.simulator.calls(str(job["account_id"])) == []

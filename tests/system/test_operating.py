@@ -27,14 +27,14 @@ class Operation:
         self.flower_url = flower_url
 
     def url(self, role: str, page: str) -> str:
-        """Where a role tells what it does."""
+        """Return the URL of a role's metrics port."""
         return f"http://127.0.0.1:{self.payready.metrics_ports[role]}/{page}"
 
     def metric(self, role: str, sample: str) -> float:
         """A sample of a role, by its name with its labels; 0 if it has none of that name."""
         with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as answer:
-            told = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
-        return float(told.get(sample, 0))
+            samples = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
+        return float(samples.get(sample, 0))
 
     def log(self, role: str) -> list[dict[str, Any]]:
         """A role's log: each of its lines is a fact in JSON."""
@@ -56,7 +56,7 @@ class Operation:
     def faults(self, **environ: str) -> dict[str, str]:
         """By check, what the doctor finds at fault."""
         status, found = self.doctor(**environ)
-        faults = {check: told for check, (grade, told) in found.items() if grade == "error"}
+        faults = {check: message for check, (severity, message) in found.items() if severity == "error"}
         assert bool(status) == bool(faults)
         return faults
 
@@ -108,9 +108,9 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
 
 
 def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation) -> None:
-    """And tells what it saw."""
+    """The doctor reports each dependency as ok."""
     status, found = operation.doctor()
-    assert (status, {check: told for check, told in found.items() if told[0] == "error"}) == (0, {})
+    assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
     assert found["database"] == ("ok", "answers, migrated to 0001")
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
@@ -166,7 +166,7 @@ def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None
 
 
 def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
-    """A Redis that forgets, a queue that nobody serves, an open Flower, another release's worker."""
+    """A Redis with eviction, a queue without a worker, an open Flower, a worker of another release."""
     payready = operation.payready
     with payready.service.connection_for_write() as connection:
         valkey = connection.default_channel.client

@@ -45,7 +45,7 @@ def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
         yield running
 
 
-def _taken_in(system: System, count: int) -> bool:
+def _are_accepted(system: System, count: int) -> bool:
     return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
 
 
@@ -55,7 +55,7 @@ def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(brea
     crowd = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
     breakable.initiate_many(crowd, linked=True)
     for count in stumbles:
-        wait_until(partial(_taken_in, breakable, count), 40, f"{count} jobs are taken in")
+        wait_until(partial(_are_accepted, breakable, count), 40, f"{count} jobs are accepted")
         with breakable.valkey_unavailable():
             time.sleep(0.3)
     wait_until(wait_until_ended(breakable, 600), 60, "all payments end")
