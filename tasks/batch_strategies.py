@@ -54,6 +54,8 @@ BATCH_INTERVAL_S = 0.025
 RECORD_INTERVAL_S = 0.25
 """Minimum time between transactions that record accepted calls, unless a batch is full. No payment depends on it: a
 balance that arrives earlier posts the fee of its call itself."""
+CALL_ARGUMENT_COUNT = 2
+"""Arguments of a refresh call without a slot: account and refresh."""
 EVENT_FIELDS = {
     "name": "task",
     "args": "argsrepr",
@@ -110,10 +112,13 @@ class _BatchStrategy:
         """Process a message. Raise decoding errors here, where Celery expects them."""
         received = ReceivedMessage(message=message, strategy_args=strategy_args)
         message.decode()
-        if received.is_batchable:
+        if self._is_batchable(received):
             self._batcher.add(received)
         else:
             self._default_strategy(message, *strategy_args)
+
+    def _is_batchable(self, received: ReceivedMessage) -> bool:
+        return received.is_batchable
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         raise NotImplementedError
@@ -215,6 +220,11 @@ class _CallBatchStrategy(_BatchStrategy):
             self._record_results, max_size=accepted_size, min_interval_s=RECORD_INTERVAL_S
         )
         self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
+
+    def _is_batchable(self, received: ReceivedMessage) -> bool:
+        """Whether the call needs a slot. A delayed call that has one (`has_slot`) is claimed alone."""
+        args = received.message.payload[0]
+        return received.is_batchable and len(args) == CALL_ARGUMENT_COUNT
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         messages_by_call = defaultdict[RefreshCall, list[ReceivedMessage]](list)
