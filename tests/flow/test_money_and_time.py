@@ -1,4 +1,4 @@
-"""Invariant 7: money is exact and never a float; time is aware, and comes in from the edges."""
+"""Invariant 7: amounts are exact and never floats; times are aware and passed as arguments."""
 
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -15,23 +15,25 @@ from worker.ledger.engine import transaction
 from worker.rules.job import parse_job
 
 A = "acct_money"
-figures = st.decimals(min_value=Decimal("-1e15"), max_value=Decimal("1e15"), places=6)
+amounts = st.decimals(min_value=Decimal("-1e15"), max_value=Decimal("1e15"), places=6)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(available=st.none() | figures, current=st.none() | figures, limit=st.none() | figures)
-def test_figures_come_back_from_the_ledger_as_they_went_in(
+@given(available=st.none() | amounts, current=st.none() | amounts, limit=st.none() | amounts)
+def test_amounts_survive_a_round_trip_through_the_ledger(
     payready: InProcessSystem, available: Decimal | None, current: Decimal | None, limit: Decimal | None
 ) -> None:
-    """To the digit, in both databases, as decimals."""
+    """Each digit is kept in both databases."""
     account = f"acct_{next(payready._numbers)}"
     payready.balance(account, None if available is None else format(available, "f"), current=current, limit=limit)
     payready.run_tasks()
     payready.initiate(f"p_{account}", account)
     payready.run_tasks()
-    sheet = payready.outcome(f"p_{account}")["balance"]
-    told = {name: None if sheet[name] is None else Decimal(sheet[name]) for name in ("available", "current", "limit")}
-    assert told == {"available": available, "current": current, "limit": limit}
+    balance = payready.outcome(f"p_{account}")["balance"]
+    returned = {
+        name: None if balance[name] is None else Decimal(balance[name]) for name in ("available", "current", "limit")
+    }
+    assert returned == {"available": available, "current": current, "limit": limit}
 
 
 def _floats(value: Any) -> list[float]:
@@ -40,8 +42,8 @@ def _floats(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def test_no_float_is_in_an_outcome(payready: InProcessSystem) -> None:
-    """Amounts are text: no reader can take them for floats."""
+def test_outcome_has_no_float(payready: InProcessSystem) -> None:
+    """Amounts are text, so no reader parses them as floats."""
     payready.initiate("p1", A, amount="0.10", buffer={"multiplier": "1.1", "fixed": "0.01"})
     payready.run_tasks()
     payready.balance(A, "0.12")
@@ -51,16 +53,15 @@ def test_no_float_is_in_an_outcome(payready: InProcessSystem) -> None:
     assert {type(share) for share in payready.outcome("p1")["fee"].values()} == {str}
 
 
-def test_a_time_without_a_zone_does_not_reach_the_ledger(payready: InProcessSystem) -> None:
-    """It is refused before anything is written."""
+def test_ledger_rejects_a_time_without_a_zone(payready: InProcessSystem) -> None:
+    """It raises before any write."""
     job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
     with pytest.raises((StatementError, ValueError), match="without a zone"), transaction(payready.engine) as tx:
-        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
+        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - the test needs a naive time
     assert payready.rows("SELECT * FROM payment") == []
 
 
-def test_a_time_in_another_zone_is_the_same_time(payready: InProcessSystem) -> None:
-    """What the provider writes with an offset is compared as what it is."""
+def test_balance_time_with_an_offset_is_the_same_instant(payready: InProcessSystem) -> None:
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A, at=f"{START.replace(tzinfo=None) + timedelta(hours=5):%Y-%m-%dT%H:%M:%S}+05:00")
@@ -68,8 +69,8 @@ def test_a_time_in_another_zone_is_the_same_time(payready: InProcessSystem) -> N
     assert payready.outcome("p1")["balance"]["at"] == "2026-11-22T12:00:00Z"
 
 
-def test_nothing_moves_while_the_clock_stands_still(payready: InProcessSystem) -> None:
-    """The clock is an argument: upkeep at one instant, repeated, does nothing."""
+def test_maintenance_is_idempotent_at_one_instant(payready: InProcessSystem) -> None:
+    """The clock is an argument."""
     payready.provider.script[A] = [202]
     payready.initiate("p1", A, timeout_s=1)
     payready.run_tasks()
@@ -81,8 +82,8 @@ def test_nothing_moves_while_the_clock_stands_still(payready: InProcessSystem) -
 # --- funds, across payments -------------------------------------------------------------------------------------------
 
 
-def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InProcessSystem) -> None:
-    """The one that was asked first is; the other is told what is left."""
+def test_balance_of_100_covers_one_of_two_payments_of_80(payready: InProcessSystem) -> None:
+    """The earlier payment is released; the outcome of the other one has the remaining funds."""
     payready.initiate("p1", A, amount="80.00")
     payready.clock.advance(0.5)
     payready.initiate("p2", A, amount="80.00")
@@ -94,8 +95,8 @@ def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InPr
     assert payready.outcome("p2")["detail"] == "80.00 USD needed, 20.00 USD there"
 
 
-def test_what_was_released_on_a_balance_is_gone_for_who_comes_later(payready: InProcessSystem) -> None:
-    """The same balance, used again within its age."""
+def test_release_reduces_the_funds_of_later_payments(payready: InProcessSystem) -> None:
+    """They reuse the same balance within its maximum age."""
     payready.initiate("p1", A, amount="80.00")
     payready.run_tasks()
     payready.balance(A, "100.00")
@@ -108,8 +109,8 @@ def test_what_was_released_on_a_balance_is_gone_for_who_comes_later(payready: In
     assert payready.provider.calls == [A]
 
 
-def test_a_younger_balance_shows_what_was_released_before_it(payready: InProcessSystem) -> None:
-    """What was released long before the balance's time is in its figures already, and is not deducted again."""
+def test_newer_balance_already_includes_earlier_releases(payready: InProcessSystem) -> None:
+    """A release long before the balance's time is not deducted again."""
     payready.initiate("p1", A, amount="80.00")
     payready.run_tasks()
     payready.balance(A, "100.00")
@@ -122,8 +123,7 @@ def test_a_younger_balance_shows_what_was_released_before_it(payready: InProcess
     assert payready.state("p2") == "released"
 
 
-def test_payments_without_a_check_take_nothing_and_others_see_no_less(payready: InProcessSystem) -> None:
-    """Without an amount nothing is known to be gone."""
+def test_unchecked_release_reduces_the_funds_only_by_a_known_amount(payready: InProcessSystem) -> None:
     payready.initiate("p1", A)
     payready.clock.advance(0.1)
     payready.initiate("p2", A, amount="90.00", funds_check="disabled")
@@ -139,10 +139,10 @@ def test_payments_without_a_check_take_nothing_and_others_see_no_less(payready: 
 @pytest.mark.parametrize(
     ("check", "expected"), [("required", "funds_unknown"), ("enabled", "released"), (None, "funds_unknown")]
 )
-def test_an_unknown_balance_is_not_zero_and_not_enough(
+def test_unknown_balance_is_neither_zero_nor_sufficient(
     payready: InProcessSystem, check: str | None, expected: str
 ) -> None:
-    """`current` does not stand in for it; "could not be checked" is a word of its own."""
+    """`current` does not replace `available`; the verdict is `unchecked`."""
     payready.initiate("p1", A, amount="1.00", **({} if check is None else {"funds_check": check}))
     payready.run_tasks()
     payready.balance(A, None, current=Decimal(1000), limit=Decimal(1000))

@@ -1,4 +1,4 @@
-"""Invariant 2: no payment is forgotten, and Redis may be emptied: no account in flight is charged again."""
+"""Invariant 2: no payment is forgotten, and after a Redis flush no account in flight is billed again."""
 
 from decimal import Decimal
 
@@ -12,11 +12,11 @@ from worker.ledger.engine import transaction
 from worker.quiltt.messages import Balance
 
 A = "acct_kept"
-STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
+STEPS = ("before the job", "after the job", "after the call", "after the event", "after the resolution")
 
 
-def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSystem) -> None:
-    """Nothing came: `timeout`, in the second of the deadline."""
+def test_payment_expires_at_its_deadline(payready: InProcessSystem) -> None:
+    """Without a balance the reason is `timeout`, in the second of the deadline."""
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
     payready.pass_time(19)
@@ -29,8 +29,8 @@ def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSyste
     }
 
 
-def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
-    """When no worker made the call, the provider is not blamed."""
+def test_expiry_without_a_call_states_it(payready: InProcessSystem) -> None:
+    """The detail does not name the provider as the cause."""
     payready.initiate("p1", A, timeout_s=5)
     payready.drop_tasks()
     payready.clock.advance(5)
@@ -40,26 +40,26 @@ def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "detail"),
+    ("error", "detail"),
     [
         (CallNotSent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
         (RateLimited("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
-        (CallResultUnknown("the provider answered 500", 500), "the provider answered 500"),
+        (CallResultUnknown("HTTP 500", 500), "HTTP 500"),
     ],
 )
-def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
-    payready: InProcessSystem, trouble: CallNotSent | RateLimited | CallResultUnknown, detail: str
+def test_expiry_after_a_failed_call_has_its_error(
+    payready: InProcessSystem, error: CallNotSent | RateLimited | CallResultUnknown, detail: str
 ) -> None:
-    """`provider_unavailable`, with what the last call met with."""
-    payready.provider.script[A] = [trouble] * 20
+    """The reason is `provider_unavailable`, with the last call's error."""
+    payready.provider.script[A] = [error] * 20
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
     payready.pass_time(10)
     assert payready.outcome("p1") == {"payment_id": "p1", "reason": "provider_unavailable", "detail": detail}
 
 
-def test_a_balance_too_old_for_the_payment_is_told_at_the_deadline(payready: InProcessSystem) -> None:
-    """The call that came back is not the provider's trouble, and nothing of its fee falls to the payment."""
+def test_expiry_after_a_too_old_balance_is_a_timeout(payready: InProcessSystem) -> None:
+    """The call succeeded, so the provider is not the cause, and the payment pays no share of it."""
     payready.initiate("p1", A, timeout_s=5)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -76,10 +76,8 @@ def test_a_balance_too_old_for_the_payment_is_told_at_the_deadline(payready: InP
 
 
 @pytest.mark.parametrize("when", STEPS)
-def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
-    payready: InProcessSystem, when: str
-) -> None:
-    """All that was enqueued is gone as well: the payment is released, by one call."""
+def test_redis_flush_at_any_step_loses_no_payment_and_repeats_no_call(payready: InProcessSystem, when: str) -> None:
+    """The broker's queue is lost too. One call releases the payments."""
 
     def at(step: str) -> None:
         if step == when:
@@ -91,17 +89,17 @@ def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
     at("before the job")
     payready.initiate("p1", A, amount="25.00", timeout_s=120)
     at("after the job")
-    payready.pass_time(6)  # upkeep sees to the call, if it was lost
+    payready.pass_time(6)  # maintenance enqueues the call again if it was lost
     assert payready.provider.calls == [A]
     at("after the call")
     payready.initiate("p2", A, amount="25.00", timeout_s=120)
     payready.run_tasks()
     payready.pass_time(6)
-    assert payready.provider.calls == [A], "the account is in flight, and was charged again"
+    assert payready.provider.calls == [A], "the account was called again while in flight"
     payready.balance(A)
     at("after the event")
     payready.pass_time(6)
-    at("after the end")
+    at("after the resolution")
     payready.pass_time(15)
     assert payready.outcome("p1")["state"] == "released"
     assert payready.outcome("p2")["state"] == "released"
@@ -109,8 +107,8 @@ def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payready: InProcessSystem) -> None:
-    """The ledger refuses a second call and tells the correlation store why."""
+def test_claim_after_a_redis_flush_restores_the_refresh_in_flight(payready: InProcessSystem) -> None:
+    """The ledger rejects a second call and restores the correlation store."""
     first = payready.initiate("p1", A)
     payready.run_tasks()
     payready.flush()
@@ -124,8 +122,8 @@ def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payread
     assert third.follow_up.calls == []
 
 
-def test_redis_away_while_a_call_is_made_costs_speed_only(payready: InProcessSystem) -> None:
-    """The call is made, booked, and answered without it."""
+def test_call_succeeds_while_redis_is_unavailable(payready: InProcessSystem) -> None:
+    """The call is made, recorded and answered without Redis."""
     payready.initiate("p1", A)
     with payready.redis_unavailable():
         payready.run_tasks()
@@ -135,8 +133,8 @@ def test_redis_away_while_a_call_is_made_costs_speed_only(payready: InProcessSys
     assert payready.state("p1") == "released"
 
 
-def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: InProcessSystem) -> None:
-    """A kept balance is due until it was applied."""
+def test_sweep_applies_a_balance_whose_message_was_lost(payready: InProcessSystem) -> None:
+    """A stored balance is due until it is applied."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A, later=True)
@@ -147,8 +145,8 @@ def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: I
     assert payready.state("p1") == "released"
 
 
-def test_a_payment_that_found_a_balance_is_released_though_its_application_was_lost(payready: InProcessSystem) -> None:
-    """The balance was applied before, to others: upkeep applies it to who came since."""
+def test_sweep_applies_an_applied_balance_to_a_newer_payment(payready: InProcessSystem) -> None:
+    """The balance was applied to other payments before; its message for this payment was lost."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -161,8 +159,8 @@ def test_a_payment_that_found_a_balance_is_released_though_its_application_was_l
     assert payready.provider.calls == [A]
 
 
-def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProcessSystem) -> None:
-    """A refusal of another payment's call, minutes ago, serves nobody who comes later."""
+def test_lost_call_after_an_earlier_rejection_is_made(payready: InProcessSystem) -> None:
+    """A rejected call of another payment serves no later payment."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -174,10 +172,10 @@ def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProce
     assert payready.provider.calls == [A, A]
 
 
-def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_ones_window(
+def test_next_call_after_a_rejection_does_not_wait_for_its_window(
     payready: InProcessSystem,
 ) -> None:
-    """The next call was held back by the one that was refused; nothing holds it back any more."""
+    """The rejected refresh blocked the next call only while it was in flight."""
     payready.initiate("p1", A)
     payready.provider.script[A] = [lambda: _join_late(payready), 202]
     payready.run_tasks()
@@ -190,15 +188,15 @@ def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_o
 
 
 def _join_late(payready: InProcessSystem) -> CallRejected:
-    """While the call is on the wire a payment comes that it cannot serve."""
+    """Start a payment during the call that the call cannot serve."""
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.run_tasks()
     return CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")
 
 
-def test_a_lost_call_is_made_when_upkeep_looks(payready: InProcessSystem) -> None:
-    """The message to call was lost with the broker: within seconds it is enqueued again, and once only."""
+def test_maintenance_enqueues_a_lost_call_once(payready: InProcessSystem) -> None:
+    """The broker lost the message; the call is enqueued again within seconds."""
     payready.initiate("p1", A)
     payready.drop_tasks()
     payready.pass_time(4)
@@ -209,10 +207,10 @@ def test_a_lost_call_is_made_when_upkeep_looks(payready: InProcessSystem) -> Non
     assert payready.provider.calls == [A]
 
 
-def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_is_tried(
+def test_call_of_a_lost_worker_stays_pending_and_is_retried_once(
     payready: InProcessSystem,
 ) -> None:
-    """Nobody knows what became of the call: its entry stays pending, and after a grace time there is one more."""
+    """The result is unknown, so the retry follows after the grace period."""
 
     def die() -> int:
         raise KeyboardInterrupt
@@ -231,8 +229,8 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
 
 
-def test_upkeep_takes_any_number_of_expired_payments(payready: InProcessSystem) -> None:
-    """More than a batch: `more` says that the step is to be repeated."""
+def test_expiry_reports_more_than_one_batch(payready: InProcessSystem) -> None:
+    """`has_more` requests another run."""
     count = flow.MAINTENANCE_BATCH_SIZE + 3
     for number in range(count):
         payready.initiate(f"p{number}", f"acct_{number}", timeout_s=1)
@@ -246,14 +244,14 @@ def test_upkeep_takes_any_number_of_expired_payments(payready: InProcessSystem) 
     assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
 
 
-def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: InProcessSystem) -> None:
-    """Out of quarantine it counts as of its arrival, and releases whoever still waits; others stay there."""
+def test_requeued_quarantined_event_releases_a_waiting_payment(payready: InProcessSystem) -> None:
+    """It counts as of its arrival. Other events stay in quarantine."""
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.run_tasks()
     payready.clock.advance(3)
     flow.ingest_events(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
     with transaction(payready.engine) as tx:
-        [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
+        [quarantined] = [row for row in quarantine.newest_events(tx, 10) if row.event == b"{}"]
     balance = Balance.model_validate(
         {
             "id": "bal_1",
@@ -266,7 +264,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
         }
     )
     payready.clock.advance(30)
-    payready.queue.merge(flow.requeue_from_quarantine(payready.rt, kept, [("evt_1", balance)]))
+    payready.queue.merge(flow.requeue_from_quarantine(payready.rt, quarantined, [("evt_1", balance)]))
     payready.run_tasks()
     assert payready.state("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]
