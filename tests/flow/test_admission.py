@@ -70,7 +70,7 @@ def called(payready: InProcessSystem) -> list[str]:
     return [account.removeprefix("acct_") for account in payready.provider.calls]
 
 
-# --- rate limiter -------------------------------------------------------------------------------------------------------
+# --- rate limiter -----------------------------------------------------------------------------------------------------
 
 
 def test_calls_over_the_rate_limit_follow_in_deadline_order(payready: InProcessSystem) -> None:
@@ -154,7 +154,7 @@ def test_delayed_call_is_abandoned_after_the_deadline(payready: InProcessSystem)
     assert "no call was made" in payready.outcome("p5")["detail"]
 
 
-# --- circuit breaker ------------------------------------------------------------------------------------------------------
+# --- circuit breaker --------------------------------------------------------------------------------------------------
 
 
 def fail_until_open(payready: InProcessSystem) -> None:
