@@ -1,4 +1,4 @@
-"""Calls go out within a budget, the most urgent first, and not at all while the provider only fails."""
+"""Admission control: calls keep to the rate limit, the most urgent first, and stop while the breaker is open."""
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -40,12 +40,12 @@ UNCHANGED = BreakerChange(kind="unchanged")
 
 
 def denied(reason: Literal["rate_limited", "circuit_open", "half_open"], until: datetime) -> Admission:
-    """No call is admitted until then."""
+    """Return a denied admission: no call is admitted until then."""
     return Admission(granted=0, denied=Denied(reason=reason, until=until))
 
 
 def opened_until(change: BreakerChange) -> datetime:
-    """When calls are admitted again after a result that opened the circuit breaker."""
+    """Return when a circuit breaker that just opened admits calls again."""
     assert change.kind == "opened"
     assert change.open_until is not None
     return change.open_until
@@ -53,7 +53,7 @@ def opened_until(change: BreakerChange) -> datetime:
 
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
-    """Four calls a second, one at a time; three failures in a row are too many."""
+    """Create a system with four calls a second and a breaker threshold of three failures."""
     with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as made:
         yield made
 
@@ -66,14 +66,14 @@ def gate(valkey_url: str) -> Iterator[AdmissionControl]:
 
 
 def called(payready: InProcessSystem) -> list[str]:
-    """The payments whose accounts were called, in that order."""
+    """Return the payments whose accounts were called, in that order."""
     return [account.removeprefix("acct_") for account in payready.provider.calls]
 
 
-# --- the budget -------------------------------------------------------------------------------------------------------
+# --- rate limiter -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_over_the_budget_is_called_a_second_later_the_nearest_deadline_first(payready: InProcessSystem) -> None:
+def test_calls_over_the_rate_limit_follow_in_deadline_order(payready: InProcessSystem) -> None:
     for name, timeout_s in {"first": 60, "c": 50, "b": 40, "e": 500, "a": 30, "d": 60}.items():
         payready.initiate(name, f"acct_{name}", timeout_s=timeout_s)
     payready.run_tasks()
@@ -84,7 +84,7 @@ def test_what_is_over_the_budget_is_called_a_second_later_the_nearest_deadline_f
     assert called(payready) == ["first", "a", "b", "c", "d", "e"]
 
 
-def test_a_payment_that_comes_while_others_wait_for_their_turn_goes_behind_the_more_urgent(
+def test_new_payment_queues_behind_more_urgent_ones(
     payready: InProcessSystem,
 ) -> None:
     for n in range(10):
@@ -104,33 +104,33 @@ def test_a_payment_that_comes_while_others_wait_for_their_turn_goes_behind_the_m
     assert sorted(called(payready)) == sorted([*(f"p{n}" for n in range(10)), "late", "urgent"])
 
 
-def test_places_are_a_second_s_worth_one_interval_apart(gate: AdmissionControl) -> None:
-    places = gate.limiter.reserve_slots(START, 10)
-    assert places == [timedelta(milliseconds=250) * n for n in range(4)]
+def test_reserved_slots_fill_one_second_at_equal_intervals(gate: AdmissionControl) -> None:
+    slots = gate.limiter.reserve_slots(START, 10)
+    assert slots == [timedelta(milliseconds=250) * n for n in range(4)]
     assert gate.limiter.reserve_slots(START, 10) == []
     assert gate.limiter.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
-def test_no_second_sees_more_than_the_budget_and_a_quarter(valkey_url: str, steps: list[tuple[int, bool]]) -> None:
-    """Whether calls come by themselves, or have waited for their places."""
+def test_one_second_has_at_most_a_quarter_more_calls(valkey_url: str, steps: list[tuple[int, bool]]) -> None:
+    """This includes calls with and without a reserved slot."""
     with Redis.from_url(valkey_url, decode_responses=True) as redis:
         redis.flushdb()
         gate = admission_control(redis, LIMITS.model_copy(update={"calls_per_s": 20}))
-        now, gone = START, []
+        now, sent = START, []
         for gap_ms, is_sweep in steps:
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
-                gone += [now + pause for pause in gate.limiter.reserve_slots(now, 3)]
+                sent += [now + pause for pause in gate.limiter.reserve_slots(now, 3)]
             elif gate.admit(now, 1, has_slot=False).granted:
-                gone.append(now)
-        for start in gone:
-            assert sum(start <= at < start + timedelta(seconds=1) for at in gone) <= 25
+                sent.append(now)
+        for start in sent:
+            assert sum(start <= at < start + timedelta(seconds=1) for at in sent) <= 25
 
 
-def test_a_rate_limit_of_the_provider_stops_all_calls_until_it_listens_again(payready: InProcessSystem) -> None:
-    listens_again = START + timedelta(seconds=7)
-    payready.provider.script["acct_a"] = [RateLimited("rate limit", listens_again)]
+def test_rate_limited_response_stops_all_calls_until_its_reset(payready: InProcessSystem) -> None:
+    reset_at = START + timedelta(seconds=7)
+    payready.provider.script["acct_a"] = [RateLimited("rate limit", reset_at)]
     payready.initiate("a", "acct_a")
     payready.run_tasks()
     payready.initiate("b", "acct_b")
@@ -141,7 +141,7 @@ def test_a_rate_limit_of_the_provider_stops_all_calls_until_it_listens_again(pay
     assert sorted(called(payready)) == ["a", "a", "b"]
 
 
-def test_a_call_that_waited_for_its_turn_until_nobody_waited_for_it_is_not_made(payready: InProcessSystem) -> None:
+def test_delayed_call_is_abandoned_after_the_deadline(payready: InProcessSystem) -> None:
     for n in range(6):
         payready.initiate(f"p{n}", f"acct_p{n}", timeout_s=1)
     payready.run_tasks()
@@ -154,10 +154,10 @@ def test_a_call_that_waited_for_its_turn_until_nobody_waited_for_it_is_not_made(
     assert "no call was made" in payready.outcome("p5")["detail"]
 
 
-# --- the breaker ------------------------------------------------------------------------------------------------------
+# --- circuit breaker --------------------------------------------------------------------------------------------------
 
 
-def fail_until_shut(payready: InProcessSystem) -> None:
+def fail_until_open(payready: InProcessSystem) -> None:
     for n in range(3):
         payready.provider.script[f"acct_f{n}"] = [FAILURE]
         payready.initiate(f"f{n}", f"acct_f{n}", timeout_s=300)
@@ -165,10 +165,10 @@ def fail_until_shut(payready: InProcessSystem) -> None:
         payready.clock.advance(1)
 
 
-def test_when_the_provider_only_fails_no_call_is_made_and_who_cannot_wait_fails_at_once(
+def test_open_breaker_fails_payments_with_an_early_deadline(
     payready: InProcessSystem,
 ) -> None:
-    fail_until_shut(payready)
+    fail_until_open(payready)
     payready.initiate("hurried", "acct_hurried", timeout_s=3)
     payready.initiate("patient", "acct_patient", timeout_s=60)
     payready.run_tasks()
@@ -180,43 +180,43 @@ def test_when_the_provider_only_fails_no_call_is_made_and_who_cannot_wait_fails_
     assert payready.state("patient") == "waiting"
 
 
-def test_one_call_tries_again_and_its_success_lets_all_others_through(payready: InProcessSystem) -> None:
-    fail_until_shut(payready)
+def test_successful_probe_closes_the_breaker(payready: InProcessSystem) -> None:
+    fail_until_open(payready)
     for name in ("a", "b"):
         payready.initiate(name, f"acct_{name}", timeout_s=60)
     payready.run_tasks()
 
-    def nobody_else_goes() -> int:
+    def assert_no_other_call() -> int:
         payready.initiate("c", "acct_c", timeout_s=60)
-        assert one_call_is_trying(payready)
+        assert probe_is_in_progress(payready)
         return 202
 
-    payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [nobody_else_goes]
+    payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [assert_no_other_call]
     payready.pass_time(int(OPEN_DURATION.total_seconds()) + 4)
     assert sorted(called(payready)[3:]) == ["a", "b", "c"]
 
 
-def one_call_is_trying(payready: InProcessSystem) -> bool:
+def probe_is_in_progress(payready: InProcessSystem) -> bool:
     admission = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
     return admission.denied is not None and admission.denied.reason == "half_open"
 
 
-def test_a_probe_that_fails_shuts_for_twice_as_long(gate: AdmissionControl) -> None:
+def test_failed_probe_doubles_the_open_duration(gate: AdmissionControl) -> None:
     now, pauses = START, []
     for _ in range(2):
         assert gate.record_result("failed", now, now) == UNCHANGED
     for _ in range(6):
-        shut_until = opened_until(gate.record_result("failed", now, now))
-        pauses.append(shut_until - now)
-        just_before = gate.admit(shut_until - timedelta(microseconds=1), 1, has_slot=False)
-        assert just_before == denied("circuit_open", shut_until)
-        now = shut_until
+        admits_from = opened_until(gate.record_result("failed", now, now))
+        pauses.append(admits_from - now)
+        just_before = gate.admit(admits_from - timedelta(microseconds=1), 1, has_slot=False)
+        assert just_before == denied("circuit_open", admits_from)
+        now = admits_from
         assert gate.admit(now, 1, has_slot=False) == ADMITTED
         assert gate.admit(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
     assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
 
 
-def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: InProcessSystem) -> None:
+def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: InProcessSystem) -> None:
     answers: list[CallFailed] = [
         FAILURE,
         CallNotSent("no connection"),
@@ -237,40 +237,40 @@ def test_failures_count_only_in_a_row_and_a_refusal_is_an_answer(payready: InPro
     assert called(payready)[-1] == "p"
 
 
-def test_a_straggler_does_not_prolong_what_is_shut(gate: AdmissionControl) -> None:
+def test_late_failure_does_not_prolong_the_open_breaker(gate: AdmissionControl) -> None:
     for _ in range(3):
         change = gate.record_result("failed", START, START)
     assert gate.record_result("failed", START, START + timedelta(seconds=1)) == UNCHANGED
     assert gate.admit(opened_until(change), 1, has_slot=False) == ADMITTED
 
 
-def test_an_answer_that_is_told_late_does_not_open_what_was_shut_since(payready: InProcessSystem) -> None:
-    """Accepted calls are booked together, a moment after their answers; failed ones at once."""
+def test_response_from_before_the_opening_does_not_close_the_breaker(payready: InProcessSystem) -> None:
+    """Accepted calls are recorded in batches, a moment after their responses; failed ones at once."""
     payready.initiate("a", "acct_a", timeout_s=60)
     [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
     end = flow.make_call(payready.rt, claim)
     payready.drop_tasks()
     payready.clock.advance(1)
-    fail_until_shut(payready)
-    shut_until = payready.rt.admission.status(payready.clock.now).open_until
-    assert shut_until is not None
+    fail_until_open(payready)
+    admits_from = payready.rt.admission.status(payready.clock.now).open_until
+    assert admits_from is not None
     flow.record_results(payready.rt, [end])
     assert payready.fees("acct_a") == ["1 pending", "1 posted"]
-    assert payready.rt.admission.status(payready.clock.now).open_until == shut_until
+    assert payready.rt.admission.status(payready.clock.now).open_until == admits_from
 
 
-def test_a_call_from_before_it_was_shut_that_is_answered_since_opens_it(payready: InProcessSystem) -> None:
-    """It was slow, and the provider is there."""
+def test_earlier_call_with_a_response_after_the_opening_closes_the_breaker(payready: InProcessSystem) -> None:
+    """The response was slow, but the provider is available."""
     payready.initiate("a", "acct_a", timeout_s=60)
     [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
     payready.drop_tasks()
     payready.clock.advance(1)
-    fail_until_shut(payready)
+    fail_until_open(payready)
     flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
     assert payready.rt.admission.status(payready.clock.now).open_until is None
 
 
-def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: InProcessSystem) -> None:
+def test_admission_fails_open_without_redis(payready: InProcessSystem) -> None:
     for name in ("a", "b", "c"):
         payready.initiate(name, f"acct_{name}")
     with payready.redis_unavailable():
@@ -278,8 +278,8 @@ def test_a_gate_that_cannot_be_asked_holds_nobody_back(payready: InProcessSystem
         assert called(payready) == ["a", "b", "c"]
 
 
-def test_what_was_held_back_goes_on_when_the_gate_is_forgotten(payready: InProcessSystem) -> None:
-    fail_until_shut(payready)
+def test_delayed_call_is_made_after_a_redis_flush(payready: InProcessSystem) -> None:
+    fail_until_open(payready)
     payready.initiate("a", "acct_a", timeout_s=60)
     payready.run_tasks()
     payready.flush()
@@ -289,10 +289,10 @@ def test_what_was_held_back_goes_on_when_the_gate_is_forgotten(payready: InProce
 
 
 @pytest.mark.parametrize("timeout_s", [45, 120])
-def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: MakeSystem, timeout_s: int) -> None:
-    """The probe is answered 202 after 300 ms; a call that is claimed meanwhile must be made soon after."""
+def test_call_claimed_during_a_probe_is_made_soon_after(made: MakeSystem, timeout_s: int) -> None:
+    """The probe's response arrives after 300 ms."""
     with made(calls_per_s=20, circuit_breaker_failures=3) as payready:
-        fail_until_shut(payready)
+        fail_until_open(payready)
         payready.clock.advance(OPEN_DURATION.total_seconds())
         payready.initiate("probe", A, timeout_s=120)
 
@@ -310,7 +310,7 @@ def test_who_is_seen_while_the_probe_is_on_the_wire_does_not_pay_for_it(made: Ma
         assert "acct_b" in payready.provider.calls
 
 
-def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_probe_out(gate: AdmissionControl) -> None:
+def test_refund_of_an_earlier_call_admits_no_second_probe(gate: AdmissionControl) -> None:
     assert gate.admit(START, 1, has_slot=False) == ADMITTED
     for _ in range(3):
         gate.record_result("failed", START, START + timedelta(seconds=1))
@@ -322,17 +322,19 @@ def test_a_call_from_before_the_gate_was_shut_that_is_not_made_lets_no_second_pr
     assert gate.admit(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
 
 
-def test_calls_that_fail_from_before_the_gate_was_shut_are_no_probes(gate: AdmissionControl) -> None:
-    """The provider hangs; calls sent before the gate was shut time out one by one after it is open again."""
+def test_failure_of_an_earlier_call_is_no_failed_probe(gate: AdmissionControl) -> None:
+    """The provider hangs: calls sent before the opening time out after the breaker admits a probe."""
     for _ in range(3):
         first = gate.record_result("failed", START, START)
-    straggler = opened_until(first) + timedelta(milliseconds=50)
-    gate.record_result("failed", START, straggler)
-    assert gate.admit(straggler, 1, has_slot=True) == ADMITTED, "no probe was made, and it is shut for twice as long"
+    late_failure_at = opened_until(first) + timedelta(milliseconds=50)
+    gate.record_result("failed", START, late_failure_at)
+    assert gate.admit(late_failure_at, 1, has_slot=True) == ADMITTED, (
+        "the breaker stays open for twice as long without a probe"
+    )
 
 
-def test_an_overload_does_not_make_every_call_too_late(made: MakeSystem, databases: Databases) -> None:
-    """Six payments a second, four calls a second, an answer after five seconds: four of six could be released."""
+def test_overload_still_releases_payments_in_time(made: MakeSystem, databases: Databases) -> None:
+    """Six payments a second, four calls a second, a balance after 5 s: four of six payments can be released."""
     seconds = 90 if databases.is_sqlite else 60
     with made(calls_per_s=4, circuit_breaker_failures=1000, min_time_left_for_call_s=7) as payready:
         answers: list[tuple[int, str]] = []
@@ -350,26 +352,26 @@ def test_an_overload_does_not_make_every_call_too_late(made: MakeSystem, databas
             payready.run_tasks()
         ended = payready.rows("SELECT payment_id FROM payment WHERE state = 'released'")
         late = [row for row in ended if int(row["payment_id"][1:].split("_")[0]) >= 30]
-        assert len(late) > (seconds - 30) * 4 / 3, "calls are made for those who are too late for them"
+        assert len(late) > (seconds - 30) * 4 / 3, "calls are made for payments that expire before the balance"
 
 
-def test_a_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
+def test_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
     gate.admit(START + timedelta(hours=1), 1, has_slot=False)
     assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
 
 
-def test_a_clock_that_is_ahead_makes_the_gate_forget_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
-    """One replica's clock is an hour ahead, in a call that it makes, and in one that fails."""
+def test_clock_that_is_ahead_erases_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
+    """One replica's clock is an hour ahead, in an admitted call and in a failed one."""
     gate.admit(START + timedelta(hours=1), 1, has_slot=False)
     gate.record_result("rate_limited", START, START, START + timedelta(seconds=7))
     assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
     for _ in range(3):
         gate.record_result("failed", START, START + timedelta(hours=1))
-    assert gate.record_result("failed", START, START).kind == "opened", "all calls fail, and nobody is held back"
+    assert gate.record_result("failed", START, START).kind == "opened", "all calls fail, but the breaker stays closed"
 
 
-def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made: MakeSystem) -> None:
-    """The first place of a second is enqueued without an ETA."""
+def test_worker_with_a_clock_behind_the_sweep_makes_the_call(made: MakeSystem) -> None:
+    """The first slot of a second is enqueued without an ETA."""
     with made(calls_per_s=4) as payready:
         for n in range(3):
             payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
@@ -383,8 +385,8 @@ def test_a_worker_whose_clock_is_a_little_behind_the_sweeps_makes_the_call(made:
         assert first.account_id in payready.provider.calls
 
 
-def test_a_job_that_is_sent_again_does_not_jump_the_queue(made: MakeSystem) -> None:
-    """Jobs are idempotent, so the payments service may well send all of them twice."""
+def test_repeated_job_gains_no_earlier_slot(made: MakeSystem) -> None:
+    """Jobs are idempotent, so the payments service may send each of them twice."""
     with made(calls_per_s=4) as payready:
         for _ in range(2):
             for n in range(20):
@@ -393,8 +395,8 @@ def test_a_job_that_is_sent_again_does_not_jump_the_queue(made: MakeSystem) -> N
         assert len(payready.provider.calls) == 1
 
 
-def test_a_newcomer_does_not_take_a_place_while_as_many_wait_as_the_sweep_asks_for(made: MakeSystem) -> None:
-    """40 wait; each sweep asks for no more than a second's worth, and gets it: nobody says that it is crowded."""
+def test_new_payment_takes_no_slot_while_calls_are_delayed(made: MakeSystem) -> None:
+    """40 calls are delayed. Each sweep requests one second's slots and gets all of them."""
     with made(calls_per_s=20) as payready:
         for n in range(80):
             payready.initiate(f"p{n:02}", f"acct_{n}", timeout_s=60)
@@ -409,10 +411,10 @@ def test_a_newcomer_does_not_take_a_place_while_as_many_wait_as_the_sweep_asks_f
         assert "acct_new" not in payready.provider.calls
 
 
-def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
+def test_rolled_back_claim_of_a_probe_does_not_keep_the_breaker_open(
     databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gate is asked before the claim commits; a claim that the ledger refuses leaves a probe that nobody makes."""
+    """Admission precedes the commit of the claim, so a rollback leaves a probe that is never sent."""
     settings = SETTINGS.model_copy(update={"calls_per_s": 20, "circuit_breaker_failures": 1})
     with databases.create() as address, in_process_system(address, valkey_url, settings) as payready:
         payready.provider.script["acct_f"] = [CallResultUnknown("500", 500)]
@@ -422,10 +424,10 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
         payready.initiate("a", "acct_a", timeout_s=300)
         with monkeypatch.context() as patch:
 
-            def away(*_: object) -> None:
-                raise ConnectionError("the ledger is away")
+            def fail_to_open(*_: object) -> None:
+                raise ConnectionError("the ledger is unavailable")
 
-            patch.setattr(fee_entries, "open_entries", away)
+            patch.setattr(fee_entries, "open_entries", fail_to_open)
             with pytest.raises(ConnectionError):
                 payready.run_tasks()
         payready.drop_tasks()
@@ -433,8 +435,8 @@ def test_a_probe_whose_claim_is_rolled_back_does_not_keep_the_gate_shut(
         assert "acct_a" in payready.provider.calls
 
 
-def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: AdmissionControl) -> None:
-    """A budget that fills up and empties; a breaker that is shut, is tried, and opens again."""
+def test_status_is_read_only(gate: AdmissionControl) -> None:
+    """It shows the used burst, and the breaker as open, half-open and closed."""
     assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=0.0)
     assert gate.admit(START, 1, has_slot=False) == ADMITTED
     assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=1.0)
@@ -442,7 +444,7 @@ def test_who_looks_is_told_how_the_gate_stands_and_changes_nothing(gate: Admissi
     for _ in range(3):
         gate.record_result("failed", START, START)
     assert gate.status(START).open_until == START + OPEN_DURATION
-    assert gate.status(START + OPEN_DURATION).open_until is None, "the next call tries it"
-    assert gate.status(START - timedelta(hours=1)).open_until is None, "by a clock that was wrong"
+    assert gate.status(START + OPEN_DURATION).open_until is None, "the next call is the probe"
+    assert gate.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
     gate.record_result("ok", START, START)
     assert gate.status(START).open_until is None

@@ -1,4 +1,4 @@
-"""Shortly before a deadline the balance is read, free of charge: the webhook may be lost."""
+"""Balance polls: free polls shortly before a deadline, because the webhook may be lost."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -15,16 +15,18 @@ from worker.quiltt.messages import PolledAccount
 A, B = "acct_a", "acct_b"
 
 
-def shown(payready: InProcessSystem, account_id: str, at: datetime, *, source: str = "REFRESH", **account: Any) -> None:
-    """From now on a read shows this balance."""
+def show_balance(
+    payready: InProcessSystem, account_id: str, at: datetime, *, source: str = "REFRESH", **account: Any
+) -> None:
+    """Make balance polls return this balance."""
     balance = {"id": "bal_1", "at": at.isoformat(), "source": source, "available": Decimal(100)}
-    seen = {
+    polled = {
         "kind": "DEPOSITORY",
         "currencyCode": "USD",
         "balance": {**balance, "current": None, "limit": None},
         **account,
     }
-    payready.provider.accounts[account_id] = PolledAccount.model_validate(seen)
+    payready.provider.accounts[account_id] = PolledAccount.model_validate(polled)
 
 
 def begin(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
@@ -32,9 +34,9 @@ def begin(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A
     payready.run_tasks()
 
 
-def test_a_refresh_balance_that_is_read_releases_and_the_fee_is_shared_as_ever(payready: InProcessSystem) -> None:
+def test_polled_refresh_balance_releases_and_shares_the_fee(payready: InProcessSystem) -> None:
     begin(payready)
-    shown(payready, A, START + timedelta(seconds=3))
+    show_balance(payready, A, START + timedelta(seconds=3))
     payready.pass_time(49)
     assert payready.provider.reads == []
     payready.pass_time(1)
@@ -46,7 +48,7 @@ def test_a_refresh_balance_that_is_read_releases_and_the_fee_is_shared_as_ever(p
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_one_read_serves_all_payments_of_an_account(payready: InProcessSystem) -> None:
+def test_one_poll_serves_all_payments_of_an_account(payready: InProcessSystem) -> None:
     for n in range(5):
         begin(payready, f"p{n}", timeout_s=60 + n)
     payready.pass_time(60)
@@ -57,7 +59,7 @@ def test_one_read_serves_all_payments_of_an_account(payready: InProcessSystem) -
 
 
 @pytest.mark.parametrize("job", [{"profile_id": None}, {"timeout_s": 3600}])
-def test_without_a_profile_or_long_before_the_deadline_nothing_is_read(
+def test_payment_without_a_profile_or_near_deadline_is_not_polled(
     payready: InProcessSystem, job: dict[str, Any]
 ) -> None:
     begin(payready, **job)
@@ -65,7 +67,7 @@ def test_without_a_profile_or_long_before_the_deadline_nothing_is_read(
     assert payready.provider.reads == []
 
 
-def test_a_short_timeout_is_read_in_its_last_quarter(payready: InProcessSystem) -> None:
+def test_short_timeout_is_polled_in_its_last_quarter(payready: InProcessSystem) -> None:
     begin(payready, timeout_s=8)
     payready.pass_time(5)
     assert payready.provider.reads == []
@@ -82,38 +84,38 @@ def test_a_short_timeout_is_read_in_its_last_quarter(payready: InProcessSystem) 
         {"balance": {"id": "bal_1", "at": "yesterday", "source": "REFRESH"}},
     ],
 )
-def test_what_is_no_fresh_refresh_balance_releases_nobody(payready: InProcessSystem, account: dict[str, Any]) -> None:
+def test_polled_balance_releases_only_if_it_is_a_fresh_refresh_balance(
+    payready: InProcessSystem, account: dict[str, Any]
+) -> None:
     begin(payready)
-    shown(payready, A, **{"at": START, **account})
+    show_balance(payready, A, **{"at": START, **account})
     payready.pass_time(61)
     assert len(payready.provider.reads) == 1
     assert payready.state("p1") == "timeout"
 
 
-def test_a_sync_balance_younger_than_the_call_releases_if_the_settings_say_so(made: MakeSystem) -> None:
+def test_sync_balance_after_the_call_releases_if_allowed(made: MakeSystem) -> None:
     with made(allow_sync_balances=True) as payready:
         begin(payready)
-        shown(payready, A, START + timedelta(seconds=30), source="SYNC")
+        show_balance(payready, A, START + timedelta(seconds=30), source="SYNC")
         payready.pass_time(50)
         outcome = payready.outcome("p1")
         assert (outcome["state"], outcome["balance"]["source"], outcome["shared_by"]) == ("released", "SYNC", 1)
         begin(payready, "p2", max_balance_age_s=300, amount="10.00")
-        assert payready.state("p2") == "waiting", "nobody else is served by it"
+        assert payready.state("p2") == "waiting", "the sync balance serves no other payment"
         payready.balance(A)
         payready.run_tasks()
         assert (payready.state("p2"), payready.refreshes(A)) == ("released", ["answered"])
-        assert payready.outcome("p2")["fee"]["amount"] == "0", "p1 was told all of it"
+        assert payready.outcome("p2")["fee"]["amount"] == "0", "the outcome of p1 has the whole fee"
 
 
 @pytest.mark.parametrize(
     ("job", "at"), [({"max_balance_age_s": 0}, START + timedelta(seconds=30)), ({}, START - timedelta(seconds=20))]
 )
-def test_a_sync_balance_never_stands_for_a_call_of_one_s_own_nor_for_what_came_after_it(
-    made: MakeSystem, job: dict[str, Any], at: datetime
-) -> None:
+def test_sync_balance_never_replaces_an_own_or_later_call(made: MakeSystem, job: dict[str, Any], at: datetime) -> None:
     with made(allow_sync_balances=True) as payready:
         begin(payready, **job)
-        shown(payready, A, at, source="SYNC")
+        show_balance(payready, A, at, source="SYNC")
         payready.pass_time(61)
         assert payready.state("p1") == "timeout"
 
@@ -127,16 +129,16 @@ def test_a_sync_balance_never_stands_for_a_call_of_one_s_own_nor_for_what_came_a
         ({"currencyCode": "EUR"}, {"amount": None}, "released"),
     ],
 )
-def test_an_account_that_no_balance_makes_fit_fails_its_payments(
+def test_polled_unsupported_account_fails_its_payments(
     payready: InProcessSystem, account: dict[str, Any], job: dict[str, Any], reason: str
 ) -> None:
     begin(payready, **job)
-    shown(payready, A, START + timedelta(seconds=3), **account)
+    show_balance(payready, A, START + timedelta(seconds=3), **account)
     payready.pass_time(50)
     assert payready.state("p1") == reason
 
 
-def test_reads_keep_to_their_budget_and_hold_up_nobody_s_expiry(made: MakeSystem) -> None:
+def test_polls_keep_to_their_rate_and_do_not_delay_expiry(made: MakeSystem) -> None:
     with made(balance_polls_per_s=2) as payready:
         for n in range(30):
             begin(payready, f"p{n}", f"acct_{n}")
@@ -149,7 +151,7 @@ def test_reads_keep_to_their_budget_and_hold_up_nobody_s_expiry(made: MakeSystem
         assert len({account for account, _ in payready.provider.reads}) == len(payready.provider.reads) == 20
 
 
-def test_reads_can_be_switched_off(made: MakeSystem) -> None:
+def test_polls_can_be_disabled(made: MakeSystem) -> None:
     with made(balance_polls_per_s=0) as payready:
         begin(payready)
         payready.pass_time(61)
@@ -157,21 +159,21 @@ def test_reads_can_be_switched_off(made: MakeSystem) -> None:
         assert payready.state("p1") == "timeout"
 
 
-def test_a_read_that_fails_changes_nothing(payready: InProcessSystem) -> None:
+def test_failed_poll_changes_nothing(payready: InProcessSystem) -> None:
     begin(payready)
     payready.provider.accounts[A] = CallNotSent("no connection")
     payready.pass_time(61)
     assert payready.state("p1") == "timeout"
 
 
-def test_without_redis_payments_expire_unread(payready: InProcessSystem) -> None:
+def test_payments_expire_without_a_poll_while_redis_is_unavailable(payready: InProcessSystem) -> None:
     begin(payready)
     with payready.redis_unavailable():
         payready.pass_time(61)
     assert payready.state("p1") == "timeout"
 
 
-def test_a_balance_that_is_here_and_not_applied_yet_is_waited_for_at_the_deadline(payready: InProcessSystem) -> None:
+def test_expiry_waits_for_an_unapplied_balance(payready: InProcessSystem) -> None:
     begin(payready, profile_id=None)
     payready.pass_time(59)
     payready.balance(A)
@@ -181,7 +183,9 @@ def test_a_balance_that_is_here_and_not_applied_yet_is_waited_for_at_the_deadlin
     assert payready.state("p1") == "released"
 
 
-def test_but_not_for_long(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expiry_waits_for_an_unapplied_balance_only_briefly(
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin(payready, profile_id=None)
     payready.pass_time(59)
     payready.balance(A, later=True)
@@ -193,7 +197,7 @@ def test_but_not_for_long(payready: InProcessSystem, monkeypatch: pytest.MonkeyP
     assert payready.state("p1") == "timeout"
 
 
-def test_a_balance_that_redis_forgot_is_not_paid_for_again(payready: InProcessSystem) -> None:
+def test_stored_balance_prevents_a_call_after_a_redis_flush(payready: InProcessSystem) -> None:
     begin(payready)
     payready.balance(A)
     payready.run_tasks()
@@ -205,26 +209,26 @@ def test_a_balance_that_redis_forgot_is_not_paid_for_again(payready: InProcessSy
     assert payready.provider.calls == [A, A]
 
 
-def test_shares_that_were_told_add_up_to_the_fee_when_a_sync_balance_came_first(
+def test_fee_shares_add_up_after_a_sync_balance(
     made: MakeSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
     with made(allow_sync_balances=True) as payready:
         payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
         payready.initiate("p2", A, timeout_s=60, max_balance_age_s=0)
         payready.run_tasks()
-        shown(payready, A, START + timedelta(seconds=30), source="SYNC")
+        show_balance(payready, A, START + timedelta(seconds=30), source="SYNC")
         payready.pass_time(50)
         assert payready.state("p1") == "released"
         payready.balance(A)
         payready.run_tasks()
         assert payready.state("p2") == "released"
-        told = [Decimal(payready.outcome(p)["fee"]["amount"]) for p in ("p1", "p2")]
-        assert sum(told) == Decimal("0.1"), told
-        assert [share_of(payready, p) for p in ("p1", "p2")] == told
+        shares = [Decimal(payready.outcome(p)["fee"]["amount"]) for p in ("p1", "p2")]
+        assert sum(shares) == Decimal("0.1"), shares
+        assert [share_of(payready, p) for p in ("p1", "p2")] == shares
 
 
-def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: MakeSystem) -> None:
-    """A call of long ago that was never answered is not the payment's call."""
+def test_sync_balance_does_not_release_a_payment_without_a_call(made: MakeSystem) -> None:
+    """An old unanswered call is not the payment's call."""
     with made(allow_sync_balances=True, circuit_breaker_failures=3, calls_per_s=20) as payready:
         payready.initiate("old", A, timeout_s=60)
         payready.run_tasks()
@@ -234,7 +238,7 @@ def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: MakeSystem
         for _ in range(3):
             payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
         payready.run_tasks()
-        shown(payready, A, START + timedelta(seconds=3620), source="SYNC")
+        show_balance(payready, A, START + timedelta(seconds=3620), source="SYNC")
         for _ in range(58):
             payready.clock.advance(1)
             payready.drop_tasks()
@@ -244,7 +248,7 @@ def test_a_sync_balance_releases_nobody_whose_call_was_not_made(made: MakeSystem
         assert payready.state("p1") == "waiting"
 
 
-def test_a_payment_whose_first_call_was_lost_is_read_before_its_deadline_too(payready: InProcessSystem) -> None:
+def test_payment_whose_first_call_message_was_lost_is_polled(payready: InProcessSystem) -> None:
     payready.initiate("p1", A, timeout_s=15, profile_id="p_1")
     payready.drop_tasks()
     payready.pass_time(16)

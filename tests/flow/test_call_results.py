@@ -32,7 +32,7 @@ def events(caplog: pytest.LogCaptureFixture, *names: str) -> list[dict[str, Any]
     return [line for line in lines if isinstance(line, dict) and line["event"] in names]
 
 
-def test_result_that_cannot_be_recorded_keeps_no_other_from_it(
+def test_unrecordable_result_does_not_block_the_others(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is raised when all others are recorded."""

@@ -223,7 +223,7 @@ def test_decision_on_a_call(name: str) -> None:
 
 @pytest.mark.parametrize("state", sorted(set(RefreshState) - {RefreshState.REQUESTED}))
 def test_refresh_that_is_not_requested_needs_no_call(state: RefreshState) -> None:
-    """Whatever else is true of its account."""
+    """This is true for any state of its account."""
     stored = refresh(state, call_count=1)
     own = {"in_flight": stored} if state in IN_FLIGHT_STATES else {}
     for arguments in ({}, own, {"newest_balance": balance(0)}, {"denied": OPEN}, {"has_slot": True}):

@@ -1,4 +1,4 @@
-"""SQLite's disk is full: nothing is half written, whoever wrote is told to try again, and with room it all goes on."""
+"""SQLite on a full disk: no partial write, the caller retries, and work continues when there is space."""
 
 import itertools
 import threading
@@ -14,14 +14,14 @@ from worker.ledger.engine import DATABASE_UNAVAILABLE
 
 A = "acct_a"
 MANY = 40
-PLENTY = 2**30
+UNLIMITED = 2**30
 
 
 class Disk:
-    """The disk under a ledger: when it is full, what needs another page fails, as SQLite has it."""
+    """The disk of a ledger. When it is full, SQLite fails each write that needs another page."""
 
     def __init__(self, payready: InProcessSystem) -> None:
-        self._payready, self._pages = payready, PLENTY
+        self._payready, self._pages = payready, UNLIMITED
         self.refusals = 0
         event.listen(payready.engine, "checkout", self._limit)
         event.listen(payready.engine, "handle_error", self._count)
@@ -33,16 +33,16 @@ class Disk:
         self.refusals += "disk is full" in str(context.original_exception)
 
     def fill(self) -> None:
-        """From now on no page can be had."""
-        self._pages = 1  # the least that SQLite takes is what there is
+        """Provide no further page."""
+        self._pages = 1  # SQLite raises it to the current size
 
     def clear(self) -> None:
-        """There is room again."""
-        self._pages = PLENTY
+        """Provide space again."""
+        self._pages = UNLIMITED
 
     @contextmanager
     def full(self) -> Iterator[None]:
-        """Full for as long as the block runs."""
+        """Keep the disk full during the block."""
         self.fill()
         try:
             yield
@@ -52,7 +52,7 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Databases:
-    """On SQLite only."""
+    """Create SQLite databases only."""
     return Databases(tmp_path_factory.mktemp("ledger"), None)
 
 
@@ -65,13 +65,13 @@ def rows(payready: InProcessSystem, table: str) -> set[str]:
     return {row["id"] for row in payready.rows(f"SELECT payment_id AS id FROM {table}")}
 
 
-def assert_all_are_told_once(payready: InProcessSystem, ids: set[str]) -> None:
+def assert_all_are_delivered_once(payready: InProcessSystem, ids: set[str]) -> None:
     assert {payment_id: payready.state(payment_id) for payment_id in ids} == dict.fromkeys(ids, "released")
-    assert [len(told) for told in payready.delivered.values()] == [1] * len(ids)
+    assert [len(outcomes) for outcomes in payready.delivered.values()] == [1] * len(ids)
 
 
-def test_a_job_is_taken_in_whole_or_not_at_all(payready: InProcessSystem, disk: Disk) -> None:
-    """It is tried again, as while the database is away."""
+def test_job_is_stored_completely_or_not_at_all(payready: InProcessSystem, disk: Disk) -> None:
+    """The caller retries, as while the database is unavailable."""
     ids, refused = {f"p{n}" for n in range(MANY)}, set()
     with disk.full():
         for payment_id in sorted(ids):
@@ -87,30 +87,30 @@ def test_a_job_is_taken_in_whole_or_not_at_all(payready: InProcessSystem, disk: 
     payready.balance(A)
     payready.run_tasks()
     assert payready.provider.calls == [A]
-    assert_all_are_told_once(payready, ids)
+    assert_all_are_delivered_once(payready, ids)
 
 
-def test_a_call_that_is_answered_meanwhile_is_booked_when_there_is_room(payready: InProcessSystem, disk: Disk) -> None:
-    """Nobody else knows its answer, so the worker insists."""
+def test_call_result_is_recorded_when_there_is_space(payready: InProcessSystem, disk: Disk) -> None:
+    """No other process knows the result, so the worker retries."""
 
-    def fills_up() -> int:
+    def fill_disk() -> int:
         disk.fill()
         with pytest.raises(DATABASE_UNAVAILABLE, match="full"):
-            enter_calls_of_others(payready)
+            fill_current_page(payready)
         disk.refusals = 0
         threading.Timer(0.3, disk.clear).start()
         return 202
 
-    payready.provider.script[A] = [fills_up]
+    payready.provider.script[A] = [fill_disk]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert disk.refusals, "there was room for it"
+    assert disk.refusals, "the disk was never full"
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert payready.refreshes(A) == ["accepted"]
 
 
-def enter_calls_of_others(payready: InProcessSystem) -> None:
-    """As the one that is there, to take what room its page still has."""
+def fill_current_page(payready: InProcessSystem) -> None:
+    """Insert entries like the existing one until its page is full."""
     same = "refresh_id, state, price, currency, price_list, evidence, called_at, recorded_at"
     entry = f"INSERT INTO fee_entry (call_id, account_id, {same}) SELECT :id, 'acct_z', {same} FROM fee_entry LIMIT 1"
     for number in itertools.count():
@@ -118,30 +118,30 @@ def enter_calls_of_others(payready: InProcessSystem) -> None:
             connection.execute(text(entry), {"id": f"call_{number}"})
 
 
-def arrives(payready: InProcessSystem) -> None:
-    """The balance that all wait for."""
+def receive_balance(payready: InProcessSystem) -> None:
+    """Ingest the balance that all payments wait for."""
     payready.balance(A, balance_id="bal_1")
     payready.run_tasks()
 
 
-def test_a_settlement_settles_all_or_nobody(payready: InProcessSystem, disk: Disk) -> None:
-    """The webhook had no 2xx, and comes again."""
+def test_resolution_is_all_or_nothing(payready: InProcessSystem, disk: Disk) -> None:
+    """The webhook gets no 2xx response, and is repeated."""
     ids = {f"p{n}" for n in range(MANY)}
     for payment_id in ids:
         payready.initiate(payment_id, A)
     payready.run_tasks()
     with disk.full(), pytest.raises(DATABASE_UNAVAILABLE, match="full"):
-        arrives(payready)
+        receive_balance(payready)
     assert {payready.state(payment_id) for payment_id in ids} == {"waiting"}
     assert payready.delivered == {}
-    arrives(payready)
+    receive_balance(payready)
     payready.pass_time(30)
     assert payready.fees(A) == ["1 pending", "1 posted"]
-    assert_all_are_told_once(payready, ids)
+    assert_all_are_delivered_once(payready, ids)
 
 
-def test_a_webhook_is_kept_or_comes_again(payready: InProcessSystem, disk: Disk) -> None:
-    """What was not kept was not answered with 2xx."""
+def test_webhook_is_stored_or_repeated(payready: InProcessSystem, disk: Disk) -> None:
+    """A webhook that was not stored gets no 2xx response."""
     accounts, refused = [f"acct_{n}" for n in range(MANY)], []
     for account in accounts:
         payready.initiate(f"p_{account}", account)
@@ -153,9 +153,9 @@ def test_a_webhook_is_kept_or_comes_again(payready: InProcessSystem, disk: Disk)
             except DATABASE_UNAVAILABLE:
                 refused.append(account)
     assert refused
-    kept = {row["account_id"] for row in payready.rows("SELECT account_id FROM balance")}
-    assert kept == set(accounts) - set(refused)
+    stored = {row["account_id"] for row in payready.rows("SELECT account_id FROM balance")}
+    assert stored == set(accounts) - set(refused)
     for account in refused:
         payready.balance(account, balance_id=account.replace("acct", "bal"))
     payready.run_tasks()
-    assert_all_are_told_once(payready, {f"p_{account}" for account in accounts})
+    assert_all_are_delivered_once(payready, {f"p_{account}" for account in accounts})

@@ -19,15 +19,15 @@ from worker.rules.pricing import EntryState, parse_price_list
 A = "acct_fees"
 
 
-def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: InProcessSystem) -> None:
-    """While the provider is asked, another connection sees the entry, with the price and its list."""
+def test_pending_entry_is_committed_before_the_call(payready: InProcessSystem) -> None:
+    """During the call, another connection sees the entry with its price and price list."""
     seen: list[dict[str, object]] = []
 
-    def look_into_the_ledger() -> int:
+    def read_ledger() -> int:
         seen.extend(payready.rows("SELECT state, price, currency, price_list, account_id FROM fee_entry"))
         return 202
 
-    payready.provider.script[A] = [look_into_the_ledger]
+    payready.provider.script[A] = [read_ledger]
     payready.initiate("p1", A)
     payready.run_tasks()
     assert [(row["state"], Decimal(str(row["price"]))) for row in seen] == [("pending", Decimal("0.100000"))]
@@ -35,7 +35,7 @@ def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: InPro
 
 
 @pytest.mark.parametrize(
-    ("answer", "entries"),
+    ("result", "entries"),
     [
         (202, ["1 pending", "1 posted"]),
         (CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
@@ -45,17 +45,17 @@ def test_the_pending_entry_is_committed_before_the_call_goes_out(payready: InPro
         (CallResultUnknown("500", 500), ["1 pending"]),
     ],
 )
-def test_what_the_answer_does_to_the_entry(
-    payready: InProcessSystem, answer: int | CallFailed, entries: list[str]
+def test_call_result_determines_the_final_entry(
+    payready: InProcessSystem, result: int | CallFailed, entries: list[str]
 ) -> None:
-    """Accepted is posted, refused is void, and what nobody knows stays pending."""
-    payready.provider.script[A] = [answer]
+    """Accepted is posted, rejected is void, and an unknown result stays pending."""
+    payready.provider.script[A] = [result]
     payready.initiate("p1", A)
     payready.run_tasks()
     assert payready.fees(A) == entries
 
 
-def test_an_uncertain_call_is_posted_by_its_event(payready: InProcessSystem) -> None:
+def test_balance_posts_an_uncertain_call(payready: InProcessSystem) -> None:
     """The balance proves that the call was accepted; the entry names the event as evidence."""
     payready.provider.script[A] = [CallResultUnknown("read timeout")]
     payready.initiate("p1", A)
@@ -68,8 +68,8 @@ def test_an_uncertain_call_is_posted_by_its_event(payready: InProcessSystem) -> 
     assert payready.outcome("p1")["fee"] == {"amount": "0.100000", "currency": "USD", "state": "posted"}
 
 
-def test_an_event_before_the_answer_posts_once(payready: InProcessSystem) -> None:
-    """The webhook overtakes the 202: one posted entry, and the refresh stays answered."""
+def test_balance_before_the_response_posts_once(payready: InProcessSystem) -> None:
+    """The webhook arrives before the 202: one posted entry, and the refresh stays answered."""
 
     def webhook_first() -> int:
         payready.balance(A)
@@ -84,8 +84,8 @@ def test_an_event_before_the_answer_posts_once(payready: InProcessSystem) -> Non
     assert payready.refreshes(A) == ["answered"]
 
 
-def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: InProcessSystem) -> None:
-    """Both stay pending, and the outcome says that the fee is not certain."""
+def test_balance_posts_neither_of_two_uncertain_calls(payready: InProcessSystem) -> None:
+    """Both stay pending, and the outcome has a pending fee."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -96,8 +96,8 @@ def test_which_of_two_unknown_calls_a_balance_answers_is_not_guessed(payready: I
     assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "USD", "state": "pending"}
 
 
-def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payready: InProcessSystem) -> None:
-    """After the deadline: the first payment stays failed, the next one needs no call and owes nothing."""
+def test_late_balance_posts_its_call_and_serves_the_next_payment(payready: InProcessSystem) -> None:
+    """After the deadline the first payment stays failed. The next one needs no call and owes nothing."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), CallNotSent("no connection")]
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
@@ -118,8 +118,8 @@ def test_a_late_balance_is_kept_posts_its_call_and_serves_the_next_payment(payre
     assert payready.provider.calls == [A]
 
 
-def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: InProcessSystem) -> None:
-    """Unanswered is not the end of a refresh: its fee is settled whenever the balance comes."""
+def test_balance_after_the_window_answers_the_refresh(payready: InProcessSystem) -> None:
+    """`unanswered` is not final: a late balance still posts the fee."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
@@ -131,8 +131,8 @@ def test_a_balance_after_the_window_answers_the_refresh_all_the_same(payready: I
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_a_balance_from_before_the_call_does_not_post_it(payready: InProcessSystem) -> None:
-    """Older than the call by more than the skew, it proves nothing of it."""
+def test_balance_from_before_the_call_does_not_post_it(payready: InProcessSystem) -> None:
+    """It is older than the call by more than the clock skew."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, max_balance_age_s=60)
     payready.run_tasks()
@@ -143,8 +143,8 @@ def test_a_balance_from_before_the_call_does_not_post_it(payready: InProcessSyst
     assert payready.refreshes(A) == ["uncertain"]
 
 
-def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: InProcessSystem) -> None:
-    """Its second call was put off until nobody waited any more; the first one had been accepted all the same."""
+def test_late_balance_posts_the_call_of_an_abandoned_refresh(payready: InProcessSystem) -> None:
+    """The second call was deferred until no payment was waiting; the first one had been accepted."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), *[CallNotSent("no connection")] * 9]
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
@@ -157,8 +157,8 @@ def test_a_late_balance_posts_the_call_of_a_refresh_that_was_given_up(payready: 
     assert payready.fees(A).count("1 pending") == 1
 
 
-def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready: InProcessSystem) -> None:
-    """What the provider refuses now, it may have accepted a moment ago."""
+def test_late_balance_posts_the_call_before_a_rejected_one(payready: InProcessSystem) -> None:
+    """The provider may have accepted the earlier call."""
     payready.provider.script[A] = [
         CallResultUnknown("timeout"),
         CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
@@ -172,8 +172,8 @@ def test_a_late_balance_posts_the_call_before_the_one_that_was_refused(payready:
     assert payready.fees(A) == ["1 pending", "2 pending", "2 void", "1 posted"]
 
 
-def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payready: InProcessSystem) -> None:
-    """A balance that comes all the same is not due to us."""
+def test_balance_does_not_answer_a_refresh_without_an_accepted_call(payready: InProcessSystem) -> None:
+    """The balance has another cause."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -184,10 +184,10 @@ def test_a_refresh_none_of_whose_calls_was_accepted_is_answered_by_nothing(payre
 
 
 @pytest.mark.parametrize(("later_s", "entries"), [(120, ["2 pending"]), (3600, ["2 pending", "2 posted"])])
-def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_later_one(
+def test_ambiguous_balance_does_not_post_the_later_call(
     payready: InProcessSystem, later_s: int, entries: list[str]
 ) -> None:
-    """The first call was accepted and its balance never came: for an hour it may be its answer that comes late."""
+    """The first call was accepted without a balance. For an hour, a balance may be its late response."""
     payready.provider.script[A] = [202, CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
@@ -204,10 +204,10 @@ def test_a_balance_that_an_earlier_call_may_have_brought_proves_nothing_of_a_lat
 BILLABLE = PRICES.replace('["accepted"]', '["accepted", "account_not_found", "rate_limited"]')
 
 
-def test_what_a_contract_bills_besides_accepted_calls_is_posted(
+def test_billable_rejection_is_posted(
     payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    """A refusal that is charged for is shared by those it failed; one that is not stays free."""
+    """The failed payments share its fee. A rejection that is not billable stays free."""
     payready.rt.price_list = parse_price_list(BILLABLE)
     for reason, status, account in (
         (Reason.ACCOUNT_NOT_FOUND, 404, A),
@@ -223,10 +223,10 @@ def test_what_a_contract_bills_besides_accepted_calls_is_posted(
     assert share_of(payready, "acct_free0") == 0
 
 
-def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that_is_made(
+def test_billable_rate_limited_call_does_not_make_attribution_ambiguous(
     payready: InProcessSystem,
 ) -> None:
-    """No balance can be due to it, so the balance posts the other call."""
+    """No balance can belong to it, so the balance posts the other call."""
     payready.rt.price_list = parse_price_list(BILLABLE)
     payready.provider.script[A] = [RateLimited("rate limit", None), CallResultUnknown("timeout")]
     payready.initiate("p1", A)
@@ -237,8 +237,8 @@ def test_a_call_that_is_charged_though_it_was_put_off_does_not_blur_the_one_that
     assert payready.fees(A) == ["1 pending", "1 posted", "2 pending", "2 posted"]
 
 
-def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: InProcessSystem) -> None:
-    """An entry there is all the same."""
+def test_accepted_call_is_void_if_the_price_list_does_not_bill_it(payready: InProcessSystem) -> None:
+    """The call still has an entry."""
     payready.rt.price_list = parse_price_list(PRICES.replace('["accepted"]', "[]"))
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -248,8 +248,7 @@ def test_a_contract_that_bills_no_accepted_calls_is_kept_to(payready: InProcessS
     assert payready.outcome("p1")["fee"] == {"amount": "0.000000", "currency": "USD", "state": "void"}
 
 
-def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: InProcessSystem) -> None:
-    """A new list in between changes nothing of the call that was made before."""
+def test_entry_keeps_its_price_after_a_price_list_change(payready: InProcessSystem) -> None:
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -259,9 +258,9 @@ def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: InProcessSys
     payready.initiate("p2", "acct_other")
     payready.run_tasks()
     rows = payready.rows("SELECT price, price_list, state FROM fee_entry ORDER BY entry_id")
-    told = [(Decimal(str(row["price"])), row["price_list"], row["state"]) for row in rows]
+    entries = [(Decimal(str(row["price"])), row["price_list"], row["state"]) for row in rows]
     dime, dear = Decimal("0.1"), Decimal("0.9")
-    assert told == [
+    assert entries == [
         (dime, "test", "pending"),
         (dime, "test", "posted"),
         (dear, "dear", "pending"),
@@ -273,8 +272,7 @@ def test_an_entry_keeps_the_price_of_its_day_and_its_list(payready: InProcessSys
     "statement",
     ["UPDATE fee_entry SET price = '9'", "UPDATE fee_entry SET state = 'void'", "DELETE FROM fee_entry"],
 )
-def test_the_database_refuses_to_change_or_remove_an_entry(payready: InProcessSystem, statement: str) -> None:
-    """Whoever tries, by whatever way."""
+def test_database_rejects_an_update_or_delete_of_an_entry(payready: InProcessSystem, statement: str) -> None:
     payready.initiate("p1", A)
     payready.run_tasks()
     before = payready.rows("SELECT * FROM fee_entry")
@@ -284,8 +282,8 @@ def test_the_database_refuses_to_change_or_remove_an_entry(payready: InProcessSy
     assert payready.rows("SELECT * FROM fee_entry") == before
 
 
-def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: InProcessSystem) -> None:
-    """TRUNCATE passes by row triggers; the statement trigger stops it. SQLite has no such command."""
+def test_database_rejects_a_truncate_of_the_fee_ledger(payready: InProcessSystem) -> None:
+    """TRUNCATE bypasses row triggers; a statement trigger rejects it. SQLite has no such command."""
     payready.initiate("p1", A)
     payready.run_tasks()
     truncate = "TRUNCATE fee_entry" if payready.engine.dialect.name == "postgresql" else "DELETE FROM fee_entry"
@@ -296,8 +294,8 @@ def test_postgresql_refuses_to_empty_the_fee_ledger_too(payready: InProcessSyste
 EURO = PRICES.replace('"USD"', '"EUR"').replace("0.100000", "0.2")
 
 
-def test_a_share_is_in_the_currency_of_its_call(payready: InProcessSystem) -> None:
-    """Whatever the price list says by then; so is the nothing that is owed for its balance when it is used again."""
+def test_fee_share_has_the_currency_of_its_call(payready: InProcessSystem) -> None:
+    """A later price list has no effect, also not on the zero fee of a reused balance."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.rt.price_list = parse_price_list(EURO)
@@ -310,8 +308,8 @@ def test_a_share_is_in_the_currency_of_its_call(payready: InProcessSystem) -> No
     assert payready.outcome("p2")["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
 
 
-def test_a_share_is_of_one_currency(payready: InProcessSystem) -> None:
-    """Dollars are not added to euros: told is the part of the calls in the last one's currency."""
+def test_fee_share_has_one_currency(payready: InProcessSystem) -> None:
+    """The outcome has the share of the calls in the last call's currency."""
     payready.provider.script[A] = [CallResultUnknown("timeout"), 202]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -327,21 +325,21 @@ COLUMNS = "call_id, refresh_id, account_id, state, price, currency, price_list, 
 
 
 def entry_like(state: str, **other: str) -> str:
-    """The most of an INSERT of one more entry like the first one, but for these columns."""
+    """Return an INSERT, without its verb, of an entry like the first one with these columns changed."""
     values = {name: name for name in COLUMNS.split(", ")} | {"state": f"'{state}'"} | other
     return f"INTO fee_entry ({', '.join(values)}) SELECT {', '.join(values.values())} FROM fee_entry LIMIT 1"
 
 
-def refused(payready: InProcessSystem, statement: str, why: str) -> None:
-    """Whether the database does not do it, and all is as it was."""
+def assert_rejected(payready: InProcessSystem, statement: str, why: str) -> None:
+    """Assert that the database rejects the statement and changes nothing."""
     before = payready.rows("SELECT * FROM fee_entry")
     with pytest.raises(DBAPIError, match=why), payready.engine.begin() as tx:
         tx.execute(text(statement))
     assert payready.rows("SELECT * FROM fee_entry") == before
 
 
-def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready: InProcessSystem) -> None:
-    """By its number, or by its call: SQLite's REPLACE removes rows, and no trigger on removal hears of it."""
+def test_database_rejects_an_entry_that_replaces_another(payready: InProcessSystem) -> None:
+    """SQLite's REPLACE removes rows without a delete trigger."""
     payready.initiate("p1", A)
     payready.run_tasks()
     if payready.engine.dialect.name == "sqlite":
@@ -351,10 +349,10 @@ def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready:
             "INSERT OR REPLACE " + entry_like("void"),
             "INSERT OR REPLACE " + entry_like("pending", entry_id="2", call_id="'call_new'"),
         ):
-            refused(payready, statement, "append-only")
+            assert_rejected(payready, statement, "append-only")
     else:
         again = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
-        refused(payready, "INSERT " + entry_like("pending") + again, "append-only")
+        assert_rejected(payready, "INSERT " + entry_like("pending") + again, "append-only")
 
 
 @pytest.mark.parametrize(
@@ -369,30 +367,29 @@ def test_the_database_refuses_an_entry_that_takes_the_place_of_another(payready:
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_the_database_refuses_to_close_a_call_that_was_opened_otherwise(
+def test_database_rejects_a_final_entry_that_differs_from_the_pending_one(
     payready: InProcessSystem, other: dict[str, str]
 ) -> None:
-    """Its price, its currency, its time are those of its opening; and there is one."""
+    """Price, currency and time must equal those of the one pending entry."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.run_tasks()
-    refused(payready, "INSERT " + entry_like("posted", **other), "does not match its pending entry")
+    assert_rejected(payready, "INSERT " + entry_like("posted", **other), "does not match its pending entry")
     with payready.engine.begin() as tx:
         tx.execute(text("INSERT " + entry_like("posted")))
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_the_database_knows_three_states_of_an_entry(payready: InProcessSystem) -> None:
-    """And no other word for one."""
+def test_database_rejects_an_unknown_entry_state(payready: InProcessSystem) -> None:
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
     payready.run_tasks()
-    refused(payready, "INSERT " + entry_like("paid"), "fee_entry_state")
+    assert_rejected(payready, "INSERT " + entry_like("paid"), "fee_entry_state")
 
 
 @pytest.mark.parametrize("second", [EntryState.POSTED, EntryState.VOID])
-def test_a_second_final_entry_of_a_call_is_impossible(payready: InProcessSystem, second: EntryState) -> None:
-    """Posted or void, once: the ledger's own query passes over it, and the database refuses it."""
+def test_second_final_entry_of_a_call_is_rejected(payready: InProcessSystem, second: EntryState) -> None:
+    """The ledger's query skips it, and the database rejects it."""
     payready.initiate("p1", A)
     payready.run_tasks()
     refresh_id = payready.rows("SELECT refresh_id FROM fee_entry")[0]["refresh_id"]
@@ -409,8 +406,8 @@ def test_a_second_final_entry_of_a_call_is_impossible(payready: InProcessSystem,
         )
 
 
-def test_an_entry_needs_a_refresh(payready: InProcessSystem) -> None:
-    """No fee without a refresh that it belongs to, in either database."""
+def test_entry_requires_a_refresh(payready: InProcessSystem) -> None:
+    """A foreign key guarantees it in both databases."""
     call = fee_entries.new_call(
         "call_1", "ref_unknown", A, payready.rt.price_list.price_for("TEST", START.date()), START
     )
@@ -418,33 +415,33 @@ def test_an_entry_needs_a_refresh(payready: InProcessSystem) -> None:
         fee_entries.open_entries(tx, [call])
 
 
-@pytest.mark.parametrize("settled_by", ["balance", "deadline", "refusal"])
+@pytest.mark.parametrize("resolved_by", ["balance", "deadline", "refusal"])
 @pytest.mark.parametrize("sharers", [1, 3, 7])
-def test_the_shares_of_a_call_add_up_to_its_fee(
-    payready: InProcessSystem, sharers: int, settled_by: str, share_of: Callable[[InProcessSystem, str], Decimal]
+def test_fee_shares_add_up_to_the_fee_of_the_call(
+    payready: InProcessSystem, sharers: int, resolved_by: str, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    """Whoever settles the payments: what they owe together is what the call costs, to the millionth."""
+    """This is true for every kind of resolution, to the last decimal place."""
     payready.initiate("p0", A, timeout_s=30)
     payready.provider.script[A] = [
-        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive") if settled_by == "refusal" else 202
+        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive") if resolved_by == "refusal" else 202
     ]
     for number in range(1, sharers):
         payready.initiate(f"p{number}", A, timeout_s=30)
     payready.run_tasks()
-    if settled_by == "balance":
+    if resolved_by == "balance":
         payready.balance(A)
         payready.run_tasks()
-    elif settled_by == "deadline":
+    elif resolved_by == "deadline":
         payready.pass_time(30)
-    fee = Decimal("0.1") if settled_by != "refusal" else Decimal(0)
+    fee = Decimal("0.1") if resolved_by != "refusal" else Decimal(0)
     assert payready.provider.calls == [A]
     assert sum(share_of(payready, f"p{number}") for number in range(sharers)) == fee
 
 
-def test_shares_add_up_when_some_fail_before_the_balance_comes(
+def test_fee_shares_add_up_when_payments_fail_before_the_balance(
     payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    """Those who failed for time, or were cancelled, bear their part of the call that was made for them."""
+    """Expired and cancelled payments pay their share of the call."""
     for number in range(3):
         payready.initiate(f"p{number}", A, timeout_s=10)
     for number in range(3, 7):
@@ -460,10 +457,9 @@ def test_shares_add_up_when_some_fail_before_the_balance_comes(
     assert sum(share_of(payready, f"p{number}") for number in range(7)) == Decimal("0.1")
 
 
-def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
+def test_payment_pays_its_own_call_and_not_an_earlier_rejected_one(
     payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    """A refusal minutes ago is no part of this payment's end: it bears the call that was made for it."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
@@ -480,10 +476,10 @@ def test_a_failed_call_before_does_not_take_the_share_of_the_call_that_was_made(
     assert share_of(payready, "p2") == Decimal("0.1")
 
 
-def test_a_balance_between_two_calls_of_a_refresh_settles_the_first_calls_fee(
+def test_balance_between_two_calls_posts_the_first_call(
     payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    """The second call is claimed after the balance was kept and before it was applied."""
+    """The second call is claimed after the balance was stored and before it was applied."""
     payready.provider.script[A] = [CallResultUnknown("timed out")]
     payready.initiate("p1", A, timeout_s=120)
     payready.run_tasks()

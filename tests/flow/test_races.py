@@ -1,4 +1,4 @@
-"""Who wins when two things happen at once: always exactly one. With real threads, on real databases."""
+"""Races: concurrent operations have exactly one winner. The tests use real threads and real databases."""
 
 import threading
 from collections.abc import Callable
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def at_once(*steps: Callable[[], T]) -> list[T]:
-    """Start these together, and wait for all of them."""
+    """Run these steps concurrently and return their results."""
     start = threading.Barrier(len(steps))
 
     def run(step: Callable[[], T]) -> T:
@@ -37,7 +37,7 @@ def at_once(*steps: Callable[[], T]) -> list[T]:
 
 
 def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> None:
-    """The balance and the deadline in the same instant: each payment is settled by one of them, and told by one."""
+    """A balance and the deadline compete: each payment is resolved and delivered by one of them."""
     wins = {"released": 0, "failed": 0}
     for number in range(ROUNDS):
         account = f"acct_race{number}"
@@ -53,16 +53,16 @@ def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> Non
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda: flow.expire_due_payments(payready.rt),
         )
-        settled = [due.outcome["payment_id"] for step in done for due in step.deliveries]
+        resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         for name in "ab":
             state = payready.payment(f"{name}{number}")["state"]
             wins[state] += 1
-        assert sorted(settled) == [f"a{number}", f"b{number}"], "a payment was settled twice, or not at all"
+        assert sorted(resolved) == [f"a{number}", f"b{number}"], "a payment was resolved twice, or not at all"
     assert sum(wins.values()) == 2 * ROUNDS
 
 
-def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payready: InProcessSystem) -> None:
-    """And the fee is posted once, and shared once."""
+def test_concurrent_applies_of_one_balance_resolve_each_payment_once(payready: InProcessSystem) -> None:
+    """The fee is posted once and shared once."""
     for number in range(ROUNDS):
         account = f"acct_same{number}"
         for name in "abc":
@@ -71,13 +71,13 @@ def test_two_threads_that_apply_the_same_balance_settle_each_payment_once(payrea
         balance_id = payready.balance(account, later=True)
         payready.drop_tasks()
         done = at_once(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
-        settled = [due.outcome["payment_id"] for step in done for due in step.deliveries]
-        assert sorted(settled) == [f"{name}{number}" for name in "abc"]
+        resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
+        assert sorted(resolved) == [f"{name}{number}" for name in "abc"]
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
 
 def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> None:
-    """Who is told that it was cancelled was not released."""
+    """A payment with the outcome `cancelled` was not released."""
     for number in range(ROUNDS):
         account = f"acct_cancel{number}"
         payready.initiate(f"p{number}", account)
@@ -92,8 +92,8 @@ def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> Non
         assert payready.state(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
 
 
-def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready: InProcessSystem) -> None:
-    """Two of 80, and two different balances of 100 of the same time: one is released, however the threads run."""
+def test_concurrent_balances_release_one_of_two_payments(payready: InProcessSystem) -> None:
+    """Two payments of 80 and two balances of 100 of the same time: one payment is released."""
     for number in range(ROUNDS):
         account = f"acct_eighty{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
@@ -109,8 +109,8 @@ def test_different_balances_at_once_do_not_both_cover_what_only_one_can(payready
         assert states == ["insufficient_funds", "released"]
 
 
-def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payready: InProcessSystem) -> None:
-    """The first balance is too old for the second payment: each is settled by another application."""
+def test_concurrent_balance_deducts_the_release_of_another(payready: InProcessSystem) -> None:
+    """The first balance is too old for the second payment, so each payment has its own balance."""
     for number in range(ROUNDS):
         account = f"acct_deduct{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
@@ -128,8 +128,8 @@ def test_what_one_balance_releases_another_one_at_the_same_moment_deducts(payrea
         assert payready.state(f"b{number}") == "insufficient_funds"
 
 
-def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payready: InProcessSystem) -> None:
-    """It sees the balance, or the balance sees it: no upkeep is needed to release it."""
+def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSystem) -> None:
+    """Either transaction sees the other one, so no maintenance is needed."""
     for number in range(ROUNDS):
         account = f"acct_meet{number}"
         payready.initiate(f"a{number}", account)
@@ -145,8 +145,8 @@ def test_a_payment_that_comes_while_its_balance_is_applied_misses_nothing(payrea
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one refresh", "a refresh each"])
-def test_messages_to_call_at_once_make_one_call(payready: InProcessSystem, same: bool) -> None:  # noqa: FBT001
-    """The same message twice, or two payments that both led (Redis was emptied between them)."""
+def test_concurrent_call_messages_make_one_call(payready: InProcessSystem, same: bool) -> None:  # noqa: FBT001
+    """The same message twice, or two leading payments (Redis was flushed between them)."""
     for number in range(ROUNDS):
         account = f"acct_call{number}"
         first = payready.initiate(f"a{number}", account)
@@ -165,8 +165,8 @@ def test_messages_to_call_at_once_make_one_call(payready: InProcessSystem, same:
         assert payready.fees(account) == ["1 pending", "1 posted"]
 
 
-def test_the_same_job_at_once_is_one_payment(payready: InProcessSystem) -> None:
-    """Two workers take in two messages with one payment_id."""
+def test_concurrent_duplicate_jobs_are_one_payment(payready: InProcessSystem) -> None:
+    """Workers process messages with one payment_id."""
     for number in range(ROUNDS):
         account = f"acct_twice{number}"
         at_once(
@@ -184,8 +184,8 @@ def test_the_same_job_at_once_is_one_payment(payready: InProcessSystem) -> None:
         assert [len(payready.delivered[f"t{number}{name}"]) for name in "abc"] == [1, 1, 1]
 
 
-def test_an_early_event_against_its_answer_posts_the_fee_once(payready: InProcessSystem) -> None:
-    """The webhook is applied while the 202 is booked."""
+def test_balance_concurrent_with_its_response_posts_the_fee_once(payready: InProcessSystem) -> None:
+    """The balance is applied while the 202 is recorded."""
     for number in range(ROUNDS):
         account = f"acct_early{number}"
         applied = threading.Event()
@@ -210,17 +210,17 @@ def test_an_early_event_against_its_answer_posts_the_fee_once(payready: InProces
         assert payready.refreshes(account) == ["answered"]
 
 
-def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
+def test_call_result_is_not_recorded_during_an_apply(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits for the account; else the refresh would end as accepted, and hold up the next call for its window."""
-    reading, booked = threading.Event(), threading.Event()
+    """It waits for the account lock. Otherwise the refresh would stay accepted and block the next call."""
+    reading, recorded = threading.Event(), threading.Event()
     expecting = refreshes.awaiting_balance
 
     def read_slowly(*words: Any) -> Any:
         found = expecting(*words)
         reading.set()
-        booked.wait(0.3)  # in vain: nobody can book while the account is held
+        recorded.wait(0.3)  # times out: the account lock blocks the recording
         return found
 
     monkeypatch.setattr(refreshes, "awaiting_balance", read_slowly)
@@ -235,25 +235,25 @@ def test_an_answer_is_not_booked_in_the_middle_of_its_balances_application(
     payready.provider.script[A] = [answer]
     entrance = payready.initiate("p1", A)
     flow.claim_and_call(payready.rt, A, str(entrance.refresh_id))
-    booked.set()
+    recorded.set()
     applying.join(10)
     assert payready.refreshes(A) == ["answered"]
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_two_upkeeps_at_once_share_the_work(payready: InProcessSystem) -> None:
-    """Each expired payment is settled, and delivered, by one of them."""
+def test_concurrent_expiry_runs_share_the_payments(payready: InProcessSystem) -> None:
+    """Each expired payment is resolved and delivered by one of them."""
     for number in range(60):
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
     payready.drop_tasks()
     payready.clock.advance(2)
     done = at_once(*[lambda: flow.expire_due_payments(payready.rt)] * 4)
-    settled = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
-    assert settled == sorted(f"p{number}" for number in range(60))
+    resolved = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
+    assert resolved == sorted(f"p{number}" for number in range(60))
 
 
-def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready: InProcessSystem) -> None:
-    """It read the refresh before another sweep repeated the call, and was stopped in between."""
+def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessSystem) -> None:
+    """It read the refresh before another sweep repeated the call."""
     payready.provider.script[A] = [CallResultUnknown("timeout")] * 5
     payready.initiate("p1", A, timeout_s=600)
     payready.run_tasks()
@@ -269,15 +269,15 @@ def test_a_sweep_that_acts_on_what_it_saw_long_ago_makes_no_third_call(payready:
     assert payready.provider.calls == [A, A]
 
 
-def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_next_call(
+def test_late_call_result_does_not_change_the_next_call(
     payready: InProcessSystem,
 ) -> None:
-    """The first call hangs, is taken for lost, and is repeated; then it fails while the second is on the wire."""
-    second_is_out, first_is_booked = threading.Event(), threading.Event()
+    """The first call hangs and is repeated; then it fails while the second one is in flight."""
+    second_is_out, first_is_recorded = threading.Event(), threading.Event()
 
     def second() -> int:
         second_is_out.set()
-        assert first_is_booked.wait(10)
+        assert first_is_recorded.wait(10)
         return 202
 
     def first() -> CallFailed:
@@ -299,18 +299,18 @@ def test_an_answer_that_comes_after_the_call_was_given_up_does_not_touch_the_nex
     payready.clock.advance(1)
     payready.run_maintenance()
     assert payready.refreshes(A) == ["calling"]
-    first_is_booked.set()
+    first_is_recorded.set()
     threads[0].join(10)
     payready.pass_time(20)
-    assert payready.provider.calls == [A, A], "a third call was made while the second was on the wire"
+    assert payready.provider.calls == [A, A], "a third call was made while the second was in flight"
     assert payready.refreshes(A) == ["accepted"]
     assert payready.fees(A) == ["1 pending", "2 pending", "1 void", "2 posted"]
 
 
-def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
+def test_balance_applied_concurrently_answers_one_refresh(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second application read the balance before the first one told what it answered."""
+    """The second apply read the balance before the first one recorded its refresh."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
@@ -322,7 +322,7 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     balance_id = payready.balance(A, later=True)
     payready.drop_tasks()
     meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
-    """Before its first transaction, and between that and its second."""
+    """Steps to run before the first transaction and before the second one."""
 
     def begin(engine: Engine) -> AbstractContextManager[Tx]:
         if meanwhile:
@@ -336,8 +336,8 @@ def test_a_balance_that_is_applied_twice_at_once_answers_one_refresh(
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
 
 
-def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: InProcessSystem, databases: Databases) -> None:
-    """A round claims several in an order of its own, and would wait for those that the sweep has already."""
+def test_sweep_does_not_wait_for_a_refresh_being_claimed(payready: InProcessSystem, databases: Databases) -> None:
+    """A batch claims refreshes in another order, so a wait could deadlock."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     now = payready.clock.now
@@ -359,54 +359,54 @@ def test_the_sweep_waits_for_no_refresh_that_is_being_claimed(payready: InProces
     assert payready.refreshes("a1") == payready.refreshes("a2") == ["calling"]
 
 
-class Crowd:
+class ConcurrentWorkers:
     """Workers that share a queue, and a provider that sends a balance after each call."""
 
     def __init__(self, payready: InProcessSystem) -> None:
         self.payready = payready
         self.lock = threading.Lock()
 
-    def add(self, todo: FollowUp) -> None:
-        """Enqueue."""
+    def add(self, follow_up: FollowUp) -> None:
+        """Enqueue follow-ups."""
         with self.lock:
-            self.payready.queue.merge(todo)
+            self.payready.queue.merge(follow_up)
 
-    def take(self) -> FollowUp:
-        """Take all that is enqueued."""
+    def fetch(self) -> FollowUp:
+        """Fetch all enqueued follow-ups."""
         with self.lock:
-            todo, self.payready.queue = self.payready.queue, FollowUp()
-            return todo
+            follow_up, self.payready.queue = self.payready.queue, FollowUp()
+            return follow_up
 
     def submit(self, jobs: list[tuple[str, str]]) -> None:
-        """Take in jobs."""
+        """Initiate jobs."""
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
             arrived = intake_request(job, {"id": f"task_{payment_id}"})
             self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).follow_up)
 
     def work(self) -> None:
-        """Do what others enqueue."""
+        """Process follow-ups."""
         for _ in range(60):
-            todo = self.take()
-            for call in todo.calls:
+            follow_up = self.fetch()
+            for call in follow_up.calls:
                 self.add(flow.claim_and_call(self.payready.rt, call.account_id, call.refresh_id))
                 self.send(call.account_id)
-            for balance_id in todo.balances_to_apply:
+            for balance_id in follow_up.balances_to_apply:
                 self.add(flow.apply_balance(self.payready.rt, balance_id))
 
     def send(self, account_id: str) -> None:
-        """A balance of 100."""
+        """Ingest a balance of 100."""
         with self.lock:
             self.payready.clock.now += timedelta(microseconds=1)
             self.payready.balance(account_id, "100.00")
 
 
-def test_many_payments_on_few_accounts_all_end_once_and_exactly(payready: InProcessSystem) -> None:
-    """Eight threads with everything at once: jobs, calls, balances. The sums are right at the end."""
+def test_concurrent_payments_on_few_accounts_keep_funds_and_fees_exact(payready: InProcessSystem) -> None:
+    """Eight threads process jobs, calls and balances."""
     accounts = [f"acct_crowd{number}" for number in range(4)]
     jobs = [(f"p{number}", accounts[number % 4]) for number in range(80)]
-    crowd = Crowd(payready)
-    at_once(*(lambda part=part: crowd.submit(jobs[part::4]) for part in range(4)), *[crowd.work] * 4)
+    workers = ConcurrentWorkers(payready)
+    at_once(*(lambda part=part: workers.submit(jobs[part::4]) for part in range(4)), *[workers.work] * 4)
     payready.run_tasks()
     for account_id in accounts:
         payready.balance(account_id, "0")

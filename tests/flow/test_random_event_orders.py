@@ -1,4 +1,4 @@
-"""Whatever happens, in whatever order, and whatever is lost on the way: the invariants hold after each step."""
+"""Random orders of events and losses: the invariants are true after each step."""
 
 import itertools
 from collections import defaultdict
@@ -31,8 +31,8 @@ ids = st.sampled_from([f"p{number}" for number in range(8)])
 accounts = st.sampled_from(ACCOUNTS)
 
 
-class AnyStory(RuleBasedStateMachine):
-    """Rules are what can happen; invariants what must hold."""
+class RandomEventsMachine(RuleBasedStateMachine):
+    """Rules are possible events; invariants are checked after each of them."""
 
     databases: ClassVar[Databases]
     valkey_url: ClassVar[str]
@@ -49,7 +49,7 @@ class AnyStory(RuleBasedStateMachine):
         self.tasks = itertools.count()
 
     def teardown(self) -> None:
-        """Time passes until all is over; then each payment has its outcome."""
+        """Advance the clock past all deadlines, and check that each payment has its outcome."""
         self.payready.drop_tasks()
         for _ in range(3):
             self.payready.clock.advance(90)
@@ -62,15 +62,15 @@ class AnyStory(RuleBasedStateMachine):
 
     @rule(payment_id=ids, account=accounts, age=st.sampled_from([0, 0, 5, 30, 300]), timeout=st.integers(1, 90))
     def job(self, payment_id: str, account: str, age: int, timeout: int) -> None:
-        """A job comes in; a known id comes with its content again."""
+        """Initiate a job; a known id repeats its job."""
         job = {"account_id": account, "max_balance_age_s": age, "timeout_s": timeout, "amount": "30.00"}
         given = self.jobs.setdefault(payment_id, job)
-        self.payready.clock.now += timedelta(microseconds=1)  # no two things are asked for at the same instant
+        self.payready.clock.now += timedelta(microseconds=1)  # no two jobs have the same request time
         self.payready.initiate(payment_id, task_id=f"task_{next(self.tasks)}", **given)
 
     @rule(answers=st.lists(st.sampled_from(ANSWERS), max_size=4))
     def work(self, answers: list[int | CallFailed]) -> None:
-        """The workers do what is enqueued; the provider answers as it likes."""
+        """Run enqueued work with these call results."""
         for account in ACCOUNTS:
             self.payready.provider.script[account] = [self._ask(account, answer) for answer in answers]
         self.payready.run_tasks()
@@ -84,47 +84,47 @@ class AnyStory(RuleBasedStateMachine):
                 "SELECT call_count FROM refresh WHERE account_id = :id AND state = 'calling'", id=account
             )
             assert len(in_flight) == 1
-            assert in_flight[0]["call_count"] <= MAX_UNCERTAIN_CALLS, "a third call of unknown fate"
+            assert in_flight[0]["call_count"] <= MAX_UNCERTAIN_CALLS, "a third call with an unknown result"
             return answer
 
         return asked
 
     @rule(account=accounts, age=st.integers(0, 20), available=st.sampled_from([None, "0.00", "50.00", "100.00"]))
     def event(self, account: str, age: int, available: str | None) -> None:
-        """A balance comes in."""
+        """Ingest a balance."""
         at = self.payready.clock.now - timedelta(seconds=age)
         self.balance_ids.append((self.payready.balance(account, available, at=at), account, at))
 
     @rule(data=st.data())
-    def event_again(self, data: st.DataObject) -> None:
-        """An event comes once more."""
+    def repeat_event(self, data: st.DataObject) -> None:
+        """Ingest a balance event again."""
         if self.balance_ids:
             balance_id, account, at = data.draw(st.sampled_from(self.balance_ids))
             self.payready.balance(account, balance_id=balance_id, at=at)
 
     @rule(payment_id=ids)
     def cancel(self, payment_id: str) -> None:
-        """The payments service thinks better of it."""
+        """Cancel a payment."""
         self.payready.queue.merge(flow.cancel(self.payready.rt, [payment_id]))
 
     @rule(seconds=st.sampled_from([0.3, 1, 4, 15, 40]))
     def wait(self, seconds: float) -> None:
-        """Time passes."""
+        """Advance the clock."""
         self.payready.clock.advance(seconds)
 
     @rule()
-    def upkeep(self) -> None:
-        """The beat."""
+    def maintenance(self) -> None:
+        """Run maintenance."""
         self.payready.run_maintenance()
 
     @rule()
-    def lose(self) -> None:
-        """The broker forgets."""
+    def lose_tasks(self) -> None:
+        """Drop all enqueued tasks."""
         self.payready.drop_tasks()
 
     @rule()
     def flush(self) -> None:
-        """Redis forgets."""
+        """Flush Redis."""
         self.payready.flush()
 
     @invariant()
@@ -140,13 +140,13 @@ class AnyStory(RuleBasedStateMachine):
         query = f"{joined} WHERE p.state = 'released'"
         for row in self.payready.rows(query):
             job = self.jobs[row["payment_id"]]
-            told = self.payready.payment(row["payment_id"])
-            asked, at = _time(told["requested_at"]), _time(row["at"])
+            payment = self.payready.payment(row["payment_id"])
+            asked, at = _time(payment["requested_at"]), _time(row["at"])
             assert row["account_id"] == job["account_id"]
             assert at >= asked - timedelta(seconds=job["max_balance_age_s"]) - self.payready.rt.settings.clock_skew
             if job["max_balance_age_s"] == 0:
                 called = self.payready.rows(
-                    "SELECT called_at FROM refresh WHERE refresh_id = :id", id=told["refresh_id"]
+                    "SELECT called_at FROM refresh WHERE refresh_id = :id", id=payment["refresh_id"]
                 )
                 assert _time(called[0]["called_at"]) >= asked, "not a call of its own"
 
@@ -158,10 +158,10 @@ class AnyStory(RuleBasedStateMachine):
         self.fees = rows
 
     def _shares_add_up(self) -> None:
-        """Invariant 4: whoever was released by a call's balance bears its equal part of the call's whole fee."""
+        """Invariant 4: the payments of a call pay equal shares of its whole fee."""
         sharing = "FROM payment WHERE refresh_id IS NOT NULL AND NOT reused"
         for row in self.payready.rows(f"SELECT refresh_id, count(*) AS n {sharing} GROUP BY refresh_id"):
-            told = [
+            outcomes = [
                 outcome
                 for payment in self.payready.rows(
                     "SELECT payment_id FROM payment WHERE refresh_id = :id AND NOT reused AND state = 'released'",
@@ -169,9 +169,9 @@ class AnyStory(RuleBasedStateMachine):
                 )
                 if (outcome := self.payready.outcome(payment["payment_id"]))
             ]
-            assert {outcome["shared_by"] for outcome in told} <= {row["n"]}
-            if len(told) == row["n"] and told:
-                total = sum(Decimal(outcome["fee"]["amount"]) for outcome in told)
+            assert {outcome["shared_by"] for outcome in outcomes} <= {row["n"]}
+            if len(outcomes) == row["n"] and outcomes:
+                total = sum(Decimal(outcome["fee"]["amount"]) for outcome in outcomes)
                 assert total in (Decimal("0.1"), Decimal("0.2"), Decimal(0))
 
 
@@ -181,12 +181,12 @@ def _time(value: str | datetime) -> datetime:
 
 
 @pytest.mark.parametrize("examples", [60])
-def test_any_story_keeps_the_invariants(tmp_path: Path, valkey_url: str, examples: int) -> None:
-    """Jobs, calls, events, time and losses as chance has it."""
-    AnyStory.databases = Databases(tmp_path, None)
-    AnyStory.valkey_url = valkey_url
+def test_random_events_keep_the_invariants(tmp_path: Path, valkey_url: str, examples: int) -> None:
+    """Jobs, calls, events, time and losses occur in random order."""
+    RandomEventsMachine.databases = Databases(tmp_path, None)
+    RandomEventsMachine.valkey_url = valkey_url
     run_state_machine_as_test(
-        AnyStory,
+        RandomEventsMachine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=40,

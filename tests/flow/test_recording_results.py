@@ -1,4 +1,4 @@
-"""Calls that a worker made are booked together, and none of them keeps its worker from the next ones."""
+"""Batched recording of call results: a pending record does not block the worker's next calls."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ACCOUNTS = tuple(f"acct_{n}" for n in range(6))
 def pool(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[TaskPool]:
-    """The pool of a worker of four threads that works on `payready`, and books a few calls seldom."""
+    """Start the pool of a worker with four threads that records small batches rarely."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
     monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
     monkeypatch.setattr(batch_strategies, "RECORD_INTERVAL_S", 20)
@@ -33,7 +33,7 @@ def pool(
 
 
 class Calls:
-    """The messages of calls, and those that were acknowledged."""
+    """Call messages and their recorded results."""
 
     def __init__(self, payready: InProcessSystem, pool: TaskPool) -> None:
         for account_id in ACCOUNTS:
@@ -42,50 +42,50 @@ class Calls:
         self._payready = payready
         self._handler = batch_strategies.call_strategy(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
 
-    def come(self, *accounts: str) -> None:
-        """The worker takes their messages."""
+    def receive(self, *accounts: str) -> None:
+        """Deliver the call messages of these accounts to the worker."""
         for account_id in accounts:
             refresh_id = self._wanted[account_id]
             payload = [(account_id, refresh_id), {}, {}]
             headers = {"id": refresh_id, "task": "balances.refresh"}
             self._handler(SimpleNamespace(headers=headers, payload=payload, decode=lambda: None), None)
 
-    def are_booked(self, accounts: Sequence[str], how: str) -> None:
-        """Wait until they are."""
+    def assert_recorded(self, accounts: Sequence[str], how: str) -> None:
+        """Wait until the results are recorded."""
         eventually(lambda: all(self._payready.fees(account_id)[1:] == [f"1 {how}"] for account_id in accounts))
 
 
-def test_half_of_what_a_worker_may_hold_is_booked_at_once(payready: InProcessSystem, pool: TaskPool) -> None:
-    """Else a small worker would hold calls that ended, and take no others until it is time to book them."""
+def test_half_full_worker_records_results_at_once(payready: InProcessSystem, pool: TaskPool) -> None:
+    """Otherwise a small worker would reserve its capacity for finished calls."""
     calls = Calls(payready, pool)
-    calls.come(ACCOUNTS[0])
-    calls.are_booked(ACCOUNTS[:1], "posted")
-    calls.come(ACCOUNTS[1])
+    calls.receive(ACCOUNTS[0])
+    calls.assert_recorded(ACCOUNTS[:1], "posted")
+    calls.receive(ACCOUNTS[1])
     eventually(lambda: payready.provider.calls == list(ACCOUNTS[:2]))
     assert payready.fees(ACCOUNTS[1]) == ["1 pending"]
-    calls.come(ACCOUNTS[2])
-    calls.are_booked(ACCOUNTS[1:3], "posted")
+    calls.receive(ACCOUNTS[2])
+    calls.assert_recorded(ACCOUNTS[1:3], "posted")
 
 
 @pytest.mark.parametrize("pool", [1], indirect=True)
-def test_a_worker_of_one_thread_books_each_call_at_once(payready: InProcessSystem, pool: TaskPool) -> None:
-    """While it waited for more, there would be none."""
+def test_single_thread_worker_records_each_result_at_once(payready: InProcessSystem, pool: TaskPool) -> None:
+    """It cannot make further calls while it waits for a batch."""
     calls = Calls(payready, pool)
     for account_id in ACCOUNTS:
-        calls.come(account_id)
-    calls.are_booked(ACCOUNTS, "posted")
+        calls.receive(account_id)
+    calls.assert_recorded(ACCOUNTS, "posted")
 
 
-def test_a_call_that_failed_is_booked_while_accepted_ones_wait(payready: InProcessSystem, pool: TaskPool) -> None:
-    """Payments may fail by it, and the others of its account are called again."""
+def test_failed_call_is_recorded_before_accepted_ones(payready: InProcessSystem, pool: TaskPool) -> None:
+    """It may fail payments, and other refreshes of the account may be called."""
     calls = Calls(payready, pool)
     payready.provider.script[ACCOUNTS[2]] = [CallNotSent("no connection")]
-    calls.come(ACCOUNTS[0])
-    calls.are_booked(ACCOUNTS[:1], "posted")
-    calls.come(ACCOUNTS[1])
+    calls.receive(ACCOUNTS[0])
+    calls.assert_recorded(ACCOUNTS[:1], "posted")
+    calls.receive(ACCOUNTS[1])
     eventually(lambda: payready.provider.calls == list(ACCOUNTS[:2]))
-    calls.come(ACCOUNTS[2])
-    calls.are_booked(ACCOUNTS[2:3], "void")
+    calls.receive(ACCOUNTS[2])
+    calls.assert_recorded(ACCOUNTS[2:3], "void")
     assert payready.fees(ACCOUNTS[1]) == ["1 pending"]
-    calls.come(ACCOUNTS[3])
-    calls.are_booked([ACCOUNTS[1], ACCOUNTS[3]], "posted")
+    calls.receive(ACCOUNTS[3])
+    calls.assert_recorded([ACCOUNTS[1], ACCOUNTS[3]], "posted")

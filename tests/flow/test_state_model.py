@@ -1,4 +1,4 @@
-"""The flow does what a few lines of Python do: who is released, who is not, and how many calls that takes."""
+"""The flow against a Python model: released payments, failed payments, and the number of calls."""
 
 from datetime import timedelta
 from typing import ClassVar
@@ -13,11 +13,11 @@ from tests.support.in_process import SETTINGS, START, Databases, in_process_syst
 A = "acct_a"
 SKEW = 5.0
 LONG = SETTINGS.model_copy(update={"refresh_window_s": 3600})
-"""A call that is not answered stays in flight: what comes after it is told elsewhere."""
+"""An unanswered call stays in flight. Other tests cover the end of the window."""
 
 
 class Model:
-    """One account. Times are seconds; a call is made when somebody waits and none is in flight."""
+    """Model of one account. Times are seconds. A call is made if a payment waits and none is in flight."""
 
     def __init__(self) -> None:
         self.now, self.called, self.newest, self.calls = 0.0, None, None, 0
@@ -58,7 +58,7 @@ class Model:
 
 
 class AgainstAModel(RuleBasedStateMachine):
-    """What is enqueued is done at once, and every call is accepted."""
+    """Enqueued work runs at once, and every call is accepted."""
 
     databases: ClassVar[Databases]
     valkey_url: ClassVar[str]
@@ -82,7 +82,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(age=st.sampled_from([0, 4, 7]))
     def event(self, age: int) -> None:
-        """A balance that is so old."""
+        """Ingest a balance of this age."""
         self.model.event(self.model.now - age)
         self.payready.balance(A, at=self.payready.clock.now - timedelta(seconds=age))
         self.payready.run_tasks()
@@ -95,7 +95,7 @@ class AgainstAModel(RuleBasedStateMachine):
         assert self.payready.clock.now == START + timedelta(seconds=self.model.now)
 
     @invariant()
-    def they_agree(self) -> None:
+    def flow_matches_the_model(self) -> None:
         rows = self.payready.rows("SELECT payment_id, state, reason FROM payment")
         ends = {row["payment_id"]: row["reason"] or row["state"] for row in rows}
         assert ends == {**dict.fromkeys(self.model.waiting, "waiting"), **self.model.ends}
@@ -103,7 +103,7 @@ class AgainstAModel(RuleBasedStateMachine):
         assert sum(map(len, self.payready.delivered.values())) == len(self.model.ends)
 
 
-def test_the_flow_does_what_the_model_does(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> None:
+def test_flow_matches_the_model(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> None:
     AgainstAModel.databases = Databases(tmp_path_factory.mktemp("ledger"), None)
     AgainstAModel.valkey_url = valkey_url
     run_state_machine_as_test(

@@ -1,4 +1,4 @@
-"""A worker that stops: what it claimed and has not begun is neither called nor paid for, and is called by others."""
+"""Worker shutdown: claimed calls that were not sent become void, and another worker makes them."""
 
 from collections.abc import Callable
 from threading import Event, Thread
@@ -20,7 +20,7 @@ ACCOUNTS = ("acct_1", "acct_2")
 
 @pytest.fixture
 def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
-    """The pool of a worker that works on `payready`."""
+    """Start the pool of a worker that uses `payready`."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
     monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
     monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
@@ -29,8 +29,8 @@ def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool
     return pool
 
 
-def take_calls(payready: InProcessSystem, pool: TaskPool) -> None:
-    """The worker takes the messages of one call for each account."""
+def receive_calls(payready: InProcessSystem, pool: TaskPool) -> None:
+    """Deliver one call message for each account to the worker."""
     for number, account_id in enumerate(ACCOUNTS):
         payready.initiate(f"pay_{number}", account_id)
     calls, payready.queue.calls = payready.queue.calls, []
@@ -47,7 +47,7 @@ def take_calls(payready: InProcessSystem, pool: TaskPool) -> None:
     together.set()
 
 
-def stop_while_a_call_is_on_the_wire(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> None:
+def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> None:
     sent, answered = Event(), Event()
 
     def answer() -> int:
@@ -56,7 +56,7 @@ def stop_while_a_call_is_on_the_wire(payready: InProcessSystem, pool: TaskPool, 
         return 202
 
     payready.provider.script["acct_1"] = [answer]
-    take_calls(payready, pool)
+    receive_calls(payready, pool)
     assert sent.wait(10)
     stopping = Thread(target=pool.stop)
     stopping.start()
@@ -65,7 +65,7 @@ def stop_while_a_call_is_on_the_wire(payready: InProcessSystem, pool: TaskPool, 
     stopping.join()
 
 
-def stop_while_calls_are_claimed(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed, claim_calls = Event(), flow.claim_calls
 
     def claim(*given: Any) -> Any:
@@ -75,16 +75,16 @@ def stop_while_calls_are_claimed(payready: InProcessSystem, pool: TaskPool, monk
         return claims
 
     monkeypatch.setattr(flow, "claim_calls", claim)
-    take_calls(payready, pool)
+    receive_calls(payready, pool)
     assert claimed.wait(10)
     pool.stop()
 
 
-@pytest.mark.parametrize("stop", [stop_while_a_call_is_on_the_wire, stop_while_calls_are_claimed])
-def test_a_call_that_a_stopping_worker_does_not_begin_is_made_by_another_one_soon(
+@pytest.mark.parametrize("stop", [stop_during_a_call, stop_during_a_claim])
+def test_unsent_call_of_a_stopping_worker_is_made_by_another_soon(
     payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch, stop: Callable[..., None]
 ) -> None:
-    """Its fee entry is void, and nobody has to wait until the worker is held for lost."""
+    """Its fee entry is void, and no payment waits for the timeout of a lost worker."""
     stop(payready, pool, monkeypatch)
     assert payready.fees("acct_2") == ["1 pending", "1 void"]
     assert "acct_2" not in payready.provider.calls
