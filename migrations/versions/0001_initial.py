@@ -238,11 +238,11 @@ MATCHES_PENDING_ENTRY = " AND ".join(
     f"opened.{column} = NEW.{column}"
     for column in ("call_id", "refresh_id", "account_id", "price", "currency", "price_list", "called_at")
 )
-"""What an entry that closes a call has in common with the one that opened it."""
+"""Condition: the final entry of a call equals its pending entry in these columns."""
 
 
 def _make_fee_entry_append_only() -> None:
-    """Let the database itself refuse to change or remove a fee entry, or to close a call unlike its opening."""
+    """Create triggers that reject changes of fee entries, and final entries that differ from their pending entry."""
     is_opened = f"EXISTS (SELECT FROM fee_entry opened WHERE opened.state = 'pending' AND {MATCHES_PENDING_ENTRY})"
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("UPDATE", "DELETE"):
@@ -250,7 +250,7 @@ def _make_fee_entry_append_only() -> None:
                 f"CREATE TRIGGER fee_entry_no_{verb.lower()} BEFORE {verb} ON fee_entry "
                 "BEGIN SELECT RAISE(ABORT, 'fee_entry is append-only: UPDATE, DELETE and TRUNCATE are not allowed'); END"
             )
-        # INSERT OR REPLACE removes what is in its way, and no trigger on DELETE sees it: so nothing may be in its way.
+        # INSERT OR REPLACE deletes conflicting rows without DELETE triggers: reject conflicting inserts.
         op.execute(
             "CREATE TRIGGER fee_entry_no_replace BEFORE INSERT ON fee_entry WHEN EXISTS ("
             "SELECT 1 FROM fee_entry known WHERE known.entry_id = NEW.entry_id UNION ALL "

@@ -1,10 +1,9 @@
-"""The image without a container engine: `make image-test`.
+"""Test of the image without a container engine: `make image-test`.
 
-Builds what the Dockerfile builds, as far as that goes without Docker: an environment of the locked production
-requirements alone, and the folders that it copies. Then every role runs by its exact command, against a PostgreSQL and
-a Valkey, and a payment is made. Started as root, the roles run as another user, without any capability, in a mount
-namespace whose root is read-only but for a folder for temporary files; else as whoever starts it, in a tree without
-write permission.
+It builds an environment with only the locked production requirements, and the folders that the Dockerfile copies. Then
+it runs every role by its exact command with PostgreSQL and Valkey, and processes a payment. If it is started as root,
+the roles run as another user, without capabilities, in a mount namespace whose root is read-only except for a temporary
+folder. Otherwise they run as the current user, in a tree without write permission.
 """
 
 import json
@@ -29,16 +28,16 @@ CONFINED = """
 mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift &&
 exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 """
-"""Becomes a command as the image confines it; the first argument is the folder that can be written to."""
+"""Script that runs a command with the image's restrictions. The first argument is the writable folder."""
 SECRET, API_KEY = "whsec_of_the_image", "key_of_the_image"
 PYTHON = next((path for path in ("/usr/local/bin/python3", "/usr/bin/python3") if Path(path).exists()), sys.executable)
-"""Another user may not reach the one that we run on."""
+"""System interpreter: another user may not be able to read the current one."""
 ROLES = ("web", "worker", "refresh", "beat", "flower")
 START_LIMIT_S = 2.0
 
 
 def build(image: Path, requirements: str) -> None:
-    """Make `/venv` and `/app` of the image below `image`."""
+    """Build `/venv` and `/app` of the image in the folder `image`."""
     venv = image / "venv"
     subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(venv)], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--quiet", "--quiet"]
@@ -49,12 +48,12 @@ def build(image: Path, requirements: str) -> None:
 
 
 def copy(image: Path) -> None:
-    """Do the COPY lines of the Dockerfile's first stage."""
+    """Run the COPY lines of the Dockerfile's first stage."""
     lines = re.findall(r"^COPY ((?!--)(?:\S+ )+)(/\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     for sources, target in lines:
-        there = image / target.lstrip("/")
+        destination = image / target.lstrip("/")
         for source in sources.split():
-            place = there / source.split("/")[-1] if target.endswith("/") else there
+            place = destination / source.split("/")[-1] if target.endswith("/") else destination
             place.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-r", str(ROOT / source), str(place)], check=True)
     for cache in (image / "app").rglob("__pycache__"):
@@ -62,13 +61,13 @@ def copy(image: Path) -> None:
 
 
 def confined(tmp: Path, *command: str) -> list[str]:
-    """The command, with as little as the image leaves it."""
+    """Return the command with the image's restrictions."""
     return ["unshare", "--mount", "sh", "-c", CONFINED, "sh", str(tmp), *command] if os.geteuid() == 0 else [*command]
 
 
 @contextmanager
 def running(image: Path, role: str, environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A role for as long as the block runs; it must then end on SIGTERM, in time."""
+    """Run a role for the duration of the block. Raise TimeoutExpired if it does not end within 30 s of SIGTERM."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             confined(Path(environ["HOME"]), "role", role),
@@ -90,7 +89,7 @@ def running(image: Path, role: str, environ: Mapping[str, str], log: Path) -> It
 
 
 def until(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
-    """How long it takes until it is ready."""
+    """Return the seconds until the first true value of `ready`."""
     start = time.monotonic()
     for is_ready in ready:
         if is_ready:
@@ -102,21 +101,21 @@ def until(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
 
 
 def healthy(image: Path, port: int, page: str) -> bool:
-    """What the image's health check says."""
+    """Return the result of the image's health check."""
     script = image / "venv" / "bin" / "healthy"
     return subprocess.run([str(script), str(port), page], capture_output=True, check=False).returncode == 0
 
 
 def sizes(venv: Path) -> list[tuple[int, str]]:
-    """Sizes of the packages in MiB, the largest first."""
+    """Return the sizes of the packages in MiB, largest first."""
     packages = next((venv / "lib").glob("python*")) / "site-packages"
-    told = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
-    lines = (line.split("\t") for line in told.stdout.splitlines())
+    output = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
+    lines = (line.split("\t") for line in output.stdout.splitlines())
     return sorted(((int(size), Path(path).name) for size, path in lines), reverse=True)
 
 
 def main() -> None:
-    """Build, run, and say what was seen; ends with status 1 where a role does not come up."""
+    """Build and run the image, and print the results. Exit with status 1 if a role does not start."""
     with tempfile.TemporaryDirectory(prefix="payready-image-") as folder, ExitStack() as stack:
         image, logs, tmp = Path(folder) / "image", Path(folder) / "logs", Path(folder) / "tmp"
         for path in (image, logs, tmp):
@@ -133,7 +132,7 @@ def main() -> None:
 
 
 def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
-    """Run every role, make a payment, ask the doctor."""
+    """Run every role, process a payment and run `payready doctor`."""
     database = stack.enter_context(postgres()).database()
     valkey = ValkeyServer(port=free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
     stack.enter_context(valkey)
@@ -169,17 +168,17 @@ def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
             running(image, role, {**environ, "PAYREADY_METRICS_PORT": str(port)}, logs / role)
         )
         page = {"web": (web, "/readyz"), "flower": (flower, "/healthcheck")}.get(role, (port, "/readyz"))
-        took = until(role, ready(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
+        elapsed_s = until(role, ready(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
         assert healthy(image, *page), f"{role}: the image's health check disagrees"
-        print(f"{role}: up in {took:.2f} s" + (", too slow" if took > START_LIMIT_S else ""))  # noqa: T201
+        print(f"{role}: up in {elapsed_s:.2f} s" + (", too slow" if elapsed_s > START_LIMIT_S else ""))  # noqa: T201
     pay(redis_url)
     command = confined(tmp, "role", "payready", "doctor", "--flower", f"http://127.0.0.1:{flower}")
     doctor = subprocess.run(command, cwd=image / "app", env=environ, check=False)
-    assert doctor.returncode == 0, "the doctor finds fault"
+    assert doctor.returncode == 0, "`payready doctor` reports a fault"
 
 
 def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[bool]:
-    """Whether a role answers; ends all when it has ended."""
+    """Yield whether a role responds. Exit if its process has ended."""
     while True:
         if process.poll() is not None:
             raise SystemExit(f"ended with {process.returncode}:\n{log.read_text()}")
@@ -187,12 +186,12 @@ def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[b
 
 
 def pay(redis_url: str) -> None:
-    """Make a payment, as a payments service does."""
+    """Process a payment, as a payments service does."""
     with Celery("service", broker=redis_url, backend=redis_url, set_as_current=False) as app:
         job = {"payment_id": "pay_1", "account_id": "acct_prompt01", "amount": "25.00"}
         outcome = app.send_task("payments.initiate", kwargs=job, queue="payments").get(timeout=30)
     assert outcome["state"] == "released", json.dumps(outcome)
-    print("a payment: released")  # noqa: T201
+    print("payment released")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is deployed agrees with what is written: roles, settings, metrics, runbooks."""
+"""Deployment files agree with the code and the documents: roles, settings, metrics, runbooks."""
 
 import json
 import re
@@ -39,18 +39,18 @@ def _expressions(path: Path) -> Iterator[str]:
     "name",
     ["grafana/payready.json", "prometheus/alerts.yml", "prometheus/alerts.test.yml", "kubernetes/scaling.yaml"],
 )
-def test_every_metric_that_is_watched_is_told(name: str) -> None:
-    """A panel or an alert on a metric that nobody tells is silent for ever."""
+def test_every_watched_metric_is_exported(name: str) -> None:
+    """A panel or an alert on a metric that no role exports never shows a value."""
     sources = [*(ROOT / "worker").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
-    told = {found for path in sources for found in re.findall(r'"(payready_[a-z_]+)"', path.read_text())}
-    told |= {"payready_database_up", "payready_broker_up", "payready_redis_up"}
+    exported = {found for path in sources for found in re.findall(r'"(payready_[a-z_]+)"', path.read_text())}
+    exported |= {"payready_database_up", "payready_broker_up", "payready_redis_up"}
     watched = {
         re.sub(r"_(total|bucket|count|sum)$", "", found)
         for expression in _expressions(DEPLOY / name)
         for found in re.findall(r"\bpayready_[a-z_]+", expression)
     }
     assert watched
-    assert watched - {re.sub(r"_total$", "", found) for found in told} == set()
+    assert watched - {re.sub(r"_total$", "", found) for found in exported} == set()
 
 
 def _runbook(alert: str) -> str:
@@ -80,7 +80,7 @@ def test_runbook_has_the_four_headings_in_order(path: Path) -> None:
 
 
 def test_compose_runs_every_role_confined() -> None:
-    """By its name in the Procfile, with nothing to write to, and no port that the world can reach."""
+    """Roles have the Procfile's names, a read-only file system, and no public port."""
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     roles = {name: service for name, service in services.items() if service["image"] == "payready"}
     assert {name: service["command"] for name, service in roles.items()} == {name: [name] for name in procfile()}
@@ -92,7 +92,7 @@ def test_compose_runs_every_role_confined() -> None:
 
 
 def test_kubernetes_runs_every_role_confined() -> None:
-    """With probes, as another user; and without the variables that Kubernetes makes of services."""
+    """Pods have probes, a non-root user, and no service variables from Kubernetes."""
     pods = {
         item["metadata"]["name"]: item["spec"]["template"]["spec"]
         for item in _objects()
@@ -115,8 +115,8 @@ def test_kubernetes_runs_every_role_confined() -> None:
     load({**dict(line.split("=", 1) for line in lines), **secrets})
 
 
-def test_the_image_holds_what_production_imports_and_no_more() -> None:
-    """All packages but the simulator."""
+def test_image_contains_only_production_packages() -> None:
+    """The image contains all packages except the simulator."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     copied = set(re.findall(r"^COPY (\w+) /app/\w+$", dockerfile, re.MULTILINE))
     assert copied == {"cli", "config", "demo", "migrations", "tasks", "webhook", "worker"}

@@ -15,7 +15,7 @@ from simulator.testing import ReceivedRequest, Simulator, WebhookInbox, eventual
 
 Accounts = Callable[[str], str]
 
-TIMER_S = 0.002  # the loop's timers are that exact
+TIMER_S = 0.002  # precision of the event loop's timers
 
 
 def records(request: ReceivedRequest) -> list[dict[str, Any]]:
@@ -36,8 +36,8 @@ def read(simulator: Simulator, account_id: str) -> Any:
     return simulator.graphql({"id": account_id}).json()["data"]["account"]
 
 
-def test_a_prompt_call_is_answered_202_without_a_body(simulator: Simulator, account: Accounts) -> None:
-    """Nothing in the answer tells which balance it will be; the rate limit is in the headers."""
+def test_prompt_call_returns_202_without_body(simulator: Simulator, account: Accounts) -> None:
+    """The response does not name the balance. Its headers contain the rate limit."""
     response = simulator.refresh(account("prompt"))
     assert (response.status_code, response.content) == (202, b"")
     assert response.headers["Ratelimit-Limit"] == "1000"
@@ -45,8 +45,10 @@ def test_a_prompt_call_is_answered_202_without_a_body(simulator: Simulator, acco
     assert 0 <= int(response.headers["Ratelimit-Reset"]) - int(time.time()) <= 1
 
 
-def test_its_event_arrives_signed(simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str) -> None:
-    """One balance of this account with source REFRESH comes, made now, under a signature over the raw bytes."""
+def test_event_of_prompt_call_is_signed(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str
+) -> None:
+    """The webhook delivers one new REFRESH balance of the account, with a signature over the raw bytes."""
     account_id, before = account("prompt"), int(time.time())
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)
@@ -55,12 +57,12 @@ def test_its_event_arrives_signed(simulator: Simulator, inbox: WebhookInbox, acc
     assert signed_with(secret, request)
     assert (record["accountId"], record["source"]) == (account_id, "REFRESH")
     assert (record["available"], record["current"], record["limit"]) == (500.00, 512.34, None)
-    made = datetime.strptime(record["at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
-    assert before <= made <= time.time()
+    created_at = datetime.strptime(record["at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    assert before <= created_at <= time.time()
 
 
-def test_the_log_ties_the_call_to_its_event(simulator: Simulator, account: Accounts) -> None:
-    """The accepted call names the balance that the delivery carries."""
+def test_log_links_call_and_event(simulator: Simulator, account: Accounts) -> None:
+    """The accepted call names the balance in the delivery."""
     account_id = account("prompt")
     simulator.refresh(account_id)
     simulator.wait_for_webhooks()
@@ -77,8 +79,8 @@ def test_the_log_ties_the_call_to_its_event(simulator: Simulator, account: Accou
 @pytest.mark.parametrize(
     ("scenario", "status"), [("badreq", 400), ("unauth", 401), ("inactive", 403), ("gone", 404), ("error", 500)]
 )
-def test_a_refused_call_is_not_billed(simulator: Simulator, account: Accounts, scenario: str, status: int) -> None:
-    """The status and its RestError come back, each time; the call is not accepted and no event follows."""
+def test_rejected_call_is_not_billed(simulator: Simulator, account: Accounts, scenario: str, status: int) -> None:
+    """Every response has the status and its RestError. The call is not accepted and has no event."""
     account_id = account(scenario)
     for _ in range(2):
         response = simulator.refresh(account_id)
@@ -88,7 +90,7 @@ def test_a_refused_call_is_not_billed(simulator: Simulator, account: Accounts, s
     assert simulator.summary()["webhooks_pending"] == 0
 
 
-def test_a_wrong_key_is_refused_whatever_the_account(simulator: Simulator, account: Accounts) -> None:
+def test_wrong_key_is_rejected_for_any_account(simulator: Simulator, account: Accounts) -> None:
     """401, logged as not authenticated and not accepted."""
     account_id = account("prompt")
     assert simulator.refresh(account_id, api_key="key_other").status_code == 401
@@ -96,15 +98,15 @@ def test_a_wrong_key_is_refused_whatever_the_account(simulator: Simulator, accou
     assert (call["authenticated"], call["accepted"], call["status"]) == (False, False, 401)
 
 
-def test_a_malformed_account_id_is_not_found(simulator: Simulator) -> None:
+def test_malformed_account_id_is_not_found(simulator: Simulator) -> None:
     """404, as for an account that does not exist."""
     assert simulator.refresh("acct_no-such").status_code == 404
 
 
-def test_a_throttled_account_is_refused_every_other_time(
+def test_throttled_account_rejects_every_second_call(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts
 ) -> None:
-    """429 with the reset time, then 202 and the event; never refused two times in a row."""
+    """429 with the reset time, then 202 and the event; never two 429s in a row."""
     account_id = account("throttled")
     refused, accepted, again = (simulator.refresh(account_id) for _ in range(3))
     assert [response.status_code for response in (refused, accepted, again)] == [429, 202, 429]
@@ -112,8 +114,8 @@ def test_a_throttled_account_is_refused_every_other_time(
     assert len(arrived(inbox, account_id)) == 1
 
 
-def test_calls_above_the_rate_limit_are_refused(simulator: Simulator, account: Accounts) -> None:
-    """With a limit of one a second, three calls at once cannot all pass; in the next second one can."""
+def test_calls_above_rate_limit_are_rejected(simulator: Simulator, account: Accounts) -> None:
+    """With a limit of one per second, some of three simultaneous calls are rejected. One passes in the next second."""
     simulator.put("defaults", rate_limit_per_s=1)
     responses = [simulator.refresh(account("prompt")) for _ in range(3)]
     assert "0" in {response.headers["Ratelimit-Remaining"] for response in responses if response.status_code == 429}
@@ -121,8 +123,8 @@ def test_calls_above_the_rate_limit_are_refused(simulator: Simulator, account: A
 
 
 @pytest.mark.parametrize(("scenario", "least_s"), [("slow", 0.2), ("late", 0.4)])
-def test_an_event_takes_its_time(simulator: Simulator, account: Accounts, scenario: str, least_s: float) -> None:
-    """Slow and late events are sent after their delay and not before."""
+def test_event_is_sent_after_its_delay(simulator: Simulator, account: Accounts, scenario: str, least_s: float) -> None:
+    """Slow and late events are not sent before their delay."""
     account_id = account(scenario)
     simulator.refresh(account_id)
     simulator.wait_for_webhooks()
@@ -130,7 +132,7 @@ def test_an_event_takes_its_time(simulator: Simulator, account: Accounts, scenar
     assert delivery["sent_at"] - call["started_at"] >= least_s - TIMER_S
 
 
-def test_a_never_account_is_billed_for_nothing(simulator: Simulator, account: Accounts) -> None:
+def test_never_account_is_billed_without_balance(simulator: Simulator, account: Accounts) -> None:
     """202, no delivery, and GraphQL still shows the old balance."""
     account_id = account("never")
     assert simulator.refresh(account_id).status_code == 202
@@ -140,8 +142,8 @@ def test_a_never_account_is_billed_for_nothing(simulator: Simulator, account: Ac
     assert read(simulator, account_id)["balance"]["source"] == "SYNC"
 
 
-def test_an_unsent_event_can_only_be_read(simulator: Simulator, account: Accounts) -> None:
-    """The new balance shows up in GraphQL, and nothing is delivered."""
+def test_unsent_balance_is_visible_in_graphql_only(simulator: Simulator, account: Accounts) -> None:
+    """GraphQL shows the new balance, and no webhook is delivered."""
     account_id = account("unsent")
     simulator.refresh(account_id)
     simulator.wait_for_webhooks()
@@ -150,8 +152,8 @@ def test_an_unsent_event_can_only_be_read(simulator: Simulator, account: Account
     assert simulator.deliveries(account_id) == []
 
 
-def test_a_lost_answer_is_accepted_all_the_same(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """The connection closes without an answer, the call is billed, the event comes."""
+def test_lost_call_is_accepted_without_response(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """The connection closes without a response, the call is billed, and the event is delivered."""
     account_id = account("lost")
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         simulator.refresh(account_id)
@@ -160,8 +162,8 @@ def test_a_lost_answer_is_accepted_all_the_same(simulator: Simulator, inbox: Web
     assert (call["accepted"], call["status"]) == (True, None)
 
 
-def test_a_silent_call_stays_open_until_the_client_gives_up(simulator: Simulator, account: Accounts) -> None:
-    """No answer, no event, but billed."""
+def test_silent_call_stays_open_until_client_disconnects(simulator: Simulator, account: Accounts) -> None:
+    """There is no response and no event, but the call is billed."""
     account_id = account("silent")
     with pytest.raises(httpx.ReadTimeout):
         simulator.refresh(account_id, timeout_s=0.2)
@@ -169,15 +171,17 @@ def test_a_silent_call_stays_open_until_the_client_gives_up(simulator: Simulator
     assert (call["accepted"], call["status"], call["balance_id"]) == (True, None, None)
 
 
-def test_an_early_event_comes_before_the_answer(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """When the 202 is there, the webhook has already been delivered."""
+def test_early_event_is_delivered_before_the_response(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts
+) -> None:
+    """When the 202 arrives, the webhook has already been delivered."""
     account_id = account("early")
     assert simulator.refresh(account_id).status_code == 202
     assert len(inbox.requests_about(account_id)) == 1
 
 
-def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """The same event two times in the first delivery and once in a second one."""
+def test_twice_event_is_sent_in_two_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """The first delivery contains the event twice, the second contains it once."""
     account_id = account("twice")
     simulator.refresh(account_id)
     requests = arrived(inbox, account_id, count=2)
@@ -189,7 +193,7 @@ def test_a_twice_event_comes_in_two_deliveries(simulator: Simulator, inbox: Webh
 def test_forged_deliveries_never_verify(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str
 ) -> None:
-    """All of a few tries carry a wrong signature, and there is no balance behind them."""
+    """All attempts have a wrong signature, and GraphQL shows no new balance."""
     inbox.response_statuses += [401, 401, 401]
     account_id = account("forged")
     simulator.refresh(account_id)
@@ -199,10 +203,10 @@ def test_forged_deliveries_never_verify(
     assert read(simulator, account_id)["balance"]["source"] == "SYNC"
 
 
-def test_stale_deliveries_verify_but_are_old(
+def test_stale_deliveries_have_valid_but_old_signatures(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str
 ) -> None:
-    """The signature is right for a timestamp ten minutes ago; the balance inside is as of now."""
+    """The signature is valid for a timestamp ten minutes ago. The balance is dated now."""
     account_id = account("stale")
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)
@@ -213,10 +217,10 @@ def test_stale_deliveries_verify_but_are_old(
     assert 600 <= delivery["sent_at"] - delivery["timestamp"] < 601
 
 
-def test_a_batch_holds_the_right_event_among_others(
+def test_batch_contains_the_valid_event_among_others(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts
 ) -> None:
-    """A foreign SYNC, an unknown type, no account, a word for a number, ours, a foreign REFRESH."""
+    """A foreign SYNC, an unknown type, no account, text instead of a number, the valid event, a foreign REFRESH."""
     account_id = account("batch")
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)
@@ -230,10 +234,10 @@ def test_a_batch_holds_the_right_event_among_others(
 
 
 @pytest.mark.parametrize(("scenario", "available"), [("nullavail", None), ("poor", 1.00)])
-def test_the_scenario_sets_the_amount(
+def test_scenario_sets_the_amount(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts, scenario: str, available: float | None
 ) -> None:
-    """The event and GraphQL carry the scenario's amount."""
+    """The event and GraphQL contain the scenario's amount."""
     account_id = account(scenario)
     simulator.refresh(account_id)
     (request,) = arrived(inbox, account_id)
@@ -241,8 +245,8 @@ def test_the_scenario_sets_the_amount(
     assert read(simulator, account_id)["balance"]["available"] == available
 
 
-def test_the_mix_never_fails_for_good(simulator: Simulator, account: Accounts) -> None:
-    """Each of forty accounts gets a call accepted within two tries, and each accepted call gets its event."""
+def test_mix_never_fails_permanently(simulator: Simulator, account: Accounts) -> None:
+    """Each of forty accounts has an accepted call within two attempts, and each accepted call has its event."""
     accounts = [account("mix") for _ in range(40)]
     for account_id in accounts:
         simulator.put(f"scenarios/{account_id}", delay_s=0)
@@ -264,52 +268,54 @@ def test_the_mix_never_fails_for_good(simulator: Simulator, account: Accounts) -
 
 
 @pytest.fixture
-def ordinary(account: Accounts) -> str:
+def prompt_account(account: Accounts) -> str:
     return account("prompt")
 
 
-def test_an_account_can_be_given_another_scenario(simulator: Simulator, inbox: WebhookInbox, ordinary: str) -> None:
-    """Scenario, delay, amounts and age are taken from the override instead of from the id."""
+def test_override_replaces_the_scenario_of_an_account(
+    simulator: Simulator, inbox: WebhookInbox, prompt_account: str
+) -> None:
+    """Scenario, delay, amounts and age come from the override instead of the id."""
     values = {"scenario": "poor", "delay_s": 0.1, "available": "12.34", "current": None, "at_offset_s": -60}
-    simulator.put(f"scenarios/{ordinary}", **values)
-    simulator.refresh(ordinary)
-    record = records(arrived(inbox, ordinary)[0])[0]
-    (call,), (delivery,) = simulator.calls(ordinary), eventually(lambda: simulator.deliveries(ordinary))
-    made = datetime.strptime(record["at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    simulator.put(f"scenarios/{prompt_account}", **values)
+    simulator.refresh(prompt_account)
+    record = records(arrived(inbox, prompt_account)[0])[0]
+    (call,), (delivery,) = simulator.calls(prompt_account), eventually(lambda: simulator.deliveries(prompt_account))
+    created_at = datetime.strptime(record["at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
     assert (record["available"], record["current"]) == (12.34, None)
-    assert 59 <= delivery["sent_at"] - made <= 62
+    assert 59 <= delivery["sent_at"] - created_at <= 62
     assert delivery["sent_at"] - call["started_at"] >= 0.1 - TIMER_S
     assert call["scenario"] == "poor"
 
 
-def test_an_empty_override_makes_it_ordinary_again(simulator: Simulator, ordinary: str) -> None:
-    """What was special about an account is forgotten."""
-    simulator.put(f"scenarios/{ordinary}", scenario="error")
-    assert simulator.refresh(ordinary).status_code == 500
-    simulator.put(f"scenarios/{ordinary}")
-    assert simulator.refresh(ordinary).status_code == 202
+def test_empty_override_restores_the_default(simulator: Simulator, prompt_account: str) -> None:
+    """The account's previous overrides are removed."""
+    simulator.put(f"scenarios/{prompt_account}", scenario="error")
+    assert simulator.refresh(prompt_account).status_code == 500
+    simulator.put(f"scenarios/{prompt_account}")
+    assert simulator.refresh(prompt_account).status_code == 202
 
 
-def test_graphql_shows_the_account_with_its_newest_balance(simulator: Simulator, ordinary: str) -> None:
-    """First the balance of a past sync; after a refresh the new one, by the id the call will cause."""
-    before = read(simulator, ordinary)
+def test_graphql_shows_the_account_with_its_newest_balance(simulator: Simulator, prompt_account: str) -> None:
+    """First the balance of a past sync; after a refresh the new one, with the id that the call created."""
+    before = read(simulator, prompt_account)
     assert before.keys() == {"id", "currencyCode", "kind", "state", "connection", "balance"}
     assert before["connection"].keys() == {"id", "status", "provider"}
     assert (before["balance"]["source"], before["currencyCode"]) == ("SYNC", "USD")
-    simulator.refresh(ordinary)
+    simulator.refresh(prompt_account)
     simulator.wait_for_webhooks()
-    assert read(simulator, ordinary)["balance"]["id"] == simulator.calls(ordinary)[0]["balance_id"]
+    assert read(simulator, prompt_account)["balance"]["id"] == simulator.calls(prompt_account)[0]["balance_id"]
 
 
-def test_graphql_shows_why_a_refresh_is_refused(simulator: Simulator, account: Accounts) -> None:
-    """No account that is gone, a kind that is not supported, a connection in error."""
+def test_graphql_shows_why_a_refresh_is_rejected(simulator: Simulator, account: Accounts) -> None:
+    """Null for a missing account, an unsupported kind, a connection in error."""
     assert read(simulator, account("gone")) is None
     assert read(simulator, account("badreq"))["kind"] == "LOAN"
     assert read(simulator, account("inactive"))["connection"]["status"] == "ERROR_REPAIRABLE"
 
 
 def test_graphql_needs_the_key_and_a_variable(simulator: Simulator) -> None:
-    """401 for a wrong key or another scheme; errors with status 200 when the id is missing."""
+    """401 for a wrong key or another scheme; errors with status 200 if the id is missing."""
     assert simulator.graphql({"id": "acct_1"}, api_key="key_other").status_code == 401
     bearer = {"Authorization": f"Bearer {simulator.api_key}"}
     assert simulator.http.post("/v1/graphql", json={}, headers=bearer).status_code == 401
@@ -321,7 +327,7 @@ def test_graphql_needs_the_key_and_a_variable(simulator: Simulator) -> None:
 
 
 def test_a_key_can_be_introspected(simulator: Simulator) -> None:
-    """The right key tells its environment and mode, a wrong one gets 401."""
+    """The valid key returns its environment and mode, a wrong key gets 401."""
     right, wrong = (
         simulator.http.post("/v1/introspect/api_key", headers={"Authorization": f"Bearer {key}"})
         for key in (simulator.api_key, "key_other")
@@ -331,23 +337,23 @@ def test_a_key_can_be_introspected(simulator: Simulator) -> None:
     assert wrong.status_code == 401
 
 
-def test_subscriptions_are_kept(simulator: Simulator) -> None:
-    """One can be added, listed, shown, changed and removed; the answer holds no secret."""
+def test_subscriptions_are_stored(simulator: Simulator) -> None:
+    """A subscription can be added, listed, read, changed and removed. The response contains no secret."""
     http, path = simulator.http, "/v1/webhooks/subscriptions"
     bearer = {"Authorization": f"Bearer {simulator.api_key}"}
     wanted = {"name": "payready", "targetUrl": "https://example.test/webhooks", "eventTypes": ["balance.created"]}
-    kept = http.post(path, json=wanted, headers=bearer).json()
-    assert kept == {**wanted, "id": kept["id"], "disabled": False}
-    assert http.get(path, headers=bearer).json() == [kept]
-    changed = http.patch(f"{path}/{kept['id']}", json={"disabled": True}, headers=bearer).json()
-    assert changed == {**kept, "disabled": True}
-    assert http.get(f"{path}/{kept['id']}", headers=bearer).json() == changed
-    assert http.delete(f"{path}/{kept['id']}", headers=bearer).status_code == 204
-    assert http.get(f"{path}/{kept['id']}", headers=bearer).status_code == 404
+    created = http.post(path, json=wanted, headers=bearer).json()
+    assert created == {**wanted, "id": created["id"], "disabled": False}
+    assert http.get(path, headers=bearer).json() == [created]
+    changed = http.patch(f"{path}/{created['id']}", json={"disabled": True}, headers=bearer).json()
+    assert changed == {**created, "disabled": True}
+    assert http.get(f"{path}/{created['id']}", headers=bearer).json() == changed
+    assert http.delete(f"{path}/{created['id']}", headers=bearer).status_code == 204
+    assert http.get(f"{path}/{created['id']}", headers=bearer).status_code == 404
 
 
-def test_subscriptions_are_checked(simulator: Simulator) -> None:
-    """A key is needed, the target must be https, and nothing may be missing."""
+def test_subscriptions_are_validated(simulator: Simulator) -> None:
+    """A key is required, the target must use https, and no field may be missing."""
     path, bearer = "/v1/webhooks/subscriptions", {"Authorization": f"Bearer {simulator.api_key}"}
     assert simulator.http.get(path).status_code == 401
     assert simulator.http.delete(f"{path}/whs_1").status_code == 401

@@ -12,13 +12,13 @@ from simulator.testing import Simulator, WebhookInbox, eventually
 Accounts = Callable[[str], str]
 
 
-def test_it_is_healthy(simulator: Simulator) -> None:
-    """The process says that it is there."""
+def test_healthz_returns_ok(simulator: Simulator) -> None:
+    """The health check returns 200."""
     assert simulator.http.get("/healthz").json() == {"status": "ok"}
 
 
-def test_the_log_can_be_read_on_from_where_one_was(simulator: Simulator, account: Accounts) -> None:
-    """Entries after the given sequence numbers, in order, and none twice."""
+def test_log_can_be_read_incrementally(simulator: Simulator, account: Accounts) -> None:
+    """The response contains the entries after the given sequence numbers, in order and without duplicates."""
     for _ in range(3):
         simulator.refresh(account("prompt"))
     simulator.wait_for_webhooks()
@@ -29,8 +29,8 @@ def test_the_log_can_be_read_on_from_where_one_was(simulator: Simulator, account
     assert rest == {"calls": log["calls"][1:], "deliveries": log["deliveries"][2:]}
 
 
-def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> None:
-    """After a reset it is empty, and the sequence numbers go on."""
+def test_log_can_be_deleted(simulator: Simulator, account: Accounts) -> None:
+    """After a reset the log is empty, and the sequence numbers continue."""
     simulator.refresh(account("never"))
     (before,) = simulator.http.get("/control/log").json()["calls"]
     assert simulator.http.delete("/control/log").status_code == 204
@@ -40,8 +40,8 @@ def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> No
     assert after["seq"] == before["seq"] + 1
 
 
-def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """Calls by scenario and status, what is billed, deliveries by status."""
+def test_summary_counts_calls_and_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """The summary has calls by scenario and status, billed calls, and deliveries by status."""
     inbox.response_statuses.append(500)
     for scenario in ("prompt", "prompt", "never", "error"):
         simulator.refresh(account(scenario))
@@ -59,8 +59,8 @@ def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: 
     }
 
 
-def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
-    """The answer holds all settings; those not given stay as they are."""
+def test_settings_can_be_read_and_changed(simulator: Simulator) -> None:
+    """The response contains all settings. Settings that are not given do not change."""
     before = simulator.put("defaults")
     assert simulator.put("defaults", late_s=9) == {**before, "late_s": 9}
 
@@ -79,22 +79,22 @@ def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
         ("defaults", [], "object"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(simulator: Simulator, path: str, wrong: Any, named: str) -> None:
-    """Unknown keys and wrong values are errors: a misspelt setting must not pass in silence."""
+def test_invalid_field_is_rejected_by_name(simulator: Simulator, path: str, wrong: Any, named: str) -> None:
+    """Unknown keys and invalid values are errors, so that a misspelt setting is not ignored."""
     response = simulator.http.put(f"/control/{path}", json=wrong)
     assert response.status_code == 422
     assert named in response.json()["error"]
 
 
-def test_other_nonsense_is_refused(simulator: Simulator) -> None:
-    """No JSON, no number of seconds, no sequence number."""
+def test_malformed_requests_are_rejected(simulator: Simulator) -> None:
+    """Invalid JSON, missing seconds and invalid sequence numbers are errors."""
     assert simulator.http.put("/control/defaults", content=b"{").status_code == 422
     assert simulator.http.post("/control/refuse", json={}).status_code == 422
     assert simulator.http.get("/control/log", params={"since_call": "x"}).status_code == 422
 
 
-def test_connections_are_refused_for_a_while(simulator: Simulator, account: Accounts) -> None:
-    """New and kept connections alike; then it listens on the same port again, with its log."""
+def test_connections_are_refused_temporarily(simulator: Simulator, account: Accounts) -> None:
+    """New and open connections are refused. Then the simulator listens on the same port again and has its log."""
     account_id, started = account("never"), time.monotonic()
     simulator.refresh(account_id)
     simulator.post("refuse", seconds=0.3)

@@ -1,4 +1,4 @@
-"""Jobs that break their contract: refused by name, before anything is stored or paid for."""
+"""Jobs that violate their contract: rejected with the field's name, before payready stores anything or makes a call."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +41,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
+def test_invalid_job_fails_with_the_field_and_stores_nothing(
     payready: System, account: Accounts, payment_id: str, what: str
 ) -> None:
-    """The error names field and rule; nothing is stored, no call is made, and `link_error` runs."""
+    """The error names field and rule. Nothing is stored, no call is made, and `link_error` runs."""
     wrong, complaint = BAD[what]
     job = {"payment_id": payment_id, "account_id": account("prompt"), **wrong}
     result = payready.service.send_task(
@@ -55,15 +55,15 @@ def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
     assert type(refusal.value).__name__ == "InvalidJob"
     assert result.state == "FAILURE"
     wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
-    (told,) = payready.ended_payments()[payment_id]
-    assert (told["task"], told["args"][0]) == ("ledger.not_ready", result.id)
+    (callback,) = payready.ended_payments()[payment_id]
+    assert (callback["task"], callback["args"][0]) == ("ledger.not_ready", result.id)
     assert payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=job["payment_id"]) == []
     assert payready.rows("SELECT 1 FROM outcome_delivery WHERE task_id = :id", id=result.id) == []
     assert payready.simulator.calls(str(job["account_id"])) == []
 
 
-def test_a_task_before_it_in_a_chain_that_gives_no_job_is_told_so(payready: System) -> None:
-    """What comes by position must be a job."""
+def test_chain_result_that_is_no_job_raises_invalid_job(payready: System) -> None:
+    """A positional argument must be a job."""
     result = payready.service.send_task("payments.initiate", args=([1, 2],), queue="payments")
     with pytest.raises(Exception, match="must be a job, a mapping, not list") as refusal:
         result.get(timeout=10)
@@ -71,8 +71,8 @@ def test_a_task_before_it_in_a_chain_that_gives_no_job_is_told_so(payready: Syst
 
 
 @pytest.mark.parametrize("text", ["\x00", "\ud800", "𝔘nicode ✓", '"quoted\\'])
-def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, payment_id: str, text: str) -> None:
-    """Whatever JSON can say, however odd, is handed back with the outcome."""
+def test_metadata_is_returned_unchanged(payready: System, account: Accounts, payment_id: str, text: str) -> None:
+    """The outcome contains all values that JSON can encode."""
     result = payready.initiate(payment_id, account("prompt"), metadata={"note": text})
     assert result.get(timeout=10)["metadata"] == {"note": text}
 
@@ -81,10 +81,10 @@ def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, 
     ("body", "content_type"), [(b"{no JSON", "application/json"), (b"\x80\x04K\x01.", "application/x-python-serialize")]
 )
 @pytest.mark.parametrize(("task", "queue"), [("payments.initiate", "payments"), ("balances.refresh", "refreshes")])
-def test_a_message_that_nobody_can_read_is_dropped_and_harms_no_worker(
+def test_unreadable_message_is_dropped_without_harm(
     payready: System, account: Accounts, payment_id: str, body: bytes, content_type: str, task: str, queue: str
 ) -> None:
-    """It is acknowledged, as Celery does, and those that come with it are worked on."""
+    """Celery acknowledges it, and workers process the messages that follow."""
     with payready.service.producer_or_acquire() as producer:
         headers = {"id": payment_id, "task": task, "lang": "py"}
         producer.publish(

@@ -1,4 +1,4 @@
-"""Many payments at once, through the real processes: waiting costs nothing, and every cent is accounted for."""
+"""Load tests with the real processes: waiting payments use no resources, and fees add up exactly."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PATIENT = {
     "PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "5",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "10",
 }
-"""With these an account needs one call: what was lost on the way has time to come, however busy the machine is."""
+"""Settings with which an account needs one call: late balances arrive in time, even on a busy machine."""
 SHARES = {"mix": 80, "prompt": 10, "poor": 4, "badreq": 2, "nullavail": 2, "twice": 2}
 """Percent of the accounts by scenario."""
 WITHOUT_CALL = ("badreq",)
@@ -28,7 +28,7 @@ WITHOUT_CALL = ("badreq",)
 
 @pytest.fixture
 def crowded(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
-    """A system for one crowd, on the database that the test asks for."""
+    """Run a system for one test, on the database that the test selects."""
     url = postgres_server.database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/payready.db"
     with system(tmp_path, url, **PATIENT) as running:
         running.start_service()
@@ -36,7 +36,7 @@ def crowded(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Pos
 
 
 def crowd(payments: int, accounts: int) -> list[dict[str, Any]]:
-    """Payments over accounts of all kinds: half of them next to two of the same account, the others far apart."""
+    """Return payments over accounts of all scenarios. Half arrive in threes per account, the others are spread."""
     kinds = [kind for kind, percent in SHARES.items() for _ in range(accounts * percent // 100)]
     spread = [n // 3 if n < payments // 2 else n % accounts for n in range(payments)]
     return [
@@ -57,10 +57,8 @@ def crowd(payments: int, accounts: int) -> list[dict[str, Any]]:
     indirect=["crowded"],
     ids=["2000 on postgresql", "300 on sqlite"],
 )
-def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
-    crowded: System, payments: int, accounts: int
-) -> None:
-    """One callback a payment, one accepted call an account, an entry for each call, and shares that add up."""
+def test_each_payment_has_one_outcome_and_each_call_one_fee(crowded: System, payments: int, accounts: int) -> None:
+    """One callback per payment, one accepted call per account, a fee entry per call, and shares that add up."""
     jobs = crowd(payments, accounts)
     crowded.initiate_many(jobs, linked=True)
     wait_until(lambda: len(crowded.callbacks_received()) >= payments, 80, "all payments end")
@@ -68,8 +66,8 @@ def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
         lambda: crowded.rows("SELECT 1 FROM outcome_delivery WHERE due_at IS NOT NULL") == [], 10, "all is delivered"
     )
 
-    heard = Counter(line["args"][1] for line in crowded.callbacks_received())
-    assert heard == Counter(job["payment_id"] for job in jobs)
+    callbacks = Counter(line["args"][1] for line in crowded.callbacks_received())
+    assert callbacks == Counter(job["payment_id"] for job in jobs)
     released = {
         e["args"][1]: e["args"][0] for (e,) in crowded.ended_payments().values() if e["task"] == "ledger.execute_ach"
     }
@@ -80,33 +78,33 @@ def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
 
     crowded.simulator.wait_for_webhooks()
     wait_until(lambda: crowded.rows("SELECT 1 FROM balance WHERE due_at IS NOT NULL") == [], 10, "all is applied")
-    books = crowded.fee_totals()
-    assert len(books) == accounts
-    wrong = {a: kept for a, kept in books.items() if kept.accepted != kept.posted or kept.pending}
+    totals = crowded.fee_totals()
+    assert len(totals) == accounts
+    wrong = {a: kept for a, kept in totals.items() if kept.accepted != kept.posted or kept.pending}
     assert wrong == {}
-    called_too_often = {a: kept for a, kept in books.items() if kept.accepted > 1}
+    called_too_often = {a: kept for a, kept in totals.items() if kept.accepted > 1}
     assert called_too_often == {}
     assert_shares_add_up(crowded, rows, released)
 
 
 def assert_shares_add_up(running: System, rows: dict[str, Any], released: dict[str, Any]) -> None:
-    """What the payments that share a call were told they owe is what the call costs, to the cent and below."""
+    """Assert that the fee shares in the outcomes add up exactly to the price of the call."""
     prices: dict[str, Decimal] = defaultdict(Decimal)
     for row in running.rows("SELECT refresh_id, price FROM fee_entry WHERE state = 'posted'"):
         prices[row["refresh_id"]] += Decimal(row["price"])
-    told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    outcomes_by_refresh: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for payment_id, outcome in released.items():
         if outcome["fee"]["state"] != "reused":
-            told[rows[payment_id]["refresh_id"]].append(outcome)
-    assert sum(len(outcomes) > 1 for outcomes in told.values()) > 0, "no call was shared"
-    for refresh_id, outcomes in told.items():
+            outcomes_by_refresh[rows[payment_id]["refresh_id"]].append(outcome)
+    assert sum(len(outcomes) > 1 for outcomes in outcomes_by_refresh.values()) > 0, "no call was shared"
+    for refresh_id, outcomes in outcomes_by_refresh.items():
         assert sum(Decimal(outcome["fee"]["amount"]) for outcome in outcomes) == prices[refresh_id]
         assert {outcome["shared_by"] for outcome in outcomes} == {len(outcomes)}
 
 
 @pytest.mark.parametrize("crowded", ["postgresql"], indirect=True)
-def test_waiting_holds_no_thread_no_connection_and_no_memory(crowded: System) -> None:
-    """With 5,000 payments waiting, a worker of 16 threads settles a fresh one as if it were alone."""
+def test_waiting_payments_use_no_thread_connection_or_memory(crowded: System) -> None:
+    """With 5,000 waiting payments, a worker of 16 threads resolves a new payment as fast as without them."""
 
     def wait_for_rows(count: int) -> None:
         waiting = "SELECT count(*) AS n FROM payment WHERE state = 'waiting'"
@@ -120,7 +118,7 @@ def test_waiting_holds_no_thread_no_connection_and_no_memory(crowded: System) ->
         )
         wait_for_rows(first + count)
 
-    wait(0, 500)  # what a worker takes when it begins to work, it has taken
+    wait(0, 500)  # the worker has then allocated its initial resources
     before = crowded.footprint("worker")
     wait(500, 4500)
     after = crowded.footprint("worker")

@@ -1,4 +1,4 @@
-"""What payready stands on is away for half a minute, while payments wait, webhooks arrive and jobs are sent.
+"""A dependency is unavailable for half a minute, while payments wait, webhooks arrive and jobs are sent.
 
 Most of that is waiting, so the three outages happen side by side, each to a system of its own.
 """
@@ -25,9 +25,9 @@ from tests.support.system import System, system, wait_until
 
 AWAY_S, ACCOUNTS = 30, 20
 TOLD_AFTER_S = 45
-"""So long after it is back all must be told: a refused webhook comes again after half a minute."""
+"""Time after the outage in which all outcomes are delivered. A rejected webhook is retried after half a minute."""
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "120"}
-"""Messages come back while the outage lasts; a webhook that is refused for so long does not cost a call."""
+"""Settings with which messages are redelivered during the outage, and a late webhook causes no second call."""
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -36,12 +36,12 @@ Check = Callable[[System], None]
 
 
 def _webhooks_are_refused(running: System) -> None:
-    """With 503, so that they come again."""
+    """The webhook returns 503, so that the provider retries."""
     assert refused(running) >= ACCOUNTS
 
 
 def _balances_are_kept_only(running: System) -> None:
-    """They are in the ledger, and whoever brought them was told so; it is the sweep's to apply them."""
+    """The events are in the ledger and were acknowledged. The sweep applies them."""
     assert running.rows("SELECT count(*) AS n FROM balance") == [{"n": ACCOUNTS}]
     assert refused(running) == 0
     assert running.rows("SELECT payment_id FROM payment WHERE state <> 'waiting'") == []
@@ -52,12 +52,12 @@ OUTAGES: dict[str, tuple[Away, Check]] = {
     "the database is frozen": (lambda _, server: server.while_frozen(), lambda _: None),
     "the broker is stopped": (lambda running, _: running.valkey_unavailable(), _balances_are_kept_only),
 }
-"""How it comes to be, and what must hold when it has lasted for half a minute."""
+"""How each outage is caused, and the assertion after half a minute."""
 
 
 @pytest.fixture(scope="module")
 def outages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Future[None]"]]:
-    """All of them, under way."""
+    """Start all outages at the same time."""
     with ThreadPoolExecutor() as threads:
         yield {
             name: threads.submit(_outage, tmp_path_factory.mktemp("away"), *outage) for name, outage in OUTAGES.items()
@@ -71,7 +71,7 @@ def _outage(folder: Path, away: Away, check: Check) -> None:
         waiting, hopeless = jobs("slow", 2 * ACCOUNTS, ACCOUNTS, timeout_s=100), jobs("never", 5, 5, timeout_s=15)
         meanwhile = jobs("prompt", 30, 15, timeout_s=100)
         running.initiate_many(waiting + hopeless, linked=True)
-        booked = "SELECT count(*) AS n FROM fee_entry WHERE state = 'posted'"  # else a call is of unknown fate
+        booked = "SELECT count(*) AS n FROM fee_entry WHERE state = 'posted'"  # else the result of a call is unknown
         wait_until(lambda: running.rows(booked) == [{"n": ACCOUNTS + 5}], 15, "all calls are made, and booked")
         with away(running, server):
             unsent = _send_one_by_one(running, meanwhile, time.monotonic() + AWAY_S)
@@ -88,12 +88,12 @@ def _outage(folder: Path, away: Away, check: Check) -> None:
 
 
 def refused(running: System) -> int:
-    """How many deliveries were answered with 503."""
+    """Return the number of deliveries with status 503."""
     return int(running.simulator.summary()["deliveries_by_status"].get("503", 0))
 
 
 def _send_one_by_one(running: System, jobs: list[dict[str, Any]], until: float) -> list[dict[str, Any]]:
-    """Send jobs evenly until that time; returns those that the broker did not take."""
+    """Send jobs at a steady rate until that time. Return the jobs that the broker did not accept."""
     unsent = []
     for count, job in enumerate(jobs):
         try:
@@ -108,5 +108,5 @@ def _send_one_by_one(running: System, jobs: list[dict[str, Any]], until: float) 
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_half_a_minute_without_it_costs_no_payment_and_no_call(outages: dict[str, "Future[None]"], outage: str) -> None:
-    """Each payment is told one outcome, when it is back; those whose deadline passed meanwhile have failed."""
+    """Each payment has one outcome after the outage. Payments whose deadline passed meanwhile have failed."""
     outages[outage].result()

@@ -1,4 +1,4 @@
-"""The main job, through the real processes: what the payments service asks, and what it gets."""
+"""The main use case with the real processes: the payments service's jobs and their outcomes."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ Accounts = Callable[[str], str]
 def test_a_payment_is_released_by_the_balance_its_call_brought(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The outcome tells the balance, the wait, and the fee."""
+    """The outcome contains the balance, the wait and the fee."""
     account_id = account("prompt")
     outcome = payready.initiate(payment_id, account_id, amount="25.00", metadata={"order": 7}).get(timeout=20)
     assert outcome["state"] == "released"
@@ -38,7 +38,7 @@ def test_a_payment_is_released_by_the_balance_its_call_brought(
 def test_a_payment_fails_at_once_with_the_reason(
     payready: System, account: Accounts, payment_id: str, scenario: str, reason: str
 ) -> None:
-    """What the provider refuses, and what is not covered, does not wait for the deadline."""
+    """Rejected calls and insufficient funds fail the payment before its deadline."""
     result = payready.initiate(payment_id, account(scenario), amount="25.00", timeout_s=60)
     with pytest.raises(Exception, match=reason) as raised:
         result.get(timeout=15)
@@ -48,7 +48,7 @@ def test_a_payment_fails_at_once_with_the_reason(
 def test_a_connection_that_breaks_down_fails_its_payments_at_once(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The user must act, and is told so now, not at the deadline."""
+    """The payment fails before its deadline, because the user must reconnect."""
     result = payready.initiate(payment_id, account("never"), amount="25.00", timeout_s=60, connection_id="conn_broken1")
     payready.payment(payment_id)
     event = {"type": "connection.synced.errored.repairable", "record": {"id": "conn_broken1", "status": "ERROR"}}

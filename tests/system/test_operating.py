@@ -1,4 +1,4 @@
-"""What who operates payready sees: logs, metrics and the doctor, of roles that run as in production."""
+"""Operations: logs, metrics and `payready doctor`, with roles that run as in production."""
 
 import json
 import re
@@ -20,28 +20,28 @@ PRODUCTION = {"PAYREADY_ENV": "production", "PYTHONWARNINGS": "ignore"}
 
 
 class Operation:
-    """Roles with ports for their metrics, a Flower, and a doctor to be asked."""
+    """Roles with metrics ports, a Flower, and `payready doctor`."""
 
     def __init__(self, payready: System, flower_url: str) -> None:
         self.payready = payready
         self.flower_url = flower_url
 
     def url(self, role: str, page: str) -> str:
-        """Where a role tells what it does."""
+        """Return the URL of a role's metrics server."""
         return f"http://127.0.0.1:{self.payready.metrics_ports[role]}/{page}"
 
     def metric(self, role: str, sample: str) -> float:
-        """A sample of a role, by its name with its labels; 0 if it has none of that name."""
+        """Return a role's sample by name and labels, or 0 if it does not exist."""
         with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as answer:
-            told = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
-        return float(told.get(sample, 0))
+            message = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
+        return float(message.get(sample, 0))
 
     def log(self, role: str) -> list[dict[str, Any]]:
-        """A role's log: each of its lines is a fact in JSON."""
+        """Return the records of a role's log, one JSON object per line."""
         return [json.loads(line) for line in self.payready.processes.log_of(role).read_text().splitlines()]
 
     def doctor(self, **environ: str) -> tuple[int, dict[str, tuple[str, str]]]:
-        """Its exit status, and by check the worst that it found."""
+        """Run the doctor. Return its exit status and the worst result by check."""
         environ = {**self.payready.processes._environ, **environ}
         command = ["payready", "doctor", "--json", "--flower", self.flower_url]
         ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60)
@@ -54,16 +54,16 @@ class Operation:
         return ran.returncode, worst
 
     def faults(self, **environ: str) -> dict[str, str]:
-        """By check, what the doctor finds at fault."""
+        """Return the faults that the doctor finds, by check."""
         status, found = self.doctor(**environ)
-        faults = {check: told for check, (grade, told) in found.items() if grade == "fault"}
+        faults = {check: message for check, (grade, message) in found.items() if grade == "fault"}
         assert bool(status) == bool(faults)
         return faults
 
 
 @pytest.fixture(scope="module")
 def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[Operation]:
-    """Payready on PostgreSQL, set up for production."""
+    """Run payready on PostgreSQL with production settings."""
     folder = tmp_path_factory.mktemp("operation")
     flower = free_port()
     with system(folder, postgres_server.database(), **PRODUCTION) as payready:
@@ -74,7 +74,7 @@ def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgre
 
 
 def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) -> None:
-    """Each role counts its part; each line of each log is JSON with the ids of what it is about, and no secrets."""
+    """Each role exports its metrics. Each log line is JSON with the ids of its subject, and without secrets."""
     payready = operation.payready
     result = payready.initiate("pay_1", "acct_prompt01", amount="27.31", metadata={"name": "Jo Doe"})
     result.get(timeout=20)
@@ -106,9 +106,9 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
 
 
 def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation) -> None:
-    """And tells what it saw."""
+    """The doctor prints its findings."""
     status, found = operation.doctor()
-    assert (status, {check: told for check, told in found.items() if told[0] == "fault"}) == (0, {})
+    assert (status, {check: message for check, message in found.items() if message[0] == "fault"}) == (0, {})
     assert found["database"] == ("ok", "answers, migrated to 0001")
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
@@ -118,7 +118,7 @@ def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation
 
 
 def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_path: Path) -> None:
-    """One does not hide the other."""
+    """One fault does not hide another."""
     assert operation.faults(
         PAYREADY_ENV="development",
         PAYREADY_WEBHOOK_SECRETS="",
@@ -144,7 +144,7 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
 
 
 def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None:
-    """A subscription that is gone, an endpoint with another secret, calls that nothing answers, a cap that is used."""
+    """A missing subscription, an endpoint with another secret, calls without balances, an exhausted cap."""
     payready = operation.payready
     for number in range(3):
         payready.initiate(f"pay_never{number}", f"acct_never9{number}", timeout_s=600)
@@ -164,7 +164,7 @@ def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None
 
 
 def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
-    """A Redis that forgets, a queue that nobody serves, an open Flower, another release's worker."""
+    """A Redis without persistence, a queue without a worker, an open Flower, another release's worker."""
     payready = operation.payready
     with payready.service.connection_for_write() as connection:
         valkey = connection.default_channel.client
@@ -178,7 +178,7 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     processes.wait_for("open", lambda: responds(f"{operation.flower_url}/healthcheck"))
     faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
     assert "runs with another result_expires" in faults.pop("celery")
-    faults.pop("balances", None)  # of the test before
+    faults.pop("balances", None)  # from the previous test
     assert faults == {
         "redis": "maxmemory-policy is allkeys-lru",
         "workers": "nobody takes from the queue refreshes",

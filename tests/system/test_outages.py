@@ -1,4 +1,4 @@
-"""What payready runs on goes away, and its processes are killed: nothing is lost, nothing is done or paid twice."""
+"""Dependencies fail and processes are killed: no payment is lost, resolved twice or billed twice."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -31,31 +31,31 @@ Accounts = Callable[[str], str]
 Run = Callable[..., AbstractContextManager[System]]
 
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "60"}
-"""A killed worker's messages come back after 5 to 10 s; webhooks that are refused for a while do not cost a call."""
+"""Settings: a killed worker's messages return after 5 to 10 s, and late webhooks cause no second call."""
 
 DIME = Decimal("0.1")
-"""What a call costs in the mode TEST."""
+"""Price of a call in the mode TEST."""
 
 
 @pytest.fixture
 def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
-    """A system for one test, on a database of its own."""
+    """Run a system for one test, on its own database."""
     with system(tmp_path, postgres_server.database(), *ROLES, **SETTINGS) as running:
         running.start_service()
         yield running
 
 
-def _taken_in(system: System, count: int) -> bool:
+def _accepted(system: System, count: int) -> bool:
     return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
 
 
 def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(breakable: System) -> None:
-    """Redis restarts again and again: workers live on, no job is lost, and every outcome is delivered."""
+    """Redis restarts repeatedly. Workers survive, no job is lost, and every outcome is delivered."""
     stumbles = (50, 150, 250, 350)
     crowd = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
     breakable.initiate_many(crowd, linked=True)
     for count in stumbles:
-        wait_until(partial(_taken_in, breakable, count), 40, f"{count} jobs are taken in")
+        wait_until(partial(_accepted, breakable, count), 40, f"{count} jobs are accepted")
         with breakable.valkey_unavailable():
             time.sleep(0.3)
     wait_until(wait_until_ended(breakable, 600), 60, "all payments end")
@@ -65,7 +65,7 @@ def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(brea
 
 
 def test_payments_survive_a_broker_that_forgets_everything(breakable: System) -> None:
-    """Events release who waited, deadlines fail the others, and no account with a call in flight is called again."""
+    """Events release waiting payments, deadlines fail the others, and no account in flight is called again."""
     breakable.simulator.put("defaults", slow_s=4.0)
     waiting, hopeless = jobs("slow", 20, 20, timeout_s=60), jobs("never", 20, 20, timeout_s=8)
     breakable.initiate_many(waiting + hopeless, linked=True)
@@ -104,11 +104,11 @@ def test_killed_processes_leave_no_payment_behind_and_no_call_unaccounted_for(br
 
 
 STORM = ("lost", "twice", "early", "batch", "throttled", "error", "never", "poor", "gone", "inactive", "unsent")
-"""Answers that are lost, events that are repeated, alone or gone, refusals of every kind."""
+"""Scenarios with lost responses, repeated, late or missing events, and all rejections."""
 
 
 def calls_on_the_wire(running: System) -> int:
-    """How many calls the simulator has accepted and not answered, just now."""
+    """Return the number of accepted calls that have no response yet."""
     log = running.simulator.http.get("/control/log").raise_for_status().json()
     return sum(call["accepted"] and call["status"] is None for call in log["calls"])
 
@@ -132,7 +132,7 @@ def assert_the_ledger_is_the_log(running: System) -> None:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
         assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
-        assert found.to_post, "nothing was left open: this storm was none"
+        assert found.to_post, "no call was left pending, so the test proves nothing"
         invoices.apply_invoice(tx, found, invoices.InvoiceEvidence("log", "", "now", "USD"), now)
     with transaction(running.engine) as tx:
         (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")

@@ -1,4 +1,4 @@
-"""The same job again, the same message again, the same outcome again: one payment, one call, one end."""
+"""Repeated jobs, messages and outcomes: one payment, one call, one outcome."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Accounts = Callable[[str], str]
 
 
 def wait_for_delivery(running: System, task_id: str) -> None:
-    """Wait until it is noted that the task was told its outcome."""
+    """Wait until the task's outcome is marked delivered."""
     delivered = "SELECT 1 FROM outcome_delivery WHERE task_id = :id AND delivered_at IS NOT NULL AND due_at IS NULL"
     wait_until(lambda: running.rows(delivered, id=task_id) != [], 10, "the outcome is delivered")
 
@@ -20,7 +20,7 @@ def wait_for_delivery(running: System, task_id: str) -> None:
 def test_the_same_job_twice_is_one_payment_and_both_tasks_get_the_outcome(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """While it waits, and also when it is settled already."""
+    """This applies while the payment waits and after it is resolved."""
     account_id = account("slow")
     first, second = (payready.initiate(payment_id, account_id, amount="25.00") for _ in range(2))
     assert first.get(timeout=15) == second.get(timeout=15)
@@ -33,7 +33,7 @@ def test_the_same_job_twice_is_one_payment_and_both_tasks_get_the_outcome(
 def test_a_failed_payment_stays_failed_however_often_it_is_asked_for(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """To try again is a new payment, with an id of its own."""
+    """A retry is a new payment with a new id."""
     account_id = account("gone")
     for _ in range(2):
         with pytest.raises(PaymentNotReady, match="account_not_found"):
@@ -45,7 +45,7 @@ def test_a_failed_payment_stays_failed_however_often_it_is_asked_for(
 def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
     payready: System, account: Accounts, payment_id: str, scenario: str
 ) -> None:
-    """While the first waits (slow), and when it is settled (prompt)."""
+    """This applies while the first payment waits (slow) and after it is resolved (prompt)."""
     account_id = account(scenario)
     first = payready.initiate(payment_id, account_id, amount="25.00")
     if scenario == "prompt":
@@ -63,7 +63,7 @@ def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
 def test_a_message_that_the_broker_delivers_again_changes_nothing(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The same task id, while it waits and after its end: its callback is sent once."""
+    """The same task id arrives while the payment waits and after it is resolved. Its callback is sent once."""
     account_id, options = account("slow"), payready.callbacks(payment_id)
     first = payready.initiate(payment_id, account_id, options=options)
     payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
@@ -82,23 +82,23 @@ def test_a_message_that_the_broker_delivers_again_changes_nothing(
 def test_an_outcome_that_is_delivered_again_carries_the_same_ids(
     payready: System, account: Accounts, payment_id: str, scenario: str, callback: str
 ) -> None:
-    """After a crash between telling and noting it, the sweep tells again, so that the receiver can know."""
+    """After a crash between delivery and mark, the sweep redelivers with ids that the receiver can recognise."""
     result = payready.initiate(payment_id, account(scenario), options=payready.callbacks(payment_id))
     wait_for_delivery(payready, result.id)
     payready.forget_delivery(result.id)
-    wait_until(lambda: len(told(payready, result.id)) == 2, 10, "it is delivered again")
-    first, second = told(payready, result.id)
+    wait_until(lambda: len(callback_records(payready, result.id)) == 2, 10, "it is redelivered")
+    first, second = callback_records(payready, result.id)
     assert first["task"] == callback
     assert [first[name] for name in ("id", "root_id", "args")] == [second[name] for name in ("id", "root_id", "args")]
 
 
-def told(running: System, task_id: str) -> list[dict[str, Any]]:
-    """What the callbacks of a task were told."""
+def callback_records(running: System, task_id: str) -> list[dict[str, Any]]:
+    """Return the callback records of a task."""
     return [line for line in running.callbacks_received() if line["parent_id"] == task_id]
 
 
 def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payment_id: str) -> None:
-    """Both see the same payments due: each payment fails once."""
+    """Both beats find the same payments due. Each payment fails once."""
     account_id = account("never")
     payready.start_second_beat()
     try:

@@ -1,4 +1,4 @@
-"""What each behaviour of the provider does to a payment and to the fee ledger, with all of them under way at once."""
+"""Effect of each provider scenario on a payment and the fee ledger, with all scenarios at the same time."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ Accounts = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Promise:
-    """What a scenario promises: a verdict or a reason, and the last states of the account's fee entries."""
+    """Expected result of a scenario: a verdict or a reason, and the last states of the account's fee entries."""
 
     verdict: str | None = None
     reason: str | None = None
@@ -39,7 +39,7 @@ PROMISES: dict[str, Promise] = {
     "late": Promise(reason="timeout", job=BRIEF),
     "forged": Promise(reason="timeout", job=BRIEF),
     "stale": Promise(reason="timeout", job=BRIEF),
-    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id nobody can look
+    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id the balance cannot be polled
     "unsent read": Promise(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
     "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
     "poor": Promise(reason="insufficient_funds"),
@@ -57,7 +57,7 @@ PROMISES: dict[str, Promise] = {
 
 @dataclass(frozen=True)
 class Begun:
-    """A payment that was enqueued."""
+    """An enqueued payment."""
 
     account_id: str
     result: "AsyncResult[Any]"
@@ -65,7 +65,7 @@ class Begun:
 
 @pytest.fixture(scope="module")
 def begun(payready: System) -> dict[str, Begun]:
-    """A payment for each scenario, all enqueued at once."""
+    """Enqueue a payment for each scenario, all at once."""
     started = {}
     for number, (name, promise) in enumerate(PROMISES.items()):
         account_id = f"acct_{name.split()[0]}9{number:03d}"
@@ -75,7 +75,7 @@ def begun(payready: System) -> dict[str, Begun]:
 
 
 def outcome(begun: Begun) -> tuple[str | None, str | None]:
-    """The verdict or the reason, once there is one."""
+    """Wait for the outcome and return its verdict or its reason."""
     try:
         return begun.result.get(timeout=30)["verdict"], None
     except PaymentNotReady as error:
@@ -83,12 +83,12 @@ def outcome(begun: Begun) -> tuple[str | None, str | None]:
 
 
 def states(running: System, account_id: str) -> list[str]:
-    """The last state of each fee entry of the account."""
+    """Return the last fee entry state of each call of the account."""
     return sorted(dict(running.fees(account_id)).values())
 
 
 def test_every_scenario_of_the_simulator_has_a_promise() -> None:
-    """Nothing that the simulator can do goes untested; `mix` is drawn from the others, see the crowds."""
+    """Every scenario of the simulator is tested here. `test_load` covers `mix`, which is drawn from the others."""
     assert {name.split()[0] for name in PROMISES} == set(SCENARIOS) - {"mix"}
 
 
@@ -96,20 +96,20 @@ def test_every_scenario_of_the_simulator_has_a_promise() -> None:
 def test_a_scenario_ends_as_promised_and_is_booked_to_the_call(
     payready: System, begun: dict[str, Begun], scenario: str
 ) -> None:
-    """The outcome is the promised one, and the fee entries are those of the calls that the provider saw."""
+    """The outcome is the expected one, and the fee entries match the provider's calls."""
     promise, payment = PROMISES[scenario], begun[scenario]
     assert outcome(payment) == (promise.verdict, promise.reason)
     eventually(lambda: states(payready, payment.account_id) == sorted(promise.fees) or None)
     kept = Counter(promise.fees)
-    books = payready.fee_totals()[payment.account_id]
-    assert books == FeeTotals(promise.accepted, posted=kept["posted"], pending=kept["pending"], void=kept["void"])
+    totals = payready.fee_totals()[payment.account_id]
+    assert totals == FeeTotals(promise.accepted, posted=kept["posted"], pending=kept["pending"], void=kept["void"])
     assert len(payready.simulator.calls(payment.account_id)) == len(promise.fees)
 
 
 def test_a_call_whose_answer_was_lost_is_posted_on_the_evidence_of_its_event(
     payready: System, begun: dict[str, Begun]
 ) -> None:
-    """The balance that came proves that the provider accepted the call."""
+    """The balance proves that the provider accepted the call."""
     begun["lost"].result.get(timeout=30)
     query = "SELECT evidence FROM fee_entry WHERE account_id = :id AND state = 'posted'"
     (entry,) = payready.rows(query, id=begun["lost"].account_id)
@@ -119,7 +119,7 @@ def test_a_call_whose_answer_was_lost_is_posted_on_the_evidence_of_its_event(
 def test_a_late_balance_is_kept_and_serves_the_next_payment_for_free(
     payready: System, begun: dict[str, Begun], payment_id: str
 ) -> None:
-    """It came after the deadline of the payment that paid for it; within its age it need not be bought again."""
+    """A balance that arrives after its payment's deadline serves another payment within its maximum age."""
     account_id = begun["late"].account_id
     query = "SELECT balance_id FROM balance WHERE account_id = :id AND due_at IS NULL"
     eventually(lambda: payready.rows(query, id=account_id))
@@ -130,8 +130,8 @@ def test_a_late_balance_is_kept_and_serves_the_next_payment_for_free(
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_events_that_nobody_understands_are_set_aside(payready: System, begun: dict[str, Begun]) -> None:
-    """The malformed ones of the batch spoiled no other, and can be looked at."""
+def test_unparseable_events_are_quarantined(payready: System, begun: dict[str, Begun]) -> None:
+    """The malformed events of the batch do not affect the others, and are stored in quarantine."""
     begun["batch"].result.get(timeout=30)
     assert len(payready.rows("SELECT reason FROM quarantine")) >= 1
 
@@ -139,20 +139,20 @@ def test_events_that_nobody_understands_are_set_aside(payready: System, begun: d
 def test_a_provider_that_refuses_connections_is_tried_again_and_owed_nothing_for_it(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """What was provably not sent is void, and the payment is released once the provider listens again."""
+    """Calls that were not sent are void, and the payment is released when the provider listens again."""
     account_id = account("prompt")
     payready.simulator.post("refuse", seconds=1.5)
     released = payready.initiate(payment_id, account_id, amount="25.00").get(timeout=15)
     assert released["state"] == "released"
-    books = payready.fee_totals()[account_id]
-    assert (books.accepted, books.posted, books.pending) == (1, 1, 0)
-    assert books.void >= 1
+    totals = payready.fee_totals()[account_id]
+    assert (totals.accepted, totals.posted, totals.pending) == (1, 1, 0)
+    assert totals.void >= 1
 
 
 def test_a_payment_that_was_cancelled_fails_and_the_balance_that_comes_changes_nothing(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The first end is the only one; the call it had made is posted all the same."""
+    """The cancellation is final. The call that was made is posted nevertheless."""
     account_id = account("slow")
     waiting = payready.initiate(payment_id, account_id)
     wait_until(lambda: payready.simulator.calls(account_id) != [], 10, "the call is made")
