@@ -148,7 +148,7 @@ class Ledger:
 
 
 class TestSystem:
-    """Environment of a scenario. `outcomes`, `accepted` and the ledger show whether the invariants hold."""
+    """Environment of a scenario. `outcomes`, `accepted` and the ledger show whether an invariant is violated."""
 
     def __init__(
         self, scenario: Scenario, ledger: "Ledger", correlation: CorrelationStore, operations: Operations
