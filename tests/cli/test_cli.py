@@ -102,7 +102,7 @@ def test_tables_show_states_fees_and_savings(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["payment", "show", "pay_nobody"], "no payment pay_nobody in the ledger"),
+        (["payment", "show", "pay_unknown"], "no payment pay_unknown in the ledger"),
         (["payment", "cancel", "pay_1"], "cannot reach the broker or the result backend"),
         (["payment", "enqueue", "acct_a", "--amount", "25.00"], "cannot reach the broker or the result backend"),
         (["payment", "enqueue", "acct_a", "--amount", "-1"], "amount: "),

@@ -58,7 +58,7 @@ def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
     assert lines[2].reused
 
 
-def test_a_timeline_tells_a_payments_whole_way(history: Books) -> None:
+def test_timeline_has_every_step_of_a_payment(history: Books) -> None:
     """Job, calls with their fees, balance, verdict, deliveries."""
     with read_only(history.engine) as tx:
         found = payment_report.payment_timeline(tx, "pay_3")
@@ -79,7 +79,7 @@ def test_a_timeline_of_a_waiting_payment_shows_the_call_that_is_to_serve_it(hist
     """A refresh is linked to a payment only when it resolves. An unknown payment has no timeline."""
     with read_only(history.engine) as tx:
         found = payment_report.payment_timeline(tx, "pay_waits")
-        assert payment_report.payment_timeline(tx, "pay_nobody") is None
+        assert payment_report.payment_timeline(tx, "pay_unknown") is None
     assert found is not None
     assert found.refresh is not None
     assert found.refresh.refresh_id == "ref_c"
@@ -249,7 +249,7 @@ def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books
 def test_calls_are_counted_by_account_and_state(history: Books) -> None:
     """An account without calls is left out."""
     with read_only(history.engine) as tx:
-        calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_nobody"])
+        calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_unknown"])
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
@@ -262,7 +262,7 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
         assert list(fee_statement.payment_shares(tx, NOON, NOON + timedelta(days=1))) == []
 
 
-def test_who_reads_holds_up_nobody_who_writes(books: Books) -> None:
+def test_reader_blocks_no_writer(books: Books) -> None:
     """And goes on seeing the ledger as it was."""
     books.payment("pay_1", "acct_a")
     with read_only(books.engine) as tx:

@@ -33,7 +33,7 @@ def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: I
     assert [payready.state(name) for name in ("pay_b", "pay_a")] == ["released", "insufficient_funds"]
 
 
-def test_an_outcome_is_left_to_be_told_once_when_two_refreshes_of_an_account_are_held_back(made: MakeSystem) -> None:
+def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(made: MakeSystem) -> None:
     """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
     with made(circuit_breaker_failures=1) as payready:
         payready.rt.admission.record_result("failed", payready.clock.now, payready.clock.now)
@@ -43,8 +43,8 @@ def test_an_outcome_is_left_to_be_told_once_when_two_refreshes_of_an_account_are
         assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
-def test_a_claim_that_was_kept_waiting_until_its_call_is_held_for_lost_makes_no_call(payready: InProcessSystem) -> None:
-    """Upkeep may have given the call to somebody else by then; nothing is paid for this one."""
+def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
+    """Maintenance may have enqueued the call again by then; this claim costs nothing."""
     payready.initiate("pay_1", "acct_1")
     calls = payready.queue.calls
     payready.drop_tasks()
@@ -55,7 +55,7 @@ def test_a_claim_that_was_kept_waiting_until_its_call_is_held_for_lost_makes_no_
     assert payready.fees("acct_1") == ["1 pending", "1 void"]
 
 
-def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_twice(
+def test_balance_that_another_transaction_stores_is_applied_once(
     payready: InProcessSystem, databases: Databases
 ) -> None:
     """Its duplicate is being kept when the account becomes free: what is applied must be in the ledger as applied."""
@@ -104,7 +104,7 @@ def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> Re
 def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     payready: InProcessSystem, databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two processes hold one of its accounts each: neither must wait for what the other one has written already."""
+    """Two processes lock one of its accounts each: neither may wait for rows that the other has written."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     for name in "ab":
@@ -134,7 +134,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
 
 
 def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
-    """As it is kept once: what its payments are told must be in the ledger."""
+    """It is stored once: the outcomes of its payments must name a balance of the ledger."""
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
@@ -146,8 +146,8 @@ def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InPro
     assert released == [kept]
 
 
-def test_jobs_that_come_again_are_held_in_one_order(payready: InProcessSystem, databases: Databases) -> None:
-    """As by whoever fails payments whose connection broke down: else the two wait for each other."""
+def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databases: Databases) -> None:
+    """The transaction that fails payments of a lost connection uses the same order: otherwise the two deadlock."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     jobs = [{"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in "21"]
@@ -164,9 +164,7 @@ def test_jobs_that_come_again_are_held_in_one_order(payready: InProcessSystem, d
     assert payready.provider.calls == ["acct_2", "acct_1"]
 
 
-def test_a_call_whose_account_is_held_keeps_no_other_from_being_booked(
-    payready: InProcessSystem, databases: Databases
-) -> None:
+def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSystem, databases: Databases) -> None:
     """It is booked when the account is free."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")

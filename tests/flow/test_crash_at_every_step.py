@@ -36,7 +36,7 @@ STORIES = {
     ),
     "the second needs a call of its own": Scenario(((0, P1), (1, OWN)), times_s=(0, 1, 3, 6)),
     "the answer is lost, the balance comes": Scenario(((0, P1),), ("lost",), (0, 3)),
-    "nobody knows what became of the call": Scenario(((0, P1),), (CallResultUnknown("500", 500),), (0, 16, 19)),
+    "the result of the call is unknown": Scenario(((0, P1),), (CallResultUnknown("500", 500),), (0, 16, 19)),
     "put off, then served": Scenario(((0, P1),), (RateLimited("429", None),), (0, 2, 5)),
     "only a read shows the balance": Scenario(
         ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
@@ -58,18 +58,18 @@ def correlation(valkey_url: str) -> Iterator[CorrelationStore]:
 
 @pytest.fixture(scope="module")
 def struck(databases: Databases, correlation: CorrelationStore) -> Struck:
-    """Tells a story with a strike at an operation, or without, on an empty database; returns what was violated."""
+    """Run a scenario on an empty database, with or without a fault at an operation. Return the violations."""
     address = databases.new()
     ledger = Ledger(address)
 
-    def told(story: Scenario, strike: FaultMode, at: int | None) -> tuple[Operations, list[str]]:
+    def run_scenario(story: Scenario, strike: FaultMode, at: int | None) -> tuple[Operations, list[str]]:
         operations = Operations(at, strike)
         databases.empty(address)
         with build_test_system(story, ledger, correlation, operations) as made:
             made.run()
             return operations, list(violations(made))
 
-    return told
+    return run_scenario
 
 
 @pytest.mark.parametrize("story", STORIES)
@@ -89,9 +89,7 @@ def test_no_invariant_falls_wherever_it_strikes(struck: Struck, databases: Datab
     assert fallen == {}
 
 
-def test_an_outcome_that_is_noted_before_it_is_told_would_be_found(
-    struck: Struck, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outcome_marked_before_its_delivery_is_found(struck: Struck, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of two operations is turned round: a strike between them loses an outcome, and is seen."""
 
     def noted_first(due: Sequence[OutcomeDelivery]) -> None:

@@ -109,7 +109,7 @@ TWICE: list[tuple[str, list[str], int, int, bool, int]] = [
 def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
     databases: Databases, valkey_url: str, story: list[tuple[str, list[str], int, int, bool, int]]
 ) -> None:
-    """At every moment none too many and none missing; to the millionth, when the invoice has told the rest."""
+    """At every moment the shares add up; to the millionth once the invoice has resolved all calls."""
     truth = Truth()
     with fresh(databases, valkey_url) as payready:
         payready.rt.price_list = parse_price_list(RISING)
@@ -129,7 +129,7 @@ def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
 
 
 def _pass(payready: InProcessSystem, seconds: int) -> None:
-    """Let time pass; upkeep looks in now and then."""
+    """Advance the clock and run maintenance now and then."""
     for _ in range(4):
         payready.clock.advance(seconds / 4)
         payready.run_maintenance()

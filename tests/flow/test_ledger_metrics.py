@@ -1,4 +1,4 @@
-"""What Prometheus is told: the ledger's figures while a story goes on."""
+"""Metrics that are read from the ledger."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Ask = Callable[..., float]
 
 
 @pytest.fixture
-def told(payready: InProcessSystem) -> Ask:
+def exported(payready: InProcessSystem) -> Ask:
     """Asks for one value, by the name of its metric and its labels, of a watch that began with the test."""
     watch = LedgerCollector(payready.rt)
 
@@ -35,7 +35,7 @@ def told(payready: InProcessSystem) -> Ask:
     return ask
 
 
-def test_waiting_payments_are_told_by_how_far_their_call_is(payready: InProcessSystem, told: Ask) -> None:
+def test_waiting_payments_are_counted_by_state_of_their_call(payready: InProcessSystem, exported: Ask) -> None:
     """With how long the first of each kind waits: one without a call, one called, one whose answer was lost."""
     payready.initiate("pay_1", "acct_a")
     payready.drop_tasks()
@@ -46,17 +46,17 @@ def test_waiting_payments_are_told_by_how_far_their_call_is(payready: InProcessS
     payready.run_tasks()
     payready.clock.advance(2)
     waiting = {
-        state: told("payready_waiting_payments", state) for state in ("none", "accepted", "uncertain", "calling")
+        state: exported("payready_waiting_payments", state) for state in ("none", "accepted", "uncertain", "calling")
     }
     assert waiting == {"none": 1, "accepted": 1, "uncertain": 1, "calling": 0}
-    assert told("payready_oldest_wait_seconds", "none") == 3
-    assert told("payready_oldest_wait_seconds", "uncertain") == 2
-    assert told("payready_past_deadline_seconds") == 0
+    assert exported("payready_oldest_wait_seconds", "none") == 3
+    assert exported("payready_oldest_wait_seconds", "uncertain") == 2
+    assert exported("payready_past_deadline_seconds") == 0
     payready.clock.advance(130)
-    assert told("payready_past_deadline_seconds") == 13
+    assert exported("payready_past_deadline_seconds") == 13
 
 
-def test_a_payment_that_waits_for_a_held_call_counts_once(payready: InProcessSystem, told: Ask) -> None:
+def test_payment_that_waits_for_a_delayed_call_counts_once(payready: InProcessSystem, exported: Ask) -> None:
     """Its account has two open refreshes: one in flight, one that is to follow it."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
@@ -64,23 +64,21 @@ def test_a_payment_that_waits_for_a_held_call_counts_once(payready: InProcessSys
     payready.initiate("pay_2", "acct_a", max_balance_age_s=0)
     payready.run_tasks()
     assert payready.refreshes("acct_a") == ["accepted", "requested"]
-    assert told("payready_waiting_payments", "accepted") == 2
-    assert told("payready_waiting_payments", "requested") == 0
+    assert exported("payready_waiting_payments", "accepted") == 2
+    assert exported("payready_waiting_payments", "requested") == 0
 
 
-def test_a_payment_whose_call_brought_nothing_is_told_apart_from_one_without_a_call(
-    payready: InProcessSystem, told: Ask
-) -> None:
+def test_unanswered_call_is_counted_apart_from_no_call(payready: InProcessSystem, exported: Ask) -> None:
     """The window of its refresh is over before its deadline: a call was made, and charged."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     payready.pass_time(61)
     assert payready.refreshes("acct_a") == ["unanswered"]
-    assert told("payready_waiting_payments", "unanswered") == 1
-    assert told("payready_waiting_payments", "none") == 0
+    assert exported("payready_waiting_payments", "unanswered") == 1
+    assert exported("payready_waiting_payments", "none") == 0
 
 
-def test_what_happened_while_the_ledger_was_not_asked_is_counted_in_steps(payready: InProcessSystem, told: Ask) -> None:
+def test_outcomes_since_the_last_scrape_are_counted_in_steps(payready: InProcessSystem, exported: Ask) -> None:
     """Not all of it at once, or a long absence would make a question that is never answered in time."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
@@ -92,25 +90,27 @@ def test_what_happened_while_the_ledger_was_not_asked_is_counted_in_steps(payrea
     payready.balance("acct_b")
     payready.run_tasks()
     payready.clock.advance(WRITE_LAG.total_seconds())
-    assert [told("payready_outcomes_total", "released", "none") for _ in range(4)] == [1, 1, 2, 2]
+    assert [exported("payready_outcomes_total", "released", "none") for _ in range(4)] == [1, 1, 2, 2]
 
 
-def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: InProcessSystem, told: Ask) -> None:
+def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: InProcessSystem, exported: Ask) -> None:
     """However often it is asked; and a call is open until it is posted or void."""
-    told("payready_outcomes_total")
+    exported("payready_outcomes_total")
     payready.initiate("pay_1", "acct_a")
     payready.provider.script["acct_b"] = [CallResultUnknown("lost")]
     payready.initiate("pay_2", "acct_b")
     payready.run_tasks()
     payready.balance("acct_a")
     payready.run_tasks()
-    assert told("payready_outcomes_total", "released", "none") == 0, "not before the time in which others may commit"
+    assert exported("payready_outcomes_total", "released", "none") == 0, (
+        "not before the time in which others may commit"
+    )
     payready.clock.advance(WRITE_LAG.total_seconds())
     for _ in range(2):
-        assert told("payready_outcomes_total", "released", "none") == 1
-        assert told("payready_fee_entries_total", "posted", "USD") == 1
-        assert told("payready_fees_total", "posted", "USD") == 0.1
-    assert (told("payready_unresolved_calls"), told("payready_unresolved_fees", "USD")) == (1, 0.1)
+        assert exported("payready_outcomes_total", "released", "none") == 1
+        assert exported("payready_fee_entries_total", "posted", "USD") == 1
+        assert exported("payready_fees_total", "posted", "USD") == 0.1
+    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (1, 0.1)
     late = LedgerCollector(payready.rt)
     assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 1}, (
         "one that starts now finds it too"
@@ -118,24 +118,24 @@ def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: 
     payready.balance("acct_b")
     payready.run_tasks()
     payready.clock.advance(WRITE_LAG.total_seconds())
-    assert (told("payready_unresolved_calls"), told("payready_unresolved_fees", "USD")) == (0, 0)
-    assert told("payready_fees_total", "posted", "USD") == 0.2
+    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (0, 0)
+    assert exported("payready_fees_total", "posted", "USD") == 0.2
     assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 0}
 
 
-def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: InProcessSystem, told: Ask) -> None:
+def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: InProcessSystem, exported: Ask) -> None:
     """Since it was settled, and since it came."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     balance_id = payready.balance("acct_a", later=True)
     payready.clock.advance(2)
-    assert (told("payready_unapplied_balances"), told("payready_oldest_unapplied_seconds")) == (1, 2)
+    assert (exported("payready_unapplied_balances"), exported("payready_oldest_unapplied_seconds")) == (1, 2)
     payready.queue.balances_to_apply.clear()
-    flow.apply_balance(payready.rt, balance_id)  # and nobody does what it leaves to be done
+    flow.apply_balance(payready.rt, balance_id)  # its follow-up is not dispatched
     payready.clock.advance(3)
-    assert (told("payready_undelivered_outcomes"), told("payready_oldest_undelivered_seconds")) == (1, 3)
+    assert (exported("payready_undelivered_outcomes"), exported("payready_oldest_undelivered_seconds")) == (1, 3)
     payready.pass_time(10)
-    assert (told("payready_undelivered_outcomes"), told("payready_unapplied_balances")) == (0, 0)
+    assert (exported("payready_undelivered_outcomes"), exported("payready_unapplied_balances")) == (0, 0)
 
 
 def test_the_way_of_a_balance_is_timed(payready: InProcessSystem) -> None:
@@ -159,7 +159,7 @@ def _sum_and_count(histogram: object) -> tuple[float, float]:
     return samples[f"{name}_sum"], samples[f"{name}_count"]
 
 
-def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> None:
+def test_collector_caches_values_and_reports_an_unavailable_source() -> None:
     """Figures of someone who does not answer are left out: old ones would lie."""
     now, asked = [0.0], [0]
     example = MetricDefinition(name="payready_x", kind="gauge", help_text="X.", labels=(Label(name="kind"),))
@@ -170,20 +170,20 @@ def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> 
             raise OSError("away")
         return [example.sample({("a",): 5})]
 
-    def told() -> dict[str, float]:
+    def exported() -> dict[str, float]:
         return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
 
     collector = PolledCollector("database", ask, clock=lambda: now[0])
-    assert told() == told() == {"payready_database_up": 1, "payready_x": 5}
+    assert exported() == exported() == {"payready_database_up": 1, "payready_x": 5}
     assert asked == [1]
     now[0] += 5
-    assert told() == {"payready_database_up": 0}
+    assert exported() == {"payready_database_up": 0}
     now[0] += 5
-    assert told() == {"payready_database_up": 1, "payready_x": 5}
+    assert exported() == {"payready_database_up": 1, "payready_x": 5}
 
 
-def test_caps_are_told_as_far_as_they_are_used(payready: InProcessSystem) -> None:
-    """Posted and pending calls count; a cap that is not set is not told, and one of nought is used up."""
+def test_cap_usage_is_exported(payready: InProcessSystem) -> None:
+    """Posted and pending calls count. A cap that is not set is not exported, and a cap of 0 is used up."""
     payready.rt.settings = payready.rt.settings.model_copy(
         update={"fee_cap_per_day": Decimal("0.4"), "fee_cap_per_month": Decimal(0)}
     )
@@ -199,18 +199,18 @@ def test_caps_are_told_as_far_as_they_are_used(payready: InProcessSystem) -> Non
     assert used() == {("day",): 0.25}
 
 
-def test_the_breaker_shows_for_as_long_as_it_holds_calls_back(payready: InProcessSystem) -> None:
+def test_circuit_breaker_metric_is_1_while_it_is_open(payready: InProcessSystem) -> None:
     """And the budget as far as it is spent."""
 
-    def told() -> dict[str, float]:
+    def exported() -> dict[str, float]:
         return {figure.name: figure.values[()] for figure in redis_metrics(payready.rt)}
 
-    assert told()["payready_circuit_breaker_open"] == told()["payready_rate_limiter_burst_used_ratio"] == 0
+    assert exported()["payready_circuit_breaker_open"] == exported()["payready_rate_limiter_burst_used_ratio"] == 0
     for _ in range(payready.rt.settings.circuit_breaker_failures):
         payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
-    assert told()["payready_circuit_breaker_open"] == 1
+    assert exported()["payready_circuit_breaker_open"] == 1
     payready.clock.advance(6)
-    assert told()["payready_circuit_breaker_open"] == 0
+    assert exported()["payready_circuit_breaker_open"] == 0
 
 
 def test_what_one_process_found_is_forgotten_for_what_another_may_have_found_since() -> None:

@@ -67,7 +67,7 @@ def test_an_event_that_is_sent_again_does_not_fail_payments_that_came_since(
     assert payready.state("p1") == "waiting"
 
 
-def test_a_call_for_which_nobody_waits_any_more_is_not_made(payready: InProcessSystem) -> None:
+def test_call_without_a_waiting_payment_is_not_made(payready: InProcessSystem) -> None:
     payready.initiate("p1", A, connection_id="conn_1")
     later, payready.queue = payready.queue, flow.FollowUp()
     break_down(payready, connection_id="conn_1")
@@ -99,20 +99,22 @@ def test_an_account_that_moves_takes_its_payments_along(
 
 @pytest.mark.parametrize("arrivals", [*itertools.permutations((0, 1, 2)), (0, 1, 2, 0), (2, 1, 0, 1, 0)])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_an_account_is_where_it_moved_last_in_whatever_order_that_is_told(
+def test_account_follows_its_last_move_in_any_order_of_events(
     payready: InProcessSystem, arrivals: tuple[int, ...], *, at_once: bool
 ) -> None:
     """Twice, late, or all at once."""
     payready.initiate("p1", A, connection_id="conn_1")
     began = payready.clock()
     moves = [AccountMoved(account_id=A, connection_id=f"conn_{n}", at=began + timedelta(seconds=n)) for n in (1, 2, 3)]
-    told: list[list[ConnectionUpdate]] = [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
-    for news in told:
+    deliveries_of_updates: list[list[ConnectionUpdate]] = (
+        [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
+    )
+    for news in deliveries_of_updates:
         flow.ingest_events(payready.rt, [], connection_updates=news)
     assert payready.payment("p1")["connection_id"] == "conn_3"
 
 
-def test_an_old_move_that_is_told_again_is_no_news_to_payments_that_came_since(payready: InProcessSystem) -> None:
+def test_repeated_old_move_does_not_affect_later_payments(payready: InProcessSystem) -> None:
     """They were requested in the knowledge of it, and of what came after it."""
     at = payready.clock() - timedelta(seconds=6)
     payready.initiate("p1", A, connection_id="conn_1")
@@ -131,10 +133,10 @@ def test_an_old_move_that_is_told_again_is_no_news_to_payments_that_came_since(p
         (("broken 1", "moved 1"), "connection_lost"),
     ],
 )
-def test_what_is_told_at_once_is_taken_in_the_order_in_which_it_happened(
+def test_updates_of_one_delivery_apply_in_order_of_their_times(
     payready: InProcessSystem, news: tuple[str, ...], state: str
 ) -> None:
-    """By its times, and if those are the same as it is told: the account left the connection first, or not."""
+    """By their times, and with equal times in the order of the delivery."""
     payready.initiate("p1", A, connection_id="conn_1")
 
     def happened(one: str) -> ConnectionUpdate:
@@ -151,7 +153,7 @@ def test_what_is_told_at_once_is_taken_in_the_order_in_which_it_happened(
 
 
 def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(payready: InProcessSystem) -> None:
-    """The claim holds who waits, so the other sees the call."""
+    """The claim locks the waiting payments, so the other transaction sees the call."""
     payready.initiate("p1", A, connection_id="conn_1")
     at = payready.clock()
     cut_off = threading.Thread(

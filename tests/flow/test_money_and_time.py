@@ -30,8 +30,10 @@ def test_figures_come_back_from_the_ledger_as_they_went_in(
     payready.initiate(f"p_{account}", account)
     payready.run_tasks()
     sheet = payready.outcome(f"p_{account}")["balance"]
-    told = {name: None if sheet[name] is None else Decimal(sheet[name]) for name in ("available", "current", "limit")}
-    assert told == {"available": available, "current": current, "limit": limit}
+    amounts = {
+        name: None if sheet[name] is None else Decimal(sheet[name]) for name in ("available", "current", "limit")
+    }
+    assert amounts == {"available": available, "current": current, "limit": limit}
 
 
 def _floats(value: Any) -> list[float]:
@@ -69,7 +71,7 @@ def test_a_time_in_another_zone_is_the_same_time(payready: InProcessSystem) -> N
 
 
 def test_nothing_moves_while_the_clock_stands_still(payready: InProcessSystem) -> None:
-    """The clock is an argument: upkeep at one instant, repeated, does nothing."""
+    """The clock is an argument: repeated maintenance at one instant changes nothing."""
     payready.provider.script[A] = [202]
     payready.initiate("p1", A, timeout_s=1)
     payready.run_tasks()
@@ -82,7 +84,7 @@ def test_nothing_moves_while_the_clock_stands_still(payready: InProcessSystem) -
 
 
 def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InProcessSystem) -> None:
-    """The one that was asked first is; the other is told what is left."""
+    """The first one is released; the other fails with the available funds in its detail."""
     payready.initiate("p1", A, amount="80.00")
     payready.clock.advance(0.5)
     payready.initiate("p2", A, amount="80.00")
@@ -142,7 +144,7 @@ def test_payments_without_a_check_take_nothing_and_others_see_no_less(payready: 
 def test_an_unknown_balance_is_not_zero_and_not_enough(
     payready: InProcessSystem, check: str | None, expected: str
 ) -> None:
-    """`current` does not stand in for it; "could not be checked" is a word of its own."""
+    """`current` does not replace it; `unchecked` is a verdict of its own."""
     payready.initiate("p1", A, amount="1.00", **({} if check is None else {"funds_check": check}))
     payready.run_tasks()
     payready.balance(A, None, current=Decimal(1000), limit=Decimal(1000))

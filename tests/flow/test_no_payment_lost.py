@@ -58,7 +58,7 @@ def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
     assert payready.outcome("p1") == {"payment_id": "p1", "reason": "provider_unavailable", "detail": detail}
 
 
-def test_a_balance_too_old_for_the_payment_is_told_at_the_deadline(payready: InProcessSystem) -> None:
+def test_balance_too_old_for_the_payment_does_not_release_it(payready: InProcessSystem) -> None:
     """The call that came back is not the provider's trouble, and nothing of its fee falls to the payment."""
     payready.initiate("p1", A, timeout_s=5)
     payready.run_tasks()
@@ -91,7 +91,7 @@ def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
     at("before the job")
     payready.initiate("p1", A, amount="25.00", timeout_s=120)
     at("after the job")
-    payready.pass_time(6)  # upkeep sees to the call, if it was lost
+    payready.pass_time(6)  # maintenance would enqueue a lost call
     assert payready.provider.calls == [A]
     at("after the call")
     payready.initiate("p2", A, amount="25.00", timeout_s=120)
@@ -110,7 +110,7 @@ def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
 
 
 def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payready: InProcessSystem) -> None:
-    """The ledger refuses a second call and tells the correlation store why."""
+    """The ledger refuses a second call, and the correlation store is rebuilt from it."""
     first = payready.initiate("p1", A)
     payready.run_tasks()
     payready.flush()
@@ -148,7 +148,7 @@ def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: I
 
 
 def test_a_payment_that_found_a_balance_is_released_though_its_application_was_lost(payready: InProcessSystem) -> None:
-    """The balance was applied before, to others: upkeep applies it to who came since."""
+    """The balance was applied before to other payments; maintenance applies it to later ones."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -162,7 +162,7 @@ def test_a_payment_that_found_a_balance_is_released_though_its_application_was_l
 
 
 def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProcessSystem) -> None:
-    """A refusal of another payment's call, minutes ago, serves nobody who comes later."""
+    """A rejection of another payment's call does not affect later payments."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -177,7 +177,7 @@ def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProce
 def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_ones_window(
     payready: InProcessSystem,
 ) -> None:
-    """The next call was held back by the one that was refused; nothing holds it back any more."""
+    """The next call was queued behind the rejected one, and is made now."""
     payready.initiate("p1", A)
     payready.provider.script[A] = [lambda: _join_late(payready), 202]
     payready.run_tasks()
@@ -197,7 +197,7 @@ def _join_late(payready: InProcessSystem) -> CallRejected:
     return CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")
 
 
-def test_a_lost_call_is_made_when_upkeep_looks(payready: InProcessSystem) -> None:
+def test_maintenance_makes_a_lost_call(payready: InProcessSystem) -> None:
     """The message to call was lost with the broker: within seconds it is enqueued again, and once only."""
     payready.initiate("p1", A)
     payready.drop_tasks()
@@ -212,7 +212,7 @@ def test_a_lost_call_is_made_when_upkeep_looks(payready: InProcessSystem) -> Non
 def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_is_tried(
     payready: InProcessSystem,
 ) -> None:
-    """Nobody knows what became of the call: its entry stays pending, and after a grace time there is one more."""
+    """The result of the call is unknown: its fee entry stays pending, and one more call follows a grace period."""
 
     def die() -> int:
         raise KeyboardInterrupt
@@ -231,7 +231,7 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
 
 
-def test_upkeep_takes_any_number_of_expired_payments(payready: InProcessSystem) -> None:
+def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -> None:
     """More than a batch: `more` says that the step is to be repeated."""
     count = flow.MAINTENANCE_BATCH_SIZE + 3
     for number in range(count):
@@ -247,7 +247,7 @@ def test_upkeep_takes_any_number_of_expired_payments(payready: InProcessSystem) 
 
 
 def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: InProcessSystem) -> None:
-    """Out of quarantine it counts as of its arrival, and releases whoever still waits; others stay there."""
+    """A requeued event counts from its arrival and releases waiting payments; other events stay quarantined."""
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.run_tasks()
     payready.clock.advance(3)

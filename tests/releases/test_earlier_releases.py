@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
-TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
+RESOLVED_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
 """Released without a further event: by stored balances, by requested calls, and by jobs in the queue."""
 RESOLVED_BY_EVENT = ("accepted", "shared", "uncertain", "calling")
 FAILED = {"cancelled": "cancelled", "hopeless": "timeout", "poor": "insufficient_funds"}
@@ -104,7 +104,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
         put(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()
-        resolved_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
+        resolved_now = {f"pay_{name}" for name in RESOLVED_NOW | FAILED.keys()}
         wait_until(
             lambda: resolved_now <= running.ended_payments().keys(),
             30,
@@ -118,7 +118,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
         resolved = resolved_now | {f"pay_{name}" for name in RESOLVED_BY_EVENT} | {"pay_late"}
         wait_until(lambda: resolved <= running.ended_payments().keys(), 20, "all payments are delivered")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
-        assert_each_was_told_its_outcome(running)
+        assert_each_outcome_is_delivered(running)
         again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
         assert again == [], "the calls that the release before made serve who comes later too"
         wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message stays")
@@ -129,7 +129,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
             assert not re.search("Traceback|unregistered|Error", log), log
 
 
-def assert_each_was_told_its_outcome(running: System) -> None:
+def assert_each_outcome_is_delivered(running: System) -> None:
     """Once, and what the ledger says."""
     endings = running.ended_payments()
     rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}

@@ -213,9 +213,7 @@ def test_stale_deliveries_verify_but_are_old(
     assert 600 <= delivery["sent_at"] - delivery["timestamp"] < 601
 
 
-def test_a_batch_holds_the_right_event_among_others(
-    simulator: Simulator, inbox: WebhookInbox, account: Accounts
-) -> None:
+def test_batch_has_the_right_event_among_others(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """A foreign SYNC, an unknown type, no account, a word for a number, ours, a foreign REFRESH."""
     account_id = account("batch")
     simulator.refresh(account_id)

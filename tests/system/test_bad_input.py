@@ -75,7 +75,7 @@ def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
     assert payready.simulator.calls(str(job["account_id"])) == []
 
 
-def test_a_task_before_it_in_a_chain_that_gives_no_job_is_told_so(payready: System) -> None:
+def test_chain_with_an_argument_that_is_no_job_fails(payready: System) -> None:
     """What comes by position must be a job."""
     result = payready.service.send_task("payments.initiate", args=([1, 2],), queue="payments")
     with pytest.raises(Exception, match="must be a job, a mapping, not list") as refusal:
@@ -94,7 +94,7 @@ def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, 
     ("body", "content_type"), [(b"{no JSON", "application/json"), (b"\x80\x04K\x01.", "application/x-python-serialize")]
 )
 @pytest.mark.parametrize(("task", "queue"), [("payments.initiate", "payments"), ("balances.refresh", "refreshes")])
-def test_a_message_that_nobody_can_read_is_dropped_and_harms_no_worker(
+def test_unreadable_message_is_dropped_and_harms_no_worker(
     payready: System, account: Accounts, payment_id: str, body: bytes, content_type: str, task: str, queue: str
 ) -> None:
     """It is acknowledged, as Celery does, and those that come with it are worked on."""

@@ -105,7 +105,7 @@ def assert_shares_add_up(running: System, rows: dict[str, Any], released: dict[s
 
 
 @pytest.mark.parametrize("crowded", ["postgresql"], indirect=True)
-def test_waiting_holds_no_thread_no_connection_and_no_memory(crowded: System) -> None:
+def test_waiting_payments_use_no_thread_connection_or_memory(crowded: System) -> None:
     """With 5,000 payments waiting, a worker of 16 threads settles a fresh one as if it were alone."""
 
     def wait_for_rows(count: int) -> None:

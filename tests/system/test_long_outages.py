@@ -24,7 +24,7 @@ from tests.support.servers import Postgres, postgres
 from tests.support.system import System, system, wait_until
 
 AWAY_S, ACCOUNTS = 30, 20
-TOLD_AFTER_S = 45
+DELIVERED_AFTER_S = 45
 """Time in which all outcomes must be delivered after the outage: Quiltt retries a webhook after half a minute."""
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "120"}
 """Messages come back while the outage lasts; a webhook that is refused for so long does not cost a call."""
@@ -80,7 +80,7 @@ def _outage(folder: Path, away: Away, check: Check) -> None:
             check(running)
         running.initiate_many(unsent, linked=True)
         everyone = {str(job["payment_id"]) for job in waiting + hopeless + meanwhile}
-        wait_until(wait_until_ended(running, len(everyone)), TOLD_AFTER_S, "all payments end")
+        wait_until(wait_until_ended(running, len(everyone)), DELIVERED_AFTER_S, "all payments end")
         assert_one_outcome_each(running, everyone)
         failed = {
             payment_id for payment_id, (line,) in running.ended_payments().items() if line["task"] == "ledger.not_ready"

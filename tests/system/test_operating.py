@@ -145,7 +145,7 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
     assert "could not be checked" in faults["api key"]
 
 
-def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None:
+def test_doctor_reports_why_balances_are_missing(operation: Operation) -> None:
     """A subscription that is gone, an endpoint with another secret, calls that nothing answers, a cap that is used."""
     payready = operation.payready
     for number in range(3):
@@ -165,7 +165,7 @@ def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None
     }
 
 
-def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
+def test_doctor_finds_problems_that_no_setting_shows(operation: Operation) -> None:
     """A Redis with eviction, a queue without a worker, an open Flower, a worker of another release."""
     payready = operation.payready
     with payready.service.connection_for_write() as connection:

@@ -130,7 +130,7 @@ def test_a_late_balance_is_kept_and_serves_the_next_payment_for_free(
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_events_that_nobody_understands_are_set_aside(payready: System, begun: dict[str, Begun]) -> None:
+def test_unparseable_events_are_quarantined(payready: System, begun: dict[str, Begun]) -> None:
     """The malformed ones of the batch spoiled no other, and can be looked at."""
     begun["batch"].result.get(timeout=30)
     assert len(payready.rows("SELECT reason FROM quarantine")) >= 1

@@ -122,7 +122,7 @@ def test_what_could_not_be_checked_has_a_word_of_its_own() -> None:
 
 @pytest.mark.parametrize("asked", [job(None), job("25.00", funds_check="disabled")])
 @pytest.mark.parametrize("available", [None, "-5", "1000"])
-def test_who_does_not_ask_is_not_told(asked: Job, available: str | None) -> None:
+def test_disabled_check_is_not_requested(asked: Job, available: str | None) -> None:
     """Neither sufficient nor insufficient."""
     judgement = check_funds(asked, funds(available))
     assert (judgement.verdict, judgement.reason, judgement.funds_calculation) == ("not_requested", None, None)
@@ -153,7 +153,7 @@ def test_the_buffer_is_a_multiple_and_a_fixed_sum(buffer: dict[str, str], needed
     assert check_funds(asked, funds(less)).reason == Reason.INSUFFICIENT_FUNDS
 
 
-def test_the_arithmetic_tells_all_it_used() -> None:
+def test_funds_calculation_has_all_inputs() -> None:
     """A person can follow it."""
     asked = job("10.00", buffer={"multiplier": "2", "fixed": "1"}, include_overdraft=True)
     assert check_funds(asked, funds("50", "5", "1.50", "2.50")).funds_calculation == {

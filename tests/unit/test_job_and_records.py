@@ -65,7 +65,7 @@ def test_an_amount_asks_for_a_check_unless_the_job_says_otherwise() -> None:
 
 
 def test_the_age_counts_back_from_the_request() -> None:
-    """Nought is the request itself."""
+    """Zero means the time of the request."""
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert parse(max_balance_age_s=0).min_balance_at(now) == now
     assert parse(max_balance_age_s=90).min_balance_at(now) == now - timedelta(seconds=90)
@@ -223,16 +223,16 @@ def test_every_amount_of_cents_is_taken_as_it_is(amount: Decimal) -> None:
 @given(text=st.text(max_size=60) | st.from_regex(r"-?[0-9]{0,40}(\.[0-9]{0,40})?(e-?[0-9]{1,6})?", fullmatch=True))
 def test_any_text_is_an_amount_or_an_invalid_job(text: str) -> None:
     """Nothing else is ever raised."""
-    told = _complaint(amount=text)
-    assert told is None or "amount: " in told
+    error_text = _complaint(amount=text)
+    assert error_text is None or "amount: " in error_text
 
 
 @pytest.mark.parametrize("field", [*Job.model_fields, "colour"])
 def test_no_complaint_shows_what_was_sent(field: str) -> None:
     """It may be private, and errors end up in logs and results."""
     for value in (f" {SECRET}", {SECRET: {SECRET: SECRET}}, [SECRET], SECRET * 2000):
-        told = _complaint(**{field: value}) or ""
-        assert SECRET not in told.replace(f"buffer.{SECRET}: ", "")
+        error_text = _complaint(**{field: value}) or ""
+        assert SECRET not in error_text.replace(f"buffer.{SECRET}: ", "")
 
 
 WRONG_VALUES: list[Any] = [
@@ -357,6 +357,6 @@ def test_a_record_that_is_not_what_is_documented_is_no_balance(field: str, value
     assert "input_value" not in str(refusal.value)
 
 
-def test_fields_nobody_knows_yet_are_passed_over() -> None:
+def test_unknown_fields_of_the_provider_are_ignored() -> None:
     """They appear over time."""
     assert balance(colour="red") == balance()
