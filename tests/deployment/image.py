@@ -1,9 +1,10 @@
 """Test of the image without a container engine: `make image-test`.
 
-It builds an environment with only the locked production requirements, and the folders that the Dockerfile copies. Then
-it runs every role by its exact command with PostgreSQL and Valkey, and processes a payment. If it is started as root,
-the roles run as another user, without capabilities, in a mount namespace whose root is read-only except for a temporary
-folder. Otherwise they run as the current user, in a tree without write permission.
+Builds what the Dockerfile builds, as far as that goes without Docker: an environment of the locked production
+requirements alone, and the folders that it copies. Then every role runs by its exact command, against a PostgreSQL and
+a Valkey, and a payment is made. Started as root, the roles run as another user, without any capability, in a mount
+namespace whose root is read-only but for a folder for temporary files; else as the current user, in a tree without
+write permission.
 """
 
 import json
@@ -109,8 +110,8 @@ def healthy(image: Path, port: int, page: str) -> bool:
 def sizes(venv: Path) -> list[tuple[int, str]]:
     """Return the sizes of the packages in MiB, largest first."""
     packages = next((venv / "lib").glob("python*")) / "site-packages"
-    output = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
-    lines = (line.split("\t") for line in output.stdout.splitlines())
+    sizes = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
+    lines = (line.split("\t") for line in sizes.stdout.splitlines())
     return sorted(((int(size), Path(path).name) for size, path in lines), reverse=True)
 
 

@@ -39,8 +39,8 @@ def _expressions(path: Path) -> Iterator[str]:
     "name",
     ["grafana/payready.json", "prometheus/alerts.yml", "prometheus/alerts.test.yml", "kubernetes/scaling.yaml"],
 )
-def test_every_watched_metric_is_exported(name: str) -> None:
-    """A panel or an alert on a metric that no role exports never shows a value."""
+def test_every_metric_that_is_watched_is_told(name: str) -> None:
+    """A panel or an alert on a metric that no role exports never shows anything."""
     sources = [*(ROOT / "worker").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
     exported = {found for path in sources for found in re.findall(r'"(payready_[a-z_]+)"', path.read_text())}
     exported |= {"payready_database_up", "payready_broker_up", "payready_redis_up"}

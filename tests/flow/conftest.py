@@ -1,4 +1,4 @@
-"""A payready for each test, on each database."""
+"""Fixtures: an in-process payready for each test, on each database."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from worker.rules.pricing import EntryState, split_share
 
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
-    """A payready with nothing in it."""
+    """Create an empty in-process system."""
     with databases.create() as address, in_process_system(address, valkey_url) as made:
         yield made
 
 
 @pytest.fixture(params=["fakeredis", "valkey"])
 def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
-    """An empty Redis: an imitation, and a real server."""
+    """Create an empty Redis: a fake, and a real server."""
     if request.param == "fakeredis":
         client: Redis = FakeRedis(decode_responses=True)
     else:
@@ -36,7 +36,7 @@ def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
 
 @pytest.fixture
 def made(databases: Databases, valkey_url: str) -> MakeSystem:
-    """A payready with these settings."""
+    """Return a factory of in-process systems with changed settings."""
 
     @contextmanager
     def make(**settings: Any) -> Iterator[InProcessSystem]:
@@ -62,13 +62,13 @@ def _share_of(payready: InProcessSystem, payment_id: str) -> Decimal:
         calls = fee_entries.calls_of_refreshes(tx, [row["refresh_id"]])
     total = sum((call.price for call in calls if call.state != EntryState.VOID), Decimal(0))
     index = [sharer["payment_id"] for sharer in sharers].index(payment_id)
-    owed = split_share(total, len(sharers), index)
+    share = split_share(total, len(sharers), index)
     if row["state"] == "released":
-        assert Decimal(payready.outcome(payment_id)["fee"]["amount"]) == owed, "the outcome told another share"
-    return owed
+        assert Decimal(payready.outcome(payment_id)["fee"]["amount"]) == share, "the outcome has another share"
+    return share
 
 
 @pytest.fixture
 def share_of() -> Callable[[InProcessSystem, str], Decimal]:
-    """What a payment owes, as the ledger tells it: its part of its refresh's calls."""
+    """Return a function that computes a payment's share of its refresh's calls from the ledger."""
     return _share_of

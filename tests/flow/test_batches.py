@@ -13,7 +13,7 @@ from worker import flow
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import Balance, ReceivedBalance
 
 
 def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
@@ -75,7 +75,11 @@ def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_t
             "limit": None,
         }
     )
-    receiving = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)])))
+    receiving = Thread(
+        target=lambda: payready.queue.merge(
+            flow.ingest_events(payready.rt, [ReceivedBalance(event_id="evt_1", balance=balance)])
+        )
+    )
     with transaction(payready.engine) as tx:
         balances.insert_balances(tx, [balances.new_record("evt_1", balance, now)])
         receiving.start()
@@ -89,12 +93,12 @@ def test_a_balance_that_somebody_else_is_keeping_at_that_moment_is_not_applied_t
     assert payready.state("pay_1") == "released"
 
 
-def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> tuple[str, Balance]:
+def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> ReceivedBalance:
     """A REFRESH balance of now, with the id of its event."""
     at = payready.clock.now.isoformat()
     figures = {"available": Decimal(100), "current": None, "limit": None}
     record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **figures}
-    return f"evt_{balance_id}", Balance.model_validate(record)
+    return ReceivedBalance(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
 
 
 def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
@@ -116,7 +120,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.lock_payments(tx, ["pay_a"])
+        payments.lock_known_payments(tx, ["pay_a"], [])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -126,7 +130,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     payready.run_tasks()
     assert [payready.state(f"pay_{name}") for name in "ab"] == ["released", "released"]
     assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]
-    assert "applied later" not in caplog.text
+    assert "balance.apply_postponed" not in caplog.text
 
 
 def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
@@ -150,11 +154,11 @@ def test_jobs_that_come_again_are_held_in_one_order(payready: InProcessSystem, d
     take_in(payready, *jobs)
     again = Thread(target=take_in, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
-        payments.lock_payments(tx, ["pay_1"])
+        payments.lock_known_payments(tx, ["pay_1"], [])
         again.start()
         again.join(0.5)
         assert again.is_alive()
-        payments.lock_payments(tx, ["pay_2"])
+        payments.lock_known_payments(tx, ["pay_2"], [])
     again.join()
     payready.run_tasks()
     assert payready.provider.calls == ["acct_2", "acct_1"]

@@ -1,4 +1,4 @@
-"""Invariants 5 and 6: no blind retry of a call that may have been accepted; one refresh in flight per account."""
+"""Invariants 5 and 6: no early retry of a call that may have been accepted; one refresh in flight per account."""
 
 import itertools
 from datetime import timedelta
@@ -20,10 +20,10 @@ A = "acct_calls"
 
 
 @pytest.mark.parametrize("failure", [CallNotSent("no connection: connect error"), RateLimited("rate limit", None)])
-def test_a_call_that_was_provably_not_accepted_is_made_again_with_backoff(
+def test_call_that_was_not_accepted_is_retried_with_backoff(
     payready: InProcessSystem, failure: CallNotSent | RateLimited
 ) -> None:
-    """After 1, 2, 4, ... seconds, each try with an entry of its own that is void."""
+    """The delays are 1, 2, 4, ... s, and each attempt has its own void entry."""
     payready.provider.script[A] = [failure] * 4
     payready.initiate("p1", A, timeout_s=120)
     payready.run_tasks()
@@ -44,14 +44,13 @@ def test_a_call_that_was_provably_not_accepted_is_made_again_with_backoff(
     assert payready.outcome("p1")["fee"]["amount"] == "0.100000"
 
 
-def test_backoff_ends_at_thirty_seconds() -> None:
-    """1, 2, 4, 8, 16, 30, 30, ..."""
+def test_backoff_is_at_most_30_s() -> None:
+    """The delays are 1, 2, 4, 8, 16, 30, 30, ... s."""
     assert [states.backoff(n).total_seconds() for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
     assert states.backoff(10_000) == timedelta(seconds=30)
 
 
-def test_a_rate_limit_is_waited_for_as_long_as_the_provider_says(payready: InProcessSystem) -> None:
-    """Not before its reset."""
+def test_rate_limited_call_waits_for_the_reset_time(payready: InProcessSystem) -> None:
     payready.provider.script[A] = [RateLimited("rate limit", START + timedelta(seconds=7))]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -61,7 +60,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_provider_says(payready: InPro
     assert payready.provider.calls == [A, A]
 
 
-def test_a_rate_limit_that_never_ends_is_believed_for_a_minute(payready: InProcessSystem) -> None:
+def test_rate_limit_reset_is_capped_at_60_s(payready: InProcessSystem) -> None:
     """The provider's clock may be wrong."""
     payready.provider.script[A] = [RateLimited("rate limit", START + timedelta(days=900))]
     payready.initiate("p1", A, timeout_s=300)
@@ -72,8 +71,8 @@ def test_a_rate_limit_that_never_ends_is_believed_for_a_minute(payready: InProce
     assert payready.provider.calls == [A, A]
 
 
-def test_a_message_to_call_that_comes_too_early_or_twice_makes_no_call(payready: InProcessSystem) -> None:
-    """While the refresh is put off, and after it was called."""
+def test_early_or_duplicate_call_message_makes_no_call(payready: InProcessSystem) -> None:
+    """The refresh is deferred at first, and called later."""
     payready.provider.script[A] = [RateLimited("rate limit", None)]
     entrance = payready.initiate("p1", A)
     payready.run_tasks()
@@ -88,8 +87,8 @@ def test_a_message_to_call_that_comes_too_early_or_twice_makes_no_call(payready:
     assert payready.provider.calls == [A, A]
 
 
-def test_an_unknown_fate_is_given_a_grace_and_then_one_more_call(payready: InProcessSystem) -> None:
-    """Not at once: the event may come. Then once more, and never a third time."""
+def test_unknown_result_is_retried_once_after_the_grace_period(payready: InProcessSystem) -> None:
+    """The balance may arrive in the grace period. A third call is never made."""
     payready.provider.script[A] = [CallResultUnknown("timeout")] * 9
     payready.initiate("p1", A, timeout_s=3600)
     payready.run_tasks()
@@ -103,8 +102,8 @@ def test_an_unknown_fate_is_given_a_grace_and_then_one_more_call(payready: InPro
     assert payready.refreshes(A) == ["unanswered"]
 
 
-def test_an_event_within_the_grace_spares_the_second_call(payready: InProcessSystem) -> None:
-    """The call was accepted after all."""
+def test_balance_within_the_grace_period_prevents_the_second_call(payready: InProcessSystem) -> None:
+    """The first call was accepted."""
     payready.provider.script[A] = [CallResultUnknown("reset")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -116,8 +115,8 @@ def test_an_event_within_the_grace_spares_the_second_call(payready: InProcessSys
     assert payready.provider.calls == [A]
 
 
-def test_an_event_between_the_two_calls_spares_the_second(payready: InProcessSystem) -> None:
-    """It was already enqueued when the balance came."""
+def test_balance_prevents_an_enqueued_second_call(payready: InProcessSystem) -> None:
+    """The second call was already enqueued when the balance arrived."""
     payready.provider.script[A] = [CallResultUnknown("reset")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -132,8 +131,8 @@ def test_an_event_between_the_two_calls_spares_the_second(payready: InProcessSys
     assert payready.refreshes(A) == ["answered"]
 
 
-def test_no_second_call_when_nobody_has_time_left(payready: InProcessSystem) -> None:
-    """The payment expired within the grace."""
+def test_second_call_is_not_made_after_the_deadline(payready: InProcessSystem) -> None:
+    """The payment expired in the grace period."""
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
@@ -141,8 +140,8 @@ def test_no_second_call_when_nobody_has_time_left(payready: InProcessSystem) -> 
     assert payready.provider.calls == [A]
 
 
-def test_a_second_call_that_is_put_off_stays_the_second(payready: InProcessSystem) -> None:
-    """Provably unsent calls do not count, however many; calls of unknown fate do."""
+def test_deferred_second_call_remains_the_second(payready: InProcessSystem) -> None:
+    """Calls that were not sent do not count, but unknown results do."""
     payready.provider.script[A] = [
         CallResultUnknown("timeout"),
         CallNotSent("no"),
@@ -160,8 +159,8 @@ def test_a_second_call_that_is_put_off_stays_the_second(payready: InProcessSyste
 @pytest.mark.parametrize(
     "reason", [Reason.ACCOUNT_NOT_FOUND, Reason.ACCOUNT_UNSUPPORTED, Reason.CONNECTION_INACTIVE, Reason.NOT_AUTHORIZED]
 )
-def test_a_refusal_fails_all_who_wait_on_the_account_and_nobody_else(payready: InProcessSystem, reason: Reason) -> None:
-    """At once, those too who joined while the call was out."""
+def test_rejected_call_fails_all_waiting_payments_of_the_account(payready: InProcessSystem, reason: Reason) -> None:
+    """This includes payments that joined during the call, and no payment of another account."""
 
     def refuse() -> CallFailed:
         payready.initiate("p3", A)
@@ -178,7 +177,7 @@ def test_a_refusal_fails_all_who_wait_on_the_account_and_nobody_else(payready: I
     assert payready.provider.calls.count(A) == 1
 
 
-def test_after_a_refusal_the_next_payment_is_called_for_anew(payready: InProcessSystem) -> None:
+def test_payment_after_a_rejected_call_makes_a_new_call(payready: InProcessSystem) -> None:
     """The user may have reconnected."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
@@ -190,8 +189,8 @@ def test_after_a_refusal_the_next_payment_is_called_for_anew(payready: InProcess
     assert payready.state("p2") == "waiting"
 
 
-def test_payments_that_come_while_a_call_is_out_share_it(payready: InProcessSystem) -> None:
-    """Fifty payments, one call, one fee."""
+def test_payments_share_a_call_in_flight(payready: InProcessSystem) -> None:
+    """Fifty payments need one call and one fee."""
     for number in range(50):
         payready.initiate(f"p{number}", A)
         payready.run_tasks()
@@ -202,8 +201,8 @@ def test_payments_that_come_while_a_call_is_out_share_it(payready: InProcessSyst
     assert {payready.outcome(f"p{number}")["shared_by"] for number in range(50)} == {50}
 
 
-def test_at_most_one_refresh_of_an_account_is_in_flight_even_if_the_code_forgets(payready: InProcessSystem) -> None:
-    """The database itself refuses a second one."""
+def test_database_rejects_a_second_refresh_in_flight(payready: InProcessSystem) -> None:
+    """A unique index guarantees it."""
     with transaction(payready.engine) as tx:
         numbered = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
         flights = [RefreshRecord(refresh_id=f"ref_{n}", account_id=A, state=state) for n, state in numbered]
@@ -214,8 +213,8 @@ def test_at_most_one_refresh_of_an_account_is_in_flight_even_if_the_code_forgets
         refreshes.transition(tx, waiting, states.RefreshEvent.CLAIM, None)
 
 
-def test_no_call_is_made_while_its_price_is_unknown(payready: InProcessSystem) -> None:
-    """The provider could not be asked whose key ours is: put off, and asked again."""
+def test_call_is_deferred_while_its_price_is_unknown(payready: InProcessSystem) -> None:
+    """The introspection of the API key failed, so the call waits for a retry."""
     payready.provider.asked = [CallNotSent("the provider could not be asked about our key")]
     payready.initiate("p1", A, timeout_s=60)
     payready.run_tasks()
@@ -226,8 +225,8 @@ def test_no_call_is_made_while_its_price_is_unknown(payready: InProcessSystem) -
     assert payready.provider.introspections == 2
 
 
-def test_a_wrong_key_fails_the_payments_without_a_call(payready: InProcessSystem) -> None:
-    """`not_authorized`, and nothing to pay."""
+def test_wrong_api_key_fails_payments_without_a_call(payready: InProcessSystem) -> None:
+    """The reason is `not_authorized`, and no fee is due."""
     payready.provider.asked = [CallRejected(401, Reason.NOT_AUTHORIZED, "the provider does not accept our API key")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -236,8 +235,8 @@ def test_a_wrong_key_fails_the_payments_without_a_call(payready: InProcessSystem
     assert payready.fees(A) == []
 
 
-def test_a_production_key_in_development_makes_no_call(payready: InProcessSystem) -> None:
-    """It would be billed."""
+def test_production_key_makes_no_call_in_development(payready: InProcessSystem) -> None:
+    """The call would be billed."""
     payready.provider.asked = ["PRODUCTION"]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -246,10 +245,10 @@ def test_a_production_key_in_development_makes_no_call(payready: InProcessSystem
     assert payready.provider.calls == []
 
 
-def test_a_call_that_nobody_has_a_worker_for_is_enqueued_again_and_again_but_not_each_second(
+def test_call_without_a_worker_is_enqueued_at_the_retry_interval(
     payready: InProcessSystem,
 ) -> None:
-    """A queue that stands still does not grow by the looking."""
+    """A queue without a consumer grows slowly."""
     payready.provider.script[A] = [RateLimited("rate limit", None)]
     payready.initiate("p1", A, timeout_s=3600)
     payready.run_tasks()

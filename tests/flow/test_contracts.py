@@ -1,4 +1,4 @@
-"""What payready really tells keeps to the published contracts."""
+"""Outcomes and failures conform to the published schemas."""
 
 import json
 from typing import Any
@@ -20,8 +20,10 @@ def _check(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("available", ["31.41", "-5", "0", None, "1" * 30 + "." + "2" * 60])
 @pytest.mark.parametrize("answer", [202, CallResultUnknown("timeout")])
-def test_every_release_keeps_to_the_contract(payready: InProcessSystem, answer: Any, available: str | None) -> None:
-    """By an own call and by a balance that was there, with figures of any length the door lets in."""
+def test_every_released_outcome_conforms_to_the_schema(
+    payready: InProcessSystem, answer: Any, available: str | None
+) -> None:
+    """The balance comes from an own call or was stored before, with amounts of any accepted length."""
     payready.provider.script[A] = [answer]
     for payment_id in ("p1", "p2"):
         payready.initiate(payment_id, A, amount="1.00", funds_check="enabled", metadata={"order": 7})
@@ -42,9 +44,9 @@ def test_every_release_keeps_to_the_contract(payready: InProcessSystem, answer: 
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason != Reason.CONFLICT])
-def test_every_failure_keeps_to_the_contract(payready: InProcessSystem, reason: Reason) -> None:
-    """With the payment's id for the ledger, and the two arguments for the task."""
-    payready.provider.script[A] = [CallRejected(400, reason, "told")]
+def test_every_failure_conforms_to_the_schema(payready: InProcessSystem, reason: Reason) -> None:
+    """The ledger's outcome also has the payment's id; the task's result has the two arguments."""
+    payready.provider.script[A] = [CallRejected(400, reason, "rejected")]
     payready.initiate("p1", A)
     payready.run_tasks()
     outcome = payready.outcome("p1")

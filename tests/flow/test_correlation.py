@@ -1,4 +1,4 @@
-"""The correlation store: who shares a call and who leads one. On an imitation of Redis and on a real server."""
+"""Correlation store: sharers and leaders of a call, on a fake Redis and on a real server."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -27,30 +27,30 @@ SKEW = timedelta(seconds=5)
 
 
 def at(seconds: float) -> datetime:
-    """A time of the test."""
+    """Return the time this many seconds after the start."""
     return START + timedelta(seconds=seconds)
 
 
 @pytest.fixture
 def store(redis: "Redis") -> CorrelationStore:
-    """The store on it."""
+    """Create a store on `redis`."""
     return CorrelationStore(redis)
 
 
 def called(refresh_id: str, seconds: float) -> CalledRefresh:
-    """A refresh of the account that is called at this time."""
+    """Return a refresh of the account that is called at this time."""
     return CalledRefresh(account_id=A, refresh_id=refresh_id, called_at=at(seconds))
 
 
 def new_balance(balance_id: str, seconds: float) -> NewBalance:
-    """A balance of the account at this time."""
+    """Return a balance of the account at this time."""
     return NewBalance(account_id=A, balance_id=balance_id, at=at(seconds))
 
 
 def join(
     store: CorrelationStore, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A
 ) -> JoinResult:
-    """Join as a payment that was asked for at this time and allows this age; None: a call of its own."""
+    """Join as a payment requested at this time with this maximum balance age; None requires an own call."""
     oldest = at(asked - (age or 0))
     request = JoinRequest(
         account_id=account,
@@ -62,15 +62,15 @@ def join(
     return result
 
 
-def test_the_first_leads_and_the_others_join(store: CorrelationStore) -> None:
-    """One call for all who wait for it to go out, whatever age they allow."""
+def test_first_payment_leads_and_later_payments_join(store: CorrelationStore) -> None:
+    """A call that is not sent yet serves every maximum balance age."""
     assert join(store, "r1") == JoinResult(kind="leader", id="r1")
     assert join(store, "r2") == JoinResult(kind="joined", id="r1")
     assert join(store, "r3", age=None) == JoinResult(kind="joined", id="r1")
 
 
-def test_joining_again_changes_nothing(store: CorrelationStore, redis: "Redis") -> None:
-    """The leader leads again, whoever joined joins again."""
+def test_join_is_idempotent(store: CorrelationStore, redis: "Redis") -> None:
+    """The leader leads again, and a joined payment joins again."""
     join(store, "r1")
     before = redis.hgetall(redis.keys()[0])
     assert join(store, "r1") == JoinResult(kind="leader", id="r1")
@@ -84,8 +84,8 @@ def test_accounts_have_nothing_to_do_with_each_other(store: CorrelationStore) ->
     assert join(store, "r2", account="acct_other") == JoinResult(kind="leader", id="r2")
 
 
-def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: CorrelationStore) -> None:
-    """At the instant itself too; who needs a later call leads the next one."""
+def test_payment_joins_a_call_that_is_late_enough(store: CorrelationStore) -> None:
+    """The boundary is inclusive. A payment that needs a later call leads the next one."""
     join(store, "r1")
     store.mark_called([called("r1", 1)])
     assert join(store, "r2", asked=31) == JoinResult(kind="joined", id="r1")
@@ -94,23 +94,23 @@ def test_a_call_that_went_out_is_joined_by_those_it_is_late_enough_for(store: Co
     assert join(store, "r5", asked=20) == JoinResult(kind="joined", id="r1")
 
 
-def test_a_balance_that_is_there_serves_those_who_allow_its_age(store: CorrelationStore) -> None:
-    """To the edge of age and skew; who wants a call of his own is not served by it."""
+def test_stored_balance_serves_payments_that_allow_its_age(store: CorrelationStore) -> None:
+    """The limit includes the clock skew. A payment that requires an own call is not served."""
     store.add_balances([new_balance("b1", 0)], SKEW)
     assert join(store, "r1", asked=35) == JoinResult(kind="balance", id="b1")
     assert join(store, "r2", asked=1, age=None) == JoinResult(kind="leader", id="r2")
     assert join(store, "r3", asked=35.000001) == JoinResult(kind="joined", id="r2")
 
 
-def test_the_newest_balance_stays(store: CorrelationStore) -> None:
-    """Balances come in any order."""
+def test_store_keeps_the_newest_balance(store: CorrelationStore) -> None:
+    """Balances arrive in any order."""
     store.add_balances([new_balance("b2", 2)], SKEW)
     store.add_balances([new_balance("b1", 1)], SKEW)
     assert join(store, "r1", asked=3) == JoinResult(kind="balance", id="b2")
 
 
-def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: CorrelationStore) -> None:
-    """No older than the call, give or take the skew; an older balance leaves it in flight."""
+def test_balance_ends_the_in_flight_refresh_that_it_can_answer(store: CorrelationStore) -> None:
+    """The balance is not older than the call minus the clock skew. An older balance leaves the refresh in flight."""
     join(store, "r1")
     store.mark_called([called("r1", 10)])
     store.add_balances([new_balance("b0", 4.9)], SKEW)
@@ -120,8 +120,8 @@ def test_an_answer_ends_the_flight_it_may_be_the_answer_to(store: CorrelationSto
     assert join(store, "r4", asked=10, age=None) == JoinResult(kind="joined", id="r2")
 
 
-def test_a_refresh_that_is_closed_serves_nobody_more(store: CorrelationStore) -> None:
-    """In flight or wanted; closing another one changes nothing."""
+def test_cleared_refresh_serves_no_payment(store: CorrelationStore) -> None:
+    """It may be in flight or requested. Clearing another refresh changes nothing."""
     join(store, "r1")
     store.clear_refresh(A, "r9")
     assert join(store, "r2") == JoinResult(kind="joined", id="r1")
@@ -132,15 +132,15 @@ def test_a_refresh_that_is_closed_serves_nobody_more(store: CorrelationStore) ->
     assert join(store, "r3") == JoinResult(kind="leader", id="r3")
 
 
-def test_departing_leaves_the_next_one_alone(store: CorrelationStore) -> None:
-    """Only the refresh that departs is no longer the next."""
+def test_mark_called_keeps_another_requested_refresh(store: CorrelationStore) -> None:
+    """Only the called refresh stops being the requested one."""
     join(store, "r1")
     store.mark_called([called("r0", 0)])
     assert join(store, "r2", asked=40) == JoinResult(kind="joined", id="r1")
 
 
-def test_what_the_ledger_knows_replaces_what_is_there(store: CorrelationStore) -> None:
-    """Flight, next and balance are as the ledger says: a balance that it does not have was never kept."""
+def test_restore_replaces_the_stored_account_state(store: CorrelationStore) -> None:
+    """A balance that the ledger lacks was never committed."""
     store.add_balances([new_balance("b1", 0)], SKEW)
     join(store, "r1", age=None)
     state = AccountState(in_flight="r7", called_at=at(100), requested="r8", newest_balance=new_balance("b2", 0))
@@ -152,8 +152,8 @@ def test_what_the_ledger_knows_replaces_what_is_there(store: CorrelationStore) -
     assert join(store, "r9", asked=131) == JoinResult(kind="leader", id="r9")
 
 
-def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: CorrelationStore, redis: "Redis") -> None:
-    """Each key carries the account in braces, and a time to live, whatever wrote it."""
+def test_keys_have_a_hash_tag_and_a_time_to_live(store: CorrelationStore, redis: "Redis") -> None:
+    """The account in braces puts a key on one cluster node. Each script sets the time to live."""
     writers: list[Callable[[], object]] = [
         lambda: join(store, "r1"),
         lambda: store.mark_called([called("r1", 0)]),
@@ -167,22 +167,22 @@ def test_keys_stay_on_one_node_of_a_cluster_and_do_not_stay_for_ever(store: Corr
         assert ACCOUNT_TTL_S - 5 <= redis.ttl(redis.keys()[0]) <= ACCOUNT_TTL_S
 
 
-def test_closing_and_restoring_nothing_leaves_no_key(store: CorrelationStore, redis: "Redis") -> None:
-    """No key without a time to live comes into being by it."""
+def test_clear_and_restore_of_nothing_create_no_key(store: CorrelationStore, redis: "Redis") -> None:
+    """A key without a time to live would stay for ever."""
     store.clear_refresh(A, "r1")
     store.restore_account(A, AccountState())
     assert redis.keys() == []
 
 
-def test_the_scripts_are_loaded_again_after_the_server_forgot_them(store: CorrelationStore, redis: "Redis") -> None:
-    """As after a failover."""
+def test_store_reloads_scripts_after_a_script_flush(store: CorrelationStore, redis: "Redis") -> None:
+    """A failover also loses the scripts."""
     join(store, "r1")
     redis.script_flush()
     assert join(store, "r2") == JoinResult(kind="joined", id="r1")
 
 
-def test_an_absent_server_is_one_kind_of_error() -> None:
-    """The one that callers wait for."""
+def test_unavailable_redis_raises_redis_unavailable() -> None:
+    """Callers handle this error."""
     store = CorrelationStore(create_client("redis://127.0.0.1:1/0"))
     with pytest.raises(REDIS_UNAVAILABLE):
         join(store, "r1")
@@ -196,7 +196,7 @@ refresh_ids = st.sampled_from(["r1", "r2", "r3"])
 
 
 class AgainstAModel(RuleBasedStateMachine):
-    """The scripts do what a few lines of Python do."""
+    """State machine that compares the Lua scripts with a Python model."""
 
     redis: ClassVar["Redis"]
 
@@ -210,12 +210,12 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """With nothing."""
+        """Start empty."""
         self.store._redis.flushall()
 
     @rule(lead=refresh_ids, asked=seconds, age=st.none() | st.integers(0, 10))
     def join(self, lead: str, asked: int, age: int | None) -> None:
-        """A payment joins."""
+        """Join as a payment."""
         oldest = asked - (age or 0)
         if age is not None and self.balance is not None and self.balance[1] >= oldest - 5:
             expected = JoinResult(kind="balance", id=self.balance[0])
@@ -229,14 +229,14 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(refresh_id=refresh_ids, now=seconds)
     def depart(self, refresh_id: str, now: int) -> None:
-        """A call goes out."""
+        """Send a call."""
         self.store.mark_called([called(refresh_id, now)])
         self.flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
     @rule(when=seconds)
     def answer(self, when: int) -> None:
-        """A balance comes."""
+        """Add a balance."""
         self.balances += 1
         self.store.add_balances([new_balance(f"b{self.balances}", when)], SKEW)
         if self.balance is None or when >= self.balance[1]:
@@ -246,7 +246,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(refresh_id=refresh_ids)
     def close(self, refresh_id: str) -> None:
-        """A refresh ends."""
+        """Clear a refresh."""
         self.store.clear_refresh(A, refresh_id)
         self.flight = None if self.flight and self.flight[0] == refresh_id else self.flight
         self.next = None if self.next == refresh_id else self.next
@@ -257,7 +257,7 @@ class AgainstAModel(RuleBasedStateMachine):
         balance=st.none() | st.tuples(st.just("b0"), seconds),
     )
     def restore(self, flight: tuple[str, int] | None, requested: str | None, balance: tuple[str, int] | None) -> None:
-        """The ledger tells."""
+        """Restore the state from the ledger."""
         refresh_id, called_at = (flight[0], at(flight[1])) if flight else (None, None)
         newest = new_balance(*balance) if balance else None
         state = AccountState(in_flight=refresh_id, called_at=called_at, requested=requested, newest_balance=newest)
@@ -265,8 +265,8 @@ class AgainstAModel(RuleBasedStateMachine):
         self.flight, self.next, self.balance = flight, requested, balance
 
 
-def test_whatever_it_is_told_the_store_does_what_the_model_does(redis: "Redis") -> None:
-    """In any order."""
+def test_store_matches_the_model(redis: "Redis") -> None:
+    """Operations run in any order."""
     AgainstAModel.redis = redis
     run_state_machine_as_test(
         AgainstAModel,

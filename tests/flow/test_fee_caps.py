@@ -1,4 +1,4 @@
-"""Caps on what calls cost: counted from the ledger, whoever asks, and never passed."""
+"""Fee caps count the ledger's calls and are never exceeded."""
 
 import logging
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ A = "acct_caps"
 
 
 def capped(payready: InProcessSystem, **caps: Any) -> InProcessSystem:
-    """The same payready with caps, and as it is after a start: nothing is remembered."""
+    """Apply caps and reset the usage counter, as after a restart."""
     payready.rt.settings = Settings.model_validate({**SETTINGS.model_dump(), **caps})
     payready.rt.cap_usage = CapUsageCounter()
     return payready
 
 
 def pay(payready: InProcessSystem, number: int, **job: Any) -> str:
-    """A payment on an account of its own, and the calls that follow; its state or reason."""
+    """Start a payment on its own account, run its calls, and return its state or reason."""
     payready.initiate(f"p{number}", f"acct_cap{number}", **job)
     payready.run_tasks()
     return payready.state(f"p{number}")
@@ -37,17 +37,15 @@ def pay(payready: InProcessSystem, number: int, **job: Any) -> str:
 
 @contextmanager
 def counted(counter: Any, cap: str) -> Iterator[list[float]]:
-    """How much this counter grows in the block."""
+    """Measure how much this counter grows in the block."""
     grown: list[float] = []
     before = counter.labels(cap)._value.get()
     yield grown
     grown.append(counter.labels(cap)._value.get() - before)
 
 
-def test_beyond_the_cap_of_a_day_payments_fail_at_once(
-    payready: InProcessSystem, caplog: pytest.LogCaptureFixture
-) -> None:
-    """All who wait on the account; nothing is called, a counter and a line of the log say so; the next day is new."""
+def test_daily_cap_fails_payments_of_further_calls(payready: InProcessSystem, caplog: pytest.LogCaptureFixture) -> None:
+    """All waiting payments of the account fail without a call. The next day starts at zero."""
     capped(payready, fee_cap_per_day=Decimal("0.2"))
     assert [pay(payready, number) for number in range(2)] == ["waiting", "waiting"]
     payready.initiate("p2", A)
@@ -55,7 +53,8 @@ def test_beyond_the_cap_of_a_day_payments_fail_at_once(
     with counted(metrics.FEE_CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
         payready.run_tasks()
     assert refused == [1]
-    [event] = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    messages = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    [event] = [message for message in messages if message["event"] == "fee_cap.reached"]
     assert event["event"] == "fee_cap.reached"
     assert {name: event[name] for name in ("account_id", "cap", "used", "limit")} == {
         "account_id": A,
@@ -73,8 +72,8 @@ def test_beyond_the_cap_of_a_day_payments_fail_at_once(
     assert pay(payready, 4) == "waiting"
 
 
-def test_the_cap_of_a_month_counts_all_its_days(payready: InProcessSystem) -> None:
-    """Those that are remembered, and those of today; the next month is new."""
+def test_monthly_cap_counts_all_days_of_the_month(payready: InProcessSystem) -> None:
+    """It includes cached days and the current day. The next month starts at zero."""
     capped(payready, fee_cap_per_month=Decimal("0.3"))
     states = []
     for number in range(4):
@@ -87,8 +86,8 @@ def test_the_cap_of_a_month_counts_all_its_days(payready: InProcessSystem) -> No
     assert pay(payready, 5) == "waiting"
 
 
-def test_an_account_is_called_so_often_a_day_and_no_more(payready: InProcessSystem) -> None:
-    """Other accounts are not concerned; payments that need no call go on."""
+def test_account_cap_limits_calls_per_day(payready: InProcessSystem) -> None:
+    """It does not affect other accounts, or payments that need no call."""
     capped(payready, call_cap_per_account_per_day=2)
     for number in range(3):
         payready.initiate(f"a{number}", A, max_balance_age_s=0)
@@ -103,8 +102,8 @@ def test_an_account_is_called_so_often_a_day_and_no_more(payready: InProcessSyst
     assert payready.state("reuses") == "released"
 
 
-def test_pending_calls_count_and_void_ones_do_not(payready: InProcessSystem) -> None:
-    """What may have to be paid is spent; what provably has not is not, from the moment that this is known."""
+def test_caps_count_pending_calls_and_not_void_ones(payready: InProcessSystem) -> None:
+    """A pending call may be billed. A void call stops counting at once."""
     capped(payready, fee_cap_per_day=Decimal("0.2"), fee_cap_per_month=Decimal("0.2"))
     payready.provider.script["acct_cap0"] = [CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown")]
     payready.provider.script["acct_cap1"] = [CallResultUnknown("timeout")]
@@ -116,10 +115,10 @@ def test_pending_calls_count_and_void_ones_do_not(payready: InProcessSystem) -> 
     ]
 
 
-def test_a_call_of_unknown_fate_is_not_repeated_beyond_the_cap_and_its_balance_posts_it(
+def test_cap_prevents_the_retry_of_an_unknown_result(
     payready: InProcessSystem,
 ) -> None:
-    """The first call was made, so its fee is shared; a late balance tells that it was accepted."""
+    """The first call's fee is still shared, and a late balance posts it."""
     capped(payready, fee_cap_per_day=Decimal("0.1"))
     payready.provider.script[A] = [CallResultUnknown("timeout")]
     payready.initiate("p1", A)
@@ -132,8 +131,8 @@ def test_a_call_of_unknown_fate_is_not_repeated_beyond_the_cap_and_its_balance_p
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_the_call_that_uses_four_fifths_of_a_cap_is_warned_of_once(payready: InProcessSystem) -> None:
-    """Not each call after it."""
+def test_cap_warns_once_at_four_fifths(payready: InProcessSystem) -> None:
+    """Later calls do not warn again."""
     capped(payready, fee_cap_per_day=Decimal(1))
     with counted(metrics.FEE_CAP_WARNINGS, "day") as warned:
         assert [pay(payready, number) for number in range(7)] == ["waiting"] * 7
@@ -143,8 +142,8 @@ def test_the_call_that_uses_four_fifths_of_a_cap_is_warned_of_once(payready: InP
     assert warned == [1]
 
 
-def test_calls_that_were_not_sent_do_not_warn_again_and_again(payready: InProcessSystem) -> None:
-    """Each of them brings the cap to the mark, and is taken back; the next day may warn again."""
+def test_unsent_calls_warn_once_a_day(payready: InProcessSystem) -> None:
+    """Each unsent call reaches the threshold and becomes void. The next day may warn again."""
     capped(payready, call_cap_per_account_per_day=5)
     for expected in (1, 1):
         payready.provider.script[A] = [202, 202, 202, *[CallNotSent("no connection")] * 3]
@@ -163,8 +162,8 @@ def test_calls_that_were_not_sent_do_not_warn_again_and_again(payready: InProces
 
 
 @pytest.mark.parametrize("cap", [1, 2, 4])
-def test_a_cap_of_few_calls_is_not_warned_of(payready: InProcessSystem, cap: int) -> None:
-    """It would be with each account's every call, and no call would be left to save; at the cap the log says so."""
+def test_small_cap_does_not_warn(payready: InProcessSystem, cap: int) -> None:
+    """Every call would warn, with no call left to save. The log reports when the cap is reached."""
     capped(payready, call_cap_per_account_per_day=cap, fee_cap_per_day=Decimal("0.1") * cap)
     with counted(metrics.FEE_CAP_WARNINGS, "account") as warned, counted(metrics.FEE_CAP_WARNINGS, "day") as of_day:
         for number in range(cap + 1):
@@ -177,8 +176,8 @@ def test_a_cap_of_few_calls_is_not_warned_of(payready: InProcessSystem, cap: int
     assert warned == of_day == [0]
 
 
-def test_no_two_replicas_pass_the_last_unit_together(payready: InProcessSystem) -> None:
-    """Eight claims on eight accounts at once, by four runtimes that share only the database; room for three."""
+def test_concurrent_replicas_do_not_exceed_the_cap(payready: InProcessSystem) -> None:
+    """Four runtimes that share only the database claim eight accounts at once; the cap allows three."""
     capped(payready, fee_cap_per_day=Decimal("0.3"), fee_cap_per_month=Decimal("0.3"))
     replicas = [replace(payready.rt) for _ in range(4)]
     for number in range(4):
@@ -193,18 +192,18 @@ def test_no_two_replicas_pass_the_last_unit_together(payready: InProcessSystem) 
         payready.clock.advance(31 * 24 * 3600)
 
 
-def test_without_a_cap_on_spending_nobody_waits_for_the_spending(payready: InProcessSystem) -> None:
-    """A claim does not take the lock: one who holds it holds up nobody."""
-    with payready.engine.connect() as holder:
+def test_claim_without_a_fee_cap_takes_no_spending_lock(payready: InProcessSystem) -> None:
+    """A transaction with the spending lock does not block the claim."""
+    with payready.engine.connect() as other:
         if payready.engine.dialect.name == "postgresql":
-            lock_spending(holder)
+            lock_spending(other)
         capped(payready, call_cap_per_account_per_day=5)
         assert pay(payready, 1) == "waiting"
-        holder.rollback()
+        other.rollback()
 
 
-def test_a_cap_of_nothing_stops_all_calls(payready: InProcessSystem) -> None:
-    """The brake in an emergency."""
+def test_cap_of_zero_stops_all_calls(payready: InProcessSystem) -> None:
+    """This is the emergency brake."""
     capped(payready, fee_cap_per_day=Decimal(0))
     assert pay(payready, 1) == "fee_cap_reached"
     assert payready.provider.calls == []

@@ -146,13 +146,17 @@ def _agree(payready: InProcessSystem, truth: Truth) -> None:
 
 
 def _settle_by_invoice(payready: InProcessSystem, truth: Truth) -> None:
-    period = InvoicePeriod(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(seconds=1))
+    period = InvoicePeriod(
+        since=datetime(2026, 11, 1, tzinfo=UTC), until=datetime(2026, 12, 1, tzinfo=UTC), tolerance=timedelta(seconds=1)
+    )
     charges = [
-        InvoiceLine(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
+        InvoiceLine(row=row, number=str(row), account_id=account, since=at, until=at, amount=truth.price(at))
+        for row, (account, at) in enumerate(truth.accepted)
     ]
     with transaction(payready.engine) as tx:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
-        invoices.apply_invoice(tx, found, InvoiceEvidence("i", "x", "2026-11", "USD"), payready.clock.now)
+        evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
+        invoices.apply_invoice(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
     assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0
@@ -223,7 +227,7 @@ def test_a_release_while_the_call_was_under_way_is_deducted_from_its_balance(
         payready.clock.advance(20)
         payready.balance("acct_a", "100.00")
         payready.run_tasks()
-        assert payready.outcome("own")["detail"] == "80.00 USD needed, 20.00 USD there"
+        assert payready.outcome("own")["detail"] == "needed 80.00 USD, available 20.00 USD"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -248,11 +252,11 @@ def test_a_figure_comes_out_as_the_provider_wrote_it(
         f'{{"id": "bal_1", "accountId": "acct_a", "at": "{START:%Y-%m-%dT%H:%M:%SZ}", "source": "REFRESH", {cells}}}'
     )
     body = f'{{"events": [{{"id": "evt_1", "type": "balance.created", "record": {record}}}]}}'
-    [(_, balance)] = parse(body.encode(), START).balances
+    balances = parse(body.encode(), START).balances
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.run_tasks()
-        payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)], []))
+        payready.queue.merge(flow.ingest_events(payready.rt, balances))
         payready.run_tasks()
         sheet = payready.outcome("p1")["balance"]
     assert [Decimal(sheet[name]) for name in names] == [Decimal(figure) for figure in figures]

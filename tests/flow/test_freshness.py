@@ -12,8 +12,8 @@ from worker import flow
 A = "acct_fresh"
 
 
-def test_a_balance_from_before_the_allowed_age_leaves_the_payment_waiting(payready: InProcessSystem) -> None:
-    """By one second: too old. The next, a second younger, releases it."""
+def test_balance_older_than_allowed_leaves_the_payment_waiting(payready: InProcessSystem) -> None:
+    """A balance one second too old has no effect. The next one, a second younger, releases."""
     payready.initiate("p1", A, max_balance_age_s=30)
     payready.run_tasks()
     payready.balance(A, at=START - timedelta(seconds=36))
@@ -24,8 +24,7 @@ def test_a_balance_from_before_the_allowed_age_leaves_the_payment_waiting(payrea
     assert payready.state("p1") == "released"
 
 
-def test_a_balance_of_another_account_releases_nobody(payready: InProcessSystem) -> None:
-    """However fresh it is."""
+def test_balance_of_another_account_releases_no_payment(payready: InProcessSystem) -> None:
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance("acct_other")
@@ -33,8 +32,8 @@ def test_a_balance_of_another_account_releases_nobody(payready: InProcessSystem)
     assert payready.state("p1") == "waiting"
 
 
-def test_the_answer_to_an_earlier_call_never_serves_who_wants_a_call_of_his_own(payready: InProcessSystem) -> None:
-    """Age 0: a call that went out before the job does not count, though its balance comes after it."""
+def test_balance_of_an_earlier_call_never_serves_a_payment_of_age_0(payready: InProcessSystem) -> None:
+    """Age 0 requires a call sent after the job, even if the earlier call's balance arrives later."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -55,8 +54,8 @@ def test_the_answer_to_an_earlier_call_never_serves_who_wants_a_call_of_his_own(
     assert payready.outcome("p2")["refresh_id"] != payready.outcome("p1")["refresh_id"]
 
 
-def test_who_wants_a_call_of_his_own_is_not_served_by_a_balance_that_is_there(payready: InProcessSystem) -> None:
-    """Age 0, and a balance of this very second: a call is made."""
+def test_stored_balance_does_not_serve_a_payment_of_age_0(payready: InProcessSystem) -> None:
+    """A call is made even for a balance of the same second."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -68,8 +67,8 @@ def test_who_wants_a_call_of_his_own_is_not_served_by_a_balance_that_is_there(pa
     assert payready.provider.calls == [A, A]
 
 
-def test_a_repeated_event_does_not_serve_who_wants_a_call_of_his_own(payready: InProcessSystem) -> None:
-    """The same event again, after the job: it is still the answer to the earlier call."""
+def test_repeated_event_does_not_serve_a_payment_of_age_0(payready: InProcessSystem) -> None:
+    """An event repeated after the job still belongs to the earlier call."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -82,10 +81,10 @@ def test_a_repeated_event_does_not_serve_who_wants_a_call_of_his_own(payready: I
     assert payready.state("p2") == "waiting"
 
 
-def test_an_event_of_nobodys_call_is_not_the_answer_to_a_later_one_when_it_is_repeated(
+def test_repeated_unattributed_event_does_not_answer_a_later_call(
     payready: InProcessSystem,
 ) -> None:
-    """It came, and was applied, before the call went out: within the skew too it answers nothing."""
+    """It was applied before the call was sent, so it answers nothing even within the clock skew."""
     balance_id = payready.balance(A)
     payready.run_tasks()
     payready.clock.advance(2)
@@ -97,10 +96,10 @@ def test_an_event_of_nobodys_call_is_not_the_answer_to_a_later_one_when_it_is_re
     assert payready.refreshes(A) == ["accepted"]
 
 
-def test_an_unexplained_balance_serves_who_allows_its_age_but_not_who_wants_his_own_call(
+def test_unattributed_balance_serves_a_payment_that_allows_its_age(
     payready: InProcessSystem,
 ) -> None:
-    """A REFRESH balance that no call of ours explains is as fresh as it says; it is nobody's own call."""
+    """A REFRESH balance without a call of payready is fresh, but it is no payment's own call."""
     payready.initiate("p1", A)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.drop_tasks()
@@ -114,10 +113,10 @@ def test_an_unexplained_balance_serves_who_allows_its_age_but_not_who_wants_his_
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(allowed_s=st.integers(0, 120), age_us=st.integers(0, 150_000_000), asked_us=st.integers(0, 2_000_000))
-def test_a_payment_is_released_at_once_by_a_balance_it_allows_and_only_by_such(
+def test_payment_is_released_by_an_allowed_balance_or_a_call_is_made(
     payready: InProcessSystem, allowed_s: int, age_us: int, asked_us: int
 ) -> None:
-    """Whatever the fractions of seconds: a balance that is known releases, or a call is made; never neither."""
+    """With any fraction of a second, exactly one of the two happens."""
     number = next(payready._numbers)
     account = f"acct_age{number}"
     payready.clock.now = START + timedelta(days=number, microseconds=asked_us)
@@ -132,10 +131,8 @@ def test_a_payment_is_released_at_once_by_a_balance_it_allows_and_only_by_such(
 
 
 @pytest.mark.parametrize("fraction_us", [1, 499, 999])
-def test_a_balance_that_is_too_old_by_less_than_a_millisecond_holds_up_no_call(
-    payready: InProcessSystem, fraction_us: int
-) -> None:
-    """What the correlation store takes for fresh, the law takes for fresh: else nobody would ever call."""
+def test_balance_too_old_by_microseconds_does_not_prevent_a_call(payready: InProcessSystem, fraction_us: int) -> None:
+    """The correlation store and the rules agree on freshness; otherwise no call would be made."""
     payready.balance(A)
     payready.run_tasks()
     payready.clock.now = START + timedelta(seconds=35, microseconds=fraction_us)
@@ -144,8 +141,8 @@ def test_a_balance_that_is_too_old_by_less_than_a_millisecond_holds_up_no_call(
     assert payready.provider.calls == [A]
 
 
-def test_a_call_that_is_too_early_by_less_than_a_millisecond_is_not_joined(payready: InProcessSystem) -> None:
-    """Who wants a call of his own and comes in the same millisecond leads the next one."""
+def test_payment_does_not_join_a_call_too_early_by_microseconds(payready: InProcessSystem) -> None:
+    """A payment of age 0 in the same millisecond leads the next call."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.now += timedelta(microseconds=400)
@@ -155,8 +152,8 @@ def test_a_call_that_is_too_early_by_less_than_a_millisecond_is_not_joined(payre
     assert first == ["accepted"]
 
 
-def test_the_next_call_waits_for_the_one_in_flight_and_no_longer_than_its_window(payready: InProcessSystem) -> None:
-    """No answer: when the window of the first call is over, the next is made."""
+def test_next_call_waits_for_the_window_of_the_one_in_flight(payready: InProcessSystem) -> None:
+    """Without a balance, the next call is made when the window ends."""
     payready.initiate("p1", A, timeout_s=300)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -169,8 +166,7 @@ def test_the_next_call_waits_for_the_one_in_flight_and_no_longer_than_its_window
     assert payready.refreshes(A) == ["unanswered", "accepted"]
 
 
-def test_the_next_call_is_not_made_when_nobody_wants_it_any_more(payready: InProcessSystem) -> None:
-    """The payment that wanted its own call was cancelled meanwhile."""
+def test_next_call_is_abandoned_when_its_payment_is_cancelled(payready: InProcessSystem) -> None:
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(1)

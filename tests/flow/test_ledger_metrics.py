@@ -14,9 +14,11 @@ from worker.metrics import (
     BALANCE_TO_RESOLUTION_SECONDS,
     CALL_TO_BALANCE_SECONDS,
     ExpiringValue,
+    Label,
+    MetricDefinition,
     MetricSample,
-    PolledCollector,
 )
+from worker.metrics_collector import PolledCollector
 
 Ask = Callable[..., float]
 
@@ -160,12 +162,13 @@ def _sum_and_count(histogram: object) -> tuple[float, float]:
 def test_who_is_asked_is_not_asked_by_every_scrape_and_its_absence_is_told() -> None:
     """Figures of someone who does not answer are left out: old ones would lie."""
     now, asked = [0.0], [0]
+    example = MetricDefinition(name="payready_x", kind="gauge", help_text="X.", labels=(Label(name="kind"),))
 
     def ask() -> list[MetricSample]:
         asked[0] += 1
         if asked[0] == 2:
             raise OSError("away")
-        return [MetricSample("payready_x", "X.", {("a",): 5}, ("kind",))]
+        return [example.sample({("a",): 5})]
 
     def told() -> dict[str, float]:
         return {sample.name: sample.value for family in collector.collect() for sample in family.samples}

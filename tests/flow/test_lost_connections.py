@@ -18,7 +18,7 @@ def break_down(payready: InProcessSystem, *, age_s: float = 0, **whose: str) -> 
     """An event of this age comes in about a connection or a profile."""
     at = payready.clock() - timedelta(seconds=age_s)
     payready.queue.merge(
-        flow.ingest_events(payready.rt, [], connection_updates=[ConnectionLost("it is gone", at, **whose)])
+        flow.ingest_events(payready.rt, [], connection_updates=[ConnectionLost(detail="it is gone", at=at, **whose)])
     )
     payready.run_tasks()
 
@@ -90,9 +90,9 @@ def test_an_account_that_moves_takes_its_payments_along(
     payready.initiate("p1", A, connection_id="conn_1")
     payready.initiate("p2", B, connection_id="conn_1")
     payready.initiate("p3", A)
-    payready.queue.merge(
-        flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(*moved, payready.clock())])
-    )
+    account_id, connection_id = moved
+    update = AccountMoved(account_id=account_id, connection_id=connection_id, at=payready.clock())
+    payready.queue.merge(flow.ingest_events(payready.rt, [], connection_updates=[update]))
     break_down(payready, connection_id="conn_2")
     assert [payready.state(f"p{n}") for n in (1, 2, 3)] == states
 
@@ -105,7 +105,7 @@ def test_an_account_is_where_it_moved_last_in_whatever_order_that_is_told(
     """Twice, late, or all at once."""
     payready.initiate("p1", A, connection_id="conn_1")
     began = payready.clock()
-    moves = [AccountMoved(A, f"conn_{n}", began + timedelta(seconds=n)) for n in (1, 2, 3)]
+    moves = [AccountMoved(account_id=A, connection_id=f"conn_{n}", at=began + timedelta(seconds=n)) for n in (1, 2, 3)]
     told: list[list[ConnectionUpdate]] = [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
     for news in told:
         flow.ingest_events(payready.rt, [], connection_updates=news)
@@ -116,7 +116,7 @@ def test_an_old_move_that_is_told_again_is_no_news_to_payments_that_came_since(p
     """They were requested in the knowledge of it, and of what came after it."""
     at = payready.clock() - timedelta(seconds=6)
     payready.initiate("p1", A, connection_id="conn_1")
-    flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(A, "conn_2", at)])
+    flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(account_id=A, connection_id="conn_2", at=at)])
     assert payready.payment("p1")["connection_id"] == "conn_1"
 
 
@@ -140,9 +140,9 @@ def test_what_is_told_at_once_is_taken_in_the_order_in_which_it_happened(
     def happened(one: str) -> ConnectionUpdate:
         what, at = one.split(maxsplit=1)[0], payready.clock() + timedelta(seconds=int(one[-1]))
         return (
-            AccountMoved(A, "conn_2", at)
+            AccountMoved(account_id=A, connection_id="conn_2", at=at)
             if what == "moved"
-            else ConnectionLost("it is gone", at, connection_id="conn_1")
+            else ConnectionLost(detail="it is gone", at=at, connection_id="conn_1")
         )
 
     payready.queue.merge(flow.ingest_events(payready.rt, [], connection_updates=[happened(one) for one in news]))
@@ -156,7 +156,7 @@ def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(p
     at = payready.clock()
     cut_off = threading.Thread(
         target=lambda: flow.ingest_events(
-            payready.rt, [], connection_updates=[ConnectionLost("gone", at, connection_id="conn_1")]
+            payready.rt, [], connection_updates=[ConnectionLost(detail="gone", at=at, connection_id="conn_1")]
         )
     )
 

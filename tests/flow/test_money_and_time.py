@@ -54,7 +54,7 @@ def test_no_float_is_in_an_outcome(payready: InProcessSystem) -> None:
 def test_a_time_without_a_zone_does_not_reach_the_ledger(payready: InProcessSystem) -> None:
     """It is refused before anything is written."""
     job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
-    with pytest.raises((StatementError, ValueError), match="without a zone"), transaction(payready.engine) as tx:
+    with pytest.raises((StatementError, ValueError), match="without a time zone"), transaction(payready.engine) as tx:
         payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
     assert payready.rows("SELECT * FROM payment") == []
 
@@ -91,7 +91,7 @@ def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InPr
     payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.outcome("p2")["reason"] == "insufficient_funds"
-    assert payready.outcome("p2")["detail"] == "80.00 USD needed, 20.00 USD there"
+    assert payready.outcome("p2")["detail"] == "needed 80.00 USD, available 20.00 USD"
 
 
 def test_what_was_released_on_a_balance_is_gone_for_who_comes_later(payready: InProcessSystem) -> None:

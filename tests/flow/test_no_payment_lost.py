@@ -9,7 +9,7 @@ from worker import flow
 from worker.errors import CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger import quarantine
 from worker.ledger.engine import transaction
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import Balance, ReceivedBalance, UnparsedEvent
 
 A = "acct_kept"
 STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
@@ -25,7 +25,7 @@ def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSyste
     assert payready.outcome("p1") == {
         "payment_id": "p1",
         "reason": "timeout",
-        "detail": "no balance came within 20 s",
+        "detail": "no balance arrived within 20 s",
     }
 
 
@@ -35,7 +35,7 @@ def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
     payready.drop_tasks()
     payready.clock.advance(5)
     payready.run_maintenance()
-    assert payready.outcome("p1")["detail"] == "no balance came within 5 s, and no call was made"
+    assert payready.outcome("p1")["detail"] == "no balance arrived within 5 s, and no call was made"
     assert payready.payment("p1")["refresh_id"] is None
 
 
@@ -251,7 +251,8 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.run_tasks()
     payready.clock.advance(3)
-    flow.ingest_events(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
+    unparsed = [UnparsedEvent(raw=b"{}", reason="of an older version"), UnparsedEvent(raw=b"[]", reason="another")]
+    flow.ingest_events(payready.rt, [], unparsed)
     with transaction(payready.engine) as tx:
         [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
     balance = Balance.model_validate(
@@ -266,7 +267,9 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
         }
     )
     payready.clock.advance(30)
-    payready.queue.merge(flow.requeue_from_quarantine(payready.rt, kept, [("evt_1", balance)]))
+    payready.queue.merge(
+        flow.requeue_from_quarantine(payready.rt, kept, [ReceivedBalance(event_id="evt_1", balance=balance)])
+    )
     payready.run_tasks()
     assert payready.state("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

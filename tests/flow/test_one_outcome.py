@@ -142,7 +142,7 @@ def test_a_cancelled_payment_fails_as_cancelled_and_no_balance_revives_it(payrea
     assert payready.outcome("p1") == {
         "payment_id": "p1",
         "reason": "cancelled",
-        "detail": "the payments service cancelled it",
+        "detail": "the payments service cancelled the payment",
     }
     assert payready.payment("p1")["refresh_id"] == entrance.refresh_id
     assert payready.fees(A) == ["1 pending", "1 posted"]

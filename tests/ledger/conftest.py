@@ -1,4 +1,4 @@
-"""An empty ledger for each test, on each database."""
+"""Fixtures of the ledger tests: an empty ledger on each database."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from worker.ledger.engine import Engine, open_engine
 
 @pytest.fixture
 def engine(databases: Databases) -> Iterator[Engine]:
-    """An empty ledger."""
+    """Open an empty ledger."""
     with databases.create() as address:
-        made = open_engine(address)
-        yield made
-        made.dispose()
+        engine = open_engine(address)
+        yield engine
+        engine.dispose()

@@ -1,4 +1,4 @@
-"""The migrations make what the tables say, and can be taken back."""
+"""Migrations create the declared tables, and can be reversed."""
 
 import subprocess
 import sys
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> str:
-    """The address of an empty database."""
+    """Return the URL of an empty database."""
     return postgres_server.database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/payready.db"
 
 
 def _indexes(database_url: str) -> list[str]:
-    """The indexes with their conditions, which alembic does not compare."""
+    """Return the indexes with their conditions, which alembic does not compare."""
     engine = open_engine(database_url)
     query = (
         "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
@@ -36,22 +36,21 @@ def _indexes(database_url: str) -> list[str]:
     return found
 
 
-def test_the_migrations_make_what_the_tables_say(empty: str) -> None:
-    """Nothing is left for alembic to do, and every index has the condition it should have."""
+def test_migrations_create_declared_tables_and_indexes(empty: str) -> None:
+    """Alembic finds no difference, and every index has the declared condition."""
     alembic(empty, "upgrade", "head")
     assert differences(empty) == []
-    made_by_migrations = _indexes(empty)
+    migrated_indexes = _indexes(empty)
     engine = open_engine(empty)
     with engine.begin() as tx:
         PAYMENT.metadata.drop_all(tx)
         PAYMENT.metadata.create_all(tx)
     engine.dispose()
-    assert made_by_migrations == _indexes(empty)
-    assert len(made_by_migrations) >= 14
+    assert migrated_indexes == _indexes(empty)
+    assert len(migrated_indexes) >= 14
 
 
-def test_a_difference_would_be_found(empty: str) -> None:
-    """A column, or an index, that the migrations forgot."""
+def test_comparison_finds_missing_index_and_column(empty: str) -> None:
     alembic(empty, "upgrade", "head")
     engine = open_engine(empty)
     with engine.begin() as tx:
@@ -61,16 +60,15 @@ def test_a_difference_would_be_found(empty: str) -> None:
     assert {difference[0] for difference in differences(empty)} == {"add_index", "add_column"}
 
 
-def test_the_check_of_make_ends_well() -> None:
-    """`python -m tests.migrations_in_step`."""
-    done = subprocess.run(
+def test_migration_check_of_make_succeeds() -> None:
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.migrations_in_step"], cwd=ROOT, capture_output=True, check=False, timeout=60
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (completed.returncode, completed.stderr) == (0, b"")
 
 
-def test_the_migrations_can_be_taken_back_and_made_again(empty: str) -> None:
-    """And upgrading twice changes nothing."""
+def test_migrations_can_be_reversed_and_repeated(empty: str) -> None:
+    """A second upgrade changes nothing."""
     for command in (("upgrade", "head"), ("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
         alembic(empty, *command)
     assert differences(empty) == []

@@ -26,7 +26,7 @@ SETTINGS = {
     "PAYREADY_REFRESH_WINDOW_S": "120",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "4",
 }
-"""Settings of the saving and the later release. Calls without a response are not repeated within these times."""
+"""Settings of the saving and of the loading run: calls with an unknown result are not repeated in either."""
 UNACKNOWLEDGED = "payready-unacked"
 
 

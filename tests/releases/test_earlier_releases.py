@@ -1,7 +1,7 @@
 """Deploys: this release finishes the work that an earlier release left in the database, the broker and Redis.
 
-Each JSON file in this folder is the state of a release (`python -m tests.releases`), with all kinds of messages and
-rows. `tests/suspension/test_saved_continuation.py` covers all parts of a saved continuation.
+Each file beside this one is what a release left (`python -m tests.releases`). All parts that a saved continuation may
+have are in `tests/suspension/test_saved_continuation.py`; here are all the kinds of messages and rows.
 """
 
 import json
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.slow
 
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
-RESOLVED_AT_ONCE = {"settled", "kept", "requested", "turn", "deferred", "job"}
-"""Payments released without a further event: by stored balances, requested calls and queued jobs."""
-RESOLVED_BY_AN_EVENT = ("accepted", "shared", "uncertain", "calling")
+TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
+"""Released without a further event: by stored balances, by requested calls, and by jobs in the queue."""
+RESOLVED_BY_EVENT = ("accepted", "shared", "uncertain", "calling")
 FAILED = {"cancelled": "cancelled", "hopeless": "timeout", "poor": "insufficient_funds"}
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)([T ])(\d\d:\d\d:\d\d\.\d{6})")
 MICROSECONDS = re.compile(r"\b1[789]\d{14}\b")
@@ -77,8 +77,8 @@ def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
     database.close()
 
 
-def put(running: System, saved_state: dict[str, Any]) -> None:
-    """Restore the state of the broker and the correlation store."""
+def put(running: System, left: dict[str, Any]) -> None:
+    """Restore what the release left in the broker and in the correlation store."""
     with Redis.from_url(running.redis_url) as client:
         for queue, messages in saved_state["queues"].items():
             for message in messages:
@@ -95,8 +95,8 @@ def put(running: System, saved_state: dict[str, Any]) -> None:
 def test_work_of_an_earlier_release_is_finished(
     release: Path, database: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:
-    """Each outcome is delivered once, each fee entry has a final state, and no message remains."""
-    saved_state = as_if_just_left(release)
+    """Each payment is resolved and delivered once, each fee entry is final, and no message is left."""
+    left = as_if_just_left(release)
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
     alembic(url, saved_state["revision"])
     fill(url, saved_state["tables"])
@@ -104,19 +104,19 @@ def test_work_of_an_earlier_release_is_finished(
         put(running, saved_state)
         running.start("worker", "refresh", "beat")
         running.start_service()
-        resolved_at_once = {f"pay_{name}" for name in RESOLVED_AT_ONCE | FAILED.keys()}
+        resolved_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
         wait_until(
-            lambda: resolved_at_once <= running.ended_payments().keys(),
+            lambda: resolved_now <= running.ended_payments().keys(),
             30,
-            "payments without a further event are resolved",
+            "payments without a further event are delivered",
         )
-        accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*RESOLVED_BY_AN_EVENT, "result")]
+        accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*RESOLVED_BY_EVENT, "result")]
         running.initiate("pay_late", accounts[0], options=running.callbacks("pay_late"))
         running.payment("pay_late")
         for account_id in accounts:
             send_balance(running, account_id)
-        expected = resolved_at_once | {f"pay_{name}" for name in RESOLVED_BY_AN_EVENT} | {"pay_late"}
-        wait_until(lambda: expected <= running.ended_payments().keys(), 20, "all outcomes are delivered")
+        resolved = resolved_now | {f"pay_{name}" for name in RESOLVED_BY_EVENT} | {"pay_late"}
+        wait_until(lambda: resolved <= running.ended_payments().keys(), 20, "all payments are delivered")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
         assert_one_outcome_delivered_each(running)
         accounts_called_again = [account_id for account_id in accounts if running.simulator.calls(account_id)]

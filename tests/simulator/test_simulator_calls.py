@@ -36,8 +36,8 @@ def read(simulator: Simulator, account_id: str) -> Any:
     return simulator.graphql({"id": account_id}).json()["data"]["account"]
 
 
-def test_prompt_call_returns_202_without_body(simulator: Simulator, account: Accounts) -> None:
-    """The response does not name the balance. Its headers contain the rate limit."""
+def test_a_prompt_call_is_answered_202_without_a_body(simulator: Simulator, account: Accounts) -> None:
+    """The response names no balance; the rate limit is in the headers."""
     response = simulator.refresh(account("prompt"))
     assert (response.status_code, response.content) == (202, b"")
     assert response.headers["Ratelimit-Limit"] == "1000"
@@ -327,7 +327,7 @@ def test_graphql_needs_the_key_and_a_variable(simulator: Simulator) -> None:
 
 
 def test_a_key_can_be_introspected(simulator: Simulator) -> None:
-    """The valid key returns its environment and mode, a wrong key gets 401."""
+    """The right key returns its environment and mode, a wrong one gets 401."""
     right, wrong = (
         simulator.http.post("/v1/introspect/api_key", headers={"Authorization": f"Bearer {key}"})
         for key in (simulator.api_key, "key_other")
@@ -337,8 +337,8 @@ def test_a_key_can_be_introspected(simulator: Simulator) -> None:
     assert wrong.status_code == 401
 
 
-def test_subscriptions_are_stored(simulator: Simulator) -> None:
-    """A subscription can be added, listed, read, changed and removed. The response contains no secret."""
+def test_subscriptions_are_kept(simulator: Simulator) -> None:
+    """A subscription can be created, listed, read, changed and deleted; no response contains the secret."""
     http, path = simulator.http, "/v1/webhooks/subscriptions"
     bearer = {"Authorization": f"Bearer {simulator.api_key}"}
     wanted = {"name": "payready", "targetUrl": "https://example.test/webhooks", "eventTypes": ["balance.created"]}

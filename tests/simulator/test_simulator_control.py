@@ -59,8 +59,8 @@ def test_summary_counts_calls_and_deliveries(simulator: Simulator, inbox: Webhoo
     }
 
 
-def test_settings_can_be_read_and_changed(simulator: Simulator) -> None:
-    """The response contains all settings. Settings that are not given do not change."""
+def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
+    """The response has all settings. Settings that are not given stay unchanged."""
     before = simulator.put("defaults")
     assert simulator.put("defaults", late_s=9) == {**before, "late_s": 9}
 

@@ -34,7 +34,7 @@ from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob
 from worker.flow import calling
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import QuilttClient
-from worker.quiltt.messages import Balance, PolledAccount
+from worker.quiltt.messages import Balance, PolledAccount, ReceivedBalance
 from worker.rules.pricing import parse_price_list, split_share
 from worker.rules.states import MAX_UNCERTAIN_CALLS
 from worker.runtime import Runtime
@@ -148,7 +148,7 @@ class Ledger:
 
 
 class TestSystem:
-    """Environment of a scenario. `outcomes`, `accepted` and the ledger show whether an invariant is violated."""
+    """Environment of a scenario. `outcomes`, `accepted` and the ledger show whether the invariants are kept."""
 
     def __init__(
         self, scenario: Scenario, ledger: "Ledger", correlation: CorrelationStore, operations: Operations
@@ -209,10 +209,10 @@ class TestSystem:
 
     def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
         """Replace `dispatch._send`."""
-        name, args, countdown_s = message
-        self.operations.before_operation("broker", f"enqueue {name}")
-        self.queue.append((name, args, self.clock.now + timedelta(seconds=countdown_s or 0)))
-        return name
+        self.operations.before_operation("broker", f"enqueue {message.name}")
+        ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
+        self.queue.append((message.name, message.arguments, ready_at))
+        return message.name
 
     def _run_tasks(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
@@ -249,7 +249,8 @@ class TestSystem:
     def retry(self, **_: Any) -> None:
         """Replace `initiate.retry`."""
         try:
-            self.enqueue(None, ("payments.initiate", payment_tasks.initiate.request.args, None), ())
+            arguments = payment_tasks.initiate.request.args
+            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments), ())
         except BrokerUnavailable as error:
             raise Reject(error, requeue=False) from error
 
@@ -314,7 +315,8 @@ class TestSystem:
 
     def _webhook(self, balance: Balance) -> None:
         try:
-            dispatch_follow_up(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
+            received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
+            dispatch_follow_up(flow.ingest_events(self.rt, [received]))
         except (LedgerUnavailable, RedisUnavailable, BrokerUnavailable):
             self._stored_balances.discard(balance.id)  # 503: the provider retries
         else:

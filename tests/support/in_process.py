@@ -33,7 +33,7 @@ from worker.ledger.engine import Engine, open_engine, transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.tables import PAYMENT
 from worker.quiltt.client import ApiKeyMode, QuilttClient
-from worker.quiltt.messages import Balance, PolledAccount
+from worker.quiltt.messages import Balance, PolledAccount, ReceivedBalance
 from worker.rules.job import parse_job
 from worker.rules.pricing import parse_price_list
 from worker.runtime import Runtime
@@ -171,7 +171,7 @@ class ScriptedProvider:
 
 def intake_request(arguments: dict[str, Any], continuation: dict[str, Any]) -> IntakeRequest:
     """Return the intake request of a job."""
-    return IntakeRequest(parse_job(arguments, currency="USD"), continuation)
+    return IntakeRequest(job=parse_job(arguments, currency="USD"), continuation=continuation)
 
 
 @dataclass
@@ -227,7 +227,8 @@ class InProcessSystem:
                 balances.insert_balances(tx, [balances.new_record(f"evt_{balance.id}", balance, self.clock.now)])
             self.queue.balances_to_apply.append(balance.id)
         else:
-            self.queue.merge(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
+            received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
+            self.queue.merge(flow.ingest_events(self.rt, [received]))
         return balance.id
 
     def run_tasks(self) -> None:

@@ -88,7 +88,7 @@ def test_each_payment_has_one_outcome_and_each_call_one_fee(crowded: System, pay
 
 
 def assert_shares_add_up(running: System, rows: dict[str, Any], released: dict[str, Any]) -> None:
-    """Assert that the fee shares in the outcomes add up exactly to the price of the call."""
+    """The fee shares of the payments that share a call add up to its fee exactly."""
     prices: dict[str, Decimal] = defaultdict(Decimal)
     for row in running.rows("SELECT refresh_id, price FROM fee_entry WHERE state = 'posted'"):
         prices[row["refresh_id"]] += Decimal(row["price"])

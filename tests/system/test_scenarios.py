@@ -39,7 +39,7 @@ PROMISES: dict[str, Promise] = {
     "late": Promise(reason="timeout", job=BRIEF),
     "forged": Promise(reason="timeout", job=BRIEF),
     "stale": Promise(reason="timeout", job=BRIEF),
-    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id the balance cannot be polled
+    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id there is no balance poll
     "unsent read": Promise(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
     "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
     "poor": Promise(reason="insufficient_funds"),

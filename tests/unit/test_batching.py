@@ -1,4 +1,4 @@
-"""Rounds form by themselves: one after the other, with nothing lost, and nobody waits who comes alone."""
+"""Micro-batching: batches do not overlap, lose nothing, and start at once when idle."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,91 +9,91 @@ import pytest
 from tasks.batching import MicroBatcher
 
 
-def test_rounds_come_one_after_the_other_and_lose_nothing() -> None:
-    """Whoever adds, and however quickly one round follows another."""
+def test_batches_do_not_overlap_and_lose_no_item() -> None:
+    """With several threads that add items."""
     done: list[int] = []
     overlaps: list[bool] = []
-    working = threading.Lock()
+    busy = threading.Lock()
 
-    def work(batch: list[int]) -> None:
-        overlaps.append(not working.acquire(blocking=False))
+    def process(batch: list[int]) -> None:
+        overlaps.append(not busy.acquire(blocking=False))
         done.extend(batch)
         if not overlaps[-1]:
-            working.release()
+            busy.release()
 
-    gatherer = MicroBatcher(work, max_size=3)
+    batcher = MicroBatcher(process, max_size=3)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(gatherer.add, range(20_000)))
+        list(pool.map(batcher.add, range(20_000)))
     assert sorted(done) == list(range(20_000))
     assert not any(overlaps)
 
 
-def test_a_round_that_ends_does_not_end_the_one_that_began_meanwhile() -> None:
-    """Another thread may begin one between the last look at what waits and the end of this one."""
-    rounds: list[list[int]] = []
-    begun: list[object] = []
-    gatherer = MicroBatcher(rounds.append, max_size=9, executor=begun.append)
-    gatherer.add(1)
-    take = gatherer._next_batch
+def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
+    """Another thread may start a loop between the last check for items and the end of this loop."""
+    batches: list[list[int]] = []
+    started: list[object] = []
+    batcher = MicroBatcher(batches.append, max_size=9, executor=started.append)
+    batcher.add(1)
+    next_batch = batcher._next_batch
 
-    def and_then_another_comes() -> list[int]:
-        taken = take()
-        if not taken:
-            gatherer._next_batch = take  # type: ignore[method-assign]
-            gatherer.add(2)
-        return taken
+    def add_after_last_check() -> list[int]:
+        batch = next_batch()
+        if not batch:
+            batcher._next_batch = next_batch  # type: ignore[method-assign]
+            batcher.add(2)
+        return batch
 
-    gatherer._next_batch = and_then_another_comes  # type: ignore[method-assign]
-    begun.pop()()  # type: ignore[operator]
-    gatherer.add(3)
-    assert len(begun) == 1, "a second round would be at work beside the first"
-    begun.pop()()  # type: ignore[operator]
-    assert rounds == [[1], [2, 3]]
+    batcher._next_batch = add_after_last_check  # type: ignore[method-assign]
+    started.pop()()  # type: ignore[operator]
+    batcher.add(3)
+    assert len(started) == 1, "a second loop would run beside the first"
+    started.pop()()  # type: ignore[operator]
+    assert batches == [[1], [2, 3]]
 
 
-def test_what_is_put_back_comes_first() -> None:
-    rounds: list[list[int]] = []
+def test_requeued_items_are_first() -> None:
+    batches: list[list[int]] = []
 
-    def work(batch: list[int]) -> None:
-        rounds.append(batch)
+    def process(batch: list[int]) -> None:
+        batches.append(batch)
         if batch == [1]:
-            gatherer.add(2)
-            gatherer.requeue_first(1, 1)
+            batcher.add(2)
+            batcher.requeue_first(1, 1)
 
-    gatherer = MicroBatcher(work, max_size=9)
-    gatherer.add(1)
-    assert rounds == [[1], [1, 1, 2]]
+    batcher = MicroBatcher(process, max_size=9)
+    batcher.add(1)
+    assert batches == [[1], [1, 1, 2]]
 
 
-def test_a_round_that_fails_or_is_killed_keeps_nobody_from_the_next() -> None:
-    rounds: list[int] = []
+def test_failed_batch_does_not_block_the_next() -> None:
+    batches: list[int] = []
 
-    def work(batch: list[int]) -> None:
-        rounds.extend(batch)
+    def process(batch: list[int]) -> None:
+        batches.extend(batch)
         if batch == [1]:
             raise ValueError
         if batch == [2]:
             raise SystemExit
 
-    gatherer = MicroBatcher(work, max_size=9)
-    gatherer.add(1)
+    batcher = MicroBatcher(process, max_size=9)
+    batcher.add(1)
     with pytest.raises(SystemExit):
-        gatherer.add(2)
-    gatherer.add(3)
-    assert rounds == [1, 2, 3]
+        batcher.add(2)
+    batcher.add(3)
+    assert batches == [1, 2, 3]
 
 
-def test_a_round_that_is_full_does_not_wait_for_its_time() -> None:
-    """Else those who come quickly would be held up by what is meant for those who come slowly."""
-    rounds: Queue[list[int]] = Queue()
+def test_full_batch_ignores_the_interval() -> None:
+    """Else the interval, which is for few items, would delay many."""
+    batches: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
-        gatherer = MicroBatcher(rounds.put, max_size=3, min_interval_s=20, executor=pool.submit)
-        gatherer.add(1)
-        assert rounds.get(timeout=10) == [1]
-        gatherer.add(2)
-        gatherer.add(3)
-        assert rounds.empty(), "the next one is not due yet"
-        gatherer.add(4, 5)
-        assert rounds.get(timeout=10) == [2, 3, 4]
-        gatherer.add(6, 7)
-        assert rounds.get(timeout=10) == [5, 6, 7]
+        batcher = MicroBatcher(batches.put, max_size=3, min_interval_s=20, executor=pool.submit)
+        batcher.add(1)
+        assert batches.get(timeout=10) == [1]
+        batcher.add(2)
+        batcher.add(3)
+        assert batches.empty(), "the interval has not passed yet"
+        batcher.add(4, 5)
+        assert batches.get(timeout=10) == [2, 3, 4]
+        batcher.add(6, 7)
+        assert batches.get(timeout=10) == [5, 6, 7]

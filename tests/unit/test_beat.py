@@ -1,4 +1,4 @@
-"""The beat sends what is due when it is due, and sleeps in between."""
+"""The scheduler of `beat` sends tasks on time and sleeps in between."""
 
 import shlex
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.beat import Scheduler as Theirs
+from celery.beat import Scheduler as CeleryScheduler
 from kombu.utils.imports import symbol_by_name
 
 from config.celery_config import celery_settings
@@ -20,8 +20,8 @@ NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app whose clock stands still unless someone sleeps, with payready's schedule and tasks that are not sent."""
-    with Celery("beaten", set_as_current=False) as app:
+    """Return an app with payready's schedule, whose clock advances only while the scheduler sleeps."""
+    with Celery("beat-test", set_as_current=False) as app:
         app.conf.update(celery_settings(Settings()))
         monkeypatch.setattr(app, "now", lambda: clock(app))
         app.slept = timedelta(0)
@@ -29,17 +29,17 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
 
 
 def clock(app: Any) -> datetime:
-    """What time it is to the app."""
+    """Return the time of the app."""
     now: datetime = NOON + app.slept
     return now
 
 
-def turns(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str | None]]:
-    """Five seconds of a beat's life: when it woke, and what it sent then; cut off after 500 turns."""
+def cycles(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str | None]]:
+    """Run `beat` for 5.5 s or 500 cycles. Return the time of each cycle and the task that it sent."""
     done: list[tuple[float, str | None]] = []
     sent: list[str] = []
     beat = scheduler(app)
-    beat.producer = None  # else it would connect to a broker
+    beat.producer = None  # no connection to a broker
     beat.apply_entry = lambda entry, **_: sent.append(entry.task)
     while app.slept < timedelta(seconds=5.5) and len(done) < 500:
         interval = beat.tick()
@@ -49,20 +49,20 @@ def turns(app: Any, scheduler: Callable[[Celery], Any]) -> list[tuple[float, str
     return done
 
 
-def test_each_tick_is_on_time_and_the_beat_sleeps_until_the_next(app: Celery) -> None:
-    """A turn for each task that is sent, and one to find that nothing more is due."""
-    done = turns(app, Scheduler)
+def test_scheduler_sleeps_until_the_next_task(app: Celery) -> None:
+    """One cycle per task, and one that finds no due task."""
+    done = cycles(app, Scheduler)
     for task in ("payments.expire", "payments.sweep"):
         at = [when for when, sent in done if sent == task]
         assert at == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
     assert len(done) <= 4 * 6
 
 
-def test_the_role_runs_it() -> None:
+def test_role_beat_uses_the_scheduler() -> None:
     command = shlex.split(procfile()["beat"])
     assert symbol_by_name(command[command.index("--scheduler") + 1]) is Scheduler
 
 
-def test_celerys_own_would_not_sleep_for_the_last_hundredth(app: Celery) -> None:
-    """Else ours is no longer needed: the clock stands still, so it asks again and again."""
-    assert len(turns(app, Theirs)) == 500
+def test_celery_scheduler_still_polls_for_the_last_10_ms(app: Celery) -> None:
+    """When this fails, the scheduler is no longer needed. The clock of this test does not advance."""
+    assert len(cycles(app, CeleryScheduler)) == 500

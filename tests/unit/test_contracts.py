@@ -1,4 +1,4 @@
-"""The published contracts: current, and kept by what really comes and goes."""
+"""The published JSON schemas are current, and jobs and outcomes conform to them."""
 
 import json
 from collections.abc import Callable
@@ -22,17 +22,17 @@ def _validator(name: str) -> Callable[[Any], None]:
     return validate
 
 
-def test_the_published_schemas_are_those_of_the_models() -> None:
-    """If not: `python -m tests.contracts`, and a line in the change log."""
+def test_published_schemas_match_the_models() -> None:
+    """To fix a failure, run `python -m tests.contracts` and add a line to the change log."""
     published = {path.name: path.read_text() for path in FOLDER.iterdir()}
     assert published == contracts()
 
 
-def test_every_reason_is_published() -> None:
-    """The payments service branches on them."""
+def test_failure_schema_lists_every_reason() -> None:
+    """The payments service branches on the reasons."""
     failure = json.loads((FOLDER / "failure.schema.json").read_text())
     assert failure["$defs"]["Reason"]["enum"] == [reason.value for reason in Reason]
-    _validator("failure")({"reason": "timeout", "detail": "no balance came within 120 s"})
+    _validator("failure")({"reason": "timeout", "detail": "no balance arrived within 120 s"})
     with pytest.raises(ValidationError):
         _validator("failure")({"reason": "bad luck", "detail": ""})
 
@@ -62,15 +62,15 @@ BAD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", GOOD)
-def test_what_the_contract_allows_payready_takes(changes: dict[str, Any]) -> None:
-    """A job that a sender has checked is not refused for its shape."""
+def test_parser_accepts_a_job_that_the_schema_allows(changes: dict[str, Any]) -> None:
+    """The sender can validate a job before it sends it."""
     _validator("job")({**JOB, **changes})
     assert isinstance(parse_job({**JOB, **changes}, currency="USD"), Job)
 
 
 @pytest.mark.parametrize("changes", BAD)
-def test_what_the_contract_forbids_payready_refuses(changes: dict[str, Any]) -> None:
-    """The sender can find out before it sends."""
+def test_parser_rejects_a_job_that_the_schema_forbids(changes: dict[str, Any]) -> None:
+    """The sender can find the mistake before it sends the job."""
     with pytest.raises(ValidationError):
         _validator("job")({**JOB, **changes})
     with pytest.raises(InvalidJob):

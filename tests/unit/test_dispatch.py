@@ -10,13 +10,13 @@ from tasks.app import app
 from worker.flow import BalancePoll, FollowUp, RefreshCall
 
 
-def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crowd on one account that finds a balance there wants it applied once, not a thousand times."""
-    sent: list[object] = []
+def test_duplicate_follow_ups_are_enqueued_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many payments of a batch may need the same call or balance."""
+    sent: list[dispatch.TaskMessage] = []
     monkeypatch.setattr(dispatch, "_enqueue", sent.extend)
-    todo, later = FollowUp(), timedelta(seconds=1)
+    follow_up, later = FollowUp(), timedelta(seconds=1)
     for _ in range(3):
-        todo.merge(
+        follow_up.merge(
             FollowUp(
                 balances_to_apply=["bal_1", "bal_2"],
                 calls=[
@@ -25,16 +25,17 @@ def test_what_many_payments_of_a_round_want_is_asked_for_once(monkeypatch: pytes
                 ],
             )
         )
-    dispatch.dispatch(todo)
-    assert sent.count(("balances.apply", ("bal_1",), None)) == 1
-    assert sent.count(("balances.apply", ("bal_2",), None)) == 1
-    assert sent.count(("balances.refresh", ("acct_1", "ref_1"), None)) == 1
+    dispatch.dispatch(follow_up)
+    tasks = [(message.name, message.arguments) for message in sent]
+    assert tasks.count(("balances.apply", ("bal_1",))) == 1
+    assert tasks.count(("balances.apply", ("bal_2",))) == 1
+    assert tasks.count(("balances.refresh", ("acct_1", "ref_1"))) == 1
 
 
-def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
-    """As `app.send_task` makes it: an upgrade of Celery may change what that does."""
+def test_sent_message_equals_the_message_of_send_task() -> None:
+    """A new release of Celery may change the messages of `app.send_task`."""
     later = timedelta(seconds=1)
-    todo = FollowUp(
+    follow_up = FollowUp(
         calls=[
             RefreshCall(account_id="acct_1", refresh_id="ref_1"),
             RefreshCall(account_id="acct_1", refresh_id="ref_1", has_slot=True, delay=later),
@@ -42,18 +43,19 @@ def test_a_message_of_ours_is_the_one_that_celery_would_send() -> None:
         balance_polls=[BalancePoll(account_id="acct_1", profile_id="p_1", delay=later)],
         balances_to_apply=["bal_1"],
     )
-    ours = [*dispatch._messages(todo), ("outcomes.deliver", (["task_1"],), None)]
+    deliver = dispatch.TaskMessage(name="outcomes.deliver", arguments=(["task_1"],))
+    messages = [*dispatch._messages(follow_up), deliver]
     with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
 
-        def taken(name: str) -> dict[str, Any]:
+        def fetch(name: str) -> dict[str, Any]:
             message = connection.SimpleQueue(app.conf.task_routes[name]["queue"]).get(block=False)
-            new = {"id": ..., "root_id": ..., "eta": message.headers["eta"] and "later"}
+            changing = {"id": ..., "root_id": ..., "eta": message.headers["eta"] and "set"}
             delivery_info = {**message.delivery_info, "delivery_tag": ...}
-            return {"headers": {**message.headers, **new}, "body": message.payload, "where": delivery_info}
+            return {"headers": {**message.headers, **changing}, "body": message.payload, "delivery_info": delivery_info}
 
-        for message in ours:
-            name, arguments, countdown_s = message
-            app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
-            theirs = taken(name)
+        for message in messages:
+            options = {"countdown": message.countdown_s, "ignore_result": True, "producer": producer}
+            app.send_task(message.name, message.arguments, **options)
+            expected = fetch(message.name)
             dispatch._send(producer, message, ())
-            assert taken(name) == theirs
+            assert fetch(message.name) == expected

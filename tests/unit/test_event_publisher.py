@@ -1,11 +1,11 @@
-"""Results that are sent, and not stored: by the backend `rpc`."""
+"""Results of the backend `rpc`, which are messages."""
 
 from celery import Celery, Task
 from kombu import Connection
 
 from tasks import suspension
 
-CANVAS = {"version": 1, "id": "task_1", "task": "payments.initiate", "reply_to": "answers", "suspended_at": 0.0}
+CONTINUATION = {"version": 1, "id": "task_1", "task": "payments.initiate", "reply_to": "replies", "suspended_at": 0.0}
 
 
 class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
@@ -14,13 +14,13 @@ class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
     name = "payments.initiate"
 
 
-def test_an_outcome_goes_to_whoever_waits_for_the_reply() -> None:
-    """The continuation says where."""
-    app = Celery("of the test", broker="memory://", backend="rpc://", set_as_current=False)
+def test_outcome_is_sent_to_the_reply_queue() -> None:
+    """The continuation has its name."""
+    app = Celery("test", broker="memory://", backend="rpc://", set_as_current=False)
     app.conf.worker_send_task_events = False
     app.tasks.register(Initiate())
     with Connection("memory://") as connection:
-        answers = connection.SimpleQueue("answers")
-        suspension.resume_without_callbacks(app, [(CANVAS, {"state": "released"})])
-        message = answers.get(timeout=5)
+        replies = connection.SimpleQueue("replies")
+        suspension.resume_without_callbacks(app, [(CONTINUATION, {"state": "released"})])
+        message = replies.get(timeout=5)
     assert (message.payload["task_id"], message.payload["result"]) == ("task_1", {"state": "released"})

@@ -26,8 +26,10 @@ def job(amount: str | None = "25.00", **more: Any) -> Job:
 
 def funds(available: str | None, limit: str | None = None, *released: str) -> Funds:
     """What the balance says."""
-    there = Funds(None if available is None else Decimal(available), None if limit is None else Decimal(limit))
-    return there.minus_releases(*map(Decimal, released))
+    before = Funds(
+        available=None if available is None else Decimal(available), limit=None if limit is None else Decimal(limit)
+    )
+    return before.minus_releases(*map(Decimal, released))
 
 
 @given(
@@ -54,7 +56,7 @@ def test_the_arithmetic_is_exact(
         buffer={"multiplier": format(multiplier, "f"), "fixed": format(fixed, "f")},
         include_overdraft=include_overdraft,
     )
-    judgement = check_funds(asked, Funds(available, limit).minus_releases(*released))
+    judgement = check_funds(asked, Funds(available=available, limit=limit).minus_releases(*released))
     needed = Fraction(amount) * Fraction(multiplier) + Fraction(fixed)
     there = Fraction(available) + (Fraction(limit) if include_overdraft and limit is not None else 0)
     there -= sum(map(Fraction, released))
@@ -76,8 +78,8 @@ def test_to_the_last_digit_is_enough_and_a_digit_less_is_not(
     with localcontext(prec=100):
         needed = amount * multiplier + fixed
         less = needed - Decimal("1e-30")
-    assert check_funds(asked, Funds(needed, None)).verdict == "sufficient"
-    assert check_funds(asked, Funds(less, None)).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(asked, Funds(available=needed, limit=None)).verdict == "sufficient"
+    assert check_funds(asked, Funds(available=less, limit=None)).reason == Reason.INSUFFICIENT_FUNDS
 
 
 def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred() -> None:
@@ -87,13 +89,13 @@ def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred() -> None:
     second = check_funds(asked, purse.minus_releases(asked.amount))
     assert first.verdict == "sufficient"
     assert second.reason == Reason.INSUFFICIENT_FUNDS
-    assert second.detail == "80.00 USD needed, 20.00 USD there"
+    assert second.detail == "needed 80.00 USD, available 20.00 USD"
 
 
 @given(available=amounts, wanted=st.lists(amounts, max_size=12))
 def test_what_is_released_on_one_balance_never_exceeds_it(available: Decimal, wanted: list[Decimal]) -> None:
     """However many payments there are, in whatever order."""
-    purse, total = Funds(available, None), Fraction(0)
+    purse, total = Funds(available=available, limit=None), Fraction(0)
     for amount in wanted:
         asked = job(format(amount, "f"))
         if check_funds(asked, purse).verdict == "sufficient":

@@ -1,4 +1,4 @@
-"""The roles of Celery leave what they loaded alone when they are ready."""
+"""Garbage collection in the Celery roles: loaded objects are frozen when a role is ready."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ print(json.dumps([gc.get_threshold(), gc.get_freeze_count(), len(gc.get_objects(
 """
 
 
-def test_a_worker_and_beat_spare_what_is_loaded() -> None:
-    """The collector waits for more to do, and then goes through what was made since the process was ready."""
+def test_worker_and_beat_freeze_loaded_objects() -> None:
+    """The collector runs less often, and only over objects that were created after the start."""
     for signal in ("worker_ready", "beat_init"):
         done = subprocess.run(
             [sys.executable, "-c", READY, signal], cwd=ROOT, capture_output=True, check=True, timeout=60

@@ -1,4 +1,4 @@
-"""The shape of the whole: what lies at the top, and what must not be in a file that is shared."""
+"""Layout of the repository, and rules for shared files."""
 
 import re
 import subprocess
@@ -34,21 +34,21 @@ def _tracked_and_new() -> list[str]:
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
-def test_python_lies_in_the_known_folders_and_nowhere_else() -> None:
-    """A stray module, or a new folder, has no place in the order of imports."""
+def test_python_files_are_only_in_known_folders() -> None:
+    """The import order does not cover a new folder."""
     python = [name for name in _tracked_and_new() if name.endswith(".py")]
     assert {name.split("/")[0] for name in python} == FOLDERS
 
 
-def test_no_package_has_a_module_for_everything() -> None:
-    """Each module is named for what it does."""
+def test_no_module_has_a_vague_name() -> None:
+    """A module's name states what the module does."""
     vague = re.compile(r"(^|/)(utils?|helpers?|common|misc|base|core)(\.py|/)")
     assert [name for name in _tracked_and_new() if vague.search(name)] == []
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_requirements_are_pinned_by_hash_and_name_no_address(name: str) -> None:
-    """Where packages come from is the business of the machine that installs them."""
+def test_requirements_pin_hashes_and_name_no_index(name: str) -> None:
+    """The machine that installs packages configures the index."""
     lines = (ROOT / name).read_text().splitlines()
     assert [
         line for line in lines if re.match(r"\s*(-i|-f|--(extra-)?index-url|--find-links|--trusted-host)", line)
@@ -60,8 +60,7 @@ def test_requirements_are_pinned_by_hash_and_name_no_address(name: str) -> None:
     assert sum("--hash=sha256:" in line for line in lines) >= len(pinned)
 
 
-def test_what_runs_in_production_is_locked_the_same_for_development() -> None:
-    """One version of each package."""
+def test_development_requirements_pin_the_production_versions() -> None:
     names = [
         dict(re.findall(r"^(\S+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
         for name in ("requirements.txt", "requirements-dev.txt")

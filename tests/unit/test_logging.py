@@ -8,8 +8,8 @@ from config.log_config import configure_logging
 from config.settings import Settings
 
 
-def test_a_tick_that_finds_no_broker_is_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    """Celery's beat would log a stack for each, twice a second for as long as the broker is away."""
+def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Celery's beat would log a traceback twice a second while the broker is unavailable."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     try:

@@ -1,4 +1,4 @@
-"""What a call costs, and who owes which part of it."""
+"""Price of a call, and its split among the sharing payments."""
 
 from datetime import date
 from decimal import Decimal
@@ -31,17 +31,16 @@ per_call = "0"
 
 
 @given(total=totals, sharers=st.integers(1, 400))
-def test_the_parts_add_up_to_the_whole(total: Decimal, sharers: int) -> None:
-    """Exactly; no two differ by more than the smallest unit, and who comes first bears it."""
-    parts = [split_share(total, sharers, index) for index in range(sharers)]
-    assert sum(parts) == total
-    assert max(parts) - min(parts) <= FEE_UNIT
-    assert parts == sorted(parts, reverse=True)
-    assert all(part >= 0 for part in parts)
+def test_fee_shares_add_up_to_the_total(total: Decimal, sharers: int) -> None:
+    """Two shares differ by at most the smallest unit, and the first payments pay it."""
+    shares = [split_share(total, sharers, index) for index in range(sharers)]
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= FEE_UNIT
+    assert shares == sorted(shares, reverse=True)
+    assert all(share >= 0 for share in shares)
 
 
-def test_a_tenth_among_three() -> None:
-    """0.033334 + 0.033333 + 0.033333."""
+def test_fee_share_of_0_10_among_3() -> None:
     assert [str(split_share(Decimal("0.10"), 3, index)) for index in range(3)] == ["0.033334", "0.033333", "0.033333"]
 
 
@@ -55,15 +54,15 @@ def test_a_tenth_among_three() -> None:
         ("TEST", date(2026, 12, 1), "0"),
     ],
 )
-def test_a_price_holds_from_its_day_on(mode: str, day: date, price: str) -> None:
-    """By the mode of the environment; the entry names the list."""
+def test_price_is_valid_from_its_day(mode: str, day: date, price: str) -> None:
+    """The environment's mode selects the price, and the result names the price list."""
     found = parse_price_list(LIST).price_for(mode, day)
     assert (str(found.per_call), found.currency, found.price_list) == (price, "USD", "v7")
 
 
 @pytest.mark.parametrize(("mode", "day"), [("PRODUCTION", date(2025, 12, 31)), ("SANDBOX", date(2026, 1, 1))])
-def test_a_day_or_mode_without_a_price_is_an_error_that_says_so(mode: str, day: date) -> None:
-    """No call is free by omission."""
+def test_price_list_raises_for_a_day_or_mode_without_a_price(mode: str, day: date) -> None:
+    """A missing price does not make a call free."""
     with pytest.raises(PriceListError, match=f"v7 has no price for mode {mode} on {day}"):
         parse_price_list(LIST).price_for(mode, day)
 
@@ -86,8 +85,8 @@ def test_a_day_or_mode_without_a_price_is_an_error_that_says_so(mode: str, day: 
         LIST.replace("2026-07-01", "2026-01-01"),
     ],
 )
-def test_a_price_list_that_cannot_be_used_is_refused_as_a_whole(broken: str) -> None:
-    """Prices are decimal text; nothing is guessed."""
+def test_parser_rejects_an_invalid_price_list(broken: str) -> None:
+    """Prices must be decimal text."""
     with pytest.raises(PriceListError, match="cannot be read"):
         parse_price_list(broken)
 
@@ -101,16 +100,15 @@ def test_a_price_list_that_cannot_be_used_is_refused_as_a_whole(broken: str) -> 
         ('["rate_limited", "not_authorized", "account_unsupported"]', {400, 401, 429}),
     ],
 )
-def test_which_answers_are_charged_for_is_the_contracts_to_say(billable: str, posted: set[int]) -> None:
-    """All others end the entry as void, and so does a call that was not sent."""
+def test_price_list_defines_the_billable_call_results(billable: str, posted: set[int]) -> None:
+    """Any other response voids the entry, and so does a call that was not sent."""
     prices = parse_price_list(LIST.replace('["accepted"]', billable))
-    answers: list[int | None] = [None, 202, 400, 401, 403, 404, 422, 429]
-    assert {answer for answer in answers if prices.final_state(answer) == EntryState.POSTED} == posted
-    assert {prices.final_state(answer) for answer in answers if answer not in posted} == {EntryState.VOID}
+    statuses: list[int | None] = [None, 202, 400, 401, 403, 404, 422, 429]
+    assert {status for status in statuses if prices.final_state(status) == EntryState.POSTED} == posted
+    assert {prices.final_state(status) for status in statuses if status not in posted} == {EntryState.VOID}
 
 
-def test_the_price_list_that_is_shipped_can_be_used() -> None:
-    """In every mode, today."""
+def test_shipped_price_list_has_a_price_for_every_mode() -> None:
     prices = parse_price_list(Settings().price_list_file.read_text())
     for mode in ("TEST", "SANDBOX", "PRODUCTION"):
         assert prices.price_for(mode, date(2026, 11, 22)).currency == Settings().currency
@@ -126,9 +124,7 @@ def test_the_price_list_that_is_shipped_can_be_used() -> None:
         ({"pending": "0.10", "posted": "0.10"}, ("0.20", "pending")),
     ],
 )
-def test_what_a_refresh_costs_is_as_sure_as_its_least_sure_call(
-    calls: dict[str, str], expected: tuple[str, str]
-) -> None:
-    """Void calls cost nothing; one pending call leaves the sum open."""
+def test_refresh_cost_is_pending_while_a_call_is_pending(calls: dict[str, str], expected: tuple[str, str]) -> None:
+    """Void calls cost nothing; one pending call makes the total pending."""
     total, state = total_and_state({EntryState(name): Decimal(price) for name, price in calls.items()})
     assert (str(total), state) == expected

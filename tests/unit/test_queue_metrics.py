@@ -1,4 +1,4 @@
-"""How long the queues are, and how old what lies in them, on a real Valkey."""
+"""Queue length and age with a real Valkey."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ Seen = tuple[float, float]
 
 
 class Line:
-    """The queue `payments`, a clock, and who looks at both."""
+    """The queue `payments` with a collector and a clock."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
@@ -28,7 +28,7 @@ class Line:
         self._client.rpop("payments", count)
 
     def look(self, after_s: float = 10) -> Seen:
-        """Length, and the age of the oldest, as they are told that much later."""
+        """Collect length and age `after_s` seconds later."""
         self.now += after_s
         length, age = self._queues()
         return length.values["payments",], age.values["payments",]
@@ -36,13 +36,13 @@ class Line:
 
 @pytest.fixture
 def line(valkey_url: str) -> Iterator[Line]:
-    """An empty queue."""
+    """Return an empty queue."""
     with Celery("line", broker=valkey_url, set_as_current=False) as app:
         yield Line(app)
 
 
-def test_a_queue_is_as_old_as_the_message_at_its_end(line: Line) -> None:
-    """Though it moves: what came later is younger. Looked at every ten seconds, it is known to ten seconds."""
+def test_age_is_that_of_the_oldest_message(line: Line) -> None:
+    """With a collection every ten seconds it is exact to ten seconds."""
     assert line.look() == (0, 0)
     line.put(3)
     assert line.look() == (3, 0)
@@ -58,8 +58,8 @@ def test_a_queue_is_as_old_as_the_message_at_its_end(line: Line) -> None:
     assert line.look() == (1, 0)
 
 
-def test_messages_of_another_priority_are_counted_too(line: Line) -> None:
-    """They lie in a list of their own."""
+def test_messages_of_every_priority_are_counted(line: Line) -> None:
+    """Each priority has its own list."""
     line.put(2)
     line.put(1, priority=3)
     assert line.look() == (3, 0)
@@ -67,10 +67,10 @@ def test_messages_of_another_priority_are_counted_too(line: Line) -> None:
     assert line.look() == (1, 10)
 
 
-def test_a_queue_that_nobody_takes_from_is_remembered_at_a_bounded_cost(line: Line) -> None:
-    """The marks thin out, the first one stays."""
+def test_samples_of_an_unread_queue_are_bounded(line: Line) -> None:
+    """Samples are thinned out, and the first one stays."""
     for _ in range(MAX_SAMPLES + 2):
         line.put()
         line.look()
     assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
-    assert len(line._queues._marks["payments"]) < MAX_SAMPLES
+    assert len(line._queues._samples["payments"]) < MAX_SAMPLES

@@ -1,4 +1,4 @@
-"""The settings: each name that is agreed, and one clear sentence for each thing that is wrong."""
+"""Settings: the agreed names, and one clear sentence for each error."""
 
 import os
 import subprocess
@@ -17,16 +17,16 @@ PRODUCTION = {
 }
 
 
-def test_nothing_set_is_a_development_deployment() -> None:
-    """It starts, and refuses every webhook, for it has no secret."""
+def test_empty_environment_is_a_development_deployment() -> None:
+    """It starts, and rejects every webhook because it has no secret."""
     settings = load({})
     assert (settings.env, settings.webhook_secrets) == ("development", ())
     assert settings.quiltt_api_url == "https://api.quiltt.io"
     assert settings.quiltt_auth_url == "https://auth.quiltt.io"
 
 
-def test_each_agreed_name_is_read() -> None:
-    """The names are a contract with those who deploy."""
+def test_load_reads_each_agreed_name() -> None:
+    """The names are a contract with deployments."""
     settings = load(
         {
             **PRODUCTION,
@@ -47,8 +47,8 @@ def test_each_agreed_name_is_read() -> None:
     assert (settings.webhook_host, settings.webhook_port) == ("0.0.0.0", 8080)
 
 
-def test_broker_and_results_are_in_redis_unless_told_otherwise() -> None:
-    """Each on its own."""
+def test_broker_and_result_backend_default_to_redis() -> None:
+    """Each has its own setting."""
     settings = load({"PAYREADY_REDIS_URL": "redis://r/1"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://r/1")
     settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
@@ -57,13 +57,12 @@ def test_broker_and_results_are_in_redis_unless_told_otherwise() -> None:
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://q")
 
 
-def test_an_empty_variable_is_one_that_is_not_set() -> None:
-    """As compose files leave them."""
+def test_empty_variable_counts_as_unset() -> None:
+    """Compose files pass empty variables."""
     assert load({"PAYREADY_WEBHOOK_PORT": ""}) == load({})
 
 
-def test_the_settings_cannot_be_changed() -> None:
-    """Nor made with what they do not know."""
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load({}).webhook_port = 1  # type: ignore[misc]
 
@@ -90,22 +89,22 @@ BAD = [
 
 
 @pytest.mark.parametrize(("environ", "sentence"), BAD, ids=lambda value: str(value)[-40:])
-def test_what_is_wrong_is_said_in_one_sentence(environ: dict[str, str], sentence: str) -> None:
-    """With the name of the variable, and without its value."""
-    with pytest.raises(ConfigurationError) as refusal:
+def test_error_is_one_sentence(environ: dict[str, str], sentence: str) -> None:
+    """The sentence has the name of the variable, and not its value."""
+    with pytest.raises(ConfigurationError) as error_info:
         load(environ)
-    assert str(refusal.value).startswith(sentence)
-    assert "\n" not in str(refusal.value)
-    assert refusal.value.__context__ is None or refusal.value.__suppress_context__
+    assert str(error_info.value).startswith(sentence)
+    assert "\n" not in str(error_info.value)
+    assert error_info.value.__context__ is None or error_info.value.__suppress_context__
 
 
-def test_a_demo_secret_is_good_enough_for_development() -> None:
-    """It is what the demo runs with."""
+def test_development_accepts_a_demo_secret() -> None:
+    """The demo runs with one."""
     assert load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
 
 
-def test_no_secret_is_in_what_is_printed() -> None:
-    """Keys, webhook secrets, and the passwords in addresses."""
+def test_repr_of_settings_has_no_secret() -> None:
+    """Secrets are API keys, webhook secrets, and passwords in URLs."""
     secret = "hunter2"
     settings = load(
         {
@@ -129,20 +128,20 @@ def test_no_secret_is_in_what_is_printed() -> None:
         {**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-hunter2"},
     ],
 )
-def test_no_complaint_shows_a_value(environ: dict[str, str]) -> None:
-    """It may have been put into the wrong variable."""
-    with pytest.raises(ConfigurationError) as refusal:
+def test_error_never_shows_a_value(environ: dict[str, str]) -> None:
+    """A secret may be in the wrong variable."""
+    with pytest.raises(ConfigurationError) as error_info:
         load(environ)
-    assert "hunter2" not in str(refusal.value)
+    assert "hunter2" not in str(error_info.value)
 
 
 ROLES = {name: command for name, command in procfile().items() if name != "flower"}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_with_a_bad_environment_ends_with_one_sentence(role: str, tmp_path: Path) -> None:
-    """A status that is not 0, and no traceback."""
-    done = subprocess.run(
+def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_path: Path) -> None:
+    """The exit status is not 0, and there is no traceback."""
+    process = subprocess.run(
         ["/bin/sh", "-c", f"exec {ROLES[role]}"],
         cwd=ROOT,
         env={
@@ -155,8 +154,8 @@ def test_a_role_with_a_bad_environment_ends_with_one_sentence(role: str, tmp_pat
         timeout=60,
         check=False,
     )
-    assert done.returncode not in (0, None)
-    assert done.stderr.strip() == (
+    assert process.returncode not in (0, None)
+    assert process.stderr.strip() == (
         "payready cannot start: PAYREADY_WEBHOOK_SECRET is not a setting of payready; "
         "docs/reference/configuration.md lists the settings"
     )

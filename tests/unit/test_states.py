@@ -1,4 +1,4 @@
-"""The law: every entry of its tables, what is final, and when a balance may release."""
+"""State machines: every transition, the final states, and the freshness rules of a balance."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from worker.rules.states import (
 )
 
 P, R = PaymentState, RefreshState
-SETTLED = {P.RELEASED, P.FAILED}
+FINAL = {P.RELEASED, P.FAILED}
 OVER = {R.UNANSWERED, R.REJECTED, R.ABANDONED}
 times = st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1)).map(lambda at: at.replace(tzinfo=UTC))  # noqa: DTZ001
 spans = st.timedeltas(timedelta(0), timedelta(days=2))
@@ -65,30 +65,30 @@ def _read(table: str) -> set[tuple[str, ...]]:
     return {tuple(cell.strip() for cell in line.split("|")) for line in table.strip().splitlines()}
 
 
-def _entries(law: Mapping[Any, Any]) -> set[tuple[str, ...]]:
-    return {(str(state), str(event), str(new)) for (state, event), new in law.items()}
+def _entries(transitions: Mapping[Any, Any]) -> set[tuple[str, ...]]:
+    return {(str(state), str(event), str(new)) for (state, event), new in transitions.items()}
 
 
-def test_a_payment_may_become_this_and_nothing_else() -> None:
-    """The whole table, written down a second time."""
+def test_payment_transitions_match_the_table() -> None:
+    """The test has its own copy of the table."""
     assert _entries(PAYMENT_TRANSITIONS) == _read(PAYMENT_TABLE)
 
 
-def test_a_refresh_may_become_this_and_nothing_else() -> None:
-    """The whole table, written down a second time."""
+def test_refresh_transitions_match_the_table() -> None:
+    """The test has its own copy of the table."""
     assert _entries(REFRESH_TRANSITIONS) == _read(REFRESH_TABLE)
 
 
-@pytest.mark.parametrize("state", sorted(SETTLED))
+@pytest.mark.parametrize("state", sorted(FINAL))
 @pytest.mark.parametrize("event", PaymentEvent)
-def test_a_settled_payment_stays_as_it_is(state: PaymentState, event: PaymentEvent) -> None:
-    """Released and failed are final."""
+def test_final_payment_has_no_transition(state: PaymentState, event: PaymentEvent) -> None:
+    """`released` and `failed` are final."""
     assert next_state(PAYMENT_TRANSITIONS, state, event) is None
 
 
 @given(events=st.lists(st.sampled_from(PaymentEvent), max_size=20))
-def test_a_payment_is_settled_once_by_the_first_thing_that_happens(events: list[PaymentEvent]) -> None:
-    """Whatever comes after it."""
+def test_first_event_resolves_a_payment(events: list[PaymentEvent]) -> None:
+    """Later events change nothing."""
     state, changes = P.WAITING, 0
     for event in events:
         new = next_state(PAYMENT_TRANSITIONS, state, event)
@@ -99,8 +99,8 @@ def test_a_payment_is_settled_once_by_the_first_thing_that_happens(events: list[
 
 
 @given(events=st.lists(st.sampled_from(RefreshEvent), max_size=40))
-def test_a_refresh_that_is_over_is_not_called_again(events: list[RefreshEvent]) -> None:
-    """Answered is final; unanswered, refused and abandoned can only be answered, by the balance of an earlier call."""
+def test_ended_refresh_is_never_called_again(events: list[RefreshEvent]) -> None:
+    """`answered` is final. Other ended states change only to `answered`, by the balance of an earlier call."""
     state = R.REQUESTED
     for event in events:
         new = next_state(REFRESH_TRANSITIONS, state, event)
@@ -113,21 +113,20 @@ def test_a_refresh_that_is_over_is_not_called_again(events: list[RefreshEvent]) 
         state = new or state
 
 
-def test_a_call_is_only_repeated_after_its_fate_is_known_or_given_up() -> None:
-    """Back to requested: put off for certain, or once more after the grace."""
-    back = {(state, event) for (state, event), new in REFRESH_TRANSITIONS.items() if new == R.REQUESTED}
-    assert back == {(R.CALLING, RefreshEvent.DEFER), (R.UNCERTAIN, RefreshEvent.RETRY)}
+def test_call_is_repeated_only_after_a_deferral_or_the_grace_period() -> None:
+    """A deferred call was certainly not accepted. An uncertain call gets one retry."""
+    retried = {(state, event) for (state, event), new in REFRESH_TRANSITIONS.items() if new == R.REQUESTED}
+    assert retried == {(R.CALLING, RefreshEvent.DEFER), (R.UNCERTAIN, RefreshEvent.RETRY)}
 
 
-def test_every_state_of_a_refresh_can_be_reached() -> None:
-    """No word without a meaning."""
+def test_every_state_and_event_is_used() -> None:
     assert {*REFRESH_TRANSITIONS.values(), R.REQUESTED} == set(RefreshState)
     assert {*PAYMENT_TRANSITIONS.values(), P.WAITING} == set(PaymentState)
     assert {event for _, event in REFRESH_TRANSITIONS} == set(RefreshEvent)
 
 
-def test_what_is_in_flight_may_be_answered_and_what_is_open_ends() -> None:
-    """In flight: a balance may be on its way. Open: time, or a balance, has something to do with it."""
+def test_active_refresh_accepts_a_balance() -> None:
+    """In flight: a balance may arrive. Active: in flight or requested."""
     assert {R.CALLING, R.ACCEPTED, R.UNCERTAIN} == IN_FLIGHT_STATES
     assert {*IN_FLIGHT_STATES, R.REQUESTED} == ACTIVE_STATES
     assert all(
@@ -137,22 +136,22 @@ def test_what_is_in_flight_may_be_answered_and_what_is_open_ends() -> None:
 
 
 @given(called_at=times, min_balance_at=times)
-def test_a_call_serves_whom_it_is_late_enough_for(called_at: datetime, min_balance_at: datetime) -> None:
-    """A call yet to be made is late enough for anybody."""
+def test_call_serves_a_payment_if_it_is_late_enough(called_at: datetime, min_balance_at: datetime) -> None:
+    """A future call is late enough for every payment."""
     assert call_is_late_enough(called_at, min_balance_at) == (called_at >= min_balance_at)
     assert call_is_late_enough(None, min_balance_at)
     assert call_is_late_enough(min_balance_at, min_balance_at)
 
 
 @given(balance_at=times, called_at=st.none() | times, min_balance_at=times, own=st.booleans(), skew=skews)
-def test_no_balance_older_than_allowed_releases(
+def test_balance_older_than_allowed_never_releases(
     balance_at: datetime,
     called_at: datetime | None,
     min_balance_at: datetime,
     own: bool,  # noqa: FBT001
     skew: timedelta,
 ) -> None:
-    """Whatever else is given."""
+    """This is true for any call time, clock skew and `only_own_call`."""
     released = balance_is_fresh_enough(balance_at, called_at, min_balance_at, only_own_call=own, skew=skew)
     if released:
         assert balance_at >= min_balance_at - skew
@@ -162,19 +161,17 @@ def test_no_balance_older_than_allowed_releases(
 
 
 @given(min_balance_at=times, skew=skews, called_at=st.none() | times)
-def test_the_oldest_balance_that_is_allowed_releases(
-    min_balance_at: datetime, skew: timedelta, called_at: datetime | None
-) -> None:
-    """To the microsecond, and one less does not; no call is needed to explain it."""
+def test_oldest_allowed_balance_releases(min_balance_at: datetime, skew: timedelta, called_at: datetime | None) -> None:
+    """A balance one microsecond older does not. The balance needs no attributed call."""
     oldest = min_balance_at - skew
-    less = oldest - timedelta(microseconds=1)
+    too_old = oldest - timedelta(microseconds=1)
     assert balance_is_fresh_enough(oldest, called_at, min_balance_at, only_own_call=False, skew=skew)
-    assert not balance_is_fresh_enough(less, called_at, min_balance_at, only_own_call=False, skew=skew)
+    assert not balance_is_fresh_enough(too_old, called_at, min_balance_at, only_own_call=False, skew=skew)
 
 
 @given(min_balance_at=times, later=spans, skew=skews)
-def test_a_call_of_ones_own_is_sent_after_the_job(min_balance_at: datetime, later: timedelta, skew: timedelta) -> None:
-    """Its balance releases; the answer to an earlier call, or to none, does not."""
+def test_own_call_is_sent_after_the_job(min_balance_at: datetime, later: timedelta, skew: timedelta) -> None:
+    """Its balance releases. The balance of an earlier call, or of no call, does not."""
     at = min_balance_at + later
     assert balance_is_fresh_enough(at, at, min_balance_at, only_own_call=True, skew=skew)
     earlier = min_balance_at - timedelta(microseconds=1)
@@ -183,20 +180,20 @@ def test_a_call_of_ones_own_is_sent_after_the_job(min_balance_at: datetime, late
 
 
 @given(called_at=times, later=spans, skew=skews)
-def test_a_balance_answers_calls_that_it_is_not_older_than(
+def test_balance_can_be_the_response_to_calls_not_after_it(
     called_at: datetime, later: timedelta, skew: timedelta
 ) -> None:
-    """Give or take the skew."""
+    """The clock skew is tolerated."""
     assert can_be_response_to(called_at + later, called_at, skew)
     assert can_be_response_to(called_at - skew, called_at, skew)
     assert not can_be_response_to(called_at - skew - timedelta(microseconds=1), called_at, skew)
 
 
 @given(called_at=times, age=spans, asked=times, skew=skews, balance_at=times)
-def test_who_shares_a_call_is_released_by_its_answer(
+def test_balance_of_a_shared_call_is_fresh_enough_for_each_sharer(
     called_at: datetime, age: timedelta, asked: datetime, skew: timedelta, balance_at: datetime
 ) -> None:
-    """No payment bears a part of a fee for a balance that was no good to it."""
+    """No payment pays a share for a balance that cannot release it."""
     min_balance_at = asked - age
     if call_is_late_enough(called_at, min_balance_at) and can_be_response_to(balance_at, called_at, skew):
         for own in (True, False):
