@@ -1,4 +1,4 @@
-"""`python -m tests.releases`: save the state of this release at a deploy, so that later releases can be tested on it.
+"""`python -m tests.releases`: save what this release leaves behind at a deploy, for later releases to go on with.
 
 All roles are stopped with payments at every interesting step; what is then in the database, on the broker and in the
 correlation store is written to a file of the release's name beside this one. Earlier files stay as they are.
@@ -31,7 +31,7 @@ UNACKNOWLEDGED = "payready-unacked"
 
 
 def main() -> None:
-    """Save the state as JSON."""
+    """Save."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/payready.db"
         with system(Path(folder), url, "web", "worker", "refresh", **SETTINGS) as running:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def leave_behind(running: System) -> None:
-    """Create payments in every state that a deploy can find. Afterwards only `web` still runs."""
+    """Bring payments to where a deploy may meet them; every role but `web` is gone then."""
     quiet = ("accepted", "result", "settled", "kept", "cancelled", "hopeless")
     called = dict.fromkeys(quiet, "never") | {"uncertain": "silent"}
     for number, (name, scenario) in enumerate(called.items()):
@@ -50,11 +50,9 @@ def leave_behind(running: System) -> None:
         _send(running, name, f"acct_{scenario}9000{number:02}", linked=name != "result", timeout_s=timeout_s)
     _until(running, "SELECT state FROM refresh WHERE state IN ('accepted', 'uncertain')", len(called))
     _send(running, "shared", _account(running, "accepted"))
-    running.simulator.post(
-        "pause"
-    )  # the webhook of `early` is sent before the response, so the pause delays the response
+    running.simulator.post("pause")  # an early event is tried before the answer: now the answer waits
     _send(running, "calling", "acct_early900000")
-    wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is in flight")
+    wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is on the wire")
     _send(running, "deferred", "acct_throttled900000")
     _until(running, "SELECT state FROM refresh WHERE state = 'requested' AND deferral_count > 0", 1)
     assert running.rows("SELECT state FROM refresh WHERE state = 'calling'") == [{"state": "calling"}]
@@ -69,7 +67,7 @@ def leave_behind(running: System) -> None:
         send_balance(running, _account(running, "kept"))
     for name, scenario in {"job": "prompt", "poor": "poor"}.items():
         _send(running, name, f"acct_{scenario}900099", amount="25.00")
-    _send_internal_tasks(running)
+    _send_our_own(running)
 
 
 def _send(
@@ -81,8 +79,8 @@ def _send(
     return running.initiate(f"pay_{name}", account_id, options=options, **job)
 
 
-def _send_internal_tasks(running: System) -> None:
-    """Send messages that are queued only for a short time in production."""
+def _send_our_own(running: System) -> None:
+    """Messages that are on their way for a moment only."""
     [kept] = running.rows("SELECT balance_id FROM balance WHERE due_at IS NOT NULL")
     read = (_account(running, "accepted"), "p_saved")
     for name, queue, arguments in (
@@ -96,7 +94,7 @@ def _send_internal_tasks(running: System) -> None:
         ("quarantine.prune", "maintenance", ()),
     ):
         running.service.send_task(name, arguments, queue=queue, ignore_result=True)
-    turn = (_account(running, "turn"), "ref_unknown", True)
+    turn = (_account(running, "turn"), "ref_of_nobody", True)
     running.service.send_task("balances.refresh", turn, queue="refreshes", countdown=1, ignore_result=True)
 
 
@@ -109,7 +107,7 @@ def _until(running: System, query: str, count: int) -> None:
 
 
 def found(running: System) -> dict[str, Any]:
-    """Return all state that the next release finds: rows as SQLite stores them, in insertable order."""
+    """All that the next release will find; rows as SQLite has them, in an order in which they can be written."""
     with redis.Redis.from_url(running.redis_url, decode_responses=True) as client:
         keys = list(client.scan_iter("payready:*"))
         tables = [table.name for table in PAYMENT.metadata.sorted_tables]

@@ -1,4 +1,4 @@
-"""Deploys: this release finishes the work that an earlier release left in the database, the broker and Redis.
+"""A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
 Each file beside this one is what a release left (`python -m tests.releases`). All parts that a saved continuation may
 have are in `tests/suspension/test_saved_continuation.py`; here are all the kinds of messages and rows.
@@ -39,28 +39,28 @@ MICROSECONDS = re.compile(r"\b1[789]\d{14}\b")
 
 
 def as_if_just_left(release: Path) -> dict[str, Any]:
-    """Return the saved state with all times shifted to now."""
+    """What a release left, with all times moved as if that had been now."""
     text = release.read_text()
-    elapsed = datetime.now(UTC) - datetime.fromisoformat(json.loads(text)["saved_at"])
+    past = datetime.now(UTC) - datetime.fromisoformat(json.loads(text)["saved_at"])
 
     def moved(match: re.Match[str]) -> str:
-        at = datetime.fromisoformat(f"{match[1]}T{match[3]}") + elapsed
+        at = datetime.fromisoformat(f"{match[1]}T{match[3]}") + past
         return at.isoformat(match[2], "microseconds")
 
     text = TIME.sub(moved, text)
     return dict(
-        json.loads(MICROSECONDS.sub(lambda match: str(int(match[0]) + elapsed // timedelta(microseconds=1)), text))
+        json.loads(MICROSECONDS.sub(lambda match: str(int(match[0]) + past // timedelta(microseconds=1)), text))
     )
 
 
 def alembic(url: str, revision: str) -> None:
-    """Migrate a database to a revision."""
+    """Migrate a database."""
     environ = {"PATH": str(Path(sys.executable).parent), "PAYREADY_DATABASE_URL": url}
     subprocess.run(["alembic", "upgrade", revision], cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
 
 
 def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
-    """Insert the rows of the release. The database assigns the ids of fee entries."""
+    """Write the rows as the release had them; the numbers of fee entries are the database's to give."""
     is_sqlite = url.startswith("sqlite")
     mark = "?" if is_sqlite else "%s"
     database = sqlite3.connect(url.removeprefix("sqlite:///")) if is_sqlite else psycopg.connect(url)
@@ -80,28 +80,28 @@ def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
 def put(running: System, left: dict[str, Any]) -> None:
     """Restore what the release left in the broker and in the correlation store."""
     with Redis.from_url(running.redis_url) as client:
-        for queue, messages in saved_state["queues"].items():
+        for queue, messages in left["queues"].items():
             for message in messages:
                 client.rpush(queue, message)
-        for tag, message in saved_state["unacknowledged"].items():
+        for tag, message in left["unacknowledged"].items():
             client.hset(UNACKNOWLEDGED, tag, message)
             client.zadd(f"{UNACKNOWLEDGED}-index", {tag: time.time() - 60})
-        for key, fields in saved_state["correlation"].items():
+        for key, fields in left["correlation"].items():
             client.hset(key, mapping=fields)
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.stem)
-def test_work_of_an_earlier_release_is_finished(
+def test_what_an_earlier_release_left_comes_to_its_end(
     release: Path, database: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:
     """Each payment is resolved and delivered once, each fee entry is final, and no message is left."""
     left = as_if_just_left(release)
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
-    alembic(url, saved_state["revision"])
-    fill(url, saved_state["tables"])
+    alembic(url, left["revision"])
+    fill(url, left["tables"])
     with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="8") as running:
-        put(running, saved_state)
+        put(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()
         resolved_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
@@ -118,32 +118,30 @@ def test_work_of_an_earlier_release_is_finished(
         resolved = resolved_now | {f"pay_{name}" for name in RESOLVED_BY_EVENT} | {"pay_late"}
         wait_until(lambda: resolved <= running.ended_payments().keys(), 20, "all payments are delivered")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
-        assert_one_outcome_delivered_each(running)
-        accounts_called_again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
-        assert accounts_called_again == [], "the earlier release's calls also serve later payments"
-        wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message remains")
+        assert_each_was_told_its_outcome(running)
+        again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
+        assert again == [], "the calls that the release before made serve who comes later too"
+        wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message stays")
         unclosed = "SELECT call_id FROM fee_entry GROUP BY call_id HAVING count(*) <> 2"
-        assert running.rows(unclosed) == [], "a call has no final entry"
+        assert running.rows(unclosed) == [], "a call has no last word"
         for role in ("worker", "refresh"):
             log = running.processes.log_of(role).read_text()
             assert not re.search("Traceback|unregistered|Error", log), log
 
 
-def assert_one_outcome_delivered_each(running: System) -> None:
-    """Assert that each outcome was delivered once and equals the ledger."""
-    outcomes = running.ended_payments()
+def assert_each_was_told_its_outcome(running: System) -> None:
+    """Once, and what the ledger says."""
+    endings = running.ended_payments()
     rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}
-    assert outcomes.keys() | {"pay_result"} == rows.keys()
-    assert [payment_id for payment_id, lines in outcomes.items() if len(lines) != 1] == []
-    callback_tasks = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
-    assert {p: lines[0]["task"] for p, lines in outcomes.items()} == {
-        p: callback_tasks[rows[p]["state"]] for p in outcomes
-    }
+    assert endings.keys() | {"pay_result"} == rows.keys()
+    assert [payment_id for payment_id, lines in endings.items() if len(lines) != 1] == []
+    word = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
+    assert {p: lines[0]["task"] for p, lines in endings.items()} == {p: word[rows[p]["state"]] for p in endings}
     assert {p: row["reason"] for p, row in rows.items() if row["reason"]} == {f"pay_{n}": r for n, r in FAILED.items()}
 
 
 @pytest.mark.skipif(not RELEASES, reason="no release is saved yet")
-def test_all_tasks_are_saved() -> None:
-    """A task that a release adds is saved with that release."""
+def test_all_kinds_of_messages_are_saved() -> None:
+    """A kind that a release adds is saved with that release."""
     saved = RELEASES[-1].read_text()
     assert [name for name in celery_settings(Settings())["task_routes"] if f'\\"{name}\\"' not in saved] == []
