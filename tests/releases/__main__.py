@@ -94,7 +94,7 @@ def _send_our_own(running: System) -> None:
         ("quarantine.prune", "maintenance", ()),
     ):
         running.service.send_task(name, arguments, queue=queue, ignore_result=True)
-    turn = (_account(running, "turn"), "ref_of_nobody", True)
+    turn = (_account(running, "turn"), "ref_unknown", True)
     running.service.send_task("balances.refresh", turn, queue="refreshes", countdown=1, ignore_result=True)
 
 
