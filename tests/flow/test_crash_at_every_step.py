@@ -105,4 +105,4 @@ def test_fault_injection_detects_a_mark_before_the_delivery(inject: Inject, monk
     found_anywhere = (
         lost for number in without_fault.faultable_count() for lost in inject(scenario, "killed", number)[1]
     )
-    assert any("was run_with_fault []" in lost for lost in found_anywhere)
+    assert any("received []" in lost for lost in found_anywhere)
