@@ -1,1 +1,1 @@
-"""Figures: `make bench`, and payready beside its peers."""
+"""Benchmarks: `make bench`, and the comparison with other engines."""

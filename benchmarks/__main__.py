@@ -1,4 +1,4 @@
-"""`make bench`: measure payready on this machine, print the figures, keep them as JSON."""
+"""`make bench`: measure payready on this machine, print the figures and write them as JSON."""
 
 import argparse
 import json
@@ -15,26 +15,28 @@ from benchmarks import webhook_throughput
 from benchmarks.benchmark_system import benchmark_system
 from benchmarks.cases import CASES
 
-STANDALONE_CASES = {"door": webhook_throughput.measure}
-"""Cases that need less than a whole system."""
+STANDALONE_CASES = {"webhook": webhook_throughput.measure}
+"""Cases that do not need the whole system."""
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--only", choices=[*CASES, *STANDALONE_CASES], action="append", help="this case only; may be repeated"
+        "--only", choices=[*CASES, *STANDALONE_CASES], action="append", help="run only this case; can be repeated"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="measure so often, each time on a fresh system")
-    parser.add_argument("--n", type=int, default=2000, help="burst: payments")
-    parser.add_argument("--rate", type=float, default=20, help="paced: payments a second")
-    parser.add_argument("--seconds", type=float, default=20, help="paced: for so long")
-    parser.add_argument("--hot", type=int, default=1000, help="hot: payments on ten accounts")
-    parser.add_argument("--parked", type=int, default=5000, help="parked: payments")
-    parser.add_argument("--entries", type=int, default=1_000_000, help="statement: fee entries")
-    parser.add_argument("--door-rounds", type=int, default=5, help="door: of each handler, in turn")
-    parser.add_argument("--deliveries", type=int, default=1_000_000, help="door: over which memory is watched")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures are kept")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds, each on a new system")
+    parser.add_argument("--n", type=int, default=2000, help="burst: number of payments")
+    parser.add_argument("--rate", type=float, default=20, help="paced: payments per second")
+    parser.add_argument("--seconds", type=float, default=20, help="paced: duration in seconds")
+    parser.add_argument("--hot", type=int, default=1000, help="hot_accounts: payments on ten accounts")
+    parser.add_argument("--parked", type=int, default=5000, help="idle_waiting: number of payments")
+    parser.add_argument("--entries", type=int, default=1_000_000, help="statement: number of fee entries")
+    parser.add_argument("--webhook-rounds", type=int, default=5, help="webhook: alternating rounds of each handler")
+    parser.add_argument(
+        "--deliveries", type=int, default=1_000_000, help="webhook: deliveries of the memory measurement"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file to which the figures are written")
     return parser.parse_args()
 
 
@@ -60,7 +62,7 @@ def _measure(case: str, sizes: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the selected cases and write the figures."""
     sizes, console = _parse_options(), Console()
     figures: dict[str, list[dict[str, Any]]] = {case: [] for case in sizes.only or [*CASES, *STANDALONE_CASES]}
     for _ in range(sizes.rounds):
@@ -72,10 +74,10 @@ def main() -> None:
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
     chosen = {name: value for name, value in vars(sizes).items() if name not in ("out", "only")}
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    kept = {"at": when, "machine": machine, "sizes": chosen, "cases": figures}
+    report = {"at": when, "machine": machine, "sizes": chosen, "cases": figures}
     sizes.out.parent.mkdir(parents=True, exist_ok=True)
-    sizes.out.write_text(json.dumps(kept, indent=1) + "\n")
-    console.print(f"kept in {sizes.out}")
+    sizes.out.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written to {sizes.out}")
 
 
 if __name__ == "__main__":

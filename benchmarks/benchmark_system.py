@@ -1,4 +1,4 @@
-"""payready as in production, for as long as a measurement takes, and a payments service that enqueues."""
+"""System under measurement: all roles of payready as in production, and a payments service that enqueues jobs."""
 
 import itertools
 import signal
@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 
 class DurablePostgres(Postgres):
-    """The tests' server with PostgreSQL's own defaults: what is committed is on the disk."""
+    """The tests' server with PostgreSQL's default `fsync`: commits are on disk."""
 
     def _command(self, program: str, *options: str) -> list[str]:
         durable = ("-c", "fsync=on") if program == "postgres" else ()
@@ -30,7 +30,7 @@ class DurablePostgres(Postgres):
 
 
 class BenchmarkSystem:
-    """A running system, and what the measurements do with it."""
+    """Running system, with the operations of the measurements."""
 
     def __init__(self, running: System) -> None:
         self.system = running
@@ -38,14 +38,14 @@ class BenchmarkSystem:
         self.app = Celery("payments-service", broker=running.redis_url, set_as_current=False)
 
     def start_replica(self, replica: str) -> None:
-        """Start another worker of a role, as `worker2`, and wait until it takes messages."""
+        """Start a second worker of a role, such as `worker2`, and wait until it consumes messages."""
         role = replica.rstrip("2")
         command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
         self.system.processes.start(replica, command)
         self.system.wait_for_consumer(replica)
 
     def replace_replica(self, replica: str) -> float:
-        """Stop a replica as a deployment does, start it anew, and wait until it is ready; returns the seconds."""
+        """Stop a replica with SIGTERM, start it again and wait until it is ready. Return the seconds."""
         start = time.monotonic()
         self.system.kill(replica, how=signal.SIGTERM)
         if replica.endswith("2"):
@@ -55,11 +55,11 @@ class BenchmarkSystem:
         return round(time.monotonic() - start, 1)
 
     def accounts(self, count: int, scenario: str = "prompt") -> list[str]:
-        """New accounts."""
+        """Return the ids of new accounts."""
         return [f"acct_{scenario}{next(_numbers):07d}" for _ in range(count)]
 
     def enqueue(self, accounts: list[str], *, per_second: float | None = None, timeout_s: int = 120) -> list[str]:
-        """A payment on each account, in one burst unless a rate is given; returns the ids."""
+        """Enqueue a payment on each account, in one burst unless a rate is given. Return the payment ids."""
         ids = [f"pay_{next(_numbers):07d}" for _ in accounts]
         start = time.monotonic()
         with self.app.producer_or_acquire() as producer:
@@ -71,37 +71,43 @@ class BenchmarkSystem:
         return ids
 
     def count(self, query: str, /, **values: Any) -> int:
-        """The number that a query gives."""
+        """Return the number that a query selects."""
         return int(next(iter(self.system.rows(query, **values)[0].values())))
 
     def payments(self, ids: list[str]) -> list[dict[str, Any]]:
-        """What the ledger has of these payments, and of their replies."""
-        query = "SELECT p.* FROM payment p JOIN outcome_delivery r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
-        return self.system.rows(query + " AND r.delivered_at IS NOT NULL", first=ids[0], last=ids[-1])
+        """Return the payment rows whose outcome was delivered."""
+        query = (
+            "SELECT p.* FROM payment p JOIN outcome_delivery r USING (payment_id) "
+            "WHERE payment_id BETWEEN :first AND :last AND r.delivered_at IS NOT NULL"
+        )
+        return self.system.rows(query, first=ids[0], last=ids[-1])
 
     def resolved(self, ids: list[str]) -> None:
-        """Wait until all of these payments' outcomes are delivered.
+        """Wait until the outcomes of all these payments are delivered.
 
         Raises:
-            TimeoutError: they were not.
+            TimeoutError: Not all outcomes were delivered within 300 s.
         """
-        query = "SELECT count(*) FROM outcome_delivery WHERE payment_id BETWEEN :first AND :last AND delivered_at IS NOT NULL"
+        query = (
+            "SELECT count(*) FROM outcome_delivery "
+            "WHERE payment_id BETWEEN :first AND :last AND delivered_at IS NOT NULL"
+        )
         self._wait_until(lambda: self.count(query, first=ids[0], last=ids[-1]) == len(ids), "outcomes")
 
     def called(self, accounts: list[str]) -> None:
-        """Wait until the call of each of these accounts is booked."""
+        """Wait until the call of each of these accounts is posted."""
         query = "SELECT count(*) FROM fee_entry WHERE state = 'posted' AND account_id BETWEEN :first AND :last"
         self._wait_until(lambda: self.count(query, first=accounts[0], last=accounts[-1]) == len(accounts), "calls")
 
     def _wait_until(self, done: Any, what: str) -> None:
-        end = time.monotonic() + WAIT_TIMEOUT_S
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
         while not done():
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"the {what} are not complete after {WAIT_TIMEOUT_S} s")
-            time.sleep(0.5)  # asking costs the database CPU that is counted as ours
+            time.sleep(0.5)  # the CPU time of this query counts as payready's
 
     def duration_s(self, ids: list[str]) -> float:
-        """Seconds from the first request to the last delivery."""
+        """Return the seconds from the first request to the last delivery."""
         query = (
             "SELECT extract(epoch FROM max(r.delivered_at) - min(p.requested_at)) FROM payment p "
             "JOIN outcome_delivery r USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
@@ -109,7 +115,7 @@ class BenchmarkSystem:
         return float(self.system.rows(query, first=ids[0], last=ids[-1])[0]["extract"])
 
     def wait_times(self, ids: list[str]) -> list[float]:
-        """Milliseconds from the (first) webhook's departure at the simulator to the outcome's delivery."""
+        """Return the milliseconds from the account's first webhook at the simulator to the outcome's delivery."""
         query = (
             "SELECT p.account_id, extract(epoch FROM r.delivered_at) AS at FROM payment p JOIN outcome_delivery r "
             "USING (payment_id) WHERE payment_id BETWEEN :first AND :last"
@@ -123,14 +129,14 @@ class BenchmarkSystem:
         return sorted((float(row["at"]) - sent[row["account_id"]]) * 1000 for row in rows if row["account_id"] in sent)
 
     def storage_bytes(self) -> dict[str, int]:
-        """Bytes in PostgreSQL and in Redis."""
+        """Return the bytes in PostgreSQL and in Redis."""
         database = self.count("SELECT pg_database_size(current_database())")
         return {"postgres": database, "redis": int(self.redis.info("memory")["used_memory"])}
 
 
 @contextmanager
 def benchmark_system() -> Iterator[BenchmarkSystem]:
-    """Every role of the Procfile, warm."""
+    """Start all roles of the Procfile and process 60 payments to warm them up."""
     with tempfile.TemporaryDirectory(prefix="payready-bench-") as folder, tempfile.TemporaryDirectory() as home:
         server = DurablePostgres(Path(home))
         environ = {
@@ -144,9 +150,9 @@ def benchmark_system() -> Iterator[BenchmarkSystem]:
         try:
             with system(Path(folder), server.database(), *ROLES, **environ) as running:
                 running.simulator.put("defaults", rate_limit_per_s=1_000_000)
-                ready = BenchmarkSystem(running)
-                ready.resolved(ready.enqueue(ready.accounts(60)))
+                benchmark = BenchmarkSystem(running)
+                benchmark.resolved(benchmark.enqueue(benchmark.accounts(60)))
                 time.sleep(1)
-                yield ready
+                yield benchmark
         finally:
             server.stop()

@@ -1,4 +1,4 @@
-"""The burst as bars: `python -m benchmarks.picture RUNS PICTURE.svg`, from the lines that the peers' `run.py` wrote."""
+"""Bar chart of the burst: `python -m benchmarks.chart RUNS CHART.svg`. RUNS is the output of the peers' `run.py`."""
 
 import json
 import statistics
@@ -22,18 +22,20 @@ SVG_HEAD = (
 SVG_BAR = (
     '<text x="{x}" y="{y}" text-anchor="end">{name}</text>'
     '<rect x="{left}" y="{top}" width="{length:.0f}" height="20" fill="{colour}"/>'
-    '<text x="{end:.0f}" y="{y}">{cpu:.1f} s, {rate:.0f} payments a second</text>'
+    '<text x="{end:.0f}" y="{y}">{cpu:.1f} s, {rate:.0f} payments per second</text>'
 )
 
 
 def draw_chart(runs: Path) -> str:
-    """The picture, of the medians of all rounds."""
+    """Return the chart as SVG, with the medians of all rounds."""
     rounds = defaultdict[str, list[tuple[float, float]]](list)
     for line in runs.read_text().splitlines():
         run = json.loads(line)
         if run.get("mode") == "burst" and "sut" in run:
             rounds[run["sut"]].append((run["cpu_s_per_1000"], run["payments_per_s"]))
-    figures = {name: [statistics.median(column) for column in zip(*told, strict=True)] for name, told in rounds.items()}
+    figures = {
+        name: [statistics.median(column) for column in zip(*results, strict=True)] for name, results in rounds.items()
+    }
     scale = (WIDTH - LEFT - 230) / max(cpu for cpu, _ in figures.values())
     parts = [SVG_HEAD.format(width=WIDTH, height=ROW * (len(figures) + 1) + 20, left=LEFT)]
     for row, name in enumerate(sorted(figures, key=lambda name: figures[name][0]), start=1):

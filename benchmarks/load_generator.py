@@ -1,6 +1,6 @@
-"""Many HTTP requests over a few connections, for as little of the client's time as Python allows.
+"""HTTP load generator: many requests over a few connections, with little client CPU.
 
-A request is bytes that were made before. Answers are told apart by their status only, and must have no body.
+Requests are prepared bytes. Responses are distinguished by status only and must not have a body.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ SEND_TICK_S = 0.001
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time; tells `done` how its answer begins."""
+    """Connection for one request at a time. It passes the start of each response to `done`."""
 
     def __init__(self, done: Callable[["_Connection", bytes], None]) -> None:
         self._done = done
@@ -36,7 +36,7 @@ class _Connection(asyncio.Protocol):
 
 
 class LoadResult:
-    """Answers by status, and how long each took, of one run."""
+    """Responses of one run by status, and the duration of each."""
 
     def __init__(self) -> None:
         self.statuses: Counter[bytes] = Counter()
@@ -44,31 +44,31 @@ class LoadResult:
         self.seconds = 0.0
 
     def per_second(self, status: bytes = b"204") -> float:
-        """Answers of this status a second."""
+        """Return the responses with this status per second."""
         return self.statuses[status] / self.seconds
 
     def p99_ms(self) -> float:
-        """The 99th percentile of the times."""
+        """Return the 99th percentile of the durations."""
         return sorted(self.took_s)[len(self.took_s) * 99 // 100] * 1000
 
 
 def closed_loop(port: int, requests: Sequence[bytes], *, connections: int, seconds: float) -> LoadResult:
-    """As many requests as are answered: each connection sends its next one when its last was answered."""
+    """Run a closed loop: each connection sends its next request after the response to the previous one."""
     return uvloop.run(_closed_loop(port, requests, connections, seconds))
 
 
 async def _closed_loop(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> LoadResult:
-    volley, clock = LoadResult(), time.perf_counter
-    supply = _cycle_requests(requests)
+    result, clock = LoadResult(), time.perf_counter
+    request_source = _cycle_requests(requests)
     end = clock() + seconds
     finished = asyncio.get_running_loop().create_future()
     busy = connections
 
     def done(connection: _Connection, answer: bytes) -> None:
         nonlocal busy
-        volley.statuses[answer[9:12]] += 1
+        result.statuses[answer[9:12]] += 1
         now = clock()
-        if now < end and (request := next(supply, None)) is not None:
+        if now < end and (request := next(request_source, None)) is not None:
             connection.send(request, now)
             return
         busy -= 1
@@ -76,31 +76,31 @@ async def _closed_loop(port: int, requests: Sequence[bytes], connections: int, s
             finished.set_result(None)
 
     links = await _connect(port, connections, done)
-    began = clock()
-    for link in links:
-        link.send(next(supply), began)
+    started_at = clock()
+    for opened in links:
+        opened.send(next(request_source), started_at)
     await finished
-    volley.seconds = clock() - began
+    result.seconds = clock() - started_at
     _close(links)
-    return volley
+    return result
 
 
 def open_loop(port: int, requests: Sequence[bytes], *, rate: float, connections: int, seconds: float) -> LoadResult:
-    """Requests that come by chance, `rate` a second on average, whether or not those before were answered."""
+    """Run an open loop: Poisson arrivals, `rate` per second on average, independent of responses."""
     return uvloop.run(_open_loop(port, requests, rate, connections, seconds))
 
 
 async def _open_loop(port: int, requests: Sequence[bytes], rate: float, connections: int, seconds: float) -> LoadResult:
-    volley, clock = LoadResult(), time.perf_counter
-    supply, chance = _cycle_requests(requests), random.Random(1)  # noqa: S311 - chance hides nothing here
+    result, clock = LoadResult(), time.perf_counter
+    request_source, rng = _cycle_requests(requests), random.Random(1)  # noqa: S311 - not used for security
     waiting: deque[float] = deque()
     over = asyncio.Event()
 
     def done(connection: _Connection, answer: bytes) -> None:
-        volley.statuses[answer[9:12]] += 1
-        volley.took_s.append(clock() - connection.sent_at)
+        result.statuses[answer[9:12]] += 1
+        result.took_s.append(clock() - connection.sent_at)
         if waiting:
-            connection.send(next(supply), waiting.popleft())
+            connection.send(next(request_source), waiting.popleft())
         else:
             idle.append(connection)
             if clock() > end and len(idle) == connections:
@@ -108,26 +108,26 @@ async def _open_loop(port: int, requests: Sequence[bytes], rate: float, connecti
 
     idle = links = await _connect(port, connections, done)
     links = list(links)
-    began = clock()
-    end = began + seconds
-    due = began + chance.expovariate(rate)
+    started_at = clock()
+    end = started_at + seconds
+    due = started_at + rng.expovariate(rate)
     while (now := clock()) < end:
         while due <= now:
-            due += chance.expovariate(rate)
+            due += rng.expovariate(rate)
             if idle:
-                idle.pop().send(next(supply), now)
+                idle.pop().send(next(request_source), now)
             else:
                 waiting.append(now)
         await asyncio.sleep(SEND_TICK_S)
     if len(idle) < connections:
         await over.wait()
-    volley.seconds = clock() - began
+    result.seconds = clock() - started_at
     _close(links)
-    return volley
+    return result
 
 
 def _cycle_requests(requests: Sequence[bytes]) -> Iterator[bytes]:
-    """One request is sent over and over; of many each is sent once."""
+    """Repeat a single request forever; send each of several requests once."""
     return iter(requests) if len(requests) > 1 else iter(lambda: requests[0], None)
 
 
@@ -137,5 +137,5 @@ async def _connect(port: int, count: int, done: Callable[[_Connection, bytes], N
 
 
 def _close(links: Sequence[_Connection]) -> None:
-    for link in links:
-        link.transport.close()
+    for opened in links:
+        opened.transport.close()

@@ -1,4 +1,4 @@
-"""What processes use, from /proc: CPU by role, memory."""
+"""CPU and memory of processes by role, from /proc."""
 
 import os
 from collections import defaultdict
@@ -16,38 +16,38 @@ ROLE_MARKERS = {
     "postgres": "postgres",
     "simulator": "-m simulator",
 }
-"""A role's processes are known by their command line; the order decides. All else is the client, who measures too."""
+"""Substrings of the command line that identify a role; the first match wins. Other processes count as the client."""
 EXCLUDED = ("simulator", "client")
 
 
 def _roles() -> dict[int, str]:
-    """This process and all that descend from it, with the role of each."""
+    """Return the role of this process and of each of its descendants."""
     children = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 children[int(_stat_fields(int(entry.name))[1])].append(int(entry.name))
             except OSError:
-                continue  # it ended meanwhile
-    found, todo = {os.getpid(): "client"}, list(children[os.getpid()])
-    while todo:
-        pid = todo.pop()
-        todo += children[pid]
+                continue  # the process has ended
+    roles, pending = {os.getpid(): "client"}, list(children[os.getpid()])
+    while pending:
+        pid = pending.pop()
+        pending += children[pid]
         try:
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        found[pid] = next((role for role, mark in ROLE_MARKERS.items() if mark in line), "client")
-    return found
+        roles[pid] = next((role for role, mark in ROLE_MARKERS.items() if mark in line), "client")
+    return roles
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat from the state on; the command before it may contain anything."""
+    """Return the fields of /proc/PID/stat after the command, which may contain any character."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def cpu_seconds() -> dict[str, float]:
-    """CPU seconds so far by role, those of children that ended included."""
+    """Return the CPU seconds so far by role, including children that have ended."""
     used: dict[str, float] = defaultdict(float)
     for pid, role in _roles().items():
         try:
@@ -58,7 +58,7 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def per_1000(before: Mapping[str, float], after: Mapping[str, float], payments: int) -> dict[str, float]:
-    """CPU seconds per 1,000 payments by role, and of all that is ours in `total`."""
+    """Return the CPU seconds per 1,000 payments by role, and payready's own sum as `total`."""
     spent = {
         role: round((after[role] - before.get(role, 0)) * 1000 / payments, 2) for role in [*ROLE_MARKERS, "client"]
     }
@@ -66,7 +66,7 @@ def per_1000(before: Mapping[str, float], after: Mapping[str, float], payments: 
 
 
 def memory_kib() -> dict[str, int]:
-    """Proportional set size in bytes by role."""
+    """Return the proportional set size in bytes by role."""
     used: dict[str, int] = defaultdict(int)
     for pid, role in _roles().items():
         try:
@@ -78,5 +78,5 @@ def memory_kib() -> dict[str, int]:
 
 
 def other_busy_cores(seconds: float, spent: Mapping[str, float]) -> float:
-    """CPU seconds spent, as cores; `spent` as `cpu` tells it, after less before."""
+    """Return the number of busy cores. `spent` is the difference of two results of `cpu_seconds`."""
     return round(sum(v for role, v in spent.items() if role not in EXCLUDED) / seconds, 3)

@@ -1,4 +1,4 @@
-"""A ledger with a past: a month of calls, and the payments that they served; and one in which many wait."""
+"""Seed data: a month of calls with the payments that they served, and waiting payments."""
 
 from sqlalchemy import Engine, text
 
@@ -24,7 +24,7 @@ FILL_STATEMENTS = (
         jsonb_build_object('verdict', 'sufficient', 'balance', repeat('x', 400))
     FROM past, generate_series(0, CASE WHEN n % 5 = 0 THEN 2 ELSE 0 END) k""",
 )
-"""One call in 50 is void, one in 1,000 pending; one in 5 serves three payments, the last of them later."""
+"""One call in 50 is void and one in 1,000 pending. One in 5 serves three payments, the last of them later."""
 WAITING_STATEMENTS = (
     """INSERT INTO refresh (refresh_id, account_id, state, call_count, deferral_count, called_at, claimed_at, due_at)
     SELECT 'ref_parked' || n, 'acct_parked' || n, 'accepted', 1, 0, now(), now(), now() + interval '1 hour'
@@ -49,7 +49,7 @@ WAITING_STATEMENTS = (
 
 
 def insert_history(engine: Engine, entries: int, *, first: int = 0) -> None:
-    """Write about so many fee entries, and all that belongs to them; `first` calls of them are there already."""
+    """Insert about `entries` fee entries with their refreshes and payments. The `first` calls must exist already."""
     calls = entries // 2
     with transaction(engine) as tx:
         tx.execute(text("SET LOCAL statement_timeout = 0"))
@@ -60,7 +60,7 @@ def insert_history(engine: Engine, entries: int, *, first: int = 0) -> None:
 
 
 def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:
-    """Write payments that wait for an hour, of which `first` are there already, and all that belongs to them."""
+    """Insert payments that wait for an hour, with their related rows. The `first` payments must exist already."""
     with transaction(engine) as tx:
         tx.execute(text("SET LOCAL statement_timeout = 0"))
         for statement in WAITING_STATEMENTS:
@@ -71,5 +71,5 @@ def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:
 def _vacuum(engine: Engine) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("SET statement_timeout = 0"))
-        connection.execute(text("VACUUM ANALYZE"))  # as autovacuum does it in time
+        connection.execute(text("VACUUM ANALYZE"))  # autovacuum would do this later
         connection.execute(text("RESET statement_timeout"))

@@ -1,11 +1,11 @@
 """payready as a system under test for the peers' `run.py`: `--sut path/to/benchmarks/sut_payready.py`.
 
-Set up as in production: PostgreSQL with its defaults, Valkey with AOF everysec, every role of the Procfile a process of
-its own (Flower too, so events are on), our own interpreter. What the harness counts as the outcome is the latest moment
-there is: `outcome_delivery.delivered_at`, taken after the outcome is committed *and* told to the payments service.
+The setup equals production: PostgreSQL with its defaults, Valkey with AOF everysec, one process per role of the
+Procfile (including Flower, so events are on), and payready's own interpreter. The harness counts the outcome at the
+latest possible time: `outcome_delivery.delivered_at`, after the outcome is committed *and* delivered.
 
-Options (`--opt K=V`): `root` another tree to run, `python` its interpreter, ROLE=N that many processes of a role (0:
-none), `reply=link` outcomes as messages to a queue rather than as stored results, and any `PAYREADY_X`.
+Options (`--opt K=V`): `root` runs another tree, `python` sets its interpreter, ROLE=N starts N processes of a role (0:
+none), `reply=link` delivers outcomes as messages instead of stored results, and `PAYREADY_X` sets a variable.
 """
 
 import os
@@ -23,7 +23,7 @@ from suts.sut_celery_poll import redis_binary  # type: ignore[import-not-found]
 
 HERE = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
-"""The harness asks for outcomes ten times a second; asking PostgreSQL so often would count as our CPU."""
+"""Interval of the outcome query. The harness polls ten times per second, which would add to payready's CPU."""
 OUTCOMES = (
     "SELECT p.account_id, extract(epoch FROM r.delivered_at)::float8, p.state "
     "FROM outcome_delivery r JOIN payment p USING (payment_id) WHERE r.delivered_at > to_timestamp(%s)"
@@ -31,7 +31,7 @@ OUTCOMES = (
 
 
 class _Introspection(BaseHTTPRequestHandler):
-    """What the peers' stub does not know: whose key ours is. Asked once a process; in the harness, not counted."""
+    """Key introspection, which the peers' stub lacks. It runs in the harness, once per process, and is not counted."""
 
     def do_POST(self) -> None:
         body = b'{"environment":{"mode":"PRODUCTION"}}'
@@ -45,9 +45,9 @@ class _Introspection(BaseHTTPRequestHandler):
 
 
 class Payready(Base):  # type: ignore[misc]
-    """The adapter."""
+    """Adapter of payready for the harness."""
 
-    submit_threads = 4  # as the Celery peers
+    submit_threads = 4  # same as the Celery peers
 
     def start(self, workdir: str) -> None:
         """Start servers and roles, and wait until each is ready."""
@@ -59,9 +59,9 @@ class Payready(Base):  # type: ignore[misc]
         broker_port, self.port = free_port(), free_port()
         self.url, self._redis_dir = f"redis://127.0.0.1:{broker_port}/0", Path(workdir) / "valkey"
         self._redis_dir.mkdir()
-        keep = ["--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxclients", "4000"]
-        where = ["--port", broker_port, "--bind", "127.0.0.1", "--dir", self._redis_dir]
-        valkey = self.spawn("valkey", [redis_binary(), *where, *keep])
+        persistence = ["--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxclients", "4000"]
+        location = ["--port", broker_port, "--bind", "127.0.0.1", "--dir", self._redis_dir]
+        valkey = self.spawn("valkey", [redis_binary(), *location, *persistence])
         wait_port(broker_port, valkey)
         self.names = {self.pg_proc.pid: "postgres", valkey.pid: "valkey"}
         self._start_roles()
@@ -81,7 +81,7 @@ class Payready(Base):  # type: ignore[misc]
             "PAYREADY_QUILTT_API_KEY": self.cfg.api_key,
             "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret,
             "PAYREADY_WEBHOOK_PORT": str(self.port),
-            "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and no other engine here keeps one
+            "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and the other engines do not limit calls
             "FLOWER_PORT": str(free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",
             **{k: v for k, v in options.items() if k.startswith("PAYREADY_")},
@@ -105,16 +105,16 @@ class Payready(Base):  # type: ignore[misc]
                     raise RuntimeError(f"the workers are not ready, see {self.workdir}")
 
     def stop(self) -> None:
-        """Stop everything."""
+        """Stop all processes."""
         super().stop()
         self._auth.shutdown()
 
     def client_state(self) -> dict[str, Any]:
-        """What the client process needs."""
+        """Return the state that the client process needs."""
         return {"url": self.url, "timeout": int(self.cfg.timeout_s), "link": self.cfg.opts.get("reply") == "link"}
 
     def connect(self, state: dict[str, Any]) -> None:
-        """In the client process: a payments service that shares nothing with us but addresses."""
+        """Connect the client process: a payments service that shares only addresses with payready."""
         self.app = Celery("payments-service", broker=state["url"])
         self.app.conf.update(broker_transport_options={"visibility_timeout": 120})
         self.timeout, self.more = state["timeout"], {}
@@ -122,12 +122,12 @@ class Payready(Base):  # type: ignore[misc]
             self.more = {"link": self.app.signature("service.execute", queue="service"), "ignore_result": True}
 
     def submit_one(self, account: str) -> None:
-        """In the client process: enqueue one job; its outcome is wanted."""
+        """Enqueue one job from the client process and request its outcome."""
         job = {"payment_id": f"pay_{account}", "account_id": account, "amount": "25.00", "timeout_s": self.timeout}
         self.app.send_task("payments.initiate", kwargs=job, queue="payments", **self.more)
 
     def outcomes(self) -> dict[str, float]:
-        """Accounts with the moment at which their payment's outcome was delivered."""
+        """Return by account the time at which its payment's outcome was delivered."""
         if time.monotonic() - self._asked > POLL_S:
             for account, at, state in _rows(self.dsn, OUTCOMES, (self._latest - 1,)):
                 self._latest = max(self._latest, at)
@@ -138,20 +138,20 @@ class Payready(Base):  # type: ignore[misc]
         return dict(self._outcomes)
 
     def fees(self) -> int:
-        """Fee entries that were posted."""
+        """Return the number of posted fee entries."""
         return int(execute(self.dsn, "SELECT count(*) FROM fee_entry WHERE state = 'posted'")[0])
 
     def recorded(self) -> int:
-        """Payments that were released."""
+        """Return the number of released payments."""
         return int(execute(self.dsn, "SELECT count(*) FROM payment WHERE state = 'released'")[0])
 
     def storage_bytes(self) -> int:
-        """Size of the database and of Valkey's files."""
+        """Return the size of the database and of Valkey's files."""
         return int(db_bytes(self.dsn)) + sum(f.stat().st_size for f in self._redis_dir.rglob("*") if f.is_file())
 
 
 def _rows(dsn: str, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    import psycopg  # noqa: PLC0415 - the client process needs none
+    import psycopg  # noqa: PLC0415 - the client process does not need it
 
     with psycopg.connect(dsn, autocommit=True) as connection:
         return connection.execute(query, values).fetchall()

@@ -1,7 +1,7 @@
-"""Memory over many deliveries, by the ASGI application itself: `python -m benchmarks.door_memory COUNT`.
+"""Memory over many deliveries to the ASGI application: `python -m benchmarks.webhook_memory COUNT`.
 
-Of ten deliveries seven are routine, one is a batch of 50, one forged, one not JSON. Those that are kept go through SQL
-and Redis, which would take hours for a million of them; the process grows no more by them than by the others' threads.
+Of ten deliveries seven are routine, one is a batch of 50, one is forged and one is not JSON. None of them is stored:
+a million writes to SQL and Redis would take hours, and they add no more memory than the threads of the others.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ async def _handle_requests(requests: list[tuple[dict[str, Any], dict[str, Any]]]
 
         await app(scope, receive, send)
         if number % 100 == 0:
-            await asyncio.sleep(0)  # a server goes back to its loop, which clears away timers that were not needed
+            await asyncio.sleep(0)  # a server returns to its loop, which removes cancelled timers
 
 
 def _resident_kib() -> int:
@@ -52,9 +52,9 @@ def _resident_kib() -> int:
 
 
 def main(deliveries: int) -> None:
-    """Say how much memory there was after each tenth of the deliveries."""
-    logging.disable()  # nobody would read it
-    grown = []
+    """Print the resident memory after each tenth of the deliveries, as JSON."""
+    logging.disable()  # the log is not needed
+    resident_kib = []
     for _ in range(STEPS):
         now = str(int(time.time()))
         routine = [_request(body(), now) for _ in range(700)]
@@ -63,9 +63,15 @@ def main(deliveries: int) -> None:
         others += [_request(body()[:-7], now) for _ in range(100)]
         uvloop.run(_handle_requests(routine + others, deliveries // STEPS))
         del routine, others
-        grown.append(_resident_kib())
+        resident_kib.append(_resident_kib())
     sys.stdout.write(
-        json.dumps({"deliveries": deliveries, "kib_after_each_tenth": grown, "grown_kib": grown[-1] - grown[1]})
+        json.dumps(
+            {
+                "deliveries": deliveries,
+                "kib_after_each_tenth": resident_kib,
+                "grown_kib": resident_kib[-1] - resident_kib[1],
+            }
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""The webhook's server on one core, with an empty handler beside ours: `python -m benchmarks.door_server PORT`."""
+"""Webhook server on one core, with an empty reference handler: `python -m benchmarks.webhook_server PORT`."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ EMPTY_RESPONSE = "/empty"
 
 
 async def reference_app(scope: Any, receive: Any, send: Any) -> None:
-    """Ours, but for one path whose handler reads the body and says yes."""
+    """Handle `/empty` by reading the body and returning 204. Pass other paths to payready."""
     if scope["path"] != EMPTY_RESPONSE:
         await app(scope, receive, send)
         return

@@ -1,4 +1,4 @@
-"""The webhook on one core beside an empty handler, and its memory over many deliveries."""
+"""Webhook throughput on one core compared with an empty handler, and its memory over many deliveries."""
 
 import argparse
 import itertools
@@ -24,14 +24,14 @@ from tests.webhook.conftest import SECRET, sign
 from webhook.endpoint import PATH
 
 CONNECTIONS = 16
-FORGED_SECRET = "whsec_of_somebody_else"  # noqa: S105 - it signs forged deliveries
+FORGED_SECRET = "whsec_of_a_forger"  # noqa: S105 - signs forged deliveries
 ROUND_DURATION_S = 2.0
 OPEN_LOOP_DURATION_S = 5.0
 _numbers = itertools.count(1)
 
 
 def body(count: int = 1, source: str = "SYNC") -> bytes:
-    """A delivery such as the provider sends, of `count` balances."""
+    """Return the body of a delivery like the provider's, with `count` balances."""
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     environment = {"id": "env_1hyoxpVVFib1HngGwKAzIr", "name": "Production", "mode": "PRODUCTION", "metadata": None}
     events = [_event(next(_numbers), source, at) for _ in range(count)]
@@ -47,7 +47,7 @@ def _event(number: int, source: str, at: str) -> dict[str, Any]:
 
 
 def signed(content: bytes, path: str = PATH, secret: str = SECRET) -> bytes:
-    """A delivery as a request, to the byte."""
+    """Return the HTTP request of a delivery as bytes."""
     timestamp = str(int(time.time()))
     head = {
         "Host": "127.0.0.1",
@@ -61,36 +61,36 @@ def signed(content: bytes, path: str = PATH, secret: str = SECRET) -> bytes:
 
 
 class WebhookServer:
-    """The server, on a core of its own."""
+    """Webhook server on its own core."""
 
     def __init__(self, port: int, pid: int) -> None:
         self.port = port
         self.pid = pid
 
     def cpu_s(self) -> float:
-        """CPU seconds that the server has used, in all its threads."""
+        """Return the CPU seconds used by all threads of the server."""
         threads = Path(f"/proc/{self.pid}/task").iterdir()
         return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
     def per_cpu_s(self, requests: Sequence[bytes], status: bytes = b"204") -> float:
-        """Answers of this status that the server gives for a second of its core, when it has all that it can do.
+        """Return the responses with this status per CPU second of a saturated server.
 
-        Neighbours on the machine take time from the core, and would be counted if the clock on the wall were asked.
+        Wall-clock time would include the time that other processes use on the core.
         """
         before = self.cpu_s()
-        volley = closed_loop(self.port, requests, connections=CONNECTIONS, seconds=ROUND_DURATION_S)
-        return _without_status(volley, status).statuses[status] / (self.cpu_s() - before)
+        result = closed_loop(self.port, requests, connections=CONNECTIONS, seconds=ROUND_DURATION_S)
+        return _without_status(result, status).statuses[status] / (self.cpu_s() - before)
 
 
-def _without_status(volley: LoadResult, *statuses: bytes) -> LoadResult:
-    if set(volley.statuses) != set(statuses):
-        raise RuntimeError(f"answers of other kinds: {dict(volley.statuses)}")
-    return volley
+def _without_status(result: LoadResult, *statuses: bytes) -> LoadResult:
+    if set(result.statuses) != set(statuses):
+        raise RuntimeError(f"unexpected statuses: {dict(result.statuses)}")
+    return result
 
 
 @contextmanager
 def webhook_server() -> Iterator[WebhookServer]:
-    """The webhook with PostgreSQL and Valkey, its server pinned to the first core and all else to the others."""
+    """Start the webhook with PostgreSQL and Valkey. The first core runs the server, the others run the rest."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="payready-bench-") as folder, tempfile.TemporaryDirectory() as home:
         os.sched_setaffinity(0, cores[1:] or cores)
@@ -105,7 +105,7 @@ def webhook_server() -> Iterator[WebhookServer]:
             }
             with Processes(Path(folder), environ) as processes:
                 processes.valkey(valkey_port)
-                command = f"taskset --cpu-list {cores[0]} {sys.executable} -m benchmarks.door_server {port}"
+                command = f"taskset --cpu-list {cores[0]} {sys.executable} -m benchmarks.webhook_server {port}"
                 process = processes.start("web", command)
                 processes.wait_for("web", lambda: responds(f"http://127.0.0.1:{port}/readyz"))
                 yield WebhookServer(port, process.pid)
@@ -115,42 +115,42 @@ def webhook_server() -> Iterator[WebhookServer]:
 
 
 def measure(sizes: argparse.Namespace) -> Mapping[str, Any]:
-    """The webhook beside an empty handler on the same server; each ratio is the median of its rounds."""
+    """Measure the webhook and an empty handler on the same server. Each ratio is the median of its rounds."""
     with webhook_server() as running:
-        figures = {**_throughput(running, sizes.door_rounds), **_latency(running, sizes.door_rounds)}
+        figures = {**_throughput(running, sizes.webhook_rounds), **_latency(running, sizes.webhook_rounds)}
     return {**figures, "memory": _memory(sizes.deliveries)}
 
 
 def _throughput(running: WebhookServer, rounds: int) -> Mapping[str, Any]:
     one, many = body(), body(50)
-    rates: dict[str, list[float]] = {"empty": [], "routine": [], "batch": [], "forged": [], "honest_in_flood": []}
+    rates: dict[str, list[float]] = {"empty": [], "routine": [], "batch": [], "forged": [], "genuine_in_flood": []}
     for _ in range(rounds):
         rates["empty"].append(running.per_cpu_s([signed(one, EMPTY_RESPONSE)]))
         rates["routine"].append(running.per_cpu_s([signed(one)]))
         rates["batch"].append(50 * running.per_cpu_s([signed(many)]))
         rates["forged"].append(running.per_cpu_s([signed(one, secret=FORGED_SECRET)], b"401"))
-        rates["honest_in_flood"].append(_signed_requests_beside_forged(running, one))
-    honest_share = [
-        flooded / (routine / 2) for flooded, routine in zip(rates["honest_in_flood"], rates["routine"], strict=True)
+        rates["genuine_in_flood"].append(_signed_requests_beside_forged(running, one))
+    genuine_share = [
+        flooded / (routine / 2) for flooded, routine in zip(rates["genuine_in_flood"], rates["routine"], strict=True)
     ]
     return {
         "per_cpu_s": {name: round(statistics.median(values)) for name, values in rates.items()},
         "routine_to_empty": _ratio(rates["routine"], rates["empty"]),
         "batched_to_single_events": _ratio(rates["batch"], rates["routine"]),
-        "honest_half_in_a_flood_to_its_half_without": round(statistics.median(honest_share), 2),
+        "genuine_half_in_a_flood_to_its_half_without": round(statistics.median(genuine_share), 2),
     }
 
 
 def _signed_requests_beside_forged(running: WebhookServer, content: bytes) -> float:
-    """Honest deliveries for a second of the core when every other one is forged."""
+    """Return the genuine deliveries per CPU second when half of the deliveries are forged."""
     pair = [signed(content), signed(content, secret=FORGED_SECRET)]
     before = running.cpu_s()
-    volley = closed_loop(running.port, pair * 200_000, connections=CONNECTIONS, seconds=ROUND_DURATION_S)
-    return _without_status(volley, b"204", b"401").statuses[b"204"] / (running.cpu_s() - before)
+    result = closed_loop(running.port, pair * 200_000, connections=CONNECTIONS, seconds=ROUND_DURATION_S)
+    return _without_status(result, b"204", b"401").statuses[b"204"] / (running.cpu_s() - before)
 
 
 def _latency(running: WebhookServer, rounds: int) -> Mapping[str, Any]:
-    """How long answers take at half of what saturates: of the empty handler, and to REFRESH balances."""
+    """Measure the response times at half of the saturation rate, for the empty handler and REFRESH balances."""
     p99: dict[str, list[float]] = {"empty": [], "refresh": []}
     rates: dict[str, list[float]] = {"empty": [], "refresh": []}
     for _ in range(rounds):
@@ -158,8 +158,12 @@ def _latency(running: WebhookServer, rounds: int) -> Mapping[str, Any]:
         for name, saturating in (("empty", empty), ("refresh", _refreshes(20_000))):
             rate = closed_loop(running.port, saturating, connections=CONNECTIONS, seconds=ROUND_DURATION_S).per_second()
             requests = empty if name == "empty" else _refreshes(int(rate * OPEN_LOOP_DURATION_S))
-            how: dict[str, Any] = {"rate": rate / 2, "connections": CONNECTIONS * 4, "seconds": OPEN_LOOP_DURATION_S}
-            p99[name].append(_without_status(open_loop(running.port, requests, **how), b"204").p99_ms())
+            options: dict[str, Any] = {
+                "rate": rate / 2,
+                "connections": CONNECTIONS * 4,
+                "seconds": OPEN_LOOP_DURATION_S,
+            }
+            p99[name].append(_without_status(open_loop(running.port, requests, **options), b"204").p99_ms())
             rates[name].append(rate)
     return {
         "saturated_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
@@ -177,10 +181,10 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _memory(deliveries: int) -> Mapping[str, Any]:
-    """Resident memory of a process that takes so many deliveries, without the cost of HTTP."""
-    command = [sys.executable, "-m", "benchmarks.door_memory", str(deliveries)]
+    """Measure the resident memory of a process that handles `deliveries` deliveries without HTTP."""
+    command = [sys.executable, "-m", "benchmarks.webhook_memory", str(deliveries)]
     environ = {**os.environ, "PAYREADY_WEBHOOK_SECRETS": SECRET}
-    told: Mapping[str, Any] = json.loads(
-        subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE).stdout  # noqa: S603 - it is ours
+    figures: Mapping[str, Any] = json.loads(
+        subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE).stdout  # noqa: S603 - fixed command
     )
-    return told
+    return figures

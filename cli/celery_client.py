@@ -1,4 +1,4 @@
-"""payready's tasks, asked for from the command line: the same way as any payments service does."""
+"""A Celery client for the command line. It sends tasks by name, as a payments service does."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,28 +7,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
-from celery.exceptions import TimeoutError as NotInTime
+from celery.exceptions import TimeoutError as CeleryTimeout
 from kombu.exceptions import OperationalError
 
-from config.celery_config import celery_settings
+from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
 from tasks.queue_metrics import lengths_by_queue
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.rules.job import Job
 
 RESPONSE_TIMEOUT_S = 10.0
-"""How long a worker has to answer."""
+"""Timeout for the result of a task."""
 CONNECT_TIMEOUT_S = 3.0
 PING_TIMEOUT_S = 1.0
-"""How long workers have to answer when all of them are asked at once."""
+"""Timeout for the replies of all workers to a remote-control command."""
 TICK_OBSERVATION_S = 1.5
-"""In this time `beat` ticks at least once."""
+"""Longer than the interval between two ticks of `beat`."""
+WORKER_ROLES = frozenset(("worker", "refresh"))
+"""Roles that are Celery workers. A worker's name is `ROLE@HOST`."""
 _BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
-"""What is raised without a broker or a result backend; the last by Celery, when it has tried often enough."""
+"""Errors without a broker or a result backend. Celery raises RuntimeError after its last attempt."""
 
 
 class NoWorkerResponse(Exception):
-    """The broker, the result backend or a worker did not answer; the message says what to look at."""
+    """The broker, the result backend or a worker did not respond; the message says what to check."""
 
 
 @contextmanager
@@ -36,21 +38,26 @@ def _celery_app(settings: Settings) -> Iterator[Celery]:
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
         try:
-            with app.connection_for_write() as connection:  # a person waits: say soon that there is no broker
+            with app.connection_for_write() as connection:  # a command must not retry for minutes
                 connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT_TIMEOUT_S)
             yield app
-        except NotInTime:
-            raise NoWorkerResponse("no worker has done it yet, it stays in the queue; does a worker run?") from None
+        except CeleryTimeout:
+            raise NoWorkerResponse(
+                "timed out waiting for a worker; the task stays queued. Start the role `worker`."
+            ) from None
         except _BROKER_ERRORS as error:
-            raise NoWorkerResponse(f"the broker or the result backend is away: {error} (PAYREADY_REDIS_URL)") from None
+            raise NoWorkerResponse(
+                f"cannot reach the broker or the result backend: {error}. Check PAYREADY_REDIS_URL."
+            ) from None
 
 
 def enqueue(settings: Settings, arguments: Mapping[str, Any], *, wait_s: float | None) -> Any:
-    """Enqueue a job; returns its task's id, or its outcome if it is waited for.
+    """Enqueue a job. Return the id of its task, or the outcome if `wait_s` is given.
 
     Raises:
-        PaymentNotReady, InvalidJob: it was waited for, and this came of it.
-        NoAnswer: nothing came of it in time, or there is no broker.
+        PaymentNotReady: the payment failed.
+        InvalidJob: the job was rejected.
+        NoWorkerResponse: there is no outcome after `wait_s`, or no broker.
     """
     with _celery_app(settings) as app:
         result = app.send_task("payments.initiate", kwargs=dict(arguments))
@@ -58,63 +65,68 @@ def enqueue(settings: Settings, arguments: Mapping[str, Any], *, wait_s: float |
 
 
 def cancel(settings: Settings, payment_id: str) -> bool:
-    """Cancel a waiting payment; False if it was settled before, or nobody knows it.
+    """Cancel a waiting payment. Return False if it is already resolved or unknown.
 
     Raises:
-        NoAnswer: no worker took the request in time, or there is no broker.
+        NoWorkerResponse: no worker ran the task in time, or there is no broker.
     """
     with _celery_app(settings) as app:
         return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=RESPONSE_TIMEOUT_S))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """A worker that answers."""
+    """A running worker of payready."""
 
     name: str
     queues: frozenset[str]
-    """From which it takes messages."""
+    """Queues that it consumes."""
     settings: Mapping[str, Any]
-    """Its Celery settings, as far as they are not secret."""
+    """Its Celery settings without secrets."""
 
 
 def workers(settings: Settings) -> list[WorkerInfo]:
-    """The workers that answer within a second.
+    """Return payready's workers that respond within 1 s. Workers of other apps on the broker are skipped.
 
     Raises:
-        NoAnswer: there is no broker.
+        NoWorkerResponse: there is no broker.
     """
     with _celery_app(settings) as app:
-        queues = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
-        confs = app.control.inspect(timeout=PING_TIMEOUT_S, limit=len(queues)).conf() or {}
-        return [
-            WorkerInfo(name, frozenset(queue["name"] for queue in consumed), confs.get(name, {}))
-            for name, consumed in queues.items()
-        ]
+        replies = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
+        consumed = {name: frozenset(queue["name"] for queue in queues) for name, queues in replies.items()}
+        ours = {name: queues for name, queues in consumed.items() if is_payready_worker(name, queues)}
+        confs = (app.control.inspect(list(ours), timeout=PING_TIMEOUT_S).conf() or {}) if ours else {}
+        return [WorkerInfo(name=name, queues=queues, settings=confs.get(name, {})) for name, queues in ours.items()]
 
 
-def count_ticks(settings: Settings, workers: int) -> int:
-    """How many ticks of `beat` so many workers take within `WATCH_S`.
+def is_payready_worker(name: str, queues: frozenset[str]) -> bool:
+    """Return whether a worker has the name of a role of payready and consumes a queue of payready."""
+    return name.partition("@")[0] in WORKER_ROLES and not queues.isdisjoint(QUEUES)
+
+
+def count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> int:
+    """Count the ticks of `beat` that these workers process within `TICK_OBSERVATION_S`.
 
     Raises:
-        NoAnswer: there is no broker.
+        NoWorkerResponse: there is no broker.
     """
+    names = [worker.name for worker in workers]
     with _celery_app(settings) as app:
-        before = _processed_ticks(app, workers)
+        before = _processed_ticks(app, names)
         time.sleep(TICK_OBSERVATION_S)
-        return _processed_ticks(app, workers) - before
+        return _processed_ticks(app, names) - before
 
 
-def _processed_ticks(app: Celery, workers: int) -> int:
-    stats = app.control.inspect(timeout=PING_TIMEOUT_S, limit=workers).stats() or {}
-    return sum(told.get("total", {}).get("payments.expire", 0) for told in stats.values())
+def _processed_ticks(app: Celery, names: list[str]) -> int:
+    stats = app.control.inspect(names, timeout=PING_TIMEOUT_S).stats() or {}
+    return sum(worker.get("total", {}).get("payments.expire", 0) for worker in stats.values())
 
 
 def queue_lengths(settings: Settings) -> dict[str, int]:
-    """How many messages no worker has taken, by queue.
+    """Return the number of messages in each queue.
 
     Raises:
-        NoAnswer: there is no broker.
+        NoWorkerResponse: there is no broker.
     """
     with _celery_app(settings) as app:
         return lengths_by_queue(app)
@@ -124,7 +136,7 @@ def check_result_backend(settings: Settings) -> None:
     """Read from the result backend.
 
     Raises:
-        NoAnswer: it is away.
+        NoWorkerResponse: it is unavailable.
     """
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
@@ -135,10 +147,10 @@ def check_result_backend(settings: Settings) -> None:
 
 
 def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:
-    """Have balances applied to those who wait for them, as the webhook does.
+    """Enqueue `balances.apply` for each balance.
 
     Raises:
-        NoAnswer: there is no broker.
+        NoWorkerResponse: there is no broker.
     """
     if balance_ids:
         with _celery_app(settings) as app:
@@ -147,5 +159,5 @@ def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:
 
 
 def job_arguments(job: Job) -> dict[str, Any]:
-    """A job as it goes on the wire."""
+    """Return a job as the arguments of `payments.initiate`."""
     return job.model_dump(mode="json", exclude_defaults=True)

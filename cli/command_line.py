@@ -1,4 +1,4 @@
-"""What every command stands on: trouble said in a sentence, a console to print on, a question to the ledger."""
+"""Shared parts of all commands: error reports, the console, transactions on the ledger."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +17,10 @@ from worker.rules.invoice_file import InvoiceError
 from worker.rules.pricing import PriceListError
 
 T = TypeVar("T")
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 EXIT_FAILED = 1
+LOG_WIDTH = 160
+"""Columns of a table that is printed to a file or a pipe."""
 EXPECTED_ERRORS = (
     ConfigurationError,
     StartError,
@@ -29,40 +31,40 @@ EXPECTED_ERRORS = (
     NoWorkerResponse,
     OSError,
 )
-"""What goes wrong by what was asked for, or by what payready stands on: a sentence says it."""
+"""Errors of the input or of a dependency: printed as one sentence, without a traceback."""
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """What is expected to go wrong is said in a sentence, without a traceback."""
+    """Print an expected error as one sentence and exit with status 1."""
     try:
         yield
     except EXPECTED_ERRORS as error:
         fail(str(error))
     except DATABASE_UNAVAILABLE as error:
-        fail(f"the ledger cannot be read: {getattr(error, 'orig', None) or error} (PAYREADY_DATABASE_URL; migrated?)")
+        reason = getattr(error, "orig", None) or error
+        fail(f"cannot read the ledger: {reason}. Check PAYREADY_DATABASE_URL and run `alembic upgrade head`.")
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:
-    """Say what went wrong, and end."""
+    """Print an error and exit."""
     typer.echo(f"payready: {message.strip()}", err=True)
     raise typer.Exit(status)
 
 
 def stdout_console() -> Console:
-    """Where people read."""
-    # Where nobody sees it, a table keeps its width: what reads it are logs and grep.
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    """Return a console for standard output. Outside a terminal it has a fixed width, for logs and grep."""
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
 def query(read: Callable[[Tx], T]) -> T:
-    """Ask the ledger, as it is at one moment."""
+    """Run `read` in a read-only transaction, on one snapshot of the ledger."""
     with _engine() as engine, read_only(engine) as tx:
         return read(tx)
 
 
 def update(write: Callable[[Tx], T]) -> T:
-    """Do something in the ledger, all of it or nothing."""
+    """Run `write` in one transaction: commit all of it or nothing."""
     with _engine() as engine, transaction(engine) as tx:
         return write(tx)
 

@@ -1,49 +1,40 @@
-"""`payready doctor`: looks at everything payready stands on, and says what is wrong and what to do about it.
+"""`payready doctor`: check every dependency, and print each result with a fix.
 
-Each check asks one thing and yields what it found. A check that cannot ask says so as a fault; the others go on.
+Each check is one function that yields results. A check that cannot run yields an error, and the others still run.
 """
 
 from collections.abc import Iterator
 
-from cli.doctor_checks import (
-    _check_api_key,
-    _check_broker,
-    _check_caps_and_balances,
-    _check_circuit_breaker,
-    _check_clocks,
-    _check_database,
-    _check_flower,
-    _check_maintenance,
-    _check_redis,
-    _check_result_backend,
-    _check_secrets,
-    _check_subscription,
-    _check_webhook,
-)
+from cli import doctor_checks, doctor_provider_checks
 from cli.doctor_results import Check, CheckContext, CheckResult
 from config.settings import Settings
 from worker.runtime import Runtime
 
 CHECKS: tuple[Check, ...] = (
-    _check_database,
-    _check_redis,
-    _check_broker,
-    _check_result_backend,
-    _check_clocks,
-    _check_api_key,
-    _check_circuit_breaker,
-    _check_secrets,
-    _check_webhook,
-    _check_subscription,
-    _check_caps_and_balances,
-    _check_maintenance,
-    _check_flower,
+    doctor_checks.check_database,
+    doctor_checks.check_redis,
+    doctor_checks.check_broker,
+    doctor_checks.check_result_backend,
+    doctor_checks.check_clocks,
+    doctor_provider_checks.check_api_key,
+    doctor_provider_checks.check_circuit_breaker,
+    doctor_provider_checks.check_secrets,
+    doctor_provider_checks.check_webhook,
+    doctor_provider_checks.check_subscription,
+    doctor_provider_checks.check_caps_and_balances,
+    doctor_checks.check_maintenance,
+    doctor_checks.check_flower,
 )
-"""In the order in which they are told: what others stand on comes first. A new check is one more function here."""
+"""All checks in the order of their output: a dependency before the checks that need it."""
 
 
 def run_checks(settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None) -> Iterator[CheckResult]:
-    """Look at everything, and tell what is found as it is found."""
-    patient = CheckContext(settings, rt, flower_url, web_url or f"http://127.0.0.1:{settings.webhook_port}")
+    """Run every check. Results are yielded as soon as they are known."""
+    context = CheckContext(
+        settings=settings,
+        rt=rt,
+        flower_url=flower_url,
+        web_url=web_url or f"http://127.0.0.1:{settings.webhook_port}",
+    )
     for check in CHECKS:
-        yield from check(patient)
+        yield from check(context)

@@ -1,7 +1,4 @@
-"""`payready doctor`: looks at everything payready stands on, and says what is wrong and what to do about it.
-
-Each check asks one thing and yields what it found. A check that cannot ask says so as a fault; the others go on.
-"""
+"""Results of the checks of `payready doctor`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,18 +9,18 @@ from worker.runtime import Runtime
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """Severity of a check result."""
 
     OK = "ok"
-    WARNING = "note"
-    """It works; someone should know."""
-    ERROR = "fault"
-    """Payments suffer, or will."""
+    WARNING = "warning"
+    """payready works; an operator should know."""
+    ERROR = "error"
+    """Payments fail or are late, or will be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """What a check found."""
+    """Result of one check: what it found and how to fix it."""
 
     check: str
     severity: Severity
@@ -31,9 +28,9 @@ class CheckResult:
     fix: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckContext:
-    """What is looked at."""
+    """Inputs of the checks."""
 
     settings: Settings
     rt: Runtime
@@ -44,13 +41,16 @@ class CheckContext:
 Check = Callable[[CheckContext], Iterator[CheckResult]]
 
 
-def _ok(check: str, message: str) -> CheckResult:
-    return CheckResult(check, Severity.OK, message)
+def ok(check: str, message: str) -> CheckResult:
+    """Create a result without a problem."""
+    return CheckResult(check=check, severity=Severity.OK, message=message)
 
 
-def _warning(check: str, message: str, fix: str) -> CheckResult:
-    return CheckResult(check, Severity.WARNING, message, fix)
+def warning(check: str, message: str, fix: str) -> CheckResult:
+    """Create a result with a warning."""
+    return CheckResult(check=check, severity=Severity.WARNING, message=message, fix=fix)
 
 
-def _error(check: str, message: str, fix: str) -> CheckResult:
-    return CheckResult(check, Severity.ERROR, message, fix)
+def error(check: str, message: str, fix: str) -> CheckResult:
+    """Create a result with an error."""
+    return CheckResult(check=check, severity=Severity.ERROR, message=message, fix=fix)

@@ -1,4 +1,4 @@
-"""`payready fees`: what the provider's calls cost, and whether its invoice agrees."""
+"""`payready fees`: statements, reconciliation with the provider's invoice, unresolved calls."""
 
 import csv
 import hashlib
@@ -16,22 +16,25 @@ import typer
 
 from cli import fee_tables, render
 from cli.command_line import AsJson, query, report_errors, stdout_console, update
+from cli.render import count_text
 from config.settings import settings
 from worker.ledger import fee_calls, fee_statement, invoices
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import PaymentShare, StatementLine
-from worker.ledger.invoices import InvoiceEvidence
+from worker.ledger.invoices import InvoiceApplication, InvoiceEvidence
 from worker.ledger.locks import lock_invoices
 from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoiceError, InvoicePeriod, parse_invoice
 from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
 from worker.runtime import utc_now
 
-app = typer.Typer(no_args_is_help=True, help="What the provider's calls cost.")
+app = typer.Typer(
+    no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, unresolved calls."
+)
 
 
 class GroupByOption(StrEnum):
-    """What a statement has a line for."""
+    """Groups of a statement's lines."""
 
     ACCOUNT = "account"
     DAY = "day"
@@ -40,17 +43,19 @@ class GroupByOption(StrEnum):
 
 @app.command("statement")
 def fees_statement(
-    month: Annotated[str | None, typer.Option(help="As YYYY-MM, in UTC; default: this month.")] = None,
-    by: Annotated[GroupByOption | None, typer.Option(help="A line for each; default: for each price.")] = None,
+    month: Annotated[str | None, typer.Option(help="Month as YYYY-MM, in UTC. Default: this month.")] = None,
+    by: Annotated[
+        GroupByOption | None, typer.Option(help="One line per account, day or payment. Default: per price.")
+    ] = None,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, for spreadsheets.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
 ) -> None:
-    """What the calls of a month come to, as they stand now, and what sharing and reuse saved."""
+    """Print the fees of a month's calls, and the savings by sharing and reuse."""
     if as_json and as_csv:
-        raise typer.BadParameter("not both", param_hint="--json / --csv")
+        raise typer.BadParameter("give only one of them", param_hint="--json / --csv")
     since, until = _parse_month(month)
-    tell = _print_shares if by == GroupByOption.PAYMENT else partial(_print_statement, by=by)
-    query(lambda tx: tell(tx, since, until, as_json=as_json, as_csv=as_csv))
+    print_lines = _print_shares if by == GroupByOption.PAYMENT else partial(_print_statement, by=by)
+    query(lambda tx: print_lines(tx, since, until, as_json=as_json, as_csv=as_csv))
 
 
 def _print_statement(
@@ -64,8 +69,8 @@ def _print_statement(
     if as_csv:
         _write_csv(lines, group)
     elif as_json:
-        told = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
-        typer.echo(render.as_json(told))
+        statement = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
+        typer.echo(render.as_json(statement))
     else:
         stdout_console().print(fee_tables.statement_table(lines, totals, _month_title(since), group), highlight=False)
 
@@ -104,26 +109,36 @@ def _parse_month(text: str | None) -> tuple[datetime, datetime]:
 @app.command("reconcile")
 def fees_reconcile(
     invoice: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The provider's invoice, as CSV.")],
-    month: Annotated[str, typer.Option(help="The month that it is for, as YYYY-MM.")],
-    account_column: Annotated[str, typer.Option(help="Which column has the account's id.")] = "account_id",
-    date_column: Annotated[str, typer.Option(help="... the call's day, or its time with a zone.")] = "date",
-    amount_column: Annotated[str, typer.Option(help="... what is charged.")] = "amount",
-    number_column: Annotated[str | None, typer.Option(help="... the provider's number of the line.")] = None,
-    currency_column: Annotated[str | None, typer.Option(help="... the currency: every line must be in one.")] = None,
-    currency: Annotated[str | None, typer.Option(help="Which calls it is for; default: the price list's.")] = None,
-    total: Annotated[str | None, typer.Option(help="The invoice's sum: its lines must come to it.")] = None,
-    tolerance_s: Annotated[int, typer.Option(min=0, max=172_800, help="How far its times may be off ours.")] = 300,
-    apply: Annotated[bool, typer.Option("--apply", help="Post and void pending calls by what it says.")] = False,
+    month: Annotated[str, typer.Option(help="Month of the invoice, as YYYY-MM.")],
+    account_column: Annotated[str, typer.Option(help="Column with the account's id.")] = "account_id",
+    date_column: Annotated[str, typer.Option(help="Column with the call's day, or its time with a zone.")] = "date",
+    amount_column: Annotated[str, typer.Option(help="Column with the amount.")] = "amount",
+    number_column: Annotated[str | None, typer.Option(help="Column with the provider's number of the line.")] = None,
+    currency_column: Annotated[
+        str | None, typer.Option(help="Column with the currency. All lines must have the same.")
+    ] = None,
+    currency: Annotated[
+        str | None, typer.Option(help="Currency of the invoice. Default: the price list's currency.")
+    ] = None,
+    total: Annotated[str | None, typer.Option(help="Total of the invoice. Its lines must add up to it.")] = None,
+    tolerance_s: Annotated[
+        int, typer.Option(min=0, max=172_800, help="Maximum difference between the times of a line and its call.")
+    ] = 300,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Post or void pending calls according to the invoice.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lay an invoice beside the calls of its month: what agrees, what only one side has, and other prices.
+    """Compare an invoice with the calls of its month: matches, unmatched lines, unmatched calls, price differences.
 
-    Nothing is changed without --apply. With it, pending calls that the invoice charges are posted, and those that it
-    does not charge are void; doing so twice changes nothing more. Only calls in the invoice's currency are looked at.
+    Without --apply the command changes nothing. With it, pending calls that the invoice charges are posted, and other
+    pending calls are voided. Applying an invoice twice changes nothing more. Only calls in its currency are compared.
     """
     since, until = _parse_month(month)
-    period = InvoicePeriod(since, until, timedelta(seconds=tolerance_s))
-    columns = InvoiceColumns(account_column, date_column, amount_column, number_column, currency_column)
+    period = InvoicePeriod(since=since, until=until, tolerance=timedelta(seconds=tolerance_s))
+    columns = InvoiceColumns(
+        account=account_column, at=date_column, amount=amount_column, number=number_column, currency=currency_column
+    )
     with report_errors():
         currency = _parse_currency(currency)
         data = invoice.read_bytes()
@@ -131,26 +146,29 @@ def fees_reconcile(
         if total is not None:
             check_total(lines, _parse_total(total))
         if apply and utc_now() < until + period.tolerance:
-            raise InvoiceError(f"{month} is not over: no invoice for it can be complete; look without --apply")
+            raise InvoiceError(f"{month} is not over, so its invoice is not complete; run without --apply")
 
-    def look(tx: Tx) -> Reconciliation:
+    def compare(tx: Tx) -> Reconciliation:
         calls = fee_calls.ledger_calls(tx, currency, since - period.tolerance, until + period.tolerance)
         return reconcile(lines, calls, period, invoices.applied_invoices(tx, currency))
 
-    def settle(tx: Tx) -> tuple[Reconciliation, tuple[int, int]]:
+    def compare_and_apply(tx: Tx) -> tuple[Reconciliation, InvoiceApplication]:
         lock_invoices(tx)
-        found = look(tx)
-        check_plausible(found, total_matches=total is not None)
-        named = InvoiceEvidence(invoice.name, hashlib.sha256(data).hexdigest(), month, currency)
-        return found, invoices.apply_invoice(tx, found, named, utc_now())
+        reconciliation = compare(tx)
+        check_plausible(reconciliation, total_matches=total is not None)
+        evidence = InvoiceEvidence(
+            name=invoice.name, digest=hashlib.sha256(data).hexdigest(), period=month, currency=currency
+        )
+        return reconciliation, invoices.apply_invoice(tx, reconciliation, evidence, utc_now())
 
-    found, settled = update(settle) if apply else (query(look), None)
+    reconciliation, application = update(compare_and_apply) if apply else (query(compare), None)
     if as_json:
-        typer.echo(render.as_json({"month": month, "currency": currency, **_reconciliation_json(found, settled)}))
+        report = {"month": month, "currency": currency, **_reconciliation_json(reconciliation, application)}
+        typer.echo(render.as_json(report))
         return
-    title = f"{invoice.name} beside the calls of {month} (UTC) in {currency}"
-    stdout_console().print(fee_tables.reconciliation_tables(found, title), highlight=False)
-    typer.echo(_print_conclusion(found, settled))
+    title = f"{invoice.name} and the calls of {month} (UTC) in {currency}"
+    stdout_console().print(fee_tables.reconciliation_tables(reconciliation, title, currency), highlight=False)
+    typer.echo(_conclusion_text(reconciliation, application))
 
 
 def _parse_currency(text: str | None) -> str:
@@ -163,7 +181,7 @@ def _parse_currency(text: str | None) -> str:
 
 def _parse_total(text: str) -> Decimal:
     if not re.fullmatch(AMOUNT_PATTERN, text, re.ASCII):
-        raise typer.BadParameter("must be a sum such as 1234.50", param_hint="--total")
+        raise typer.BadParameter("must be an amount such as 1234.50", param_hint="--total")
     return Decimal(text)
 
 
@@ -172,42 +190,44 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InvoiceError(f"line {line}: not UTF-8") from None
+        raise InvoiceError(f"line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _reconciliation_json(found: Reconciliation, settled: tuple[int, int] | None) -> dict[str, Any]:
+def _reconciliation_json(found: Reconciliation, application: InvoiceApplication | None) -> dict[str, Any]:
     return {
-        "balance": len(found.matched),
+        "matched": len(found.matched),
         "price_differences": found.price_differences,
         "charged_though_void": found.charged_though_void,
         "unmatched_lines": found.unmatched_lines,
         "unmatched_calls": found.unmatched_calls,
+        "missing_calls": [call.call_id for call in found.missing_calls],
         "to_post": [match.call.call_id for match in found.to_post],
         "to_void": [call.call_id for call in found.to_void],
         "deferred_calls": [call.call_id for call in found.deferred_calls],
-        "settled": None if settled is None else {"posted": settled[0], "void": settled[1]},
+        "applied": application,
     }
 
 
-def _print_conclusion(found: Reconciliation, settled: tuple[int, int] | None) -> str:
-    if settled is not None:
-        return f"\n{settled[0]} pending calls posted, {settled[1]} void, with the invoice as evidence"
-    post, void = len(found.to_post), len(found.to_void)
-    if not post and not void:
-        return "\nno pending calls to settle"
-    return f"\n{post} pending calls are charged, {void} are not: --apply posts and voids them"
+def _conclusion_text(found: Reconciliation, application: InvoiceApplication | None) -> str:
+    """Return the last line: what --apply did, or what it would do."""
+    if application is not None:
+        posted = count_text(application.posted, "pending call")
+        return f"\n{posted} posted, {application.voided} voided, with the invoice as evidence"
+    to_post, to_void = len(found.to_post), len(found.to_void)
+    if not to_post and not to_void:
+        return "\nno pending calls to post or void"
+    return f"\n--apply would post {count_text(to_post, 'pending call')} and void {to_void}"
 
 
-@app.command("questions")
+@app.command("unresolved")
 def fees_unresolved(
-    age_h: Annotated[int, typer.Option(min=0, max=87_600, help="Only calls that were made so many hours ago.")] = 24,
+    age_h: Annotated[int, typer.Option(min=0, max=87_600, help="Minimum age of a call in hours.")] = 24,
     as_json: AsJson = False,
 ) -> None:
-    """Calls that nobody knows the fate of: pending since long, until an invoice tells."""
-    asked = query(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
+    """List unresolved calls: pending for --age-h or longer. Only an invoice can resolve them."""
+    calls = query(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
     if as_json:
-        typer.echo(render.as_json(asked))
+        typer.echo(render.as_json(calls))
     else:
-        stdout_console().print(
-            fee_tables.unresolved_table(asked, f"Calls that are pending for {age_h} hours and more"), highlight=False
-        )
+        title = f"Calls pending for {age_h} h or longer"
+        stdout_console().print(fee_tables.unresolved_table(calls, title), highlight=False)

@@ -1,8 +1,7 @@
-"""Finance's sheets: the statement, an invoice beside the ledger, open questions."""
+"""Tables about fees: the statement, a reconciliation, unresolved calls."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from decimal import Decimal
 from itertools import islice
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import money_text, new_table, styled_state
+from cli.render import count_text, money_text, new_table, price_text, styled_state, time_text
 from worker.ledger.fee_calls import UnresolvedCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
 from worker.rules.decimals import decimal_text
-from worker.rules.invoice_file import InvoiceLine as Charge
+from worker.rules.invoice_file import InvoiceLine
 from worker.rules.reconciliation import LedgerCall, LineMatch, Reconciliation
 
 MAX_ROWS = 100
-"""A table for people has no more; programs are given all."""
+"""Maximum number of rows of a table. JSON and CSV have all rows."""
 
 
 # --- the statement ----------------------------------------------------------------------------------------------------
@@ -26,7 +25,7 @@ MAX_ROWS = 100
 
 @dataclass
 class StatementTotal:
-    """What all lines of one currency come to."""
+    """Totals of all lines in one currency."""
 
     calls: int = 0
     posted: int = 0
@@ -37,7 +36,7 @@ class StatementTotal:
     saved: Savings = field(default_factory=Savings)
 
     def add(self, line: StatementLine) -> None:
-        """Take a line in."""
+        """Add a line."""
         self.calls += line.calls
         self.posted += line.posted
         self.pending += line.pending
@@ -49,7 +48,7 @@ class StatementTotal:
 
 
 def totals_by_currency(lines: Iterable[StatementLine], saved: Mapping[str, Savings]) -> dict[str, StatementTotal]:
-    """By currency. What was saved is given for lines that do not say it: those by price."""
+    """Add up the lines by currency. `saved` has the savings of lines that have none of their own: lines by price."""
     sums: dict[str, StatementTotal] = {}
     for line in lines:
         sums.setdefault(line.currency, StatementTotal()).add(line)
@@ -58,58 +57,69 @@ def totals_by_currency(lines: Iterable[StatementLine], saved: Mapping[str, Savin
     return sums
 
 
-AMOUNT_COLUMNS = ("calls", "posted", "pending", "void", "due", "may be due")
+COUNT_AND_AMOUNT_COLUMNS = ("calls", "posted", "pending", "void", "posted amount", "pending amount")
 
 
 def statement_table(
     lines: Sequence[StatementLine], sums: Mapping[str, StatementTotal], title: str, by: str = "price"
 ) -> RenderableType:
-    """What calls cost, a line for each of what it is by."""
+    """Return a statement as a table with one row for each line, and the totals below."""
     if not lines:
         return Group(Text(title, "bold"), Text("no calls"))
-    heads = ("price list", "price") if by == "price" else (by,)
-    saving = () if by == "price" else ("saved",)
-    sheet = new_table(*heads, *AMOUNT_COLUMNS, "", *saving, title=title, right=["price", *AMOUNT_COLUMNS, "saved"])
+    head_columns = ("price list", "price") if by == "price" else (by,)
+    saved_column = () if by == "price" else ("saved",)
+    table = new_table(
+        *head_columns,
+        *COUNT_AND_AMOUNT_COLUMNS,
+        "",
+        *saved_column,
+        title=title,
+        right=["price", *COUNT_AND_AMOUNT_COLUMNS, "saved"],
+    )
     for line in lines[:MAX_ROWS]:
-        head = (line.key,) if line.price is None else (line.key, money_text(line.price))
+        head = (line.key,) if line.price is None else (line.key, money_text(line.price, line.currency))
         counts = (str(count) for count in (line.calls, line.posted, line.pending, line.void))
-        saved = () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse),)
-        sheet.add_row(
-            *head, *counts, money_text(line.posted_amount), money_text(line.pending_amount), line.currency, *saved
-        )
-    return Group(sheet, *_omitted_rows(len(lines)), *(Text(text) for text in _total_lines(sums)))
+        amounts = (money_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
+        saved = () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
+        table.add_row(*head, *counts, *amounts, line.currency, *saved)
+    return Group(table, *_omitted_rows(len(lines)), *(Text(text) for text in _total_lines(sums)))
 
 
 def _total_lines(sums: Mapping[str, StatementTotal]) -> Iterator[str]:
     for currency, total in sums.items():
-        text = f"{total.calls} calls; {money_text(total.posted_amount)} {currency} due"
+        text = f"{count_text(total.calls, 'call')}: {price_text(total.posted_amount, currency)} posted"
         if total.pending:
-            text += f", {money_text(total.pending_amount)} {currency} may be: their answers were lost"
+            text += f", {price_text(total.pending_amount, currency)} pending (no response received)"
         yield text
         saved = total.saved
         if saved.shared or saved.reused:
             yield (
-                f"saved: {money_text(saved.by_sharing)} {currency} by sharing ({saved.shared} payments), "
-                f"{money_text(saved.by_reuse)} {currency} by reuse ({saved.reused} payments)"
+                f"saved: {price_text(saved.by_sharing, currency)} by sharing ({count_text(saved.shared, 'payment')}), "
+                f"{price_text(saved.by_reuse, currency)} by reuse ({count_text(saved.reused, 'payment')})"
             )
 
 
 def _omitted_rows(count: int) -> list[Text]:
-    return [Text(f"... and {count - MAX_ROWS} more: --csv or --json has all", "dim")] if count > MAX_ROWS else []
+    return [Text(f"... and {count - MAX_ROWS} more: use --csv or --json", "dim")] if count > MAX_ROWS else []
 
 
-def share_table(told: Iterable[PaymentShare], title: str) -> RenderableType:
-    """What each payment owes."""
-    sheet = new_table(
+def share_table(shares: Iterable[PaymentShare], title: str) -> RenderableType:
+    """Return the fee share of each payment as a table."""
+    table = new_table(
         "payment", "account", "shared by", "fee", "", "state", "saved", title=title, right=["shared by", "fee", "saved"]
     )
-    rows = iter(told)
-    for one in islice(rows, MAX_ROWS):
-        who = one.payment_id or "(no payment)"
-        state = styled_state(one.state)
-        saved = money_text(one.saved) if one.saved else ""
-        sheet.add_row(who, one.account_id, str(one.shared_by or ""), money_text(one.fee), one.currency, state, saved)
-    return Group(sheet, *_omitted_rows(MAX_ROWS + sum(1 for _ in rows)))
+    rows = iter(shares)
+    for share in islice(rows, MAX_ROWS):
+        table.add_row(
+            share.payment_id or "(no payment)",
+            share.account_id,
+            str(share.shared_by or ""),
+            money_text(share.fee, share.currency),
+            share.currency,
+            styled_state(share.state),
+            money_text(share.saved, share.currency) if share.saved else "",
+        )
+    return Group(table, *_omitted_rows(MAX_ROWS + sum(1 for _ in rows)))
 
 
 COUNT_FIELDS = ("currency", "calls", "posted", "pending", "void", "posted_amount", "pending_amount")
@@ -120,96 +130,93 @@ CSV_COLUMNS: Mapping[str, Sequence[str]] = {
     "day": ("key", *COUNT_FIELDS, *SAVINGS_FIELDS),
     "payment": tuple(column.name for column in fields(PaymentShare)),
 }
-"""A statement as a CSV file, by what it has a line for: the same columns, whether there is a line or none."""
+"""Columns of a statement as CSV, by the group of its lines. A file without lines has them too."""
 
 
 def csv_row(line: StatementLine | PaymentShare, by: str) -> list[Any]:
-    """A line of a statement as a row of a CSV file."""
+    """Return a line of a statement as a row of its CSV file."""
     cells = {**vars(line), **(vars(line.saved) if isinstance(line.saved, Savings) else {})}
     return [
         decimal_text(cell) if isinstance(cell, Decimal) else cell for cell in map(cells.__getitem__, CSV_COLUMNS[by])
     ]
 
 
-# --- an invoice beside the ledger -------------------------------------------------------------------------------------
+# --- reconciliation ---------------------------------------------------------------------------------------------------
 
 
-def reconciliation_tables(found: Reconciliation, title: str) -> RenderableType:
-    """What agrees, as figures; what does not, line by line."""
-    ours = sum((match.call.price for match in found.matched), Decimal(0))
-    theirs = sum((match.line.amount for match in found.matched), Decimal(0))
+def reconciliation_tables(found: Reconciliation, title: str, currency: str) -> RenderableType:
+    """Return a summary of the matches, and one table for each kind of difference."""
+    ledger_amount = sum((match.call.price for match in found.matched), Decimal(0))
+    invoice_amount = sum((match.line.amount for match in found.matched), Decimal(0))
     parts: list[RenderableType] = [
         Text(title, "bold"),
         Text(
-            f"{len(found.matched)} charges belong to calls of ours: {money_text(theirs)} by them, {money_text(ours)} by us"
+            f"{count_text(len(found.matched), 'match', 'matches')}: {price_text(invoice_amount, currency)} on the "
+            f"invoice, {price_text(ledger_amount, currency)} in the ledger"
         ),
     ]
-    for what, matches in (
-        ("at another price than ours", found.price_differences),
-        ("for calls that are void", found.charged_though_void),
+    for difference, plural, matches in (
+        ("price difference", "price differences", found.price_differences),
+        ("match with a void call", "matches with void calls", found.charged_though_void),
     ):
         if matches:
-            parts += [Text(f"\n{len(matches)} of them {what}"), _match_table(matches), *_omitted_rows(len(matches))]
+            count = count_text(len(matches), difference, plural)
+            parts += [Text(f"\n{count}"), _match_table(matches, currency), *_omitted_rows(len(matches))]
     if found.unmatched_lines:
-        count = len(found.unmatched_lines)
-        parts += [
-            Text(f"\n{count} charges are for no call of ours"),
-            _invoice_line_table(found.unmatched_lines),
-            *_omitted_rows(count),
-        ]
-    left = {call.call_id for call in found.deferred_calls}
-    for what, calls in (
-        ("calls of ours are not charged", [call for call in found.unmatched_calls if call.call_id not in left]),
-        ("pending calls near the month's ends are left to the neighbouring month's invoice", found.deferred_calls),
+        count = count_text(len(found.unmatched_lines), "unmatched line")
+        table = _invoice_line_table(found.unmatched_lines, currency)
+        parts += [Text(f"\n{count}: not in the ledger"), table, *_omitted_rows(len(found.unmatched_lines))]
+    deferred = {call.call_id for call in found.deferred_calls}
+    unmatched = [call for call in found.unmatched_calls if call.call_id not in deferred]
+    for kind, meaning, calls in (
+        ("unmatched call", "not on the invoice", unmatched),
+        ("deferred call", "pending at the month's boundary, may be on the neighbouring invoice", found.deferred_calls),
     ):
         if calls:
-            parts += [Text(f"\n{len(calls)} {what}"), _call_table(calls), *_omitted_rows(len(calls))]
+            text = Text(f"\n{count_text(len(calls), kind)}: {meaning}")
+            parts += [text, _call_table(calls, currency), *_omitted_rows(len(calls))]
     return Group(*parts)
 
 
-def _match_table(matches: Sequence[LineMatch]) -> RenderableType:
-    sheet = new_table("line", "account", "call", "theirs", "ours", "state", right=["line", "theirs", "ours"])
+def _match_table(matches: Sequence[LineMatch], currency: str) -> RenderableType:
+    table = new_table("line", "account", "call", "invoice", "ledger", "state", right=["line", "invoice", "ledger"])
     for match in matches[:MAX_ROWS]:
         call, line = match.call, match.line
-        state = styled_state(call.state.value)
-        sheet.add_row(
-            str(line.row), line.account_id, call.call_id, money_text(line.amount), money_text(call.price), state
+        table.add_row(
+            str(line.row),
+            line.account_id,
+            call.call_id,
+            money_text(line.amount, currency),
+            money_text(call.price, currency),
+            styled_state(call.state.value),
         )
-    return sheet
+    return table
 
 
-def _invoice_line_table(lines: Sequence[Charge]) -> RenderableType:
-    sheet = new_table("line", "account", "number", "when", "amount", right=["line", "amount"])
+def _invoice_line_table(lines: Sequence[InvoiceLine], currency: str) -> RenderableType:
+    table = new_table("line", "account", "number", "time", "amount", right=["line", "amount"])
     for line in lines[:MAX_ROWS]:
-        sheet.add_row(str(line.row), line.account_id, line.number, _time_text(line.since), money_text(line.amount))
-    return sheet
+        amount = money_text(line.amount, currency)
+        table.add_row(str(line.row), line.account_id, line.number, time_text(line.since), amount)
+    return table
 
 
-def _call_table(calls: Sequence[LedgerCall]) -> RenderableType:
-    sheet = new_table("call", "account", "when", "price", "state", right=["price"])
+def _call_table(calls: Sequence[LedgerCall], currency: str) -> RenderableType:
+    table = new_table("call", "account", "time", "price", "state", right=["price"])
     for call in calls[:MAX_ROWS]:
-        sheet.add_row(
-            call.call_id, call.account_id, _time_text(call.at), money_text(call.price), styled_state(call.state.value)
-        )
-    return sheet
+        price, state = money_text(call.price, currency), styled_state(call.state.value)
+        table.add_row(call.call_id, call.account_id, time_text(call.at), price, state)
+    return table
 
 
-def _time_text(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S}Z"
-
-
-def unresolved_table(asked: Sequence[UnresolvedCall], title: str) -> RenderableType:
-    """Calls of unknown fate."""
-    if not asked:
+def unresolved_table(calls: Sequence[UnresolvedCall], title: str) -> RenderableType:
+    """Return unresolved calls as a table."""
+    if not calls:
         return Group(Text(title, "bold"), Text("none"))
-    sheet = new_table("call", "account", "when", "price", "", "what happened", title=title, right=["price"])
-    for one in asked[:MAX_ROWS]:
-        sheet.add_row(
-            one.call_id,
-            one.account_id,
-            _time_text(one.called_at),
-            money_text(one.price),
-            one.currency,
-            one.last_error or "",
+    table = new_table("call", "account", "time", "price", "", "last error", title=title, right=["price"])
+    for call in calls[:MAX_ROWS]:
+        price = money_text(call.price, call.currency)
+        table.add_row(
+            call.call_id, call.account_id, time_text(call.called_at), price, call.currency, call.last_error or ""
         )
-    return Group(sheet, *_omitted_rows(len(asked)))
+    return Group(table, *_omitted_rows(len(calls)))

@@ -64,7 +64,7 @@ def generated_files() -> dict[Path, str]:
     }
 
 
-# --- state machines ---------------------------------------------------------------------------------------------------------
+# --- state machines ---------------------------------------------------------------------------------------------------
 
 
 def state_diagram(transitions: Mapping[tuple[Any, Any], Any], initial: StrEnum) -> str:

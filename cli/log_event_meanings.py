@@ -4,38 +4,48 @@ from collections.abc import Mapping
 
 LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "api_key.mode_detected": "The provider reported the mode of the API key, which decides the price of a call.",
-    "api_key.rejected": "The mode of the API key could not be fetched, or the key must not be used here. No call is made.",
+    "api_key.rejected": "The mode of the API key could not be fetched, or the key must not be used here. No call is "
+    "made.",
     "balance.apply_postponed": "Balances were stored, but applying them failed. `payments.sweep` applies them.",
     "balance.not_found": "A task names a balance that is not in the ledger. Nothing is applied.",
     "balance_poll.failed": "A balance poll failed. The payment still waits for its webhook.",
     "batch.failed": "A micro-batch raised an unexpected error. Its items were not processed.",
     "batch.fallback": "A batch failed, so Celery's default strategy processes its messages one by one.",
-    "call_result.record_retry": "A call result could not be recorded, because the database is unavailable. The worker retries.",
+    "call_result.record_retry": "A call result could not be recorded, because the database is unavailable. The worker "
+    "retries.",
     "circuit_breaker.closed": "The provider responded again. Calls are made.",
     "circuit_breaker.opened": "Consecutive calls failed. No call is made until `open_until`; then one probe is made.",
-    "fee_cap.reached": "A call was not made, because it would exceed a fee cap. Its payments fail with `fee_cap_reached`.",
+    "fee_cap.reached": "A call was not made, because it would exceed a fee cap. Its payments fail with "
+    "`fee_cap_reached`.",
     "fee_cap.warning": "A fee cap is used to 80 %. Logged once a day for each cap.",
-    "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds the work.",
-    "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries again.",
+    "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds "
+    "the work.",
+    "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries "
+    "again.",
     "messages.ack_failed": "Messages could not be acknowledged. The broker redelivers them.",
     "metrics.cap_usage_skipped": "The usage of fee caps is left out of a scrape, because the query took too long.",
     "metrics.collect_failed": "A collector could not read its source. Its metrics are left out of this scrape.",
-    "metrics.open_calls_skipped": "Calls that were pending at the start are not counted, because the query took too long.",
+    "metrics.open_calls_skipped": "Calls that were pending at the start are not counted, because the query took too "
+    "long.",
     "metrics.server_not_started": "The metrics port could not be opened. The role works without metrics.",
     "outcome.delivered": "An outcome was delivered to its task.",
     "outcome.delivery_failed": "An outcome could not be delivered. `payments.sweep` delivers it again.",
     "quarantine.pruned": "The oldest quarantined events were deleted: the quarantine is full, or they are too old.",
-    "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces its own limit.",
+    "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces "
+    "its own limit.",
     "redis.unavailable": "An update of the correlation store was lost. This costs only speed.",
-    "refresh.check_postponed": "A due refresh could not be checked, because the database is unavailable. The next sweep tries again.",
+    "refresh.check_postponed": "A due refresh could not be checked, because the database is unavailable. The next "
+    "sweep tries again.",
     "refresh_call.accepted": "The provider accepted a refresh call.",
     "refresh_call.crashed": "A refresh call raised an unexpected error. Its result is unknown.",
     "refresh_call.failed": "A refresh call was not accepted, or its result is unknown.",
-    "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not be fetched.",
+    "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not "
+    "be fetched.",
     "role.started": "A role started. Addresses are logged without credentials.",
     "task_events.publish_failed": "Events for Flower could not be published.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",
-    "webhook.follow_up_failed": "A delivery was committed, but its follow-up tasks failed. `payments.sweep` finds the work.",
+    "webhook.follow_up_failed": "A delivery was committed, but its follow-up tasks failed. `payments.sweep` finds the "
+    "work.",
     "webhook.internal_error": "A delivery raised an unexpected error. The response is 503, and Quiltt retries.",
     "webhook_subscription.check_failed": "The webhook subscription could not be checked.",
     "webhook_subscription.problem": "The webhook subscription has a problem; see `payready webhooks status`.",

@@ -1,4 +1,4 @@
-"""The command line. Each command translates, asks, and shows; what it shows is made elsewhere."""
+"""The command `payready`. Each command parses its options, calls one use case or query, and prints the result."""
 
 import json
 import uuid
@@ -33,21 +33,22 @@ from worker.runtime import build_runtime, utc_now
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Payments that wait for a fresh balance: run payready on this machine, and look at what it does.",
+    help="Delay payments until a fresh bank balance arrives. Run payready on this machine, inspect it, operate it.",
 )
-payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, look at, cancel.")
+payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fee_commands.app, name="fees")
 app.add_typer(webhook_commands.quarantine_app, name="quarantine")
 app.add_typer(webhook_commands.webhooks_app, name="webhooks")
 
 T = TypeVar("T")
+PaymentId = Annotated[str, typer.Argument(help="The payment's id, as its job has it.")]
 EXIT_NOT_READY = 3
-"""Exit status of `enqueue --wait` when the payment must not start."""
+"""Exit status of `payment enqueue --wait` if the payment must not start."""
 
 
 class State(StrEnum):
-    """The states that a list can be narrowed to."""
+    """Payment states that filter a list."""
 
     WAITING = "waiting"
     RELEASED = "released"
@@ -62,81 +63,76 @@ class FundsCheck(StrEnum):
     DISABLED = "disabled"
 
 
-def _run_with_screen(play: Callable[[Console, Interrupts], T], *, as_json: bool) -> T:
-    screen = Console(stderr=True) if as_json else stdout_console()
-    with report_errors(), interrupts() as signals:
-        try:
-            return play(screen, signals)
-        except Interrupted as interrupted:
-            screen.print(f"{interrupted}: stopped, nothing is left running")
-            raise typer.Exit(interrupted.status) from None
-
-
 @app.command("demo")
 def demo_command(as_json: AsJson = False) -> None:
-    """Run every scenario through the real processes, and check that all comes out as promised."""
-    played = _run_with_screen(run_demo.run_demo, as_json=as_json)
+    """Run every demo scenario through all roles on this machine and check the results. Exit status 1 if one differs."""
+    result = _run_with_console(run_demo.run_demo, as_json=as_json)
     if as_json:
-        typer.echo(render.as_json({"as_promised": played.passed, **vars(played)}))
-    if not played.passed:
+        typer.echo(render.as_json({"passed": result.passed, **vars(result)}))
+    if not result.passed:
         raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("up")
 def up_command(as_json: AsJson = False) -> None:
-    """Run payready on this machine, with a simulator in Quiltt's place, until Ctrl-C."""
-    _run_with_screen(partial(run_dev_stack.run_dev_stack, as_json=as_json), as_json=as_json)
+    """Run payready on this machine against a simulator of Quiltt, until Ctrl-C."""
+    _run_with_console(partial(run_dev_stack.run_dev_stack, as_json=as_json), as_json=as_json)
+
+
+def _run_with_console(run: Callable[[Console, Interrupts], T], *, as_json: bool) -> T:
+    console = Console(stderr=True) if as_json else stdout_console()
+    with report_errors(), interrupts() as signals:
+        try:
+            return run(console, signals)
+        except Interrupted as interrupted:
+            console.print(f"stopped by {interrupted}; all processes have ended")
+            raise typer.Exit(interrupted.status) from None
 
 
 @app.command("doctor")
 def doctor_command(
-    flower: Annotated[str, typer.Option(help="Where Flower answers.")] = "http://127.0.0.1:5555",
+    flower: Annotated[str, typer.Option(help="URL of Flower.")] = "http://127.0.0.1:5555",
     web: Annotated[
-        str | None, typer.Option(help="Where `web` answers, best as Quiltt sees it; default: this host.")
+        str | None,
+        typer.Option(help="URL of `web`, preferably the public one. Default: this host, at PAYREADY_WEBHOOK_PORT."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at everything payready stands on, and say what to do; status 1 if anything is at fault."""
+    """Check all dependencies and print how to fix problems. Exit status 1 if a check fails."""
     with report_errors():
-        findings = doctor.run_checks(settings(), build_runtime(settings()), flower, web)
-        found = list(findings if as_json else map(_print_check_results, findings))
+        results = doctor.run_checks(settings(), build_runtime(settings()), flower, web)
+        found = list(results if as_json else map(_print_check_result, results))
         if as_json:
             typer.echo(render.as_json(found))
-    if any(diagnosis.severity == doctor_results.Severity.ERROR for diagnosis in found):
+    if any(result.severity == doctor_results.Severity.ERROR for result in found):
         raise typer.Exit(EXIT_FAILED)
 
 
-def _print_check_results(diagnosis: doctor_results.CheckResult) -> doctor_results.CheckResult:
-    stdout_console().print(render_payments.check_result_table(diagnosis), highlight=False, soft_wrap=True)
-    return diagnosis
+def _print_check_result(result: doctor_results.CheckResult) -> doctor_results.CheckResult:
+    stdout_console().print(render_payments.check_result_text(result), highlight=False, soft_wrap=True)
+    return result
 
 
-@app.command("replay")
-def redeliver_payment(payment_id: str, as_json: AsJson = False) -> None:
-    """Have a settled payment's outcome delivered again: the same outcome, with the same task ids."""
-    with report_errors():
-        task_ids = flow.redeliver(build_runtime(settings()), payment_id)
-    if as_json:
-        typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
-    if not task_ids:
-        fail(f"{payment_id} has no outcome to deliver: it waits, or is not known")
-    elif not as_json:
-        typer.echo(f"{payment_id}: {', '.join(task_ids)} will be told again within seconds, by `worker`")
+# --- payments ---------------------------------------------------------------------------------------------------------
 
 
 @payment_app.command("enqueue")
 def enqueue_payment(
     account_id: Annotated[str, typer.Argument(help="Quiltt's id of the payer's account.")],
-    amount: Annotated[str | None, typer.Option(help="Decimal, such as 25.00; without it no funds are checked.")] = None,
-    payment_id: Annotated[str | None, typer.Option("--id", help="Your id of the payment; default: a new one.")] = None,
-    timeout_s: Annotated[int | None, typer.Option(help="How long to wait for the balance.")] = None,
-    max_balance_age_s: Annotated[int | None, typer.Option(help="How old a balance may be.")] = None,
+    amount: Annotated[
+        str | None, typer.Option(help="A decimal such as 25.00. Without it there is no funds check.")
+    ] = None,
+    payment_id: Annotated[str | None, typer.Option("--id", help="Your id of the payment. Default: a new id.")] = None,
+    timeout_s: Annotated[int | None, typer.Option(help="Seconds until the payment fails without a balance.")] = None,
+    max_balance_age_s: Annotated[int | None, typer.Option(help="Maximum age of the balance in seconds.")] = None,
     funds_check: Annotated[FundsCheck | None, typer.Option(help="Whether the balance must cover the amount.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="A JSON object, handed back with the outcome.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the outcome; status 3 if the payment must not start.")] = False,
+    metadata: Annotated[str | None, typer.Option(help="A JSON object that the outcome returns.")] = None,
+    wait: Annotated[
+        bool, typer.Option(help="Wait for the outcome. Exit status 3 if the payment must not start.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Enqueue a payment-initiation job."""
+    """Enqueue a job for a payment."""
     given = {
         "account_id": account_id,
         "amount": amount,
@@ -144,69 +140,64 @@ def enqueue_payment(
         "timeout_s": timeout_s,
         "max_balance_age_s": max_balance_age_s,
         "funds_check": funds_check,
-        "metadata": _json_object(metadata),
+        "metadata": _parse_metadata(metadata),
     }
-    arguments = {key: value for key, value in given.items() if value is not None}
+    fields = {key: value for key, value in given.items() if value is not None}
     with report_errors():
-        job = parse_job(arguments, currency=settings().currency)
+        job = parse_job(fields, currency=settings().currency)
         wait_s = job.timeout_s + celery_client.RESPONSE_TIMEOUT_S if wait else None
         try:
-            answer = celery_client.enqueue(settings(), celery_client.job_arguments(job), wait_s=wait_s)
+            result = celery_client.enqueue(settings(), celery_client.job_arguments(job), wait_s=wait_s)
         except PaymentNotReady as not_ready:
             _print_not_ready(job.payment_id, not_ready, as_json=as_json)
         else:
-            _print_enqueued(job.payment_id, answer, waited=wait, as_json=as_json)
+            _print_enqueued(job.payment_id, result, waited=wait, as_json=as_json)
 
 
-def _json_object(text: str | None) -> Any:
+def _parse_metadata(text: str | None) -> Any:
     try:
         return None if text is None else json.loads(text)
     except ValueError:
         raise typer.BadParameter("must be JSON", param_hint="--metadata") from None
 
 
-def _print_enqueued(payment_id: str, answer: Any, *, waited: bool, as_json: bool) -> None:
+def _print_enqueued(payment_id: str, result: Any, *, waited: bool, as_json: bool) -> None:
+    """Print the outcome, or the id of the task if the command did not wait."""
     if waited:
-        typer.echo(render.as_json(answer) if as_json else _print_released(answer))
+        typer.echo(render.as_json(result) if as_json else render_payments.released_text(result))
     elif as_json:
-        typer.echo(render.as_json({"payment_id": payment_id, "task_id": answer}))
+        typer.echo(render.as_json({"payment_id": payment_id, "task_id": result}))
     else:
-        typer.echo(f"{payment_id} enqueued as task {answer}; see: payready payment show {payment_id}")
-
-
-def _print_released(outcome: dict[str, Any]) -> str:
-    fee = outcome["fee"]
-    waited = f"after {outcome['waited_ms'] / 1000:.1f} s, fee {fee['amount']} {fee['currency']} {fee['state']}"
-    return f"{outcome['payment_id']} released: {outcome['verdict']}, {waited}"
+        typer.echo(f"{payment_id}: enqueued as task {result}. Next: payready payment show {payment_id}")
 
 
 def _print_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) -> None:
     if as_json:
-        told = {"payment_id": payment_id, "state": "failed", "reason": error.reason, "detail": error.detail}
-        typer.echo(render.as_json(told))
+        failed = {"payment_id": payment_id, "state": "failed", "reason": error.reason, "detail": error.detail}
+        typer.echo(render.as_json(failed))
         raise typer.Exit(EXIT_NOT_READY)
-    fail(f"{payment_id} is not ready: {error.reason}: {error.detail}", EXIT_NOT_READY)
+    fail(f"{payment_id} failed: {error.reason}: {error.detail}", EXIT_NOT_READY)
 
 
 @payment_app.command("show")
-def show_payment(payment_id: str, as_json: AsJson = False) -> None:
-    """Everything that is known of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
-    found = query(lambda tx: payment_report.payment_timeline(tx, payment_id))
-    if found is None:
-        fail(f"the ledger has no payment {payment_id}")
+def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
+    """Print the history of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
+    timeline = query(lambda tx: payment_report.payment_timeline(tx, payment_id))
+    if timeline is None:
+        fail(f"no payment {payment_id} in the ledger")
     elif as_json:
-        typer.echo(render.as_json(found))
+        typer.echo(render.as_json(timeline))
     else:
-        stdout_console().print(render_payments.payment_timeline(found, utc_now()), highlight=False, soft_wrap=True)
+        stdout_console().print(render_payments.payment_timeline(timeline, utc_now()), highlight=False, soft_wrap=True)
 
 
 @payment_app.command("list")
 def list_payments(
-    state: Annotated[State | None, typer.Option(help="Only those in this state.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+    state: Annotated[State | None, typer.Option(help="Only payments in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of payments.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Payments, the last requested first."""
+    """List payments, the newest first."""
     lines = query(lambda tx: payment_report.list_payments(tx, state=state, limit=limit))
     if as_json:
         typer.echo(render.as_json(lines))
@@ -215,16 +206,30 @@ def list_payments(
 
 
 @payment_app.command("cancel")
-def cancel_payment(payment_id: str, as_json: AsJson = False) -> None:
-    """Fail a waiting payment as cancelled."""
+def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
+    """Fail a waiting payment with the reason `cancelled`."""
     with report_errors():
         cancelled = celery_client.cancel(settings(), payment_id)
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "cancelled": cancelled}))
     elif cancelled:
-        typer.echo(f"{payment_id} is cancelled")
+        typer.echo(f"{payment_id}: cancelled")
     if not cancelled:
-        fail(f"{payment_id} was not cancelled: it was settled before, or is not known")
+        fail(f"{payment_id} was not cancelled: it is already resolved, or unknown")
+
+
+@payment_app.command("redeliver")
+def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
+    """Deliver the outcome of a resolved payment again, with the same task ids."""
+    with report_errors():
+        task_ids = flow.redeliver(build_runtime(settings()), payment_id)
+    if as_json:
+        typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
+    if not task_ids:
+        fail(f"{payment_id} has no outcome to deliver: it is waiting, or unknown")
+    elif not as_json:
+        tasks = "task" if len(task_ids) == 1 else "tasks"
+        typer.echo(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import typer
 
 from cli.log_event_meanings import LOG_EVENT_MEANINGS
@@ -52,21 +51,21 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
-def _commands(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group) or hasattr(command, "commands"):
+def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(command, "commands"):
         for name, child in sorted(command.commands.items()):
             yield from _commands(f"{path} {name}", child)
     else:
         yield path, command
 
 
-def _command_section(path: str, command: click.Command) -> str:
+def _command_section(path: str, command: Any) -> str:
     rows = []
     for parameter in command.params:
         if parameter.name == "help":
             continue
         is_option = parameter.param_type_name == "option"
-        name = " / ".join(parameter.opts) if is_option else str(parameter.human_readable_name)
+        name = " / ".join(parameter.opts) if is_option else str(parameter.name)
         help_text = getattr(parameter, "help", None) or ""
         rows.append(f"| `{name}` | {'required' if parameter.required else 'optional'} | {_cell(help_text)} |")
     table = _table("| argument or option | | meaning |", rows) if rows else ""
@@ -233,9 +232,9 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
         for before, statement in zip(node.body, node.body[1:], strict=False):
             if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == "__tablename__":
                 name = str(ast.literal_eval(before.value))
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
-                    texts[before.target.id] = " ".join(str(statement.value.value).split())
+            match before, statement:
+                case ast.AnnAssign(target=ast.Name(id=column)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[column] = _cell(text)
         if name:
             yield name, texts
 
@@ -243,12 +242,12 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{column.name}` | {_type_name(column)} | {'yes' if column.nullable else ''} | {_cell(texts.get(column.name, ''))} |"
+        f"| `{column.name}` | {_type_name(column)} | {'yes' * column.nullable} | {texts.get(column.name, '')} |"
         for column in table.columns
     ]
     indexes = [
         f"| `{index.name}` | {', '.join(f'`{column.name}`' for column in index.columns)} | "
-        f"{'unique' if index.unique else ''} | {_cell(str(index.dialect_options['postgresql'].get('where') or ''))} |"
+        f"{'unique' if index.unique else ''} | {_condition(index)} |"
         for index in sorted(table.indexes, key=lambda index: str(index.name))
     ]
     index_table = _table("| index | columns | | where |", indexes) if indexes else ""
@@ -256,6 +255,11 @@ def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> s
         f"## `{table.name}`\n\n{texts.get('', '')}\n\n"
         f"{_table('| column | type | null | meaning |', columns)}\n{index_table}"
     )
+
+
+def _condition(index: Any) -> str:
+    where = index.dialect_options["postgresql"].get("where")
+    return "" if where is None else f"`{_cell(str(where))}`"
 
 
 def _type_name(column: Any) -> str:

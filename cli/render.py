@@ -1,9 +1,9 @@
-"""The console's pictures: tables and timelines for people, JSON for programs."""
+"""Shared rendering: JSON for programs; amounts, times, counts and tables for people."""
 
 import dataclasses
 import json
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.ledger.payment_report import PaymentLine
-from worker.rules.decimals import decimal_text
+from worker.rules.decimals import MINOR_UNIT_DIGITS, decimal_text
 
 AMOUNT_FIELDS = (
     "amount",
@@ -24,19 +24,20 @@ AMOUNT_FIELDS = (
     "released_since_balance",
     "available_after_releases",
 )
-"""The sums of money in a verdict's funds_calculation."""
+"""Fields of a funds calculation that are amounts of money."""
 STATE_STYLES = {
     "released": "green",
     "failed": "red",
-    "refused": "red",
+    "rejected": "red",
     "waiting": "yellow",
     "posted": "",
     "pending": "yellow",
 }
+DEFAULT_CURRENCY_DECIMALS = 2
 
 
 def as_json(value: Any) -> str:
-    """Any report as JSON: money as strings, times in UTC."""
+    """Return a report as JSON: amounts as strings, times in UTC."""
     return json.dumps(value, default=_json_value, indent=2)
 
 
@@ -50,50 +51,67 @@ def _json_value(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 
-def money_text(value: Decimal) -> str:
-    """A sum with two decimal places, or as many more as it has."""
+def money_text(value: Decimal, currency: str = "") -> str:
+    """Return an amount without its currency. It has at least the currency's decimals, and no other trailing zeros."""
+    decimals = MINOR_UNIT_DIGITS.get(currency, DEFAULT_CURRENCY_DECIMALS)
     whole, _, fraction = decimal_text(value).partition(".")
-    return f"{whole}.{fraction.rstrip('0').ljust(2, '0')}"
+    fraction = fraction.rstrip("0").ljust(decimals, "0")
+    return f"{whole}.{fraction}" if fraction else whole
+
+
+def price_text(value: Decimal, currency: str) -> str:
+    """Return an amount with its currency, such as `0.10 USD`."""
+    return f"{money_text(value, currency)} {currency}"
+
+
+def time_text(at: datetime) -> str:
+    """Return a time in UTC to the second, such as `2026-11-22 12:00:00Z`."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: `1 call`, `2 calls`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def styled_state(state: str) -> Text:
-    """A state in its colour."""
+    """Return a state with its colour."""
     return Text(state, STATE_STYLES.get(state, ""))
 
 
-FOLDED_COLUMNS = ("payment", "account", "call", "number", "price list", "what happened", "verdict or reason")
-"""Columns that go over several lines where there is no room: names. Sums, counts, states and times are never cut."""
-MAX_FOLDED_WIDTH = 8
-"""So wide at least."""
+FOLDED_COLUMNS = ("payment", "account", "call", "number", "price list", "last error", "verdict or reason", "reason")
+"""Columns that wrap on a narrow terminal. Amounts, counts, states and times are never cut or wrapped."""
+MIN_FOLDED_WIDTH = 8
+"""Minimum width of a column that wraps, in characters."""
 COLUMN_GAP = 2
-"""Between columns."""
+"""Spaces between two columns."""
 
 
 class _FoldingTable(Table):
-    """A table whose cells say what they say: what others wrote is no markup, and where it has no room nothing is cut.
+    """A table that never cuts a cell. Text in cells is not parsed as markup: it may be from outside.
 
-    Names are folded; where that is not enough, each row becomes a list of its cells.
+    If the terminal is too narrow even with wrapped names, each row is printed as a list of its cells.
     """
 
     def __init__(self, title: str | None) -> None:
         super().__init__(
             box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim"
         )
-        self._told: list[tuple[Text, ...]] = []
+        self._rows_of_text: list[tuple[Text, ...]] = []
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row; text is taken as it is."""
+        """Add a row. Strings are literal text."""
         texts = tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells)
-        self._told.append(texts)
+        self._rows_of_text.append(texts)
         super().add_row(*texts, **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._least_width() <= options.max_width:
+        if self._min_width() <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
         if self.title is not None:
             yield Text(str(self.title), "bold")
-        for row in self._told:
+        for row in self._rows_of_text:
             record = Table.grid(padding=(0, COLUMN_GAP))
             record.add_column(style="dim", no_wrap=True)
             record.add_column(overflow="fold")
@@ -101,26 +119,31 @@ class _FoldingTable(Table):
                 record.add_row(str(column.header), cell)
             yield from (record, Text())
 
-    def _least_width(self) -> int:
-        least = COLUMN_GAP * (len(self.columns) - 1)
+    def _min_width(self) -> int:
+        total = COLUMN_GAP * (len(self.columns) - 1)
         for number, column in enumerate(self.columns):
-            widest = max(cell_len(str(column.header)), *(row[number].cell_len for row in self._told), 0)
-            least += widest if column.no_wrap else min(widest, MAX_FOLDED_WIDTH)
-        return least
+            widest = max(cell_len(str(column.header)), *(row[number].cell_len for row in self._rows_of_text), 0)
+            total += widest if column.no_wrap else min(widest, MIN_FOLDED_WIDTH)
+        return total
 
 
 def new_table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
-    """An empty table, with these columns."""
-    made = _FoldingTable(title)
+    """Create an empty table. Columns in `right` are right-aligned."""
+    right_aligned = set(right)
+    table = _FoldingTable(title)
     for column in columns:
-        justify: JustifyMethod = "right" if column in right else "left"
-        made.add_column(column, justify=justify, no_wrap=column not in FOLDED_COLUMNS, overflow="fold")
-    return made
+        justify: JustifyMethod = "right" if column in right_aligned else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in FOLDED_COLUMNS, overflow="fold")
+    return table
 
 
 def fee_text(line: PaymentLine) -> str:
-    return "reused" if line.reused else f"{money_text(line.fee.amount)} {line.fee.state}" if line.fee else ""
+    """Return a payment's fee share and its state, or `reused`, for a table."""
+    if line.reused:
+        return "reused"
+    return f"{money_text(line.fee.amount, line.fee.currency)} {line.fee.state}" if line.fee else ""
 
 
 def waited_text(line: PaymentLine, now: datetime) -> str:
+    """Return the seconds from the request to the resolution, or to now."""
     return f"{((line.resolved_at or now) - line.requested_at).total_seconds():.1f} s"

@@ -1,4 +1,4 @@
-"""The console's pictures: tables and timelines for people, JSON for programs."""
+"""Output of the demo: a table of its jobs, and the results of its checks."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,78 +13,67 @@ from demo.demo_checks import DemoCheck
 from demo.demo_plan import DemoJob
 from worker.ledger.payment_report import PaymentLine
 
-# --- the demo ---------------------------------------------------------------------------------------------------------
-
-
 BOARD_COLUMNS = {
-    "order": 9,
-    "what happens": 26,
+    "job": 9,
+    "scenario": 26,
     "state": 8,
     "verdict or reason": 20,
     "waited": 6,
     "fee share": 15,
-    "told": 4,
+    "done": 4,
 }
-"""The columns of the demo's board, and their widths: it keeps its shape while it fills."""
+"""Columns of the demo's board with their widths in characters. Fixed widths keep the live table from moving."""
 BOARD_WIDTH = sum(BOARD_COLUMNS.values()) + 2 * (len(BOARD_COLUMNS) - 1)
 
 
 def demo_board(
-    plan: Sequence[DemoJob],
+    jobs: Sequence[DemoJob],
     lines: Mapping[str, PaymentLine],
-    told: Mapping[str, Mapping[str, Any]],
+    journal: Mapping[str, Mapping[str, Any]],
     now: datetime,
     *,
     width: int = BOARD_WIDTH,
 ) -> Table:
-    """The demo's orders, as far as they have come; where there is no room, without what happens in each."""
+    """Return the demo's jobs as a table. On a narrow terminal it has no column `scenario`."""
     hidden = 1 if width < BOARD_WIDTH else None
     table = Table(box=None, pad_edge=False, header_style="dim")
     for number, (name, column_width) in enumerate(BOARD_COLUMNS.items()):
         if number != hidden:
             justify: JustifyMethod = "right" if name == "waited" else "left"
             table.add_column(name, min_width=column_width, no_wrap=True, justify=justify)
-    for order in plan:
-        cells = job_cells(order, lines.get(order.payment_id), told.get(order.name), now)
+    for job in jobs:
+        cells = job_cells(job, lines.get(job.payment_id), journal.get(job.name), now)
         table.add_row(*(cell for number, cell in enumerate(cells) if number != hidden))
     return table
 
 
 def job_cells(
-    order: DemoJob, line: PaymentLine | None, told: Mapping[str, Any] | None, now: datetime
+    job: DemoJob, line: PaymentLine | None, entry: Mapping[str, Any] | None, now: datetime
 ) -> tuple[str | Text, ...]:
-    """One order's row. A job that was refused has no payment of its own."""
-    tick = "✓" if told else ""
-    if order.expected.state == "refused":
-        ending, word = ("refused", str(told["word"])) if told else ("", "")
-        return order.name, order.description, styled_state(ending), word, "", "", tick
+    """Return a job's row of the board. A rejected job has no payment of its own, only an entry in the journal."""
+    done = "✓" if entry else ""
+    if job.expected.state == "rejected":
+        state, reason = ("rejected", str(entry["reason"])) if entry else ("", "")
+        return job.name, job.description, styled_state(state), reason, "", "", done
     if line is None:
-        return order.name, order.description, Text(""), "", "", "", tick
-    state = styled_state(line.state.value)
-    return (
-        order.name,
-        order.description,
-        state,
-        line.verdict_or_reason or "",
-        waited_text(line, now),
-        fee_text(line),
-        tick,
-    )
+        return job.name, job.description, Text(""), "", "", "", done
+    state_text, reason = styled_state(line.state.value), line.verdict_or_reason or ""
+    return job.name, job.description, state_text, reason, waited_text(line, now), fee_text(line), done
 
 
-def check_lines(found: Sequence[DemoCheck]) -> RenderableType:
-    """What the referee found."""
-    return Group(*(_check_line(finding) for finding in found))
+def check_lines(checks: Sequence[DemoCheck]) -> RenderableType:
+    """Return the results of the demo's checks, one line each, with the failures below."""
+    return Group(*map(_check_line, checks))
 
 
-def _check_line(finding: DemoCheck) -> Text:
+def _check_line(check: DemoCheck) -> Text:
     text = Text()
-    if finding.failures:
-        text.append("✗ ", "bold red").append(f"{finding.rule}; but")
-        for line in finding.failures:
-            text.append(f"\n    {line}", "red")
+    if check.failures:
+        text.append("✗ ", "bold red").append(f"{check.rule}: failed")
+        for failure in check.failures:
+            text.append(f"\n    {failure}", "red")
     else:
-        text.append("✓ ", "bold green").append(finding.rule)
-        if finding.cases > 1:
-            text.append(f" ({finding.cases})", "dim")
+        text.append("✓ ", "bold green").append(check.rule)
+        if check.cases > 1:
+            text.append(f" ({check.cases})", "dim")
     return text

@@ -1,6 +1,7 @@
-"""The console's pictures: tables and timelines for people, JSON for programs."""
+"""Output about payments and check results, for people."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -9,156 +10,192 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cli.doctor_results import CheckResult, Severity
-from cli.render import AMOUNT_FIELDS, fee_text, money_text, new_table, styled_state, waited_text
-from worker.ledger.payment_report import CallLine, PaymentFee, PaymentLine, PaymentTimeline
-from worker.rules.decimals import decimal_text
+from cli.render import (
+    AMOUNT_FIELDS,
+    count_text,
+    fee_text,
+    money_text,
+    new_table,
+    price_text,
+    styled_state,
+    time_text,
+    waited_text,
+)
+from worker.ledger.payment_report import BalanceLine, CallLine, PaymentFee, PaymentLine, PaymentTimeline
 from worker.rules.states import PaymentState
+
+_SEVERITY_MARKS = {
+    Severity.OK: ("✓ ", "green"),
+    Severity.WARNING: ("! ", "yellow"),
+    Severity.ERROR: ("✗ ", "red"),
+}
 
 
 def payment_table(lines: Sequence[PaymentLine], now: datetime) -> RenderableType:
-    """Payments as a list."""
+    """Return payments as a table."""
     if not lines:
         return Text("no payments")
-    listed = new_table(
+    table = new_table(
         "payment", "account", "state", "verdict or reason", "waited", "fee", "requested", right=["waited"]
     )
     for line in lines:
-        requested = f"{line.requested_at:%Y-%m-%d %H:%M:%S}Z"
-        state = styled_state(line.state.value)
-        listed.add_row(
+        table.add_row(
             line.payment_id,
             line.account_id,
-            state,
+            styled_state(line.state.value),
             line.verdict_or_reason or "",
             waited_text(line, now),
             fee_text(line),
-            requested,
+            time_text(line.requested_at),
         )
-    return listed
+    return table
 
 
-def check_result_table(told: CheckResult) -> Text:
-    """What a check of the doctor found, in a line, and what to do in another."""
-    mark, style = {Severity.OK: ("✓ ", "green"), Severity.WARNING: ("! ", "yellow"), Severity.ERROR: ("✗ ", "red")}[
-        told.severity
-    ]
-    text = Text().append(mark, f"bold {style}").append(f"{told.check}: {told.message}")
-    return text.append(f"\n    {told.fix}", style) if told.fix else text
+def released_text(outcome: Mapping[str, Any]) -> str:
+    """Return the outcome of a released payment as one line."""
+    fee, waited_s = outcome["fee"], outcome["waited_ms"] / 1000
+    price = price_text(Decimal(fee["amount"]), fee["currency"])
+    return f"{outcome['payment_id']} released: {outcome['verdict']}, after {waited_s:.1f} s, fee {price} {fee['state']}"
+
+
+def check_result_text(result: CheckResult) -> Text:
+    """Return a check result as one line, and the fix as a second one."""
+    mark, style = _SEVERITY_MARKS[result.severity]
+    text = Text().append(mark, f"bold {style}").append(f"{result.check}: {result.message}")
+    return text.append(f"\n    {result.fix}", style) if result.fix else text
 
 
 # --- one payment ------------------------------------------------------------------------------------------------------
 
 
-def payment_timeline(found: PaymentTimeline, now: datetime) -> RenderableType:
-    """Everything that is known of one payment, in the order in which it happened."""
-    line = found.payment
-    steps = new_table("after", "what", "", right=["after"])
-    steps.columns[-1].no_wrap = False
-    for at, what, detail in sorted(_timeline_events(found), key=lambda event: event[0]):
-        steps.add_row(f"{(at - line.requested_at).total_seconds():.3f} s", what, detail)
+@dataclass(frozen=True, kw_only=True)
+class TimelineEvent:
+    """A row of a payment's timeline."""
+
+    at: datetime
+    name: str
+    detail: str
+
+
+def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType:
+    """Return the history of one payment: its state, its events in order of time, and facts about it."""
+    line = timeline.payment
+    table = new_table("after", "event", "detail", right=["after"])
+    table.columns[-1].no_wrap = False
+    for event in sorted(_timeline_events(timeline), key=lambda event: event.at):
+        table.add_row(f"{(event.at - line.requested_at).total_seconds():.3f} s", event.name, event.detail)
     head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled_state(line.state.value))
     if line.verdict_or_reason:
         head.append(f": {line.verdict_or_reason}")
-    facts = [Text(fact) for fact in _payment_facts(found, now)]
-    return Group(
-        head, Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim"), Text(), steps, Text(), *facts
-    )
+    facts = [Text(fact) for fact in _payment_facts(timeline, now)]
+    requested = Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim")
+    return Group(head, requested, Text(), table, Text(), *facts)
 
 
-def _timeline_events(found: PaymentTimeline) -> Iterator[tuple[datetime, str, str]]:
-    line = found.payment
-    yield line.requested_at, "job taken in", _job_text(found)
-    for call in found.calls:
-        yield call.called_at, "call", f"{call.call_id}, fee entry pending: {money_text(call.price)} {call.currency}"
+def _timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
+    line = timeline.payment
+    yield TimelineEvent(at=line.requested_at, name="job accepted", detail=_job_text(timeline))
+    for call in timeline.calls:
+        price = price_text(call.price, call.currency)
+        yield TimelineEvent(at=call.called_at, name="call", detail=f"{call.call_id}, fee entry pending: {price}")
         if call.finalized_at:
-            yield call.finalized_at, f"fee {call.state}", f"{call.call_id}, {_evidence_text(call)}"
-    if found.balance:
-        figure = "null" if found.balance.available is None else money_text(found.balance.available)
-        yield (
-            found.balance.received_at,
-            "balance",
-            f"{found.balance.balance_id}, {found.balance.event_id}, available {figure}, {_time_column(found)}",
-        )
+            detail = f"{call.call_id}, {_evidence_text(call)}"
+            yield TimelineEvent(at=call.finalized_at, name=f"fee {call.state}", detail=detail)
+    for balance in (timeline.balance, *timeline.unapplied_balances):
+        if balance:
+            yield TimelineEvent(at=balance.received_at, name="balance", detail=_balance_text(timeline, balance))
     if line.resolved_at:
-        yield line.resolved_at, line.state.value, line.verdict_or_reason or ""
+        yield TimelineEvent(at=line.resolved_at, name=line.state.value, detail=line.verdict_or_reason or "")
     else:
-        yield line.deadline, "deadline", "not yet"
-    for reply in found.deliveries:
-        if reply.delivered_at:
-            yield reply.delivered_at, "outcome delivered", f"to task {reply.task_id}"
+        yield TimelineEvent(at=line.deadline, name="deadline", detail="")
+    for delivery in timeline.deliveries:
+        if delivery.delivered_at:
+            detail = f"to task {delivery.task_id}"
+            yield TimelineEvent(at=delivery.delivered_at, name="outcome delivered", detail=detail)
 
 
-def _job_text(found: PaymentTimeline) -> str:
-    job = found.job
-    amount = f"{job['amount']} {job.get('currency', 'USD')}" if "amount" in job else "no amount"
-    seconds = (found.payment.deadline - found.payment.requested_at).total_seconds()
-    return f"{amount}, waits {seconds:.0f} s at most"
+def _job_text(timeline: PaymentTimeline) -> str:
+    job, currency = timeline.job, _job_currency(timeline)
+    amount = price_text(Decimal(job["amount"]), currency) if "amount" in job else "no amount"
+    timeout_s = (timeline.payment.deadline - timeline.payment.requested_at).total_seconds()
+    return f"{amount}, timeout {timeout_s:.0f} s"
+
+
+def _job_currency(timeline: PaymentTimeline) -> str:
+    return str(timeline.job.get("currency", "USD"))
 
 
 def _evidence_text(call: CallLine) -> str:
     return ", ".join(f"{key} {value}" for key, value in (call.evidence or {}).items())
 
 
-def _time_column(found: PaymentTimeline) -> str:
-    return f"as of {found.balance.at:%H:%M:%S}Z" if found.balance else ""
+def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
+    available = "null" if balance.available is None else money_text(balance.available, _job_currency(timeline))
+    ids = f"{balance.balance_id}, {balance.event_id}"
+    return f"{ids}, available {available}, as of {time_text(balance.at)}"
 
 
-def _payment_facts(found: PaymentTimeline, now: datetime) -> Iterator[str]:
-    line = found.payment
+def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
+    line = timeline.payment
     if line.state == PaymentState.WAITING:
-        yield f"waits since {waited_text(line, now)} for a balance of {line.account_id}"
-    if found.funds_calculation:
-        yield _calculation_text(found.funds_calculation)
-    if line.state == PaymentState.FAILED and found.outcome:
-        yield f"detail: {found.outcome['detail']}"
-    if found.refresh:
-        yield f"refresh {found.refresh.refresh_id}: {found.refresh.state}" + (
-            f", last trouble: {found.refresh.last_error}" if found.refresh.last_error else ""
-        )
-    yield _fee_fact(found)
-    waiting = [reply.task_id for reply in found.deliveries if not reply.delivered_at]
-    if waiting:
-        yield f"not told yet: {', '.join(waiting)}"
+        yield f"waiting for {waited_text(line, now)} for a balance of {line.account_id}"
+    if timeline.unapplied_balances:
+        yield _unapplied_text(timeline.unapplied_balances)
+    if timeline.funds_calculation:
+        yield _calculation_text(timeline.funds_calculation)
+    if line.state == PaymentState.FAILED and timeline.outcome:
+        yield f"detail: {timeline.outcome['detail']}"
+    if timeline.refresh:
+        last_error = f", last error: {timeline.refresh.last_error}" if timeline.refresh.last_error else ""
+        yield f"refresh {timeline.refresh.refresh_id}: {timeline.refresh.state}{last_error}"
+    yield _fee_fact(timeline)
+    undelivered = [delivery.task_id for delivery in timeline.deliveries if not delivery.delivered_at]
+    if undelivered and line.resolved_at:
+        yield f"outcome not delivered yet: {', '.join(undelivered)}"
 
 
-def _fee_fact(found: PaymentTimeline) -> str:
-    line = found.payment
+def _unapplied_text(balances: Sequence[BalanceLine]) -> str:
+    ids = ", ".join(balance.balance_id for balance in balances)
+    verb = "is" if len(balances) == 1 else "are"
+    return f"{count_text(len(balances), 'balance')} arrived and {verb} not applied yet: {ids}"
+
+
+def _fee_fact(timeline: PaymentTimeline) -> str:
+    line = timeline.payment
     if line.reused:
-        saved = f", which saved {money_text(found.calls[0].price)} {found.calls[0].currency}" if found.calls else ""
-        return f"fee: none, an earlier call's balance served{saved}"
+        call = next(iter(timeline.calls), None)
+        saved = f", saved {price_text(call.price, call.currency)}" if call else ""
+        return f"fee: none, reused the balance of an earlier call{saved}"
     if line.state == PaymentState.WAITING:
-        return "fee: its share is known when it is settled"
+        return "fee: known when the payment is resolved"
     return "fee: none" if line.fee is None else f"fee: {_share_text(line.fee)}"
 
 
 def _share_text(fee: PaymentFee) -> str:
-    amount = f"{decimal_text(fee.amount)} {fee.currency}, {fee.state}"
-    return (
-        amount
-        if fee.shared_by == 1
-        else f"{amount}: a share of {money_text(fee.total)}, between {fee.shared_by} payments"
-    )
+    amount = f"{price_text(fee.amount, fee.currency)}, {fee.state}"
+    if fee.shared_by == 1:
+        return amount
+    return f"{amount}: share of {price_text(fee.total, fee.currency)} among {count_text(fee.shared_by, 'payment')}"
 
 
-def _calculation_text(funds_calculation: Mapping[str, Any]) -> str:
-    """The verdict's funds_calculation as sums."""
-    sums = {
-        key: money_text(Decimal(value))
-        for key, value in funds_calculation.items()
+def _calculation_text(calculation: Mapping[str, Any]) -> str:
+    """Return the funds calculation as two sums: needed and available funds."""
+    currency = calculation["currency"]
+    amounts = {
+        key: money_text(Decimal(value), currency)
+        for key, value in calculation.items()
         if key in AMOUNT_FIELDS and value is not None
     }
-    needed = f"{sums['needed']} {funds_calculation['currency']} needed"
-    if sums["needed"] != sums["amount"]:
-        needed += f" = {sums['amount']} * {funds_calculation['multiplier']} + {sums['fixed']}"
-    if "available_after_releases" not in sums:
-        return f"{needed}; what is available is not known"
-    parts = [f"{sums['available']} available"]
-    if "limit" in sums:
-        parts.append(f"+ {sums['limit']} overdraft")
-    if funds_calculation["released_count"]:
-        parts.append(f"- {sums['released_since_balance']} released on it since ({funds_calculation['released_count']})")
-    return (
-        f"{needed}; {parts[0]}"
-        if len(parts) == 1
-        else f"{needed}; {sums['available_after_releases']} there = {' '.join(parts)}"
-    )
+    needed = f"needed {amounts['needed']} {currency}"
+    if amounts["needed"] != amounts["amount"]:
+        needed += f" = {amounts['amount']} * {calculation['multiplier']} + {amounts['fixed']}"
+    if "available_after_releases" not in amounts:
+        return f"{needed}; available funds unknown"
+    terms = [f"{amounts['available']} balance"]
+    if "limit" in amounts:
+        terms.append(f"+ {amounts['limit']} overdraft")
+    if calculation["released_count"]:
+        releases = count_text(calculation["released_count"], "release")
+        terms.append(f"- {amounts['released_since_balance']} in {releases} since the balance")
+    available = f"available {amounts['available_after_releases']} {currency}"
+    return f"{needed}; {available}" if len(terms) == 1 else f"{needed}; {available} = {' '.join(terms)}"

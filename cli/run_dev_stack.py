@@ -1,4 +1,4 @@
-"""`payready up`: the same processes, for as long as you like; what they learn is kept in `.run/up/`."""
+"""`payready up`: the demo's stack until Ctrl-C. Its data stays in `.run/up/`."""
 
 import fcntl
 import shlex
@@ -21,22 +21,22 @@ CHECK_INTERVAL_S = 0.5
 
 
 def run_dev_stack(console: Console, interrupts: Interrupts, *, as_json: bool, folder: Path = RUN_FOLDER) -> None:
-    """Run payready until a signal comes; say where all of it is once it is up, `as_json` on standard output.
+    """Run payready until a signal is received. Print its addresses once it is up, as JSON if `as_json`.
 
     Raises:
-        StartError: a process did not come up, ended by itself, or payready is up in this folder already.
-        Interrupted: before it was up.
+        StartError: a process did not start, or exited, or payready is already up in this folder.
+        Interrupted: a signal was received before payready was up.
     """
-    with _lock_folder(folder), dev_stack(folder, interrupts.check, PORTS) as running:
+    with _lock_folder(folder), dev_stack(folder, interrupts.check, PORTS) as stack:
         environ = folder / "env"
-        environ.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in running.settings.items()))
+        environ.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in stack.settings.items()))
         if as_json:
-            typer.echo(render.as_json(_addresses(running) | {"settings": str(environ)}))
+            typer.echo(render.as_json(_addresses(stack) | {"settings": str(environ)}))
         else:
-            _print_addresses(console, running, environ)
+            _print_addresses(console, stack, environ)
         try:
             while True:
-                running.processes.check_all_running()
+                stack.processes.check_all_running()
                 interrupts.sleep(CHECK_INTERVAL_S)
         except Interrupted:
             console.print("stopping ...")
@@ -44,38 +44,41 @@ def run_dev_stack(console: Console, interrupts: Interrupts, *, as_json: bool, fo
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder, which one payready at a time can use."""
+    """Lock the folder: only one stack at a time can use it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(f"payready is up already: its addresses are in {folder / 'env'}") from None
+            raise StartError(f"payready is already up; its addresses are in {folder / 'env'}") from None
         yield
 
 
-def _print_addresses(console: Console, running: DevStack, environ: Path) -> None:
+def _print_addresses(console: Console, stack: DevStack, environ: Path) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
-    remarks = {"flower": f"  login {FLOWER_LOGIN}", "simulator": "  (stands in for Quiltt; python -m simulator --list)"}
-    for what, where in _addresses(running).items():
-        table.add_row(what.replace("_", " "), where + remarks.get(what, ""))
-    console.print("[bold green]payready is up.[/] Ctrl-C stops it; what is in the ledger stays.\n", highlight=False)
+    remarks = {
+        "flower": f"  login {FLOWER_LOGIN}",
+        "simulator": "  (simulates Quiltt; scenarios: python -m simulator --list)",
+    }
+    for name, address in _addresses(stack).items():
+        table.add_row(name.replace("_", " "), address + remarks.get(name, ""))
+    console.print("[bold green]payready is up.[/] Ctrl-C stops it; the ledger stays.\n", highlight=False)
     console.print(table, soft_wrap=True)
-    console.print("\nIn another terminal, start a payment and look at it:\n")
+    console.print("\nIn another terminal, enqueue a payment and inspect it:\n")
     for line in (f". {shlex.quote(str(environ))}", *EXAMPLES):
         console.print(f"    {line}", style="cyan", highlight=False, soft_wrap=True)
     console.print()
 
 
-def _addresses(running: DevStack) -> dict[str, str]:
+def _addresses(stack: DevStack) -> dict[str, str]:
     return {
-        "webhook_endpoint": f"{running.web_url}/webhooks/quiltt",
-        "flower": running.flower_url,
-        "simulator": running.simulator_url,
-        "broker_and_results": running.redis_url,
-        "ledger": running.database_url,
-        **{f"metrics_of_{role}": url for role, url in running.metrics_urls.items()},
-        "logs": str(running.processes.folder),
+        "webhook_endpoint": f"{stack.web_url}/webhooks/quiltt",
+        "flower": stack.flower_url,
+        "simulator": stack.simulator_url,
+        "broker_and_results": stack.redis_url,
+        "ledger": stack.database_url,
+        **{f"metrics_of_{role}": url for role, url in stack.metrics_urls.items()},
+        "logs": str(stack.processes.folder),
     }
 
 

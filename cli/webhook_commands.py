@@ -1,14 +1,15 @@
-"""Commands about the webhook: events in quarantine, and the subscription at the provider."""
+"""Commands about the webhook: quarantined events, and the subscription at the provider."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from cli import celery_client, render
-from cli.command_line import AsJson, fail, query, report_errors, stdout_console
+from cli.command_line import EXIT_FAILED, AsJson, fail, query, report_errors, stdout_console
 from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
@@ -19,14 +20,25 @@ from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
 from worker.runtime import Runtime
 
-quarantine_app = typer.Typer(no_args_is_help=True, help="Events that were rightly signed and could not be understood.")
-webhooks_app = typer.Typer(no_args_is_help=True, help="The subscription by which the provider delivers to us.")
+quarantine_app = typer.Typer(
+    no_args_is_help=True, help="Webhook events with a valid signature that payready cannot parse."
+)
+webhooks_app = typer.Typer(no_args_is_help=True, help="The provider's subscription that delivers events to payready.")
 
-QuarantineId = Annotated[str, typer.Argument(help="As `list` shows it.")]
-QuarantineIds = Annotated[list[str] | None, typer.Argument(help="As `list` shows them.")]
-AllEvents = Annotated[bool, typer.Option("--all", help="Every one there is.")]
+QuarantineId = Annotated[str, typer.Argument(help="Id of an event, from `payready quarantine list`.")]
+QuarantineIds = Annotated[list[str] | None, typer.Argument(help="Ids of events, from `payready quarantine list`.")]
+AllEvents = Annotated[bool, typer.Option("--all", help="All events in quarantine.")]
 PAGE_SIZE = 200
-T = TypeVar("T")
+
+
+class ReplayResult(StrEnum):
+    """Result of parsing a quarantined event again."""
+
+    APPLIED = "applied"
+    """The event has balances: they are stored, and removed from quarantine."""
+    IRRELEVANT = "irrelevant"
+    """The event parses and has nothing for payready: removed."""
+    STILL_UNPARSEABLE = "still_unparseable"
 
 
 # --- quarantine -------------------------------------------------------------------------------------------------------
@@ -34,174 +46,207 @@ T = TypeVar("T")
 
 @quarantine_app.command("list")
 def list_quarantined(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of events.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Events in quarantine, the last that came first; without what is in them."""
+    """List quarantined events without their content, the newest first."""
     found = query(lambda tx: quarantine.newest_events(tx, limit))
     if as_json:
-        typer.echo(render.as_json([_summary(kept) for kept in found]))
+        typer.echo(render.as_json([_summary(event) for event in found]))
         return
-    table = Table("event", "came", "bytes", "reason", box=None, pad_edge=False, header_style="dim")
-    for kept in found:
-        table.add_row(kept.quarantine_id, f"{kept.received_at:%Y-%m-%d %H:%M:%S}Z", str(len(kept.event)), kept.reason)
+    table = render.new_table("event", "received", "bytes", "reason", right=["bytes"])
+    for event in found:
+        table.add_row(event.quarantine_id, render.time_text(event.received_at), str(len(event.event)), event.reason)
     stdout_console().print(table if found else "the quarantine is empty", highlight=False, markup=False)
 
 
 @quarantine_app.command("show")
 def show_quarantined(quarantine_id: QuarantineId, as_json: AsJson = False) -> None:
-    """One event, whole, and why it was set aside."""
-    kept = query(lambda tx: quarantine.find(tx, quarantine_id))
-    if kept is None:
-        fail(f"there is no {quarantine_id} in quarantine")
+    """Print one quarantined event with its content and the reason."""
+    event = query(lambda tx: quarantine.find(tx, quarantine_id))
+    if event is None:
+        fail(f"no event {quarantine_id} in quarantine")
     if as_json:
-        typer.echo(render.as_json({**_summary(kept), "event": kept.event.decode(errors="backslashreplace")}))
+        typer.echo(render.as_json({**_summary(event), "event": event.event.decode(errors="backslashreplace")}))
     else:
-        typer.echo(f"{kept.quarantine_id} came {kept.received_at:%Y-%m-%d %H:%M:%S}Z: {kept.reason}\n")
-        typer.echo(_printable_text(kept.event))
+        typer.echo(f"{event.quarantine_id}, received {render.time_text(event.received_at)}: {event.reason}\n")
+        typer.echo(_printable_text(event.event))
 
 
 @quarantine_app.command("replay")
 def replay_quarantined(ids: QuarantineIds = None, all_events: AllEvents = False, as_json: AsJson = False) -> None:
-    """Read events again, by the rules of this version: who waits for one that is understood now is settled by it.
+    """Parse quarantined events again with this version, and apply their balances to waiting payments.
 
-    What is still not understood stays. To be used after an upgrade.
+    Events that this version cannot parse stay in quarantine. Use it after an upgrade.
     """
-    counts = {"taken": 0, "not_ours": 0, "still_odd": 0}
-    with report_errors():
-        rt = runtime.build_runtime(settings())
-        try:
-            for kept in _select(rt, ids, all_events=all_events):
-                counts[_replay_one(rt, kept)] += 1
-        finally:
-            rt.engine.dispose()
+    counts = Counter(dict.fromkeys(ReplayResult, 0))
+    with _selected_events(ids, all_events=all_events) as (rt, selected):
+        for event in selected:
+            counts[_replay_one(rt, event)] += 1
     if as_json:
-        typer.echo(render.as_json(counts))
+        typer.echo(render.as_json({result.value: count for result, count in counts.items()}))
     else:
-        typer.echo(
-            f"{counts['taken']} taken, {counts['not_ours']} not ours, {counts['still_odd']} still not understood"
-        )
+        typer.echo(", ".join(f"{result.replace('_', ' ')} {count}" for result, count in counts.items()))
 
 
-@quarantine_app.command("drop")
-def delete_quarantined(ids: QuarantineIds = None, all_events: AllEvents = False, as_json: AsJson = False) -> None:
-    """Remove events for good."""
-    with report_errors():
-        rt = runtime.build_runtime(settings())
-        try:
-            dropped = sum(_delete_one(rt, kept) for kept in _select(rt, ids, all_events=all_events))
-        finally:
-            rt.engine.dispose()
-    typer.echo(render.as_json({"dropped": dropped}) if as_json else f"{dropped} dropped")
+@quarantine_app.command("delete")
+def delete_quarantined(
+    ids: QuarantineIds = None,
+    all_events: AllEvents = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --all, delete without confirmation.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete quarantined events permanently. With --all, ask for confirmation first."""
+    with _selected_events(ids, all_events=all_events) as (rt, selected):
+        if all_events and not yes:
+            typer.confirm("Delete all quarantined events permanently?", abort=True, err=True)
+        deleted = sum(_delete_one(rt, event) for event in selected)
+    typer.echo(render.as_json({"deleted": deleted}) if as_json else f"deleted {render.count_text(deleted, 'event')}")
 
 
-def _summary(kept: QuarantinedEvent) -> dict[str, Any]:
-    told = {"quarantine_id": kept.quarantine_id, "received_at": kept.received_at}
-    return {**told, "bytes": len(kept.event), "reason": kept.reason}
+def _summary(event: QuarantinedEvent) -> dict[str, Any]:
+    return {
+        "quarantine_id": event.quarantine_id,
+        "received_at": event.received_at,
+        "bytes": len(event.event),
+        "reason": event.reason,
+    }
 
 
 def _printable_text(raw: bytes) -> str:
-    """What a terminal shows, and does not obey."""
+    """Return the bytes as text with control characters escaped, so that a terminal does not obey them."""
     text = raw.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _select(rt: Runtime, ids: list[str] | None, *, all_events: bool) -> Iterator[QuarantinedEvent]:
-    """The events that are meant, each read when its turn has come."""
+@contextmanager
+def _selected_events(
+    ids: list[str] | None, *, all_events: bool
+) -> Iterator[tuple[Runtime, Iterator[QuarantinedEvent]]]:
+    """Open a runtime, and iterate over the events with these ids or over all."""
     if bool(ids) == all_events:
-        raise typer.BadParameter("name events, or give --all")
-    for quarantine_id in ids or ():
+        raise typer.BadParameter("give either the ids of events or --all")
+    with report_errors():
+        rt = runtime.build_runtime(settings())
+        try:
+            yield rt, _every_event(rt) if all_events else _events_by_id(rt, ids or [])
+        finally:
+            rt.engine.dispose()
+
+
+def _events_by_id(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:
+    for quarantine_id in ids:
         with read_only(rt.engine) as tx:
-            kept = quarantine.find(tx, quarantine_id)
-        if kept is None:
-            fail(f"there is no {quarantine_id} in quarantine")
-        yield kept
-    page: list[QuarantinedEvent] = []
-    while all_events and (page := _page(rt, page[-1].quarantine_id if page else "")):
+            event = quarantine.find(tx, quarantine_id)
+        if event is None:
+            fail(f"no event {quarantine_id} in quarantine")
+        yield event
+
+
+def _every_event(rt: Runtime) -> Iterator[QuarantinedEvent]:
+    """Iterate in pages, so that the quarantine does not have to fit into memory."""
+    after_id = ""
+    while page := _page(rt, after_id):
         yield from page
+        after_id = page[-1].quarantine_id
 
 
-def _page(rt: Runtime, after: str) -> list[QuarantinedEvent]:
+def _page(rt: Runtime, after_id: str) -> list[QuarantinedEvent]:
     with read_only(rt.engine) as tx:
-        return quarantine.events_after(tx, after_id=after, limit=PAGE_SIZE)
+        return quarantine.events_after(tx, after_id=after_id, limit=PAGE_SIZE)
 
 
-def _replay_one(rt: Runtime, kept: QuarantinedEvent) -> str:
+def _replay_one(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
     try:
-        found = events.parse_quarantined(kept.event, kept.received_at)
+        parsed = events.parse_quarantined(event.event, event.received_at)
     except events.UnparseableEvent:
-        return "still_odd"
-    todo = flow.requeue_from_quarantine(rt, kept, found.balances)  # what else a whole delivery tells is old news by now
+        return ReplayResult.STILL_UNPARSEABLE
+    # Only balances are applied: a connection update of a quarantined delivery is out of date.
+    follow_up = flow.requeue_from_quarantine(rt, event, parsed.balances)
     try:
-        celery_client.enqueue_apply(settings(), todo.balances_to_apply)
-    except celery_client.NoWorkerResponse as away:
-        typer.echo(f"payready: {away}; the balance is kept, and will be applied by the sweep", err=True)
-    return "taken" if found.balances else "not_ours"
+        celery_client.enqueue_apply(settings(), follow_up.balances_to_apply)
+    except celery_client.NoWorkerResponse as error:
+        typer.echo(f"payready: {error}; the balance is stored and the sweep will apply it", err=True)
+    return ReplayResult.APPLIED if parsed.balances else ReplayResult.IRRELEVANT
 
 
-def _delete_one(rt: Runtime, kept: QuarantinedEvent) -> int:
+def _delete_one(rt: Runtime, event: QuarantinedEvent) -> int:
     with transaction(rt.engine) as tx:
-        return quarantine.delete_events(tx, [kept.quarantine_id])
+        return quarantine.delete_events(tx, [event.quarantine_id])
 
 
 # --- subscription -----------------------------------------------------------------------------------------------------
 
 
+class SubscribeAction(StrEnum):
+    """What `subscribe` did."""
+
+    CREATED = "created"
+    REPAIRED = "repaired"
+    UNCHANGED = "unchanged"
+
+
 @webhooks_app.command("status")
 def subscription_status(as_json: AsJson = False) -> None:
-    """Whether the provider delivers to us what we need; status 1 if it does not."""
+    """Check the subscription: it must be enabled and have all required event types. Exit status 1 if not."""
     with _subscriptions_client() as (provider, url):
-        found = provider.list_all()
-    ours, wrong = subscriptions.for_url(found, url), subscriptions.problems(found, url)
+        subscribed = provider.list_all()
+    ours, problems = subscriptions.for_url(subscribed, url), subscriptions.problems(subscribed, url)
     if as_json:
-        typer.echo(render.as_json({"url": url, "flaws": wrong, "subscriptions": [one.model_dump() for one in ours]}))
+        listed = [subscription.model_dump() for subscription in ours]
+        typer.echo(render.as_json({"url": url, "problems": problems, "subscriptions": listed}))
     else:
-        for one in ours:
-            typer.echo(f"{one.id} {'disabled' if one.disabled else 'enabled'}, {len(one.event_types)} event types")
-        typer.echo("\n".join(wrong) if wrong else f"{url} is subscribed to all that is needed")
-    if wrong:
-        raise typer.Exit(1)
+        for subscription in ours:
+            state = "disabled" if subscription.disabled else "enabled"
+            types = render.count_text(len(subscription.event_types), "event type")
+            typer.echo(f"{subscription.id}: {state}, {types}")
+        typer.echo("\n".join(problems) if problems else f"{url} receives all required event types")
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @webhooks_app.command("subscribe")
 def subscribe(
     additional: Annotated[
-        bool, typer.Option("--another", help="Make one more beside those there are: to rotate the secret.")
+        bool, typer.Option("--additional", help="Create another subscription, to rotate the webhook secret.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """See to it that there is a subscription that does: mend the one there is, or make one."""
+    """Create the subscription, or repair the existing one: enable it and add missing event types."""
     with _subscriptions_client() as (provider, url):
         ours = subscriptions.for_url(provider.list_all(), url)
         if additional or not ours:
-            done, one = "made", provider.create(url)
+            action, subscription = SubscribeAction.CREATED, provider.create(url)
         elif ours[0].problems():
-            done, one = "mended", provider.repair(ours[0])
+            action, subscription = SubscribeAction.REPAIRED, provider.repair(ours[0])
         else:
-            done, one = "left as it was", ours[0]
+            action, subscription = SubscribeAction.UNCHANGED, ours[0]
     if as_json:
-        typer.echo(render.as_json({"done": done, "subscription": one.model_dump()}))
+        typer.echo(render.as_json({"action": action, "subscription": subscription.model_dump()}))
     else:
-        typer.echo(f"{one.id} was {done}")
-        if done == "made":
-            typer.echo("the provider's dashboard shows its secret: put it into PAYREADY_WEBHOOK_SECRETS")
+        typer.echo(f"{subscription.id}: {action.value}")
+        if action == SubscribeAction.CREATED:
+            typer.echo("Copy its secret from the provider's dashboard to PAYREADY_WEBHOOK_SECRETS and restart `web`.")
 
 
 @webhooks_app.command("unsubscribe")
 def unsubscribe(
-    subscription_id: Annotated[str | None, typer.Argument(help="Needed if there are several.")] = None,
-    disable: Annotated[bool, typer.Option("--disable", help="Keep it, disabled: it can be enabled again.")] = False,
+    subscription_id: Annotated[str | None, typer.Argument(help="Required if there are several.")] = None,
+    disable: Annotated[bool, typer.Option("--disable", help="Disable the subscription, do not delete it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have the provider deliver nothing more by a subscription to our address."""
+    """Delete or disable a subscription: the provider stops its deliveries."""
     with _subscriptions_client() as (provider, url):
-        one = _find_subscription(subscriptions.for_url(provider.list_all(), url), url, subscription_id)
+        subscription = _find_subscription(subscriptions.for_url(provider.list_all(), url), url, subscription_id)
         if disable:
-            provider.update(one, disabled=True)
+            provider.update(subscription, disabled=True)
         else:
-            provider.delete(one)
-    done = "disabled" if disable else "deleted"
-    typer.echo(render.as_json({"done": done, "id": one.id}) if as_json else f"{one.id} is {done}")
+            provider.delete(subscription)
+    action = "disabled" if disable else "deleted"
+    if as_json:
+        typer.echo(render.as_json({"action": action, "id": subscription.id}))
+    else:
+        typer.echo(f"{subscription.id}: {action}")
 
 
 @contextmanager
@@ -215,9 +260,10 @@ def _subscriptions_client() -> Iterator[tuple[SubscriptionsClient, str]]:
 
 
 def _find_subscription(ours: list[Subscription], url: str, subscription_id: str | None) -> Subscription:
-    chosen = [one for one in ours if subscription_id in (None, one.id)]
+    chosen = [subscription for subscription in ours if subscription_id in (None, subscription.id)]
     if not chosen:
-        fail(f"there is no subscription {subscription_id or ''} to {url}")
+        named = f"subscription {subscription_id}" if subscription_id else "subscription"
+        fail(f"no {named} to {url}")
     if len(chosen) > 1:
-        fail(f"there are several to {url}, name one: {', '.join(one.id for one in chosen)}")
+        fail(f"several subscriptions to {url}; give the id of one: {', '.join(one.id for one in chosen)}")
     return chosen[0]

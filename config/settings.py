@@ -144,7 +144,7 @@ class Settings(BaseModel):
 
     @property
     def max_call_duration(self) -> timedelta:
-        """Time after which a call without a recorded result has lost its worker: all its timeouts, and 10 s to record."""
+        """Time after which a call without a recorded result has lost its worker: its timeouts, and 10 s to record."""
         return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)
 
     @model_validator(mode="after")

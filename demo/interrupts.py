@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: noted when they come, raised where nothing can be left half done."""
+"""Signals that end a command: recorded by the handler, raised at points where every process is tracked."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ _SLICE_S = 0.05
 
 
 class Interrupted(Exception):
-    """A signal asked us to stop; `status` is the exit status that says so."""
+    """A signal requested the end of the command. `status` is the exit status for it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -19,36 +19,36 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """The signals that came."""
+    """The last received signal."""
 
     def __init__(self) -> None:
-        self._came: int | None = None
+        self._received: int | None = None
 
     def record_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Handle a signal: remember it."""
-        self._came = number
+        """Record a signal (signal handler)."""
+        self._received = number
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came."""
-        if self._came is not None:
-            raise Interrupted(self._came)
+        """Raise `Interrupted` if a signal was received."""
+        if self._received is not None:
+            raise Interrupted(self._received)
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raise `Interrupted` soon after a signal."""
+        """Sleep. Raise `Interrupted` at most 50 ms after a signal."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while (remaining := end - time.monotonic()) > 0:
             self.check()
-            time.sleep(min(left, _SLICE_S))
+            time.sleep(min(remaining, _SLICE_S))
         self.check()
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Note signals for as long as the block runs, instead of being ended by them."""
-    noted = Interrupts()
-    before = [(number, signal.signal(number, noted.record_signal)) for number in SIGNALS]
+    """Record signals while the block runs, and restore the previous handlers."""
+    recorded = Interrupts()
+    previous = [(number, signal.signal(number, recorded.record_signal)) for number in SIGNALS]
     try:
-        yield noted
+        yield recorded
     finally:
-        for number, handler in before:
+        for number, handler in previous:
             signal.signal(number, handler)

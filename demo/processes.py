@@ -1,4 +1,4 @@
-"""Start the roles of the Procfile, and what they need, as processes of this machine; stop all of them again."""
+"""Start the roles of the Procfile and their servers as processes on this machine, and stop them."""
 
 import os
 import random
@@ -20,39 +20,38 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 15
-"""How long processes have to finish what they are doing before they are killed."""
+"""Time between SIGTERM and SIGKILL."""
 POLL_S = 0.05
 PORTS = range(20_000, 32_000)
-"""Where free ports are looked for: below those that systems give to outgoing connections, which could take one away
-between the moment it is found free and the moment it is listened on."""
-
-
+"""Range of free ports, below the ephemeral ports: no outgoing connection takes one before its server binds it."""
 LOG_TAIL_CHARS = 2000
-"""Characters of the log of a process that ended by itself that are told."""
+"""Characters from the end of a log that an error message quotes."""
 
 
 class StartError(Exception):
-    """A process did not come up, or did not stay; the message says which, and where its log is."""
+    """A process did not start, or exited; the message has its name and its log."""
 
 
 _assigned_ports: set[int] = set()
 
 
 def free_port(preferred: int | None = None) -> int:
-    """A port of the loopback interface that nobody listens on just now: the one wished for if it is free.
+    """Return a free port of the loopback interface: the preferred one if it is free.
 
-    Without a wish, none is given twice: the first may not be listened on yet.
+    A port that was not preferred is never returned twice, because its first user may not have bound it yet.
     """
     for port in [*([preferred] if preferred else []), *random.sample(PORTS, 50)]:
         if (port == preferred or port not in _assigned_ports) and _is_free(port):
             _assigned_ports.add(port)
             return port
-    raise StartError(f"no free port was found from {PORTS.start} to {PORTS.stop}")
+    raise StartError(f"no free port found from {PORTS.start} to {PORTS.stop - 1}; end processes that use them")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what just closed is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do: a port that was just closed is free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -61,16 +60,16 @@ def _is_free(port: int) -> bool:
 
 
 def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:
-    """The commands of a Procfile by role."""
+    """Return the commands of a Procfile by role."""
     lines = (re.fullmatch(r"(\w+):\s*(.+)", line) for line in path.read_text().splitlines())
     return {match[1]: match[2] for match in lines if match}
 
 
 class Processes:
-    """Processes that live no longer than the `with` block; each logs to a file of its own in `folder`.
+    """Processes that run until the `with` block ends. Each has its own log file in `folder`.
 
-    `check` is called while waiting, and between two starts: what it raises ends the block. Who must not be interrupted
-    anywhere else, lest a process be started and not noted, notes its signals and raises them there.
+    `check` is called while waiting, and between two starts; its exception ends the block. Raise signals only there:
+    elsewhere a process might be started and not be tracked.
     """
 
     def __init__(self, folder: Path, environ: Mapping[str, str], check: Callable[[], None] = lambda: None) -> None:
@@ -92,11 +91,11 @@ class Processes:
         self.stop()
 
     def log_of(self, name: str) -> Path:
-        """Where the process logs to."""
+        """Return the log file of a process."""
         return self.folder / f"{name}.log"
 
     def start(self, name: str, command: str, **environ: str) -> subprocess.Popen[bytes]:
-        """Start a shell command in a process group of its own, so that Ctrl-C reaches only us."""
+        """Start a shell command in its own process group, so that Ctrl-C reaches only this process."""
         self._check()
         with self.log_of(name).open("ab") as log:
             process = subprocess.Popen(
@@ -112,16 +111,16 @@ class Processes:
         return process
 
     def valkey(self, port: int, *, append_only: bool = True) -> "Valkey":
-        """Start a Valkey server that keeps its data in `folder`.
+        """Start a Valkey server with its data in `folder`.
 
         Raises:
-            StartError: it is not installed.
+            StartError: the extra `embedded` is not installed.
         """
         self._check()
         try:
-            from demo.embedded_valkey import Valkey  # noqa: PLC0415 - production does not have it
+            from demo.embedded_valkey import Valkey  # noqa: PLC0415 - not installed in production
         except ImportError:
-            raise StartError("there is no embedded Valkey here; install payready[embedded]") from None
+            raise StartError("the embedded Valkey is not installed; install payready[embedded]") from None
         config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
         server = Valkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
         self._valkeys.append(server)
@@ -129,10 +128,10 @@ class Processes:
         return server
 
     def run(self, name: str, command: str) -> None:
-        """Run a command to its end.
+        """Run a command and wait for its end.
 
         Raises:
-            StartError: it failed.
+            StartError: the command failed.
         """
         process = self.start(name, command)
         while process.poll() is None:
@@ -140,14 +139,14 @@ class Processes:
             time.sleep(POLL_S)
         del self._running[name]
         if process.returncode != 0:
-            self._check()  # a signal to us may have reached it too, before it had a process group of its own
+            self._check()  # before it had its own process group, our signal may have reached it too
             raise StartError(f"{name} failed, see {self.log_of(name)}")
 
     def wait_for(self, name: str, ready: Callable[[], bool], timeout_s: float = 30) -> None:
-        """Wait until `ready`.
+        """Wait until `ready` returns True.
 
         Raises:
-            StartError: the process ended, or the time did.
+            StartError: the process exited, or the timeout is over.
         """
         deadline = time.monotonic() + timeout_s
         while not ready():
@@ -155,35 +154,35 @@ class Processes:
             if process is not None and process.poll() is not None:
                 raise self._exited_error(name, process)
             if time.monotonic() > deadline:
-                raise StartError(f"{name} is not ready after {timeout_s:.0f} s, see {self.log_of(name)}")
+                raise StartError(f"{name} is not ready within {timeout_s:.0f} s, see {self.log_of(name)}")
             self._check()
             time.sleep(POLL_S)
 
     def check_all_running(self) -> None:
-        """See that everything that was started runs, but for what was ended by `end`.
+        """Check that every started process runs, except processes that `stop_process` ended.
 
         Raises:
-            StartError: something ended by itself; with the end of its log.
+            StartError: a process exited; the message has the end of its log.
         """
         for name, process in list(self._running.items()):  # a copy: another thread may start and end processes
             if process.poll() is not None and self._running.get(name) is process:
                 raise self._exited_error(name, process)
         if any(server.has_ended for server in self._valkeys):
             self._check()
-            raise StartError(f"valkey ended by itself, see {self.folder / 'valkey'}")
+            raise StartError(f"valkey exited, see {self.folder / 'valkey'}")
 
     def _exited_error(self, name: str, process: subprocess.Popen[bytes]) -> StartError:
-        self._check()  # a signal to us may have reached it too, before it had a process group of its own
+        self._check()  # before it had its own process group, our signal may have reached it too
         log = self.log_of(name)
-        last_words = log.read_text(errors="replace")[-LOG_TAIL_CHARS:].rstrip()
-        told = f":\n{last_words}" if last_words else ""
-        return StartError(f"{name} ended with status {process.returncode}, see {log}{told}")
+        log_tail = log.read_text(errors="replace")[-LOG_TAIL_CHARS:].rstrip()
+        tail = f":\n{log_tail}" if log_tail else ""
+        return StartError(f"{name} exited with status {process.returncode}, see {log}{tail}")
 
     def stop_process(self, name: str, how: signal.Signals) -> None:
-        """Send a process group this signal, and wait until the process is gone.
+        """Send a signal to a process group, and wait until the process has exited.
 
         Raises:
-            StartError: it was gone before.
+            StartError: the process had exited before.
         """
         process = self._running.pop(name)
         if process.poll() is not None:
@@ -192,7 +191,7 @@ class Processes:
         process.wait()
 
     def stop(self) -> None:
-        """Stop everything: politely, then by force."""
+        """Stop every process: SIGTERM, then SIGKILL after `STOP_TIMEOUT_S`."""
         running = list(self._running.values())
         for process in running:
             _signal(process, signal.SIGTERM)
@@ -208,7 +207,7 @@ class Processes:
             server = self._valkeys.pop()
             if server.is_running():
                 server.stop()
-            server.terminate()  # if it has started, and never answered
+            server.terminate()  # also ends a server that never responded
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -217,7 +216,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def responds(url: str) -> bool:
-    """Whether an HTTP GET of `url` succeeds."""
+    """Return whether an HTTP GET of `url` succeeds."""
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - our own loopback addresses
             return True

@@ -1,4 +1,4 @@
-"""Alembic's way into the ledger: `alembic upgrade head` on the database of the settings."""
+"""Alembic environment: migrates the database of the settings."""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""A stand-in for Quiltt in a process of its own.
+"""Simulator of Quiltt, in its own process.
 
-It knows payready only by HTTP: it answers the provider's endpoints, sends signed webhooks, misbehaves as the account
-id asks (`scenarios.py`), and keeps a complete log of calls and deliveries, to be asked who is right (`log.py`).
+It communicates with payready over HTTP only. It serves the provider's endpoints and sends signed webhooks.
+The account id selects the fault to simulate (`scenarios.py`). The simulator records every call and every delivery
+attempt (`request_log.py`), so that tests can check what payready did.
 """

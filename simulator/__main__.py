@@ -1,4 +1,4 @@
-"""`python -m simulator`: start the stand-in for Quiltt."""
+"""`python -m simulator`: start the simulator of Quiltt."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from simulator.webhook_sender import WebhookSender
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("simulator", description=__doc__, formatter_class=raw)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("simulator", description=__doc__, formatter_class=formatter)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=9900, help="0: any free one")
-    parser.add_argument("--webhook-url", required=True, help="where the events are sent")
-    parser.add_argument("--webhook-secret", required=True, help="what they are signed with")
-    parser.add_argument("--api-key", required=True, help="what the calls must carry")
+    parser.add_argument("--port", type=int, default=9900, help="0: any free port")
+    parser.add_argument("--webhook-url", required=True, help="URL to which the events are sent")
+    parser.add_argument("--webhook-secret", required=True, help="secret that signs the webhooks")
+    parser.add_argument("--api-key", required=True, help="API key that the calls must carry")
     parser.add_argument("--mode", choices=["TEST", "SANDBOX", "PRODUCTION"], default="TEST")
-    parser.add_argument("--seed", type=int, help="for the delays and for the scenario mix")
+    parser.add_argument("--seed", type=int, help="seed of the delays and of the scenario mix")
     parser.add_argument("--log", type=Path, help="also append the log to this file, as JSON lines")
     parser.add_argument("--list", action="version", version=scenario_table(), help="print the scenarios and exit")
     return parser
 
 
 def main() -> None:
-    """Serve until a signal comes."""
+    """Serve until the process receives a signal."""
     options = _argument_parser().parse_args()
     log = RequestLog(options.log)
-    courier = WebhookSender(options.webhook_url, options.webhook_secret, log)
-    provider = Provider(options.api_key, options.mode, Random(options.seed), log, courier)
+    webhook_sender = WebhookSender(options.webhook_url, options.webhook_secret, log)
+    provider = Provider(options.api_key, options.mode, Random(options.seed), log, webhook_sender)
     Server(build_app(provider), options.host, options.port).run()
 
 

@@ -1,4 +1,4 @@
-"""The control endpoints: for tests and benchmarks, no part of the provider."""
+"""Control endpoints for tests and benchmarks. Quiltt has no such endpoints."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ REFUSE_FIELDS: FieldParsers = {"seconds": request_validation.seconds}
 
 
 class Listener(Protocol):
-    """What can stop listening for a while."""
+    """A server that can stop listening for some seconds."""
 
     def refuse_connections(self, seconds: float) -> None:
-        """Refuse TCP connections for this long."""
+        """Refuse TCP connections for `seconds`."""
 
 
 class ControlApi:
-    """Handlers over one provider; the listener is looked up in the application's state."""
+    """Handlers that control one provider. The listener is read from the application's state."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
@@ -64,7 +64,7 @@ class ControlApi:
         self._log = provider.log
 
     def routes(self) -> list[Route]:
-        """Every control endpoint."""
+        """Return all control endpoints."""
         return [
             Route("/healthz", self.healthz),
             Route("/control/scenarios/{account_id}", self.put_scenario, methods=["PUT"]),
@@ -79,54 +79,54 @@ class ControlApi:
         ]
 
     async def healthz(self, _: Request) -> Response:
-        """The process is there."""
+        """Return 200 while the process runs."""
         return JSONResponse({"status": "ok"})
 
     async def put_scenario(self, request: Request) -> Response:
-        """Replace what is special about an account; `{}` makes it ordinary again."""
-        given = parse_fields(await request.body(), OVERRIDE_FIELDS)
-        self._provider.overrides[request.path_params["account_id"]] = given
-        return JSONResponse(given)
+        """Replace the overrides of an account. `{}` removes them."""
+        fields = parse_fields(await request.body(), OVERRIDE_FIELDS)
+        self._provider.overrides[request.path_params["account_id"]] = fields
+        return JSONResponse(fields)
 
     async def put_defaults(self, request: Request) -> Response:
-        """Change the given settings; answers all of them."""
-        given = parse_fields(await request.body(), DEFAULTS_FIELDS)
-        self._provider.set_defaults(replace(self._provider.defaults, **given))
+        """Change the given settings. Return all settings."""
+        fields = parse_fields(await request.body(), DEFAULTS_FIELDS)
+        self._provider.set_defaults(replace(self._provider.defaults, **fields))
         return JSONResponse(asdict(self._provider.defaults))
 
     async def deliver(self, request: Request) -> Response:
-        """Send copies of a body at the same time, once each, even while paused; answers what each of them got."""
-        given = parse_fields(await request.body(), DELIVER_FIELDS)
-        copies = given.pop("copies", 1)
-        if ("body" in given) == ("raw" in given) or copies > MAX_COPIES:
+        """Send copies of a body at the same time, once each, even while paused. Return the result of each copy."""
+        fields = parse_fields(await request.body(), DELIVER_FIELDS)
+        copies = fields.pop("copies", 1)
+        if ("body" in fields) == ("raw" in fields) or copies > MAX_COPIES:
             raise InvalidControlRequest(f"give either body or raw, and at most {MAX_COPIES} copies")
-        body = given.pop("raw") if "raw" in given else encode_json(given.pop("body"))
-        outcomes = await asyncio.gather(
-            *(self._webhook_sender.post_once(OutgoingDelivery(body, **given)) for _ in range(copies))
+        body = fields.pop("raw") if "raw" in fields else encode_json(fields.pop("body"))
+        results = await asyncio.gather(
+            *(self._webhook_sender.post_once(OutgoingDelivery(body, **fields)) for _ in range(copies))
         )
-        return JSONResponse({"status": outcomes[0].status, "deliveries": [asdict(outcome) for outcome in outcomes]})
+        return JSONResponse({"status": results[0].status, "deliveries": [asdict(result) for result in results]})
 
     async def pause(self, _: Request) -> Response:
-        """Hold back deliveries."""
+        """Pause deliveries."""
         self._webhook_sender.pause()
         return JSONResponse({"paused": True})
 
     async def resume(self, _: Request) -> Response:
-        """Let deliveries go."""
+        """Resume deliveries."""
         self._webhook_sender.resume()
         return JSONResponse({"paused": False})
 
     async def refuse_connections(self, request: Request) -> Response:
-        """Refuse TCP connections for some seconds, these endpoints' too; then listen again."""
-        given = parse_fields(await request.body(), REFUSE_FIELDS)
-        if "seconds" not in given:
+        """Refuse TCP connections for some seconds, to the control endpoints too. Then listen again."""
+        fields = parse_fields(await request.body(), REFUSE_FIELDS)
+        if "seconds" not in fields:
             raise InvalidControlRequest("seconds: missing")
         listener: Listener = request.app.state.listener
-        listener.refuse_connections(given["seconds"])
-        return JSONResponse(given)
+        listener.refuse_connections(fields["seconds"])
+        return JSONResponse(fields)
 
     async def get_log(self, request: Request) -> Response:
-        """The referee's log, or what came after the given sequence numbers, or what concerns one account."""
+        """Return the log entries after the given sequence numbers, of one account if `account` is given."""
         query = request.query_params
         try:
             call_seq, delivery_seq = int(query.get("since_call", 0)), int(query.get("since_delivery", 0))
@@ -135,10 +135,10 @@ class ControlApi:
         return JSONResponse(self._log.entries_after(call_seq, delivery_seq, query.get("account")))
 
     async def delete_log(self, _: Request) -> Response:
-        """Forget the log; what is pending stays so."""
+        """Delete the log entries. Pending webhooks stay pending."""
         self._log.reset()
         return Response(status_code=204)
 
     async def summary(self, _: Request) -> Response:
-        """Counts over the log, and the webhooks that are not settled yet."""
+        """Return counts over the log, and the number of pending webhooks."""
         return JSONResponse(self._log.summary() | {"webhooks_pending": self._webhook_sender.pending})

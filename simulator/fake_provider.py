@@ -1,4 +1,4 @@
-"""What the provider decides: who may call, how a call is answered, which balance and which deliveries it causes."""
+"""Decisions of the provider: authentication, the response to a call, the balance and the deliveries of the call."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from simulator.webhook_sender import OutgoingDelivery, WebhookSender
 ACCEPTED = 202
 _STALE_SIGNATURE_AGE_S = 600
 _DUPLICATE_DELAY_S = 0.2
-_SPURIOUS_ATTEMPTS = 3  # a forger, or a replay, gives up sooner than the provider
+_SPURIOUS_ATTEMPTS = 3  # forged and replayed deliveries end after fewer attempts than genuine ones
 _SYNC_BALANCE_AGE_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
 class CallDecision:
-    """How one call ends. `first`, if set, is waited for before the answer."""
+    """Response to one call. If `first_attempt` is set, the response waits for that event."""
 
     call: LoggedCall
     response_kind: ResponseKind
@@ -45,21 +45,21 @@ class CallDecision:
 
 
 class Quota:
-    """Counts calls per whole second against a limit."""
+    """Counter of calls per whole second, compared with a limit."""
 
     def __init__(self) -> None:
         self._second = 0
         self._used = 0
 
     def take_slot(self, limit: int, now: float) -> bool:
-        """Count one call; False if it is above the limit."""
+        """Count one call. Return False if it exceeds the limit."""
         if int(now) != self._second:
             self._second, self._used = int(now), 0
         self._used += 1
         return self._used <= limit
 
     def headers(self, limit: int, now: float) -> dict[str, str]:
-        """The Ratelimit headers; the reset is the next whole second."""
+        """Return the Ratelimit headers. The reset is the next whole second."""
         remaining = max(0, limit - self._used)
         values = {"Limit": limit, "Remaining": remaining, "Reset": int(now) + 1}
         return {f"Ratelimit-{name}": str(value) for name, value in values.items()}
@@ -67,7 +67,7 @@ class Quota:
 
 @dataclass(slots=True)
 class Provider:
-    """The accounts of one environment and the key to them."""
+    """Accounts of one environment, and its API key."""
 
     api_key: str
     mode: str
@@ -82,37 +82,40 @@ class Provider:
     _started_at: float = field(default_factory=time.time)
 
     def set_defaults(self, defaults: Defaults) -> None:
-        """Use these settings from the next call and the next retry on."""
+        """Apply these settings from the next call and the next retry."""
         self.defaults = self.webhook_sender.defaults = defaults
 
     def is_api_key(self, key: str) -> bool:
-        """Whether this is the API key."""
+        """Return whether `key` is the API key."""
         return hmac.compare_digest(key.encode(), self.api_key.encode())
 
     def refresh(self, account_id: str, *, authenticated: bool, now: float) -> CallDecision:
-        """Decide one refresh call, log it, and set in motion what it causes."""
+        """Decide the response to one refresh call, log the call and schedule its webhooks."""
         scenario, account = self._scenario_and_account(account_id)
-        acted, pace = draw_scenario(scenario, self.rng)
-        status = self._response_status(account_id, acted, now) if authenticated else 401
+        effective, event_delay = draw_scenario(scenario, self.rng)
+        status = self._response_status(account_id, effective, now) if authenticated else 401
         call = self.log.add_call(
             account_id=account_id,
             started_at=now,
             authenticated=authenticated,
             scenario=scenario.name,
-            effective_scenario=acted.name,
+            effective_scenario=effective.name,
             accepted=status == ACCEPTED,
         )
         headers = self._quota.headers(self.defaults.rate_limit_per_s, now)
         if not call.accepted:
             return CallDecision(call, ResponseKind.STATUS, status, headers)
-        delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(pace, self.rng)
-        tried = self._schedule_webhooks(call, acted, account, delay_s)
+        delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(event_delay, self.rng)
+        first_attempt = self._schedule_webhooks(call, effective, account, delay_s)
         return CallDecision(
-            call, acted.response_kind, status, headers, tried if acted.webhook_before_response else None
+            call, effective.response_kind, status, headers, first_attempt if effective.webhook_before_response else None
         )
 
     def graphql_account(self, account_id: str) -> Json | None:
-        """What GraphQL shows of an account, with its newest balance: until a refresh, one of a sync an hour ago."""
+        """Return the account as GraphQL shows it, with its newest balance.
+
+        Before the first refresh this is the balance of a sync, one hour older than the simulator's start.
+        """
         scenario, account = self._scenario_and_account(account_id)
         if scenario.status == 404:
             return None
@@ -123,7 +126,7 @@ class Provider:
             "SYNC",
             self._started_at - _SYNC_BALANCE_AGE_S,
         )
-        shown = ("id", "at", "source", "available", "current", "limit")
+        visible_fields = ("id", "at", "source", "available", "current", "limit")
         return {
             "id": account_id,
             "currencyCode": account.currency_code,
@@ -134,16 +137,16 @@ class Provider:
                 "status": account.connection_status,
                 "provider": "PLAID",
             },
-            "balance": {name: balance[name] for name in shown},
+            "balance": {name: balance[name] for name in visible_fields},
         }
 
     def _scenario_and_account(self, account_id: str) -> tuple[Scenario, Account]:
         if not ACCOUNT_ID.fullmatch(account_id):
             return SCENARIOS["gone"], Account()
-        chosen = dict(self.overrides.get(account_id, {}))
-        name = chosen.pop("scenario", None)
+        overrides = dict(self.overrides.get(account_id, {}))
+        name = overrides.pop("scenario", None)
         scenario = SCENARIOS[name] if name else scenario_of(account_id)
-        return scenario, Account(**{**scenario.account, **chosen})
+        return scenario, Account(**{**scenario.account, **overrides})
 
     def _response_status(self, account_id: str, effective: Scenario, now: float) -> int:
         if not self._quota.take_slot(self.defaults.rate_limit_per_s, now):
@@ -167,32 +170,32 @@ class Provider:
     def _create_balance(
         self, account_id: str, balance_id: str, effective: Scenario, account: Account
     ) -> list[OutgoingDelivery]:
-        """Make the balance, now, and the deliveries that tell of it."""
+        """Create the balance, dated now, and return the deliveries of its events."""
         now = time.time()
         balance = quiltt_records.balance_record(balance_id, account_id, account, "REFRESH", now)
         if effective.shown_in_graphql:
             self._latest_balances[account_id] = balance
-        right = quiltt_records.event_record("balance.created", balance, account_id, now)
+        event = quiltt_records.event_record("balance.created", balance, account_id, now)
         match effective.webhooks:
             case WebhookKind.EVENT:
-                return [self._outgoing_delivery(right)]
+                return [self._outgoing_delivery(event)]
             case WebhookKind.NOTHING:
                 return []
             case WebhookKind.TWICE:
                 return [
-                    self._outgoing_delivery(right, right),
-                    self._outgoing_delivery(right, extra_delay_s=_DUPLICATE_DELAY_S),
+                    self._outgoing_delivery(event, event),
+                    self._outgoing_delivery(event, extra_delay_s=_DUPLICATE_DELAY_S),
                 ]
             case WebhookKind.FORGED:
-                return [self._outgoing_delivery(right, secret="not-the-secret", max_attempts=_SPURIOUS_ATTEMPTS)]
+                return [self._outgoing_delivery(event, secret="not-the-secret", max_attempts=_SPURIOUS_ATTEMPTS)]
             case WebhookKind.STALE:
                 return [
                     self._outgoing_delivery(
-                        right, signature_age_s=_STALE_SIGNATURE_AGE_S, max_attempts=_SPURIOUS_ATTEMPTS
+                        event, signature_age_s=_STALE_SIGNATURE_AGE_S, max_attempts=_SPURIOUS_ATTEMPTS
                     )
                 ]
             case WebhookKind.BATCH:
-                return [self._outgoing_delivery(*quiltt_records.mixed_events(right, account_id, now))]
+                return [self._outgoing_delivery(*quiltt_records.mixed_events(event, account_id, now))]
 
     def _outgoing_delivery(self, *events: Json, **options: Any) -> OutgoingDelivery:
         return OutgoingDelivery(quiltt_records.delivery_body(events, self.mode), **options)

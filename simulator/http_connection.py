@@ -1,4 +1,4 @@
-"""HTTP/1.1 POST over one connection that is kept alive. A general client costs several times as much per webhook."""
+"""HTTP/1.1 POST over one keep-alive connection. A general client uses several times the CPU time per webhook."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 20.0
-_MAX_BODY_BYTES = 1 << 20  # bytes of an answer that are read to save the connection
+_MAX_BODY_BYTES = 1 << 20  # larger response bodies are not read: the connection is closed instead
 
 
 class HttpConnection:
-    """Posts to one URL, one request at a time. Any failure closes it; the next post opens it anew."""
+    """Connection to one URL, for one request at a time. A failure closes it; the next `post` opens it again."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -23,7 +23,10 @@ class HttpConnection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, body: bytes, headers: Mapping[str, str]) -> int:
-        """The status of the answer. Raises OSError (TimeoutError after 20 s), EOFError or ValueError without one."""
+        """Return the status of the response.
+
+        Raises OSError (TimeoutError after 20 s), EOFError or ValueError if there is no valid response.
+        """
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 status, reusable = await self._exchange(body, headers)
@@ -60,7 +63,7 @@ class HttpConnection:
 
 
 def _parse_response_head(head: bytes) -> tuple[int, int | None]:
-    """Status and body length of an answer; no length means that the connection cannot be used again."""
+    """Return the status and the body length of a response. Without a length the connection is not reusable."""
     start, *lines = head.decode("latin-1").lower().split("\r\n")
     headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     _, code, *_ = start.split(" ")

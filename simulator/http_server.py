@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, which here can also cut a connection and stop listening for a while."""
+"""HTTP server: uvicorn, extended to abort a connection and to stop listening for some seconds."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections: no call may fail because it met a closing one
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that no call fails on a connection that closes
 _REBIND_INTERVAL_S = 0.1
 
 
 class AbortableProtocol(HttpToolsProtocol):
-    """Hands `abort` to the handlers, which ASGI has no way to ask for."""
+    """Protocol that passes `abort` to the handlers. ASGI has no such operation."""
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Add `abort` to the state of a new request."""
         super().on_message_begin()
         self.scope["state"]["abort"] = self.transport.abort
 
 
 class Server(uvicorn.Server):
-    """Prints one line once it listens; ends with status 0 on SIGTERM and SIGINT."""
+    """Server that prints one line when it listens and exits with status 0 on SIGTERM and SIGINT."""
 
     def __init__(self, app: Starlette, host: str, port: int) -> None:
         config = uvicorn.Config(
@@ -46,13 +46,15 @@ class Server(uvicorn.Server):
         app.state.listener = self
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and print the URL."""
         await super().startup(sockets)
-        self.config.port = self.servers[0].sockets[0].getsockname()[1]  # it may be 0 so far, which `refuse` cannot use
+        self.config.port = (
+            self.servers[0].sockets[0].getsockname()[1]
+        )  # the configured port may be 0, but reopening needs the actual port
         print(f"simulator listens on http://{self.config.host}:{self.config.port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Cut what is still open: a silent call would never end."""
+        """Abort open connections: a request of the scenario `silent` would never end."""
         if self._reopen_task:
             self._reopen_task.cancel()
         for connection in list(self.server_state.connections):
@@ -61,14 +63,14 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the loop on a signal; uvicorn's own would raise it once more and end with its status."""
+        """Exit the loop on a signal. Uvicorn's handler raises the signal again, which changes the exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
     def refuse_connections(self, seconds: float) -> None:
-        """Close the listening socket and every idle connection; listen on the same port again after `seconds`."""
+        """Close the listening socket and all idle connections. Listen on the same port again after `seconds`."""
         if self._reopen_task:
             self._reopen_task.cancel()
         for server in self.servers:
@@ -82,7 +84,7 @@ class Server(uvicorn.Server):
         while True:
             try:
                 self.servers = [await self._listen()]
-            except OSError:  # somebody else's outgoing connection may have been given the port meanwhile
+            except OSError:  # the kernel may have assigned the port to another process's outgoing connection
                 await asyncio.sleep(_REBIND_INTERVAL_S)
             else:
                 return

@@ -1,4 +1,4 @@
-"""The provider's endpoints, and the application that joins them with the control endpoints."""
+"""Endpoints of the provider, and the application that serves them with the control endpoints."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from simulator.scenarios import ResponseKind
 from simulator.subscription_api import SubscriptionApi
 
 _API_VERSION = "2026-04-01"
-_MAX_EARLY_WAIT_S = 5.0  # a webhook that is down or paused must not hold the answer for ever
+_MAX_EARLY_WAIT_S = 5.0  # limits the wait for a webhook that is unavailable or paused
 
 
 class NoResponse(Response):
-    """Ends a request without an answer: at once if it is cut, otherwise when the client gives up."""
+    """Request that gets no response. With `disconnect` it ends at once, else when the client disconnects."""
 
     def __init__(self, *, disconnect: bool) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class NoResponse(Response):
 
 
 class ProviderApi:
-    """Handlers of what Quiltt offers."""
+    """Handlers of Quiltt's endpoints."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
 
     def routes(self) -> list[Route]:
-        """Quiltt's endpoints."""
+        """Return the routes of Quiltt's endpoints."""
         return [
             Route("/v1/accounts/{account_id}/balances/refresh", self.refresh, methods=["POST"]),
             Route("/v1/graphql", self.graphql, methods=["POST"]),
@@ -56,21 +56,21 @@ class ProviderApi:
         ]
 
     def is_authenticated(self, request: Request) -> bool:
-        """Whether the request carries the API key as Bearer token."""
+        """Return whether the request carries the API key as Bearer token."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and self._provider.is_api_key(key)
 
     async def refresh(self, request: Request) -> Response:
-        """The paid call."""
+        """Respond to a refresh call, which Quiltt bills."""
         account_id, authenticated = request.path_params["account_id"], self.is_authenticated(request)
-        ruling = self._provider.refresh(account_id, authenticated=authenticated, now=time.time())
-        if ruling.first_attempt:
+        decision = self._provider.refresh(account_id, authenticated=authenticated, now=time.time())
+        if decision.first_attempt:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ruling.first_attempt.wait(), _MAX_EARLY_WAIT_S)
-        return self._finish_call(ruling)
+                await asyncio.wait_for(decision.first_attempt.wait(), _MAX_EARLY_WAIT_S)
+        return self._finish_call(decision)
 
     async def graphql(self, request: Request) -> Response:
-        """The free read. The query is not looked at: `variables.id` says which account."""
+        """Respond to a balance query, which is free. `variables.id` selects the account; the query is ignored."""
         if not self._has_profile_credentials(request):
             return rest_error_response(401)
         try:
@@ -80,7 +80,7 @@ class ProviderApi:
         return JSONResponse({"data": {"account": self._provider.graphql_account(str(account_id))}})
 
     async def introspect(self, request: Request) -> Response:
-        """Which environment the key belongs to."""
+        """Return the environment of the API key."""
         if not self.is_authenticated(request):
             return rest_error_response(401)
         key = {"id": "api_simulator", "name": "Simulator", "apiVersion": _API_VERSION, "metadata": None}
@@ -105,7 +105,7 @@ class ProviderApi:
 
 
 def rest_error_response(status: int) -> Response:
-    """A RestError as a response."""
+    """Return a response with a RestError as its body."""
     return JSONResponse(quiltt_records.rest_error_body(status), status)
 
 
@@ -114,15 +114,15 @@ async def _invalid_request(_: Request, error: Exception) -> Response:
 
 
 def build_app(provider: Provider) -> Starlette:
-    """The application; it delivers webhooks as long as it runs."""
+    """Return the application. It delivers webhooks while it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        courier = asyncio.create_task(provider.webhook_sender.run())
+        sender_task = asyncio.create_task(provider.webhook_sender.run())
         yield
-        courier.cancel()
+        sender_task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await courier
+            await sender_task
 
     routes = [*ProviderApi(provider).routes(), *ControlApi(provider).routes()]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _invalid_request})

@@ -1,4 +1,4 @@
-"""The provider's JSON: ids, balances, events, envelopes, errors. Pure but for the ids, which are random."""
+"""JSON records of the provider: ids, balances, events, deliveries, errors. Pure functions, except for random ids."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any
 Json = dict[str, Any]
 
 _BASE62 = string.digits + string.ascii_letters
-_id_generator = random.Random()  # never seeded: ids must stay unique when the simulator starts again with the same seed
+_id_generator = random.Random()  # not seeded: ids must be unique across restarts with the same seed
 
 
 def new_id(prefix: str) -> str:
-    """A fresh opaque id such as `bal_12vXOdjpsZIgB3Ae80Y7Pl`."""
+    """Return a new opaque id such as `bal_12vXOdjpsZIgB3Ae80Y7Pl`."""
     return f"{prefix}_{''.join(_id_generator.choices(_BASE62, k=22))}"
 
 
 def derived_id(prefix: str, account_id: str) -> str:
-    """The id of the one thing of another kind that belongs to this account: always the same."""
+    """Return the id of the account's related record, such as its connection. The result is deterministic."""
     return f"{prefix}_{account_id.partition('_')[2]}"
 
 
 def timestamp_text(at: float) -> str:
-    """Unix seconds as the provider writes a time: UTC, whole seconds."""
+    """Format Unix seconds as the provider does: UTC, whole seconds."""
     return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What GraphQL and the events say of one account, and two knobs of its events. Amounts are JSON numbers or null."""
+    """Account as shown by GraphQL and events, and two settings of its events. Amounts are JSON numbers or null."""
 
-    delay_s: float | None = None  # None: the pace of the scenario
+    delay_s: float | None = None  # None: the delay of the scenario
     at_offset_s: float = 0.0  # added to the balance's `at`
     available: float | None = 500.00
     current: float | None = 512.34
@@ -48,7 +48,7 @@ class Account:
 
 
 def balance_record(balance_id: str, account_id: str, account: Account, source: str, at: float) -> Json:
-    """A Balance record made at `at` (Unix seconds)."""
+    """Return a Balance record created at `at` (Unix seconds)."""
     return {
         "id": balance_id,
         "accountId": account_id,
@@ -61,7 +61,7 @@ def balance_record(balance_id: str, account_id: str, account: Account, source: s
 
 
 def event_record(event_type: str, record: Json, account_id: str, at: float) -> Json:
-    """One event about a record of the account's profile."""
+    """Return one event about a record of the account's profile."""
     profile_id = derived_id("p", account_id)
     return {
         "id": new_id("evt"),
@@ -74,36 +74,36 @@ def event_record(event_type: str, record: Json, account_id: str, at: float) -> J
 
 
 def mixed_events(valid_event: Json, account_id: str, at: float) -> list[Json]:
-    """The right event in bad company: only its neighbours are foreign, unknown or malformed."""
-    stranger, nobody = new_id("acct"), new_id("acct")
-    synced = balance_record(new_id("bal"), stranger, Account(), "SYNC", at)
-    homeless = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at)
-    del homeless["accountId"]
-    garbled = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at) | {"available": "abc"}
-    unknown = balance_record(new_id("bal"), nobody, Account(), "REFRESH", at)
+    """Return the valid event among events that are foreign, of an unknown type, or malformed."""
+    foreign_account, unknown_account = new_id("acct"), new_id("acct")
+    synced = balance_record(new_id("bal"), foreign_account, Account(), "SYNC", at)
+    without_account = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at)
+    del without_account["accountId"]
+    malformed = balance_record(new_id("bal"), account_id, Account(), "REFRESH", at) | {"available": "abc"}
+    foreign_refresh = balance_record(new_id("bal"), unknown_account, Account(), "REFRESH", at)
     return [
-        event_record("balance.created", synced, stranger, at),
+        event_record("balance.created", synced, foreign_account, at),
         event_record("account.pondered", {"id": account_id, "mood": "new"}, account_id, at),
-        event_record("balance.created", homeless, account_id, at),
-        event_record("balance.created", garbled, account_id, at),
+        event_record("balance.created", without_account, account_id, at),
+        event_record("balance.created", malformed, account_id, at),
         valid_event,
-        event_record("balance.created", unknown, nobody, at),
+        event_record("balance.created", foreign_refresh, unknown_account, at),
     ]
 
 
 def environment_record(mode: str) -> Json:
-    """The environment every key and every webhook of this simulator belongs to."""
+    """Return the environment of all API keys and webhooks of this simulator."""
     return {"id": "env_simulator", "name": "Simulator", "mode": mode, "metadata": None}
 
 
 def delivery_body(events: Sequence[Json], mode: str) -> bytes:
-    """The body of one delivery."""
-    kinds = list(dict.fromkeys(item["type"] for item in events))
-    return encode_json({"environment": environment_record(mode), "eventTypes": kinds, "events": list(events)})
+    """Return the body of one delivery."""
+    event_types = list(dict.fromkeys(item["type"] for item in events))
+    return encode_json({"environment": environment_record(mode), "eventTypes": event_types, "events": list(events)})
 
 
 def encode_json(value: object) -> bytes:
-    """Compact JSON: the bytes that are signed are the bytes that are sent."""
+    """Encode as compact JSON. The same bytes are signed and sent."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -118,7 +118,7 @@ _REST_ERRORS: Mapping[int, tuple[str, str]] = {
 
 
 def rest_error_body(status: int) -> Json:
-    """The body of a refusal; the error id is given for 5xx only."""
+    """Return the body of an error response. Only 5xx responses have an error id."""
     message, instruction = _REST_ERRORS[status]
     error = {"message": message, "instruction": instruction}
     return error | {"errorId": new_id("err")} if status >= 500 else error
@@ -126,7 +126,7 @@ def rest_error_body(status: int) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class BodyIds:
-    """Who and what a delivery speaks of."""
+    """Ids of the events, balances and accounts in a delivery."""
 
     events: tuple[str, ...] = ()
     balances: tuple[str, ...] = ()
@@ -134,12 +134,12 @@ class BodyIds:
 
 
 def ids_in_body(body: bytes) -> BodyIds:
-    """The ids found in a delivery's body, in order and each once; a body that makes no sense has none."""
+    """Return the ids in a delivery's body, in order and without duplicates; none if the body is not valid."""
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except ValueError:
         return BodyIds()
-    events = found.get("events") if isinstance(found, dict) else None
+    events = content.get("events") if isinstance(content, dict) else None
     events = [item for item in events if isinstance(item, dict)] if isinstance(events, list) else []
     records = [item["record"] for item in events if isinstance(item.get("record"), dict)]
     return BodyIds(

@@ -1,7 +1,7 @@
-"""The referee's log: every call and every delivery attempt since the start or the last reset, in memory.
+"""Log of all calls and delivery attempts since the start or the last reset, in memory.
 
-A call is entered when it comes in, and its status is filled in when it is answered; a delivery attempt is entered when
-it is over. Sequence numbers start at 1 and go on across resets. All times are Unix seconds.
+A call is added when it is received; its status is set when the response is sent. A delivery attempt is added when it
+has ended. Sequence numbers start at 1 and continue after a reset. All times are Unix seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simulator.quiltt_records import BodyIds
 
 @dataclass(slots=True)
 class LoggedCall:
-    """One refresh call. `accepted`: the provider would bill it. `status` is null while, and when, it has no answer."""
+    """One refresh call. If `accepted`, the provider bills it. `status` is None without a response."""
 
     seq: int
     account_id: str
@@ -27,13 +27,13 @@ class LoggedCall:
     scenario: str
     effective_scenario: str  # differs from the scenario for `mix` only
     accepted: bool
-    balance_id: str | None = None  # of the balance this call will make
+    balance_id: str | None = None  # of the balance that this call will create
     status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedDelivery:
-    """One attempt to deliver. `signed_rightly` says nothing of the timestamp's age: compare it with `sent_at`."""
+    """One delivery attempt. `signature_valid` ignores the timestamp's age: compare `timestamp` with `sent_at`."""
 
     seq: int
     event_ids: tuple[str, ...]
@@ -51,12 +51,12 @@ _FIELD_NAMES = {kind: tuple(column.name for column in fields(kind)) for kind in 
 
 
 def _as_dict(entry: LoggedCall | LoggedDelivery) -> dict[str, Any]:
-    """As `dataclasses.asdict`, which copies deeply and takes five times as long: the whole log is asked for at once."""
+    """Convert an entry as `dataclasses.asdict` does. That makes deep copies and takes five times as long."""
     return {name: getattr(entry, name) for name in _FIELD_NAMES[type(entry)]}
 
 
 class RequestLog:
-    """Append-only until `reset`. With a path, each finished entry is also appended there as a line of JSON."""
+    """Log in memory, append-only until `reset`. With a path, finished entries are also appended there as JSON lines."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.calls: list[LoggedCall] = []
@@ -75,7 +75,7 @@ class RequestLog:
         effective_scenario: str,
         accepted: bool,
     ) -> LoggedCall:
-        """Enter a call that just came in; its status is not known yet."""
+        """Add a call that was received. Its status is not known yet."""
         self._last_call_seq += 1
         call = LoggedCall(
             self._last_call_seq, account_id, started_at, authenticated, scenario, effective_scenario, accepted
@@ -84,7 +84,7 @@ class RequestLog:
         return call
 
     def finish_call(self, call: LoggedCall, status: int | None) -> None:
-        """The call's request is over: answered with this status, or never answered."""
+        """Set the status of a call, None if it got no response."""
         call.status = status
         self._write_line("call", call)
 
@@ -99,17 +99,17 @@ class RequestLog:
         status: int | None,
         error: str | None,
     ) -> None:
-        """Enter a delivery attempt that is over."""
+        """Add a delivery attempt that has ended."""
         self._last_delivery_seq += 1
-        names = (ids.events, ids.balances, ids.accounts)
+        id_lists = (ids.events, ids.balances, ids.accounts)
         entry = LoggedDelivery(
-            self._last_delivery_seq, *names, attempt, sent_at, timestamp, signature_valid, status, error
+            self._last_delivery_seq, *id_lists, attempt, sent_at, timestamp, signature_valid, status, error
         )
         self.deliveries.append(entry)
         self._write_line("delivery", entry)
 
     def entries_after(self, call_seq: int, delivery_seq: int, account_id: str | None) -> dict[str, Any]:
-        """The entries with higher sequence numbers, of one account if it is given."""
+        """Return the entries with higher sequence numbers, of one account if it is given."""
         calls = self.calls[bisect_right(self.calls, call_seq, key=lambda entry: entry.seq) :]
         deliveries = self.deliveries[bisect_right(self.deliveries, delivery_seq, key=lambda entry: entry.seq) :]
         if account_id is not None:
@@ -118,7 +118,7 @@ class RequestLog:
         return {"calls": [_as_dict(call) for call in calls], "deliveries": [_as_dict(entry) for entry in deliveries]}
 
     def summary(self) -> dict[str, Any]:
-        """Counts. An unanswered call counts under `none`, a delivery without a status under its error."""
+        """Return counts. A call without a response counts under `none`, a delivery without a status under its error."""
         return {
             "calls": len(self.calls),
             "accepted": sum(call.accepted for call in self.calls),
@@ -129,7 +129,7 @@ class RequestLog:
         }
 
     def reset(self) -> None:
-        """Forget all entries; the file keeps its lines."""
+        """Delete all entries from memory. The file is not changed."""
         self.calls.clear()
         self.deliveries.clear()
 

@@ -1,4 +1,4 @@
-"""JSON that comes in by the control endpoints: unknown keys and wrong values are refused by name."""
+"""Validation of the JSON that control endpoints receive. The error names the unknown key or the invalid value."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ FieldParsers = Mapping[str, Callable[[Any], Any]]
 
 
 class InvalidControlRequest(ValueError):
-    """The request makes no sense; the message says why and is shown to the client."""
+    """Invalid request. The client receives the message."""
 
 
 def parse_fields(raw: bytes, parsers: FieldParsers) -> dict[str, Any]:
-    """The JSON object in `raw`, each value as its rule returns it."""
+    """Parse the JSON object in `raw`. Each value is the result of its field's parser."""
     try:
-        given = json.loads(raw or b"{}")
+        content = json.loads(raw or b"{}")
     except ValueError as error:
         raise InvalidControlRequest("not JSON") from error
-    if not isinstance(given, dict):
+    if not isinstance(content, dict):
         raise InvalidControlRequest("not a JSON object")
-    if unknown := sorted(given.keys() - parsers.keys()):
+    if unknown := sorted(content.keys() - parsers.keys()):
         raise InvalidControlRequest(f"unknown: {', '.join(unknown)}; known: {', '.join(parsers)}")
-    return {name: _parse_value(name, value, parsers[name]) for name, value in given.items()}
+    return {name: _parse_value(name, value, parsers[name]) for name, value in content.items()}
 
 
 def _parse_value(name: str, value: object, parser: Callable[[Any], Any]) -> object:
@@ -38,57 +38,57 @@ def _parse_value(name: str, value: object, parser: Callable[[Any], Any]) -> obje
 
 
 def number(value: object) -> float:
-    """A JSON number."""
+    """Return a JSON number as float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
     return float(value)
 
 
 def seconds(value: object) -> float:
-    """A duration, not negative."""
+    """Return a duration that is not negative."""
     if number(value) < 0:
         raise ValueError
     return number(value)
 
 
 def positive_integer(value: object) -> int:
-    """A whole number, at least 1."""
+    """Return an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError
     return value
 
 
 def flag(value: object) -> bool:
-    """True or false."""
+    """Return a boolean."""
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
 def text(value: object) -> str:
-    """A string."""
+    """Return a string."""
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
 def amount(value: object) -> float | None:
-    """A decimal string, a number, or null; events carry it as a JSON number, as the provider does."""
+    """Convert a decimal string, a number or null into a JSON number, as in the provider's events."""
     return None if value is None else float(Decimal(str(value)))
 
 
 def scenario_name(value: object) -> str:
-    """The name of a scenario."""
+    """Return the name of a scenario."""
     if value not in SCENARIOS:
         raise ValueError
     return text(value)
 
 
 def raw_bytes(value: object) -> bytes:
-    """Bytes in base64."""
+    """Decode base64 into bytes."""
     return base64.b64decode(text(value), validate=True)
 
 
 def anything(value: object) -> object:
-    """Any JSON value."""
+    """Return any JSON value unchanged."""
     return value

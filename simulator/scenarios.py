@@ -1,7 +1,7 @@
-"""The scenarios: what an account does when its balance is refreshed. Pure.
+"""Scenarios: what happens when the balance of an account is refreshed. Pure functions.
 
-The account id chooses: the lower-case letters that follow `acct_` are the scenario's name, so `acct_slow0001` is slow.
-Any other account is `prompt`.
+The account id selects the scenario: the lower-case letters after `acct_` are its name, so `acct_slow0001` is `slow`.
+All other accounts are `prompt`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _SCENARIO_PATTERN = re.compile(r"acct_([a-z]+)")
 class ResponseKind(Enum):
     """How the HTTP request of the call ends."""
 
-    STATUS = auto()  # with a status
-    DISCONNECT = auto()  # the connection is closed without an answer
-    HANG = auto()  # the request stays open until the client gives up
+    STATUS = auto()  # a response with a status
+    DISCONNECT = auto()  # the connection closes without a response
+    HANG = auto()  # the request stays open until the client disconnects
 
 
 class WebhookKind(Enum):
-    """What is sent to the webhook."""
+    """Deliveries that are sent to the webhook."""
 
     EVENT = auto()
     NOTHING = auto()
-    TWICE = auto()  # the event two times in one delivery, and once more in a second delivery
+    TWICE = auto()  # the event twice in one delivery, and once in a second delivery
     FORGED = auto()  # signed with a wrong secret
-    STALE = auto()  # signed rightly, ten minutes ago
-    BATCH = auto()  # the event among foreign, unknown and malformed ones
+    STALE = auto()  # valid signature, ten minutes old
+    BATCH = auto()  # the event among foreign, unknown and malformed events
 
 
 class EventDelay(Enum):
-    """Which delay lies between the call and its event; the seconds are settings (`Defaults`)."""
+    """Delay between the call and its event. The seconds are settings (`Defaults`)."""
 
     PROMPT = auto()
     SLOW = auto()
@@ -48,7 +48,7 @@ class EventDelay(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One row of the table. `readable`: the new balance shows up in GraphQL. `account`: fields of `Account` it sets."""
+    """One scenario. With `shown_in_graphql`, GraphQL shows the new balance. `account` sets fields of `Account`."""
 
     name: str
     summary: str
@@ -63,7 +63,7 @@ class Scenario:
 
 
 _SCENARIO_ROWS = (
-    Scenario("prompt", "202, then the event after a short delay; every account without another scenario"),
+    Scenario("prompt", "202, then the event after a short delay; all accounts without another scenario"),
     Scenario("slow", "202, the event after seconds", event_delay=EventDelay.SLOW),
     Scenario("late", "202, the event after longer than a short deadline", event_delay=EventDelay.LATE),
     Scenario("never", "202, no event and no new balance", webhooks=WebhookKind.NOTHING, shown_in_graphql=False),
@@ -71,18 +71,18 @@ _SCENARIO_ROWS = (
     Scenario("twice", "202, the event twice in one delivery and again in a second one", webhooks=WebhookKind.TWICE),
     Scenario(
         "early",
-        "the webhook is delivered before the 202 is answered",
+        "the webhook is delivered before the 202 is sent",
         event_delay=EventDelay.NONE,
         webhook_before_response=True,
     ),
     Scenario(
         "lost",
-        "accepted: the event comes, but the connection closes without an answer",
+        "accepted: the event is sent, but the connection closes without a response",
         response_kind=ResponseKind.DISCONNECT,
     ),
     Scenario(
         "silent",
-        "accepted: never answered, the request stays open; no event",
+        "accepted: no response, the request stays open; no event",
         response_kind=ResponseKind.HANG,
         webhooks=WebhookKind.NOTHING,
         shown_in_graphql=False,
@@ -98,7 +98,7 @@ _SCENARIO_ROWS = (
     ),
     Scenario(
         "batch",
-        "202, one delivery: a foreign SYNC, an unknown type, two malformed, the right event, a foreign REFRESH",
+        "202, one delivery: a foreign SYNC, an unknown type, two malformed, the valid event, a foreign REFRESH",
         webhooks=WebhookKind.BATCH,
     ),
     Scenario("nullavail", "202, event with available null", account={"available": None}),
@@ -107,11 +107,11 @@ _SCENARIO_ROWS = (
         "throttled", "429 with Ratelimit-Reset, the next call 202 and the event, and so on", rate_limits_first_call=True
     ),
     Scenario("badreq", "400: account kind not supported", status=400, account={"kind": "LOAN"}),
-    Scenario("unauth", "401, whatever the key", status=401),
+    Scenario("unauth", "401 for every key", status=401),
     Scenario("inactive", "403: connection in error", status=403, account={"connection_status": "ERROR_REPAIRABLE"}),
     Scenario("gone", "404, and null in GraphQL", status=404),
     Scenario("error", "500 always, never accepted", status=500),
-    Scenario("mix", "drawn per call: 0-2 s, sometimes twice, early, lost or throttled; never fails for good"),
+    Scenario("mix", "drawn per call: 0-2 s, sometimes twice, early, lost or throttled; never a permanent failure"),
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({row.name: row for row in _SCENARIO_ROWS})
@@ -120,32 +120,32 @@ _MIX_WEIGHTS = {"prompt": 60, "twice": 10, "early": 10, "lost": 10, "throttled":
 
 
 def scenario_of(account_id: str) -> Scenario:
-    """The scenario an account id asks for."""
+    """Return the scenario that an account id selects."""
     named = _SCENARIO_PATTERN.match(account_id)
     return SCENARIOS.get(named[1], SCENARIOS["prompt"]) if named else SCENARIOS["prompt"]
 
 
 def draw_scenario(scenario: Scenario, rng: Random) -> tuple[Scenario, EventDelay]:
-    """What this one call acts as, and its pace: the scenario itself, unless it is `mix`."""
+    """Return the effective scenario of one call and its event delay. Only `mix` differs from the effective scenario."""
     if scenario.name != "mix":
         return scenario, scenario.event_delay
-    acted = SCENARIOS[rng.choices(list(_MIX_WEIGHTS), list(_MIX_WEIGHTS.values()))[0]]
-    return acted, acted.event_delay if acted.webhook_before_response else EventDelay.MIXED
+    effective = SCENARIOS[rng.choices(list(_MIX_WEIGHTS), list(_MIX_WEIGHTS.values()))[0]]
+    return effective, effective.event_delay if effective.webhook_before_response else EventDelay.MIXED
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """The settings all accounts share; `PUT /control/defaults` changes them."""
+    """Settings that all accounts share. `PUT /control/defaults` changes them."""
 
-    prompt_s: float = 0.3  # the middle: drawn between half and one and a half of it
+    prompt_s: float = 0.3  # mean: the delay is drawn between 0.5 and 1.5 times this
     slow_s: float = 3.0
     late_s: float = 6.0
-    retry_base_s: float = 0.5  # doubles with each try
-    keep_signature: bool = False  # True: a retry carries the timestamp and signature of the first try
-    rate_limit_per_s: int = 1000  # calls; what is above is answered 429
+    retry_base_s: float = 0.5  # doubles with each attempt
+    keep_signature: bool = False  # True: a retry carries the timestamp and signature of the first attempt
+    rate_limit_per_s: int = 1000  # calls above this get a 429
 
     def delay_s(self, event_delay: EventDelay, rng: Random) -> float:
-        """Seconds from the call to its event."""
+        """Return the seconds from the call to its event."""
         match event_delay:
             case EventDelay.PROMPT:
                 return rng.uniform(0.5, 1.5) * self.prompt_s
@@ -160,5 +160,5 @@ class Defaults:
 
 
 def scenario_table() -> str:
-    """The scenarios, one a line."""
+    """Return a list of the scenarios, one per line."""
     return "\n".join(f"{row.name:<10} {row.summary}" for row in _SCENARIO_ROWS)

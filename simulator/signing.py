@@ -1,4 +1,4 @@
-"""Quiltt's webhook signature. Pure."""
+"""Webhook signature of Quiltt. Pure function."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _VERSION = b"1"
 
 
 def sign(secret: str, timestamp: str, body: bytes) -> str:
-    """The value of `Quiltt-Signature` for a body sent with this `Quiltt-Timestamp` (Unix seconds)."""
+    """Return the `Quiltt-Signature` of a body that is sent with this `Quiltt-Timestamp` (Unix seconds)."""
     signed = _VERSION + timestamp.encode() + body
     return base64.b64encode(hmac.digest(secret.encode(), signed, hashlib.sha256)).decode()

@@ -1,4 +1,4 @@
-"""Webhook subscriptions, in memory. They change nothing: deliveries go to the URL the process was started with."""
+"""Webhook subscriptions, in memory. They have no effect: deliveries go to the URL given at start."""
 
 from __future__ import annotations
 
@@ -36,42 +36,42 @@ _SUBSCRIPTION_FIELDS: FieldParsers = {
 
 
 class SubscriptionApi:
-    """Handlers over a dictionary of subscriptions."""
+    """Handlers of the subscriptions, which are stored in a dictionary."""
 
     def __init__(self, is_authenticated: Callable[[Request], bool]) -> None:
         self._is_authenticated = is_authenticated
         self._subscriptions: dict[str, dict[str, Any]] = {}
 
     def routes(self) -> list[Route]:
-        """The collection and its members."""
+        """Return the routes of the collection and its members."""
         return [
             Route(_PATH, self.collection, methods=["GET", "POST"]),
             Route(_PATH + "/{id}", self.member, methods=["GET", "PATCH", "DELETE"]),
         ]
 
     async def collection(self, request: Request) -> Response:
-        """List all, or add one."""
+        """List all subscriptions, or add one."""
         if not self._is_authenticated(request):
             return JSONResponse(quiltt_records.rest_error_body(401), 401)
         if request.method == "GET":
             return JSONResponse(list(self._subscriptions.values()))
-        given = parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
-        if missing := {"name", "targetUrl", "eventTypes"} - given.keys():
+        fields = parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
+        if missing := {"name", "targetUrl", "eventTypes"} - fields.keys():
             raise InvalidControlRequest(f"missing: {', '.join(sorted(missing))}")
-        kept = {"id": quiltt_records.new_id("whs"), "disabled": False, **given}
-        self._subscriptions[kept["id"]] = kept
-        return JSONResponse(kept, 201)
+        subscription = {"id": quiltt_records.new_id("whs"), "disabled": False, **fields}
+        self._subscriptions[subscription["id"]] = subscription
+        return JSONResponse(subscription, 201)
 
     async def member(self, request: Request) -> Response:
-        """Show, change or remove one."""
+        """Return, change or remove one subscription."""
         if not self._is_authenticated(request):
             return JSONResponse(quiltt_records.rest_error_body(401), 401)
-        kept = self._subscriptions.get(request.path_params["id"])
-        if kept is None:
+        subscription = self._subscriptions.get(request.path_params["id"])
+        if subscription is None:
             return JSONResponse({"message": "Subscription not found", "instruction": "Check the id."}, 404)
         if request.method == "DELETE":
-            del self._subscriptions[kept["id"]]
+            del self._subscriptions[subscription["id"]]
             return Response(status_code=204)
         if request.method == "PATCH":
-            kept |= parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
-        return JSONResponse(kept)
+            subscription |= parse_fields(await request.body(), _SUBSCRIPTION_FIELDS)
+        return JSONResponse(subscription)

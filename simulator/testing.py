@@ -1,4 +1,4 @@
-"""For tests and benchmarks: a simulator process, and a webhook endpoint that keeps what it receives."""
+"""Test helpers: a simulator process, and a webhook endpoint that stores the requests it receives."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _POLL_INTERVAL_S = 0.01
 
 
 def eventually(probe: Callable[[], T]) -> T:
-    """The first true value of the probe. Raises AssertionError after 10 s without one."""
-    end = time.monotonic() + TIMEOUT_S
+    """Return the first true value of the probe. Raise AssertionError after 10 s without one."""
+    deadline = time.monotonic() + TIMEOUT_S
     while not (value := probe()):
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise AssertionError(f"still {value!r} after {TIMEOUT_S} s")
         time.sleep(_POLL_INTERVAL_S)
     return value
 
 
 class Simulator:
-    """A process on a free port of the loopback interface, with the endpoints as methods. Ends with the `with` block."""
+    """Simulator process on a free loopback port, with its endpoints as methods. It stops with the `with` block."""
 
     def __init__(self, webhook_url: str, *, secret: str, api_key: str, options: Sequence[str] = ()) -> None:
         self.api_key = api_key
-        given = ["--webhook-url", webhook_url, "--webhook-secret", secret, "--api-key", api_key]
+        arguments = ["--webhook-url", webhook_url, "--webhook-secret", secret, "--api-key", api_key]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "simulator", "--port", "0", *given, *options],
+            [sys.executable, "-m", "simulator", "--port", "0", *arguments, *options],
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
@@ -54,40 +54,40 @@ class Simulator:
         self.stop()
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
-        """Send the process this signal and answer its exit status."""
+        """Send this signal to the process and return its exit status."""
         self.http.close()
         self.process.send_signal(signal_number)
         with self.process:
             return self.process.wait(TIMEOUT_S)
 
     def refresh(self, account_id: str, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> httpx.Response:
-        """The paid call."""
+        """Send a refresh call, which Quiltt bills."""
         headers = {"Authorization": f"Bearer {api_key or self.api_key}"}
         return self.http.post(f"/v1/accounts/{account_id}/balances/refresh", headers=headers, timeout=timeout_s)
 
     def graphql(self, variables: object, api_key: str | None = None) -> httpx.Response:
-        """The free read."""
+        """Send a balance query, which is free."""
         auth = ("p_simulator", api_key or self.api_key)
         return self.http.post("/v1/graphql", json={"query": "...", "variables": variables}, auth=auth)
 
     def put(self, path: str, **values: object) -> Any:
-        """`PUT /control/<path>`, and what it answered."""
+        """Send `PUT /control/<path>` and return the body of the response."""
         return self.http.put(f"/control/{path}", json=values).raise_for_status().json()
 
     def post(self, path: str, **values: object) -> Any:
-        """`POST /control/<path>`, and what it answered."""
+        """Send `POST /control/<path>` and return the body of the response."""
         return self.http.post(f"/control/{path}", json=values).raise_for_status().json()
 
     def calls(self, account_id: str) -> list[dict[str, Any]]:
-        """The log's calls of one account."""
+        """Return the logged calls of one account."""
         return list(self._log(account_id)["calls"])
 
     def deliveries(self, account_id: str) -> list[dict[str, Any]]:
-        """The log's delivery attempts that speak of one account."""
+        """Return the logged delivery attempts with events of one account."""
         return list(self._log(account_id)["deliveries"])
 
     def summary(self) -> dict[str, Any]:
-        """The log's counts."""
+        """Return the counts over the log."""
         return dict(self.http.get("/control/summary").raise_for_status().json())
 
     def wait_for_webhooks(self) -> None:
@@ -107,7 +107,7 @@ class Simulator:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRequest:
-    """One request to the webhook; header names are in lower case."""
+    """One request to the webhook. Header names are in lower case."""
 
     path: str
     headers: dict[str, str]
@@ -116,7 +116,7 @@ class ReceivedRequest:
 
 @dataclass(slots=True)
 class WebhookInbox:
-    """A webhook endpoint in a thread. `answers` are the statuses of the next answers; after them it is 204."""
+    """Webhook endpoint in a thread. The next responses use `response_statuses`; after these the status is 204."""
 
     received: list[ReceivedRequest] = field(default_factory=list)
     response_statuses: list[int] = field(default_factory=list)
@@ -135,7 +135,7 @@ class WebhookInbox:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.block_on_close = False  # connections are kept alive: nobody closes them for us
+        self._server.block_on_close = False  # keep-alive connections stay open, so waiting for them would block
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -147,11 +147,11 @@ class WebhookInbox:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the endpoint."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/webhooks/quiltt"
 
     def requests_about(self, account_id: str) -> list[ReceivedRequest]:
-        """What was received so far that speaks of one account."""
+        """Return the received requests that contain the account id."""
         return [request for request in self.received if account_id.encode() in request.body]
 
     def _serve(self, request: BaseHTTPRequestHandler) -> None:

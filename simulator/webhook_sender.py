@@ -1,4 +1,4 @@
-"""Webhook deliveries: signed, queued over a few connections, retried with exponential backoff until a 2xx."""
+"""Webhook deliveries: signed, sent over a few connections, retried with exponential backoff until a 2xx."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ MAX_ATTEMPTS = 20
 
 @dataclass(slots=True)
 class OutgoingDelivery:
-    """One body to deliver, and how it is signed.
+    """One body to deliver, and the parameters of its signature.
 
-    `secret` None: the right one. `signature_age_s`: how old the timestamp is when sent. `timestamp` (Unix seconds) overrides it.
+    `secret` None: the sender's secret. `signature_age_s`: age of the timestamp when it is sent. `timestamp` (Unix
+    seconds) overrides that age.
     """
 
     body: bytes
     secret: str | None = None
     signature_age_s: int = 0
     timestamp: int | None = None
-    extra_delay_s: float = 0.0  # between the due time of the event and the first try
+    extra_delay_s: float = 0.0  # between the due time of the event and the first attempt
     max_attempts: int = MAX_ATTEMPTS
     attempts: int = 0
     attempted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,7 +41,7 @@ class OutgoingDelivery:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """What an attempt got: a status, or the name of the error that came instead."""
+    """Result of an attempt: a status, or the name of an error."""
 
     status: int | None = None
     error: str | None = None
@@ -51,7 +52,7 @@ class AttemptResult:
 
 
 class WebhookSender:
-    """Delivers parcels to the webhook URL. `pending`: scheduled, queued, held back, under way, or to be retried."""
+    """Sender of deliveries to the webhook URL. `pending` counts deliveries that have not ended."""
 
     def __init__(self, url: str, secret: str, log: RequestLog) -> None:
         self.defaults = Defaults()
@@ -64,18 +65,21 @@ class WebhookSender:
         self._not_paused.set()
 
     def schedule(self, delay_s: float, make_deliveries: Callable[[], Sequence[OutgoingDelivery]]) -> asyncio.Event:
-        """Pack and send parcels after the delay. The event is set once the first was tried, or there was none."""
-        tried = asyncio.Event()
+        """Create and send deliveries after the delay.
+
+        The returned event is set after the first attempt, or if there is nothing to send.
+        """
+        attempted = asyncio.Event()
         self.pending += 1
-        asyncio.get_running_loop().call_later(delay_s, self._enqueue_deliveries, make_deliveries, tried)
-        return tried
+        asyncio.get_running_loop().call_later(delay_s, self._enqueue_deliveries, make_deliveries, attempted)
+        return attempted
 
     def pause(self) -> None:
-        """Hold back all deliveries that have not been sent yet."""
+        """Pause all deliveries that have not been sent yet."""
         self._not_paused.clear()
 
     def resume(self) -> None:
-        """Send what was held back, and go on."""
+        """Send the paused deliveries and continue."""
         self._not_paused.set()
 
     async def run(self) -> None:
@@ -85,7 +89,7 @@ class WebhookSender:
                 group.create_task(self._send_queued())
 
     async def post_once(self, delivery: OutgoingDelivery) -> AttemptResult:
-        """Send a parcel now, on a connection of its own, paused or not, and never again."""
+        """Send a delivery now, even while paused, on its own connection and without retries."""
         connection = HttpConnection(self._url)
         try:
             return await self._attempt_delivery(connection, delivery)
@@ -95,12 +99,12 @@ class WebhookSender:
     def _enqueue_deliveries(
         self, make_deliveries: Callable[[], Sequence[OutgoingDelivery]], attempted: asyncio.Event
     ) -> None:
-        parcels = make_deliveries()
-        self.pending += len(parcels) - 1
-        for parcel in parcels:
-            asyncio.get_running_loop().call_later(parcel.extra_delay_s, self._queue.put_nowait, parcel)
-        if parcels:
-            parcels[0].attempted = attempted
+        deliveries = make_deliveries()
+        self.pending += len(deliveries) - 1
+        for delivery in deliveries:
+            asyncio.get_running_loop().call_later(delivery.extra_delay_s, self._queue.put_nowait, delivery)
+        if deliveries:
+            deliveries[0].attempted = attempted
         else:
             attempted.set()
 
@@ -108,10 +112,10 @@ class WebhookSender:
         connection = HttpConnection(self._url)
         try:
             while True:
-                parcel = await self._queue.get()
+                delivery = await self._queue.get()
                 await self._not_paused.wait()
-                outcome = await self._attempt_delivery(connection, parcel)
-                self._finish_or_retry(parcel, outcome)
+                result = await self._attempt_delivery(connection, delivery)
+                self._finish_or_retry(delivery, result)
         finally:
             connection.close()
 
@@ -130,19 +134,19 @@ class WebhookSender:
         signature = sign(delivery.secret or self._secret, str(timestamp), delivery.body)
         headers = {"Quiltt-Timestamp": str(timestamp), "Quiltt-Signature": signature}
         try:
-            outcome = AttemptResult(status=await connection.post(delivery.body, headers))
+            result = AttemptResult(status=await connection.post(delivery.body, headers))
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-            outcome = AttemptResult(error=type(error).__name__)
+            result = AttemptResult(error=type(error).__name__)
         self._log.add_delivery(
             ids=delivery.body_ids,
             attempt=delivery.attempts,
             sent_at=sent_at,
             timestamp=timestamp,
             signature_valid=delivery.secret in (None, self._secret),
-            status=outcome.status,
-            error=outcome.error,
+            status=result.status,
+            error=result.error,
         )
-        return outcome
+        return result
 
     def _signature_timestamp(self, delivery: OutgoingDelivery, now: float) -> int:
         if delivery.timestamp is not None:

@@ -1,1 +1,1 @@
-"""What the payments service asks, as Celery tasks. They translate and enqueue; `worker.flow` decides."""
+"""Celery: tasks, batch strategies, suspension, dispatch and the broker transport. `worker.flow` has the use cases."""

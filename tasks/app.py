@@ -12,7 +12,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery_config import celery_settings
 from config.garbage_collection import freeze_gc, raise_gc_thresholds
-from config.log_config import configure_logging, set_log_context
+from config.log_config import configure_logging, log_start, set_log_context
 from config.settings import ConfigurationError, settings
 from tasks import tracing
 
@@ -25,7 +25,7 @@ def _make_app() -> Celery:
             tracing.enable()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
-    if settings().broker_transport == "atomic":  # this is where kombu looks up the scheme of a broker's address
+    if settings().broker_transport == "atomic":  # kombu finds the transport of a URL scheme here
         TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
     app = Celery(
         "payready",
@@ -41,7 +41,7 @@ def _make_app() -> Celery:
     return app
 
 
-@import_modules.connect  # of the roles, Flower sets up no logging of its own
+@import_modules.connect  # Flower does not send `setup_logging`
 @setup_logging.connect
 def _configure_logging(**_: Any) -> None:
     configure_logging(settings())
@@ -53,11 +53,22 @@ def _freeze_gc_after_start(**_: Any) -> None:
     freeze_gc()
 
 
+@worker_ready.connect
+def _log_worker_start(sender: Any, **_: Any) -> None:
+    queues = {queue.name for queue in sender.task_consumer.queues}
+    log_start(settings(), "refresh" if queues == {"refreshes"} else "worker")
+
+
+@beat_init.connect
+def _log_beat_start(**_: Any) -> None:
+    log_start(settings(), "beat")
+
+
 @task_prerun.connect
 def _set_task_log_context(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
-    given = dict(zip(_parameter_names(task.name), args, strict=False))
-    job = given.pop("job", None)
-    set_log_context({**(job if isinstance(job, Mapping) else {}), **given, **kwargs, "task_id": task_id})
+    arguments = dict(zip(_parameter_names(task.name), args, strict=False))
+    job = arguments.pop("job", None)
+    set_log_context({**(job if isinstance(job, Mapping) else {}), **arguments, **kwargs, "task_id": task_id})
 
 
 @functools.cache

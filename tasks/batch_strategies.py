@@ -1,14 +1,27 @@
-"""How a worker takes jobs and calls: those at hand together, as far as nothing is special about them.
+"""Celery strategies that process the jobs and the calls of a worker in micro-batches.
 
-A Celery *strategy* says what a worker does with a message. These gather the plain messages of a task, and have rounds
-of them worked on by a thread of the worker's pool, each in one transaction; the next round forms meanwhile. What does
-not go like the others (a job that breaks its contract, an account that someone holds, a store that is away) is handed
-to Celery's own strategy, and goes its way alone: what there is to say of errors and retries is said there only.
+A Celery *strategy* is called with each message of a task that a worker fetches. The strategies here add plain messages
+to a `MicroBatcher`. A thread of the worker's pool processes each batch in one transaction, while the next batch forms.
+A message falls back to Celery's default strategy, one by one, if
 
-As there, a message is acknowledged when its work is done, and Flower is told of each task.
+- it is not plain: it has an ETA or an expiry, is revoked, or has an old protocol version,
+- its account was locked by another transaction in two batches, or
+- its batch raised an error, because a job is invalid or a store is unavailable.
+
+Errors and retries are therefore handled in one place, in the tasks. As with the default strategy, a message is
+acknowledged when its work is done, and task events are published for each task.
+
+The steps of a job::
+
+    __call__ > MicroBatcher > _process_batch > flow.initiate_batch > dispatch > _finish > _acknowledge
+
+The steps of a call::
+
+    __call__ > MicroBatcher > _process_batch > flow.claim_calls > _start_call
+             > thread pool > _make_call > _queue_result
+             > MicroBatcher > _record_results > flow.record_results > dispatch > _finish > _acknowledge
 """
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,25 +34,28 @@ from celery.concurrency.thread import TaskPool
 from celery.worker.state import revoked
 from celery.worker.strategy import default
 
+from config.log_config import get_logger, log_context
 from tasks import suspension, tracing
 from tasks.batching import MicroBatcher
 from tasks.broker import acknowledge
 from tasks.dispatch import dispatch
 from tasks.payment_tasks import parse_request, waiting_announcer
-from worker import flow
+from worker import flow, metrics
 from worker.errors import InvalidJob
 from worker.flow import CallResult, Claim, FailedCall, FollowUp, IntakeRequest, RefreshCall
 from worker.runtime import runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_BATCH_SIZE = 100
-"""Messages in a round, at most."""
+"""Maximum number of messages in a batch."""
 BATCH_INTERVAL_S = 0.025
-"""A round each so often, at most. A payment waits for seconds; half of its cost is shared with those of its round."""
+"""Minimum time between batches. A payment waits for seconds, and a batch shares half of the cost of a payment."""
 RECORD_INTERVAL_S = 0.25
-"""How often accepted calls are booked, at most, if they are few. Nobody waits for that: a balance that comes sooner
-posts its call itself."""
+"""Minimum time between transactions that record accepted calls, unless a batch is full. No payment depends on it: a
+balance that arrives earlier posts the fee of its call itself."""
+CALL_ARGUMENT_COUNT = 2
+"""Arguments of a refresh call without a slot: account and refresh."""
 EVENT_FIELDS = {
     "name": "task",
     "args": "argsrepr",
@@ -48,40 +64,41 @@ EVENT_FIELDS = {
     "parent_id": "parent_id",
     "retries": "retries",
 }
-"""What Flower is told of a task that was received, by the headers that say it."""
+"""Fields of the event `task-received`, with the message headers that have their values."""
 MessageHandler = Callable[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReceivedMessage:
-    """A message, as a worker hands it to a strategy."""
+    """A message with the other arguments of its strategy."""
 
     message: Any
     strategy_args: tuple[Any, ...]
     received_at: float = field(default_factory=time.time)
     was_contended: bool = False
-    """Whether its account was held by someone else in the round before."""
+    """Whether its account was locked in the previous batch."""
 
     @property
     def headers(self) -> Mapping[str, Any]:
-        """What Celery says of the task."""
+        """The headers of the task."""
         headers: Mapping[str, Any] = self.message.headers
         return headers
 
     @property
     def is_batchable(self) -> bool:
-        """Whether it is to be worked on now, and like any other."""
-        ours = self.strategy_args[0] is None and "id" in self.headers  # else it is of Celery's first protocol
-        return ours and not any(self.headers.get(name) for name in ("eta", "expires")) and self.task_id not in revoked
+        """Whether the message can be processed now, in a batch with others."""
+        is_protocol_2 = self.strategy_args[0] is None and "id" in self.headers
+        is_due = not any(self.headers.get(name) for name in ("eta", "expires"))
+        return is_protocol_2 and is_due and self.task_id not in revoked
 
     @property
     def task_id(self) -> str:
-        """The task's."""
+        """The id of the task."""
         return str(self.headers["id"])
 
 
 class _BatchStrategy:
-    """Messages of one task. A worker makes this anew with each connection to its broker."""
+    """The strategy of one task. A worker creates a new one with each connection to its broker."""
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         self._consumer, self._default_strategy = consumer, default(task, app, consumer)
@@ -91,32 +108,41 @@ class _BatchStrategy:
             self._process_batch, max_size=MAX_BATCH_SIZE, min_interval_s=BATCH_INTERVAL_S, executor=self._pool.submit
         )
 
-    def __call__(self, message: Any, *rest: Any) -> None:
-        """Take a message; raises here, where Celery expects it, what makes one unreadable."""
-        received = ReceivedMessage(message, rest)
+    def __call__(self, message: Any, *strategy_args: Any) -> None:
+        """Process a message. Raise decoding errors here, where Celery expects them."""
+        received = ReceivedMessage(message=message, strategy_args=strategy_args)
         message.decode()
-        if received.is_batchable:
+        if self._is_batchable(received):
             self._batcher.add(received)
         else:
-            self._default_strategy(message, *rest)
+            self._default_strategy(message, *strategy_args)
+
+    def _is_batchable(self, received: ReceivedMessage) -> bool:
+        return received.is_batchable
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         raise NotImplementedError
 
-    def _retry_contended(self, busy: Sequence[ReceivedMessage]) -> None:
-        """Have those whose account was held be in the next round as well; who was in it before goes on alone."""
-        self._fall_back([received for received in busy if received.was_contended])
+    def _retry_contended(self, contended: Sequence[ReceivedMessage]) -> None:
+        """Move messages of locked accounts to the next batch. Fall back if the account was locked before."""
+        self._fall_back([received for received in contended if received.was_contended])
         self._batcher.requeue_first(
-            *(replace(received, was_contended=True) for received in busy if not received.was_contended)
+            *(replace(received, was_contended=True) for received in contended if not received.was_contended)
         )
 
+    def _fall_back_after(self, error: Exception, kind: str, batch: Sequence[ReceivedMessage]) -> None:
+        """Process a failed batch one by one: the task then handles the error of its own message."""
+        metrics.BATCH_FALLBACKS.labels(kind).inc()
+        log.warning("batch.fallback", kind=kind, error=_first_line(error))
+        self._fall_back(batch)
+
     def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
-        """Hand messages to Celery's own strategy, on the worker's own thread."""
+        """Pass messages to Celery's default strategy, in the thread of the event loop."""
         for received in batch:
             self._consumer.call_soon(self._default_strategy, received.message, *received.strategy_args)
 
     def _finish(self, batch: Sequence[ReceivedMessage], *events: str) -> None:
-        """Tell Flower, and acknowledge."""
+        """Publish the task events of messages, and acknowledge these."""
         for received in batch:
             self._emit_events(received, events)
         if batch:
@@ -124,45 +150,43 @@ class _BatchStrategy:
 
     def _emit_events(self, received: ReceivedMessage, events: Sequence[str]) -> None:
         headers, hostname = received.headers, self._consumer.hostname
-        what = {name: headers.get(header) for name, header in EVENT_FIELDS.items()}
+        fields = {name: headers.get(header) for name, header in EVENT_FIELDS.items()}
         self._event_publisher.publish(
-            "task-received", hostname, uuid=received.task_id, timestamp=received.received_at, **what
+            "task-received", hostname, uuid=received.task_id, timestamp=received.received_at, **fields
         )
         for event in events:
-            took = (
+            result = (
                 {"result": "None", "runtime": time.time() - received.received_at} if event == "task-succeeded" else {}
             )
-            self._event_publisher.publish(event, hostname, uuid=received.task_id, **took)
+            self._event_publisher.publish(event, hostname, uuid=received.task_id, **result)
 
     def _acknowledge(self, batch: Sequence[ReceivedMessage]) -> None:
         try:
             acknowledge([received.message for received in batch])
         except self._consumer.connection_errors as error:
-            log.warning("%s messages could not be acknowledged, and will come again: %s", len(batch), error)
+            log.warning("messages.ack_failed", count=len(batch), error=str(error))  # the broker redelivers them
 
 
 class _JobBatchStrategy(_BatchStrategy):
-    """Jobs."""
+    """The strategy of `payments.initiate`."""
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
-        taken, busy = list[ReceivedMessage](), list[ReceivedMessage]()
         try:
             requests = [self._parse_request(received) for received in batch]
-            entrances = flow.initiate_batch(runtime(), requests, waiting_announcer(requests))
-        except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
-            log.debug("a round of jobs is taken in one by one: %s", error)
-            self._fall_back(batch)
-        else:
-            taken = [received for received, entrance in zip(batch, entrances, strict=True) if entrance]
-            busy = [received for received, entrance in zip(batch, entrances, strict=True) if not entrance]
-            self._dispatch_follow_ups([entrance.follow_up for entrance in entrances if entrance], taken)
-        self._finish(taken, "task-started")
-        self._retry_contended(busy)
+            results = flow.initiate_batch(runtime(), requests, waiting_announcer(requests))
+        except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
+            self._fall_back_after(error, "job", batch)
+            return
+        started = [received for received, result in zip(batch, results, strict=True) if result]
+        contended = [received for received, result in zip(batch, results, strict=True) if not result]
+        self._dispatch_follow_ups([result.follow_up for result in results if result], started)
+        self._finish(started, "task-started")
+        self._retry_contended(contended)
 
     def _parse_request(self, received: ReceivedMessage) -> IntakeRequest:
         args, kwargs, embed = received.message.payload
         if len(args) > 1:
-            raise InvalidJob("there is more than one positional argument")
+            raise InvalidJob("more than one positional argument; pass the job as one mapping or as keyword arguments")
         context = Context(
             received.headers,
             **embed,
@@ -172,95 +196,105 @@ class _JobBatchStrategy(_BatchStrategy):
         )
         return parse_request(args[0] if args else None, kwargs, suspension.suspend(context))
 
-    def _dispatch_follow_ups(self, nexts: Sequence[FollowUp], taken: Sequence[ReceivedMessage]) -> None:
-        todo = FollowUp()
-        for following in nexts:
-            todo.merge(following)
+    def _dispatch_follow_ups(self, follow_ups: Sequence[FollowUp], started: Sequence[ReceivedMessage]) -> None:
+        merged = FollowUp()
+        for follow_up in follow_ups:
+            merged.merge(follow_up)
         try:
-            dispatch(todo)
-            gone = [received.task_id for received in taken if received.task_id in revoked]
-            if gone:  # while they were taken in, before there was anything to cancel
-                dispatch(flow.cancel_by_task(runtime(), gone))
-        except Exception:  # the payments are written down: whatever fails from here on, upkeep makes good
-            log.exception("%s payments wait; upkeep will see to what comes next", len(taken))
+            dispatch(merged)
+            revoked_ids = [received.task_id for received in started if received.task_id in revoked]
+            if revoked_ids:  # revoked during the intake, when there was no payment to cancel yet
+                dispatch(flow.cancel_by_task(runtime(), revoked_ids))
+        except Exception:  # the payments are committed, so the sweep repeats whatever failed
+            log.exception("follow_up.dispatch_failed", count=len(started), recovery="sweep")
 
 
 class _CallBatchStrategy(_BatchStrategy):
-    """Refreshes to be called."""
+    """The strategy of `balances.refresh`. It claims calls in a batch, makes each in a thread and records batches."""
 
     def __init__(self, task: Any, app: Any, consumer: Any) -> None:
         super().__init__(task, app, consumer)
-        many = min(
-            MAX_BATCH_SIZE, max(1, consumer.pool.limit // 2)
-        )  # the other half of what the worker may hold goes on
-        self._accepted_results = MicroBatcher(self._record_results, max_size=many, min_interval_s=RECORD_INTERVAL_S)
+        # Results are recorded when half of the threads have one, so that the other half stays busy meanwhile.
+        accepted_size = min(MAX_BATCH_SIZE, max(1, consumer.pool.limit // 2))
+        self._accepted_results = MicroBatcher(
+            self._record_results, max_size=accepted_size, min_interval_s=RECORD_INTERVAL_S
+        )
         self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
 
+    def _is_batchable(self, received: ReceivedMessage) -> bool:
+        """Whether the call needs a slot. A delayed call that has one (`has_slot`) is claimed alone."""
+        args = received.message.payload[0]
+        return received.is_batchable and len(args) == CALL_ARGUMENT_COUNT
+
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
-        wanted = defaultdict[RefreshCall, list[ReceivedMessage]](list)
+        messages_by_call = defaultdict[RefreshCall, list[ReceivedMessage]](list)
         try:
             for received in batch:
                 account_id, refresh_id = received.message.payload[0]
-                wanted[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
-            claims = flow.claim_calls(runtime(), list(wanted))
-        except Exception as error:  # noqa: BLE001 - it is raised again where one of them is worked on alone
-            log.debug("a round of calls is made one by one: %s", error)
-            self._fall_back(batch)
+                messages_by_call[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
+            claims = flow.claim_calls(runtime(), list(messages_by_call))
+        except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
+            self._fall_back_after(error, "call", batch)
             return
-        for busy in claims.contended:
-            self._retry_contended(wanted.pop(busy))
+        for call in claims.contended:
+            self._retry_contended(messages_by_call.pop(call))
         for claim in claims.claims:
-            self._start_call(
-                claim, wanted.pop(RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id))
-            )
+            call = RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id)
+            self._start_call(claim, messages_by_call.pop(call))
         try:
             dispatch(claims.follow_up)
         finally:
-            self._finish_groups(list(wanted.values()))
+            self._finish_groups(list(messages_by_call.values()))
 
     def _start_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
-        """Have a thread make the call. The pool of a worker that stops begins nothing, and drops what has not begun."""
+        """Make the call in a thread of the pool. Record it as skipped if the worker stops before the call starts."""
 
-        def see(begun: "Future[None]") -> None:
-            if begun.cancelled():
+        def on_call_done(future: "Future[None]") -> None:
+            if future.cancelled():  # the pool of a worker that stops drops pending calls
                 self._queue_result(flow.skipped_call(runtime(), claim), messages)
 
         try:
-            self._pool.submit(self._make_call, claim, messages).add_done_callback(see)
-        except RuntimeError:  # it was shut down while the call was claimed
+            self._pool.submit(self._make_call, claim, messages).add_done_callback(on_call_done)
+        except RuntimeError:  # the pool was shut down during the claim
             self._queue_result(flow.skipped_call(runtime(), claim), messages)
 
     def _make_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         try:
             self._queue_result(flow.make_call(runtime(), claim), messages)
-        except Exception:  # nobody knows what became of the call: upkeep sees to it
-            log.exception("a call for %s ended in an error", claim.refresh.account_id)
+        except Exception:  # the result of the call is unknown: the sweep handles the claim
+            with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
+                log.exception("refresh_call.crashed")
             self._finish_groups([messages])
 
-    def _queue_result(self, end: CallResult, messages: Sequence[ReceivedMessage]) -> None:
-        """Have the end of a call booked: at once if it failed, as payments may fail by that."""
-        (self._failed_results if isinstance(end, FailedCall) else self._accepted_results).add((end, messages))
+    def _queue_result(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:
+        """Queue a result for recording. A failure is recorded at once, because payments may fail by it."""
+        (self._failed_results if isinstance(result, FailedCall) else self._accepted_results).add((result, messages))
 
-    def _record_results(self, ends: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
+    def _record_results(self, results: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
         try:
-            dispatch(flow.record_results(runtime(), [end for end, _ in ends]))
-        finally:  # what could not be booked, upkeep finds
-            self._finish_groups([messages for _, messages in ends])
+            dispatch(flow.record_results(runtime(), [result for result, _ in results]))
+        finally:  # the sweep finds calls whose result could not be recorded
+            self._finish_groups([messages for _, messages in results])
 
     def _finish_groups(self, groups: Sequence[Sequence[ReceivedMessage]]) -> None:
         self._finish([received for messages in groups for received in messages], "task-started", "task-succeeded")
 
 
 def job_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
-    """The strategy of `payments.initiate`."""
+    """Return the strategy of `payments.initiate`."""
     return _JobBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
 
 
 def call_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
-    """The strategy of `balances.refresh`."""
+    """Return the strategy of `balances.refresh`."""
     return _CallBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
 
 
 def _batching_supported(consumer: Any) -> bool:
-    """Threads share what they gather, processes do not; and a trace is of one task."""
+    """Return whether the pool has threads, which share a batcher, and tracing is off: a trace belongs to one task."""
     return isinstance(consumer.pool, TaskPool) and not tracing.is_enabled()
+
+
+def _first_line(error: Exception) -> str:
+    """Return the class and the first line of an error. Further lines may repeat values of a statement."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

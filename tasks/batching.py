@@ -1,26 +1,30 @@
-"""Work that is done together. Batches form by themselves: what comes while a round is at work is the next round.
+"""Micro-batching for worker threads.
 
-Who comes alone is a round, and waits for nobody; when one comes soon after another, they wait a moment for more, as a
-round costs nearly the same for many.
+Items that arrive while a batch is processed form the next batch. An item that arrives when the batcher is idle is
+processed at once. Under load, batches start at most every `min_interval_s`: a batch of 50 costs about as much as a
+batch of one.
 """
 
-import logging
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-log = logging.getLogger(__name__)
+from config.log_config import get_logger
+
+log = get_logger(__name__)
 Item = TypeVar("Item")
 DrainLoop = Callable[[], None]
+"""Processes batches until no item waits."""
 
 
 class MicroBatcher(Generic[Item]):
-    """Gives `work` what was added, at most `limit` at a time, one round after the other.
+    """Calls `process` with up to `max_size` items, one batch at a time.
 
-    No round begins before `pace_s` after the one before it began, unless it is full. What comes when `room` items wait
-    is dropped. `run` has the rounds run: by default whoever adds the first item goes on until nothing is left.
+    A batch starts at least `min_interval_s` after the previous one, unless it is full. When `capacity` items are
+    waiting, new items are dropped. `executor` runs the drain loop; the default runs it in the thread that adds the
+    first item.
     """
 
     def __init__(
@@ -30,69 +34,67 @@ class MicroBatcher(Generic[Item]):
         max_size: int,
         min_interval_s: float = 0.0,
         capacity: int = sys.maxsize,
-        executor: Callable[[DrainLoop], object] = lambda go: go(),
+        executor: Callable[[DrainLoop], object] = lambda drain: drain(),
     ) -> None:
-        self._work, self._limit, self._pace_s, self._room, self._run = (
-            process,
-            max_size,
-            min_interval_s,
-            capacity,
-            executor,
-        )
-        self._began_at = float("-inf")
+        self._process, self._executor = process, executor
+        self._max_size, self._min_interval_s, self._capacity = max_size, min_interval_s, capacity
+        self._started_at = float("-inf")
         self._lock = threading.Lock()
-        self._full = threading.Condition(self._lock)
+        self._batch_full = threading.Condition(self._lock)
         self._waiting: list[Item] = []
-        self._is_at_work = False
+        self._is_running = False
 
     def add(self, *items: Item) -> None:
-        """Have these be part of the next round."""
+        """Add items to the next batch. Start the drain loop if it does not run."""
         with self._lock:
-            self._waiting += items[: max(0, self._room - len(self._waiting))]
-            if len(self._waiting) >= self._limit:
-                self._full.notify()
-            if self._is_at_work or not self._waiting:
+            self._waiting += items[: max(0, self._capacity - len(self._waiting))]
+            if len(self._waiting) >= self._max_size:
+                self._batch_full.notify()
+            if self._is_running or not self._waiting:
                 return
-            self._is_at_work = True
+            self._is_running = True
         try:
-            self._run(self._drain)
+            self._executor(self._drain)
         except BaseException:
             with self._lock:
-                self._is_at_work = False
+                self._is_running = False
             raise
 
     def requeue_first(self, *items: Item) -> None:
-        """Have these be the first of the next round, before those that came later. For `work` itself."""
+        """Insert items at the front of the next batch. Only `process` may call this: it does not start the loop."""
         with self._lock:
             self._waiting[:0] = items
 
     def _drain(self) -> None:
         try:
-            while taken := self._next_batch():
-                self._began_at = time.monotonic()
+            while batch := self._next_batch():
+                self._started_at = time.monotonic()
                 try:
-                    self._work(taken)
+                    self._process(batch)
                 except Exception:
-                    log.exception("%s items of work were not done", len(taken))
-        except BaseException:  # the next item must find another thread; at a usual end that was said before
+                    log.exception("batch.failed", size=len(batch))
+        except BaseException:  # a normal end has reset the flag in _next_batch
             with self._lock:
-                self._is_at_work = False
+                self._is_running = False
             raise
 
     def _next_batch(self) -> list[Item]:
         with self._lock:
-            early_s = self._began_at + self._pace_s - time.monotonic()
-            if self._waiting and early_s > 0:
-                self._full.wait_for(lambda: len(self._waiting) >= self._limit, early_s)
-            taken, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-            self._is_at_work = bool(taken)
-            return taken
+            wait_s = self._started_at + self._min_interval_s - time.monotonic()
+            if self._waiting and wait_s > 0:
+                self._batch_full.wait_for(lambda: len(self._waiting) >= self._max_size, wait_s)
+            batch, self._waiting = self._waiting[: self._max_size], self._waiting[self._max_size :]
+            self._is_running = bool(batch)
+            return batch
 
 
 def start_after(delay_s: float) -> Callable[[DrainLoop], object]:
-    """Let rounds begin so long after their first item, on a thread that a process waits for before it ends."""
+    """Return an executor that starts the loop `delay_s` seconds after the first item.
 
-    def run(go: DrainLoop) -> None:
-        threading.Timer(delay_s, go).start()
+    The loop runs in a non-daemon thread, so the process does not exit before the loop has ended.
+    """
 
-    return run
+    def execute(drain: DrainLoop) -> None:
+        threading.Timer(delay_s, drain).start()
+
+    return execute

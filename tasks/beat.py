@@ -1,15 +1,15 @@
-"""The clock of `beat`."""
+"""The scheduler of the role `beat`."""
 
 from celery.beat import Scheduler as _Scheduler
 
 
 class Scheduler(_Scheduler):
-    """Celery's, which wakes 10 ms before a task is due, and then asks for the time until it is, as fast as it can.
+    """Celery's scheduler without its busy loop.
 
-    With ticks of a second that is four fifths of what beat does, and on a small machine payments wait for the processor
-    meanwhile (Celery 5.7).
+    Celery 5.7 wakes 10 ms before a task is due and then polls for the remaining time without a pause. With tasks every
+    second this is four fifths of the processor time of `beat`. On a small machine it delays the workers.
     """
 
     def adjust(self, n: float, drift: float = 0.0) -> float:
-        """How long to sleep if the next task is due in `n` seconds."""
+        """Return how long to sleep (s) if the next task is due in `n` seconds."""
         return n + drift

@@ -1,11 +1,11 @@
-"""Kombu's Redis transport, in which no message is ever in a worker's hands only (kombu 5.7).
+"""Kombu's Redis transport with an atomic fetch, so that no message exists only in a worker's memory (kombu 5.7).
 
-Kombu takes a message with BRPOP, and notes it as unacknowledged when it has it: a worker that is killed between the
-two, or a Redis that stops, loses the message. Here one script takes and notes it (`take.lua`). A script cannot block,
-so a worker that finds its queues empty asks Redis to be told when they are not: reading their lengths it has them
-tracked (`CLIENT TRACKING`, RESP3), and the next word on its connection is that one has changed.
+Kombu pops a message with BRPOP and then stores it in `unacked`. A worker that is killed between the two commands, or a
+Redis that stops, loses the message. Here one Lua script does both (`fetch.lua`). A script cannot block, so an idle
+worker enables `CLIENT TRACKING` (RESP3) on the queue keys: the script reads their lengths. The worker then waits for
+the invalidation message, which Redis sends when a queue changes.
 
-Keys and messages are kombu's own, so that workers on either transport can share a broker.
+Keys and messages are kombu's own, so workers with either transport can share a broker.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,18 +20,20 @@ from kombu.utils.json import loads
 
 FETCH = files(__package__).joinpath("fetch.lua").read_text()
 MAX_FETCH = 50
-"""Messages that are taken at once at most."""
+"""Maximum number of messages of one fetch."""
 POLL_INTERVAL_S = 1.0
-"""How often a worker that waits looks by itself, as often as kombu's BRPOP: a connection that is dead must be seen."""
+"""Interval at which an idle worker fetches without an invalidation message, as kombu's BRPOP does.
+
+This detects a dead connection."""
 
 
 class BrokerNotSupported(Exception):
-    """The broker cannot tell a worker that its queues are no longer empty; see `PAYREADY_BROKER_TRANSPORT`."""
+    """The broker does not support `CLIENT TRACKING`; see `PAYREADY_BROKER_TRANSPORT`."""
 
 
 def acknowledge(messages: Sequence[Any]) -> None:
-    """Acknowledge messages that one channel brought, whatever its transport; with this one in one round trip."""
-    qos = getattr(messages[0].channel, "qos", None)  # a channel of RabbitMQ's has none
+    """Acknowledge messages of one channel. With this transport it takes one round trip."""
+    qos = getattr(messages[0].channel, "qos", None)  # a RabbitMQ channel has none
     if isinstance(qos, _QoS):
         qos.ack_many([message.delivery_tag for message in messages])
         return
@@ -40,10 +42,10 @@ def acknowledge(messages: Sequence[Any]) -> None:
 
 
 class _QoS(redis.QoS):
-    """Knows what is noted already, and acknowledges many at once."""
+    """Unacknowledged messages of a channel, without a second write for messages that the fetch tracked."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Note a message as unacknowledged, if that is still to be done."""
+        """Track a message as unacked, unless the fetch did so."""
         if self.channel.is_tracked_unacked:
             self.channel.is_tracked_unacked = False
             virtual.QoS.append(self, message, delivery_tag)
@@ -62,15 +64,15 @@ class _Channel(redis.Channel):
     QoS = _QoS
     from_transport_options = (*redis.Channel.from_transport_options, "batched_queues")
     batched_queues: Collection[str] = ()
-    """Queues of which several messages may be taken at once, as far as the worker may hold them."""
+    """Queues from which one fetch takes several messages, up to the free prefetch count."""
     is_tracked_unacked = False
-    """Whether the message that is being delivered was noted when it was taken, and nobody has taken charge of it."""
+    """Whether the fetch tracked the message that is being delivered, and no consumer has accepted it yet."""
     _pool_client: Any = None
     awaits_invalidation = False
-    """Whether the queues were empty, and the next word of Redis is that one of them changed."""
+    """Whether the last fetch found the queues empty, so that the next message of Redis is an invalidation."""
 
     def _create_client(self, asynchronous: bool = False) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
-        """The client of the channel's pool; kombu makes a new one for each message it notes, acknowledges or sends."""
+        """Return one client for the pool. Kombu creates one for each message that it tracks, acknowledges or sends."""
         if asynchronous:
             return super()._create_client(asynchronous=True)
         if self._pool_client is None or self._pool_client.connection_pool is not self.pool:
@@ -78,41 +80,41 @@ class _Channel(redis.Channel):
         return self._pool_client
 
     def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002 - kombu prescribes the signature
-        """Ask for a message."""
+        """Send a fetch."""
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
         free = self.qos.can_consume_max_estimate()
-        most = MAX_FETCH if free is None else max(1, min(MAX_FETCH, free))
-        counts = {queue: most if queue in self.batched_queues else 1 for queue in queues}
-        lists = {self._q_for_pri(queue, urgency): queue for urgency in self.priority_steps for queue in queues}
+        max_count = MAX_FETCH if free is None else max(1, min(MAX_FETCH, free))
+        counts = {queue: max_count if queue in self.batched_queues else 1 for queue in queues}
+        lists = {self._q_for_pri(queue, priority): queue for priority in self.priority_steps for queue in queues}
         keys = [self.unacked_key, self.unacked_index_key, *lists]
         connection = self._in_poll = self.client.connection
         self._brpop_sent_at, self.awaits_invalidation = monotonic(), False
-        take = ("EVAL", FETCH, len(keys), *keys, time(), *(counts[queue] for queue in lists.values()))
-        connection.send_packed_command(connection.pack_commands([("CLIENT", "TRACKING", "ON", "NOLOOP"), take]))
+        fetch = ("EVAL", FETCH, len(keys), *keys, time(), *(counts[queue] for queue in lists.values()))
+        connection.send_packed_command(connection.pack_commands([("CLIENT", "TRACKING", "ON", "NOLOOP"), fetch]))
 
     def _brpop_read(self, **_: Any) -> bool:
-        """Take what Redis answers: messages, or later the word that there may be some.
+        """Read the response to a fetch, or an invalidation message, and deliver the fetched messages.
 
         Raises:
-            Empty: there is no message yet.
+            Empty: no message was fetched.
         """
-        taken = None
+        fetched = None
         try:
-            taken = self._read_response()
+            fetched = self._read_response()
         finally:
             if not self.awaits_invalidation:
                 self._in_poll = None
                 self._flush_brpop_reauth()
-        if taken is None:
+        if fetched is None:
             raise redis.Empty
-        key, *messages = taken
+        key, *messages = fetched
         queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
-        with ExitStack() as each:  # one that cannot be delivered does not keep the others from it
+        with ExitStack() as deliveries:  # an error of one message does not stop the delivery of the others
             for message in reversed(messages):
-                each.callback(self._deliver_one, message, queue)
+                deliveries.callback(self._deliver_one, message, queue)
         return True
 
     def _deliver_one(self, message: Any, queue: str) -> None:
@@ -120,7 +122,7 @@ class _Channel(redis.Channel):
         self.is_tracked_unacked = True
         try:
             self.connection._deliver(payload, queue)  # noqa: SLF001 - as kombu does
-            if self.is_tracked_unacked:  # its consumer acknowledges nothing
+            if self.is_tracked_unacked:  # a consumer with no_ack never acknowledges
                 self.qos._remove_from_indices(payload["properties"]["delivery_tag"]).execute()  # noqa: SLF001
         finally:
             self.is_tracked_unacked = False
@@ -133,13 +135,13 @@ class _Channel(redis.Channel):
                 connection.read_response(push_request=True)
                 return None
             self._check_client_tracking(connection)
-            taken = connection.read_response()
-            # What came in the same breath is in a buffer, where the event loop does not see it.
-            self.awaits_invalidation = taken is None and not connection.can_read(timeout=0)
+            fetched = connection.read_response()
+            # The invalidation may be in the client's buffer already, where the event loop does not see it.
+            self.awaits_invalidation = fetched is None and not connection.can_read(timeout=0)
         except (*self.connection_errors, self.ResponseError):
-            connection.disconnect()  # there may be an answer left that nobody waits for
+            connection.disconnect()  # an unread response may be left on it
             raise
-        return taken
+        return fetched
 
     def _check_client_tracking(self, connection: Any) -> None:
         try:
@@ -147,30 +149,30 @@ class _Channel(redis.Channel):
         except self.ResponseError as error:
             connection.disconnect()
             raise BrokerNotSupported(
-                f"the broker refuses CLIENT TRACKING ({error}); with PAYREADY_BROKER_TRANSPORT=kombu payready does "
-                "without it, but a worker that is killed may then lose the message it was just taking"
+                f"the broker does not support CLIENT TRACKING ({error}); set PAYREADY_BROKER_TRANSPORT=kombu to run "
+                "without it, but then a worker that is killed may lose the message that it is fetching"
             ) from error
 
     def _update_queue_cycle(self) -> None:
-        """Have the new queues looked at as well, without waiting for the old ones."""
+        """Send a new fetch for the new set of queues, without waiting for an invalidation."""
         super()._update_queue_cycle()
         if self.awaits_invalidation:
             self._in_poll, self.awaits_invalidation = None, False
 
     def poll(self) -> None:
-        """Ask again, if waiting."""
+        """Send a fetch if the channel is idle."""
         if self.awaits_invalidation and self._in_poll and self.qos.can_consume():
             self._brpop_start()
 
     def close(self) -> None:
-        """Close the channel, whatever its connection is like.
+        """Close the channel, also on a lost connection.
 
-        On a lost connection the first attempt may give up on reading from it. Celery then closes all else, and comes
-        back to this channel when there is nothing left by which its unacknowledged messages could go back; that is
-        an error which Celery does not expect, and which ends the worker. The second attempt does not read.
+        On a lost connection the first attempt may fail while it reads. Celery would then close everything else and
+        retry this channel without a connection to restore its unacknowledged messages. Celery does not expect that
+        error, and the worker would exit. The second attempt does not read.
         """
         if self.awaits_invalidation:
-            self._in_poll = None  # no answer is due
+            self._in_poll = None  # no response is pending
         try:
             super().close()
         except self.connection_errors:
@@ -178,12 +180,12 @@ class _Channel(redis.Channel):
 
 
 class RedisTransport(redis.Transport):
-    """Kombu's, with the channel above."""
+    """Kombu's Redis transport with the atomic fetch."""
 
     Channel = _Channel
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Have the channels served by the worker's loop."""
+        """Register the channels with the worker's event loop, and poll idle ones every `POLL_INTERVAL_S`."""
         super().register_with_event_loop(connection, loop)
         loop.call_repeatedly(POLL_INTERVAL_S, self._poll_channels)
 

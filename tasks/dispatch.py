@@ -1,16 +1,16 @@
-"""Do what a step of the flow left to be done: enqueue, and deliver outcomes to the tasks that wait for them."""
+"""Dispatch of follow-up actions: enqueue tasks, and deliver outcomes to the suspended tasks."""
 
-import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from celery.utils import uuid
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from config.log_config import log_context
+from config.log_config import get_logger, log_context
 from tasks import suspension, tracing
 from tasks.app import app
 from tasks.batching import MicroBatcher, start_after
@@ -22,146 +22,192 @@ from worker.rules.states import PaymentState
 from worker.runtime import runtime
 
 BROKER_UNAVAILABLE = (OperationalError, BatchPublishError, OSError)
-"""What is raised when the broker cannot be reached."""
+"""Errors that mean that the broker is unavailable."""
 
 DELIVERY_BATCH_SIZE = 50
-"""Outcomes that are delivered before it is noted."""
+"""Maximum number of outcomes that are delivered before they are marked delivered."""
 MARK_DELAY_S = 0.3
+"""Time for which delivered outcomes are collected before one transaction marks them."""
+MAX_MARK_BATCH_SIZE = 1000
 DELIVERY_TIME_BUDGET_S = REDELIVER_AFTER.total_seconds() / 2
-"""After this long the rest of a long list is left to the sweep, which would take it for forgotten anyway."""
+"""Time after which `deliver` leaves the remaining outcomes to the sweep, which would soon claim them anyway."""
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def dispatch(follow_up: FollowUp) -> None:
-    """Enqueue calls and balances to apply, then deliver what was settled."""
+    """Enqueue calls, balance polls and balances to apply. Then deliver the outcomes."""
     _enqueue(_messages(follow_up))
     if follow_up.deliveries:
         deliver(follow_up.deliveries)
 
 
 def dispatch_without_callbacks(follow_up: FollowUp) -> None:
-    """The same, where none but our own tasks are known: a worker tells those that lead on to tasks of others."""
-    others = [due.task_id for due in follow_up.deliveries if not suspension.has_no_callbacks(due.continuation)]
-    slices = [others[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(others), DELIVERY_BATCH_SIZE)]
-    told_by_a_worker = [("outcomes.deliver", (task_ids,), None) for task_ids in slices]
-    _enqueue([*_messages(follow_up), *told_by_a_worker])
-    deliver([due for due in follow_up.deliveries if suspension.has_no_callbacks(due.continuation)])
+    """Dispatch from a process that knows only payready's own tasks.
+
+    Outcomes of tasks with callbacks are left to a worker, with the task `outcomes.deliver`.
+    """
+    for_worker = [
+        delivery.task_id for delivery in follow_up.deliveries if not suspension.has_no_callbacks(delivery.continuation)
+    ]
+    batches = [
+        for_worker[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(for_worker), DELIVERY_BATCH_SIZE)
+    ]
+    _enqueue(
+        [
+            *_messages(follow_up),
+            *(TaskMessage(name="outcomes.deliver", arguments=(task_ids,)) for task_ids in batches),
+        ]
+    )
+    deliver([delivery for delivery in follow_up.deliveries if suspension.has_no_callbacks(delivery.continuation)])
 
 
-TaskMessage = tuple[str, tuple[Any, ...], float | None]
-"""Name, arguments, and in how many seconds."""
+@dataclass(frozen=True, kw_only=True)
+class TaskMessage:
+    """A task to enqueue."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    countdown_s: float | None = None
 
 
 def _enqueue(messages: Iterable[TaskMessage]) -> None:
     messages = list(messages)
     if messages:
-        with app.producer_or_acquire() as producer:  # to take one for each message costs a third of sending it
-            together = producer.batch() if len(messages) > 1 else nullcontext()
-            with together:
+        with app.producer_or_acquire() as producer:  # acquiring one per message costs a third of sending it
+            send_batch = producer.batch() if len(messages) > 1 else nullcontext()
+            with send_batch:
                 declared = set[str]()
                 for message in messages:
                     declared.add(_send(producer, message, declared))
 
 
 def _send(producer: Any, message: TaskMessage, declared: Collection[str]) -> str:
-    """Send a message, and see to it that there is its queue, unless that was `declared`; returns the queue.
+    """Send a message, declare its queue unless it is in `declared`, and return the name of the queue.
 
-    `app.send_task` does the same in twice the time: it looks for options that our own tasks do not have.
+    `app.send_task` does the same in twice the time: it evaluates options that payready's own tasks do not have.
     """
-    name, arguments, countdown_s = message
-    queue = app.conf.task_routes[name]["queue"]
-    shown = {"argsrepr": repr(arguments), "kwargsrepr": "{}"}
-    task = app.amqp.as_task_v2(uuid(), name, arguments, countdown=countdown_s, ignore_result=True, **shown)
-    app.amqp.send_task_message(producer, name, task, queue=queue, declare=[] if queue in declared else None)
+    queue = app.conf.task_routes[message.name]["queue"]
+    task = app.amqp.as_task_v2(
+        uuid(),
+        message.name,
+        message.arguments,
+        countdown=message.countdown_s,
+        ignore_result=True,
+        argsrepr=repr(message.arguments),
+        kwargsrepr="{}",
+    )
+    app.amqp.send_task_message(producer, message.name, task, queue=queue, declare=[] if queue in declared else None)
     return str(queue)
 
 
 def _messages(follow_up: FollowUp) -> Iterator[TaskMessage]:
     for call in dict.fromkeys(follow_up.calls):
         if call.has_slot:
-            yield "balances.refresh", (call.account_id, call.refresh_id, True), call.delay.total_seconds()
+            yield TaskMessage(
+                name="balances.refresh",
+                arguments=(call.account_id, call.refresh_id, True),
+                countdown_s=call.delay.total_seconds(),
+            )
         else:
-            yield "balances.refresh", (call.account_id, call.refresh_id), None
+            yield TaskMessage(name="balances.refresh", arguments=(call.account_id, call.refresh_id))
     for poll in follow_up.balance_polls:
-        yield "balances.poll", (poll.account_id, poll.profile_id), poll.delay.total_seconds()
-    for balance_id in dict.fromkeys(
-        follow_up.balances_to_apply
-    ):  # of a round, many payments may have found the same balance
-        yield "balances.apply", (balance_id,), None
+        yield TaskMessage(
+            name="balances.poll",
+            arguments=(poll.account_id, poll.profile_id),
+            countdown_s=poll.delay.total_seconds(),
+        )
+    # Several payments of a batch may have found the same balance.
+    for balance_id in dict.fromkeys(follow_up.balances_to_apply):
+        yield TaskMessage(name="balances.apply", arguments=(balance_id,))
 
 
-def deliver(due: Sequence[OutcomeDelivery]) -> None:
-    """Complete the tasks that wait. What cannot be delivered now, or not soon, stays due: the sweep delivers it."""
+def deliver(deliveries: Sequence[OutcomeDelivery]) -> None:
+    """Deliver outcomes to their tasks.
+
+    An outcome that cannot be delivered, or not within `DELIVERY_TIME_BUDGET_S`, stays undelivered. The sweep delivers
+    it.
+    """
     end = time.monotonic() + DELIVERY_TIME_BUDGET_S
-    for start in range(0, len(due), DELIVERY_BATCH_SIZE):
+    for start in range(0, len(deliveries), DELIVERY_BATCH_SIZE):
         if time.monotonic() > end:
             return
-        _deliver_batch(due[start : start + DELIVERY_BATCH_SIZE])
+        _deliver_batch(deliveries[start : start + DELIVERY_BATCH_SIZE])
 
 
 def deliver_overdue() -> None:
-    """Deliver what was not delivered when it was settled; each slice is kept from other sweeps while it is."""
-    while due := flow.claim_overdue_deliveries(runtime(), DELIVERY_BATCH_SIZE):
-        _deliver_batch(due)
+    """Deliver outcomes that are still undelivered after their first delivery. Each batch is claimed first."""
+    while deliveries := flow.claim_overdue_deliveries(runtime(), DELIVERY_BATCH_SIZE):
+        _deliver_batch(deliveries)
 
 
-def _deliver_batch(due: Sequence[OutcomeDelivery]) -> None:
-    plain, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
-    for outcome in due:
-        is_plain = suspension.has_no_callbacks(outcome.continuation) and not tracing.is_enabled()
-        (plain if is_plain else others).append(outcome)
-    told = {outcome.task_id: runtime().clock() for outcome in others if _deliver_one(outcome)}
-    if told:
-        flow.mark_delivered(runtime(), told)
-    if plain and (told_at := _deliver_results(plain)):
-        delivered_marks.add(*((outcome.task_id, told_at) for outcome in plain))
+def _deliver_batch(deliveries: Sequence[OutcomeDelivery]) -> None:
+    result_only, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
+    for delivery in deliveries:
+        is_result_only = suspension.has_no_callbacks(delivery.continuation) and not tracing.is_enabled()
+        (result_only if is_result_only else others).append(delivery)
+    delivered = {delivery.task_id: runtime().clock() for delivery in others if _deliver_one(delivery)}
+    if delivered:
+        flow.mark_delivered(runtime(), delivered)
+    if result_only and (delivered_at := _deliver_results(result_only)):
+        delivered_marks.add(*((delivery.task_id, delivered_at) for delivery in result_only))
 
 
 delivered_marks = MicroBatcher[tuple[str, datetime]](
-    lambda told: flow.mark_delivered(runtime(), dict(told)), max_size=1000, executor=start_after(MARK_DELAY_S)
+    lambda marks: flow.mark_delivered(runtime(), dict(marks)),
+    max_size=MAX_MARK_BATCH_SIZE,
+    executor=start_after(MARK_DELAY_S),
 )
-"""Results that were told. Should the note be lost with the process, the sweep writes the same results once more."""
+"""Delivered results to mark. If a mark is lost with the process, the sweep writes the same result once more."""
 
 
-def _deliver_one(due: OutcomeDelivery) -> bool:
-    with log_context(task_id=due.task_id, payment_id=due.outcome["payment_id"]):
+def _deliver_one(delivery: OutcomeDelivery) -> bool:
+    """Deliver one outcome, and return whether this succeeded."""
+    with _context(delivery):
         try:
-            _resume(due)
+            _resume(delivery)
         except Exception:
-            log.exception("an outcome could not be delivered; it stays due")
+            log.exception("outcome.delivery_failed", count=1)
             return False
-        log.info("outcome delivered: %s", due.outcome.get("reason", due.state))
+        log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
         return True
 
 
-def _deliver_results(due: Sequence[OutcomeDelivery]) -> datetime | None:
-    """When they were told, if they were."""
+def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
+    """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
-        suspension.resume_without_callbacks(app, [(outcome.continuation, _result_or_error(outcome)) for outcome in due])
+        suspension.resume_without_callbacks(
+            app, [(delivery.continuation, _result_or_error(delivery)) for delivery in deliveries]
+        )
     except Exception:
-        log.exception("%s outcomes could not be delivered; they stay due", len(due))
+        log.exception("outcome.delivery_failed", count=len(deliveries))
         return None
-    told_at = runtime().clock()
-    for outcome in due:
-        with log_context(task_id=outcome.task_id, payment_id=outcome.outcome["payment_id"]):
-            log.info("outcome delivered: %s", outcome.outcome.get("reason", outcome.state))
-    return told_at
+    delivered_at = runtime().clock()
+    for delivery in deliveries:
+        with _context(delivery):
+            log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
+    return delivered_at
 
 
-def _result_or_error(due: OutcomeDelivery) -> Any:
-    """What the task returns, or raises."""
-    if due.state == PaymentState.RELEASED:
-        return due.outcome
-    return PaymentNotReady(due.outcome["reason"], due.outcome["detail"])
+def _context(delivery: OutcomeDelivery) -> AbstractContextManager[None]:
+    return log_context(task_id=delivery.task_id, payment_id=delivery.outcome["payment_id"])
 
 
-def _resume(due: OutcomeDelivery) -> None:
-    end = _result_or_error(due)
+def _result_or_error(delivery: OutcomeDelivery) -> Any:
+    """Return the result of the task, or the exception with which it fails."""
+    if delivery.state == PaymentState.RELEASED:
+        return delivery.outcome
+    return PaymentNotReady(delivery.outcome["reason"], delivery.outcome["detail"])
+
+
+def _resume(delivery: OutcomeDelivery) -> None:
+    result = _result_or_error(delivery)
     with tracing.resumed_span(
-        due.continuation.get("trace", {}), due.continuation["suspended_at"], f"wait, then {due.state}"
+        delivery.continuation.get("trace", {}),
+        since=delivery.continuation["suspended_at"],
+        name=f"wait, then {delivery.state}",
     ):
-        if isinstance(end, Exception):
-            suspension.resume_with_error(app, due.continuation, end)
+        if isinstance(result, Exception):
+            suspension.resume_with_error(app, delivery.continuation, result)
         else:
-            suspension.resume_with_result(app, due.continuation, end)
+            suspension.resume_with_result(app, delivery.continuation, result)

@@ -1,6 +1,5 @@
-"""What the payments service and Flower see of tasks that wait, written for many at once."""
+"""Publishes Celery task events in batches, for Flower and other event consumers."""
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,15 +8,17 @@ from typing import Any
 
 from celery import Celery
 
+from config.log_config import get_logger
 from tasks.batching import MicroBatcher, start_after
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 EVENT_DELAY_S = 0.2
-"""Nobody watches so closely that an event more or less late would be seen; and together they cost a tenth."""
+"""Time for which events are collected. A batch costs a tenth of single events."""
+MAX_EVENT_BATCH_SIZE = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _TaskEvent:
     type: str
     hostname: str | None
@@ -25,34 +26,34 @@ class _TaskEvent:
 
 
 class EventPublisher:
-    """Those who follow Celery's events, as Flower does."""
+    """Publisher of task events, on behalf of the workers that run the tasks."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._gatherer = MicroBatcher(self._send, max_size=500, executor=start_after(EVENT_DELAY_S))
+        self._batcher = MicroBatcher(self._send, max_size=MAX_EVENT_BATCH_SIZE, executor=start_after(EVENT_DELAY_S))
 
     def publish(self, event: str, hostname: str | None, **fields: Any) -> None:
-        """Tell them soon, in the name of the worker `hostname`."""
+        """Publish an event within `EVENT_DELAY_S`, as an event of the worker `hostname`."""
         if self._app.conf.worker_send_task_events:
-            self._gatherer.add(_TaskEvent(event, hostname, {"timestamp": time.time(), **fields}))
+            self._batcher.add(_TaskEvent(type=event, hostname=hostname, fields={"timestamp": time.time(), **fields}))
 
     def _send(self, events: list[_TaskEvent]) -> None:
         try:
             self._publish(events)
-        except Exception as error:  # noqa: BLE001 - outcomes are told; that nobody watches is no reason to fail
-            log.warning("the event watchers were not told of %s events: %s", len(events), error)
+        except Exception as error:  # noqa: BLE001 - events are optional, and results do not depend on them
+            log.warning("task_events.publish_failed", count=len(events), error=str(error))
 
     def _publish(self, events: Sequence[_TaskEvent]) -> None:
         by_host = defaultdict[str | None, list[_TaskEvent]](list)
         for event in events:
             by_host[event.hostname].append(event)
         with self._app.producer_or_acquire() as producer:
-            for hostname, theirs in by_host.items():
-                self._publish_as(hostname, theirs, producer)
+            for hostname, host_events in by_host.items():
+                self._publish_as(hostname, host_events, producer)
 
     def _publish_as(self, hostname: str | None, events: Sequence[_TaskEvent], producer: Any) -> None:
-        together = {"buffer_group": {"task"}, "buffer_limit": len(events) + 1, "buffer_while_offline": False}
-        dispatcher = self._app.events.Dispatcher(channel=producer.channel, hostname=hostname, **together)
+        buffer_options = {"buffer_group": {"task"}, "buffer_limit": len(events) + 1, "buffer_while_offline": False}
+        dispatcher = self._app.events.Dispatcher(channel=producer.channel, hostname=hostname, **buffer_options)
         for event in events:
             dispatcher.send(event.type, **event.fields)
         dispatcher.flush()

@@ -1,30 +1,32 @@
--- Take the next message, or several, and note them as unacknowledged, in one step: nobody can be killed in between.
+-- Fetch up to n messages from one queue and track them as unacknowledged, in one atomic step.
+-- A worker that is killed loses no message: each is in a queue or tracked.
 --
--- KEYS[1]   messages that are taken and not acknowledged: hash of delivery tag to [message, exchange, routing key]
--- KEYS[2]   the same tags in a sorted set, by when they were taken (s)
--- KEYS[3..] the lists to take from, most urgent first
--- ARGV[1]   now (s), by the clock of the worker, as kombu has it
--- ARGV[2..] how many messages to take from each of the lists at most; all come from one list
+-- KEYS[1]   unacknowledged messages: hash of delivery tag to [message, exchange, routing key]
+-- KEYS[2]   their delivery tags: sorted set by fetch time (s)
+-- KEYS[3..] lists to fetch from, in order of priority
+-- ARGV[1]   current time (s) by the worker's clock, as kombu uses it
+-- ARGV[2..] maximum number of messages to fetch from each list; one call fetches from one list only
 --
--- Returns {list, message, ...}, or nothing if all lists are empty: whoever tracks them is then told when one is not.
+-- Returns {list, message, ...}, or nothing if all lists are empty. Redis then sends an invalidation message to a
+-- connection with CLIENT TRACKING when one of the lists changes.
 
 local function address(message)
   local properties = cjson.decode(message).properties
-  local to = properties.delivery_info
-  return properties.delivery_tag, cjson.encode(to.exchange), cjson.encode(to.routing_key)
+  local info = properties.delivery_info
+  return properties.delivery_tag, cjson.encode(info.exchange), cjson.encode(info.routing_key)
 end
 
 for i = 3, #KEYS do
-  if redis.call('LLEN', KEYS[i]) > 0 then -- a command that only reads, or the list would not be tracked
-    local taken = redis.call('RPOP', KEYS[i], ARGV[i - 1])
-    for _, message in ipairs(taken) do
-      local is_kombus, tag, exchange, routing_key = pcall(address, message)
-      if is_kombus and tag then
+  if redis.call('LLEN', KEYS[i]) > 0 then -- Redis tracks only keys that a read-only command reads: RPOP is not enough
+    local messages = redis.call('RPOP', KEYS[i], ARGV[i - 1])
+    for _, message in ipairs(messages) do
+      local is_valid, tag, exchange, routing_key = pcall(address, message)
+      if is_valid and tag then -- kombu rejects any other message
         redis.call('ZADD', KEYS[2], ARGV[1], tag)
         redis.call('HSET', KEYS[1], tag, '[' .. message .. ',' .. exchange .. ',' .. routing_key .. ']')
       end
     end
-    table.insert(taken, 1, KEYS[i])
-    return taken
+    table.insert(messages, 1, KEYS[i])
+    return messages
   end
 end

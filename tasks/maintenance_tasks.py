@@ -1,37 +1,36 @@
-"""What time brings, on every beat. Two beats at once, or none for a while, do no harm.
+"""Periodic tasks. They are safe if two `beat` processes send them, or if none does for a while.
 
-No events are sent of them: two a second would soon push the payments out of what Flower remembers.
+They send no task events: two each second would soon push the payments out of Flower's memory.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from config.log_config import get_logger
 from tasks.app import app
 from tasks.dispatch import deliver_overdue, dispatch
 from worker import flow
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.quiltt import subscriptions
-from worker.runtime import runtime
-from worker.runtime import subscriptions_client as provider_subscriptions
+from worker.runtime import runtime, subscriptions_client
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @app.task(name="payments.expire", send_events=False)
 def expire() -> None:
     """Fail payments whose deadline has passed."""
-    more = True
+    has_more = True
     with _skip_if_database_unavailable():
-        while more:
-            todo = flow.expire_due_payments(runtime())
-            dispatch(todo)
-            more = todo.has_more
+        while has_more:
+            follow_up = flow.expire_due_payments(runtime())
+            dispatch(follow_up)
+            has_more = follow_up.has_more
 
 
 @app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
-    """Make good what was lost on the way: calls, balances, deliveries."""
+    """Retry lost calls, balances and deliveries."""
     with _skip_if_database_unavailable():
         deliver_overdue()
         dispatch(flow.sweep(runtime()))
@@ -39,23 +38,24 @@ def sweep() -> None:
 
 @app.task(name="webhooks.check_subscription", send_events=False)
 def check_subscription() -> None:
-    """See whether the provider still delivers to us."""
+    """Check that the provider has a working webhook subscription for `PAYREADY_WEBHOOK_URL`."""
     url = runtime().settings.webhook_url
     if url is not None:
-        with provider_subscriptions(runtime().settings) as provider:
-            subscriptions.check_subscription(provider, url)
+        with subscriptions_client(runtime().settings) as client:
+            subscriptions.check_subscription(client, url)
 
 
 @app.task(name="quarantine.prune", send_events=False)
 def prune_quarantine() -> None:
-    """Keep the quarantine within its bounds."""
+    """Delete quarantined events beyond the limits of age and number."""
     flow.prune_quarantine(runtime())
 
 
 @contextmanager
 def _skip_if_database_unavailable() -> Iterator[None]:
-    """Say in a line that it does not: the next tick tries again, and a traceback a second would drown all else."""
+    """Log one line instead of a traceback each second. The next run of the task tries again."""
     try:
         yield
     except DATABASE_UNAVAILABLE as error:
-        log.error("upkeep stands still, the database is away: %s", " ".join(str(getattr(error, "orig", error)).split()))
+        driver_error = " ".join(str(getattr(error, "orig", error)).split())
+        log.error("maintenance.skipped", reason="database_unavailable", error=driver_error)

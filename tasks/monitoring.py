@@ -1,4 +1,4 @@
-"""What the Celery roles tell Prometheus: each its own counts, and beat what the ledger and the queues look like."""
+"""Metrics of the Celery roles: each exports its counters, and `beat` also collects from database, Redis and broker."""
 
 import time
 from functools import partial
@@ -9,12 +9,13 @@ from celery.signals import beat_init, heartbeat_sent, worker_init
 from config.settings import settings
 from tasks.app import app
 from tasks.queue_metrics import QueueMetrics
-from worker import metrics, metrics_server
+from worker import metrics_server
 from worker.ledger_metrics import LedgerCollector, redis_metrics
+from worker.metrics_collector import register_collector
 from worker.runtime import runtime
 
 HEARTBEAT_TIMEOUT_S = 30.0
-"""A worker that sent no heartbeat for this long is cut off from its broker."""
+"""Without a heartbeat for this time the worker counts as disconnected from its broker."""
 
 _last_heartbeat_at = float("-inf")
 
@@ -40,7 +41,7 @@ def _start_worker_metrics(**_: Any) -> None:
 @beat_init.connect
 def _start_beat_metrics(**_: Any) -> None:
     if settings().metrics_port:
-        metrics.register_collector("database", LedgerCollector(runtime()))
-        metrics.register_collector("redis", partial(redis_metrics, runtime()))
-        metrics.register_collector("broker", QueueMetrics(app))
+        register_collector("database", LedgerCollector(runtime()))
+        register_collector("redis", partial(redis_metrics, runtime()))
+        register_collector("broker", QueueMetrics(app))
         metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port)

@@ -1,4 +1,4 @@
-"""How long payready's queues are, and how old what lies in them: asked of the broker."""
+"""Length of payready's queues and age of their oldest message, read from the broker."""
 
 import time
 from collections import deque
@@ -9,27 +9,29 @@ from typing import Any
 from celery import Celery
 
 from config.celery_config import QUEUES
+from worker import metrics
 from worker.metrics import MetricSample
 
 MAX_SAMPLES = 500
-"""Of a queue; beyond it every other one is forgotten, which costs exactness only."""
+"""Maximum samples of a list. Beyond it every second sample is dropped, which only makes the age less exact."""
 
 
 class QueueMetrics:
-    """Looks at the queues. Messages carry no time, so each look remembers the message that came last.
+    """Collector of queue lengths and ages.
 
-    While that message is there, what lies before it came no later: the oldest is as old as the first look whose
-    message is still found, give or take the time between two looks. On a broker that is not Redis only lengths are
-    known.
+    Messages have no timestamp, so each collection samples the newest message of a list. While a sampled message is in
+    the list, every message before it is at least as old as the sample. The age of the oldest message is therefore the
+    age of the oldest sample in the list, exact to the time between two collections. For brokers other than Redis only
+    lengths are known.
     """
 
     def __init__(self, app: Celery, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._clock = clock
-        self._marks: dict[str, deque[tuple[float, bytes]]] = {}
+        self._samples: dict[str, deque[tuple[float, bytes]]] = {}
 
     def __call__(self) -> Iterator[MetricSample]:
-        """The figures now; raises what the broker's client does when it is away."""
+        """Collect lengths and ages. Raise the error of the broker's client if the broker is unavailable."""
         with _channel(self._app) as (connection, channel):
             counts = {(name,): float(_queue_length(connection, channel, name)) for name in QUEUES}
             ages = (
@@ -37,28 +39,28 @@ class QueueMetrics:
                 if hasattr(channel, "_q_for_pri")
                 else {}
             )
-        yield MetricSample("payready_queue_messages", "Messages that no worker has taken.", counts, ("queue",))
-        yield MetricSample("payready_queue_oldest_seconds", "How old the first of them is.", ages, ("queue",))
+        yield metrics.QUEUE_MESSAGES.sample(counts)
+        yield metrics.QUEUE_OLDEST_SECONDS.sample(ages)
 
     def _oldest_message_age(self, channel: Any, name: str) -> float:
         keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001
         return max(self._age_of_list(channel.client, key) for key in keys)
 
     def _age_of_list(self, client: Any, key: str) -> float:
-        now, marks = self._clock(), self._marks.setdefault(key, deque())
-        # Workers take from the right end, so the first mark is looked for from there.
-        while marks and client.lpos(key, marks[0][1], rank=-1) is None:
-            marks.popleft()
-        last = client.lindex(key, 0)
-        if last is not None and (not marks or marks[-1][1] != last):
-            marks.append((now, last))
-        if len(marks) > MAX_SAMPLES:
-            self._marks[key] = deque(list(marks)[::2])
-        return now - marks[0][0] if marks else 0.0
+        now, samples = self._clock(), self._samples.setdefault(key, deque())
+        # Workers fetch from the right end, so the search for the oldest sample starts there.
+        while samples and client.lpos(key, samples[0][1], rank=-1) is None:
+            samples.popleft()
+        newest = client.lindex(key, 0)
+        if newest is not None and (not samples or samples[-1][1] != newest):
+            samples.append((now, newest))
+        if len(samples) > MAX_SAMPLES:
+            self._samples[key] = deque(list(samples)[::2])
+        return now - samples[0][0] if samples else 0.0
 
 
 def lengths_by_queue(app: Celery) -> dict[str, int]:
-    """How many messages lie in each queue; raises what the broker's client does when it is away."""
+    """Return the length of each queue. Raise the error of the broker's client if the broker is unavailable."""
     with _channel(app) as (connection, channel):
         return {name: _queue_length(connection, channel, name) for name in QUEUES}
 
@@ -74,4 +76,4 @@ def _queue_length(connection: Any, channel: Any, name: str) -> int:
     try:
         return int(channel.queue_declare(name, passive=True).message_count)
     except connection.channel_errors:
-        return 0  # an empty list is no key to Redis
+        return 0  # Redis has no key for an empty list

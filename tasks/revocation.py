@@ -1,8 +1,8 @@
-"""`revoke`, for tasks that wait.
+"""The remote control command `revoke`, also for suspended tasks.
 
-Celery's own command leaves a task alone whose result shows a state it does not know, as `WAITING` is. Ours does what
-Celery's does, and then has the payments cancelled that the revoked tasks wait for. Every worker gets the command, and
-cancelling twice changes nothing.
+Celery's own command skips a task whose result has a state that Celery does not know, such as `WAITING`. The command
+here calls Celery's and then enqueues the cancellation of the payments of the revoked tasks. Every worker receives the
+command. Cancelling twice is a no-op.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ _revoke = control.revoke
 
 @app.task(name="payments.cancel_by_task")
 def cancel_by_task_ids(task_ids: Sequence[str]) -> None:
-    """Cancel the payments that these tasks wait for, if they do."""
+    """Cancel the waiting payments of these tasks."""
     dispatch(flow.cancel_by_task(runtime(), task_ids))
 
 
 @control.control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
 def revoke(state: Any, task_id: str | Sequence[str], **options: Any) -> Any:
-    """Revoke tasks by id; those that wait fail as cancelled."""
-    answer = _revoke(state, task_id, **options)
+    """Revoke tasks by id. Suspended tasks fail with the reason `cancelled`."""
+    reply = _revoke(state, task_id, **options)
     task_ids = [task_id] if isinstance(task_id, str) else list(task_id)
     cancel_by_task_ids.delay(task_ids)
-    return answer
+    return reply

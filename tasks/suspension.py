@@ -1,22 +1,23 @@
-"""Leave a Celery task unfinished, and complete it later, from any process.
+"""Suspend a Celery task, and resume it later from any process.
 
-A task that must wait would hold a thread for as long. Instead it saves what Celery needs to go on after it
-(`leave`), and raises `Ignore`: the message is acknowledged, no result is written, no callback is sent, and Flower
-goes on showing it as started. When its outcome is known, any process takes that saved *continuation* and does what
-Celery's tracer does at the end of a task (`complete`, `fail`): it sends the `link` callbacks and the rest of the
-chain, writes the result, counts the task in its chord, calls the errbacks, and tells the event watchers.
+A waiting task would block a thread. Instead the task saves what Celery needs to finish it (`suspend`) and raises
+`Ignore`: the worker acknowledges the message, stores no result, sends no callback, and Flower still shows the task as
+started. When its outcome is known, any process resumes the saved *continuation* (`resume_with_result`,
+`resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks and the rest of the
+chain, store the result, count the task in its chord, call the errbacks, and publish the task event.
 
-The continuation is plain JSON with a version. The task ids of everything it will send are settled when it is saved, so
-an outcome that is delivered twice (after a crash) sends callbacks with the same ids twice, and a receiver can tell.
-Celery itself sees to the rest of a second delivery: a result that says SUCCESS stays as it is, and a task counts
-once in its chord.
+The continuation is plain JSON with a version. It contains the task ids of everything that it will send. An outcome that
+is delivered twice (after a crash) therefore sends callbacks with the same ids twice, and a receiver can detect that.
+Celery handles the rest of a second delivery: it never overwrites SUCCESS, and counts a task once in its chord.
 
-What is used of Celery: `Task.request`, `Signature.apply_async`, `group`, the event dispatcher, kombu's JSON; the two
-backend methods `mark_as_done` and `mark_as_failure`, which are what custom backends build on; and, not public,
-`Task.request_stack` and `celery._state._task_stack`. A task that is on both stacks is the current one, so that what
-is sent becomes its child, with its root, as if it had never left. Celery's tracer cannot be asked to
-do all this: it turns a broker that is away for a moment into the task's failure, while here the outcome must stay due.
-`tests/suspension` compares the outcome of every primitive with what the tracer makes of a task that never waits.
+What is used of Celery: `Task.request`, `Signature.apply_async`, `group`, the event dispatcher and kombu's JSON; the
+backend methods `mark_as_done` and `mark_as_failure`, on which custom backends build; and two private names,
+`Task.request_stack` and `celery._state._task_stack`. A task on both stacks is the current task, so everything that is
+sent becomes its child, with its root id, as if the task had not been suspended.
+
+Celery's tracer itself is not used: if the broker is unavailable for a moment, the tracer fails the task. Here the
+outcome must stay undelivered instead. `tests/suspension` compares each canvas primitive with the result of Celery's
+tracer for a task that is not suspended.
 """
 
 import functools
@@ -41,7 +42,7 @@ from tasks.result_store import TaskResult
 
 VERSION = 1
 WAITING = "WAITING"
-"""The state that a task's result shows while its task is left."""
+"""State in the result of a suspended task."""
 
 _SAVED_FIELDS = (
     "id",
@@ -60,32 +61,32 @@ _SAVED_FIELDS = (
     "stamped_headers",
     "hostname",
 )
-"""What is kept of a task's request: all that says where its result goes."""
+"""Saved fields of a task's request: all that determine where its result goes."""
 _NESTED_SIGNATURES = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
-"""The arguments of a canvas primitive that are signatures themselves."""
+"""Arguments of Celery's canvas primitives that are signatures."""
 
 
 class UnsupportedContinuationVersion(Exception):
-    """A continuation was saved by a later release than this one, which cannot complete it."""
+    """A later release saved the continuation, so this release cannot resume it."""
 
 
 def suspend(request: Context) -> dict[str, Any]:
-    """The continuation of the running task: what it takes to complete it later."""
+    """Return the continuation of the running task, from which any process can resume it."""
     saved = {name: value for name in _SAVED_FIELDS if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _assign_task_ids(saved.get(name))
     trace = tracing.trace_context()
     saved["priority"] = (request.delivery_info or {}).get("priority")
     continuation = {"version": VERSION, **saved, "suspended_at": time.time(), **({"trace": trace} if trace else {})}
-    # Arguments may hold what JSON has no word for, as dates: kombu writes those in its own way.
+    # Arguments may have types that JSON lacks, such as dates: kombu has an encoding for them.
     return dict(json.loads(kombu_json.dumps(continuation)))
 
 
 def _assign_task_ids(signatures: Any) -> None:
-    """Give an id to every task, group and chord among the signatures that has none; what they take as data is left."""
+    """Assign an id to every task, group and chord among the signatures without one. Their arguments are unchanged."""
     for signature in [signatures] if isinstance(signatures, dict) else signatures or ():
         kind, options = signature.get("subtask_type"), signature.setdefault("options", {})
-        if kind != "chain":  # whose id is that of its last task
+        if kind != "chain":  # a chain has the id of its last task
             options.setdefault("task_id", uuid())
         for part in _NESTED_SIGNATURES.get(str(kind), ()):
             _assign_task_ids(signature["kwargs"].get(part))
@@ -94,15 +95,16 @@ def _assign_task_ids(signatures: Any) -> None:
 
 
 def store_waiting_state(app: Celery, waiting: Mapping[str, Any]) -> None:
-    """Let the results of tasks that are left show that they wait, and for what."""
-    result_store.store_results(app, [TaskResult(task_id, WAITING, what) for task_id, what in waiting.items()])
+    """Store the state `WAITING` as the result of suspended tasks, with the given details by task id."""
+    results = [TaskResult(task_id=task_id, state=WAITING, value=details) for task_id, details in waiting.items()]
+    result_store.store_results(app, results)
 
 
 def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -> None:
-    """End the task that left this continuation as succeeded with `result`.
+    """Finish the suspended task as succeeded with `result`.
 
     Raises:
-        UnknownCanvas: a later release saved it.
+        UnsupportedContinuationVersion: a later release saved the continuation.
     """
     with _resumed(app, continuation) as (task, request):
         priority = request.delivery_info["priority"] if app.conf.task_inherit_parent_priority else None
@@ -117,37 +119,45 @@ def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -
 
 
 def has_no_callbacks(continuation: Mapping[str, Any]) -> bool:
-    """Whether nothing follows the task: its outcome is a result, or nothing at all, and can be told with others'."""
+    """Return whether the task has no callback and is in no chain, chord or group.
+
+    Its outcome is then only a result, which can be stored in a batch.
+    """
     return continuation["version"] <= VERSION and not any(
         continuation.get(name) for name in ("callbacks", "errbacks", "chain", "chord", "group")
     )
 
 
-def resume_without_callbacks(app: Celery, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
-    """End plain tasks together, each as succeeded with its result, or as failed with its exception."""
-    wanted = [(continuation, end) for continuation, end in ended if not continuation.get("ignore_result")]
-    ends = [TaskResult(c["id"], _celery_state(end), end, c.get("parent_id"), c.get("reply_to")) for c, end in wanted]
-    result_store.store_results(app, ends)
-    for continuation, end in ended:
-        if isinstance(end, Exception):
-            _publish_task_event(app, continuation, "task-failed", exception=saferepr(end), traceback="")
+def resume_without_callbacks(app: Celery, finished: Sequence[tuple[dict[str, Any], Any]]) -> None:
+    """Finish tasks without callbacks in a batch, each as succeeded with its result or as failed with its exception."""
+    results = [
+        TaskResult(
+            task_id=continuation["id"],
+            state=str(FAILURE if isinstance(value, Exception) else SUCCESS),
+            value=value,
+            parent_id=continuation.get("parent_id"),
+            reply_to=continuation.get("reply_to"),
+        )
+        for continuation, value in finished
+        if not continuation.get("ignore_result")
+    ]
+    result_store.store_results(app, results)
+    for continuation, value in finished:
+        if isinstance(value, Exception):
+            _publish_task_event(app, continuation, "task-failed", exception=saferepr(value), traceback="")
         else:
-            shown = _truncated_repr(end, app.tasks[continuation["task"]].resultrepr_maxsize)
-            _publish_task_event(app, continuation, "task-succeeded", result=shown)
+            text = _truncated_repr(value, app.tasks[continuation["task"]].resultrepr_maxsize)
+            _publish_task_event(app, continuation, "task-succeeded", result=text)
 
 
 def _truncated_repr(result: Any, size: int) -> str:
-    """A result as text of so many characters at most. Celery's own `saferepr` takes twenty times as long."""
+    """Return a result as text of at most `size` characters. Celery's `saferepr` takes twenty times as long."""
     text = repr(result)
     return text if len(text) <= size else f"{text[: size - 3]}..."
 
 
-def _celery_state(end: Any) -> str:
-    return str(FAILURE if isinstance(end, Exception) else SUCCESS)
-
-
 def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
-    """The callbacks as Celery sends them: several of them as one group, but those that are groups by themselves."""
+    """Return the callbacks as Celery sends them: each group by itself, and several others as one group."""
     callbacks = [app.signature(callback) for callback in request.callbacks or ()]
     single = [callback for callback in callbacks if not isinstance(callback, group)]
     yield from (callback for callback in callbacks if isinstance(callback, group))
@@ -156,10 +166,10 @@ def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
 
 
 def resume_with_error(app: Celery, continuation: dict[str, Any], error: Exception) -> None:
-    """End the task that left this continuation as failed with `error`.
+    """Finish the suspended task as failed with `error`.
 
     Raises:
-        UnknownCanvas: a later release saved it.
+        UnsupportedContinuationVersion: a later release saved the continuation.
     """
     with _resumed(app, continuation) as (task, request):
         task.backend.mark_as_failure(request.id, error, request=request, store_result=not request.ignore_result)
@@ -168,10 +178,11 @@ def resume_with_error(app: Celery, continuation: dict[str, Any], error: Exceptio
 
 @contextmanager
 def _resumed(app: Celery, continuation: dict[str, Any]) -> Iterator[tuple[Task, Context]]:
-    """Run the block as the task that left, with its request."""
+    """Run the block as the suspended task, with its request."""
     if continuation["version"] > VERSION:
         raise UnsupportedContinuationVersion(
-            f"the continuation has version {continuation['version']}, and this release reads up to {VERSION}"
+            f"the continuation has version {continuation['version']}, this release supports up to {VERSION}; "
+            "upgrade this process"
         )
     saved = kombu_json.loads(json.dumps(continuation))
     task = app.tasks[saved["task"]]
@@ -190,7 +201,7 @@ def _resumed(app: Celery, continuation: dict[str, Any]) -> Iterator[tuple[Task, 
 
 
 def _publish_task_event(app: Celery, continuation: dict[str, Any], event: str, **fields: Any) -> None:
-    """Tell Flower and its like, in the name of the worker that began the task; the runtime is the whole wait."""
+    """Publish an event of the worker that started the task. Its runtime includes the whole wait."""
     waited_s = max(0.0, time.time() - continuation["suspended_at"])
     event_publisher(app).publish(
         event, continuation.get("hostname"), uuid=continuation["id"], runtime=waited_s, **fields

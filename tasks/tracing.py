@@ -1,10 +1,11 @@
-"""One trace a payment: from the message of the payments service, over the wait, to its callback.
+"""One trace per payment: from the message of the payments service, over the wait, to its callback.
 
-Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: it
-is the child of the task that was left, begins when that was, and links to whatever ended it. What is sent at its end
-belongs to it. A tick of upkeep is no span: most have nothing to do.
+Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: a
+child of the suspended task's span that starts at the suspension and links to the span that resolves the payment.
+Messages that are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing
+to do.
 
-OpenTelemetry is the extra `payready[otel]`; its home is here, and without `PAYREADY_TRACING_ENABLED` nothing of it is loaded.
+OpenTelemetry is the extra `payready[otel]`. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -26,7 +27,7 @@ NANOSECONDS = 1_000_000_000
 
 
 class _Tracing:
-    """Spans for what Celery does, once OpenTelemetry is there."""
+    """Spans for sent messages, tasks and waits."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry import context, trace  # noqa: PLC0415 - an extra
@@ -40,26 +41,26 @@ class _Tracing:
         self._running: dict[str, tuple[Any, Any]] = {}
 
     def trace_context(self) -> dict[str, str]:
-        """The current span, in the words of a message's headers."""
-        words: dict[str, str] = {}
-        self._propagator.inject(words)
-        return words
+        """Return the current span as message headers."""
+        headers: dict[str, str] = {}
+        self._propagator.inject(headers)
+        return headers
 
     def _parent(self, trace: Mapping[str, Any]) -> "Context | None":
-        told = trace.get(TRACE_HEADER)
-        return self._propagator.extract({TRACE_HEADER: told}) if isinstance(told, str) else None
+        traceparent = trace.get(TRACE_HEADER)
+        return self._propagator.extract({TRACE_HEADER: traceparent}) if isinstance(traceparent, str) else None
 
     def on_publish(self, sender: str, headers: MutableMapping[str, Any]) -> None:
-        """A message is about to be sent: it goes on with the trace that it was sent in."""
+        """Add the current trace to the headers of a message that is about to be sent."""
         if sender not in UNTRACED_TASKS:
-            within = self._trace.get_current_span().get_span_context().is_valid
-            parent = None if within else self._parent(headers)
+            has_current_span = self._trace.get_current_span().get_span_context().is_valid
+            parent = None if has_current_span else self._parent(headers)
             span = self._tracer.start_span(f"send {sender}", context=parent, kind=self._trace.SpanKind.PRODUCER)
             with self._trace.use_span(span, end_on_exit=True):
                 headers.update(self.trace_context())
 
     def on_start(self, task_id: str, task: Any) -> None:
-        """A task begins."""
+        """Start the span of a task."""
         if task.name not in UNTRACED_TASKS:
             span = self._tracer.start_span(
                 task.name, context=self._parent(task.request), kind=self._trace.SpanKind.CONSUMER
@@ -67,7 +68,7 @@ class _Tracing:
             self._running[task_id] = span, self._context.attach(self._trace.set_span_in_context(span))
 
     def on_end(self, task_id: str) -> None:
-        """A task ended, or was left."""
+        """End the span of a task that finished or was suspended."""
         span, token = self._running.pop(task_id, (None, None))
         if span is not None:
             self._context.detach(token)
@@ -75,9 +76,9 @@ class _Tracing:
 
     @contextmanager
     def resumed_span(self, trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
-        """The wait that ends now, and what is sent at its end."""
-        ended_by = self._trace.get_current_span().get_span_context()
-        links = [self._trace.Link(ended_by)] if ended_by.is_valid else []
+        """Create the span of a wait that ends now, and run the block in it."""
+        resolved_by = self._trace.get_current_span().get_span_context()
+        links = [self._trace.Link(resolved_by)] if resolved_by.is_valid else []
         span = self._tracer.start_span(
             name, context=self._parent(trace), start_time=round(since * NANOSECONDS), links=links
         )
@@ -89,16 +90,16 @@ _tracing: _Tracing | None = None
 
 
 def enable(processor: "SpanProcessor | None" = None) -> None:
-    """Trace from here on; by default to where OpenTelemetry's own variables say.
+    """Enable tracing in this process. By default OpenTelemetry's own environment variables set the destination.
 
     Raises:
         ConfigurationError: the extra is not installed.
     """
-    global _tracing  # noqa: PLW0603 - one process, one tracing
+    global _tracing  # noqa: PLW0603 - one tracer per process
     try:
         _tracing = _Tracing(processor or _default_processor())
     except ImportError:
-        raise ConfigurationError("PAYREADY_TRACING_ENABLED needs the extra payready[otel]") from None
+        raise ConfigurationError("PAYREADY_TRACING_ENABLED requires OpenTelemetry; install payready[otel]") from None
     before_task_publish.connect(_on_publish)
     task_prerun.connect(_on_start)
     task_postrun.connect(_on_end)
@@ -126,18 +127,18 @@ def _on_end(task_id: str, **_: Any) -> None:
 
 
 def is_enabled() -> bool:
-    """Whether this process traces."""
+    """Return whether this process traces."""
     return _tracing is not None
 
 
 def trace_context() -> dict[str, str]:
-    """What a left task must keep to be found again by its trace; nothing if there is none."""
+    """Return the current trace for a continuation, or an empty mapping if tracing is disabled."""
     return _tracing.trace_context() if _tracing else {}
 
 
 @contextmanager
 def resumed_span(trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
-    """Within the block, be in the trace that `carrier` told; `since` in Unix seconds."""
+    """Run the block in the span of a wait that belongs to `trace` and started at `since` (Unix seconds)."""
     if _tracing is None:
         yield
         return

@@ -16,14 +16,14 @@ from worker.rules.job import Job, Outcome
 
 FOLDER = Path(__file__).parent.parent / "docs" / "contracts"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-WORDS = {"gt": "more than {}", "ge": "at least {}", "le": "at most {}", "max_digits": "at most {} digits"}
-"""Rules on decimals in strings, for which JSON Schema has no words of its own."""
+RULE_TEXTS = {"gt": "more than {}", "ge": "at least {}", "le": "at most {}", "max_digits": "at most {} digits"}
+"""Rules on decimals in strings, which JSON Schema cannot express."""
 
 
 class Failure(BaseModel):
-    """What the task raises when the payment must not start: `PaymentNotReady(reason, detail)`, as its two arguments.
+    """Arguments of the exception for a failed payment: `PaymentNotReady(reason, detail)`.
 
-    Reasons are only ever added. `detail` is for people; it may change.
+    Reasons are never removed. `detail` is text for people and may change.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,29 +37,30 @@ def _readable(node: Any) -> Any:
         return [_readable(part) for part in node]
     if not isinstance(node, dict):
         return node
-    rules = [words.format(node[name]) for name, words in WORDS.items() if name in node]
-    kept = {
+    rules = [rule_text.format(node[name]) for name, rule_text in RULE_TEXTS.items() if name in node]
+    properties = {
         name: _readable(part)
         for name, part in node.items()
-        if name not in WORDS and not (name == "title" and isinstance(part, str))
+        if name not in RULE_TEXTS and not (name == "title" and isinstance(part, str))
     }
-    return {**kept, "$comment": "; ".join(rules)} if rules else kept
+    return {**properties, "$comment": "; ".join(rules)} if rules else properties
 
 
-ANSWERS = {
-    204: "Understood, or kept as it came, and safe; or there was nothing in it for us.",
-    400: "Rightly signed, but not readable, or in part not, and what is not might be personal; the rest is safe.",
-    401: "Not known to come from Quiltt, or signed too far from our clock.",
-    408: "The body did not come in time.",
-    413: "The body is over the cap.",
-    415: "The body does not call itself JSON.",
-    503: "It cannot be made safe just now: send it again.",
+RESPONSES = {
+    204: "The delivery is stored, quarantined, or irrelevant.",
+    400: "The signature is valid, but the body is unreadable, or has unreadable parts that may contain personal data. "
+    "The readable events are stored.",
+    401: "The signature is not valid, or its timestamp is too far from payready's clock.",
+    408: "The body did not arrive in time.",
+    413: "The body exceeds the size limit.",
+    415: "The content type is not JSON.",
+    503: "The delivery cannot be stored now: send it again.",
 }
-"""What the webhook answers, and means; never with a body."""
+"""Statuses of the webhook's responses and their meaning. The responses have no body."""
 
 
 def openapi() -> dict[str, Any]:
-    """The endpoints of the role `web`."""
+    """Return the OpenAPI document of the role `web`."""
     record = Balance.model_json_schema(by_alias=True)
     figure = {"type": ["number", "null"]}
     record["properties"] |= dict.fromkeys(("available", "current", "limit"), figure)
@@ -88,13 +89,13 @@ def openapi() -> dict[str, Any]:
         "summary": "One delivery from Quiltt.",
         "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": delivery}}},
-        "responses": {str(status): {"description": text} for status, text in ANSWERS.items()},
+        "responses": {str(status): {"description": text} for status, text in RESPONSES.items()},
     }
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
-    alive = {"summary": "The process lives.", "responses": {"200": {"description": "It does.", **text}}}
+    alive = {"summary": "Liveness of the process.", "responses": {"200": {"description": "The process runs.", **text}}}
     ready = {
-        "summary": "Deliveries can be made safe: the database answers.",
-        "responses": {"200": {"description": "It does.", **text}, "503": {"description": "It does not.", **text}},
+        "summary": "Readiness: the database is available, so deliveries can be stored.",
+        "responses": {"200": {"description": "Available.", **text}, "503": {"description": "Unavailable.", **text}},
     }
     return {
         "openapi": "3.1.0",
@@ -104,19 +105,20 @@ def openapi() -> dict[str, Any]:
 
 
 def contracts() -> dict[str, str]:
-    """Every file of the folder, and its text."""
+    """Return the text of every file of the folder, by name."""
     return {**schemas(), "openapi.json": json.dumps(openapi(), indent=2) + "\n"}
 
 
 def schemas() -> dict[str, str]:
-    """The files' names and texts."""
-    made = {
+    """Return the text of every JSON Schema, by file name."""
+    schemas_by_name = {
         "job.schema.json": Job.model_json_schema(mode="validation"),
         "outcome.schema.json": Outcome.model_json_schema(mode="serialization"),
         "failure.schema.json": Failure.model_json_schema(mode="serialization"),
     }
     return {
-        name: json.dumps({"$schema": DIALECT, **_readable(schema)}, indent=2) + "\n" for name, schema in made.items()
+        name: json.dumps({"$schema": DIALECT, **_readable(schema)}, indent=2) + "\n"
+        for name, schema in schemas_by_name.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Are the migrations in step with the tables? `python -m tests.migrations_in_step` ends with status 1 if not."""
+"""Check that the migrations match the tables: `python -m tests.migrations_in_step`. Exit status 1 if they differ."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def alembic(database_url: str, *command: str) -> None:
 
 
 def differences(database_url: str) -> list[Any]:
-    """What alembic would still have to change in a database, to have what the tables say."""
+    """Return the changes that a migrated database needs to match the tables."""
     engine = open_engine(database_url)
     try:
         with engine.connect() as connection:
@@ -32,13 +32,13 @@ def differences(database_url: str) -> list[Any]:
 
 
 def main() -> None:
-    """On SQLite; the tests do the same on PostgreSQL."""
+    """Check on SQLite. The tests do the same on PostgreSQL."""
     with tempfile.TemporaryDirectory() as folder:
         database_url = f"sqlite:///{folder}/payready.db"
         alembic(database_url, "upgrade", "head")
         found = differences(database_url)
     for difference in found:
-        sys.stderr.write(f"the migrations do not do this yet: {difference}\n")
+        sys.stderr.write(f"the migrations lack this change: {difference}\n")
     sys.exit(1 if found else 0)
 
 

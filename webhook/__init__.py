@@ -1,1 +1,1 @@
-"""What the provider tells us, over HTTP."""
+"""The webhook endpoint: verifies, parses and commits the provider's deliveries."""

@@ -1,4 +1,4 @@
-"""Serve the endpoint: `python -m webhook`. TLS is the business of the proxy in front."""
+"""The role `web`: `python -m webhook` serves the endpoint. A proxy in front terminates TLS."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 
 from config.garbage_collection import freeze_gc, raise_gc_thresholds
-from config.log_config import configure_logging
+from config.log_config import configure_logging, log_start
 from config.settings import ConfigurationError, settings
 from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
@@ -22,24 +22,26 @@ SERVER: dict[str, Any] = {
     "server_header": False,
     "log_config": None,
     "timeout_graceful_shutdown": 10,
-    "limit_concurrency": 1000,  # times the cap on a body: what senders can make us hold; beyond it the answer is 503
+    "limit_concurrency": 1000,  # connections; times the body limit this bounds the memory; more get 503
 }
 
 
 def main() -> None:
-    """Serve until SIGTERM, then finish what is under way."""
+    """Serve until SIGTERM, then finish open requests and their follow-ups."""
     raise_gc_thresholds()
     try:
         chosen = settings()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     configure_logging(chosen)
+    log_start(chosen, "web")
     if chosen.metrics_port:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
-    group_committer = import_module("webhook.endpoint").group_committer
+    import_module("webhook.endpoint")  # before the garbage collector is frozen, and after logging is configured
+    group_committer = import_module("webhook.wiring").group_committer
     freeze_gc()
-    # It may come before uvicorn listens to it, and uvicorn raises it again when it has stopped. By itself it would end
-    # the process with what is still to be told.
+    # SIGTERM may arrive before uvicorn handles it, and uvicorn raises it again after its shutdown. The default action
+    # would end the process before the follow-ups have run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         uvicorn.run("webhook.endpoint:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)

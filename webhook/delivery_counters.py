@@ -1,53 +1,58 @@
-"""What came to the door: each delivery is counted, and told in a line of the log, though never line upon line.
+"""Counters of webhook deliveries, and log lines with sampling: at most one line per second and result.
 
-A flood of refusals must not fill a disk, nor cost the honest their time: of each reason one line a second is written,
-which says how many it stands for. The counters have them all.
+A line has the number of lines that were suppressed before it. A flood of rejected deliveries therefore neither fills a
+disk nor slows valid deliveries down. The counters are exact.
 """
 
 import functools
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
+from config.log_config import get_logger
 from worker import metrics
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 LOG_INTERVAL_S = 1.0
-"""Between two lines of one kind."""
+"""Minimum time between two lines with the same result."""
 
 
 class DeliveryCounters:
-    """Counts deliveries by their results, and events by what became of them."""
+    """Counters of deliveries and of their events, by result."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._told_at: dict[str, float] = {}
-        self._untold: dict[str, int] = {}
+        self._logged_at: dict[str, float] = {}
+        self._suppressed: dict[str, int] = {}
         self._counters = functools.cache(metrics.WEBHOOK_DELIVERIES.labels)
         self._routine = metrics.WEBHOOK_DELIVERIES.labels("routine")
         self._routine_events = metrics.WEBHOOK_EVENTS.labels("routine")
 
     def count_routine(self, events: int) -> None:
-        """Nothing in it was ours: most of what comes."""
+        """Count a delivery of which no event concerns payready. Most deliveries are of this kind."""
         self._routine.inc()
         self._routine_events.inc(events)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("delivery: %d events, none of them ours", events)
+        if _stdlib_logger.isEnabledFor(logging.DEBUG):
+            log.debug("webhook.delivery", result="routine", status=204, events=events)
 
-    def count_delivery(self, result: str, message: str, *facts: object, level: int = logging.WARNING) -> None:
-        """Count one delivery, and tell it: `told`, with `facts` for its placeholders."""
+    def count_delivery(self, result: str, *, level: int = logging.WARNING, **fields: Any) -> None:
+        """Count one delivery. Log it with `fields`, unless a line with this result was logged in the last second."""
         self._counters(result).inc()
-        now, untold = self._clock(), self._untold.get(result, 0)
-        if now - self._told_at.get(result, float("-inf")) < LOG_INTERVAL_S:
-            self._untold[result] = untold + 1
+        now, suppressed = self._clock(), self._suppressed.get(result, 0)
+        if now - self._logged_at.get(result, float("-inf")) < LOG_INTERVAL_S:
+            self._suppressed[result] = suppressed + 1
             return
-        self._told_at[result], self._untold[result] = now, 0
-        more = f" (and {untold} more before it)" if untold else ""
-        log.log(level, f"delivery %s: {message}%s", result, *facts, more)
+        self._logged_at[result], self._suppressed[result] = now, 0
+        log.log(level, "webhook.delivery", result=result, suppressed=suppressed, **fields)
 
     def count_events(self, **counts: int) -> None:
-        """Count the events of a delivery by what became of them."""
+        """Count the events of a delivery by result."""
         for result, count in counts.items():
             if count:
                 metrics.WEBHOOK_EVENTS.labels(result).inc(count)
+
+
+_stdlib_logger = logging.getLogger(__name__)
+"""The underlying logger: its check of the level is much faster."""

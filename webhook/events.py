@@ -1,18 +1,18 @@
-"""What is in a delivery for us? Pure: bytes in; balances, broken connections, and events that nobody understands, out.
+"""Parser of deliveries: bytes to balances, connection updates and unparseable events. Pure functions, without I/O.
 
-Each event is looked at on its own, so that a bad one spoils no other. Unknown types and sources appear over time
-and most balances come from routine syncs: both are passed over in silence.
+Each event is parsed on its own, so that an invalid event does not affect the others. Events of unknown types and
+balances of other sources are ignored: new types appear over time, and most balances come from routine syncs.
 
-A delivery is read in up to three ways, each slower than the one before, and each for what the one before leaves:
+A delivery is parsed in up to three ways. Each is slower than the previous one and handles what that one leaves:
 
-1. Without the word REFRESH in it no balance in it is ours, however it is read. A fast parser sees to it that every
-   event is a routine one. Nearly all end here.
-2. As a whole, strictly: numbers to the digit, and neither a duplicate key nor NaN in it.
-3. If something is odd, taken apart by its brackets, without looking into its parts: each event is then read, strictly,
-   from its own bytes, and kept as it came if it is not understood. What stands beside the events may be odd.
+1. Without the text REFRESH the delivery has no REFRESH balance. A fast parser checks that every event is routine.
+   Nearly all deliveries end here.
+2. As one strict JSON document: exact decimals, no duplicate keys, no NaN.
+3. If that fails, split by its brackets, without parsing the parts. Each event is then parsed strictly from its own
+   bytes, and quarantined as received if it is unparseable. Invalid JSON outside the events is ignored.
 
-What cannot be taken apart, a delivery or an event, may hold records of people. It is kept, as a whole, only if it
-speaks of balances, and of no profile; else it is refused, and nothing of it is kept.
+A delivery or an event that cannot be split may contain personal data. It is quarantined as a whole only if it mentions
+balances and no profile. Otherwise it is rejected, and nothing of it is stored.
 """
 
 import json
@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from worker.quiltt.messages import Balance, ConnectionEvent, ReconnectedEvent
+from worker.quiltt.messages import Balance, ConnectionEvent, ReceivedBalance, ReconnectedEvent, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
-"""What may be an id: no database takes every text, and one bad event must spoil no other."""
+"""Valid ids. Databases do not accept every text, and an invalid event must not affect the others."""
 BALANCE_CREATED = "balance.created"
 CONNECTION_LOST_EVENTS = {
     "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
@@ -41,66 +41,66 @@ CONNECTION_LOST_EVENTS = {
     "connection.disconnected": "the connection was disconnected: the user must connect again",
     "profile.deleted": "the profile was deleted",
 }
-"""Events after which no balance will come, and what is said of them."""
+"""Events after which no balance can arrive, with the detail for failed payments."""
 ACCOUNT_RECONNECTED = "account.reconnected"
 MAX_EVENT_AHEAD = timedelta(seconds=5)
-"""An event may be younger than its signature by so much: the provider's clocks need not agree to the second."""
+"""Maximum time of an event after its signature: the provider's clocks may differ by seconds."""
 NOT_JSON = (ValueError, RecursionError, ArithmeticError)
-"""What reading raises: bad syntax or encoding, too deep, a number with an exponent that no computer has."""
+"""Errors of the JSON parser: invalid syntax or encoding, too deep, or an exponent out of range."""
 
 
 class InvalidDelivery(Exception):
-    """The delivery as a whole is not what the provider documents; the message says in what."""
+    """A delivery that does not have the documented form. The message states the difference."""
 
 
 class UnparseableEvent(Exception):
-    """The event is one that we should understand, and do not; the message says why, and repeats nothing of it."""
+    """An event of a type that payready uses, but cannot parse. The message states why and repeats no input."""
 
 
-Received = tuple[str, Balance]
-"""A REFRESH balance with the id of its event."""
-ParsedEvent = Received | ConnectionUpdate | None
-"""What an event is for us; None if it is none of ours."""
+ParsedEvent = ReceivedBalance | ConnectionUpdate | None
+"""The result of parsing an event; None if it does not concern payready."""
 
 
 @dataclass
 class ParsedDelivery:
-    """The parts of a delivery that concern us."""
+    """The parts of a delivery that concern payready."""
 
     events: int = 0
-    """How many there are in all."""
-    balances: list[Received] = field(default_factory=list)
-    unparsed: list[tuple[bytes, str]] = field(default_factory=list)
-    """Balance events that could not be understood, as they came, with the reason."""
+    """Number of all events."""
+    balances: list[ReceivedBalance] = field(default_factory=list)
+    unparsed: list[UnparsedEvent] = field(default_factory=list)
+    """Unparseable balance events as received, each with the reason."""
     connection_updates: list[ConnectionUpdate] = field(default_factory=list)
-    """Connections and profiles that no balance will come for, and accounts that moved to another connection."""
-    is_unreadable: int = 0
-    """What is not JSON and does not say that it is, or is not, a balance event. It may be personal: it is not kept."""
+    """Lost connections and profiles, and accounts that moved to another connection."""
+    invalid_json: int = 0
+    """Number of events that are not JSON and whose type is unknown. They may be personal data, so none is stored."""
 
     @property
     def needs_processing(self) -> bool:
-        """Whether there is anything to do about it."""
-        return bool(self.balances or self.unparsed or self.connection_updates or self.is_unreadable)
+        """Whether any event is not routine."""
+        return bool(self.balances or self.unparsed or self.connection_updates or self.invalid_json)
 
-    def add(self, found: ParsedEvent) -> None:
-        """Take in what an event was found to be."""
-        if isinstance(found, tuple):
-            self.balances.append(found)
-        elif found is not None:
-            self.connection_updates.append(found)
+    def add(self, event: ParsedEvent) -> None:
+        """Add a parsed event."""
+        if isinstance(event, ReceivedBalance):
+            self.balances.append(event)
+        elif event is not None:
+            self.connection_updates.append(event)
 
     def split_by_event(self) -> list["ParsedDelivery"]:
-        """The same, in deliveries of one event each; those that nothing is done about are left out."""
-        balances = [ParsedDelivery(1, balances=[one]) for one in self.balances]
-        odd = [ParsedDelivery(1, unparsed=[one]) for one in self.unparsed]
-        return [*balances, *odd, *(ParsedDelivery(1, connection_updates=[one]) for one in self.connection_updates)]
+        """Return one delivery for each event. Routine events are left out."""
+        return [
+            *(ParsedDelivery(events=1, balances=[balance]) for balance in self.balances),
+            *(ParsedDelivery(events=1, unparsed=[event]) for event in self.unparsed),
+            *(ParsedDelivery(events=1, connection_updates=[update]) for update in self.connection_updates),
+        ]
 
 
 def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
-    """Read a delivery that was signed at this time.
+    """Parse a delivery that was signed at this time.
 
     Raises:
-        BadDelivery: not an object with a list of events, and it may be about people: nothing of it may be kept.
+        InvalidDelivery: not an object with a list of events, and possibly personal data: nothing may be stored.
     """
     if count := count_if_routine(body):
         return ParsedDelivery(count)
@@ -121,8 +121,8 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
 
 
 def count_if_routine(body: bytes) -> int:
-    """The number of events, if none of them can be ours, or odd; 0 if that is not sure."""
-    # An escape might hide the word; of two lists one would not be looked at.
+    """Return the number of events if all of them are certainly routine, else 0."""
+    # An escape could hide the text REFRESH. Of two lists the parser returns only one.
     if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:
         return 0
     try:
@@ -144,11 +144,11 @@ def _is_routine(event: Any) -> bool:
 
 
 def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
-    """Read one event from its bytes.
+    """Parse one event from its bytes.
 
     Raises:
-        Odd: it says that it is one of ours, and is not understood.
-        ValueError: it is not JSON, and does not say what it is.
+        UnparseableEvent: its type concerns payready, but it cannot be parsed.
+        ValueError: it is not JSON, and its type is unknown.
     """
     try:
         event = _load_json(raw)
@@ -157,32 +157,32 @@ def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
         if BALANCE_CREATED not in types and types != {UNKNOWN_TYPE}:
             return None
         if types != {BALANCE_CREATED} and not _may_be_quarantined(raw):
-            raise ValueError("its type cannot be told") from None
+            raise ValueError("not JSON, and its type is unknown") from None
         raise UnparseableEvent(f"not JSON: {_json_error_kind(error)}") from None
     return _parse_record(event, signed_at)
 
 
-def parse_quarantined(raw: bytes, came_at: datetime) -> ParsedDelivery:
-    """Read what was set aside once, an event or a whole delivery.
+def parse_quarantined(raw: bytes, received_at: datetime) -> ParsedDelivery:
+    """Parse a quarantined event or delivery again.
 
     Raises:
-        Odd: it is still not understood, or not in all its parts.
+        UnparseableEvent: it is still unparseable, or a part of it is.
     """
     try:
         if BALANCE_CREATED in _types(raw):
             delivery = ParsedDelivery(1)
-            delivery.add(parse_event(raw, came_at))
+            delivery.add(parse_event(raw, received_at))
         else:
-            delivery = parse(raw, came_at)
+            delivery = parse(raw, received_at)
     except (InvalidDelivery, ValueError) as error:
         raise UnparseableEvent(str(error)) from None
-    if delivery.unparsed or delivery.is_unreadable:
-        raise UnparseableEvent("; ".join(reason for _, reason in delivery.unparsed) or "not JSON")
+    if delivery.unparsed or delivery.invalid_json:
+        raise UnparseableEvent("; ".join(event.reason for event in delivery.unparsed) or "not JSON")
     return delivery
 
 
 class _InvalidJson(ValueError):
-    """Python would read it; JSON has no such thing."""
+    """Input that Python's parser accepts, but that is not valid JSON."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -197,7 +197,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _decoder = json.JSONDecoder(
-    parse_float=Decimal,  # never through a float
+    parse_float=Decimal,  # never as a float
     parse_int=Decimal,
     parse_constant=_refuse_constant,
     object_pairs_hook=_refuse_duplicates,
@@ -223,7 +223,7 @@ def _parse_record(event: Any, signed_at: datetime) -> ParsedEvent:
     return None
 
 
-def _parse_balance(event: dict[str, Any]) -> Received | None:
+def _parse_balance(event: dict[str, Any]) -> ReceivedBalance | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
@@ -232,32 +232,34 @@ def _parse_balance(event: dict[str, Any]) -> Received | None:
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
         raise UnparseableEvent("id: must be an id")
     try:
-        return event_id, Balance.model_validate(record)
+        return ReceivedBalance(event_id=event_id, balance=Balance.model_validate(record))
     except ValidationError as error:
         raise UnparseableEvent(_validation_message(error)) from None
 
 
 def _parse_connection_lost(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
-    """What names no connection is passed over. One without a time counts as of its signature."""
+    """Parse the loss of a connection or profile. Without an id it is ignored; without a time it has the signature's."""
     try:
-        seen = ConnectionEvent.model_validate(event)
+        parsed = ConnectionEvent.model_validate(event)
     except ValidationError:
         return None
-    at = seen.at or signed_at
+    at = parsed.at or signed_at
     if at > signed_at + MAX_EVENT_AHEAD:
         return None
-    if seen.type == "profile.deleted":
-        return ConnectionLost(CONNECTION_LOST_EVENTS[seen.type], at, profile_id=seen.record.id)
-    return ConnectionLost(CONNECTION_LOST_EVENTS[seen.type], at, connection_id=seen.record.id)
+    if parsed.type == "profile.deleted":
+        return ConnectionLost(detail=CONNECTION_LOST_EVENTS[parsed.type], at=at, profile_id=parsed.record.id)
+    return ConnectionLost(detail=CONNECTION_LOST_EVENTS[parsed.type], at=at, connection_id=parsed.record.id)
 
 
 def _parse_reconnection(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
     try:
-        seen = ReconnectedEvent.model_validate(event)
+        parsed = ReconnectedEvent.model_validate(event)
     except ValidationError:
         return None
-    at = seen.at or signed_at
-    return AccountMoved(seen.record.id, seen.metadata.to.id, at) if at <= signed_at + MAX_EVENT_AHEAD else None
+    at = parsed.at or signed_at
+    if at > signed_at + MAX_EVENT_AHEAD:
+        return None
+    return AccountMoved(account_id=parsed.record.id, connection_id=parsed.metadata.to.id, at=at)
 
 
 def _validation_message(error: ValidationError) -> str:
@@ -265,15 +267,15 @@ def _validation_message(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, p['loc'])) or 'record'}: {p['msg']}" for p in problems)
 
 
-# --- by its brackets --------------------------------------------------------------------------------------------------
+# --- lenient parsing: split by brackets -------------------------------------------------------------------------------
 
 _MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
-"""A text as a whole, or what gives a document its shape; a quote alone opens a text that is never closed."""
+"""A whole string, a bracket or a comma. A single quote opens a string that is never closed."""
 _MEMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:(.*)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 _BLANK = b" \t\r\n"
 UNKNOWN_TYPE = "\0"
-"""In the place of a name, or of a type, that cannot be told. It is none of ours."""
+"""Placeholder for a name or a type that cannot be read. It equals no name or type that payready uses."""
 
 
 def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
@@ -288,28 +290,28 @@ def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
     for raw in events:
         try:
             delivery.add(parse_event(raw, signed_at))
-        except UnparseableEvent as odd:
-            delivery.unparsed.append((raw, str(odd)))
+        except UnparseableEvent as error:
+            delivery.unparsed.append(UnparsedEvent(raw=raw, reason=str(error)))
         except ValueError:
-            delivery.is_unreadable += 1
+            delivery.invalid_json += 1
     return delivery
 
 
 def _quarantine_delivery(raw: bytes, reason: str) -> ParsedDelivery:
-    """Set a delivery aside that no event can be taken out of, if it may be kept."""
+    """Quarantine a whole delivery that cannot be split into events, if this is permitted."""
     if not _may_be_quarantined(raw):
         raise InvalidDelivery(reason)
-    return ParsedDelivery(1, unparsed=[(raw, reason)])
+    return ParsedDelivery(1, unparsed=[UnparsedEvent(raw=raw, reason=reason)])
 
 
 def _may_be_quarantined(raw: bytes) -> bool:
-    """Whether it speaks of balances, and of no profile, however it is written."""
+    """Return whether the bytes mention balances and no profile, also in escaped form."""
     plain = _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]), raw)
     return BALANCE_CREATED.encode() in plain and b"profile." not in plain
 
 
 def _types(raw: bytes) -> set[str]:
-    """The types that an event says it has. `UNTOLD` is among them if one that was meant may not be."""
+    """Return all types in an event. `UNKNOWN_TYPE` is included if a member cannot be read."""
     try:
         members = list(_members(raw))
     except _InvalidJson:
@@ -319,19 +321,19 @@ def _types(raw: bytes) -> set[str]:
 
 
 def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """The names of an object's members, with the bytes of their values."""
+    """Return the names of an object's members, with the bytes of their values."""
     for item in _items(raw, b"{}"):
         member = _MEMBER.fullmatch(item)
         yield (_text(member[1]), member[2].strip(_BLANK)) if member else (UNKNOWN_TYPE, item)
 
 
 def _items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
-    """What stands between these brackets, parted at its commas, of which there may be too many."""
+    """Return the items between these brackets, split at the commas. Extra commas are ignored."""
     return filter(None, _split_items(raw, brackets))
 
 
 def _split_items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
-    """However deep it is, this goes no deeper."""
+    """Split in one pass without recursion, so that deep nesting is harmless."""
     raw = raw.strip(_BLANK)
     if raw[:1] + raw[-1:] != brackets:
         raise _InvalidJson("a bracket is missing")
@@ -355,7 +357,7 @@ def _split_items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
 
 
 def _text(raw: bytes) -> str:
-    """A text from its bytes, or what can never be equal to one of ours."""
+    """Decode a JSON string, or return `UNKNOWN_TYPE`."""
     try:
         return str(json.loads(raw.decode()))
     except NOT_JSON:

@@ -1,38 +1,39 @@
-"""Deliveries that come at once are made safe at once: one commit, one round to the disk, for all of them.
+"""Group commit for webhook deliveries: concurrent deliveries share one transaction.
 
-What is to be done about them then is done in another thread: their senders need not wait for it.
+The follow-up actions run in another thread after the commit, so the responses do not wait for them.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from config.log_config import get_logger
 from tasks.batching import DrainLoop, MicroBatcher
 from webhook.events import ParsedDelivery
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_BATCH_SIZE = 100
-"""Deliveries that are made safe in one transaction at most."""
+"""Maximum number of deliveries in one transaction."""
 MAX_CONCURRENT_COMMITS = 2
-"""Transactions at a time: while one waits for the disk the next one is made up."""
+"""Concurrent transactions: one is prepared while the other waits for the disk."""
 BISECT_TIME_BUDGET_S = 15.0
-"""After this long it is no use to try parts of a group apart: the provider waits for an answer for 20 s."""
+"""Time after which a failing batch is not bisected any further: the provider waits 20 s for a response."""
 FOLLOW_UP_CAPACITY = 1000
-"""Groups that wait to be followed up at most; the sweep does what is beyond."""
+"""Maximum number of committed batches that wait for their follow-up. The sweep does the work of all others."""
 
 T = TypeVar("T")
 _PendingDelivery = tuple[ParsedDelivery, asyncio.Future[None]]
 
 
 class GroupCommitter(Generic[T]):
-    """Collects the deliveries of this process.
+    """The deliveries of this process that wait for their commit.
 
-    `keep` makes some safe, or raises: one of `away` if it may be no fault of theirs, and then `answers` says whether
-    the store is there nevertheless. `follow` is given what `keep` returned, while the senders are told.
+    If `commit` raises one of `unavailable_errors` and `is_available()` is false, the whole batch fails. Otherwise the
+    batch is bisected to find the delivery that cannot be stored. `on_committed` is called with the values that `commit`
+    returned, in another thread.
     """
 
     def __init__(
@@ -46,101 +47,103 @@ class GroupCommitter(Generic[T]):
         self._commit = commit
         self._on_committed = on_committed
         self._follow_ups = MicroBatcher(
-            self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY, executor=self._run
+            self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY, executor=self._execute
         )
         self._unavailable_errors = unavailable_errors
         self._is_available = is_available
         self._pending: list[_PendingDelivery] = []
-        self._free = MAX_CONCURRENT_COMMITS
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them but weakly
+        self._free_committers = MAX_CONCURRENT_COMMITS
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop has weak references only
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "group-commit")
 
     async def commit(self, delivery: ParsedDelivery) -> None:
-        """Return when it is safe. Raises what `keep` raised."""
-        done = asyncio.get_running_loop().create_future()
-        self._pending.append((delivery, done))
-        if self._free:
-            self._free -= 1
-            task = asyncio.create_task(self._work())
+        """Return when the delivery is committed. Raise the error of `commit` if it is not."""
+        committed = asyncio.get_running_loop().create_future()
+        self._pending.append((delivery, committed))
+        if self._free_committers:
+            self._free_committers -= 1
+            task = asyncio.create_task(self._commit_pending())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        await done
+        await committed
 
     def drain(self) -> None:
-        """Follow up what is left when the loop has ended."""
+        """Wait for pending follow-ups, after the event loop has ended."""
         self._threads.shutdown(wait=True)
 
-    async def _work(self) -> None:
+    async def _commit_pending(self) -> None:
         try:
             while self._pending:
-                taken, self._pending = self._pending[:MAX_BATCH_SIZE], self._pending[MAX_BATCH_SIZE:]
+                batch, self._pending = self._pending[:MAX_BATCH_SIZE], self._pending[MAX_BATCH_SIZE:]
                 try:
-                    await self._commit_or_bisect(taken, time.monotonic() + BISECT_TIME_BUDGET_S)
-                except Exception as error:  # noqa: BLE001 - whatever it is, they are told
-                    _complete(taken, error)
-        finally:  # at once when nothing waits: what comes a moment later must find a free hand
-            self._free += 1
+                    await self._commit_or_bisect(batch, time.monotonic() + BISECT_TIME_BUDGET_S)
+                except Exception as error:  # noqa: BLE001 - `commit` raises it for each delivery
+                    _complete(batch, error)
+        finally:  # no await since the last check of `_pending`: a later delivery finds a free committer
+            self._free_committers += 1
 
-    async def _commit_or_bisect(self, taken: Sequence[_PendingDelivery], until: float) -> None:
-        """Keep them together; if that cannot be done, keep apart what can be kept, and tell the others."""
-        error = await self._try([delivery for delivery, _ in taken])
+    async def _commit_or_bisect(self, batch: Sequence[_PendingDelivery], until: float) -> None:
+        """Commit a batch. If a delivery cannot be stored, commit the halves, and finally its single events."""
+        error = await self._try([delivery for delivery, _ in batch])
         if error is None or not await self._is_data_error(error, until):
-            _complete(taken, error)
-        elif len(taken) > 1:
-            half = len(taken) // 2
-            await self._commit_or_bisect(taken[:half], until)
-            await self._commit_or_bisect(taken[half:], until)
+            _complete(batch, error)
+        elif len(batch) > 1:
+            half = len(batch) // 2
+            await self._commit_or_bisect(batch[:half], until)
+            await self._commit_or_bisect(batch[half:], until)
         else:
-            _complete(taken, await self._commit_events_separately(taken[0][0], error, until))
+            _complete(batch, await self._commit_events_separately(batch[0][0], error, until))
 
     async def _commit_events_separately(
         self, delivery: ParsedDelivery, error: Exception, until: float
     ) -> Exception | None:
-        """Keep event by event what could not be kept at once: none must spoil those that came with it."""
+        """Commit each event of a delivery on its own. Return the last error, or None."""
         parts = delivery.split_by_event()
-        failed = error if len(parts) < 2 else None  # noqa: PLR2004 - of one there are no others
-        for one in parts if failed is None else ():
+        if len(parts) < 2:  # noqa: PLR2004 - a single event has failed already
+            return error
+        last_error: Exception | None = None
+        for part in parts:
             if time.monotonic() > until:
                 return error
-            failed = await self._try([one]) or failed
-        return failed
+            last_error = await self._try([part]) or last_error
+        return last_error
 
     async def _try(self, deliveries: Sequence[ParsedDelivery]) -> Exception | None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._keep_now, deliveries)
-        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._commit_now, deliveries)
+        except Exception as error:  # noqa: BLE001 - the caller decides which deliveries fail
             return error
         return None
 
-    def _keep_now(self, deliveries: Sequence[ParsedDelivery]) -> None:
+    def _commit_now(self, deliveries: Sequence[ParsedDelivery]) -> None:
         self._follow_ups.add(self._commit(deliveries))
 
     async def _is_data_error(self, error: Exception, until: float) -> bool:
-        """Whether it is one of the deliveries that cannot be kept, and there is time to find out which."""
+        """Return whether a delivery caused the error, and there is time to find it."""
         if time.monotonic() > until:
             return False
         if not isinstance(error, self._unavailable_errors):
             return True
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._is_available)
 
-    def _run(self, go: DrainLoop) -> None:
+    def _execute(self, drain: DrainLoop) -> None:
         try:
-            self._threads.submit(go)
-        except RuntimeError:  # the process ends: it is done here and now
-            go()
+            self._threads.submit(drain)
+        except RuntimeError:  # the process ends and accepts no work any more: run in this thread
+            drain()
 
-    def _follow_up(self, left: Sequence[T]) -> None:
+    def _follow_up(self, committed: Sequence[T]) -> None:
         try:
-            self._on_committed(left)
-        except Exception as error:  # noqa: BLE001 - it is safe, and the sweep sees to what was not done
-            log.warning("what came is safe, and is left to the sweep: %s", type(error).__name__)
+            self._on_committed(committed)
+        except Exception as error:  # noqa: BLE001 - the data is committed, so the sweep repeats the follow-up
+            log.warning("webhook.follow_up_failed", recovery="sweep", error=type(error).__name__)
 
 
-def _complete(taken: Sequence[_PendingDelivery], error: Exception | None) -> None:
-    for _, done in taken:
-        if done.done():
+def _complete(batch: Sequence[_PendingDelivery], error: Exception | None) -> None:
+    for _, committed in batch:
+        if committed.done():
             continue
         if error is None:
-            done.set_result(None)
+            committed.set_result(None)
         else:
-            done.set_exception(error)
+            committed.set_exception(error)

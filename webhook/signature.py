@@ -1,21 +1,21 @@
-"""Does this request come from Quiltt? Pure: bytes, headers, secrets and a clock in; nothing, or a refusal, out.
+"""Verification of Quiltt's webhook signatures. Pure functions, without I/O.
 
 Quiltt docs: `Quiltt-Timestamp` is Unix seconds in decimal, and `Quiltt-Signature` is
-`base64(HMAC-SHA256(secret, "1" + timestamp + body))`: the version is the bare digit, nothing stands between the
-parts, the secret is the subscription's (not the API key), and the body is the bytes as they came, never JSON written
-anew. Requests more than 300 seconds away from our clock, in either direction, are to be refused.
+`base64(HMAC-SHA256(secret, "1" + timestamp + body))`. The version is the bare digit, and the parts have no separator.
+The secret is the subscription's, not the API key. The body is the received bytes, not JSON that was serialized again.
+Requests more than 300 seconds from our clock, in either direction, must be refused.
 
-Every refusal is one of these, and its `reason` is a word fit for a log line or a metric label:
+Every refusal is one of these. Its `reason` is a label for logs and metrics:
 
     SignatureRefused
-     +-- NoSecret     no_secret    we hold no secret: everything is refused, nothing is waved through
+     +-- NoSecret     no_secret    no secret is configured: every request is refused
      +-- Missing      missing      a header is absent or empty
-     +-- Malformed    malformed    a header is not of the documented shape
-     +-- Mismatch     mismatch     none of our secrets made this signature
-     +-- Stale        stale        one of our secrets did, but too long ago or ahead of our clock
+     +-- Malformed    malformed    a header does not have the documented form
+     +-- Mismatch     mismatch     no configured secret made this signature
+     +-- Stale        stale        a configured secret did, but too long ago or ahead of our clock
 
-The signature is checked before the clock, so `stale` is only ever a real Quiltt request: a late retry, or a clock
-that is wrong.
+The signature is checked before the clock, so `stale` is always a genuine Quiltt request: a late retry, or one of the
+two clocks is wrong.
 """
 
 import base64
@@ -34,19 +34,19 @@ Reason = Literal["no_secret", "missing", "malformed", "mismatch", "stale"]
 _VERSION = b"1"
 # Ten digits until the year 2286; the bound keeps int() cheap and its result a time.
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
-# 32 bytes fill 43 characters and a pad. The last character carries four bits, so only these sixteen can stand there: a
-# decoder that takes the others too gives one signature four spellings.
+# 32 bytes are 43 base64 characters and a pad. The last character has four bits, so only these sixteen are canonical: a
+# lenient decoder would accept four encodings of one signature.
 _SIGNATURE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 
 
 class SignatureRefused(Exception):
-    """The request is not known to come from Quiltt. Its text repeats nothing of what the sender sent, nor a secret."""
+    """A request without a valid signature of Quiltt. The text repeats neither input nor a secret."""
 
     reason: ClassVar[Reason]
 
 
 class NoSecret(SignatureRefused):
-    """We hold no secret to check with."""
+    """No secret is configured."""
 
     reason = "no_secret"
 
@@ -58,29 +58,29 @@ class Missing(SignatureRefused):
 
 
 class Malformed(SignatureRefused):
-    """A header is not of the documented shape."""
+    """A header does not have the documented form."""
 
     reason = "malformed"
 
 
 class Mismatch(SignatureRefused):
-    """None of our secrets made this signature."""
+    """No configured secret made this signature."""
 
     reason = "mismatch"
 
 
 class Stale(SignatureRefused):
-    """``age_s`` is how far the request lies behind our clock; negative when it lies ahead."""
+    """The timestamp is too far from our clock: `age_s` seconds behind it, or ahead of it if negative."""
 
     reason = "stale"
 
     def __init__(self, age_s: int) -> None:
-        super().__init__(f"signed {abs(age_s)} s {'before' if age_s >= 0 else 'after'} the time that it is here")
+        super().__init__(f"signed {abs(age_s)} s {'behind' if age_s >= 0 else 'ahead of'} our clock")
         self.age_s = age_s
 
 
 def sign(body: bytes, secret: str, now: datetime) -> dict[str, str]:
-    """The headers that Quiltt would send with `body`: with them the endpoint can be tried."""
+    """Return the headers that Quiltt would send with `body`, to test an endpoint."""
     timestamp = str(int(_unix_seconds(now)))
     signer = _signer(secret).copy()
     signer.update(timestamp.encode() + body)
@@ -95,56 +95,59 @@ def verify(
     now: datetime,
     tolerance_s: int = 300,
 ) -> None:
-    """Return if one of `secrets` signed `body` at `timestamp`, close enough to `now`; raise `SignatureRefused` if not.
+    """Verify that one of `secrets` signed `body` at `timestamp`, at most `tolerance_s` from `now`.
 
-    Several secrets let a subscription's secret be changed without losing an event. No header or body raises anything
-    else; `TypeError` and `ValueError` are for the caller's own mistakes: one string for the list of secrets, a clock
-    without a zone.
+    With several secrets, the secret of a subscription can be rotated without losing an event.
+
+    Raises:
+        SignatureRefused: the signature is not valid. Headers and bodies never raise anything else.
+        TypeError: the caller passed one string instead of a list of secrets.
+        ValueError: the caller passed a time without a time zone.
     """
     if isinstance(secrets, str):
-        raise TypeError("secrets must be a list of secrets: each character of a lone string would pass for one")
+        raise TypeError("secrets must be a list: each character of a single string would be used as a secret")
     signers = _signers(tuple(secrets))
     now_s = _unix_seconds(now)
     if not signers:
         raise NoSecret("no webhook secret is configured")
     if not timestamp or not signature:
-        raise Missing(f"{TIMESTAMP_HEADER} and {SIGNATURE_HEADER} are both needed")
+        raise Missing(f"{TIMESTAMP_HEADER} and {SIGNATURE_HEADER} are both required")
     if not _TIMESTAMP.fullmatch(timestamp):
         raise Malformed(f"{TIMESTAMP_HEADER} is not Unix seconds in decimal")
     if not _SIGNATURE.fullmatch(signature):
         raise Malformed(f"{SIGNATURE_HEADER} is not base64 of 32 bytes")
     if not _is_signed_by_any(signers, timestamp.encode("ascii"), body, signature.encode("ascii")):
-        raise Mismatch("the signature was made with no secret of ours")
+        raise Mismatch("no configured secret made the signature")
     if abs(now_s - int(timestamp)) > tolerance_s:
         raise Stale(round(now_s) - int(timestamp))
 
 
 @functools.lru_cache(maxsize=8)
 def _signers(secrets: tuple[str, ...]) -> list[hmac.HMAC]:
-    """What every signature begins with, for each secret; to prepare a key costs as much as to sign with it.
+    """Return a prepared HMAC for each secret. Preparing a key costs as much as signing with it.
 
-    Blank secrets are left out: an empty key signs as well as any other, and everybody has it. HMAC fills a short key up
-    with zero bytes, so a key of nothing but zeros is the empty key again.
+    Blank secrets are skipped, because anyone could sign with an empty key. HMAC pads short keys with zero bytes, so a
+    key of zeros equals the empty key.
     """
     return [_signer(secret) for secret in secrets if secret.strip().strip("\0")]
 
 
 def _signer(secret: str) -> hmac.HMAC:
-    # Any str is a key: surrogatepass, for a secret that is no valid text signs nothing, and must not break the door.
+    # surrogatepass: a secret that is not valid Unicode matches no signature, and must not raise.
     return hmac.new(secret.encode("utf-8", "surrogatepass"), _VERSION, "sha256")
 
 
 def _unix_seconds(now: datetime) -> float:
     if now.utcoffset() is None:
-        raise ValueError("now must carry a time zone")
+        raise ValueError("now must have a time zone")
     return now.timestamp()
 
 
 def _is_signed_by_any(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signature: bytes) -> bool:
-    """Try every one, matched or not, in the same time: how long the answer takes says nothing about the keys."""
+    """Compare with every key in constant time, so that the duration reveals nothing about the keys."""
     signed = False
     for signer in signers:
-        made = signer.copy()
-        made.update(timestamp + body)
-        signed |= hmac.compare_digest(base64.b64encode(made.digest()), signature)
+        expected = signer.copy()
+        expected.update(timestamp + body)
+        signed |= hmac.compare_digest(base64.b64encode(expected.digest()), signature)
     return signed

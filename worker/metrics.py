@@ -1,95 +1,236 @@
-"""What a process counts, and how it tells Prometheus. What the ledger knows is asked of the ledger, not counted here.
+"""Metrics: every definition with its labels.
 
-Each role is one process with threads, so the library's plain registry is right; replicas are summed by Prometheus.
-Names begin with `payready_`, and no label is open-ended: never an account, never a payment.
+Each role is one process with threads, so the default registry is enough; Prometheus sums the replicas. Names begin with
+`payready_`. Label values are bounded: never an account and never a payment.
+
+`METRICS` lists all definitions, and `DELIVERY_RESULTS` the results of webhook deliveries. The reference pages are
+generated from them. Declared label values exist at 0 from the start, because Prometheus does not see the first step of
+a counter that begins with it.
 """
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-log = logging.getLogger(__name__)
-disable_created_metrics()  # type: ignore[no-untyped-call]  # one more sample each, that nothing here reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # no dashboard uses these extra samples
 
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
-CACHE_TTL_S = 5.0
-"""Figures that are asked for are this old at most when they are told, and asked for no more often."""
-
-PROVIDER_CALLS = Counter("payready_provider_calls", "Calls made to the provider, by how they ended.", ["result"])
-"""`accepted`, `rejected`, `rate_limited`, `not_sent`, `unknown`, `skipped`. A skipped call was claimed and not tried,
-because the worker stops or is late (`CallSkipped`) or its own connection pool is full (`ConnectionPoolExhausted`): it says
-nothing about the provider, so alerts about the provider must not count it."""
-
-WEBHOOK_DELIVERIES = Counter(
-    "payready_webhook_deliveries", "Deliveries at the webhook, each once, by result.", ["result"]
-)
-"""Answered 2xx: `routine` (nothing in it was ours), `matched` (it brought a REFRESH balance), `connection` (it
-brought no more than word of a connection or a profile), `quarantined` (it brought
-an event that nobody understood, and maybe balances too). `unsafe`: 503, it could not be kept now. All else was
-refused: `stale` (rightly signed, at another time), `mismatch`, `missing`, `malformed`, `no_secret` (401),
-`content_type` (415), `too_large` (413), `too_slow` (408), `cut_off`, `no_delivery`, `unreadable` (400)."""
-
-WEBHOOK_EVENTS = Counter(
-    "payready_webhook_events", "Events of rightly signed deliveries, by what became of them.", ["result"]
-)
-"""`routine` (not ours), `matched` (a REFRESH balance), `connection`, `quarantined`, `unreadable` (not even JSON)."""
-
-SUBSCRIPTION_PROBLEMS_GAUGE = Gauge(
-    "payready_webhook_subscription_problems",
-    "What is wrong with our webhook subscription at the provider, by a check that this process made lately.",
-)
-"""0: nothing; NaN: not known. One worker at a time checks; where there are several, look at the greatest."""
 SUBSCRIPTION_CHECK_TTL_S = 180.0
-"""So long a check counts: the next one may be another worker's, and find another thing."""
-DELAYED_CALLS = Counter(
-    "payready_delayed_calls", "Calls delayed by the rate limiter or the circuit breaker.", ["reason"]
-)
-"""`rate_limited`, `circuit_open`, `half_open`."""
-CIRCUIT_BREAKER_OPENED = Counter(
-    "payready_circuit_breaker_opened", "How often calls were stopped, as the provider only failed."
-)
-BALANCE_POLLS = Counter(
-    "payready_balance_polls", "Free reads of a balance before a deadline, by what they gave.", ["result"]
-)
-"""`found`, `nothing`, `failed`."""
-FEE_CAPS_REACHED = Counter("payready_fee_caps_reached", "Calls that were not made because of a cap.", ["cap"])
-FEE_CAP_WARNINGS = Counter("payready_fee_cap_warnings", "Times that a cap was used to four fifths.", ["cap"])
-"""`day`, `month`, `account`."""
+"""A result of the subscription check expires after this time, because another worker may have made the next check."""
 
-# What is alerted on is at nought from the start: the first step of a counter that begins with it is not seen.
-for _result in ("quarantined", "unavailable", "stale", "mismatch", "no_secret"):
-    WEBHOOK_DELIVERIES.labels(_result)
-for _cap in ("day", "month", "account"):
-    FEE_CAPS_REACHED.labels(_cap)
-for _result in ("accepted", "rejected", "rate_limited", "not_sent", "unknown", "skipped"):
-    PROVIDER_CALLS.labels(_result)
-RESPONSE_SECONDS = Histogram(
-    "payready_provider_response_seconds",
-    "How long the provider took to answer a call, by its status; `none` if no answer came.",
-    ["status"],
-    buckets=DURATION_BUCKETS_S,
+Kind = Literal["counter", "gauge", "histogram"]
+Source = Literal["database", "redis", "broker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """A label with its values."""
+
+    name: str
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Each value with its meaning. Empty if the values are not declared here; then `meaning` describes them."""
+    meaning: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricDefinition:
+    """A metric as Prometheus sees it."""
+
+    name: str
+    kind: Kind
+    help_text: str
+    labels: tuple[Label, ...] = ()
+    source: Source | None = None
+    """The system that `beat` reads the value from on a scrape; None if each process counts it."""
+
+    def sample(self, values: Mapping[Any, float]) -> "MetricSample":
+        """Return a sample with one value per tuple of label values."""
+        return MetricSample(metric=self, values=values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSample:
+    """Values of a collected metric, by the values of its labels."""
+
+    metric: MetricDefinition
+    values: Mapping[Any, float]
+    """The keys are tuples of strings. Their length varies, and the key type of a mapping is invariant, hence `Any`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the metric."""
+        return self.metric.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryResult:
+    """How a webhook delivery ended."""
+
+    status: int
+    """HTTP status of the response."""
+    meaning: str
+
+
+def _result(status: int, meaning: str) -> DeliveryResult:
+    return DeliveryResult(status=status, meaning=meaning)
+
+
+DELIVERY_RESULTS: Mapping[str, DeliveryResult] = {
+    "balance": _result(204, "at least one REFRESH balance; committed"),
+    "routine": _result(204, "no event that payready uses"),
+    "connection": _result(204, "connection or profile events only, no REFRESH balance; committed"),
+    "quarantined": _result(
+        204, "at least one event that cannot be parsed; it is quarantined, the others are committed"
+    ),
+    "stale": _result(401, "valid signature, but its timestamp is outside the tolerance"),
+    "mismatch": _result(401, "the signature matches none of the webhook secrets"),
+    "missing": _result(401, "no signature header or no timestamp header"),
+    "malformed": _result(401, "a signature or timestamp header of the wrong form"),
+    "no_secret": _result(401, "no webhook secret is configured, so every delivery is rejected"),
+    "content_type": _result(415, "the content type is not JSON"),
+    "too_large": _result(413, "the body exceeds the size limit"),
+    "invalid_envelope": _result(400, "signed, but not a list of events; nothing is stored"),
+    "invalid_json": _result(400, "signed, but an event is not JSON and not storable; its other events are committed"),
+    "client_disconnected": _result(400, "the client disconnected before the end of the body"),
+    "body_timeout": _result(408, "the body was not complete in time"),
+    "unavailable": _result(503, "not committed: the database is unavailable, or an internal error; Quiltt retries"),
+}
+"""Values of the label `result` of `payready_webhook_deliveries_total`. Each delivery is counted once."""
+
+_definitions: list[MetricDefinition] = []
+
+
+def _define(definition: MetricDefinition) -> MetricDefinition:
+    _definitions.append(definition)
+    return definition
+
+
+def _counter(name: str, help_text: str, label: Label | None = None) -> Counter:
+    labels = (label,) if label else ()
+    _define(MetricDefinition(name=name, kind="counter", help_text=help_text, labels=labels))
+    counter = Counter(name, help_text, [label.name for label in labels])
+    for value in label.values if label else ():
+        counter.labels(value)
+    return counter
+
+
+def _histogram(name: str, help_text: str, label: Label | None = None) -> Histogram:
+    labels = (label,) if label else ()
+    _define(MetricDefinition(name=name, kind="histogram", help_text=help_text, labels=labels))
+    return Histogram(name, help_text, [label.name for label in labels], buckets=DURATION_BUCKETS_S)
+
+
+def _collected(source: Source, name: str, help_text: str, *labels: Label) -> MetricDefinition:
+    kind: Kind = "counter" if name.endswith("_total") else "gauge"
+    return _define(MetricDefinition(name=name, kind=kind, help_text=help_text, labels=labels, source=source))
+
+
+_from_database = partial(_collected, "database")
+_from_redis = partial(_collected, "redis")
+_from_broker = partial(_collected, "broker")
+
+_CAP = {
+    "day": "fees of all calls of a day (UTC)",
+    "month": "fees of all calls of a month (UTC)",
+    "account": "calls for one account in a day (UTC)",
+}
+
+# --- metrics that each process counts ---------------------------------------------------------------------------------
+
+PROVIDER_CALLS = _counter(
+    "payready_provider_calls_total",
+    "Refresh calls to the provider, by result.",
+    Label(
+        name="result",
+        values={
+            "accepted": "HTTP 202",
+            "rejected": "the provider will not refresh this account",
+            "rate_limited": "HTTP 429; retried later",
+            "not_sent": "no connection, so nothing was sent; retried later",
+            "unknown": "no response or HTTP 5xx; the call may have been accepted and billed",
+            "skipped": "claimed but not made: the worker stops or is late, or its own connection pool is full; "
+            "says nothing about the provider",
+        },
+    ),
 )
-CALL_TO_BALANCE_SECONDS = Histogram(
-    "payready_call_to_balance_seconds",
-    "From a call to the arrival of the balance that answered it.",
-    buckets=DURATION_BUCKETS_S,
+PROVIDER_RESPONSE_STATUS = Label(name="status", meaning="HTTP status; `none` without a response")
+RESPONSE_SECONDS = _histogram(
+    "payready_provider_response_seconds", "Time until the response to a refresh call.", PROVIDER_RESPONSE_STATUS
 )
-BALANCE_TO_RESOLUTION_SECONDS = Histogram(
+DELAYED_CALLS = _counter(
+    "payready_delayed_calls_total",
+    "Calls delayed by the rate limiter or the circuit breaker.",
+    Label(
+        name="reason",
+        values={
+            "rate_limited": "no slot of the rate limiter is free",
+            "circuit_open": "the circuit breaker is open",
+            "half_open": "the circuit breaker is half-open and its probe is in flight",
+        },
+    ),
+)
+CIRCUIT_BREAKER_OPENED = _counter(
+    "payready_circuit_breaker_opened_total", "Times that the circuit breaker opened because provider calls failed."
+)
+BALANCE_POLLS = _counter(
+    "payready_balance_polls_total",
+    "Balance polls before a payment's deadline, by result. A poll is free of charge.",
+    Label(
+        name="result",
+        values={
+            "found": "a balance that can resolve payments",
+            "nothing": "no such balance",
+            "failed": "no response, or one that cannot be parsed",
+        },
+    ),
+)
+FEE_CAPS_REACHED = _counter(
+    "payready_fee_caps_reached_total",
+    "Calls not made because they would exceed a fee cap.",
+    Label(name="cap", values=_CAP),
+)
+FEE_CAP_WARNINGS = _counter(
+    "payready_fee_cap_warnings_total", "Times that the usage of a fee cap crossed 80 %.", Label(name="cap", values=_CAP)
+)
+BATCH_FALLBACKS = _counter(
+    "payready_batch_fallbacks_total",
+    "Batches that failed, so that their items were processed one by one.",
+    Label(name="kind", values={"job": "a batch of payment-initiation jobs", "call": "a batch of refresh calls"}),
+)
+CALL_TO_BALANCE_SECONDS = _histogram(
+    "payready_call_to_balance_seconds", "Time from a refresh call to the arrival of its balance."
+)
+BALANCE_TO_RESOLUTION_SECONDS = _histogram(
     "payready_balance_to_resolution_seconds",
-    "From the arrival of a balance to the settlement of those who waited for it.",
-    buckets=DURATION_BUCKETS_S,
+    "Time from the arrival of a balance to the resolution of the payments that it resolves.",
+)
+WEBHOOK_DELIVERIES = _counter(
+    "payready_webhook_deliveries_total",
+    "Webhook deliveries, by result.",
+    Label(name="result", values={name: f"{r.status}: {r.meaning}" for name, r in DELIVERY_RESULTS.items()}),
+)
+WEBHOOK_EVENTS = _counter(
+    "payready_webhook_events_total",
+    "Events of webhook deliveries with a valid signature, by result.",
+    Label(
+        name="result",
+        values={
+            "balance": "a REFRESH balance",
+            "routine": "an event that payready does not use",
+            "connection": "a connection or profile was lost, or an account moved",
+            "quarantined": "an event that payready uses, but cannot parse",
+            "invalid_json": "not JSON and not storable",
+        },
+    ),
 )
 
 
 class ExpiringValue:
-    """A value that is not known any more, NaN, unless it is noted again in time: another process may know better."""
+    """A value that becomes NaN `ttl_s` seconds after it was set: by then another process may know a newer one."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._ttl_s = ttl_s
@@ -97,78 +238,96 @@ class ExpiringValue:
         self._set_at_and_value = float("-inf"), float("nan")
 
     def set(self, value: float) -> None:
-        """It is this just now."""
+        """Set the value as of now."""
         self._set_at_and_value = self._clock(), value
 
     def __call__(self) -> float:
-        """What it is, as far as it is known."""
-        at, value = self._set_at_and_value
-        return value if self._clock() - at < self._ttl_s else float("nan")
+        """Return the value, NaN if it has expired or was never set."""
+        set_at, value = self._set_at_and_value
+        return value if self._clock() - set_at < self._ttl_s else float("nan")
 
 
 SUBSCRIPTION_PROBLEMS = ExpiringValue(SUBSCRIPTION_CHECK_TTL_S)
-"""What is wrong with our subscription; who checks notes it here."""
-SUBSCRIPTION_PROBLEMS_GAUGE.set_function(SUBSCRIPTION_PROBLEMS)
+"""Number of problems of the webhook subscription; set by the worker that made the check."""
+_subscription_problems = _define(
+    MetricDefinition(
+        name="payready_webhook_subscription_problems",
+        kind="gauge",
+        help_text="Problems of the webhook subscription; 0 is good, NaN unknown. Use the maximum over all workers.",
+    )
+)
+Gauge(_subscription_problems.name, _subscription_problems.help_text).set_function(SUBSCRIPTION_PROBLEMS)
 
+# --- metrics that `beat` collects from other systems ------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class MetricSample:
-    """A metric whose values are asked for: a gauge, or a counter if its name ends in `_total`."""
+UP: Mapping[Source, MetricDefinition] = {
+    "database": _from_database("payready_database_up", "1 if the SQL database responded, else 0."),
+    "redis": _from_redis("payready_redis_up", "1 if Redis responded, else 0."),
+    "broker": _from_broker("payready_broker_up", "1 if the broker responded, else 0."),
+}
+"""By source. While one is 0, the other metrics of that source are missing."""
 
-    name: str
-    description: str
-    values: Mapping[Any, float]
-    """By the values of the labels, a tuple of strings."""
-    label_names: tuple[str, ...] = ()
+CALL_STATE = Label(
+    name="call",
+    values={
+        "none": "no refresh",
+        "requested": "the call is not made yet",
+        "calling": "the call is being made",
+        "accepted": "accepted, waiting for the balance",
+        "uncertain": "result unknown, waiting for the balance",
+        "unanswered": "the refresh window ended without a balance",
+    },
+)
+_STATE = Label(name="state", values={"pending": "opened", "posted": "billed", "void": "not billed"})
+_CURRENCY = Label(name="currency", meaning="ISO 4217 code")
+WAITING_PAYMENTS = _from_database(
+    "payready_waiting_payments", "Waiting payments, by the state of their account's refresh.", CALL_STATE
+)
+OLDEST_WAIT_SECONDS = _from_database(
+    "payready_oldest_wait_seconds", "Time since the oldest waiting payment was requested.", CALL_STATE
+)
+PAST_DEADLINE_SECONDS = _from_database(
+    "payready_past_deadline_seconds", "Longest time that a waiting payment is past its deadline."
+)
+UNDELIVERED_OUTCOMES = _from_database("payready_undelivered_outcomes", "Outcomes that are not delivered yet.")
+OLDEST_UNDELIVERED_SECONDS = _from_database(
+    "payready_oldest_undelivered_seconds", "Time since the oldest undelivered outcome was resolved."
+)
+UNAPPLIED_BALANCES = _from_database("payready_unapplied_balances", "Balances that are not applied yet.")
+OLDEST_UNAPPLIED_SECONDS = _from_database(
+    "payready_oldest_unapplied_seconds", "Time since the oldest unapplied balance arrived."
+)
+OUTCOMES = _from_database(
+    "payready_outcomes_total",
+    "Resolved payments since the start of this process.",
+    Label(name="state", values={"released": "may start", "failed": "must not start"}),
+    Label(name="reason", meaning="the failure reason; `none` for a released payment"),
+)
+FEE_ENTRIES = _from_database(
+    "payready_fee_entries_total", "Fee entries since the start of this process.", _STATE, _CURRENCY
+)
+FEES = _from_database(
+    "payready_fees_total", "Sum of the fee entries since the start of this process.", _STATE, _CURRENCY
+)
+UNRESOLVED_CALLS = _from_database("payready_unresolved_calls", "Calls whose fee entry is neither posted nor void.")
+UNRESOLVED_FEES = _from_database("payready_unresolved_fees", "Sum of the fees of unresolved calls.", _CURRENCY)
+FEE_CAP_USED_RATIO = _from_database(
+    "payready_fee_cap_used_ratio",
+    "Used share of a fee cap (0 to 1). A cap that is not set is missing.",
+    Label(name="cap", values={cap: meaning for cap, meaning in _CAP.items() if cap != "account"}),
+)
+CIRCUIT_BREAKER_OPEN = _from_redis("payready_circuit_breaker_open", "1 while the circuit breaker is open.")
+BURST_USED_RATIO = _from_redis(
+    "payready_rate_limiter_burst_used_ratio", "Used share of the rate limiter's burst (0 to 1)."
+)
+REDIS_MEMORY_USED_RATIO = _from_redis(
+    "payready_redis_memory_used_ratio", "Used share of Redis' maxmemory (0 to 1); 0 without a limit."
+)
+_QUEUE = Label(name="queue", meaning="`payments`, `balances`, `maintenance` or `refreshes`")
+QUEUE_MESSAGES = _from_broker("payready_queue_messages", "Messages that no worker has fetched.", _QUEUE)
+QUEUE_OLDEST_SECONDS = _from_broker(
+    "payready_queue_oldest_seconds", "Age of the oldest message that no worker has fetched.", _QUEUE
+)
 
-    def to_metric_family(self) -> Metric:
-        """As the library has it."""
-        counter = self.name.endswith("_total")
-        family = (CounterMetricFamily if counter else GaugeMetricFamily)(
-            self.name, self.description, labels=self.label_names
-        )
-        for labels, value in self.values.items():
-            family.add_metric(labels, value)
-        return family
-
-
-class PolledCollector(Collector):
-    """Figures of something outside this process, asked for when Prometheus asks, and not more often than it can bear.
-
-    `payready_<whom>_up` says whether it answered; when it did not, its other figures are left out: old ones would lie.
-    """
-
-    def __init__(
-        self, source: str, query: Callable[[], Iterable[MetricSample]], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._source = source
-        self._query = query
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._cached: list[Metric] = []
-        self._cached_at = float("-inf")
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing is asked only to be registered."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        """What was told last, or anew."""
-        with self._lock:
-            if self._clock() - self._cached_at >= CACHE_TTL_S:
-                self._cached = [figure.to_metric_family() for figure in self._samples()]
-                self._cached_at = self._clock()
-            return iter(self._cached)
-
-    def _samples(self) -> list[MetricSample]:
-        try:
-            figures, up = list(self._query()), 1.0
-        except Exception as error:  # noqa: BLE001 - that it cannot be asked is itself what is to be told
-            log.warning("the %s cannot be asked for its figures: %s", self._source, str(error).partition("\n")[0])
-            figures, up = [], 0.0
-        return [MetricSample(f"payready_{self._source}_up", f"1 if the {self._source} answered.", {(): up}), *figures]
-
-
-def register_collector(source: str, query: Callable[[], Iterable[MetricSample]]) -> None:
-    """Have Prometheus told what `question` says of `whom`."""
-    REGISTRY.register(PolledCollector(source, query))
+METRICS: tuple[MetricDefinition, ...] = tuple(_definitions)
+"""Every metric of payready."""

@@ -1,52 +1,66 @@
-"""What a process counts, and how it tells Prometheus. What the ledger knows is asked of the ledger, not counted here.
+"""The HTTP server of `/metrics`, `/healthz` and `/readyz`, one per process."""
 
-Each role is one process with threads, so the library's plain registry is right; replicas are summed by Prometheus.
-Names begin with `payready_`, and no label is open-ended: never an account, never a payment.
-"""
-
-import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
 
-log = logging.getLogger(__name__)
+from config.log_config import get_logger
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = get_logger(__name__)
+
+IDLE_CONNECTION_TIMEOUT_S = 10
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-class _SilentRequestHandler(WSGIRequestHandler):
-    timeout = 10  # a connection on which nothing comes holds its thread no longer
+class _QuietHandler(WSGIRequestHandler):
+    timeout = IDLE_CONNECTION_TIMEOUT_S
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is prescribed
-        """A line a scrape would be too many."""
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class prescribes the name
+        """Log nothing: Prometheus makes a request every few seconds."""
+
+
+def build_wsgi_app(is_ready: Callable[[], bool]) -> "WSGIApplication":
+    """Return the application for `/metrics`, `/healthz` (always 200) and `/readyz` (200 if `is_ready`, else 503)."""
+    metrics_app = make_wsgi_app()
+
+    def wsgi_app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                response: Iterable[bytes] = metrics_app(environ, start_response)
+                return response
+            case "/healthz":
+                status = "200 OK"
+            case "/readyz":
+                status = "200 OK" if is_ready() else "503 Service Unavailable"
+            case _:
+                status = "404 Not Found"
+        start_response(status, [("Content-Type", "text/plain")])
+        return [status.encode()]
+
+    return wsgi_app
 
 
 def start_metrics_server(host: str, port: int, is_ready: Callable[[], bool] = lambda: True) -> int | None:
-    """Tell `/metrics`, `/healthz` (the process lives) and `/readyz` (it does its work) to whoever asks on this port.
+    """Start the server in a thread; return its port. Log an error and return None if the port cannot be bound.
 
-    Returns the port that is listened on. None if it cannot be: that is logged, and is no reason not to work.
+    The role keeps working without metrics.
     """
-    metrics = make_wsgi_app()
-
-    def wsgi_app(environ: dict[str, Any], start_response: Any) -> Any:
-        path = environ["PATH_INFO"]
-        if path == "/metrics":
-            return metrics(environ, start_response)
-        status = {"/healthz": "200 OK", "/readyz": "200 OK" if is_ready() else "503 Service Unavailable"}
-        said = status.get(path, "404 Not Found")
-        start_response(said, [("Content-Type", "text/plain")])
-        return [said.encode()]
-
     try:
-        server = make_server(host, port, wsgi_app, server_class=_ThreadingServer, handler_class=_SilentRequestHandler)
+        server = make_server(
+            host, port, build_wsgi_app(is_ready), server_class=_ThreadingServer, handler_class=_QuietHandler
+        )
     except OSError as error:
-        log.error("no metrics are told, %s:%s cannot be listened on: %s", host, port, error)
+        log.error("metrics.server_not_started", host=host, port=port, error=str(error))
         return None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_port)

@@ -234,39 +234,41 @@ def upgrade() -> None:
     _make_fee_entry_append_only()
 
 
+APPEND_ONLY = "fee_entry is append-only: UPDATE, DELETE and TRUNCATE are not allowed"
 MATCHES_PENDING_ENTRY = " AND ".join(
-    f"opened.{column} = NEW.{column}"
+    f"pending.{column} = NEW.{column}"
     for column in ("call_id", "refresh_id", "account_id", "price", "currency", "price_list", "called_at")
 )
-"""What an entry that closes a call has in common with the one that opened it."""
+"""Condition that the final entry of a call has the same values as its pending entry."""
 
 
 def _make_fee_entry_append_only() -> None:
-    """Let the database itself refuse to change or remove a fee entry, or to close a call unlike its opening."""
-    is_opened = f"EXISTS (SELECT FROM fee_entry opened WHERE opened.state = 'pending' AND {MATCHES_PENDING_ENTRY})"
+    """Create triggers that reject changes to a fee entry, and final entries that do not match their pending entry."""
+    has_pending_entry = (
+        f"EXISTS (SELECT FROM fee_entry pending WHERE pending.state = 'pending' AND {MATCHES_PENDING_ENTRY})"
+    )
     if op.get_bind().dialect.name == "sqlite":
+        reject = f"BEGIN SELECT RAISE(ABORT, '{APPEND_ONLY}'); END"
         for verb in ("UPDATE", "DELETE"):
-            op.execute(
-                f"CREATE TRIGGER fee_entry_no_{verb.lower()} BEFORE {verb} ON fee_entry "
-                "BEGIN SELECT RAISE(ABORT, 'fee_entry is append-only: UPDATE, DELETE and TRUNCATE are not allowed'); END"
-            )
-        # INSERT OR REPLACE removes what is in its way, and no trigger on DELETE sees it: so nothing may be in its way.
-        op.execute(
-            "CREATE TRIGGER fee_entry_no_replace BEFORE INSERT ON fee_entry WHEN EXISTS ("
+            op.execute(f"CREATE TRIGGER fee_entry_no_{verb.lower()} BEFORE {verb} ON fee_entry {reject}")
+        # INSERT OR REPLACE deletes conflicting rows without firing a DELETE trigger. So reject any conflicting row.
+        conflicting = (
             "SELECT 1 FROM fee_entry known WHERE known.entry_id = NEW.entry_id UNION ALL "
             "SELECT 1 FROM fee_entry known WHERE known.call_id = NEW.call_id "
-            "AND (known.state <> 'pending' OR NEW.state = 'pending')) "
-            "BEGIN SELECT RAISE(ABORT, 'fee_entry is append-only: UPDATE, DELETE and TRUNCATE are not allowed'); END"
+            "AND (known.state <> 'pending' OR NEW.state = 'pending')"
+        )
+        op.execute(
+            f"CREATE TRIGGER fee_entry_no_replace BEFORE INSERT ON fee_entry WHEN EXISTS ({conflicting}) {reject}"
         )
         op.execute(
             "CREATE TRIGGER fee_entry_matches_pending BEFORE INSERT ON fee_entry "
-            f"WHEN NEW.state <> 'pending' AND NOT {is_opened.replace('SELECT FROM', 'SELECT 1 FROM')} "
+            f"WHEN NEW.state <> 'pending' AND NOT {has_pending_entry.replace('SELECT FROM', 'SELECT 1 FROM')} "
             "BEGIN SELECT RAISE(ABORT, 'the final fee_entry does not match its pending entry'); END"
         )
         return
     op.execute(
         "CREATE FUNCTION fee_entry_reject_change() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'fee_entry is append-only: UPDATE, DELETE and TRUNCATE are not allowed'; END $$"
+        f"$$ BEGIN RAISE EXCEPTION '{APPEND_ONLY}'; END $$"
     )
     op.execute(
         "CREATE TRIGGER fee_entry_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON fee_entry "
@@ -274,7 +276,7 @@ def _make_fee_entry_append_only() -> None:
     )
     op.execute(
         "CREATE FUNCTION fee_entry_matches_pending() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$ BEGIN IF {is_opened} THEN RETURN NEW; END IF; "
+        f"$$ BEGIN IF {has_pending_entry} THEN RETURN NEW; END IF; "
         "RAISE EXCEPTION 'the final fee_entry does not match its pending entry'; END $$"
     )
     op.execute(

@@ -1,4 +1,4 @@
-"""A message is never in a worker's hands only; and the transport that sees to it goes on with kombu's."""
+"""A message is fetched and tracked atomically, and the transport keeps kombu's behaviour otherwise."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ KILLS = 25
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nobody catches it."""
+    """The simulated end of the process."""
 
 
 @pytest.fixture
@@ -36,7 +36,10 @@ def redis(valkey_url: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def connect(redis: Redis, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Connection]:
-    """Connects by a transport; `visibility_timeout` 0 gives back at once what nobody acknowledged."""
+    """Return a function that connects with a transport.
+
+    With `visibility_timeout=0` unacknowledged messages are restored at once.
+    """
 
     def connected(transport: str = OURS, login: str = "", visibility_timeout: float = 3600) -> Connection:
         monkeypatch.setitem(TRANSPORT_ALIASES, "redis", transport)
@@ -55,7 +58,7 @@ def publish(connection: Connection, *bodies: Any, **options: Any) -> None:
 
 @contextmanager
 def eating(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[list[Any]]:
-    """Consume as long as the block runs; gives the list of what came, acknowledged."""
+    """Consume and acknowledge messages during the block. Return their list."""
     eaten: list[Any] = []
 
     def take(body: Any, message: Any) -> None:
@@ -69,7 +72,7 @@ def eating(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[
 
 
 def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, patience: int = 50) -> None:
-    """Take in what comes until the condition holds, or nothing came for so many tenths of a second in all."""
+    """Consume until the condition is true, or no message arrived for `patience` tenths of a second in total."""
     while not until() and patience:
         try:
             connection.drain_events(timeout=0.1)
@@ -77,8 +80,8 @@ def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, 
             patience -= 1
 
 
-def killed_with_a_message_in_hand(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consume, and end the moment a message has come from Redis, before anything else is done about it."""
+def kill_after_fetch(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consume, and end after a message is fetched and before it is delivered."""
     with eating(connection):
 
         def die(*_: Any) -> None:
@@ -87,14 +90,16 @@ def killed_with_a_message_in_hand(connection: Connection, monkeypatch: pytest.Mo
         monkeypatch.setattr(connection.transport, "_deliver", die)
         with pytest.raises(Killed):
             drain(connection)
-        monkeypatch.setattr(connection.transport, "close_connection", lambda _: None)  # the dead do not clean up
+        monkeypatch.setattr(
+            connection.transport, "close_connection", lambda _: None
+        )  # a killed process does not clean up
 
 
-def test_a_message_that_was_just_taken_comes_back_when_its_worker_is_killed(
+def test_fetched_message_of_a_killed_worker_is_restored(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
-    killed_with_a_message_in_hand(connect(), monkeypatch)
+    kill_after_fetch(connect(), monkeypatch)
     assert redis.llen("payments") == 0
     assert redis.hlen("unacked") == 1
     with connect(visibility_timeout=0) as connection, eating(connection) as eaten:
@@ -103,26 +108,26 @@ def test_a_message_that_was_just_taken_comes_back_when_its_worker_is_killed(
     assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
-def test_kombus_own_transport_loses_it_still(
+def test_kombu_transport_still_loses_the_message(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When this fails, kombu has closed the gap, and ours may go."""
+    """When this fails, kombu has fixed the bug, and the transport can be removed."""
     publish(connect(KOMBUS), "initiate")
-    killed_with_a_message_in_hand(connect(KOMBUS), monkeypatch)
+    kill_after_fetch(connect(KOMBUS), monkeypatch)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
-def test_kombus_own_transport_gives_back_what_ours_noted(
+def test_kombu_transport_restores_tracked_messages(
     connect: Callable[..., Connection], redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(connect(), "initiate")
-    killed_with_a_message_in_hand(connect(), monkeypatch)
+    kill_after_fetch(connect(), monkeypatch)
     with connect(KOMBUS, visibility_timeout=0) as connection, eating(connection) as eaten:
         drain(connection, until=lambda: bool(eaten))
     assert eaten == ["initiate"]
 
 
-def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
+def test_repeatedly_killed_consumer_loses_nothing(
     connect: Callable[..., Connection], redis: Redis, valkey_url: str
 ) -> None:
     numbers = [str(n) for n in range(20_000)]
@@ -131,20 +136,18 @@ def test_nothing_is_lost_by_a_consumer_that_is_killed_over_and_over(
         with producer.batch(max_size=500):
             for number in numbers:
                 producer.publish(number, routing_key="payments")
-    command = [sys.executable, "-m", "tests.support.eater", valkey_url, "payments", OURS, str(KILLS)]
+    command = [sys.executable, "-m", "tests.support.killed_consumer", valkey_url, "payments", OURS, str(KILLS)]
     subprocess.run(command, check=True, timeout=60)
-    held = redis.hlen("unacked")
-    assert 0 < held <= KILLS, "no kill hit a consumer at work: the test has shown nothing"
+    unacked = redis.hlen("unacked")
+    assert 0 < unacked <= KILLS, "no kill hit a busy consumer, so the test proves nothing"
     with connect(visibility_timeout=0) as connection, eating(connection) as rest:
         drain(connection, until=lambda: not redis.llen("payments") and not redis.hlen("unacked"))
     eaten = redis.smembers("eaten") | set(rest)
     assert eaten == set(numbers)
 
 
-def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_from_it_for_long(
-    redis: Redis, valkey_url: str
-) -> None:
-    """The lock outlives its holder, and until it ends no killed worker's message comes back."""
+def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(redis: Redis, valkey_url: str) -> None:
+    """The lock outlives its owner. Until it expires no killed worker's message is restored."""
     options = celery_settings(Settings())["broker_transport_options"]
     with Connection(valkey_url, transport_options=options) as connection:
         qos = connection.default_channel.qos
@@ -152,7 +155,7 @@ def test_who_is_killed_while_he_gives_messages_back_does_not_keep_the_others_fro
             assert 0 < redis.ttl("payready-unacked-mutex") <= 10
 
 
-def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connection]) -> None:
+def test_idle_worker_gets_a_message_at_once(connect: Callable[..., Connection]) -> None:
     with connect() as connection, connect() as other, eating(connection, "balances", "payments") as eaten:
         for body in ("first", "second"):
             with pytest.raises(TimeoutError):
@@ -162,7 +165,7 @@ def test_a_worker_that_waits_is_told_of_a_message(connect: Callable[..., Connect
     assert eaten == ["first", "second"]
 
 
-def test_two_that_wait_share_the_work(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_two_idle_workers_share_messages(connect: Callable[..., Connection], redis: Redis) -> None:
     with connect() as one, connect() as two, connect() as other, eating(one) as first, eating(two) as second:
         for connection in (one, two):
             with pytest.raises(TimeoutError):
@@ -178,7 +181,7 @@ def test_two_that_wait_share_the_work(connect: Callable[..., Connection], redis:
     assert redis.hlen("unacked") == 0
 
 
-def test_what_is_urgent_goes_first(connect: Callable[..., Connection]) -> None:
+def test_messages_are_fetched_by_priority(connect: Callable[..., Connection]) -> None:
     with connect() as connection, connect() as other:
         publish(other, "later", priority=9)
         publish(other, "soon", priority=3)
@@ -188,27 +191,27 @@ def test_what_is_urgent_goes_first(connect: Callable[..., Connection]) -> None:
     assert eaten == ["now", "soon", "later"]
 
 
-def test_no_more_is_taken_than_may_be_held(connect: Callable[..., Connection], redis: Redis) -> None:
-    held: list[Any] = []
+def test_fetch_respects_the_prefetch_count(connect: Callable[..., Connection], redis: Redis) -> None:
+    messages: list[Any] = []
     with connect() as connection, connect() as other:
         publish(other, *range(5))
-        consumer = Consumer(connection.default_channel, [Queue("payments")], on_message=held.append)
+        consumer = Consumer(connection.default_channel, [Queue("payments")], on_message=messages.append)
         consumer.qos(prefetch_count=2)
         with consumer:
             drain(connection, patience=2)
-            assert (len(held), redis.llen("payments")) == (2, 3)
-            held[0].ack()
-            drain(connection, until=lambda: len(held) == 3)
-            assert (len(held), redis.llen("payments")) == (3, 2)
+            assert (len(messages), redis.llen("payments")) == (2, 3)
+            messages[0].ack()
+            drain(connection, until=lambda: len(messages) == 3)
+            assert (len(messages), redis.llen("payments")) == (3, 2)
 
 
-def test_a_word_that_came_with_the_answer_is_not_overlooked(
+def test_invalidation_in_the_read_buffer_is_handled(
     connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue is filled between the answer that it is empty and its reading: both are read at once."""
+    """A message arrives between the empty fetch and the reading of its response: both are read together."""
     with connect() as connection, connect() as other, eating(connection) as eaten:
         channel = connection.default_channel
-        see = channel._see_that_it_tracks
+        see = channel._check_client_tracking
 
         def publish_meanwhile(redis_connection: Any) -> None:
             if not eaten and not channel.awaits_invalidation:
@@ -221,14 +224,16 @@ def test_a_word_that_came_with_the_answer_is_not_overlooked(
     assert eaten == ["meanwhile"]
 
 
-def test_what_is_no_message_is_not_kept(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_invalid_message_is_not_tracked(connect: Callable[..., Connection], redis: Redis) -> None:
     redis.lpush("payments", "no message")
     with connect() as connection, eating(connection), pytest.raises(ValueError, match="Expecting value"):
         connection.drain_events(timeout=1)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
 
-def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_broker_without_client_tracking_is_rejected_with_advice(
+    connect: Callable[..., Connection], redis: Redis
+) -> None:
     redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client|tracking"])
     refused = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
     with connect(login="plain:secret@") as connection, eating(connection), refused:
@@ -237,30 +242,32 @@ def test_a_broker_that_cannot_tell_is_refused_with_advice(connect: Callable[...,
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
-def test_messages_are_acknowledged_together(connect: Callable[..., Connection], redis: Redis, transport: str) -> None:
-    held: list[Any] = []
+def test_messages_are_acknowledged_in_one_batch(
+    connect: Callable[..., Connection], redis: Redis, transport: str
+) -> None:
+    messages: list[Any] = []
     with connect(transport) as connection:
         publish(connection, "first", "second")
-        with Consumer(connection, Queue("payments"), on_message=held.append):
-            drain(connection, until=lambda: len(held) == 2)
+        with Consumer(connection, Queue("payments"), on_message=messages.append):
+            drain(connection, until=lambda: len(messages) == 2)
             assert redis.hlen("unacked") == 2
-            acknowledge(held)
+            acknowledge(messages)
             assert redis.hlen("unacked") == 0
 
 
-def test_messages_of_rabbitmq_are_acknowledged_each() -> None:
-    """Its channels are of another make."""
-    held = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
-    acknowledge(held)
-    for message in held:
+def test_rabbitmq_messages_are_acknowledged_one_by_one() -> None:
+    """Its channels have another class."""
+    messages = [MagicMock(channel=MagicMock(spec=amqp.Channel)) for _ in range(2)]
+    acknowledge(messages)
+    for message in messages:
         message.ack.assert_called_once_with()
 
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
-def test_a_message_that_nobody_acknowledges_by_contract_is_not_kept(
+def test_message_of_no_ack_consumer_is_not_tracked(
     connect: Callable[..., Connection], redis: Redis, transport: str
 ) -> None:
-    """Consumers with `no_ack`: the replies to `celery inspect`, and so Flower's."""
+    """The replies to `celery inspect`, and so Flower's."""
     came: list[Any] = []
     with connect(transport) as connection:
         Producer(connection.channel()).publish("reply", routing_key="replies")
@@ -271,7 +278,7 @@ def test_a_message_that_nobody_acknowledges_by_contract_is_not_kept(
         assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
-def test_messages_are_taken_from_a_redis_that_is_full(connect: Callable[..., Connection], redis: Redis) -> None:
+def test_messages_are_fetched_from_a_full_redis(connect: Callable[..., Connection], redis: Redis) -> None:
     came: list[Any] = []
     with connect() as connection:
         Producer(connection.channel()).publish("job", routing_key="payments")
@@ -285,10 +292,10 @@ def test_messages_are_taken_from_a_redis_that_is_full(connect: Callable[..., Con
 
 @pytest.mark.parametrize("transport", [KOMBUS, OURS])
 @pytest.mark.parametrize("second", ["first", "second"])
-def test_a_consumer_that_comes_while_the_channel_waits_for_others_gets_its_messages(
+def test_new_consumer_on_an_idle_channel_gets_its_messages(
     connect: Callable[..., Connection], transport: str, second: str
 ) -> None:
-    """As `celery inspect` and Flower do: one consumer after the other on one channel, and no event loop."""
+    """`celery inspect` and Flower use one consumer after the other on one channel, without an event loop."""
     came: list[Any] = []
     with connect(transport) as connection, connect(transport) as other:
         for name in ("first", second):

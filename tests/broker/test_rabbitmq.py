@@ -23,8 +23,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
         yield running
 
 
-def test_the_queues_of_jobs_and_of_callbacks_are_quorum_queues(server: RabbitMQ) -> None:
-    """Whoever sends first declares a queue; another kind of it is then refused, even to us."""
+def test_queues_of_jobs_and_callbacks_are_quorum_queues(server: RabbitMQ) -> None:
+    """The first sender declares a queue. A later declaration with another type is rejected."""
     app = Celery("payready", broker=server.url, set_as_current=False)
     app.conf.update(celery_settings(Settings(broker_url=server.url)))
     for task, queue in (("payments.initiate", "payments"), ("ledger.execute_ach", "svc")):
@@ -34,10 +34,10 @@ def test_the_queues_of_jobs_and_of_callbacks_are_quorum_queues(server: RabbitMQ)
     app.close()
 
 
-def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
-    """Payments come at once, are released at once, one fails, and the worker is replaced while it takes them in.
+def test_payments_are_resolved_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
+    """Many payments are released at once, one fails, and the worker is replaced during the intake.
 
-    Each is told once, by its callback or as its result, and no role ends by itself.
+    Each outcome is delivered once, by callback or as a result, and no role exits by itself.
     """
     with system(tmp_path, f"sqlite:///{tmp_path}/payready.db", PAYREADY_BROKER_URL=server.url) as payready:
         payready.start_service()
@@ -49,7 +49,7 @@ def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
         )
         waiting = {p: payready.initiate(p, a, timeout_s=60) for p, a in results.items()}
         poor = payready.initiate("pay_poor", "acct_poor000001", amount="25.00", options=payready.callbacks("pay_poor"))
-        wait_until(lambda: payready.rows("SELECT payment_id FROM payment") != [], 20, "jobs are taken in")
+        wait_until(lambda: payready.rows("SELECT payment_id FROM payment") != [], 20, "the intake has started")
         payready.kill("worker", how=signal.SIGTERM)
         payready.start("worker")
         wait_until(lambda: payready.simulator.summary()["accepted"] == 41, 20, "all calls are made")
@@ -58,8 +58,10 @@ def test_the_main_job_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> None:
         with pytest.raises(Exception, match="insufficient_funds"):
             poor.get(timeout=30)
         wait_until(lambda: len(payready.ended_payments()) == 31, 30, "all callbacks ran")
-        told = {payment_id: [line["task"] for line in lines] for payment_id, lines in payready.ended_payments().items()}
-        assert told == {p: ["ledger.execute_ach"] for p in linked} | {"pay_poor": ["ledger.not_ready"]}
+        called = {
+            payment_id: [line["task"] for line in lines] for payment_id, lines in payready.ended_payments().items()
+        }
+        assert called == {p: ["ledger.execute_ach"] for p in linked} | {"pay_poor": ["ledger.not_ready"]}
         states = {row["payment_id"]: row["state"] for row in payready.rows("SELECT payment_id, state FROM payment")}
         assert states == dict.fromkeys({**linked, **results}, "released") | {"pay_poor": "failed"}
         assert all(books.match and books.accepted == 1 for books in payready.fee_totals().values())

@@ -1,11 +1,11 @@
-"""`python -m tests.chaos`: break everything, again and again, while payments are under way; then see what held.
+"""`python -m tests.chaos`: inject faults while payments are processed, then check the invariants.
 
-    --seed N        the storm to repeat; without it a new one is drawn, and its seed is printed
-    --payments N    how many; the storm lasts as long as they take
-    --faults N      how many, spread over the payments
-    --rabbitmq      with RabbitMQ as the broker, on quorum queues, from the system's package; it is killed too
-    --judge         only judge again what the storm in the folder has seen
-    --folder PATH   where the logs go, and all that was seen
+    --seed N        seed of the plan to repeat; by default a random seed, which is printed
+    --payments N    number of payments; the run ends when they have ended
+    --faults N      number of faults, spread over the payments
+    --rabbitmq      use RabbitMQ from the system's package as the broker, with quorum queues; it is killed too
+    --judge         only check the recorded observations in the folder again
+    --folder PATH   folder for the logs and the observations
 
 Exit status 0 if no invariant was violated.
 """
@@ -32,105 +32,105 @@ from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.invariants import Observed, read, violations
 from tests.support.rabbit import rabbitmq
 
-BATCH = 20
-"""Messages that are sent at a time."""
-SEND_BATCH_SIZE = 300
-"""Payments under way at most."""
+SEND_BATCH_SIZE = 20
+"""Messages per batch."""
+MAX_IN_FLIGHT = 300
+"""Maximum number of unresolved payments."""
 CALM_TIMEOUT_S = 240.0
-"""How long the last payments, calls and webhooks may take, the simulator's retries with them."""
-LIVENESS_INTERVAL_S = "no process ends but by the storm"
+"""Maximum time for the last payments, calls and webhooks, including the simulator's retries."""
+LIVENESS_INVARIANT = "no process ends except by a fault"
 
 
 class ChaosTest:
-    """One storm while it lasts."""
+    """One run of the chaos test."""
 
-    def __init__(self, made: ChaosSystem, plan: ChaosPlan) -> None:
-        self.rig, self.plan = made, plan
+    def __init__(self, system: ChaosSystem, plan: ChaosPlan) -> None:
+        self.system, self.plan = system, plan
         self.sent_at: dict[str, float] = {}
-        self.told: list[dict[str, Any]] = []
-        self.strikes: Counter[str] = Counter()
-        self.trouble: list[str] = []
-        """What a storm does not expect: a fault that could not be made, an end that was waited for in vain."""
-        self.fallen: list[str] = []
-        """Processes that ended though the storm did not end them. It is over then."""
+        self.callback_lines: list[dict[str, Any]] = []
+        self.fault_counts: Counter[str] = Counter()
+        self.problems: list[str] = []
+        """Unexpected problems: faults that could not be injected, and waits that timed out."""
+        self.unexpected_exits: list[str] = []
+        """Processes that ended without a fault. Such an exit ends the run."""
         self._ended: set[str] = set()
         self._read = 0
         self._threads: list[threading.Thread] = []
 
     def run(self) -> None:
-        """Send everything, strike with everything, and wait until all is over, or a process ends by itself."""
+        """Send all messages, inject all faults and wait until no work is left. Stop if a process ends by itself."""
         try:
             self._run_faults()
-            self.rig.check_all_running()
+            self.system.check_all_running()
         except StartError as error:
-            self.fallen.append(str(error))
-            print(f"VIOLATION {error}\nthe storm ends here", flush=True)
+            self.unexpected_exits.append(str(error))
+            print(f"VIOLATION {error}\nthe run ends here", flush=True)
 
     def _run_faults(self) -> None:
         sent, faults = 0, list(self.plan.faults)
-        at_a_time = min(SEND_BATCH_SIZE, len(self.plan.jobs) // 4)
+        max_in_flight = min(MAX_IN_FLIGHT, len(self.plan.jobs) // 4)
         while sent < len(self.plan.jobs) or faults:
-            self.rig.check_all_running()
+            self.system.check_all_running()
             self._listen()
             while faults and faults[0].after <= sent:
                 self._inject(faults.pop(0))
-            if sent < len(self.plan.jobs) and len(self.sent_at) - len(self._ended) < at_a_time:
+            if sent < len(self.plan.jobs) and len(self.sent_at) - len(self._ended) < max_in_flight:
                 sent += self._send(sent)
             else:
                 time.sleep(0.1)
         self.wait_for_calm()
-        self._wait_for("every payment is told", self._all_are_delivered)
+        self._wait_for("every outcome is delivered", self._all_are_delivered)
         self._wait_for("every webhook is delivered", self._webhooks_are_through)
-        self._wait_for("nothing is left to be done", self._nothing_is_due)
+        self._wait_for("no work is left", self._nothing_is_due)
         self._listen()
 
     def wait_for_calm(self) -> None:
-        """Wait until the last fault is over."""
+        """Wait until the last fault has ended."""
         for thread in self._threads:
             thread.join()
 
     def _send(self, first: int) -> int:
-        batch = list(self.plan.until(first, BATCH))
+        batch = list(self.plan.until(first, SEND_BATCH_SIZE))
         now = time.time()
-        if not self.rig.send(batch):
+        if not self.system.send(batch):
             time.sleep(0.2)
-            return 0  # they are sent again, and what arrived of them is there twice
+            return 0  # the batch is sent again, so messages that arrived are duplicated
         for sending in batch:
             self.sent_at.setdefault(sending.payment_id, now)
         return len(batch)
 
     def _inject(self, fault: Fault) -> None:
-        self.strikes[fault.kind] += 1
+        self.fault_counts[fault.kind] += 1
         thread = threading.Thread(target=self._apply_fault, args=(fault,))
         thread.start()
         self._threads.append(thread)
 
     def _apply_fault(self, fault: Fault) -> None:
         try:
-            self.rig.inject(fault)
+            self.system.inject(fault)
         except StartError as error:
-            self.rig.fallen.append(error)
-        except Exception:  # noqa: BLE001 - to be told at the end
-            self.trouble.append(f"{fault} could not be made: {traceback.format_exc()}")
+            self.system.unexpected_exits.append(error)
+        except Exception:  # noqa: BLE001 - reported at the end
+            self.problems.append(f"{fault} could not be injected: {traceback.format_exc()}")
 
     def _listen(self) -> None:
-        if not self.rig.service_log.exists():
+        if not self.system.service_log.exists():
             return
-        with self.rig.service_log.open() as log:
+        with self.system.service_log.open() as log:
             log.seek(self._read)
             text = log.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._read += len(whole.encode())
-        lines = [json.loads(line) for line in whole.splitlines()]
-        self.told += lines
+        complete_lines = text[: text.rfind("\n") + 1]
+        self._read += len(complete_lines.encode())
+        lines = [json.loads(line) for line in complete_lines.splitlines()]
+        self.callback_lines += lines
         self._ended |= {line["args"][-1] for line in lines}
 
     def _wait_for(self, what: str, probe: Callable[[], Any]) -> None:
-        end = time.monotonic() + CALM_TIMEOUT_S
+        deadline = time.monotonic() + CALM_TIMEOUT_S
         while not probe():
-            self.rig.check_all_running()
-            if time.monotonic() > end:
-                self.trouble.append(f"not within {CALM_TIMEOUT_S:.0f} s: {what}")
+            self.system.check_all_running()
+            if time.monotonic() > deadline:
+                self.problems.append(f"not within {CALM_TIMEOUT_S:.0f} s: {what}")
                 return
             time.sleep(0.2)
 
@@ -139,52 +139,65 @@ class ChaosTest:
         return len(self._ended) == len(self.sent_at)
 
     def _webhooks_are_through(self) -> bool:
-        return bool(self.rig.simulator.summary()["webhooks_pending"] == 0)
+        return bool(self.system.simulator.summary()["webhooks_pending"] == 0)
 
     def _nothing_is_due(self) -> bool:
         tables = ("payment", "outcome_delivery", "refresh", "balance")
         return all(
-            self.rig.rows(f"SELECT count(*) AS n FROM {table} WHERE due_at IS NOT NULL{more}")[0]["n"] == 0
+            self.system.rows(f"SELECT count(*) AS n FROM {table} WHERE due_at IS NOT NULL{more}")[0]["n"] == 0
             for table, more in zip(tables, (" AND state = 'waiting'", "", "", ""), strict=True)
         )
 
     def observed(self) -> Observed:
-        """What the witnesses say now."""
+        """Read the observations from the payments service, the ledger and the provider."""
         tables = ("payment", "outcome_delivery", "refresh", "fee_entry", "balance")
-        payments, replies, refreshes, entries, balances = (self.rig.rows(f"SELECT * FROM {t}") for t in tables)
+        payments, deliveries, refreshes, entries, balances = (self.system.rows(f"SELECT * FROM {t}") for t in tables)
         entries.sort(key=lambda entry: entry["entry_id"])
-        log = self.rig.provider_log()
+        log = self.system.provider_log()
         return Observed(
-            self.sent_at, self.told, payments, replies, refreshes, entries, balances, log["calls"], log["deliveries"]
+            self.sent_at,
+            self.callback_lines,
+            payments,
+            deliveries,
+            refreshes,
+            entries,
+            balances,
+            log["calls"],
+            log["deliveries"],
         )
 
 
 def main() -> int:
-    """Draw, rage, judge, report."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # processes are not to outlive us
+    """Draw the plan, run it, check the invariants and print the report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # raises, so that all processes are stopped
     options = _options()
     kinds = RABBITMQ_FAULT_KINDS if options.rabbitmq else FAULT_KINDS
     plan = draw_plan(options.seed, options.payments, options.faults, kinds)
-    print(f"storm {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True)
+    print(
+        f"chaos test {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True
+    )
     if options.judge:
-        found = violations(plan, read((options.folder / "seen.json").read_text()))
-        print("\n".join(f"{len(where):4d} violations: {name} {where[:3] or ''}" for name, where in found.items()))
+        found = violations(plan, read((options.folder / "observed.json").read_text()))
+        print("\n".join(f"{len(details):4d} violations: {name} {details[:3] or ''}" for name, details in found.items()))
         return int(any(found.values()))
     start = time.monotonic()
     with ExitStack() as stack:
         broker = stack.enter_context(rabbitmq(options.folder / "rabbitmq")) if options.rabbitmq else None
-        made = stack.enter_context(chaos_system(options.folder, plan, broker))
-        storm = ChaosTest(made, plan)
+        system = stack.enter_context(chaos_system(options.folder, plan, broker))
+        chaos_test = ChaosTest(system, plan)
         try:
-            storm.run()
+            chaos_test.run()
         finally:
-            storm.wait_for_calm()
-        seen = storm.observed()
-    (options.folder / "seen.json").write_text(json.dumps(asdict(seen), default=str))
-    # Of a storm that was cut short nobody knows what would have come of the rest.
-    found = {LIVENESS_INTERVAL_S: storm.fallen, **({} if storm.fallen else violations(plan, seen))}
-    _report(storm, seen, found, time.monotonic() - start)
-    return int(bool(storm.trouble or any(found.values())))
+            chaos_test.wait_for_calm()
+        observed = chaos_test.observed()
+    (options.folder / "observed.json").write_text(json.dumps(asdict(observed), default=str))
+    # After an unexpected exit the other invariants cannot be checked, because the run is incomplete.
+    found = {
+        LIVENESS_INVARIANT: chaos_test.unexpected_exits,
+        **({} if chaos_test.unexpected_exits else violations(plan, observed)),
+    }
+    _report(chaos_test, observed, found, time.monotonic() - start)
+    return int(bool(chaos_test.problems or any(found.values())))
 
 
 def _options() -> argparse.Namespace:
@@ -198,36 +211,45 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rabbitmq", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
-    options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-storm-"))
+    options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-chaos-"))
     if not options.judge and options.folder.exists() and any(options.folder.iterdir()):
-        parser.error(f"{options.folder} is not empty: what an earlier storm left there would be taken for this one's")
+        parser.error(
+            f"{options.folder} is not empty; choose an empty folder, because files of an earlier run would be counted"
+        )
     return options
 
 
-def _report(storm: ChaosTest, seen: Observed, found: dict[str, list[str]], seconds: float) -> None:
-    ends = Counter(row["reason"] or row["state"] for row in seen.payments)
-    accepted = sum(call["accepted"] for call in seen.calls)
-    again = len(seen.delivered_results) - len({line["id"] for line in seen.delivered_results})
-    held = not storm.trouble and not any(found.values())
-    print(f"\nseed {storm.plan.seed}, {seconds:.0f} s, clocks apart by up to {2 * SKEW_S:.0f} s")
-    print(f"payments {len(storm.sent_at)}: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()))
-    print(f"calls {len(seen.calls)}, of which {accepted} accepted; deliveries of webhooks {len(seen.deliveries)}")
-    print(f"callbacks {len(seen.delivered_results)}, of which {again} again, under the same id")
-    print(f"faults {storm.strikes.total()}: " + ", ".join(f"{n} {kind}" for kind, n in storm.strikes.most_common()))
-    for name, where in found.items():
-        print(f"{len(where):4d} violations: {name}")
-        for line in where[:10]:
+def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str]], seconds: float) -> None:
+    outcomes = Counter(row["reason"] or row["state"] for row in observed.payments)
+    accepted = sum(call["accepted"] for call in observed.calls)
+    repeated = len(observed.delivered_results) - len({line["id"] for line in observed.delivered_results})
+    passed = not chaos_test.problems and not any(found.values())
+    print(f"\nseed {chaos_test.plan.seed}, {seconds:.0f} s, clocks differ by up to {2 * SKEW_S:.0f} s")
+    print(
+        f"payments {len(chaos_test.sent_at)}: " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+    )
+    print(
+        f"calls {len(observed.calls)}, of which {accepted} accepted; deliveries of webhooks {len(observed.deliveries)}"
+    )
+    print(f"callbacks {len(observed.delivered_results)}, of which {repeated} repeated under the same id")
+    print(
+        f"faults {chaos_test.fault_counts.total()}: "
+        + ", ".join(f"{n} {kind}" for kind, n in chaos_test.fault_counts.most_common())
+    )
+    for name, details in found.items():
+        print(f"{len(details):4d} violations: {name}")
+        for line in details[:10]:
             print(f"       {line}")
-    for line in storm.trouble:
-        print(f"TROUBLE {line}")
-    print("held" if held else f"FAILED; again: python -m tests.chaos {_repeat_command(storm)}")
+    for line in chaos_test.problems:
+        print(f"PROBLEM {line}")
+    print("passed" if passed else f"FAILED; repeat with: python -m tests.chaos {_repeat_command(chaos_test)}")
 
 
-def _repeat_command(storm: ChaosTest) -> str:
-    """The options of the same storm, however much of it there was."""
-    payments = len({sending.payment_id for sending in storm.plan.jobs})
-    broker = "--rabbitmq " if storm.rig.is_on_rabbitmq else ""
-    return f"{broker}--seed {storm.plan.seed} --payments {payments} --faults {len(storm.plan.faults)}"
+def _repeat_command(chaos_test: ChaosTest) -> str:
+    """Return the options that repeat the whole run."""
+    payments = len({sending.payment_id for sending in chaos_test.plan.jobs})
+    broker = "--rabbitmq " if chaos_test.system.is_on_rabbitmq else ""
+    return f"{broker}--seed {chaos_test.plan.seed} --payments {payments} --faults {len(chaos_test.plan.faults)}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a storm sends and what it breaks, all drawn from a seed: the same seed is the same storm. Pure.
+"""Plan of a chaos test: its messages and faults, drawn from a seed. The same seed gives the same plan.
 
-A fault strikes when so many jobs were sent, not after so many seconds, so that a slow machine meets it at the same
-point of the plan.
+A fault is due after a number of sent messages, not after a time. It therefore has the same position in the plan on a
+slow machine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ SCENARIOS = {
     "stale": 1,
     "inactive": 1,
 }
-"""What the accounts do, in percent. The others of the simulator's scenarios say no more than these."""
+"""Scenarios of the accounts, in percent. The simulator's other scenarios add no coverage."""
 
 FAULT_KINDS = {
     "kill": 30,
@@ -43,24 +43,24 @@ FAULT_KINDS = {
     "postgres crashes": 8,
     "redis emptied": 6,
     "provider refuses": 4,
-    "webhooks held back": 5,
-    "webhooks again": 5,
+    "webhooks paused": 5,
+    "webhooks replayed": 5,
     "connections break": 3,
     "two beats": 2,
     "all killed": 2,
 }
-"""Faults, in percent. `kill` is SIGKILL, `restart` SIGTERM, `pause` SIGSTOP; `REPLICAS` are who meets these three."""
+"""Faults, in percent. `kill` is SIGKILL, `restart` SIGTERM, `pause` SIGSTOP; these three target `REPLICAS`."""
 
 RABBITMQ_FAULT_KINDS = FAULT_KINDS | {"rabbitmq killed": 8}
-"""Faults of a storm whose broker is not Redis."""
+"""Faults of a run with RabbitMQ as the broker."""
 
 SKEW_S = 1.0
-"""How far a role's clock may be from the true time; two of them are apart by the allowed 2 s at most."""
+"""Maximum deviation of a role's clock. Two clocks differ by at most the allowed 2 s."""
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One message to `payments.initiate`, or to `payments.cancel` if there is no job."""
+    """One message to `payments.initiate`, or to `payments.cancel` if `job` is None."""
 
     payment_id: str
     task_id: str
@@ -69,7 +69,7 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens when `after` messages were sent: for `seconds`, to `target`, whose clock is then off by `skew_s`."""
+    """Fault after `after` sent messages: on `target`, for `seconds`. The target's clock then deviates by `skew_s`."""
 
     after: int
     kind: str
@@ -83,26 +83,26 @@ class Fault:
 
 @dataclass(frozen=True)
 class ChaosPlan:
-    """All of a storm."""
+    """All messages and faults of a run."""
 
     seed: int
     jobs: list[PlannedJob]
     faults: list[Fault]
     clocks: dict[str, float] = field(default_factory=dict)
-    """By replica, how far its clock is off at the start (s)."""
+    """Initial clock deviation by replica, in seconds."""
 
     def until(self, first: int, size: int) -> Iterator[PlannedJob]:
-        """The next messages."""
+        """Yield the next messages."""
         yield from self.jobs[first : first + size]
 
 
 def draw_plan(seed: int, payments: int, faults: int, kinds: Mapping[str, int] = FAULT_KINDS) -> ChaosPlan:
-    """Draw a storm."""
+    """Draw a plan from the seed."""
     rng = Random(seed)
-    sendings = list(_draw_jobs(rng, payments))
-    points = sorted(rng.randrange(20, len(sendings)) for _ in range(faults))
+    planned_jobs = list(_draw_jobs(rng, payments))
+    positions = sorted(rng.randrange(20, len(planned_jobs)) for _ in range(faults))
     clocks = {replica: _draw_skew(rng) for replica in REPLICAS}
-    return ChaosPlan(seed, sendings, [_draw_fault(rng, point, kinds) for point in points], clocks)
+    return ChaosPlan(seed, planned_jobs, [_draw_fault(rng, position, kinds) for position in positions], clocks)
 
 
 def _draw_skew(rng: Random) -> float:
@@ -112,15 +112,15 @@ def _draw_skew(rng: Random) -> float:
 def _draw_jobs(rng: Random, payments: int) -> Iterator[PlannedJob]:
     accounts = [_draw_account(rng, number) for number in range(60)]
     for number in range(payments):
-        if rng.random() < 0.5:  # a new account takes the place of one that has had its payments
+        if rng.random() < 0.5:  # replace an account that has had payments by a new one
             accounts[rng.randrange(len(accounts))] = _draw_account(rng, 60 + number)
         payment_id = f"pay_{number:06d}"
-        sent = PlannedJob(payment_id, f"task-{number:06d}", _draw_job(rng, payment_id, rng.choice(accounts)))
-        yield sent
+        planned_job = PlannedJob(payment_id, f"task-{number:06d}", _draw_job(rng, payment_id, rng.choice(accounts)))
+        yield planned_job
         if rng.random() < 0.03:
-            yield sent  # the same message once more
+            yield planned_job  # a duplicate of the same message
         if rng.random() < 0.03:
-            yield PlannedJob(payment_id, f"task-{number:06d}-again", sent.job)
+            yield PlannedJob(payment_id, f"task-{number:06d}-again", planned_job.job)
         if rng.random() < 0.03:
             yield PlannedJob(payment_id, f"cancel-{number:06d}", None)
 
@@ -146,8 +146,10 @@ def _draw_job(rng: Random, payment_id: str, account_id: str) -> dict[str, Any]:
 def _draw_fault(rng: Random, after: int, kinds: Mapping[str, int]) -> Fault:
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     target = rng.choice(REPLICAS) if kind in ("kill", "restart") else ""
-    longest = {"kill": 2.0, "restart": 0.5, "pause": 9.0, "postgres crashes": 3.0, "two beats": 8.0}.get(kind, 2.0)
+    max_duration_s = {"kill": 2.0, "restart": 0.5, "pause": 9.0, "postgres crashes": 3.0, "two beats": 8.0}.get(
+        kind, 2.0
+    )
     if kind == "pause":
         target = rng.choice([*REPLICAS, "valkey", "postgres"])
-        longest = 9.0 if target in REPLICAS else 4.0
-    return Fault(after, kind, target, round(rng.uniform(0.1, longest), 2), _draw_skew(rng))
+        max_duration_s = 9.0 if target in REPLICAS else 4.0
+    return Fault(after, kind, target, round(rng.uniform(0.1, max_duration_s), 2), _draw_skew(rng))

@@ -1,4 +1,4 @@
-"""All that a storm breaks, as processes of this machine: the roles in replicas, each with a clock of its own."""
+"""System under a chaos test: all processes on this machine, with several replicas per role and a clock per replica."""
 
 import os
 import signal
@@ -35,11 +35,11 @@ SETTINGS = {
     "PAYREADY_BALANCE_POLL_LEAD_S": "5",
     "PAYREADY_LOG_LEVEL": "WARNING",
 }
-"""What is rare in production happens all the time; budget and breaker are as there."""
+"""Settings that make rare events frequent. Rate limit and circuit breaker are as in production."""
 CLOCK = Path(__file__).parent / "clock"
 WAIT_TIMEOUT_S = 120.0
 QUEUES_WRITTEN_S = 10.0
-"""So long after a quorum queue was made RabbitMQ has surely written it down; it cannot be asked whether it has."""
+"""Time after which RabbitMQ has persisted a new quorum queue. RabbitMQ has no operation to query this."""
 
 FLUSH_WHEN_REPLACEABLE = """
 for _, pattern in ipairs({'payments*', 'svc*', 'unacked'}) do
@@ -51,12 +51,13 @@ end
 redis.call('FLUSHALL')
 return 1
 """
-"""Jobs that payready has not taken in, and callbacks that the payments service has not run, are in the broker only.
-Redis is emptied in the moment when there are none: whatever else it holds, payready must make good by itself."""
+"""Empty Redis when it contains no unaccepted job and no callback that the payments service has not run.
+
+Only the broker stores these. payready must recover all other data of Redis by itself."""
 
 
 class ChaosSystem:
-    """The processes, and what is done to them. Faults come from threads; two never strike one target at once."""
+    """Processes and the faults on them. Faults run in threads; a lock per target serialises them."""
 
     def __init__(
         self,
@@ -73,9 +74,9 @@ class ChaosSystem:
         self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"])
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
-        """Held while messages are sent, and while none may be."""
-        self.fallen: list[StartError] = []
-        """Processes that a fault was to end, and that had ended by themselves."""
+        """Locked while messages are sent, and while no message may be sent."""
+        self.unexpected_exits: list[StartError] = []
+        """Errors of processes that had ended by themselves before a fault could stop them."""
         self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._targets = {
@@ -83,15 +84,15 @@ class ChaosSystem:
         }
         self._rabbitmq = rabbitmq
         self._service = Celery("sender", broker=self.broker, set_as_current=False)
-        quick = {"socket_timeout": 2, "socket_connect_timeout": 2}
+        timeouts = {"socket_timeout": 2, "socket_connect_timeout": 2}
         self._service.conf.update(
-            {"task_ignore_result": False, **(ON_RABBITMQ if rabbitmq else {"broker_transport_options": quick})}
+            {"task_ignore_result": False, **(ON_RABBITMQ if rabbitmq else {"broker_transport_options": timeouts})}
         )
 
     # --- the payments service ---
 
     def send(self, sendings: list[PlannedJob]) -> bool:
-        """Send messages; False if it is not known whether all were: they are then to be sent again."""
+        """Send messages. Return False if some may be unsent; the caller then sends all of them again."""
         with self.sending:
             try:
                 with self._service.connection_for_write(connect_timeout=2) as connection:
@@ -117,17 +118,17 @@ class ChaosSystem:
     # --- the roles ---
 
     def start(self, replica: str, skew_s: float = 0) -> None:
-        """Start a replica of a role, with its clock so far off."""
+        """Start a replica of a role, with its clock deviating by `skew_s`."""
         role = replica.rstrip("0123456789")
         command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
-        clock = {"PYTHONPATH": str(CLOCK), "STORM_SKEW_S": str(skew_s)}
+        clock = {"PYTHONPATH": str(CLOCK), "CHAOS_SKEW_S": str(skew_s)}
         self._running[replica] = self.processes.start(replica, command, **clock)
 
     def wait_for_queues(self) -> None:
-        """Let RabbitMQ write down the queues that the workers declare.
+        """Wait until RabbitMQ has persisted the queues that the workers declare.
 
-        A server that is killed as it makes a quorum queue, and that has no other node, may come back with a queue that
-        never has a leader: that is for whoever runs it to know, and not what a storm is about.
+        A single node that is killed while it creates a quorum queue may restart with a queue that never gets a leader.
+        The chaos test does not cover this.
         """
         workers = [replica for replica in REPLICAS if replica.startswith(("worker", "refresh"))]
         for replica in workers:
@@ -141,8 +142,8 @@ class ChaosSystem:
     # --- the faults ---
 
     def inject(self, fault: Fault) -> None:
-        """Let a fault happen, and end."""
-        strike = {
+        """Inject a fault and wait until it has ended."""
+        inject = {
             "kill": self._kill,
             "restart": self._restart,
             "pause": self._pause,
@@ -152,13 +153,13 @@ class ChaosSystem:
             "postgres crashes": self._postgres_crashes,
             "redis emptied": self._empty_redis,
             "provider refuses": self._provider_rejects,
-            "webhooks held back": self._pause_webhooks,
-            "webhooks again": self._resume_webhooks,
+            "webhooks paused": self._pause_webhooks,
+            "webhooks replayed": self._replay_webhooks,
             "connections break": self._break_connections,
             "two beats": self._two_beats,
             "all killed": self._kill_all,
         }[fault.kind]
-        strike(fault)
+        inject(fault)
 
     def _kill(self, fault: Fault) -> None:
         with self._targets[fault.target]:
@@ -175,7 +176,7 @@ class ChaosSystem:
     def _pause(self, fault: Fault) -> None:
         with self._targets[fault.target]:
             pid = {"valkey": self._valkey_pid, "postgres": self._postgres_pid}.get(fault.target, self._pid)(fault)
-            # Not the group: PostgreSQL's server processes have none of their own, and the others are one process each.
+            # The process and not its group: PostgreSQL's processes share the group, the other targets have one process.
             os.kill(pid, signal.SIGSTOP)
             try:
                 time.sleep(fault.seconds)
@@ -215,11 +216,11 @@ class ChaosSystem:
             self.postgres.start()
 
     def _empty_redis(self, _: Fault) -> None:
-        """Empty Redis in a moment when nothing is in it that only the payments service could send again."""
-        end = time.monotonic() + WAIT_TIMEOUT_S
+        """Empty Redis at a time when it contains no message that only the payments service could send again."""
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
         with self.sending:
-            while time.monotonic() < end:
-                self.check_all_running()  # nobody else looks: whoever sends waits for us
+            while time.monotonic() < deadline:
+                self.check_all_running()  # the sending thread waits for this lock and does not check
                 try:
                     with Redis.from_url(self.redis_url, socket_timeout=2) as client:
                         if self._rabbitmq:  # the queues are elsewhere
@@ -230,7 +231,7 @@ class ChaosSystem:
                 except RedisError:
                     pass
                 time.sleep(0.05)
-        raise TimeoutError("the queues were never empty")
+        raise TimeoutError(f"the queues were not empty within {WAIT_TIMEOUT_S:.0f} s")
 
     def _provider_rejects(self, fault: Fault) -> None:
         with self._targets["provider"]:
@@ -243,9 +244,9 @@ class ChaosSystem:
             time.sleep(fault.seconds)
             self.simulator.post("resume")
 
-    def _resume_webhooks(self, _: Fault) -> None:
-        """Events of the last minute come again, rightly signed, the newest first, three times each."""
-        rows = self._rows_if_there("SELECT * FROM balance ORDER BY received_at DESC LIMIT 20")
+    def _replay_webhooks(self, _: Fault) -> None:
+        """Replay the 20 newest events with valid signatures, newest first, three times each."""
+        rows = self._rows_if_available("SELECT * FROM balance ORDER BY received_at DESC LIMIT 20")
         with self._targets["provider"]:
             for row in rows:
                 record = {"id": row["balance_id"], "accountId": row["account_id"], "source": "REFRESH"}
@@ -256,9 +257,9 @@ class ChaosSystem:
                 self.simulator.post("deliver", body=body, copies=3)
 
     def _break_connections(self, _: Fault) -> None:
-        """Quiltt tells of connections that payments wait behind."""
+        """Deliver disconnect events for connections of waiting payments."""
         query = "SELECT DISTINCT connection_id FROM payment WHERE state = 'waiting' ORDER BY connection_id LIMIT 3"
-        rows = self._rows_if_there(query)
+        rows = self._rows_if_available(query)
         with self._targets["provider"]:
             for row in rows:
                 kind = "connection.disconnected"
@@ -284,34 +285,34 @@ class ChaosSystem:
             for replica in REPLICAS:
                 self._targets[replica].release()
 
-    # --- what is seen from outside ---
+    # --- observations ---
 
     def check_all_running(self) -> None:
-        """See that no process ended by itself.
+        """Check that no process has ended by itself.
 
         Raises:
-            StartError: one did; with the end of its log.
+            StartError: A process has ended. The message contains the end of its log.
         """
-        for error in self.fallen:
+        for error in self.unexpected_exits:
             raise error
         self.processes.check_all_running()
 
     def rows(self, query: str) -> list[dict[str, Any]]:
-        """What the ledger says."""
+        """Return the rows of a query on the ledger."""
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
-    def _rows_if_there(self, query: str) -> list[dict[str, Any]]:
-        """None while the database is away: another fault strikes at this moment."""
+    def _rows_if_available(self, query: str) -> list[dict[str, Any]]:
+        """Return no rows while another fault makes the database unavailable."""
         try:
             return self.rows(query)
         except SQLAlchemyError:
             return []
 
     def provider_log(self) -> dict[str, Any]:
-        """What the simulator saw."""
-        answer = httpx.get(f"{self.simulator.url}/control/log", timeout=60, verify=False)
-        return dict(answer.raise_for_status().json())
+        """Return the simulator's log."""
+        response = httpx.get(f"{self.simulator.url}/control/log", timeout=60, verify=False)
+        return dict(response.raise_for_status().json())
 
     @property
     def is_on_rabbitmq(self) -> bool:
@@ -320,7 +321,7 @@ class ChaosSystem:
 
     @property
     def service_log(self) -> Path:
-        """Where the payments service's worker notes what it was told."""
+        """Log file of the payments service's callbacks."""
         return self.processes.folder / "service.jsonl"
 
 
@@ -330,7 +331,7 @@ def _number(value: Any) -> float | None:
 
 @contextmanager
 def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) -> Iterator[ChaosSystem]:
-    """Everything running, for as long as the block does; the broker is Redis if no other is given."""
+    """Run the whole system for the duration of the block. The broker is Redis unless `broker` is given."""
     valkey_port, web_port = free_port(), free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     options = ["--seed", str(plan.seed)]
@@ -347,27 +348,27 @@ def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) 
             **({"PAYREADY_BROKER_URL": broker.url} if broker else {}),
             **SETTINGS,
         }
-        # What a server that is killed has answered, it has written: `everysec` would not write while it syncs.
+        # A killed server has written every acknowledged command. With `everysec` it would not write during a sync.
         config = {"appendonly": "yes", "appendfsync": "no", "save": ""}
         valkey = Valkey(port=valkey_port, data_dir=folder / "valkey", persist=True, config=config)
         with Processes(folder, environ) as processes:
             valkey.start()
             try:
                 processes.run("release", procfile()["release"])
-                made = ChaosSystem(processes, server, valkey, simulator, broker, environ)
+                system = ChaosSystem(processes, server, valkey, simulator, broker, environ)
                 log = {
-                    "SERVICE_URL": made.broker,
+                    "SERVICE_URL": system.broker,
                     "SERVICE_RESULTS": redis_url,
-                    "SERVICE_LOG": str(made.service_log),
+                    "SERVICE_LOG": str(system.service_log),
                     "SERVICE_VISIBILITY_S": "10",
                 }
                 processes.start("service", SERVICE, **log)
                 for replica in REPLICAS:
-                    made.start(replica, plan.clocks[replica])
+                    system.start(replica, plan.clocks[replica])
                 if broker:
-                    made.wait_for_queues()
-                yield made
-                made.engine.dispose()
+                    system.wait_for_queues()
+                yield system
+                system.engine.dispose()
             finally:
                 processes.stop()
                 valkey.stop()

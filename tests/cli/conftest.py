@@ -1,4 +1,4 @@
-"""A ledger to ask, on both databases, with a small history."""
+"""A ledger with a small history, on both databases."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from tests.support.servers import Postgres
 from worker.ledger import balances, fee_entries, outcome_deliveries, payments, refreshes
 from worker.ledger.engine import open_engine, transaction
 from worker.ledger.fee_entries import FinalEntry
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import FEE_ENTRY
@@ -29,19 +30,20 @@ DIME = Price(per_call=Decimal("0.100000"), currency="USD", price_list="2026-11-2
 
 @dataclass(frozen=True)
 class Books:
-    """A ledger that can be written to, by hand."""
+    """A ledger with helpers that insert rows."""
 
     url: str
     engine: Engine
 
     def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
-        """A payment that waits, with one task."""
+        """Insert a waiting payment with one task."""
         with transaction(self.engine) as tx:
             payments.insert_payments(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
-            outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task-{payment_id}"})], due_at=None)
+            task = NewDelivery(payment_id=payment_id, continuation={"id": f"task-{payment_id}"}, due_at=None)
+            outcome_deliveries.register_deliveries(tx, [task])
 
     def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
-        """Its end; with `delivered`, its task was told."""
+        """Resolve a payment and, unless `delivered` is False, mark its outcome delivered."""
         delivered = how.pop("delivered", True)
         settled: dict[str, Any] = {"outcome": {"reason": how.get("reason"), "detail": "the detail"}, **how}
         with transaction(self.engine) as tx:
@@ -52,7 +54,7 @@ class Books:
     def call(
         self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
     ) -> None:
-        """One call of a refresh, and how its fee ended."""
+        """Insert a call of a refresh with its final fee entry; `end` None: the entry stays pending."""
         with transaction(self.engine) as tx:
             refresh = RefreshRecord(
                 refresh_id=refresh_id,
@@ -71,17 +73,20 @@ class Books:
                 fee_entries.post_or_void(tx, [final], at + timedelta(seconds=1))
 
     def entries(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """The fee ledger: call, state and evidence, in the order in which they were written."""
+        """Return call, state and evidence of all fee entries in insertion order."""
         query = select(FEE_ENTRY.c.call_id, FEE_ENTRY.c.state, FEE_ENTRY.c.evidence).order_by(FEE_ENTRY.c.entry_id)
         with transaction(self.engine) as tx:
             return [(row[0], row[1], row[2]) for row in tx.execute(query)]
 
-    def balance(self, balance_id: str, account_id: str, at: datetime, available: Decimal | None) -> None:
-        """A balance that came, and was applied."""
+    def balance(
+        self, balance_id: str, account_id: str, at: datetime, available: Decimal | None, *, is_applied: bool = True
+    ) -> None:
+        """Insert a balance."""
         figures = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
         with transaction(self.engine) as tx:
-            balances.insert_balances(tx, [replace(balances.new_record("evt_1", balance, at), due_at=None)])
+            record = balances.new_record("evt_1", balance, at)
+            balances.insert_balances(tx, [replace(record, due_at=None) if is_applied else record])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -96,7 +101,7 @@ def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postg
 
 @pytest.fixture
 def history(books: Books) -> Books:
-    """Three payments on one refresh with a repeated call, one that waits, one that was refused, one that reused."""
+    """Three payments of a refresh with two calls, one reused balance, one rejected call, one waiting payment."""
     at = [NOON + timedelta(seconds=s) for s in range(20)]
     for number in (1, 2, 3):
         books.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})

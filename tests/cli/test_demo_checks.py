@@ -1,4 +1,4 @@
-"""The demo's referee sees what is otherwise than promised."""
+"""The demo's checks find each difference from the expected results."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,120 +6,142 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from demo.demo_checks import Observed, all_resolved, run_checks
+from demo.demo_checks import BacklogCounts, Observed, all_resolved, run_checks
 from demo.demo_plan import DEMO_JOBS, EXPECTED_CALLS, DemoJob, Expected, ExpectedCalls
 from simulator.scenarios import SCENARIOS, scenario_of
-from worker.ledger.payment_report import BacklogCounts, PaymentFee, PaymentLine
+from worker.ledger.payment_report import PaymentFee, PaymentLine
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DIME = Decimal("0.100000")
+
+
+def demo_job(name: str, account_id: str, expected: Expected) -> DemoJob:
+    """Create a job with a payment of its own."""
+    return DemoJob(name=name, description="", account_id=account_id, expected=expected, payment_id=f"pay_{name}")
+
+
 GOOD, POOR, WRONG = (
-    DemoJob("good", "", "acct_a", Expected("released", "sufficient", "posted"), "pay_good"),
-    DemoJob("poor", "", "acct_b", Expected("failed", "insufficient_funds", "posted"), "pay_poor"),
-    DemoJob("wrong", "", "acct_c", Expected("refused", "InvalidJob"), "pay_wrong"),
+    demo_job("good", "acct_a", Expected(state="released", reason="sufficient", fee="posted")),
+    demo_job("poor", "acct_b", Expected(state="failed", reason="insufficient_funds", fee="posted")),
+    demo_job("wrong", "acct_c", Expected(state="rejected", reason="InvalidJob")),
 )
-ORDERS = (GOOD, POOR, WRONG)
-PRICES = {"acct_a": ExpectedCalls(posted=1), "acct_b": ExpectedCalls(posted=1)}
+JOBS = (GOOD, POOR, WRONG)
+CALLS = {"acct_a": ExpectedCalls(posted=1), "acct_b": ExpectedCalls(posted=1)}
 
 
-def line(order: DemoJob, state: PaymentState, word: str) -> PaymentLine:
-    """A payment of the ledger."""
-    fee = PaymentFee(DIME, "USD", EntryState.POSTED, 1, DIME)
+def line(job: DemoJob, state: PaymentState, verdict_or_reason: str) -> PaymentLine:
+    """Create a payment of the ledger."""
     return PaymentLine(
-        order.payment_id, order.account_id, state, word, None, NOON, NOON, NOON, f"ref_{order.name}", False, fee
+        payment_id=job.payment_id,
+        account_id=job.account_id,
+        state=state,
+        verdict=verdict_or_reason if state == PaymentState.RELEASED else None,
+        reason=verdict_or_reason if state == PaymentState.FAILED else None,
+        amount=None,
+        requested_at=NOON,
+        deadline=NOON,
+        resolved_at=NOON,
+        refresh_id=f"ref_{job.name}",
+        reused=False,
+        fee=PaymentFee(amount=DIME, currency="USD", state=EntryState.POSTED, shared_by=1, total=DIME),
     )
 
 
-def note(order: DemoJob, **more: Any) -> dict[str, Any]:
-    """A line of the payments service's journal."""
-    end = "released" if order.expected.state == "released" else "failed"
-    return {"order": order.name, "end": end, "word": order.expected.reason, **more}
+def entry(job: DemoJob, **fields: Any) -> dict[str, Any]:
+    """Create an entry of the payments service's journal."""
+    state = "released" if job.expected.state == "released" else "failed"
+    return {"job": job.name, "state": state, "reason": job.expected.reason, **fields}
 
 
-def all_well() -> Observed:
-    """What is seen when everything came out as promised."""
+def expected_results() -> Observed:
+    """Create observations that equal the expected results."""
     payments = [
         line(GOOD, PaymentState.RELEASED, "sufficient"),
         line(POOR, PaymentState.FAILED, "insufficient_funds"),
     ]
     return Observed(
-        journal=[note(GOOD, outcome={"fee": {"amount": "0.100000"}}), note(POOR), note(WRONG)],
+        journal=[entry(GOOD, outcome={"fee": {"amount": "0.100000"}}), entry(POOR), entry(WRONG)],
         payments={payment.payment_id: payment for payment in payments},
-        calls={account_id: Counter({EntryState.POSTED: 1}) for account_id in PRICES},
-        accepted=dict.fromkeys(PRICES, 1),
-        backlog=BacklogCounts(0, 0, 0),
+        calls={account_id: Counter({EntryState.POSTED: 1}) for account_id in CALLS},
+        accepted=dict.fromkeys(CALLS, 1),
+        backlog=BacklogCounts(waiting=0, undelivered=0, unapplied=0),
     )
 
 
-def complaints(seen: Observed) -> list[str]:
-    """Everything that the referee finds otherwise."""
-    return [text for finding in run_checks(ORDERS, PRICES, seen) for text in finding.failures]
+def failures(observed: Observed) -> list[str]:
+    """Return all failures of the checks."""
+    return [failure for check in run_checks(JOBS, CALLS, observed) for failure in check.failures]
 
 
-def test_nothing_is_found_when_all_is_as_promised() -> None:
-    """And there is nothing more to wait for."""
-    assert complaints(all_well()) == []
-    assert all_resolved(ORDERS, all_well())
+def test_checks_pass_if_all_results_are_as_expected() -> None:
+    """The run is complete, too."""
+    assert failures(expected_results()) == []
+    assert all_resolved(JOBS, expected_results())
 
 
-def test_a_callback_that_ran_twice_or_never_is_found() -> None:
-    """Exactly once, says the promise."""
-    seen = all_well()
-    assert complaints(replace(seen, journal=[*seen.journal, note(POOR)])) == ["poor: its callback ran 2 times"]
-    missing = replace(seen, journal=seen.journal[1:])
-    assert complaints(missing) == ["good: its callback ran 0 times"]
-    assert not all_resolved(ORDERS, missing)
+def test_checks_find_callback_that_ran_twice_or_never() -> None:
+    """Each callback must run exactly once."""
+    observed = expected_results()
+    assert failures(replace(observed, journal=[*observed.journal, entry(POOR)])) == ["poor: its callback ran 2 times"]
+    missing = replace(observed, journal=observed.journal[1:])
+    assert failures(missing) == ["good: its callback ran 0 times"]
+    assert not all_resolved(JOBS, missing)
     assert (
-        "a callback for an order" in complaints(replace(seen, journal=[*seen.journal, {**note(GOOD), "order": "x"}]))[0]
+        "a callback for a job"
+        in failures(replace(observed, journal=[*observed.journal, {**entry(GOOD), "job": "x"}]))[0]
     )
 
 
-def test_another_outcome_is_found_wherever_it_shows() -> None:
-    """At the service, and in the ledger."""
-    seen = all_well()
-    told = [seen.journal[0], {**note(POOR), "word": "timeout"}, seen.journal[2]]
-    assert "the service was told ('failed', 'timeout')" in complaints(replace(seen, journal=told))[0]
-    ledger = {**seen.payments, "pay_good": line(GOOD, PaymentState.FAILED, "timeout")}
-    assert "the ledger says ('failed', 'timeout')" in complaints(replace(seen, payments=ledger))[0]
-    stored = {**seen.payments, "pay_wrong": line(WRONG, PaymentState.FAILED, "timeout")}
-    assert "there is a payment" in complaints(replace(seen, payments=stored))[0]
+def test_checks_find_wrong_outcome_at_service_and_in_ledger() -> None:
+    """A payment of a rejected job is wrong, too."""
+    observed = expected_results()
+    journal = [observed.journal[0], {**entry(POOR), "reason": "timeout"}, observed.journal[2]]
+    assert "the service received failed: timeout" in failures(replace(observed, journal=journal))[0]
+    ledger = {**observed.payments, "pay_good": line(GOOD, PaymentState.FAILED, "timeout")}
+    assert "the ledger has failed: timeout" in failures(replace(observed, payments=ledger))[0]
+    stored = {**observed.payments, "pay_wrong": line(WRONG, PaymentState.FAILED, "timeout")}
+    assert "the ledger has a payment" in failures(replace(observed, payments=stored))[0]
 
 
-def test_a_call_that_is_not_in_the_ledger_or_not_at_the_provider_is_found() -> None:
-    """In both directions."""
-    seen = all_well()
-    assert "the provider accepted 2 calls" in complaints(replace(seen, accepted={**seen.accepted, "acct_a": 2}))[0]
-    assert "the provider accepted 0 calls" in complaints(replace(seen, accepted={"acct_b": 1}))[0]
-    assert "acct_z: the provider accepted 1" in complaints(replace(seen, accepted={**seen.accepted, "acct_z": 1}))[0]
-
-
-def test_shares_that_do_not_add_up_are_found() -> None:
-    """To the last unit."""
-    seen = all_well()
-    short = replace(
-        seen.payments["pay_poor"], fee=PaymentFee(DIME - Decimal("0.000001"), "USD", EntryState.POSTED, 1, DIME)
+def test_checks_find_call_missing_in_ledger_or_at_provider() -> None:
+    """Accepted calls and fee entries must be equal."""
+    observed = expected_results()
+    assert (
+        "acct_a: calls accepted by the provider: 2"
+        in failures(replace(observed, accepted={**observed.accepted, "acct_a": 2}))[0]
     )
-    found = complaints(replace(seen, payments={**seen.payments, "pay_poor": short}))
+    assert "acct_a: calls accepted by the provider: 0" in failures(replace(observed, accepted={"acct_b": 1}))[0]
+    assert (
+        "acct_z: calls accepted by the provider: 1"
+        in failures(replace(observed, accepted={**observed.accepted, "acct_z": 1}))[0]
+    )
+
+
+def test_checks_find_shares_that_do_not_add_up() -> None:
+    """The sum is exact to the last unit."""
+    observed = expected_results()
+    poor = observed.payments["pay_poor"]
+    assert poor.fee is not None
+    short = replace(poor, fee=replace(poor.fee, amount=DIME - Decimal("0.000001")))
+    found = failures(replace(observed, payments={**observed.payments, "pay_poor": short}))
     assert found == ["ref_poor: shares of 0.099999 for calls of 0.100000"]
 
 
-def test_what_is_left_is_found() -> None:
-    """Nothing may be under way in the end."""
-    assert complaints(replace(all_well(), backlog=BacklogCounts(1, 2, 0))) == [
-        "1 payments that wait",
-        "2 outcomes that were not delivered",
+def test_checks_find_backlog() -> None:
+    """A run must end without unfinished work."""
+    assert failures(replace(expected_results(), backlog=BacklogCounts(waiting=1, undelivered=2, unapplied=0))) == [
+        "waiting payments: 1",
+        "undelivered outcomes: 2",
     ]
 
 
-def test_the_plan_is_whole() -> None:
-    """Every account has its costs, every name is used once, and every scenario is one of the simulator's."""
-    assert {order.account_id for order in DEMO_JOBS} == set(EXPECTED_CALLS)
-    assert len({order.name for order in DEMO_JOBS}) == len(DEMO_JOBS) >= 12
-    assert {name for order in DEMO_JOBS for name in (order.follows, order.joins) if name} <= {
-        order.name for order in DEMO_JOBS
-    }
+def test_demo_plan_is_complete() -> None:
+    """Every account has expected calls, names are unique, and every scenario is one of the simulator's."""
+    assert {job.account_id for job in DEMO_JOBS} == set(EXPECTED_CALLS)
+    assert len({job.name for job in DEMO_JOBS}) == len(DEMO_JOBS) >= 12
+    assert {name for job in DEMO_JOBS for name in (job.follows, job.joins) if name} <= {job.name for job in DEMO_JOBS}
     named = {account_id.removeprefix("acct_").rstrip("0123456789"): account_id for account_id in EXPECTED_CALLS}
     assert {name: scenario_of(account_id).name for name, account_id in named.items()} == {name: name for name in named}
     assert set(named) <= set(SCENARIOS)

@@ -1,4 +1,4 @@
-"""What docs/howto/integrate-a-payments-service.md shows, done as it stands there, by programs that have nothing of payready."""
+"""The code of docs/howto/integrate-a-payments-service.md, run by programs without payready's code."""
 
 import json
 import re
@@ -27,27 +27,27 @@ def payready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         yield running
 
 
-def test_the_documented_message_starts_a_payment_and_its_outcome_can_be_read(payready: System) -> None:
-    """A list to push to, a key to read: that is all another language needs."""
+def test_documented_message_starts_payment_and_outcome_is_readable(payready: System) -> None:
+    """Another language needs only a list to push to and a key to read."""
     blocks = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     (message,) = (json.loads(block) for block in blocks if '"body"' in block)
     with redis.Redis.from_url(payready.redis_url, decode_responses=True) as client:
         client.lpush("payments", json.dumps(message))
         key = f"celery-task-meta-{message['headers']['id']}"
-        done = eventually(lambda: _done(client.get(key)))
-    assert done
-    assert done["status"] == "SUCCESS"
-    assert done["result"]["payment_id"] == "pay_1"
-    assert done["result"]["verdict"] == "sufficient"
+        stored = eventually(lambda: _finished_result(client.get(key)))
+    assert stored
+    assert stored["status"] == "SUCCESS"
+    assert stored["result"]["payment_id"] == "pay_1"
+    assert stored["result"]["verdict"] == "sufficient"
 
 
-def _done(text: Any) -> dict[str, Any] | None:
-    told = json.loads(text) if isinstance(text, str) else {}
-    return told if told.get("status") in ("SUCCESS", "FAILURE") else None
+def _finished_result(text: Any) -> dict[str, Any] | None:
+    stored = json.loads(text) if isinstance(text, str) else {}
+    return stored if stored.get("status") in ("SUCCESS", "FAILURE") else None
 
 
-def test_the_worked_example_works(payready: System, tmp_path: Path) -> None:
-    """A payment that is covered is started, one that is not is not; told twice, it is started once."""
+def test_documented_service_starts_each_payment_once(payready: System, tmp_path: Path) -> None:
+    """A covered payment is started, another one is not. A job that is sent twice starts one payment."""
     (source,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "service worker" in block)
     (tmp_path / "service.py").write_text(source)
     orders = tmp_path / "orders.db"

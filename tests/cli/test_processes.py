@@ -1,4 +1,4 @@
-"""Processes start, say when they do not, and never outlive who started them."""
+"""Processes: start, exit, signals, and the end of all with their parent."""
 
 import json
 import os
@@ -18,68 +18,68 @@ from demo.processes import ROOT, Processes, StartError, free_port, procfile, res
 
 
 def processes_with(mark: str) -> list[str]:
-    """The command lines of all processes that have this word in their environment."""
+    """Return the command lines of all processes with this text in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
                 found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it ended while we looked, or is not ours
+        except OSError:  # it has exited, or belongs to another user
             continue
     return [command for command in found if command]
 
 
-def test_the_procfile_is_read_by_role(tmp_path: Path) -> None:
-    """A line is `role: command`; anything else is passed over."""
+def test_procfile_returns_commands_by_role(tmp_path: Path) -> None:
+    """A line is `role: command`; other lines are skipped."""
     (tmp_path / "Procfile").write_text("# a remark\nweb: python -m webhook\n\nbeat:  celery beat --x=${Y:-1}\n")
     assert procfile(tmp_path / "Procfile") == {"web": "python -m webhook", "beat": "celery beat --x=${Y:-1}"}
     assert list(procfile()) == ["release", "web", "worker", "refresh", "beat", "flower"]
 
 
-def test_a_port_that_is_taken_is_not_given() -> None:
-    """The wish is granted if it can be."""
-    wish = free_port()
-    assert free_port(wish) == wish
+def test_free_port_is_never_a_bound_one() -> None:
+    """The preferred port is returned if it is free."""
+    preferred = free_port()
+    assert free_port(preferred) == preferred
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", wish))
+        listener.bind(("127.0.0.1", preferred))
         listener.listen()
-        assert free_port(wish) != wish
+        assert free_port(preferred) != preferred
 
 
-def test_a_process_that_does_not_come_up_is_named_with_its_log(tmp_path: Path) -> None:
-    """So that one knows where to look."""
+def test_error_names_process_that_does_not_start_and_its_log(tmp_path: Path) -> None:
+    """The message has the exit status, too."""
     with Processes(tmp_path, {}) as processes:
         processes.start("role", "sh -c 'echo trouble; exit 7'")
-        with pytest.raises(StartError, match=r"role ended with status 7, see .*role\.log"):
+        with pytest.raises(StartError, match=r"role exited with status 7, see .*role\.log"):
             processes.wait_for("role", lambda: False)
         assert processes.log_of("role").read_text() == "trouble\n"
         with pytest.raises(StartError, match="migration failed"):
             processes.run("migration", "false")
 
 
-def test_a_process_that_ended_by_itself_is_noticed(tmp_path: Path) -> None:
-    """Nobody asked for its end: it is named, with its last words."""
+def test_check_finds_process_that_exited(tmp_path: Path) -> None:
+    """The error has its name and the end of its log."""
     with Processes(tmp_path, {}) as processes:
         processes.start("steady", "sleep 60")
         processes.check_all_running()
         processes.start("frail", "sh -c 'echo alas; exit 3'").wait()
-        with pytest.raises(StartError, match=r"frail ended with status 3, see .*frail\.log:\nalas"):
+        with pytest.raises(StartError, match=r"frail exited with status 3, see .*frail\.log:\nalas"):
             processes.check_all_running()
 
 
-def test_ending_a_process_that_ended_by_itself_does_not_hide_it(tmp_path: Path) -> None:
-    """What was ended here, though, is no news."""
+def test_stop_process_raises_if_process_has_exited(tmp_path: Path) -> None:
+    """A process that was stopped on purpose is no error."""
     with Processes(tmp_path, {}) as processes:
         processes.start("steady", "sleep 60")
         processes.start("frail", "false").wait()
-        with pytest.raises(StartError, match="frail ended with status 1"):
+        with pytest.raises(StartError, match="frail exited with status 1"):
             processes.stop_process("frail", signal.SIGKILL)
         processes.stop_process("steady", signal.SIGKILL)
         processes.check_all_running()
 
 
-def test_a_valkey_that_ended_by_itself_is_noticed_and_one_that_was_stopped_is_not(tmp_path: Path) -> None:
-    """Tests stop it on purpose."""
+def test_check_finds_valkey_that_exited_but_not_stopped_one(tmp_path: Path) -> None:
+    """Tests stop it on purpose, so a stopped server is no error."""
     with Processes(tmp_path, {}) as processes:
         server = processes.valkey(free_port())
         server.stop()
@@ -87,11 +87,11 @@ def test_a_valkey_that_ended_by_itself_is_noticed_and_one_that_was_stopped_is_no
         server.start()
         server._process.kill()
         server._process.wait()
-        with pytest.raises(StartError, match="valkey ended by itself"):
+        with pytest.raises(StartError, match="valkey exited"):
             processes.check_all_running()
 
 
-def test_settings_of_the_shell_do_not_reach_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_do_not_inherit_settings_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo must not call the real provider because the terminal is set up for it."""
     monkeypatch.setenv("PAYREADY_QUILTT_API_KEY", "real")
     with Processes(tmp_path, {"PAYREADY_WEBHOOK_PORT": "1"}) as processes:
@@ -101,8 +101,8 @@ def test_settings_of_the_shell_do_not_reach_the_processes(tmp_path: Path, monkey
     assert "PAYREADY_QUILTT_API_KEY" not in environ
 
 
-def test_a_stubborn_process_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Politely, then by force; and its group with it."""
+def test_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process group ends with it."""
     monkeypatch.setattr("demo.processes.STOP_TIMEOUT_S", 0.3)
     mark = f"mark{uuid.uuid4().hex}"
     with Processes(tmp_path, {"MARK": mark}) as processes:
@@ -146,8 +146,8 @@ with interrupts() as signals:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after_s", [0.2, 0.35, 0.8])
-def test_a_signal_leaves_nothing_running_at_any_moment(tmp_path: Path, number: signal.Signals, after_s: float) -> None:
-    """Also in the middle of starting things; as a terminal does, the signal goes to the whole process group."""
+def test_signal_leaves_no_process_at_any_moment(tmp_path: Path, number: signal.Signals, after_s: float) -> None:
+    """The signal goes to the whole process group, as from a terminal, also while processes start."""
     mark = f"mark{uuid.uuid4().hex}"
     command = [sys.executable, "-c", textwrap.dedent(STARTER), str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MARK": mark}, start_new_session=True) as starter:
@@ -160,8 +160,8 @@ def test_a_signal_leaves_nothing_running_at_any_moment(tmp_path: Path, number: s
 
 
 @pytest.mark.parametrize("command", ["demo", "up"])
-def test_commands_that_are_interrupted_while_they_start_leave_nothing_running(command: str) -> None:
-    """The real thing, stopped as soon as its first processes are there."""
+def test_interrupted_command_leaves_no_process(command: str) -> None:
+    """The signal is sent as soon as the first processes run."""
     mark = f"mark{uuid.uuid4().hex}"
     payready = [sys.executable, "-m", "cli.main", command]
     with subprocess.Popen(payready, cwd=ROOT, env={**os.environ, "MARK": mark}, start_new_session=True) as running:
@@ -173,16 +173,16 @@ def test_commands_that_are_interrupted_while_they_start_leave_nothing_running(co
     assert processes_with(mark) == []
 
 
-def test_up_tells_programs_where_all_of_it_is_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Standard output is one JSON object; SIGTERM is how it is meant to end."""
-    mark, told = f"mark{uuid.uuid4().hex}", tmp_path / "told"
+def test_up_prints_addresses_as_json_and_leaves_no_process(tmp_path: Path) -> None:
+    """Standard output is one JSON object. SIGTERM ends the command."""
+    mark, output = f"mark{uuid.uuid4().hex}", tmp_path / "output"
     payready = [sys.executable, "-m", "cli.main", "up", "--json"]
     environ = {**os.environ, "MARK": mark}
-    with told.open("wb") as out, subprocess.Popen(payready, cwd=ROOT, env=environ, stdout=out) as running:
-        while not told.read_text().endswith("}\n"):
+    with output.open("wb") as out, subprocess.Popen(payready, cwd=ROOT, env=environ, stdout=out) as running:
+        while not output.read_text().endswith("}\n"):
             time.sleep(0.05)
             assert running.poll() is None
-        addresses = json.loads(told.read_text())
+        addresses = json.loads(output.read_text())
         assert responds(addresses["webhook_endpoint"].replace("/webhooks/quiltt", "/readyz"))
         assert responds(addresses["metrics_of_beat"])
         running.terminate()

@@ -3,7 +3,7 @@
 Builds what the Dockerfile builds, as far as that goes without Docker: an environment of the locked production
 requirements alone, and the folders that it copies. Then every role runs by its exact command, against a PostgreSQL and
 a Valkey, and a payment is made. Started as root, the roles run as another user, without any capability, in a mount
-namespace whose root is read-only but for a folder for temporary files; else as whoever starts it, in a tree without
+namespace whose root is read-only but for a folder for temporary files; else as the current user, in a tree without
 write permission.
 """
 
@@ -110,8 +110,8 @@ def healthy(image: Path, port: int, page: str) -> bool:
 def sizes(venv: Path) -> list[tuple[int, str]]:
     """Sizes of the packages in MiB, the largest first."""
     packages = next((venv / "lib").glob("python*")) / "site-packages"
-    told = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
-    lines = (line.split("\t") for line in told.stdout.splitlines())
+    sizes = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
+    lines = (line.split("\t") for line in sizes.stdout.splitlines())
     return sorted(((int(size), Path(path).name) for size, path in lines), reverse=True)
 
 

@@ -174,7 +174,8 @@ def test_open_breaker_fails_payments_with_an_early_deadline(
     payready.run_tasks()
     assert called(payready) == ["f0", "f1", "f2"]
     assert payready.state("hurried") == "provider_unavailable"
-    assert "no calls are made until" in payready.outcome("hurried")["detail"]
+    detail = "provider calls fail; no call is made before 2026-11-22T12:00:07Z"
+    assert payready.outcome("hurried")["detail"] == detail
     assert payready.fees("acct_hurried") == []
     assert payready.state("patient") == "waiting"
 

@@ -173,7 +173,7 @@ class RateLimiterMachine(AgainstAModel):
 
     @rule(wanted=st.integers(1, 12))
     def reserve_slots(self, wanted: int) -> None:
-        """Reserve slots for delayed calls, as the sweep does."""
+        """The sweep reserves slots for delayed calls."""
         assert self.gate.limiter.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(which=which_one, retry_s=st.none() | st.sampled_from([1, 7, 30]))

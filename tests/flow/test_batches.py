@@ -1,4 +1,4 @@
-"""Batches: a batch has the same effect as its items one by one."""
+"""Rounds: who comes together is treated as if each had come alone."""
 
 from datetime import timedelta
 from decimal import Decimal
@@ -13,38 +13,38 @@ from worker import flow
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import Balance, ReceivedBalance
 
 
-def initiate_batch(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
-    """Initiate jobs in one batch."""
+def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
+    """Take in jobs in one round."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for intake_result in flow.initiate_batch(payready.rt, requests, lambda _: None):
-        assert intake_result is not None
-        payready.queue.merge(intake_result.follow_up)
+    for entrance in flow.initiate_batch(payready.rt, requests, lambda _: None):
+        assert entrance is not None
+        payready.queue.merge(entrance.follow_up)
 
 
-def test_payments_of_a_batch_are_released_in_job_order(payready: InProcessSystem) -> None:
-    """The balance covers one payment: the first job gets it, whatever its id."""
+def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: InProcessSystem) -> None:
+    """The money is there for one: it goes to the first that asked, whatever its name is."""
     job = {"account_id": "acct_1", "amount": "80.00"}
-    initiate_batch(payready, {"payment_id": "pay_b", **job}, {"payment_id": "pay_a", **job})
+    take_in(payready, {"payment_id": "pay_b", **job}, {"payment_id": "pay_a", **job})
     payready.run_tasks()
     payready.balance("acct_1", "100.00")
     assert [payready.state(name) for name in ("pay_b", "pay_a")] == ["released", "insufficient_funds"]
 
 
-def test_delayed_refreshes_of_one_account_deliver_an_outcome_once(made: MakeSystem) -> None:
-    """The breaker stays open past the deadline, and Redis had lost the leader."""
+def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(made: MakeSystem) -> None:
+    """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
     with made(circuit_breaker_failures=1) as payready:
         payready.rt.admission.record_result("failed", payready.clock.now, payready.clock.now)
-        initiate_batch(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
+        take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
         calls = [flow.RefreshCall(account_id="acct_1", refresh_id=refresh_id) for refresh_id in ("ref_1", "ref_2")]
         claims = flow.claim_calls(payready.rt, calls)
         assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
 def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
-    """Maintenance may have retried the call; this one is void."""
+    """Maintenance may have enqueued the call again by then; this claim costs nothing."""
     payready.initiate("pay_1", "acct_1")
     calls = payready.queue.calls
     payready.drop_tasks()
@@ -55,8 +55,10 @@ def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
     assert payready.fees("acct_1") == ["1 pending", "1 void"]
 
 
-def test_balance_stored_concurrently_is_applied_once(payready: InProcessSystem, databases: Databases) -> None:
-    """A duplicate is being stored when the account lock is released. An applied balance is marked as applied."""
+def test_balance_that_another_transaction_stores_is_applied_once(
+    payready: InProcessSystem, databases: Databases
+) -> None:
+    """Its duplicate is being kept when the account becomes free: what is applied must be in the ledger as applied."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     payready.initiate("pay_1", "acct_1")
@@ -73,7 +75,11 @@ def test_balance_stored_concurrently_is_applied_once(payready: InProcessSystem, 
             "limit": None,
         }
     )
-    receiving = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)])))
+    receiving = Thread(
+        target=lambda: payready.queue.merge(
+            flow.ingest_events(payready.rt, [ReceivedBalance(event_id="evt_1", balance=balance)])
+        )
+    )
     with transaction(payready.engine) as tx:
         balances.insert_balances(tx, [balances.new_record("evt_1", balance, now)])
         receiving.start()
@@ -81,40 +87,40 @@ def test_balance_stored_concurrently_is_applied_once(payready: InProcessSystem, 
         assert receiving.is_alive()
     receiving.join()
     payready.run_tasks()
-    [stored] = payready.rows("SELECT due_at, refresh_id FROM balance")
-    assert stored["due_at"] is None
-    assert stored["refresh_id"] is not None
+    [kept] = payready.rows("SELECT due_at, refresh_id FROM balance")
+    assert kept["due_at"] is None
+    assert kept["refresh_id"] is not None
     assert payready.state("pay_1") == "released"
 
 
-def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> tuple[str, Balance]:
-    """Return a REFRESH balance of now, with the id of its event."""
+def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> ReceivedBalance:
+    """A REFRESH balance of now, with the id of its event."""
     at = payready.clock.now.isoformat()
-    amounts = {"available": Decimal(100), "current": None, "limit": None}
-    record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **amounts}
-    return f"evt_{balance_id}", Balance.model_validate(record)
+    figures = {"available": Decimal(100), "current": None, "limit": None}
+    record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **figures}
+    return ReceivedBalance(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
 
 
-def test_concurrent_duplicate_webhooks_do_not_deadlock(
+def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     payready: InProcessSystem, databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two transactions lock one account each; neither waits for rows that the other has written."""
+    """Two processes lock one of its accounts each: neither may wait for rows that the other has written."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
-    received = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
+    came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, received)))
+        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, came)))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.lock_payments(tx, ["pay_a"])
+        payments.lock_known_payments(tx, ["pay_a"], [])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -124,53 +130,53 @@ def test_concurrent_duplicate_webhooks_do_not_deadlock(
     payready.run_tasks()
     assert [payready.state(f"pay_{name}") for name in "ab"] == ["released", "released"]
     assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]
-    assert "applied later" not in caplog.text
+    assert "balance.apply_postponed" not in caplog.text
 
 
-def test_balance_id_of_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
-    """It is stored once, and the outcomes match the stored row."""
+def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
+    """It is stored once: the outcomes of its payments must name a balance of the ledger."""
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
-    received = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.merge(flow.ingest_events(payready.rt, received))
+    came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
+    payready.queue.merge(flow.ingest_events(payready.rt, came))
     payready.run_tasks()
-    [stored] = payready.rows("SELECT account_id FROM balance")
+    [kept] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
-    assert released == [stored]
+    assert released == [kept]
 
 
 def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databases: Databases) -> None:
-    """Failing payments of a lost connection uses the same order, so no deadlock is possible."""
+    """The transaction that fails payments of a lost connection uses the same order: otherwise the two deadlock."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     jobs = [{"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in "21"]
-    initiate_batch(payready, *jobs)
-    again = Thread(target=initiate_batch, args=(payready, *jobs))
+    take_in(payready, *jobs)
+    again = Thread(target=take_in, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
-        payments.lock_payments(tx, ["pay_1"])
+        payments.lock_known_payments(tx, ["pay_1"], [])
         again.start()
         again.join(0.5)
         assert again.is_alive()
-        payments.lock_payments(tx, ["pay_2"])
+        payments.lock_known_payments(tx, ["pay_2"], [])
     again.join()
     payready.run_tasks()
     assert payready.provider.calls == ["acct_2", "acct_1"]
 
 
-def test_locked_account_does_not_delay_other_call_results(payready: InProcessSystem, databases: Databases) -> None:
-    """Its own result is recorded when the lock is released."""
+def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSystem, databases: Databases) -> None:
+    """It is booked when the account is free."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
-    initiate_batch(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
+    take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
     claims = flow.claim_calls(payready.rt, payready.queue.calls)
-    results = [flow.make_call(payready.rt, claim) for claim in claims.claims]
-    recording = Thread(target=flow.record_results, args=(payready.rt, results))
+    ends = [flow.make_call(payready.rt, claim) for claim in claims.claims]
+    booking = Thread(target=flow.record_results, args=(payready.rt, ends))
     with transaction(payready.engine) as tx:
         lock_accounts(tx, ["acct_0"])
-        recording.start()
+        booking.start()
         eventually(lambda: payready.fees("acct_1") == ["1 pending", "1 posted"])
         assert payready.fees("acct_0") == ["1 pending"]
-    recording.join()
+    booking.join()
     assert payready.fees("acct_0") == ["1 pending", "1 posted"]
     assert payready.refreshes("acct_0") == ["accepted"]

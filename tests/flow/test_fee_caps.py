@@ -53,7 +53,8 @@ def test_daily_cap_fails_payments_of_further_calls(payready: InProcessSystem, ca
     with counted(metrics.FEE_CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
         payready.run_tasks()
     assert refused == [1]
-    [event] = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    messages = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    [event] = [message for message in messages if message["event"] == "fee_cap.reached"]
     assert event["event"] == "fee_cap.reached"
     assert {name: event[name] for name in ("account_id", "cap", "used", "limit")} == {
         "account_id": A,

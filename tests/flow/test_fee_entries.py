@@ -467,7 +467,11 @@ def test_payment_pays_its_own_call_and_not_an_earlier_rejected_one(
     payready.initiate("p2", A, timeout_s=20)
     payready.run_tasks()
     payready.pass_time(20)
-    assert payready.outcome("p2") == {"payment_id": "p2", "reason": "timeout", "detail": "no balance came within 20 s"}
+    assert payready.outcome("p2") == {
+        "payment_id": "p2",
+        "reason": "timeout",
+        "detail": "no balance arrived within 20 s",
+    }
     assert share_of(payready, "p1") == 0
     assert share_of(payready, "p2") == Decimal("0.1")
 

@@ -1,6 +1,6 @@
-"""Fees and releases in random orders: the ledger matches the provider's bill, and no balance is released twice.
+"""Whatever happens: the ledger owes what the provider is owed, and no balance is released twice.
 
-On SQLite only: these tests vary the order of events. Other tests compare the databases.
+On SQLite only: what is tried here are orders of things; the databases are tried against each other elsewhere.
 """
 
 from collections import defaultdict
@@ -32,8 +32,8 @@ DEARER = START + timedelta(hours=12)
 RISING = f'{PRICES}[[price]]\nmode = "TEST"\nfrom = {DEARER:%Y-%m-%d}\nper_call = "0.123457"\n'
 ENDS: dict[str, Callable[[], int | CallFailed]] = {
     "accepted": lambda: 202,
-    "accepted, response lost": lambda: CallResultUnknown("timeout"),
-    "not accepted, response lost": lambda: CallResultUnknown("500", 500),
+    "accepted, answer lost": lambda: CallResultUnknown("timeout"),
+    "not accepted, answer lost": lambda: CallResultUnknown("500", 500),
     "unsent": lambda: CallNotSent("no connection"),
     "throttled": lambda: RateLimited("rate limit", None),
     "refused": lambda: CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
@@ -43,13 +43,13 @@ each_time = settings(max_examples=25, deadline=None, suppress_health_check=list(
 
 @dataclass
 class Truth:
-    """The provider's view: the calls that it accepted, and which of them still await a balance."""
+    """What the provider knows: the calls that it accepted, and which of them it still owes a balance."""
 
     accepted: list[tuple[str, datetime]] = field(default_factory=list)
     owed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
 
     def answers(self, payready: InProcessSystem, account: str, end: str) -> Callable[[], int | CallFailed]:
-        """Return a script entry that accepts or fails one call."""
+        """How the provider takes one call."""
 
         def take() -> int | CallFailed:
             if end.startswith("accepted"):
@@ -60,7 +60,7 @@ class Truth:
         return take
 
     def owes(self, account: str, now: datetime) -> bool:
-        """Return whether a balance may arrive. Calls older than the maximum balance delay are dropped."""
+        """Whether a balance may come; what is later than anyone takes it for is lost."""
         self.owed[account] = [
             called_at for called_at in self.owed[account] if now - called_at < attribution.MAX_BALANCE_DELAY
         ]
@@ -68,19 +68,19 @@ class Truth:
 
     @staticmethod
     def price(at: datetime) -> Decimal:
-        """Return the contract's price of a call made at this time."""
+        """What the contract says of a call made at this time."""
         return Decimal("0.123457") if at >= DEARER else Decimal("0.1")
 
 
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Databases:
-    """Create migrated temporary databases."""
+    """Migrated databases to throw away."""
     return Databases(tmp_path_factory.mktemp("cents"), None)
 
 
 @contextmanager
 def fresh(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
-    """Open an empty in-process system."""
+    """A payready with nothing in it."""
     with databases.create() as address, in_process_system(address, valkey_url) as made:
         yield made
 
@@ -90,26 +90,26 @@ steps = st.tuples(
     st.lists(st.sampled_from(list(ENDS)), min_size=1, max_size=3),
     st.sampled_from([0, 30]),  # the age that the payment allows
     st.sampled_from([0, 1, 20, 70]),  # seconds until a balance may come
-    st.booleans(),  # whether a balance arrives
+    st.booleans(),  # whether one does
     st.sampled_from([0, 5, 90, 4000, 40_000]),  # seconds until the next payment
 )
 
 
 TWICE: list[tuple[str, list[str], int, int, bool, int]] = [
-    ("acct_a", ["not accepted, response lost", "accepted"], 0, 0, True, 4000),
-    ("acct_a", ["accepted, response lost", "accepted, response lost"], 0, 70, True, 90),
+    ("acct_a", ["not accepted, answer lost", "accepted"], 0, 0, True, 4000),
+    ("acct_a", ["accepted, answer lost", "accepted, answer lost"], 0, 70, True, 90),
     ("acct_a", ["throttled"], 30, 70, True, 4000),
 ]
-"""A refresh with two calls and two balances. The second balance does not belong to the earlier call."""
+"""A refresh is called twice, and both calls bring a balance. The second one is not the answer to the call before."""
 
 
 @each_time
 @given(story=st.lists(steps, min_size=1, max_size=7))
 @example(story=TWICE)
-def test_posted_entries_equal_the_accepted_calls(
+def test_posted_entries_are_the_accepted_calls_at_the_price_in_force(
     databases: Databases, valkey_url: str, story: list[tuple[str, list[str], int, int, bool, int]]
 ) -> None:
-    """After each step no accepted call is missing, and the invoice resolves the pending ones exactly."""
+    """At every moment the shares add up; to the millionth once the invoice has resolved all calls."""
     truth = Truth()
     with fresh(databases, valkey_url) as payready:
         payready.rt.price_list = parse_price_list(RISING)
@@ -125,18 +125,18 @@ def test_posted_entries_equal_the_accepted_calls(
                 payready.run_tasks()
             _pass(payready, gap)
             _agree(payready, truth)
-        _resolve_by_invoice(payready, truth)
+        _settle_by_invoice(payready, truth)
 
 
 def _pass(payready: InProcessSystem, seconds: int) -> None:
-    """Advance the clock in four steps and run maintenance after each."""
+    """Advance the clock and run maintenance now and then."""
     for _ in range(4):
         payready.clock.advance(seconds / 4)
         payready.run_maintenance()
 
 
 def _agree(payready: InProcessSystem, truth: Truth) -> None:
-    """Assert that each accepted call is posted or pending, and each posted call was accepted."""
+    """Every accepted call is posted or openly pending; none is void, none is missing, none is posted without one."""
     with transaction(payready.engine) as tx:
         lines = fee_statement.statement_lines(tx, START, payready.clock.now + timedelta(seconds=1), "account")
     for line in lines:
@@ -145,14 +145,18 @@ def _agree(payready: InProcessSystem, truth: Truth) -> None:
     assert {account for account, _ in truth.accepted} <= {line.key for line in lines}
 
 
-def _resolve_by_invoice(payready: InProcessSystem, truth: Truth) -> None:
-    period = InvoicePeriod(datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), timedelta(seconds=1))
+def _settle_by_invoice(payready: InProcessSystem, truth: Truth) -> None:
+    period = InvoicePeriod(
+        since=datetime(2026, 11, 1, tzinfo=UTC), until=datetime(2026, 12, 1, tzinfo=UTC), tolerance=timedelta(seconds=1)
+    )
     charges = [
-        InvoiceLine(row, str(row), account, at, at, truth.price(at)) for row, (account, at) in enumerate(truth.accepted)
+        InvoiceLine(row=row, number=str(row), account_id=account, since=at, until=at, amount=truth.price(at))
+        for row, (account, at) in enumerate(truth.accepted)
     ]
     with transaction(payready.engine) as tx:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
-        invoices.apply_invoice(tx, found, InvoiceEvidence("i", "x", "2026-11", "USD"), payready.clock.now)
+        evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
+        invoices.apply_invoice(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
     assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0
@@ -174,10 +178,10 @@ events = st.one_of(
 
 @each_time
 @given(story=st.lists(events, min_size=4, max_size=25))
-def test_releases_never_exceed_the_balance_in_any_order(
+def test_no_order_of_releases_covers_more_than_the_balance(
     databases: Databases, valkey_url: str, story: list[tuple[str, Any, Any]]
 ) -> None:
-    """A balance covers every release on its account from its time to the last release by it."""
+    """All that was released on the account since a balance's time, up to the last release by it, is covered by it."""
     with fresh(databases, valkey_url) as payready:
         for number, (what, first, second) in enumerate(story):
             payready.clock.advance(0.001)
@@ -208,8 +212,10 @@ def _covered(payready: InProcessSystem) -> None:
         assert sum(Decimal(row["amount"]) for row in since) <= Decimal(own[0]["available"])
 
 
-def test_release_during_a_call_is_deducted_from_its_balance(databases: Databases, valkey_url: str) -> None:
-    """The balance's time may be that of its record; the bank may have read the amounts when the call was sent."""
+def test_a_release_while_the_call_was_under_way_is_deducted_from_its_balance(
+    databases: Databases, valkey_url: str
+) -> None:
+    """The balance's time may be that of its record; the bank may have been asked as early as the call went out."""
     with fresh(databases, valkey_url) as payready:
         payready.initiate("own", "acct_a", amount="80.00", max_balance_age_s=0)
         payready.run_tasks()
@@ -221,7 +227,7 @@ def test_release_during_a_call_is_deducted_from_its_balance(databases: Databases
         payready.clock.advance(20)
         payready.balance("acct_a", "100.00")
         payready.run_tasks()
-        assert payready.outcome("own")["detail"] == "80.00 USD needed, 20.00 USD there"
+        assert payready.outcome("own")["detail"] == "needed 80.00 USD, available 20.00 USD"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -230,29 +236,27 @@ numbers = st.one_of(
     st.sampled_from(["1e-7", "314.15", "9007199254740993", "-0", "1E+2", "0.1000000000000000055511151231257827"]),
     st.integers(-(10**29), 10**29).map(str),
     st.decimals(-(10**15), 10**15, places=9).map(lambda figure: f"{figure:f}"),
-    st.floats(-1e25, 1e25)
-    .filter(lambda figure: abs(figure) > 1e-30)
-    .map(repr),  # smaller numbers have too many decimal places and are quarantined
+    st.floats(-1e25, 1e25).filter(lambda figure: abs(figure) > 1e-30).map(repr),  # less has too many places: set aside
 )
 
 
 @each_time
 @given(figures=st.tuples(numbers, numbers, numbers))
-def test_amount_keeps_every_digit_from_webhook_to_outcome(
+def test_a_figure_comes_out_as_the_provider_wrote_it(
     databases: Databases, valkey_url: str, figures: tuple[str, str, str]
 ) -> None:
-    """Any JSON number passes the parser, the ledger and the funds check, and is never a float."""
+    """Any JSON number, through the webhook's reader, the ledger and the verdict, to the outcome: never a float."""
     names = ("available", "current", "limit")
     cells = ", ".join(f'"{name}": {figure}' for name, figure in zip(names, figures, strict=True))
     record = (
         f'{{"id": "bal_1", "accountId": "acct_a", "at": "{START:%Y-%m-%dT%H:%M:%SZ}", "source": "REFRESH", {cells}}}'
     )
     body = f'{{"events": [{{"id": "evt_1", "type": "balance.created", "record": {record}}}]}}'
-    [(_, balance)] = parse(body.encode(), START).balances
+    balances = parse(body.encode(), START).balances
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.run_tasks()
-        payready.queue.merge(flow.ingest_events(payready.rt, [("evt_1", balance)], []))
+        payready.queue.merge(flow.ingest_events(payready.rt, balances))
         payready.run_tasks()
         sheet = payready.outcome("p1")["balance"]
     assert [Decimal(sheet[name]) for name in names] == [Decimal(figure) for figure in figures]

@@ -1,4 +1,4 @@
-"""Invariant 7: amounts are exact and never floats; times are aware and passed as arguments."""
+"""Invariant 7: money is exact and never a float; time is aware, and comes in from the edges."""
 
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -15,25 +15,25 @@ from worker.ledger.engine import transaction
 from worker.rules.job import parse_job
 
 A = "acct_money"
-amounts = st.decimals(min_value=Decimal("-1e15"), max_value=Decimal("1e15"), places=6)
+figures = st.decimals(min_value=Decimal("-1e15"), max_value=Decimal("1e15"), places=6)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(available=st.none() | amounts, current=st.none() | amounts, limit=st.none() | amounts)
-def test_amounts_survive_a_round_trip_through_the_ledger(
+@given(available=st.none() | figures, current=st.none() | figures, limit=st.none() | figures)
+def test_figures_come_back_from_the_ledger_as_they_went_in(
     payready: InProcessSystem, available: Decimal | None, current: Decimal | None, limit: Decimal | None
 ) -> None:
-    """Each digit is kept in both databases."""
+    """To the digit, in both databases, as decimals."""
     account = f"acct_{next(payready._numbers)}"
     payready.balance(account, None if available is None else format(available, "f"), current=current, limit=limit)
     payready.run_tasks()
     payready.initiate(f"p_{account}", account)
     payready.run_tasks()
-    balance = payready.outcome(f"p_{account}")["balance"]
-    returned = {
-        name: None if balance[name] is None else Decimal(balance[name]) for name in ("available", "current", "limit")
+    sheet = payready.outcome(f"p_{account}")["balance"]
+    amounts = {
+        name: None if sheet[name] is None else Decimal(sheet[name]) for name in ("available", "current", "limit")
     }
-    assert returned == {"available": available, "current": current, "limit": limit}
+    assert amounts == {"available": available, "current": current, "limit": limit}
 
 
 def _floats(value: Any) -> list[float]:
@@ -42,8 +42,8 @@ def _floats(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def test_outcome_has_no_float(payready: InProcessSystem) -> None:
-    """Amounts are text, so no reader parses them as floats."""
+def test_no_float_is_in_an_outcome(payready: InProcessSystem) -> None:
+    """Amounts are text: no reader can take them for floats."""
     payready.initiate("p1", A, amount="0.10", buffer={"multiplier": "1.1", "fixed": "0.01"})
     payready.run_tasks()
     payready.balance(A, "0.12")
@@ -53,15 +53,16 @@ def test_outcome_has_no_float(payready: InProcessSystem) -> None:
     assert {type(share) for share in payready.outcome("p1")["fee"].values()} == {str}
 
 
-def test_ledger_rejects_a_time_without_a_zone(payready: InProcessSystem) -> None:
-    """It raises before any write."""
+def test_a_time_without_a_zone_does_not_reach_the_ledger(payready: InProcessSystem) -> None:
+    """It is refused before anything is written."""
     job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
-    with pytest.raises((StatementError, ValueError), match="without a zone"), transaction(payready.engine) as tx:
-        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - the test needs a naive time
+    with pytest.raises((StatementError, ValueError), match="without a time zone"), transaction(payready.engine) as tx:
+        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - that is the point
     assert payready.rows("SELECT * FROM payment") == []
 
 
-def test_balance_time_with_an_offset_is_the_same_instant(payready: InProcessSystem) -> None:
+def test_a_time_in_another_zone_is_the_same_time(payready: InProcessSystem) -> None:
+    """What the provider writes with an offset is compared as what it is."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A, at=f"{START.replace(tzinfo=None) + timedelta(hours=5):%Y-%m-%dT%H:%M:%S}+05:00")
@@ -69,8 +70,8 @@ def test_balance_time_with_an_offset_is_the_same_instant(payready: InProcessSyst
     assert payready.outcome("p1")["balance"]["at"] == "2026-11-22T12:00:00Z"
 
 
-def test_maintenance_is_idempotent_at_one_instant(payready: InProcessSystem) -> None:
-    """The clock is an argument."""
+def test_nothing_moves_while_the_clock_stands_still(payready: InProcessSystem) -> None:
+    """The clock is an argument: repeated maintenance at one instant changes nothing."""
     payready.provider.script[A] = [202]
     payready.initiate("p1", A, timeout_s=1)
     payready.run_tasks()
@@ -82,8 +83,8 @@ def test_maintenance_is_idempotent_at_one_instant(payready: InProcessSystem) -> 
 # --- funds, across payments -------------------------------------------------------------------------------------------
 
 
-def test_balance_of_100_covers_one_of_two_payments_of_80(payready: InProcessSystem) -> None:
-    """The earlier payment is released; the outcome of the other one has the remaining funds."""
+def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred(payready: InProcessSystem) -> None:
+    """The first one is released; the other fails with the available funds in its detail."""
     payready.initiate("p1", A, amount="80.00")
     payready.clock.advance(0.5)
     payready.initiate("p2", A, amount="80.00")
@@ -92,11 +93,11 @@ def test_balance_of_100_covers_one_of_two_payments_of_80(payready: InProcessSyst
     payready.run_tasks()
     assert payready.state("p1") == "released"
     assert payready.outcome("p2")["reason"] == "insufficient_funds"
-    assert payready.outcome("p2")["detail"] == "80.00 USD needed, 20.00 USD there"
+    assert payready.outcome("p2")["detail"] == "needed 80.00 USD, available 20.00 USD"
 
 
-def test_release_reduces_the_funds_of_later_payments(payready: InProcessSystem) -> None:
-    """They reuse the same balance within its maximum age."""
+def test_what_was_released_on_a_balance_is_gone_for_who_comes_later(payready: InProcessSystem) -> None:
+    """The same balance, used again within its age."""
     payready.initiate("p1", A, amount="80.00")
     payready.run_tasks()
     payready.balance(A, "100.00")
@@ -109,8 +110,8 @@ def test_release_reduces_the_funds_of_later_payments(payready: InProcessSystem) 
     assert payready.provider.calls == [A]
 
 
-def test_newer_balance_already_includes_earlier_releases(payready: InProcessSystem) -> None:
-    """A release long before the balance's time is not deducted again."""
+def test_a_younger_balance_shows_what_was_released_before_it(payready: InProcessSystem) -> None:
+    """What was released long before the balance's time is in its figures already, and is not deducted again."""
     payready.initiate("p1", A, amount="80.00")
     payready.run_tasks()
     payready.balance(A, "100.00")
@@ -123,7 +124,8 @@ def test_newer_balance_already_includes_earlier_releases(payready: InProcessSyst
     assert payready.state("p2") == "released"
 
 
-def test_unchecked_release_reduces_the_funds_only_by_a_known_amount(payready: InProcessSystem) -> None:
+def test_payments_without_a_check_take_nothing_and_others_see_no_less(payready: InProcessSystem) -> None:
+    """Without an amount nothing is known to be gone."""
     payready.initiate("p1", A)
     payready.clock.advance(0.1)
     payready.initiate("p2", A, amount="90.00", funds_check="disabled")
@@ -139,10 +141,10 @@ def test_unchecked_release_reduces_the_funds_only_by_a_known_amount(payready: In
 @pytest.mark.parametrize(
     ("check", "expected"), [("required", "funds_unknown"), ("enabled", "released"), (None, "funds_unknown")]
 )
-def test_unknown_balance_is_neither_zero_nor_sufficient(
+def test_an_unknown_balance_is_not_zero_and_not_enough(
     payready: InProcessSystem, check: str | None, expected: str
 ) -> None:
-    """`current` does not replace `available`; the verdict is `unchecked`."""
+    """`current` does not replace it; `unchecked` is a verdict of its own."""
     payready.initiate("p1", A, amount="1.00", **({} if check is None else {"funds_check": check}))
     payready.run_tasks()
     payready.balance(A, None, current=Decimal(1000), limit=Decimal(1000))

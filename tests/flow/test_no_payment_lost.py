@@ -1,4 +1,4 @@
-"""Invariant 2: no payment is forgotten, and after a Redis flush no account in flight is billed again."""
+"""Invariant 2: no payment is forgotten, and Redis may be emptied: no account in flight is charged again."""
 
 from decimal import Decimal
 
@@ -9,14 +9,14 @@ from worker import flow
 from worker.errors import CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
 from worker.ledger import quarantine
 from worker.ledger.engine import transaction
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import Balance, ReceivedBalance, UnparsedEvent
 
 A = "acct_kept"
-STEPS = ("before the job", "after the job", "after the call", "after the event", "after the resolution")
+STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
 
 
-def test_payment_expires_at_its_deadline(payready: InProcessSystem) -> None:
-    """Without a balance the reason is `timeout`, in the second of the deadline."""
+def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSystem) -> None:
+    """Nothing came: `timeout`, in the second of the deadline."""
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
     payready.pass_time(19)
@@ -25,41 +25,41 @@ def test_payment_expires_at_its_deadline(payready: InProcessSystem) -> None:
     assert payready.outcome("p1") == {
         "payment_id": "p1",
         "reason": "timeout",
-        "detail": "no balance came within 20 s",
+        "detail": "no balance arrived within 20 s",
     }
 
 
-def test_expiry_without_a_call_states_it(payready: InProcessSystem) -> None:
-    """The detail does not name the provider as the cause."""
+def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
+    """When no worker made the call, the provider is not blamed."""
     payready.initiate("p1", A, timeout_s=5)
     payready.drop_tasks()
     payready.clock.advance(5)
     payready.run_maintenance()
-    assert payready.outcome("p1")["detail"] == "no balance came within 5 s, and no call was made"
+    assert payready.outcome("p1")["detail"] == "no balance arrived within 5 s, and no call was made"
     assert payready.payment("p1")["refresh_id"] is None
 
 
 @pytest.mark.parametrize(
-    ("error", "detail"),
+    ("trouble", "detail"),
     [
         (CallNotSent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
         (RateLimited("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
-        (CallResultUnknown("HTTP 500", 500), "HTTP 500"),
+        (CallResultUnknown("the provider answered 500", 500), "the provider answered 500"),
     ],
 )
-def test_expiry_after_a_failed_call_has_its_error(
-    payready: InProcessSystem, error: CallNotSent | RateLimited | CallResultUnknown, detail: str
+def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
+    payready: InProcessSystem, trouble: CallNotSent | RateLimited | CallResultUnknown, detail: str
 ) -> None:
-    """The reason is `provider_unavailable`, with the last call's error."""
-    payready.provider.script[A] = [error] * 20
+    """`provider_unavailable`, with what the last call met with."""
+    payready.provider.script[A] = [trouble] * 20
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
     payready.pass_time(10)
     assert payready.outcome("p1") == {"payment_id": "p1", "reason": "provider_unavailable", "detail": detail}
 
 
-def test_expiry_after_a_too_old_balance_is_a_timeout(payready: InProcessSystem) -> None:
-    """The call succeeded, so the provider is not the cause, and the payment pays no share of it."""
+def test_balance_too_old_for_the_payment_does_not_release_it(payready: InProcessSystem) -> None:
+    """The call that came back is not the provider's trouble, and nothing of its fee falls to the payment."""
     payready.initiate("p1", A, timeout_s=5)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -76,8 +76,10 @@ def test_expiry_after_a_too_old_balance_is_a_timeout(payready: InProcessSystem) 
 
 
 @pytest.mark.parametrize("when", STEPS)
-def test_redis_flush_at_any_step_loses_no_payment_and_repeats_no_call(payready: InProcessSystem, when: str) -> None:
-    """The broker's queue is lost too. One call releases the payments."""
+def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
+    payready: InProcessSystem, when: str
+) -> None:
+    """All that was enqueued is gone as well: the payment is released, by one call."""
 
     def at(step: str) -> None:
         if step == when:
@@ -89,17 +91,17 @@ def test_redis_flush_at_any_step_loses_no_payment_and_repeats_no_call(payready: 
     at("before the job")
     payready.initiate("p1", A, amount="25.00", timeout_s=120)
     at("after the job")
-    payready.pass_time(6)  # maintenance enqueues the call again if it was lost
+    payready.pass_time(6)  # maintenance would enqueue a lost call
     assert payready.provider.calls == [A]
     at("after the call")
     payready.initiate("p2", A, amount="25.00", timeout_s=120)
     payready.run_tasks()
     payready.pass_time(6)
-    assert payready.provider.calls == [A], "the account was called again while in flight"
+    assert payready.provider.calls == [A], "the account is in flight, and was charged again"
     payready.balance(A)
     at("after the event")
     payready.pass_time(6)
-    at("after the resolution")
+    at("after the end")
     payready.pass_time(15)
     assert payready.outcome("p1")["state"] == "released"
     assert payready.outcome("p2")["state"] == "released"
@@ -107,8 +109,8 @@ def test_redis_flush_at_any_step_loses_no_payment_and_repeats_no_call(payready: 
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_claim_after_a_redis_flush_restores_the_refresh_in_flight(payready: InProcessSystem) -> None:
-    """The ledger rejects a second call and restores the correlation store."""
+def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payready: InProcessSystem) -> None:
+    """The ledger refuses a second call, and the correlation store is rebuilt from it."""
     first = payready.initiate("p1", A)
     payready.run_tasks()
     payready.flush()
@@ -122,8 +124,8 @@ def test_claim_after_a_redis_flush_restores_the_refresh_in_flight(payready: InPr
     assert third.follow_up.calls == []
 
 
-def test_call_succeeds_while_redis_is_unavailable(payready: InProcessSystem) -> None:
-    """The call is made, recorded and answered without Redis."""
+def test_redis_away_while_a_call_is_made_costs_speed_only(payready: InProcessSystem) -> None:
+    """The call is made, booked, and answered without it."""
     payready.initiate("p1", A)
     with payready.redis_unavailable():
         payready.run_tasks()
@@ -133,8 +135,8 @@ def test_call_succeeds_while_redis_is_unavailable(payready: InProcessSystem) -> 
     assert payready.state("p1") == "released"
 
 
-def test_sweep_applies_a_balance_whose_message_was_lost(payready: InProcessSystem) -> None:
-    """A stored balance is due until it is applied."""
+def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: InProcessSystem) -> None:
+    """A kept balance is due until it was applied."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A, later=True)
@@ -145,8 +147,8 @@ def test_sweep_applies_a_balance_whose_message_was_lost(payready: InProcessSyste
     assert payready.state("p1") == "released"
 
 
-def test_sweep_applies_an_applied_balance_to_a_newer_payment(payready: InProcessSystem) -> None:
-    """The balance was applied to other payments before; its message for this payment was lost."""
+def test_a_payment_that_found_a_balance_is_released_though_its_application_was_lost(payready: InProcessSystem) -> None:
+    """The balance was applied before to other payments; maintenance applies it to later ones."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -159,8 +161,8 @@ def test_sweep_applies_an_applied_balance_to_a_newer_payment(payready: InProcess
     assert payready.provider.calls == [A]
 
 
-def test_lost_call_after_an_earlier_rejection_is_made(payready: InProcessSystem) -> None:
-    """A rejected call of another payment serves no later payment."""
+def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProcessSystem) -> None:
+    """A rejection of another payment's call does not affect later payments."""
     payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -172,10 +174,10 @@ def test_lost_call_after_an_earlier_rejection_is_made(payready: InProcessSystem)
     assert payready.provider.calls == [A, A]
 
 
-def test_next_call_after_a_rejection_does_not_wait_for_its_window(
+def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_ones_window(
     payready: InProcessSystem,
 ) -> None:
-    """The rejected refresh blocked the next call only while it was in flight."""
+    """The next call was queued behind the rejected one, and is made now."""
     payready.initiate("p1", A)
     payready.provider.script[A] = [lambda: _join_late(payready), 202]
     payready.run_tasks()
@@ -188,15 +190,15 @@ def test_next_call_after_a_rejection_does_not_wait_for_its_window(
 
 
 def _join_late(payready: InProcessSystem) -> CallRejected:
-    """Start a payment during the call that the call cannot serve."""
+    """While the call is on the wire a payment comes that it cannot serve."""
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.run_tasks()
     return CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")
 
 
-def test_maintenance_enqueues_a_lost_call_once(payready: InProcessSystem) -> None:
-    """The broker lost the message; the call is enqueued again within seconds."""
+def test_maintenance_makes_a_lost_call(payready: InProcessSystem) -> None:
+    """The message to call was lost with the broker: within seconds it is enqueued again, and once only."""
     payready.initiate("p1", A)
     payready.drop_tasks()
     payready.pass_time(4)
@@ -207,10 +209,10 @@ def test_maintenance_enqueues_a_lost_call_once(payready: InProcessSystem) -> Non
     assert payready.provider.calls == [A]
 
 
-def test_call_of_a_lost_worker_stays_pending_and_is_retried_once(
+def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_is_tried(
     payready: InProcessSystem,
 ) -> None:
-    """The result is unknown, so the retry follows after the grace period."""
+    """The result of the call is unknown: its fee entry stays pending, and one more call follows a grace period."""
 
     def die() -> int:
         raise KeyboardInterrupt
@@ -229,8 +231,8 @@ def test_call_of_a_lost_worker_stays_pending_and_is_retried_once(
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"]
 
 
-def test_expiry_reports_more_than_one_batch(payready: InProcessSystem) -> None:
-    """`has_more` requests another run."""
+def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -> None:
+    """More than a batch: `more` says that the step is to be repeated."""
     count = flow.MAINTENANCE_BATCH_SIZE + 3
     for number in range(count):
         payready.initiate(f"p{number}", f"acct_{number}", timeout_s=1)
@@ -244,14 +246,15 @@ def test_expiry_reports_more_than_one_batch(payready: InProcessSystem) -> None:
     assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
 
 
-def test_requeued_quarantined_event_releases_a_waiting_payment(payready: InProcessSystem) -> None:
-    """It counts as of its arrival. Other events stay in quarantine."""
+def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: InProcessSystem) -> None:
+    """A requeued event counts from its arrival and releases waiting payments; other events stay quarantined."""
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.run_tasks()
     payready.clock.advance(3)
-    flow.ingest_events(payready.rt, [], [(b"{}", "of an older version"), (b"[]", "another")])
+    unparsed = [UnparsedEvent(raw=b"{}", reason="of an older version"), UnparsedEvent(raw=b"[]", reason="another")]
+    flow.ingest_events(payready.rt, [], unparsed)
     with transaction(payready.engine) as tx:
-        [quarantined] = [row for row in quarantine.newest_events(tx, 10) if row.event == b"{}"]
+        [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
     balance = Balance.model_validate(
         {
             "id": "bal_1",
@@ -264,7 +267,9 @@ def test_requeued_quarantined_event_releases_a_waiting_payment(payready: InProce
         }
     )
     payready.clock.advance(30)
-    payready.queue.merge(flow.requeue_from_quarantine(payready.rt, quarantined, [("evt_1", balance)]))
+    payready.queue.merge(
+        flow.requeue_from_quarantine(payready.rt, kept, [ReceivedBalance(event_id="evt_1", balance=balance)])
+    )
     payready.run_tasks()
     assert payready.state("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

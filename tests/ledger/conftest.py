@@ -1,4 +1,4 @@
-"""Fixtures of the ledger tests, on each database."""
+"""Fixtures of the ledger tests: an empty ledger on each database."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from worker.ledger.engine import Engine, open_engine
 
 @pytest.fixture
 def engine(databases: Databases) -> Iterator[Engine]:
-    """Create an empty ledger."""
+    """Open an empty ledger."""
     with databases.create() as address:
-        ledger_engine = open_engine(address)
-        yield ledger_engine
-        ledger_engine.dispose()
+        engine = open_engine(address)
+        yield engine
+        engine.dispose()

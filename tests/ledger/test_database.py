@@ -1,4 +1,4 @@
-"""Ledger connections, bulk statements, types and locks."""
+"""Connections, locks and bulk statements on both databases."""
 
 import threading
 from datetime import datetime, timedelta, timezone
@@ -28,40 +28,40 @@ from worker.quiltt.messages import MAX_AMOUNT_DECIMAL_PLACES, Balance
 from worker.rules.job import parse_job
 
 zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
-moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - hypothesis adds the zones
+moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
 JOB = parse_job({"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, currency="USD")
 
 
-@pytest.mark.parametrize("odd", ["", "\x00 \ud800"], ids=["plain", "invalid as PostgreSQL JSON"])
-def test_bulk_update_changes_only_rows_in_the_expected_state(engine: Engine, odd: str) -> None:
-    """It skips rows in another state and missing rows, and stores values of every type unchanged."""
+@pytest.mark.parametrize("content", ["", "\x00 \ud800"], ids=["plain", "not convertible from JSON"])
+def test_bulk_update_changes_rows_with_expected_old_values(engine: Engine, content: str) -> None:
+    """Other rows stay as they are, missing rows are ignored, and values of every type are stored exactly."""
     names = ["p1", "p2", "p3"]
     jobs = [JOB.model_copy(update={"payment_id": name, "amount": Decimal("0.10")}) for name in names]
     with transaction(engine) as tx:
         payments.insert_payments(tx, jobs, START)
-        expected = {
+        values = {
             "was_state": "waiting",
             "state": "released",
-            "outcome": {"odd": odd, "more": [1.5, None]},
+            "outcome": {"content": content, "more": [1.5, None]},
             "reused": True,
         }
         new = {"resolved_at": START, "amount": Decimal("0.30"), "reason": None}
-        wrong = {**expected, "was_state": "failed"}
+        wrong = {**values, "was_state": "failed"}
         rows = [
             {"payment_id": "p3", **wrong, **new},
-            {"payment_id": "p9", **expected, **new},
-            {"payment_id": "p1", **expected, **new},
+            {"payment_id": "p9", **values, **new},
+            {"payment_id": "p1", **values, **new},
         ]
         bulk_update(tx, PAYMENT, rows, key="payment_id")
     with transaction(engine) as tx:
         found = {row.payment_id: row for row in tx.execute(select(PAYMENT))}
         assert [found[name].state for name in names] == ["released", "waiting", "waiting"]
-        assert found["p1"].outcome == expected["outcome"]
+        assert found["p1"].outcome == values["outcome"]
         assert (found["p1"].resolved_at, str(found["p1"].amount), found["p1"].reused) == (START, "0.30", True)
         bulk_update(tx, PAYMENT, [], key="payment_id")
 
 
-def test_exception_rolls_back_the_transaction(engine: Engine) -> None:
+def test_exception_rolls_back_transaction(engine: Engine) -> None:
 
     def fail_half_way() -> None:
         with transaction(engine) as tx:
@@ -74,8 +74,8 @@ def test_exception_rolls_back_the_transaction(engine: Engine) -> None:
         assert payments.lock_waiting(tx, ["p1"]) == []
 
 
-def test_outdated_schema_counts_as_unavailable_and_names_the_fix(engine: Engine) -> None:
-    """Jobs and webhook deliveries before the migration are retried after it, on either database."""
+def test_not_migrated_database_is_unavailable(engine: Engine) -> None:
+    """So jobs and deliveries that arrive before the migration are retried after it. The error names the role."""
     for statement in (
         "SELECT * FROM table_to_come",
         "SELECT column_to_come FROM payment",
@@ -85,8 +85,8 @@ def test_outdated_schema_counts_as_unavailable_and_names_the_fix(engine: Engine)
             tx.execute(text(statement))
 
 
-def test_bulk_insert_returns_only_new_keys(engine: Engine) -> None:
-    """A duplicate may be in the table or in the same statement."""
+def test_bulk_insert_returns_keys_of_new_rows_only(engine: Engine) -> None:
+    """Also if a row is repeated within the statement."""
     row = {"event": b"{}", "reason": "x", "received_at": START}
     rows = [{"quarantine_id": key, **row} for key in ("a", "b", "a")]
     with transaction(engine) as tx:
@@ -95,8 +95,8 @@ def test_bulk_insert_returns_only_new_keys(engine: Engine) -> None:
         assert len(tx.execute(select(QUARANTINE)).all()) == 3
 
 
-def test_job_survives_a_round_trip(engine: Engine) -> None:
-    """This includes characters that databases reject in text."""
+def test_job_is_stored_exactly(engine: Engine) -> None:
+    """Also texts with NUL and lone surrogates."""
     with transaction(engine) as tx:
         payments.insert_payments(tx, [JOB], START)
         [waiting] = payments.lock_waiting(tx, ["p1"])
@@ -111,8 +111,8 @@ def test_job_survives_a_round_trip(engine: Engine) -> None:
         allow_nan=False, allow_infinity=False, min_value=Decimal("-1e29"), max_value=Decimal("1e29")
     ).filter(lambda amount: -int(amount.as_tuple().exponent) <= MAX_AMOUNT_DECIMAL_PLACES),
 )
-def test_times_and_amounts_survive_a_round_trip(engine: Engine, at: datetime, amount: Decimal) -> None:
-    """Microseconds, digits and the instant in any zone are kept."""
+def test_times_and_amounts_are_stored_exactly(engine: Engine, at: datetime, amount: Decimal) -> None:
+    """To the microsecond in any time zone, and to the last digit."""
     record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
     balance = Balance.model_validate({**record, "available": amount, "current": None, "limit": Decimal(0)})
     with engine.connect() as tx:
@@ -123,8 +123,8 @@ def test_times_and_amounts_survive_a_round_trip(engine: Engine, at: datetime, am
         tx.rollback()
 
 
-def test_second_transaction_waits_for_the_account_lock(engine: Engine) -> None:
-    """It sees the rows that the first transaction wrote."""
+def test_lock_accounts_waits_for_other_transaction(engine: Engine) -> None:
+    """The second transaction sees the writes of the first."""
     order: list[str] = []
     locked = threading.Event()
 
@@ -147,8 +147,7 @@ def test_second_transaction_waits_for_the_account_lock(engine: Engine) -> None:
     assert order == ["first", "second"]
 
 
-def test_unavailable_database_raises_database_unavailable() -> None:
-    """Callers retry this error."""
+def test_unreachable_database_raises_database_unavailable() -> None:
     for url in ("postgresql://payready@127.0.0.1:1/x", "sqlite:////nowhere/at/all.db"):
         engine = open_engine(url)
         with pytest.raises(DATABASE_UNAVAILABLE):
@@ -156,8 +155,8 @@ def test_unavailable_database_raises_database_unavailable() -> None:
         engine.dispose()
 
 
-def test_connection_settings_are_durable_and_do_not_block_readers(engine: Engine) -> None:
-    """SQLite uses WAL, full synchronous and foreign keys; PostgreSQL uses read committed."""
+def test_durability_settings_of_both_databases(engine: Engine) -> None:
+    """SQLite has WAL, so that writers do not block readers, full synchronisation, and foreign keys."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             pragmas = [
@@ -169,8 +168,8 @@ def test_connection_settings_are_durable_and_do_not_block_readers(engine: Engine
             assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
 
 
-def test_amount_columns_are_never_floats(engine: Engine) -> None:
-    """SQLite's numbers are floats, so amounts are text there and NUMERIC elsewhere."""
+def test_amounts_are_never_floats(engine: Engine) -> None:
+    """They are text on SQLite, whose numbers are floats, and NUMERIC on PostgreSQL."""
     types = {column.name: str(column.type.dialect_impl(engine.dialect)) for column in BALANCE.c}
     assert "FLOAT" not in str(types).upper()
     with engine.connect() as tx:
@@ -184,27 +183,29 @@ def test_amount_columns_are_never_floats(engine: Engine) -> None:
         tx.rollback()
 
 
-def test_pool_replaces_an_idle_connection_that_the_server_closed(
+def test_idle_connection_closed_by_server_is_replaced(
     postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(postgres_server.database())
-    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> :me"
-    with engine.connect() as one:
+    others = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> :own_pid"
+    )
+    with engine.connect() as first:
         ping(engine)  # on a second connection
-        me = one.scalar(text("SELECT pg_backend_pid()"))
-        assert one.execute(text(others), {"me": me}).scalars().all() == [True]
+        own_pid = first.scalar(text("SELECT pg_backend_pid()"))
+        assert first.execute(text(others), {"own_pid": own_pid}).scalars().all() == [True]
     monkeypatch.setattr("worker.ledger.engine.PING_AFTER_IDLE_S", 0)
     with engine.connect(), engine.connect() as other:
         assert other.scalar(text("SELECT 1")) == 1
     engine.dispose()
 
 
-def test_read_only_allows_every_plan_and_transaction_forces_index_plans(postgres_server: Postgres) -> None:
-    """Both use one connection, so a report's setting ends with the report."""
+def test_read_only_enables_all_plans_for_its_own_transaction_only(postgres_server: Postgres) -> None:
+    """With one connection for all: the setting ends with the transaction."""
     engine = open_engine(postgres_server.database(), connections=1)
     try:
-        for begin, allowed in ((transaction, "off"), (read_only, "on"), (transaction, "off")):
-            with begin(engine) as tx:
-                assert [tx.scalar(text(f"SHOW {name}")) for name in _DISABLED_PLANS] == [allowed] * len(_DISABLED_PLANS)
+        for open_transaction, setting in ((transaction, "off"), (read_only, "on"), (transaction, "off")):
+            with open_transaction(engine) as tx:
+                assert [tx.scalar(text(f"SHOW {name}")) for name in _DISABLED_PLANS] == [setting] * len(_DISABLED_PLANS)
     finally:
         engine.dispose()

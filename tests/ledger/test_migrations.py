@@ -1,4 +1,4 @@
-"""The migrations create the declared tables and can be downgraded."""
+"""Migrations create the declared tables, and can be reversed."""
 
 import subprocess
 import sys
@@ -36,21 +36,21 @@ def _indexes(database_url: str) -> list[str]:
     return found
 
 
-def test_migrations_create_the_declared_tables(empty: str) -> None:
-    """Alembic finds no difference, and every index has its declared condition."""
+def test_migrations_create_declared_tables_and_indexes(empty: str) -> None:
+    """Alembic finds no difference, and every index has the declared condition."""
     alembic(empty, "upgrade", "head")
     assert differences(empty) == []
-    made_by_migrations = _indexes(empty)
+    migrated_indexes = _indexes(empty)
     engine = open_engine(empty)
     with engine.begin() as tx:
         PAYMENT.metadata.drop_all(tx)
         PAYMENT.metadata.create_all(tx)
     engine.dispose()
-    assert made_by_migrations == _indexes(empty)
-    assert len(made_by_migrations) >= 14
+    assert migrated_indexes == _indexes(empty)
+    assert len(migrated_indexes) >= 14
 
 
-def test_comparison_finds_a_missing_column_and_index(empty: str) -> None:
+def test_comparison_finds_missing_index_and_column(empty: str) -> None:
     alembic(empty, "upgrade", "head")
     engine = open_engine(empty)
     with engine.begin() as tx:
@@ -60,15 +60,14 @@ def test_comparison_finds_a_missing_column_and_index(empty: str) -> None:
     assert {difference[0] for difference in differences(empty)} == {"add_index", "add_column"}
 
 
-def test_make_check_of_migrations_passes() -> None:
-    """The command is `python -m tests.migrations_in_step`."""
-    process = subprocess.run(
+def test_migration_check_of_make_succeeds() -> None:
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.migrations_in_step"], cwd=ROOT, capture_output=True, check=False, timeout=60
     )
-    assert (process.returncode, process.stderr) == (0, b"")
+    assert (completed.returncode, completed.stderr) == (0, b"")
 
 
-def test_migrations_can_be_downgraded_and_repeated(empty: str) -> None:
+def test_migrations_can_be_reversed_and_repeated(empty: str) -> None:
     """A second upgrade changes nothing."""
     for command in (("upgrade", "head"), ("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
         alembic(empty, *command)

@@ -1,4 +1,4 @@
-"""Payments in the ledger: a resolved payment never changes."""
+"""Payments and their outcome deliveries: a resolution is final, and a delivery is claimed once."""
 
 from datetime import timedelta
 
@@ -7,6 +7,7 @@ import pytest
 from tests.support.in_process import START
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Engine, Tx, transaction
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import parse_job
@@ -14,19 +15,26 @@ from worker.rules.states import PaymentState
 
 
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
-    """Insert a waiting payment with one outcome delivery."""
+    """Insert a waiting payment with one task."""
     job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
-    assert payments.insert_payments(tx, [job], START + timedelta(seconds=seconds)) == {payment_id}
-    outcome_deliveries.register_deliveries(tx, [(payment_id, {"id": f"task_{payment_id}"})], due_at=None)
+    assert set(payments.insert_payments(tx, [job], START + timedelta(seconds=seconds))) == {payment_id}
+    register(tx, payment_id, f"task_{payment_id}")
+
+
+def register(tx: Tx, payment_id: str, task_id: str) -> None:
+    """Register a task for the outcome of a waiting payment."""
+    task = NewDelivery(payment_id=payment_id, continuation={"id": task_id}, due_at=None)
+    outcome_deliveries.register_deliveries(tx, [task])
 
 
 def resolution(payment_id: str, state: PaymentState) -> Resolution:
     """Return a resolution with this state."""
-    return Resolution(payment_id, state, {"payment_id": payment_id, "state": state.value}, START)
+    outcome = {"payment_id": payment_id, "state": state.value}
+    return Resolution(payment_id=payment_id, state=state, outcome=outcome, resolved_at=START)
 
 
-def test_first_resolution_is_final(engine: Engine) -> None:
-    """The update is conditional, so a second one changes nothing even without a row lock."""
+def test_second_resolution_changes_nothing(engine: Engine) -> None:
+    """The update is conditional on the state, so it is safe even without a row lock."""
     with transaction(engine) as tx:
         record(tx, "p1")
         payments.resolve(tx, [resolution("p1", PaymentState.RELEASED)])
@@ -35,17 +43,17 @@ def test_first_resolution_is_final(engine: Engine) -> None:
     assert (due.state, due.outcome["state"]) == (PaymentState.RELEASED, "released")
 
 
-def test_insert_skips_a_known_payment(engine: Engine) -> None:
+def test_payment_is_inserted_once(engine: Engine) -> None:
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
     with transaction(engine) as tx:
-        assert payments.insert_payments(tx, [job, job], START) == {"p1"}
+        assert set(payments.insert_payments(tx, [job, job], START)) == {"p1"}
         assert not payments.insert_payments(tx, [job], START + timedelta(seconds=9))
         [waiting] = payments.lock_waiting(tx, ["p1"])
     assert waiting.requested_at == START
 
 
-def test_waiting_payments_are_ordered_by_request_time(engine: Engine) -> None:
-    """The earliest payment is covered first, whatever its id."""
+def test_waiting_payments_are_sorted_by_request_time(engine: Engine) -> None:
+    """Not by id: the funds cover the earliest payment first."""
     with transaction(engine) as tx:
         for payment_id, seconds in (("a", 2), ("b", 0), ("c", 1)):
             record(tx, payment_id, seconds=seconds)
@@ -56,8 +64,8 @@ def test_waiting_payments_are_ordered_by_request_time(engine: Engine) -> None:
         ]
 
 
-def test_outcome_is_overdue_until_it_is_marked_delivered(engine: Engine) -> None:
-    """A claim prevents a second claim until it expires."""
+def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:
+    """A claimed delivery is not claimed again before `REDELIVER_AFTER`."""
     with transaction(engine) as tx:
         record(tx, "p1")
         assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10) == []
@@ -74,8 +82,7 @@ def test_outcome_is_overdue_until_it_is_marked_delivered(engine: Engine) -> None
         assert outcome_deliveries.claim_overdue(tx, late + timedelta(days=1), 10) == []
 
 
-def test_maintenance_checks_a_waiting_payment_at_its_due_time(engine: Engine) -> None:
-    """The first check follows the request; `set_next_checks` sets the next one."""
+def test_waiting_payment_is_due_for_check_after_request_and_at_next_check(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         assert payments.lock_due(tx, START + timedelta(seconds=4), 10) == []
@@ -85,22 +92,25 @@ def test_maintenance_checks_a_waiting_payment_at_its_due_time(engine: Engine) ->
         assert len(payments.lock_due(tx, START + timedelta(seconds=60), 10)) == 1
 
 
-def test_payments_of_tasks_finds_known_tasks(engine: Engine) -> None:
+def test_payment_is_found_by_each_of_its_tasks(engine: Engine) -> None:
+    """An unknown task is ignored."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        outcome_deliveries.register_deliveries(tx, [("p1", {"id": "task_again"})], due_at=None)
+        register(tx, "p1", "task_again")
         assert outcome_deliveries.payments_of_tasks(tx, ["task_p1", "task_again", "task_unknown"]) == ["p1"]
 
 
-def test_lock_affected_locks_every_payment_of_many_updates(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other transaction locks one of them meanwhile, so no deadlock is possible."""
+def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they need several statements. So no two transactions deadlock."""
     if engine.dialect.name == "sqlite":
         return  # it has one writer at a time
     monkeypatch.setattr(payments, "IDS_PER_STATEMENT", 5)
     numbers = range(2 * payments.IDS_PER_STATEMENT + 2)
-    updates: list[ConnectionUpdate] = [AccountMoved(f"acct_a{n}", "conn_x", START) for n in numbers]
-    updates += [ConnectionLost("", START, connection_id=f"conn_{n}") for n in numbers]
-    updates += [ConnectionLost("", START, profile_id=f"p_{n}") for n in numbers]
+    updates: list[ConnectionUpdate] = [
+        AccountMoved(account_id=f"acct_a{n}", connection_id="conn_x", at=START) for n in numbers
+    ]
+    updates += [ConnectionLost(detail="", at=START, connection_id=f"conn_{n}") for n in numbers]
+    updates += [ConnectionLost(detail="", at=START, profile_id=f"p_{n}") for n in numbers]
     with transaction(engine) as tx:
         for n in numbers:
             record(tx, f"a{n}", account_id=f"acct_a{n}")
@@ -109,12 +119,12 @@ def test_lock_affected_locks_every_payment_of_many_updates(engine: Engine, monke
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
         payments.lock_affected(tx, updates)
-        free = payments.lock_due(other, START + timedelta(days=1), 100)
-        assert [waiting.payment_id for waiting in free] == ["other"]
+        unlocked = payments.lock_due(other, START + timedelta(days=1), 100)
+        assert [waiting.payment_id for waiting in unlocked] == ["other"]
 
 
-def test_claimed_outcome_is_not_claimed_again(engine: Engine) -> None:
-    """The sweep may claim an outcome before the delivery message does."""
+def test_delivery_claimed_by_sweep_is_not_claimed_by_task(engine: Engine) -> None:
+    """The sweep ran before the message that asks for the delivery."""
     with transaction(engine) as tx:
         record(tx, "p1")
         record(tx, "p2")

@@ -1,4 +1,4 @@
-"""Hot queries use an index in a ledger with many resolved payments."""
+"""Frequent queries find their rows by an index, in a ledger with mostly old rows."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,25 +19,25 @@ from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, 
 from worker.rules.states import PaymentState, RefreshEvent, RefreshState
 
 PAST, NOW, A = 4000, 40, "acct_7"
-"""Resolved payments, waiting payments, and an account with both."""
+"""Number of resolved payments, number of waiting payments, and an account that has some of both."""
 
 
 @pytest.fixture(scope="module")
 def engine(databases: Databases) -> Iterator[Engine]:
-    """Create a ledger of mostly resolved payments, with statistics from before the waiting ones."""
-    ledger_engine = open_engine(databases.new())
-    with transaction(ledger_engine) as tx:
+    """Open a ledger with mostly resolved payments, all of them at the time of the last ANALYZE."""
+    engine = open_engine(databases.new())
+    with transaction(engine) as tx:
         _fill(tx, range(PAST))
-    with ledger_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
-    with transaction(ledger_engine) as tx:
+    with transaction(engine) as tx:
         _fill(tx, range(PAST, PAST + NOW))
-    yield ledger_engine
-    ledger_engine.dispose()
+    yield engine
+    engine.dispose()
 
 
 def _fill(tx: Tx, numbers: range) -> None:
-    is_resolved = {number: number < PAST for number in numbers}
+    resolved = {number: number < PAST for number in numbers}
     times = {number: START + timedelta(seconds=number) for number in numbers}
     tx.execute(
         insert(PAYMENT),
@@ -45,17 +45,17 @@ def _fill(tx: Tx, numbers: range) -> None:
             {
                 "payment_id": f"p{n}",
                 "account_id": f"acct_{n % 500}",
-                "state": ("released" if n % 2 else "failed") if is_resolved[n] else "waiting",
+                "state": ("released" if n % 2 else "failed") if resolved[n] else "waiting",
                 "job": {"payment_id": f"p{n}", "account_id": f"acct_{n % 500}"},
                 "amount": Decimal(1),
                 "requested_at": times[n],
                 "min_balance_at": times[n],
                 "deadline": times[n],
                 "due_at": times[n],
-                "resolved_at": times[n] if is_resolved[n] else None,
-                "refresh_id": f"r{n // 2}" if is_resolved[n] else None,
+                "resolved_at": times[n] if resolved[n] else None,
+                "refresh_id": f"r{n // 2}" if resolved[n] else None,
                 "reused": False,
-                "outcome": {} if is_resolved[n] else None,
+                "outcome": {} if resolved[n] else None,
             }
             for n in numbers
         ],
@@ -73,11 +73,11 @@ def _fill(tx: Tx, numbers: range) -> None:
             {
                 "refresh_id": f"r{n}",
                 "account_id": f"acct_{n % 500}",
-                "state": "answered" if is_resolved[n] else ("accepted" if n % 2 else "requested"),
+                "state": "answered" if resolved[n] else ("accepted" if n % 2 else "requested"),
                 "call_count": 1,
                 "deferral_count": 0,
                 "called_at": times[n],
-                "due_at": None if is_resolved[n] else times[n],
+                "due_at": None if resolved[n] else times[n],
             }
             for n in numbers
         ],
@@ -96,7 +96,7 @@ def _fill(tx: Tx, numbers: range) -> None:
             "recorded_at": times[n],
         }
         for n in numbers
-        for state in (("pending", "posted") if is_resolved[n] else ("pending",))
+        for state in (("pending", "posted") if resolved[n] else ("pending",))
     ]
     tx.execute(insert(FEE_ENTRY), entries)
     tx.execute(
@@ -109,7 +109,7 @@ def _fill(tx: Tx, numbers: range) -> None:
                 "account_id": f"acct_{n % 500}",
                 "at": times[n],
                 "received_at": times[n],
-                "due_at": None if is_resolved[n] else times[n],
+                "due_at": None if resolved[n] else times[n],
             }
             for n in numbers
         ],
@@ -117,11 +117,11 @@ def _fill(tx: Tx, numbers: range) -> None:
 
 
 END = START + timedelta(seconds=PAST + NOW)
-FLIGHT = RefreshRecord(
+IN_FLIGHT = RefreshRecord(
     refresh_id="r7", account_id=A, state=RefreshState.CALLING, call_count=1, called_at=START, claimed_at=START
 )
-WANTED = refreshes.new_refresh(A, f"r{PAST}", START)
-HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
+REQUESTED = refreshes.new_refresh(A, f"r{PAST}", START)
+FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "due payments": (lambda tx: payments.lock_due(tx, END, 500), {"payment_due_at"}),
     "waiting payments of an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),
     "demand of an account": (lambda tx: payments.account_demand(tx, A), {"payment_waiting"}),
@@ -130,34 +130,37 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_released"},
     ),
     "sharers of a refresh": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
-    "one payment": (lambda tx: payments.lock_payments(tx, ["p7"]), {"payment_pkey", "sqlite_autoindex_payment_1"}),
-    "one waiting payment": (
+    "known payment by id": (
+        lambda tx: payments.lock_known_payments(tx, ["p7"], ["t7"]),
+        {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
+    "waiting payment by id": (
         lambda tx: payments.lock_waiting(tx, ["p7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),
-    "outcome of a task": (
+    "undelivered outcome of a task": (
         lambda tx: outcome_deliveries.claim_undelivered(tx, ["t7"], END),
         {"outcome_delivery_pkey", "sqlite_autoindex_outcome_delivery_1"},
     ),
     "overdue deliveries": (lambda tx: outcome_deliveries.claim_overdue(tx, END, 500), {"outcome_delivery_due_at"}),
-    "in flight": (lambda tx: refreshes.in_flight_refresh(tx, A), {"refresh_in_flight", "refresh_account"}),
+    "refresh in flight": (lambda tx: refreshes.in_flight_refresh(tx, A), {"refresh_in_flight", "refresh_account"}),
     "requested refresh": (lambda tx: refreshes.requested_refresh(tx, A), {"refresh_requested", "refresh_account"}),
-    "refreshes to claim": (
+    "refreshes for a claim": (
         lambda tx: refreshes.find_for_claim(tx, [A], ["r7"]),
         {"refresh_pkey", "sqlite_autoindex_refresh_1", "refresh_in_flight", "refresh_account"},
     ),
-    "refreshes that await a balance": (
+    "refreshes awaiting a balance": (
         lambda tx: refreshes.awaiting_balance(tx, [A]),
         {"refresh_account", "refresh_requested"},
     ),
-    "an account's balance": (
+    "newest balance of an account": (
         lambda tx: balances.newest_by_account(tx, [A], END - timedelta(seconds=60)),
         {"balance_account"},
     ),
-    "refreshes due": (lambda tx: refreshes.due_for_check(tx, END, 500), {"refresh_due_at"}),
-    "one refresh": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
-    "refreshes with a slot": (
-        lambda tx: refreshes.reschedule_requested(tx, [WANTED], END),
+    "due refreshes": (lambda tx: refreshes.due_for_check(tx, END, 500), {"refresh_due_at"}),
+    "refresh by id": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
+    "rescheduled refreshes": (
+        lambda tx: refreshes.reschedule_requested(tx, [REQUESTED], END),
         {"refresh_pkey", "sqlite_autoindex_refresh_1"},
     ),
     "calls of a refresh": (lambda tx: fee_entries.calls_of_refreshes(tx, ["r7"]), {"fee_entry_refresh"}),
@@ -165,13 +168,13 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: cap_usage.total_spent(tx, "USD", END - timedelta(seconds=60)),
         {"fee_entry_called_at"},
     ),
-    "an account's calls": (
+    "calls of an account": (
         lambda tx: cap_usage.count_calls(tx, A, END - timedelta(seconds=600)),
         {"fee_entry_account"},
     ),
-    "one balance": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
+    "balance by id": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
     "backlog": (metrics_queries.backlog, {"payment_due_at", "payment_waiting"}),
-    "recent resolutions": (
+    "recently resolved payments": (
         lambda tx: metrics_queries.resolved_counts(tx, END - timedelta(seconds=60), END),
         {"payment_resolved"},
     ),
@@ -183,79 +186,83 @@ HOT: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: metrics_queries.unresolved_entries(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
-    "balances due": (lambda tx: balances.claim_overdue(tx, END, 500), {"balance_due_at"}),
+    "due balances": (lambda tx: balances.claim_overdue(tx, END, 500), {"balance_due_at"}),
 }
 
 
-@pytest.mark.parametrize("name", HOT)
-def test_hot_query_scans_no_table(engine: Engine, name: str) -> None:
-    """Its plan names an index created for it."""
-    query, indexes = HOT[name]
+@pytest.mark.parametrize("name", FREQUENT_QUERIES)
+def test_frequent_query_uses_its_index(engine: Engine, name: str) -> None:
+    """Its plan has one of the expected indexes and no sequential scan."""
+    query, indexes = FREQUENT_QUERIES[name]
     plans = _plans(engine, query, explained=read_only(engine))
     assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
     for plan in plans:
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan
 
 
-TRANSITIONS: dict[str, Callable[[Tx], Any]] = {
-    "delayed": lambda tx: refreshes.delay(tx, WANTED, END, None),
-    "deferred": lambda tx: refreshes.defer(tx, WANTED, END, "no connection"),
-    "claimed": lambda tx: refreshes.transition(tx, WANTED, RefreshEvent.CLAIM, END),
-    "rescheduled": lambda tx: refreshes.reschedule(tx, FLIGHT, END),
-    "result lost": lambda tx: refreshes.transition(tx, FLIGHT, RefreshEvent.RESULT_LOST, END),
+UPDATES: dict[str, Callable[[Tx], Any]] = {
+    "delayed": lambda tx: refreshes.delay(tx, REQUESTED, END, None),
+    "deferred": lambda tx: refreshes.defer(tx, REQUESTED, END, "no connection"),
+    "claimed": lambda tx: refreshes.transition(tx, REQUESTED, RefreshEvent.CLAIM, END),
+    "rescheduled": lambda tx: refreshes.reschedule(tx, IN_FLIGHT, END),
+    "result lost": lambda tx: refreshes.transition(tx, IN_FLIGHT, RefreshEvent.RESULT_LOST, END),
 }
 
 
-@pytest.mark.parametrize("name", TRANSITIONS)
-def test_refresh_is_updated_by_its_key(engine: Engine, name: str) -> None:
-    """An index of requested or in-flight refreshes is slower: it is large when calls are delayed."""
-    [plan] = _plans(engine, TRANSITIONS[name], "UPDATE", explained=engine.connect())
+@pytest.mark.parametrize("name", UPDATES)
+def test_refresh_is_updated_by_primary_key(engine: Engine, name: str) -> None:
+    """Not by an index of all requested or in-flight refreshes: they are many when calls are delayed."""
+    [plan] = _plans(engine, UPDATES[name], "UPDATE", explained=engine.connect())
     assert re.search(r"refresh_pkey|sqlite_autoindex_refresh_1", plan), plan
 
 
 NEXT_CHECKS = {f"p{PAST + number}": END for number in range(NOW)}
-BULK_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
+BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
         lambda tx: payments.resolve(
-            tx, [Resolution(payment_id, PaymentState.FAILED, {}, END) for payment_id in NEXT_CHECKS]
+            tx,
+            [
+                Resolution(payment_id=payment_id, state=PaymentState.FAILED, outcome={}, resolved_at=END)
+                for payment_id in NEXT_CHECKS
+            ],
         ),
         "payment_pkey",
     ),
     "next checks": (lambda tx: payments.set_next_checks(tx, NEXT_CHECKS), "payment_pkey"),
     "deliveries": (lambda tx: outcome_deliveries.mark_delivered(tx, {"t7": END}), "outcome_delivery_pkey"),
-    "refreshes": (lambda tx: refreshes.transition_all(tx, RefreshEvent.ACCEPT, [(FLIGHT, END)]), "refresh_pkey"),
+    "refreshes": (lambda tx: refreshes.transition_all(tx, RefreshEvent.ACCEPT, [(IN_FLIGHT, END)]), "refresh_pkey"),
     "balances": (lambda tx: balances.mark_applied(tx, list(balances.find(tx, ["b7"]).values())), "balance_pkey"),
 }
 
 
-@pytest.mark.parametrize("name", BULK_UPDATES)
-def test_bulk_update_finds_rows_by_their_key(engine: Engine, name: str) -> None:
-    """A sequential scan suits a small table only, and PostgreSQL keeps a cached plan when the table has grown."""
+@pytest.mark.parametrize("name", BATCH_UPDATES)
+def test_rows_of_batch_are_updated_by_primary_key(engine: Engine, name: str) -> None:
+    """Neither by an index of all waiting rows nor by a scan: the plan stays when the table has grown."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("SQLite updates the rows one by one")
-    write, key = BULK_UPDATES[name]
+        pytest.skip("SQLite updates them one by one")
+    write, key = BATCH_UPDATES[name]
     [plan, *_] = _plans(engine, write, "UPDATE", explained=engine.connect())
     assert "Hash" not in plan
     assert set(re.findall(r"Scan using (\w+)|Scan on (\w+_\w+)", plan)) == {(key, ""), ("", "json_to_recordset")}, plan
 
 
 def _plans(
-    engine: Engine, query: Callable[[Tx], Any], kind: str = "SELECT", *, explained: AbstractContextManager[Tx]
+    engine: Engine, run: Callable[[Tx], Any], kind: str = "SELECT", *, explained: AbstractContextManager[Tx]
 ) -> list[str]:
-    """Return the plans of the statements of this kind that `query` runs, on the connection `explained`."""
+    """Return the plans of the statements of this kind that `run` executes. `explained` opens the session to plan in."""
     statements: list[tuple[str, Any]] = []
 
-    def record_statement(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+    def record(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         if statement.startswith(kind):
             statements.append((statement, parameters))
 
-    event.listen(engine, "before_cursor_execute", record_statement)
+    event.listen(engine, "before_cursor_execute", record)
     try:
         with engine.connect() as tx:
-            query(tx)
+            run(tx)
             tx.rollback()
     finally:
-        event.remove(engine, "before_cursor_execute", record_statement)
+        event.remove(engine, "before_cursor_execute", record)
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with explained as tx:
         return [

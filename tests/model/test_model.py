@@ -1,4 +1,4 @@
-"""The model of `docs/model` is searched to its end, and each rule that is taken out of it is missed."""
+"""Exhaustive search of the model in `docs/model`, and mutation checks: removing a rule violates a claim."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from demo.processes import ROOT
 
 MODEL = ROOT / "docs" / "model" / "payment.pml"
-MISSED = {
+VIOLATED_CLAIMS = {
     "ONE_WRITE_DECIDES": "pay[",
     "DEADLINE": "pay[",
     "FRESHNESS": "own[",
@@ -22,7 +22,7 @@ MISSED = {
     "DELIVER_THEN_MARK": "delivered",
     "SWEEP": "refresh[",
 }
-"""By rule, what the claim that falls without it begins with."""
+"""Start of the claim that is violated without the rule, by rule."""
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("spin") and shutil.which("gcc")), reason="spin and gcc are not installed (Debian: spin, gcc)"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def search(folder: Path, *options: str, optimize: str) -> str:
-    """What a search of the model says: of the mixed case, in which the second payment needs a call of its own."""
+    """Return the output of a search in the mixed case, in which the second payment needs its own call."""
     for command in (
         ["spin", "-a", "-DONLY_MIXED", *options, str(MODEL)],
         ["gcc", "-w", optimize, "-DSAFETY", "-DCOLLAPSE", "-o", "pan", "pan.c"],
@@ -41,25 +41,25 @@ def search(folder: Path, *options: str, optimize: str) -> str:
     ).stdout
 
 
-def test_every_order_of_all_steps_keeps_every_claim(tmp_path: Path) -> None:
-    """To the end: nothing was cut off, and no state left out."""
-    said = search(tmp_path, optimize="-O1")
-    assert "errors: 0" in said
-    assert not re.search("Search not completed|max search depth too small|out of memory", said)
-    states = re.search(r"([\d.e+]+) states, stored", said)
+def test_no_order_of_steps_violates_a_claim(tmp_path: Path) -> None:
+    """The search is complete: it is not truncated and skips no state."""
+    output = search(tmp_path, optimize="-O1")
+    assert "errors: 0" in output
+    assert not re.search("Search not completed|max search depth too small|out of memory", output)
+    states = re.search(r"([\d.e+]+) states, stored", output)
     assert states is not None
     assert float(states[1]) > 500_000, "most of the model is not reached"
 
 
-@pytest.mark.parametrize("rule", MISSED)
-def test_a_rule_that_is_taken_away_is_missed(tmp_path: Path, rule: str) -> None:
-    """By the claim that it is there for."""
-    said = search(tmp_path, f"-DBREAK_{rule}", optimize="-O0")
-    fallen = re.search(r"assertion violated (.*)", said)
-    assert fallen is not None, f"nothing depends on {rule}"
-    assert fallen[1].lstrip("( !").startswith(MISSED[rule]), fallen[1]
+@pytest.mark.parametrize("rule", VIOLATED_CLAIMS)
+def test_removing_a_rule_violates_its_claim(tmp_path: Path, rule: str) -> None:
+    """The violated claim is the one that the rule protects."""
+    output = search(tmp_path, f"-DBREAK_{rule}", optimize="-O0")
+    violation = re.search(r"assertion violated (.*)", output)
+    assert violation is not None, f"nothing depends on {rule}"
+    assert violation[1].lstrip("( !").startswith(VIOLATED_CLAIMS[rule]), violation[1]
 
 
-def test_each_rule_of_the_model_can_be_taken_away() -> None:
-    """None is left untried."""
-    assert set(re.findall(r"BREAK_([A-Z0-9_]+)", MODEL.read_text())) == set(MISSED)
+def test_each_rule_of_the_model_can_be_removed() -> None:
+    """The mutation checks cover all rules."""
+    assert set(re.findall(r"BREAK_([A-Z0-9_]+)", MODEL.read_text())) == set(VIOLATED_CLAIMS)

@@ -26,7 +26,7 @@ SETTINGS = {
     "PAYREADY_REFRESH_WINDOW_S": "120",
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "4",
 }
-"""Of those who save and of those who go on: calls whose answer is lost, or still to come, are not repeated."""
+"""Settings of the saving and of the loading run: calls with an unknown result are not repeated in either."""
 UNACKNOWLEDGED = "payready-unacked"
 
 
@@ -85,7 +85,7 @@ def _send_our_own(running: System) -> None:
     read = (_account(running, "accepted"), "p_saved")
     for name, queue, arguments in (
         ("payments.cancel", "payments", ("pay_cancelled",)),
-        ("payments.cancel_by_task", "payments", (["task-nobody"],)),
+        ("payments.cancel_by_task", "payments", (["task-unknown"],)),
         ("balances.apply", "balances", (kept["balance_id"],)),
         ("balances.poll", "refreshes", read),
         ("payments.expire", "maintenance", ()),

@@ -1,7 +1,7 @@
 """A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
 
-Each file beside this one is what a release left (`python -m tests.releases`). `tests/suspension/test_saved_continuation.py` has
-every part that a saved continuation may have; here are all the kinds of messages and rows.
+Each file beside this one is what a release left (`python -m tests.releases`). All parts that a saved continuation may
+have are in `tests/suspension/test_saved_continuation.py`; here are all the kinds of messages and rows.
 """
 
 import json
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.slow
 
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
-TOLD_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
-"""Released without a further event: by what was kept, by calls that were wanted, by jobs that nobody had taken in."""
-TOLD_BY_AN_EVENT = ("accepted", "shared", "uncertain", "calling")
+RESOLVED_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
+"""Released without a further event: by stored balances, by requested calls, and by jobs in the queue."""
+RESOLVED_BY_EVENT = ("accepted", "shared", "uncertain", "calling")
 FAILED = {"cancelled": "cancelled", "hopeless": "timeout", "poor": "insufficient_funds"}
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)([T ])(\d\d:\d\d:\d\d\.\d{6})")
 MICROSECONDS = re.compile(r"\b1[789]\d{14}\b")
@@ -78,7 +78,7 @@ def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
 
 
 def put(running: System, left: dict[str, Any]) -> None:
-    """Have the broker and the correlation store hold what the release left there."""
+    """Restore what the release left in the broker and in the correlation store."""
     with Redis.from_url(running.redis_url) as client:
         for queue, messages in left["queues"].items():
             for message in messages:
@@ -95,7 +95,7 @@ def put(running: System, left: dict[str, Any]) -> None:
 def test_what_an_earlier_release_left_comes_to_its_end(
     release: Path, database: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:
-    """Every payment, message and call: each is told once, each fee entry is closed, no message stays."""
+    """Each payment is resolved and delivered once, each fee entry is final, and no message is left."""
     left = as_if_just_left(release)
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
     alembic(url, left["revision"])
@@ -104,17 +104,21 @@ def test_what_an_earlier_release_left_comes_to_its_end(
         put(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()
-        told_now = {f"pay_{name}" for name in TOLD_NOW | FAILED.keys()}
-        wait_until(lambda: told_now <= running.ended_payments().keys(), 30, "what needs no event is told")
-        accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*TOLD_BY_AN_EVENT, "result")]
+        resolved_now = {f"pay_{name}" for name in RESOLVED_NOW | FAILED.keys()}
+        wait_until(
+            lambda: resolved_now <= running.ended_payments().keys(),
+            30,
+            "payments without a further event are delivered",
+        )
+        accounts = [str(running.payment(f"pay_{name}")["account_id"]) for name in (*RESOLVED_BY_EVENT, "result")]
         running.initiate("pay_late", accounts[0], options=running.callbacks("pay_late"))
         running.payment("pay_late")
         for account_id in accounts:
             send_balance(running, account_id)
-        told = told_now | {f"pay_{name}" for name in TOLD_BY_AN_EVENT} | {"pay_late"}
-        wait_until(lambda: told <= running.ended_payments().keys(), 20, "all is told")
+        resolved = resolved_now | {f"pay_{name}" for name in RESOLVED_BY_EVENT} | {"pay_late"}
+        wait_until(lambda: resolved <= running.ended_payments().keys(), 20, "all payments are delivered")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
-        assert_each_was_told_its_outcome(running)
+        assert_each_outcome_is_delivered(running)
         again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
         assert again == [], "the calls that the release before made serve who comes later too"
         wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message stays")
@@ -125,7 +129,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
             assert not re.search("Traceback|unregistered|Error", log), log
 
 
-def assert_each_was_told_its_outcome(running: System) -> None:
+def assert_each_outcome_is_delivered(running: System) -> None:
     """Once, and what the ledger says."""
     endings = running.ended_payments()
     rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}

@@ -1,4 +1,4 @@
-"""One simulator and one inbox for all tests of this folder; each test uses accounts of its own."""
+"""One simulator and one inbox for all tests of this folder. Each test uses its own accounts."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _simulator(_inbox: WebhookInbox) -> Iterator[Simulator]:
 
 @pytest.fixture
 def secret() -> str:
-    """What webhooks are signed with."""
+    """Return the secret that signs the webhooks."""
     return SECRET
 
 
 @pytest.fixture
 def simulator(_simulator: Simulator) -> Simulator:
-    """The simulator, with short delays, nothing pending and an empty log."""
+    """Return the simulator with short delays, no pending webhooks and an empty log."""
     _simulator.post("resume")
     _simulator.wait_for_webhooks()
     _simulator.put("defaults", **_QUICK)
@@ -51,7 +51,7 @@ def simulator(_simulator: Simulator) -> Simulator:
 
 @pytest.fixture
 def inbox(_inbox: WebhookInbox, simulator: Simulator) -> WebhookInbox:
-    """The simulator's webhook endpoint, empty, answering 204."""
+    """Return the simulator's webhook endpoint, empty and with status 204."""
     _inbox.received.clear()
     _inbox.response_statuses.clear()
     return _inbox
@@ -59,5 +59,5 @@ def inbox(_inbox: WebhookInbox, simulator: Simulator) -> WebhookInbox:
 
 @pytest.fixture
 def account() -> Callable[[str], str]:
-    """Gives ids of accounts no other test uses, by scenario."""
+    """Return a factory of account ids that no other test uses, by scenario."""
     return lambda scenario: f"acct_{scenario}{next(_numbers):04d}"

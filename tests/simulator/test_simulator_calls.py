@@ -37,7 +37,7 @@ def read(simulator: Simulator, account_id: str) -> Any:
 
 
 def test_a_prompt_call_is_answered_202_without_a_body(simulator: Simulator, account: Accounts) -> None:
-    """Nothing in the answer tells which balance it will be; the rate limit is in the headers."""
+    """The response names no balance; the rate limit is in the headers."""
     response = simulator.refresh(account("prompt"))
     assert (response.status_code, response.content) == (202, b"")
     assert response.headers["Ratelimit-Limit"] == "1000"
@@ -213,9 +213,7 @@ def test_stale_deliveries_verify_but_are_old(
     assert 600 <= delivery["sent_at"] - delivery["timestamp"] < 601
 
 
-def test_a_batch_holds_the_right_event_among_others(
-    simulator: Simulator, inbox: WebhookInbox, account: Accounts
-) -> None:
+def test_batch_has_the_right_event_among_others(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
     """A foreign SYNC, an unknown type, no account, a word for a number, ours, a foreign REFRESH."""
     account_id = account("batch")
     simulator.refresh(account_id)
@@ -321,7 +319,7 @@ def test_graphql_needs_the_key_and_a_variable(simulator: Simulator) -> None:
 
 
 def test_a_key_can_be_introspected(simulator: Simulator) -> None:
-    """The right key tells its environment and mode, a wrong one gets 401."""
+    """The right key returns its environment and mode, a wrong one gets 401."""
     right, wrong = (
         simulator.http.post("/v1/introspect/api_key", headers={"Authorization": f"Bearer {key}"})
         for key in (simulator.api_key, "key_other")
@@ -332,7 +330,7 @@ def test_a_key_can_be_introspected(simulator: Simulator) -> None:
 
 
 def test_subscriptions_are_kept(simulator: Simulator) -> None:
-    """One can be added, listed, shown, changed and removed; the answer holds no secret."""
+    """A subscription can be created, listed, read, changed and deleted; no response contains the secret."""
     http, path = simulator.http, "/v1/webhooks/subscriptions"
     bearer = {"Authorization": f"Bearer {simulator.api_key}"}
     wanted = {"name": "payready", "targetUrl": "https://example.test/webhooks", "eventTypes": ["balance.created"]}

@@ -60,7 +60,7 @@ def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: 
 
 
 def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
-    """The answer holds all settings; those not given stay as they are."""
+    """The response has all settings. Settings that are not given stay unchanged."""
     before = simulator.put("defaults")
     assert simulator.put("defaults", late_s=9) == {**before, "late_s": 9}
 

@@ -24,8 +24,8 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=10, cwd=PACKAGE.parent)
 
 
-def test_it_knows_payready_only_by_http() -> None:
-    """No module imports anything but the standard library, itself, and the three packages it runs on."""
+def test_simulator_does_not_import_payready() -> None:
+    """The modules import only the standard library, each other, and the three required packages."""
     allowed = {*sys.stdlib_module_names, "simulator", "starlette", "uvicorn", "httpx"}
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -34,14 +34,14 @@ def test_it_knows_payready_only_by_http() -> None:
             assert {name.partition(".")[0] for name in names} <= allowed, path
 
 
-def test_the_scenarios_can_be_listed() -> None:
-    """`--list` prints the table and needs nothing else."""
+def test_scenarios_can_be_listed() -> None:
+    """`--list` prints the table and needs no other option."""
     listed = run("--list")
     assert (listed.returncode, listed.stdout.strip()) == (0, scenario_table())
 
 
-def test_a_port_in_use_ends_it() -> None:
-    """It says so and ends with an error instead of going on without a door."""
+def test_port_in_use_exits_with_error() -> None:
+    """The process prints the error and exits with an error status."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         ended = run("--port", port, "--webhook-url", "http://127.0.0.1:9", "--webhook-secret", "s", "--api-key", "k")
@@ -51,8 +51,8 @@ def test_a_port_in_use_ends_it() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(number: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """Status 0 and not a word, even with a silent call open, which ends with the process."""
+def test_signal_exits_cleanly(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """The exit status is 0 without output, even with an open silent call, which ends with the process."""
     with Simulator("http://127.0.0.1:9/", secret="s", api_key="k") as running:
         failed = threading.Event()
 
@@ -73,8 +73,8 @@ def test_a_signal_ends_it_cleanly(number: int, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == ""
 
 
-def test_the_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
-    """One line of JSON for each finished call and delivery, as in the log."""
+def test_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
+    """The file has one JSON line per finished call and delivery, as in the log."""
     path = tmp_path / "log.jsonl"
     path.write_text("{}\n")
     with (
@@ -90,8 +90,8 @@ def test_the_log_is_also_appended_to_a_file(tmp_path: Path) -> None:
     assert delivery == {"entry": "delivery", **log["deliveries"][0]}
 
 
-def test_the_mode_is_given_at_the_start() -> None:
-    """Webhooks and introspection carry it."""
+def test_mode_is_set_at_start() -> None:
+    """Webhooks and introspection contain the mode."""
     with (
         WebhookInbox() as inbox,
         Simulator(inbox.url, secret="s", api_key="k", options=["--mode", "PRODUCTION"]) as running,

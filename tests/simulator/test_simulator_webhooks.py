@@ -11,12 +11,14 @@ from simulator.testing import Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 
-TIMER_S = 0.002  # the loop's timers are that exact
+TIMER_S = 0.002  # precision of the event loop's timers
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 500, 503])
-def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: WebhookInbox, account: Accounts, status: int) -> None:
-    """The same body comes again until it is taken, each time after a longer while."""
+def test_status_other_than_2xx_is_retried(
+    simulator: Simulator, inbox: WebhookInbox, account: Accounts, status: int
+) -> None:
+    """The same body is sent until it gets a 2xx, with increasing pauses."""
     inbox.response_statuses += [status, status]
     account_id = account("prompt")
     simulator.refresh(account_id)
@@ -29,8 +31,8 @@ def test_anything_but_2xx_is_retried(simulator: Simulator, inbox: WebhookInbox, 
     assert third - second >= 0.1 - TIMER_S
 
 
-def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """Then nothing is pending any more."""
+def test_event_is_dropped_after_twenty_attempts(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """No webhook is pending afterwards."""
     simulator.put("defaults", retry_base_s=0)
     inbox.response_statuses += [500] * 25
     account_id = account("prompt")
@@ -40,10 +42,10 @@ def test_an_event_is_given_up_after_twenty_tries(simulator: Simulator, inbox: We
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_retry_is_signed_anew_unless_told_otherwise(
+def test_retry_has_a_new_signature_unless_configured(
     simulator: Simulator, inbox: WebhookInbox, account: Accounts, secret: str, *, keep: bool
 ) -> None:
-    """A second later the timestamp is another one, or the first signature is kept; both verify."""
+    """The retry has a new timestamp, or the first signature with `keep_signature`. Both are valid."""
     simulator.put("defaults", retry_base_s=1, keep_signature=keep)
     inbox.response_statuses.append(500)
     account_id = account("prompt")
@@ -57,8 +59,8 @@ def test_a_retry_is_signed_anew_unless_told_otherwise(
         assert signature == sign(secret, timestamp, inbox.requests_about(account_id)[0].body)
 
 
-def test_a_webhook_that_is_down_is_tried_again(account: Accounts) -> None:
-    """A refused connection is an attempt, logged by the error's name, and the event stays pending."""
+def test_unreachable_webhook_is_retried(account: Accounts) -> None:
+    """A refused connection is logged as an attempt with the error's name, and the event stays pending."""
     with WebhookInbox() as gone:
         url = gone.url
     account_id = account("prompt")
@@ -70,10 +72,10 @@ def test_a_webhook_that_is_down_is_tried_again(account: Accounts) -> None:
         assert {entry["error"] for entry in simulator.deliveries(account_id)} == {"ConnectionRefusedError"}
 
 
-def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """Nothing is sent while paused, but GraphQL knows; all is sent after the resume."""
+def test_pause_stops_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """No webhook is sent while paused, but GraphQL shows the balances. All are sent after the resume."""
     simulator.post("pause")
-    accounts = [account("prompt") for _ in range(40)]  # more than there are connections
+    accounts = [account("prompt") for _ in range(40)]  # more than the number of connections
     for account_id in accounts:
         simulator.refresh(account_id)
     last = {"id": accounts[-1]}
@@ -85,7 +87,7 @@ def test_a_pause_holds_deliveries_back(simulator: Simulator, inbox: WebhookInbox
 
 
 def test_any_body_can_be_delivered(simulator: Simulator, inbox: WebhookInbox, secret: str) -> None:
-    """A given JSON body is sent once, signed rightly, and the endpoint's status comes back."""
+    """A given JSON body is sent once with a valid signature. The response contains the endpoint's status."""
     inbox.response_statuses.append(418)
     answer = simulator.post("deliver", body={"events": []})
     assert answer == {"status": 418, "deliveries": [{"status": 418, "error": None}]}
@@ -94,8 +96,8 @@ def test_any_body_can_be_delivered(simulator: Simulator, inbox: WebhookInbox, se
     assert request.headers["quiltt-signature"] == sign(secret, request.headers["quiltt-timestamp"], request.body)
 
 
-def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: WebhookInbox) -> None:
-    """Raw bytes, secret and timestamp are used as given; the log knows that the signature is not right."""
+def test_bytes_can_be_delivered_with_another_secret(simulator: Simulator, inbox: WebhookInbox) -> None:
+    """Raw bytes, secret and timestamp are used as given. The log marks the signature as invalid."""
     raw = b"\xff not json"
     simulator.post("deliver", raw=base64.b64encode(raw).decode(), secret="other", timestamp=1700000000)
     (request,) = inbox.received
@@ -107,7 +109,7 @@ def test_bytes_can_be_delivered_as_someone_else(simulator: Simulator, inbox: Web
 
 
 def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: WebhookInbox) -> None:
-    """Each copy has its own answer, also while other deliveries are paused."""
+    """Each copy has its own response, even while other deliveries are paused."""
     simulator.post("pause")
     inbox.response_statuses += [200, 500, 200]
     answer = simulator.post("deliver", body={}, copies=3)
@@ -115,6 +117,6 @@ def test_copies_are_delivered_at_the_same_time(simulator: Simulator, inbox: Webh
 
 
 @pytest.mark.parametrize("wrong", [{}, {"body": {}, "raw": ""}, {"raw": "%"}, {"body": {}, "copies": 101}])
-def test_a_delivery_must_make_sense(simulator: Simulator, wrong: dict[str, object]) -> None:
-    """Either a body or raw bytes in base64, and not too many copies."""
+def test_invalid_delivery_is_rejected(simulator: Simulator, wrong: dict[str, object]) -> None:
+    """A delivery has either a body or raw bytes in base64, and a limited number of copies."""
     assert simulator.http.post("/control/deliver", json=wrong).status_code == 422

@@ -10,10 +10,10 @@ EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
 class Scripted(asyncio.Protocol):
-    """Gives the same bytes as answer to each request of each connection, and may then close it."""
+    """Server that sends the same bytes in response to each request, and can then close the connection."""
 
-    def __init__(self, answer: bytes, *, closes: bool) -> None:
-        self.answer = answer
+    def __init__(self, response: bytes, *, closes: bool) -> None:
+        self.answer = response
         self.closes = closes
         self.requests: list[bytes] = []
         self.transports: list[asyncio.Transport] = []
@@ -36,18 +36,18 @@ async def converse(script: Scripted, posts: int) -> list[int]:
     try:
         for _ in range(posts):
             statuses.append(await connection.post(b"{}", {"Quiltt-Timestamp": "1"}))
-            await asyncio.sleep(0.01)  # a closing peer is seen between two posts, not within one
+            await asyncio.sleep(0.01)  # the client notices the closed connection between two posts
         return statuses
     finally:
         connection.close()
         server.close()
         for transport in script.transports:
             transport.abort()
-        await asyncio.sleep(0.01)  # the loop needs a turn to close what was aborted
+        await asyncio.sleep(0.01)  # the loop closes aborted connections in its next iteration
 
 
-def test_the_request_is_plain_http() -> None:
-    """Path and query, host, length and the given headers are sent, and the body as it is."""
+def test_request_is_plain_http() -> None:
+    """Path, query, host, length and the given headers are sent, with the unchanged body."""
     script = Scripted(EMPTY, closes=False)
     asyncio.run(converse(script, posts=1))
     head, _, body = script.requests[0].partition(b"\r\n\r\n")
@@ -58,7 +58,7 @@ def test_the_request_is_plain_http() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "connections"),
+    ("response", "connections"),
     [
         (EMPTY, 1),
         (b"HTTP/1.1 204\r\n\r\n", 1),
@@ -68,31 +68,31 @@ def test_the_request_is_plain_http() -> None:
         (b"HTTP/1.1 204 No Content\r\nContent-Length: 9999999\r\n\r\n", 3),
     ],
 )
-def test_a_connection_is_used_again_if_the_answer_allows_it(answer: bytes, connections: int) -> None:
-    """Answers of known, bearable length keep it; others cost a new one, and nothing else."""
-    script = Scripted(answer, closes=False)
+def test_connection_is_reused_if_the_response_allows_it(response: bytes, connections: int) -> None:
+    """Responses with a known length below the limit allow reuse. Others require a new connection."""
+    script = Scripted(response, closes=False)
     assert asyncio.run(converse(script, posts=3)) == [204, 204, 204]
     assert len(script.transports) == connections
 
 
-def test_a_connection_the_peer_closed_is_replaced() -> None:
-    """An end that was seen before the next post costs no attempt."""
+def test_connection_closed_by_peer_is_replaced() -> None:
+    """A close that is noticed before the next post does not fail an attempt."""
     script = Scripted(EMPTY, closes=True)
     assert asyncio.run(converse(script, posts=3)) == [204, 204, 204]
     assert len(script.transports) == 3
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok"])
-def test_an_answer_cut_short_is_an_error(answer: bytes) -> None:
-    """The end of the connection before the end of the answer is an EOFError."""
+@pytest.mark.parametrize("response", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok"])
+def test_truncated_response_is_an_error(response: bytes) -> None:
+    """A connection that ends before the response raises EOFError."""
     with pytest.raises(EOFError):
-        asyncio.run(converse(Scripted(answer, closes=True), posts=1))
+        asyncio.run(converse(Scripted(response, closes=True), posts=1))
 
 
 @pytest.mark.parametrize(
-    "answer", [b"220\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"HTTP/1.1 200\r\nContent-Length: x\r\n\r\n"]
+    "response", [b"220\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"HTTP/1.1 200\r\nContent-Length: x\r\n\r\n"]
 )
-def test_nonsense_is_an_error(answer: bytes) -> None:
-    """What is not HTTP is a ValueError."""
+def test_malformed_response_is_an_error(response: bytes) -> None:
+    """A response that is not HTTP raises ValueError."""
     with pytest.raises(ValueError):
-        asyncio.run(converse(Scripted(answer, closes=False), posts=1))
+        asyncio.run(converse(Scripted(response, closes=False), posts=1))

@@ -1,6 +1,6 @@
-"""One payready without Celery and HTTP: the real flow, ledger and correlation store.
+"""payready in one process, without Celery and HTTP: the real flow, ledger and correlation store.
 
-The provider, the broker and the clock are the test's.
+The test controls the provider, the broker and the clock.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from worker.ledger.engine import Engine, open_engine, transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.tables import PAYMENT
 from worker.quiltt.client import ApiKeyMode, QuilttClient
-from worker.quiltt.messages import Balance, PolledAccount
+from worker.quiltt.messages import Balance, PolledAccount, ReceivedBalance
 from worker.rules.job import parse_job
 from worker.rules.pricing import parse_price_list
 from worker.runtime import Runtime
@@ -53,17 +53,17 @@ SETTINGS = Settings(
 )
 
 ProviderResponse = int | CallFailed | Callable[[], "int | CallFailed"]
-"""What the provider does with a call: answers a status, fails, or does something first."""
+"""Scripted response to a call: a status, an error, or a function that returns either."""
 
 
 def migrate(database_url: str) -> None:
-    """Make the tables as a deployment does."""
+    """Run the migrations as a deployment does."""
     environ = {"PATH": str(Path(sys.executable).parent), "PAYREADY_DATABASE_URL": database_url}
     subprocess.run(["alembic", "upgrade", "head"], cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
 
 
 class Databases:
-    """Migrated databases to throw away, each copied from one that alembic made."""
+    """Temporary databases, copied from a template that alembic migrated."""
 
     def __init__(self, folder: Path, server: Postgres | None) -> None:
         self._folder = folder
@@ -75,12 +75,12 @@ class Databases:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether they are on SQLite, where a transaction costs next to nothing."""
+        """Whether the databases use SQLite, where transactions are cheap."""
         return not self._postgres_template
 
     @contextmanager
     def create(self) -> Iterator[str]:
-        """The address of an empty one for as long as the block runs."""
+        """Provide the URL of an empty database for the duration of the block."""
         address = self._free.pop() if self._free else self.new()
         yield address
         if self._postgres_template:
@@ -88,17 +88,17 @@ class Databases:
             self._free.append(address)
 
     def empty(self, address: str) -> None:
-        """Make the database at this address as new; on SQLite nobody may be connected to it."""
+        """Empty the database at this URL. On SQLite no connection to it may be open."""
         if self._postgres_template:
             _empty(address)
             return
         path = Path(address.removeprefix("sqlite:///"))
-        for rest in path.parent.glob(f"{path.name}-*"):  # what was not merged into the file itself
+        for rest in path.parent.glob(f"{path.name}-*"):  # the write-ahead log and its index
             rest.unlink()
         shutil.copy(self._template, path)
 
     def new(self) -> str:
-        """The address of a new one, to keep."""
+        """Return the URL of a new database, which is not reused."""
         number = next(self._numbers)
         if not self._postgres_template:
             path = self._folder / f"{number}.db"
@@ -111,7 +111,7 @@ class Databases:
 
 
 def _empty(database_url: str) -> None:
-    """Empty every table, the fee ledger too, which defends itself against all but this."""
+    """Empty all tables. `session_replication_role` disables the triggers that protect the fee ledger."""
     tables = ", ".join(PAYMENT.metadata.tables)
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("SET session_replication_role = replica")
@@ -119,7 +119,7 @@ def _empty(database_url: str) -> None:
 
 
 class Clock:
-    """A clock that stands still until it is told otherwise."""
+    """Clock that changes only when a test advances it."""
 
     def __init__(self, now: datetime = START) -> None:
         self.now = now
@@ -128,12 +128,12 @@ class Clock:
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.now += timedelta(seconds=seconds)
 
 
 class ScriptedProvider:
-    """Stands in for `worker.provider.Quiltt`: answers each account's calls as told, then 202."""
+    """Test double of `QuilttClient`. It returns the scripted responses of each account, then 202."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -144,39 +144,39 @@ class ScriptedProvider:
         self.reads: list[tuple[str, str]] = []
 
     def refresh_balance(self, account_id: str) -> int:
-        """Take a call."""
+        """Process a refresh call."""
         self.calls.append(account_id)
-        answer: ProviderResponse = self.script[account_id].pop(0) if self.script[account_id] else 202
-        outcome = answer() if callable(answer) else answer
+        response: ProviderResponse = self.script[account_id].pop(0) if self.script[account_id] else 202
+        outcome = response() if callable(response) else response
         if isinstance(outcome, CallFailed):
             raise outcome
         return outcome
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:
-        """Take a read; without a word about the account there is nothing to see."""
+        """Process a balance poll. Return None for an account without a scripted result."""
         self.reads.append((account_id, profile_id))
-        seen = self.accounts.get(account_id)
-        if isinstance(seen, CallFailed):
-            raise seen
-        return seen
+        account = self.accounts.get(account_id)
+        if isinstance(account, CallFailed):
+            raise account
+        return account
 
     def api_key_mode(self) -> ApiKeyMode:
-        """Take a question about the key."""
+        """Process a key introspection."""
         self.introspections += 1
-        answer = self.asked.pop(0) if self.asked else "TEST"
-        if isinstance(answer, CallFailed):
-            raise answer
-        return answer
+        response = self.asked.pop(0) if self.asked else "TEST"
+        if isinstance(response, CallFailed):
+            raise response
+        return response
 
 
 def intake_request(arguments: dict[str, Any], continuation: dict[str, Any]) -> IntakeRequest:
-    """A job as it is taken in."""
-    return IntakeRequest(parse_job(arguments, currency="USD"), continuation)
+    """Return the intake request of a job."""
+    return IntakeRequest(job=parse_job(arguments, currency="USD"), continuation=continuation)
 
 
 @dataclass
 class InProcessSystem:
-    """The runtime, and the part of Celery: what is enqueued is kept in `queue` until `work` does it, or it is lost."""
+    """The runtime, and a simulated Celery: tasks stay in `queue` until `run_tasks` or `drop_tasks`."""
 
     rt: Runtime
     clock: Clock
@@ -187,16 +187,16 @@ class InProcessSystem:
 
     @property
     def engine(self) -> Engine:
-        """The ledger's."""
+        """Engine of the ledger."""
         return self.rt.engine
 
     def initiate(self, payment_id: str, account_id: str, *, task_id: str | None = None, **job: Any) -> IntakeResult:
-        """A job comes in; what follows from it is enqueued."""
+        """Accept a job and enqueue its follow-up."""
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
         continuation = {"id": task_id or f"task_{next(self._numbers)}"}
-        entrance = flow.initiate(self.rt, intake_request(arguments, continuation), lambda _: None)
-        self.queue.merge(entrance.follow_up)
-        return entrance
+        result = flow.initiate(self.rt, intake_request(arguments, continuation), lambda _: None)
+        self.queue.merge(result.follow_up)
+        return result
 
     def balance(
         self,
@@ -207,7 +207,7 @@ class InProcessSystem:
         later: bool = False,
         **fields: Any,
     ) -> str:
-        """A REFRESH balance comes in and is applied; or `later`, as when somebody holds the account. Returns its id."""
+        """Ingest a REFRESH balance and return its id. With `later` it is only stored, as if its account were locked."""
         if isinstance(fields.get("at"), datetime):
             fields["at"] = fields["at"].isoformat()
         balance = Balance.model_validate(
@@ -227,42 +227,43 @@ class InProcessSystem:
                 balances.insert_balances(tx, [balances.new_record(f"evt_{balance.id}", balance, self.clock.now)])
             self.queue.balances_to_apply.append(balance.id)
         else:
-            self.queue.merge(flow.ingest_events(self.rt, [(f"evt_{balance.id}", balance)], []))
+            received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
+            self.queue.merge(flow.ingest_events(self.rt, [received]))
         return balance.id
 
     def run_tasks(self) -> None:
-        """Do what is enqueued, and what follows from that."""
+        """Run the enqueued tasks and their follow-ups."""
         while self.queue.calls or self.queue.balance_polls or self.queue.balances_to_apply or self.queue.deliveries:
-            todo, self.queue = self.queue, FollowUp()
-            for call in sorted(todo.calls, key=lambda call: call.has_slot):
-                left = flow.claim_and_call(self.rt, call.account_id, call.refresh_id, has_slot=call.has_slot)
-                self.queue.merge(left)  # not before: more may be enqueued while the call is on the wire
-            for poll in todo.balance_polls:
+            pending, self.queue = self.queue, FollowUp()
+            for call in sorted(pending.calls, key=lambda call: call.has_slot):
+                follow_up = flow.claim_and_call(self.rt, call.account_id, call.refresh_id, has_slot=call.has_slot)
+                self.queue.merge(follow_up)  # after the call: other tasks may be enqueued while it is in flight
+            for poll in pending.balance_polls:
                 self.queue.merge(flow.poll_balance(self.rt, poll.account_id, poll.profile_id))
-            for balance_id in todo.balances_to_apply:
+            for balance_id in pending.balances_to_apply:
                 self.queue.merge(flow.apply_balance(self.rt, balance_id))
-            if todo.deliveries:
-                self._deliver(todo.deliveries)
+            if pending.deliveries:
+                self._deliver(pending.deliveries)
 
-    def _deliver(self, due: list[OutcomeDelivery]) -> None:
-        for reply in due:
-            self.delivered[reply.task_id].append((reply.state, reply.outcome))
-        if due:
-            flow.mark_delivered(self.rt, {reply.task_id: self.clock.now for reply in due})
+    def _deliver(self, deliveries: list[OutcomeDelivery]) -> None:
+        for delivery in deliveries:
+            self.delivered[delivery.task_id].append((delivery.state, delivery.outcome))
+        if deliveries:
+            flow.mark_delivered(self.rt, {delivery.task_id: self.clock.now for delivery in deliveries})
 
     def drop_tasks(self) -> None:
-        """Whatever is enqueued is lost."""
+        """Drop all enqueued tasks."""
         self.queue = FollowUp()
 
     def run_maintenance(self) -> None:
-        """Upkeep runs, and what it enqueues is done."""
+        """Run maintenance and the tasks that it enqueues."""
         self.queue.merge(flow.expire_due_payments(self.rt))
         self.queue.merge(flow.sweep(self.rt))
         self._deliver(flow.claim_overdue_deliveries(self.rt, flow.MAINTENANCE_BATCH_SIZE))
         self.run_tasks()
 
     def pass_time(self, seconds: int) -> None:
-        """Let time pass, with upkeep every second."""
+        """Advance the clock, with maintenance every second."""
         for _ in range(seconds):
             self.clock.advance(1)
             self.run_maintenance()
@@ -273,70 +274,70 @@ class InProcessSystem:
 
     @contextmanager
     def redis_unavailable(self) -> Iterator[None]:
-        """Nobody listens where Redis was."""
-        kept = self.rt.correlation, self.rt.admission, self.rt.poll_limiter
-        with create_client("redis://127.0.0.1:1/0") as nobody:
+        """Replace Redis by an address on which no server listens."""
+        original = self.rt.correlation, self.rt.admission, self.rt.poll_limiter
+        with create_client("redis://127.0.0.1:1/0") as client:
             self.rt.correlation, self.rt.admission = (
-                CorrelationStore(nobody),
-                admission_control(nobody, self.rt.settings),
+                CorrelationStore(client),
+                admission_control(client, self.rt.settings),
             )
             self.rt.poll_limiter = RateLimiter(
-                nobody, "poll_limiter", requests_per_s=self.rt.settings.balance_polls_per_s
+                client, "poll_limiter", requests_per_s=self.rt.settings.balance_polls_per_s
             )
             yield
-        self.rt.correlation, self.rt.admission, self.rt.poll_limiter = kept
+        self.rt.correlation, self.rt.admission, self.rt.poll_limiter = original
 
     def account_hash(self, account_id: str) -> dict[str, str]:
-        """What the correlation store holds of an account."""
+        """Return the correlation store's hash of an account."""
         return cast(dict[str, str], self.rt.correlation._redis.hgetall(f"payready:{{{account_id}}}"))
 
     def rows(self, query: str, /, **values: Any) -> list[dict[str, Any]]:
-        """What the ledger says; a query in SQL."""
+        """Return the rows of an SQL query on the ledger."""
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(text(query), values).mappings()]
 
     def payment(self, payment_id: str) -> dict[str, Any]:
-        """A payment's row."""
+        """Return a payment's row."""
         return self.rows("SELECT * FROM payment WHERE payment_id = :id", id=payment_id)[0]
 
     def state(self, payment_id: str) -> str:
-        """A payment's state, or the reason of its failure."""
+        """Return a payment's state, or the reason of its failure."""
         row = self.payment(payment_id)
         return str(row["reason"] or row["state"])
 
     def outcome(self, payment_id: str) -> dict[str, Any]:
-        """What the tasks of a payment are told."""
-        replies = self.rows("SELECT task_id FROM outcome_delivery WHERE payment_id = :id", id=payment_id)
-        told = [outcome for reply in replies for _, outcome in self.delivered[reply["task_id"]]]
-        assert told, f"{payment_id} has no outcome yet"
-        assert all(outcome == told[0] for outcome in told)
-        return told[0]
+        """Return the outcome that the tasks of a payment received."""
+        deliveries = self.rows("SELECT task_id FROM outcome_delivery WHERE payment_id = :id", id=payment_id)
+        outcomes = [outcome for delivery in deliveries for _, outcome in self.delivered[delivery["task_id"]]]
+        assert outcomes, f"{payment_id} has no outcome yet"
+        assert all(outcome == outcomes[0] for outcome in outcomes)
+        return outcomes[0]
 
     def fees(self, account_id: str) -> list[str]:
-        """The account's fee entries in the order they were written: the number of their call, and their state."""
+        """Return the account's fee entries in insertion order: the number of the call and the state."""
         rows = self.rows("SELECT call_id, state FROM fee_entry WHERE account_id = :id ORDER BY entry_id", id=account_id)
         order = list(dict.fromkeys(row["call_id"] for row in rows))
         return [f"{order.index(row['call_id']) + 1} {row['state']}" for row in rows]
 
     def refreshes(self, account_id: str) -> list[str]:
-        """The states of the account's refreshes, in the order of their calls."""
+        """Return the states of the account's refreshes, in the order of their calls."""
         query = "SELECT state FROM refresh WHERE account_id = :id ORDER BY called_at IS NULL, called_at"
         return [row["state"] for row in self.rows(query, id=account_id)]
 
 
 MakeSystem = Callable[..., AbstractContextManager[InProcessSystem]]
-"""Makes a payready with the settings that it is given."""
+"""Factory of in-process systems with the given settings."""
 
 
 def admission_control(redis: Any, settings: Settings) -> AdmissionControl:
-    """A gate with the limits of these settings."""
+    """Return an admission control with the limits of these settings."""
     limits = {"calls_per_s": settings.calls_per_s, "failure_threshold": settings.circuit_breaker_failures}
     return AdmissionControl(redis, probe_timeout=settings.max_call_duration, **limits)
 
 
 @contextmanager
 def in_process_system(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> Iterator[InProcessSystem]:
-    """A payready on this database and an emptied Redis."""
+    """Build an in-process system on this database and an emptied Redis."""
     clock, provider = Clock(), ScriptedProvider()
     redis = create_client(redis_url)
     rt = Runtime(
@@ -349,10 +350,10 @@ def in_process_system(database_url: str, redis_url: str, settings: Settings = SE
         price_list=parse_price_list(PRICES),
         clock=clock,
     )
-    made = InProcessSystem(rt, clock, provider)
-    made.flush()
+    running = InProcessSystem(rt, clock, provider)
+    running.flush()
     try:
-        yield made
+        yield running
     finally:
         rt.engine.dispose()
         redis.close()

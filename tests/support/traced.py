@@ -1,6 +1,6 @@
-"""All roles in one process, so that their spans meet in one place: `python -m tests.support.traced ACCOUNT`.
+"""All roles in one process, to collect their spans: `python -m tests.support.traced ACCOUNT`.
 
-Prints the spans of one payment as JSON, the sender's own span among them.
+It prints the spans of one payment as JSON.
 """
 
 import asyncio
@@ -21,17 +21,17 @@ from tasks import tracing
 from tasks.app import app
 
 TRACE, SENDER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-told = threading.Event()
+callback_received = threading.Event()
 
 
 @app.task(name="ledger.execute_ach")
 def execute_ach(_outcome: object) -> None:
-    """The payments service's callback."""
-    told.set()
+    """Run the payments service's callback."""
+    callback_received.set()
 
 
 def main(account_id: str) -> None:
-    """Make one payment, and print its spans."""
+    """Run one payment and print its spans."""
     spans = InMemorySpanExporter()
     tracing.enable(SimpleSpanProcessor(spans))
     web = uvicorn.Server(
@@ -49,7 +49,7 @@ def main(account_id: str) -> None:
             link=app.signature("ledger.execute_ach", queue="svc"),
             ignore_result=True,
         )
-        assert told.wait(20)
+        assert callback_received.wait(20)
         eventually(lambda: any(span.name == "ledger.execute_ach" for span in spans.get_finished_spans()))
         eventually(lambda: any(span.name == "outcomes.deliver" for span in spans.get_finished_spans()))
     web.should_exit = True

@@ -9,7 +9,7 @@ from demo.processes import procfile
 from tasks.suspension import has_no_callbacks
 from tests.support.servers import Postgres
 from tests.support.system import System, system
-from tests.suspension.primitive_runs import Received, Run, kill_between_settling_and_telling, send_balance
+from tests.suspension.primitive_runs import Received, Run, kill_between_resolution_and_delivery, send_balance
 
 WORKER = procfile()["worker"] + " --include tests.suspension.hooks"
 QUIET = "--pool threads --without-gossip --without-mingle --loglevel WARNING"
@@ -69,10 +69,10 @@ def runs(payready: System, received: Received) -> dict[str, Run]:
 
 @pytest.fixture(scope="session")
 def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
-    """The same through crashes.
+    """Return the same run with crashes.
 
-    All of payready is killed while the payments wait; the worker that is to tell of their outcomes before it does; and
-    in the end all is told once more, as after a kill between the last word and the note of it.
+    All of payready is killed while the payments wait. A worker is killed before it delivers the outcomes. Finally all
+    outcomes are delivered again, as after a kill between a delivery and its mark.
     """
     run = Run(payready, received, "crashed", "payments.initiate", "payments")
     run.start()
@@ -80,18 +80,20 @@ def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
     payready.kill("web", "worker", "refresh", "beat")
     payready.start("web")
     send_balance(payready, run.account_id)
-    kill_between_settling_and_telling(payready, run)
-    assert not any(reply["delivered_at"] for reply in run.replies() if not has_no_callbacks(reply["continuation"]))
+    kill_between_resolution_and_delivery(payready, run)
+    assert not any(
+        delivery["delivered_at"] for delivery in run.deliveries() if not has_no_callbacks(delivery["continuation"])
+    )
     run.make_due()
     payready.start("beat", "refresh")
     start_worker(payready)
     run.wait_until_over()
-    run.make_due()  # as a crash leaves it that comes after the last word and before the note
+    run.make_due()  # as after a crash between delivery and mark
     run.wait_until_over(times=2)
     return run
 
 
 @pytest.fixture
 def service(payready: System) -> Celery:
-    """The payments service, as it sends jobs and reads results."""
+    """Return the Celery application of the payments service."""
     return payready.service

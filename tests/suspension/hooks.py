@@ -12,6 +12,6 @@ from tests.suspension.service import write_down
 
 @shared_task(name="hooks.new_style")  # type: ignore[untyped-decorator]
 def new_style(request: Any, error: Exception, traceback: Any, *, tag: str, mark: str) -> None:
-    """Write down whose failure it was told, and which."""
+    """Note the failed task and its error."""
     facts = {"id": f"{tag}/{mark}", "of": request.id, "task_root": request.root_id, "error": repr(error)}
     write_down(current_app, tag=tag, mark=mark, **facts)

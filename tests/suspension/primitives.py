@@ -61,7 +61,7 @@ class Kit:
         return self.built(kwargs=self.job(mark, doubtful=doubtful, later=later), **options)
 
     def built(self, **options: Any) -> Signature:
-        """A payment whose job comes from the task before it."""
+        """Return a payment whose job is the result of the previous task."""
         return self.app.signature(self.task, **{"queue": self.queue, **_listed(options)})
 
 
@@ -87,7 +87,7 @@ class Primitive:
     first: frozenset[str]
     """Notes that are called before a payment waits, or beside it."""
     joined: frozenset[str]
-    """Tasks that come after several others, the last of which is their parent."""
+    """Tasks that follow several others. The last of these is their parent."""
     hangs: bool = False
     """Celery itself leaves the last result pending when a task before it fails."""
     payments: frozenset[str] = frozenset(("pay", "good", "third", "then", "deep"))

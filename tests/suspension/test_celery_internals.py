@@ -27,7 +27,7 @@ NOT_SAVED = {
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    """An app with a task that is left."""
+    """Return an app with a task that is suspended."""
     app = Celery("left", broker=valkey_url, backend=valkey_url, set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     yield app
@@ -52,7 +52,7 @@ def request(**given: Any) -> Context:
     return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
 
 
-def test_every_field_of_a_request_is_saved_or_left_out_on_purpose() -> None:
+def test_every_request_field_is_saved_or_excluded() -> None:
     """A field that a new Celery adds must be put on one of the two lists."""
     fields = {name for name, value in vars(Context).items() if not name.startswith("_") and not callable(value)}
     assert fields - {"children"} - set(suspension._SAVED_FIELDS) == NOT_SAVED
@@ -60,9 +60,7 @@ def test_every_field_of_a_request_is_saved_or_left_out_on_purpose() -> None:
 
 
 @pytest.mark.parametrize(("inherit", "priorities"), [(False, [None, 5]), (True, [7, 7])])
-def test_callbacks_inherit_the_priority_if_celery_is_told_so(
-    app: Celery, *, inherit: bool, priorities: list[int | None]
-) -> None:
+def test_callbacks_inherit_priority_if_configured(app: Celery, *, inherit: bool, priorities: list[int | None]) -> None:
     """`task_inherit_parent_priority` decides, as for any task."""
     app.conf.task_inherit_parent_priority = inherit
     queue = f"priority-{inherit}"
@@ -73,8 +71,8 @@ def test_callbacks_inherit_the_priority_if_celery_is_told_so(
     assert [by_task["a"] or None, by_task["b"]] == priorities
 
 
-def test_a_success_is_never_overwritten(app: Celery) -> None:
-    """So neither a repeated delivery nor a job that comes late takes back what was told."""
+def test_success_is_never_overwritten(app: Celery) -> None:
+    """Neither a repeated delivery nor a late job changes it."""
     saved = suspension.suspend(request(id="settled"))
     suspension.resume_with_result(app, saved, {"state": "released"})
     app.backend.store_result("settled", {"account_id": "acct_1"}, suspension.WAITING)
@@ -82,8 +80,8 @@ def test_a_success_is_never_overwritten(app: Celery) -> None:
     assert app.backend.get_task_meta("settled", cache=False)["status"] == "SUCCESS"
 
 
-def test_the_reply_address_survives_for_backends_that_answer_by_message(valkey_url: str) -> None:
-    """With `rpc://` a result is a message to the process that asked, told from the continuation alone."""
+def test_reply_address_is_saved_for_the_rpc_backend(valkey_url: str) -> None:
+    """With `rpc://` a result is a message to the sender. The continuation alone has the address."""
     app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     saved = suspension.suspend(request(id="rpc", reply_to="who-asked"))

@@ -46,10 +46,8 @@ def info(flower: httpx.Client) -> Info:
     return ask
 
 
-def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
-    payready: System, service: Celery, flower: httpx.Client, info: Info
-) -> None:
-    """STARTED with readable arguments, wherever they came from; then SUCCESS or FAILURE with what came of it."""
+def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flower: httpx.Client, info: Info) -> None:
+    """STARTED with readable arguments, then SUCCESS or FAILURE with the result."""
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), "flower", fails=False)
     released = kit.pay("released").apply_async()
     job = kit.note("job", returns=kit.job("failed") | {"timeout_s": 2})
@@ -73,7 +71,7 @@ def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
         )
         assert info(payment.id)["runtime"] > 1.5
     assert "'state': 'released'" in info(released.id)["result"]
-    assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance came within 2 s")
+    assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance arrived within 2 s")
     names = {task["name"] for task in flower.get("/api/tasks?limit=10000").json().values()}
     assert not names & {"payments.expire", "payments.sweep"}  # two a second would push the payments out of its memory
 
@@ -81,15 +79,14 @@ def test_a_payment_runs_while_it_waits_and_its_runtime_is_the_wait(
 @pytest.mark.parametrize(
     "path", ["/", "/tasks", "/broker", "/task/x", "/api/tasks", "/api/workers", "/api/task/info/x"]
 )
-def test_pages_and_api_refuse_whoever_has_no_login(flower: httpx.Client, path: str) -> None:
-    """Arguments, results and commands are for those who know the password."""
+def test_pages_and_api_require_a_login(flower: httpx.Client, path: str) -> None:
     for auth in (None, ("watcher", "wrong")):
         answer = httpx.get(flower.base_url.join(path), auth=auth)
         assert answer.status_code == 401, answer.text
     assert flower.get(path).status_code in {200, 404}
 
 
-def test_no_secret_is_on_any_page(flower: httpx.Client) -> None:
+def test_pages_show_no_secret(flower: httpx.Client) -> None:
     """Neither the provider's key nor the webhook's secret nor Flower's own password."""
     workers = flower.get("/api/workers?refresh=true").json()
     [worker] = [name for name in workers if name.startswith("worker@")]

@@ -15,8 +15,8 @@ each_outcome = pytest.mark.parametrize("outcome", [RELEASED, FAILED])
 
 @each_outcome
 @each_primitive
-def test_goes_on_as_a_task_that_never_waited(runs: dict[str, Run], primitive: Primitive, outcome: Outcome) -> None:
-    """The same calls, with the same relations, and the same results as of a plain Celery task with that outcome."""
+def test_suspended_task_behaves_like_a_plain_task(runs: dict[str, Run], primitive: Primitive, outcome: Outcome) -> None:
+    """The same calls, relations and results as of a plain Celery task with that outcome."""
     calls = runs["calm"].calls(primitive, outcome)
     assert sorted(note["mark"] for note in calls) == sorted(primitive.expected(outcome))
     assert runs["calm"].trace(primitive, outcome) == runs["twin"].trace(primitive, outcome)
@@ -24,10 +24,10 @@ def test_goes_on_as_a_task_that_never_waited(runs: dict[str, Run], primitive: Pr
 
 @each_outcome
 @each_primitive
-def test_goes_on_after_crashes_and_a_repeat_shows_as_one(
+def test_suspended_task_survives_crashes_and_redelivery(
     crashed: Run, runs: dict[str, Run], primitive: Primitive, outcome: Outcome
 ) -> None:
-    """After crashes all goes on the same; told twice, each callback has the same id, and a chord's body runs once."""
+    """After a redelivery each callback has the same id, and a chord's body runs once."""
     calls = crashed.calls(primitive, outcome)
     ids = {(note["mark"], note["id"]) for note in calls}
     assert sorted(mark for mark, _ in ids) == sorted(primitive.expected(outcome))
@@ -37,8 +37,8 @@ def test_goes_on_after_crashes_and_a_repeat_shows_as_one(
     assert crashed.trace(primitive, outcome) == runs["twin"].trace(primitive, outcome)
 
 
-def test_the_documentation_names_every_primitive() -> None:
-    """The table in `docs/reference/celery-compatibility.md` is the list of what is tested."""
+def test_documentation_lists_every_primitive() -> None:
+    """The table is in `docs/reference/celery-compatibility.md`."""
     text = (ROOT / "docs" / "reference" / "celery-compatibility.md").read_text()
     table = text[text.index("| Primitive |") :].partition("\n\n")[0].splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [primitive.name for primitive in PRIMITIVES]

@@ -19,7 +19,7 @@ from worker.errors import PaymentNotReady
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
 
 RESULT = {"get": 1, "multi": 1, "setex": 1, "publish": 1, "exec": 1}
-"""Celery's way to write a result: look whether it is SUCCESS already, write it, and tell those who wait in `get`."""
+"""Celery's commands for a result: check whether it is SUCCESS, write it, and publish it for `get`."""
 EVENT = {"publish": 1}
 """For Flower."""
 MESSAGE = {"lpush": 1}
@@ -27,12 +27,12 @@ MESSAGE = {"lpush": 1}
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    """An app with payready's settings, and with a task that is left."""
+    """Return an app with payready's settings and a suspended task."""
     app = Celery("left", set_as_current=False)
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
-    watchers = suspension.event_publisher(app)
-    watchers._gatherer = MicroBatcher(watchers._send, max_size=9)  # at once, where it is counted
+    publisher = suspension.event_publisher(app)
+    publisher._batcher = MicroBatcher(publisher._send, max_size=9)  # at once, so that it is counted
     suspension.resume_with_result(app, continuation(app), {})  # opens the connections
     suspension.resume_with_result(app, continuation(app, chain=[app.signature("ledger.note")]), {})
     yield app
@@ -44,20 +44,20 @@ def _nothing() -> None:
 
 
 def continuation(app: Celery, **given: Any) -> dict[str, Any]:
-    """The continuation of a task that runs."""
+    """Return the continuation of a running task."""
     request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
     return suspension.suspend(Context(request))
 
 
 def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) -> dict[str, int]:
-    """The commands that Valkey got while the task ended like this."""
+    """Return the commands that Valkey receives while a task is resumed."""
     with Redis.from_url(valkey_url) as counter:
         counter.config_resetstat()
         with denied_join_result():  # as it is in a worker's pool of threads
             end(app, saved, outcome)
         stats: dict[str, Any] = counter.info("commandstats")
     ours = ("cmdstat_info", "cmdstat_config|resetstat")
-    return {name.removeprefix("cmdstat_"): told["calls"] for name, told in stats.items() if name not in ours}
+    return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items() if name not in ours}
 
 
 def end(app: Celery, saved: dict[str, Any], outcome: Any) -> None:
@@ -71,24 +71,24 @@ def total(*parts: dict[str, int]) -> dict[str, int]:
     return {name: sum(part.get(name, 0) for part in parts) for name in {name for part in parts for name in part}}
 
 
-def test_completing_is_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
-    """Nothing is read or written but the result."""
+def test_delivery_writes_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
+    """Nothing else is read or written."""
     assert commands(valkey_url, app, continuation(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
     error = PaymentNotReady("timeout", "no balance came")
     assert commands(valkey_url, app, continuation(app, id="b"), error) == total(RESULT, EVENT)
 
 
-def test_an_ignored_result_is_one_event(app: Celery, valkey_url: str) -> None:
-    """Not even a look at the result backend."""
+def test_delivery_of_ignored_result_sends_one_event(app: Celery, valkey_url: str) -> None:
+    """The result backend is not accessed."""
     assert commands(valkey_url, app, continuation(app, ignore_result=True), {}) == EVENT
 
 
-def test_a_link_and_a_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
-    """As they are when a plain task sends them."""
+def test_link_and_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
+    """As with a plain task."""
     saved = continuation(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
     assert commands(valkey_url, app, saved, {}) == total(RESULT, EVENT, MESSAGE, MESSAGE)
 
 
-def test_a_worker_does_not_listen_for_what_it_sends() -> None:
-    """Celery knows that a task in a pool of threads waits for no result: it subscribes to none."""
+def test_worker_does_not_subscribe_to_results() -> None:
+    """In a pool of threads Celery subscribes to no result."""
     assert TaskPool.task_join_will_block

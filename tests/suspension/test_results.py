@@ -18,7 +18,7 @@ Raised = tuple[str, tuple[Any, ...]]
 
 @pytest.fixture
 def kit(service: Celery, request: pytest.FixtureRequest) -> Kit:
-    """Payments on an account of the test's own, whose balance comes when the test sends it."""
+    """Return payments of a new account, whose balance the test sends."""
     return Kit(service, "payments.initiate", "payments", quiet_account(), request.node.name, fails=False)
 
 
@@ -45,8 +45,8 @@ def raised_by(result: Any) -> Raised:
     return type(raised.value).__name__, raised.value.args
 
 
-def test_a_waiting_result_tells_what_it_waits_for(payready: System, kit: Kit) -> None:
-    """The state is WAITING, with account, refresh and deadline; it is not ready, and has neither failed nor not."""
+def test_waiting_result_has_account_refresh_and_deadline(payready: System, kit: Kit) -> None:
+    """Its state is WAITING: not ready, neither failed nor successful."""
     result = kit.pay().apply_async()
     eventually(lambda: waits(result))
     row = payready.payment(kit.payments[0])
@@ -57,8 +57,8 @@ def test_a_waiting_result_tells_what_it_waits_for(payready: System, kit: Kit) ->
     assert (result.ready(), result.successful(), result.failed()) == (False, False, False)
 
 
-def test_get_returns_the_outcome_when_the_balance_comes(payready: System, kit: Kit) -> None:
-    """`get` waits for the webhook; the result is ready then, and stays until it is forgotten."""
+def test_get_returns_the_outcome_after_the_balance(payready: System, kit: Kit) -> None:
+    """`get` blocks until the webhook. The result is then stored until it is forgotten."""
     result = kit.pay().apply_async()
     eventually(lambda: waits(result))
     send_balance(payready, kit.account_id)
@@ -69,20 +69,18 @@ def test_get_returns_the_outcome_when_the_balance_comes(payready: System, kit: K
     assert payready.service.AsyncResult(result.id).state == "PENDING"
 
 
-def test_get_raises_reason_and_detail_when_the_deadline_comes(kit: Kit) -> None:
-    """The exception is `PaymentNotReady(reason, detail)`, in a process that knows no such class too."""
+def test_get_raises_reason_and_detail_after_the_deadline(kit: Kit) -> None:
+    """The exception is `PaymentNotReady(reason, detail)`, also in a process without that class."""
     job = kit.job() | {"timeout_s": 1}
     result = kit.built(kwargs=job).apply_async()
     name, (reason, detail) = raised_by(result)
     assert (name, reason) == ("PaymentNotReady", "timeout")
-    assert detail.startswith("no balance came within 1 s")
+    assert detail.startswith("no balance arrived within 1 s")
     assert (result.ready(), result.successful(), result.failed()) == (True, False, True)
 
 
-def test_results_are_kept_as_long_as_configured(
-    payready: System, service: Celery, kit: Kit, key: Callable[[Any], bytes]
-) -> None:
-    """Redis forgets WAITING, SUCCESS and FAILURE alike after `result_expires`."""
+def test_results_expire_as_configured(payready: System, service: Celery, kit: Kit, key: Callable[[Any], bytes]) -> None:
+    """`result_expires` applies to WAITING, SUCCESS and FAILURE."""
     good = kit.pay().apply_async()
     bad = kit.built(kwargs=kit.job("bad") | {"amount": "9999.00"}).apply_async()
     eventually(lambda: waits(good) and waits(bad))
@@ -95,10 +93,10 @@ def test_results_are_kept_as_long_as_configured(
         assert RESULT_EXPIRES_S - 60 < client.ttl(key(result)) <= RESULT_EXPIRES_S
 
 
-def test_an_ignored_result_is_written_nowhere(
+def test_ignored_result_is_not_stored(
     payready: System, service: Celery, kit: Kit, notes: Callable[[], list[str]], key: Callable[[Any], bytes]
 ) -> None:
-    """With `ignore_result` neither WAITING nor the outcome reaches the result backend; callbacks are called."""
+    """With `ignore_result` neither WAITING nor the outcome is stored. Callbacks are called."""
     result = kit.pay(ignore_result=True, link=kit.note("next")).apply_async()
     payready.payment(kit.payments[0])
     send_balance(payready, kit.account_id)
@@ -106,8 +104,8 @@ def test_an_ignored_result_is_written_nowhere(
     assert not service.backend.client.exists(key(result))
 
 
-def test_a_job_that_expired_in_the_queue_is_never_begun(payready: System, kit: Kit) -> None:
-    """Celery revokes it, as any task; no payment is written down."""
+def test_expired_job_is_never_started(payready: System, kit: Kit) -> None:
+    """Celery revokes it like any task, and no payment is created."""
     result = kit.pay(expires=datetime.now(UTC) - timedelta(seconds=5)).apply_async()
     assert raised_by(result)[0] == "TaskRevokedError"
     assert not payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=kit.payments[0])
@@ -127,16 +125,16 @@ def _cancel(kit: Kit, result: Any) -> None:
 
 
 @pytest.mark.parametrize("give_up", [_revoke, _terminate, _cancel])
-def test_a_waiting_payment_can_be_given_up(
+def test_revoked_or_cancelled_payment_fails_as_cancelled(
     payready: System, kit: Kit, notes: Callable[[], list[str]], give_up: Callable[[Kit, Any], None]
 ) -> None:
-    """Revoked or cancelled it fails as `cancelled`, errbacks run, and the balance that comes later releases nothing."""
+    """Errbacks run, and a later balance releases nothing."""
     body = kit.note("body", link_error=kit.note("body-sorry"))
     header = [kit.pay(link=kit.note("next"), link_error=kit.note("sorry")), kit.note("x")]
     payment = chord(header, body, app=kit.app).apply_async().parent.results[0]
     eventually(lambda: waits(payment) and "x" in notes())
     give_up(kit, payment)
-    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled it"))
+    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled the payment"))
     eventually(lambda: notes() == ["body-sorry", "sorry", "x"])
     other = kit.pay("other").apply_async()
     eventually(lambda: waits(other))
@@ -164,18 +162,21 @@ def _conflict(kit: Kit) -> Signature:
 @pytest.mark.parametrize(
     ("payment", "exception"),
     [
-        (_unknown_field, ("InvalidJob", ("amuont: Extra inputs are not permitted",))),
+        (_unknown_field, ("InvalidJob", ('amuont: is not a field of a job (did you mean "amount"?)',))),
         (_no_mapping, ("InvalidJob", ("the positional argument must be a job, a mapping, not list",))),
         (
             _conflict,
-            ("PaymentNotReady", ("conflict", "the payment_id was used before, with other content")),
+            (
+                "PaymentNotReady",
+                ("conflict", "payment_id was already used for a different job; these fields differ: amount"),
+            ),
         ),
     ],
 )
-def test_a_job_that_is_refused_fails_like_any_task(
+def test_invalid_job_fails_like_any_task(
     kit: Kit, notes: Callable[[], list[str]], payment: Callable[[Kit], Signature], exception: Raised
 ) -> None:
-    """An invalid job and a conflict raise, call the errbacks, and fail the chord they are in."""
+    """An invalid job and a conflict raise, call the errbacks, and fail their chord."""
     refused = payment(kit)
     refused.link_error(kit.note("sorry"))
     body = kit.note("body", link_error=kit.note("body-sorry"))
@@ -185,10 +186,8 @@ def test_a_job_that_is_refused_fails_like_any_task(
     eventually(lambda: type(result.result).__name__ == "ChordError")
 
 
-def test_every_task_that_waits_for_a_payment_is_told(
-    payready: System, kit: Kit, notes: Callable[[], list[str]]
-) -> None:
-    """The same job sent twice is one payment with one outcome; both results have it, and both callbacks run."""
+def test_every_task_of_a_payment_gets_the_outcome(payready: System, kit: Kit, notes: Callable[[], list[str]]) -> None:
+    """The same job sent twice is one payment. Both results have the outcome, and both callbacks run."""
     first = kit.pay(link=kit.note("one")).apply_async()
     second = kit.pay(link=kit.note("two")).apply_async()
     eventually(lambda: waits(first) and waits(second))
@@ -197,9 +196,9 @@ def test_every_task_that_waits_for_a_payment_is_told(
     eventually(lambda: notes() == ["one", "two"])
 
 
-def test_a_callback_that_waits_long_elsewhere_is_not_taken_for_lost(service: Celery, kit: Kit) -> None:
-    """A message with a countdown is held by its own worker's keys; payready restores none but its own."""
-    kit.note("later", countdown=3600).apply_async(task_id=f"held-{kit.account_id}")
+def test_delayed_callback_of_another_worker_is_not_restored(service: Celery, kit: Kit) -> None:
+    """A message with a countdown is in its own worker's `unacked` keys. payready restores only its own."""
+    kit.note("later", countdown=3600).apply_async(task_id=f"delayed-{kit.account_id}")
     client = service.backend.client
     eventually(lambda: any(kit.account_id.encode() in message for message in client.hvals("unacked")))
     assert not any(kit.account_id.encode() in message for message in client.hvals("payready-unacked"))

@@ -23,7 +23,7 @@ VERSION_1 = Path(__file__).with_name("continuation_v1.json")
 
 @pytest.fixture
 def app() -> Celery:
-    """An app with a task that is left; it never sends anything."""
+    """Return an app with a task that is suspended. It sends nothing."""
     app = Celery("left", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     return app
@@ -48,8 +48,8 @@ def ids_in(continuation: Any) -> list[str]:
     return own + [found for part in continuation.values() for found in ids_in(part)]
 
 
-def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
-    """What JSON has no word for is written as Celery's messages write it, and is read back as what it was."""
+def test_continuation_is_plain_json_with_a_version(app: Celery) -> None:
+    """Types that JSON lacks have the encoding of Celery messages and are restored."""
     values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
     continuation = suspension.suspend(request(callbacks=[app.signature("ledger.note", args=values)]))
     assert continuation["version"] == suspension.VERSION == 1
@@ -58,14 +58,14 @@ def test_the_canvas_is_plain_json_with_a_version(app: Celery) -> None:
         assert resumed.callbacks[0]["args"] == values
 
 
-def test_the_first_place_in_a_group_is_kept(app: Celery) -> None:
-    """A zero is a place like any other: a chord orders its results by it."""
+def test_group_index_zero_is_saved(app: Celery) -> None:
+    """A chord orders its results by it."""
     with suspension._resumed(app, suspension.suspend(request(group="g", group_index=0))) as (_, resumed):
         assert (resumed.group, resumed.group_index) == ("g", 0)
 
 
-def test_all_that_will_be_sent_has_its_id_when_the_canvas_is_saved(app: Celery) -> None:
-    """However deep it is nested: members of groups, headers and bodies of chords, and callbacks of callbacks."""
+def test_every_future_message_has_its_id_in_the_continuation(app: Celery) -> None:
+    """Also members of groups, headers and bodies of chords, and callbacks of callbacks."""
     note = app.signature("ledger.note")
     deep = chord(
         [note.clone(), group(note.clone(), note.clone(), app=app)],
@@ -81,8 +81,8 @@ def test_all_that_will_be_sent_has_its_id_when_the_canvas_is_saved(app: Celery) 
     assert continuation["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
 
 
-def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery) -> None:
-    """A signature among a callback's arguments is the callback's business."""
+def test_given_ids_and_arguments_are_unchanged(app: Celery) -> None:
+    """A signature among a callback's arguments is data."""
     data = app.signature("ledger.other")
     callback = app.signature("ledger.note", args=(data,), kwargs={"then": data}, task_id="chosen")
     [saved] = suspension.suspend(request(callbacks=[callback]))["callbacks"]
@@ -91,12 +91,12 @@ def test_ids_that_the_sender_chose_and_what_is_data_stay_as_they_are(app: Celery
     assert saved["kwargs"]["then"]["options"] == {}
 
 
-def test_a_canvas_of_a_later_release_is_refused(app: Celery) -> None:
-    """It may hold what this release would leave out."""
+def test_continuation_of_a_later_release_is_rejected(app: Celery) -> None:
+    """It may have parts that this release would ignore."""
     continuation = suspension.suspend(request()) | {"version": 2}
     with pytest.raises(
         suspension.UnsupportedContinuationVersion,
-        match="the continuation has version 2, and this release reads up to 1",
+        match="the continuation has version 2, this release supports up to 1",
     ):
         suspension.resume_with_result(app, continuation, {})
     with pytest.raises(suspension.UnsupportedContinuationVersion):
@@ -112,10 +112,10 @@ def replace_canvas(payready: System, payment_id: str, continuation: dict[str, An
         connection.execute(replaced, {"continuation": continuation, "id": payment_id})
 
 
-def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
+def test_outcome_with_unsupported_continuation_stays_undelivered(
     payready: System, service: Celery, received: Received
 ) -> None:
-    """The payment is settled, nobody is told, the log says why; the release that saved the continuation tells it."""
+    """The payment is resolved, and the log has the reason. A later release delivers the outcome."""
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-continuation", fails=False)
     result = kit.pay(link=kit.note("next")).apply_async()
     reply = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"
@@ -123,7 +123,7 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
     replace_canvas(payready, kit.payments[0], saved["continuation"] | {"version": 99})
     send_balance(payready, kit.account_id)
     log = payready.processes.log_of("worker")
-    eventually(lambda: "the continuation has version 99, and this release reads up to 1" in log.read_text())
+    eventually(lambda: "the continuation has version 99, this release supports up to 1" in log.read_text())
     [due] = payready.rows(reply, id=kit.payments[0])
     assert payready.payment(kit.payments[0])["state"] == "released"
     assert (due["due_at"] is not None, due["delivered_at"], result.state) == (True, None, "WAITING")
@@ -144,10 +144,10 @@ def test_an_outcome_whose_canvas_is_unknown_stays_due_until_a_release_reads_it(
         ("failed", {"errback", "errback-2", "chord-errback"}),
     ],
 )
-def test_what_the_first_release_saved_still_goes_on(
+def test_continuation_of_version_1_is_resumed(
     payready: System, service: Celery, received: Received, outcome: str, called: set[str]
 ) -> None:
-    """The checked-in continuation of version 1 sends all it promises, with the ids, relations and stamps it promises."""
+    """The stored continuation sends all callbacks with their ids, relations and stamps."""
     tag = f"v1-{outcome}"
     kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
     kit.pay().apply_async()
@@ -166,16 +166,16 @@ def test_what_the_first_release_saved_still_goes_on(
         assert note["stamps"] == ({"order": "order-7"} if note["mark"] in ("chain", "errback") else {})
 
 
-def test_the_checked_in_canvas_has_every_part_that_a_canvas_has(app: Celery) -> None:
-    """A part that is added to the continuation is added to the fixture, or to a fixture of a new version."""
+def test_stored_continuation_has_every_field(app: Celery) -> None:
+    """A new field of the continuation is added to the fixture, or to a fixture of a new version."""
     everything: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
     everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
     saved = suspension.suspend(request(**everything | {"delivery_info": {"priority": 3}}))
     assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
 
 
-def test_a_task_is_a_task_while_it_is_completed(app: Celery) -> None:
-    """What is sent then becomes its child, as `current_task` says; afterwards it is not."""
+def test_resumed_task_is_the_current_task(app: Celery) -> None:
+    """Everything that is sent becomes its child."""
     seen: list[Any] = [app.current_worker_task]
     with suspension._resumed(app, suspension.suspend(request(root_id="root"))) as (task, given):
         seen.append(app.current_worker_task)

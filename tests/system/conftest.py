@@ -1,4 +1,4 @@
-"""One system for all tests of this folder that do not break it; each test uses accounts and payments of its own."""
+"""One system for all tests of this folder that do not break it. Each test uses its own accounts and payments."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _numbers = itertools.count(1)
 def payready(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
 ) -> Iterator[System]:
-    """Every role of payready running, on each database, and a worker of the payments service."""
+    """Run all roles of payready, on each database, and a worker of the payments service."""
     folder = tmp_path_factory.mktemp("payready")
     url = postgres_server.database() if request.param == "postgresql" else f"sqlite:///{folder}/payready.db"
     with system(folder, url, PAYREADY_UNCERTAIN_GRACE_S="3") as running:
@@ -26,11 +26,11 @@ def payready(
 
 @pytest.fixture
 def account() -> Callable[[str], str]:
-    """Gives ids of accounts no other test uses, by the simulator's scenario."""
+    """Return a factory of account ids that no other test uses, by the simulator's scenario."""
     return lambda scenario: f"acct_{scenario}{next(_numbers):06d}"
 
 
 @pytest.fixture
 def payment_id() -> str:
-    """An id no other test uses."""
+    """Return a payment id that no other test uses."""
     return f"pay_{next(_numbers)}"

@@ -1,4 +1,4 @@
-"""SIGTERM: what runs is finished and booked, nothing new is begun, and a restart under load loses nothing."""
+"""SIGTERM: a running call is finished and recorded, no new call starts, and a restart under load loses nothing."""
 
 import signal
 import time
@@ -8,18 +8,20 @@ from tests.support.servers import Postgres
 from tests.support.system import system, wait_until
 
 GRACE_S = 30
-"""What `docs/howto/monitor.md` asks a deployment to allow."""
+"""Grace period that `docs/howto/monitor.md` requires of a deployment."""
 
 
-def test_a_call_that_is_on_the_wire_is_booked_and_the_next_ones_are_left_to_others(
+def test_call_in_flight_is_recorded_and_later_calls_are_left_to_other_workers(
     tmp_path: Path, postgres_server: Postgres
 ) -> None:
-    """The answer comes after the signal; what comes after that waits, and nothing is called twice."""
+    """The response arrives after the signal. Later messages wait, and no account is called twice."""
     with system(tmp_path, postgres_server.database()) as running:
         running.start_service()
-        running.simulator.post("pause")  # an early event is tried before the answer: now the answer waits
+        running.simulator.post(
+            "pause"
+        )  # the webhook of `early` is sent before the response, so the pause delays the response
         first = running.initiate("pay_1", "acct_early000001", options=running.callbacks("pay_1"))
-        wait_until(lambda: len(running.simulator.calls("acct_early000001")) == 1, 10, "the call is on the wire")
+        wait_until(lambda: len(running.simulator.calls("acct_early000001")) == 1, 10, "the call is in flight")
         start = time.monotonic()
         stopping = running.processes._running.pop("refresh")
         stopping.send_signal(signal.SIGTERM)
@@ -34,5 +36,5 @@ def test_a_call_that_is_on_the_wire_is_booked_and_the_next_ones_are_left_to_othe
         assert first.get(timeout=15)["state"] == "released"
         wait_until(lambda: len(running.ended_payments()) == 21, 30, "all payments end")
         assert {line["task"] for line in running.callbacks_received()} == {"ledger.execute_ach"}
-        assert {kept.accepted for kept in running.fee_totals().values()} == {1}
-        assert all(kept.match for kept in running.fee_totals().values())
+        assert {totals.accepted for totals in running.fee_totals().values()} == {1}
+        assert all(totals.match for totals in running.fee_totals().values())

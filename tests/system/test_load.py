@@ -90,22 +90,22 @@ def test_each_of_many_payments_ends_once_and_each_call_is_paid_for_once(
 
 
 def assert_shares_add_up(running: System, rows: dict[str, Any], released: dict[str, Any]) -> None:
-    """What the payments that share a call were told they owe is what the call costs, to the cent and below."""
+    """The fee shares of the payments that share a call add up to its fee exactly."""
     prices: dict[str, Decimal] = defaultdict(Decimal)
     for row in running.rows("SELECT refresh_id, price FROM fee_entry WHERE state = 'posted'"):
         prices[row["refresh_id"]] += Decimal(row["price"])
-    told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    outcomes_by_refresh: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for payment_id, outcome in released.items():
         if outcome["fee"]["state"] != "reused":
-            told[rows[payment_id]["refresh_id"]].append(outcome)
-    assert sum(len(outcomes) > 1 for outcomes in told.values()) > 0, "no call was shared"
-    for refresh_id, outcomes in told.items():
+            outcomes_by_refresh[rows[payment_id]["refresh_id"]].append(outcome)
+    assert sum(len(outcomes) > 1 for outcomes in outcomes_by_refresh.values()) > 0, "no call was shared"
+    for refresh_id, outcomes in outcomes_by_refresh.items():
         assert sum(Decimal(outcome["fee"]["amount"]) for outcome in outcomes) == prices[refresh_id]
         assert {outcome["shared_by"] for outcome in outcomes} == {len(outcomes)}
 
 
 @pytest.mark.parametrize("crowded", ["postgresql"], indirect=True)
-def test_waiting_holds_no_thread_no_connection_and_no_memory(crowded: System) -> None:
+def test_waiting_payments_use_no_thread_connection_or_memory(crowded: System) -> None:
     """With 5,000 payments waiting, a worker of 16 threads settles a fresh one as if it were alone."""
 
     def wait_for_rows(count: int) -> None:

@@ -24,8 +24,8 @@ from tests.support.servers import Postgres, postgres
 from tests.support.system import System, system, wait_until
 
 AWAY_S, ACCOUNTS = 30, 20
-TOLD_AFTER_S = 45
-"""So long after it is back all must be told: a refused webhook comes again after half a minute."""
+DELIVERED_AFTER_S = 45
+"""Time in which all outcomes must be delivered after the outage: Quiltt retries a webhook after half a minute."""
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "120"}
 """Messages come back while the outage lasts; a webhook that is refused for so long does not cost a call."""
 
@@ -41,7 +41,7 @@ def _webhooks_are_refused(running: System) -> None:
 
 
 def _balances_are_kept_only(running: System) -> None:
-    """They are in the ledger, and whoever brought them was told so; it is the sweep's to apply them."""
+    """They are committed, and the sender got a 2xx; the sweep applies them."""
     assert running.rows("SELECT count(*) AS n FROM balance") == [{"n": ACCOUNTS}]
     assert refused(running) == 0
     assert running.rows("SELECT payment_id FROM payment WHERE state <> 'waiting'") == []
@@ -52,7 +52,7 @@ OUTAGES: dict[str, tuple[Away, Check]] = {
     "the database is frozen": (lambda _, server: server.while_frozen(), lambda _: None),
     "the broker is stopped": (lambda running, _: running.valkey_unavailable(), _balances_are_kept_only),
 }
-"""How it comes to be, and what must hold when it has lasted for half a minute."""
+"""How each outage starts, and what must be true after half a minute of it."""
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,16 @@ def _outage(folder: Path, away: Away, check: Check) -> None:
         waiting, hopeless = jobs("slow", 2 * ACCOUNTS, ACCOUNTS, timeout_s=100), jobs("never", 5, 5, timeout_s=15)
         meanwhile = jobs("prompt", 30, 15, timeout_s=100)
         running.initiate_many(waiting + hopeless, linked=True)
-        booked = "SELECT count(*) AS n FROM fee_entry WHERE state = 'posted'"  # else a call is of unknown fate
+        booked = (
+            "SELECT count(*) AS n FROM fee_entry WHERE state = 'posted'"  # otherwise the result of a call is unknown
+        )
         wait_until(lambda: running.rows(booked) == [{"n": ACCOUNTS + 5}], 15, "all calls are made, and booked")
         with away(running, server):
             unsent = _send_one_by_one(running, meanwhile, time.monotonic() + AWAY_S)
             check(running)
         running.initiate_many(unsent, linked=True)
         everyone = {str(job["payment_id"]) for job in waiting + hopeless + meanwhile}
-        wait_until(wait_until_ended(running, len(everyone)), TOLD_AFTER_S, "all payments end")
+        wait_until(wait_until_ended(running, len(everyone)), DELIVERED_AFTER_S, "all payments end")
         assert_one_outcome_each(running, everyone)
         failed = {
             payment_id for payment_id, (line,) in running.ended_payments().items() if line["task"] == "ledger.not_ready"
@@ -108,5 +110,5 @@ def _send_one_by_one(running: System, jobs: list[dict[str, Any]], until: float) 
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_half_a_minute_without_it_costs_no_payment_and_no_call(outages: dict[str, "Future[None]"], outage: str) -> None:
-    """Each payment is told one outcome, when it is back; those whose deadline passed meanwhile have failed."""
+    """Each payment gets one outcome after the outage; payments past their deadline have failed."""
     outages[outage].result()

@@ -12,7 +12,7 @@ Accounts = Callable[[str], str]
 def test_a_payment_is_released_by_the_balance_its_call_brought(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The outcome tells the balance, the wait, and the fee."""
+    """The outcome states the balance, the waiting time and the fee."""
     account_id = account("prompt")
     outcome = payready.initiate(payment_id, account_id, amount="25.00", metadata={"order": 7}).get(timeout=20)
     assert outcome["state"] == "released"
@@ -48,7 +48,7 @@ def test_a_payment_fails_at_once_with_the_reason(
 def test_a_connection_that_breaks_down_fails_its_payments_at_once(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """The user must act, and is told so now, not at the deadline."""
+    """The payment fails at once, not at its deadline: the user must act."""
     result = payready.initiate(payment_id, account("never"), amount="25.00", timeout_s=60, connection_id="conn_broken1")
     payready.payment(payment_id)
     event = {"type": "connection.synced.errored.repairable", "record": {"id": "conn_broken1", "status": "ERROR"}}

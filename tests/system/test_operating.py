@@ -27,14 +27,14 @@ class Operation:
         self.flower_url = flower_url
 
     def url(self, role: str, page: str) -> str:
-        """Where a role tells what it does."""
+        """Return the URL of a role's metrics port."""
         return f"http://127.0.0.1:{self.payready.metrics_ports[role]}/{page}"
 
     def metric(self, role: str, sample: str) -> float:
         """A sample of a role, by its name with its labels; 0 if it has none of that name."""
         with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as answer:
-            told = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
-        return float(told.get(sample, 0))
+            samples = dict(re.findall(r"^(\S+) (\S+)$", answer.read().decode(), re.MULTILINE))
+        return float(samples.get(sample, 0))
 
     def log(self, role: str) -> list[dict[str, Any]]:
         """A role's log: each of its lines is a fact in JSON."""
@@ -45,18 +45,18 @@ class Operation:
         environ = {**self.payready.processes._environ, **environ}
         command = ["payready", "doctor", "--json", "--flower", self.flower_url]
         ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60)
-        rank = ("ok", "note", "fault")
+        rank = ("ok", "warning", "error")
         worst: dict[str, tuple[str, str]] = {}
         for found in json.loads(ran.stdout):
             before = worst.get(found["check"], ("ok", ""))
-            if rank.index(found["grade"]) >= rank.index(before[0]):
-                worst[found["check"]] = (found["grade"], found["found"])
+            if rank.index(found["severity"]) >= rank.index(before[0]):
+                worst[found["check"]] = (found["severity"], found["message"])
         return ran.returncode, worst
 
     def faults(self, **environ: str) -> dict[str, str]:
         """By check, what the doctor finds at fault."""
         status, found = self.doctor(**environ)
-        faults = {check: told for check, (grade, told) in found.items() if grade == "fault"}
+        faults = {check: message for check, (severity, message) in found.items() if severity == "error"}
         assert bool(status) == bool(faults)
         return faults
 
@@ -91,11 +91,13 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
     assert operation.metric("beat", "payready_database_up") == operation.metric("beat", "payready_broker_up") == 1
     assert all(responds(operation.url(role, "readyz")) for role in ROLES)
 
-    (delivered,) = eventually(lambda: [line for line in operation.log("web") if "outcome" in line["event"]])
+    (delivered,) = eventually(lambda: [line for line in operation.log("web") if line["event"] == "outcome.delivered"])
     assert delivered["payment_id"] == "pay_1"
     assert delivered["task_id"] == result.id
-    assert [line for line in operation.log("refresh") if line["event"].endswith("environment TEST")]
-    (accepted, *_) = [line for line in operation.log("refresh") if "accepted" in line["event"]]
+    assert [
+        line for line in operation.log("refresh") if line["event"] == "api_key.mode_detected" and line["mode"] == "TEST"
+    ]
+    (accepted, *_) = [line for line in operation.log("refresh") if line["event"] == "refresh_call.accepted"]
     assert accepted["account_id"] == "acct_prompt01"
     assert accepted["refresh_id"]
     eventually(lambda: [line for line in operation.log("worker") if "unheard_of" in line["event"]])
@@ -106,9 +108,9 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
 
 
 def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation) -> None:
-    """And tells what it saw."""
+    """The doctor reports each dependency as ok."""
     status, found = operation.doctor()
-    assert (status, {check: told for check, told in found.items() if told[0] == "fault"}) == (0, {})
+    assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
     assert found["database"] == ("ok", "answers, migrated to 0001")
     assert found["broker"] == ("ok", "answers, as do 2 workers")
     assert found["api key"][1] == "this is production, and the key is for TEST"
@@ -128,10 +130,10 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
         "database": "never migrated; this release needs 0001",
-        "broker": f"the broker or the result backend is away: {AWAY} (PAYREADY_REDIS_URL)",
+        "broker": f"cannot reach the broker or the result backend: {AWAY}. Check PAYREADY_REDIS_URL.",
         "result backend": AWAY,
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
-        "webhook secrets": "none: every delivery is refused",
+        "webhook secrets": "none is set: `web` rejects every delivery",
     }
     faults = operation.faults(
         PAYREADY_DATABASE_URL="postgresql://u@127.0.0.1:1/x",
@@ -140,10 +142,10 @@ def test_the_doctor_names_each_thing_that_is_broken(operation: Operation, tmp_pa
     )
     assert faults.keys() == {"database", "redis", "broker", "result backend", "api key"}
     assert "Connection refused" in faults["database"]
-    assert "could not be asked" in faults["api key"]
+    assert "could not be checked" in faults["api key"]
 
 
-def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None:
+def test_doctor_reports_why_balances_are_missing(operation: Operation) -> None:
     """A subscription that is gone, an endpoint with another secret, calls that nothing answers, a cap that is used."""
     payready = operation.payready
     for number in range(3):
@@ -156,15 +158,15 @@ def test_the_doctor_tells_why_balances_do_not_come(operation: Operation) -> None
         PAYREADY_REFRESH_WINDOW_S="1",
         PAYREADY_FEE_CAP_PER_DAY="0.1",
     ) == {
-        "webhook": f"{payready.web_url}/webhooks/quiltt answers 401 to a signed delivery",
+        "webhook": f"{payready.web_url}/webhooks/quiltt responds 401 to a signed delivery",
         "subscription": "no subscription delivers to https://pay.example/webhooks/quiltt",
-        "balances": "of 5 calls accepted in the last quarter of an hour 4 brought no balance",
+        "balances": "4 of 5 calls accepted in the last 15 min brought no balance",
         "fee cap": "500% of the cap per day is used",
     }
 
 
-def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
-    """A Redis that forgets, a queue that nobody serves, an open Flower, another release's worker."""
+def test_doctor_finds_problems_that_no_setting_shows(operation: Operation) -> None:
+    """A Redis with eviction, a queue without a worker, an open Flower, a worker of another release."""
     payready = operation.payready
     with payready.service.connection_for_write() as connection:
         valkey = connection.default_channel.client
@@ -177,11 +179,11 @@ def test_the_doctor_sees_what_no_setting_tells(operation: Operation) -> None:
     operation.flower_url = f"http://127.0.0.1:{port}"
     processes.wait_for("open", lambda: responds(f"{operation.flower_url}/healthcheck"))
     faults = operation.faults(PAYREADY_RESULT_EXPIRES_S="61")
-    assert "runs with another result_expires" in faults.pop("celery")
+    assert "has a different result_expires" in faults.pop("celery")
     faults.pop("balances", None)  # of the test before
     assert faults == {
         "redis": "maxmemory-policy is allkeys-lru",
-        "workers": "nobody takes from the queue refreshes",
-        "beat": "no tick came for 1.5 s",
-        "flower": "lets anyone in",
+        "workers": "no worker consumes the queue refreshes",
+        "beat": "no tick within 1.5 s",
+        "flower": "requires no login",
     }

@@ -45,7 +45,7 @@ def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
         yield running
 
 
-def _taken_in(system: System, count: int) -> bool:
+def _are_accepted(system: System, count: int) -> bool:
     return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
 
 
@@ -55,7 +55,7 @@ def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(brea
     crowd = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
     breakable.initiate_many(crowd, linked=True)
     for count in stumbles:
-        wait_until(partial(_taken_in, breakable, count), 40, f"{count} jobs are taken in")
+        wait_until(partial(_are_accepted, breakable, count), 40, f"{count} jobs are accepted")
         with breakable.valkey_unavailable():
             time.sleep(0.3)
     wait_until(wait_until_ended(breakable, 600), 60, "all payments end")
@@ -121,19 +121,29 @@ def assert_the_ledger_is_the_log(running: System) -> None:
     """
     log = running.simulator.http.get("/control/log").raise_for_status().json()
     charges = [
-        InvoiceLine(call["seq"], str(call["seq"]), call["account_id"], at, at, DIME)
+        InvoiceLine(
+            row=call["seq"],
+            number=str(call["seq"]),
+            account_id=call["account_id"],
+            since=at,
+            until=at,
+            amount=DIME,
+        )
         for call in log["calls"]
         if call["accepted"]
         for at in [datetime.fromtimestamp(call["started_at"], UTC)]
     ]
     now = datetime.now(UTC)
-    period = InvoicePeriod(now - timedelta(hours=1), now + timedelta(hours=1), tolerance=timedelta(seconds=5))
+    period = InvoicePeriod(
+        since=now - timedelta(hours=1), until=now + timedelta(hours=1), tolerance=timedelta(seconds=5)
+    )
     with transaction(running.engine) as tx:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
         assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
         assert found.to_post, "nothing was left open: this storm was none"
-        invoices.apply_invoice(tx, found, invoices.InvoiceEvidence("log", "", "now", "USD"), now)
+        evidence = invoices.InvoiceEvidence(name="log", digest="", period="now", currency="USD")
+        invoices.apply_invoice(tx, found, evidence, now)
     with transaction(running.engine) as tx:
         (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")
         assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)

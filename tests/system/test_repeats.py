@@ -12,7 +12,7 @@ Accounts = Callable[[str], str]
 
 
 def wait_for_delivery(running: System, task_id: str) -> None:
-    """Wait until it is noted that the task was told its outcome."""
+    """Wait until the delivery of the task's outcome is marked."""
     delivered = "SELECT 1 FROM outcome_delivery WHERE task_id = :id AND delivered_at IS NOT NULL AND due_at IS NULL"
     wait_until(lambda: running.rows(delivered, id=task_id) != [], 10, "the outcome is delivered")
 
@@ -82,18 +82,18 @@ def test_a_message_that_the_broker_delivers_again_changes_nothing(
 def test_an_outcome_that_is_delivered_again_carries_the_same_ids(
     payready: System, account: Accounts, payment_id: str, scenario: str, callback: str
 ) -> None:
-    """After a crash between telling and noting it, the sweep tells again, so that the receiver can know."""
+    """After a crash between delivery and mark, the sweep delivers the same outcome again."""
     result = payready.initiate(payment_id, account(scenario), options=payready.callbacks(payment_id))
     wait_for_delivery(payready, result.id)
     payready.forget_delivery(result.id)
-    wait_until(lambda: len(told(payready, result.id)) == 2, 10, "it is delivered again")
-    first, second = told(payready, result.id)
+    wait_until(lambda: len(callback_outcomes(payready, result.id)) == 2, 10, "it is delivered again")
+    first, second = callback_outcomes(payready, result.id)
     assert first["task"] == callback
     assert [first[name] for name in ("id", "root_id", "args")] == [second[name] for name in ("id", "root_id", "args")]
 
 
-def told(running: System, task_id: str) -> list[dict[str, Any]]:
-    """What the callbacks of a task were told."""
+def callback_outcomes(running: System, task_id: str) -> list[dict[str, Any]]:
+    """Return the outcomes that the callbacks of a task received."""
     return [line for line in running.callbacks_received() if line["parent_id"] == task_id]
 
 

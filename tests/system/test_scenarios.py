@@ -39,7 +39,7 @@ PROMISES: dict[str, Promise] = {
     "late": Promise(reason="timeout", job=BRIEF),
     "forged": Promise(reason="timeout", job=BRIEF),
     "stale": Promise(reason="timeout", job=BRIEF),
-    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id nobody can look
+    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id there is no balance poll
     "unsent read": Promise(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
     "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
     "poor": Promise(reason="insufficient_funds"),
@@ -130,7 +130,7 @@ def test_a_late_balance_is_kept_and_serves_the_next_payment_for_free(
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_events_that_nobody_understands_are_set_aside(payready: System, begun: dict[str, Begun]) -> None:
+def test_unparseable_events_are_quarantined(payready: System, begun: dict[str, Begun]) -> None:
     """The malformed ones of the batch spoiled no other, and can be looked at."""
     begun["batch"].result.get(timeout=30)
     assert len(payready.rows("SELECT reason FROM quarantine")) >= 1

@@ -1,4 +1,4 @@
-"""One trace a payment, over real messages, a real webhook and the wait."""
+"""One trace per payment, across real messages, a real webhook and the wait."""
 
 import json
 import os
@@ -17,7 +17,7 @@ INITIATE = ("payments.initiate", "send payments.initiate", "sender")
 
 
 def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, valkey_url: str) -> None:
-    """The wait is a span that begins when the task was left, and links to the webhook that ended it."""
+    """The wait is a span that starts when the task is suspended, and links to the webhook that ended it."""
     port, database = free_port(), f"sqlite:///{tmp_path}/payready.db"
     migrate(database)
     with Simulator(f"http://127.0.0.1:{port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:
@@ -32,12 +32,14 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
             "PAYREADY_WEBHOOK_PORT": str(port),
         }
         command = [sys.executable, "-W", "ignore", "-m", "tests.support.traced", "acct_prompt01"]
-        ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60)
-    spans: list[dict[str, Any]] = json.loads(ran.stdout)
+        completed = subprocess.run(
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60
+        )
+    spans: list[dict[str, Any]] = json.loads(completed.stdout)
     by_name = {span["name"]: span for span in spans}
     by_id = {span["id"]: span for span in spans}
 
-    def way(span: dict[str, Any]) -> list[str]:
+    def path_to_root(span: dict[str, Any]) -> list[str]:
         names = [span["name"]]
         while span["parent"] in by_id:
             span = by_id[span["parent"]]
@@ -45,12 +47,12 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
         return [*names, "sender"] if span["parent"] == SENDER else names
 
     wait = by_name["wait, then released"]
-    assert way(by_name["balances.refresh"]) == [
+    assert path_to_root(by_name["balances.refresh"]) == [
         "balances.refresh",
         "send balances.refresh",
         *INITIATE,
     ]
-    assert way(by_name["ledger.execute_ach"]) == [
+    assert path_to_root(by_name["ledger.execute_ach"]) == [
         "ledger.execute_ach",
         "send ledger.execute_ach",
         "wait, then released",
@@ -58,6 +60,8 @@ def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, 
     ]
     assert {by_name[name]["trace"] for name in ("balances.refresh", "ledger.execute_ach")} == {TRACE}
     assert wait["links"] == [by_name["outcomes.deliver"]["id"]]
-    assert way(by_name["outcomes.deliver"]) == ["outcomes.deliver", "send outcomes.deliver"], "begun by the webhook"
+    assert path_to_root(by_name["outcomes.deliver"]) == ["outcomes.deliver", "send outcomes.deliver"], (
+        "started by the webhook"
+    )
     assert wait["lasted_s"] > by_name["payments.initiate"]["lasted_s"]
     assert not [span for span in spans if "sweep" in span["name"] or "expire" in span["name"]]

@@ -1,4 +1,4 @@
-"""The micro-batcher runs one batch at a time, loses no item, and starts a lone item at once."""
+"""Micro-batching: batches do not overlap, lose nothing, and start at once when idle."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,49 +9,49 @@ import pytest
 from tasks.batching import MicroBatcher
 
 
-def test_batches_do_not_overlap_and_lose_no_item_under_concurrent_adds() -> None:
-    """Eight threads add items while batches run."""
-    processed: list[int] = []
+def test_batches_do_not_overlap_and_lose_no_item() -> None:
+    """With several threads that add items."""
+    done: list[int] = []
     overlaps: list[bool] = []
-    running = threading.Lock()
+    busy = threading.Lock()
 
     def process(batch: list[int]) -> None:
-        overlaps.append(not running.acquire(blocking=False))
-        processed.extend(batch)
+        overlaps.append(not busy.acquire(blocking=False))
+        done.extend(batch)
         if not overlaps[-1]:
-            running.release()
+            busy.release()
 
     batcher = MicroBatcher(process, max_size=3)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(batcher.add, range(20_000)))
-    assert sorted(processed) == list(range(20_000))
+    assert sorted(done) == list(range(20_000))
     assert not any(overlaps)
 
 
-def test_batch_end_keeps_a_drain_loop_that_started_meanwhile() -> None:
-    """Another thread may start a drain loop between the last check of the queue and the end of this loop."""
+def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
+    """Another thread may start a loop between the last check for items and the end of this loop."""
     batches: list[list[int]] = []
     started: list[object] = []
     batcher = MicroBatcher(batches.append, max_size=9, executor=started.append)
     batcher.add(1)
     next_batch = batcher._next_batch
 
-    def add_item_when_queue_is_empty() -> list[int]:
+    def add_after_last_check() -> list[int]:
         batch = next_batch()
         if not batch:
             batcher._next_batch = next_batch  # type: ignore[method-assign]
             batcher.add(2)
         return batch
 
-    batcher._next_batch = add_item_when_queue_is_empty  # type: ignore[method-assign]
+    batcher._next_batch = add_after_last_check  # type: ignore[method-assign]
     started.pop()()  # type: ignore[operator]
     batcher.add(3)
-    assert len(started) == 1, "a second drain loop runs beside the first"
+    assert len(started) == 1, "a second loop would run beside the first"
     started.pop()()  # type: ignore[operator]
     assert batches == [[1], [2, 3]]
 
 
-def test_requeued_items_precede_newer_items() -> None:
+def test_requeued_items_are_first() -> None:
     batches: list[list[int]] = []
 
     def process(batch: list[int]) -> None:
@@ -83,8 +83,8 @@ def test_failed_batch_does_not_block_the_next() -> None:
     assert batches == [1, 2, 3]
 
 
-def test_full_batch_starts_before_the_minimum_interval() -> None:
-    """The interval collects items that arrive slowly; it must not delay items that arrive quickly."""
+def test_full_batch_ignores_the_interval() -> None:
+    """Else the interval, which is for few items, would delay many."""
     batches: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
         batcher = MicroBatcher(batches.put, max_size=3, min_interval_s=20, executor=pool.submit)
@@ -92,7 +92,7 @@ def test_full_batch_starts_before_the_minimum_interval() -> None:
         assert batches.get(timeout=10) == [1]
         batcher.add(2)
         batcher.add(3)
-        assert batches.empty(), "the next batch is not due yet"
+        assert batches.empty(), "the interval has not passed yet"
         batcher.add(4, 5)
         assert batches.get(timeout=10) == [2, 3, 4]
         batcher.add(6, 7)

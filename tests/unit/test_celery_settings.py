@@ -1,4 +1,4 @@
-"""Celery ignores a misspelt setting silently, so these tests compare payready's settings with Celery's own lists."""
+"""Celery configuration: every key and option is one that Celery knows, because Celery ignores misspelt keys."""
 
 import inspect
 
@@ -14,36 +14,34 @@ from tasks.broker import RedisTransport
 
 KNOWN = dict(flatten(NAMESPACES))
 READ_BUT_NOT_LISTED = {"redis_backend_health_check_interval"}
-"""Keys that Celery reads and documents, but that its list of defaults lacks."""
+"""Keys that Celery reads and documents, but that are missing in its list of defaults."""
 SETTINGS = celery_settings(Settings())
 
 
-def test_celery_knows_each_setting() -> None:
-    """Each key is in Celery's defaults, or in the source line that reads it."""
+def test_every_key_is_known_to_celery() -> None:
+    """Celery's defaults list the key, or a line of Celery reads it."""
     assert set(SETTINGS) - set(KNOWN) <= READ_BUT_NOT_LISTED
     for key in READ_BUT_NOT_LISTED:
         assert f"'{key}'" in inspect.getsource(redis)
 
 
-def test_celery_defaults_lack_a_misspelt_key() -> None:
+def test_misspelt_key_is_unknown_to_celery() -> None:
     assert "task_ack_late" not in KNOWN
     assert "task_acks_late" in KNOWN
 
 
-def test_transport_knows_each_broker_option() -> None:
-    """The transport's list has kombu's options and one more."""
+def test_every_broker_option_is_known_to_the_transport() -> None:
     options = SETTINGS["broker_transport_options"]
     assert options
     assert set(options) - set(RedisTransport.Channel.from_transport_options) == set()
 
 
-def test_other_broker_gets_no_redis_options() -> None:
-    """Another broker would ignore or misread them."""
+def test_other_broker_has_no_redis_options() -> None:
     assert celery_settings(Settings(broker_url="sqs://b"))["broker_transport_options"] == {}
 
 
-def test_rabbitmq_uses_quorum_queues_and_publisher_confirms() -> None:
-    """This includes a callback's queue: the first producer or consumer declares a queue."""
+def test_rabbitmq_has_quorum_queues_and_publisher_confirms() -> None:
+    """Queues of callbacks are quorum queues too, because the first process that uses a queue declares it."""
     assert parse_url("amqp://b")["transport"] == "amqp"
     settings = celery_settings(Settings(broker_url="amqp://b"))
     assert settings["broker_transport_options"] == {"confirm_publish": True}
@@ -51,23 +49,19 @@ def test_rabbitmq_uses_quorum_queues_and_publisher_confirms() -> None:
     assert settings["task_create_missing_queue_type"] == "quorum"
 
 
-def test_each_task_is_routed_to_a_consumed_queue() -> None:
-    """A task in a queue without a consumer never runs."""
+def test_every_task_is_routed_to_a_queue() -> None:
+    """A task on a queue without a consumer would never run."""
     from tasks.app import app  # noqa: PLC0415 - it reads the environment
 
     app.loader.import_default_modules()
-    payready_tasks = {
-        name
-        for name in app.tasks
-        if name.split(".")[0] in ("payments", "balances", "outcomes", "quarantine", "webhooks")
-    }
+    tasks = {name for name, task in app.tasks.items() if task.__module__.startswith("tasks.")}
     routes = SETTINGS["task_routes"]
-    assert set(routes) == payready_tasks
+    assert set(routes) == tasks
     assert {route["queue"] for route in routes.values()} == set(QUEUES)
 
 
-def test_beat_sends_existing_tasks_that_expire() -> None:
-    """A late message expires, because the next one does the same work."""
+def test_beat_schedule_has_known_tasks_that_expire() -> None:
+    """A late message expires, because the next one does its work."""
     for entry in SETTINGS["beat_schedule"].values():
         assert entry["task"] in SETTINGS["task_routes"]
         seconds = ScheduleEntry(**entry, name="x").schedule.seconds
@@ -76,6 +70,6 @@ def test_beat_sends_existing_tasks_that_expire() -> None:
 
 
 @pytest.mark.parametrize("key", ["task_acks_late", "task_reject_on_worker_lost"])
-def test_message_survives_the_loss_of_its_worker(key: str) -> None:
-    """A worker acknowledges after the task; the broker requeues when the worker dies."""
+def test_message_is_acknowledged_after_its_task(key: str) -> None:
+    """A message of a killed worker is delivered again."""
     assert SETTINGS[key] is True

@@ -1,4 +1,4 @@
-"""Follow-ups become Celery messages."""
+"""What a step leaves to be done becomes messages to Celery."""
 
 from datetime import timedelta
 from typing import Any
@@ -10,9 +10,9 @@ from tasks.app import app
 from worker.flow import BalancePoll, FollowUp, RefreshCall
 
 
-def test_dispatch_sends_equal_follow_ups_of_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many payments of one account need one apply of its balance, not one each."""
-    sent: list[object] = []
+def test_duplicate_follow_ups_are_enqueued_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many payments of a batch may need the same call or balance."""
+    sent: list[dispatch.TaskMessage] = []
     monkeypatch.setattr(dispatch, "_enqueue", sent.extend)
     follow_up, later = FollowUp(), timedelta(seconds=1)
     for _ in range(3):
@@ -26,13 +26,14 @@ def test_dispatch_sends_equal_follow_ups_of_a_batch_once(monkeypatch: pytest.Mon
             )
         )
     dispatch.dispatch(follow_up)
-    assert sent.count(("balances.apply", ("bal_1",), None)) == 1
-    assert sent.count(("balances.apply", ("bal_2",), None)) == 1
-    assert sent.count(("balances.refresh", ("acct_1", "ref_1"), None)) == 1
+    tasks = [(message.name, message.arguments) for message in sent]
+    assert tasks.count(("balances.apply", ("bal_1",))) == 1
+    assert tasks.count(("balances.apply", ("bal_2",))) == 1
+    assert tasks.count(("balances.refresh", ("acct_1", "ref_1"))) == 1
 
 
-def test_message_equals_the_one_that_celery_sends() -> None:
-    """The reference is `app.send_task`: an upgrade of Celery may change its messages."""
+def test_sent_message_equals_the_message_of_send_task() -> None:
+    """A new release of Celery may change the messages of `app.send_task`."""
     later = timedelta(seconds=1)
     follow_up = FollowUp(
         calls=[
@@ -42,18 +43,19 @@ def test_message_equals_the_one_that_celery_sends() -> None:
         balance_polls=[BalancePoll(account_id="acct_1", profile_id="p_1", delay=later)],
         balances_to_apply=["bal_1"],
     )
-    messages = [*dispatch._messages(follow_up), ("outcomes.deliver", (["task_1"],), None)]
+    deliver = dispatch.TaskMessage(name="outcomes.deliver", arguments=(["task_1"],))
+    messages = [*dispatch._messages(follow_up), deliver]
     with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
 
-        def fetch_message(name: str) -> dict[str, Any]:
+        def fetch(name: str) -> dict[str, Any]:
             message = connection.SimpleQueue(app.conf.task_routes[name]["queue"]).get(block=False)
-            new = {"id": ..., "root_id": ..., "eta": message.headers["eta"] and "later"}
+            changing = {"id": ..., "root_id": ..., "eta": message.headers["eta"] and "set"}
             delivery_info = {**message.delivery_info, "delivery_tag": ...}
-            return {"headers": {**message.headers, **new}, "body": message.payload, "where": delivery_info}
+            return {"headers": {**message.headers, **changing}, "body": message.payload, "delivery_info": delivery_info}
 
         for message in messages:
-            name, arguments, countdown_s = message
-            app.send_task(name, arguments, countdown=countdown_s, ignore_result=True, producer=producer)
-            celery_message = fetch_message(name)
+            options = {"countdown": message.countdown_s, "ignore_result": True, "producer": producer}
+            app.send_task(message.name, message.arguments, **options)
+            expected = fetch(message.name)
             dispatch._send(producer, message, ())
-            assert fetch_message(name) == celery_message
+            assert fetch(message.name) == expected

@@ -1,4 +1,4 @@
-"""The result backend `rpc` sends results instead of storing them."""
+"""Results of the backend `rpc`, which are messages."""
 
 from celery import Celery, Task
 from kombu import Connection
@@ -15,8 +15,8 @@ class Initiate(Task):  # type: ignore[misc, type-arg, unused-ignore]
 
 
 def test_outcome_is_sent_to_the_reply_queue() -> None:
-    """The continuation has the queue's name."""
-    app = Celery("of the test", broker="memory://", backend="rpc://", set_as_current=False)
+    """The continuation has its name."""
+    app = Celery("test", broker="memory://", backend="rpc://", set_as_current=False)
     app.conf.worker_send_task_events = False
     app.tasks.register(Initiate())
     with Connection("memory://") as connection:

@@ -1,4 +1,4 @@
-"""The funds check is exact and deterministic."""
+"""Whether a balance covers a payment: exact, and the same answer every time."""
 
 from decimal import ROUND_FLOOR, Decimal, localcontext
 from fractions import Fraction
@@ -12,34 +12,36 @@ from worker.errors import Reason
 from worker.rules.funds import Funds, check_funds
 from worker.rules.job import Job, parse_job
 
-balance_amounts = st.decimals(min_value=Decimal("-1e28"), max_value=Decimal("1e28"), places=8)
+figures = st.decimals(min_value=Decimal("-1e28"), max_value=Decimal("1e28"), places=8)
 amounts = st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e30"), places=2)
 multipliers = st.decimals(min_value=1, max_value=5, places=10)
 sums = st.decimals(min_value=0, max_value=Decimal("1e20"), places=10)
 
 
 def job(amount: str | None = "25.00", **more: Any) -> Job:
-    """Return a job for this amount."""
+    """A job for this amount."""
     given_amount = {} if amount is None else {"amount": amount}
     return parse_job({"payment_id": "p", "account_id": "acct_1", **given_amount, **more}, currency="USD")
 
 
 def funds(available: str | None, limit: str | None = None, *released: str) -> Funds:
-    """Return the funds of a balance after these releases."""
-    balance_funds = Funds(None if available is None else Decimal(available), None if limit is None else Decimal(limit))
-    return balance_funds.minus_releases(*map(Decimal, released))
+    """What the balance says."""
+    before = Funds(
+        available=None if available is None else Decimal(available), limit=None if limit is None else Decimal(limit)
+    )
+    return before.minus_releases(*map(Decimal, released))
 
 
 @given(
     amount=amounts,
     multiplier=multipliers,
     fixed=sums,
-    available=balance_amounts,
-    limit=st.none() | balance_amounts,
+    available=figures,
+    limit=st.none() | figures,
     released=st.lists(amounts, max_size=6),
     include_overdraft=st.booleans(),
 )
-def test_funds_check_equals_exact_fractions(
+def test_the_arithmetic_is_exact(
     amount: Decimal,
     multiplier: Decimal,
     fixed: Decimal,
@@ -48,85 +50,86 @@ def test_funds_check_equals_exact_fractions(
     released: list[Decimal],
     include_overdraft: bool,  # noqa: FBT001
 ) -> None:
-    """The verdict and the stored funds calculation match arithmetic with fractions, which do not round."""
-    checked_job = job(
+    """The verdict is that of fractions, which round nothing; the funds_calculation that is kept says the same."""
+    asked = job(
         format(amount, "f"),
         buffer={"multiplier": format(multiplier, "f"), "fixed": format(fixed, "f")},
         include_overdraft=include_overdraft,
     )
-    check = check_funds(checked_job, Funds(available, limit).minus_releases(*released))
+    judgement = check_funds(asked, Funds(available=available, limit=limit).minus_releases(*released))
     needed = Fraction(amount) * Fraction(multiplier) + Fraction(fixed)
-    remaining = Fraction(available) + (Fraction(limit) if include_overdraft and limit is not None else 0)
-    remaining -= sum(map(Fraction, released))
-    assert (check.verdict == "sufficient") == (remaining >= needed)
-    assert (check.reason == Reason.INSUFFICIENT_FUNDS) == (remaining < needed)
-    assert check.funds_calculation is not None
-    assert Fraction(check.funds_calculation["needed"]) == needed
-    assert Fraction(check.funds_calculation["available_after_releases"]) == remaining
-    assert Fraction(check.funds_calculation["released_since_balance"]) == sum(map(Fraction, released))
-    assert check.funds_calculation["released_count"] == len(released)
+    there = Fraction(available) + (Fraction(limit) if include_overdraft and limit is not None else 0)
+    there -= sum(map(Fraction, released))
+    assert (judgement.verdict == "sufficient") == (there >= needed)
+    assert (judgement.reason == Reason.INSUFFICIENT_FUNDS) == (there < needed)
+    assert judgement.funds_calculation is not None
+    assert Fraction(judgement.funds_calculation["needed"]) == needed
+    assert Fraction(judgement.funds_calculation["available_after_releases"]) == there
+    assert Fraction(judgement.funds_calculation["released_since_balance"]) == sum(map(Fraction, released))
+    assert judgement.funds_calculation["released_count"] == len(released)
 
 
 @given(amount=amounts, multiplier=multipliers, fixed=sums)
-def test_funds_check_passes_at_the_exact_amount_and_fails_below(
+def test_to_the_last_digit_is_enough_and_a_digit_less_is_not(
     amount: Decimal, multiplier: Decimal, fixed: Decimal
 ) -> None:
-    checked_job = job(format(amount, "f"), buffer={"multiplier": format(multiplier, "f"), "fixed": format(fixed, "f")})
+    """The edge is where it is said to be."""
+    asked = job(format(amount, "f"), buffer={"multiplier": format(multiplier, "f"), "fixed": format(fixed, "f")})
     with localcontext(prec=100):
         needed = amount * multiplier + fixed
-        below = needed - Decimal("1e-30")
-    assert check_funds(checked_job, Funds(needed, None)).verdict == "sufficient"
-    assert check_funds(checked_job, Funds(below, None)).reason == Reason.INSUFFICIENT_FUNDS
+        less = needed - Decimal("1e-30")
+    assert check_funds(asked, Funds(available=needed, limit=None)).verdict == "sufficient"
+    assert check_funds(asked, Funds(available=less, limit=None)).reason == Reason.INSUFFICIENT_FUNDS
 
 
-def test_balance_of_100_covers_one_of_two_payments_of_80() -> None:
-    """A release reduces the available funds."""
-    available_funds, checked_job = funds("100"), job("80.00")
-    first = check_funds(checked_job, available_funds)
-    second = check_funds(checked_job, available_funds.minus_releases(checked_job.amount))
+def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred() -> None:
+    """What was released on a balance is gone from it."""
+    purse, asked = funds("100"), job("80.00")
+    first = check_funds(asked, purse)
+    second = check_funds(asked, purse.minus_releases(asked.amount))
     assert first.verdict == "sufficient"
     assert second.reason == Reason.INSUFFICIENT_FUNDS
-    assert second.detail == "80.00 USD needed, 20.00 USD there"
+    assert second.detail == "needed 80.00 USD, available 20.00 USD"
 
 
 @given(available=amounts, wanted=st.lists(amounts, max_size=12))
-def test_releases_never_exceed_the_balance(available: Decimal, wanted: list[Decimal]) -> None:
-    """This is true for any number and order of payments."""
-    available_funds, total = Funds(available, None), Fraction(0)
+def test_what_is_released_on_one_balance_never_exceeds_it(available: Decimal, wanted: list[Decimal]) -> None:
+    """However many payments there are, in whatever order."""
+    purse, total = Funds(available=available, limit=None), Fraction(0)
     for amount in wanted:
-        checked_job = job(format(amount, "f"))
-        if check_funds(checked_job, available_funds).verdict == "sufficient":
-            available_funds, total = available_funds.minus_releases(checked_job.amount), total + Fraction(amount)
+        asked = job(format(amount, "f"))
+        if check_funds(asked, purse).verdict == "sufficient":
+            purse, total = purse.minus_releases(asked.amount), total + Fraction(amount)
     assert total <= Fraction(available)
 
 
 @pytest.mark.parametrize("limit", [None, "1000"])
 @pytest.mark.parametrize("include_overdraft", [True, False])
-def test_funds_check_distinguishes_an_unknown_balance_from_zero(limit: str | None, include_overdraft: bool) -> None:  # noqa: FBT001
-    """An overdraft does not make an unknown balance known."""
-    checked_job = job("0.01", include_overdraft=include_overdraft)
-    assert check_funds(checked_job, funds(None, limit)).reason == Reason.FUNDS_UNKNOWN
-    assert check_funds(checked_job, funds("0", None)).reason == Reason.INSUFFICIENT_FUNDS
+def test_unknown_is_not_zero(limit: str | None, include_overdraft: bool) -> None:  # noqa: FBT001
+    """No overdraft makes an unknown balance known."""
+    asked = job("0.01", include_overdraft=include_overdraft)
+    assert check_funds(asked, funds(None, limit)).reason == Reason.FUNDS_UNKNOWN
+    assert check_funds(asked, funds("0", None)).reason == Reason.INSUFFICIENT_FUNDS
 
 
-def test_enabled_check_returns_unchecked_for_an_unknown_balance() -> None:
-    """`enabled` releases on an unknown balance as unchecked, never as sufficient. It checks a known balance."""
-    checked_job = job("25.00", funds_check="enabled")
-    assert check_funds(checked_job, funds(None)).verdict == "unchecked"
-    assert check_funds(checked_job, funds("25.00")).verdict == "sufficient"
-    assert check_funds(checked_job, funds("24.99")).reason == Reason.INSUFFICIENT_FUNDS
+def test_what_could_not_be_checked_has_a_word_of_its_own() -> None:
+    """`enabled` lets it pass as unchecked, and never as sufficient; what can be checked is."""
+    asked = job("25.00", funds_check="enabled")
+    assert check_funds(asked, funds(None)).verdict == "unchecked"
+    assert check_funds(asked, funds("25.00")).verdict == "sufficient"
+    assert check_funds(asked, funds("24.99")).reason == Reason.INSUFFICIENT_FUNDS
 
 
-@pytest.mark.parametrize("checked_job", [job(None), job("25.00", funds_check="disabled")])
+@pytest.mark.parametrize("asked", [job(None), job("25.00", funds_check="disabled")])
 @pytest.mark.parametrize("available", [None, "-5", "1000"])
-def test_funds_check_returns_not_requested_without_a_request(checked_job: Job, available: str | None) -> None:
-    """The verdict is neither sufficient nor insufficient."""
-    check = check_funds(checked_job, funds(available))
-    assert (check.verdict, check.reason, check.funds_calculation) == ("not_requested", None, None)
+def test_disabled_check_is_not_requested(asked: Job, available: str | None) -> None:
+    """Neither sufficient nor insufficient."""
+    judgement = check_funds(asked, funds(available))
+    assert (judgement.verdict, judgement.reason, judgement.funds_calculation) == ("not_requested", None, None)
 
 
-def test_overdraft_counts_only_if_the_job_includes_it() -> None:
-    """The balance must also have a limit."""
+def test_an_overdraft_counts_only_when_asked_for() -> None:
+    """And only if there is one."""
     assert check_funds(job("25.00"), funds("5", "20")).reason == Reason.INSUFFICIENT_FUNDS
     assert check_funds(job("25.00", include_overdraft=True), funds("5", "20")).verdict == "sufficient"
     assert check_funds(job("25.00", include_overdraft=True), funds("5", None)).reason == Reason.INSUFFICIENT_FUNDS
@@ -141,19 +144,19 @@ def test_overdraft_counts_only_if_the_job_includes_it() -> None:
         ({"multiplier": "1.1", "fixed": "0.01"}, "110.01"),
     ],
 )
-def test_buffer_multiplies_the_amount_and_adds_a_fixed_sum(buffer: dict[str, str], needed: str) -> None:
-    """The needed amount is amount x multiplier + fixed."""
-    checked_job = job("100.00", buffer=buffer)
-    assert check_funds(checked_job, funds(needed)).verdict == "sufficient"
+def test_the_buffer_is_a_multiple_and_a_fixed_sum(buffer: dict[str, str], needed: str) -> None:
+    """The sum needed is amount x multiplier + fixed."""
+    asked = job("100.00", buffer=buffer)
+    assert check_funds(asked, funds(needed)).verdict == "sufficient"
     with localcontext(rounding=ROUND_FLOOR):
-        below = format(Decimal(needed) - Decimal("0.001"), "f")
-    assert check_funds(checked_job, funds(below)).reason == Reason.INSUFFICIENT_FUNDS
+        less = format(Decimal(needed) - Decimal("0.001"), "f")
+    assert check_funds(asked, funds(less)).reason == Reason.INSUFFICIENT_FUNDS
 
 
-def test_funds_calculation_has_every_input() -> None:
-    """A person can verify the result."""
-    checked_job = job("10.00", buffer={"multiplier": "2", "fixed": "1"}, include_overdraft=True)
-    assert check_funds(checked_job, funds("50", "5", "1.50", "2.50")).funds_calculation == {
+def test_funds_calculation_has_all_inputs() -> None:
+    """A person can follow it."""
+    asked = job("10.00", buffer={"multiplier": "2", "fixed": "1"}, include_overdraft=True)
+    assert check_funds(asked, funds("50", "5", "1.50", "2.50")).funds_calculation == {
         "amount": "10.00",
         "multiplier": "2",
         "fixed": "1",

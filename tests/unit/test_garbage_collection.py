@@ -1,4 +1,4 @@
-"""Celery roles freeze loaded objects when they are ready."""
+"""Garbage collection in the Celery roles: loaded objects are frozen when a role is ready."""
 
 import json
 import subprocess
@@ -18,11 +18,11 @@ print(json.dumps([gc.get_threshold(), gc.get_freeze_count(), len(gc.get_objects(
 
 
 def test_worker_and_beat_freeze_loaded_objects() -> None:
-    """The garbage collector runs less often, and scans only objects created after the process was ready."""
+    """The collector runs less often, and only over objects that were created after the start."""
     for signal in ("worker_ready", "beat_init"):
-        process = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", READY, signal], cwd=ROOT, capture_output=True, check=True, timeout=60
         )
-        thresholds, frozen, unfrozen = json.loads(process.stdout)
+        thresholds, frozen, left = json.loads(done.stdout)
         assert tuple(thresholds) == THRESHOLDS
-        assert frozen > 10_000 > unfrozen
+        assert frozen > 10_000 > left

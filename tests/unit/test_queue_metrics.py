@@ -1,4 +1,4 @@
-"""Queue length and age of the oldest message, on a real Valkey."""
+"""Queue length and age with a real Valkey."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from celery import Celery
 
 from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
 
-Sample = tuple[float, float]
+Seen = tuple[float, float]
 
 
-class PaymentsQueue:
-    """The queue `payments` with a clock and its metrics."""
+class Line:
+    """The queue `payments` with a collector and a clock."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
@@ -27,50 +27,50 @@ class PaymentsQueue:
     def take(self, count: int) -> None:
         self._client.rpop("payments", count)
 
-    def measure(self, after_s: float = 10) -> Sample:
-        """Return the length and the age of the oldest message after `after_s`."""
+    def look(self, after_s: float = 10) -> Seen:
+        """Collect length and age `after_s` seconds later."""
         self.now += after_s
         length, age = self._queues()
         return length.values["payments",], age.values["payments",]
 
 
 @pytest.fixture
-def queue(valkey_url: str) -> Iterator[PaymentsQueue]:
-    """Create an empty queue."""
-    with Celery("queue", broker=valkey_url, set_as_current=False) as app:
-        yield PaymentsQueue(app)
+def line(valkey_url: str) -> Iterator[Line]:
+    """Return an empty queue."""
+    with Celery("line", broker=valkey_url, set_as_current=False) as app:
+        yield Line(app)
 
 
-def test_queue_age_is_the_age_of_its_oldest_message(queue: PaymentsQueue) -> None:
-    """The age stays correct while workers fetch messages; its resolution is the sampling interval of 10 s."""
-    assert queue.measure() == (0, 0)
-    queue.put(3)
-    assert queue.measure() == (3, 0)
-    queue.put(2)
-    assert queue.measure() == (5, 10)
-    queue.take(1)
-    assert queue.measure() == (4, 20)
-    queue.take(2)
-    assert queue.measure() == (2, 20)
-    queue.take(2)
-    assert queue.measure() == (0, 0)
-    queue.put()
-    assert queue.measure() == (1, 0)
+def test_age_is_that_of_the_oldest_message(line: Line) -> None:
+    """With a collection every ten seconds it is exact to ten seconds."""
+    assert line.look() == (0, 0)
+    line.put(3)
+    assert line.look() == (3, 0)
+    line.put(2)
+    assert line.look() == (5, 10)
+    line.take(1)
+    assert line.look() == (4, 20)
+    line.take(2)
+    assert line.look() == (2, 20)
+    line.take(2)
+    assert line.look() == (0, 0)
+    line.put()
+    assert line.look() == (1, 0)
 
 
-def test_queue_length_includes_messages_of_other_priorities(queue: PaymentsQueue) -> None:
-    """Redis stores each priority in its own list."""
-    queue.put(2)
-    queue.put(1, priority=3)
-    assert queue.measure() == (3, 0)
-    queue.take(2)
-    assert queue.measure() == (1, 10)
+def test_messages_of_every_priority_are_counted(line: Line) -> None:
+    """Each priority has its own list."""
+    line.put(2)
+    line.put(1, priority=3)
+    assert line.look() == (3, 0)
+    line.take(2)
+    assert line.look() == (1, 10)
 
 
-def test_unconsumed_queue_keeps_a_bounded_number_of_samples(queue: PaymentsQueue) -> None:
-    """The samples thin out, and the first one stays."""
+def test_samples_of_an_unread_queue_are_bounded(line: Line) -> None:
+    """Samples are thinned out, and the first one stays."""
     for _ in range(MAX_SAMPLES + 2):
-        queue.put()
-        queue.measure()
-    assert queue.measure() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
-    assert len(queue._queues._marks["payments"]) < MAX_SAMPLES
+        line.put()
+        line.look()
+    assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
+    assert len(line._queues._samples["payments"]) < MAX_SAMPLES

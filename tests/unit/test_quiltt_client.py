@@ -1,4 +1,4 @@
-"""The provider's client: the call result of each response and of each transport failure."""
+"""The client of Quiltt: what each response, and each missing response, means for the bill."""
 
 import base64
 import json
@@ -35,8 +35,8 @@ def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
         quiltt.close()
 
 
-class Raw:
-    """A TCP server that runs `serve` for each request and records the requests."""
+class RawServer:
+    """A TCP server that calls `serve` for each request, and records the requests."""
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
         self._serve = serve
@@ -47,7 +47,7 @@ class Raw:
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Its address."""
         return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def _accept(self) -> None:
@@ -57,59 +57,59 @@ class Raw:
             except OSError:
                 return
             self.connections += 1
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
 
-    def _talk(self, connection: socket.socket) -> None:
+    def _serve_connection(self, connection: socket.socket) -> None:
         with connection:
-            while request := self._request(connection):
+            while request := self._read_request(connection):
                 self.requests.append(request)
                 self._serve(connection)
 
-    def _request(self, connection: socket.socket) -> bytes:
+    def _read_request(self, connection: socket.socket) -> bytes:
         received = b""
-        while not _is_whole(received):
+        while not _is_complete(received):
             try:
-                piece = connection.recv(65_536)
+                chunk = connection.recv(65_536)
             except OSError:
                 return b""
-            if not piece:
+            if not chunk:
                 return b""
-            received += piece
+            received += chunk
         return received
 
 
-def _is_whole(request: bytes) -> bool:
+def _is_complete(request: bytes) -> bool:
     head, blank, body = request.partition(b"\r\n\r\n")
     length = re.search(rb"(?i)content-length: (\d+)", head)
     return bool(blank) and len(body) >= int(length[1] if length else 0)
 
 
 @contextmanager
-def raw(serve: Callable[[socket.socket], None]) -> Iterator[Raw]:
-    """Run a raw server during the block."""
-    server = Raw(serve)
+def raw_server(serve: Callable[[socket.socket], None]) -> Iterator[RawServer]:
+    """Run such a server within the block."""
+    server = RawServer(serve)
     try:
         yield server
     finally:
         server.listener.close()
 
 
-def responding(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
-    """Return a handler that responds with this status."""
+def respond(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
+    """Return a function that sends a response with this status."""
     lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body)}", *headers, "", ""]
     return lambda connection: connection.sendall("\r\n".join(lines).encode() + body)
 
 
 def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFailed:
     """Return the error of a refresh call to such a server."""
-    with raw(serve) as server, client(server.url, **changes) as quiltt, pytest.raises(CallFailed) as failed:
+    with raw_server(serve) as server, client(server.url, **changes) as quiltt, pytest.raises(CallFailed) as failed:
         quiltt.refresh_balance(A)
     return failed.value
 
 
-def test_refresh_call_sends_the_documented_request() -> None:
+def test_refresh_call_is_the_documented_request() -> None:
     """POST, the account in the path, the API key as bearer token, no body."""
-    with raw(responding(202)) as server, client(server.url) as quiltt:
+    with raw_server(respond(202)) as server, client(server.url) as quiltt:
         assert quiltt.refresh_balance(A) == 202
     head = server.requests[0].decode().lower()
     assert head.startswith(f"post /v1/accounts/{A.lower()}/balances/refresh http/1.1\r\n")
@@ -117,9 +117,9 @@ def test_refresh_call_sends_the_documented_request() -> None:
     assert "content-length: 0\r\n" in head
 
 
-def test_refresh_call_keeps_the_path_of_the_base_url() -> None:
-    """An HTTP gateway needs its own path and host."""
-    with raw(responding(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
+def test_refresh_call_keeps_path_of_api_url() -> None:
+    """For an API gateway: its host and the path of the setting."""
+    with raw_server(respond(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
         quiltt.refresh_balance(A)
         host = server.url.removeprefix("http://")
     head = server.requests[0].decode()
@@ -139,18 +139,18 @@ def test_refresh_call_keeps_the_path_of_the_base_url() -> None:
         (422, Reason.PROVIDER_UNAVAILABLE),
     ],
 )
-def test_rejected_call_has_the_reason_of_its_status(status: int, reason: Reason) -> None:
-    """The response has no machine-readable code, and the error does not repeat the body."""
-    failed = failure(responding(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
+def test_rejection_gets_reason_from_status(status: int, reason: Reason) -> None:
+    """The API has no machine-readable code. The text of the body is not repeated."""
+    failed = failure(respond(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
     assert isinstance(failed, CallRejected)
     assert (failed.status, failed.reason) == (status, reason)
     assert "hunter3" not in str(failed)
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 301, 302, 307, 408, 500, 502, 503, 504])
-def test_undocumented_status_is_an_unknown_result(status: int) -> None:
-    """Only 202 means accepted. The client follows no redirect."""
-    failed = failure(responding(status, "Location: /elsewhere"))
+def test_undocumented_status_makes_result_unknown(status: int) -> None:
+    """Only 202 is accepted and only 4xx is rejected. The client follows no redirect."""
+    failed = failure(respond(status, "Location: /elsewhere"))
     assert isinstance(failed, CallResultUnknown)
     assert failed.status == status
 
@@ -169,9 +169,9 @@ def test_undocumented_status_is_an_unknown_result(status: int) -> None:
         ("X-Nothing: 1", None),
     ],
 )
-def test_rate_limited_call_has_the_retry_time_of_a_valid_header(header: str, retry_at: datetime | None) -> None:
-    """The header has Unix seconds. The client ignores any other value."""
-    failed = failure(responding(429, header))
+def test_rate_limit_has_retry_time_if_header_is_valid(header: str, retry_at: datetime | None) -> None:
+    """The header has Unix seconds. Any other value is ignored."""
+    failed = failure(respond(429, header))
     assert isinstance(failed, RateLimited)
     assert failed.retry_at == retry_at
     assert failed.status == 429
@@ -183,8 +183,8 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def cut(sent: bytes) -> Callable[[socket.socket], None]:
-    """Return a handler that sends these bytes and closes the connection."""
+def send_and_close(sent: bytes) -> Callable[[socket.socket], None]:
+    """Return a function that sends these bytes and closes the connection."""
 
     def serve(connection: socket.socket) -> None:
         connection.sendall(sent)
@@ -193,35 +193,34 @@ def cut(sent: bytes) -> Callable[[socket.socket], None]:
     return serve
 
 
-LOST: dict[str, Callable[[socket.socket], None]] = {
-    "closed without a response": cut(b""),
+LOST_RESPONSES: dict[str, Callable[[socket.socket], None]] = {
+    "closed without a response": send_and_close(b""),
     "reset": reset,
-    "closed within the head": cut(b"HTTP/1.1 20"),
-    "closed within the body": cut(b"HTTP/1.1 500 x\r\nContent-Length: 9\r\n\r\nhalf"),
-    "no HTTP": cut(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+    "closed within the header": send_and_close(b"HTTP/1.1 20"),
+    "closed within the body": send_and_close(b"HTTP/1.1 500 x\r\nContent-Length: 9\r\n\r\nhalf"),
+    "no HTTP": send_and_close(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
 }
 
 
-@pytest.mark.parametrize("serve", LOST.values(), ids=LOST)
-def test_lost_response_is_an_unknown_result(serve: Callable[[socket.socket], None]) -> None:
-    """The request was sent, so the provider may have accepted and billed it."""
+@pytest.mark.parametrize("serve", LOST_RESPONSES.values(), ids=LOST_RESPONSES)
+def test_lost_response_makes_result_unknown(serve: Callable[[socket.socket], None]) -> None:
+    """The request was sent, so it may have been accepted and billed."""
     assert isinstance(failure(serve), CallResultUnknown)
 
 
-def test_read_timeout_is_an_unknown_result() -> None:
+def test_read_timeout_makes_result_unknown() -> None:
     released = threading.Event()
 
-    def wait_for_release(_: socket.socket) -> None:
+    def wait(_: socket.socket) -> None:
         released.wait(10)
 
-    failed = failure(wait_for_release, read_timeout_s=0.1)
+    failed = failure(wait, read_timeout_s=0.1)
     released.set()
     assert isinstance(failed, CallResultUnknown)
     assert "read timeout" in str(failed)
 
 
 def test_refused_connection_is_not_sent() -> None:
-    """No process listens on the port."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(CallNotSent, match="connect error"):
@@ -229,21 +228,21 @@ def test_refused_connection_is_not_sent() -> None:
 
 
 def test_connect_timeout_is_not_sent() -> None:
-    """The listen backlog is full, so the handshake does not complete."""
+    """The backlog is full, so the handshake does not end."""
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         waiting = [socket.socket() for _ in range(4)]
         try:
-            for pending_socket in waiting:
-                pending_socket.setblocking(False)
-                pending_socket.connect_ex(full.getsockname())
+            for connection in waiting:
+                connection.setblocking(False)
+                connection.connect_ex(full.getsockname())
             url = f"http://127.0.0.1:{full.getsockname()[1]}"
             with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(CallNotSent, match="connect timeout"):
                 quiltt.refresh_balance(A)
         finally:
-            for pending_socket in waiting:
-                pending_socket.close()
+            for connection in waiting:
+                connection.close()
 
 
 def test_unknown_host_is_not_sent() -> None:
@@ -251,76 +250,72 @@ def test_unknown_host_is_not_sent() -> None:
         quiltt.refresh_balance(A)
 
 
-def test_exhausted_connection_pool_is_not_sent() -> None:
-    """All connections are busy for longer than the connect timeout."""
+def test_call_without_free_connection_is_not_sent() -> None:
+    """All connections stay in use for longer than the connect timeout."""
     busy, release = threading.Event(), threading.Event()
 
-    def respond_after_release(connection: socket.socket) -> None:
+    def wait_then_respond(connection: socket.socket) -> None:
         busy.set()
         release.wait(10)
-        responding(202)(connection)
+        respond(202)(connection)
 
     with (
-        raw(respond_after_release) as server,
+        raw_server(wait_then_respond) as server,
         client(server.url, max_connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt,
     ):
         first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
         first.start()
         assert busy.wait(5)
-        with pytest.raises(CallNotSent, match="no connection to the provider was free"):
+        with pytest.raises(CallNotSent, match="no connection of our own pool was free"):
             quiltt.refresh_balance(A)
         release.set()
         first.join(5)
     assert len(server.requests) == 1
 
 
-def test_client_reuses_connections() -> None:
-    """Many calls need one handshake."""
-    with raw(responding(202)) as server, client(server.url) as quiltt:
+def test_connection_is_reused_by_next_call() -> None:
+    with raw_server(respond(202)) as server, client(server.url) as quiltt:
         for _ in range(5):
             quiltt.refresh_balance(A)
     assert len(server.requests) == 5
     assert server.connections == 1
 
 
-def test_client_ignores_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy could hide the provider's response."""
+def test_proxies_of_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
-    with raw(responding(202)) as server, client(server.url) as quiltt:
+    with raw_server(respond(202)) as server, client(server.url) as quiltt:
         assert quiltt.refresh_balance(A) == 202
 
 
-def test_client_introspects_the_mode_of_the_api_key() -> None:
-    """Quiltt documents this endpoint for the authentication host."""
+def test_api_key_mode_is_the_documented_request() -> None:
+    """To the authentication URL."""
     body = b'{"id":"k","environment":{"id":"env_1","mode":"SANDBOX","name":"x","metadata":null},"new":1}'
-    with raw(responding(200, body=body)) as server, client(server.url) as quiltt:
+    with raw_server(respond(200, body=body)) as server, client(server.url) as quiltt:
         assert quiltt.api_key_mode() == "SANDBOX"
     assert server.requests[0].startswith(b"POST /v1/introspect/api_key HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_introspection_of_a_wrong_key_is_rejected(status: int) -> None:
-    """The provider accepts no call with this key."""
-    with raw(responding(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as refused:
+def test_wrong_api_key_is_rejected(status: int) -> None:
+    with raw_server(respond(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as rejected:
         quiltt.api_key_mode()
-    assert refused.value.reason == Reason.NOT_AUTHORIZED
+    assert rejected.value.reason == Reason.NOT_AUTHORIZED
 
 
 @pytest.mark.parametrize(
     "serve",
     [
-        responding(500),
-        responding(429),
-        responding(200, body=b"<html>"),
-        responding(200, body=b'{"environment":{"mode":"LIVE"}}'),
-        responding(200, body=b"{}"),
-        LOST["reset"],
+        respond(500),
+        respond(429),
+        respond(200, body=b"<html>"),
+        respond(200, body=b'{"environment":{"mode":"LIVE"}}'),
+        respond(200, body=b"{}"),
+        LOST_RESPONSES["reset"],
     ],
 )
-def test_failed_introspection_is_not_sent(serve: Callable[[socket.socket], None]) -> None:
-    """A retry is free of charge."""
-    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent):
+def test_failed_introspection_can_be_retried(serve: Callable[[socket.socket], None]) -> None:
+    with raw_server(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent):
         quiltt.api_key_mode()
 
 
@@ -330,8 +325,8 @@ ACCOUNT = (
 )
 
 
-def test_balance_poll_authenticates_as_the_profile_and_keeps_every_digit() -> None:
-    with raw(responding(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
+def test_balance_poll_authenticates_as_profile_and_keeps_exact_amounts() -> None:
+    with raw_server(respond(200, body=ACCOUNT)) as server, client(server.url) as quiltt:
         account = quiltt.poll_account(A, "p_1")
     assert account is not None
     balance = parse_polled_balance(account, A)
@@ -342,37 +337,40 @@ def test_balance_poll_authenticates_as_the_profile_and_keeps_every_digit() -> No
         Decimal(9007199254740993),
         Decimal("1e-7"),
     )
-    head, _, query = server.requests[0].partition(b"\r\n\r\n")
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/graphql ")
     assert b"Authorization: Basic " + base64.b64encode(f"p_1:{KEY}".encode()) in head
-    assert json.loads(query)["variables"] == {"id": A}
+    assert json.loads(body)["variables"] == {"id": A}
 
 
-def test_balance_poll_of_a_hidden_account_is_none() -> None:
-    with raw(responding(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server, client(server.url) as quiltt:
+def test_balance_poll_of_unknown_account_returns_none() -> None:
+    with (
+        raw_server(respond(200, body=b'{"data":{"account":null},"errors":[{}]}')) as server,
+        client(server.url) as quiltt,
+    ):
         assert quiltt.poll_account(A, "p_1") is None
 
 
 @pytest.mark.parametrize(
     "serve",
     [
-        responding(401),
-        responding(500, body=b"<html>"),
-        responding(200, body=b"{}"),
-        responding(200, body=b"[]"),
-        responding(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
-        responding(200, body=b'{"data":{"account":7}}'),
-        responding(200, body=b"[" * 100_000),
-        cut(b"HTTP/1.1 2"),
+        respond(401),
+        respond(500, body=b"<html>"),
+        respond(200, body=b"{}"),
+        respond(200, body=b"[]"),
+        respond(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
+        respond(200, body=b'{"data":{"account":7}}'),
+        respond(200, body=b"[" * 100_000),
+        send_and_close(b"HTTP/1.1 2"),
     ],
 )
-def test_balance_poll_with_an_invalid_response_is_not_sent(serve: Callable[[socket.socket], None]) -> None:
-    with raw(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent, match="read"):
+def test_invalid_poll_response_raises_not_sent(serve: Callable[[socket.socket], None]) -> None:
+    with raw_server(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent, match="poll failed"):
         quiltt.poll_account(A, "p_1")
 
 
 def test_api_key_is_in_no_error_and_no_repr() -> None:
-    """This includes the causes of an error."""
+    """Neither in the error's text, nor in its causes' texts, nor in the client's attributes."""
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
@@ -386,18 +384,18 @@ def test_api_key_is_in_no_error_and_no_repr() -> None:
             while error is not None:
                 assert KEY not in repr(error)
                 error = error.__cause__ or error.__context__
-    for serve in (responding(401), responding(500), LOST["reset"]):
+    for serve in (respond(401), respond(500), LOST_RESPONSES["reset"]):
         assert KEY not in repr(failure(serve))
 
 
 @pytest.fixture(scope="module")
 def simulator() -> Iterator[Simulator]:
-    """Run the simulator of Quiltt; its webhooks have no receiver."""
+    """Run the simulator. Its webhooks have no receiver."""
     with Simulator("http://127.0.0.1:1/", secret="s", api_key=KEY) as running:
         yield running
 
 
-def test_client_and_simulator_agree_on_the_documented_statuses(simulator: Simulator) -> None:
+def test_client_and_simulator_agree_on_documented_statuses(simulator: Simulator) -> None:
     with client(simulator.url) as quiltt:
         assert quiltt.api_key_mode() == "TEST"
         assert quiltt.refresh_balance("acct_never1") == 202
@@ -408,20 +406,20 @@ def test_client_and_simulator_agree_on_the_documented_statuses(simulator: Simula
             "gone": Reason.ACCOUNT_NOT_FOUND,
         }
         for scenario, reason in expected.items():
-            with pytest.raises(CallRejected) as refused:
+            with pytest.raises(CallRejected) as rejected:
                 quiltt.refresh_balance(f"acct_{scenario}1")
-            assert refused.value.reason == reason
-        with pytest.raises(RateLimited) as throttled:
+            assert rejected.value.reason == reason
+        with pytest.raises(RateLimited) as rate_limited:
             quiltt.refresh_balance("acct_throttled1")
-        assert throttled.value.retry_at is not None
+        assert rate_limited.value.retry_at is not None
         for scenario in ("error", "lost"):
             with pytest.raises(CallResultUnknown):
                 quiltt.refresh_balance(f"acct_{scenario}1")
-        shown = quiltt.poll_account("acct_prompt1", "p_1")
-        assert shown is not None
-        assert getattr(parse_polled_balance(shown, "acct_prompt1"), "source", None) == "SYNC"
+        polled = quiltt.poll_account("acct_prompt1", "p_1")
+        assert polled is not None
+        assert getattr(parse_polled_balance(polled, "acct_prompt1"), "source", None) == "SYNC"
         assert quiltt.poll_account("acct_gone1", "p_1") is None
     with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(CallResultUnknown, match="read timeout"):
         quiltt.refresh_balance("acct_silent1")
     accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]
-    assert accepted == [True, True, True], "the provider may have accepted a call whose result is unknown"
+    assert accepted == [True, True, True], "a call with an unknown result may have been accepted"

@@ -1,4 +1,4 @@
-"""The endpoint as a process of its own, on each database."""
+"""The endpoint as a process of its own, with each database."""
 
 import base64
 import hashlib
@@ -29,13 +29,13 @@ _numbers = itertools.count(1)
 
 
 def sign(body: bytes, timestamp: str, secret: str) -> str:
-    """The sender's side, written from the documentation."""
+    """Sign a body like the provider, by its documentation."""
     return base64.b64encode(hmac.digest(secret.encode(), b"1" + timestamp.encode() + body, hashlib.sha256)).decode()
 
 
 @dataclass
 class Endpoint:
-    """A running endpoint, the sender's side of it, and a view of what it keeps."""
+    """A running endpoint, a client that sends deliveries, and access to the stored data."""
 
     url: str
     engine: Engine
@@ -46,7 +46,7 @@ class Endpoint:
     def headers(
         self, body: bytes, *, secret: str = SECRET, age_s: int = 0, signed: bytes | None = None
     ) -> dict[str, str]:
-        """The headers that the provider would send with the body."""
+        """Return the headers that the provider would send with the body."""
         timestamp = str(int(time.time()) - age_s)
         signature = sign(body if signed is None else signed, timestamp, secret)
         return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
@@ -54,33 +54,33 @@ class Endpoint:
     def send(
         self, body: bytes, headers: Mapping[str, str] | None = None, *, content_type: str | None = None, **how: Any
     ) -> int:
-        """Deliver a body, signed unless other headers are given; the status."""
+        """Send a body, signed unless other headers are given, and return the status."""
         given = dict(self.headers(body, **how) if headers is None else headers)
         if content_type is not None:
             given["Content-Type"] = content_type
-        answer = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=given)
-        assert answer.content == b"", "who is refused learns the status and no more"
-        return answer.status_code
+        response = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=given)
+        assert response.content == b"", "the response has a body"
+        return response.status_code
 
     def ledger(self) -> dict[str, list[tuple[Any, ...]]]:
-        """All that is in the ledger."""
+        """Return all rows of the ledger, by table."""
         with self.engine.connect() as connection:
             tables = PAYMENT.metadata.sorted_tables
             return {table.name: sorted(map(tuple, connection.execute(table.select())), key=str) for table in tables}
 
     def applied(self) -> set[str]:
-        """The ids of the balances that were applied to those who wait."""
+        """Return the ids of the balances that were applied to waiting payments."""
         with self.engine.connect() as connection:
             return set(connection.scalars(select(BALANCE.c.balance_id).where(BALANCE.c.due_at.is_(None))))
 
     def balances(self) -> list[str]:
-        """The ids of the balances that were kept."""
+        """Return the ids of the stored balances."""
         return [row[0] for row in self.ledger()["balance"]]
 
 
 @contextmanager
 def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) -> Iterator[Endpoint]:
-    """The role `web` for as long as the block runs."""
+    """Run the role `web` during the block."""
     port = free_port()
     settings = {
         "PAYREADY_DATABASE_URL": database_url,
@@ -93,22 +93,22 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
     with Processes(folder, settings) as processes:
         processes.start("web", procfile()["web"])
         processes.wait_for("web", lambda: responds(f"{url}/healthz"))
-        made = Endpoint(
+        running = Endpoint(
             url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True), processes.log_of("web")
         )
         try:
-            yield made
+            yield running
         finally:
-            made.http.close()
-            made.engine.dispose()
-            made.redis.close()
+            running.http.close()
+            running.engine.dispose()
+            running.redis.close()
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def web(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, valkey_url: str
 ) -> Iterator[Endpoint]:
-    """An endpoint that no test breaks; each uses events of its own."""
+    """Return an endpoint that all tests share; each test uses its own events."""
     folder = tmp_path_factory.mktemp("web")
     databases = Databases(folder, postgres_server if request.param == "postgresql" else None)
     with endpoint(folder, databases.new(), valkey_url) as running:
@@ -116,7 +116,7 @@ def web(
 
 
 def delivery(*balance_ids: str, **record: Any) -> bytes:
-    """A delivery of REFRESH balances."""
+    """Return a delivery of REFRESH balances."""
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     given = {"accountId": "acct_1", "at": at, "source": "REFRESH", "available": 1.5, "current": 2, "limit": None}
     events = [
@@ -128,5 +128,5 @@ def delivery(*balance_ids: str, **record: Any) -> bytes:
 
 @pytest.fixture
 def balance_id() -> str:
-    """An id no other test uses."""
+    """Return a new balance id."""
     return f"bal_{next(_numbers)}"

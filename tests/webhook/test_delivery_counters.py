@@ -1,4 +1,4 @@
-"""What is counted at the door, and what is told of it: each delivery once, and nothing of what was in it."""
+"""Delivery counters: each delivery is counted once and logged without any of its content."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from config.settings import Settings
 from tests.webhook.conftest import OLD_SECRET, SECRET, delivery, sign
-from webhook import endpoint
+from webhook import endpoint, wiring
 from webhook.delivery_counters import DeliveryCounters
 from webhook.events import MAX_BODY_BYTES
 from worker import flow
@@ -24,7 +24,7 @@ PRIVATE = "Ada Lovelace"
 
 
 def counts() -> dict[str, float]:
-    """All that the door counts, by metric and result; what is nought is left out."""
+    """Return the non-zero counters of deliveries and events, by metric and result."""
     found = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -33,14 +33,21 @@ def counts() -> dict[str, float]:
     return found
 
 
+def webhook_events(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return the log events of the package `webhook`."""
+    return [
+        record.msg for record in caplog.records if record.name.startswith("webhook") and isinstance(record.msg, dict)
+    ]
+
+
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Send:
-    """Sends a delivery to the application itself; what it would keep is kept nowhere."""
+    """Return a function that sends a delivery to the ASGI application, which commits nothing."""
     chosen = Settings(webhook_secrets=(SECRET, OLD_SECRET))
     monkeypatch.setattr(endpoint, "settings", lambda: chosen)
     monkeypatch.setattr(endpoint, "_secrets", lambda: (SECRET, OLD_SECRET))
-    monkeypatch.setattr(endpoint, "runtime", lambda: None)
-    monkeypatch.setattr(endpoint, "dispatch_without_callbacks", lambda _: None)
+    monkeypatch.setattr(wiring, "runtime", lambda: None)
+    monkeypatch.setattr(wiring, "dispatch_without_callbacks", lambda _: None)
     monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
     monkeypatch.setattr(endpoint, "delivery_counters", DeliveryCounters())
     caplog.set_level(logging.DEBUG)
@@ -66,119 +73,126 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
 
 
 def call(headers: list[tuple[bytes, bytes]], messages: list[dict[str, Any]]) -> int:
-    """Call the application; the status."""
-    answers: list[Any] = []
+    """Call the application and return the status."""
+    responses: list[Any] = []
 
     async def receive() -> Any:
         return messages.pop(0)
 
     async def send(message: Any) -> None:
-        answers.append(message)
+        responses.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/webhooks/quiltt", "headers": headers}
     asyncio.run(endpoint.app(scope, receive, send))
-    return int(answers[0]["status"])
+    return int(responses[0]["status"])
 
 
-ONE_ODD = b'{"type": "balance.created", "record": {"name": "Ada Lovelace"}}'
+UNPARSEABLE = b'{"type": "balance.created", "record": {"name": "Ada Lovelace"}}'
 SYNC = delivery("bal_1", source="SYNC")
 PROFILE = b'{"events": [{"type": "profile.updated", "record": {"name": "Ada Lovelace"}}]}'
 BROKEN = PROFILE.replace(b'"profile.updated"', b'"connection.disconnected", "at": "2026-11-22T12:00:00Z"').replace(
     b'"name"', b'"id": "conn_1", "name"'
 )
 MIXED = b'{"events": [%s, %s, {"type": "profile.created", "record": {"name": "Ada Lovelace"}}]}' % (
-    ONE_ODD,
+    UNPARSEABLE,
     json.dumps(json.loads(delivery("bal_1"))["events"][0]).encode(),
 )
 CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
     "routine": (204, SYNC, {}, {"events routine": 1}),
     "routine, of another type": (204, PROFILE, {}, {"events routine": 1}),
-    "routine, by the secret from before": (204, SYNC, {"secret": OLD_SECRET}, {"events routine": 1}),
-    "routine, in pieces": (204, SYNC, {"parts": 7}, {"events routine": 1}),
-    "balance": (204, delivery("bal_1", "bal_2"), {}, {"events matched": 2}),
+    "routine, with the old secret": (204, SYNC, {"secret": OLD_SECRET}, {"events routine": 1}),
+    "routine, in chunks": (204, SYNC, {"parts": 7}, {"events routine": 1}),
+    "balance": (204, delivery("bal_1", "bal_2"), {}, {"events balance": 2}),
     "connection": (204, BROKEN, {}, {"events connection": 1}),
-    "quarantined": (204, MIXED, {}, {"events matched": 1, "events quarantined": 1, "events routine": 1}),
+    "quarantined": (204, MIXED, {}, {"events balance": 1, "events quarantined": 1, "events routine": 1}),
     "stale": (401, delivery("bal_1"), {"age_s": 400}, {}),
     "stale, from the future": (401, delivery("bal_1"), {"age_s": -400}, {}),
-    "mismatch": (401, PROFILE, {"secret": "whsec_of_somebody_else"}, {}),
-    "mismatch, and old": (401, PROFILE, {"secret": "whsec_of_somebody_else", "age_s": 400}, {}),
+    "mismatch": (401, PROFILE, {"secret": "whsec_unknown"}, {}),
+    "mismatch, and old": (401, PROFILE, {"secret": "whsec_unknown", "age_s": 400}, {}),
     "missing": (401, PROFILE, {"quiltt_signature": ""}, {}),
     "malformed": (401, PROFILE, {"quiltt_timestamp": "+1"}, {}),
     "malformed, not ASCII": (401, PROFILE, {"quiltt_signature": "é" * 43 + "="}, {}),
     "content_type": (415, PROFILE, {"content_type": "text/plain"}, {}),
     "invalid_envelope": (400, PROFILE[:-1], {}, {}),
-    "invalid_json": (400, PROFILE[:-2] + b",Ada Lovelace]}", {}, {"events unreadable": 1, "events routine": 1}),
+    "invalid_json": (400, PROFILE[:-2] + b",Ada Lovelace]}", {}, {"events invalid_json": 1, "events routine": 1}),
     "too_large": (413, PROFILE.ljust(MAX_BODY_BYTES + 1), {}, {}),
-    "too_large, in pieces": (413, PROFILE.ljust(9 * MAX_BODY_BYTES), {"parts": 9}, {}),
+    "too_large, in chunks": (413, PROFILE.ljust(9 * MAX_BODY_BYTES), {"parts": 9}, {}),
     "client_disconnected": (400, PROFILE, {"leave": True}, {}),
-    "cut_off, before it began": (400, b"", {"leave": True}, {}),
+    "client_disconnected, before the body": (400, b"", {"leave": True}, {}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_delivery_is_counted_once_by_what_became_of_it(
-    send: Send, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A stale one, which Quiltt did sign, apart from a forged one; one line in the log, with nothing of the body."""
+def test_delivery_is_counted_and_logged_once_by_result(send: Send, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A stale delivery, which Quiltt signed, differs from a forged one. The line has no content of the body."""
     status, body, how, events = CASES[name]
     before = counts()
     assert send(body, **how) == status
     counted = {key: value - before.get(key, 0) for key, value in counts().items() if value != before.get(key, 0)}
     result = name.split(",", maxsplit=1)[0]
     assert counted == {f"deliveries {result}": 1, **events}
-    [line] = [record.getMessage() for record in caplog.records if record.name.startswith("webhook")]
-    assert PRIVATE not in line
+    [line] = webhook_events(caplog)
+    assert (line["event"], line["result"]) == ("webhook.delivery", result)
+    assert PRIVATE not in str(line)
+    assert ("age_s" in line) == (result == "stale")
+    assert line.get("age_s", 0) == pytest.approx(how["age_s"] if result == "stale" else 0, abs=2)
 
 
-def test_without_a_secret_all_are_counted_as_such(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And refused."""
+def test_delivery_is_refused_as_no_secret_without_secrets(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_secrets", list)
     before = counts().get("deliveries no_secret", 0)
     assert send(SYNC, secret="") == 401
     assert counts()["deliveries no_secret"] == before + 1
 
 
-def test_a_secret_is_rotated_without_a_gap(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of steps that docs/howto/monitor.md gives: at each, some subscription's deliveries are all taken."""
+def test_secret_rotation_has_no_gap(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step of the rotation, the deliveries of at least one subscription are accepted."""
     old, new = OLD_SECRET, SECRET
     steps = [([old], [old]), ([old], [old, new]), ([new, old], [old, new]), ([new, old], [new]), ([new], [new])]
-    answers = []
+    statuses = []
     for known, senders in steps:
         monkeypatch.setattr(endpoint, "_secrets", lambda known=known: known)
-        answers.append([send(delivery("bal_1"), secret=secret) for secret in senders])
-    assert answers == [[204], [204, 401], [204, 204], [204], [204]], "the 401 is sent again, and then taken"
+        statuses.append([send(delivery("bal_1"), secret=secret) for secret in senders])
+    assert statuses == [[204], [204, 401], [204, 204], [204], [204]], (
+        "Quiltt retries the 401, and the next step accepts it"
+    )
 
 
 @pytest.mark.parametrize("error", [OperationalError("x", None, Exception()), RuntimeError(), KeyError()])
-def test_what_could_not_be_kept_is_counted_and_sent_again(
-    send: Send, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_failed_commit_is_counted_as_unavailable(
+    send: Send, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    """Whatever the reason, also one that nobody thought of."""
+    """The status is 503 for an unavailable database and for an unexpected error, which is logged with a traceback."""
 
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(flow, "ingest_events", fail)
-    monkeypatch.setattr(endpoint.group_committer, "_is_available", lambda: False)
+    monkeypatch.setattr(wiring.group_committer, "_is_available", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503
     after = counts()
-    assert after["deliveries unsafe"] == before.get("deliveries unsafe", 0) + 1
-    assert after.get("events matched") == before.get("events matched")
+    assert after["deliveries unavailable"] == before.get("deliveries unavailable", 0) + 1
+    assert after.get("events balance") == before.get("events balance")
+    *internal, line = webhook_events(caplog)
+    assert (line["result"], line["error"]) == ("unavailable", type(error).__name__)
+    assert [line["event"] for line in internal] == (
+        [] if isinstance(error, OperationalError) else ["webhook.internal_error"]
+    )
 
 
-def test_a_flood_is_told_in_a_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
-    """Which says how many it stands for; another reason has a line of its own, and the counters have all."""
+def test_flood_is_logged_once_per_second_and_result(caplog: pytest.LogCaptureFixture) -> None:
+    """A line has the number of suppressed lines. The counters are exact."""
     now = [0.0]
-    tally = DeliveryCounters(lambda: now[0])
+    counters = DeliveryCounters(lambda: now[0])
     before = counts().get("deliveries mismatch", 0)
     for now[0] in (0.0, 0.1, 0.9, 0.95, 1.1, 1.2, 5.0):
-        tally.count_delivery("mismatch", "refused with 401")
-    tally.count_delivery("stale", "refused with 401")
-    assert [record.getMessage() for record in caplog.records] == [
-        "delivery mismatch: refused with 401",
-        "delivery mismatch: refused with 401 (and 3 more before it)",
-        "delivery mismatch: refused with 401 (and 1 more before it)",
-        "delivery stale: refused with 401",
+        counters.count_delivery("mismatch", status=401)
+    counters.count_delivery("stale", status=401)
+    assert [(line["result"], line["suppressed"]) for line in webhook_events(caplog)] == [
+        ("mismatch", 0),
+        ("mismatch", 3),
+        ("mismatch", 1),
+        ("stale", 0),
     ]
     assert counts()["deliveries mismatch"] == before + 7

@@ -18,19 +18,20 @@ from simulator.testing import eventually
 from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
 from tests.webhook.conftest import OLD_SECRET, Endpoint, delivery, endpoint
+from webhook import body as body_module
 from webhook import endpoint as endpoint_module
 from webhook.events import MAX_BODY_BYTES
 
 
-def test_a_balance_is_in_the_ledger_when_the_answer_is_yes(web: Endpoint, balance_id: str) -> None:
-    """And it is applied to those who wait."""
+def test_balance_is_committed_before_the_204(web: Endpoint, balance_id: str) -> None:
+    """It also resolves the waiting payments."""
     assert web.send(delivery(balance_id)) == 204
     assert balance_id in web.balances()
     assert balance_id in web.applied()
 
 
-def test_an_event_that_is_repeated_changes_nothing(web: Endpoint, balance_id: str) -> None:
-    """The same again, and the same with other figures: the first stays. Only its application is enqueued anew."""
+def test_repeated_event_is_a_no_op(web: Endpoint, balance_id: str) -> None:
+    """A repetition with other amounts is ignored too. Only the task that applies the balance is enqueued again."""
     web.send(delivery(balance_id))
     before = web.ledger()
     assert web.send(delivery(balance_id)) == 204
@@ -39,14 +40,14 @@ def test_an_event_that_is_repeated_changes_nothing(web: Endpoint, balance_id: st
     assert web.ledger() == before
 
 
-def test_the_secret_from_before_is_good_while_it_is_being_replaced(web: Endpoint, balance_id: str) -> None:
-    """Two secrets, no event lost."""
+def test_old_secret_is_valid_during_rotation(web: Endpoint, balance_id: str) -> None:
+    """With two secrets no event is lost."""
     assert web.send(delivery(balance_id), secret=OLD_SECRET) == 204
     assert balance_id in web.balances()
 
 
-def test_one_bad_event_spoils_no_other(web: Endpoint, balance_id: str) -> None:
-    """It is set aside, once, with the reason; a foreign one is passed over."""
+def test_unparseable_event_does_not_affect_others(web: Endpoint, balance_id: str) -> None:
+    """It is quarantined once, with the reason. Events of unknown types are ignored."""
     good = json.loads(delivery(balance_id))["events"][0]
     foreign = json.loads(delivery(f"{balance_id}S", source="SYNC"))["events"][0]
     bad = [
@@ -64,8 +65,8 @@ def test_one_bad_event_spoils_no_other(web: Endpoint, balance_id: str) -> None:
     assert len(web.ledger()["quarantine"]) == before + len(bad)
 
 
-def test_the_largest_deliveries_are_taken(web: Endpoint) -> None:
-    """As many events as fit under the cap, good or odd."""
+def test_largest_deliveries_are_stored(web: Endpoint) -> None:
+    """As many events as fit into the size limit, parseable or not."""
     many = delivery(*(f"bal_m{number}" for number in range(1200)))
     assert len(many) <= MAX_BODY_BYTES
     blanks = ["", *" \t\n\r", *map("".join, product(" \t\n\r", repeat=2))]
@@ -83,8 +84,8 @@ def test_the_largest_deliveries_are_taken(web: Endpoint) -> None:
 @pytest.mark.parametrize(
     "body", [b'{"events": []}', b'{"events": [{"type": "profile.deleted", "record": {"name": "x"}}]}']
 )
-def test_what_is_not_ours_is_acknowledged_and_leaves_no_trace(web: Endpoint, body: bytes) -> None:
-    """Else it would come again, twenty times."""
+def test_irrelevant_delivery_gets_204_and_stores_nothing(web: Endpoint, body: bytes) -> None:
+    """Another status would cause twenty retries."""
     before = web.ledger()
     assert web.send(body) == 204
     assert web.ledger() == before
@@ -95,7 +96,7 @@ REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
     "no signature": (401, GOOD, {"headers": {}}),
     "no timestamp": (401, GOOD, {"headers": {"Quiltt-Signature": "A" * 43 + "="}}),
     "nonsense": (401, GOOD, {"headers": {"Quiltt-Timestamp": "now", "Quiltt-Signature": "x"}}),
-    "a foreign secret": (401, GOOD, {"secret": "whsec_of_somebody_else"}),
+    "a foreign secret": (401, GOOD, {"secret": "whsec_unknown"}),
     "the empty secret": (401, GOOD, {"secret": ""}),
     "another body": (401, GOOD, {"signed": GOOD + b" "}),
     "too old": (401, GOOD, {"age_s": 302}),
@@ -116,8 +117,8 @@ REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_changes_nothing(web: Endpoint, name: str) -> None:
-    """Neither in the ledger nor in a queue."""
+def test_rejected_delivery_changes_nothing(web: Endpoint, name: str) -> None:
+    """Neither the ledger nor a queue changes."""
     status, body, how = REFUSED[name]
     before = web.ledger()
     assert web.send(body, **how) == status
@@ -125,16 +126,16 @@ def test_what_is_refused_changes_nothing(web: Endpoint, name: str) -> None:
     assert "bal_refused" not in web.balances()
 
 
-def test_a_delivery_of_just_the_cap_is_read(web: Endpoint, balance_id: str) -> None:
-    """And not one byte more; the window too is what it says."""
+def test_delivery_of_maximum_size_and_age_is_accepted(web: Endpoint, balance_id: str) -> None:
+    """One byte more is rejected."""
     body = delivery(balance_id).ljust(MAX_BODY_BYTES)
     assert web.send(body, age_s=298) == 204
     assert web.send(body + b" ") == 413
     assert balance_id in web.balances()
 
 
-def test_a_body_without_a_length_is_capped_as_it_comes(web: Endpoint) -> None:
-    """It is not collected first."""
+def test_chunked_body_is_limited_while_it_arrives(web: Endpoint) -> None:
+    """The endpoint does not read all of it first."""
 
     def chunks() -> Iterator[bytes]:
         for _ in range(20):
@@ -144,14 +145,12 @@ def test_a_body_without_a_length_is_capped_as_it_comes(web: Endpoint) -> None:
     assert answer.status_code == 413
 
 
-def test_only_post_is_a_delivery(web: Endpoint) -> None:
-    """And only there."""
+def test_only_post_to_the_path_is_a_delivery(web: Endpoint) -> None:
     assert web.http.get(f"{web.url}/webhooks/quiltt").status_code == 405
     assert web.http.post(f"{web.url}/webhooks/other", content=GOOD).status_code == 404
 
 
-def test_a_sender_that_leaves_in_the_middle_does_no_harm(web: Endpoint, balance_id: str) -> None:
-    """The next one is served."""
+def test_client_disconnect_does_not_affect_the_next_delivery(web: Endpoint, balance_id: str) -> None:
     host, port = web.url.removeprefix("http://").split(":")
     for _ in range(5):
         with socket.create_connection((host, int(port)), timeout=5) as connection:
@@ -159,22 +158,21 @@ def test_a_sender_that_leaves_in_the_middle_does_no_harm(web: Endpoint, balance_
     assert web.send(delivery(balance_id)) == 204
 
 
-def test_many_deliveries_at_once_are_all_kept(web: Endpoint, balance_id: str) -> None:
-    """Some of them twice, in other threads."""
+def test_concurrent_deliveries_are_all_committed(web: Endpoint, balance_id: str) -> None:
+    """Some arrive twice, in other threads."""
     ids = [f"{balance_id}x{number}" for number in range(40)]
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda one: web.send(delivery(one)), ids + ids)) == {204}
     assert set(ids) <= set(web.balances())
 
 
-def test_the_process_is_alive_and_ready(web: Endpoint) -> None:
-    """Two questions, for two readers."""
+def test_healthz_and_readyz_respond_200(web: Endpoint) -> None:
     assert web.http.get(f"{web.url}/healthz").text == "ok"
     assert web.http.get(f"{web.url}/readyz").text == "ready"
 
 
-def test_a_deployment_without_a_secret_refuses_everything(tmp_path: Path, valkey_url: str) -> None:
-    """It fails closed, also for who signs with nothing."""
+def test_endpoint_without_secrets_refuses_everything(tmp_path: Path, valkey_url: str) -> None:
+    """It fails closed, also for signatures with an empty key."""
     databases = Databases(tmp_path, None)
     with endpoint(tmp_path, databases.new(), valkey_url, PAYREADY_WEBHOOK_SECRETS="") as closed:
         assert closed.send(GOOD) == 401
@@ -188,10 +186,10 @@ def own_postgres() -> Iterator[Postgres]:
         yield server
 
 
-def test_a_delivery_that_cannot_be_kept_is_asked_for_again(
+def test_delivery_gets_503_while_the_database_is_unavailable(
     tmp_path: Path, own_postgres: Postgres, balance_id: str
 ) -> None:
-    """503 while the database is away; then it is taken, and nothing was lost. Redis is not needed to keep it."""
+    """Then a retry commits it. Redis is not needed for the commit."""
     databases = Databases(tmp_path, own_postgres)
     port = free_port()
     redis_url = f"redis://127.0.0.1:{port}/0"
@@ -224,7 +222,7 @@ def test_a_delivery_that_cannot_be_kept_is_asked_for_again(
 
 
 def _deliver(receive: Any) -> int:
-    """Call the application itself, with a body as it comes; the status."""
+    """Call the ASGI application with the chunks of a body, and return the status."""
     sent: list[dict[str, Any]] = []
     scope = {
         "type": "http",
@@ -241,9 +239,8 @@ def _deliver(receive: Any) -> int:
     return int(sent[0]["status"])
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """408, after the time that is set for it."""
-    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.02)
+def test_missing_body_times_out_with_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.02)
 
     async def nothing() -> Any:
         await asyncio.sleep(60)
@@ -251,9 +248,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert _deliver(nothing) == 408
 
 
-def test_a_body_that_comes_drop_by_drop_is_not_waited_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is for all of it, not for each piece."""
-    monkeypatch.setattr(endpoint_module, "BODY_TIMEOUT_S", 0.05)
+def test_slow_body_times_out_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is for the whole body, not for each chunk."""
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.05)
 
     async def drops() -> Any:
         await asyncio.sleep(0.01)

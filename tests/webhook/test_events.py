@@ -18,6 +18,7 @@ from webhook.events import (
     UnparseableEvent,
     parse_quarantined,
 )
+from worker.quiltt.messages import UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost
 
 RECORD = {
@@ -48,39 +49,40 @@ def body(*events: Any, **envelope: Any) -> bytes:
     return json.dumps({"eventTypes": ["balance.created"], "events": events, **envelope}).encode()
 
 
-def test_a_refresh_balance_is_taken_with_the_id_of_its_event() -> None:
-    """Its figures are decimals."""
-    [(event_id, balance)] = read(body(EVENT)).balances
-    assert event_id == "evt_1"
+def test_refresh_balance_is_parsed_with_its_event_id() -> None:
+    """Its amounts are decimals."""
+    [received] = read(body(EVENT)).balances
+    balance = received.balance
+    assert received.event_id == "evt_1"
     assert (balance.available, balance.current, balance.limit) == (Decimal("31.41"), Decimal("314.15"), None)
 
 
 @pytest.mark.parametrize("source", ["SYNC", "INITIAL", "SOMETHING_NEW", ""])
-def test_other_sources_are_passed_over(source: str) -> None:
-    """Most balances come from routine syncs; new words appear over time."""
+def test_other_sources_are_ignored(source: str) -> None:
+    """Most balances come from routine syncs. New sources appear over time."""
     assert read(body(event(source=source))) == ParsedDelivery(events=1)
 
 
 @pytest.mark.parametrize("kind", ["connection.created", "profile.created", "something.new", None, 5, []])
-def test_other_types_are_passed_over(kind: Any) -> None:
-    """Whatever their records look like."""
+def test_other_types_are_ignored(kind: Any) -> None:
+    """Their records may have any form."""
     foreign = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
     assert read(body(*foreign)) == ParsedDelivery(events=3)
 
 
-@pytest.mark.parametrize("odd", [None, 5, "x", [], [EVENT], True, {}])
-def test_what_is_no_event_is_passed_over(odd: Any) -> None:
-    """It has no type that would make it ours."""
-    assert read(body(odd, EVENT, odd)).balances == read(body(EVENT)).balances
+@pytest.mark.parametrize("unparseable", [None, 5, "x", [], [EVENT], True, {}])
+def test_non_event_is_ignored(unparseable: Any) -> None:
+    """It has no type that concerns payready."""
+    assert read(body(unparseable, EVENT, unparseable)).balances == read(body(EVENT)).balances
 
 
-def test_no_events_is_a_delivery() -> None:
-    """It has been seen."""
+def test_delivery_without_events_is_valid() -> None:
+    """The provider has sent such deliveries."""
     assert read(body()) == ParsedDelivery()
     assert read(b'{"events": [], "environment": {"id": "env_1"}}') == ParsedDelivery()
 
 
-ODD: list[tuple[Any, str]] = [
+UNPARSEABLE: list[tuple[Any, str]] = [
     (event(event_id=None), "id: must be an id"),
     (event(event_id=7), "id: must be an id"),
     (event(event_id=""), "id: must be an id"),
@@ -103,14 +105,14 @@ ODD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("odd", "reason"), ODD, ids=lambda value: str(value)[:30])
-def test_a_balance_event_that_is_not_understood_is_set_aside_with_the_reason(odd: Any, reason: str) -> None:
-    """And spoils no other: those before and after it are taken."""
-    delivery = read(body(event(event_id="evt_before"), odd, event(event_id="evt_after")))
-    assert [event_id for event_id, _ in delivery.balances] == ["evt_before", "evt_after"]
-    [(raw, told)] = delivery.unparsed
-    assert told.startswith(reason)
-    assert raw == json.dumps(odd).encode()
+@pytest.mark.parametrize(("unparseable", "reason"), UNPARSEABLE, ids=lambda value: str(value)[:30])
+def test_unparseable_balance_event_is_quarantined_with_its_reason(unparseable: Any, reason: str) -> None:
+    """The events before and after it are parsed."""
+    delivery = read(body(event(event_id="evt_before"), unparseable, event(event_id="evt_after")))
+    assert [received.event_id for received in delivery.balances] == ["evt_before", "evt_after"]
+    [unparsed] = delivery.unparsed
+    assert unparsed.reason.startswith(reason)
+    assert unparsed.raw == json.dumps(unparseable).encode()
 
 
 @pytest.mark.parametrize(
@@ -127,14 +129,14 @@ def test_a_balance_event_that_is_not_understood_is_set_aside_with_the_reason(odd
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: bytes, reason: str) -> None:
-    """If its type can be told; its neighbours are read."""
-    odd = b'{"id": "evt_1", "type": "balance.created", "record": {"x": "}],\\"", ' + part + b"}}"
+def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, reason: str) -> None:
+    """Its type must be readable. The events beside it are parsed."""
+    unparseable = b'{"id": "evt_1", "type": "balance.created", "record": {"x": "}],\\"", ' + part + b"}}"
     good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events" : [' + b" ,\n".join([good, odd, good]) + b'], "more": {}}')
+    delivery = read(b'{"events" : [' + b" ,\n".join([good, unparseable, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
-    assert delivery.unparsed == [(odd, f"not JSON: {reason}")]
-    assert (delivery.events, delivery.is_unreadable) == (3, 0)
+    assert delivery.unparsed == [UnparsedEvent(raw=unparseable, reason=f"not JSON: {reason}")]
+    assert (delivery.events, delivery.invalid_json) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +155,14 @@ def test_a_balance_event_that_is_not_even_json_is_set_aside_as_it_came(part: byt
         (b"", 0),
     ],
 )
-def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) -> None:
-    """An event that is not JSON is kept only if it is about a balance, and cannot be about anybody's profile."""
+def test_possibly_personal_data_is_never_quarantined(raw: bytes, invalid_json: int) -> None:
+    """Invalid JSON is stored only if it is a balance event and cannot be about a profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.unparsed, delivery.is_unreadable) == (1, [], unreadable)
+    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], invalid_json)
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "unparseable",
     [
         b'{"type" "balance.created"}',
         b'{type: "balance.created"}',
@@ -171,11 +173,15 @@ def test_what_may_be_personal_is_never_set_aside(raw: bytes, unreadable: int) ->
         b'"balance.created"?',
     ],
 )
-def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_told(odd: bytes) -> None:
-    """If it cannot be personal; its neighbours are taken."""
+def test_possible_balance_event_with_unreadable_type_is_quarantined(unparseable: bytes) -> None:
+    """It must not be personal data. The events beside it are parsed."""
     good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events": [' + b",".join([good, odd, good]) + b",]}")
-    assert ([raw for raw, _ in delivery.unparsed], len(delivery.balances), delivery.is_unreadable) == ([odd], 2, 0)
+    delivery = read(b'{"events": [' + b",".join([good, unparseable, good]) + b",]}")
+    assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == (
+        [unparseable],
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,14 +198,13 @@ def test_an_event_that_may_be_a_balance_is_set_aside_though_its_type_cannot_be_t
     ],
     ids=lambda beside: str(beside)[:20],
 )
-def test_what_stands_beside_the_events_may_be_odd(beside: bytes) -> None:
-    """Nobody reads it."""
+def test_invalid_members_beside_events_are_ignored(beside: bytes) -> None:
     assert len(read(b"{" + beside + b"," + body(EVENT)[1:]).balances) == 1
     assert len(read(body(EVENT)[:-1] + b"," + beside + b"}").balances) == 1
 
 
-def test_what_was_set_aside_is_read_again_for_what_it_is() -> None:
-    """An event, also one that speaks of profiles, or a whole delivery; what is still odd in any part is still odd."""
+def test_quarantined_bytes_are_parsed_again() -> None:
+    """They are an event, also one that mentions profiles, or a whole delivery without unparseable parts."""
     event = json.dumps({**EVENT, "metadata": {"page": "profile.html"}}).encode()
     for raw in (event, b'{"events": [' + event + b"]}"):
         assert len(parse_quarantined(raw, SIGNED_AT).balances) == 1
@@ -210,34 +215,34 @@ def test_what_was_set_aside_is_read_again_for_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("hidden", [b"REFRESH", rb"\u0052EFRESH", rb"REFR\u0045SH"])
-def test_a_balance_of_ours_is_seen_however_it_is_written(hidden: bytes) -> None:
-    """What is taken for routine at a glance is routine; an escape, or a duplicate key, hides nothing."""
+def test_refresh_balance_is_found_in_every_notation(hidden: bytes) -> None:
+    """Neither an escape nor a duplicate key hides a balance from the fast check for routine deliveries."""
     raw = body(EVENT).replace(b'"REFRESH"', b'"%s"' % hidden)
     assert len(read(raw).balances) == 1
     twice = raw.replace(b'"source"', b'"source": "%s", "source": "SYNC", "x"' % hidden)
-    assert [reason for _, reason in read(twice).unparsed] == ["not JSON: duplicate key"]
-    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).unparsed[0][1] == "not JSON: NaN"
+    assert [unparsed.reason for unparsed in read(twice).unparsed] == ["not JSON: duplicate key"]
+    assert read(body(event(source="SYNC")).replace(b"31.41", b"NaN")).unparsed[0].reason == "not JSON: NaN"
 
 
-def test_figures_are_read_to_the_digit() -> None:
-    """More digits than a float has."""
+def test_amounts_are_exact() -> None:
+    """They have more digits than a float."""
     raw = body(EVENT).replace(b"31.41", b"12345678901234567890.123456789")
-    [(_, balance)] = read(raw).balances
-    assert balance.available == Decimal("12345678901234567890.123456789")
+    [received] = read(raw).balances
+    assert received.balance.available == Decimal("12345678901234567890.123456789")
 
 
 @pytest.mark.parametrize("figure", ["1" * 400, "1" + "0" * 30, "1e400", "1e-400", "-1e31", "0." + "0" * 61 + "1"])
-def test_a_figure_that_no_account_holds_is_set_aside(figure: str) -> None:
-    """It would only swell the ledger, and break what comes after it."""
+def test_amount_out_of_range_is_quarantined(figure: str) -> None:
+    """It would break later computations."""
     delivery = read(body(event(available=31.41), EVENT).replace(b"31.41", figure.encode(), 1))
     assert len(delivery.balances) == 1
     assert len(delivery.unparsed) == 1
 
 
-def test_the_noise_that_floats_leave_of_nothing_is_a_figure() -> None:
-    """3.5527136788005009e-15 is a balance of nought to somebody's computer."""
-    [(_, balance)] = read(body(EVENT).replace(b"31.41", b"3.5527136788005009e-15")).balances
-    assert balance.available == Decimal("3.5527136788005009e-15")
+def test_float_rounding_noise_is_a_valid_amount() -> None:
+    """Providers that use floats send 3.5527136788005009e-15 for zero."""
+    [received] = read(body(EVENT).replace(b"31.41", b"3.5527136788005009e-15")).balances
+    assert received.balance.available == Decimal("3.5527136788005009e-15")
 
 
 WHOLE = {
@@ -253,9 +258,9 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
-def test_a_delivery_that_cannot_be_taken_apart_is_set_aside_as_a_whole(whole: bytes) -> None:
-    """If it is about balances; one that says a word of profiles is refused, and nothing of it is kept."""
-    assert [raw for raw, _ in read(whole).unparsed] == [whole]
+def test_unsplittable_delivery_is_quarantined_as_a_whole(whole: bytes) -> None:
+    """It must mention balances. A delivery that mentions profiles is rejected, and nothing of it is stored."""
+    assert [unparsed.raw for unparsed in read(whole).unparsed] == [whole]
     for word in (b'"profile.updated"', b'"pro\\u0066ile\\u002Eupdated"'):
         with pytest.raises(InvalidDelivery):
             read(whole + word)
@@ -280,8 +285,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_a_delivery_that_is_not_what_is_documented_is_refused(bad: bytes) -> None:
-    """As a whole, with a word on what is wrong, and nothing of what was sent."""
+def test_undocumented_delivery_is_rejected(bad: bytes) -> None:
+    """The reason repeats nothing of the input."""
     with pytest.raises(InvalidDelivery) as refusal:
         read(bad)
     assert str(refusal.value).startswith(("not JSON: ", "no list of events"))
@@ -308,8 +313,7 @@ events = st.fixed_dictionaries(
 
 @given(raw=st.binary(max_size=400) | json_values.map(lambda value: json.dumps(value).encode()))
 @example(b'{"events":[{"type":"balance.created","record":{"source":"REFRESH","available":1e99999999999999999999}}]}')
-def test_any_bytes_are_a_delivery_or_a_bad_delivery(raw: bytes) -> None:
-    """Nothing else ever comes of them."""
+def test_any_bytes_are_parsed_or_raise_invalid_delivery(raw: bytes) -> None:
     try:
         delivery = read(raw)
     except InvalidDelivery:
@@ -318,13 +322,12 @@ def test_any_bytes_are_a_delivery_or_a_bad_delivery(raw: bytes) -> None:
 
 
 @given(batch=st.lists(st.just(EVENT) | events | json_values, max_size=6))
-def test_each_event_of_a_batch_is_what_it_is_alone(batch: list[Any]) -> None:
-    """No event changes how another is read."""
+def test_event_is_parsed_independently_of_others(batch: list[Any]) -> None:
     together = read(body(*batch))
     alone = [read(body(one)) for one in batch]
     assert together.balances == [balance for one in alone for balance in one.balances]
-    assert together.unparsed == [odd for one in alone for odd in one.unparsed]
-    assert {raw for raw, _ in together.unparsed} <= {json.dumps(one).encode() for one in batch}
+    assert together.unparsed == [event for delivery in alone for event in delivery.unparsed]
+    assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(one).encode() for one in batch}
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -334,14 +337,14 @@ AT = datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("kind", CONNECTION_LOST_EVENTS)
-def test_what_broke_down_is_told_with_its_time(kind: str) -> None:
+def test_connection_loss_is_parsed_with_its_time(kind: str) -> None:
     whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
-    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "somebody", "status": "NEW"}
+    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "Ada Lovelace", "status": "NEW"}
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.connection_updates == [ConnectionLost(CONNECTION_LOST_EVENTS[kind], AT, **whose)]
+    assert delivery.connection_updates == [ConnectionLost(detail=CONNECTION_LOST_EVENTS[kind], at=AT, **whose)]
     assert len(delivery.balances) == 1
     assert delivery.needs_processing
-    assert "somebody" not in repr(delivery)
+    assert "Ada Lovelace" not in repr(delivery)
 
 
 MOVED = {
@@ -353,12 +356,12 @@ MOVED = {
 
 
 @pytest.mark.parametrize("event", [BROKEN, MOVED], ids=["broken", "moved"])
-def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) -> None:
-    """Its time is its own; if it has none, that of its signature. One that is to come is no news."""
+def test_repeated_connection_event_has_the_same_time(event: dict[str, Any]) -> None:
+    """The time is that of the event, else that of its signature. An event from the future is ignored."""
     timeless = {name: value for name, value in event.items() if name != "at"}
     soon, later = ({**event, "at": (SIGNED_AT + MAX_EVENT_AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
-    odd = {**event, "at": "yesterday"}
-    assert [one.at for one in read(body(event, timeless, soon, later, odd)).connection_updates] == [
+    unparseable = {**event, "at": "yesterday"}
+    assert [one.at for one in read(body(event, timeless, soon, later, unparseable)).connection_updates] == [
         AT,
         SIGNED_AT,
         SIGNED_AT + MAX_EVENT_AHEAD,
@@ -367,11 +370,11 @@ def test_news_means_the_same_whenever_it_is_sent_again(event: dict[str, Any]) ->
     assert again.connection_updates == read(body(event)).connection_updates
 
 
-def test_an_account_that_moved_is_told_with_its_connection() -> None:
-    assert read(body(MOVED)).connection_updates == [AccountMoved("acct_1", "conn_2", AT)]
+def test_account_move_is_parsed_with_its_connection() -> None:
+    assert read(body(MOVED)).connection_updates == [AccountMoved(account_id="acct_1", connection_id="conn_2", at=AT)]
 
 
-def test_news_is_told_in_its_order() -> None:
+def test_connection_updates_keep_their_order() -> None:
     kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).connection_updates]
     assert kinds == [AccountMoved, ConnectionLost, AccountMoved]
 
@@ -380,5 +383,5 @@ def test_news_is_told_in_its_order() -> None:
 @pytest.mark.parametrize(
     "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
 )
-def test_a_connection_event_that_names_no_connection_is_passed_over(kind: str, record: Any) -> None:
+def test_connection_event_without_connection_is_ignored(kind: str, record: Any) -> None:
     assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == ParsedDelivery(events=1)

@@ -1,4 +1,4 @@
-"""Deliveries that come at once are made safe at once, and none suffers by another."""
+"""Group commit: concurrent deliveries share a transaction, and a failing one does not affect the others."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,91 +14,100 @@ from webhook.group_commit import MAX_BATCH_SIZE, GroupCommitter
 
 
 def deliveries(count: int) -> list[ParsedDelivery]:
-    """Deliveries that can be told apart."""
+    """Return deliveries that differ in their number of events."""
     return [ParsedDelivery(events=number) for number in range(count)]
 
 
-def keeper(keep: Callable[[Sequence[ParsedDelivery]], Any], **how: Any) -> GroupCommitter[Any]:
-    """One that follows nothing up."""
-    return GroupCommitter(keep, lambda _: None, **how)
+def new_committer(commit: Callable[[Sequence[ParsedDelivery]], Any], **options: Any) -> GroupCommitter[Any]:
+    """Return a committer without follow-ups."""
+    return GroupCommitter(commit, lambda _: None, **options)
 
 
-async def _keep(keeper: GroupCommitter[Any], given: Sequence[ParsedDelivery], go: Event) -> list[BaseException | None]:
-    """Have them kept while the first ones wait for `go`; what each was told."""
-    tasks = [asyncio.create_task(keeper.commit(delivery)) for delivery in given]
+async def _commit_all(
+    committer: GroupCommitter[Any], given: Sequence[ParsedDelivery], proceed: Event
+) -> list[BaseException | None]:
+    """Commit deliveries concurrently: all are pending before `proceed` is set. Return the error of each, or None."""
+    tasks = [asyncio.create_task(committer.commit(delivery)) for delivery in given]
     await asyncio.sleep(0.05)
-    go.set()
+    proceed.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def test_what_comes_while_others_are_kept_is_kept_together() -> None:
-    """Each once, in the order in which they came, not more than so many at a time."""
-    go, kept = Event(), []
+def test_concurrent_deliveries_share_transactions() -> None:
+    """Each is committed once, in order of arrival, in batches of at most `MAX_BATCH_SIZE`."""
+    proceed, kept = Event(), []
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        go.wait(5)
-        kept.append([delivery.events for delivery in taken])
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        proceed.wait(5)
+        kept.append([delivery.events for delivery in batch])
 
-    assert set(asyncio.run(_keep(keeper(keep), deliveries(250), go))) == {None}
+    assert set(asyncio.run(_commit_all(new_committer(commit), deliveries(250), proceed))) == {None}
     assert sorted(number for batch in kept for number in batch) == list(range(250))
     assert all(batch == sorted(batch) for batch in kept)
     assert len(kept) < 10
     assert max(map(len, kept)) <= MAX_BATCH_SIZE
 
 
-def test_a_delivery_that_cannot_be_kept_spoils_no_other() -> None:
-    """It alone is told so."""
-    go = Event()
-    go.set()
+def test_unstorable_delivery_fails_alone() -> None:
+    proceed = Event()
+    proceed.set()
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        if any(delivery.events == 7 for delivery in taken):
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        if any(delivery.events == 7 for delivery in batch):
             raise KeyError
 
-    told = asyncio.run(_keep(keeper(keep), deliveries(20), go))
-    assert [number for number, error in enumerate(told) if isinstance(error, KeyError)] == [7]
-    assert told.count(None) == 19
+    errors = asyncio.run(_commit_all(new_committer(commit), deliveries(20), proceed))
+    assert [number for number, error in enumerate(errors) if isinstance(error, KeyError)] == [7]
+    assert errors.count(None) == 19
 
 
-def test_when_the_store_is_away_it_is_asked_once_for_all() -> None:
-    """And all are told; the next ones are tried again."""
-    go, asked = Event(), []
+def test_unavailable_database_fails_the_batch_without_bisecting() -> None:
+    """All deliveries get the error. The next delivery is committed anew."""
+    proceed, batch_sizes = Event(), []
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        go.wait(5)
-        asked.append(len(taken))
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        proceed.wait(5)
+        batch_sizes.append(len(batch))
         raise ConnectionError
 
-    kept = keeper(keep, away=(ConnectionError,))
-    told = asyncio.run(_keep(kept, deliveries(50), go))
-    assert {type(error) for error in told} == {ConnectionError}
-    assert len(asked) <= 4
+    committer = new_committer(commit, unavailable_errors=(ConnectionError,))
+    errors = asyncio.run(_commit_all(committer, deliveries(50), proceed))
+    assert {type(error) for error in errors} == {ConnectionError}
+    assert len(batch_sizes) <= 4
     with pytest.raises(ConnectionError):
-        asyncio.run(kept.commit(ParsedDelivery()))
+        asyncio.run(committer.commit(ParsedDelivery()))
 
 
-def test_what_looks_like_an_outage_and_is_none_spoils_no_other() -> None:
-    """Some of what a database says of a value it says of itself too; if it answers, it is asked for each apart."""
-    go, kept = Event(), list[ParsedDelivery]()
-    go.set()
+def test_unavailable_error_of_an_available_database_is_bisected() -> None:
+    """Databases raise some errors both for bad values and for outages. A check of availability distinguishes them."""
+    proceed, kept = Event(), list[ParsedDelivery]()
+    proceed.set()
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        if any(delivery.events == 7 for delivery in taken):
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        if any(delivery.events == 7 for delivery in batch):
             raise ConnectionError
-        kept.extend(taken)
+        kept.extend(batch)
 
-    told = asyncio.run(_keep(keeper(keep, away=(ConnectionError,), answers=lambda: True), deliveries(100), go))
-    assert [number for number, error in enumerate(told) if error] == [7]
+    errors = asyncio.run(
+        _commit_all(
+            new_committer(commit, unavailable_errors=(ConnectionError,), is_available=lambda: True),
+            deliveries(100),
+            proceed,
+        )
+    )
+    assert [number for number, error in enumerate(errors) if error] == [7]
     assert len(kept) == 99
 
 
-def test_one_event_spoils_none_that_came_with_it() -> None:
-    """The delivery is asked for again; the others of it are kept by then."""
+def test_unstorable_event_does_not_affect_its_delivery() -> None:
+    """The delivery fails and is sent again. Its other events are committed."""
     kept: list[Any] = []
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
         found: list[Any] = [
-            one for delivery in taken for one in (*delivery.balances, *delivery.unparsed, *delivery.connection_updates)
+            event
+            for delivery in batch
+            for event in (*delivery.balances, *delivery.unparsed, *delivery.connection_updates)
         ]
         if "poison" in found:
             raise KeyError
@@ -106,82 +115,85 @@ def test_one_event_spoils_none_that_came_with_it() -> None:
 
     given: Any = ParsedDelivery(6, balances=["a", "poison", "b"], unparsed=["c"], connection_updates=["d"])  # type: ignore[list-item]
     with pytest.raises(KeyError):
-        asyncio.run(keeper(keep).commit(given))
+        asyncio.run(new_committer(commit).commit(given))
     assert sorted(kept) == ["a", "b", "c", "d"]
 
 
-def test_what_fails_once_and_not_again_is_safe() -> None:
-    """Two transactions stood in each other's way."""
-    tried: list[int] = []
+def test_transient_error_does_not_fail_the_delivery() -> None:
+    """A serialization error, for instance."""
+    batch_sizes: list[int] = []
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        tried.append(len(taken))
-        if len(tried) == 1:
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        batch_sizes.append(len(batch))
+        if len(batch_sizes) == 1:
             raise KeyError
 
     given: Any = ParsedDelivery(2, balances=["a", "b"])  # type: ignore[list-item]
-    asyncio.run(keeper(keep).commit(given))
-    assert tried == [1, 1, 1]
+    asyncio.run(new_committer(commit).commit(given))
+    assert batch_sizes == [1, 1, 1]
 
 
-def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The provider has given up by then."""
+def test_bisecting_stops_after_its_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provider has timed out by then."""
     monkeypatch.setattr(module, "BISECT_TIME_BUDGET_S", -1)
-    go, asked = Event(), []
-    go.set()
+    proceed, batch_sizes = Event(), []
+    proceed.set()
 
-    def keep(taken: Sequence[ParsedDelivery]) -> None:
-        asked.append(len(taken))
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        batch_sizes.append(len(batch))
         raise KeyError
 
-    told = asyncio.run(_keep(keeper(keep), deliveries(50), go))
-    assert {type(error) for error in told} == {KeyError}
-    assert len(asked) <= 4
+    errors = asyncio.run(_commit_all(new_committer(commit), deliveries(50), proceed))
+    assert {type(error) for error in errors} == {KeyError}
+    assert len(batch_sizes) <= 4
 
 
-def test_if_even_asking_fails_all_are_told() -> None:
-    """Nobody is left waiting."""
+def test_error_of_the_availability_check_fails_the_batch() -> None:
 
-    def keep(_: Sequence[ParsedDelivery]) -> None:
+    def commit(_: Sequence[ParsedDelivery]) -> None:
         raise ConnectionError
 
-    def answers() -> bool:
+    def is_available() -> bool:
         raise ValueError
 
     with pytest.raises(ValueError):
-        asyncio.run(keeper(keep, away=(ConnectionError,), answers=answers).commit(ParsedDelivery()))
+        asyncio.run(
+            new_committer(commit, unavailable_errors=(ConnectionError,), is_available=is_available).commit(
+                ParsedDelivery()
+            )
+        )
 
 
-def test_the_answer_does_not_wait_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows fails, or takes its time: what comes meanwhile is kept, and followed up together, up to a bound."""
+def test_commit_does_not_wait_for_follow_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow-ups that fail or are slow do not delay commits. Later ones run in one batch, up to a limit."""
     monkeypatch.setattr(module, "FOLLOW_UP_CAPACITY", 30)
     followed: list[list[int]] = []
-    begun, go = Event(), Event()
+    started, proceed = Event(), Event()
 
-    def follow(left: Sequence[int]) -> None:
-        followed.append(list(left))
-        begun.set()
-        go.wait(5)
+    def on_committed(values: Sequence[int]) -> None:
+        followed.append(list(values))
+        started.set()
+        proceed.wait(5)
         raise ConnectionError
 
-    async def story() -> None:
-        kept = GroupCommitter(lambda taken: taken[0].events, follow)
+    async def run() -> None:
+        kept = GroupCommitter(lambda batch: batch[0].events, on_committed)
         for delivery in deliveries(50):
             await kept.commit(delivery)
-            assert begun.wait(5)
-        assert not go.is_set()
-        go.set()
+            assert started.wait(5)
+        assert not proceed.is_set()
+        proceed.set()
         kept.drain()
 
-    asyncio.run(asyncio.wait_for(story(), 10))
+    asyncio.run(asyncio.wait_for(run(), 10))
     assert len(followed) == 2
-    together = [number for left in followed for number in left]
-    assert together == list(range(len(together)))
-    assert len(followed[0]) + 30 == len(together)
+    numbers = [number for values in followed for number in values]
+    assert numbers == list(range(len(numbers)))
+    assert len(followed[0]) + 30 == len(numbers)
 
 
-def test_what_is_left_when_the_loop_ends_is_followed_up() -> None:
-    """As when the process is stopped right after an answer: else outcomes would be told by the sweep, much later."""
+def test_drain_runs_pending_follow_ups() -> None:
+    """Without it the sweep would deliver the outcomes much later."""
     followed: list[int] = []
     kept = GroupCommitter(len, followed.extend)
     asyncio.run(kept.commit(ParsedDelivery()))
@@ -189,24 +201,24 @@ def test_what_is_left_when_the_loop_ends_is_followed_up() -> None:
     assert followed == [1]
 
 
-def test_what_is_kept_while_the_process_ends_is_followed_up() -> None:
-    """No thread takes anything on any more: the one that kept it follows it up."""
+def test_commit_during_drain_runs_its_follow_up() -> None:
+    """The pool accepts no work any more, so the committing thread runs the follow-up."""
     followed: list[int] = []
-    keeping, go = Event(), Event()
+    committing, proceed = Event(), Event()
 
-    def keep(taken: Sequence[ParsedDelivery]) -> int:
-        keeping.set()
-        go.wait(5)
-        return len(taken)
+    def commit(batch: Sequence[ParsedDelivery]) -> int:
+        committing.set()
+        proceed.wait(5)
+        return len(batch)
 
-    async def story() -> None:
-        told = asyncio.create_task(kept.commit(ParsedDelivery()))
-        await asyncio.to_thread(keeping.wait, 5)
-        finished = asyncio.create_task(asyncio.to_thread(kept.drain))
+    async def run() -> None:
+        delivery = asyncio.create_task(kept.commit(ParsedDelivery()))
+        await asyncio.to_thread(committing.wait, 5)
+        drained = asyncio.create_task(asyncio.to_thread(kept.drain))
         await asyncio.to_thread(eventually, lambda: kept._threads._shutdown)
-        go.set()
-        await asyncio.gather(told, finished)
+        proceed.set()
+        await asyncio.gather(delivery, drained)
 
-    kept = GroupCommitter(keep, followed.extend)
-    asyncio.run(asyncio.wait_for(story(), 10))
+    kept = GroupCommitter(commit, followed.extend)
+    asyncio.run(asyncio.wait_for(run(), 10))
     assert followed == [1]

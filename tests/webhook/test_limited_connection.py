@@ -1,4 +1,4 @@
-"""The door from outside, by raw sockets: nobody holds it for long, or for nothing, and the next one is served."""
+"""Limits of connections, with raw sockets: a slow or invalid client is disconnected, and the next one is served."""
 
 import socket
 import threading
@@ -12,6 +12,7 @@ import uvicorn
 from demo.processes import responds
 from simulator.testing import eventually
 from tests.webhook.conftest import Endpoint, delivery
+from webhook import body as body_module
 from webhook import endpoint, limited_connection
 from webhook.__main__ import SERVER
 from webhook.events import MAX_BODY_BYTES
@@ -36,7 +37,7 @@ def talk(url: str, *parts: bytes) -> bytes:
 
 
 def chunks(count: int) -> bytes:
-    """A part of a body whose length nobody said."""
+    """Return a chunk of a body with chunked encoding."""
     return b"10000\r\n" + b"x" * 65_536 + b"\r\n" if count == 1 else chunks(1) * count
 
 
@@ -57,8 +58,8 @@ ABUSE: dict[str, tuple[tuple[bytes, ...], bytes]] = {
 }
 
 
-def test_a_trailer_is_not_kept_and_has_an_end(web: Endpoint, balance_id: str) -> None:
-    """Nothing counts it but we: the parser hands over each of its lines as a header."""
+def test_trailers_are_ignored_and_limited(web: Endpoint, balance_id: str) -> None:
+    """The parser passes each of their lines on as a header, without a limit."""
     begin = START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
     answer = talk(web.url, begin, *[b"X-Y: z\r\n" * 8192] * 200)
     assert b"204" not in answer
@@ -66,12 +67,12 @@ def test_a_trailer_is_not_kept_and_has_an_end(web: Endpoint, balance_id: str) ->
 
 
 @pytest.mark.parametrize("name", ABUSE)
-def test_who_sends_nonsense_or_too_much_is_cut_off(web: Endpoint, name: str, balance_id: str) -> None:
-    """At once, whatever else they have to say; an answer, if there is one, has no body of ours."""
+def test_invalid_or_oversized_request_closes_the_connection(web: Endpoint, name: str, balance_id: str) -> None:
+    """A response, if there is one, has no body."""
     parts, status = ABUSE[name]
     before, began = web.ledger(), time.monotonic()
     answer = talk(web.url, *parts)
-    assert time.monotonic() - began < 8, "nobody waited for a time limit"
+    assert time.monotonic() - began < 8, "the connection was closed by a timeout"
     assert answer[9:12] in (status, b""), "who does not stop sending may not get to read it"
     assert web.ledger() == before
     assert web.send(delivery(balance_id)) == 204
@@ -96,15 +97,15 @@ def serving() -> Iterator[tuple[str, uvicorn.Server]]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server with less patience."""
+    """Return the address of a server with short timeouts."""
     monkeypatch.setattr(limited_connection, "HEADER_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.3)
     with serving() as (url, _):
         yield url
 
 
-def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However patient they are themselves; till then others are served."""
+def test_client_that_reads_no_responses_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other clients are served meanwhile."""
     monkeypatch.setattr(limited_connection, "READ_TIMEOUT_S", 0.5)
     question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving() as (url, server), socket.socket() as asker:
@@ -118,22 +119,22 @@ def test_who_asks_and_does_not_read_the_answers_is_cut_off(monkeypatch: pytest.M
         assert eventually(lambda: not server.server_state.tasks)
 
 
-def test_nonsense_is_not_worth_a_line_of_the_log(web: Endpoint) -> None:
-    """A scanner sends thousands of them; uvicorn would warn of each."""
+def test_invalid_requests_are_not_logged(web: Endpoint) -> None:
+    """A scanner sends thousands of them, and uvicorn warns of each."""
     for nonsense in (
         b"\x16\x03\x01\x02\x00\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, close\r\n\r\n",
     ):
         assert b"HTTP/1.1 4" in talk(web.url, nonsense)
-    assert web.send(b"", {}) == 401, "which is told"
+    assert web.send(b"", {}) == 401, "a rejected delivery is logged"
     log = web.log.read_text()
-    assert "delivery missing" in log
+    assert "webhook.delivery" in log
     assert "Invalid HTTP" not in log
     assert "upgrade" not in log
 
 
-def test_who_says_little_is_not_waited_for(hasty: str) -> None:
-    """Nothing, half a head, half a body, a body that is promised: after the time for it each is gone."""
+def test_slow_client_is_disconnected(hasty: str) -> None:
+    """It sends nothing, half a header section, half a body, or only announces a body."""
     silence, half = talk(hasty, b""), talk(hasty, START)
     assert (silence, half) == (b"", b"")
     for started in (b"Content-Length: 500\r\n\r\nhalf", b"Content-Length: 5\r\n\r\n"):
@@ -146,8 +147,8 @@ def test_who_says_little_is_not_waited_for(hasty: str) -> None:
 @pytest.mark.parametrize(
     ("promised", "more"), [(b"", b"\r\n"), (b"Content-Length: 100000\r\n", b"x")], ids=["a blank line", "a body"]
 )
-def test_who_was_answered_and_sends_no_request_is_not_waited_for(hasty: str, promised: bytes, more: bytes) -> None:
-    """Not for more than a blank line, nor for a body that nobody reads, though it comes after the answer."""
+def test_idle_client_is_disconnected_after_a_response(hasty: str, promised: bytes, more: bytes) -> None:
+    """A blank line or the rest of an unread body does not extend the time."""
     host, port = hasty.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=3) as asker:
         asker.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + promised + b"\r\n")
@@ -157,8 +158,8 @@ def test_who_was_answered_and_sends_no_request_is_not_waited_for(hasty: str, pro
             pass
 
 
-def test_requests_in_a_row_on_one_connection_are_each_answered(web: Endpoint, balance_id: str) -> None:
-    """Also when they are sent before the answer to the first; a refused one does not take the next with it."""
+def test_pipelined_requests_get_their_responses(web: Endpoint, balance_id: str) -> None:
+    """A rejected request does not affect the next one."""
     bodies = [delivery(f"{balance_id}p{number}") for number in range(3)]
     requests = [_request(web, bodies[0]), _request(web, bodies[1], secret="wrong"), _request(web, bodies[2])]
     last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -172,8 +173,8 @@ def _request(web: Endpoint, body: bytes, **how: str) -> bytes:
     return START + f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def test_a_body_that_is_too_large_is_refused_also_when_only_promised(web: Endpoint) -> None:
-    """To who waits for leave to send it, leave is given: its length is seen as it comes."""
+def test_announced_oversized_body_is_rejected(web: Endpoint) -> None:
+    """A client that sends `Expect: 100-continue` is asked to continue: the size is checked while the body arrives."""
     head = START + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)
     answer = talk(web.url, head, b"x" * (MAX_BODY_BYTES + 1))
     assert b"HTTP/1.1 413" in answer

@@ -19,8 +19,8 @@ OPERATIONS = {found.ok().label: found.ok() for found in _loaded.get_all_operatio
 cases = st.one_of([found.as_strategy(generation_mode=mode) for found in OPERATIONS.values() for mode in GenerationMode])
 
 
-def test_the_published_description_is_the_one_that_is_tried() -> None:
-    """If not: `make docs`."""
+def test_published_openapi_document_is_current() -> None:
+    """Else run `make docs`."""
     assert json.loads((FOLDER / "openapi.json").read_text()) == DOCUMENT
     assert set(OPERATIONS) == {"POST /webhooks/quiltt", "GET /healthz", "GET /readyz"}
 
@@ -29,8 +29,8 @@ def test_the_published_description_is_the_one_that_is_tried() -> None:
     max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), derandomize=True
 )
 @given(case=cases, signed=st.sampled_from([True, True, False]))
-def test_every_answer_is_one_that_is_documented(web: Endpoint, case: Case[Any], *, signed: bool) -> None:
-    """Requests that keep to the description, and such that do not; rightly signed or as they come. Never a 500."""
+def test_every_response_is_documented(web: Endpoint, case: Case[Any], *, signed: bool) -> None:
+    """Requests conform to the document or not, and are signed or not. The status is never 500."""
     answer = _send(web, case, signed=signed)
     assert answer.status_code < 500, answer.text
     documented = DOCUMENT["paths"].get(case.path, {}).get(case.method.lower(), {}).get("responses", {})

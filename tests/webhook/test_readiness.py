@@ -8,8 +8,8 @@ import pytest
 from webhook.readiness import CHECK_INTERVAL_S, Readiness
 
 
-def test_a_crowd_shares_one_check_a_second() -> None:
-    """Those who ask while it runs, those who ask soon after, and one who leaves before the answer."""
+def test_concurrent_requests_share_one_check_per_second() -> None:
+    """One of them is cancelled before the result."""
     now, checks = [0.0], [0]
 
     def check() -> bool:
@@ -35,8 +35,8 @@ def test_a_crowd_shares_one_check_a_second() -> None:
     asyncio.run(story())
 
 
-def test_a_check_that_takes_long_is_not_joined_by_another() -> None:
-    """A database that does not answer holds one thread, not one for each who asks."""
+def test_slow_check_is_not_started_twice() -> None:
+    """A database that does not respond blocks one thread, not one per request."""
     now, checks = [0.0], [0]
 
     def check() -> bool:

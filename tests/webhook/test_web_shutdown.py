@@ -1,4 +1,4 @@
-"""The role `web` ends when it is told to, at whatever moment of its start."""
+"""The role `web` ends on SIGTERM at any moment of its start."""
 
 import os
 import signal
@@ -10,29 +10,29 @@ import pytest
 
 from demo.processes import ROOT, free_port
 
-TOLD = """
+SEND_SIGTERM_DURING_START = """
 import importlib, os, signal, sys
 from webhook import __main__ as web
 module, name = sys.argv[1].split(":")
 changed = importlib.import_module(module)
 original = getattr(changed, name)
-def told_meanwhile(*args, **kwargs):
+def with_sigterm(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return original(*args, **kwargs)
-setattr(changed, name, told_meanwhile)
+setattr(changed, name, with_sigterm)
 web.main()
 """
 
 
 @pytest.mark.parametrize("moment", ["webhook.__main__:import_module", "uvicorn:run"])
-def test_web_ends_though_it_is_told_to_while_it_starts(tmp_path: Path, moment: str) -> None:
-    """While it loads, and before its server listens to signals: with one lost it would serve until it is killed."""
+def test_sigterm_during_start_ends_the_process(tmp_path: Path, moment: str) -> None:
+    """While modules load, and before uvicorn handles signals. A lost signal would leave `web` running until SIGKILL."""
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
         "PAYREADY_WEBHOOK_PORT": str(free_port()),
     }
-    command = [sys.executable, "-c", TOLD, moment]
+    command = [sys.executable, "-c", SEND_SIGTERM_DURING_START, moment]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode in (0, -signal.SIGTERM), done.stderr
     assert "Traceback" not in done.stderr

@@ -2,8 +2,8 @@
 
 The rate limiter keeps calls below the provider's limit. The circuit breaker stops calls while the provider fails.
 Delayed calls get slots by earliest deadline first (EDF): the ledger knows the deadlines, and `payments.sweep` schedules
-the calls. All state in Redis may be lost: the provider rejects excess calls with 429, and failing calls open the circuit
-breaker again.
+the calls. All state in Redis may be lost: the provider rejects excess calls with 429, and failing calls open the
+circuit breaker again.
 """
 
 from dataclasses import dataclass

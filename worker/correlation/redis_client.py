@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from redis import Redis, RedisError
 from redis.exceptions import NoScriptError
@@ -14,6 +14,7 @@ from config.log_config import get_logger
 REDIS_UNAVAILABLE = (RedisError,)
 """Raised when Redis cannot be reached or does not respond in time."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -75,10 +76,14 @@ def from_epoch_us(text: str) -> datetime:
     return EPOCH + timedelta(microseconds=int(text))
 
 
-def best_effort(update: Callable[..., object], *args: Any) -> None:
-    """Update Redis. Log and ignore that it is unavailable: losing the update costs only speed."""
+def best_effort(update: Callable[..., T], *args: Any) -> T | None:
+    """Update Redis, and return what `update` returns. If Redis is unavailable, log that and return None.
+
+    Losing the update costs only speed.
+    """
     try:
-        update(*args)
+        return update(*args)
     except REDIS_UNAVAILABLE as error:
         operation = getattr(update, "__name__", type(update).__name__)
         log.warning("redis.unavailable", operation=operation, error=str(error))
+        return None

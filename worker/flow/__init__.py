@@ -1,15 +1,18 @@
-"""The story of a payment, from top to bottom.
+"""The use cases of payready, one module each. `import worker.flow as flow` is how other packages call them.
 
-    initiate   a job comes in: write it down, find or begin the refresh that will serve it     `intake`
-    claim      account for a paid call before it is made; `make` it; `book` how it ended       `calls`
-    receive    balances come in: keep them, and settle who waits for them                      `settling`
-    apply      the same for a balance that was kept before
-    look       time passes: fail what is past its deadline, see to what was lost on the way    `upkeep`
-    cancel     the payments service changes its mind
+    initiate, initiate_batch    accept jobs: store payments, join each to a balance or a refresh      `intake`
+    claim_calls                 reserve refresh calls, with their pending fee entries                 `claiming`
+    make_call, record_results   make a claimed call, and record its result                            `calling`
+    ingest_events               store balances and apply them to waiting payments                     `ingest`
+    apply_balance               apply a stored balance to waiting payments                            `resolution`
+    poll_balance                read a balance whose webhook may be lost                              `polling`
+    expire_due_payments, sweep  fail payments at their deadline, repeat work that was lost            `maintenance`
+    cancel, redeliver           what a payments service or an operator asks for                       `operations`
 
-Nothing here enqueues or delivers: each step returns what is to be done `Next`, and can be repeated at any time.
-Who wins between a balance and a deadline is decided in SQL, by whoever holds the waiting row first. Steps take what is
-at hand together, in one transaction; who has to be waited for is left to come alone.
+Functions in this package never enqueue tasks or deliver outcomes. Each returns a `FollowUp` for the caller to
+dispatch, and each is idempotent. A balance and a deadline compete for the payment's row lock: the first transaction
+wins. Each function processes a batch in one transaction. `initiate_batch`, `claim_calls` and `ingest_events` skip
+accounts that are locked by other transactions.
 """
 
 from worker.flow.calling import (

@@ -1,7 +1,8 @@
-"""Balances come in and meet those who wait for them."""
+"""Attribution: which refresh a balance, or a payment without a balance, belongs to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from worker.ledger import refreshes
@@ -14,79 +15,139 @@ from worker.rules.states import ACTIVE_STATES, RefreshState
 from worker.runtime import Runtime
 
 MAX_BALANCE_DELAY = timedelta(hours=1)
-"""A balance younger than a call by more than this is not taken for its answer where another call explains it."""
+"""A balance that is this much younger than a call is not attributed to it, if another call explains the balance."""
 
 
-# --- which call a balance answers -------------------------------------------------------------------------------------
+# --- balances ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """The refresh that a balance answered; `first` when it is this application that found it out."""
+    """The refresh that a balance is attributed to."""
 
     refresh: RefreshRecord
     is_new: bool
+    """Whether the balance is attributed now. False if it was attributed when it was applied before."""
     candidates: Sequence[str] = ()
-    """The refreshes that the balance can be due to."""
+    """Ids of all refreshes whose calls may have caused the balance. Empty for a balance without source REFRESH."""
 
 
-def attribute_balance(
-    rt: Runtime, tx: Tx, balance: BalanceRecord, refresh_records: Sequence[RefreshRecord]
+@dataclass(frozen=True, kw_only=True)
+class AttributedBalance:
+    """A balance with its attribution, and the other refreshes of its account."""
+
+    balance: BalanceRecord
+    attribution: Attribution | None
+    account_refreshes: Sequence[RefreshRecord]
+    """The account's refreshes that a balance may still answer, or that are to be called; the last called first."""
+
+    @property
+    def refresh(self) -> RefreshRecord | None:
+        """The refresh that the balance is attributed to."""
+        return self.attribution.refresh if self.attribution else None
+
+    @property
+    def applied_record(self) -> BalanceRecord:
+        """The record of the balance as it is once it is applied."""
+        refresh_id = self.refresh.refresh_id if self.refresh else self.balance.refresh_id
+        return replace(self.balance, due_at=None, refresh_id=refresh_id)
+
+
+def attribute_balances(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
+    """Attribute balances, one for each account, to refreshes. The accounts must be locked."""
+    by_account: Mapping[str, list[RefreshRecord]] = defaultdict(list)
+    for refresh in refreshes.awaiting_balance(tx, [balance.account_id for balance in records]):
+        by_account[refresh.account_id].append(refresh)
+    return [
+        AttributedBalance(
+            balance=balance,
+            attribution=_attribute(balance, by_account[balance.account_id], _earlier_refresh(tx, balance), skew),
+            account_refreshes=by_account[balance.account_id],
+        )
+        for balance in records
+    ]
+
+
+def _earlier_refresh(tx: Tx, balance: BalanceRecord) -> RefreshRecord | None:
+    """Return the refresh that the balance was attributed to when it was applied before."""
+    if balance.refresh_id is None or balance.source != "REFRESH":
+        return None
+    return refreshes.find(tx, balance.refresh_id)
+
+
+def _attribute(
+    balance: BalanceRecord,
+    account_refreshes: Sequence[RefreshRecord],
+    earlier_refresh: RefreshRecord | None,
+    skew: timedelta,
 ) -> Attribution | None:
-    """Find the refresh whose call explains this balance: the last one called that it is not too old for."""
-    if balance.refresh_id is not None and balance.source == "REFRESH":
-        refresh = refreshes.find(tx, balance.refresh_id)
-        return Attribution(refresh, is_new=False) if refresh else None
-    if balance.due_at is None and balance.source == "REFRESH":
-        return None  # it was applied before, when no call explained it: later calls cannot have brought it
-    explaining = [refresh for refresh in refresh_records if _can_explain(rt, refresh, balance)]
+    """Attribute a balance to the refresh that was called last among those whose call can have caused it.
+
+    A balance that was attributed before stays attributed to the same refresh. A REFRESH balance that was applied before
+    without an attribution stays without one: calls made later cannot have caused it.
+    """
+    is_refresh_balance = balance.source == "REFRESH"
+    if is_refresh_balance and balance.refresh_id is not None:
+        return Attribution(refresh=earlier_refresh, is_new=False) if earlier_refresh else None
+    if is_refresh_balance and balance.due_at is None:
+        return None
+    explaining = [refresh for refresh in account_refreshes if _can_explain(refresh, balance, skew)]
     refresh = next((refresh for refresh in explaining if refresh.state != RefreshState.ANSWERED), None)
     if refresh is None:
         return None
-    if balance.source != "REFRESH":  # it is only younger than the call, whose own balance may still come
-        return Attribution(refresh, is_new=True)
-    possible = [f.refresh_id for f in explaining if f is refresh or _may_still_be_response(f, balance)]
-    return Attribution(refresh, is_new=True, candidates=possible)
+    if not is_refresh_balance:  # it is only younger than the call, whose own balance may still arrive
+        return Attribution(refresh=refresh, is_new=True)
+    candidates = [
+        candidate.refresh_id
+        for candidate in explaining
+        if candidate is refresh or _may_still_be_response(candidate, balance)
+    ]
+    return Attribution(refresh=refresh, is_new=True, candidates=candidates)
 
 
 def _may_still_be_response(refresh: RefreshRecord, balance: BalanceRecord) -> bool:
-    """Whether the balance could also be the late answer to a refresh that was not the last one called."""
+    """Whether the balance may be the late response to a refresh that was not called last."""
     return refresh.called_at is not None and balance.as_of - refresh.called_at < MAX_BALANCE_DELAY
 
 
-def _can_explain(rt: Runtime, refresh: RefreshRecord, balance: BalanceRecord) -> bool:
-    """Whether the refresh's call can have brought this balance: the call is no younger, give or take the skew."""
-    skew = rt.settings.clock_skew
+def _can_explain(refresh: RefreshRecord, balance: BalanceRecord, skew: timedelta) -> bool:
+    """Whether the refresh's call can have caused the balance: it was not made after the balance, within the skew."""
     if refresh.called_at is None or balance.received_at < refresh.called_at - skew:
         return False
     return states.can_be_response_to(balance.as_of, refresh.called_at, skew)
 
 
+# --- payments without a balance ---------------------------------------------------------------------------------------
+
+
 def billed_refresh_id(refresh: RefreshRecord | None) -> str | None:
-    """The refresh whose fee a payment shares that it could not serve in time: one that was called."""
+    """Return the id of the refresh whose fee a failed payment shares: only a refresh that was called has a fee."""
     return refresh.refresh_id if refresh is not None and refresh.call_count > 0 else None
 
 
 def refresh_by_payment(rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]) -> dict[str, RefreshRecord | None]:
-    """For each payment the refresh that serves it, or was to serve it."""
+    """Return, by payment id, the refresh that serves each payment or was to serve it."""
     if not waiting:
         return {}
-    refresh_records = refreshes.called_since(
-        tx, sorted({w.account_id for w in waiting}), min(w.min_balance_at for w in waiting)
-    )
-    return {w.payment_id: next((f for f in refresh_records if _can_serve(rt, f, w)), None) for w in waiting}
+    accounts = sorted({payment.account_id for payment in waiting})
+    called = refreshes.called_since(tx, accounts, min(payment.min_balance_at for payment in waiting))
+    return {
+        payment.payment_id: next((refresh for refresh in called if _can_serve(rt, refresh, payment)), None)
+        for payment in waiting
+    }
 
 
-def _can_serve(rt: Runtime, refresh: RefreshRecord, waiting: WaitingPayment) -> bool:
-    """Whether the refresh may bring the payment's balance, or might have: one that was over before it came may not."""
-    if refresh.account_id != waiting.account_id or not states.call_is_late_enough(
-        refresh.called_at, waiting.min_balance_at
-    ):
+def _can_serve(rt: Runtime, refresh: RefreshRecord, payment: WaitingPayment) -> bool:
+    """Whether the refresh may bring the payment's balance, or might have: its window must end after the request."""
+    if refresh.account_id != payment.account_id:
         return False
-    unanswered = refresh.state == RefreshState.UNANSWERED and window_end(rt, refresh) > waiting.requested_at
-    return refresh.state in ACTIVE_STATES or unanswered
+    if not states.call_is_late_enough(refresh.called_at, payment.min_balance_at):
+        return False
+    if refresh.state == RefreshState.UNANSWERED:
+        return window_end(rt, refresh) > payment.requested_at
+    return refresh.state in ACTIVE_STATES
 
 
 def window_end(rt: Runtime, refresh: RefreshRecord) -> datetime:
-    """When nothing more is expected of a call."""
+    """Return when payready stops expecting a balance of the refresh's call."""
     return (refresh.claimed_at or rt.clock()) + timedelta(seconds=rt.settings.refresh_window_s)

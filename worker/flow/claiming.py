@@ -28,7 +28,8 @@ from worker.flow.claim_decision import (
 )
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import FollowUp, RefreshCall
-from worker.flow.resolution import failed_resolution, reject_refresh
+from worker.flow.resolution import reject_refresh
+from worker.flow.resolution_decision import failed_resolution
 from worker.flow.unpriced_calls import defer_unpriced_calls
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.balances import BalanceRecord
@@ -38,7 +39,6 @@ from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.decimals import decimal_text
-from worker.rules.fee_caps import CapUsage
 from worker.rules.pricing import Price
 from worker.rules.states import IN_FLIGHT_STATES, RefreshEvent
 from worker.runtime import Runtime
@@ -194,17 +194,23 @@ def _check_fee_caps(
     with log_context(account_id=account_id, refresh_id=decision.refresh.refresh_id):
         if exceeded is not None:
             metrics.FEE_CAPS_REACHED.labels(exceeded.cap.value).inc()
-            log.error("fee_cap.reached", **_usage_fields(exceeded))
+            log.error(
+                "fee_cap.reached",
+                cap=exceeded.cap.value,
+                used=decimal_text(exceeded.used),
+                limit=decimal_text(exceeded.limit),
+            )
             return RejectByCap(detail=f"fee cap reached: {exceeded}")
         for usage in usages:
             if usage.crosses_warning_threshold and rt.cap_usage.should_warn(usage, account_id, now):
                 metrics.FEE_CAP_WARNINGS.labels(usage.cap.value).inc()
-                log.warning("fee_cap.warning", **_usage_fields(usage))
+                log.warning(
+                    "fee_cap.warning",
+                    cap=usage.cap.value,
+                    used=decimal_text(usage.used),
+                    limit=decimal_text(usage.limit),
+                )
     return decision
-
-
-def _usage_fields(usage: CapUsage) -> dict[str, str]:
-    return {"cap": usage.cap.value, "used": decimal_text(usage.used), "limit": decimal_text(usage.limit)}
 
 
 # --- load -------------------------------------------------------------------------------------------------------------

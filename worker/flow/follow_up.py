@@ -6,6 +6,7 @@ from datetime import timedelta
 from worker.ledger import refreshes
 from worker.ledger.engine import Tx
 from worker.ledger.outcome_deliveries import OutcomeDelivery
+from worker.ledger.refreshes import RefreshRecord
 
 MAINTENANCE_BATCH_SIZE = 500
 """Maximum rows that maintenance processes in one transaction."""
@@ -22,7 +23,7 @@ class RefreshCall:
     has_slot: bool = False
     """Whether the call was delayed and has a slot of the rate limiter now."""
     delay: timedelta = timedelta(0)
-    """How long from now the call is to be made: the time of its slot."""
+    """Time from now until the call is made: the time of its slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,12 @@ class FollowUp:
         self.balance_polls += other.balance_polls
 
 
+def call_of(refresh: RefreshRecord) -> RefreshCall:
+    """Return the call of a refresh, to make as soon as it is admitted."""
+    return RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id)
+
+
 def queued_call(tx: Tx, account_id: str) -> list[RefreshCall]:
     """Return the call of the refresh that is queued behind the one in flight, as a list of none or one."""
     refresh = refreshes.requested_refresh(tx, account_id)
-    return [RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id)] if refresh else []
+    return [call_of(refresh)] if refresh else []

@@ -1,115 +1,118 @@
-"""Balances come in and meet those who wait for them."""
+"""Ingest events of the provider: store balances and apply them, quarantine events, apply connection updates."""
 
-import logging
 from collections.abc import Sequence
 from datetime import datetime
 
+from config.log_config import get_logger
 from worker.errors import Reason
-from worker.flow.attribution import billed_refresh_id, refresh_by_payment
+from worker.flow.attribution import attribute_balances
 from worker.flow.follow_up import FollowUp
-from worker.flow.resolution import failed_resolution, resolve_with_balances
+from worker.flow.resolution import fail_payments, resolve_with_balances
 from worker.ledger import balances, payments, quarantine
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import try_lock_accounts
-from worker.ledger.quarantine import QuarantinedEvent as SetAside
-from worker.quiltt.messages import Balance
+from worker.ledger.quarantine import QuarantinedEvent
+from worker.quiltt.messages import ReceivedBalance, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.runtime import Runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def ingest_events(
     rt: Runtime,
-    received_balances: Sequence[tuple[str, Balance]],
-    unparsed_events: Sequence[tuple[bytes, str]] = (),
+    received_balances: Sequence[ReceivedBalance],
+    unparsed_events: Sequence[UnparsedEvent] = (),
     connection_updates: Sequence[ConnectionUpdate] = (),
 ) -> FollowUp:
-    """Keep balances, given with the ids of their events, and set events aside that nobody understands.
+    """Store balances and quarantine unparseable events. Fail payments whose connection or profile is lost.
 
-    Payments of connections and profiles that broke down fail: no balance will come for them. When this returns
-    everything is safe, and that it was known before changes nothing. Balances settle who waits for them at once, as
-    far as that needs no waiting for anybody else.
+    Everything is committed on return. Repeating the call changes nothing. Balances resolve waiting payments at once,
+    except on locked accounts: for those the `FollowUp` asks for a later apply.
     """
     now = rt.clock()
-    after = FollowUp()
+    follow_up = FollowUp()
     if unparsed_events or connection_updates:
         with transaction(rt.engine) as tx:
             quarantine.insert_events(tx, unparsed_events, now)
-            after.merge(_apply_connection_updates(rt, tx, connection_updates, now))
+            follow_up.merge(_apply_connection_updates(rt, tx, connection_updates))
     if received_balances:
-        after.merge(
-            _store_and_apply(
-                rt, [balances.new_record(event_id, balance, now) for event_id, balance in received_balances]
-            )
-        )
-    return after
+        follow_up.merge(_store_and_apply(rt, _new_records(received_balances, now)))
+    return follow_up
+
+
+def _new_records(received_balances: Sequence[ReceivedBalance], received_at: datetime) -> list[BalanceRecord]:
+    return [balances.new_record(received.event_id, received.balance, received_at) for received in received_balances]
 
 
 def _store_and_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
-    """Keep balances and apply them, in one transaction; should that fail, only keep them.
+    """Store balances and apply them in one transaction. If that fails for any reason, only store them.
 
-    Applied are the first one of each account, if it is new, and if nobody else holds the account.
+    Only the first balance of each account is applied, if it is new and no other transaction has locked the account.
+
+    1. Try to lock the accounts, and attribute the first balance of each.
+    2. Insert all balances in one statement: two transactions that insert the same balances must not deadlock.
+    3. Resolve waiting payments with the attributed balances that the statement inserted.
     """
-    records = list({balance.balance_id: balance for balance in records}.values())
-    first = {balance.account_id: balance for balance in reversed(records)}
-
-    def note(tx: Tx, applied: Sequence[BalanceRecord]) -> set[str]:
-        return balances.insert_balances(
-            tx, [*applied, *records]
-        )  # at once, in one order: or who keeps the same waits for each other
-
+    records = list({record.balance_id: record for record in records}.values())
+    first_by_account = {record.account_id: record for record in reversed(records)}
     try:
         with transaction(rt.engine) as tx:
-            free = try_lock_accounts(tx, first)
-            applied = resolve_with_balances(rt, tx, [b for b in first.values() if b.account_id in free], note)
-    except Exception as error:  # noqa: BLE001 - whatever it was: a balance must not be lost over it
-        log.warning("balances are kept now, and applied later: %s: %s", type(error).__name__, error)
+            locked = try_lock_accounts(tx, first_by_account)
+            to_apply = [record for record in first_by_account.values() if record.account_id in locked]
+            attributed = attribute_balances(tx, to_apply, rt.settings.clock_skew)
+            new_ids = balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
+            new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
+            result = resolve_with_balances(rt, tx, new)
+    except Exception as error:  # noqa: BLE001 - no error may lose a balance
+        log.warning("balance.apply_postponed", count=len(records), error=f"{type(error).__name__}: {error}")
         with transaction(rt.engine) as tx:
             balances.insert_balances(tx, records)
-        return FollowUp(balances_to_apply=[balance.balance_id for balance in records])
-    applied.observe_latency()
-    applied.follow_up.balances_to_apply += [b.balance_id for b in records if b.balance_id not in applied.balance_ids]
-    return applied.follow_up
+        return FollowUp(balances_to_apply=[record.balance_id for record in records])
+    result.observe_latency()
+    follow_up = result.follow_up
+    follow_up.balances_to_apply += [
+        record.balance_id for record in records if record.balance_id not in result.balance_ids
+    ]
+    return follow_up
 
 
-def requeue_from_quarantine(rt: Runtime, event: SetAside, received_balances: Sequence[tuple[str, Balance]]) -> FollowUp:
-    """Take out of quarantine what is understood now: keep its balances, if any are ours, as of when it came."""
+def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
+    """Apply connection updates in the order in which they occurred."""
+    payments.lock_affected(tx, updates)
+    follow_up = FollowUp()
+    for update in sorted(updates, key=lambda update: update.at):
+        if isinstance(update, AccountMoved):
+            payments.move_to_connection(tx, update, requested_by=update.at + rt.settings.clock_skew)
+        else:
+            follow_up.merge(_fail_connection(rt, tx, update))
+    return follow_up
+
+
+def _fail_connection(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
+    """Fail the payments of a lost connection or profile that were requested before it was lost."""
+    requested_by = lost.at + rt.settings.clock_skew
+    waiting = payments.lock_waiting_by_connection(tx, lost, requested_by=requested_by)
+    return FollowUp(deliveries=fail_payments(rt, tx, waiting, Reason.CONNECTION_LOST, lost.detail))
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+
+def requeue_from_quarantine(
+    rt: Runtime, event: QuarantinedEvent, received_balances: Sequence[ReceivedBalance]
+) -> FollowUp:
+    """Move an event that can be parsed now out of quarantine: store its balances as received when the event was."""
     with transaction(rt.engine) as tx:
-        balances.insert_balances(tx, [balances.new_record(*one, event.received_at) for one in received_balances])
+        balances.insert_balances(tx, _new_records(received_balances, event.received_at))
         quarantine.delete_events(tx, [event.quarantine_id])
-    return FollowUp(balances_to_apply=[balance.id for _, balance in received_balances])
+    return FollowUp(balances_to_apply=[received.balance.id for received in received_balances])
 
 
 def prune_quarantine(rt: Runtime) -> None:
-    """Drop the oldest events beyond the quarantine's bounds."""
+    """Delete the oldest events beyond the limits of the quarantine."""
     with transaction(rt.engine) as tx:
-        dropped = quarantine.prune(tx, rt.clock())
-    if dropped:
-        log.error("%s events were dropped from the quarantine, which is full or has held them for long", dropped)
-
-
-def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate], now: datetime) -> FollowUp:
-    """Take what happened in the order in which it did, and fail payments by it."""
-    payments.lock_affected(tx, updates)
-    after = FollowUp()
-    for one in sorted(updates, key=lambda one: one.at):
-        if isinstance(one, AccountMoved):
-            payments.move_to_connection(tx, one, requested_by=one.at + rt.settings.clock_skew)
-        else:
-            after.merge(_fail_connection(rt, tx, one, now))
-    return after
-
-
-def _fail_connection(rt: Runtime, tx: Tx, connection_lost: ConnectionLost, now: datetime) -> FollowUp:
-    """Fail who waits behind it; who was requested later was requested in the knowledge of it, or after its repair."""
-    waiting = payments.lock_waiting_by_connection(
-        tx, connection_lost, requested_by=connection_lost.at + rt.settings.clock_skew
-    )
-    by = refresh_by_payment(rt, tx, waiting)
-    lost = [
-        failed_resolution(w, Reason.CONNECTION_LOST, connection_lost.detail, now, billed_refresh_id(by[w.payment_id]))
-        for w in waiting
-    ]
-    return FollowUp(deliveries=payments.resolve(tx, lost))
+        count = quarantine.prune(tx, rt.clock())
+    if count:
+        log.error("quarantine.pruned", count=count)

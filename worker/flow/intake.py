@@ -1,160 +1,176 @@
-"""A job comes in: write it down, find or begin the refresh that will serve it."""
+"""Accept jobs: store their payments, and join each to a stored balance or to a refresh of its account."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
+from typing import Protocol
 
 from worker.correlation.store import JoinRequest, JoinResult
 from worker.errors import PaymentNotReady, Reason
 from worker.flow.follow_up import FollowUp, RefreshCall
+from worker.flow.intake_decision import (
+    AlreadyResolved,
+    Conflict,
+    Decision,
+    IntakeInputs,
+    IntakeRequest,
+    New,
+    StillWaiting,
+    decide_intake,
+)
 from worker.ledger import outcome_deliveries, payments
-from worker.ledger.engine import Row, Tx, transaction
+from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import lock_accounts, try_lock_accounts
-from worker.ledger.outcome_deliveries import OutcomeDelivery
+from worker.ledger.outcome_deliveries import REDELIVER_AFTER, NewDelivery
 from worker.ledger.payments import WaitingPayment
-from worker.rules.job import Job, stored_job
-from worker.rules.states import PaymentState
 from worker.runtime import Runtime
 
-
-@dataclass(frozen=True)
-class IntakeRequest:
-    """A job, and the Celery task that it came with and that is told its outcome."""
-
-    job: Job
-    continuation: dict[str, Any]
+__all__ = ["IntakeRequest", "IntakeResult", "OnWaiting", "initiate", "initiate_batch", "join_request"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IntakeResult:
-    """A job that was taken in. `waiting` is None when its payment was settled before."""
+    """Result of accepting a job."""
 
     task_id: str
     follow_up: FollowUp
     waiting: WaitingPayment | None = None
+    """The payment, or None if it was resolved before."""
     refresh_id: str | None = None
-    """The refresh that will serve it; None when a balance that is there already does."""
+    """The refresh that serves the payment. None if a stored balance does."""
 
 
-OnWaiting = Callable[[Sequence[IntakeResult]], None]
-"""Told who waits before anything can settle them: their accounts are held meanwhile, so that whoever brings a balance
-sees the payments, or they see the balance."""
+class OnWaiting(Protocol):
+    """Called before the commit, while the accounts are locked, with the results of all waiting payments.
+
+    It stores the state `WAITING` of the payments' tasks. Until the commit no balance can resolve these payments, so
+    `WAITING` never overwrites an outcome. After the commit it could: a balance may resolve a payment at once. Before
+    the transaction it could too, because only the transaction finds out which jobs are repetitions. If the call raises,
+    nothing is committed.
+    """
+
+    def __call__(self, results: Sequence[IntakeResult], /) -> None:
+        """Store that these payments are waiting."""
 
 
 def initiate(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> IntakeResult:
-    """Take in a job.
+    """Accept a job. Calls `on_waiting` before the commit, while the account is locked.
 
     Raises:
-        PaymentNotReady: `conflict`, the payment is known with other content.
+        PaymentNotReady: `conflict`, the payment id was used for a different job.
     """
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [request.job.account_id])
-        return _intake(rt, tx, [request], on_waiting)[0]
+        return _accept(rt, tx, [request], on_waiting)[0]
 
 
 def initiate_batch(rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult | None]:
-    """Take in jobs that came together, in one transaction; None for those whose account someone else holds just now.
+    """Accept jobs in one transaction. The result of a job is None if another transaction has locked its account.
+
+    Calls `on_waiting` before the commit, while the accounts are locked.
 
     Raises:
-        PaymentNotReady: `conflict`, one of the payments is known with other content, and none was taken in.
+        PaymentNotReady: `conflict`, a payment id was used for a different job. No job of the batch is accepted.
     """
     with transaction(rt.engine) as tx:
-        free = try_lock_accounts(tx, {request.job.account_id for request in requests})
-        taken = iter(_intake(rt, tx, [request for request in requests if request.job.account_id in free], on_waiting))
-        return [next(taken) if request.job.account_id in free else None for request in requests]
+        locked = try_lock_accounts(tx, {request.job.account_id for request in requests})
+        accepted = [request for request in requests if request.job.account_id in locked]
+        results = iter(_accept(rt, tx, accepted, on_waiting))
+        return [next(results) if request.job.account_id in locked else None for request in requests]
 
 
-def _intake(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult]:
-    written = _record_payments(tx, requests, rt.clock())
-    waiting = [payment for payment in written if isinstance(payment, WaitingPayment)]
-    standings = iter(rt.correlation.join([join_request(rt, payment) for payment in waiting]) if waiting else [])
-    entrances = [
-        _intake_result(request, payment, next(standings))
-        if isinstance(payment, WaitingPayment)
-        else _already_resolved(request, payment)
-        for request, payment in zip(requests, written, strict=True)
-    ]
-    on_waiting([entrance for entrance in entrances if entrance.waiting])
-    return entrances
+def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult]:
+    """Accept jobs. Their accounts must be locked until the commit.
 
-
-def _record_payments(
-    tx: Tx, requests: Sequence[IntakeRequest], now: datetime
-) -> list[WaitingPayment | OutcomeDelivery | None]:
-    """Each payment as it waits, or its outcome if it is settled already; None if its task is known to wait for that.
-
-    Such a task was told, or the sweep will tell it, by the continuation that was saved first: this one has other ids.
+    1. Insert the payments. The same statement finds out which ones are new.
+    2. Load and lock the payments that are not new, if there are any.
+    3. Decide what each job is. A conflict ends the transaction.
+    4. Register the tasks for their outcomes.
+    5. Join the waiting payments to balances or refreshes. Transactions that apply balances lock the accounts too: a
+       balance that was applied earlier is found here, and one that is applied later finds the payments in the ledger.
+    6. Call `on_waiting`.
     """
-    new = payments.insert_payments(tx, [request.job for request in requests], now)
-    firsts = {request.job.payment_id: request for request in reversed(requests)}
-    is_new = [request.job.payment_id in new and firsts[request.job.payment_id] is request for request in requests]
-    again = [request.job.payment_id for request, first in zip(requests, is_new, strict=True) if not first]
-    known = payments.lock_payments(tx, again) if again else {}
-    written = list[WaitingPayment | OutcomeDelivery]()
-    for place, request in enumerate(requests):
-        job, at = request.job, now + place * payments.REQUEST_SPACING
-        if is_new[place]:
-            deadline = at + timedelta(seconds=job.timeout_s)
-            written.append(WaitingPayment(job.payment_id, job.account_id, job, at, job.min_balance_at(at), deadline))
-        else:
-            written.append(_known_payment(request, known[job.payment_id]))
-    noted = set[str]()
-    for group, due_at in ((WaitingPayment, None), (OutcomeDelivery, now + outcome_deliveries.REDELIVER_AFTER)):
-        continuations = [
-            (request.job.payment_id, request.continuation)
-            for request, payment in zip(requests, written, strict=True)
-            if isinstance(payment, group)
-        ]
-        noted = outcome_deliveries.register_deliveries(tx, continuations, due_at)
-    return [_first_delivery(payment, noted) if isinstance(payment, OutcomeDelivery) else payment for payment in written]
+    now = rt.clock()
+    decisions = decide_intake(_load_inputs(tx, requests, now))
+    _raise_first_conflict(decisions)
+    _register_tasks(tx, requests, decisions, now)
+    results = _join(rt, requests, decisions)
+    on_waiting([result for result in results if result.waiting is not None])
+    return results
 
 
-def _first_delivery(due: OutcomeDelivery, registered: set[str]) -> OutcomeDelivery | None:
-    if due.task_id not in registered:
-        return None
-    registered.remove(due.task_id)  # the same message may have come twice at once
-    return due
-
-
-def _known_payment(request: IntakeRequest, row: Row[Any]) -> WaitingPayment | OutcomeDelivery:
-    """A payment that is known.
-
-    Raises:
-        PaymentNotReady: with other content.
-    """
-    if stored_job(row.job) != request.job:
-        raise PaymentNotReady(Reason.CONFLICT, "the payment_id was used before, with other content")
-    if row.state != PaymentState.WAITING:
-        return OutcomeDelivery(request.continuation["id"], request.continuation, PaymentState(row.state), row.outcome)
-    return WaitingPayment(
-        row.payment_id, row.account_id, request.job, row.requested_at, row.min_balance_at, row.deadline
+def _load_inputs(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
+    inserted = payments.insert_payments(tx, [request.job for request in requests], now)
+    repeated = [request for request in requests if request.job.payment_id not in inserted]
+    known = (
+        payments.lock_known_payments(
+            tx, {request.job.payment_id for request in repeated}, {request.task_id for request in repeated}
+        )
+        if repeated
+        else {}
     )
+    return IntakeInputs(requests=requests, inserted=inserted, known=known)
 
 
-def join_request(rt: Runtime, waiting: WaitingPayment) -> JoinRequest:
-    """A waiting payment as it joins its account."""
-    reusable = waiting.job.max_balance_age_s > 0
+def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
+    for decision in decisions:
+        if isinstance(decision, Conflict):
+            fields = ", ".join(decision.fields)
+            detail = f"payment_id was already used for a different job; these fields differ: {fields}"
+            raise PaymentNotReady(Reason.CONFLICT, detail)
+
+
+def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime) -> None:
+    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are due after a while."""
+    deliveries = [
+        NewDelivery(
+            payment_id=request.job.payment_id,
+            continuation=request.continuation,
+            due_at=now + REDELIVER_AFTER if isinstance(decision, AlreadyResolved) else None,
+        )
+        for request, decision in zip(requests, decisions, strict=True)
+        if isinstance(decision, New | StillWaiting | AlreadyResolved)
+    ]
+    outcome_deliveries.register_deliveries(tx, deliveries)
+
+
+def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]) -> list[IntakeResult]:
+    waiting = [decision.payment for decision in decisions if isinstance(decision, New | StillWaiting)]
+    joined = iter(rt.correlation.join([join_request(rt, payment) for payment in waiting]) if waiting else [])
+    return [
+        _waiting_result(request, decision.payment, next(joined))
+        if isinstance(decision, New | StillWaiting)
+        else _resolved_result(request, decision)
+        for request, decision in zip(requests, decisions, strict=True)
+    ]
+
+
+def _waiting_result(request: IntakeRequest, payment: WaitingPayment, joined: JoinResult) -> IntakeResult:
+    if joined.kind == "balance":
+        follow_up = FollowUp(balances_to_apply=[joined.id])
+        return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment)
+    call = RefreshCall(account_id=payment.account_id, refresh_id=joined.id)
+    follow_up = FollowUp(calls=[call] if joined.kind == "leader" else [])
+    return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment, refresh_id=joined.id)
+
+
+def _resolved_result(request: IntakeRequest, decision: Decision) -> IntakeResult:
+    deliveries = [decision.delivery] if isinstance(decision, AlreadyResolved) else []
+    return IntakeResult(task_id=request.task_id, follow_up=FollowUp(deliveries=deliveries))
+
+
+def join_request(rt: Runtime, payment: WaitingPayment) -> JoinRequest:
+    """Return the request of a waiting payment to join a balance or a refresh of its account."""
+    accepts_stored_balance = payment.job.max_balance_age_s > 0
     return JoinRequest(
-        account_id=waiting.account_id,
-        refresh_id=_refresh_id_for(waiting.payment_id),
-        min_balance_at=waiting.min_balance_at - rt.settings.clock_skew if reusable else None,
-        min_called_at=waiting.min_balance_at,
+        account_id=payment.account_id,
+        refresh_id=_refresh_id_for(payment.payment_id),
+        min_balance_at=payment.min_balance_at - rt.settings.clock_skew if accepts_stored_balance else None,
+        min_called_at=payment.min_balance_at,
     )
 
 
 def _refresh_id_for(payment_id: str) -> str:
-    """The refresh that a payment leads, if it does: the same one each time it is asked for."""
+    """Return the id of the refresh that the payment leads if it finds none to join. It is the same at each call."""
     return "ref_" + hashlib.blake2b(payment_id.encode(), digest_size=12).hexdigest()
-
-
-def _intake_result(request: IntakeRequest, waiting: WaitingPayment, joined: JoinResult) -> IntakeResult:
-    if joined.kind == "balance":
-        return IntakeResult(request.continuation["id"], FollowUp(balances_to_apply=[joined.id]), waiting)
-    led = [RefreshCall(account_id=waiting.account_id, refresh_id=joined.id)] if joined.kind == "leader" else []
-    return IntakeResult(request.continuation["id"], FollowUp(calls=led), waiting, joined.id)
-
-
-def _already_resolved(request: IntakeRequest, due: OutcomeDelivery | None) -> IntakeResult:
-    return IntakeResult(request.continuation["id"], FollowUp(deliveries=[due] if due else []))

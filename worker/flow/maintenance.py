@@ -1,9 +1,9 @@
-"""Time passes: fail what is past its deadline, and see to what was lost on the way. And what others ask for."""
+"""Maintenance: fail payments at their deadline, and repeat calls, balances and deliveries that were lost."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
+from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.errors import Reason
 from worker.flow.attribution import billed_refresh_id, refresh_by_payment, window_end
@@ -14,10 +14,11 @@ from worker.flow.follow_up import (
     BalancePoll,
     FollowUp,
     RefreshCall,
+    call_of,
     queued_call,
 )
 from worker.flow.intake import join_request
-from worker.flow.resolution import failed_resolution
+from worker.flow.resolution_decision import failed_resolution
 from worker.ledger import balances, outcome_deliveries, payments, refreshes
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.ledger.locks import lock_accounts
@@ -27,134 +28,171 @@ from worker.ledger.refreshes import RefreshRecord
 from worker.rules.states import MAX_UNCERTAIN_CALLS, RefreshEvent, RefreshState
 from worker.runtime import Runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAINTENANCE_INTERVAL = timedelta(seconds=1)
-"""How often upkeep runs."""
+"""How often maintenance runs."""
+
+
+# --- payments ---------------------------------------------------------------------------------------------------------
 
 
 def expire_due_payments(rt: Runtime) -> FollowUp:
-    """Fail the payments whose deadline has passed, and see to it that a balance is under way for the others."""
+    """Check waiting payments that are due: fail those at their deadline, and help the others to a balance.
+
+    1. A payment at its deadline fails, unless a balance of its account is stored and not applied yet.
+    2. A payment with a refresh is checked next when its balance is polled, or at its deadline.
+    3. A payment without a refresh joins one again. Its message, or the state in Redis, was lost.
+    """
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = payments.lock_due(tx, now, MAINTENANCE_BATCH_SIZE)
         if not due:
             return FollowUp()
-        by = refresh_by_payment(rt, tx, due)
-        after = _expire(tx, [w for w in due if w.deadline <= now], by, now)
-        waiting = [w for w in due if w.deadline > now]
-        lost = [w for w in waiting if by[w.payment_id] is None]
-        looks = {w.payment_id: _next_check_at(rt, w, now) for w in waiting}
-        payments.set_next_checks(
-            tx, looks | {w.payment_id: min(_retry_check_at(w, now), looks[w.payment_id]) for w in lost}
-        )
-    after.has_more = len(due) == MAINTENANCE_BATCH_SIZE
-    unseen = [w for w in waiting if w not in lost and looks[w.payment_id] == now + MAINTENANCE_INTERVAL]
-    if unseen:
-        best_effort(_schedule_polls, rt, unseen, now, after)
-    for w in lost:
-        best_effort(_rejoin_account, rt, w, after)
-    return after
+        serving = refresh_by_payment(rt, tx, due)
+        follow_up = _expire(tx, [payment for payment in due if payment.deadline <= now], serving, now)
+        waiting = [payment for payment in due if payment.deadline > now]
+        unserved = [payment for payment in waiting if serving[payment.payment_id] is None]
+        next_checks = {payment.payment_id: _next_check_at(rt, payment, now) for payment in waiting}
+        retry_checks = {
+            payment.payment_id: min(_retry_check_at(payment, now), next_checks[payment.payment_id])
+            for payment in unserved
+        }
+        payments.set_next_checks(tx, next_checks | retry_checks)
+    follow_up.has_more = len(due) == MAINTENANCE_BATCH_SIZE
+    to_poll = [
+        payment
+        for payment in waiting
+        if payment.payment_id not in retry_checks and next_checks[payment.payment_id] == now + MAINTENANCE_INTERVAL
+    ]
+    if to_poll:
+        follow_up.merge(best_effort(_schedule_polls, rt, to_poll, now) or FollowUp())
+    for payment in unserved:
+        follow_up.merge(best_effort(_rejoin_account, rt, payment) or FollowUp())
+    return follow_up
 
 
 def _expire(
-    tx: Tx, overdue: Sequence[WaitingPayment], refreshes_by_payment: Mapping[str, RefreshRecord | None], now: datetime
+    tx: Tx, overdue: Sequence[WaitingPayment], serving: Mapping[str, RefreshRecord | None], now: datetime
 ) -> FollowUp:
-    """Fail those whose time is over, unless a balance of their account is here that nobody has applied yet."""
-    patient = [w.account_id for w in overdue if now < w.deadline + balances.REAPPLY_AFTER]
-    left = balances.unapplied_by_account(tx, sorted(set(patient))) if patient else {}
-    expired = [w for w in overdue if w.account_id not in left]
-    due = payments.resolve(tx, [_expired(w, refreshes_by_payment[w.payment_id], now) for w in expired])
-    payments.set_next_checks(tx, {w.payment_id: now + MAINTENANCE_INTERVAL for w in overdue if w.account_id in left})
-    return FollowUp(deliveries=due, balances_to_apply=[balance_id for ids in left.values() for balance_id in ids])
+    """Fail payments at their deadline.
+
+    A payment whose account has a stored balance that is not applied yet gets `REAPPLY_AFTER` more: the balance arrived
+    in time.
+    """
+    in_extension = {payment.account_id for payment in overdue if now < payment.deadline + balances.REAPPLY_AFTER}
+    unapplied = balances.unapplied_by_account(tx, sorted(in_extension)) if in_extension else {}
+    expired = [payment for payment in overdue if payment.account_id not in unapplied]
+    deliveries = payments.resolve(tx, [_expired(payment, serving[payment.payment_id], now) for payment in expired])
+    next_check = now + MAINTENANCE_INTERVAL
+    payments.set_next_checks(
+        tx, {payment.payment_id: next_check for payment in overdue if payment.account_id in unapplied}
+    )
+    return FollowUp(
+        deliveries=deliveries, balances_to_apply=[balance_id for ids in unapplied.values() for balance_id in ids]
+    )
 
 
-def _next_check_at(rt: Runtime, waiting: WaitingPayment, now: datetime) -> datetime:
-    """When to look again at a payment whose call is under way: when its balance is to be read, or at its deadline."""
-    if waiting.job.profile_id is None or not rt.settings.balance_polls_per_s:
-        return waiting.deadline
-    ahead = min(rt.settings.balance_poll_lead, (waiting.deadline - waiting.requested_at) / 4)
-    return min(max(waiting.deadline - ahead, now + MAINTENANCE_INTERVAL), waiting.deadline)
-
-
-def _schedule_polls(rt: Runtime, without_balance: Sequence[WaitingPayment], now: datetime, follow_up: FollowUp) -> None:
-    """Have balances read, one for each account, as the budget has places; the others are looked at in a second."""
-    profiles = {w.account_id: str(w.job.profile_id) for w in without_balance}
-    turns = list(zip(profiles.items(), rt.poll_limiter.reserve_slots(now, len(profiles)), strict=False))
-    accounts = [account_id for (account_id, _), _ in turns]
-    with transaction(rt.engine) as tx:
-        payments.check_at_deadline(tx, accounts, now + 1.5 * rt.settings.balance_poll_lead)
-    follow_up.balance_polls += [
-        BalancePoll(account_id=account_id, profile_id=profile_id, delay=delay)
-        for (account_id, profile_id), delay in turns
-    ]
-
-
-def _rejoin_account(rt: Runtime, waiting: WaitingPayment, follow_up: FollowUp) -> None:
-    """Have the call made that will serve a payment, whoever was to make it, by what the ledger knows."""
-    with transaction(rt.engine) as tx:
-        rebuild_correlation(rt, tx, waiting.account_id)
-    [standing] = rt.correlation.join([join_request(rt, waiting)])
-    if standing.kind == "balance":
-        follow_up.balances_to_apply.append(standing.id)
-    else:
-        follow_up.calls.append(RefreshCall(account_id=waiting.account_id, refresh_id=standing.id))
-
-
-def _retry_check_at(waiting: WaitingPayment, now: datetime) -> datetime:
-    """When to look again at a payment that no call is known of: later each time, lest a long queue grow by looking."""
-    return now + 2 * (now - waiting.requested_at)
-
-
-def _expired(waiting: WaitingPayment, refresh: RefreshRecord | None, now: datetime) -> Resolution:
-    """How a payment fails at its deadline: by the provider's error if there was any, else by time alone."""
-    reason, detail = Reason.TIMEOUT, f"no balance came within {waiting.job.timeout_s} s"
+def _expired(payment: WaitingPayment, refresh: RefreshRecord | None, now: datetime) -> Resolution:
+    """Return the resolution at the deadline: the last error of the provider if there was one, else a timeout."""
+    reason, detail = Reason.TIMEOUT, f"no balance arrived within {payment.job.timeout_s} s"
     if refresh is None or not (refresh.call_count or refresh.last_error):
         detail += ", and no call was made"
     elif refresh.last_error is not None:
         reason, detail = Reason.PROVIDER_UNAVAILABLE, refresh.last_error
-    return failed_resolution(waiting, reason, detail, now, billed_refresh_id(refresh))
+    return failed_resolution(payment, reason, detail, now, billed_refresh_id(refresh))
+
+
+def _next_check_at(rt: Runtime, payment: WaitingPayment, now: datetime) -> datetime:
+    """Return when to check a payment that has a refresh: when its balance is polled, or at its deadline."""
+    if payment.job.profile_id is None or not rt.settings.balance_polls_per_s:
+        return payment.deadline
+    lead = min(rt.settings.balance_poll_lead, (payment.deadline - payment.requested_at) / 4)
+    return min(max(payment.deadline - lead, now + MAINTENANCE_INTERVAL), payment.deadline)
+
+
+def _retry_check_at(payment: WaitingPayment, now: datetime) -> datetime:
+    """Return when to check a payment without a refresh again. The interval doubles, so that checks stay few."""
+    return now + 2 * (now - payment.requested_at)
+
+
+def _schedule_polls(rt: Runtime, waiting: Sequence[WaitingPayment], now: datetime) -> FollowUp:
+    """Reserve slots for balance polls, one for each account. Accounts without a slot are checked again in a second."""
+    profile_by_account = {payment.account_id: str(payment.job.profile_id) for payment in waiting}
+    slots = rt.poll_limiter.reserve_slots(now, len(profile_by_account))
+    polls = [
+        BalancePoll(account_id=account_id, profile_id=profile_id, delay=delay)
+        for (account_id, profile_id), delay in zip(profile_by_account.items(), slots, strict=False)
+    ]
+    with transaction(rt.engine) as tx:
+        max_deadline = now + 1.5 * rt.settings.balance_poll_lead
+        payments.check_at_deadline(tx, [poll.account_id for poll in polls], max_deadline)
+    return FollowUp(balance_polls=polls)
+
+
+def _rejoin_account(rt: Runtime, payment: WaitingPayment) -> FollowUp:
+    """Join the payment to a balance or a refresh again, by the state of the ledger."""
+    with transaction(rt.engine) as tx:
+        rebuild_correlation(rt, tx, payment.account_id)
+    [joined] = rt.correlation.join([join_request(rt, payment)])
+    if joined.kind == "balance":
+        return FollowUp(balances_to_apply=[joined.id])
+    return FollowUp(calls=[RefreshCall(account_id=payment.account_id, refresh_id=joined.id)])
+
+
+# --- refreshes, balances and deliveries -------------------------------------------------------------------------------
 
 
 def sweep(rt: Runtime) -> FollowUp:
-    """See to refreshes that time has something to do with, and to balances whose application was lost."""
+    """Advance refreshes that are due, schedule delayed calls, and apply stored balances that were not applied."""
     now = rt.clock()
-    useful_from = now + timedelta(seconds=rt.settings.min_time_left_for_call_s)
+    min_deadline = now + timedelta(seconds=rt.settings.min_time_left_for_call_s)
     with transaction(rt.engine) as tx:
         due = refreshes.due_for_check(tx, now, MAINTENANCE_BATCH_SIZE)
-        wanted = refreshes.callable_by_deadline(
-            tx, now, useful_from, rt.settings.calls_per_s + 1
-        )  # one more: are there others?
-        left = balances.claim_overdue(tx, now, MAINTENANCE_BATCH_SIZE)
-    after = FollowUp(balances_to_apply=left)
+        # One more than there are slots in a second: the limiter then knows whether delayed calls remain.
+        callable_refreshes = refreshes.callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
+        unapplied = balances.claim_overdue(tx, now, MAINTENANCE_BATCH_SIZE)
+    follow_up = FollowUp(balances_to_apply=unapplied)
     for refresh in due:
         try:
-            after.merge(_advance_refresh(rt, refresh, now))
-        except DATABASE_UNAVAILABLE as error:  # its account is held: the others must not wait for it
-            log.warning("refresh %s is looked at later: %s", refresh.refresh_id, error)
-    if wanted:
-        after.calls += _schedule_delayed_calls(rt, wanted)
-    return after
+            follow_up.merge(_advance_refresh(rt, refresh, now))
+        except DATABASE_UNAVAILABLE as error:  # the wait for the account's lock timed out
+            log.warning(
+                "refresh.check_postponed",
+                account_id=refresh.account_id,
+                refresh_id=refresh.refresh_id,
+                error=type(error).__name__,
+            )
+    if callable_refreshes:
+        follow_up.calls += _schedule_delayed_calls(rt, callable_refreshes)
+    return follow_up
 
 
 def _schedule_delayed_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> list[RefreshCall]:
-    """Have calls made that were put off or held back, as many as the budget has places for, the most urgent first."""
+    """Reserve slots of the rate limiter for delayed calls, the earliest deadline first (EDF)."""
     now = rt.clock()
     try:
-        places = rt.admission.limiter.reserve_slots(now, len(requested))
+        slots = rt.admission.limiter.reserve_slots(now, len(requested))
     except REDIS_UNAVAILABLE as error:
-        log.warning("calls take their turns without places: %s", error)
-        places = [timedelta(0)] * len(requested)
-    turns = list(zip(requested, places, strict=False))
+        log.warning("rate_limiter.unavailable", policy="fail_open", error=str(error))
+        slots = [timedelta(0)] * len(requested)
+    scheduled = list(zip(requested, slots, strict=False))
     with transaction(rt.engine) as tx:
-        refreshes.reschedule_requested(tx, [refresh for refresh, _ in turns], now + CALL_ENQUEUE_RETRY)
+        refreshes.reschedule_requested(tx, [refresh for refresh, _ in scheduled], now + CALL_ENQUEUE_RETRY)
     return [
         RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id, has_slot=True, delay=delay)
-        for refresh, delay in turns
+        for refresh, delay in scheduled
     ]
 
 
 def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> FollowUp:
+    """Advance a refresh whose time has come.
+
+    1. A requested refresh without a waiting payment is abandoned.
+    2. A call whose worker was lost becomes uncertain.
+    3. An uncertain refresh is called once more after the grace period, if that can still help a payment.
+    4. A refresh in flight is unanswered at the end of its window. The refresh that is queued behind it is called.
+    """
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [refresh.account_id])
         if refresh.state == RefreshState.REQUESTED:
@@ -164,30 +202,28 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
             return FollowUp()
         if refresh.state == RefreshState.CALLING:
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
-            refreshes.transition(
-                tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error="the worker that made the call was lost"
-            )
+            last_error = "the worker stopped during the call"
+            refreshes.transition(tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error=last_error)
             return FollowUp()
         if refresh.state == RefreshState.UNCERTAIN and _is_worth_retrying(tx, refresh, now):
-            if refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY):
-                return FollowUp(calls=[RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id)])
-            return FollowUp()
+            is_retried = refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY)
+            return FollowUp(calls=[call_of(refresh)] if is_retried else [])
         if now < window_end(rt, refresh):
             refreshes.reschedule(tx, refresh, window_end(rt, refresh))
             return FollowUp()
         refreshes.transition(tx, refresh, RefreshEvent.WINDOW_ENDED, None)
-        held = queued_call(tx, refresh.account_id)
+        calls = queued_call(tx, refresh.account_id)
     best_effort(rt.correlation.clear_refresh, refresh.account_id, refresh.refresh_id)
-    return FollowUp(calls=held)
+    return FollowUp(calls=calls)
 
 
 def _is_worth_retrying(tx: Tx, refresh: RefreshRecord, now: datetime) -> bool:
-    """Whether a call of unknown fate is made once more: once, and only if someone has time left to wait for it."""
+    """Whether to repeat a call with an unknown result: once, and only if a waiting payment has time left."""
     demand = payments.account_demand(tx, refresh.account_id)
     return refresh.call_count < MAX_UNCERTAIN_CALLS and demand is not None and demand.last_deadline > now
 
 
 def claim_overdue_deliveries(rt: Runtime, limit: int) -> list[OutcomeDelivery]:
-    """Outcomes whose delivery was cut off; they are the caller's to deliver for a while."""
+    """Claim up to `limit` outcomes whose delivery was lost. For a while only the caller delivers them."""
     with transaction(rt.engine) as tx:
         return outcome_deliveries.claim_overdue(tx, rt.clock(), limit)

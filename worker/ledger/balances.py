@@ -1,4 +1,4 @@
-"""Queries on the balances the provider sent."""
+"""Queries on the table `balance`: balances that the provider sent."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from worker.quiltt.messages import Balance
 
 balance = BALANCE.c
 REAPPLY_AFTER = timedelta(seconds=5)
-"""After this long a balance that was not applied to those who wait is applied by the sweep."""
+"""Time after which the sweep applies a stored balance that was not applied yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BalanceRecord:
-    """A balance as the ledger has it."""
+    """A row of the table."""
 
     balance_id: str
     event_id: str
@@ -31,13 +31,13 @@ class BalanceRecord:
     limit: Decimal | None
     received_at: datetime
     due_at: datetime | None
-    """Null once it was applied to those who wait."""
+    """When the sweep applies the balance. None once it is applied."""
     refresh_id: str | None = None
-    """The refresh it answered."""
+    """The refresh that the balance is attributed to."""
 
     @property
     def as_of(self) -> datetime:
-        """The time it stands for: the provider's, but a balance cannot be younger than its arrival."""
+        """The balance's time by the provider's clock, but not later than its arrival by ours."""
         return min(self.at, self.received_at)
 
 
@@ -49,7 +49,7 @@ _NEWEST_BY_ACCOUNT = _SELECT_BALANCES.where(
 
 
 def new_record(event_id: str, received: Balance, now: datetime) -> BalanceRecord:
-    """A balance that was received now, and has not been applied."""
+    """Return the record of a balance that was received now and is not applied yet."""
     return BalanceRecord(
         balance_id=received.id,
         event_id=event_id,
@@ -65,51 +65,47 @@ def new_record(event_id: str, received: Balance, now: datetime) -> BalanceRecord
 
 
 def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
-    """Write balances, of two with one id the first; those that are known stay as they are.
+    """Insert balances. Return the ids of the new ones.
 
-    Returns the ids of those that were not.
+    A balance that is stored already stays as it is. Of two records with one id the first is stored.
     """
     rows = {record.balance_id: vars(record) for record in reversed(records)}
     return bulk_insert(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
 
 
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
-    """Those of the balances that were kept."""
+    """Return the stored balances among these, by id."""
     rows = tx.execute(_BY_ID, {"balance_ids": list(balance_ids)})
-    return {row.balance_id: BalanceRecord(*row) for row in rows}
+    return {row.balance_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
 def newest_by_account(tx: Tx, account_ids: Collection[str], oldest: datetime) -> dict[str, BalanceRecord]:
-    """Each account's newest balance with source REFRESH, if it is no older than `oldest`."""
+    """Return each account's newest balance with source REFRESH whose time is not before `oldest`."""
     rows = tx.execute(_NEWEST_BY_ACCOUNT, {"account_ids": list(account_ids), "oldest": oldest})
-    return {row.account_id: BalanceRecord(*row) for row in rows}
+    return {row.account_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
 def unapplied_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
-    """Balances of these accounts that were kept and not applied yet."""
-    left: dict[str, list[str]] = {}
+    """Return the ids of stored balances of these accounts that are not applied yet."""
+    unapplied: dict[str, list[str]] = {}
     query = select(balance.account_id, balance.balance_id).where(
         balance.account_id.in_(account_ids), balance.due_at.is_not(None)
     )
     for account_id, balance_id in tx.execute(query):
-        left.setdefault(account_id, []).append(balance_id)
-    return left
+        unapplied.setdefault(account_id, []).append(balance_id)
+    return unapplied
 
 
-def mark_applied(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
-    """Note that all who waited for these balances are settled, and which refresh each of them answered.
-
-    Returns their ids.
-    """
-    rows = [{"balance_id": b.balance_id, "due_at": None, "refresh_id": b.refresh_id} for b in records]
+def mark_applied(tx: Tx, records: Sequence[BalanceRecord]) -> None:
+    """Mark stored balances as applied, and store the refresh that each is attributed to."""
+    rows = [{"balance_id": record.balance_id, "due_at": None, "refresh_id": record.refresh_id} for record in records]
     bulk_update(tx, BALANCE, rows, key="balance_id")
-    return {record.balance_id for record in records}
 
 
 def claim_overdue(tx: Tx, now: datetime, limit: int) -> list[str]:
-    """Balances that were kept and never applied; nobody else is given them for a while."""
+    """Claim up to `limit` balances whose application is overdue, for three times `REAPPLY_AFTER`."""
     query = select(balance.balance_id).where(balance.due_at <= now).order_by(balance.due_at).limit(limit)
-    taken = list(tx.scalars(query.with_for_update(skip_locked=True)))
-    if taken:
-        tx.execute(update(BALANCE).where(balance.balance_id.in_(taken)).values(due_at=now + 3 * REAPPLY_AFTER))
-    return taken
+    claimed = list(tx.scalars(query.with_for_update(skip_locked=True)))
+    if claimed:
+        tx.execute(update(BALANCE).where(balance.balance_id.in_(claimed)).values(due_at=now + 3 * REAPPLY_AFTER))
+    return claimed

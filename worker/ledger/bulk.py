@@ -1,4 +1,7 @@
-"""How the ledger is reached: one engine a process, short transactions, one lock an account."""
+"""Statements for many rows: one text and one parameter for any number of rows.
+
+PostgreSQL then parses and plans each statement once. Rows are sent as JSON, if JSON can carry their texts.
+"""
 
 import json
 import re
@@ -26,6 +29,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from worker.ledger.tables import NAIVE_TIME_ERROR
+
 
 class _AnyOf(FunctionElement[bool]):
     inherit_cache = True
@@ -33,52 +38,51 @@ class _AnyOf(FunctionElement[bool]):
 
 @compiles(_AnyOf)
 def _compile_any_of_postgresql(element: _AnyOf, compiler: SQLCompiler, **options: Any) -> str:
-    column, given = element.clauses
-    # A plan for an array that is only known when it runs fits all arrays, so PostgreSQL keeps it; else it would plan
-    # anew each time, as few texts look cheaper than it takes many to be.
-    array = f"ARRAY(SELECT unnest({compiler.process(given, **options)}))"
+    column, values = element.clauses
+    # With the array in a subquery, PostgreSQL keeps one generic plan for all arrays. Without it, PostgreSQL estimates
+    # that a plan for the given, short array is cheaper, and plans anew for each execution.
+    array = f"ARRAY(SELECT unnest({compiler.process(values, **options)}))"
     return f"{compiler.process(column, **options)} = ANY ({array})"
 
 
 @compiles(_AnyOf, "sqlite")
 def _compile_any_of_sqlite(element: _AnyOf, compiler: SQLCompiler, **options: Any) -> str:
-    column, given = element.clauses
-    return compiler.process(column.in_(bindparam(given.key, expanding=True)), **options)
+    column, values = element.clauses
+    return compiler.process(column.in_(bindparam(values.key, expanding=True)), **options)
 
 
 def any_of(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
-    """Whether the column is one of the values that the parameter `name` is given.
+    """Return the condition that the column is one of the values of a bind parameter (`= ANY`).
 
-    It is the same statement for any list of values: it can be made up once, and on PostgreSQL it is prepared once.
+    The statement is the same for any list of values, so PostgreSQL prepares it once.
     """
     return _AnyOf(column, bindparam(parameter, type_=ARRAY(Text)))
 
 
 def bulk_insert(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
-    """Insert the rows that break no unique rule; returns the `key`s of those that were new.
+    """Insert rows, except those that conflict with a unique index. Return the `key` values of the inserted rows.
 
     All rows must have the same columns.
     """
     if not rows:
         return set()
     if tx.dialect.name == "postgresql":
-        together = json.dumps(rows, default=_json_value)
-        if not _UNSAFE_IN_JSON.search(together):
-            return set(tx.scalars(_insert_from_json(table, tuple(rows[0]), key), {"rows": together}))
+        rows_json = json.dumps(rows, default=_json_value)
+        if not _UNSAFE_IN_JSON.search(rows_json):
+            return set(tx.scalars(_insert_from_json(table, tuple(rows[0]), key), {"rows": rows_json}))
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
-    # Given apart from the statement, any number of rows goes through one that is compiled once, as many at a time as
-    # the database takes.
+    # Passed as parameters, the rows share one compiled statement; SQLAlchemy splits them as the database requires.
     return set(tx.scalars(statement, list(rows)))
 
 
 _UNSAFE_IN_JSON = re.compile(r"\\u(0000|d[89a-f])")
-"""NUL, and surrogates without their pair: PostgreSQL keeps them in a JSON value, but does not read it out of one."""
+"""NUL and lone surrogates: PostgreSQL stores them in a JSON value, but cannot convert them to text."""
 
 
 @cache
 def _insert_from_json(table: Table, columns: tuple[str, ...], key: str) -> TextClause:
-    """For any number of rows the same statement, with one parameter: it is read, planned and sent at half the cost."""
+    """Return a statement that inserts any number of rows from one parameter. It costs half of one with many."""
     names = ", ".join(f'"{column}"' for column in columns)
     return text(
         f"INSERT INTO {table.name} ({names}) "  # noqa: S608 - names of our own tables and columns
@@ -88,30 +92,30 @@ def _insert_from_json(table: Table, columns: tuple[str, ...], key: str) -> TextC
 
 
 def bulk_update(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> None:
-    """Write the values of each row into the one that has its `key`, if that is as the row says it was.
+    """Update the row with the `key` of each given row, if its columns still have the expected old values.
 
-    A value named `was_x` says so of the column x. All rows must have the same names.
+    A value named `was_x` is the expected old value of the column x. All rows must have the same names.
     """
     if not rows:
         return
     if tx.dialect.name == "postgresql":
-        together = json.dumps(rows, default=_json_value)
-        if not _UNSAFE_IN_JSON.search(together):
-            tx.execute(_update_from_json(table, tuple(rows[0]), key), {"rows": together})
+        rows_json = json.dumps(rows, default=_json_value)
+        if not _UNSAFE_IN_JSON.search(rows_json):
+            tx.execute(_update_from_json(table, tuple(rows[0]), key), {"rows": rows_json})
             return
     new = {name: bindparam(f"new_{name}", type_=_column_of(table, name).type) for name in rows[0]}
-    was = [
+    unchanged = [
         _column_of(table, name).is_not_distinct_from(value)
         for name, value in new.items()
         if name.startswith(_OLD_VALUE_PREFIX)
     ]
     values = {name: value for name, value in new.items() if name != key and not name.startswith(_OLD_VALUE_PREFIX)}
-    statement = update(table).where(table.c[key] == new[key], *was).values(values)
+    statement = update(table).where(table.c[key] == new[key], *unchanged).values(values)
     tx.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
 
 
 _OLD_VALUE_PREFIX = "was_"
-_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's is not typed
+_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
 def _column_of(table: Table, name: str) -> Column[Any]:
@@ -120,28 +124,32 @@ def _column_of(table: Table, name: str) -> Column[Any]:
 
 @cache
 def _update_from_json(table: Table, names: tuple[str, ...], key: str) -> TextClause:
-    """As `_insert_from_json`. What a row was is not said as a partial index has it: else a plan may go through that."""
+    """Return a statement that updates any number of rows from one parameter.
+
+    Old values are compared with `IS NOT DISTINCT FROM`, not `=`: no partial index matches that, so the plan uses the
+    primary key.
+    """
     values = ", ".join(
         f'"{name}" = new."{name}"' for name in names if name != key and not name.startswith(_OLD_VALUE_PREFIX)
     )
-    seen = [name for name in names if name.startswith(_OLD_VALUE_PREFIX)]
-    was = [f' AND old."{_column_of(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in seen]
+    old_values = [name for name in names if name.startswith(_OLD_VALUE_PREFIX)]
+    unchanged = [f' AND old."{_column_of(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values]
     types = ", ".join(f'"{name}" {_column_of(table, name).type.compile(_POSTGRESQL_DIALECT)}' for name in names)
     return text(
         f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above
         f"FROM json_to_recordset(CAST(:rows AS json)) AS new ({types}) "
-        f'WHERE old."{key}" = new."{key}"{"".join(was)}'
+        f'WHERE old."{key}" = new."{key}"{"".join(unchanged)}'
     )
 
 
 def _json_value(value: object) -> str:
-    """A value as PostgreSQL reads it out of JSON."""
+    """Return a value in the text form that PostgreSQL converts from JSON."""
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            raise ValueError("a time without a zone must not reach the ledger")
+            raise ValueError(NAIVE_TIME_ERROR)
         return value.isoformat()
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, bytes):
         return "\\x" + value.hex()
-    raise TypeError(f"{type(value).__name__} is no value of the ledger")
+    raise TypeError(f"{type(value).__name__} is not a type of the ledger")

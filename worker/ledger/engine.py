@@ -1,4 +1,4 @@
-"""How the ledger is reached: one engine a process, short transactions, one lock an account."""
+"""Connections to the database: one engine per process, and short transactions."""
 
 import re
 from collections.abc import Iterator
@@ -10,13 +10,7 @@ from typing import Any
 
 from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import Connection as Tx
-from sqlalchemy import (
-    Engine,
-    Row,
-    create_engine,
-    event,
-    text,
-)
+from sqlalchemy import Engine, Row, create_engine, event, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -42,10 +36,10 @@ class NotMigrated(Exception):
 
 
 DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
-"""What is raised when the database cannot be reached, does not answer in time, or is not migrated yet."""
+"""Errors of a database that cannot be reached, does not respond in time, or is not migrated yet."""
 _DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
-"""What plans of a step need not: it asks by keys. Else PostgreSQL reads a table whole while that is small, and keeps
-the plan, while the table grows, until it analyzes it. Who is `reading` asks for much, and may."""
+"""Plan types that are off in transactions, whose statements find rows by key. Otherwise PostgreSQL scans a small table
+sequentially, and keeps that plan while the table grows, until it analyzes it. `read_only` turns them on for reports."""
 POSTGRES_CONNECT_ARGS = {
     "connect_timeout": 5,
     "application_name": "payready",
@@ -56,23 +50,23 @@ POSTGRES_CONNECT_ARGS = {
     "options": "-c timezone=UTC -c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s"
     + "".join(f" -c {name}=off" for name in _DISABLED_PLANS),
 }
-"""How PostgreSQL is reached: nothing waits for ever, neither for a lock that a frozen host holds nor for a lost one."""
+"""Every wait is limited: for the lock of a frozen host, for a statement, and for a lost host."""
 _READ_ONLY_OPTION = "payready_read_only"
 PING_AFTER_IDLE_S = 5
-"""After so long without use a connection is tried before it is used again."""
+"""A connection that was idle for longer is pinged before it is used again."""
 MAX_WAIT_S = 30
-"""How long a writer waits for another one on SQLite, and a thread for a connection of the pool."""
+"""Maximum wait of a writer for another one on SQLite, and of a thread for a connection of the pool."""
 
 
 def open_engine(url: str, *, connections: int = 40) -> Engine:
-    """An engine for `sqlite:///file` or `postgresql://...`; nothing is connected yet."""
+    """Return an engine for `sqlite:///file` or `postgresql://...`. It connects when it is first used."""
     if url.startswith("sqlite"):
         engine = create_engine(
             url,
             connect_args={"timeout": MAX_WAIT_S},
             pool_size=connections,
             pool_timeout=MAX_WAIT_S,
-            hide_parameters=True,  # an error's text must not show what a payment is about
+            hide_parameters=True,  # error texts must not show a payment's data
         )
         event.listen(engine, "handle_error", _raise_not_migrated)
         event.listen(engine, "connect", _prepare_sqlite)
@@ -84,7 +78,7 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
         pool_size=connections,
         max_overflow=0,
         pool_timeout=MAX_WAIT_S,
-        pool_use_lifo=True,  # a few connections that are in use, rather than all of them now and then
+        pool_use_lifo=True,  # uses few connections often, not all of them rarely
         hide_parameters=True,
         connect_args=POSTGRES_CONNECT_ARGS,
     )
@@ -95,10 +89,10 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
 
 
 def _raise_not_migrated(context: ExceptionContext) -> None:
-    """A table or column that is not there is no fault of the statement: it comes with the migration."""
+    """Raise `NotMigrated` for a missing table or column: the next migration creates it."""
     error = context.original_exception
     is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
-    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # the second are SQLite's words
+    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
         raise NotMigrated
 
 
@@ -107,7 +101,7 @@ def _record_checkin(_connection: object, record: Any) -> None:
 
 
 def _ping_if_idle(engine: Engine, connection: Any, record: Any, _proxy: object) -> None:
-    """Try a connection that nobody used for a while; to try it before each use would cost a round trip each time."""
+    """Ping a connection that was idle. A ping before each use would cost a round trip each time."""
     if monotonic() - record.info.get("used_at", inf) > PING_AFTER_IDLE_S:
         try:
             engine.dialect.do_ping(connection)
@@ -116,13 +110,13 @@ def _ping_if_idle(engine: Engine, connection: Any, record: Any, _proxy: object) 
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions of its own; see _begin
+    connection.isolation_level = None  # the driver must not begin transactions itself; see _begin_sqlite
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Tx) -> None:
-    # A transaction that starts by reading and then writes would fail at once, not wait, when another one wrote.
+    # A transaction that reads first and then writes would fail at once, without a wait, if another one wrote.
     connection.exec_driver_sql(
         "BEGIN" if _READ_ONLY_OPTION in connection.get_execution_options() else "BEGIN IMMEDIATE"
     )
@@ -130,16 +124,18 @@ def _begin_sqlite(connection: Tx) -> None:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Tx]:
-    """One transaction: committed at the end, rolled back by any exception."""
+    """Open a transaction. It is committed at the end of the block, and rolled back by any exception."""
     with engine.begin() as tx:
         yield tx
 
 
 @contextmanager
 def read_only(engine: Engine) -> Iterator[Tx]:
-    """A view of the ledger as it is at one moment. It holds up nobody who writes, and must not be written through."""
-    how = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-    with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **how) as connection:
+    """Open a read-only snapshot of the ledger. It blocks no writer."""
+    options = (
+        {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    )
+    with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(_ENABLE_ALL_PLANS)
         yield connection
@@ -149,6 +145,6 @@ _ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true
 
 
 def ping(engine: Engine) -> None:
-    """Ask the database for an answer; raises `DATABASE_UNAVAILABLE` if there is none."""
+    """Run an empty query. Raise one of `DATABASE_UNAVAILABLE` if the database does not respond."""
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))

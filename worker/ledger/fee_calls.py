@@ -1,6 +1,6 @@
-"""Questions that people ask of the ledger: a payment's whole way, lists, and what calls cost. Nothing is written here.
+"""Queries on refresh calls, each made of its pending fee entry and its final one. Read-only.
 
-Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
+`CALLS` and its columns are the base of the payment report and of the reconciliation with an invoice.
 """
 
 from dataclasses import dataclass
@@ -8,42 +8,34 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import (
-    Select,
-    func,
-    select,
-    text,
-)
+from sqlalchemy import Select, func, select, text
 
 from worker.ledger.engine import Tx
 from worker.ledger.tables import FEE_ENTRY, REFRESH
 from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import LedgerCall
 
-PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("opened"), FEE_ENTRY.alias("closed")
+PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("pending_entry"), FEE_ENTRY.alias("final_entry")
 CALL_STATE = func.coalesce(FINAL_ENTRY.c.state, EntryState.PENDING.value).label("state")
 CALLS = PENDING_ENTRY.outerjoin(
     FINAL_ENTRY, (FINAL_ENTRY.c.call_id == PENDING_ENTRY.c.call_id) & (FINAL_ENTRY.c.state != EntryState.PENDING.value)
 )
-"""Each call once: its pending entry, and the one that closed it if there is one."""
+"""One row per call, together with `IS_PENDING_ENTRY`: its pending entry, and its final entry or nulls."""
 IS_PENDING_ENTRY = PENDING_ENTRY.c.state == EntryState.PENDING.value
 
 
 def set_report_limits(tx: Tx) -> None:
-    """Let PostgreSQL take the memory and the time that a report over a million entries needs, until the end of `tx`."""
+    """Raise PostgreSQL's memory and time limits for this transaction: a report may read over a million entries."""
     if tx.dialect.name == "postgresql":
         tx.execute(text("SET LOCAL work_mem = '128MB'"))
         tx.execute(text("SET LOCAL statement_timeout = '5min'"))
-        # Between its rows there may be somebody who reads, or an invoice that is laid beside them.
+        # The caller may be slow between two rows: it writes a file, or matches an invoice.
         tx.execute(text("SET LOCAL idle_in_transaction_session_timeout = '10min'"))
 
 
-# --- what is still open, and what an invoice is laid beside -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UnresolvedCall:
-    """A call of unknown fate."""
+    """A call that is neither posted nor void."""
 
     call_id: str
     account_id: str
@@ -52,32 +44,42 @@ class UnresolvedCall:
     price: Decimal
     currency: str
     last_error: str | None
-    """What its refresh met with last."""
+    """Last error of its refresh."""
 
 
 def unresolved_calls(tx: Tx, before: datetime) -> list[UnresolvedCall]:
-    """Calls made before this time that are still pending, the oldest first."""
+    """Return the calls made before this time that are still pending, the oldest first."""
     set_report_limits(tx)
-    opened = PENDING_ENTRY.c
+    pending = PENDING_ENTRY.c
     query: Select[Any] = select(
-        opened.call_id,
-        opened.account_id,
-        opened.refresh_id,
-        opened.called_at,
-        opened.price,
-        opened.currency,
+        pending.call_id,
+        pending.account_id,
+        pending.refresh_id,
+        pending.called_at,
+        pending.price,
+        pending.currency,
         REFRESH.c.last_error,
-    ).select_from(CALLS.join(REFRESH, REFRESH.c.refresh_id == opened.refresh_id))
-    query = query.where(IS_PENDING_ENTRY, FINAL_ENTRY.c.state.is_(None), opened.called_at < before)
-    return [UnresolvedCall(*row) for row in tx.execute(query.order_by(opened.called_at, opened.call_id))]
+    ).select_from(CALLS.join(REFRESH, REFRESH.c.refresh_id == pending.refresh_id))
+    query = query.where(IS_PENDING_ENTRY, FINAL_ENTRY.c.state.is_(None), pending.called_at < before)
+    rows = tx.execute(query.order_by(pending.called_at, pending.call_id))
+    return [UnresolvedCall(**row) for row in rows.mappings()]
 
 
 def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:
-    """The calls in this currency made from `since` to before `until`, as they stand."""
+    """Return the calls in this currency made from `since` to before `until`, with their present states."""
     set_report_limits(tx)
-    opened = PENDING_ENTRY.c
-    query = select(opened.call_id, opened.account_id, opened.called_at, CALL_STATE, opened.price).select_from(CALLS)
-    query = query.where(
-        IS_PENDING_ENTRY, opened.currency == currency, opened.called_at >= since, opened.called_at < until
+    pending = PENDING_ENTRY.c
+    query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price)
+    query = query.select_from(CALLS).where(
+        IS_PENDING_ENTRY, pending.currency == currency, pending.called_at >= since, pending.called_at < until
     )
-    return [LedgerCall(row[0], row[1], row[2], EntryState(row[3]), row[4]) for row in tx.execute(query)]
+    return [
+        LedgerCall(
+            call_id=row.call_id,
+            account_id=row.account_id,
+            at=row.called_at,
+            state=EntryState(row.state),
+            price=row.price,
+        )
+        for row in tx.execute(query)
+    ]

@@ -1,8 +1,8 @@
-"""What calls cost in a period, what sharing and reuse saved, and which calls nobody knows the fate of.
+"""The fee statement: what the calls of a period cost, and what sharing and reuse saved. Read-only.
 
-All is counted by the database. There, sums are made of whole millionths (`worker.fees.UNIT`), the smallest part of a
-price: so they are exact on databases that have no exact numbers. A call belongs to the time at which it was made, and
-so does what it was good for, whenever that was.
+All sums are computed by the database, in whole units of `pricing.FEE_UNIT` (a millionth), so that they are exact on
+SQLite, which has no exact numbers. A call belongs to the period in which it was made, and so do its fee shares and
+savings, whenever its payments were resolved.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,67 +34,67 @@ from worker.rules.pricing import FEE_UNIT, EntryState
 entry, payment = FEE_ENTRY.c, PAYMENT.c
 
 GroupBy = Literal["price", "account", "day"]
-"""What a statement has a line for."""
+"""What each line of a statement groups."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Savings:
-    """What calls were good for beyond the first payment that each of them served."""
+    """Fees saved because one call resolved several payments."""
 
     shared: int = 0
-    """Payments that shared a call with an earlier one."""
+    """Payments that shared a call with an earlier payment."""
     by_sharing: Decimal = Decimal(0)
-    """What they would have cost alone, all together, less what the calls cost."""
+    """Fees if each sharing payment had had its own calls, minus the fees of the calls made."""
     reused: int = 0
-    """Payments that a call served after it was answered."""
+    """Payments that were released by a reused balance."""
     by_reuse: Decimal = Decimal(0)
 
     def plus(self, other: "Savings") -> "Savings":
-        """Both together."""
+        """Return the sum of both."""
         return Savings(
-            self.shared + other.shared,
-            self.by_sharing + other.by_sharing,
-            self.reused + other.reused,
-            self.by_reuse + other.by_reuse,
+            shared=self.shared + other.shared,
+            by_sharing=self.by_sharing + other.by_sharing,
+            reused=self.reused + other.reused,
+            by_reuse=self.by_reuse + other.by_reuse,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StatementLine:
-    """Calls that have something in common, as they stand."""
+    """Calls of one price, account or day, in their present states."""
 
     key: str
-    """The account, the day as YYYY-MM-DD, or the version of the price list."""
+    """The version of the price list, the account id, or the day as YYYY-MM-DD."""
     price: Decimal | None
-    """None where the line is not for one price."""
+    """None unless the statement is by price."""
     currency: str
     calls: int
     posted: int
     pending: int
     void: int
     posted_amount: Decimal
-    """What the posted ones come to."""
+    """Sum of the fees of posted calls."""
     pending_amount: Decimal
-    """What the pending ones may come to."""
+    """Sum of the fees of pending calls."""
     saved: Savings | None = None
     """None in a statement by price: a payment may share calls of several prices."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaymentShare:
-    """What one payment owes of the period's calls."""
+    """One payment's fee share of the calls of a period."""
 
     payment_id: str | None
-    """None for calls that no settled payment shares, or not yet."""
+    """None for calls that no resolved payment shares."""
     account_id: str
     refresh_id: str
     shared_by: int
     fee: Decimal
     currency: str
     state: str
-    """Of the fee: posted, pending, void; or reused."""
+    """State of the fee: posted, pending or void; `reused` for a payment without a fee."""
     saved: Decimal
-    """What it would have cost alone, less its fee."""
+    """Fee without sharing and reuse, minus the fee."""
 
 
 def _to_units(price: ColumnElement[Any]) -> ColumnElement[int]:
@@ -123,11 +123,11 @@ _TOTAL_COLUMNS = (
     _count_entries(_PENDING).label("calls"),
     _count_entries(_POSTED).label("posted"),
     _count_entries(_VOID).label("void"),
-    _sum_prices(_PENDING).label("opened_units"),
+    _sum_prices(_PENDING).label("pending_units"),
     _sum_prices(_POSTED).label("posted_units"),
     _sum_prices(_VOID).label("void_units"),
 )
-"""Each call has one entry that opened it, and one more at most: what is left open is what nothing closed."""
+"""Each call has one pending entry and at most one final entry, so the pending calls are the difference."""
 
 
 def _called_within(since: datetime, until: datetime) -> ColumnElement[bool]:
@@ -141,7 +141,7 @@ def _utc_day(tx: Tx, at: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 def statement_lines(tx: Tx, since: datetime, until: datetime, by: GroupBy) -> list[StatementLine]:
-    """The calls made from `since` to before `until`, by price, account or day, in the order of these."""
+    """Return the calls made from `since` to before `until`, grouped and sorted by price, account or day."""
     set_report_limits(tx)
     if by == "price":
         query = select(entry.price_list.label("key"), entry.price, entry.currency, *_TOTAL_COLUMNS)
@@ -155,9 +155,9 @@ def statement_lines(tx: Tx, since: datetime, until: datetime, by: GroupBy) -> li
 
     key = key_of(entry)
     query = select(key.label("key"), entry.currency, *_TOTAL_COLUMNS).where(_called_within(since, until))
-    saved = _savings_by_key(tx, since, until, key_of)
+    savings = _savings_by_key(tx, since, until, key_of)
     rows = tx.execute(query.group_by(key, entry.currency).order_by(key, entry.currency))
-    return [_statement_line(row, None, saved.get((str(row.key), row.currency), Savings())) for row in rows]
+    return [_statement_line(row, None, savings.get((str(row.key), row.currency), Savings())) for row in rows]
 
 
 def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None) -> StatementLine:
@@ -170,87 +170,103 @@ def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None)
         pending=row.calls - row.posted - row.void,
         void=row.void,
         posted_amount=_from_units(row.posted_units),
-        pending_amount=_from_units(row.opened_units - row.posted_units - row.void_units),
+        pending_amount=_from_units(row.pending_units - row.posted_units - row.void_units),
         saved=saved,
     )
 
 
-def _served_several() -> Subquery:
-    """The refreshes that served more than one payment: how many at their end, and how many later."""
+def _refreshes_with_several_payments() -> Subquery:
+    """Select refreshes of more than one payment, with the numbers of sharers and of reusing payments."""
     sharers, reused = func.count().filter(payment.reused.is_(False)), func.count().filter(payment.reused.is_(True))
     query = select(payment.refresh_id, sharers.label("sharers"), reused.label("reused"))
     query = query.where(payment.refresh_id.is_not(None)).group_by(payment.refresh_id)
-    return query.having((sharers > 1) | (reused > 0)).subquery("served")
+    return query.having((sharers > 1) | (reused > 0)).subquery("payments_by_refresh")
 
 
 CALL_LOOKBACK = timedelta(days=7)
-"""So long before a period a refresh may have been called first that was called again in it. One that was called even
-earlier is shared to the last unit all the same, but a unit of it may fall to another payment."""
+"""A refresh with a call in the period may have had its first call this long before it. The shares of one with an even
+earlier call still sum exactly to its fees, but one unit may be assigned to another payment."""
 
 
 def _refresh_costs(since: datetime, until: datetime) -> Select[Any]:
-    """What the calls of each refresh come to that were made in the period, void ones left out; and those before it."""
-    now, before = entry.called_at >= since, entry.called_at < since
-    due = _to_units(entry.price) * case((entry.state == _PENDING.value, 1), (entry.state == _VOID.value, -1), else_=0)
+    """Select the fees of each refresh in the period (`total`) and before it (`before`), without void calls."""
+    in_period, earlier = entry.called_at >= since, entry.called_at < since
+    # A pending entry adds the price, a void entry takes it back.
+    fee = _to_units(entry.price) * case((entry.state == _PENDING.value, 1), (entry.state == _VOID.value, -1), else_=0)
     columns = (
         entry.refresh_id,
         entry.currency,
         func.min(entry.account_id).label("account_id"),
-        func.min(entry.called_at).filter(now).label("called_at"),
-        func.max(_to_units(entry.price)).filter(now).label("price"),
-        _sum_where(case((entry.state == _PENDING.value, 1), else_=-1), now).label("pending"),
-        _count_entries(_POSTED, now).label("posted"),
-        _sum_where(due, now).label("total"),
-        _sum_where(due, before).label("before"),
+        func.min(entry.called_at).filter(in_period).label("called_at"),
+        func.max(_to_units(entry.price)).filter(in_period).label("price"),
+        _sum_where(case((entry.state == _PENDING.value, 1), else_=-1), in_period).label("pending"),
+        _count_entries(_POSTED, in_period).label("posted"),
+        _sum_where(fee, in_period).label("total"),
+        _sum_where(fee, earlier).label("before"),
     )
     query = select(*columns).where(_called_within(since - CALL_LOOKBACK, until))
     return query.group_by(entry.refresh_id, entry.currency).having(func.max(entry.called_at) >= since)
 
 
 def savings_by_currency(tx: Tx, since: datetime, until: datetime) -> dict[str, Savings]:
-    """What sharing and reuse saved on all calls of the period, by currency."""
-    saved = _savings_by_key(tx, since, until, lambda _: literal("", Text))
-    return {currency: found for (_, currency), found in saved.items()}
+    """Return the savings on all calls of the period, by currency."""
+    savings = _savings_by_key(tx, since, until, lambda _: literal("", Text))
+    return {currency: total for (_, currency), total in savings.items()}
 
 
 def _savings_by_key(
     tx: Tx, since: datetime, until: datetime, key_of: Callable[[Any], ColumnElement[Any]]
 ) -> dict[tuple[str, str], Savings]:
-    """The same by a key, which is made of `account_id` and `called_at`, and currency."""
+    """Return the savings by key and currency. `key_of` builds the key from the columns `account_id` and `called_at`."""
     set_report_limits(tx)
-    served = _served_several()
-    query = _refresh_costs(since, until).join_from(FEE_ENTRY, served, served.c.refresh_id == entry.refresh_id)
-    query = query.add_columns(served.c.sharers, served.c.reused).group_by(served.c.sharers, served.c.reused)
+    counts = _refreshes_with_several_payments()
+    query = _refresh_costs(since, until).join_from(FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id)
+    query = query.add_columns(counts.c.sharers, counts.c.reused).group_by(counts.c.sharers, counts.c.reused)
     cost = query.subquery("cost").c
     key = key_of(cost)
-    more = case((cost.sharers > 1, cost.sharers - 1), else_=0)
-    # Whom a refresh served is counted with the first of its calls that cost something.
-    once = case((cost.before == 0, 1), else_=0)
+    further_sharers = case((cost.sharers > 1, cost.sharers - 1), else_=0)
+    # A refresh with calls in two periods: its payments are counted in the period of its first call with a fee.
+    is_first = case((cost.before == 0, 1), else_=0)
     query = select(
         key.label("key"),
         cost.currency,
-        _sum_where(more * once).label("shared"),
-        _sum_where(more * cost.total).label("by_sharing"),
-        _sum_where(cost.reused * once).label("reused"),
-        _sum_where(cost.reused * once * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
+        _sum_where(further_sharers * is_first).label("shared"),
+        _sum_where(further_sharers * cost.total).label("by_sharing"),
+        _sum_where(cost.reused * is_first).label("reused"),
+        _sum_where(cost.reused * is_first * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
     )
     rows = tx.execute(query.group_by("key", cost.currency))
     return {
         (str(row.key), row.currency): Savings(
-            row.shared, _from_units(row.by_sharing), row.reused, _from_units(row.by_reuse)
+            shared=row.shared,
+            by_sharing=_from_units(row.by_sharing),
+            reused=row.reused,
+            by_reuse=_from_units(row.by_reuse),
         )
         for row in rows
     }
 
 
 def payment_shares(tx: Tx, since: datetime, until: datetime) -> Iterator[PaymentShare]:
-    """What each payment owes of the calls of the period, then what nobody owes (yet); together, what the calls cost.
+    """Yield the fee share of each payment in the calls of the period, then the calls that no payment shares.
 
-    The shares are those of `worker.fees.share`, made by the database. Of a refresh that was called on both sides of a
-    month's end, each month has what it adds: over both, a payment owes its share of all the calls, and no unit more.
+    Together they sum exactly to the fees of the calls. The shares are those of `pricing.split_share`, computed by the
+    database. If a refresh has calls on both sides of a month's end, each month gets what its calls add: over both
+    months a payment owes exactly its share of all calls.
     """
     set_report_limits(tx)
     cost = _refresh_costs(since, until).subquery("cost")
+    rows = tx.execute(_sharing_payments(cost).execution_options(yield_per=5000))
+    for row in rows:
+        yield _reused_share(row) if row.reused else _paid_share(row)
+    sharer = select(payment.refresh_id).where(payment.refresh_id == cost.c.refresh_id, payment.reused.is_(False))
+    unshared = select(cost).where(~sharer.exists(), cost.c.total > 0).order_by(cost.c.account_id, cost.c.called_at)
+    for row in tx.execute(unshared):
+        yield _unshared_fee(row)
+
+
+def _sharing_payments(cost: Subquery) -> Select[Any]:
+    """Select the payments of the refreshes in `cost`, with the fee share of each in units."""
     group = (cost.c.account_id, cost.c.refresh_id, payment.reused, cost.c.currency)
     order = (payment.resolved_at, payment.requested_at, payment.payment_id)
     place = func.row_number().over(partition_by=group, order_by=order) - 1
@@ -267,37 +283,60 @@ def payment_shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Payment
         )
         .join_from(cost, PAYMENT, payment.refresh_id == cost.c.refresh_id)
         .subquery("sharing")
-    )
-    s = sharing.c
+    ).c
 
     def share_of(units: ColumnElement[int]) -> ColumnElement[int]:
-        return units // s.sharers + case((s.place < units % s.sharers, 1), else_=0)
+        return units // sharing.sharers + case((sharing.place < units % sharing.sharers, 1), else_=0)
 
-    fee = share_of(s.before + s.total) - share_of(s.before)
-    query = select(sharing, fee.label("fee"))
-    # The order in which places were given, by its own columns: so the database sorts once.
-    query = query.order_by(
-        s.account_id, s.refresh_id, s.reused, s.currency, s.resolved_at, s.requested_at, s.payment_id
+    fee = share_of(sharing.before + sharing.total) - share_of(sharing.before)
+    # Sorted as the window function sorts, so that the database sorts once.
+    return select(*sharing, fee.label("fee")).order_by(
+        sharing.account_id,
+        sharing.refresh_id,
+        sharing.reused,
+        sharing.currency,
+        sharing.resolved_at,
+        sharing.requested_at,
+        sharing.payment_id,
     )
-    for row in tx.execute(query.execution_options(yield_per=5000)):
-        yield _reused_share(row) if row.reused else _paid_share(row)
-    borne = select(payment.refresh_id).where(payment.refresh_id == cost.c.refresh_id, payment.reused.is_(False))
-    alone = select(cost).where(~borne.exists(), cost.c.total > 0).order_by(cost.c.account_id, cost.c.called_at)
-    for row in tx.execute(alone):
-        yield PaymentShare(
-            None, row.account_id, row.refresh_id, 0, _from_units(row.total), row.currency, _fee_state(row), Decimal(0)
-        )
 
 
 def _reused_share(row: Row[Any]) -> PaymentShare:
-    saved = _from_units(row.price if row.total and not row.before else 0)
-    return PaymentShare(row.payment_id, row.account_id, row.refresh_id, 0, Decimal(0), row.currency, "reused", saved)
+    return PaymentShare(
+        payment_id=row.payment_id,
+        account_id=row.account_id,
+        refresh_id=row.refresh_id,
+        shared_by=0,
+        fee=Decimal(0),
+        currency=row.currency,
+        state="reused",
+        saved=_from_units(row.price if row.total and not row.before else 0),
+    )
 
 
 def _paid_share(row: Row[Any]) -> PaymentShare:
-    fee, saved = _from_units(row.fee), _from_units(row.total - row.fee)
     return PaymentShare(
-        row.payment_id, row.account_id, row.refresh_id, row.sharers, fee, row.currency, _fee_state(row), saved
+        payment_id=row.payment_id,
+        account_id=row.account_id,
+        refresh_id=row.refresh_id,
+        shared_by=row.sharers,
+        fee=_from_units(row.fee),
+        currency=row.currency,
+        state=_fee_state(row),
+        saved=_from_units(row.total - row.fee),
+    )
+
+
+def _unshared_fee(row: Row[Any]) -> PaymentShare:
+    return PaymentShare(
+        payment_id=None,
+        account_id=row.account_id,
+        refresh_id=row.refresh_id,
+        shared_by=0,
+        fee=_from_units(row.total),
+        currency=row.currency,
+        state=_fee_state(row),
+        saved=Decimal(0),
     )
 
 

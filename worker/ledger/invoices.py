@@ -1,7 +1,4 @@
-"""Queries on the fee ledger. There is no update and no delete in here, and there must never be.
-
-Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
-"""
+"""Queries on invoices: post or void the calls that an invoice resolves, and remember which invoices were applied."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,45 +17,64 @@ from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import AppliedInvoice, Reconciliation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InvoiceEvidence:
-    """The invoice that closes calls, as the evidence names it."""
+    """The invoice that posts or voids calls, as their evidence names it."""
 
     name: str
     digest: str
-    """SHA-256 of the file, so that it can be known again."""
+    """SHA-256 of the file."""
     period: str
     currency: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class InvoiceApplication:
+    """Numbers of calls that an invoice posted and voided."""
+
+    posted: int
+    voided: int
+
+
 def applied_invoices(tx: Tx, currency: str) -> list[AppliedInvoice]:
-    """The invoices in this currency that calls were settled by. Who means to settle by another one holds them first."""
+    """Return the applied invoices in this currency. Call `lock_invoices` first if another one will be applied."""
     rows = tx.execute(select(INVOICE).where(INVOICE.c.currency == currency))
     return [
         AppliedInvoice(
-            InvoicePeriod(row.since, row.until, timedelta(seconds=row.tolerance_s)), frozenset(row.edge_calls)
+            period=InvoicePeriod(since=row.since, until=row.until, tolerance=timedelta(seconds=row.tolerance_s)),
+            edge_calls=frozenset(row.edge_calls),
         )
         for row in rows
     ]
 
 
-def apply_invoice(tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime) -> tuple[int, int]:
-    """Post the pending calls that the invoice charges, and void those that are free; returns how many of each.
+def apply_invoice(
+    tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime
+) -> InvoiceApplication:
+    """Post the pending calls that the invoice charges, and void those that are free.
 
-    A call that was closed meanwhile, or by the same invoice before, is left as it is.
+    A call that already has a final entry is left as it is, so applying an invoice twice changes nothing more.
     """
     lines = {match.call.call_id: match.line for match in reconciliation.to_post}
-    post, void = 0, 0
+    posted, voided = 0, 0
     for calls in calls_in_batches(tx, list(lines)):
         evidence = {call.call_id: _line_evidence(lines[call.call_id]) for call in calls}
-        post += _post_or_void_by_invoice(tx, calls, EntryState.POSTED, invoice, evidence, now)
+        posted += _post_or_void_by_invoice(tx, calls, EntryState.POSTED, invoice, evidence, now)
     for calls in calls_in_batches(tx, [call.call_id for call in reconciliation.to_void]):
-        void += _post_or_void_by_invoice(tx, calls, EntryState.VOID, invoice, {}, now)
+        voided += _post_or_void_by_invoice(tx, calls, EntryState.VOID, invoice, {}, now)
     period = reconciliation.period
-    row = {"digest": invoice.digest, "currency": invoice.currency, "name": invoice.name, "applied_at": now}
-    span = {"since": period.since, "until": period.until, "tolerance_s": int(period.tolerance.total_seconds())}
-    bulk_insert(tx, INVOICE, [{**row, **span, "edge_calls": sorted(reconciliation.edge_calls)}], key="digest")
-    return post, void
+    row = {
+        "digest": invoice.digest,
+        "currency": invoice.currency,
+        "name": invoice.name,
+        "applied_at": now,
+        "since": period.since,
+        "until": period.until,
+        "tolerance_s": int(period.tolerance.total_seconds()),
+        "edge_calls": sorted(reconciliation.edge_calls),
+    }
+    bulk_insert(tx, INVOICE, [row], key="digest")
+    return InvoiceApplication(posted=posted, voided=voided)
 
 
 def _line_evidence(line: InvoiceLine) -> dict[str, Any]:
@@ -70,12 +86,12 @@ def _post_or_void_by_invoice(
     calls: Sequence[CallRecord],
     state: EntryState,
     invoice: InvoiceEvidence,
-    evidence: Mapping[str, Mapping[str, Any]],
+    line_evidence: Mapping[str, Mapping[str, Any]],
     now: datetime,
 ) -> int:
-    by_absence = {"line": None}
+    no_line = {"line": None}
     finals = [
-        entry_row(call, state, {**vars(invoice), **evidence.get(call.call_id, by_absence)}, now)
+        entry_row(call, state, {**vars(invoice), **line_evidence.get(call.call_id, no_line)}, now)
         for call in calls
         if call.state == EntryState.PENDING
     ]

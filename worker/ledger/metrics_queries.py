@@ -1,7 +1,6 @@
-"""What the ledger tells those who watch: what is unfinished just now, and what was finished in a span of time.
+"""Queries for metrics: what is unfinished now, and what was finished within a time span.
 
-These are asked every few seconds, so each finds its rows by an index that holds little else: what waits, what is due,
-what was written lately. None looks at all that ever was.
+They run every few seconds, so each finds its rows by an index of few rows: waiting, due, or recently written ones.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from sqlalchemy import func, literal_column, select, text
 
 from worker.ledger.engine import Tx
+from worker.ledger.fee_calls import FINAL_ENTRY
 from worker.ledger.payments import IS_WAITING
 from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.rules.pricing import EntryState
@@ -21,34 +21,39 @@ from worker.rules.states import IN_FLIGHT_STATES, RefreshState
 payment, delivery, refresh, balance, entry = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c, FEE_ENTRY.c
 NO_CALL = NO_REASON = "none"
 QUERY_TIMEOUT_S = 3
-"""Who watches gives up after this long, rather than hold up those who work."""
+"""Statement timeout of metrics queries, so that they do not slow down the workers' transactions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CountAndOldest:
-    """How many there are, and since when the first of them."""
+    """How many rows there are, and the time of the oldest."""
 
     count: int
     oldest_at: datetime | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backlog:
-    """What is not finished."""
+    """Unfinished work."""
 
     waiting: Mapping[str, CountAndOldest]
-    """Payments, by the state of the refresh under way for their account; `none` if there is none."""
+    """Waiting payments by the state of their account's refresh, or `none`; age from `requested_at`."""
     first_deadline: datetime | None
-    """Of the payments that wait."""
+    """Earliest deadline of the waiting payments."""
     undelivered: CountAndOldest
-    """Outcomes that a task is still to be told."""
+    """Outcomes that are not delivered; age from `resolved_at`."""
     unapplied: CountAndOldest
-    """Balances that were not applied to those who wait."""
+    """Balances that are not applied; age from `received_at`."""
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of waiting payments."""
+        return sum(group.count for group in self.waiting.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeeEntryRow:
-    """A line of the fee ledger."""
+    """A fee entry, as far as metrics need it."""
 
     call_id: str
     state: EntryState
@@ -57,13 +62,13 @@ class FeeEntryRow:
 
 
 def set_short_timeout(tx: Tx) -> None:
-    """Have the database give up soon on what this transaction asks."""
+    """Limit each statement of this transaction to `QUERY_TIMEOUT_S`."""
     if tx.dialect.name == "postgresql":
         tx.execute(text(f"SET LOCAL statement_timeout = '{QUERY_TIMEOUT_S}s'"))
 
 
 def backlog(tx: Tx) -> Backlog:
-    """What is not finished just now."""
+    """Return the unfinished work as of now."""
     waiting = select(_current_refresh_state().label("call"), func.count(), func.min(payment.requested_at)).where(
         IS_WAITING
     )
@@ -73,7 +78,9 @@ def backlog(tx: Tx) -> Backlog:
         .where(delivery.due_at.is_not(None))
     )
     return Backlog(
-        waiting={row[0]: CountAndOldest(row[1], row[2]) for row in tx.execute(waiting.group_by("call"))},
+        waiting={
+            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("call"))
+        },
         first_deadline=tx.scalar(select(func.min(payment.deadline)).where(IS_WAITING)),
         undelivered=_count_and_oldest(tx, undelivered),
         unapplied=_count_and_oldest(
@@ -83,36 +90,35 @@ def backlog(tx: Tx) -> Backlog:
 
 
 def _current_refresh_state() -> Any:
-    """The state of the account's refresh: that in flight, else one that is wanted, else one that brought no balance."""
-    unanswered = refresh.state == RefreshState.UNANSWERED, refresh.called_at >= payment.min_balance_at
-    ways = (
+    """Return the state of the account's refresh in flight, else of a requested one, else of an unanswered one."""
+    conditions = (
         (refresh.state.in_(_literals(IN_FLIGHT_STATES)),),
         (refresh.state.in_(_literals({RefreshState.REQUESTED})),),
-        unanswered,
+        (refresh.state == RefreshState.UNANSWERED, refresh.called_at >= payment.min_balance_at),
     )
-    found = (
+    states = (
         select(refresh.state)
-        .where(refresh.account_id == payment.account_id, *way)
+        .where(refresh.account_id == payment.account_id, *condition)
         .limit(1)
         .correlate(PAYMENT)
         .scalar_subquery()
-        for way in ways
+        for condition in conditions
     )
-    return func.coalesce(*found, NO_CALL)
+    return func.coalesce(*states, NO_CALL)
 
 
 def _literals(states: Iterable[str]) -> list[Any]:
-    # In the statement itself, as in the partial indexes.
+    # Inlined: with a bind parameter PostgreSQL cannot match the partial index.
     return [literal_column(f"'{state}'") for state in sorted(states)]
 
 
 def _count_and_oldest(tx: Tx, query: Any) -> CountAndOldest:
-    count, since = tx.execute(query).one()
-    return CountAndOldest(count, since)
+    count, oldest_at = tx.execute(query).one()
+    return CountAndOldest(count=count, oldest_at=oldest_at)
 
 
 def resolved_counts(tx: Tx, after: datetime, until: datetime) -> Mapping[tuple[str, str], int]:
-    """Payments settled after `after` up to `until`, by state and reason; the reason of the released is `none`."""
+    """Count payments resolved after `after` up to `until`, by state and reason; `none` for released ones."""
     query = select(payment.state, func.coalesce(payment.reason, NO_REASON), func.count()).where(
         payment.resolved_at.is_not(None), payment.resolved_at > after, payment.resolved_at <= until
     )
@@ -120,29 +126,34 @@ def resolved_counts(tx: Tx, after: datetime, until: datetime) -> Mapping[tuple[s
 
 
 def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
-    """Fee entries written after `after` up to `until`, in their order."""
-    query = (
-        select(entry.call_id, entry.state, entry.price, entry.currency)
-        .where(entry.recorded_at > after, entry.recorded_at <= until)
-        .order_by(entry.entry_id)
-    )
-    return [FeeEntryRow(row[0], EntryState(row[1]), row[2], row[3]) for row in tx.execute(query)]
-
-
-def call_counts_by_refresh_state(tx: Tx, after: datetime, until: datetime) -> Mapping[RefreshState, int]:
-    """Calls made after `after` up to `until`, by what became of the refreshes that they were made for."""
-    query = select(refresh.state, func.count()).join_from(FEE_ENTRY, REFRESH, refresh.refresh_id == entry.refresh_id)
-    opened = query.where(entry.called_at > after, entry.called_at <= until, entry.state == EntryState.PENDING)
-    return {RefreshState(row[0]): row[1] for row in tx.execute(opened.group_by(refresh.state))}
+    """Return the fee entries recorded after `after` up to `until`, in the order of their ids."""
+    query = _FEE_ENTRY_COLUMNS.where(entry.recorded_at > after, entry.recorded_at <= until).order_by(entry.entry_id)
+    return [_fee_entry(row) for row in tx.execute(query)]
 
 
 def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
-    """The pending entries written after `after` up to `until` whose call is neither posted nor void."""
-    final = FEE_ENTRY.alias("final")
-    closed = select(final.c.call_id).where(
-        final.c.call_id == entry.call_id, final.c.state != literal_column(f"'{EntryState.PENDING}'")
+    """Return the pending entries recorded after `after` up to `until` whose call has no final entry."""
+    [pending] = _literals({EntryState.PENDING})
+    final = select(FINAL_ENTRY.c.call_id).where(FINAL_ENTRY.c.call_id == entry.call_id, FINAL_ENTRY.c.state != pending)
+    query = _FEE_ENTRY_COLUMNS.where(
+        entry.recorded_at > after, entry.recorded_at <= until, entry.state == EntryState.PENDING, ~final.exists()
     )
-    query = select(entry.call_id, entry.state, entry.price, entry.currency).where(
-        entry.recorded_at > after, entry.recorded_at <= until, entry.state == EntryState.PENDING, ~closed.exists()
+    return [_fee_entry(row) for row in tx.execute(query)]
+
+
+_FEE_ENTRY_COLUMNS = select(entry.call_id, entry.state, entry.price, entry.currency)
+
+
+def _fee_entry(row: Any) -> FeeEntryRow:
+    return FeeEntryRow(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
+
+
+def call_counts_by_refresh_state(tx: Tx, after: datetime, until: datetime) -> Mapping[RefreshState, int]:
+    """Count the calls made after `after` up to `until`, by the present state of their refresh."""
+    query = (
+        select(refresh.state, func.count())
+        .join_from(FEE_ENTRY, REFRESH, refresh.refresh_id == entry.refresh_id)
+        .where(entry.called_at > after, entry.called_at <= until, entry.state == EntryState.PENDING)
+        .group_by(refresh.state)
     )
-    return [FeeEntryRow(row[0], EntryState(row[1]), row[2], row[3]) for row in tx.execute(query)]
+    return {RefreshState(row[0]): row[1] for row in tx.execute(query)}

@@ -1,4 +1,4 @@
-"""Queries on payments and the tasks that wait for them."""
+"""Queries on the table `outcome_delivery`: Celery tasks that get the outcome of a payment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,22 @@ from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
 
 REDELIVER_AFTER = timedelta(seconds=10)
-"""After this long without a note of its delivery, an outcome is delivered again."""
-payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
+"""Time after which an outcome is delivered again, unless it was marked as delivered."""
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class NewDelivery:
+    """A task to register for the outcome of a payment."""
+
+    payment_id: str
+    continuation: dict[str, Any]
+    """The continuation of the task. Its `id` is the task's id."""
+    due_at: datetime | None
+    """When maintenance delivers the outcome, if the payment is resolved already. None while it is waiting."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutcomeDelivery:
     """An outcome to deliver to one Celery task."""
 
@@ -28,16 +38,18 @@ class OutcomeDelivery:
     outcome: dict[str, Any]
 
 
-def register_deliveries(tx: Tx, awaited: Sequence[tuple[str, dict[str, Any]]], due_at: datetime | None) -> set[str]:
-    """Note the tasks that wait for these payments; `due_at` is set when the outcomes are there already.
-
-    Returns those that were not known: a task that is keeps the continuation that it was noted with.
-    """
+def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
+    """Register tasks for outcomes. A task that is registered already keeps its first continuation."""
     rows = [
-        {"task_id": continuation["id"], "payment_id": payment_id, "continuation": continuation, "due_at": due_at}
-        for payment_id, continuation in sorted(awaited, key=lambda waiting: str(waiting[1]["id"]))
+        {
+            "task_id": new.continuation["id"],
+            "payment_id": new.payment_id,
+            "continuation": new.continuation,
+            "due_at": new.due_at,
+        }
+        for new in sorted(deliveries, key=lambda new: str(new.continuation["id"]))
     ]
-    return bulk_insert(tx, OUTCOME_DELIVERY, rows, key="task_id")
+    bulk_insert(tx, OUTCOME_DELIVERY, rows, key="task_id")
 
 
 MAKE_DUE = (
@@ -46,19 +58,20 @@ MAKE_DUE = (
     .values(due_at=bindparam("at"))
     .returning(delivery.task_id, delivery.payment_id, delivery.continuation)
 )
+"""Makes the outcomes of these payments due, and returns their tasks."""
 
 
 def claim_overdue(tx: Tx, now: datetime, limit: int) -> list[OutcomeDelivery]:
-    """Outcomes whose delivery was cut off, the oldest first; nobody else is given them until the next try is due."""
+    """Claim up to `limit` outcomes whose delivery is overdue, the oldest first, for `REDELIVER_AFTER`."""
     query = select(delivery.task_id).where(delivery.due_at <= now).order_by(delivery.due_at).limit(limit)
     task_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
     return _claim_deliveries(tx, task_ids, now)
 
 
 def claim_undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
-    """The outcomes that these tasks are to be told, but those that somebody else was given since they were settled."""
+    """Claim the undelivered outcomes of these tasks. Skip outcomes that were claimed since they were resolved."""
     query = select(delivery.task_id, delivery.due_at, payment.resolved_at).join_from(OUTCOME_DELIVERY, PAYMENT)
-    # Whether they are due is not asked in the statement: a plan may go through the index of all that are.
+    # `due_at` is not a condition of the statement: PostgreSQL may scan the partial index of all due outcomes.
     query = query.where(any_of(delivery.task_id, "task_ids")).order_by(delivery.task_id)
     rows = tx.execute(query.with_for_update(of=OUTCOME_DELIVERY, skip_locked=True), {"task_ids": list(task_ids)})
     due = [row.task_id for row in rows if row.due_at and row.due_at <= row.resolved_at + REDELIVER_AFTER]
@@ -66,27 +79,32 @@ def claim_undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Ou
 
 
 def _claim_deliveries(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
-    """These outcomes, which are the caller's to deliver for a while."""
+    """Claim these outcomes: for `REDELIVER_AFTER` only the caller delivers them."""
     if not task_ids:
         return []
-    these, given = any_of(delivery.task_id, "task_ids"), {"task_ids": list(task_ids)}
-    tx.execute(update(OUTCOME_DELIVERY).where(these).values(due_at=now + REDELIVER_AFTER), given)
+    is_claimed, values = any_of(delivery.task_id, "task_ids"), {"task_ids": list(task_ids)}
+    tx.execute(update(OUTCOME_DELIVERY).where(is_claimed).values(due_at=now + REDELIVER_AFTER), values)
     rows = tx.execute(
         select(delivery.task_id, delivery.continuation, payment.state, payment.outcome)
         .join_from(OUTCOME_DELIVERY, PAYMENT)
-        .where(these),
-        given,
+        .where(is_claimed),
+        values,
     )
-    return [OutcomeDelivery(r.task_id, r.continuation, PaymentState(r.state), r.outcome) for r in rows]
+    return [
+        OutcomeDelivery(
+            task_id=row.task_id, continuation=row.continuation, state=PaymentState(row.state), outcome=row.outcome
+        )
+        for row in rows
+    ]
 
 
 def payments_of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
-    """The payments that these tasks wait for."""
+    """Return the payments that these tasks are registered for."""
     return list(tx.scalars(select(delivery.payment_id).where(delivery.task_id.in_(task_ids)).distinct()))
 
 
 def mark_delivered(tx: Tx, delivered_at: Mapping[str, datetime]) -> None:
-    """Note when these tasks were told their outcome."""
+    """Mark the outcomes of these tasks as delivered, each at its time."""
     rows = [
         {"task_id": task_id, "due_at": None, "delivered_at": delivered_at[task_id]} for task_id in sorted(delivered_at)
     ]
@@ -94,7 +112,7 @@ def mark_delivered(tx: Tx, delivered_at: Mapping[str, datetime]) -> None:
 
 
 def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:
-    """Make a settled payment's outcome due again; returns the tasks that it is due to."""
-    settled = select(payment.payment_id).where(payment.payment_id == payment_id, payment.resolved_at.is_not(None))
-    query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(settled)).values(due_at=now)
+    """Make a resolved payment's outcome due again. Return the tasks that get it."""
+    resolved = select(payment.payment_id).where(payment.payment_id == payment_id, payment.resolved_at.is_not(None))
+    query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(resolved)).values(due_at=now)
     return sorted(tx.scalars(query.returning(delivery.task_id)))

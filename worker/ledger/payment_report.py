@@ -1,6 +1,6 @@
-"""Questions that people ask of the ledger: a payment's whole way, lists, and what calls cost. Nothing is written here.
+"""Reports on payments: lists, the timeline of one payment, fee shares. Read-only.
 
-Sums of money are made of a price and a count, so that they are exact on databases that have no exact numbers.
+Sums of money are computed as price times count in Python: SQLite has no exact numbers.
 """
 
 from collections import Counter
@@ -22,27 +22,30 @@ from worker.rules.states import PaymentState
 payment, delivery, refresh, balance = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaymentFee:
-    """What a payment owes of a refresh's calls."""
+    """A payment's share of the fees of a refresh's calls."""
 
     amount: Decimal
     currency: str
     state: EntryState
     shared_by: int
+    """Number of payments that share the calls."""
     total: Decimal
-    """What the calls cost that it shares."""
+    """Sum of the fees that they share."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaymentLine:
     """A payment in a list."""
 
     payment_id: str
     account_id: str
     state: PaymentState
-    verdict_or_reason: str | None
-    """The verdict of a released payment, the reason of a failed one."""
+    verdict: str | None
+    """Verdict of the funds check, if the payment is released."""
+    reason: str | None
+    """Failure reason, if the payment failed."""
     amount: Decimal | None
     requested_at: datetime
     deadline: datetime
@@ -50,12 +53,17 @@ class PaymentLine:
     refresh_id: str | None
     reused: bool
     fee: PaymentFee | None
-    """None when no refresh served it, so that it owes nothing."""
+    """None if the payment shares no call."""
+
+    @property
+    def verdict_or_reason(self) -> str | None:
+        """The verdict of a released payment, the reason of a failed one, None while it waits."""
+        return self.verdict or self.reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CallLine:
-    """One call, from its first entry to its last."""
+    """One call with its fee entries."""
 
     call_id: str
     called_at: datetime
@@ -64,18 +72,21 @@ class CallLine:
     currency: str
     price_list: str
     finalized_at: datetime | None
+    """Time of the final entry; None while the call is pending."""
     evidence: dict[str, Any] | None
+    """Evidence of the final entry."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeliveryLine:
-    """A Celery task that was told the outcome, or is to be told."""
+    """A Celery task that gets the outcome."""
 
     task_id: str
     delivered_at: datetime | None
+    """None until the outcome is delivered."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BalanceLine:
     """A balance as the provider sent it."""
 
@@ -88,9 +99,9 @@ class BalanceLine:
     limit: Decimal | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshLine:
-    """A refresh and where it stands."""
+    """A refresh in its present state."""
 
     refresh_id: str
     state: str
@@ -99,26 +110,28 @@ class RefreshLine:
     last_error: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaymentTimeline:
-    """All that the ledger knows of one payment."""
+    """All rows of the ledger about one payment."""
 
     payment: PaymentLine
     job: dict[str, Any]
     outcome: dict[str, Any] | None
     funds_calculation: dict[str, Any] | None
     refresh: RefreshLine | None
-    """The one that served it, or was to serve it."""
+    """The refresh whose balance resolved the payment, else the one that it waits or waited for."""
     calls: list[CallLine]
-    """That refresh's."""
+    """Calls of that refresh."""
     balance: BalanceLine | None
+    unapplied_balances: list[BalanceLine]
+    """Balances that arrived for the account while the payment waits, and are not applied yet."""
     deliveries: list[DeliveryLine]
 
 
 def list_payments(
     tx: Tx, *, state: str | None = None, payment_ids: Sequence[str] | None = None, limit: int = 100
 ) -> list[PaymentLine]:
-    """Payments, the last requested first."""
+    """Return payments, the last requested first."""
     query = select(PAYMENT).order_by(payment.requested_at.desc(), payment.payment_id).limit(limit)
     if state is not None:
         query = query.where(payment.state == state)
@@ -134,7 +147,8 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
         payment_id=row.payment_id,
         account_id=row.account_id,
         state=PaymentState(row.state),
-        verdict_or_reason=row.reason or (row.outcome or {}).get("verdict"),
+        verdict=(row.outcome or {}).get("verdict"),
+        reason=row.reason,
         amount=row.amount,
         requested_at=row.requested_at,
         deadline=row.deadline,
@@ -145,44 +159,58 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RefreshTotal:
+    """Sum of the fees of a refresh's calls in one currency."""
+
+    amount: Decimal
+    currency: str
+    state: EntryState
+
+
 def payment_fees(tx: Tx, refresh_ids: Iterable[str]) -> dict[str, PaymentFee]:
-    """What each payment owes that shares the calls of these refreshes. A refresh's shares add up to its calls."""
-    wanted = list(refresh_ids)
-    totals = _refresh_totals(tx, wanted)
+    """Return the fee share of each payment of these refreshes. The shares of a refresh sum exactly to its fees."""
+    ids = list(refresh_ids)
+    totals = _refresh_totals(tx, ids)
     order = (payment.resolved_at, payment.requested_at, payment.payment_id)
     query = select(
         payment.payment_id,
         payment.refresh_id,
         (func.row_number().over(partition_by=payment.refresh_id, order_by=order) - 1).label("place"),
         func.count().over(partition_by=payment.refresh_id).label("sharers"),
-    ).where(payment.refresh_id.in_(wanted), payment.reused.is_(False))
+    ).where(payment.refresh_id.in_(ids), payment.reused.is_(False))
     return {
-        row.payment_id: PaymentFee(split_share(total, row.sharers, row.place), currency, state, row.sharers, total)
+        row.payment_id: PaymentFee(
+            amount=split_share(total.amount, row.sharers, row.place),
+            currency=total.currency,
+            state=total.state,
+            shared_by=row.sharers,
+            total=total.amount,
+        )
         for row in tx.execute(query)
-        for total, currency, state in totals.get(row.refresh_id, ())
+        for total in totals.get(row.refresh_id, ())
     }
 
 
-def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[tuple[Decimal, str, EntryState]]]:
-    """By refresh, what its calls cost, in the one currency they have."""
+def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[_RefreshTotal]]:
+    """Return the totals by refresh. The calls of a refresh have one currency."""
     columns = (PENDING_ENTRY.c.refresh_id, PENDING_ENTRY.c.currency, PENDING_ENTRY.c.price, CALL_STATE)
     query = select(*columns, func.count().label("calls")).select_from(CALLS)
+    query = query.where(PENDING_ENTRY.c.refresh_id.in_(refresh_ids), IS_PENDING_ENTRY).group_by(*columns)
     sums: dict[tuple[str, str], dict[EntryState, Decimal]] = {}
-    for row in tx.execute(
-        query.where(PENDING_ENTRY.c.refresh_id.in_(refresh_ids), IS_PENDING_ENTRY).group_by(*columns)
-    ):
+    for row in tx.execute(query):
         by_state = sums.setdefault((row.refresh_id, row.currency), {})
         state = EntryState(row.state)
         by_state[state] = by_state.get(state, Decimal(0)) + row.price * row.calls
-    totals: dict[str, list[tuple[Decimal, str, EntryState]]] = {}
+    totals: dict[str, list[_RefreshTotal]] = {}
     for (refresh_id, currency), by_state in sums.items():
-        total, state = total_and_state(by_state)
-        totals.setdefault(refresh_id, []).append((total, currency, state))
+        amount, state = total_and_state(by_state)
+        totals.setdefault(refresh_id, []).append(_RefreshTotal(amount=amount, currency=currency, state=state))
     return totals
 
 
 def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
-    """The payment's whole way, None if nobody knows it."""
+    """Return all that the ledger has about a payment; None if it has no such payment."""
     row = tx.execute(select(PAYMENT).where(payment.payment_id == payment_id)).one_or_none()
     if row is None:
         return None
@@ -196,39 +224,39 @@ def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
         balance=_balance_line(tx, row.balance_id),
+        unapplied_balances=_unapplied_balance_lines(tx, row) if row.state == PaymentState.WAITING else [],
         deliveries=_delivery_lines(tx, payment_id),
     )
 
 
 def _intended_refresh_id(tx: Tx, row: Row[Any]) -> str | None:
-    """The refresh that was to serve a payment, when none is noted with it: it still waits, or was cancelled."""
-    records = refreshes.called_since(tx, [row.account_id], row.min_balance_at)
-    early = (f for f in records if row.resolved_at is None or (f.called_at and f.called_at <= row.resolved_at))
-    return next((f.refresh_id for f in early), None)
+    """Return the refresh that a payment without a refresh waits for, or waited for until it was cancelled."""
+    for record in refreshes.called_since(tx, [row.account_id], row.min_balance_at):
+        if row.resolved_at is None or (record.called_at and record.called_at <= row.resolved_at):
+            return record.refresh_id
+    return None
 
 
 def _refresh_line(tx: Tx, refresh_id: str | None) -> RefreshLine | None:
-    query = select(
-        refresh.refresh_id, refresh.state, refresh.called_at, refresh.deferral_count, refresh.last_error
-    ).where(refresh.refresh_id == refresh_id)
-    row = tx.execute(query).one_or_none()
-    return RefreshLine(*row) if row else None
+    columns = (refresh.refresh_id, refresh.state, refresh.called_at, refresh.deferral_count, refresh.last_error)
+    row = tx.execute(select(*columns).where(refresh.refresh_id == refresh_id)).mappings().one_or_none()
+    return RefreshLine(**row) if row else None
 
 
 def _call_lines(tx: Tx, refresh_id: str | None) -> list[CallLine]:
-    opened = PENDING_ENTRY.c
+    pending = PENDING_ENTRY.c
     query = select(
-        opened.call_id,
-        opened.called_at,
+        pending.call_id,
+        pending.called_at,
         CALL_STATE,
-        opened.price,
-        opened.currency,
-        opened.price_list,
+        pending.price,
+        pending.currency,
+        pending.price_list,
         FINAL_ENTRY.c.recorded_at.label("finalized_at"),
         FINAL_ENTRY.c.evidence,
     ).select_from(CALLS)
-    rows = tx.execute(query.where(opened.refresh_id == refresh_id, IS_PENDING_ENTRY).order_by(opened.entry_id))
-    return [CallLine(row.call_id, row.called_at, EntryState(row.state), *row[3:]) for row in rows]
+    query = query.where(pending.refresh_id == refresh_id, IS_PENDING_ENTRY).order_by(pending.entry_id)
+    return [CallLine(**{**row, "state": EntryState(row["state"])}) for row in tx.execute(query).mappings()]
 
 
 def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
@@ -241,8 +269,18 @@ def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
         balance.current,
         balance.limit,
     )
-    row = tx.execute(select(*columns).where(balance.balance_id == balance_id)).one_or_none()
-    return BalanceLine(*row) if row else None
+    row = tx.execute(select(*columns).where(balance.balance_id == balance_id)).mappings().one_or_none()
+    return BalanceLine(**row) if row else None
+
+
+def _unapplied_balance_lines(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
+    """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
+    columns = [balance[name] for name in BalanceLine.__dataclass_fields__]
+    query = select(*columns).where(
+        balance.account_id == row.account_id, balance.due_at.is_not(None), balance.received_at >= row.requested_at
+    )
+    query = query.order_by(balance.received_at, balance.balance_id)
+    return [BalanceLine(**line) for line in tx.execute(query).mappings()]
 
 
 def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:
@@ -251,35 +289,14 @@ def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:
         .where(delivery.payment_id == payment_id)
         .order_by(delivery.delivered_at, delivery.task_id)
     )
-    return [DeliveryLine(*row) for row in tx.execute(query)]
+    return [DeliveryLine(**row) for row in tx.execute(query).mappings()]
 
 
 def call_counts_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, Counter[EntryState]]:
-    """How many calls were made for each of these accounts, by how they stand."""
+    """Count the calls for each of these accounts, by the state of their fee entry."""
     columns = (PENDING_ENTRY.c.account_id, CALL_STATE)
     query = select(*columns, func.count().label("calls")).select_from(CALLS).group_by(*columns)
     counts: dict[str, Counter[EntryState]] = {}
     for row in tx.execute(query.where(PENDING_ENTRY.c.account_id.in_(account_ids), IS_PENDING_ENTRY)):
         counts.setdefault(row.account_id, Counter())[EntryState(row.state)] = row.calls
     return counts
-
-
-@dataclass(frozen=True)
-class BacklogCounts:
-    """What is not finished."""
-
-    waiting: int
-    """Payments that wait for a balance."""
-    undelivered: int
-    """Outcomes that a task is still to be told."""
-    unapplied: int
-    """Balances that were not applied to those who wait."""
-
-
-def count_backlog(tx: Tx) -> BacklogCounts:
-    """How much is not finished just now."""
-    waiting = select(func.count()).where(payment.state == PaymentState.WAITING)
-    undelivered = select(func.count()).where(delivery.due_at.is_not(None))
-    unapplied = select(func.count()).where(balance.due_at.is_not(None))
-    query = select(waiting.scalar_subquery(), undelivered.scalar_subquery(), unapplied.scalar_subquery())
-    return BacklogCounts(*tx.execute(query).one())

@@ -1,4 +1,4 @@
-"""Queries on payments and the tasks that wait for them."""
+"""Queries on the table `payment`."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,26 +11,27 @@ from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, s
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
 from worker.ledger.engine import Row, Tx
-from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery, payment
-from worker.ledger.tables import PAYMENT
+from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
+from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, stored_job
 from worker.rules.states import PaymentState
 
+payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 FIRST_CHECK_AFTER = timedelta(seconds=5)
-"""After this long upkeep sees to it that a call is under way for a payment."""
+"""Time after which maintenance checks that a refresh exists for a new payment."""
 REQUEST_SPACING = timedelta(microseconds=1)
-"""So long after the one before it each payment of a round was requested: whoever asked first is served first."""
+"""Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 IDS_PER_STATEMENT = 500
-"""Ids in one statement: no database takes any number."""
-# The state stands in the statement itself, as in the partial indexes: a plan for any state would not use them.
+"""Maximum ids in one statement: databases limit the number of parameters."""
+# The state is a literal in the statement. With a bind parameter PostgreSQL cannot match the partial index.
 IS_WAITING = payment.state == literal_column(f"'{PaymentState.WAITING}'")
 IS_RELEASED = payment.state == literal_column(f"'{PaymentState.RELEASED}'")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WaitingPayment:
-    """What must be known of a waiting payment to settle it."""
+    """A payment in the state `waiting`."""
 
     payment_id: str
     account_id: str
@@ -40,9 +41,22 @@ class WaitingPayment:
     deadline: datetime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class KnownPayment:
+    """A payment that was stored before the current transaction, in any state."""
+
+    payment: WaitingPayment
+    """The payment as it is, or was, while it waits."""
+    state: PaymentState
+    outcome: dict[str, Any] | None
+    """The outcome, once the payment is resolved."""
+    task_ids: frozenset[str]
+    """Tasks that are registered for the outcome, as far as `lock_known_payments` was asked for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """How a payment ends."""
+    """The final state of a payment, with the columns of the row that explain it."""
 
     payment_id: str
     state: PaymentState
@@ -55,73 +69,114 @@ class Resolution:
     funds_calculation: dict[str, Any] | None = None
 
 
-def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> set[str]:
-    """Write payments as waiting, each once, requested `APART`; returns the ids of those that were not known."""
-    rows = {
-        job.payment_id: _payment_row(job, now + place * REQUEST_SPACING)
-        for place, job in reversed(list(enumerate(jobs)))
-    }
-    return bulk_insert(tx, PAYMENT, [rows[key] for key in sorted(rows)], key="payment_id")
+def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, WaitingPayment]:
+    """Insert the payments of these jobs as waiting, `REQUEST_SPACING` apart. Return the new ones by their ids.
+
+    A payment that is stored already stays as it is. Of several jobs for one payment the first is stored.
+    """
+    new: dict[str, WaitingPayment] = {}
+    for index, job in enumerate(jobs):
+        new.setdefault(job.payment_id, _new_payment(job, now + index * REQUEST_SPACING))
+    inserted = bulk_insert(tx, PAYMENT, [_payment_row(new[payment_id]) for payment_id in sorted(new)], key="payment_id")
+    return {payment_id: inserted_payment for payment_id, inserted_payment in new.items() if payment_id in inserted}
 
 
-def _payment_row(job: Job, now: datetime) -> dict[str, Any]:
-    deadline = now + timedelta(seconds=job.timeout_s)
+def _new_payment(job: Job, requested_at: datetime) -> WaitingPayment:
+    return WaitingPayment(
+        payment_id=job.payment_id,
+        account_id=job.account_id,
+        job=job,
+        requested_at=requested_at,
+        min_balance_at=job.min_balance_at(requested_at),
+        deadline=requested_at + timedelta(seconds=job.timeout_s),
+    )
+
+
+def _payment_row(new: WaitingPayment) -> dict[str, Any]:
     return {
-        "payment_id": job.payment_id,
-        "account_id": job.account_id,
+        "payment_id": new.payment_id,
+        "account_id": new.account_id,
         "state": PaymentState.WAITING,
-        "job": job.model_dump(mode="json", exclude_defaults=True),
-        "connection_id": job.connection_id,
-        "profile_id": job.profile_id,
-        "amount": job.amount,
-        "requested_at": now,
-        "min_balance_at": job.min_balance_at(now),
-        "deadline": deadline,
-        "due_at": now + min(FIRST_CHECK_AFTER, (deadline - now) / 2),
+        "job": new.job.model_dump(mode="json", exclude_defaults=True),
+        "connection_id": new.job.connection_id,
+        "profile_id": new.job.profile_id,
+        "amount": new.job.amount,
+        "requested_at": new.requested_at,
+        "min_balance_at": new.min_balance_at,
+        "deadline": new.deadline,
+        "due_at": new.requested_at + min(FIRST_CHECK_AFTER, (new.deadline - new.requested_at) / 2),
         "reused": False,
     }
 
 
-def lock_payments(tx: Tx, payment_ids: Collection[str]) -> Mapping[str, Row[Any]]:
-    """Read payments and keep them from being settled until the transaction ends."""
-    query = select(PAYMENT).where(payment.payment_id.in_(payment_ids)).order_by(payment.payment_id)
-    return {row.payment_id: row for row in tx.execute(query.with_for_update())}
+def lock_known_payments(tx: Tx, payment_ids: Collection[str], task_ids: Collection[str]) -> Mapping[str, KnownPayment]:
+    """Lock payments in any state until the transaction ends, so that none is resolved meanwhile. Return them by id.
+
+    With each payment, return which of these tasks are registered for its outcome.
+    """
+    registered = (delivery.payment_id == payment.payment_id) & delivery.task_id.in_(task_ids)
+    query = (
+        select(PAYMENT, delivery.task_id)
+        .join_from(PAYMENT, OUTCOME_DELIVERY, registered, isouter=True)
+        .where(payment.payment_id.in_(payment_ids))
+        .order_by(payment.payment_id)
+    )
+    rows: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in tx.execute(query.with_for_update(of=PAYMENT)):
+        rows[row.payment_id].append(row)
+    return {
+        payment_id: KnownPayment(
+            payment=_waiting_payment(of_payment[0]),
+            state=PaymentState(of_payment[0].state),
+            outcome=of_payment[0].outcome,
+            task_ids=frozenset(row.task_id for row in of_payment if row.task_id is not None),
+        )
+        for payment_id, of_payment in rows.items()
+    }
+
+
+def _waiting_payment(row: Row[Any]) -> WaitingPayment:
+    return WaitingPayment(
+        payment_id=row.payment_id,
+        account_id=row.account_id,
+        job=stored_job(row.job),
+        requested_at=row.requested_at,
+        min_balance_at=row.min_balance_at,
+        deadline=row.deadline,
+    )
 
 
 def _waiting_payments(rows: Iterable[Row[Any]]) -> list[WaitingPayment]:
-    return [
-        WaitingPayment(r.payment_id, r.account_id, stored_job(r.job), r.requested_at, r.min_balance_at, r.deadline)
-        for r in rows
-    ]
+    return [_waiting_payment(row) for row in rows]
 
 
 _SELECT_PAYMENTS = select(
     payment.payment_id, payment.account_id, payment.job, payment.requested_at, payment.min_balance_at, payment.deadline
 )
 _LOCK_PAYMENTS = _SELECT_PAYMENTS.order_by(payment.payment_id).with_for_update()
-"""Rows are taken in one order by everyone, so that no two holders wait for each other."""
+"""Every transaction locks rows in this order, so that no two of them can deadlock."""
 _LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
 _LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_of(payment.account_id, "account_ids"))
 
 
 def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[WaitingPayment]]:
-    """The accounts' waiting payments in the order of their requests, held until the transaction ends."""
-    found: dict[str, list[WaitingPayment]] = defaultdict(list)
-    held = _waiting_payments(tx.execute(_LOCK_WAITING_BY_ACCOUNT, {"account_ids": list(account_ids)}))
-    for waiting in sorted(held, key=lambda w: (w.requested_at, w.payment_id)):
-        found[waiting.account_id].append(waiting)
-    return found
+    """Lock the accounts' waiting payments until the transaction ends. Return them in the order of their requests."""
+    by_account: dict[str, list[WaitingPayment]] = defaultdict(list)
+    locked = _waiting_payments(tx.execute(_LOCK_WAITING_BY_ACCOUNT, {"account_ids": list(account_ids)}))
+    for waiting in sorted(locked, key=lambda waiting: (waiting.requested_at, waiting.payment_id)):
+        by_account[waiting.account_id].append(waiting)
+    return by_account
 
 
 def lock_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[WaitingPayment]:
-    """Those of the payments that wait, held until the transaction ends."""
+    """Lock those of the payments that are waiting until the transaction ends, and return them."""
     return _waiting_payments(tx.execute(_LOCK_WAITING_BY_ID, {"payment_ids": list(payment_ids)}))
 
 
 _LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
     any_of(payment.payment_id, "payment_ids"), payment.state.is_not_distinct_from(PaymentState.WAITING.value)
 )
-"""The state is not said as partial indexes have it: else a plan may go through one of these, through all who wait."""
+"""The state is a bind parameter here: with a literal, PostgreSQL may scan a partial index of all waiting payments."""
 
 
 def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
@@ -131,41 +186,49 @@ def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
 
 
 def lock_affected(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
-    """Hold the waiting payments of all these connections, profiles and accounts, so that each can be taken in turn."""
-    concerned: list[tuple[Column[Any], set[str | None]]] = [
-        (payment.connection_id, {one.connection_id for one in updates if isinstance(one, ConnectionLost)}),
-        (payment.profile_id, {one.profile_id for one in updates if isinstance(one, ConnectionLost)}),
-        (payment.account_id, {one.account_id for one in updates if isinstance(one, AccountMoved)}),
+    """Lock the waiting payments of all these connections, profiles and accounts, in the order of every transaction.
+
+    The updates can then be applied one by one, in any order, without a deadlock.
+    """
+    lost = [update for update in updates if isinstance(update, ConnectionLost)]
+    moved = [update for update in updates if isinstance(update, AccountMoved)]
+    ids_by_column: list[tuple[Column[Any], set[str | None]]] = [
+        (payment.connection_id, {update.connection_id for update in lost}),
+        (payment.profile_id, {update.profile_id for update in lost}),
+        (payment.account_id, {update.account_id for update in moved}),
     ]
-    found: set[str] = set()
-    for column, ids in concerned:
-        for some in _chunks(ids - {None}):
-            found.update(tx.scalars(select(payment.payment_id).where(column.in_(some), IS_WAITING)))
-    for some in _chunks(found):
-        lock_waiting(tx, some)
+    payment_ids: set[str] = set()
+    for column, ids in ids_by_column:
+        for chunk in _chunks(ids - {None}):
+            payment_ids.update(tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING)))
+    for chunk in _chunks(payment_ids):
+        lock_waiting(tx, chunk)
 
 
 def _chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
-    """The ids in one order, as many at a time as one statement takes."""
+    """Yield the sorted ids in chunks of at most `IDS_PER_STATEMENT`."""
     ordered = sorted(ids)
     for start in range(0, len(ordered), IDS_PER_STATEMENT):
         yield ordered[start : start + IDS_PER_STATEMENT]
 
 
 def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, requested_by: datetime) -> list[WaitingPayment]:
-    """Waiting payments of a connection or profile that were requested by then, held until the transaction ends."""
+    """Lock the waiting payments of a connection or profile that were requested by this time, and return them."""
     return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= requested_by))
 
 
 def move_to_connection(tx: Tx, moved: AccountMoved, requested_by: datetime) -> None:
-    """Let the account's waiting payments that were requested by then follow it, but those that know of a later move."""
-    is_news = payment.connection_as_of.is_(None) | (payment.connection_as_of < moved.at)
-    theirs = (
+    """Set the new connection of the account's waiting payments that were requested by this time.
+
+    Payments that know of a later move, or that name no connection, stay as they are.
+    """
+    is_newer = payment.connection_as_of.is_(None) | (payment.connection_as_of < moved.at)
+    is_affected = (
         (payment.account_id == moved.account_id)
         & payment.connection_id.is_not(None)
         & (payment.requested_at <= requested_by)
     )
-    ids = [waiting.payment_id for waiting in _lock_waiting_where(tx, theirs & is_news)]
+    ids = [waiting.payment_id for waiting in _lock_waiting_where(tx, is_affected & is_newer)]
     values = {"connection_id": moved.connection_id, "connection_as_of": moved.at}
     tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(**values))
 
@@ -175,69 +238,74 @@ def _lock_waiting_where(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingP
 
 
 def lock_due(tx: Tx, now: datetime, limit: int) -> list[WaitingPayment]:
-    """Waiting payments that someone must look at, held until the transaction ends; those held by others are left."""
-    unsettled = (
+    """Lock up to `limit` waiting payments whose next check is due (`SKIP LOCKED`), and return them."""
+    due = (
         _SELECT_PAYMENTS.where(payment.resolved_at.is_(None), payment.due_at <= now)
         .order_by(payment.due_at)
         .limit(limit)
     )
-    return _waiting_payments(tx.execute(unsettled.with_for_update(skip_locked=True)))
+    return _waiting_payments(tx.execute(due.with_for_update(skip_locked=True)))
 
 
 def set_next_checks(tx: Tx, next_checks: Mapping[str, datetime]) -> None:
-    """Set when upkeep looks at these payments next."""
+    """Set when maintenance checks each of these payments next."""
     rows = [{"payment_id": payment_id, "due_at": at} for payment_id, at in next_checks.items()]
     bulk_update(tx, PAYMENT, rows, key="payment_id")
 
 
 def check_at_deadline(tx: Tx, account_ids: Sequence[str], max_deadline: datetime) -> None:
-    """Let upkeep look at the waiting payments of these accounts, if they end by then, not before they do.
+    """Set the next check of the accounts' waiting payments with a deadline by `max_deadline` to their deadline.
 
-    Those that are held are left: whoever holds them settles them, or they are looked at once more.
+    Locked payments are skipped: another transaction resolves them, or they are checked once more.
     """
-    theirs = select(payment.payment_id).where(
+    query = select(payment.payment_id).where(
         payment.account_id.in_(account_ids), payment.deadline <= max_deadline, IS_WAITING
     )
-    ids = list(tx.scalars(theirs.order_by(payment.payment_id).with_for_update(skip_locked=True)))
+    ids = list(tx.scalars(query.order_by(payment.payment_id).with_for_update(skip_locked=True)))
     tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(due_at=payment.deadline))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AccountDemand:
-    """What an account's waiting payments want together."""
+    """What the waiting payments of an account need together."""
 
     min_balance_at: datetime
-    """A call sent before this cannot serve all of them."""
+    """A call that is sent earlier cannot serve all of them."""
     last_deadline: datetime
-    """When the last of them gives up."""
+    """The latest deadline."""
 
 
 def account_demand(tx: Tx, account_id: str) -> AccountDemand | None:
-    """What the account's waiting payments want, or None if there are none."""
+    """Return what the account's waiting payments need, or None if no payment is waiting."""
     query = select(func.max(payment.min_balance_at), func.max(payment.deadline))
     min_balance_at, deadline = tx.execute(query.where(payment.account_id == account_id, IS_WAITING)).one()
-    return AccountDemand(min_balance_at, deadline) if deadline is not None else None
+    return AccountDemand(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
 
 
 def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
-    """Write how payments ended; returns their outcomes, which are due from now on.
+    """Resolve payments, and make their outcomes due. Return the deliveries, which the caller must dispatch.
 
-    The payments must be held and waiting.
+    The payments must be locked and waiting.
     """
     if not resolutions:
         return []
-    rows = [{**vars(settlement), "was_state": PaymentState.WAITING} for settlement in resolutions]
+    rows = [{**vars(resolution), "was_state": PaymentState.WAITING} for resolution in resolutions]
     bulk_update(tx, PAYMENT, rows, key="payment_id")
-    settled = {settlement.payment_id: settlement for settlement in resolutions}
-    replies = tx.execute(MAKE_DUE, {"payment_ids": list(settled), "at": resolutions[0].resolved_at + REDELIVER_AFTER})
+    resolved = {resolution.payment_id: resolution for resolution in resolutions}
+    due_at = resolutions[0].resolved_at + REDELIVER_AFTER
     return [
-        OutcomeDelivery(r.task_id, r.continuation, settled[r.payment_id].state, settled[r.payment_id].outcome)
-        for r in replies
+        OutcomeDelivery(
+            task_id=row.task_id,
+            continuation=row.continuation,
+            state=resolved[row.payment_id].state,
+            outcome=resolved[row.payment_id].outcome,
+        )
+        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": due_at})
     ]
 
 
 def released_amounts_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
-    """The amounts released on each account at or after its time."""
+    """Return the amounts released on each account at or after the time given for it."""
     released: dict[str, list[Decimal]] = defaultdict(list)
     if since:
         for row in tx.execute(_RELEASED_SINCE, {"account_ids": list(since), "since": min(since.values())}):
@@ -255,7 +323,7 @@ _RELEASED_SINCE = select(payment.account_id, payment.resolved_at, payment.amount
 
 
 def count_sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
-    """How many settled payments share each refresh's fee, by how they ended."""
+    """Return how many resolved payments share each refresh's fee, by their state."""
     counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
     if refresh_ids:
         for row in tx.execute(_COUNT_SHARERS, {"refresh_ids": list(refresh_ids)}):

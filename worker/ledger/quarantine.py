@@ -1,4 +1,4 @@
-"""Queries on the quarantine: events that were rightly signed, are ours, and could not be understood."""
+"""Queries on the quarantine: events with a valid signature that payready needs and cannot parse."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ from sqlalchemy import delete, func, or_, select
 from worker.ledger.bulk import bulk_insert
 from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import QUARANTINE
+from worker.quiltt.messages import UnparsedEvent
 
 quarantined = QUARANTINE.c
 MAX_AGE = timedelta(days=30)
 MAX_EVENTS = 50_000
 MAX_BYTES = 64 * 1024 * 1024
-"""The quarantine is not an archive: beyond any of these the oldest events are dropped."""
+"""Limits of the quarantine. Beyond any of them the oldest events are deleted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuarantinedEvent:
-    """An event in quarantine."""
+    """An event in quarantine, as it was received."""
 
     quarantine_id: str
     received_at: datetime
@@ -29,14 +30,19 @@ class QuarantinedEvent:
     event: bytes
 
 
-def insert_events(tx: Tx, events: Sequence[tuple[bytes, str]], now: datetime) -> None:
-    """Keep events, given as they came with the reason; one that is there already stays as it is."""
-    rows = {
-        quarantine_id: {"quarantine_id": quarantine_id, "event": raw, "reason": reason, "received_at": now}
-        for raw, reason in events
-        for quarantine_id in [_quarantine_id(raw)]
-    }
-    bulk_insert(tx, QUARANTINE, [rows[key] for key in sorted(rows)], key="quarantine_id")
+def insert_events(tx: Tx, events: Sequence[UnparsedEvent], now: datetime) -> None:
+    """Insert events. An event that is in quarantine already stays as it is."""
+    by_id = {_quarantine_id(event.raw): event for event in events}
+    rows = [
+        {
+            "quarantine_id": quarantine_id,
+            "event": by_id[quarantine_id].raw,
+            "reason": by_id[quarantine_id].reason,
+            "received_at": now,
+        }
+        for quarantine_id in sorted(by_id)
+    ]
+    bulk_insert(tx, QUARANTINE, rows, key="quarantine_id")
 
 
 def _quarantine_id(raw: bytes) -> str:
@@ -44,7 +50,7 @@ def _quarantine_id(raw: bytes) -> str:
 
 
 def events_after(tx: Tx, *, after_id: str = "", limit: int) -> list[QuarantinedEvent]:
-    """Events by their ids, from the one after `after` on."""
+    """Return up to `limit` events in the order of their ids, starting after `after_id`."""
     query = (
         select(QUARANTINE).where(quarantined.quarantine_id > after_id).order_by(quarantined.quarantine_id).limit(limit)
     )
@@ -52,24 +58,24 @@ def events_after(tx: Tx, *, after_id: str = "", limit: int) -> list[QuarantinedE
 
 
 def newest_events(tx: Tx, limit: int) -> list[QuarantinedEvent]:
-    """The events that came last."""
+    """Return the `limit` events that were received last."""
     query = select(QUARANTINE).order_by(quarantined.received_at.desc(), quarantined.quarantine_id).limit(limit)
     return [_event_from_row(row) for row in tx.execute(query)]
 
 
 def find(tx: Tx, quarantine_id: str) -> QuarantinedEvent | None:
-    """One event."""
+    """Return the event with this id."""
     row = tx.execute(select(QUARANTINE).where(quarantined.quarantine_id == quarantine_id)).one_or_none()
     return _event_from_row(row) if row else None
 
 
 def delete_events(tx: Tx, quarantine_ids: Sequence[str]) -> int:
-    """Remove events for good; returns how many there were."""
+    """Delete events. Return how many were deleted."""
     return _delete_where(tx, quarantine_ids)
 
 
 def prune(tx: Tx, now: datetime) -> int:
-    """Remove what is beyond the bounds, the oldest first; returns how many."""
+    """Delete the oldest events beyond the limits. Return how many were deleted."""
     order = (quarantined.received_at.desc(), quarantined.quarantine_id)
     number = func.row_number().over(order_by=order).label("number")
     size = func.sum(func.length(quarantined.event)).over(order_by=order).label("size")
@@ -83,4 +89,4 @@ def _delete_where(tx: Tx, ids: Any) -> int:
 
 
 def _event_from_row(row: Row[Any]) -> QuarantinedEvent:
-    return QuarantinedEvent(row.quarantine_id, row.received_at, row.reason, row.event)
+    return QuarantinedEvent(**row._asdict())

@@ -1,7 +1,7 @@
-"""The tables. The migrations under `migrations/` make them; `make check` proves that the two agree.
+"""The tables. The migrations under `migrations/` create them; `make check` compares the two.
 
-Rows that need attention at some time carry it as `due_at`, with an index on just those rows: deadlines are rows,
-not timers. `due_at` is null when nothing more is due.
+Deadlines are rows, not timers: a row that must be processed at some time has it in `due_at`, with a partial index on
+these rows. `due_at` is null when nothing is due.
 """
 
 from datetime import UTC, datetime
@@ -30,45 +30,47 @@ from sqlmodel import Field, SQLModel
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
 
+NAIVE_TIME_ERROR = "the ledger accepts no time without a time zone"
+
 
 class UtcTime(TypeDecorator[datetime]):
-    """An aware UTC time on every database; SQLite has no time zones, so it keeps UTC without one."""
+    """An aware UTC time on every database. SQLite has no time zones, so it stores UTC without one."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse naive times; to UTC."""
+        """Convert to UTC. Raise `ValueError` for a naive time."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("a time without a zone must not reach the ledger")
+            raise ValueError(NAIVE_TIME_ERROR)
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To aware UTC."""
+        """Convert to an aware UTC time."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class ExactDecimal(TypeDecorator[Decimal]):
-    """A decimal that no database rounds: NUMERIC on PostgreSQL, text on SQLite (whose numbers are floats)."""
+    """An exact decimal on every database: NUMERIC on PostgreSQL, text on SQLite, whose numbers are floats."""
 
     impl = Numeric
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Text on SQLite."""
+        """Return text for SQLite, NUMERIC for PostgreSQL."""
         return dialect.type_descriptor(Text() if dialect.name == "sqlite" else Numeric())
 
     def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Any:
-        """Plain text on SQLite."""
+        """Convert to text on SQLite, without an exponent."""
         return value if value is None or dialect.name != "sqlite" else format(value, "f")
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
-        """Back to a decimal."""
+        """Convert to a decimal."""
         return None if value is None else Decimal(value)
 
 
@@ -84,11 +86,12 @@ def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -
 
 
 class Payment(SQLModel, table=True):
-    """One payment-initiation job and what became of it."""
+    """A payment-initiation job with its state and outcome."""
 
     __tablename__ = "payment"
     __table_args__ = (
-        # All that wait are not settled; said so, no query for those of one account takes it for an index of few.
+        # The condition is equal to `state = 'waiting'`, but not written so: otherwise PostgreSQL uses this index of all
+        # waiting payments for queries on the waiting payments of one account.
         _partial_index("payment_due_at", "due_at", where="resolved_at IS NULL"),
         _partial_index("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
         _partial_index("payment_released", "account_id", "resolved_at", where=f"state = '{PaymentState.RELEASED}'"),
@@ -108,33 +111,33 @@ class Payment(SQLModel, table=True):
     account_id: str = Field(sa_type=Text)
     state: str = Field(sa_type=Text)
     job: dict[str, Any] = Field(sa_type=Json)
-    """The job as it came, without defaults."""
+    """The job as received, without defaults."""
     connection_id: str | None = Field(default=None, sa_type=Text)
     connection_as_of: datetime | None = Field(default=None, sa_type=UtcTime)
-    """As of when `connection_id` is known, if the provider told it since: only what is newer changes it."""
+    """Time of the last event that moved the account to `connection_id`; an older event does not change it."""
     profile_id: str | None = Field(default=None, sa_type=Text)
     amount: Decimal | None = Field(sa_type=ExactDecimal)
     requested_at: datetime = Field(sa_type=UtcTime)
     min_balance_at: datetime = Field(sa_type=UtcTime)
-    """The oldest time that a balance may have and still release it."""
+    """Earliest time of a balance that may release the payment."""
     deadline: datetime = Field(sa_type=UtcTime)
     due_at: datetime = Field(sa_type=UtcTime)
-    """When upkeep looks at it next while it waits: soon, to see that a call is under way; then at the deadline."""
+    """Next check while the payment waits: soon after its start, whether a refresh exists, and then at the deadline."""
     resolved_at: datetime | None = Field(default=None, sa_type=UtcTime)
     reason: str | None = Field(default=None, sa_type=Text)
     refresh_id: str | None = Field(default=None, sa_type=Text)
-    """Whose call served it, or should have: it shares that call's fee, unless `reused`."""
+    """The refresh whose balance resolved the payment, or should have. The payment shares its fee, unless `reused`."""
     reused: bool = False
-    """Released by a balance that was there before it: no share of the fee."""
+    """Released by a balance of an earlier call, without a fee share."""
     balance_id: str | None = Field(default=None, sa_type=Text)
     funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    """How the funds verdict was reached."""
+    """Inputs and result of the funds check."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    """What every task that waits for this payment is told, the same each time."""
+    """The outcome, the same for every task of this payment and every delivery."""
 
 
 class OutcomeDeliveryRow(SQLModel, table=True):
-    """A Celery task that waits for a payment's outcome, with the continuation it goes on with."""
+    """A Celery task that gets a payment's outcome, with the continuation that resumes it."""
 
     __tablename__ = "outcome_delivery"
     __table_args__ = (
@@ -146,12 +149,12 @@ class OutcomeDeliveryRow(SQLModel, table=True):
     payment_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("payment.payment_id")])
     continuation: dict[str, Any] = Field(sa_type=Json)
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """Null while the payment waits, and again when delivered; between, when the sweep delivers it."""
+    """When the sweep delivers the outcome. Null while the payment waits, and after the delivery."""
     delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
 
 
 class Refresh(SQLModel, table=True):
-    """One attempt to have an account's balance made fresh."""
+    """One attempt to get a fresh balance of an account, with one or two calls."""
 
     __tablename__ = "refresh"
     __table_args__ = (
@@ -167,23 +170,23 @@ class Refresh(SQLModel, table=True):
     account_id: str = Field(sa_type=Text)
     state: str = Field(sa_type=Text)
     call_count: int = 0
-    """Calls that were accepted, or may have been."""
+    """Calls that were or may have been accepted."""
     deferral_count: int = 0
-    """Calls that provably were not, and were put off."""
+    """Calls that were provably not accepted, and were deferred."""
     called_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """When the first call that may have been accepted went out."""
+    """Time of the first call that may have been accepted."""
     claimed_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """When the last call went out; its window counts from here."""
+    """Time of the last claim. The refresh window starts here."""
     not_before: datetime | None = Field(default=None, sa_type=UtcTime)
-    """While it is requested: when it may be called, if it was put off."""
+    """Earliest time of the call while the refresh is requested, if it was deferred or delayed."""
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """When upkeep looks at it next."""
+    """Next check by maintenance."""
     last_error: str | None = Field(default=None, sa_type=Text)
-    """What the last call that failed met with."""
+    """Error of the last call that failed."""
 
 
 class FeeEntry(SQLModel, table=True):
-    """A line of the fee ledger: `pending` before a call, then `posted` or `void`, once. Never changed or removed."""
+    """An entry of the append-only fee ledger: `pending` before a call, then once `posted` or `void`."""
 
     __tablename__ = "fee_entry"
     __table_args__ = (
@@ -204,15 +207,15 @@ class FeeEntry(SQLModel, table=True):
     price: Decimal = Field(sa_type=ExactDecimal)
     currency: str = Field(sa_type=Text)
     price_list: str = Field(sa_type=Text)
-    """The version of the price list the price was taken from."""
+    """Version of the price list that has the price."""
     evidence: dict[str, Any] = Field(sa_type=Json)
     called_at: datetime = Field(sa_type=UtcTime)
-    """When its call was made: the same on all entries of a call, so that sums over a period need no join."""
+    """Time of the call, the same in all its entries: sums over a period need no join."""
     recorded_at: datetime = Field(sa_type=UtcTime)
 
 
 class InvoiceRow(SQLModel, table=True):
-    """An invoice that calls were settled by: its neighbours ask for it."""
+    """An invoice that was applied. The reconciliation of a neighbouring month's invoice reads it."""
 
     __tablename__ = "invoice"
 
@@ -222,15 +225,15 @@ class InvoiceRow(SQLModel, table=True):
     since: datetime = Field(primary_key=True, sa_type=UtcTime)
     until: datetime = Field(sa_type=UtcTime)
     tolerance_s: int = Field(primary_key=True)
-    """How far its times and ours were taken to be apart."""
+    """Tolerance between the invoice's times and the ledger's, in seconds."""
     name: str = Field(sa_type=Text)
     edge_calls: list[str] = Field(sa_type=Json)
-    """The calls that it charges so near to the ends of its period that another one could, too."""
+    """Ids of the calls that it charged so near to a boundary of its period that another invoice could charge them."""
     applied_at: datetime = Field(sa_type=UtcTime)
 
 
 class BalanceRow(SQLModel, table=True):
-    """A balance that may settle payments: with source REFRESH, or one that was read and that the settings let in."""
+    """A balance that may resolve payments: source REFRESH, or a polled one if the settings allow its source."""
 
     __tablename__ = "balance"
     __table_args__ = (
@@ -248,20 +251,20 @@ class BalanceRow(SQLModel, table=True):
     limit: Decimal | None = Field(sa_type=ExactDecimal)
     received_at: datetime = Field(sa_type=UtcTime)
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """Null once it was applied to those who wait; till then, when the sweep applies it."""
+    """When the sweep applies the balance. Null after it was applied."""
     refresh_id: str | None = Field(default=None, sa_type=Text)
-    """The refresh it answered, if it can be told."""
+    """The refresh that the balance is attributed to, if any."""
 
 
 class Quarantine(SQLModel, table=True):
-    """A rightly signed event that payready should understand but does not."""
+    """An event with a valid signature that payready uses, but cannot parse."""
 
     __tablename__ = "quarantine"
 
     quarantine_id: str = Field(primary_key=True, sa_type=Text)
-    """A digest of the event, so that a repeated delivery adds nothing."""
+    """A digest of the event, so that a repeated delivery adds no row."""
     event: bytes = Field(sa_type=LargeBinary)
-    """As it came, byte for byte: it need not be text."""
+    """The bytes as received. They need not be text."""
     reason: str = Field(sa_type=Text)
     received_at: datetime = Field(sa_type=UtcTime)
 
@@ -270,7 +273,7 @@ def _table_of(model: type[SQLModel]) -> Table:
     return SQLModel.metadata.tables[str(model.__tablename__)]
 
 
-# Queries are written on the tables: their columns are expressions to a type checker, a model's attributes are values.
+# Queries use the tables: to a type checker their columns are expressions, but the attributes of a model are values.
 PAYMENT = _table_of(Payment)
 OUTCOME_DELIVERY = _table_of(OutcomeDeliveryRow)
 REFRESH = _table_of(Refresh)

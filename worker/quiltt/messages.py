@@ -1,9 +1,7 @@
-"""The shapes on the wire: the job and the outcome of the payments service, and the events of the provider.
-
-JSON Schema of the first two is published under `docs/contracts/`. No error text shows the input: it may be private.
-"""
+"""The provider's wire format: webhook events and the balance poll. Error texts never repeat the input."""
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any
@@ -21,11 +19,11 @@ from worker.rules.job import QuilttId
 
 MAX_AMOUNT_DIGITS = 30
 MAX_AMOUNT_DECIMAL_PLACES = 60
-"""Before and after the point: room for what floats leave behind of nothing (3.5e-15), not for more."""
+"""Maximum digits before and after the point. The provider's floats have rounding errors such as 3.5e-15."""
 
 
 class _ProviderModel(BaseModel):
-    """Base of what the provider sends: unknown fields are let through, they appear over time."""
+    """Base model: unknown fields are ignored, because the provider adds fields over time."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -34,11 +32,11 @@ def _check_amount(value: object) -> object:
     if value is None:
         return value
     if not isinstance(value, Decimal):
-        raise ValueError("must be a JSON number or null")  # noqa: TRY004 - a validator's errors are ValueErrors
+        raise ValueError("must be a JSON number or null")  # noqa: TRY004 - pydantic expects ValueError
     if not value.is_finite() or value.adjusted() >= MAX_AMOUNT_DIGITS:
-        raise ValueError("must be a sum of money")
+        raise ValueError(f"must be an amount with at most {MAX_AMOUNT_DIGITS} digits before the point")
     if -int(value.as_tuple().exponent) > MAX_AMOUNT_DECIMAL_PLACES:
-        raise ValueError("must be a sum of money")
+        raise ValueError(f"must be an amount with at most {MAX_AMOUNT_DECIMAL_PLACES} decimal places")
     return value
 
 
@@ -52,11 +50,11 @@ def _to_utc(value: datetime) -> datetime:
     try:
         return value.astimezone(UTC)
     except OverflowError:
-        raise ValueError("must be a time of this era") from None
+        raise ValueError("must be a time within the years 1 to 9999") from None
 
 
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_require_iso_text), AfterValidator(_to_utc)]
-"""A time with its zone, as text. A bare number is no time: whose seconds would they be?"""
+"""An ISO 8601 text with a time zone. Numbers are rejected: their unit and zone would be guesses."""
 
 Amount = Annotated[Decimal | None, BeforeValidator(_check_amount)]
 
@@ -73,29 +71,46 @@ class Balance(_ProviderModel):
     limit: Amount
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReceivedBalance:
+    """A balance, and the id of the event that it was received with."""
+
+    event_id: str
+    balance: Balance
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnparsedEvent:
+    """An event that payready needs and cannot parse, as it was received."""
+
+    raw: bytes
+    reason: str
+    """Why it could not be parsed. The text repeats nothing of the event."""
+
+
 class RecordRef(_ProviderModel):
-    """A record of which nothing but its id is read."""
+    """A record of which only the id is used."""
 
     id: QuilttId
 
 
 class ConnectionEvent(_ProviderModel):
-    """An event about a connection, or about a whole profile."""
+    """An event about a connection or a profile."""
 
     type: str
     at: Timestamp | None = None
-    """Has been seen missing."""
+    """Sometimes missing."""
     record: RecordRef
 
 
 class ReconnectMetadata(_ProviderModel):
-    """The metadata of an `account.reconnected` event: of the two connections, the one the account is at now."""
+    """The metadata of an `account.reconnected` event. `to` is the account's new connection."""
 
     to: RecordRef
 
 
 class ReconnectedEvent(_ProviderModel):
-    """An account that moved to another connection."""
+    """An `account.reconnected` event: the account moved to another connection."""
 
     at: Timestamp | None = None
     record: RecordRef
@@ -103,7 +118,7 @@ class ReconnectedEvent(_ProviderModel):
 
 
 class PolledAccount(_ProviderModel):
-    """What a read by GraphQL shows of an account."""
+    """An account in the response to a balance poll."""
 
     kind: str | None = None
     currency: Annotated[str | None, Field(alias="currencyCode")] = None
@@ -111,10 +126,10 @@ class PolledAccount(_ProviderModel):
 
 
 def parse_polled_balance(account: PolledAccount | None, account_id: str) -> Balance | None:
-    """The balance that a read shows, if it shows one.
+    """Return the balance of a polled account, None if it has none.
 
     Raises:
-        ValueError: it makes no sense; the text does not show it.
+        ValueError: the balance is not valid. The text does not repeat it.
     """
     if account is None or account.balance is None:
         return None

@@ -1,19 +1,21 @@
-"""Our webhook subscription at the provider: what it must be, whether it is, and the calls that make it so.
+"""The webhook subscriptions at the provider: their problems, and a client to list, create, repair and delete them.
 
-None of these calls is charged. What a subscription's secret is, only the provider's dashboard tells.
+None of these requests costs a fee. The API never returns a subscription's secret; only the provider's dashboard shows
+it.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
+from config.log_config import get_logger
 from worker import metrics
-from worker.errors import CallFailed, CallNotSent, CallRejected, Reason
+from worker.errors import CallFailed, CallNotSent
+from worker.quiltt.responses import error_words, raise_if_key_rejected
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REQUIRED_EVENT_TYPES = (
     "balance.created",
@@ -25,11 +27,11 @@ REQUIRED_EVENT_TYPES = (
     "account.reconnected",
     "profile.deleted",
 )
-"""What payready does something about."""
+"""Events that payready uses."""
 
 
 class Subscription(BaseModel):
-    """A subscription as the provider tells it."""
+    """A webhook subscription."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -40,34 +42,36 @@ class Subscription(BaseModel):
     disabled: bool = False
 
     def problems(self) -> list[str]:
-        """What keeps it from doing what it is for."""
-        found = [f"{self.id} is disabled"] if self.disabled else []
-        missing = [kind for kind in REQUIRED_EVENT_TYPES if kind not in self.event_types]
-        return found + ([f"{self.id} leaves out {', '.join(missing)}"] if missing else [])
+        """Return what is wrong with the subscription, empty if nothing."""
+        disabled = [f"{self.id} is disabled"] if self.disabled else []
+        missing = [event_type for event_type in REQUIRED_EVENT_TYPES if event_type not in self.event_types]
+        return disabled + ([f"{self.id} lacks the events {', '.join(missing)}"] if missing else [])
 
 
 _SUBSCRIPTION_LIST = TypeAdapter(list[Subscription])
 
 
 def for_url(subscriptions: Sequence[Subscription], url: str) -> list[Subscription]:
-    """Those that deliver to `url`, the one that does it best first; while a secret is rotated there are two."""
-    return sorted(
-        (one for one in subscriptions if one.target_url == url), key=lambda one: (len(one.problems()), one.id)
-    )
+    """Return the subscriptions that deliver to `url`, the one with the fewest problems first.
+
+    During the rotation of a webhook secret there are two.
+    """
+    ours = (subscription for subscription in subscriptions if subscription.target_url == url)
+    return sorted(ours, key=lambda subscription: (len(subscription.problems()), subscription.id))
 
 
 def problems(subscriptions: Sequence[Subscription], url: str) -> list[str]:
-    """What is wrong with our subscription; nothing if one of those that deliver to `url` does all that is needed."""
+    """Return the problems of the subscription for `url`, empty if one subscription has none."""
     insecure = [] if url.startswith("https://") else [f"{url} is not https"]
     ours = for_url(subscriptions, url)
     return insecure + (ours[0].problems() if ours else [f"no subscription delivers to {url}"])
 
 
 class SubscriptionsClient:
-    """The provider's subscriptions, for as long as a question takes; to be closed.
+    """A client for the provider's subscriptions. Use it as a context manager.
 
-    Every method raises `CallRejected` if our key is wrong, `CallNotSent` if the provider could not be asked, and `CallFailed`
-    if it answered something that its documentation does not have.
+    Every method raises `CallRejected` if the provider does not accept the API key, `CallNotSent` without a response,
+    and `CallFailed` for a response that is not documented.
     """
 
     def __init__(self, api_url: str, api_key: SecretStr, *, connect_timeout_s: float, read_timeout_s: float) -> None:
@@ -86,7 +90,7 @@ class SubscriptionsClient:
         self._http_client.close()
 
     def list_all(self) -> list[Subscription]:
-        """Every subscription of the key's environment."""
+        """Return all subscriptions of the API key's environment."""
         response = self._request("GET", "/subscriptions")
         try:
             return _SUBSCRIPTION_LIST.validate_json(response.content)
@@ -94,12 +98,12 @@ class SubscriptionsClient:
             raise _undocumented_response(response) from None
 
     def create(self, url: str) -> Subscription:
-        """Have our events delivered to `url`."""
+        """Create a subscription that delivers the required events to `url`."""
         fields = {"name": "payready", "targetUrl": url, "eventTypes": list(REQUIRED_EVENT_TYPES), "disabled": False}
         return self._request_subscription("POST", "/subscriptions", fields)
 
     def repair(self, subscription: Subscription) -> Subscription:
-        """Enable a subscription, and add what it leaves out. What it has beyond that stays."""
+        """Enable a subscription, and add the required events that it lacks. Keep its other events."""
         return self.update(
             subscription,
             disabled=False,
@@ -107,11 +111,11 @@ class SubscriptionsClient:
         )
 
     def update(self, subscription: Subscription, **fields: Any) -> Subscription:
-        """Change some of a subscription's fields."""
+        """Change fields of a subscription."""
         return self._request_subscription("PATCH", f"/subscriptions/{subscription.id}", fields)
 
     def delete(self, subscription: Subscription) -> None:
-        """Have nothing more delivered by this subscription."""
+        """Delete a subscription. The provider delivers no more events for it."""
         self._request("DELETE", f"/subscriptions/{subscription.id}")
 
     def _request_subscription(self, method: str, path: str, fields: dict[str, Any]) -> Subscription:
@@ -125,30 +129,25 @@ class SubscriptionsClient:
         try:
             response = self._http_client.request(method, path, json=fields)
         except httpx.RequestError as error:
-            raise CallNotSent(f"the provider could not be asked about webhooks: {type(error).__name__}") from error
-        if response.status_code in (401, 403):
-            raise CallRejected(
-                response.status_code,
-                Reason.NOT_AUTHORIZED,
-                "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
-            )
+            raise CallNotSent(f"webhook subscriptions could not be requested: {error_words(error)}") from error
+        raise_if_key_rejected(response)
         if not response.is_success:
             raise _undocumented_response(response)
         return response
 
 
 def _undocumented_response(response: httpx.Response) -> CallFailed:
-    return CallFailed(f"the provider answered {response.status_code} when asked about webhooks, and not as documented")
+    return CallFailed(f"webhook subscriptions: HTTP {response.status_code} with a response that is not documented")
 
 
 def check_subscription(client: SubscriptionsClient, url: str) -> None:
-    """See whether the provider still delivers to us; what is wrong is counted, and logged."""
+    """Check the subscription for `url`. Log each problem, and set the metric to their number, NaN if unknown."""
     try:
         found = problems(client.list_all(), url)
-    except CallFailed as failure:
+    except CallFailed as error:
         metrics.SUBSCRIPTION_PROBLEMS.set(float("nan"))
-        log.warning("the webhook subscription could not be checked: %s", failure)
+        log.warning("webhook_subscription.check_failed", error=str(error))
         return
     metrics.SUBSCRIPTION_PROBLEMS.set(len(found))
-    for flaw in found:
-        log.warning("webhook subscription: %s; see payready webhooks status", flaw)
+    for problem in found:
+        log.warning("webhook_subscription.problem", problem=problem)

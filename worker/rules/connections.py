@@ -1,33 +1,30 @@
-"""The shapes on the wire: the job and the outcome of the payments service, and the events of the provider.
-
-JSON Schema of the first two is published under `docs/contracts/`. No error text shows the input: it may be private.
-"""
+"""What the provider reports about connections of accounts: a connection is lost, or an account has moved."""
 
 from dataclasses import dataclass
 from datetime import datetime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConnectionLost:
-    """No balance will come for the accounts of a connection, or of a profile: what happened, and to which."""
+    """A connection or a profile that can deliver no balance any more."""
 
     detail: str
-    """What the payments service is told."""
+    """Text for the payments service. It becomes the detail of each failed payment."""
     at: datetime
-    """Payments that came later know of it, or of what came after it."""
+    """Payments that were requested later are not affected: their service may have known, or the user reconnected."""
     connection_id: str | None = None
     profile_id: str | None = None
+    """Set if the whole profile is lost, else `connection_id` is set."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AccountMoved:
-    """An account moved to a connection."""
+    """An account that has moved to another connection."""
 
     account_id: str
     connection_id: str
     at: datetime
-    """Where it is said to have moved before that is no news any more."""
+    """A payment that knows of a later move ignores this one."""
 
 
 ConnectionUpdate = ConnectionLost | AccountMoved
-"""What became of a connection, a profile or an account, as of a time."""

@@ -1,28 +1,22 @@
-"""The shapes on the wire: the job and the outcome of the payments service, and the events of the provider.
-
-JSON Schema of the first two is published under `docs/contracts/`. No error text shows the input: it may be private.
-"""
+"""Decimals: strings in JSON, exact `Decimal` values inside, and amounts as text for people."""
 
 import re
 from decimal import Context, Decimal
 from typing import Annotated
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 DECIMAL_PATTERN = r"^-?[0-9]+(\.[0-9]+)?$"
-"""How a decimal is written: digits and a point, no exponent, no blanks."""
+"""A decimal in JSON: digits and a point, without exponent or spaces."""
 WIDE_CONTEXT = Context(prec=80)
-"""Room for every amount that is let in: the default context raises at its 29th digit."""
+"""A decimal context for every amount that a job may have. The default context raises at the 29th digit."""
 MINOR_UNIT_DIGITS = {
     **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV"), 0),
     **dict.fromkeys(("XAF", "XOF", "XPF"), 0),
     **dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3),
 }
-"""Decimal places of a currency's minor unit where they are not two (ISO 4217)."""
+"""Decimal places of each currency whose minor unit has not two of them (ISO 4217)."""
+DEFAULT_MINOR_UNIT_DIGITS = 2
 
 
 def _require_decimal_text(value: object) -> object:
@@ -32,8 +26,23 @@ def _require_decimal_text(value: object) -> object:
 
 
 def decimal_text(value: Decimal) -> str:
-    """A decimal as text without an exponent: the way amounts leave payready."""
+    """Return a decimal as text without an exponent, as in the JSON that payready sends."""
     return format(value, "f")
+
+
+def minor_unit_digits(currency: str) -> int:
+    """Return the number of decimal places of the currency's minor unit."""
+    return MINOR_UNIT_DIGITS.get(currency, DEFAULT_MINOR_UNIT_DIGITS)
+
+
+def amount_text(amount: Decimal, currency: str) -> str:
+    """Return an amount with its currency as text for people, such as `10.00 USD`.
+
+    The amount has at least the decimal places of the currency. More are shown only if they are not zero.
+    """
+    whole, _, fraction = decimal_text(amount).partition(".")
+    fraction = fraction.rstrip("0").ljust(minor_unit_digits(currency), "0")
+    return f"{whole}.{fraction} {currency}" if fraction else f"{whole} {currency}"
 
 
 _DecimalStr = Annotated[str, Field(pattern=DECIMAL_PATTERN)]
@@ -43,6 +52,6 @@ DecimalString = Annotated[
     Field(allow_inf_nan=False),
     PlainSerializer(decimal_text, return_type=_DecimalStr),
 ]
-"""Money and factors: a string on the wire, a Decimal inside, never a float."""
+"""A decimal that is a string in JSON and a `Decimal` inside, never a float."""
 BoundedDecimalString = Annotated[DecimalString, Field(max_digits=38)]
-"""The same, of a length that can be asked for."""
+"""A decimal of at most 38 digits."""

@@ -1,82 +1,105 @@
-"""Whether a balance covers a payment. Pure, and the same answer every time.
+"""The funds check: does a balance cover a payment? Pure and exact.
 
-`available` or nothing: `current` never stands in for it, and null is unknown, not zero. What payready has released
-on the account since the balance's time is gone from it already, so two payments of 80 are not both covered by 100.
+Only `available` counts: `current` never replaces it, and null means unknown, not zero. Amounts that payready has
+released on the account since the balance's time are deducted, so that 100 cannot cover two payments of 80.
 """
 
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
-from typing import Any
+from typing import Any, Self
 
 from worker.errors import Reason
-from worker.rules.decimals import decimal_text
+from worker.rules.decimals import amount_text, decimal_text
 from worker.rules.job import Job, Verdict
 
 EXACT_CONTEXT = Context(prec=120, traps=[Inexact, InvalidOperation])
-"""Room for any product and sum of the figures that `messages` lets in; were it too small, nothing is rounded."""
+"""Enough digits for all products and sums of valid amounts. It raises instead of rounding."""
 
 LIABILITY_ACCOUNT_KINDS = ("CREDIT", "LOAN")
+"""Quiltt's kinds of accounts whose balance is a debt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Funds:
-    """What the balance says, and what was released on the account since."""
+    """The funds of an account: the amounts of its balance, and the releases since the balance's time."""
 
     available: Decimal | None
     limit: Decimal | None
     released: Decimal = Decimal(0)
-    """A sum: a thousand payments may follow one another on one balance, and none of them counts all before it."""
+    """Sum of the releases. A sum and not a list: thousands of payments may follow one balance."""
     released_count: int = 0
 
     def minus_releases(self, *amounts: Decimal | None) -> "Funds":
-        """The same after more releases."""
+        """Return the funds after these further releases. Releases without an amount change nothing."""
         known = [amount for amount in amounts if amount is not None]
         with localcontext(EXACT_CONTEXT):
             released = sum(known, self.released)
         return replace(self, released=released, released_count=self.released_count + len(known))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FundsCheckResult:
-    """May the payment start? `verdict` if it may, else `reason` and `detail`; `funds_calculation` tells how it was reached."""
+    """Result of a funds check. Use `passed` or `failed` to create one."""
 
-    verdict: Verdict | None
-    reason: Reason | None
+    verdict: Verdict | None = None
+    """Set if the payment may be released."""
+    reason: Reason | None = None
+    """Set if the payment must fail."""
+    detail: str = ""
+    funds_calculation: dict[str, Any] | None = None
+    """Inputs and result of the check. None if the job asks for no check."""
+
+    @classmethod
+    def passed(cls, verdict: Verdict, funds_calculation: dict[str, Any] | None = None) -> Self:
+        """Return the result for a payment that may be released."""
+        return cls(verdict=verdict, funds_calculation=funds_calculation)
+
+    @classmethod
+    def failed(cls, reason: Reason, detail: str, funds_calculation: dict[str, Any]) -> Self:
+        """Return the result for a payment that must fail."""
+        return cls(reason=reason, detail=detail, funds_calculation=funds_calculation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ineligibility:
+    """Why no balance of an account can release a payment."""
+
+    reason: Reason
     detail: str
-    funds_calculation: dict[str, Any] | None
 
 
 def check_funds(job: Job, funds: Funds) -> FundsCheckResult:
-    """Apply the job's funds check."""
+    """Check whether the funds cover the amount and the buffer of a job, as far as the job asks for it."""
     if job.effective_funds_check == "disabled" or job.amount is None:
-        return FundsCheckResult("not_requested", None, "", None)
+        return FundsCheckResult.passed("not_requested")
     with localcontext(EXACT_CONTEXT):
         needed = job.amount * job.buffer.multiplier + job.buffer.fixed
-        there = _available_after_releases(job, funds)
-    funds_calculation = _funds_calculation(job, funds, needed, there)
-    if there is None:
+        available = _available_after_releases(job, funds)
+    calculation = _funds_calculation(job, funds, needed, available)
+    if available is None:
         if job.effective_funds_check == "enabled":
-            return FundsCheckResult("unchecked", None, "", funds_calculation)
-        return FundsCheckResult(
-            None, Reason.FUNDS_UNKNOWN, "the provider does not know the available balance", funds_calculation
-        )
-    if there < needed:
-        detail = f"{decimal_text(needed)} {job.currency} needed, {decimal_text(there)} {job.currency} there"
-        return FundsCheckResult(None, Reason.INSUFFICIENT_FUNDS, detail, funds_calculation)
-    return FundsCheckResult("sufficient", None, "", funds_calculation)
+            return FundsCheckResult.passed("unchecked", calculation)
+        detail = "the provider does not know the available balance"
+        return FundsCheckResult.failed(Reason.FUNDS_UNKNOWN, detail, calculation)
+    if available < needed:
+        detail = f"needed {amount_text(needed, job.currency)}, available {amount_text(available, job.currency)}"
+        return FundsCheckResult.failed(Reason.INSUFFICIENT_FUNDS, detail, calculation)
+    return FundsCheckResult.passed("sufficient", calculation)
 
 
-def ineligibility(job: Job, account_kind: str | None, account_currency: str | None) -> tuple[Reason, str] | None:
-    """Why no balance of such an account can release the job, if that is known.
+def ineligibility(job: Job, account_kind: str | None, account_currency: str | None) -> Ineligibility | None:
+    """Return why no balance of such an account can release the job, or None if one can.
 
-    `kind` is Quiltt's: a liability's balance is what is owed, not what is there.
+    `account_kind` is Quiltt's. The balance of a liability account is a debt, not available money.
     """
     if job.effective_funds_check == "disabled":
         return None
     if account_kind in LIABILITY_ACCOUNT_KINDS:
-        return Reason.ACCOUNT_UNSUPPORTED, f"the account is of kind {account_kind}: its balance is owed, not there"
+        detail = f"the account is of kind {account_kind}: its balance is a debt, not available money"
+        return Ineligibility(reason=Reason.ACCOUNT_UNSUPPORTED, detail=detail)
     if account_currency not in (None, job.currency):
-        return Reason.ACCOUNT_UNSUPPORTED, f"the account is held in {account_currency}, the payment in {job.currency}"
+        detail = f"the currency of the account is {account_currency}, the currency of the payment is {job.currency}"
+        return Ineligibility(reason=Reason.ACCOUNT_UNSUPPORTED, detail=detail)
     return None
 
 
@@ -90,18 +113,19 @@ def _available_after_releases(job: Job, funds: Funds) -> Decimal | None:
 def _funds_calculation(
     job: Job, funds: Funds, needed: Decimal, available_after_releases: Decimal | None
 ) -> dict[str, Any]:
-    def text(value: Decimal | None) -> str | None:
-        return None if value is None else decimal_text(value)
-
     return {
-        "amount": text(job.amount),
-        "multiplier": text(job.buffer.multiplier),
-        "fixed": text(job.buffer.fixed),
-        "needed": text(needed),
-        "available": text(funds.available),
-        "limit": text(funds.limit) if job.include_overdraft else None,
-        "released_since_balance": text(funds.released),
+        "amount": _text_or_none(job.amount),
+        "multiplier": decimal_text(job.buffer.multiplier),
+        "fixed": decimal_text(job.buffer.fixed),
+        "needed": decimal_text(needed),
+        "available": _text_or_none(funds.available),
+        "limit": _text_or_none(funds.limit) if job.include_overdraft else None,
+        "released_since_balance": decimal_text(funds.released),
         "released_count": funds.released_count,
-        "available_after_releases": text(available_after_releases),
+        "available_after_releases": _text_or_none(available_after_releases),
         "currency": job.currency,
     }
+
+
+def _text_or_none(value: Decimal | None) -> str | None:
+    return None if value is None else decimal_text(value)

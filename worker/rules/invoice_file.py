@@ -1,15 +1,6 @@
-"""The provider's invoice against our ledger. Pure: lines and calls in, what agrees and what does not out.
+"""The provider's invoice as a CSV file: its columns, its period, and parsing. Pure.
 
-The provider gives its calls no id that we could know, so a line and a call belong together by account and time. Which
-line is which call's cannot always be told; how many of an account's calls are charged can. As many lines as possible
-find a call, and calls that are known to be accepted come first, then those of unknown fate, then those that are known
-to be free: so a call is only said not to be charged if no reading of the invoice charges it.
-
-A file that is wrong in one line is refused whole, with the line and the reason: half an invoice proves nothing.
-
-Where one month ends and the next begins, clocks may differ: a call nearer to that moment than the tolerance may stand
-in either month's invoice. What one of them charges there, the other one cannot charge again; and a call that neither
-has is free once both were applied, in whatever order: whichever comes second closes it.
+A file with one wrong line is rejected as a whole, with the line and the reason, because half an invoice proves nothing.
 """
 
 import csv
@@ -24,50 +15,54 @@ AMOUNT_PATTERN = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 
 
 class InvoiceError(Exception):
-    """The invoice cannot be used; the message names the line, the column and the rule."""
+    """The invoice cannot be used. The message names the line, the column and the rule."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InvoiceColumns:
-    """Which columns of the file mean what."""
+    """Names of the columns."""
 
     account: str = "account_id"
     at: str = "date"
-    """A day (then any call of that day, in UTC, may be meant) or a time with a zone."""
+    """A day in UTC, for a call at any time of that day, or a time with a time zone."""
     amount: str = "amount"
     number: str | None = None
-    """The provider's own number of the line, for the evidence."""
+    """The provider's number of the line, for the evidence."""
     currency: str | None = None
-    """The currency of the line, if the file says it."""
+    """The currency of the line, if the file has it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InvoicePeriod:
-    """What an invoice is for: calls made from `since` to before `until`."""
+    """The period of an invoice: calls made from `since` to before `until`."""
 
     since: datetime
     until: datetime
     tolerance: timedelta
-    """How far the invoice's times and ours may be apart."""
+    """Maximum difference between the invoice's times and the ledger's."""
 
     def contains(self, at: datetime) -> bool:
-        """Whether a call made at this time belongs to the invoice, by our clock."""
+        """Return whether a call made at this time belongs to the invoice, by the ledger's clock."""
         return self.since <= at < self.until
 
     def contains_with_margin(self, at: datetime) -> bool:
-        """The same by any clock within the tolerance: nearer to the edge, the neighbouring invoice may have it."""
+        """Return whether it belongs to the invoice by any clock within the tolerance.
+
+        Nearer to a boundary, the call may be on the neighbouring month's invoice.
+        """
         return self.since + self.tolerance <= at < self.until - self.tolerance
 
     def nearest_boundary(self, at: datetime) -> datetime:
-        """Which of its two ends is nearer to this time."""
-        return min(self.since, self.until, key=lambda edge: abs(at - edge))
+        """Return `since` or `until`, the nearer one to this time."""
+        return min(self.since, self.until, key=lambda boundary: abs(at - boundary))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InvoiceLine:
     """One charge of the invoice, for a call made from `since` to `until`."""
 
     row: int
+    """Line number in the file."""
     number: str
     account_id: str
     since: datetime
@@ -76,11 +71,11 @@ class InvoiceLine:
 
 
 def parse_invoice(text: str, columns: InvoiceColumns, period: InvoicePeriod, currency: str) -> list[InvoiceLine]:
-    """Read a CSV file with a header line, all in one currency.
+    """Parse a CSV file with a header line, all in one currency.
 
     Raises:
-        InvoiceError: a column is missing, a line breaks a rule, is not for this period or in another currency, or there
-            is no line at all.
+        InvoiceError: a column is missing, a line breaks a rule, is outside the period or in another currency, a number
+            is repeated, or the file has no lines.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -89,7 +84,7 @@ def parse_invoice(text: str, columns: InvoiceColumns, period: InvoicePeriod, cur
     except csv.Error as error:
         raise InvoiceError(f"after line {reader.line_num}: not CSV: {error}") from None
     if not lines:
-        raise InvoiceError("the file has no lines but its header")
+        raise InvoiceError("the file has no lines after its header")
     for line in lines:
         if line.since < period.since - period.tolerance or line.until > period.until + period.tolerance:
             raise InvoiceError(f"line {line.row}: {line.since:%Y-%m-%d} is not in {period.since:%Y-%m}")
@@ -101,27 +96,32 @@ def parse_invoice(text: str, columns: InvoiceColumns, period: InvoicePeriod, cur
 def _check_header(present: Sequence[str], columns: InvoiceColumns) -> None:
     for name in filter(None, vars(columns).values()):
         if present.count(name) != 1:
-            how_many = "no column" if name not in present else "more than one column"
-            raise InvoiceError(f"the file has {how_many} {name!r}; it has {', '.join(present) or 'none'}")
+            problem = "no column" if name not in present else "more than one column"
+            raise InvoiceError(f"the file has {problem} {name!r}; its columns: {', '.join(present) or 'none'}")
 
 
 def _check_unique_numbers(lines: Sequence[InvoiceLine]) -> None:
-    first: dict[str, int] = {}
+    first_row: dict[str, int] = {}
     for line in lines:
-        if line.number in first:
-            raise InvoiceError(f"line {line.row}: number {line.number!r} stands in line {first[line.number]} already")
-        first[line.number] = line.row
+        if line.number in first_row:
+            raise InvoiceError(f"line {line.row}: number {line.number!r} is already in line {first_row[line.number]}")
+        first_row[line.number] = line.row
 
 
 def _parse_line(row: int, cells: Mapping[str, str | None], columns: InvoiceColumns, currency: str) -> InvoiceLine:
     if None in cells or None in cells.values():
-        raise InvoiceError(f"line {row}: has not as many fields as the header")
-    if columns.currency and (told := _required_cell(row, columns.currency, cells)) != currency:
-        raise InvoiceError(f"line {row}: {columns.currency} is {told!r}, and the calls of {currency} are looked at")
-    account_id = _required_cell(row, columns.account, cells)
-    since, until = _parse_period(row, columns.at, _required_cell(row, columns.at, cells))
-    number = _required_cell(row, columns.number, cells) if columns.number else str(row)
-    return InvoiceLine(row, number, account_id, since, until, _parse_amount(row, columns.amount, cells))
+        raise InvoiceError(f"line {row}: the number of fields differs from the header")
+    if columns.currency and (found := _required_cell(row, columns.currency, cells)) != currency:
+        raise InvoiceError(f"line {row}: {columns.currency} is {found!r}, but the calls are in {currency}")
+    since, until = _parse_time_span(row, columns.at, _required_cell(row, columns.at, cells))
+    return InvoiceLine(
+        row=row,
+        number=_required_cell(row, columns.number, cells) if columns.number else str(row),
+        account_id=_required_cell(row, columns.account, cells),
+        since=since,
+        until=until,
+        amount=_parse_amount(row, columns.amount, cells),
+    )
 
 
 def _required_cell(row: int, column: str, cells: Mapping[str, str | None]) -> str:
@@ -131,16 +131,17 @@ def _required_cell(row: int, column: str, cells: Mapping[str, str | None]) -> st
     return text
 
 
-def _parse_period(row: int, column: str, text: str) -> tuple[datetime, datetime]:
+def _parse_time_span(row: int, column: str, text: str) -> tuple[datetime, datetime]:
+    """Return the start and end of a day, or a time twice."""
     try:
         at = datetime.fromisoformat(text)
         if at.tzinfo is not None:
             return at.astimezone(UTC), at.astimezone(UTC)
         at + timedelta(days=1)
     except (ValueError, OverflowError):
-        raise InvoiceError(f"line {row}: {column} is no date or time (ISO 8601): {text!r}") from None
+        raise InvoiceError(f"line {row}: {column} is not a date or time (ISO 8601): {text!r}") from None
     if at.time() != time.min or len(text) > len("2026-11-22"):
-        raise InvoiceError(f"line {row}: {column} is a time without a zone: {text!r}")
+        raise InvoiceError(f"line {row}: {column} is a time without a time zone: {text!r}")
     day = at.replace(tzinfo=UTC)
     return day, day + timedelta(days=1)
 
@@ -148,5 +149,5 @@ def _parse_period(row: int, column: str, text: str) -> tuple[datetime, datetime]
 def _parse_amount(row: int, column: str, cells: Mapping[str, str | None]) -> Decimal:
     text = _required_cell(row, column, cells)
     if not re.fullmatch(AMOUNT_PATTERN, text, re.ASCII):
-        raise InvoiceError(f"line {row}: {column} must be a sum of zero or more, digits and a point: {text!r}")
+        raise InvoiceError(f"line {row}: {column} must be an amount of 0 or more, such as 0.10: {text!r}")
     return Decimal(text)

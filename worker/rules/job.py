@@ -1,45 +1,45 @@
-"""The shapes on the wire: the job and the outcome of the payments service, and the events of the provider.
+"""The contract with the payments service: the job that it sends, and the outcome that it gets.
 
-JSON Schema of the first two is published under `docs/contracts/`. No error text shows the input: it may be private.
+Their JSON Schemas are published under `docs/contracts/`. Error texts name fields and rules, never values: a value may
+be private.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import InvalidJob
-from worker.rules.decimals import MINOR_UNIT_DIGITS, WIDE_CONTEXT, BoundedDecimalString, DecimalString
+from worker.rules.decimals import WIDE_CONTEXT, BoundedDecimalString, DecimalString, minor_unit_digits
 
 MAX_METADATA_BYTES = 4096
 MAX_METADATA_LEVELS = 64
-"""Of lists and objects in one another: far from where what reads or writes JSON gives up."""
+"""Maximum nesting of lists and objects: far below the limits of JSON parsers and writers."""
+MAX_PAYMENT_ID_CHARS = 128
+MAX_TIMEOUT_S = 3600
+MAX_BALANCE_AGE_S = 86_400
+MAX_REPORTED_NAME_CHARS = 64
+"""An error text shows at most so much of the name of an unknown field."""
 
 QuilttId = Annotated[str, Field(pattern=r"^[a-z]{1,8}_[0-9A-Za-z]{1,64}$")]
-"""Quiltt's ids are opaque; this is all that can be said of them."""
+"""An id of Quiltt. Quiltt documents its ids as opaque: the pattern only excludes what is clearly not an id."""
 
 FundsCheck = Literal["required", "enabled", "disabled"]
 Verdict = Literal["sufficient", "unchecked", "not_requested"]
 
 
 class ContractModel(BaseModel):
-    """Base of what is agreed with the payments service: immutable, unknown keys refused by name."""
+    """Base of the contract's models: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
 class Buffer(ContractModel):
-    """What must be available beyond the amount: the sum needed is `amount * multiplier + fixed`."""
+    """Amount required beyond the payment: the balance must cover `amount * multiplier + fixed`."""
 
     multiplier: Annotated[BoundedDecimalString, Field(ge=1, le=5)] = Decimal(1)
     fixed: Annotated[BoundedDecimalString, Field(ge=0)] = Decimal(0)
@@ -48,96 +48,145 @@ class Buffer(ContractModel):
 class Job(ContractModel):
     """The keyword arguments of `payments.initiate`."""
 
-    payment_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
-    """The payments service's own id; the job is idempotent on it. Printable ASCII without spaces."""
+    payment_id: Annotated[str, Field(min_length=1, max_length=MAX_PAYMENT_ID_CHARS, pattern=r"^[!-~]+$")]
+    """The payments service's own id, and the idempotency key of the job. Printable ASCII without spaces."""
     account_id: QuilttId
     profile_id: QuilttId | None = None
-    """With it payready can read the balance, free of charge, shortly before the deadline: a webhook may be lost.
-    And the payment fails as soon as the profile is deleted."""
+    """Needed for the free balance poll shortly before the deadline, in case a webhook is lost.
+    The payment fails as soon as Quiltt reports that the profile is deleted."""
     connection_id: QuilttId | None = None
-    """With it the payment fails as soon as the connection is known to be broken, not only at its deadline."""
+    """With it, the payment fails as soon as Quiltt reports that the connection is lost, not only at the deadline."""
     amount: Annotated[BoundedDecimalString, Field(gt=0)] | None = None
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
-    timeout_s: Annotated[int, Field(strict=True, ge=1, le=3600)] = 120
-    """How long to wait for the balance, counted from when payready takes the job."""
-    max_balance_age_s: Annotated[int, Field(strict=True, ge=0, le=86_400)] = 30
-    """How old a balance may be; 0 means that only a call sent after this job counts."""
+    timeout_s: Annotated[int, Field(strict=True, ge=1, le=MAX_TIMEOUT_S)] = 120
+    """Time until the payment's deadline, in seconds from when payready accepts the job."""
+    max_balance_age_s: Annotated[int, Field(strict=True, ge=0, le=MAX_BALANCE_AGE_S)] = 30
+    """Maximum age of the balance in seconds. 0 means that the refresh call must be made after this job."""
     funds_check: FundsCheck | None = None
-    """`required`: fails when it cannot be checked. `enabled`: then releases as `unchecked`. Default: `required` when
-    an amount is given, else `disabled`."""
+    """`required`: the payment fails if its funds cannot be checked. `enabled`: it is then released as `unchecked`.
+    Default: `required` if an amount is given, else `disabled`."""
     buffer: Buffer = Buffer()
     include_overdraft: Annotated[bool, Field(strict=True)] = False
-    """Whether an agreed overdraft counts as money that is there."""
+    """Whether the overdraft limit counts as available funds."""
     metadata: dict[str, Any] = Field(default_factory=dict)
-    """Handed back with the outcome, at most 4 KiB of JSON."""
+    """Returned with the outcome. At most 4 KiB of JSON."""
 
     @property
     def effective_funds_check(self) -> FundsCheck:
-        """The funds check that applies."""
+        """The funds check that applies, with the default resolved."""
         return self.funds_check or ("disabled" if self.amount is None else "required")
 
     def min_balance_at(self, requested_at: datetime) -> datetime:
-        """The oldest time a balance may have and still serve this job."""
+        """Return the minimum time of a balance that may release this job."""
         return requested_at - timedelta(seconds=self.max_balance_age_s)
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
         if self.amount is None:
             if self.effective_funds_check != "disabled":
-                raise ValueError("amount: is needed for a funds check")
+                raise ValueError("amount: is missing, but a funds check needs it")
             return self
-        digits = MINOR_UNIT_DIGITS.get(self.currency, 2)
+        digits = minor_unit_digits(self.currency)
         if self.amount != self.amount.quantize(Decimal(1).scaleb(-digits), context=WIDE_CONTEXT):
-            raise ValueError(f"amount: has more than the {digits} decimal places of {self.currency}")
+            allowed = f"at most {digits} decimal places" if digits else "no decimal places"
+            raise ValueError(f"amount: must have {allowed} in {self.currency}")
         return self
 
     @model_validator(mode="after")
     def _check_metadata(self) -> Self:
         if _is_nested_deeper(self.metadata, MAX_METADATA_LEVELS):
-            raise ValueError(f"metadata: has more than {MAX_METADATA_LEVELS} levels")
+            raise ValueError(f"metadata: must not have more than {MAX_METADATA_LEVELS} levels of lists and objects")
         try:
             size = len(json.dumps(self.metadata, allow_nan=False))
         except (TypeError, ValueError):
-            raise ValueError("metadata: must be a JSON object") from None
+            raise ValueError(f"metadata: {_FIELD_RULES['metadata']}") from None
         if size > MAX_METADATA_BYTES:
-            raise ValueError(f"metadata: is {size} bytes of JSON, more than {MAX_METADATA_BYTES}")
+            raise ValueError(f"metadata: must not have more than {MAX_METADATA_BYTES} bytes of JSON, but has {size}")
         return self
 
 
 def _is_nested_deeper(value: Any, max_levels: int) -> bool:
-    """Whether lists and objects are in one another on more levels than that."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
-    return inner is not None and (max_levels == 0 or any(_is_nested_deeper(one, max_levels - 1) for one in inner))
+    """Whether lists and objects are nested on more than `max_levels` levels."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    return children is not None and (
+        max_levels == 0 or any(_is_nested_deeper(child, max_levels - 1) for child in children)
+    )
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
-    """Read a job for accounts held in `currency`.
+    """Parse a job. `currency` is the currency of all accounts.
 
     Raises:
-        InvalidJob: names each field that breaks its rule, and the rule.
+        InvalidJob: at least one field is wrong. The message names each such field and its rule.
     """
     try:
         job = Job.model_validate(dict(arguments))
     except ValidationError as error:
-        raise InvalidJob("; ".join(_validation_message(item) for item in error.errors(include_input=False))) from None
+        problems = dict.fromkeys(_problem_text(problem) for problem in error.errors(include_input=False))
+        raise InvalidJob("; ".join(problems)) from None
     if job.currency != currency:
-        raise InvalidJob(f"currency: is {job.currency}, but the accounts are held in {currency}")
+        raise InvalidJob(f"currency: is {job.currency}, but the currency of the accounts is {currency}")
     return job
 
 
 def stored_job(stored: Mapping[str, Any]) -> Job:
-    """Read a job from the ledger; what a later release knew and this one does not is left out."""
+    """Parse a job from the ledger. Fields that only a later release knows are ignored."""
     return Job.model_validate({name: value for name, value in stored.items() if name in Job.model_fields})
 
 
-def _validation_message(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+_FIELD_RULES: Mapping[str, str] = {
+    "payment_id": f"must be 1 to {MAX_PAYMENT_ID_CHARS} printable ASCII characters without spaces",
+    "account_id": 'must be a Quiltt account id, such as "acct_12Hz9Dz7"',
+    "profile_id": 'must be a Quiltt profile id, such as "p_12Hz9Dz7"',
+    "connection_id": 'must be a Quiltt connection id, such as "conn_12Hz9Dz7"',
+    "amount": 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"',
+    "currency": 'must be three capital letters, such as "USD"',
+    "timeout_s": f"must be a whole number of seconds from 1 to {MAX_TIMEOUT_S}",
+    "max_balance_age_s": f"must be a whole number of seconds from 0 to {MAX_BALANCE_AGE_S}",
+    "funds_check": 'must be "required", "enabled" or "disabled"',
+    "buffer": 'must be an object, such as {"multiplier": "1.05", "fixed": "2.00"}',
+    "buffer.multiplier": 'must be a decimal in a string, from "1" to "5" and with at most 38 digits',
+    "buffer.fixed": 'must be a decimal in a string, "0" or more and with at most 38 digits, such as "2.00"',
+    "include_overdraft": "must be true or false",
+    "metadata": "must be a JSON object",
+}
+"""The rule of each field, in the words of the error texts. One text covers all that can be wrong with a value."""
+
+
+def _problem_text(problem: Mapping[str, Any]) -> str:
+    """Return one problem that pydantic found in our words: its own texts quote regular expressions and Python types."""
+    location: tuple[int | str, ...] = problem["loc"]
+    if not location:  # raised by a validator of ours, which names the field
+        return str(problem["ctx"]["error"])
+    name, *inner = location
+    if name == "buffer" and inner:
+        return _field_problem(f"buffer.{inner[0]}", problem["type"])
+    return _field_problem(str(name), problem["type"])
+
+
+def _field_problem(name: str, problem_type: str) -> str:
+    rule = _FIELD_RULES.get(name)
+    if rule is None:
+        return _unknown_field(name)
+    return f"{name}: is missing" if problem_type == "missing" else f"{name}: {rule}"
+
+
+def _unknown_field(name: str) -> str:
+    prefix, owner = ("buffer.", "the buffer") if name.startswith("buffer.") else ("", "a job")
+    fields = Buffer.model_fields if prefix else Job.model_fields
+    similar = difflib.get_close_matches(name.removeprefix(prefix)[:MAX_REPORTED_NAME_CHARS], fields, n=1)
+    hint = f' (did you mean "{similar[0]}"?)' if similar else ""
+    return f"{name[:MAX_REPORTED_NAME_CHARS]}: is not a field of {owner}{hint}"
+
+
+# --- the outcome ------------------------------------------------------------------------------------------------------
 
 
 class OutcomeBalance(ContractModel):
-    """The balance that settled a payment, as the provider told it. Null is unknown, not zero."""
+    """The balance that released the payment, as the provider sent it. Null means unknown, not zero."""
 
     id: str
     at: AwareDatetime
@@ -148,30 +197,32 @@ class OutcomeBalance(ContractModel):
 
 
 class FeeShare(ContractModel):
-    """What this payment owes of the provider's charge."""
+    """This payment's share of the fees of its refresh."""
 
     amount: BoundedDecimalString
     currency: str
     state: Literal["pending", "posted", "void", "reused"]
-    """`pending`: not known yet whether the provider charges. `reused`: an earlier call's balance served."""
+    """`pending`: it is not known yet whether the provider bills the call. `reused`: the payment was released by the
+    balance of an earlier call and has no share."""
 
 
 class Outcome(ContractModel):
-    """The result of `payments.initiate` when the payment may start.
+    """The result of `payments.initiate` if the payment is released.
 
-    When it may not, the task raises `PaymentNotReady(reason, detail)` instead.
+    If the payment fails, the task raises `PaymentNotReady(reason, detail)` instead.
     """
 
     payment_id: str
     state: Literal["released"]
     verdict: Verdict
-    """`sufficient`: checked and covered. `unchecked`: wanted, but could not be checked. `not_requested`."""
+    """`sufficient`: the funds were checked and cover the payment. `unchecked`: a check was requested, but the available
+    balance is unknown. `not_requested`: no check was requested."""
     balance: OutcomeBalance
     requested_at: AwareDatetime
     resolved_at: AwareDatetime
     waited_ms: int
     refresh_id: str | None
     shared_by: int
-    """How many payments share the call's fee, this one included; 0 when the balance was reused."""
+    """Number of payments that share the fee, including this one. 0 if the balance was reused."""
     fee: FeeShare
     metadata: dict[str, Any]

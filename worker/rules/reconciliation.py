@@ -1,20 +1,26 @@
-"""The provider's invoice against our ledger. Pure: lines and calls in, what agrees and what does not out.
+"""Reconcile the provider's invoice with the ledger: match charges to calls, and decide which pending calls are free.
 
-The provider gives its calls no id that we could know, so a line and a call belong together by account and time. Which
-line is which call's cannot always be told; how many of an account's calls are charged can. As many lines as possible
-find a call, and calls that are known to be accepted come first, then those of unknown fate, then those that are known
-to be free: so a call is only said not to be charged if no reading of the invoice charges it.
+Pure: lines and calls in, a `Reconciliation` out. The provider gives its calls no id that the ledger has, so a line and
+a call match by account and time. Often several matchings are possible; the number of charged calls of an account is the
+same in all of the largest. So per account a maximum bipartite matching of lines and calls is computed, with augmenting
+paths:
 
-A file that is wrong in one line is refused whole, with the line and the reason: half an invoice proves nothing.
+1. Sort the account's calls: calls of the invoice's period first; then posted, pending, void; then by time.
+2. For each call in this order, search breadth-first for an augmenting path: a line that is free, or a line whose call
+   can be moved to another line, and so on.
+3. If there is a path, move each call on it one line further. No call loses its line. So an earlier call in the order
+   has priority, and the matching has the maximum size.
+4. Every call without a line is uncharged in every largest matching with these priorities.
 
-Where one month ends and the next begins, clocks may differ: a call nearer to that moment than the tolerance may stand
-in either month's invoice. What one of them charges there, the other one cannot charge again; and a call that neither
-has is free once both were applied, in whatever order: whichever comes second closes it.
+A pending call that is matched is posted; a pending call that no invoice can charge is void.
+
+Clocks differ at a month's boundary: a call nearer to it than the tolerance may be on the invoice of either month. If
+one invoice charges it, the other cannot. If neither does, the invoice that is applied second voids it.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -23,9 +29,9 @@ from worker.rules.invoice_file import InvoiceError, InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LedgerCall:
-    """One call of ours, with the state of its last entry."""
+    """A call of the ledger, with the state of its last fee entry."""
 
     call_id: str
     account_id: str
@@ -34,72 +40,73 @@ class LedgerCall:
     price: Decimal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AppliedInvoice:
-    """What is remembered of an invoice that calls were settled by."""
+    """An invoice that was applied to the ledger earlier."""
 
     period: InvoicePeriod
     edge_calls: frozenset[str]
-    """The calls that it charges so near to the ends of its period that another one could, too."""
+    """Ids of the calls that it charged so near to a boundary of its period that another invoice could charge them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LineMatch:
-    """A line and the call it charges."""
+    """A line and the call that it charges."""
 
     line: InvoiceLine
     call: LedgerCall
 
     @property
     def price_differs(self) -> bool:
-        """Whether the provider charges another price than the ledger carries."""
+        """Whether the line's amount differs from the ledger's price."""
         return self.line.amount != self.call.price
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reconciliation:
-    """What came of laying an invoice beside the ledger."""
+    """The result of comparing an invoice with the ledger."""
 
     period: InvoicePeriod
-    matched: list[LineMatch] = field(default_factory=list)
-    unmatched_calls: list[LedgerCall] = field(default_factory=list)
-    """Calls of the invoice's period that it does not charge; void ones are not expected to be charged."""
-    unmatched_lines: list[InvoiceLine] = field(default_factory=list)
-    """Charges for which no call is known."""
-    to_void: list[LedgerCall] = field(default_factory=list)
-    """Calls of unknown fate that neither this invoice charges nor any other can."""
-    deferred_calls: list[LedgerCall] = field(default_factory=list)
-    """Those of the period that it does not charge, and that the neighbouring month's may."""
+    matched: Sequence[LineMatch]
+    unmatched_calls: Sequence[LedgerCall]
+    """Pending and posted calls of the period that the invoice does not charge."""
+    unmatched_lines: Sequence[InvoiceLine]
+    """Lines without a call."""
+    to_void: Sequence[LedgerCall]
+    """Pending calls that neither this invoice nor another one can charge."""
+    deferred_calls: Sequence[LedgerCall]
+    """Unmatched pending calls of the period that the neighbouring month's invoice may charge."""
 
     @property
     def missing_calls(self) -> list[LedgerCall]:
-        """Calls that were accepted, cost something, and stand in this invoice if it is whole."""
+        """Posted calls with a price that a complete invoice would charge, but this one does not."""
         posted = (call for call in self.unmatched_calls if call.state == EntryState.POSTED and call.price)
         return [call for call in posted if self.period.contains_with_margin(call.at)]
 
     @property
     def edge_calls(self) -> frozenset[str]:
-        """The calls that it charges and that the neighbouring month's could, too."""
-        return frozenset(m.call.call_id for m in self.matched if not self.period.contains_with_margin(m.call.at))
+        """Ids of the matched calls that the neighbouring month's invoice could charge, too."""
+        edge_matches = (match for match in self.matched if not self.period.contains_with_margin(match.call.at))
+        return frozenset(match.call.call_id for match in edge_matches)
 
     @property
     def price_differences(self) -> list[LineMatch]:
-        """Charges at another price than ours."""
+        """Matches with an amount other than the ledger's price."""
         return [match for match in self.matched if match.price_differs]
 
     @property
     def charged_though_void(self) -> list[LineMatch]:
-        """Charges for calls that, as far as the ledger knows, are free."""
+        """Matches whose call is void in the ledger."""
         return [match for match in self.matched if match.call.state == EntryState.VOID]
 
     @property
     def to_post(self) -> list[LineMatch]:
-        """Calls of unknown fate that the invoice charges."""
+        """Matches whose call is pending."""
         return [match for match in self.matched if match.call.state == EntryState.PENDING]
 
 
-STATE_PRIORITY = {EntryState.POSTED: 0, EntryState.PENDING: 1, EntryState.VOID: 2}
-"""In this order calls are given a line, as long as there are lines."""
+STATE_PRIORITY: Mapping[EntryState, int] = {EntryState.POSTED: 0, EntryState.PENDING: 1, EntryState.VOID: 2}
+"""Calls with a lower number are matched first."""
 
 
 def reconcile(
@@ -108,134 +115,159 @@ def reconcile(
     period: InvoicePeriod,
     applied_invoices: Iterable[AppliedInvoice] = (),
 ) -> Reconciliation:
-    """Lay the invoice's lines beside the ledger's calls of its period, and of the tolerance before and after it.
+    """Match the invoice's lines to calls of its period, extended by the tolerance on both sides.
 
-    `applied`: the invoices that were applied before; those of the neighbouring months have a say.
+    Args:
+        lines: the lines of the invoice.
+        calls: the ledger's calls of the extended period.
+        period: the period of the invoice.
+        applied_invoices: all invoices applied earlier. Only those of the neighbouring months have an effect.
     """
-    before = [
+    neighbours = [
         other for other in applied_invoices if period.since == other.period.until or period.until == other.period.since
     ]
-    theirs: dict[str, list[InvoiceLine]] = defaultdict(list)
-    ours: dict[str, list[LedgerCall]] = defaultdict(list)
+    # 1. Group by account: the lines, and the calls that no neighbour charges, in the order of their priority.
+    lines_by_account: dict[str, list[InvoiceLine]] = defaultdict(list)
     for line in lines:
-        theirs[line.account_id].append(line)
-    free = (call for call in calls if not any(_belongs_to(other, call) for other in before))
-    # Calls of the neighbouring months come last: their own invoices charge them, and this one's lines are for its own.
-    for call in sorted(free, key=lambda c: (not period.contains(c.at), STATE_PRIORITY[c.state], c.at, c.call_id)):
-        ours[call.account_id].append(call)
-    result = Reconciliation(period)
-    for account_id in sorted(theirs.keys() | ours.keys()):
-        charged = _match_lines(theirs[account_id], ours[account_id], period.tolerance)
-        result.matched.extend(LineMatch(line, charged[line.row]) for line in theirs[account_id] if line.row in charged)
-        result.unmatched_lines.extend(line for line in theirs[account_id] if line.row not in charged)
-        taken = {call.call_id for call in charged.values()}
-        _classify_uncharged(result, (call for call in ours[account_id] if call.call_id not in taken), before)
-    return result
+        lines_by_account[line.account_id].append(line)
+    calls_by_account: dict[str, list[LedgerCall]] = defaultdict(list)
+    chargeable = (call for call in calls if not any(_belongs_to(other, call) for other in neighbours))
+    for call in sorted(chargeable, key=lambda c: (not period.contains(c.at), STATE_PRIORITY[c.state], c.at, c.call_id)):
+        calls_by_account[call.account_id].append(call)
+    # 2. Match per account.
+    matched: list[LineMatch] = []
+    unmatched_lines: list[InvoiceLine] = []
+    uncharged: list[LedgerCall] = []
+    for account_id in sorted(lines_by_account.keys() | calls_by_account.keys()):
+        account_lines, account_calls = lines_by_account[account_id], calls_by_account[account_id]
+        matches = _match_lines(account_lines, account_calls, period.tolerance)
+        matched_rows = {match.line.row for match in matches}
+        matched_calls = {match.call.call_id for match in matches}
+        matched.extend(matches)
+        unmatched_lines.extend(line for line in account_lines if line.row not in matched_rows)
+        uncharged.extend(call for call in account_calls if call.call_id not in matched_calls)
+    # 3. Classify the calls without a line.
+    to_void = [call for call in uncharged if _is_free(call, period, neighbours)]
+    void_ids = {call.call_id for call in to_void}
+    in_period = [call for call in uncharged if period.contains(call.at)]
+    return Reconciliation(
+        period=period,
+        matched=matched,
+        unmatched_calls=[call for call in in_period if call.state != EntryState.VOID],
+        unmatched_lines=unmatched_lines,
+        to_void=to_void,
+        deferred_calls=[
+            call for call in in_period if call.state == EntryState.PENDING and call.call_id not in void_ids
+        ],
+    )
 
 
 def _belongs_to(invoice: AppliedInvoice, call: LedgerCall) -> bool:
-    """Whether the call is the other invoice's, by its time or because it charges it."""
+    """Return whether another invoice has the call: by its time, or because it charged it."""
     return call.call_id in invoice.edge_calls or invoice.period.contains_with_margin(call.at)
 
 
-def _classify_uncharged(
-    result: Reconciliation, calls: Iterable[LedgerCall], neighbours: Sequence[AppliedInvoice]
-) -> None:
-    """Tell apart what of it is free, what is left to the neighbouring month, and what only we know of."""
-    period = result.period
-    for call in calls:
-        if period.contains(call.at) and call.state != EntryState.VOID:
-            result.unmatched_calls.append(call)
-        if call.state != EntryState.PENDING:
-            continue
-        edge = period.nearest_boundary(call.at)
-        if period.contains_with_margin(call.at) or any(edge in (o.period.since, o.period.until) for o in neighbours):
-            result.to_void.append(call)
-        elif period.contains(call.at):
-            result.deferred_calls.append(call)
+def _is_free(call: LedgerCall, period: InvoicePeriod, neighbours: Sequence[AppliedInvoice]) -> bool:
+    """Return whether an uncharged call is pending, and no invoice of a neighbouring month can charge it any more."""
+    if call.state != EntryState.PENDING:
+        return False
+    boundary = period.nearest_boundary(call.at)
+    return period.contains_with_margin(call.at) or any(
+        boundary in (other.period.since, other.period.until) for other in neighbours
+    )
 
 
 def check_total(lines: Sequence[InvoiceLine], total: Decimal) -> None:
-    """Hold the lines against the sum that the invoice names.
+    """Compare the sum of the lines with the invoice's total.
 
     Raises:
-        InvoiceError: they come to another one.
+        InvoiceError: they differ.
     """
     found = sum((line.amount for line in lines), Decimal(0))
     if found != total:
         raise InvoiceError(
-            f"its {len(lines)} lines come to {decimal_text(found)}, not to {decimal_text(total)}: is the file whole?"
+            f"the {len(lines)} lines add up to {decimal_text(found)}, but --total is {decimal_text(total)}; "
+            "the file may be truncated"
         )
 
 
 def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
-    """Whether calls may be closed by this file: it must be an invoice of ours, and there is no sign that it is cut off.
+    """Check that the file is an invoice for this ledger, and shows no sign of truncation or repetition.
 
-    `is_whole`: its lines come to the sum that the invoice names, so that no sign counts.
+    Args:
+        result: the reconciliation of the file.
+        total_matches: the lines add up to the invoice's total. Then only a file without any match is rejected.
 
     Raises:
-        InvoiceError: a file that was cut off, doubled, or made for somebody else would look like this.
+        InvoiceError: the file may be truncated, repeat lines, or be another customer's.
     """
     count = len(result.matched) + len(result.unmatched_lines)
     if not result.matched:
-        raise InvoiceError(f"none of its {count} lines belongs to a call of ours: is it the right file?")
+        raise InvoiceError(f"none of the {count} lines matches a call of the ledger; check that this is the right file")
     if total_matches:
         return
     if len(result.unmatched_lines) >= len(result.matched):
         raise InvoiceError(
-            f"only {len(result.matched)} of its {count} lines belong to calls of ours: is it the right file, and is "
-            "nothing twice in it? If all is well, give the invoice's sum as --total"
+            f"only {len(result.matched)} of the {count} lines match a call of the ledger; check that this is the right "
+            "file and repeats no line. If it is correct, give the invoice's sum as --total"
         )
     if result.missing_calls:
-        last = max(match.line.until for match in result.matched)
+        last_call = max(call.at for call in result.missing_calls)
+        last_line = max(match.line.until for match in result.matched)
         raise InvoiceError(
-            f"{len(result.missing_calls)} calls that the provider accepted are not in it, the last of "
-            f"{max(call.at for call in result.missing_calls):%Y-%m-%d %H:%M}Z; its own last one is of {last:%Y-%m-%d %H:%M}Z: "
-            "is the file whole? If it is, give the invoice's sum as --total"
+            f"{len(result.missing_calls)} accepted calls are missing from the invoice, the last made at "
+            f"{last_call:%Y-%m-%d %H:%M}Z; the last matched line is of {last_line:%Y-%m-%d %H:%M}Z. The file may be "
+            "truncated. If it is complete, give the invoice's sum as --total"
         )
 
 
-def _match_lines(
-    lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tolerance: timedelta
-) -> dict[int, LedgerCall]:
-    """For each row that charges a call, the call. Who comes first in `calls` has a line if there is any way to it.
+def _match_lines(lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tolerance: timedelta) -> list[LineMatch]:
+    """Return a maximum matching of one account's lines and calls, in the order of the lines.
 
-    Each call in turn looks for a free line; where it finds only taken ones, their holders look for another one, and so
-    on (augmenting paths, breadth first). Nobody who has a line loses it, so that earlier calls come first.
+    Calls are given by priority: a call has a line whenever all calls before it that have one can keep one.
     """
-    call_by_row: dict[int, LedgerCall] = {}
-    row_by_call: dict[str, int] = {}
+    matching = _Matching(lines, tolerance)
     for call in calls:
+        matching.add(call)
+    return [
+        LineMatch(line=line, call=matching.call_by_row[line.row]) for line in lines if line.row in matching.call_by_row
+    ]
+
+
+class _Matching:
+    """A bipartite matching of lines and calls that grows by augmenting paths."""
+
+    def __init__(self, lines: Sequence[InvoiceLine], tolerance: timedelta) -> None:
+        self._lines = lines
+        self._tolerance = tolerance
+        self.call_by_row: dict[int, LedgerCall] = {}
+        self._row_by_call: dict[str, int] = {}
+
+    def add(self, call: LedgerCall) -> None:
+        """Match the call if there is an augmenting path from it. Search breadth-first."""
         parent: dict[int, LedgerCall] = {}
         queue = deque([call])
         while queue:
             current = queue.popleft()
-            for line in _candidate_lines(current, lines, tolerance):
+            for line in self._candidate_lines(current):
                 if line.row in parent:
                     continue
                 parent[line.row] = current
-                if line.row in call_by_row:
-                    queue.append(call_by_row[line.row])
-                else:
-                    _augment(line.row, parent, call_by_row, row_by_call)
-                    queue.clear()
-                    break
-    return call_by_row
+                if line.row not in self.call_by_row:
+                    self._augment(line.row, parent)
+                    return
+                queue.append(self.call_by_row[line.row])
 
+    def _candidate_lines(self, call: LedgerCall) -> list[InvoiceLine]:
+        """Return the lines that may charge this call, the most likely first."""
+        near = [line for line in self._lines if line.since - self._tolerance <= call.at <= line.until + self._tolerance]
+        return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))
 
-def _candidate_lines(call: LedgerCall, lines: Sequence[InvoiceLine], tolerance: timedelta) -> list[InvoiceLine]:
-    """The lines that may charge this call, the likeliest first."""
-    near = [line for line in lines if line.since - tolerance <= call.at <= line.until + tolerance]
-    return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))
-
-
-def _augment(
-    row: int, parent: Mapping[int, LedgerCall], call_by_row: dict[int, LedgerCall], row_by_call: dict[str, int]
-) -> None:
-    """Give a free line to who asked for it, the line that they held to who asked for that, and so on."""
-    free: int | None = row
-    while free is not None:
-        taker = parent[free]
-        given_up = row_by_call.get(taker.call_id)
-        call_by_row[free], row_by_call[taker.call_id] = taker, free
-        free = given_up
+    def _augment(self, free_row: int, parent: Mapping[int, LedgerCall]) -> None:
+        """Move each call on the path one line further, from the free line back to the new call."""
+        row: int | None = free_row
+        while row is not None:
+            call = parent[row]
+            previous_row = self._row_by_call.get(call.call_id)
+            self.call_by_row[row], self._row_by_call[call.call_id] = call, row
+            row = previous_row

@@ -1,14 +1,14 @@
-"""The clock of one replica in a storm: off by `STORM_SKEW_S`. Python imports this by itself, from `PYTHONPATH`.
+"""Clock of one replica in a chaos test, which deviates by `CHAOS_SKEW_S`. Python imports this file automatically.
 
-A library that deceives the whole process, as libfaketime, also breaks sleeping in it; what payready and Celery read of
-the time are these two.
+Libraries such as libfaketime change the time of the whole process, which also breaks sleeping. payready and Celery read
+the time only through the two functions that are replaced here.
 """
 
 import os
 import time
 from datetime import datetime, timedelta, tzinfo
 
-SKEW = timedelta(seconds=float(os.environ.get("STORM_SKEW_S", "0")))
+SKEW = timedelta(seconds=float(os.environ.get("CHAOS_SKEW_S", "0")))
 
 _true_time = time.time
 
@@ -20,7 +20,7 @@ class _Clock(datetime):
 
 
 if SKEW:
-    time.time = lambda: _true_time() + SKEW.total_seconds()  # before anyone imports it by name
+    time.time = lambda: _true_time() + SKEW.total_seconds()  # before other modules import it by name
 
     import worker.runtime
 

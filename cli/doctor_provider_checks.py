@@ -1,0 +1,177 @@
+"""Checks of `payready doctor` about the provider: API key and price, calls, webhook, subscription, fee caps."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import timedelta
+
+from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
+from cli.render import count_text, price_text, time_text
+from config.settings import DEMO_SECRET_PREFIX
+from webhook import signature
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.errors import CallFailed, CallRejected
+from worker.ledger import metrics_queries, schema
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_only
+from worker.ledger_metrics import cap_used_ratios
+from worker.quiltt import subscriptions
+from worker.rules.pricing import PriceListError
+from worker.rules.states import RefreshState
+from worker.runtime import subscriptions_client
+
+CAP_WARNING_RATIO = 0.9
+CALLS_LOOKBACK = timedelta(minutes=15)
+"""Only calls of this time are counted, without calls whose balance may still arrive."""
+MISSING_WARNING_RATIO = 0.1
+"""Share of calls without a balance that is a warning."""
+MISSING_ERROR_RATIO = 0.5
+"""Share of calls without a balance that is an error."""
+HTTP_TIMEOUT_S = 3
+_MISSING_BALANCES_FIX = (
+    "fix `webhook` and `subscription` above, if they fail; else search the log of `web` for `webhook.delivery`: "
+    "result=mismatch is a wrong PAYREADY_WEBHOOK_SECRETS, result=stale a wrong clock; "
+    "without any such event, check the proxy"
+)
+_OTHER_STATUS_FIX = "check the proxy in front of `web`, and the log of `web`"
+_STATUS_FIXES = {
+    401: "`web` runs with different secrets, or its clock is wrong: restart it, compare the clocks",
+    503: "the database is unavailable, or `web` cannot reach it",
+}
+
+
+def check_api_key(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that the provider accepts the API key, its environment is the intended one, and its calls have a price."""
+    settings, rt = context.settings, context.rt
+    try:
+        mode = rt.provider.api_key_mode()
+    except CallRejected as rejected:
+        yield error("api key", str(rejected), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh`")
+        return
+    except CallFailed as failure:
+        yield error("api key", str(failure), "check that this host can reach PAYREADY_QUILTT_AUTH_URL")
+        return
+    yield ok("api key", f"accepted, mode {mode}")
+    if mode == "PRODUCTION" and settings.env != "production" and not settings.allow_production_key:
+        yield error(
+            "api key", "its calls are billed, but PAYREADY_ENV is development", "set PAYREADY_ENV, or a test key"
+        )
+    elif mode != "PRODUCTION" and settings.env == "production":
+        yield warning("api key", f"its mode is {mode}, but PAYREADY_ENV is production", "set PAYREADY_QUILTT_API_KEY")
+    yield from _check_price(context, mode)
+
+
+def _check_price(context: CheckContext, mode: str) -> Iterator[CheckResult]:
+    settings, rt = context.settings, context.rt
+    try:
+        price = rt.price_list.price_for(mode, rt.clock().date())
+    except PriceListError as problem:
+        yield error("price", f"{problem}; payready makes no calls", f"add the price to {settings.price_list_file}")
+        return
+    yield ok("price", f"{price_text(price.per_call, price.currency)} per call, price list {price.price_list}")
+    if settings.env == "production" and "price_list_file" not in settings.model_fields_set:
+        fix = "set PAYREADY_PRICE_LIST_FILE to a file with your contract's prices"
+        yield warning("price", "the price list is the example", fix)
+
+
+def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that the circuit breaker is closed."""
+    try:
+        open_until = context.rt.admission.status(context.rt.clock()).open_until
+    except REDIS_UNAVAILABLE:
+        return  # check_redis reports it
+    if open_until is not None:
+        message = f"the circuit breaker is open: no calls until {time_text(open_until)}, then one probe"
+        yield error("calls", message, "search the log of `refresh` for `circuit_breaker.opened`; ask Quiltt")
+
+
+def check_caps_and_balances(context: CheckContext) -> Iterator[CheckResult]:
+    """Check how far fee caps are used, and how many calls brought no balance."""
+    try:
+        with read_only(context.rt.engine) as tx:
+            if schema.current_revision(tx) == schema.required_revision():
+                yield from _check_caps(context, tx)
+                yield from _check_balances(context, tx)
+    except DATABASE_UNAVAILABLE:
+        return  # check_database reports it
+
+
+def _check_caps(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
+    for cap, used_ratio in cap_used_ratios(context.rt, tx, context.rt.clock()).items():
+        message = f"{used_ratio:.0%} of the cap per {cap} is used"
+        if used_ratio >= CAP_WARNING_RATIO:
+            fix = f"raise PAYREADY_FEE_CAP_PER_{cap.upper()}; at 100 % payments fail with fee_cap_reached"
+            yield error("fee cap", message, fix)
+        else:
+            yield ok("fee cap", message)
+
+
+def _check_balances(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
+    now = context.rt.clock()
+    refresh_window = timedelta(seconds=context.settings.refresh_window_s)
+    counts = metrics_queries.call_counts_by_refresh_state(tx, now - CALLS_LOOKBACK, now - refresh_window)
+    answered = counts.get(RefreshState.ANSWERED, 0)
+    missing = counts.get(RefreshState.ACCEPTED, 0) + counts.get(RefreshState.UNANSWERED, 0)
+    if answered or missing:
+        yield balances_result(answered=answered, missing=missing)
+
+
+def balances_result(*, answered: int, missing: int) -> CheckResult:
+    """Judge the share of accepted calls without a balance: a warning from 10 %, an error above 50 %."""
+    calls = answered + missing
+    message = f"{missing} of {count_text(calls, 'call')} accepted in the last 15 min brought no balance"
+    if missing > MISSING_ERROR_RATIO * calls:
+        return error("balances", message, _MISSING_BALANCES_FIX)
+    if missing >= MISSING_WARNING_RATIO * calls:
+        return warning("balances", message, _MISSING_BALANCES_FIX)
+    return ok("balances", message)
+
+
+def check_webhook(context: CheckContext) -> Iterator[CheckResult]:
+    """Send `web` a signed delivery without events: it must respond 2xx, so it is reachable and has these secrets."""
+    if not context.settings.webhook_secrets:
+        return  # check_secrets reports it
+    body, url = b'{"eventTypes":[],"events":[]}', f"{context.web_url.rstrip('/')}/webhooks/quiltt"
+    headers = signature.sign(body, context.settings.webhook_secrets[0].get_secret_value(), context.rt.clock())
+    request = urllib.request.Request(url, body, {**headers, "Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S):  # noqa: S310 - the operator's own address
+            yield ok("webhook", f"{url} accepts a delivery signed with the first secret")
+    except urllib.error.HTTPError as rejected:
+        rejected.close()
+        message = f"{url} responds {rejected.code} to a signed delivery"
+        yield error("webhook", message, _STATUS_FIXES.get(rejected.code, _OTHER_STATUS_FIX))
+    except OSError as unreachable:
+        message = f"no response at {context.web_url}: {getattr(unreachable, 'reason', unreachable)}"
+        yield warning("webhook", message, "start the role `web`, or give its address with --web")
+
+
+def check_subscription(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that the provider has an enabled subscription with all required event types."""
+    url = context.settings.webhook_url
+    if url is None:
+        yield warning("subscription", "not checked", "set PAYREADY_WEBHOOK_URL to the public address of `web`")
+        return
+    try:
+        with subscriptions_client(context.settings) as provider:
+            problems = subscriptions.problems(provider.list_all(), url)
+    except CallFailed as failure:
+        yield error("subscription", str(failure), "fix `api key` first, if it fails")
+        return
+    for problem in problems:
+        yield error("subscription", problem, "run `payready webhooks subscribe`")
+    if not problems:
+        yield ok("subscription", f"delivers to {url}")
+
+
+def check_secrets(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that webhook secrets are set, and none is the demo's."""
+    secrets = [secret.get_secret_value() for secret in context.settings.webhook_secrets]
+    if not secrets:
+        fix = "set PAYREADY_WEBHOOK_SECRETS, restart `web`"
+        yield error("webhook secrets", "none is set: `web` rejects every delivery", fix)
+    elif any(secret.startswith(DEMO_SECRET_PREFIX) for secret in secrets):
+        fix = "set PAYREADY_WEBHOOK_SECRETS before production"
+        yield warning("webhook secrets", "one is the demo's", fix)
+    else:
+        rotation = ", as during a rotation" if len(secrets) > 1 else ""
+        yield ok("webhook secrets", f"{len(secrets)} set{rotation}")

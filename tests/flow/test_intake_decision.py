@@ -1,0 +1,125 @@
+"""The decision on jobs, by examples. No database."""
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from worker.flow.intake_decision import (
+    AlreadyResolved,
+    Conflict,
+    Decision,
+    Duplicate,
+    IntakeInputs,
+    IntakeRequest,
+    New,
+    StillWaiting,
+    decide_intake,
+)
+from worker.ledger.outcome_deliveries import OutcomeDelivery
+from worker.ledger.payments import KnownPayment, WaitingPayment
+from worker.rules.job import Job, parse_job
+from worker.rules.states import PaymentState
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+OUTCOME = {"payment_id": "pay_1", "reason": "timeout", "detail": "no balance arrived within 120 s"}
+
+
+def job(**changes: Any) -> Job:
+    """A job of payment `pay_1` with these changes."""
+    arguments = {"payment_id": "pay_1", "account_id": "acct_1", "amount": "25.00", **changes}
+    return parse_job(arguments, currency=str(arguments.get("currency", "USD")))
+
+
+def request(task_id: str = "task_1", **changes: Any) -> IntakeRequest:
+    """A request of this task for `pay_1`."""
+    return IntakeRequest(job=job(**changes), continuation={"id": task_id})
+
+
+PAYMENT = WaitingPayment(
+    payment_id="pay_1",
+    account_id="acct_1",
+    job=job(),
+    requested_at=NOW,
+    min_balance_at=NOW - timedelta(seconds=30),
+    deadline=NOW + timedelta(seconds=120),
+)
+WAITING = KnownPayment(payment=PAYMENT, state=PaymentState.WAITING, outcome=None, task_ids=frozenset({"task_1"}))
+RESOLVED = replace(WAITING, state=PaymentState.FAILED, outcome=OUTCOME)
+
+
+def resolved_for(task_id: str) -> AlreadyResolved:
+    """The decision that delivers the stored outcome to this task."""
+    return AlreadyResolved(
+        delivery=OutcomeDelivery(
+            task_id=task_id, continuation={"id": task_id}, state=PaymentState.FAILED, outcome=OUTCOME
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Requests, what the ledger knows of their payments, and the expected decisions."""
+
+    requests: list[IntakeRequest]
+    inserted: dict[str, WaitingPayment] = field(default_factory=dict)
+    known: dict[str, KnownPayment] = field(default_factory=dict)
+    expected: list[Decision]
+
+
+EXAMPLES = {
+    "no request": Example(requests=[], expected=[]),
+    "new payment": Example(requests=[request()], inserted={"pay_1": PAYMENT}, expected=[New(payment=PAYMENT)]),
+    "two tasks for one new payment in a batch": Example(
+        requests=[request("task_1"), request("task_2")],
+        inserted={"pay_1": PAYMENT},
+        expected=[New(payment=PAYMENT), StillWaiting(payment=PAYMENT)],
+    ),
+    "message of a new payment received twice in a batch": Example(
+        requests=[request(), request()],
+        inserted={"pay_1": PAYMENT},
+        expected=[New(payment=PAYMENT), StillWaiting(payment=PAYMENT)],
+    ),
+    "conflict within a batch": Example(
+        requests=[request(), request("task_2", amount="26.00")],
+        inserted={"pay_1": PAYMENT},
+        expected=[New(payment=PAYMENT), Conflict(fields=["amount"])],
+    ),
+    "repeated while it is waiting, same task": Example(
+        requests=[request()], known={"pay_1": WAITING}, expected=[StillWaiting(payment=PAYMENT)]
+    ),
+    "repeated while it is waiting, other task": Example(
+        requests=[request("task_2")], known={"pay_1": WAITING}, expected=[StillWaiting(payment=PAYMENT)]
+    ),
+    "repeated after it is resolved, other task": Example(
+        requests=[request("task_2")], known={"pay_1": RESOLVED}, expected=[resolved_for("task_2")]
+    ),
+    "repeated after it is resolved, same task": Example(
+        requests=[request("task_1")], known={"pay_1": RESOLVED}, expected=[Duplicate()]
+    ),
+    "message of a resolved payment received twice in a batch": Example(
+        requests=[request("task_2"), request("task_2"), request("task_3")],
+        known={"pay_1": RESOLVED},
+        expected=[resolved_for("task_2"), Duplicate(), resolved_for("task_3")],
+    ),
+    "conflict of one field": Example(
+        requests=[request(timeout_s=60)], known={"pay_1": WAITING}, expected=[Conflict(fields=["timeout_s"])]
+    ),
+    "conflict of several fields, in the order of the contract": Example(
+        requests=[request(currency="EUR", account_id="acct_2", amount="1.00", buffer={"fixed": "1.00"})],
+        known={"pay_1": RESOLVED},
+        expected=[Conflict(fields=["account_id", "amount", "currency", "buffer"])],
+    ),
+    "default written out is no conflict": Example(
+        requests=[request(timeout_s=120, metadata={})],
+        known={"pay_1": WAITING},
+        expected=[StillWaiting(payment=PAYMENT)],
+    ),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_intake_decides_on_each_job(example: Example) -> None:
+    inputs = IntakeInputs(requests=example.requests, inserted=example.inserted, known=example.known)
+    assert decide_intake(inputs) == example.expected

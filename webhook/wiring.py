@@ -1,0 +1,44 @@
+"""The objects that the endpoint shares between requests. They are built when this module is imported."""
+
+from collections.abc import Sequence
+
+from tasks.app import app as celery
+from tasks.dispatch import dispatch_without_callbacks
+from webhook.events import ParsedDelivery
+from webhook.group_commit import GroupCommitter
+from webhook.readiness import Readiness
+from worker import flow
+from worker.flow import FollowUp
+from worker.ledger.engine import DATABASE_UNAVAILABLE, ping
+from worker.runtime import runtime
+
+
+def _commit(deliveries: Sequence[ParsedDelivery]) -> FollowUp:
+    balances = [balance for delivery in deliveries for balance in delivery.balances]
+    unparsed = [event for delivery in deliveries for event in delivery.unparsed]
+    updates = [update for delivery in deliveries for update in delivery.connection_updates]
+    return flow.ingest_events(runtime(), balances, unparsed, updates)
+
+
+def _dispatch(follow_ups: Sequence[FollowUp]) -> None:
+    merged = FollowUp()
+    for follow_up in follow_ups:
+        merged.merge(follow_up)
+    dispatch_without_callbacks(merged)
+
+
+def _is_database_available() -> bool:
+    try:
+        ping(runtime().engine)
+    except DATABASE_UNAVAILABLE:
+        return False
+    return True
+
+
+# Register payready's tasks: `web` stores results as the suspended task, and Celery needs the task object for that.
+celery.loader.import_default_modules()
+
+group_committer = GroupCommitter(
+    _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=_is_database_available
+)
+readiness = Readiness(_is_database_available)

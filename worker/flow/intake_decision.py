@@ -1,0 +1,125 @@
+"""The decision what a job is: new, repeated, resolved already, or in conflict. Pure: no I/O, no clock.
+
+`worker.flow.intake` loads the inputs, calls `decide_intake`, and persists the decisions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from worker.ledger.outcome_deliveries import OutcomeDelivery
+from worker.ledger.payments import KnownPayment, WaitingPayment
+from worker.rules.job import Job
+from worker.rules.states import PaymentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakeRequest:
+    """A job, and the continuation of the Celery task that brings it and gets its outcome."""
+
+    job: Job
+    continuation: dict[str, Any]
+
+    @property
+    def task_id(self) -> str:
+        """Id of the task."""
+        return str(self.continuation["id"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakeInputs:
+    """All that the decisions on jobs need. The accounts are locked."""
+
+    requests: Sequence[IntakeRequest]
+    inserted: Mapping[str, WaitingPayment]
+    """By payment id, the payments that this transaction has inserted."""
+    known: Mapping[str, KnownPayment]
+    """By payment id, the payments that were stored before. They are locked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class New:
+    """The job's payment is new."""
+
+    payment: WaitingPayment
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillWaiting:
+    """The job is a repetition, and its payment is still waiting. Its task gets the outcome too."""
+
+    payment: WaitingPayment
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlreadyResolved:
+    """The job is a repetition, and its payment is resolved. Its task gets the stored outcome."""
+
+    delivery: OutcomeDelivery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicate:
+    """The job's payment is resolved, and its task is registered already: the message was received twice.
+
+    The task gets the outcome by the continuation that was stored first. The continuation of this message has other ids.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """The job's payment id was used for a different job."""
+
+    fields: Sequence[str]
+    """Names of the fields that differ."""
+
+
+Decision = New | StillWaiting | AlreadyResolved | Duplicate | Conflict
+
+
+def decide_intake(inputs: IntakeInputs) -> list[Decision]:
+    """Decide on each request, in their order.
+
+    The first request for an inserted payment is `New`. Every other request is compared with the job that is stored.
+    """
+    decisions: list[Decision] = []
+    seen_payments: set[str] = set()
+    resolved_tasks: set[str] = set()
+    for request in inputs.requests:
+        payment_id = request.job.payment_id
+        if payment_id in inputs.inserted and payment_id not in seen_payments:
+            decision: Decision = New(payment=inputs.inserted[payment_id])
+        else:
+            decision = _decide_repeated(request, _stored_payment(inputs, payment_id), resolved_tasks)
+        seen_payments.add(payment_id)
+        if isinstance(decision, AlreadyResolved):
+            resolved_tasks.add(request.task_id)
+        decisions.append(decision)
+    return decisions
+
+
+def _stored_payment(inputs: IntakeInputs, payment_id: str) -> KnownPayment:
+    if payment_id not in inputs.inserted:
+        return inputs.known[payment_id]
+    return KnownPayment(
+        payment=inputs.inserted[payment_id], state=PaymentState.WAITING, outcome=None, task_ids=frozenset()
+    )
+
+
+def _decide_repeated(request: IntakeRequest, stored: KnownPayment, resolved_tasks: set[str]) -> Decision:
+    """Decide on a request for a stored payment. `resolved_tasks` got its outcome earlier in this batch."""
+    if differing := _differing_fields(stored.payment.job, request.job):
+        return Conflict(fields=differing)
+    if stored.outcome is None:
+        return StillWaiting(payment=stored.payment)
+    if request.task_id in stored.task_ids or request.task_id in resolved_tasks:
+        return Duplicate()
+    return AlreadyResolved(
+        delivery=OutcomeDelivery(
+            task_id=request.task_id, continuation=request.continuation, state=stored.state, outcome=stored.outcome
+        )
+    )
+
+
+def _differing_fields(stored: Job, repeated: Job) -> list[str]:
+    return [name for name in Job.model_fields if getattr(stored, name) != getattr(repeated, name)]

@@ -1,0 +1,318 @@
+"""The decision which payments a balance resolves, and how. Pure: no I/O, no clock.
+
+`worker.flow.resolution` loads the inputs, calls `decide_resolutions`, and persists the decisions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+from worker.errors import Reason
+from worker.flow.attribution import AttributedBalance
+from worker.flow.follow_up import RefreshCall, call_of
+from worker.ledger.balances import BalanceRecord
+from worker.ledger.fee_entries import CallRecord, FinalEntry
+from worker.ledger.payments import Resolution, WaitingPayment
+from worker.ledger.refreshes import RefreshRecord
+from worker.rules import funds, states
+from worker.rules.funds import Funds, FundsCheckResult
+from worker.rules.job import FeeShare, Outcome, OutcomeBalance, Verdict
+from worker.rules.pricing import EntryState, split_share, total_and_state
+from worker.rules.states import PaymentState, RefreshState
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyInputs:
+    """All that the decisions on balances need from the ledger and the settings. The accounts are locked."""
+
+    balances: Sequence[AttributedBalance]
+    """The balances to apply, one for each account."""
+    waiting: Mapping[str, Sequence[WaitingPayment]]
+    """By account id, its waiting payments in the order of their requests. They are locked."""
+    calls: Mapping[str, Sequence[CallRecord]]
+    """By refresh id, its calls in the order in which they were made."""
+    sharers: Mapping[str, Mapping[PaymentState, int]]
+    """By refresh id, how many resolved payments share its fee, by their state."""
+    released: Mapping[str, Sequence[Decimal]]
+    """By account id, the amounts released since `funds_as_of` of its balance."""
+    clock_skew: timedelta
+    answered_call_state: EntryState
+    """Final state of the fee entry of a call that a balance answers: the provider has accepted the call."""
+    default_currency: str
+    """Currency of the fee share of a payment whose refresh has no call: the price list's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceDecision:
+    """What applying one balance changes."""
+
+    balance: AttributedBalance
+    answered_refresh: RefreshRecord | None = None
+    """The refresh that the balance answers. None if it answers none, or answered it before."""
+    posted: FinalEntry | None = None
+    """The entry of the call that must have caused the balance, if it is the only possible one and still pending."""
+    resolutions: Sequence[Resolution] = ()
+    queued_call: RefreshCall | None = None
+    """The call of the refresh that is queued behind the answered one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeeTotal:
+    """Sum of the fees of a refresh's calls, and whether the provider bills it."""
+
+    amount: Decimal
+    currency: str
+    state: EntryState
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFee:
+    """A payment's fee share, and the number of payments that share the fee. 0 if the balance was reused."""
+
+    share: FeeShare
+    shared_by: int
+
+
+def decide_resolutions(inputs: ApplyInputs, now: datetime) -> list[BalanceDecision]:
+    """Decide for each balance which payments it resolves, and what else it changes."""
+    return [_decide_balance(inputs, balance, now) for balance in inputs.balances]
+
+
+def fresh_payments(
+    balance: AttributedBalance, waiting: Sequence[WaitingPayment], clock_skew: timedelta
+) -> list[WaitingPayment]:
+    """Return the payments that the balance is fresh enough for, in the same order."""
+    return [payment for payment in waiting if _is_fresh_enough(balance, payment, clock_skew)]
+
+
+def funds_as_of(balance: AttributedBalance) -> datetime:
+    """Return the time from which on a release may be missing in the balance.
+
+    Quiltt does not document whether `at` is the time of the request to the bank or of its response. In the second case
+    the amounts may be as old as the call.
+    """
+    called_at = balance.refresh.called_at if balance.refresh else None
+    return min(balance.balance.as_of, called_at or balance.balance.as_of)
+
+
+def failed_resolution(
+    waiting: WaitingPayment, reason: Reason, detail: str, now: datetime, refresh_id: str | None
+) -> Resolution:
+    """Return the resolution of a payment that fails. `refresh_id` is the refresh whose fee it shares."""
+    return Resolution(
+        payment_id=waiting.payment_id,
+        state=PaymentState.FAILED,
+        outcome={"payment_id": waiting.payment_id, "reason": reason.value, "detail": detail},
+        resolved_at=now,
+        reason=reason.value,
+        refresh_id=refresh_id,
+    )
+
+
+def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: datetime) -> BalanceDecision:
+    """Decide on one balance.
+
+    1. A newly attributed REFRESH balance answers its refresh, and posts the only call that can have caused it.
+    2. The payments that the balance is fresh enough for are resolved, in the order of their requests. Each release
+       lowers the available funds of the payments after it.
+    3. The payments that the refresh was called for share its fee, with the posted call of step 1. The others reuse the
+       balance without a share.
+    4. The account's next refresh is called, unless the balance answers it.
+    """
+    attribution = balance.attribution
+    is_answer = attribution is not None and attribution.is_new and bool(attribution.candidates)
+    posted = _call_to_post(inputs, balance) if is_answer else None
+    return BalanceDecision(
+        balance=balance,
+        answered_refresh=balance.refresh if is_answer else None,
+        posted=posted,
+        resolutions=_resolve_payments(inputs, balance, posted, now),
+        queued_call=_queued_call(balance),
+    )
+
+
+# --- the refresh and its calls ----------------------------------------------------------------------------------------
+
+
+def _call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry | None:
+    candidates = balance.attribution.candidates if balance.attribution else ()
+    possible = [call for refresh_id in candidates for call in inputs.calls.get(refresh_id, ()) if call.may_be_accepted]
+    if len(possible) != 1 or possible[0].state != EntryState.PENDING:
+        return None
+    evidence = {"event": balance.balance.event_id, "balance": balance.balance.balance_id}
+    return FinalEntry(call=possible[0], state=inputs.answered_call_state, evidence=evidence)
+
+
+def _queued_call(balance: AttributedBalance) -> RefreshCall | None:
+    answered_id = balance.refresh.refresh_id if balance.refresh and balance.balance.source == "REFRESH" else None
+    requested = [
+        refresh
+        for refresh in balance.account_refreshes
+        if refresh.state == RefreshState.REQUESTED and refresh.refresh_id != answered_id
+    ]
+    return call_of(requested[0]) if requested else None
+
+
+# --- freshness --------------------------------------------------------------------------------------------------------
+
+
+def _is_fresh_enough(balance: AttributedBalance, payment: WaitingPayment, clock_skew: timedelta) -> bool:
+    """Whether the balance may release or fail the payment.
+
+    A balance without source REFRESH must be younger than a call for this payment. A payment that accepts no age needs a
+    REFRESH balance.
+    """
+    accepts_no_age = payment.job.max_balance_age_s == 0
+    if balance.balance.source != "REFRESH" and (accepts_no_age or not _was_called_for(balance, payment)):
+        return False
+    return states.balance_is_fresh_enough(
+        balance.balance.as_of,
+        balance.refresh.called_at if balance.refresh else None,
+        payment.min_balance_at,
+        only_own_call=accepts_no_age,
+        skew=clock_skew,
+    )
+
+
+def _was_called_for(balance: AttributedBalance, payment: WaitingPayment) -> bool:
+    """Whether the refresh of the balance was called for this payment too."""
+    refresh = balance.refresh
+    return refresh is not None and states.call_is_late_enough(refresh.called_at, payment.min_balance_at)
+
+
+# --- payments ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve_payments(
+    inputs: ApplyInputs, balance: AttributedBalance, posted: FinalEntry | None, now: datetime
+) -> list[Resolution]:
+    record = balance.balance
+    payments = fresh_payments(balance, inputs.waiting.get(record.account_id, ()), inputs.clock_skew)
+    calls = _calls_of_refresh(inputs, balance, posted)
+    has_open_shares = _has_open_shares(inputs, balance)
+    shares_fee = [has_open_shares and _was_called_for(balance, payment) for payment in payments]
+    shares = _fee_shares(inputs, balance, calls, sum(shares_fee))
+    currency = calls[-1].currency if calls else inputs.default_currency
+    no_share = SharedFee(share=FeeShare(amount=Decimal(0), currency=currency, state="reused"), shared_by=0)
+    account_funds = Funds(available=record.available, limit=record.limit).minus_releases(
+        *inputs.released.get(record.account_id, ())
+    )
+    resolutions = []
+    for payment, has_share in zip(payments, shares_fee, strict=True):
+        check = funds.check_funds(payment.job, account_funds)
+        fee = next(shares) if has_share else no_share
+        if check.verdict is None:
+            resolutions.append(_failed(payment, balance, check, fee, now))
+        else:
+            resolutions.append(_released(payment, balance, check, check.verdict, fee, now))
+            account_funds = account_funds.minus_releases(payment.job.amount)
+    return resolutions
+
+
+def _failed(
+    payment: WaitingPayment, balance: AttributedBalance, check: FundsCheckResult, fee: SharedFee, now: datetime
+) -> Resolution:
+    refresh_id = balance.refresh.refresh_id if balance.refresh else None
+    reason = check.reason or Reason.FUNDS_UNKNOWN
+    return replace(
+        failed_resolution(payment, reason, check.detail, now, refresh_id),
+        balance_id=balance.balance.balance_id,
+        reused=not fee.shared_by,
+        funds_calculation=check.funds_calculation,
+    )
+
+
+def _released(
+    payment: WaitingPayment,
+    balance: AttributedBalance,
+    check: FundsCheckResult,
+    verdict: Verdict,
+    fee: SharedFee,
+    now: datetime,
+) -> Resolution:
+    record = balance.balance
+    refresh_id = balance.refresh.refresh_id if balance.refresh else None
+    outcome = Outcome(
+        payment_id=payment.payment_id,
+        state="released",
+        verdict=verdict,
+        balance=_outcome_balance(record),
+        requested_at=payment.requested_at,
+        resolved_at=now,
+        waited_ms=max(0, round((now - payment.requested_at).total_seconds() * 1000)),
+        refresh_id=refresh_id,
+        shared_by=fee.shared_by,
+        fee=fee.share,
+        metadata=payment.job.metadata,
+    )
+    return Resolution(
+        payment_id=payment.payment_id,
+        state=PaymentState.RELEASED,
+        outcome=outcome.model_dump(mode="json"),
+        resolved_at=now,
+        refresh_id=refresh_id,
+        reused=not fee.shared_by,
+        balance_id=record.balance_id,
+        funds_calculation=check.funds_calculation,
+    )
+
+
+def _outcome_balance(record: BalanceRecord) -> OutcomeBalance:
+    return OutcomeBalance(
+        id=record.balance_id,
+        at=record.at,
+        source=record.source,
+        available=record.available,
+        current=record.current,
+        limit=record.limit,
+    )
+
+
+# --- fee shares -------------------------------------------------------------------------------------------------------
+
+
+def _calls_of_refresh(
+    inputs: ApplyInputs, balance: AttributedBalance, posted: FinalEntry | None
+) -> Sequence[CallRecord]:
+    """Return the calls of the balance's refresh, with the call that this balance posts in its final state."""
+    calls = inputs.calls.get(balance.refresh.refresh_id, ()) if balance.refresh else ()
+    if posted is None:
+        return calls
+    return [replace(call, state=posted.state) if call.call_id == posted.call.call_id else call for call in calls]
+
+
+def _has_open_shares(inputs: ApplyInputs, balance: AttributedBalance) -> bool:
+    """Whether the fee of the balance's refresh is still to be shared.
+
+    It is not once a payment was released with its share: the shares in outcomes that were sent sum to the whole fee.
+    """
+    if balance.attribution is None or not balance.attribution.is_new:
+        return False
+    return PaymentState.RELEASED not in inputs.sharers.get(balance.attribution.refresh.refresh_id, {})
+
+
+def _fee_shares(
+    inputs: ApplyInputs, balance: AttributedBalance, calls: Sequence[CallRecord], new_sharers: int
+) -> Iterator[SharedFee]:
+    """Yield the shares of the payments that are resolved now. Payments that failed before have the first shares."""
+    if balance.refresh is None or not new_sharers:
+        return
+    total = _fee_total(calls)
+    earlier_sharers = sum(inputs.sharers.get(balance.refresh.refresh_id, {}).values())
+    shared_by = earlier_sharers + new_sharers
+    for index in range(earlier_sharers, shared_by):
+        amount = split_share(total.amount, shared_by, index)
+        share = FeeShare(amount=amount, currency=total.currency, state=total.state.value)
+        yield SharedFee(share=share, shared_by=shared_by)
+
+
+def _fee_total(calls: Sequence[CallRecord]) -> FeeTotal:
+    """Return the total fee of a refresh. Only calls in the currency of the last call count."""
+    currency = calls[-1].currency
+    sums: dict[EntryState, Decimal] = {}
+    for call in calls:
+        if call.currency == currency:
+            sums[call.state] = sums.get(call.state, Decimal(0)) + call.price
+    amount, state = total_and_state(sums)
+    return FeeTotal(amount=amount, currency=currency, state=state)
