@@ -50,5 +50,5 @@ def test_unexpected_exit_of_a_process_ends_the_run(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(chaos_test, "_send", lambda first: pytest.fail(f"message {first} is still sent"))
         chaos_test.run()
     [message] = chaos_test.unexpected_exits
-    assert "worker1 ended with status 1" in message
+    assert "worker1 exited with status 1" in message
     assert message.endswith("the reason")
