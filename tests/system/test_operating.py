@@ -112,7 +112,7 @@ def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation
     status, found = operation.doctor()
     assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
     assert found["database"] == ("ok", "responds, at revision 0001")
-    assert found["broker"] == ("ok", "answers, as do 2 workers")
+    assert found["broker"] == ("ok", "responds; 2 workers of payready connected")
     assert found["api key"][1] == "this is production, and the key is for TEST"
     assert found["flower"] == ("ok", "asks for a login")
     assert found["beat"] == ("ok", "ticks")
