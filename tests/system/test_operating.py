@@ -113,8 +113,8 @@ def test_the_doctor_finds_nothing_at_fault_where_nothing_is(operation: Operation
     assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
     assert found["database"] == ("ok", "responds, at revision 0001")
     assert found["broker"] == ("ok", "responds; 2 workers of payready connected")
-    assert found["api key"][1] == "this is production, and the key is for TEST"
-    assert found["flower"] == ("ok", "asks for a login")
+    assert found["api key"][1] == "its mode is TEST, but PAYREADY_ENV is production"
+    assert found["flower"] == ("ok", "requires a login")
     assert found["beat"] == ("ok", "ticks")
     assert found["webhook"][0] == "ok"
 
