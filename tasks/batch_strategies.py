@@ -42,7 +42,7 @@ from tasks.dispatch import dispatch
 from tasks.payment_tasks import parse_request, waiting_announcer
 from worker import flow, metrics
 from worker.errors import InvalidJob
-from worker.flow import CallResult, Claim, FailedCall, FollowUp, IntakeRequest, RefreshCall
+from worker.flow import CallResult, Claim, ClaimBatch, FailedCall, FollowUp, IntakeRequest, RefreshCall
 from worker.runtime import runtime
 
 log = get_logger(__name__)
@@ -54,8 +54,6 @@ BATCH_INTERVAL_S = 0.025
 RECORD_INTERVAL_S = 0.25
 """Minimum time between transactions that record accepted calls, unless a batch is full. No payment depends on it: a
 balance that arrives earlier posts the fee of its call itself."""
-CALL_ARGUMENT_COUNT = 2
-"""Arguments of a refresh call without a slot: account and refresh."""
 EVENT_FIELDS = {
     "name": "task",
     "args": "argsrepr",
@@ -112,13 +110,10 @@ class _BatchStrategy:
         """Process a message. Raise decoding errors here, where Celery expects them."""
         received = ReceivedMessage(message=message, strategy_args=strategy_args)
         message.decode()
-        if self._is_batchable(received):
+        if received.is_batchable:
             self._batcher.add(received)
         else:
             self._default_strategy(message, *strategy_args)
-
-    def _is_batchable(self, received: ReceivedMessage) -> bool:
-        return received.is_batchable
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         raise NotImplementedError
@@ -221,21 +216,21 @@ class _CallBatchStrategy(_BatchStrategy):
         )
         self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
 
-    def _is_batchable(self, received: ReceivedMessage) -> bool:
-        """Whether the call needs a slot. A delayed call that has one (`has_slot`) is claimed alone."""
-        args = received.message.payload[0]
-        return received.is_batchable and len(args) == CALL_ARGUMENT_COUNT
-
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         messages_by_call = defaultdict[RefreshCall, list[ReceivedMessage]](list)
+        with_slot = list[ReceivedMessage]()
         try:
             for received in batch:
-                account_id, refresh_id = received.message.payload[0]
-                messages_by_call[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
-            claims = flow.claim_calls(runtime(), list(messages_by_call))
+                account_id, refresh_id, *has_slot = received.message.payload[0]
+                if has_slot:
+                    with_slot.append(received)
+                else:
+                    messages_by_call[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
+            claims = flow.claim_calls(runtime(), list(messages_by_call)) if messages_by_call else ClaimBatch()
         except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
             self._fall_back_after(error, "call", batch)
             return
+        self._fall_back(with_slot)  # the batch is claimed by new slots, but a delayed call has its own
         for call in claims.contended:
             self._retry_contended(messages_by_call.pop(call))
         for claim in claims.claims:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,6 +13,7 @@ from tasks import batch_strategies, suspension
 from tasks.app import app
 from tasks.balance_tasks import refresh
 from tests.support.in_process import InProcessSystem
+from worker import metrics
 from worker.errors import CallNotSent
 
 ACCOUNTS = tuple(f"acct_{n}" for n in range(6))
@@ -40,15 +42,25 @@ class Calls:
             payready.initiate(f"pay_{account_id}", account_id)
         self._wanted = {call.account_id: call.refresh_id for call in payready.queue.calls}
         self._payready = payready
-        self._handler = batch_strategies.call_strategy(refresh, app, MagicMock(pool=pool, hostname="refresh@here"))
+        self.consumer = MagicMock(pool=pool, hostname="refresh@here")
+        self._handler = batch_strategies.call_strategy(refresh, app, self.consumer)
 
     def receive(self, *accounts: str) -> None:
         """Deliver the call messages of these accounts to the worker."""
         for account_id in accounts:
             refresh_id = self._wanted[account_id]
-            payload = [(account_id, refresh_id), {}, {}]
-            headers = {"id": refresh_id, "task": "balances.refresh"}
-            self._handler(SimpleNamespace(headers=headers, payload=payload, decode=lambda: None), None)
+            self.receive_message([(account_id, refresh_id), {}, {}], task_id=refresh_id)
+
+    def receive_message(self, payload: Any, *, task_id: str) -> SimpleNamespace:
+        """Deliver a message with this payload to the worker. Return the message."""
+        headers = {"id": task_id, "task": "balances.refresh"}
+        message = SimpleNamespace(headers=headers, payload=payload, decode=lambda: None)
+        self._handler(message, None)
+        return message
+
+    def assert_falls_back(self, message: SimpleNamespace) -> None:
+        """Wait until the message is passed to Celery's default strategy."""
+        eventually(lambda: any(call.args[1:2] == (message,) for call in self.consumer.call_soon.call_args_list))
 
     def assert_recorded(self, accounts: Sequence[str], how: str) -> None:
         """Wait until the results are recorded."""
@@ -89,3 +101,29 @@ def test_failed_call_is_recorded_before_accepted_ones(payready: InProcessSystem,
     assert payready.fees(ACCOUNTS[1]) == ["1 pending"]
     calls.receive(ACCOUNTS[3])
     calls.assert_recorded([ACCOUNTS[1], ACCOUNTS[3]], "posted")
+
+
+def test_delayed_call_is_claimed_alone_without_a_failed_batch(payready: InProcessSystem, pool: TaskPool) -> None:
+    """It has a slot of the rate limiter, which calls of a batch have not."""
+    calls = Calls(payready, pool)
+    before = _call_fallbacks()
+    message = calls.receive_message([(ACCOUNTS[0], "ref_delayed", True), {}, {}], task_id="ref_delayed")
+    calls.assert_falls_back(message)
+    calls.receive(ACCOUNTS[1])
+    eventually(lambda: payready.provider.calls == [ACCOUNTS[1]])
+    assert _call_fallbacks() == before
+
+
+@pytest.mark.parametrize("payload", [None, {}, [None, {}, {}], [("acct_1",), {}, {}]])
+def test_malformed_call_falls_back_and_is_counted(payready: InProcessSystem, pool: TaskPool, payload: Any) -> None:
+    """Celery's default strategy reports its error; the worker goes on with other calls."""
+    calls = Calls(payready, pool)
+    before = _call_fallbacks()
+    calls.assert_falls_back(calls.receive_message(payload, task_id="ref_malformed"))
+    assert _call_fallbacks() == before + 1
+    calls.receive(ACCOUNTS[1])
+    eventually(lambda: payready.provider.calls == [ACCOUNTS[1]])
+
+
+def _call_fallbacks() -> float:
+    return float(metrics.BATCH_FALLBACKS.labels("call")._value.get())

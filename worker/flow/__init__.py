@@ -25,7 +25,7 @@ from worker.flow.calling import (
     record_results,
     skipped_call,
 )
-from worker.flow.claiming import Claim, claim_calls
+from worker.flow.claiming import Claim, ClaimBatch, claim_calls
 from worker.flow.follow_up import CALL_ENQUEUE_RETRY, MAINTENANCE_BATCH_SIZE, BalancePoll, FollowUp, RefreshCall
 from worker.flow.ingest import ingest_events, prune_quarantine, requeue_from_quarantine
 from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, initiate, initiate_batch
@@ -42,6 +42,7 @@ __all__ = [
     "BalancePoll",
     "CallResult",
     "Claim",
+    "ClaimBatch",
     "FailedCall",
     "FollowUp",
     "IntakeRequest",
