@@ -17,7 +17,6 @@ balances and no profile. Otherwise it is rejected, and nothing of it is stored.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -26,6 +25,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from webhook.json_splitting import NOT_JSON, UNKNOWN_TEXT, InvalidJson, decode_text, split_items, split_members
 from worker.quiltt.messages import Balance, ConnectionEvent, ReceivedBalance, ReconnectedEvent, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
@@ -45,8 +45,6 @@ CONNECTION_LOST_EVENTS = {
 ACCOUNT_RECONNECTED = "account.reconnected"
 MAX_EVENT_AHEAD = timedelta(seconds=5)
 """Maximum time of an event after its signature: the provider's clocks may differ by seconds."""
-NOT_JSON = (ValueError, RecursionError, ArithmeticError)
-"""Errors of the JSON parser: invalid syntax or encoding, too deep, or an exponent out of range."""
 
 
 class InvalidDelivery(Exception):
@@ -154,7 +152,7 @@ def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
         event = _load_json(raw)
     except NOT_JSON as error:
         types = _types(raw)
-        if BALANCE_CREATED not in types and types != {UNKNOWN_TYPE}:
+        if BALANCE_CREATED not in types and types != {UNKNOWN_TEXT}:
             return None
         if types != {BALANCE_CREATED} and not _may_be_quarantined(raw):
             raise ValueError("not JSON, and its type is unknown") from None
@@ -181,18 +179,14 @@ def parse_quarantined(raw: bytes, received_at: datetime) -> ParsedDelivery:
     return delivery
 
 
-class _InvalidJson(ValueError):
-    """Input that Python's parser accepts, but that is not valid JSON."""
-
-
 def _refuse_constant(name: str) -> NoReturn:
-    raise _InvalidJson(name)
+    raise InvalidJson(name)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise _InvalidJson("duplicate key")
+        raise InvalidJson("duplicate key")
     return members
 
 
@@ -209,7 +203,7 @@ def _load_json(raw: bytes) -> Any:
 
 
 def _json_error_kind(error: Exception) -> str:
-    return str(error) if isinstance(error, _InvalidJson) else type(error).__name__
+    return str(error) if isinstance(error, InvalidJson) else type(error).__name__
 
 
 def _parse_record(event: Any, signed_at: datetime) -> ParsedEvent:
@@ -269,20 +263,14 @@ def _validation_message(error: ValidationError) -> str:
 
 # --- lenient parsing: split by brackets -------------------------------------------------------------------------------
 
-_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
-"""A whole string, a bracket or a comma. A single quote opens a string that is never closed."""
-_MEMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:(.*)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
-_BLANK = b" \t\r\n"
-UNKNOWN_TYPE = "\0"
-"""Placeholder for a name or a type that cannot be read. It equals no name or type that payready uses."""
 
 
 def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
     try:
-        lists = [value for name, value in _members(body) if name == "events"]
-        events = [event for value in lists for event in _items(value, b"[]")]
-    except _InvalidJson as error:
+        lists = [value for name, value in split_members(body) if name == "events"]
+        events = [event for value in lists for event in split_items(value, b"[]")]
+    except InvalidJson as error:
         return _quarantine_delivery(body, f"not JSON: {error}")
     if not lists:
         return _quarantine_delivery(body, "no list of events")
@@ -311,54 +299,10 @@ def _may_be_quarantined(raw: bytes) -> bool:
 
 
 def _types(raw: bytes) -> set[str]:
-    """Return all types in an event. `UNKNOWN_TYPE` is included if a member cannot be read."""
+    """Return all types in an event. `UNKNOWN_TEXT` is included if a member cannot be read."""
     try:
-        members = list(_members(raw))
-    except _InvalidJson:
-        return {UNKNOWN_TYPE}
-    types = {_text(value) for name, value in members if name == "type"}
-    return types | {UNKNOWN_TYPE for name, _ in members if name == UNKNOWN_TYPE}
-
-
-def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Return the names of an object's members, with the bytes of their values."""
-    for item in _items(raw, b"{}"):
-        member = _MEMBER.fullmatch(item)
-        yield (_text(member[1]), member[2].strip(_BLANK)) if member else (UNKNOWN_TYPE, item)
-
-
-def _items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
-    """Return the items between these brackets, split at the commas. Extra commas are ignored."""
-    return filter(None, _split_items(raw, brackets))
-
-
-def _split_items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
-    """Split in one pass without recursion, so that deep nesting is harmless."""
-    raw = raw.strip(_BLANK)
-    if raw[:1] + raw[-1:] != brackets:
-        raise _InvalidJson("a bracket is missing")
-    depth, start = 0, 1
-    for mark in _MARK.finditer(raw):
-        match mark[0]:
-            case b'"':
-                raise _InvalidJson("a text is not closed")
-            case b"[" | b"{":
-                depth += 1
-            case b"]" | b"}":
-                depth -= 1
-                if depth == 0 and mark.end() != len(raw):
-                    raise _InvalidJson("something follows the last bracket")
-            case b"," if depth == 1:
-                yield raw[start : mark.start()].strip(_BLANK)
-                start = mark.end()
-    if depth:
-        raise _InvalidJson("a bracket is missing")
-    yield raw[start:-1].strip(_BLANK)
-
-
-def _text(raw: bytes) -> str:
-    """Decode a JSON string, or return `UNKNOWN_TYPE`."""
-    try:
-        return str(json.loads(raw.decode()))
-    except NOT_JSON:
-        return UNKNOWN_TYPE
+        members = list(split_members(raw))
+    except InvalidJson:
+        return {UNKNOWN_TEXT}
+    types = {decode_text(value) for name, value in members if name == "type"}
+    return types | {UNKNOWN_TEXT for name, _ in members if name == UNKNOWN_TEXT}
