@@ -92,7 +92,7 @@ def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: 
     6. Call `on_waiting`.
     """
     now = rt.clock()
-    decisions = decide_intake(_load_inputs(tx, requests, now))
+    decisions = decide_intake(_insert_and_load_known(tx, requests, now))
     _raise_first_conflict(decisions)
     _register_tasks(tx, requests, decisions, now)
     results = _join(rt, requests, decisions)
@@ -100,7 +100,7 @@ def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: 
     return results
 
 
-def _load_inputs(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
+def _insert_and_load_known(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
     inserted = payments.insert_payments(tx, [request.job for request in requests], now)
     repeated = [request for request in requests if request.job.payment_id not in inserted]
     known = (
