@@ -145,7 +145,7 @@ class ClockSample:
     round_trip: timedelta
 
     @property
-    def drift(self) -> timedelta:
+    def least_drift(self) -> timedelta:
         """Least difference of the clocks that explains the sample. The server read its clock during the round trip."""
         half = self.round_trip / 2
         return max(timedelta(0), abs(self.server_time - (self.sent_at + half)) - half)
@@ -178,10 +178,10 @@ def _clock_result(context: CheckContext, server: str, sample: ClockSample) -> Ch
     if sample.round_trip > MAX_CLOCK_SAMPLE:
         seconds = sample.round_trip.total_seconds()
         return ok("clock", f"not compared with {server}: a round trip took {seconds:.1f} s")
-    message = f"differs by {sample.drift.total_seconds():.1f} s from the clock of {server}"
-    if sample.drift > context.settings.clock_skew:
+    message = f"differs by {sample.least_drift.total_seconds():.1f} s from the clock of {server}"
+    if sample.least_drift > context.settings.clock_skew:
         return error("clock", message, "synchronise the hosts' clocks; PAYREADY_CLOCK_SKEW_S is the allowed difference")
-    if sample.drift > MIN_CLOCK_DRIFT:
+    if sample.least_drift > MIN_CLOCK_DRIFT:
         return warning("clock", message, "synchronise the hosts' clocks")
     return ok("clock", message)
 

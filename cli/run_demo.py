@@ -194,7 +194,7 @@ def _line_display(console: Console) -> Iterator[ShowBoard]:
 
     def show_changes(observed: Observed) -> None:
         last[:] = [observed]
-        now, journal = utc_now(), _journal_by_job(observed)
+        now, journal = utc_now(), _service_journal_by_job_name(observed)
         for job in DEMO_JOBS:
             cells = render_demo.job_cells(job, observed.payments.get(job.payment_id), journal.get(job.name), now)
             state = str(cells[2])
@@ -210,9 +210,9 @@ def _line_display(console: Console) -> Iterator[ShowBoard]:
 
 def _render_board(console: Console, observed: Observed) -> RenderableType:
     return render_demo.demo_board(
-        DEMO_JOBS, observed.payments, _journal_by_job(observed), utc_now(), width=console.width
+        DEMO_JOBS, observed.payments, _service_journal_by_job_name(observed), utc_now(), width=console.width
     )
 
 
-def _journal_by_job(observed: Observed) -> dict[str, Mapping[str, Any]]:
+def _service_journal_by_job_name(observed: Observed) -> dict[str, Mapping[str, Any]]:
     return {entry["job"]: entry for entry in observed.journal}

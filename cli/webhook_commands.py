@@ -217,7 +217,7 @@ def subscribe(
         ours = subscriptions.for_url(provider.list_all(), url)
         if additional or not ours:
             action, subscription = SubscribeAction.CREATED, provider.create(url)
-        elif ours[0].problems():
+        elif ours[0].own_problems():
             action, subscription = SubscribeAction.REPAIRED, provider.repair(ours[0])
         else:
             action, subscription = SubscribeAction.UNCHANGED, ours[0]

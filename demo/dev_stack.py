@@ -117,13 +117,13 @@ def _start_roles(stack: DevStack, flower: int) -> None:
     processes.wait_for("simulator", lambda: responds(f"{stack.simulator_url}/healthz"))
     processes.wait_for("web", lambda: responds(f"{stack.web_url}/readyz"))
     processes.wait_for("flower", lambda: responds(f"{stack.flower_url}/healthcheck"))
-    with connected_workers(stack.redis_url) as is_connected:
+    with worker_probe(stack.redis_url) as is_connected:
         for role in WORKER_ROLES:
             processes.wait_for(role, partial(is_connected, role))
 
 
 @contextmanager
-def connected_workers(redis_url: str) -> Iterator[Callable[[str], bool]]:
+def worker_probe(redis_url: str) -> Iterator[Callable[[str], bool]]:
     """Yield a function that returns whether a worker with this role in its name responds."""
     app = Celery("payready-demo", broker=redis_url, set_as_current=False)
     seen: set[str] = set()

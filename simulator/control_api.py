@@ -70,8 +70,8 @@ class ControlApi:
             Route("/control/scenarios/{account_id}", self.put_scenario, methods=["PUT"]),
             Route("/control/defaults", self.put_defaults, methods=["PUT"]),
             Route("/control/deliver", self.deliver, methods=["POST"]),
-            Route("/control/pause", self.pause, methods=["POST"]),
-            Route("/control/resume", self.resume, methods=["POST"]),
+            Route("/control/pause", self.pause_deliveries, methods=["POST"]),
+            Route("/control/resume", self.resume_deliveries, methods=["POST"]),
             Route("/control/refuse", self.refuse_connections, methods=["POST"]),
             Route("/control/log", self.get_log),
             Route("/control/log", self.delete_log, methods=["DELETE"]),
@@ -106,12 +106,12 @@ class ControlApi:
         )
         return JSONResponse({"status": results[0].status, "deliveries": [asdict(result) for result in results]})
 
-    async def pause(self, _: Request) -> Response:
+    async def pause_deliveries(self, _: Request) -> Response:
         """Pause deliveries."""
         self._webhook_sender.pause()
         return JSONResponse({"paused": True})
 
-    async def resume(self, _: Request) -> Response:
+    async def resume_deliveries(self, _: Request) -> Response:
         """Resume deliveries."""
         self._webhook_sender.resume()
         return JSONResponse({"paused": False})

@@ -50,7 +50,7 @@ class ProviderApi:
         """Return the routes of Quiltt's endpoints."""
         return [
             Route("/v1/accounts/{account_id}/balances/refresh", self.refresh, methods=["POST"]),
-            Route("/v1/graphql", self.graphql, methods=["POST"]),
+            Route("/v1/graphql", self.query_balance, methods=["POST"]),
             Route("/v1/introspect/api_key", self.introspect, methods=["POST"]),
             *SubscriptionApi(self.is_authenticated).routes(),
         ]
@@ -69,7 +69,7 @@ class ProviderApi:
                 await asyncio.wait_for(decision.first_attempt.wait(), _MAX_EARLY_WAIT_S)
         return self._finish_call(decision)
 
-    async def graphql(self, request: Request) -> Response:
+    async def query_balance(self, request: Request) -> Response:
         """Respond to a balance query, which is free. `variables.id` selects the account; the query is ignored."""
         if not self._has_profile_credentials(request):
             return rest_error_response(401)
@@ -113,7 +113,7 @@ async def _invalid_request(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 422)
 
 
-def build_app(provider: Provider) -> Starlette:
+def build_simulator_app(provider: Provider) -> Starlette:
     """Return the application. It delivers webhooks while it runs."""
 
     @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ acknowledged when its work is done, and task events are published for each task.
 
 The steps of a job::
 
-    __call__ > MicroBatcher > _process_batch > flow.initiate_batch > dispatch > _finish > _acknowledge
+    __call__ > MicroBatcher > _process_batch > flow.try_accept_jobs > dispatch > _finish > _acknowledge
 
 The steps of a call::
 
@@ -168,7 +168,7 @@ class _JobBatchStrategy(_BatchStrategy):
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         try:
             requests = [self._parse_request(received) for received in batch]
-            results = flow.initiate_batch(runtime(), requests, waiting_announcer(requests))
+            results = flow.try_accept_jobs(runtime(), requests, waiting_announcer(requests))
         except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
             self._fall_back_after(error, "job", batch)
             return

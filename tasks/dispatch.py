@@ -39,7 +39,7 @@ def dispatch(follow_up: FollowUp) -> None:
     """Enqueue calls, balance polls and balances to apply. Then deliver the outcomes."""
     _enqueue(_messages(follow_up))
     if follow_up.deliveries:
-        deliver(follow_up.deliveries)
+        deliver_within_budget(follow_up.deliveries)
 
 
 def dispatch_without_callbacks(follow_up: FollowUp) -> None:
@@ -59,7 +59,9 @@ def dispatch_without_callbacks(follow_up: FollowUp) -> None:
             *(TaskMessage(name="outcomes.deliver", arguments=(task_ids,)) for task_ids in batches),
         ]
     )
-    deliver([delivery for delivery in follow_up.deliveries if suspension.has_no_callbacks(delivery.continuation)])
+    deliver_within_budget(
+        [delivery for delivery in follow_up.deliveries if suspension.has_no_callbacks(delivery.continuation)]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def _messages(follow_up: FollowUp) -> Iterator[TaskMessage]:
         yield TaskMessage(name="balances.apply", arguments=(balance_id,))
 
 
-def deliver(deliveries: Sequence[OutcomeDelivery]) -> None:
+def deliver_within_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
     """Deliver outcomes to their tasks.
 
     An outcome that cannot be delivered, or not within `DELIVERY_TIME_BUDGET_S`, stays undelivered. The sweep delivers
@@ -165,7 +167,7 @@ def _deliver_one(delivery: OutcomeDelivery) -> bool:
     """Deliver one outcome, and return whether this succeeded."""
     with _context(delivery):
         try:
-            _resume(delivery)
+            _resume_task(delivery)
         except Exception:
             log.exception("outcome.delivery_failed", count=1)
             return False
@@ -176,7 +178,7 @@ def _deliver_one(delivery: OutcomeDelivery) -> bool:
 def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
     """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
-        suspension.resume_without_callbacks(
+        suspension.finish_without_callbacks(
             app, [(delivery.continuation, _result_or_error(delivery)) for delivery in deliveries]
         )
     except Exception:
@@ -200,7 +202,7 @@ def _result_or_error(delivery: OutcomeDelivery) -> Any:
     return PaymentNotReady(delivery.outcome["reason"], delivery.outcome["detail"])
 
 
-def _resume(delivery: OutcomeDelivery) -> None:
+def _resume_task(delivery: OutcomeDelivery) -> None:
     result = _result_or_error(delivery)
     with tracing.resumed_span(
         delivery.continuation.get("trace", {}),

@@ -10,7 +10,7 @@ from celery.worker.state import revoked
 from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
-from tasks.dispatch import BROKER_UNAVAILABLE, deliver, dispatch
+from tasks.dispatch import BROKER_UNAVAILABLE, deliver_within_budget, dispatch
 from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import InvalidJob, PaymentNotReady
@@ -43,7 +43,7 @@ def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any)
     """
     try:
         request = parse_request(job, arguments, suspension.suspend(self.request))
-        result = flow.initiate(runtime(), request, waiting_announcer([request]))
+        result = flow.accept_job(runtime(), request, waiting_announcer([request]))
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE) as error:
         _requeue(self, error)
     try:
@@ -112,12 +112,12 @@ def apply_balance(balance_id: str) -> None:
 @app.task(name="outcomes.deliver")
 def deliver_outcomes(task_ids: Sequence[str]) -> None:
     """Deliver the outcomes of these tasks, whose payments are resolved."""
-    deliver(flow.claim_deliveries(runtime(), task_ids))
+    deliver_within_budget(flow.claim_deliveries(runtime(), task_ids))
 
 
 @app.task(name="payments.cancel", ignore_result=False)
 def cancel(payment_id: str) -> bool:
     """Fail a waiting payment as cancelled. Return False if it is resolved already or unknown."""
-    follow_up = flow.cancel(runtime(), [payment_id])
+    follow_up = flow.cancel_waiting(runtime(), [payment_id])
     dispatch(follow_up)
     return bool(follow_up.deliveries)

@@ -128,7 +128,7 @@ def has_no_callbacks(continuation: Mapping[str, Any]) -> bool:
     )
 
 
-def resume_without_callbacks(app: Celery, finished: Sequence[tuple[dict[str, Any], Any]]) -> None:
+def finish_without_callbacks(app: Celery, finished: Sequence[tuple[dict[str, Any], Any]]) -> None:
     """Finish tasks without callbacks in a batch, each as succeeded with its result or as failed with its exception."""
     results = [
         TaskResult(

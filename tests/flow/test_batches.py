@@ -19,7 +19,7 @@ from worker.quiltt.messages import Balance, ReceivedBalance
 def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     """Take in jobs in one round."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for entrance in flow.initiate_batch(payready.rt, requests, lambda _: None):
+    for entrance in flow.try_accept_jobs(payready.rt, requests, lambda _: None):
         assert entrance is not None
         payready.queue.merge(entrance.follow_up)
 

@@ -96,7 +96,7 @@ def test_fault_injection_detects_a_mark_before_the_delivery(inject: Inject, monk
         rt = vars(dispatch)["runtime"]()
         flow.mark_delivered(rt, {outcome.task_id: rt.clock() for outcome in due})
         for outcome in due:
-            dispatch._resume(outcome)
+            dispatch._resume_task(outcome)
 
     monkeypatch.setattr(dispatch, "_deliver_batch", mark_before_delivery)
     scenario = SCENARIOS["two share a call, the balance covers one"]

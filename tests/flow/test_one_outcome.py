@@ -44,7 +44,7 @@ def test_repeated_events_tasks_and_ticks_change_no_outcome(payready: InProcessSy
     payready.queue.balances_to_apply.append(balance_id)
     payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(intake_result.refresh_id)))
     payready.run_tasks()
-    assert not flow.cancel(payready.rt, ["p1"]).deliveries
+    assert not flow.cancel_waiting(payready.rt, ["p1"]).deliveries
     payready.pass_time(200)
     assert payready.payment("p1") == before
     assert payready.delivered["t1"] == delivered
@@ -111,7 +111,7 @@ def test_same_payment_id_with_another_job_is_a_conflict(payready: InProcessSyste
     payready.initiate("p1", A, task_id="t1", amount="25.00")
     job = {"payment_id": "p1", "account_id": A, "amount": "25.00", **other}
     with pytest.raises(PaymentNotReady) as error_info:
-        flow.initiate(payready.rt, intake_request(job, {"id": "t2"}), lambda _: None)
+        flow.accept_job(payready.rt, intake_request(job, {"id": "t2"}), lambda _: None)
     assert error_info.value.reason == Reason.CONFLICT
     payready.run_tasks()
     payready.balance(A)
@@ -135,7 +135,7 @@ def test_cancelled_payment_stays_failed_after_a_balance(payready: InProcessSyste
     """It pays its share of the call, and the balance is stored for other payments."""
     intake_result = payready.initiate("p1", A, amount="25.00")
     payready.run_tasks()
-    payready.queue.merge(flow.cancel(payready.rt, ["p1", "p_unknown"]))
+    payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1", "p_unknown"]))
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
@@ -162,7 +162,7 @@ def test_revoked_task_cancels_its_payment(payready: InProcessSystem) -> None:
 def test_payment_cancelled_before_its_call_costs_nothing(payready: InProcessSystem) -> None:
     """The refresh is abandoned, or never started."""
     payready.initiate("p1", A)
-    payready.queue.merge(flow.cancel(payready.rt, ["p1"]))
+    payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1"]))
     payready.run_tasks()
     assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []
@@ -178,7 +178,7 @@ def test_announcement_runs_before_the_payment_can_be_resolved(payready: InProces
 
     job = {"payment_id": "p1", "account_id": A}
     with pytest.raises(ConnectionError):
-        flow.initiate(payready.rt, intake_request(job, {"id": "t1"}), fail)
+        flow.accept_job(payready.rt, intake_request(job, {"id": "t1"}), fail)
     assert payready.rows("SELECT * FROM payment") == []
     payready.initiate("p1", A, task_id="t1")  # as Celery's retry does
     payready.run_tasks()

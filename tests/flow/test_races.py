@@ -86,7 +86,7 @@ def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> Non
         payready.drop_tasks()
         done = at_once(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda number=number: flow.cancel(payready.rt, [f"p{number}"]),  # type: ignore[misc]
+            lambda number=number: flow.cancel_waiting(payready.rt, [f"p{number}"]),  # type: ignore[misc]
         )
         assert len([payment_id for step in done for payment_id in step.deliveries]) == 1
         assert payready.state(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
@@ -382,7 +382,7 @@ class ConcurrentWorkers:
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
             arrived = intake_request(job, {"id": f"task_{payment_id}"})
-            self.add(flow.initiate(self.payready.rt, arrived, lambda _: None).follow_up)
+            self.add(flow.accept_job(self.payready.rt, arrived, lambda _: None).follow_up)
 
     def work(self) -> None:
         """Process follow-ups."""

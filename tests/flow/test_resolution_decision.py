@@ -11,7 +11,7 @@ import pytest
 from worker.flow.attribution import AttributedBalance, Attribution
 from worker.flow.resolution_decision import ApplyInputs, BalanceDecision, decide_resolutions
 from worker.ledger.balances import BalanceRecord
-from worker.ledger.fee_entries import CallRecord
+from worker.ledger.fee_entries import CallEntry
 from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.job import parse_job
@@ -44,7 +44,7 @@ BALANCE = BalanceRecord(
     received_at=NOW - timedelta(seconds=1),
     due_at=NOW + timedelta(seconds=4),
 )
-CALL = CallRecord(
+CALL = CallEntry(
     call_id="call_1",
     refresh_id="ref_1",
     account_id="acct_1",
@@ -97,7 +97,7 @@ class Example:
 
     balance: AttributedBalance = field(default_factory=attributed)
     waiting: Sequence[WaitingPayment] = ()
-    calls: Sequence[CallRecord] = (CALL,)
+    calls: Sequence[CallEntry] = (CALL,)
     sharers: dict[PaymentState, int] = field(default_factory=dict)
     released: Sequence[str] = ()
     resolutions: Sequence[str] = ()

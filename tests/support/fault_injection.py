@@ -260,8 +260,8 @@ class TestSystem:
         self.outcomes[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
         self.operations.before_operation("redis", f"result of {continuation['id']}")
 
-    def resume_without_callbacks(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
-        """Replace `resume_without_callbacks`: write the results."""
+    def finish_without_callbacks(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
+        """Replace `finish_without_callbacks`: write the results."""
         self.operations.before_operation("redis", "results")
         for continuation, outcome in ended:
             self.outcomes[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
@@ -393,7 +393,7 @@ def build_test_system(
         patch.setattr(dispatch, "_send", test_system.enqueue)
         patch.setattr(suspension, "resume_with_result", test_system.resume)
         patch.setattr(suspension, "resume_with_error", test_system.resume)
-        patch.setattr(suspension, "resume_without_callbacks", test_system.resume_without_callbacks)
+        patch.setattr(suspension, "finish_without_callbacks", test_system.finish_without_callbacks)
         patch.setattr(suspension, "store_waiting_state", lambda *_: operations.before_operation("redis", "WAITING"))
         patch.setattr(dispatch, "delivered_marks", test_system.delivered_marks)
         patch.setattr(payment_tasks.initiate, "retry", test_system.retry)

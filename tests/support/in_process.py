@@ -194,7 +194,7 @@ class InProcessSystem:
         """Accept a job and enqueue its follow-up."""
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
         continuation = {"id": task_id or f"task_{next(self._numbers)}"}
-        result = flow.initiate(self.rt, intake_request(arguments, continuation), lambda _: None)
+        result = flow.accept_job(self.rt, intake_request(arguments, continuation), lambda _: None)
         self.queue.merge(result.follow_up)
         return result
 

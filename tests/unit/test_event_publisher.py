@@ -21,6 +21,6 @@ def test_outcome_is_sent_to_the_reply_queue() -> None:
     app.tasks.register(Initiate())
     with Connection("memory://") as connection:
         replies = connection.SimpleQueue("replies")
-        suspension.resume_without_callbacks(app, [(CONTINUATION, {"state": "released"})])
+        suspension.finish_without_callbacks(app, [(CONTINUATION, {"state": "released"})])
         message = replies.get(timeout=5)
     assert (message.payload["task_id"], message.payload["result"]) == ("task_1", {"state": "released"})

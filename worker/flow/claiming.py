@@ -34,7 +34,7 @@ from worker.flow.unpriced_calls import defer_unpriced_calls
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import Tx, transaction
-from worker.ledger.fee_entries import CallRecord
+from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
@@ -51,7 +51,7 @@ class Claim:
     """The right to make one call. Its fee entry is pending in the ledger."""
 
     refresh: RefreshRecord
-    call: CallRecord
+    call: CallEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def _decide_and_persist(rt: Runtime, tx: Tx, loaded: Sequence[ClaimInputs], term
 
 
 def _decide(
-    rt: Runtime, tx: Tx, inputs: ClaimInputs, terms: _ClaimTerms, *, unwritten: Sequence[CallRecord]
+    rt: Runtime, tx: Tx, inputs: ClaimInputs, terms: _ClaimTerms, *, unwritten: Sequence[CallEntry]
 ) -> Decision:
     """Decide on a call. Each of the `unwritten` calls that this transaction has claimed used one slot."""
     decision = decide_claim(
@@ -182,7 +182,7 @@ def _decide(
 
 
 def _check_fee_caps(
-    rt: Runtime, tx: Tx, decision: ClaimCall, terms: _ClaimTerms, unwritten: Sequence[CallRecord]
+    rt: Runtime, tx: Tx, decision: ClaimCall, terms: _ClaimTerms, unwritten: Sequence[CallEntry]
 ) -> ClaimCall | RejectByCap:
     """Turn a claim into a rejection if a fee cap would be exceeded.
 

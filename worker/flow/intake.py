@@ -26,7 +26,7 @@ from worker.ledger.outcome_deliveries import REDELIVER_AFTER, NewDelivery
 from worker.ledger.payments import WaitingPayment
 from worker.runtime import Runtime
 
-__all__ = ["IntakeRequest", "IntakeResult", "OnWaiting", "initiate", "initiate_batch", "join_request"]
+__all__ = ["IntakeRequest", "IntakeResult", "OnWaiting", "accept_job", "join_request", "try_accept_jobs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class OnWaiting(Protocol):
         """Store that these payments are waiting."""
 
 
-def initiate(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> IntakeResult:
+def accept_job(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> IntakeResult:
     """Accept a job. Calls `on_waiting` before the commit, while the account is locked.
 
     Raises:
@@ -65,7 +65,7 @@ def initiate(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> Inta
         return _accept(rt, tx, [request], on_waiting)[0]
 
 
-def initiate_batch(rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult | None]:
+def try_accept_jobs(rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult | None]:
     """Accept jobs in one transaction. The result of a job is None if another transaction has locked its account.
 
     Calls `on_waiting` before the commit, while the accounts are locked.

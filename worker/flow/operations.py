@@ -12,7 +12,7 @@ from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.runtime import Runtime
 
 
-def cancel(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
+def cancel_waiting(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
     """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are."""
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, payment_ids)
@@ -24,7 +24,7 @@ def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:
     """Cancel the waiting payments that these Celery tasks are registered for."""
     with transaction(rt.engine) as tx:
         payment_ids = outcome_deliveries.payments_of_tasks(tx, task_ids)
-    return cancel(rt, payment_ids) if payment_ids else FollowUp()
+    return cancel_waiting(rt, payment_ids) if payment_ids else FollowUp()
 
 
 def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelivery]:

@@ -28,7 +28,7 @@ def poll_balance(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
         metrics.BALANCE_POLLS.labels("failed").inc()
         log.warning("balance_poll.failed", account_id=account_id, error=str(error))
         return FollowUp()
-    follow_up = _fail_ineligible(rt, account_id, account) if account else FollowUp()
+    follow_up = _fail_unsupported_payments(rt, account_id, account) if account else FollowUp()
     is_usable = balance is not None and (balance.source == "REFRESH" or rt.settings.allow_sync_balances)
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
@@ -37,7 +37,7 @@ def poll_balance(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
     return follow_up
 
 
-def _fail_ineligible(rt: Runtime, account_id: str, account: PolledAccount) -> FollowUp:
+def _fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAccount) -> FollowUp:
     """Fail the payments that no balance of such an account can release."""
     now = rt.clock()
     resolutions = []

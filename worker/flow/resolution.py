@@ -22,7 +22,7 @@ from worker.flow.resolution_decision import (
 )
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.engine import Tx, transaction
-from worker.ledger.fee_entries import CallRecord
+from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import WaitingPayment
@@ -130,14 +130,14 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
     )
 
 
-def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[str, list[CallRecord]]:
+def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[str, list[CallEntry]]:
     refresh_ids = {
         refresh_id
         for balance in attributed
         if (attribution := balance.attribution) is not None
         for refresh_id in (attribution.refresh.refresh_id, *attribution.candidates)
     }
-    calls: dict[str, list[CallRecord]] = defaultdict(list)
+    calls: dict[str, list[CallEntry]] = defaultdict(list)
     if refresh_ids:
         for call in fee_entries.calls_of_refreshes(tx, refresh_ids):
             calls[call.refresh_id].append(call)

@@ -12,7 +12,7 @@ from worker.errors import Reason
 from worker.flow.attribution import AttributedBalance
 from worker.flow.follow_up import RefreshCall, call_of
 from worker.ledger.balances import BalanceRecord
-from worker.ledger.fee_entries import CallRecord, FinalEntry
+from worker.ledger.fee_entries import CallEntry, FinalEntry
 from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules import funds, states
@@ -30,7 +30,7 @@ class ApplyInputs:
     """The balances to apply, one for each account."""
     waiting: Mapping[str, Sequence[WaitingPayment]]
     """By account id, its waiting payments in the order of their requests. They are locked."""
-    calls: Mapping[str, Sequence[CallRecord]]
+    calls: Mapping[str, Sequence[CallEntry]]
     """By refresh id, its calls in the order in which they were made."""
     sharers: Mapping[str, Mapping[PaymentState, int]]
     """By refresh id, how many resolved payments share its fee, by their state."""
@@ -274,7 +274,7 @@ def _outcome_balance(record: BalanceRecord) -> OutcomeBalance:
 
 def _calls_of_refresh(
     inputs: ApplyInputs, balance: AttributedBalance, posted: FinalEntry | None
-) -> Sequence[CallRecord]:
+) -> Sequence[CallEntry]:
     """Return the calls of the balance's refresh, with the call that this balance posts in its final state."""
     calls = inputs.calls.get(balance.refresh.refresh_id, ()) if balance.refresh else ()
     if posted is None:
@@ -293,7 +293,7 @@ def _has_open_shares(inputs: ApplyInputs, balance: AttributedBalance) -> bool:
 
 
 def _fee_shares(
-    inputs: ApplyInputs, balance: AttributedBalance, calls: Sequence[CallRecord], new_sharers: int
+    inputs: ApplyInputs, balance: AttributedBalance, calls: Sequence[CallEntry], new_sharers: int
 ) -> Iterator[SharedFee]:
     """Yield the shares of the payments that are resolved now. Payments that failed before have the first shares."""
     if balance.refresh is None or not new_sharers:
@@ -307,7 +307,7 @@ def _fee_shares(
         yield SharedFee(share=share, shared_by=shared_by)
 
 
-def _fee_total(calls: Sequence[CallRecord]) -> FeeTotal:
+def _fee_total(calls: Sequence[CallEntry]) -> FeeTotal:
     """Return the total fee of a refresh. Only calls in the currency of the last call count."""
     currency = calls[-1].currency
     sums: dict[EntryState, Decimal] = {}

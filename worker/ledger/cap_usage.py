@@ -11,7 +11,7 @@ from decimal import Decimal
 from sqlalchemy import func, select
 
 from worker.ledger.engine import Tx
-from worker.ledger.fee_entries import CallRecord
+from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_spending
 from worker.ledger.tables import FEE_ENTRY
 from worker.rules.fee_caps import CapKind, CapUsage, FeeCaps, start_of_day, start_of_month
@@ -86,7 +86,7 @@ class CapUsageCounter:
         return is_first
 
     def usage(
-        self, tx: Tx, caps: FeeCaps, *, account_id: str, price: Price, unwritten: Sequence[CallRecord], now: datetime
+        self, tx: Tx, caps: FeeCaps, *, account_id: str, price: Price, unwritten: Sequence[CallEntry], now: datetime
     ) -> list[CapUsage]:
         """Return the usage of each cap that is set. The account must be locked.
 

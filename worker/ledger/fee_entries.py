@@ -22,7 +22,7 @@ CALLS_PER_STATEMENT = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallRecord:
+class CallEntry:
     """A refresh call in the fee ledger: its latest entry."""
 
     call_id: str
@@ -47,14 +47,14 @@ class CallRecord:
 class FinalEntry:
     """A final entry to write for a call, with its evidence."""
 
-    call: CallRecord
+    call: CallEntry
     state: EntryState
     evidence: dict[str, Any]
 
 
-def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: datetime) -> CallRecord:
+def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: datetime) -> CallEntry:
     """Return the record of a call that is about to be made, at its price."""
-    return CallRecord(
+    return CallEntry(
         call_id=call_id,
         refresh_id=refresh_id,
         account_id=account_id,
@@ -67,7 +67,7 @@ def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: 
     )
 
 
-def open_entries(tx: Tx, calls: Sequence[CallRecord]) -> None:
+def open_entries(tx: Tx, calls: Sequence[CallEntry]) -> None:
     """Insert the pending entries of calls that are about to be made."""
     rows = [entry_row(call, EntryState.PENDING, {}, call.called_at) for call in calls]
     bulk_insert(tx, FEE_ENTRY, rows, key="call_id")
@@ -89,12 +89,12 @@ def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     return bulk_insert(tx, FEE_ENTRY, rows, key="call_id")
 
 
-def entry_row(call: CallRecord, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:
+def entry_row(call: CallEntry, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:
     """Return the row of an entry of this call."""
     return {**vars(call), "state": state, "evidence": evidence, "recorded_at": now}
 
 
-def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> list[CallRecord]:
+def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> list[CallEntry]:
     """Return the calls of these refreshes, each in its final state if it has one, else pending."""
     return _latest_calls(tx.execute(_OF_REFRESHES, {"refresh_ids": list(refresh_ids)}))
 
@@ -102,7 +102,7 @@ def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> list[CallRecord]
 _OF_REFRESHES = select(FEE_ENTRY).where(any_of(entry.refresh_id, "refresh_ids"))
 
 
-def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallRecord]]:
+def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallEntry]]:
     """Yield these calls in their latest states, up to `CALLS_PER_STATEMENT` at a time."""
     for start in range(0, len(call_ids), CALLS_PER_STATEMENT):
         chunk = list(call_ids[start : start + CALLS_PER_STATEMENT])
@@ -112,11 +112,11 @@ def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallRecor
 _BY_ID = select(FEE_ENTRY).where(any_of(entry.call_id, "call_ids"))
 
 
-def _latest_calls(rows: Iterable[Row[Any]]) -> list[CallRecord]:
+def _latest_calls(rows: Iterable[Row[Any]]) -> list[CallEntry]:
     latest = {row.call_id: row for row in sorted(rows, key=lambda row: int(row.entry_id))}
     return [_record_from_row(row) for row in latest.values()]
 
 
-def _record_from_row(row: Row[Any]) -> CallRecord:
-    columns = {name: getattr(row, name) for name in CallRecord.__dataclass_fields__}
-    return CallRecord(**{**columns, "state": EntryState(row.state)})
+def _record_from_row(row: Row[Any]) -> CallEntry:
+    columns = {name: getattr(row, name) for name in CallEntry.__dataclass_fields__}
+    return CallEntry(**{**columns, "state": EntryState(row.state)})

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from worker.ledger.bulk import bulk_insert
 from worker.ledger.engine import Tx
-from worker.ledger.fee_entries import CallRecord, calls_in_batches, entry_row, insert_final_rows
+from worker.ledger.fee_entries import CallEntry, calls_in_batches, entry_row, insert_final_rows
 from worker.ledger.tables import INVOICE
 from worker.rules.decimals import decimal_text
 from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
@@ -71,7 +71,7 @@ def apply_invoice(
         "since": period.since,
         "until": period.until,
         "tolerance_s": int(period.tolerance.total_seconds()),
-        "edge_calls": sorted(reconciliation.edge_calls),
+        "edge_calls": sorted(reconciliation.edge_call_ids),
     }
     bulk_insert(tx, INVOICE, [row], key="digest")
     return InvoiceApplication(posted=posted, voided=voided)
@@ -83,7 +83,7 @@ def _line_evidence(line: InvoiceLine) -> dict[str, Any]:
 
 def _post_or_void_by_invoice(
     tx: Tx,
-    calls: Sequence[CallRecord],
+    calls: Sequence[CallEntry],
     state: EntryState,
     invoice: InvoiceEvidence,
     line_evidence: Mapping[str, Mapping[str, Any]],

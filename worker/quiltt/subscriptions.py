@@ -41,7 +41,7 @@ class Subscription(BaseModel):
     event_types: Annotated[tuple[str, ...], Field(alias="eventTypes")]
     disabled: bool = False
 
-    def problems(self) -> list[str]:
+    def own_problems(self) -> list[str]:
         """Return what is wrong with the subscription, empty if nothing."""
         disabled = [f"{self.id} is disabled"] if self.disabled else []
         missing = [event_type for event_type in REQUIRED_EVENT_TYPES if event_type not in self.event_types]
@@ -57,14 +57,14 @@ def for_url(subscriptions: Sequence[Subscription], url: str) -> list[Subscriptio
     During the rotation of a webhook secret there are two.
     """
     ours = (subscription for subscription in subscriptions if subscription.target_url == url)
-    return sorted(ours, key=lambda subscription: (len(subscription.problems()), subscription.id))
+    return sorted(ours, key=lambda subscription: (len(subscription.own_problems()), subscription.id))
 
 
 def problems(subscriptions: Sequence[Subscription], url: str) -> list[str]:
     """Return the problems of the subscription for `url`, empty if one subscription has none."""
     insecure = [] if url.startswith("https://") else [f"{url} is not https"]
     ours = for_url(subscriptions, url)
-    return insecure + (ours[0].problems() if ours else [f"no subscription delivers to {url}"])
+    return insecure + (ours[0].own_problems() if ours else [f"no subscription delivers to {url}"])
 
 
 class SubscriptionsClient:

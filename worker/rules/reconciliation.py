@@ -84,7 +84,7 @@ class Reconciliation:
         return [call for call in posted if self.period.contains_with_margin(call.at)]
 
     @property
-    def edge_calls(self) -> frozenset[str]:
+    def edge_call_ids(self) -> frozenset[str]:
         """Ids of the matched calls that the neighbouring month's invoice could charge, too."""
         edge_matches = (match for match in self.matched if not self.period.contains_with_margin(match.call.at))
         return frozenset(match.call.call_id for match in edge_matches)
@@ -228,7 +228,7 @@ def _match_lines(lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tole
     """
     matching = _Matching(lines, tolerance)
     for call in calls:
-        matching.add(call)
+        matching.try_match(call)
     return [
         LineMatch(line=line, call=matching.call_by_row[line.row]) for line in lines if line.row in matching.call_by_row
     ]
@@ -243,7 +243,7 @@ class _Matching:
         self.call_by_row: dict[int, LedgerCall] = {}
         self._row_by_call: dict[str, int] = {}
 
-    def add(self, call: LedgerCall) -> None:
+    def try_match(self, call: LedgerCall) -> None:
         """Match the call if there is an augmenting path from it. Search breadth-first."""
         parent: dict[int, LedgerCall] = {}
         queue = deque([call])
