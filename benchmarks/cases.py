@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import process_stats, seed_data
 from benchmarks.benchmark_system import BenchmarkSystem
 from worker.ledger import cap_usage, fee_calls, fee_statement
-from worker.ledger.engine import Tx, read_only
+from worker.ledger.engine import Tx, read_snapshot
 
 Figures = dict[str, Any]
 TAIL_TIME_S = 1.0
@@ -162,7 +162,7 @@ def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
 def _median_query_time(benchmark: BenchmarkSystem, query: Callable[[Tx], Any]) -> float:
     elapsed_s = []
     for _ in range(3):
-        with read_only(benchmark.system.engine) as tx:
+        with read_snapshot(benchmark.system.engine) as tx:
             start = time.monotonic()
             query(tx)
             elapsed_s.append(time.monotonic() - start)

@@ -112,13 +112,13 @@ def count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> int:
     """
     names = [worker.name for worker in workers]
     with _celery_app(settings) as app:
-        before = _processed_ticks(app, names)
+        before = _count_expire_tasks(app, names)
         time.sleep(TICK_OBSERVATION_S)
-        return _processed_ticks(app, names) - before
+        return _count_expire_tasks(app, names) - before
 
 
-def _processed_ticks(app: Celery, names: list[str]) -> int:
-    stats = app.control.inspect(names, timeout=PING_TIMEOUT_S).stats() or {}
+def _count_expire_tasks(app: Celery, worker_names: list[str]) -> int:
+    stats = app.control.inspect(worker_names, timeout=PING_TIMEOUT_S).stats() or {}
     return sum(worker.get("total", {}).get("payments.expire", 0) for worker in stats.values())
 
 

@@ -12,7 +12,7 @@ from cli.celery_client import NoWorkerResponse
 from config.settings import ConfigurationError, settings
 from demo.processes import StartError
 from worker.errors import CallFailed, InvalidJob
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_only, transaction
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_snapshot, transaction
 from worker.rules.invoice_file import InvoiceError
 from worker.rules.pricing import PriceListError
 
@@ -59,7 +59,7 @@ def stdout_console() -> Console:
 
 def query(read: Callable[[Tx], T]) -> T:
     """Run `read` in a read-only transaction, on one snapshot of the ledger."""
-    with _engine() as engine, read_only(engine) as tx:
+    with _engine() as engine, read_snapshot(engine) as tx:
         return read(tx)
 
 

@@ -14,7 +14,7 @@ from cli.render import count_text
 from config.celery_config import QUEUES, celery_settings
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.ledger import metrics_queries, schema
-from worker.ledger.engine import DATABASE_UNAVAILABLE, read_only
+from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
 """A smaller drift is not reported."""
@@ -44,7 +44,7 @@ SHARED_CELERY_SETTINGS = (
 def check_database(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the database responds and has the schema of this release."""
     try:
-        with read_only(context.rt.engine) as tx:
+        with read_snapshot(context.rt.engine) as tx:
             current, required = schema.current_revision(tx), schema.required_revision()
     except DATABASE_UNAVAILABLE as unavailable:
         reason = " ".join(str(getattr(unavailable, "orig", None) or unavailable).split())
@@ -187,7 +187,7 @@ def _clock_result(context: CheckContext, server: str, sample: ClockSample) -> Ch
 
 
 def _database_clock(context: CheckContext) -> datetime | None:
-    with read_only(context.rt.engine) as tx:
+    with read_snapshot(context.rt.engine) as tx:
         return schema.server_time(tx)
 
 
@@ -202,7 +202,7 @@ def check_maintenance(context: CheckContext) -> Iterator[CheckResult]:
     """Check that payments expire at their deadline and outcomes are delivered."""
     now = context.rt.clock()
     try:
-        with read_only(context.rt.engine) as tx:
+        with read_snapshot(context.rt.engine) as tx:
             if schema.current_revision(tx) != schema.required_revision():
                 return  # check_database reports it
             backlog = metrics_queries.backlog(tx)

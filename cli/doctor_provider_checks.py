@@ -12,7 +12,7 @@ from webhook import signature
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import CallFailed, CallRejected
 from worker.ledger import metrics_queries, schema
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_only
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger_metrics import cap_used_ratios
 from worker.quiltt import subscriptions
 from worker.rules.pricing import PriceListError
@@ -87,7 +87,7 @@ def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:
 def check_caps_and_balances(context: CheckContext) -> Iterator[CheckResult]:
     """Check how far fee caps are used, and how many calls brought no balance."""
     try:
-        with read_only(context.rt.engine) as tx:
+        with read_snapshot(context.rt.engine) as tx:
             if schema.current_revision(tx) == schema.required_revision():
                 yield from _check_caps(context, tx)
                 yield from _check_balances(context, tx)

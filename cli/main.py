@@ -55,8 +55,8 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-class FundsCheck(StrEnum):
-    """Whether the balance must cover the amount."""
+class FundsCheckMode(StrEnum):
+    """How strict the funds check is. `enabled` releases a payment with an unknown balance as `unchecked`."""
 
     REQUIRED = "required"
     ENABLED = "enabled"
@@ -125,7 +125,9 @@ def enqueue_payment(
     payment_id: Annotated[str | None, typer.Option("--id", help="Your id of the payment. Default: a new id.")] = None,
     timeout_s: Annotated[int | None, typer.Option(help="Seconds until the payment fails without a balance.")] = None,
     max_balance_age_s: Annotated[int | None, typer.Option(help="Maximum age of the balance in seconds.")] = None,
-    funds_check: Annotated[FundsCheck | None, typer.Option(help="Whether the balance must cover the amount.")] = None,
+    funds_check: Annotated[
+        FundsCheckMode | None, typer.Option(help="Whether the balance must cover the amount.")
+    ] = None,
     metadata: Annotated[str | None, typer.Option(help="A JSON object that the outcome returns.")] = None,
     wait: Annotated[
         bool, typer.Option(help="Wait for the outcome. Exit status 3 if the payment must not start.")

@@ -16,13 +16,13 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from cli import fee_tables, render_demo
-from demo.demo_checks import BacklogCounts, DemoCheck, Observed, all_resolved, run_checks
+from demo.demo_checks import BacklogCounts, DemoCheck, Observed, is_run_complete, run_checks
 from demo.demo_plan import DEMO_JOBS, DEMO_TIMINGS, EXPECTED_CALLS
 from demo.dev_stack import DevStack, dev_stack
 from demo.interrupts import Interrupts
 from demo.processes import ROOT, StartError
 from worker.ledger import fee_statement, metrics_queries, payment_report
-from worker.ledger.engine import Engine, open_engine, read_only
+from worker.ledger.engine import Engine, open_engine, read_snapshot
 from worker.runtime import utc_now
 
 SERVICE_COMMAND = (
@@ -114,7 +114,7 @@ def _wait_for_outcomes(
     deadline = time.monotonic() + DEMO_TIMEOUT_S
     while time.monotonic() < deadline:
         show_board(observed := _observe(engine, journal, {}))
-        if all_resolved(DEMO_JOBS, observed):
+        if is_run_complete(DEMO_JOBS, observed):
             interrupts.sleep(SETTLE_TIME_S)
             break
         stack.processes.check_all_running()
@@ -126,7 +126,7 @@ def _wait_for_outcomes(
 
 
 def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Observed:
-    with read_only(engine) as tx:
+    with read_snapshot(engine) as tx:
         lines = payment_report.list_payments(tx, payment_ids=[job.payment_id for job in DEMO_JOBS])
         calls = payment_report.call_counts_by_account(tx, list(EXPECTED_CALLS))
         backlog = metrics_queries.backlog(tx)
@@ -149,7 +149,7 @@ def _read_journal(journal: Path) -> list[dict[str, Any]]:
 
 
 def _print_report(console: Console, engine: Engine, observed: Observed, started_at: datetime) -> DemoResult:
-    with read_only(engine) as tx:
+    with read_snapshot(engine) as tx:
         until = utc_now()
         lines = fee_statement.statement_lines(tx, started_at, until, "price")
         saved = fee_statement.savings_by_currency(tx, started_at, until)

@@ -14,7 +14,7 @@ from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
 from worker.ledger import quarantine
-from worker.ledger.engine import read_only, transaction
+from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
@@ -136,7 +136,7 @@ def _selected_events(
 
 def _events_by_id(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:
     for quarantine_id in ids:
-        with read_only(rt.engine) as tx:
+        with read_snapshot(rt.engine) as tx:
             event = quarantine.find(tx, quarantine_id)
         if event is None:
             fail(f"no event {quarantine_id} in quarantine")
@@ -152,7 +152,7 @@ def _every_event(rt: Runtime) -> Iterator[QuarantinedEvent]:
 
 
 def _page(rt: Runtime, after_id: str) -> list[QuarantinedEvent]:
-    with read_only(rt.engine) as tx:
+    with read_snapshot(rt.engine) as tx:
         return quarantine.events_after(tx, after_id=after_id, limit=PAGE_SIZE)
 
 

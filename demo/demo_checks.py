@@ -79,7 +79,7 @@ def run_checks(
     ]
 
 
-def all_resolved(jobs: Sequence[DemoJob], observed: Observed) -> bool:
+def is_run_complete(jobs: Sequence[DemoJob], observed: Observed) -> bool:
     """Return whether the run is complete: each job had its callback, and the ledger has no backlog."""
     journaled = {entry["job"] for entry in observed.journal}
     return journaled == {job.name for job in jobs} and not any(_check_backlog(observed.backlog))

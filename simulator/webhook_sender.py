@@ -88,7 +88,7 @@ class WebhookSender:
             for _ in range(MAX_CONNECTIONS):
                 group.create_task(self._send_queued())
 
-    async def post_once(self, delivery: OutgoingDelivery) -> AttemptResult:
+    async def post_now(self, delivery: OutgoingDelivery) -> AttemptResult:
         """Send a delivery now, even while paused, on its own connection and without retries."""
         connection = HttpConnection(self._url)
         try:

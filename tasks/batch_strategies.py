@@ -128,7 +128,7 @@ class _BatchStrategy:
     def _fall_back_after(self, error: Exception, kind: str, batch: Sequence[ReceivedMessage]) -> None:
         """Process a failed batch one by one: the task then handles the error of its own message."""
         metrics.BATCH_FALLBACKS.labels(kind).inc()
-        log.warning("batch.fallback", kind=kind, error=_first_line(error))
+        log.warning("batch.fallback", kind=kind, error=_error_summary(error))
         self._fall_back(batch)
 
     def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
@@ -290,6 +290,6 @@ def _batching_supported(consumer: Any) -> bool:
     return isinstance(consumer.pool, TaskPool) and not tracing.is_enabled()
 
 
-def _first_line(error: Exception) -> str:
+def _error_summary(error: Exception) -> str:
     """Return the class and the first line of an error. Further lines may repeat values of a statement."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -137,7 +137,7 @@ def deliver_within_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
         _deliver_batch(deliveries[start : start + DELIVERY_BATCH_SIZE])
 
 
-def deliver_overdue() -> None:
+def redeliver_overdue_outcomes() -> None:
     """Deliver outcomes that are still undelivered after their first delivery. Each batch is claimed first."""
     while deliveries := flow.claim_overdue_deliveries(runtime(), DELIVERY_BATCH_SIZE):
         _deliver_batch(deliveries)
@@ -148,7 +148,7 @@ def _deliver_batch(deliveries: Sequence[OutcomeDelivery]) -> None:
     for delivery in deliveries:
         is_result_only = suspension.has_no_callbacks(delivery.continuation) and not tracing.is_enabled()
         (result_only if is_result_only else others).append(delivery)
-    delivered = {delivery.task_id: runtime().clock() for delivery in others if _deliver_one(delivery)}
+    delivered = {delivery.task_id: runtime().clock() for delivery in others if _deliver_with_callbacks(delivery)}
     if delivered:
         flow.mark_delivered(runtime(), delivered)
     if result_only and (delivered_at := _deliver_results(result_only)):
@@ -163,7 +163,7 @@ delivered_marks = MicroBatcher[tuple[str, datetime]](
 """Delivered results to mark. If a mark is lost with the process, the sweep writes the same result once more."""
 
 
-def _deliver_one(delivery: OutcomeDelivery) -> bool:
+def _deliver_with_callbacks(delivery: OutcomeDelivery) -> bool:
     """Deliver one outcome, and return whether this succeeded."""
     with _context(delivery):
         try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from config.log_config import get_logger
 from tasks.app import app
-from tasks.dispatch import deliver_overdue, dispatch
+from tasks.dispatch import dispatch, redeliver_overdue_outcomes
 from worker import flow
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.quiltt import subscriptions
@@ -32,7 +32,7 @@ def expire() -> None:
 def sweep() -> None:
     """Retry lost calls, balances and deliveries."""
     with _skip_if_database_unavailable():
-        deliver_overdue()
+        redeliver_overdue_outcomes()
         dispatch(flow.sweep(runtime()))
 
 

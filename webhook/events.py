@@ -85,7 +85,7 @@ class ParsedDelivery:
         elif event is not None:
             self.connection_updates.append(event)
 
-    def split_by_event(self) -> list["ParsedDelivery"]:
+    def split_storable_events(self) -> list["ParsedDelivery"]:
         """Return one delivery for each event. Routine events are left out."""
         return [
             *(ParsedDelivery(events=1, balances=[balance]) for balance in self.balances),

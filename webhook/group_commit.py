@@ -98,7 +98,7 @@ class GroupCommitter(Generic[T]):
         self, delivery: ParsedDelivery, error: Exception, until: float
     ) -> Exception | None:
         """Commit each event of a delivery on its own. Return the last error, or None."""
-        parts = delivery.split_by_event()
+        parts = delivery.split_storable_events()
         if len(parts) < 2:  # noqa: PLR2004 - a single event has failed already
             return error
         last_error: Exception | None = None

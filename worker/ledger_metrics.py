@@ -10,7 +10,7 @@ from worker import metrics
 from worker.errors import Reason
 from worker.ledger import metrics_queries
 from worker.ledger.cap_usage import total_spent
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_only
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger.metrics_queries import Backlog, CountAndOldest, FeeEntryRow
 from worker.metrics import MetricSample
 from worker.rules.fee_caps import CapKind, start_of_day
@@ -50,7 +50,7 @@ class LedgerCollector:
         """Yield all samples of the ledger. Raise one of `DATABASE_UNAVAILABLE` if it cannot be queried."""
         now = self._rt.clock()
         until = min(max(now - WRITE_LAG, self._counted_until), self._counted_until + COUNT_STEP)
-        with read_only(self._rt.engine) as tx:
+        with read_snapshot(self._rt.engine) as tx:
             metrics_queries.set_short_timeout(tx)
             backlog = metrics_queries.backlog(tx)
             outcomes = metrics_queries.resolved_counts(tx, self._counted_until, until)
@@ -68,7 +68,7 @@ class LedgerCollector:
     def _unresolved_before(self, start: datetime) -> dict[str, FeeEntryRow]:
         """Return the calls that were unresolved at the start. A query that exceeds its timeout is not repeated."""
         try:
-            with read_only(self._rt.engine) as tx:
+            with read_snapshot(self._rt.engine) as tx:
                 metrics_queries.set_short_timeout(tx)
                 entries = metrics_queries.unresolved_entries(tx, start - UNRESOLVED_CALL_LOOKBACK, start)
         except DATABASE_UNAVAILABLE:
@@ -100,7 +100,7 @@ class LedgerCollector:
     def _cap_samples(self, now: datetime) -> Iterator[MetricSample]:
         # In a transaction of its own: once a minute the sum over a large month takes long.
         try:
-            with read_only(self._rt.engine) as tx:
+            with read_snapshot(self._rt.engine) as tx:
                 metrics_queries.set_short_timeout(tx)
                 used_ratios = cap_used_ratios(self._rt, tx, now)
         except DATABASE_UNAVAILABLE:

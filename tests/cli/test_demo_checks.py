@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from demo.demo_checks import BacklogCounts, Observed, all_resolved, run_checks
+from demo.demo_checks import BacklogCounts, Observed, is_run_complete, run_checks
 from demo.demo_plan import DEMO_JOBS, EXPECTED_CALLS, DemoJob, Expected, ExpectedCalls
 from simulator.scenarios import SCENARIOS, scenario_of
 from worker.ledger.payment_report import PaymentFee, PaymentLine
@@ -78,7 +78,7 @@ def failures(observed: Observed) -> list[str]:
 def test_checks_pass_if_all_results_are_as_expected() -> None:
     """The run is complete, too."""
     assert failures(expected_results()) == []
-    assert all_resolved(JOBS, expected_results())
+    assert is_run_complete(JOBS, expected_results())
 
 
 def test_checks_find_callback_that_ran_twice_or_never() -> None:
@@ -87,7 +87,7 @@ def test_checks_find_callback_that_ran_twice_or_never() -> None:
     assert failures(replace(observed, journal=[*observed.journal, entry(POOR)])) == ["poor: its callback ran 2 times"]
     missing = replace(observed, journal=observed.journal[1:])
     assert failures(missing) == ["good: its callback ran 0 times"]
-    assert not all_resolved(JOBS, missing)
+    assert not is_run_complete(JOBS, missing)
     assert (
         "a callback for a job"
         in failures(replace(observed, journal=[*observed.journal, {**entry(GOOD), "job": "x"}]))[0]

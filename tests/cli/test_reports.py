@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.cli.conftest import DIME, NOON, Books
 from worker.ledger import fee_calls, fee_statement, payment_report
-from worker.ledger.engine import open_engine, read_only, transaction
+from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.tables import PAYMENT
 from worker.rules.pricing import EntryState, Price, split_share
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: Books) -> None:
     """Two calls of 0.10, three payments: the first two settled owe a unit more, and a pending call makes it pending."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
     assert {key: fee.amount for key, fee in fees.items()} == {
         "pay_1": Decimal("0.066667"),
@@ -40,7 +40,7 @@ def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: 
 
 def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
     """With the verdict of those that were released, and the reason of those that were not."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         lines = payment_report.list_payments(tx)
         waiting = payment_report.list_payments(tx, state="waiting")
         two = payment_report.list_payments(tx, limit=2)
@@ -60,7 +60,7 @@ def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
 
 def test_timeline_has_every_step_of_a_payment(history: Books) -> None:
     """Job, calls with their fees, balance, verdict, deliveries."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         found = payment_report.payment_timeline(tx, "pay_3")
     assert found is not None
     assert found.job["metadata"] == {"order": 3}
@@ -77,7 +77,7 @@ def test_timeline_has_every_step_of_a_payment(history: Books) -> None:
 
 def test_a_timeline_of_a_waiting_payment_shows_the_call_that_is_to_serve_it(history: Books) -> None:
     """A refresh is linked to a payment only when it resolves. An unknown payment has no timeline."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         found = payment_report.payment_timeline(tx, "pay_waits")
         assert payment_report.payment_timeline(tx, "pay_unknown") is None
     assert found is not None
@@ -91,7 +91,7 @@ def test_a_statement_counts_the_calls_of_its_month_as_they_stand_now(history: Bo
     december = datetime(2026, 12, 1, tzinfo=UTC)
     history.call("ref_late", "acct_d", EntryState.POSTED, december - timedelta(microseconds=1))
     history.call("ref_next", "acct_e", EntryState.POSTED, december)
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         november = fee_statement.statement_lines(tx, NOVEMBER, december, "price")
         after = fee_statement.statement_lines(tx, december, datetime(2027, 1, 1, tzinfo=UTC), "price")
     dime = DIME.per_call
@@ -126,7 +126,7 @@ def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
         EntryState.POSTED,
         price=Price(per_call=Decimal("0.100000"), currency="EUR", price_list="2026-11-22"),
     )
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         lines = fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "price")
     assert [(line.currency, line.calls, line.posted_amount) for line in lines] == [
         ("EUR", 1, Decimal("0.100000")),
@@ -140,7 +140,7 @@ def test_statement_shows_savings_by_account_and_day(history: Books) -> None:
     books, day = history, timedelta(days=1)
     books.call("ref_next", "acct_d", EntryState.POSTED, NOON + day)
     saved = Savings(shared=2, by_sharing=Decimal("0.400000"), reused=1, by_reuse=Decimal("0.100000"))
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         accounts = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "account")
         days = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "day")
         together = fee_statement.savings_by_currency(tx, NOVEMBER, NOON + 2 * day)
@@ -158,7 +158,7 @@ def test_statement_shows_savings_by_account_and_day(history: Books) -> None:
 
 def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_payments_share(history: Books) -> None:
     """Who reused owes nothing; a call that no settled payment shares has a line of its own."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         shares = list(fee_statement.payment_shares(tx, NOVEMBER, NOON + timedelta(days=1)))
         fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
         lines = fee_statement.statement_lines(tx, NOVEMBER, NOON + timedelta(days=1), "price")
@@ -188,7 +188,7 @@ def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[De
     for number in range(sharers):
         end = NOON + timedelta(seconds=number)
         books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         shares = [
             s for s in fee_statement.payment_shares(tx, NOON, NOON + timedelta(1)) if s.refresh_id == f"ref_{mark}"
         ]
@@ -217,7 +217,7 @@ def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
         books.payment(f"p{number}_{mark}", account_id, calls[0][2])
         end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers
         books.settle(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         shares = payment_report.payment_fees(tx, [refresh_id])
         months = [list(fee_statement.payment_shares(tx, *span)) for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
         lines = [fee_statement.statement_lines(tx, *span, "account") for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
@@ -238,7 +238,7 @@ def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
 def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
     """The oldest first, with what their refresh met with."""
     history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         early = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=1))
         both = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=6))
         assert fee_calls.unresolved_calls(tx, NOON) == []
@@ -248,14 +248,14 @@ def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books
 
 def test_calls_are_counted_by_account_and_state(history: Books) -> None:
     """An account without calls is left out."""
-    with read_only(history.engine) as tx:
+    with read_snapshot(history.engine) as tx:
         calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_unknown"])
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
 def test_an_empty_ledger_answers_too(books: Books) -> None:
     """With nothing."""
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         assert payment_report.list_payments(tx) == []
         assert payment_report.list_payments(tx, payment_ids=[]) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
@@ -265,11 +265,11 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
 def test_reader_blocks_no_writer(books: Books) -> None:
     """And goes on seeing the ledger as it was."""
     books.payment("pay_1", "acct_a")
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         before = payment_report.list_payments(tx)
         books.payment("pay_2", "acct_a")
         assert payment_report.list_payments(tx) == before
-    with read_only(books.engine) as tx:
+    with read_snapshot(books.engine) as tx:
         assert len(payment_report.list_payments(tx)) == 2
 
 
@@ -277,7 +277,7 @@ def test_nothing_is_written_by_who_reads(books: Books) -> None:
     """PostgreSQL refuses it; on both it is gone in the end, and the connection writes again for the next."""
     books.payment("pay_1", "acct_a")
     one = open_engine(books.url, connections=1)
-    with read_only(one) as tx:
+    with read_snapshot(one) as tx:
         if tx.dialect.name == "postgresql":
             with pytest.raises(DBAPIError, match="read-only"):
                 tx.execute(PAYMENT.update().values(reason="y"))

@@ -19,7 +19,7 @@ from worker.ledger.engine import (
     Engine,
     open_engine,
     ping,
-    read_only,
+    read_snapshot,
     transaction,
 )
 from worker.ledger.locks import lock_accounts
@@ -204,7 +204,7 @@ def test_read_only_enables_all_plans_for_its_own_transaction_only(postgres_serve
     """With one connection for all: the setting ends with the transaction."""
     engine = open_engine(postgres_server.database(), connections=1)
     try:
-        for open_transaction, setting in ((transaction, "off"), (read_only, "on"), (transaction, "off")):
+        for open_transaction, setting in ((transaction, "off"), (read_snapshot, "on"), (transaction, "off")):
             with open_transaction(engine) as tx:
                 assert [tx.scalar(text(f"SHOW {name}")) for name in _DISABLED_PLANS] == [setting] * len(_DISABLED_PLANS)
     finally:

@@ -12,7 +12,7 @@ from sqlalchemy import event, insert, text
 
 from tests.support.in_process import START, Databases
 from worker.ledger import balances, cap_usage, fee_entries, metrics_queries, outcome_deliveries, payments, refreshes
-from worker.ledger.engine import Engine, Tx, open_engine, read_only, transaction
+from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
@@ -194,7 +194,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
 def test_frequent_query_uses_its_index(engine: Engine, name: str) -> None:
     """Its plan has one of the expected indexes and no sequential scan."""
     query, indexes = FREQUENT_QUERIES[name]
-    plans = _plans(engine, query, explained=read_only(engine))
+    plans = _plans(engine, query, explained=read_snapshot(engine))
     assert any(re.search(rf"\b{index}\b", plan) for plan in plans for index in indexes), plans
     for plan in plans:
         assert not re.search(r"Seq Scan|^SCAN \w+$", plan, re.MULTILINE), plan

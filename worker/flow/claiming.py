@@ -81,6 +81,9 @@ def claim_calls(
 ) -> ClaimBatch:
     """Claim the calls that are to be made, and open their fee entries, in one transaction.
 
+    All other calls are delayed, queued, abandoned or rejected: `decide_claim` states when. Payments that cannot wait for
+    a delayed call, or whose call a fee cap rejects, fail.
+
     `has_slot`: the calls were delayed and have slots of the rate limiter now. Calls of locked accounts are returned as
     contended, unless `wait_for_locks`.
     """
@@ -228,7 +231,7 @@ def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelt
     by_id = {record.refresh_id: record for record in records}
     in_flight = {record.account_id: record for record in records if record.state in IN_FLIGHT_STATES}
     waiting = payments.lock_waiting_by_account(tx, account_ids)
-    newest_balances = _newest_usable_balances(tx, waiting, clock_skew)
+    newest_balances = _newest_reusable_balances(tx, waiting, clock_skew)
     return [
         ClaimInputs(
             account_id=call.account_id,
@@ -244,7 +247,7 @@ def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelt
     ]
 
 
-def _newest_usable_balances(
+def _newest_reusable_balances(
     tx: Tx, waiting: Mapping[str, Sequence[WaitingPayment]], clock_skew: timedelta
 ) -> Mapping[str, BalanceRecord]:
     """Return the newest balances of accounts whose waiting payments all accept a balance from before their requests."""

@@ -33,10 +33,10 @@ def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelive
         return outcome_deliveries.claim_undelivered(tx, task_ids, rt.clock())
 
 
-def mark_delivered(rt: Runtime, delivered_at: Mapping[str, datetime]) -> None:
+def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) -> None:
     """Mark the outcomes of these tasks as delivered, each at its time."""
     with transaction(rt.engine) as tx:
-        outcome_deliveries.mark_delivered(tx, delivered_at)
+        outcome_deliveries.mark_delivered(tx, delivered_at_by_task)
 
 
 def redeliver(rt: Runtime, payment_id: str) -> list[str]:

@@ -103,9 +103,9 @@ def bulk_update(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key:
         if not _UNSAFE_IN_JSON.search(rows_json):
             tx.execute(_update_from_json(table, tuple(rows[0]), key), {"rows": rows_json})
             return
-    new = {name: bindparam(f"new_{name}", type_=_column_of(table, name).type) for name in rows[0]}
+    new = {name: bindparam(f"new_{name}", type_=_column_of_parameter(table, name).type) for name in rows[0]}
     unchanged = [
-        _column_of(table, name).is_not_distinct_from(value)
+        _column_of_parameter(table, name).is_not_distinct_from(value)
         for name, value in new.items()
         if name.startswith(_OLD_VALUE_PREFIX)
     ]
@@ -118,7 +118,7 @@ _OLD_VALUE_PREFIX = "was_"
 _POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
-def _column_of(table: Table, name: str) -> Column[Any]:
+def _column_of_parameter(table: Table, name: str) -> Column[Any]:
     return table.c[name.removeprefix(_OLD_VALUE_PREFIX)]
 
 
@@ -133,8 +133,12 @@ def _update_from_json(table: Table, names: tuple[str, ...], key: str) -> TextCla
         f'"{name}" = new."{name}"' for name in names if name != key and not name.startswith(_OLD_VALUE_PREFIX)
     )
     old_values = [name for name in names if name.startswith(_OLD_VALUE_PREFIX)]
-    unchanged = [f' AND old."{_column_of(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values]
-    types = ", ".join(f'"{name}" {_column_of(table, name).type.compile(_POSTGRESQL_DIALECT)}' for name in names)
+    unchanged = [
+        f' AND old."{_column_of_parameter(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values
+    ]
+    types = ", ".join(
+        f'"{name}" {_column_of_parameter(table, name).type.compile(_POSTGRESQL_DIALECT)}' for name in names
+    )
     return text(
         f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above
         f"FROM json_to_recordset(CAST(:rows AS json)) AS new ({types}) "

@@ -23,7 +23,7 @@ __all__ = [
     "Tx",
     "open_engine",
     "ping",
-    "read_only",
+    "read_snapshot",
     "transaction",
 ]
 
@@ -39,7 +39,7 @@ DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTim
 """Errors of a database that cannot be reached, does not respond in time, or is not migrated yet."""
 _DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
 """Plan types that are off in transactions, whose statements find rows by key. Otherwise PostgreSQL scans a small table
-sequentially, and keeps that plan while the table grows, until it analyzes it. `read_only` turns them on for reports."""
+sequentially, and keeps that plan while the table grows, until it analyzes it. `read_snapshot` turns them on for reports."""
 POSTGRES_CONNECT_ARGS = {
     "connect_timeout": 5,
     "application_name": "payready",
@@ -83,7 +83,7 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
         connect_args=POSTGRES_CONNECT_ARGS,
     )
     event.listen(engine, "handle_error", _raise_not_migrated)
-    event.listen(engine, "checkin", _record_checkin)
+    event.listen(engine, "checkin", _stamp_last_use)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine))
     return engine
 
@@ -96,7 +96,7 @@ def _raise_not_migrated(context: ExceptionContext) -> None:
         raise NotMigrated
 
 
-def _record_checkin(_connection: object, record: Any) -> None:
+def _stamp_last_use(_connection: object, record: Any) -> None:
     record.info["used_at"] = monotonic()
 
 
@@ -130,7 +130,7 @@ def transaction(engine: Engine) -> Iterator[Tx]:
 
 
 @contextmanager
-def read_only(engine: Engine) -> Iterator[Tx]:
+def read_snapshot(engine: Engine) -> Iterator[Tx]:
     """Open a read-only snapshot of the ledger. It blocks no writer."""
     options = (
         {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}

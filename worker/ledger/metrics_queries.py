@@ -69,7 +69,7 @@ def set_short_timeout(tx: Tx) -> None:
 
 def backlog(tx: Tx) -> Backlog:
     """Return the unfinished work as of now."""
-    waiting = select(_current_refresh_state().label("call"), func.count(), func.min(payment.requested_at)).where(
+    waiting = select(_refresh_state_of_payment().label("call"), func.count(), func.min(payment.requested_at)).where(
         IS_WAITING
     )
     undelivered = (
@@ -89,7 +89,7 @@ def backlog(tx: Tx) -> Backlog:
     )
 
 
-def _current_refresh_state() -> Any:
+def _refresh_state_of_payment() -> Any:
     """Return the state of the account's refresh in flight, else of a requested one, else of an unanswered one."""
     conditions = (
         (refresh.state.in_(_literals(IN_FLIGHT_STATES)),),
