@@ -81,8 +81,8 @@ def claim_calls(
 ) -> ClaimBatch:
     """Claim the calls that are to be made, and open their fee entries, in one transaction.
 
-    All other calls are delayed, queued, abandoned or rejected: `decide_claim` states when. Payments that cannot wait for
-    a delayed call, or whose call a fee cap rejects, fail.
+    All other calls are delayed, queued, abandoned or rejected: `decide_claim` states when. Payments that cannot wait
+    for a delayed call, or whose call a fee cap rejects, fail.
 
     `has_slot`: the calls were delayed and have slots of the rate limiter now. Calls of locked accounts are returned as
     contended, unless `wait_for_locks`.

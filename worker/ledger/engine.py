@@ -39,7 +39,8 @@ DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTim
 """Errors of a database that cannot be reached, does not respond in time, or is not migrated yet."""
 _DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
 """Plan types that are off in transactions, whose statements find rows by key. Otherwise PostgreSQL scans a small table
-sequentially, and keeps that plan while the table grows, until it analyzes it. `read_snapshot` turns them on for reports."""
+sequentially, and keeps that plan while the table grows, until it analyzes it. `read_snapshot` turns them
+on for reports."""
 POSTGRES_CONNECT_ARGS = {
     "connect_timeout": 5,
     "application_name": "payready",
