@@ -12,7 +12,7 @@ from typing import Any
 from celery import Celery
 from redis import Redis
 
-from demo.processes import free_port, procfile
+from demo.processes import assign_free_port, procfile
 from tests.support.servers import Postgres
 from tests.support.system import System, system
 
@@ -140,7 +140,7 @@ def benchmark_system() -> Iterator[BenchmarkSystem]:
     with tempfile.TemporaryDirectory(prefix="payready-bench-") as folder, tempfile.TemporaryDirectory() as home:
         server = DurablePostgres(Path(home))
         environ = {
-            "FLOWER_PORT": str(free_port()),
+            "FLOWER_PORT": str(assign_free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",
             "PAYREADY_REFRESH_WINDOW_S": "60",
             "PAYREADY_UNCERTAIN_GRACE_S": "15",

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.benchmark_system import DurablePostgres
 from benchmarks.load_generator import LoadResult, closed_loop, open_loop
 from benchmarks.webhook_server import EMPTY_RESPONSE
-from demo.processes import Processes, free_port, responds
+from demo.processes import Processes, assign_free_port, responds
 from tests.support.in_process import migrate
 from tests.webhook.conftest import SECRET, sign
 from webhook.endpoint import PATH
@@ -96,7 +96,7 @@ def webhook_server() -> Iterator[WebhookServer]:
         os.sched_setaffinity(0, cores[1:] or cores)
         server = DurablePostgres(Path(home))
         try:
-            database_url, port, valkey_port = server.database(), free_port(), free_port()
+            database_url, port, valkey_port = server.database(), assign_free_port(), assign_free_port()
             migrate(database_url)
             environ = {
                 "PAYREADY_DATABASE_URL": database_url,

@@ -34,7 +34,7 @@ class NoWorkerResponse(Exception):
 
 
 @contextmanager
-def _celery_app(settings: Settings) -> Iterator[Celery]:
+def _connected_celery_app(settings: Settings) -> Iterator[Celery]:
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
         try:
@@ -59,7 +59,7 @@ def enqueue(settings: Settings, arguments: Mapping[str, Any], *, wait_s: float |
         InvalidJob: the job was rejected.
         NoWorkerResponse: there is no outcome after `wait_s`, or no broker.
     """
-    with _celery_app(settings) as app:
+    with _connected_celery_app(settings) as app:
         result = app.send_task("payments.initiate", kwargs=dict(arguments))
         return result.id if wait_s is None else result.get(timeout=wait_s)
 
@@ -70,7 +70,7 @@ def cancel(settings: Settings, payment_id: str) -> bool:
     Raises:
         NoWorkerResponse: no worker ran the task in time, or there is no broker.
     """
-    with _celery_app(settings) as app:
+    with _connected_celery_app(settings) as app:
         return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=RESPONSE_TIMEOUT_S))
 
 
@@ -85,13 +85,13 @@ class WorkerInfo:
     """Its Celery settings without secrets."""
 
 
-def workers(settings: Settings) -> list[WorkerInfo]:
+def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
     """Return payready's workers that respond within 1 s. Workers of other apps on the broker are skipped.
 
     Raises:
         NoWorkerResponse: there is no broker.
     """
-    with _celery_app(settings) as app:
+    with _connected_celery_app(settings) as app:
         replies = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
         consumed = {name: frozenset(queue["name"] for queue in queues) for name, queues in replies.items()}
         ours = {name: queues for name, queues in consumed.items() if is_payready_worker(name, queues)}
@@ -104,14 +104,14 @@ def is_payready_worker(name: str, queues: frozenset[str]) -> bool:
     return name.partition("@")[0] in WORKER_ROLES and not queues.isdisjoint(QUEUES)
 
 
-def count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> int:
+def wait_and_count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> int:
     """Count the ticks of `beat` that these workers process within `TICK_OBSERVATION_S`.
 
     Raises:
         NoWorkerResponse: there is no broker.
     """
     names = [worker.name for worker in workers]
-    with _celery_app(settings) as app:
+    with _connected_celery_app(settings) as app:
         before = _count_expire_tasks(app, names)
         time.sleep(TICK_OBSERVATION_S)
         return _count_expire_tasks(app, names) - before
@@ -128,7 +128,7 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
     Raises:
         NoWorkerResponse: there is no broker.
     """
-    with _celery_app(settings) as app:
+    with _connected_celery_app(settings) as app:
         return lengths_by_queue(app)
 
 
@@ -153,11 +153,11 @@ def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:
         NoWorkerResponse: there is no broker.
     """
     if balance_ids:
-        with _celery_app(settings) as app:
+        with _connected_celery_app(settings) as app:
             for balance_id in balance_ids:
                 app.send_task("balances.apply", (balance_id,), ignore_result=True)
 
 
-def job_arguments(job: Job) -> dict[str, Any]:
+def job_arguments_without_defaults(job: Job) -> dict[str, Any]:
     """Return a job as the arguments of `payments.initiate`."""
     return job.model_dump(mode="json", exclude_defaults=True)

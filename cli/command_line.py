@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cli.celery_client import NoWorkerResponse
 from config.settings import ConfigurationError, settings
-from demo.processes import StartError
+from demo.processes import StartOrExitError
 from worker.errors import CallFailed, InvalidJob
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_snapshot, transaction
 from worker.rules.invoice_file import InvoiceError
@@ -23,7 +23,7 @@ LOG_WIDTH = 160
 """Columns of a table that is printed to a file or a pipe."""
 EXPECTED_ERRORS = (
     ConfigurationError,
-    StartError,
+    StartOrExitError,
     InvalidJob,
     InvoiceError,
     PriceListError,
@@ -52,25 +52,25 @@ def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:
     raise typer.Exit(status)
 
 
-def stdout_console() -> Console:
+def stdout_console_for_terminal_or_log() -> Console:
     """Return a console for standard output. Outside a terminal it has a fixed width, for logs and grep."""
     return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
-def query(read: Callable[[Tx], T]) -> T:
-    """Run `read` in a read-only transaction, on one snapshot of the ledger."""
-    with _engine() as engine, read_snapshot(engine) as tx:
+def query_or_exit(read: Callable[[Tx], T]) -> T:
+    """Run `read` in a read-only transaction, on one snapshot of the ledger. Print an expected error and exit."""
+    with _engine_or_exit() as engine, read_snapshot(engine) as tx:
         return read(tx)
 
 
-def update(write: Callable[[Tx], T]) -> T:
-    """Run `write` in one transaction: commit all of it or nothing."""
-    with _engine() as engine, transaction(engine) as tx:
+def update_or_exit(write: Callable[[Tx], T]) -> T:
+    """Run `write` in one transaction: commit all of it or nothing. Print an expected error and exit."""
+    with _engine_or_exit() as engine, transaction(engine) as tx:
         return write(tx)
 
 
 @contextmanager
-def _engine() -> Iterator[Engine]:
+def _engine_or_exit() -> Iterator[Engine]:
     with report_errors():
         engine = open_engine(settings().database_url)
         try:

@@ -12,18 +12,18 @@ from worker.runtime import Runtime
 
 CHECKS: tuple[Check, ...] = (
     doctor_checks.check_database,
-    doctor_checks.check_redis,
-    doctor_checks.check_broker,
+    doctor_checks.check_redis_memory_and_persistence,
+    doctor_checks.check_broker_and_workers,
     doctor_checks.check_result_backend,
     doctor_checks.check_clocks,
-    doctor_provider_checks.check_api_key,
+    doctor_provider_checks.check_api_key_mode_and_price,
     doctor_provider_checks.check_circuit_breaker,
-    doctor_provider_checks.check_secrets,
-    doctor_provider_checks.check_webhook,
+    doctor_provider_checks.check_webhook_secrets,
+    doctor_provider_checks.check_web_accepts_signed_delivery,
     doctor_provider_checks.check_subscription,
-    doctor_provider_checks.check_caps_and_balances,
-    doctor_checks.check_maintenance,
-    doctor_checks.check_flower,
+    doctor_provider_checks.check_fee_caps_and_missing_balances,
+    doctor_checks.check_overdue_payments_and_deliveries,
+    doctor_checks.check_flower_requires_login,
 )
 """All checks in the order of their output: a dependency before the checks that need it."""
 

@@ -58,7 +58,7 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
         yield error("database", f"{state}; this release needs {required}", fix)
 
 
-def check_redis(context: CheckContext) -> Iterator[CheckResult]:
+def check_redis_memory_and_persistence(context: CheckContext) -> Iterator[CheckResult]:
     """Check that Redis responds, has free memory and does not lose data."""
     try:
         info = context.rt.correlation.server_info()
@@ -79,18 +79,19 @@ def check_redis(context: CheckContext) -> Iterator[CheckResult]:
         yield error("redis", "cannot write its append-only file", "check the disk of Redis")
 
 
-def check_broker(context: CheckContext) -> Iterator[CheckResult]:
+def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the broker responds, each queue has a worker, and all workers have the same settings."""
     try:
-        workers = celery_client.workers(context.settings)
+        workers = celery_client.responding_payready_workers(context.settings)
         yield ok("broker", f"responds; {count_text(len(workers), 'worker')} of payready connected")
-        yield from _check_queues(context, workers)
-        yield from _check_worker_settings(context, workers)
+        yield from _check_queues_and_beat(context, workers)
+        yield from _check_shared_celery_settings(context, workers)
     except celery_client.NoWorkerResponse as unavailable:
         yield error("broker", str(unavailable), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
 
 
-def _check_queues(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
+def _check_queues_and_beat(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
+    """Yield an error for each queue without a worker, the result on `beat`, and a warning for each long queue."""
     consumed = frozenset[str]().union(*(worker.queues for worker in workers))
     for queue in QUEUES:
         if queue not in consumed:
@@ -108,12 +109,13 @@ def _role_of_queue(queue: str) -> str:
 
 
 def _check_beat(context: CheckContext, workers: Sequence[WorkerInfo]) -> CheckResult:
-    if celery_client.count_ticks(context.settings, workers):
+    if celery_client.wait_and_count_ticks(context.settings, workers):
         return ok("beat", "ticks")
     return error("beat", f"no tick within {celery_client.TICK_OBSERVATION_S} s", "start the role `beat`")
 
 
-def _check_worker_settings(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
+def _check_shared_celery_settings(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
+    """Yield an error for each worker whose `SHARED_CELERY_SETTINGS` differ from this release's."""
     expected = celery_settings(context.settings)
     for worker in workers:
         known = [name for name in SHARED_CELERY_SETTINGS if name in worker.settings]
@@ -153,13 +155,13 @@ class ClockSample:
 
 def check_clocks(context: CheckContext) -> Iterator[CheckResult]:
     """Compare the clocks of the database and Redis with this host's."""
-    for server, read_clock in (("the database", _database_clock), ("Redis", _redis_clock)):
+    for server, read_clock in (("the database", _database_clock_unless_sqlite), ("Redis", _redis_clock)):
         try:
             sample = _fastest_sample(context, read_clock)
         except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE):
             continue  # another check reports it
         if sample is not None:
-            yield _clock_result(context, server, sample)
+            yield _drift_result_ignoring_slow_sample(context, server, sample)
 
 
 def _fastest_sample(context: CheckContext, read_clock: Callable[[CheckContext], datetime | None]) -> ClockSample | None:
@@ -174,7 +176,8 @@ def _fastest_sample(context: CheckContext, read_clock: Callable[[CheckContext], 
     return min(samples, key=lambda sample: sample.round_trip)
 
 
-def _clock_result(context: CheckContext, server: str, sample: ClockSample) -> CheckResult:
+def _drift_result_ignoring_slow_sample(context: CheckContext, server: str, sample: ClockSample) -> CheckResult:
+    """Judge the drift: a warning above 1 s, an error above `clock_skew`. A slow round trip is not judged."""
     if sample.round_trip > MAX_CLOCK_SAMPLE:
         seconds = sample.round_trip.total_seconds()
         return ok("clock", f"not compared with {server}: a round trip took {seconds:.1f} s")
@@ -186,7 +189,7 @@ def _clock_result(context: CheckContext, server: str, sample: ClockSample) -> Ch
     return ok("clock", message)
 
 
-def _database_clock(context: CheckContext) -> datetime | None:
+def _database_clock_unless_sqlite(context: CheckContext) -> datetime | None:
     with read_snapshot(context.rt.engine) as tx:
         return schema.server_time(tx)
 
@@ -198,7 +201,7 @@ def _redis_clock(context: CheckContext) -> datetime | None:
 # --- maintenance and Flower -------------------------------------------------------------------------------------------
 
 
-def check_maintenance(context: CheckContext) -> Iterator[CheckResult]:
+def check_overdue_payments_and_deliveries(context: CheckContext) -> Iterator[CheckResult]:
     """Check that payments expire at their deadline and outcomes are delivered."""
     now = context.rt.clock()
     try:
@@ -222,12 +225,12 @@ def check_maintenance(context: CheckContext) -> Iterator[CheckResult]:
         yield error("maintenance", message, "search the log of `worker` for `outcome.delivery_failed`")
 
 
-def check_flower(context: CheckContext) -> Iterator[CheckResult]:
+def check_flower_requires_login(context: CheckContext) -> Iterator[CheckResult]:
     """Check that Flower requires a login, and not the demo's in production."""
     try:
-        if _accepts_login(context.flower_url, None):
+        if _permits_access(context.flower_url, None):
             yield error("flower", "requires no login", "set FLOWER_BASIC_AUTH, restart `flower`")
-        elif context.settings.env == "production" and _accepts_login(context.flower_url, DEMO_LOGIN):
+        elif context.settings.env == "production" and _permits_access(context.flower_url, DEMO_LOGIN):
             yield error("flower", f"accepts the login {DEMO_LOGIN}", "set FLOWER_BASIC_AUTH, restart `flower`")
         else:
             yield ok("flower", "requires a login")
@@ -236,7 +239,8 @@ def check_flower(context: CheckContext) -> Iterator[CheckResult]:
         yield warning("flower", message, "start the role `flower`, or give its address with --flower")
 
 
-def _accepts_login(url: str, login: str | None) -> bool:
+def _permits_access(url: str, login: str | None) -> bool:
+    """Return whether the URL responds 2xx to this login, or without one to None. Raise OSError if it is unreachable."""
     headers = {} if login is None else {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the operator's own address
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text, price_text, time_text
+from cli.render import count_text, price_text, utc_time_text
 from config.settings import DEMO_SECRET_PREFIX
 from webhook import signature
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
@@ -39,7 +39,7 @@ _STATUS_FIXES = {
 }
 
 
-def check_api_key(context: CheckContext) -> Iterator[CheckResult]:
+def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the provider accepts the API key, its environment is the intended one, and its calls have a price."""
     settings, rt = context.settings, context.rt
     try:
@@ -57,10 +57,10 @@ def check_api_key(context: CheckContext) -> Iterator[CheckResult]:
         )
     elif mode != "PRODUCTION" and settings.env == "production":
         yield warning("api key", f"its mode is {mode}, but PAYREADY_ENV is production", "set PAYREADY_QUILTT_API_KEY")
-    yield from _check_price(context, mode)
+    yield from _check_price_known_and_not_example(context, mode)
 
 
-def _check_price(context: CheckContext, mode: str) -> Iterator[CheckResult]:
+def _check_price_known_and_not_example(context: CheckContext, mode: str) -> Iterator[CheckResult]:
     settings, rt = context.settings, context.rt
     try:
         price = rt.price_list.price_for(mode, rt.clock().date())
@@ -80,22 +80,22 @@ def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:
     except REDIS_UNAVAILABLE:
         return  # check_redis reports it
     if open_until is not None:
-        message = f"the circuit breaker is open: no calls until {time_text(open_until)}, then one probe"
+        message = f"the circuit breaker is open: no calls until {utc_time_text(open_until)}, then one probe"
         yield error("calls", message, "search the log of `refresh` for `circuit_breaker.opened`; ask Quiltt")
 
 
-def check_caps_and_balances(context: CheckContext) -> Iterator[CheckResult]:
+def check_fee_caps_and_missing_balances(context: CheckContext) -> Iterator[CheckResult]:
     """Check how far fee caps are used, and how many calls brought no balance."""
     try:
         with read_snapshot(context.rt.engine) as tx:
             if schema.current_revision(tx) == schema.required_revision():
-                yield from _check_caps(context, tx)
-                yield from _check_balances(context, tx)
+                yield from _check_usage_of_fee_caps(context, tx)
+                yield from _check_recent_calls_without_balance(context, tx)
     except DATABASE_UNAVAILABLE:
         return  # check_database reports it
 
 
-def _check_caps(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
+def _check_usage_of_fee_caps(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
     for cap, used_ratio in cap_used_ratios(context.rt, tx, context.rt.clock()).items():
         message = f"{used_ratio:.0%} of the cap per {cap} is used"
         if used_ratio >= CAP_WARNING_RATIO:
@@ -105,7 +105,7 @@ def _check_caps(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
             yield ok("fee cap", message)
 
 
-def _check_balances(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
+def _check_recent_calls_without_balance(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
     now = context.rt.clock()
     refresh_window = timedelta(seconds=context.settings.refresh_window_s)
     counts = metrics_queries.call_counts_by_refresh_state(tx, now - CALLS_LOOKBACK, now - refresh_window)
@@ -126,7 +126,7 @@ def balances_result(*, answered: int, missing: int) -> CheckResult:
     return ok("balances", message)
 
 
-def check_webhook(context: CheckContext) -> Iterator[CheckResult]:
+def check_web_accepts_signed_delivery(context: CheckContext) -> Iterator[CheckResult]:
     """Send `web` a signed delivery without events: it must respond 2xx, so it is reachable and has these secrets."""
     if not context.settings.webhook_secrets:
         return  # check_secrets reports it
@@ -163,7 +163,7 @@ def check_subscription(context: CheckContext) -> Iterator[CheckResult]:
         yield ok("subscription", f"delivers to {url}")
 
 
-def check_secrets(context: CheckContext) -> Iterator[CheckResult]:
+def check_webhook_secrets(context: CheckContext) -> Iterator[CheckResult]:
     """Check that webhook secrets are set, and none is the demo's."""
     secrets = [secret.get_secret_value() for secret in context.settings.webhook_secrets]
     if not secrets:

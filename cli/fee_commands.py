@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import fee_tables, render
-from cli.command_line import AsJson, query, report_errors, stdout_console, update
+from cli.command_line import AsJson, query_or_exit, report_errors, stdout_console_for_terminal_or_log, update_or_exit
 from cli.render import count_text
 from config.settings import settings
 from worker.ledger import fee_calls, fee_statement, invoices
@@ -55,7 +55,7 @@ def fees_statement(
         raise typer.BadParameter("give only one of them", param_hint="--json / --csv")
     since, until = _parse_month(month)
     print_lines = _print_shares if by == GroupByOption.PAYMENT else partial(_print_statement, by=by)
-    query(lambda tx: print_lines(tx, since, until, as_json=as_json, as_csv=as_csv))
+    query_or_exit(lambda tx: print_lines(tx, since, until, as_json=as_json, as_csv=as_csv))
 
 
 def _print_statement(
@@ -72,20 +72,24 @@ def _print_statement(
         statement = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
         typer.echo(render.as_json(statement))
     else:
-        stdout_console().print(fee_tables.statement_table(lines, totals, _month_title(since), group), highlight=False)
+        stdout_console_for_terminal_or_log().print(
+            fee_tables.limited_statement_table(lines, totals, _calls_of_month_title(since), group), highlight=False
+        )
 
 
 def _print_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
-    shares = fee_statement.payment_shares(tx, since, until)
+    shares = fee_statement.payment_shares_and_unshared_fees(tx, since, until)
     if as_csv:
         _write_csv(shares, "payment")
     elif as_json:
         typer.echo(render.as_json({"month": f"{since:%Y-%m}", "by": GroupByOption.PAYMENT, "lines": list(shares)}))
     else:
-        stdout_console().print(fee_tables.share_table(shares, _month_title(since)), highlight=False)
+        stdout_console_for_terminal_or_log().print(
+            fee_tables.limited_share_table(shares, _calls_of_month_title(since)), highlight=False
+        )
 
 
-def _month_title(since: datetime) -> str:
+def _calls_of_month_title(since: datetime) -> str:
     return f"Calls of {since:%Y-%m} (UTC)"
 
 
@@ -140,7 +144,7 @@ def fees_reconcile(
         account=account_column, at=date_column, amount=amount_column, number=number_column, currency=currency_column
     )
     with report_errors():
-        currency = _parse_currency(currency)
+        currency = _parse_currency_or_price_list_default(currency)
         data = invoice.read_bytes()
         lines = parse_invoice(_decode(data), columns, period, currency)
         if total is not None:
@@ -159,19 +163,22 @@ def fees_reconcile(
         evidence = InvoiceEvidence(
             name=invoice.name, digest=hashlib.sha256(data).hexdigest(), period=month, currency=currency
         )
-        return reconciliation, invoices.apply_invoice(tx, reconciliation, evidence, utc_now())
+        return reconciliation, invoices.apply_invoice_to_pending_calls(tx, reconciliation, evidence, utc_now())
 
-    reconciliation, application = update(compare_and_apply) if apply else (query(compare), None)
+    reconciliation, application = update_or_exit(compare_and_apply) if apply else (query_or_exit(compare), None)
     if as_json:
         report = {"month": month, "currency": currency, **_reconciliation_json(reconciliation, application)}
         typer.echo(render.as_json(report))
         return
     title = f"{invoice.name} and the calls of {month} (UTC) in {currency}"
-    stdout_console().print(fee_tables.reconciliation_tables(reconciliation, title, currency), highlight=False)
+    stdout_console_for_terminal_or_log().print(
+        fee_tables.limited_reconciliation_tables(reconciliation, title, currency), highlight=False
+    )
     typer.echo(_conclusion_text(reconciliation, application))
 
 
-def _parse_currency(text: str | None) -> str:
+def _parse_currency_or_price_list_default(text: str | None) -> str:
+    """Return the currency, or the price list's if none is given."""
     if text is None:
         return parse_price_list(settings().price_list_file.read_text()).currency
     if not re.fullmatch("[A-Z]{3}", text, re.ASCII):
@@ -225,9 +232,9 @@ def fees_unresolved(
     as_json: AsJson = False,
 ) -> None:
     """List unresolved calls: pending for --age-h or longer. Only an invoice can resolve them."""
-    calls = query(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
+    calls = query_or_exit(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
     if as_json:
         typer.echo(render.as_json(calls))
     else:
         title = f"Calls pending for {age_h} h or longer"
-        stdout_console().print(fee_tables.unresolved_table(calls, title), highlight=False)
+        stdout_console_for_terminal_or_log().print(fee_tables.limited_unresolved_table(calls, title), highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import count_text, money_text, new_table, price_text, styled_state, time_text
+from cli.render import count_text, money_text, new_table, price_text, styled_state, utc_time_text
 from worker.ledger.fee_calls import UnresolvedCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
 from worker.rules.decimals import decimal_text
@@ -60,7 +60,7 @@ def totals_by_currency(lines: Iterable[StatementLine], saved: Mapping[str, Savin
 COUNT_AND_AMOUNT_COLUMNS = ("calls", "posted", "pending", "void", "posted amount", "pending amount")
 
 
-def statement_table(
+def limited_statement_table(
     lines: Sequence[StatementLine], sums: Mapping[str, StatementTotal], title: str, by: str = "price"
 ) -> RenderableType:
     """Return a statement as a table with one row for each line, and the totals below."""
@@ -82,7 +82,7 @@ def statement_table(
         amounts = (money_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
         saved = () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
         table.add_row(*head, *counts, *amounts, line.currency, *saved)
-    return Group(table, *_omitted_rows(len(lines)), *(Text(text) for text in _total_lines(sums)))
+    return Group(table, *_omitted_rows_remark(len(lines)), *(Text(text) for text in _total_lines(sums)))
 
 
 def _total_lines(sums: Mapping[str, StatementTotal]) -> Iterator[str]:
@@ -99,11 +99,11 @@ def _total_lines(sums: Mapping[str, StatementTotal]) -> Iterator[str]:
             )
 
 
-def _omitted_rows(count: int) -> list[Text]:
-    return [Text(f"... and {count - MAX_ROWS} more: use --csv or --json", "dim")] if count > MAX_ROWS else []
+def _omitted_rows_remark(total_rows: int) -> list[Text]:
+    return [Text(f"... and {total_rows - MAX_ROWS} more: use --csv or --json", "dim")] if total_rows > MAX_ROWS else []
 
 
-def share_table(shares: Iterable[PaymentShare], title: str) -> RenderableType:
+def limited_share_table(shares: Iterable[PaymentShare], title: str) -> RenderableType:
     """Return the fee share of each payment as a table."""
     table = new_table(
         "payment", "account", "shared by", "fee", "", "state", "saved", title=title, right=["shared by", "fee", "saved"]
@@ -119,7 +119,7 @@ def share_table(shares: Iterable[PaymentShare], title: str) -> RenderableType:
             styled_state(share.state),
             money_text(share.saved, share.currency) if share.saved else "",
         )
-    return Group(table, *_omitted_rows(MAX_ROWS + sum(1 for _ in rows)))
+    return Group(table, *_omitted_rows_remark(MAX_ROWS + sum(1 for _ in rows)))
 
 
 COUNT_FIELDS = ("currency", "calls", "posted", "pending", "void", "posted_amount", "pending_amount")
@@ -144,7 +144,7 @@ def csv_row(line: StatementLine | PaymentShare, by: str) -> list[Any]:
 # --- reconciliation ---------------------------------------------------------------------------------------------------
 
 
-def reconciliation_tables(found: Reconciliation, title: str, currency: str) -> RenderableType:
+def limited_reconciliation_tables(found: Reconciliation, title: str, currency: str) -> RenderableType:
     """Return a summary of the matches, and one table for each kind of difference."""
     ledger_amount = sum((match.call.price for match in found.matched), Decimal(0))
     invoice_amount = sum((match.line.amount for match in found.matched), Decimal(0))
@@ -161,11 +161,11 @@ def reconciliation_tables(found: Reconciliation, title: str, currency: str) -> R
     ):
         if matches:
             count = count_text(len(matches), difference, plural)
-            parts += [Text(f"\n{count}"), _match_table(matches, currency), *_omitted_rows(len(matches))]
+            parts += [Text(f"\n{count}"), _limited_match_table(matches, currency), *_omitted_rows_remark(len(matches))]
     if found.unmatched_lines:
         count = count_text(len(found.unmatched_lines), "unmatched line")
-        table = _invoice_line_table(found.unmatched_lines, currency)
-        parts += [Text(f"\n{count}: not in the ledger"), table, *_omitted_rows(len(found.unmatched_lines))]
+        table = _limited_invoice_line_table(found.unmatched_lines, currency)
+        parts += [Text(f"\n{count}: not in the ledger"), table, *_omitted_rows_remark(len(found.unmatched_lines))]
     deferred = {call.call_id for call in found.deferred_calls}
     unmatched = [call for call in found.unmatched_calls if call.call_id not in deferred]
     for kind, meaning, calls in (
@@ -174,11 +174,11 @@ def reconciliation_tables(found: Reconciliation, title: str, currency: str) -> R
     ):
         if calls:
             text = Text(f"\n{count_text(len(calls), kind)}: {meaning}")
-            parts += [text, _call_table(calls, currency), *_omitted_rows(len(calls))]
+            parts += [text, _limited_call_table(calls, currency), *_omitted_rows_remark(len(calls))]
     return Group(*parts)
 
 
-def _match_table(matches: Sequence[LineMatch], currency: str) -> RenderableType:
+def _limited_match_table(matches: Sequence[LineMatch], currency: str) -> RenderableType:
     table = new_table("line", "account", "call", "invoice", "ledger", "state", right=["line", "invoice", "ledger"])
     for match in matches[:MAX_ROWS]:
         call, line = match.call, match.line
@@ -193,23 +193,23 @@ def _match_table(matches: Sequence[LineMatch], currency: str) -> RenderableType:
     return table
 
 
-def _invoice_line_table(lines: Sequence[InvoiceLine], currency: str) -> RenderableType:
+def _limited_invoice_line_table(lines: Sequence[InvoiceLine], currency: str) -> RenderableType:
     table = new_table("line", "account", "number", "time", "amount", right=["line", "amount"])
     for line in lines[:MAX_ROWS]:
         amount = money_text(line.amount, currency)
-        table.add_row(str(line.row), line.account_id, line.number, time_text(line.since), amount)
+        table.add_row(str(line.row), line.account_id, line.number, utc_time_text(line.since), amount)
     return table
 
 
-def _call_table(calls: Sequence[LedgerCall], currency: str) -> RenderableType:
+def _limited_call_table(calls: Sequence[LedgerCall], currency: str) -> RenderableType:
     table = new_table("call", "account", "time", "price", "state", right=["price"])
     for call in calls[:MAX_ROWS]:
         price, state = money_text(call.price, currency), styled_state(call.state.value)
-        table.add_row(call.call_id, call.account_id, time_text(call.at), price, state)
+        table.add_row(call.call_id, call.account_id, utc_time_text(call.at), price, state)
     return table
 
 
-def unresolved_table(calls: Sequence[UnresolvedCall], title: str) -> RenderableType:
+def limited_unresolved_table(calls: Sequence[UnresolvedCall], title: str) -> RenderableType:
     """Return unresolved calls as a table."""
     if not calls:
         return Group(Text(title, "bold"), Text("none"))
@@ -217,6 +217,6 @@ def unresolved_table(calls: Sequence[UnresolvedCall], title: str) -> RenderableT
     for call in calls[:MAX_ROWS]:
         price = money_text(call.price, call.currency)
         table.add_row(
-            call.call_id, call.account_id, time_text(call.called_at), price, call.currency, call.last_error or ""
+            call.call_id, call.account_id, utc_time_text(call.called_at), price, call.currency, call.last_error or ""
         )
-    return Group(table, *_omitted_rows(len(calls)))
+    return Group(table, *_omitted_rows_remark(len(calls)))

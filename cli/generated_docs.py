@@ -106,7 +106,7 @@ def _with_part(page: str, name: str, source: str, part: str) -> str:
 def configuration_page() -> str:
     """Return the page on settings."""
     rows = (
-        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_rule(field)} | {_description(field)} |"
+        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_type_and_constraints(field)} | {_description(field)} |"
         for name, field in Settings.model_fields.items()
     )
     return CONFIGURATION_HEAD + "\n".join(rows) + "\n"
@@ -140,9 +140,9 @@ def _default(field: FieldInfo) -> str:
     return f"`{text}`" if (text := _plain_default(field)) else "none"
 
 
-def _rule(field: FieldInfo) -> str:
+def _type_and_constraints(field: FieldInfo) -> str:
     bounds = {type(item).__name__.lower(): item for item in field.metadata}
-    parts = [_kind(field.annotation)]
+    parts = [_type_in_words(field.annotation)]
     if "ge" in bounds or "gt" in bounds:
         low = f"from {bounds['ge'].ge}" if "ge" in bounds else f"above {bounds['gt'].gt}"
         parts.append(f"{low} to {bounds['le'].le}" if "le" in bounds else f"{low}")
@@ -150,12 +150,12 @@ def _rule(field: FieldInfo) -> str:
     return ", ".join([*parts, f"`{pattern}`"] if pattern else parts)
 
 
-def _kind(annotation: Any) -> str:
+def _type_in_words(annotation: Any) -> str:
     """Return the kind of value in words, for readers without Python."""
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{word}`" for word in typing.get_args(annotation))
     if isinstance(annotation, UnionType):
-        return _kind(next(part for part in typing.get_args(annotation) if part is not NoneType))
+        return _type_in_words(next(part for part in typing.get_args(annotation) if part is not NoneType))
     if typing.get_origin(annotation) is tuple:
         return "separated by commas"
     names = {

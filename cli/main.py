@@ -21,7 +21,7 @@ from cli import (
     run_dev_stack,
     webhook_commands,
 )
-from cli.command_line import EXIT_FAILED, AsJson, fail, query, report_errors, stdout_console
+from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
 from config.settings import settings
 from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
@@ -66,7 +66,7 @@ class FundsCheckMode(StrEnum):
 @app.command("demo")
 def demo_command(as_json: AsJson = False) -> None:
     """Run every demo scenario through all roles on this machine and check the results. Exit status 1 if one differs."""
-    result = _run_with_console(run_demo.run_demo, as_json=as_json)
+    result = _run_or_exit_on_interrupt(run_demo.run_demo, as_json=as_json)
     if as_json:
         typer.echo(render.as_json({"passed": result.passed, **vars(result)}))
     if not result.passed:
@@ -76,11 +76,11 @@ def demo_command(as_json: AsJson = False) -> None:
 @app.command("up")
 def up_command(as_json: AsJson = False) -> None:
     """Run payready on this machine against a simulator of Quiltt, until Ctrl-C."""
-    _run_with_console(partial(run_dev_stack.run_dev_stack, as_json=as_json), as_json=as_json)
+    _run_or_exit_on_interrupt(partial(run_dev_stack.write_env_file_and_run_dev_stack, as_json=as_json), as_json=as_json)
 
 
-def _run_with_console(run: Callable[[Console, Interrupts], T], *, as_json: bool) -> T:
-    console = Console(stderr=True) if as_json else stdout_console()
+def _run_or_exit_on_interrupt(run: Callable[[Console, Interrupts], T], *, as_json: bool) -> T:
+    console = Console(stderr=True) if as_json else stdout_console_for_terminal_or_log()
     with report_errors(), interrupts() as signals:
         try:
             return run(console, signals)
@@ -109,7 +109,9 @@ def doctor_command(
 
 
 def _print_check_result(result: doctor_results.CheckResult) -> doctor_results.CheckResult:
-    stdout_console().print(render_payments.check_result_text(result), highlight=False, soft_wrap=True)
+    stdout_console_for_terminal_or_log().print(
+        render_payments.check_result_text(result), highlight=False, soft_wrap=True
+    )
     return result
 
 
@@ -149,9 +151,9 @@ def enqueue_payment(
         job = parse_job(fields, currency=settings().currency)
         wait_s = job.timeout_s + celery_client.RESPONSE_TIMEOUT_S if wait else None
         try:
-            result = celery_client.enqueue(settings(), celery_client.job_arguments(job), wait_s=wait_s)
+            result = celery_client.enqueue(settings(), celery_client.job_arguments_without_defaults(job), wait_s=wait_s)
         except PaymentNotReady as not_ready:
-            _print_not_ready(job.payment_id, not_ready, as_json=as_json)
+            _print_not_ready_and_exit(job.payment_id, not_ready, as_json=as_json)
         else:
             _print_enqueued(job.payment_id, result, waited=wait, as_json=as_json)
 
@@ -173,7 +175,7 @@ def _print_enqueued(payment_id: str, result: Any, *, waited: bool, as_json: bool
         typer.echo(f"{payment_id}: enqueued as task {result}. Next: payready payment show {payment_id}")
 
 
-def _print_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) -> None:
+def _print_not_ready_and_exit(payment_id: str, error: PaymentNotReady, *, as_json: bool) -> None:
     if as_json:
         failed = {"payment_id": payment_id, "state": "failed", "reason": error.reason, "detail": error.detail}
         typer.echo(render.as_json(failed))
@@ -184,13 +186,15 @@ def _print_not_ready(payment_id: str, error: PaymentNotReady, *, as_json: bool) 
 @payment_app.command("show")
 def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     """Print the history of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
-    timeline = query(lambda tx: payment_report.payment_timeline(tx, payment_id))
+    timeline = query_or_exit(lambda tx: payment_report.payment_timeline(tx, payment_id))
     if timeline is None:
         fail(f"no payment {payment_id} in the ledger")
     elif as_json:
         typer.echo(render.as_json(timeline))
     else:
-        stdout_console().print(render_payments.payment_timeline(timeline, utc_now()), highlight=False, soft_wrap=True)
+        stdout_console_for_terminal_or_log().print(
+            render_payments.payment_timeline(timeline, utc_now()), highlight=False, soft_wrap=True
+        )
 
 
 @payment_app.command("list")
@@ -200,11 +204,11 @@ def list_payments(
     as_json: AsJson = False,
 ) -> None:
     """List payments, the newest first."""
-    lines = query(lambda tx: payment_report.list_payments(tx, state=state, limit=limit))
+    lines = query_or_exit(lambda tx: payment_report.list_payments(tx, state=state, limit=limit))
     if as_json:
         typer.echo(render.as_json(lines))
     else:
-        stdout_console().print(render_payments.payment_table(lines, utc_now()), highlight=False)
+        stdout_console_for_terminal_or_log().print(render_payments.payment_table(lines, utc_now()), highlight=False)
 
 
 @payment_app.command("cancel")

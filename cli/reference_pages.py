@@ -218,12 +218,12 @@ def log_events_page() -> str:
 
 def schema_page() -> str:
     """Return the page on tables, columns and indexes."""
-    documented = dict(_documented_columns())
+    documented = dict(_table_and_column_docstrings())
     sections = [_table_section(table, documented) for table in tables.ALL_TABLES]
     return f"{HEAD}# Database schema\n\nTimes are aware UTC. Amounts are exact decimals.\n\n" + "\n".join(sections)
 
 
-def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
+def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield for each table its attribute docstrings, and its class docstring under the empty name."""
     for node in ast.parse(inspect.getsource(tables)).body:
         if not isinstance(node, ast.ClassDef):
@@ -242,8 +242,8 @@ def _documented_columns() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{column.name}` | {_type_name(column)} | {'yes' * column.nullable} | {texts.get(column.name, '')} |"
-        for column in table.columns
+        f"| `{name}` | {_type_and_primary_key(column)} | {'yes' * column.nullable} | {texts.get(name, '')} |"
+        for name, column in table.columns.items()
     ]
     indexes = [
         f"| `{index.name}` | {', '.join(f'`{column.name}`' for column in index.columns)} | "
@@ -262,7 +262,7 @@ def _condition(index: Any) -> str:
     return "" if where is None else f"`{_cell(str(where))}`"
 
 
-def _type_name(column: Any) -> str:
+def _type_and_primary_key(column: Any) -> str:
     text = re.sub(r"\(.*\)", "", type(column.type).__name__)
     key = ", primary key" if column.primary_key else ""
     return f"{ {'UtcTime': 'time', 'ExactDecimal': 'decimal', 'Exact': 'decimal'}.get(text, text.lower()) }{key}"

@@ -64,7 +64,7 @@ def price_text(value: Decimal, currency: str) -> str:
     return f"{money_text(value, currency)} {currency}"
 
 
-def time_text(at: datetime) -> str:
+def utc_time_text(at: datetime) -> str:
     """Return a time in UTC to the second, such as `2026-11-22 12:00:00Z`."""
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
@@ -137,7 +137,7 @@ def new_table(*columns: str, right: Iterable[str] = (), title: str | None = None
     return table
 
 
-def fee_text(line: PaymentLine) -> str:
+def fee_or_reused_text(line: PaymentLine) -> str:
     """Return a payment's fee share and its state, or `reused`, for a table."""
     if line.reused:
         return "reused"

@@ -8,7 +8,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.render import fee_text, styled_state, waited_text
+from cli.render import fee_or_reused_text, styled_state, waited_text
 from demo.demo_checks import DemoCheck
 from demo.demo_plan import DemoJob
 from worker.ledger.payment_report import PaymentLine
@@ -32,10 +32,10 @@ def demo_board(
     journal: Mapping[str, Mapping[str, Any]],
     now: datetime,
     *,
-    width: int = BOARD_WIDTH,
+    available_width: int = BOARD_WIDTH,
 ) -> Table:
     """Return the demo's jobs as a table. On a narrow terminal it has no column `scenario`."""
-    hidden = 1 if width < BOARD_WIDTH else None
+    hidden = 1 if available_width < BOARD_WIDTH else None
     table = Table(box=None, pad_edge=False, header_style="dim")
     for number, (name, column_width) in enumerate(BOARD_COLUMNS.items()):
         if number != hidden:
@@ -58,7 +58,7 @@ def job_cells(
     if line is None:
         return job.name, job.description, Text(""), "", "", "", done
     state_text, reason = styled_state(line.state.value), line.verdict_or_reason or ""
-    return job.name, job.description, state_text, reason, waited_text(line, now), fee_text(line), done
+    return job.name, job.description, state_text, reason, waited_text(line, now), fee_or_reused_text(line), done
 
 
 def check_lines(checks: Sequence[DemoCheck]) -> RenderableType:

@@ -13,12 +13,12 @@ from cli.doctor_results import CheckResult, Severity
 from cli.render import (
     AMOUNT_FIELDS,
     count_text,
-    fee_text,
+    fee_or_reused_text,
     money_text,
     new_table,
     price_text,
     styled_state,
-    time_text,
+    utc_time_text,
     waited_text,
 )
 from worker.ledger.payment_report import BalanceLine, CallLine, PaymentFee, PaymentLine, PaymentTimeline
@@ -45,8 +45,8 @@ def payment_table(lines: Sequence[PaymentLine], now: datetime) -> RenderableType
             styled_state(line.state.value),
             line.verdict_or_reason or "",
             waited_text(line, now),
-            fee_text(line),
-            time_text(line.requested_at),
+            fee_or_reused_text(line),
+            utc_time_text(line.requested_at),
         )
     return table
 
@@ -82,7 +82,7 @@ def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType
     line = timeline.payment
     table = new_table("after", "event", "detail", right=["after"])
     table.columns[-1].no_wrap = False
-    for event in sorted(_timeline_events(timeline), key=lambda event: event.at):
+    for event in sorted(_unsorted_timeline_events(timeline), key=lambda event: event.at):
         table.add_row(f"{(event.at - line.requested_at).total_seconds():.3f} s", event.name, event.detail)
     head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled_state(line.state.value))
     if line.verdict_or_reason:
@@ -92,9 +92,9 @@ def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType
     return Group(head, requested, Text(), table, Text(), *facts)
 
 
-def _timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
+def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
     line = timeline.payment
-    yield TimelineEvent(at=line.requested_at, name="job accepted", detail=_job_text(timeline))
+    yield TimelineEvent(at=line.requested_at, name="job accepted", detail=_amount_and_timeout_text(timeline))
     for call in timeline.calls:
         price = price_text(call.price, call.currency)
         yield TimelineEvent(at=call.called_at, name="call", detail=f"{call.call_id}, fee entry pending: {price}")
@@ -114,14 +114,14 @@ def _timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
             yield TimelineEvent(at=delivery.delivered_at, name="outcome delivered", detail=detail)
 
 
-def _job_text(timeline: PaymentTimeline) -> str:
-    job, currency = timeline.job, _job_currency(timeline)
+def _amount_and_timeout_text(timeline: PaymentTimeline) -> str:
+    job, currency = timeline.job, _job_currency_or_usd(timeline)
     amount = price_text(Decimal(job["amount"]), currency) if "amount" in job else "no amount"
     timeout_s = (timeline.payment.deadline - timeline.payment.requested_at).total_seconds()
     return f"{amount}, timeout {timeout_s:.0f} s"
 
 
-def _job_currency(timeline: PaymentTimeline) -> str:
+def _job_currency_or_usd(timeline: PaymentTimeline) -> str:
     return str(timeline.job.get("currency", "USD"))
 
 
@@ -130,9 +130,9 @@ def _evidence_text(call: CallLine) -> str:
 
 
 def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
-    available = "null" if balance.available is None else money_text(balance.available, _job_currency(timeline))
+    available = "null" if balance.available is None else money_text(balance.available, _job_currency_or_usd(timeline))
     ids = f"{balance.balance_id}, {balance.event_id}"
-    return f"{ids}, available {available}, as of {time_text(balance.at)}"
+    return f"{ids}, available {available}, as of {utc_time_text(balance.at)}"
 
 
 def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
     if timeline.unapplied_balances:
         yield _unapplied_text(timeline.unapplied_balances)
     if timeline.funds_calculation:
-        yield _calculation_text(timeline.funds_calculation)
+        yield _funds_calculation_text(timeline.funds_calculation)
     if line.state == PaymentState.FAILED and timeline.outcome:
         yield f"detail: {timeline.outcome['detail']}"
     if timeline.refresh:
@@ -178,7 +178,7 @@ def _share_text(fee: PaymentFee) -> str:
     return f"{amount}: share of {price_text(fee.total, fee.currency)} among {count_text(fee.shared_by, 'payment')}"
 
 
-def _calculation_text(calculation: Mapping[str, Any]) -> str:
+def _funds_calculation_text(calculation: Mapping[str, Any]) -> str:
     """Return the funds calculation as two sums: needed and available funds."""
     currency = calculation["currency"]
     amounts = {

@@ -16,11 +16,11 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from cli import fee_tables, render_demo
-from demo.demo_checks import BacklogCounts, DemoCheck, Observed, is_run_complete, run_checks
+from demo.demo_checks import BacklogCounts, DemoCheck, Observed, all_callbacks_ran_and_no_backlog, run_checks
 from demo.demo_plan import DEMO_JOBS, DEMO_TIMINGS, EXPECTED_CALLS
-from demo.dev_stack import DevStack, dev_stack
+from demo.dev_stack import DevStack, start_sqlite_dev_stack
 from demo.interrupts import Interrupts
-from demo.processes import ROOT, StartError
+from demo.processes import ROOT, StartOrExitError
 from worker.ledger import fee_statement, metrics_queries, payment_report
 from worker.ledger.engine import Engine, open_engine, read_snapshot
 from worker.runtime import utc_now
@@ -66,22 +66,24 @@ def run_demo(console: Console, interrupts: Interrupts) -> DemoResult:
     """Run the demo and print its progress and results.
 
     Raises:
-        StartError: a process did not start, or exited.
+        StartOrExitError: a process did not start, or exited.
         Interrupted: a signal was received.
     """
     started_at = time.monotonic()
     folder = _new_folder()
     try:
-        with dev_stack(folder, interrupts.check, settings=FAST_SETTINGS) as stack:
+        with start_sqlite_dev_stack(folder, interrupts.check, settings=FAST_SETTINGS) as stack:
             console.print(f"payready is up after {time.monotonic() - started_at:.1f} s; sending {len(DEMO_JOBS)} jobs")
             console.print()
-            result = _run_jobs(console, interrupts, stack)
-    except StartError:
+            result = _start_service_and_print_report(console, interrupts, stack)
+    except StartOrExitError:
         raise  # the message names a log in the folder
     except BaseException:
         shutil.rmtree(folder)
         raise
-    _print_summary(console, folder, passed=result.passed, duration_s=time.monotonic() - started_at)
+    _print_summary_and_delete_folder_if_passed(
+        console, folder, passed=result.passed, duration_s=time.monotonic() - started_at
+    )
     return result
 
 
@@ -91,7 +93,7 @@ def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="demo-", dir=runs))
 
 
-def _run_jobs(console: Console, interrupts: Interrupts, stack: DevStack) -> DemoResult:
+def _start_service_and_print_report(console: Console, interrupts: Interrupts, stack: DevStack) -> DemoResult:
     journal = stack.processes.folder / "journal.jsonl"
     engine = open_engine(stack.database_url)
     started_at = utc_now()
@@ -102,7 +104,7 @@ def _run_jobs(console: Console, interrupts: Interrupts, stack: DevStack) -> Demo
         )
         with _board_display(console) as show_board:
             observed = _wait_for_outcomes(interrupts, stack, engine, journal, show_board)
-        return _print_report(console, engine, observed, started_at)
+        return _check_and_print_report(console, engine, observed, started_at)
     finally:
         engine.dispose()
 
@@ -114,7 +116,7 @@ def _wait_for_outcomes(
     deadline = time.monotonic() + DEMO_TIMEOUT_S
     while time.monotonic() < deadline:
         show_board(observed := _observe(engine, journal, {}))
-        if is_run_complete(DEMO_JOBS, observed):
+        if all_callbacks_ran_and_no_backlog(DEMO_JOBS, observed):
             interrupts.sleep(SETTLE_TIME_S)
             break
         stack.processes.check_all_running()
@@ -131,7 +133,7 @@ def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Obse
         calls = payment_report.call_counts_by_account(tx, list(EXPECTED_CALLS))
         backlog = metrics_queries.backlog(tx)
     return Observed(
-        journal=_read_journal(journal),
+        journal=_read_complete_journal_lines(journal),
         payments={line.payment_id: line for line in lines},
         calls=calls,
         accepted=accepted,
@@ -143,25 +145,30 @@ def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Obse
     )
 
 
-def _read_journal(journal: Path) -> list[dict[str, Any]]:
+def _read_complete_journal_lines(journal: Path) -> list[dict[str, Any]]:
     text = journal.read_text() if journal.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _print_report(console: Console, engine: Engine, observed: Observed, started_at: datetime) -> DemoResult:
+def _check_and_print_report(console: Console, engine: Engine, observed: Observed, started_at: datetime) -> DemoResult:
     with read_snapshot(engine) as tx:
         until = utc_now()
         lines = fee_statement.statement_lines(tx, started_at, until, "price")
         saved = fee_statement.savings_by_currency(tx, started_at, until)
     checks = run_checks(DEMO_JOBS, EXPECTED_CALLS, observed)
     console.print()
-    console.print(fee_tables.statement_table(lines, fee_tables.totals_by_currency(lines, saved), "Fee statement"))
+    console.print(
+        fee_tables.limited_statement_table(lines, fee_tables.totals_by_currency(lines, saved), "Fee statement")
+    )
     console.print()
     console.print(render_demo.check_lines(checks))
     return DemoResult(payments=list(observed.payments.values()), fee_statement=lines, checks=checks)
 
 
-def _print_summary(console: Console, folder: Path, *, passed: bool, duration_s: float) -> None:
+def _print_summary_and_delete_folder_if_passed(
+    console: Console, folder: Path, *, passed: bool, duration_s: float
+) -> None:
+    """Print whether the demo passed. Delete its folder if it did; otherwise name it, for its logs and ledger."""
     console.print()
     if passed:
         shutil.rmtree(folder)
@@ -179,7 +186,7 @@ def _print_summary(console: Console, folder: Path, *, passed: bool, duration_s: 
 
 def _board_display(console: Console) -> AbstractContextManager[ShowBoard]:
     fits = console.height >= len(DEMO_JOBS) + BOARD_MARGIN_ROWS and console.width >= render_demo.BOARD_WIDTH
-    return _live_display(console) if console.is_terminal and fits else _line_display(console)
+    return _live_display(console) if console.is_terminal and fits else _change_lines_then_board_display(console)
 
 
 @contextmanager
@@ -189,7 +196,7 @@ def _live_display(console: Console) -> Iterator[ShowBoard]:
 
 
 @contextmanager
-def _line_display(console: Console) -> Iterator[ShowBoard]:
+def _change_lines_then_board_display(console: Console) -> Iterator[ShowBoard]:
     started_at, states, last = utc_now(), dict[str, str](), list[Observed]()
 
     def show_changes(observed: Observed) -> None:
@@ -210,7 +217,7 @@ def _line_display(console: Console) -> Iterator[ShowBoard]:
 
 def _render_board(console: Console, observed: Observed) -> RenderableType:
     return render_demo.demo_board(
-        DEMO_JOBS, observed.payments, _service_journal_by_job_name(observed), utc_now(), width=console.width
+        DEMO_JOBS, observed.payments, _service_journal_by_job_name(observed), utc_now(), available_width=console.width
     )
 
 

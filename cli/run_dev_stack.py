@@ -11,29 +11,31 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import render
-from demo.dev_stack import FLOWER_LOGIN, DevStack, PreferredPorts, dev_stack
+from demo.dev_stack import FLOWER_LOGIN, DevStack, PreferredPorts, start_sqlite_dev_stack
 from demo.interrupts import Interrupted, Interrupts
-from demo.processes import ROOT, StartError
+from demo.processes import ROOT, StartOrExitError
 
 RUN_FOLDER = ROOT / ".run" / "up"
 PORTS = PreferredPorts(web=8000, flower=5555, simulator=9900, valkey=6390)
 CHECK_INTERVAL_S = 0.5
 
 
-def run_dev_stack(console: Console, interrupts: Interrupts, *, as_json: bool, folder: Path = RUN_FOLDER) -> None:
-    """Run payready until a signal is received. Print its addresses once it is up, as JSON if `as_json`.
+def write_env_file_and_run_dev_stack(
+    console: Console, interrupts: Interrupts, *, as_json: bool, folder: Path = RUN_FOLDER
+) -> None:
+    """Run payready until a signal is received. Once it is up, write its settings to `env` and print its addresses.
 
     Raises:
-        StartError: a process did not start, or exited, or payready is already up in this folder.
+        StartOrExitError: a process did not start, or exited, or payready is already up in this folder.
         Interrupted: a signal was received before payready was up.
     """
-    with _lock_folder(folder), dev_stack(folder, interrupts.check, PORTS) as stack:
+    with _lock_folder(folder), start_sqlite_dev_stack(folder, interrupts.check, PORTS) as stack:
         environ = folder / "env"
         environ.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in stack.settings.items()))
         if as_json:
             typer.echo(render.as_json(_addresses(stack) | {"settings": str(environ)}))
         else:
-            _print_addresses(console, stack, environ)
+            _print_addresses_and_examples(console, stack, environ)
         try:
             while True:
                 stack.processes.check_all_running()
@@ -50,11 +52,11 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(f"payready is already up; its addresses are in {folder / 'env'}") from None
+            raise StartOrExitError(f"payready is already up; its addresses are in {folder / 'env'}") from None
         yield
 
 
-def _print_addresses(console: Console, stack: DevStack, environ: Path) -> None:
+def _print_addresses_and_examples(console: Console, stack: DevStack, environ: Path) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     remarks = {
         "flower": f"  login {FLOWER_LOGIN}",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import celery_client, render
-from cli.command_line import EXIT_FAILED, AsJson, fail, query, report_errors, stdout_console
+from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
 from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
@@ -50,26 +50,28 @@ def list_quarantined(
     as_json: AsJson = False,
 ) -> None:
     """List quarantined events without their content, the newest first."""
-    found = query(lambda tx: quarantine.newest_events(tx, limit))
+    found = query_or_exit(lambda tx: quarantine.newest_events(tx, limit))
     if as_json:
         typer.echo(render.as_json([_summary(event) for event in found]))
         return
     table = render.new_table("event", "received", "bytes", "reason", right=["bytes"])
     for event in found:
-        table.add_row(event.quarantine_id, render.time_text(event.received_at), str(len(event.event)), event.reason)
-    stdout_console().print(table if found else "the quarantine is empty", highlight=False, markup=False)
+        table.add_row(event.quarantine_id, render.utc_time_text(event.received_at), str(len(event.event)), event.reason)
+    stdout_console_for_terminal_or_log().print(
+        table if found else "the quarantine is empty", highlight=False, markup=False
+    )
 
 
 @quarantine_app.command("show")
 def show_quarantined(quarantine_id: QuarantineId, as_json: AsJson = False) -> None:
     """Print one quarantined event with its content and the reason."""
-    event = query(lambda tx: quarantine.find(tx, quarantine_id))
+    event = query_or_exit(lambda tx: quarantine.find(tx, quarantine_id))
     if event is None:
         fail(f"no event {quarantine_id} in quarantine")
     if as_json:
         typer.echo(render.as_json({**_summary(event), "event": event.event.decode(errors="backslashreplace")}))
     else:
-        typer.echo(f"{event.quarantine_id}, received {render.time_text(event.received_at)}: {event.reason}\n")
+        typer.echo(f"{event.quarantine_id}, received {render.utc_time_text(event.received_at)}: {event.reason}\n")
         typer.echo(_printable_text(event.event))
 
 
@@ -82,7 +84,7 @@ def replay_quarantined(ids: QuarantineIds = None, all_events: AllEvents = False,
     counts = Counter(dict.fromkeys(ReplayResult, 0))
     with _selected_events(ids, all_events=all_events) as (rt, selected):
         for event in selected:
-            counts[_replay_one(rt, event)] += 1
+            counts[_replay_only_balances(rt, event)] += 1
     if as_json:
         typer.echo(render.as_json({result.value: count for result, count in counts.items()}))
     else:
@@ -129,12 +131,12 @@ def _selected_events(
     with report_errors():
         rt = runtime.build_runtime(settings())
         try:
-            yield rt, _every_event(rt) if all_events else _events_by_id(rt, ids or [])
+            yield rt, _every_event(rt) if all_events else _events_by_id_or_exit(rt, ids or [])
         finally:
             rt.engine.dispose()
 
 
-def _events_by_id(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:
+def _events_by_id_or_exit(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:
     for quarantine_id in ids:
         with read_snapshot(rt.engine) as tx:
             event = quarantine.find(tx, quarantine_id)
@@ -156,7 +158,11 @@ def _page(rt: Runtime, after_id: str) -> list[QuarantinedEvent]:
         return quarantine.events_after(tx, after_id=after_id, limit=PAGE_SIZE)
 
 
-def _replay_one(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
+def _replay_only_balances(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
+    """Parse an event again.
+
+    If it parses, store and apply its balances, drop the rest, and remove it from quarantine.
+    """
     try:
         parsed = events.parse_quarantined(event.event, event.received_at)
     except events.UnparseableEvent:
@@ -189,7 +195,7 @@ class SubscribeAction(StrEnum):
 @webhooks_app.command("status")
 def subscription_status(as_json: AsJson = False) -> None:
     """Check the subscription: it must be enabled and have all required event types. Exit status 1 if not."""
-    with _subscriptions_client() as (provider, url):
+    with _subscriptions_client_and_url_or_exit() as (provider, url):
         subscribed = provider.list_all()
     ours, problems = subscriptions.for_url(subscribed, url), subscriptions.problems(subscribed, url)
     if as_json:
@@ -213,7 +219,7 @@ def subscribe(
     as_json: AsJson = False,
 ) -> None:
     """Create the subscription, or repair the existing one: enable it and add missing event types."""
-    with _subscriptions_client() as (provider, url):
+    with _subscriptions_client_and_url_or_exit() as (provider, url):
         ours = subscriptions.for_url(provider.list_all(), url)
         if additional or not ours:
             action, subscription = SubscribeAction.CREATED, provider.create(url)
@@ -236,8 +242,10 @@ def unsubscribe(
     as_json: AsJson = False,
 ) -> None:
     """Delete or disable a subscription: the provider stops its deliveries."""
-    with _subscriptions_client() as (provider, url):
-        subscription = _find_subscription(subscriptions.for_url(provider.list_all(), url), url, subscription_id)
+    with _subscriptions_client_and_url_or_exit() as (provider, url):
+        subscription = _single_subscription_or_exit(
+            subscriptions.for_url(provider.list_all(), url), url, subscription_id
+        )
         if disable:
             provider.update(subscription, disabled=True)
         else:
@@ -250,7 +258,7 @@ def unsubscribe(
 
 
 @contextmanager
-def _subscriptions_client() -> Iterator[tuple[SubscriptionsClient, str]]:
+def _subscriptions_client_and_url_or_exit() -> Iterator[tuple[SubscriptionsClient, str]]:
     with report_errors():
         url = settings().webhook_url
         if url is None:
@@ -259,7 +267,7 @@ def _subscriptions_client() -> Iterator[tuple[SubscriptionsClient, str]]:
             yield provider, url
 
 
-def _find_subscription(ours: list[Subscription], url: str, subscription_id: str | None) -> Subscription:
+def _single_subscription_or_exit(ours: list[Subscription], url: str, subscription_id: str | None) -> Subscription:
     chosen = [subscription for subscription in ours if subscription_id in (None, subscription.id)]
     if not chosen:
         named = f"subscription {subscription_id}" if subscription_id else "subscription"

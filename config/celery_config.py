@@ -64,20 +64,20 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "beat_schedule": {
-            "expire": _tick_schedule("payments.expire"),
-            "sweep": _tick_schedule("payments.sweep"),
-            "check subscription": _schedule("webhooks.check_subscription", 60.0),
-            "prune quarantine": _schedule("quarantine.prune", 600.0),
+            "expire": _tick_schedule_with_expiry("payments.expire"),
+            "sweep": _tick_schedule_with_expiry("payments.sweep"),
+            "check subscription": _schedule_expiring_at_half_interval("webhooks.check_subscription", 60.0),
+            "prune quarantine": _schedule_expiring_at_half_interval("quarantine.prune", 600.0),
         },
     }
 
 
-def _tick_schedule(task: str) -> dict[str, Any]:
+def _tick_schedule_with_expiry(task: str) -> dict[str, Any]:
     # A tick that waited for a worker for 5 s is obsolete: the next tick does its work.
     return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
 
 
-def _schedule(task: str, seconds: float) -> dict[str, Any]:
+def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, Any]:
     return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2}}
 
 

@@ -16,7 +16,7 @@ def raise_gc_thresholds() -> None:
     gc.set_threshold(*THRESHOLDS)
 
 
-def freeze_gc() -> None:
+def collect_and_freeze_objects() -> None:
     """Exclude all objects that exist now from later scans: modules, classes and clients live as long as the process."""
     gc.collect()
     gc.freeze()

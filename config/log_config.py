@@ -63,7 +63,7 @@ def log_context(**ids: Any) -> AbstractContextManager[None]:
     return structlog.contextvars.bound_contextvars(**_valid_ids(ids))
 
 
-def set_log_context(ids: Mapping[str, Any]) -> None:
+def replace_log_context(ids: Mapping[str, Any]) -> None:
     """Replace the ids that every later line of this thread carries."""
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**_valid_ids(ids))
@@ -78,7 +78,7 @@ def _valid_ids(given: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _keep_first_line(record: logging.LogRecord) -> bool:
+def _truncate_to_first_line_without_headers(record: logging.LogRecord) -> bool:
     """Truncate a record to its first line, without message headers: they repeat the arguments of the task."""
     record.msg, record.args = re.split(r"\n| headers:", record.getMessage(), maxsplit=1)[0], ()
     return True
@@ -103,7 +103,9 @@ def configure_logging(settings: Settings) -> None:
     )
     logging.captureWarnings(capture=True)
     for name in TRUNCATED_LOGGERS:
-        logging.getLogger(name).addFilter(_keep_first_line)  # adding the same filter again has no effect
+        logging.getLogger(name).addFilter(
+            _truncate_to_first_line_without_headers
+        )  # adding the same filter again has no effect
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level)
@@ -119,14 +121,14 @@ def log_start(settings: Settings, role: str) -> None:
         role=role,
         version=version("payready"),
         env=settings.env,
-        broker=without_credentials(settings.effective_broker_url),
-        redis=without_credentials(settings.redis_url),
-        database=without_credentials(settings.database_url),
+        broker=without_credentials_and_query(settings.effective_broker_url),
+        redis=without_credentials_and_query(settings.redis_url),
+        database=without_credentials_and_query(settings.database_url),
         broker_transport=settings.broker_transport,
     )
 
 
-def without_credentials(url: str) -> str:
+def without_credentials_and_query(url: str) -> str:
     """Return scheme, host, port and path of a URL. Everything that may be a secret is left out.
 
     A user, a password and the query string are dropped: PostgreSQL and Redis accept passwords in all three.

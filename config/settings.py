@@ -143,7 +143,7 @@ class Settings(BaseModel):
         return timedelta(seconds=self.balance_poll_lead_s)
 
     @property
-    def max_call_duration(self) -> timedelta:
+    def max_call_and_record_duration(self) -> timedelta:
         """Time after which a call without a recorded result has lost its worker: its timeouts, and 10 s to record."""
         return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)
 
@@ -170,7 +170,7 @@ def _require_real(name: str, secret: SecretStr) -> None:
         raise ValueError(f"{ENV_PREFIX}{name} must be set in production, and not to a demo value")
 
 
-def load(environ: Mapping[str, str]) -> Settings:
+def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
     """Build the settings from `environ`.
 
     Raises:
@@ -198,4 +198,4 @@ def _first_error(error: ValidationError) -> str:
 @functools.cache
 def settings() -> Settings:
     """Return the settings of this process."""
-    return load(os.environ)
+    return load_rejecting_unknown(os.environ)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from demo.demo_plan import DemoJob, ExpectedCalls
+from demo.demo_plan import CallCountsByFeeState, DemoJob
 from worker.ledger.payment_report import PaymentLine
 from worker.rules.pricing import EntryState
 
@@ -52,25 +52,31 @@ class DemoCheck:
 
 
 def run_checks(
-    jobs: Sequence[DemoJob], expected_calls: Mapping[str, ExpectedCalls], observed: Observed
+    jobs: Sequence[DemoJob], expected_calls: Mapping[str, CallCountsByFeeState], observed: Observed
 ) -> list[DemoCheck]:
     """Compare the observed results with the expected ones."""
     return [
         DemoCheck(
-            rule="each job's callback ran exactly once", cases=len(jobs), failures=[*_check_callbacks(jobs, observed)]
+            rule="each job's callback ran exactly once",
+            cases=len(jobs),
+            failures=[*_check_each_callback_ran_once(jobs, observed)],
         ),
         DemoCheck(
-            rule="each outcome and reason is as expected", cases=len(jobs), failures=[*_check_outcomes(jobs, observed)]
+            rule="each outcome and reason is as expected",
+            cases=len(jobs),
+            failures=[*_check_outcomes_in_journal_and_ledger(jobs, observed)],
         ),
         DemoCheck(
-            rule="each payment's fee share is as expected", cases=len(jobs), failures=[*_check_fees(jobs, observed)]
+            rule="each payment's fee share is as expected",
+            cases=len(jobs),
+            failures=[*_check_fee_shares_and_outcome_fees(jobs, observed)],
         ),
         DemoCheck(
             rule="fee entries equal the calls the provider accepted",
             cases=len(expected_calls),
-            failures=[*_check_calls(expected_calls, observed)],
+            failures=[*_check_calls_of_ledger_and_provider(expected_calls, observed)],
         ),
-        _check_shares(observed),
+        _check_fee_share_sums_by_refresh(observed),
         DemoCheck(
             rule="no payment is waiting, no outcome undelivered, no balance unapplied",
             cases=1,
@@ -79,13 +85,13 @@ def run_checks(
     ]
 
 
-def is_run_complete(jobs: Sequence[DemoJob], observed: Observed) -> bool:
+def all_callbacks_ran_and_no_backlog(jobs: Sequence[DemoJob], observed: Observed) -> bool:
     """Return whether the run is complete: each job had its callback, and the ledger has no backlog."""
     journaled = {entry["job"] for entry in observed.journal}
     return journaled == {job.name for job in jobs} and not any(_check_backlog(observed.backlog))
 
 
-def _check_callbacks(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+def _check_each_callback_ran_once(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
     counts = Counter(entry["job"] for entry in observed.journal)
     for job in jobs:
         if counts[job.name] != 1:
@@ -94,7 +100,7 @@ def _check_callbacks(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[st
         yield f"{unknown}: a callback for a job that was not sent"
 
 
-def _check_outcomes(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+def _check_outcomes_in_journal_and_ledger(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
     journal = {entry["job"]: (entry["state"], entry["reason"]) for entry in observed.journal}
     for job in jobs:
         expected = ("released" if job.expected.state == "released" else "failed", job.expected.reason)
@@ -102,7 +108,7 @@ def _check_outcomes(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str
             yield f"{job.name}: the service received {_outcome(journal[job.name])}, expected {_outcome(expected)}"
         line = observed.payments.get(job.payment_id)
         if job.expected.state == "rejected":
-            if line is not None and not _shares_payment_id(job, jobs):
+            if line is not None and not _shares_payment_id_with_accepted_job(job, jobs):
                 yield f"{job.name}: the job must be rejected, but the ledger has a payment"
         elif line is None:
             yield f"{job.name}: the ledger has no payment"
@@ -115,11 +121,11 @@ def _outcome(state_and_reason: tuple[str, str]) -> str:
     return ": ".join(state_and_reason)
 
 
-def _shares_payment_id(job: DemoJob, jobs: Sequence[DemoJob]) -> bool:
+def _shares_payment_id_with_accepted_job(job: DemoJob, jobs: Sequence[DemoJob]) -> bool:
     return any(other.payment_id == job.payment_id and other.expected.state != "rejected" for other in jobs)
 
 
-def _check_fees(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+def _check_fee_shares_and_outcome_fees(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
     outcomes = {entry["job"]: entry["outcome"] for entry in observed.journal if entry.get("outcome")}
     for job in jobs:
         line, outcome = observed.payments.get(job.payment_id), outcomes.get(job.name)
@@ -134,10 +140,15 @@ def _check_fees(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
             yield f"{job.name}: the fee of its outcome differs from the ledger's"
 
 
-def _check_calls(expected_calls: Mapping[str, ExpectedCalls], observed: Observed) -> Iterable[str]:
+def _check_calls_of_ledger_and_provider(
+    expected_calls: Mapping[str, CallCountsByFeeState], observed: Observed
+) -> Iterable[str]:
     for account_id in sorted({*expected_calls, *observed.calls, *observed.accepted}):
-        entries, expected = observed.calls.get(account_id, Counter()), expected_calls.get(account_id, ExpectedCalls())
-        recorded = ExpectedCalls(
+        entries, expected = (
+            observed.calls.get(account_id, Counter()),
+            expected_calls.get(account_id, CallCountsByFeeState()),
+        )
+        recorded = CallCountsByFeeState(
             posted=entries[EntryState.POSTED], pending=entries[EntryState.PENDING], void=entries[EntryState.VOID]
         )
         if recorded != expected:
@@ -147,7 +158,7 @@ def _check_calls(expected_calls: Mapping[str, ExpectedCalls], observed: Observed
             yield f"{account_id}: calls accepted by the provider: {accepted}, in the ledger: {recorded}"
 
 
-def _check_shares(observed: Observed) -> DemoCheck:
+def _check_fee_share_sums_by_refresh(observed: Observed) -> DemoCheck:
     """Compare the sum of each refresh's fee shares with the price of its calls."""
     sums: dict[str, Decimal] = {}
     totals: dict[str, Decimal] = {}

@@ -46,7 +46,7 @@ class DemoJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedCalls:
+class CallCountsByFeeState:
     """Number of an account's calls by the final state of their fee entry."""
 
     posted: int = 0
@@ -84,11 +84,11 @@ def _job(
     )
 
 
-def _released(verdict: str = "sufficient", shared_by: int = 1) -> Expected:
+def _released_with_posted_fee(verdict: str = "sufficient", shared_by: int = 1) -> Expected:
     return Expected(state="released", reason=verdict, fee="posted", shared_by=shared_by)
 
 
-def _reused() -> Expected:
+def _released_by_reused_balance() -> Expected:
     return Expected(state="released", reason="sufficient", fee="reused", shared_by=0)
 
 
@@ -96,7 +96,7 @@ def _failed(reason: str, fee: Literal["posted", "pending", "void"] | None = "pos
     return Expected(state="failed", reason=reason, fee=fee, shared_by=shared_by)
 
 
-def _unavailable() -> Expected:
+def _provider_unavailable_with_pending_fee() -> Expected:
     return _failed("provider_unavailable", "pending")
 
 
@@ -105,13 +105,20 @@ def _rejected(reason: str) -> Expected:
 
 
 DEMO_JOBS: tuple[DemoJob, ...] = (
-    _job("plain", "the balance arrives at once", "acct_prompt01", _released()),
-    _job("again", "reuses the same balance", "acct_prompt01", _reused(), follows="plain"),
-    _job("fresh", "maximum balance age 0", "acct_prompt01", _released(), follows="again", max_balance_age_s=0),
-    _job("share-1", "three payments, one call", "acct_slow01", _released(shared_by=3)),
-    _job("share-2", "three payments, one call", "acct_slow01", _released(shared_by=3)),
-    _job("share-3", "three payments, one call", "acct_slow01", _released(shared_by=3)),
-    _job("big-1", "needs 300 of 500", "acct_slow02", _released(shared_by=2), amount="300.00"),
+    _job("plain", "the balance arrives at once", "acct_prompt01", _released_with_posted_fee()),
+    _job("again", "reuses the same balance", "acct_prompt01", _released_by_reused_balance(), follows="plain"),
+    _job(
+        "fresh",
+        "maximum balance age 0",
+        "acct_prompt01",
+        _released_with_posted_fee(),
+        follows="again",
+        max_balance_age_s=0,
+    ),
+    _job("share-1", "three payments, one call", "acct_slow01", _released_with_posted_fee(shared_by=3)),
+    _job("share-2", "three payments, one call", "acct_slow01", _released_with_posted_fee(shared_by=3)),
+    _job("share-3", "three payments, one call", "acct_slow01", _released_with_posted_fee(shared_by=3)),
+    _job("big-1", "needs 300 of 500", "acct_slow02", _released_with_posted_fee(shared_by=2), amount="300.00"),
     _job(
         "big-2",
         "needs 300 of remaining 200",
@@ -120,8 +127,8 @@ DEMO_JOBS: tuple[DemoJob, ...] = (
         joins="big-1",
         amount="300.00",
     ),
-    _job("twin-1", "one payment, sent twice", "acct_slow03", _released(), payment_id="pay_twin"),
-    _job("twin-2", "one payment, sent twice", "acct_slow03", _released(), payment_id="pay_twin"),
+    _job("twin-1", "one payment, sent twice", "acct_slow03", _released_with_posted_fee(), payment_id="pay_twin"),
+    _job("twin-2", "one payment, sent twice", "acct_slow03", _released_with_posted_fee(), payment_id="pay_twin"),
     _job(
         "conflict",
         "same id, different content",
@@ -135,46 +142,59 @@ DEMO_JOBS: tuple[DemoJob, ...] = (
     _job("misspelt", "an unknown field", "acct_prompt02", _rejected("InvalidJob"), timeout="20"),
     _job("poor", "available is 1.00", "acct_poor01", _failed("insufficient_funds")),
     _job("null", "available is null", "acct_nullavail01", _failed("funds_unknown")),
-    _job("null-ok", "null, check not required", "acct_nullavail02", _released("unchecked"), funds_check="enabled"),
+    _job(
+        "null-ok",
+        "null, check not required",
+        "acct_nullavail02",
+        _released_with_posted_fee("unchecked"),
+        funds_check="enabled",
+    ),
     _job("gone", "404", "acct_gone01", _failed("account_not_found", "void")),
     _job("inactive", "403", "acct_inactive01", _failed("connection_inactive", "void")),
     _job("loan", "400", "acct_badreq01", _failed("account_unsupported", "void")),
-    _job("throttled", "429, then 202", "acct_throttled01", _released()),
-    _job("lost", "accepted, response lost", "acct_lost01", _released()),
-    _job("silent", "no response, twice", "acct_silent01", _unavailable(), timeout_s=13),
-    _job("twice", "the event arrives 3 times", "acct_twice01", _released()),
-    _job("early", "the event before the 202", "acct_early01", _released()),
-    _job("batch", "event among invalid ones", "acct_batch01", _released()),
+    _job("throttled", "429, then 202", "acct_throttled01", _released_with_posted_fee()),
+    _job("lost", "accepted, response lost", "acct_lost01", _released_with_posted_fee()),
+    _job("silent", "no response, twice", "acct_silent01", _provider_unavailable_with_pending_fee(), timeout_s=13),
+    _job("twice", "the event arrives 3 times", "acct_twice01", _released_with_posted_fee()),
+    _job("early", "the event before the 202", "acct_early01", _released_with_posted_fee()),
+    _job("batch", "event among invalid ones", "acct_batch01", _released_with_posted_fee()),
     _job("forged", "a wrong signature", "acct_forged01", _failed("timeout"), timeout_s=5),
     _job("never", "202, then no event", "acct_never01", _failed("timeout"), timeout_s=5),
     _job("cancelled", "cancelled while waiting", "acct_never02", _failed("cancelled"), is_cancelled=True),
-    _job("read", "event lost, poll finds it", "acct_unsent01", _released(), timeout_s=8, profile_id="p_demo"),
+    _job(
+        "read",
+        "event lost, poll finds it",
+        "acct_unsent01",
+        _released_with_posted_fee(),
+        timeout_s=8,
+        profile_id="p_demo",
+    ),
     _job("late", "balance after the deadline", "acct_late01", _failed("timeout"), timeout_s=4),
-    _job("later", "reuses the late balance", "acct_late01", _reused(), after_s=14.0),
+    _job("later", "reuses the late balance", "acct_late01", _released_by_reused_balance(), after_s=14.0),
 )
 
-EXPECTED_CALLS: Mapping[str, ExpectedCalls] = {
-    "acct_prompt01": ExpectedCalls(posted=2),
-    "acct_prompt02": ExpectedCalls(),
-    "acct_slow01": ExpectedCalls(posted=1),
-    "acct_slow02": ExpectedCalls(posted=1),
-    "acct_slow03": ExpectedCalls(posted=1),
-    "acct_poor01": ExpectedCalls(posted=1),
-    "acct_nullavail01": ExpectedCalls(posted=1),
-    "acct_nullavail02": ExpectedCalls(posted=1),
-    "acct_gone01": ExpectedCalls(void=1),
-    "acct_inactive01": ExpectedCalls(void=1),
-    "acct_badreq01": ExpectedCalls(void=1),
-    "acct_throttled01": ExpectedCalls(posted=1, void=1),
-    "acct_lost01": ExpectedCalls(posted=1),
-    "acct_silent01": ExpectedCalls(pending=2),
-    "acct_twice01": ExpectedCalls(posted=1),
-    "acct_early01": ExpectedCalls(posted=1),
-    "acct_batch01": ExpectedCalls(posted=1),
-    "acct_forged01": ExpectedCalls(posted=1),
-    "acct_never01": ExpectedCalls(posted=1),
-    "acct_never02": ExpectedCalls(posted=1),
-    "acct_unsent01": ExpectedCalls(posted=1),
-    "acct_late01": ExpectedCalls(posted=1),
+EXPECTED_CALLS: Mapping[str, CallCountsByFeeState] = {
+    "acct_prompt01": CallCountsByFeeState(posted=2),
+    "acct_prompt02": CallCountsByFeeState(),
+    "acct_slow01": CallCountsByFeeState(posted=1),
+    "acct_slow02": CallCountsByFeeState(posted=1),
+    "acct_slow03": CallCountsByFeeState(posted=1),
+    "acct_poor01": CallCountsByFeeState(posted=1),
+    "acct_nullavail01": CallCountsByFeeState(posted=1),
+    "acct_nullavail02": CallCountsByFeeState(posted=1),
+    "acct_gone01": CallCountsByFeeState(void=1),
+    "acct_inactive01": CallCountsByFeeState(void=1),
+    "acct_badreq01": CallCountsByFeeState(void=1),
+    "acct_throttled01": CallCountsByFeeState(posted=1, void=1),
+    "acct_lost01": CallCountsByFeeState(posted=1),
+    "acct_silent01": CallCountsByFeeState(pending=2),
+    "acct_twice01": CallCountsByFeeState(posted=1),
+    "acct_early01": CallCountsByFeeState(posted=1),
+    "acct_batch01": CallCountsByFeeState(posted=1),
+    "acct_forged01": CallCountsByFeeState(posted=1),
+    "acct_never01": CallCountsByFeeState(posted=1),
+    "acct_never02": CallCountsByFeeState(posted=1),
+    "acct_unsent01": CallCountsByFeeState(posted=1),
+    "acct_late01": CallCountsByFeeState(posted=1),
 }
 """Expected calls of every account in the plan."""

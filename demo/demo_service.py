@@ -33,8 +33,8 @@ app = Celery("payments-service", broker=os.environ["SERVICE_REDIS_URL"], backend
 app.conf.update(task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
 
 
-def send_job(job: DemoJob) -> None:
-    """Send one job with two callbacks: one for a released payment, one for a failed one."""
+def send_job_with_joining_jobs(job: DemoJob) -> None:
+    """Send one job with two callbacks. When it waits, send the jobs that join it, and cancel it if the plan says so."""
     result = app.send_task(
         "payments.initiate",
         kwargs={"payment_id": job.payment_id, "account_id": job.account_id, **job.job},
@@ -44,15 +44,15 @@ def send_job(job: DemoJob) -> None:
     )
     joining = [other for other in DEMO_JOBS if other.joins == job.name]
     if joining or job.is_cancelled:
-        _run_later(0, partial(_act_when_waiting, result, job, joining))
+        _run_later(0, partial(_send_joining_and_cancel_when_waiting, result, job, joining))
 
 
-def _act_when_waiting(result: AsyncResult, job: DemoJob, joining: Iterable[DemoJob]) -> None:
+def _send_joining_and_cancel_when_waiting(result: AsyncResult, job: DemoJob, joining: Iterable[DemoJob]) -> None:
     """Send the jobs that join this one, and cancel it if the plan says so."""
     while result.state not in ("WAITING", *READY_STATES):
         time.sleep(POLL_S)
     for other in joining:
-        send_job(other)
+        send_job_with_joining_jobs(other)
     if job.is_cancelled:
         time.sleep(CANCEL_AFTER_S)
         app.send_task("payments.cancel", (job.payment_id,), queue="payments")
@@ -60,26 +60,31 @@ def _act_when_waiting(result: AsyncResult, job: DemoJob, joining: Iterable[DemoJ
 
 @app.task(name="ledger.execute_ach", bind=True)  # type: ignore[untyped-decorator]
 def execute_ach(self: Task, outcome: dict[str, Any], job: str) -> None:
-    """Receive the outcome of a released payment. A real service would submit the payment here."""
-    _write_journal(self, job, state="released", reason=outcome["verdict"], outcome=outcome)
+    """Write the outcome of a released payment to the journal, and send the jobs that follow.
+
+    A real service pays here.
+    """
+    _write_journal_and_send_following_jobs(self, job, state="released", reason=outcome["verdict"], outcome=outcome)
 
 
 @app.task(name="ledger.not_ready", bind=True)  # type: ignore[untyped-decorator]
 def not_ready(self: Task, failed_task_id: str, job: str) -> None:
-    """Receive a failure. The exception has the name and arguments of payready's, but a class that Celery creates."""
+    """Write a failed payment or rejected job to the journal, and send the jobs that follow."""
     error = app.AsyncResult(failed_task_id).result
     if type(error).__name__ == "PaymentNotReady":
         reason, detail = error.args
-        _write_journal(self, job, state="failed", reason=reason, detail=detail)
+        _write_journal_and_send_following_jobs(self, job, state="failed", reason=reason, detail=detail)
     else:  # payready rejected the job
-        _write_journal(self, job, state="failed", reason=type(error).__name__, detail=str(error))
+        _write_journal_and_send_following_jobs(
+            self, job, state="failed", reason=type(error).__name__, detail=str(error)
+        )
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
-def _send_all_jobs(**_: Any) -> None:
+def _schedule_independent_jobs(**_: Any) -> None:
     for job in DEMO_JOBS:
         if job.follows is None and job.joins is None:
-            _run_later(job.after_s, partial(send_job, job))
+            _run_later(job.after_s, partial(send_job_with_joining_jobs, job))
 
 
 def _run_later(delay_s: float, act: Callable[[], Any]) -> None:
@@ -88,11 +93,11 @@ def _run_later(delay_s: float, act: Callable[[], Any]) -> None:
     timer.start()
 
 
-def _write_journal(task: Task, job: str, **fields: Any) -> None:
+def _write_journal_and_send_following_jobs(task: Task, job: str, **fields: Any) -> None:
     """Append an entry to the journal, then send the jobs that follow."""
     entry = {"job": job, "task_id": task.request.id, "for_task": task.request.parent_id, **fields}
     with Path(os.environ["SERVICE_JOURNAL"]).open("a") as journal:
         journal.write(json.dumps(entry) + "\n")
     for following in DEMO_JOBS:
         if following.follows == job:
-            send_job(following)
+            send_job_with_joining_jobs(following)

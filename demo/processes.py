@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from demo.embedded_valkey import Valkey
+    from demo.embedded_valkey import EmbeddedValkey
 
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 15
@@ -28,14 +28,14 @@ LOG_TAIL_CHARS = 2000
 """Characters from the end of a log that an error message quotes."""
 
 
-class StartError(Exception):
+class StartOrExitError(Exception):
     """A process did not start, or exited; the message has its name and its log."""
 
 
 _assigned_ports: set[int] = set()
 
 
-def free_port(preferred: int | None = None) -> int:
+def assign_free_port(preferred: int | None = None) -> int:
     """Return a free port of the loopback interface: the preferred one if it is free.
 
     A port that was not preferred is never returned twice, because its first user may not have bound it yet.
@@ -44,7 +44,7 @@ def free_port(preferred: int | None = None) -> int:
         if (port == preferred or port not in _assigned_ports) and _is_free(port):
             _assigned_ports.add(port)
             return port
-    raise StartError(f"no free port found from {PORTS.start} to {PORTS.stop - 1}; end processes that use them")
+    raise StartOrExitError(f"no free port found from {PORTS.start} to {PORTS.stop - 1}; end processes that use them")
 
 
 def _is_free(port: int) -> bool:
@@ -110,19 +110,19 @@ class Processes:
         self._running[name] = process
         return process
 
-    def valkey(self, port: int, *, append_only: bool = True) -> "Valkey":
+    def valkey(self, port: int, *, append_only: bool = True) -> "EmbeddedValkey":
         """Start a Valkey server with its data in `folder`.
 
         Raises:
-            StartError: the extra `embedded` is not installed.
+            StartOrExitError: the extra `embedded` is not installed.
         """
         self._check()
         try:
-            from demo.embedded_valkey import Valkey  # noqa: PLC0415 - not installed in production
+            from demo.embedded_valkey import EmbeddedValkey  # noqa: PLC0415 - not installed in production
         except ImportError:
-            raise StartError("the embedded Valkey is not installed; install payready[embedded]") from None
+            raise StartOrExitError("the embedded Valkey is not installed; install payready[embedded]") from None
         config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
-        server = Valkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
+        server = EmbeddedValkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
         self._valkeys.append(server)
         server.start()
         return server
@@ -131,7 +131,7 @@ class Processes:
         """Run a command and wait for its end.
 
         Raises:
-            StartError: the command failed.
+            StartOrExitError: the command failed.
         """
         process = self.start(name, command)
         while process.poll() is None:
@@ -140,53 +140,53 @@ class Processes:
         del self._running[name]
         if process.returncode != 0:
             self._check()  # before it had its own process group, our signal may have reached it too
-            raise StartError(f"{name} failed, see {self.log_of(name)}")
+            raise StartOrExitError(f"{name} failed, see {self.log_of(name)}")
 
     def wait_for(self, name: str, ready: Callable[[], bool], timeout_s: float = 30) -> None:
         """Wait until `ready` returns True.
 
         Raises:
-            StartError: the process exited, or the timeout is over.
+            StartOrExitError: the process exited, or the timeout is over.
         """
         deadline = time.monotonic() + timeout_s
         while not ready():
             process = self._running.get(name)
             if process is not None and process.poll() is not None:
-                raise self._exited_error(name, process)
+                raise self._exited_error_unless_interrupted(name, process)
             if time.monotonic() > deadline:
-                raise StartError(f"{name} is not ready within {timeout_s:.0f} s, see {self.log_of(name)}")
+                raise StartOrExitError(f"{name} is not ready within {timeout_s:.0f} s, see {self.log_of(name)}")
             self._check()
             time.sleep(POLL_S)
 
     def check_all_running(self) -> None:
-        """Check that every started process runs, except processes that `stop_process` ended.
+        """Check that every started process runs, except processes that `stop_running_process` ended.
 
         Raises:
-            StartError: a process exited; the message has the end of its log.
+            StartOrExitError: a process exited; the message has the end of its log.
         """
         for name, process in list(self._running.items()):  # a copy: another thread may start and end processes
             if process.poll() is not None and self._running.get(name) is process:
-                raise self._exited_error(name, process)
-        if any(server.has_ended for server in self._valkeys):
+                raise self._exited_error_unless_interrupted(name, process)
+        if any(server.has_exited_without_stop for server in self._valkeys):
             self._check()
-            raise StartError(f"valkey exited, see {self.folder / 'valkey'}")
+            raise StartOrExitError(f"valkey exited, see {self.folder / 'valkey'}")
 
-    def _exited_error(self, name: str, process: subprocess.Popen[bytes]) -> StartError:
+    def _exited_error_unless_interrupted(self, name: str, process: subprocess.Popen[bytes]) -> StartOrExitError:
         self._check()  # before it had its own process group, our signal may have reached it too
         log = self.log_of(name)
         log_tail = log.read_text(errors="replace")[-LOG_TAIL_CHARS:].rstrip()
         tail = f":\n{log_tail}" if log_tail else ""
-        return StartError(f"{name} exited with status {process.returncode}, see {log}{tail}")
+        return StartOrExitError(f"{name} exited with status {process.returncode}, see {log}{tail}")
 
-    def stop_process(self, name: str, how: signal.Signals) -> None:
+    def stop_running_process(self, name: str, how: signal.Signals) -> None:
         """Send a signal to a process group, and wait until the process has exited.
 
         Raises:
-            StartError: the process had exited before.
+            StartOrExitError: the process had exited before.
         """
         process = self._running.pop(name)
         if process.poll() is not None:
-            raise self._exited_error(name, process)
+            raise self._exited_error_unless_interrupted(name, process)
         _signal(process, how)
         process.wait()
 

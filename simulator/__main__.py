@@ -8,7 +8,7 @@ from random import Random
 
 from simulator.fake_provider import Provider
 from simulator.http_server import Server
-from simulator.provider_api import build_simulator_app
+from simulator.provider_api import build_simulator_app_with_sender
 from simulator.request_log import RequestLog
 from simulator.scenarios import scenario_table
 from simulator.webhook_sender import WebhookSender
@@ -35,7 +35,7 @@ def main() -> None:
     log = RequestLog(options.log)
     webhook_sender = WebhookSender(options.webhook_url, options.webhook_secret, log)
     provider = Provider(options.api_key, options.mode, Random(options.seed), log, webhook_sender)
-    Server(build_simulator_app(provider), options.host, options.port).run()
+    Server(build_simulator_app_with_sender(provider), options.host, options.port).run()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ OVERRIDE_FIELDS: FieldParsers = {
     "scenario": request_validation.scenario_name,
     "delay_s": request_validation.seconds,
     "at_offset_s": request_validation.number,
-    "available": request_validation.amount,
-    "current": request_validation.amount,
-    "limit": request_validation.amount,
+    "available": request_validation.amount_from_text_or_number,
+    "current": request_validation.amount_from_text_or_number,
+    "limit": request_validation.amount_from_text_or_number,
     "currency_code": request_validation.text,
     "kind": request_validation.text,
     "state": request_validation.text,
@@ -40,7 +40,7 @@ DEFAULTS_FIELDS: FieldParsers = {
 }
 DELIVER_FIELDS: FieldParsers = {
     "body": request_validation.anything,
-    "raw": request_validation.raw_bytes,
+    "raw": request_validation.base64_bytes,
     "secret": request_validation.text,
     "timestamp": request_validation.positive_integer,
     "copies": request_validation.positive_integer,
@@ -51,7 +51,7 @@ REFUSE_FIELDS: FieldParsers = {"seconds": request_validation.seconds}
 class Listener(Protocol):
     """A server that can stop listening for some seconds."""
 
-    def refuse_connections(self, seconds: float) -> None:
+    def close_and_refuse_connections(self, seconds: float) -> None:
         """Refuse TCP connections for `seconds`."""
 
 
@@ -67,34 +67,34 @@ class ControlApi:
         """Return all control endpoints."""
         return [
             Route("/healthz", self.healthz),
-            Route("/control/scenarios/{account_id}", self.put_scenario, methods=["PUT"]),
-            Route("/control/defaults", self.put_defaults, methods=["PUT"]),
-            Route("/control/deliver", self.deliver, methods=["POST"]),
+            Route("/control/scenarios/{account_id}", self.replace_account_overrides, methods=["PUT"]),
+            Route("/control/defaults", self.update_given_defaults, methods=["PUT"]),
+            Route("/control/deliver", self.deliver_copies_even_if_paused, methods=["POST"]),
             Route("/control/pause", self.pause_deliveries, methods=["POST"]),
             Route("/control/resume", self.resume_deliveries, methods=["POST"]),
             Route("/control/refuse", self.refuse_connections, methods=["POST"]),
             Route("/control/log", self.get_log),
             Route("/control/log", self.delete_log, methods=["DELETE"]),
-            Route("/control/summary", self.summary),
+            Route("/control/summary", self.get_log_counts_and_pending_webhooks),
         ]
 
     async def healthz(self, _: Request) -> Response:
         """Return 200 while the process runs."""
         return JSONResponse({"status": "ok"})
 
-    async def put_scenario(self, request: Request) -> Response:
+    async def replace_account_overrides(self, request: Request) -> Response:
         """Replace the overrides of an account. `{}` removes them."""
         fields = parse_fields(await request.body(), OVERRIDE_FIELDS)
         self._provider.overrides[request.path_params["account_id"]] = fields
         return JSONResponse(fields)
 
-    async def put_defaults(self, request: Request) -> Response:
+    async def update_given_defaults(self, request: Request) -> Response:
         """Change the given settings. Return all settings."""
         fields = parse_fields(await request.body(), DEFAULTS_FIELDS)
-        self._provider.set_defaults(replace(self._provider.defaults, **fields))
+        self._provider.set_call_and_retry_defaults(replace(self._provider.defaults, **fields))
         return JSONResponse(asdict(self._provider.defaults))
 
-    async def deliver(self, request: Request) -> Response:
+    async def deliver_copies_even_if_paused(self, request: Request) -> Response:
         """Send copies of a body at the same time, once each, even while paused. Return the result of each copy."""
         fields = parse_fields(await request.body(), DELIVER_FIELDS)
         copies = fields.pop("copies", 1)
@@ -122,7 +122,7 @@ class ControlApi:
         if "seconds" not in fields:
             raise InvalidControlRequest("seconds: missing")
         listener: Listener = request.app.state.listener
-        listener.refuse_connections(fields["seconds"])
+        listener.close_and_refuse_connections(fields["seconds"])
         return JSONResponse(fields)
 
     async def get_log(self, request: Request) -> Response:
@@ -136,9 +136,11 @@ class ControlApi:
 
     async def delete_log(self, _: Request) -> Response:
         """Delete the log entries. Pending webhooks stay pending."""
-        self._log.reset()
+        self._log.delete_entries_in_memory()
         return Response(status_code=204)
 
-    async def summary(self, _: Request) -> Response:
+    async def get_log_counts_and_pending_webhooks(self, _: Request) -> Response:
         """Return counts over the log, and the number of pending webhooks."""
-        return JSONResponse(self._log.summary() | {"webhooks_pending": self._webhook_sender.pending})
+        return JSONResponse(
+            self._log.counts_by_scenario_and_status() | {"webhooks_pending": self._webhook_sender.pending}
+        )

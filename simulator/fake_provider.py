@@ -44,7 +44,7 @@ class CallDecision:
     first_attempt: asyncio.Event | None = None
 
 
-class Quota:
+class PerSecondQuota:
     """Counter of calls per whole second, compared with a limit."""
 
     def __init__(self) -> None:
@@ -78,10 +78,10 @@ class Provider:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     _latest_balances: dict[str, Json] = field(default_factory=dict)
     _rate_limited_accounts: set[str] = field(default_factory=set)
-    _quota: Quota = field(default_factory=Quota)
+    _quota: PerSecondQuota = field(default_factory=PerSecondQuota)
     _started_at: float = field(default_factory=time.time)
 
-    def set_defaults(self, defaults: Defaults) -> None:
+    def set_call_and_retry_defaults(self, defaults: Defaults) -> None:
         """Apply these settings from the next call and the next retry."""
         self.defaults = self.webhook_sender.defaults = defaults
 
@@ -91,10 +91,10 @@ class Provider:
 
     def refresh(self, account_id: str, *, authenticated: bool, now: float) -> CallDecision:
         """Decide the response to one refresh call, log the call and schedule its webhooks."""
-        scenario, account = self._scenario_and_account(account_id)
+        scenario, account = self._scenario_and_account_with_overrides(account_id)
         effective, event_delay = draw_scenario(scenario, self.rng)
-        status = self._response_status(account_id, effective, now) if authenticated else 401
-        call = self.log.add_call(
+        status = self._take_slot_and_decide_status(account_id, effective, now) if authenticated else 401
+        call = self.log.add_unfinished_call(
             account_id=account_id,
             started_at=now,
             authenticated=authenticated,
@@ -106,7 +106,7 @@ class Provider:
         if not call.accepted:
             return CallDecision(call, ResponseKind.STATUS, status, headers)
         delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(event_delay, self.rng)
-        first_attempt = self._schedule_webhooks(call, effective, account, delay_s)
+        first_attempt = self._schedule_balance_and_webhooks(call, effective, account, delay_s)
         return CallDecision(
             call, effective.response_kind, status, headers, first_attempt if effective.webhook_before_response else None
         )
@@ -116,11 +116,11 @@ class Provider:
 
         Before the first refresh this is the balance of a sync, one hour older than the simulator's start.
         """
-        scenario, account = self._scenario_and_account(account_id)
+        scenario, account = self._scenario_and_account_with_overrides(account_id)
         if scenario.status == 404:
             return None
         balance = self._latest_balances.get(account_id) or quiltt_records.balance_record(
-            quiltt_records.derived_id("bal", account_id),
+            quiltt_records.replace_id_prefix("bal", account_id),
             account_id,
             account,
             "SYNC",
@@ -133,14 +133,18 @@ class Provider:
             "kind": account.kind,
             "state": account.state,
             "connection": {
-                "id": quiltt_records.derived_id("conn", account_id),
+                "id": quiltt_records.replace_id_prefix("conn", account_id),
                 "status": account.connection_status,
                 "provider": "PLAID",
             },
             "balance": {name: balance[name] for name in visible_fields},
         }
 
-    def _scenario_and_account(self, account_id: str) -> tuple[Scenario, Account]:
+    def _scenario_and_account_with_overrides(self, account_id: str) -> tuple[Scenario, Account]:
+        """Return the scenario and account, with overrides applied.
+
+        An account id of an invalid form has scenario `gone`.
+        """
         if not ACCOUNT_ID.fullmatch(account_id):
             return SCENARIOS["gone"], Account()
         overrides = dict(self.overrides.get(account_id, {}))
@@ -148,7 +152,8 @@ class Provider:
         scenario = SCENARIOS[name] if name else scenario_of(account_id)
         return scenario, Account(**{**scenario.account, **overrides})
 
-    def _response_status(self, account_id: str, effective: Scenario, now: float) -> int:
+    def _take_slot_and_decide_status(self, account_id: str, effective: Scenario, now: float) -> int:
+        """Count the call against the quota, and return its status: 429, or the status of the scenario."""
         if not self._quota.take_slot(self.defaults.rate_limit_per_s, now):
             return 429
         if effective.rate_limits_first_call and account_id not in self._rate_limited_accounts:
@@ -157,9 +162,13 @@ class Provider:
         self._rate_limited_accounts.discard(account_id)
         return effective.status
 
-    def _schedule_webhooks(
+    def _schedule_balance_and_webhooks(
         self, call: LoggedCall, effective: Scenario, account: Account, delay_s: float
     ) -> asyncio.Event | None:
+        """Give the call its balance id, and schedule the balance and its webhooks.
+
+        Return None if there is no new balance.
+        """
         if effective.webhooks is WebhookKind.NOTHING and not effective.shown_in_graphql:
             return None
         call.balance_id = quiltt_records.new_id("bal")

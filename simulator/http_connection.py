@@ -48,7 +48,7 @@ class HttpConnection:
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(f"{self._request_head}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
-        status, length = _parse_response_head(await reader.readuntil(b"\r\n\r\n"))
+        status, length = _parse_status_and_length_if_reusable(await reader.readuntil(b"\r\n\r\n"))
         if length is None or length > _MAX_BODY_BYTES:
             return status, False
         await reader.readexactly(length)
@@ -62,7 +62,7 @@ class HttpConnection:
         return self._streams
 
 
-def _parse_response_head(head: bytes) -> tuple[int, int | None]:
+def _parse_status_and_length_if_reusable(head: bytes) -> tuple[int, int | None]:
     """Return the status and the body length of a response. Without a length the connection is not reusable."""
     start, *lines = head.decode("latin-1").lower().split("\r\n")
     headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

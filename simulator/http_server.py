@@ -26,7 +26,7 @@ class AbortableProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Server that prints one line when it listens and exits with status 0 on SIGTERM and SIGINT."""
+    """Server that can refuse connections for a time, prints its URL, and exits with status 0 on SIGTERM and SIGINT."""
 
     def __init__(self, app: Starlette, host: str, port: int) -> None:
         config = uvicorn.Config(
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
-    def refuse_connections(self, seconds: float) -> None:
+    def close_and_refuse_connections(self, seconds: float) -> None:
         """Close the listening socket and all idle connections. Listen on the same port again after `seconds`."""
         if self._reopen_task:
             self._reopen_task.cancel()
@@ -77,9 +77,9 @@ class Server(uvicorn.Server):
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        self._reopen_task = asyncio.create_task(self._reopen_after(seconds))
+        self._reopen_task = asyncio.create_task(self._reopen_with_retries_after(seconds))
 
-    async def _reopen_after(self, seconds: float) -> None:
+    async def _reopen_with_retries_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         while True:
             try:

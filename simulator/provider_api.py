@@ -49,9 +49,9 @@ class ProviderApi:
     def routes(self) -> list[Route]:
         """Return the routes of Quiltt's endpoints."""
         return [
-            Route("/v1/accounts/{account_id}/balances/refresh", self.refresh, methods=["POST"]),
+            Route("/v1/accounts/{account_id}/balances/refresh", self.respond_to_refresh_call, methods=["POST"]),
             Route("/v1/graphql", self.query_balance, methods=["POST"]),
-            Route("/v1/introspect/api_key", self.introspect, methods=["POST"]),
+            Route("/v1/introspect/api_key", self.introspect_api_key, methods=["POST"]),
             *SubscriptionApi(self.is_authenticated).routes(),
         ]
 
@@ -60,18 +60,21 @@ class ProviderApi:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and self._provider.is_api_key(key)
 
-    async def refresh(self, request: Request) -> Response:
-        """Respond to a refresh call, which Quiltt bills."""
+    async def respond_to_refresh_call(self, request: Request) -> Response:
+        """Respond to a refresh call, which Quiltt bills.
+
+        The response comes at once, after the first webhook attempt (at most 5 s), or never.
+        """
         account_id, authenticated = request.path_params["account_id"], self.is_authenticated(request)
         decision = self._provider.refresh(account_id, authenticated=authenticated, now=time.time())
         if decision.first_attempt:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(decision.first_attempt.wait(), _MAX_EARLY_WAIT_S)
-        return self._finish_call(decision)
+        return self._log_status_and_build_response(decision)
 
     async def query_balance(self, request: Request) -> Response:
         """Respond to a balance query, which is free. `variables.id` selects the account; the query is ignored."""
-        if not self._has_profile_credentials(request):
+        if not self._has_profile_basic_auth(request):
             return rest_error_response(401)
         try:
             account_id = json.loads(await request.body())["variables"]["id"]
@@ -79,23 +82,23 @@ class ProviderApi:
             return JSONResponse({"errors": [{"message": "Variable $id was not provided", "extensions": {}}]})
         return JSONResponse({"data": {"account": self._provider.graphql_account(str(account_id))}})
 
-    async def introspect(self, request: Request) -> Response:
+    async def introspect_api_key(self, request: Request) -> Response:
         """Return the environment of the API key."""
         if not self.is_authenticated(request):
             return rest_error_response(401)
         key = {"id": "api_simulator", "name": "Simulator", "apiVersion": _API_VERSION, "metadata": None}
         return JSONResponse(key | {"environment": quiltt_records.environment_record(self._provider.mode)})
 
-    def _finish_call(self, decision: CallDecision) -> Response:
+    def _log_status_and_build_response(self, decision: CallDecision) -> Response:
         if decision.response_kind is not ResponseKind.STATUS:
-            self._provider.log.finish_call(decision.call, None)
+            self._provider.log.finish_and_write_call(decision.call, None)
             return NoResponse(disconnect=decision.response_kind is ResponseKind.DISCONNECT)
-        self._provider.log.finish_call(decision.call, decision.status)
+        self._provider.log.finish_and_write_call(decision.call, decision.status)
         if decision.call.accepted:
             return Response(status_code=decision.status, headers=decision.headers)
         return JSONResponse(quiltt_records.rest_error_body(decision.status), decision.status, decision.headers)
 
-    def _has_profile_credentials(self, request: Request) -> bool:
+    def _has_profile_basic_auth(self, request: Request) -> bool:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         try:
             profile_id, _, key = base64.b64decode(given, validate=True).decode().partition(":")
@@ -109,11 +112,11 @@ def rest_error_response(status: int) -> Response:
     return JSONResponse(quiltt_records.rest_error_body(status), status)
 
 
-async def _invalid_request(_: Request, error: Exception) -> Response:
+async def _respond_422(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 422)
 
 
-def build_simulator_app(provider: Provider) -> Starlette:
+def build_simulator_app_with_sender(provider: Provider) -> Starlette:
     """Return the application. It delivers webhooks while it runs."""
 
     @contextlib.asynccontextmanager
@@ -125,4 +128,4 @@ def build_simulator_app(provider: Provider) -> Starlette:
             await sender_task
 
     routes = [*ProviderApi(provider).routes(), *ControlApi(provider).routes()]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _invalid_request})
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _respond_422})

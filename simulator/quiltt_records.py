@@ -22,7 +22,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{''.join(_id_generator.choices(_BASE62, k=22))}"
 
 
-def derived_id(prefix: str, account_id: str) -> str:
+def replace_id_prefix(prefix: str, account_id: str) -> str:
     """Return the id of the account's related record, such as its connection. The result is deterministic."""
     return f"{prefix}_{account_id.partition('_')[2]}"
 
@@ -62,7 +62,7 @@ def balance_record(balance_id: str, account_id: str, account: Account, source: s
 
 def event_record(event_type: str, record: Json, account_id: str, at: float) -> Json:
     """Return one event about a record of the account's profile."""
-    profile_id = derived_id("p", account_id)
+    profile_id = replace_id_prefix("p", account_id)
     return {
         "id": new_id("evt"),
         "at": timestamp_text(at),

@@ -65,7 +65,7 @@ class RequestLog:
         self._last_delivery_seq = 0
         self._file = path.open("a", buffering=1) if path else None
 
-    def add_call(
+    def add_unfinished_call(
         self,
         *,
         account_id: str,
@@ -83,12 +83,12 @@ class RequestLog:
         self.calls.append(call)
         return call
 
-    def finish_call(self, call: LoggedCall, status: int | None) -> None:
-        """Set the status of a call, None if it got no response."""
+    def finish_and_write_call(self, call: LoggedCall, status: int | None) -> None:
+        """Set the status of a call, None if it got no response. Append the call to the file if there is one."""
         call.status = status
-        self._write_line("call", call)
+        self._write_line_if_file("call", call)
 
-    def add_delivery(
+    def add_and_write_delivery_attempt(
         self,
         *,
         ids: BodyIds,
@@ -99,14 +99,14 @@ class RequestLog:
         status: int | None,
         error: str | None,
     ) -> None:
-        """Add a delivery attempt that has ended."""
+        """Add a delivery attempt that has ended, and append it to the file if there is one."""
         self._last_delivery_seq += 1
         id_lists = (ids.events, ids.balances, ids.accounts)
         entry = LoggedDelivery(
             self._last_delivery_seq, *id_lists, attempt, sent_at, timestamp, signature_valid, status, error
         )
         self.deliveries.append(entry)
-        self._write_line("delivery", entry)
+        self._write_line_if_file("delivery", entry)
 
     def entries_after(self, call_seq: int, delivery_seq: int, account_id: str | None) -> dict[str, Any]:
         """Return the entries with higher sequence numbers, of one account if it is given."""
@@ -117,7 +117,7 @@ class RequestLog:
             deliveries = [entry for entry in deliveries if account_id in entry.account_ids]
         return {"calls": [_as_dict(call) for call in calls], "deliveries": [_as_dict(entry) for entry in deliveries]}
 
-    def summary(self) -> dict[str, Any]:
+    def counts_by_scenario_and_status(self) -> dict[str, Any]:
         """Return counts. A call without a response counts under `none`, a delivery without a status under its error."""
         return {
             "calls": len(self.calls),
@@ -128,11 +128,11 @@ class RequestLog:
             "deliveries_by_status": Counter(str(entry.status or entry.error) for entry in self.deliveries),
         }
 
-    def reset(self) -> None:
+    def delete_entries_in_memory(self) -> None:
         """Delete all entries from memory. The file is not changed."""
         self.calls.clear()
         self.deliveries.clear()
 
-    def _write_line(self, kind: str, entry: LoggedCall | LoggedDelivery) -> None:
+    def _write_line_if_file(self, kind: str, entry: LoggedCall | LoggedDelivery) -> None:
         if self._file:
             self._file.write(json.dumps({"entry": kind, **_as_dict(entry)}) + "\n")

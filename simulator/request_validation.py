@@ -72,7 +72,7 @@ def text(value: object) -> str:
     return value
 
 
-def amount(value: object) -> float | None:
+def amount_from_text_or_number(value: object) -> float | None:
     """Convert a decimal string, a number or null into a JSON number, as in the provider's events."""
     return None if value is None else float(Decimal(str(value)))
 
@@ -84,7 +84,7 @@ def scenario_name(value: object) -> str:
     return text(value)
 
 
-def raw_bytes(value: object) -> bytes:
+def base64_bytes(value: object) -> bytes:
     """Decode base64 into bytes."""
     return base64.b64decode(text(value), validate=True)
 

@@ -36,7 +36,7 @@ _SUBSCRIPTION_FIELDS: FieldParsers = {
 
 
 class SubscriptionApi:
-    """Handlers of the subscriptions, which are stored in a dictionary."""
+    """Handlers of the subscriptions, which are stored in memory and have no effect on deliveries."""
 
     def __init__(self, is_authenticated: Callable[[Request], bool]) -> None:
         self._is_authenticated = is_authenticated

@@ -115,11 +115,12 @@ class WebhookSender:
                 delivery = await self._queue.get()
                 await self._not_paused.wait()
                 result = await self._attempt_delivery(connection, delivery)
-                self._finish_or_retry(delivery, result)
+                self._finish_or_retry_up_to_max_attempts(delivery, result)
         finally:
             connection.close()
 
-    def _finish_or_retry(self, delivery: OutgoingDelivery, result: AttemptResult) -> None:
+    def _finish_or_retry_up_to_max_attempts(self, delivery: OutgoingDelivery, result: AttemptResult) -> None:
+        """Set `attempted`. Schedule a retry with backoff, unless it was delivered or was the last attempt."""
         delivery.attempted.set()
         if result.delivered or delivery.attempts >= delivery.max_attempts:
             self.pending -= 1
@@ -130,14 +131,14 @@ class WebhookSender:
     async def _attempt_delivery(self, connection: HttpConnection, delivery: OutgoingDelivery) -> AttemptResult:
         delivery.attempts += 1
         sent_at = time.time()
-        timestamp = self._signature_timestamp(delivery, sent_at)
+        timestamp = self._choose_or_reuse_signature_timestamp(delivery, sent_at)
         signature = sign(delivery.secret or self._secret, str(timestamp), delivery.body)
         headers = {"Quiltt-Timestamp": str(timestamp), "Quiltt-Signature": signature}
         try:
             result = AttemptResult(status=await connection.post(delivery.body, headers))
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
             result = AttemptResult(error=type(error).__name__)
-        self._log.add_delivery(
+        self._log.add_and_write_delivery_attempt(
             ids=delivery.body_ids,
             attempt=delivery.attempts,
             sent_at=sent_at,
@@ -148,7 +149,7 @@ class WebhookSender:
         )
         return result
 
-    def _signature_timestamp(self, delivery: OutgoingDelivery, now: float) -> int:
+    def _choose_or_reuse_signature_timestamp(self, delivery: OutgoingDelivery, now: float) -> int:
         if delivery.timestamp is not None:
             return delivery.timestamp
         timestamp = int(now) - delivery.signature_age_s

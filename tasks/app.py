@@ -11,13 +11,14 @@ from celery.signals import beat_init, import_modules, setup_logging, task_postru
 from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery_config import celery_settings
-from config.garbage_collection import freeze_gc, raise_gc_thresholds
-from config.log_config import configure_logging, log_start, set_log_context
+from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
+from config.log_config import configure_logging, log_start, replace_log_context
 from config.settings import ConfigurationError, settings
 from tasks import tracing
 
 
 def _make_app() -> Celery:
+    """Tune the process, enable tracing and register the transport; exit if the configuration is wrong."""
     raise_gc_thresholds()
     try:
         configuration = celery_settings(settings())
@@ -50,7 +51,7 @@ def _configure_logging(**_: Any) -> None:
 @worker_ready.connect
 @beat_init.connect
 def _freeze_gc_after_start(**_: Any) -> None:
-    freeze_gc()
+    collect_and_freeze_objects()
 
 
 @worker_ready.connect
@@ -68,17 +69,17 @@ def _log_beat_start(**_: Any) -> None:
 def _set_task_log_context(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
     arguments = dict(zip(_parameter_names(task.name), args, strict=False))
     job = arguments.pop("job", None)
-    set_log_context({**(job if isinstance(job, Mapping) else {}), **arguments, **kwargs, "task_id": task_id})
+    replace_log_context({**(job if isinstance(job, Mapping) else {}), **arguments, **kwargs, "task_id": task_id})
 
 
 @functools.cache
-def _parameter_names(name: str) -> tuple[str, ...]:
-    return tuple(inspect.signature(app.tasks[name].run).parameters)
+def _parameter_names(task_name: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(app.tasks[task_name].run).parameters)
 
 
 @task_postrun.connect
 def _clear_task_log_context(**_: Any) -> None:
-    set_log_context({})
+    replace_log_context({})
 
 
 app = _make_app()

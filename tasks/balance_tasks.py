@@ -16,25 +16,26 @@ log = get_logger(__name__)
 
 
 @app.task(name="balances.refresh", Strategy="tasks.batch_strategies:call_strategy")
-def refresh(account_id: str, refresh_id: str, has_slot: bool = False) -> None:  # noqa: FBT001, FBT002 - as sent
+def make_refresh_call_if_needed(account_id: str, refresh_id: str, has_slot: bool = False) -> None:  # noqa: FBT001, FBT002 - as sent
     """Make the call of the refresh, unless it was made or no payment needs it."""
     dispatch(flow.claim_and_call(runtime(), account_id, refresh_id, has_slot=has_slot))
 
 
 @app.task(name="balances.poll")
-def poll(account_id: str, profile_id: str) -> None:
-    """Poll the balance of the account before the payments that wait for it expire."""
+def poll_balance_and_fail_unsupported_accounts(account_id: str, profile_id: str) -> None:
+    """Read and ingest the account's balance before its payments expire. Fail payments that no balance can release."""
     dispatch(flow.poll_balance(runtime(), account_id, profile_id))
 
 
 @worker_ready.connect
-def _prefetch_key_mode(sender: Any, **_: Any) -> None:
+def _prefetch_key_mode_in_refresh_role(sender: Any, **_: Any) -> None:
     """Detect the mode of the API key, which sets the price of calls, before the first call."""
     if any(queue.name == "refreshes" for queue in sender.task_consumer.queues):
-        threading.Thread(target=_log_key_mode, daemon=True).start()
+        threading.Thread(target=_detect_and_log_key_mode, daemon=True).start()
 
 
-def _log_key_mode() -> None:
+def _detect_and_log_key_mode() -> None:
+    """Detect the mode of the API key, which is then cached, and log it, or log that the provider rejects the key."""
     try:
         log.info("api_key.mode_detected", mode=runtime().api_key_mode())
     except CallFailed as error:  # no call is made until the mode is known

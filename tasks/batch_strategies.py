@@ -17,9 +17,10 @@ The steps of a job::
 
 The steps of a call::
 
-    __call__ > MicroBatcher > _process_batch > flow.claim_calls > _start_call
-             > thread pool > _make_call > _queue_result
-             > MicroBatcher > _record_results > flow.record_results > dispatch > _finish > _acknowledge
+    __call__ > MicroBatcher > _process_batch > flow.claim_calls > _start_call_or_record_skipped
+             > thread pool > _make_call_and_queue_result > _record_failed_or_queue_accepted
+             > MicroBatcher > _record_results_and_finish_messages > flow.record_results > dispatch
+             > _finish > _acknowledge
 """
 
 import time
@@ -39,7 +40,7 @@ from tasks import suspension, tracing
 from tasks.batching import MicroBatcher
 from tasks.broker import acknowledge
 from tasks.dispatch import dispatch
-from tasks.payment_tasks import parse_request, waiting_announcer
+from tasks.payment_tasks import make_waiting_result_writer, parse_request
 from worker import flow, metrics
 from worker.errors import InvalidJob
 from worker.flow import CallResult, Claim, ClaimBatch, FailedCall, FollowUp, IntakeRequest, RefreshCall
@@ -111,24 +112,24 @@ class _BatchStrategy:
         received = ReceivedMessage(message=message, strategy_args=strategy_args)
         message.decode()
         if received.is_batchable:
-            self._batcher.add(received)
+            self._batcher.add_up_to_capacity(received)
         else:
             self._default_strategy(message, *strategy_args)
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         raise NotImplementedError
 
-    def _retry_contended(self, contended: Sequence[ReceivedMessage]) -> None:
+    def _requeue_contended_or_fall_back(self, contended: Sequence[ReceivedMessage]) -> None:
         """Move messages of locked accounts to the next batch. Fall back if the account was locked before."""
         self._fall_back([received for received in contended if received.was_contended])
         self._batcher.requeue_first(
             *(replace(received, was_contended=True) for received in contended if not received.was_contended)
         )
 
-    def _fall_back_after(self, error: Exception, kind: str, batch: Sequence[ReceivedMessage]) -> None:
+    def _fall_back_after(self, error: Exception, batch_kind: str, batch: Sequence[ReceivedMessage]) -> None:
         """Process a failed batch one by one: the task then handles the error of its own message."""
-        metrics.BATCH_FALLBACKS.labels(kind).inc()
-        log.warning("batch.fallback", kind=kind, error=_error_summary(error))
+        metrics.BATCH_FALLBACKS.labels(batch_kind).inc()
+        log.warning("batch.fallback", kind=batch_kind, error=_error_summary(error))
         self._fall_back(batch)
 
     def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
@@ -146,14 +147,14 @@ class _BatchStrategy:
     def _emit_events(self, received: ReceivedMessage, events: Sequence[str]) -> None:
         headers, hostname = received.headers, self._consumer.hostname
         fields = {name: headers.get(header) for name, header in EVENT_FIELDS.items()}
-        self._event_publisher.publish(
+        self._event_publisher.publish_soon_if_enabled(
             "task-received", hostname, uuid=received.task_id, timestamp=received.received_at, **fields
         )
         for event in events:
             result = (
                 {"result": "None", "runtime": time.time() - received.received_at} if event == "task-succeeded" else {}
             )
-            self._event_publisher.publish(event, hostname, uuid=received.task_id, **result)
+            self._event_publisher.publish_soon_if_enabled(event, hostname, uuid=received.task_id, **result)
 
     def _acknowledge(self, batch: Sequence[ReceivedMessage]) -> None:
         try:
@@ -168,15 +169,15 @@ class _JobBatchStrategy(_BatchStrategy):
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         try:
             requests = [self._parse_request(received) for received in batch]
-            results = flow.try_accept_jobs(runtime(), requests, waiting_announcer(requests))
+            results = flow.try_accept_jobs(runtime(), requests, make_waiting_result_writer(requests))
         except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
             self._fall_back_after(error, "job", batch)
             return
         started = [received for received, result in zip(batch, results, strict=True) if result]
         contended = [received for received, result in zip(batch, results, strict=True) if not result]
-        self._dispatch_follow_ups([result.follow_up for result in results if result], started)
+        self._dispatch_and_cancel_revoked([result.follow_up for result in results if result], started)
         self._finish(started, "task-started")
-        self._retry_contended(contended)
+        self._requeue_contended_or_fall_back(contended)
 
     def _parse_request(self, received: ReceivedMessage) -> IntakeRequest:
         args, kwargs, embed = received.message.payload
@@ -189,9 +190,9 @@ class _JobBatchStrategy(_BatchStrategy):
             delivery_info=received.message.delivery_info,
             reply_to=received.message.properties.get("reply_to"),
         )
-        return parse_request(args[0] if args else None, kwargs, suspension.suspend(context))
+        return parse_request(args[0] if args else None, kwargs, suspension.make_continuation_with_task_ids(context))
 
-    def _dispatch_follow_ups(self, follow_ups: Sequence[FollowUp], started: Sequence[ReceivedMessage]) -> None:
+    def _dispatch_and_cancel_revoked(self, follow_ups: Sequence[FollowUp], started: Sequence[ReceivedMessage]) -> None:
         merged = FollowUp()
         for follow_up in follow_ups:
             merged.merge(follow_up)
@@ -212,9 +213,9 @@ class _CallBatchStrategy(_BatchStrategy):
         # Results are recorded when half of the threads have one, so that the other half stays busy meanwhile.
         accepted_size = min(MAX_BATCH_SIZE, max(1, consumer.pool.limit // 2))
         self._accepted_results = MicroBatcher(
-            self._record_results, max_size=accepted_size, min_interval_s=RECORD_INTERVAL_S
+            self._record_results_and_finish_messages, max_size=accepted_size, min_interval_s=RECORD_INTERVAL_S
         )
-        self._failed_results = MicroBatcher(self._record_results, max_size=MAX_BATCH_SIZE)
+        self._failed_results = MicroBatcher(self._record_results_and_finish_messages, max_size=MAX_BATCH_SIZE)
 
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         messages_by_call = defaultdict[RefreshCall, list[ReceivedMessage]](list)
@@ -232,60 +233,71 @@ class _CallBatchStrategy(_BatchStrategy):
             return
         self._fall_back(with_slot)  # the batch is claimed by new slots, but a delayed call has its own
         for call in claims.contended:
-            self._retry_contended(messages_by_call.pop(call))
+            self._requeue_contended_or_fall_back(messages_by_call.pop(call))
         for claim in claims.claims:
             call = RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id)
-            self._start_call(claim, messages_by_call.pop(call))
+            self._start_call_or_record_skipped(claim, messages_by_call.pop(call))
         try:
             dispatch(claims.follow_up)
         finally:
-            self._finish_groups(list(messages_by_call.values()))
+            self._finish_as_succeeded(list(messages_by_call.values()))
 
-    def _start_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
+    def _start_call_or_record_skipped(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         """Make the call in a thread of the pool. Record it as skipped if the worker stops before the call starts."""
 
         def on_call_done(future: "Future[None]") -> None:
             if future.cancelled():  # the pool of a worker that stops drops pending calls
-                self._queue_result(flow.skipped_call(runtime(), claim), messages)
+                self._record_failed_or_queue_accepted(flow.skipped_call(runtime(), claim), messages)
 
         try:
-            self._pool.submit(self._make_call, claim, messages).add_done_callback(on_call_done)
+            self._pool.submit(self._make_call_and_queue_result, claim, messages).add_done_callback(on_call_done)
         except RuntimeError:  # the pool was shut down during the claim
-            self._queue_result(flow.skipped_call(runtime(), claim), messages)
+            self._record_failed_or_queue_accepted(flow.skipped_call(runtime(), claim), messages)
 
-    def _make_call(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
+    def _make_call_and_queue_result(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         try:
-            self._queue_result(flow.make_call(runtime(), claim), messages)
+            self._record_failed_or_queue_accepted(flow.make_call(runtime(), claim), messages)
         except Exception:  # the result of the call is unknown: the sweep handles the claim
             with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
                 log.exception("refresh_call.crashed")
-            self._finish_groups([messages])
+            self._finish_as_succeeded([messages])
 
-    def _queue_result(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:
+    def _record_failed_or_queue_accepted(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:
         """Queue a result for recording. A failure is recorded at once, because payments may fail by it."""
-        (self._failed_results if isinstance(result, FailedCall) else self._accepted_results).add((result, messages))
+        (self._failed_results if isinstance(result, FailedCall) else self._accepted_results).add_up_to_capacity(
+            (result, messages)
+        )
 
-    def _record_results(self, results: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
+    def _record_results_and_finish_messages(self, results: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
+        """Record results, dispatch their follow-ups, and acknowledge the messages, also if recording fails."""
         try:
             dispatch(flow.record_results(runtime(), [result for result, _ in results]))
         finally:  # the sweep finds calls whose result could not be recorded
-            self._finish_groups([messages for _, messages in results])
+            self._finish_as_succeeded([messages for _, messages in results])
 
-    def _finish_groups(self, groups: Sequence[Sequence[ReceivedMessage]]) -> None:
+    def _finish_as_succeeded(self, groups: Sequence[Sequence[ReceivedMessage]]) -> None:
         self._finish([received for messages in groups for received in messages], "task-started", "task-succeeded")
 
 
 def job_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
     """Return the strategy of `payments.initiate`."""
-    return _JobBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
+    return (
+        _JobBatchStrategy(task, app, consumer)
+        if _has_thread_pool_and_no_tracing(consumer)
+        else default(task, app, consumer)
+    )
 
 
 def call_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
     """Return the strategy of `balances.refresh`."""
-    return _CallBatchStrategy(task, app, consumer) if _batching_supported(consumer) else default(task, app, consumer)
+    return (
+        _CallBatchStrategy(task, app, consumer)
+        if _has_thread_pool_and_no_tracing(consumer)
+        else default(task, app, consumer)
+    )
 
 
-def _batching_supported(consumer: Any) -> bool:
+def _has_thread_pool_and_no_tracing(consumer: Any) -> bool:
     """Return whether the pool has threads, which share a batcher, and tracing is off: a trace belongs to one task."""
     return isinstance(consumer.pool, TaskPool) and not tracing.is_enabled()
 

@@ -44,8 +44,8 @@ class MicroBatcher(Generic[Item]):
         self._waiting: list[Item] = []
         self._is_running = False
 
-    def add(self, *items: Item) -> None:
-        """Add items to the next batch. Start the drain loop if it does not run."""
+    def add_up_to_capacity(self, *items: Item) -> None:
+        """Add items to the next batch, but drop those beyond the capacity. Start the drain loop if it does not run."""
         with self._lock:
             self._waiting += items[: max(0, self._capacity - len(self._waiting))]
             if len(self._waiting) >= self._max_size:
@@ -54,7 +54,7 @@ class MicroBatcher(Generic[Item]):
                 return
             self._is_running = True
         try:
-            self._executor(self._drain)
+            self._executor(self._drain_and_log_errors)
         except BaseException:
             with self._lock:
                 self._is_running = False
@@ -65,20 +65,21 @@ class MicroBatcher(Generic[Item]):
         with self._lock:
             self._waiting[:0] = items
 
-    def _drain(self) -> None:
+    def _drain_and_log_errors(self) -> None:
         try:
-            while batch := self._next_batch():
+            while batch := self._take_batch_after_interval_or_mark_idle():
                 self._started_at = time.monotonic()
                 try:
                     self._process(batch)
                 except Exception:
                     log.exception("batch.failed", size=len(batch))
-        except BaseException:  # a normal end has reset the flag in _next_batch
+        except BaseException:  # a normal end has reset the flag in _take_batch_after_interval_or_mark_idle
             with self._lock:
                 self._is_running = False
             raise
 
-    def _next_batch(self) -> list[Item]:
+    def _take_batch_after_interval_or_mark_idle(self) -> list[Item]:
+        """Wait until a batch may start, and return its items. Without items mark the batcher idle."""
         with self._lock:
             wait_s = self._started_at + self._min_interval_s - time.monotonic()
             if self._waiting and wait_s > 0:

@@ -31,13 +31,13 @@ class BrokerNotSupported(Exception):
     """The broker does not support `CLIENT TRACKING`; see `PAYREADY_BROKER_TRANSPORT`."""
 
 
-def acknowledge(messages: Sequence[Any]) -> None:
+def acknowledge(messages_of_channel: Sequence[Any]) -> None:
     """Acknowledge messages of one channel. With this transport it takes one round trip."""
-    qos = getattr(messages[0].channel, "qos", None)  # a RabbitMQ channel has none
+    qos = getattr(messages_of_channel[0].channel, "qos", None)  # a RabbitMQ channel has none
     if isinstance(qos, _QoS):
-        qos.ack_many([message.delivery_tag for message in messages])
+        qos.ack_many([message.delivery_tag for message in messages_of_channel])
         return
-    for message in messages:
+    for message in messages_of_channel:
         message.ack()
 
 
@@ -102,7 +102,7 @@ class _Channel(redis.Channel):
         """
         fetched = None
         try:
-            fetched = self._read_response()
+            fetched = self._read_fetch_or_invalidation()
         finally:
             if not self.awaits_invalidation:
                 self._in_poll = None
@@ -127,7 +127,7 @@ class _Channel(redis.Channel):
         finally:
             self.is_tracked_unacked = False
 
-    def _read_response(self) -> Any:
+    def _read_fetch_or_invalidation(self) -> Any:
         connection = self.client.connection
         try:
             if self.awaits_invalidation:
@@ -159,7 +159,7 @@ class _Channel(redis.Channel):
         if self.awaits_invalidation:
             self._in_poll, self.awaits_invalidation = None, False
 
-    def poll(self) -> None:
+    def fetch_if_idle(self) -> None:
         """Send a fetch if the channel is idle."""
         if self.awaits_invalidation and self._in_poll and self.qos.can_consume():
             self._brpop_start()
@@ -187,8 +187,8 @@ class RedisTransport(redis.Transport):
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Register the channels with the worker's event loop, and poll idle ones every `POLL_INTERVAL_S`."""
         super().register_with_event_loop(connection, loop)
-        loop.call_repeatedly(POLL_INTERVAL_S, self._poll_channels)
+        loop.call_repeatedly(POLL_INTERVAL_S, self._fetch_from_idle_channels)
 
-    def _poll_channels(self) -> None:
+    def _fetch_from_idle_channels(self) -> None:
         for channel in self.cycle._channels:  # noqa: SLF001 - as kombu does
             channel.poll()

@@ -37,30 +37,30 @@ log = get_logger(__name__)
 
 def dispatch(follow_up: FollowUp) -> None:
     """Enqueue calls, balance polls and balances to apply. Then deliver the outcomes."""
-    _enqueue(_messages(follow_up))
+    _enqueue(_messages_except_deliveries(follow_up))
     if follow_up.deliveries:
-        deliver_within_budget(follow_up.deliveries)
+        deliver_and_mark_within_time_budget(follow_up.deliveries)
 
 
-def dispatch_without_callbacks(follow_up: FollowUp) -> None:
+def dispatch_leaving_callbacks_to_workers(follow_up: FollowUp) -> None:
     """Dispatch from a process that knows only payready's own tasks.
 
     Outcomes of tasks with callbacks are left to a worker, with the task `outcomes.deliver`.
     """
     for_worker = [
-        delivery.task_id for delivery in follow_up.deliveries if not suspension.has_no_callbacks(delivery.continuation)
+        delivery.task_id for delivery in follow_up.deliveries if not suspension.is_result_only(delivery.continuation)
     ]
     batches = [
         for_worker[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(for_worker), DELIVERY_BATCH_SIZE)
     ]
     _enqueue(
         [
-            *_messages(follow_up),
+            *_messages_except_deliveries(follow_up),
             *(TaskMessage(name="outcomes.deliver", arguments=(task_ids,)) for task_ids in batches),
         ]
     )
-    deliver_within_budget(
-        [delivery for delivery in follow_up.deliveries if suspension.has_no_callbacks(delivery.continuation)]
+    deliver_and_mark_within_time_budget(
+        [delivery for delivery in follow_up.deliveries if suspension.is_result_only(delivery.continuation)]
     )
 
 
@@ -81,10 +81,10 @@ def _enqueue(messages: Iterable[TaskMessage]) -> None:
             with send_batch:
                 declared = set[str]()
                 for message in messages:
-                    declared.add(_send(producer, message, declared))
+                    declared.add(_send_and_return_queue_name(producer, message, declared))
 
 
-def _send(producer: Any, message: TaskMessage, declared: Collection[str]) -> str:
+def _send_and_return_queue_name(producer: Any, message: TaskMessage, declared_queues: Collection[str]) -> str:
     """Send a message, declare its queue unless it is in `declared`, and return the name of the queue.
 
     `app.send_task` does the same in twice the time: it evaluates options that payready's own tasks do not have.
@@ -99,11 +99,13 @@ def _send(producer: Any, message: TaskMessage, declared: Collection[str]) -> str
         argsrepr=repr(message.arguments),
         kwargsrepr="{}",
     )
-    app.amqp.send_task_message(producer, message.name, task, queue=queue, declare=[] if queue in declared else None)
+    app.amqp.send_task_message(
+        producer, message.name, task, queue=queue, declare=[] if queue in declared_queues else None
+    )
     return str(queue)
 
 
-def _messages(follow_up: FollowUp) -> Iterator[TaskMessage]:
+def _messages_except_deliveries(follow_up: FollowUp) -> Iterator[TaskMessage]:
     for call in dict.fromkeys(follow_up.calls):
         if call.has_slot:
             yield TaskMessage(
@@ -124,8 +126,8 @@ def _messages(follow_up: FollowUp) -> Iterator[TaskMessage]:
         yield TaskMessage(name="balances.apply", arguments=(balance_id,))
 
 
-def deliver_within_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
-    """Deliver outcomes to their tasks.
+def deliver_and_mark_within_time_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
+    """Deliver outcomes to their tasks in batches, and mark each batch delivered.
 
     An outcome that cannot be delivered, or not within `DELIVERY_TIME_BUDGET_S`, stays undelivered. The sweep delivers
     it.
@@ -134,25 +136,26 @@ def deliver_within_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
     for start in range(0, len(deliveries), DELIVERY_BATCH_SIZE):
         if time.monotonic() > end:
             return
-        _deliver_batch(deliveries[start : start + DELIVERY_BATCH_SIZE])
+        _deliver_batch_and_mark_delivered(deliveries[start : start + DELIVERY_BATCH_SIZE])
 
 
 def redeliver_overdue_outcomes() -> None:
     """Deliver outcomes that are still undelivered after their first delivery. Each batch is claimed first."""
     while deliveries := flow.claim_overdue_deliveries(runtime(), DELIVERY_BATCH_SIZE):
-        _deliver_batch(deliveries)
+        _deliver_batch_and_mark_delivered(deliveries)
 
 
-def _deliver_batch(deliveries: Sequence[OutcomeDelivery]) -> None:
+def _deliver_batch_and_mark_delivered(deliveries: Sequence[OutcomeDelivery]) -> None:
+    """Deliver outcomes and mark them delivered: those with callbacks at once, results alone after `MARK_DELAY_S`."""
     result_only, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
     for delivery in deliveries:
-        is_result_only = suspension.has_no_callbacks(delivery.continuation) and not tracing.is_enabled()
+        is_result_only = suspension.is_result_only(delivery.continuation) and not tracing.is_enabled()
         (result_only if is_result_only else others).append(delivery)
     delivered = {delivery.task_id: runtime().clock() for delivery in others if _deliver_with_callbacks(delivery)}
     if delivered:
         flow.mark_delivered(runtime(), delivered)
-    if result_only and (delivered_at := _deliver_results(result_only)):
-        delivered_marks.add(*((delivery.task_id, delivered_at) for delivery in result_only))
+    if result_only and (delivered_at := _try_deliver_results_without_callbacks(result_only)):
+        delivered_marks.add_up_to_capacity(*((delivery.task_id, delivered_at) for delivery in result_only))
 
 
 delivered_marks = MicroBatcher[tuple[str, datetime]](
@@ -165,7 +168,7 @@ delivered_marks = MicroBatcher[tuple[str, datetime]](
 
 def _deliver_with_callbacks(delivery: OutcomeDelivery) -> bool:
     """Deliver one outcome, and return whether this succeeded."""
-    with _context(delivery):
+    with _delivery_log_context(delivery):
         try:
             _resume_task(delivery)
         except Exception:
@@ -175,7 +178,7 @@ def _deliver_with_callbacks(delivery: OutcomeDelivery) -> bool:
         return True
 
 
-def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
+def _try_deliver_results_without_callbacks(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
     """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
         suspension.finish_without_callbacks(
@@ -186,12 +189,12 @@ def _deliver_results(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
         return None
     delivered_at = runtime().clock()
     for delivery in deliveries:
-        with _context(delivery):
+        with _delivery_log_context(delivery):
             log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
     return delivered_at
 
 
-def _context(delivery: OutcomeDelivery) -> AbstractContextManager[None]:
+def _delivery_log_context(delivery: OutcomeDelivery) -> AbstractContextManager[None]:
     return log_context(task_id=delivery.task_id, payment_id=delivery.outcome["payment_id"])
 
 
@@ -206,7 +209,7 @@ def _resume_task(delivery: OutcomeDelivery) -> None:
     result = _result_or_error(delivery)
     with tracing.resumed_span(
         delivery.continuation.get("trace", {}),
-        since=delivery.continuation["suspended_at"],
+        since_unix_s=delivery.continuation["suspended_at"],
         name=f"wait, then {delivery.state}",
     ):
         if isinstance(result, Exception):

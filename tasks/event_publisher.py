@@ -30,14 +30,18 @@ class EventPublisher:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._batcher = MicroBatcher(self._send, max_size=MAX_EVENT_BATCH_SIZE, executor=start_after(EVENT_DELAY_S))
+        self._batcher = MicroBatcher(
+            self._publish_or_drop, max_size=MAX_EVENT_BATCH_SIZE, executor=start_after(EVENT_DELAY_S)
+        )
 
-    def publish(self, event: str, hostname: str | None, **fields: Any) -> None:
-        """Publish an event within `EVENT_DELAY_S`, as an event of the worker `hostname`."""
+    def publish_soon_if_enabled(self, event: str, hostname: str | None, **fields: Any) -> None:
+        """Publish an event within `EVENT_DELAY_S`, as an event of the worker `hostname`, if task events are enabled."""
         if self._app.conf.worker_send_task_events:
-            self._batcher.add(_TaskEvent(type=event, hostname=hostname, fields={"timestamp": time.time(), **fields}))
+            self._batcher.add_up_to_capacity(
+                _TaskEvent(type=event, hostname=hostname, fields={"timestamp": time.time(), **fields})
+            )
 
-    def _send(self, events: list[_TaskEvent]) -> None:
+    def _publish_or_drop(self, events: list[_TaskEvent]) -> None:
         try:
             self._publish(events)
         except Exception as error:  # noqa: BLE001 - events are optional, and results do not depend on them

@@ -18,8 +18,8 @@ log = get_logger(__name__)
 
 
 @app.task(name="payments.expire", send_events=False)
-def expire() -> None:
-    """Fail payments whose deadline has passed."""
+def expire_or_check_due_payments() -> None:
+    """Fail payments whose deadline has passed, and check the waiting payments that are due."""
     has_more = True
     with _skip_if_database_unavailable():
         while has_more:

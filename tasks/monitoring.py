@@ -31,7 +31,7 @@ def _has_recent_heartbeat() -> bool:
 
 
 @worker_init.connect
-def _start_worker_metrics(**_: Any) -> None:
+def _start_worker_metrics_and_readiness(**_: Any) -> None:
     if settings().metrics_port:
         metrics_server.start_metrics_server(
             settings().metrics_host, settings().metrics_port, is_ready=_has_recent_heartbeat
@@ -39,7 +39,7 @@ def _start_worker_metrics(**_: Any) -> None:
 
 
 @beat_init.connect
-def _start_beat_metrics(**_: Any) -> None:
+def _start_beat_metrics_with_collectors(**_: Any) -> None:
     if settings().metrics_port:
         register_collector("database", LedgerCollector(runtime()))
         register_collector("redis", partial(redis_metrics, runtime()))

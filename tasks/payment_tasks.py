@@ -10,7 +10,7 @@ from celery.worker.state import revoked
 from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
-from tasks.dispatch import BROKER_UNAVAILABLE, deliver_within_budget, dispatch
+from tasks.dispatch import BROKER_UNAVAILABLE, deliver_and_mark_within_time_budget, dispatch
 from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import InvalidJob, PaymentNotReady
@@ -36,16 +36,16 @@ It is far below the broker's visibility timeout, after which Redis delivers a me
     max_retries=None,
     throws=(InvalidJob, PaymentNotReady),  # expected results: Celery logs no traceback
 )
-def initiate(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
+def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
     """Start a payment and suspend the task; `docs/reference/job-and-outcome.md` describes the job and the outcome.
 
     The job is passed as keyword arguments, or as a mapping by the previous task of a chain.
     """
     try:
-        request = parse_request(job, arguments, suspension.suspend(self.request))
-        result = flow.accept_job(runtime(), request, waiting_announcer([request]))
+        request = parse_request(job, arguments, suspension.make_continuation_with_task_ids(self.request))
+        result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE) as error:
-        _requeue(self, error)
+        _requeue_with_delay_or_reject(self, error)
     try:
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
@@ -67,7 +67,7 @@ def parse_request(positional_job: Any, keyword_job: Mapping[str, Any], continuat
     return IntakeRequest(job=job, continuation=continuation)
 
 
-def waiting_announcer(requests: Sequence[IntakeRequest]) -> OnWaiting:
+def make_waiting_result_writer(requests: Sequence[IntakeRequest]) -> OnWaiting:
     """Return a function that stores the state `WAITING` for the tasks of these requests.
 
     Tasks that ignore their result are skipped.
@@ -90,7 +90,7 @@ def waiting_announcer(requests: Sequence[IntakeRequest]) -> OnWaiting:
     return announce
 
 
-def _requeue(task: Task, error: Exception) -> NoReturn:
+def _requeue_with_delay_or_reject(task: Task, error: Exception) -> NoReturn:
     """Requeue the job with a delay. If the broker does not accept the new message, reject and requeue the old one.
 
     No `Retry` is raised and no failure is recorded, because the result backend may be unavailable too. If Celery cannot
@@ -110,9 +110,9 @@ def apply_balance(balance_id: str) -> None:
 
 
 @app.task(name="outcomes.deliver")
-def deliver_outcomes(task_ids: Sequence[str]) -> None:
-    """Deliver the outcomes of these tasks, whose payments are resolved."""
-    deliver_within_budget(flow.claim_deliveries(runtime(), task_ids))
+def deliver_undelivered_outcomes(task_ids: Sequence[str]) -> None:
+    """Claim and deliver the outcomes of these tasks that are undelivered."""
+    deliver_and_mark_within_time_budget(flow.claim_deliveries(runtime(), task_ids))
 
 
 @app.task(name="payments.cancel", ignore_result=False)

@@ -35,18 +35,18 @@ class QueueMetrics:
         with _channel(self._app) as (connection, channel):
             counts = {(name,): float(_queue_length(connection, channel, name)) for name in QUEUES}
             ages = (
-                {(name,): self._oldest_message_age(channel, name) for name in QUEUES}
+                {(name,): self._sample_and_estimate_oldest_age(channel, name) for name in QUEUES}
                 if hasattr(channel, "_q_for_pri")
                 else {}
             )
         yield metrics.QUEUE_MESSAGES.sample(counts)
         yield metrics.QUEUE_OLDEST_SECONDS.sample(ages)
 
-    def _oldest_message_age(self, channel: Any, name: str) -> float:
+    def _sample_and_estimate_oldest_age(self, channel: Any, name: str) -> float:
         keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001
-        return max(self._age_of_list(channel.client, key) for key in keys)
+        return max(self._sample_list_and_estimate_age(channel.client, key) for key in keys)
 
-    def _age_of_list(self, client: Any, key: str) -> float:
+    def _sample_list_and_estimate_age(self, client: Any, key: str) -> float:
         now, samples = self._clock(), self._samples.setdefault(key, deque())
         # Workers fetch from the right end, so the search for the oldest sample starts there.
         while samples and client.lpos(key, samples[0][1], rank=-1) is None:

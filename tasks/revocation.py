@@ -19,7 +19,7 @@ _revoke = control.revoke
 
 
 @app.task(name="payments.cancel_by_task")
-def cancel_by_task_ids(task_ids: Sequence[str]) -> None:
+def cancel_waiting_by_task_ids(task_ids: Sequence[str]) -> None:
     """Cancel the waiting payments of these tasks."""
     dispatch(flow.cancel_by_task(runtime(), task_ids))
 
@@ -29,5 +29,5 @@ def revoke(state: Any, task_id: str | Sequence[str], **options: Any) -> Any:
     """Revoke tasks by id. Suspended tasks fail with the reason `cancelled`."""
     reply = _revoke(state, task_id, **options)
     task_ids = [task_id] if isinstance(task_id, str) else list(task_id)
-    cancel_by_task_ids.delay(task_ids)
+    cancel_waiting_by_task_ids.delay(task_ids)
     return reply

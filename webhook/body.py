@@ -76,7 +76,7 @@ async def _read_body(receive: Receive) -> bytes:
     message = await receive()
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
-        body = await _read_rest_truncated(body, receive)
+        body = await _read_rest_and_drop_excess(body, receive)
     elif message["type"] == "http.disconnect":
         raise _client_disconnected()
     if len(body) > MAX_BODY_BYTES:
@@ -84,7 +84,7 @@ async def _read_body(receive: Receive) -> bytes:
     return body
 
 
-async def _read_rest_truncated(first: bytes, receive: Receive) -> bytes:
+async def _read_rest_and_drop_excess(first: bytes, receive: Receive) -> bytes:
     """Read the remaining chunks. At most one chunk beyond `MAX_BODY_BYTES` stays in memory."""
     body, size, has_more = bytearray(first), len(first), True
     while has_more and size <= MAX_DRAIN_BYTES:

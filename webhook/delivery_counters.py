@@ -30,14 +30,14 @@ class DeliveryCounters:
         self._routine = metrics.WEBHOOK_DELIVERIES.labels("routine")
         self._routine_events = metrics.WEBHOOK_EVENTS.labels("routine")
 
-    def count_routine(self, events: int) -> None:
+    def count_routine_delivery(self, event_count: int) -> None:
         """Count a delivery of which no event concerns payready. Most deliveries are of this kind."""
         self._routine.inc()
-        self._routine_events.inc(events)
+        self._routine_events.inc(event_count)
         if _stdlib_logger.isEnabledFor(logging.DEBUG):
-            log.debug("webhook.delivery", result="routine", status=204, events=events)
+            log.debug("webhook.delivery", result="routine", status=204, events=event_count)
 
-    def count_delivery(self, result: str, *, level: int = logging.WARNING, **fields: Any) -> None:
+    def count_delivery_and_log_sampled(self, result: str, *, level: int = logging.WARNING, **fields: Any) -> None:
         """Count one delivery. Log it with `fields`, unless a line with this result was logged in the last second."""
         self._counters(result).inc()
         now, suppressed = self._clock(), self._suppressed.get(result, 0)

@@ -30,7 +30,7 @@ from webhook import events, signature
 from webhook.body import DeliveryRejected, Message, Receive, read_body
 from webhook.delivery_counters import DeliveryCounters
 from webhook.events import InvalidDelivery, ParsedDelivery
-from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused, Stale
+from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused, TimestampOutOfTolerance
 from webhook.wiring import group_committer, readiness
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.runtime import utc_now
@@ -62,14 +62,15 @@ async def app(scope: Message, receive: Receive, send: Send) -> None:
     await send(_END)
 
 
-def _start(status: int) -> Message:
+def _make_response_start(status: int) -> Message:
+    """Return the start of a response. After 408 and 413 the connection is closed."""
     headers = [] if status == 204 else [(b"content-length", b"0")]  # noqa: PLR2004 - 204 never has a body
     if status in (408, 413):  # the rest of the body is not read
         headers.append((b"connection", b"close"))
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-_START = {status: _start(status) for status in (204, 400, 401, 408, 413, 415, 503)}
+_START = {status: _make_response_start(status) for status in (204, 400, 401, 408, 413, 415, 503)}
 _END = {"type": "http.response.body", "body": b""}
 
 
@@ -77,28 +78,30 @@ async def _handle_delivery(headers: Headers, receive: Receive) -> int:
     """Process one delivery, and return the status of the response."""
     try:
         body = await read_body(receive)
-        timestamp = _verify(body, dict(headers))
+        timestamp = _verify_signature_and_content_type(body, dict(headers))
         if len(body) > MAX_INLINE_BYTES:
-            delivery = await to_thread.run_sync(_parse_delivery, body, timestamp)
+            delivery = await to_thread.run_sync(_parse_or_reject_delivery, body, timestamp)
         elif count := events.count_if_routine(body):
-            delivery_counters.count_routine(count)
+            delivery_counters.count_routine_delivery(count)
             return 204
         else:
-            delivery = _parse_delivery(body, timestamp)
+            delivery = _parse_or_reject_delivery(body, timestamp)
     except SignatureRefused as refusal:  # not wrapped in a DeliveryRejected: under attack it is the most frequent error
-        difference = {"age_s": refusal.age_s} if isinstance(refusal, Stale) else {}
-        delivery_counters.count_delivery(refusal.reason, status=401, error=str(refusal), **difference)
+        difference = {"age_s": refusal.age_s} if isinstance(refusal, TimestampOutOfTolerance) else {}
+        delivery_counters.count_delivery_and_log_sampled(refusal.reason, status=401, error=str(refusal), **difference)
         return 401
     except DeliveryRejected as rejection:
-        delivery_counters.count_delivery(rejection.result, status=rejection.status, error=str(rejection))
+        delivery_counters.count_delivery_and_log_sampled(
+            rejection.result, status=rejection.status, error=str(rejection)
+        )
         return rejection.status
-    if not delivery.needs_processing:
-        delivery_counters.count_routine(delivery.events)
+    if not delivery.has_non_routine_events:
+        delivery_counters.count_routine_delivery(delivery.events)
         return 204
-    return await _commit_delivery(delivery)
+    return await _commit_and_count_delivery(delivery)
 
 
-def _verify(body: bytes, headers: dict[bytes, bytes]) -> str:
+def _verify_signature_and_content_type(body: bytes, headers: dict[bytes, bytes]) -> str:
     """Verify the signature and the content type. Return the time of the signature (Unix seconds).
 
     Raises:
@@ -123,15 +126,15 @@ def _secrets() -> tuple[str, ...]:
     return tuple(secret.get_secret_value() for secret in settings().webhook_secrets)
 
 
-def _parse_delivery(body: bytes, timestamp: str) -> ParsedDelivery:
+def _parse_or_reject_delivery(body: bytes, timestamp: str) -> ParsedDelivery:
     try:
         return events.parse(body, datetime.fromtimestamp(int(timestamp), UTC))
     except InvalidDelivery as error:
         raise DeliveryRejected(400, "invalid_envelope", str(error)) from None
 
 
-async def _commit_delivery(delivery: ParsedDelivery) -> int:
-    """Commit what concerns payready, and return the status of the response.
+async def _commit_and_count_delivery(delivery: ParsedDelivery) -> int:
+    """Commit what concerns payready, count and log the delivery, and return the status of the response.
 
     Events that are not JSON are not stored. The status is then 400, and Quiltt sends the whole delivery again.
     """
@@ -152,21 +155,25 @@ async def _commit_delivery(delivery: ParsedDelivery) -> int:
     )
     fields: dict[str, Any] = {"events": delivery.events, "balances": balances, "connection_updates": updates}
     if unparsed:
-        fields |= {"quarantined": unparsed, "reasons": _quarantine_reasons(delivery)}
+        fields |= {"quarantined": unparsed, "reasons": _most_frequent_quarantine_reasons(delivery)}
     if invalid_json:
-        delivery_counters.count_delivery("invalid_json", status=400, invalid_json=invalid_json, **fields)
+        delivery_counters.count_delivery_and_log_sampled(
+            "invalid_json", status=400, invalid_json=invalid_json, **fields
+        )
         return 400
     result = "quarantined" if unparsed else "balance" if balances else "connection"
     level = logging.WARNING if unparsed else logging.INFO
-    delivery_counters.count_delivery(result, level=level, status=204, **fields)
+    delivery_counters.count_delivery_and_log_sampled(result, level=level, status=204, **fields)
     return 204
 
 
 def _count_unavailable(error: Exception) -> None:
-    delivery_counters.count_delivery("unavailable", level=logging.ERROR, status=503, error=type(error).__name__)
+    delivery_counters.count_delivery_and_log_sampled(
+        "unavailable", level=logging.ERROR, status=503, error=type(error).__name__
+    )
 
 
-def _quarantine_reasons(delivery: ParsedDelivery) -> dict[str, int]:
+def _most_frequent_quarantine_reasons(delivery: ParsedDelivery) -> dict[str, int]:
     """Return the most frequent reasons for the quarantine, with the number of events."""
     return dict(Counter(event.reason for event in delivery.unparsed).most_common(MAX_LOGGED_REASONS))
 
@@ -183,7 +190,7 @@ async def readyz(_: Request) -> Response:
     return PlainTextResponse("not ready: the database is unavailable", status_code=503)
 
 
-async def _method_not_allowed(_: Request) -> Response:
+async def _unreachable_post_route(_: Request) -> Response:
     """Do nothing: `app` handles POST. The route exists so that Starlette rejects other methods with 405."""
     return Response(status_code=405)
 
@@ -192,7 +199,7 @@ _other_routes = Starlette(
     routes=[
         Route("/healthz", healthz),
         Route("/readyz", readyz),
-        Route(PATH, _method_not_allowed, methods=["POST"]),
+        Route(PATH, _unreachable_post_route, methods=["POST"]),
     ]
 )
 """All requests that are no deliveries."""

@@ -25,7 +25,14 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from webhook.json_splitting import NOT_JSON, UNKNOWN_TEXT, InvalidJson, decode_text, split_items, split_members
+from webhook.json_splitting import (
+    NOT_JSON,
+    UNKNOWN_TEXT,
+    InvalidJson,
+    decode_json_string_or_unknown,
+    split_items,
+    split_members,
+)
 from worker.quiltt.messages import Balance, ConnectionEvent, ReceivedBalance, ReconnectedEvent, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
@@ -74,7 +81,7 @@ class ParsedDelivery:
     """Number of events that are not JSON and whose type is unknown. They may be personal data, so none is stored."""
 
     @property
-    def needs_processing(self) -> bool:
+    def has_non_routine_events(self) -> bool:
         """Whether any event is not routine."""
         return bool(self.balances or self.unparsed or self.connection_updates or self.invalid_json)
 
@@ -103,16 +110,16 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
     if count := count_if_routine(body):
         return ParsedDelivery(count)
     try:
-        envelope = _load_json(body)
+        envelope = _load_strict_json_with_decimals(body)
     except NOT_JSON:
         return _parse_leniently(body, signed_at)
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
-        return _quarantine_delivery(body, "no list of events")
+        return _quarantine_or_reject_delivery(body, "no list of events")
     delivery = ParsedDelivery(len(events))
     try:
         for event in events:
-            delivery.add(_parse_record(event, signed_at))
+            delivery.add(_parse_decoded_event(event, signed_at))
     except UnparseableEvent:
         return _parse_leniently(body, signed_at)
     return delivery
@@ -128,10 +135,11 @@ def count_if_routine(body: bytes) -> int:
     except ValueError:
         return 0
     events = envelope.get("events") if isinstance(envelope, dict) else None
-    return len(events) if isinstance(events, list) and all(map(_is_routine, events)) else 0
+    return len(events) if isinstance(events, list) and all(map(_is_routine_unless_refresh, events)) else 0
 
 
-def _is_routine(event: Any) -> bool:
+def _is_routine_unless_refresh(event: Any) -> bool:
+    """Return whether an event does not concern payready, if its source is not REFRESH."""
     if not isinstance(event, dict):
         return False
     kind = event.get("type")
@@ -149,15 +157,15 @@ def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
         ValueError: it is not JSON, and its type is unknown.
     """
     try:
-        event = _load_json(raw)
+        event = _load_strict_json_with_decimals(raw)
     except NOT_JSON as error:
-        types = _types(raw)
+        types = _read_event_types_or_unknown(raw)
         if BALANCE_CREATED not in types and types != {UNKNOWN_TEXT}:
             return None
-        if types != {BALANCE_CREATED} and not _may_be_quarantined(raw):
+        if types != {BALANCE_CREATED} and not _mentions_balance_and_no_profile(raw):
             raise ValueError("not JSON, and its type is unknown") from None
         raise UnparseableEvent(f"not JSON: {_json_error_kind(error)}") from None
-    return _parse_record(event, signed_at)
+    return _parse_decoded_event(event, signed_at)
 
 
 def parse_quarantined(raw: bytes, received_at: datetime) -> ParsedDelivery:
@@ -167,7 +175,7 @@ def parse_quarantined(raw: bytes, received_at: datetime) -> ParsedDelivery:
         UnparseableEvent: it is still unparseable, or a part of it is.
     """
     try:
-        if BALANCE_CREATED in _types(raw):
+        if BALANCE_CREATED in _read_event_types_or_unknown(raw):
             delivery = ParsedDelivery(1)
             delivery.add(parse_event(raw, received_at))
         else:
@@ -198,7 +206,7 @@ _decoder = json.JSONDecoder(
 )
 
 
-def _load_json(raw: bytes) -> Any:
+def _load_strict_json_with_decimals(raw: bytes) -> Any:
     return _decoder.decode(raw.decode())
 
 
@@ -206,18 +214,18 @@ def _json_error_kind(error: Exception) -> str:
     return str(error) if isinstance(error, InvalidJson) else type(error).__name__
 
 
-def _parse_record(event: Any, signed_at: datetime) -> ParsedEvent:
+def _parse_decoded_event(event: Any, signed_at: datetime) -> ParsedEvent:
     kind = event.get("type") if isinstance(event, dict) else None
     if kind == BALANCE_CREATED:
-        return _parse_balance(event)
+        return _parse_refresh_balance(event)
     if kind == ACCOUNT_RECONNECTED:
-        return _parse_reconnection(event, signed_at)
+        return _parse_reconnection_or_ignore(event, signed_at)
     if isinstance(kind, str) and kind in CONNECTION_LOST_EVENTS:
-        return _parse_connection_lost(event, signed_at)
+        return _parse_connection_lost_or_ignore(event, signed_at)
     return None
 
 
-def _parse_balance(event: dict[str, Any]) -> ReceivedBalance | None:
+def _parse_refresh_balance(event: dict[str, Any]) -> ReceivedBalance | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
@@ -231,7 +239,7 @@ def _parse_balance(event: dict[str, Any]) -> ReceivedBalance | None:
         raise UnparseableEvent(_validation_message(error)) from None
 
 
-def _parse_connection_lost(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
+def _parse_connection_lost_or_ignore(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
     """Parse the loss of a connection or profile. Without an id it is ignored; without a time it has the signature's."""
     try:
         parsed = ConnectionEvent.model_validate(event)
@@ -245,7 +253,7 @@ def _parse_connection_lost(event: dict[str, Any], signed_at: datetime) -> Connec
     return ConnectionLost(detail=CONNECTION_LOST_EVENTS[parsed.type], at=at, connection_id=parsed.record.id)
 
 
-def _parse_reconnection(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
+def _parse_reconnection_or_ignore(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
     try:
         parsed = ReconnectedEvent.model_validate(event)
     except ValidationError:
@@ -271,9 +279,9 @@ def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
         lists = [value for name, value in split_members(body) if name == "events"]
         events = [event for value in lists for event in split_items(value, b"[]")]
     except InvalidJson as error:
-        return _quarantine_delivery(body, f"not JSON: {error}")
+        return _quarantine_or_reject_delivery(body, f"not JSON: {error}")
     if not lists:
-        return _quarantine_delivery(body, "no list of events")
+        return _quarantine_or_reject_delivery(body, "no list of events")
     delivery = ParsedDelivery(len(events))
     for raw in events:
         try:
@@ -285,24 +293,24 @@ def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
     return delivery
 
 
-def _quarantine_delivery(raw: bytes, reason: str) -> ParsedDelivery:
+def _quarantine_or_reject_delivery(raw: bytes, reason: str) -> ParsedDelivery:
     """Quarantine a whole delivery that cannot be split into events, if this is permitted."""
-    if not _may_be_quarantined(raw):
+    if not _mentions_balance_and_no_profile(raw):
         raise InvalidDelivery(reason)
     return ParsedDelivery(1, unparsed=[UnparsedEvent(raw=raw, reason=reason)])
 
 
-def _may_be_quarantined(raw: bytes) -> bool:
+def _mentions_balance_and_no_profile(raw: bytes) -> bool:
     """Return whether the bytes mention balances and no profile, also in escaped form."""
     plain = _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]), raw)
     return BALANCE_CREATED.encode() in plain and b"profile." not in plain
 
 
-def _types(raw: bytes) -> set[str]:
+def _read_event_types_or_unknown(raw: bytes) -> set[str]:
     """Return all types in an event. `UNKNOWN_TEXT` is included if a member cannot be read."""
     try:
         members = list(split_members(raw))
     except InvalidJson:
         return {UNKNOWN_TEXT}
-    types = {decode_text(value) for name, value in members if name == "type"}
+    types = {decode_json_string_or_unknown(value) for name, value in members if name == "type"}
     return types | {UNKNOWN_TEXT for name, _ in members if name == UNKNOWN_TEXT}

@@ -47,7 +47,10 @@ class GroupCommitter(Generic[T]):
         self._commit = commit
         self._on_committed = on_committed
         self._follow_ups = MicroBatcher(
-            self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY, executor=self._execute
+            self._follow_up,
+            max_size=FOLLOW_UP_CAPACITY,
+            capacity=FOLLOW_UP_CAPACITY,
+            executor=self._run_in_thread_or_inline,
         )
         self._unavailable_errors = unavailable_errors
         self._is_available = is_available
@@ -62,39 +65,40 @@ class GroupCommitter(Generic[T]):
         self._pending.append((delivery, committed))
         if self._free_committers:
             self._free_committers -= 1
-            task = asyncio.create_task(self._commit_pending())
+            task = asyncio.create_task(self._commit_all_pending_then_free_committer())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         await committed
 
-    def drain(self) -> None:
-        """Wait for pending follow-ups, after the event loop has ended."""
+    def shut_down_after_follow_ups(self) -> None:
+        """Accept no more work and wait for pending follow-ups, after the event loop has ended."""
         self._threads.shutdown(wait=True)
 
-    async def _commit_pending(self) -> None:
+    async def _commit_all_pending_then_free_committer(self) -> None:
+        """Commit batches until no delivery is pending. Then another commit may start."""
         try:
             while self._pending:
                 batch, self._pending = self._pending[:MAX_BATCH_SIZE], self._pending[MAX_BATCH_SIZE:]
                 try:
-                    await self._commit_or_bisect(batch, time.monotonic() + BISECT_TIME_BUDGET_S)
+                    await self._commit_or_bisect_and_complete(batch, time.monotonic() + BISECT_TIME_BUDGET_S)
                 except Exception as error:  # noqa: BLE001 - `commit` raises it for each delivery
                     _complete(batch, error)
         finally:  # no await since the last check of `_pending`: a later delivery finds a free committer
             self._free_committers += 1
 
-    async def _commit_or_bisect(self, batch: Sequence[_PendingDelivery], until: float) -> None:
+    async def _commit_or_bisect_and_complete(self, batch: Sequence[_PendingDelivery], until: float) -> None:
         """Commit a batch. If a delivery cannot be stored, commit the halves, and finally its single events."""
-        error = await self._try([delivery for delivery, _ in batch])
-        if error is None or not await self._is_data_error(error, until):
+        error = await self._try_commit_in_thread([delivery for delivery, _ in batch])
+        if error is None or not await self._is_data_error_and_in_time(error, until):
             _complete(batch, error)
         elif len(batch) > 1:
             half = len(batch) // 2
-            await self._commit_or_bisect(batch[:half], until)
-            await self._commit_or_bisect(batch[half:], until)
+            await self._commit_or_bisect_and_complete(batch[:half], until)
+            await self._commit_or_bisect_and_complete(batch[half:], until)
         else:
-            _complete(batch, await self._commit_events_separately(batch[0][0], error, until))
+            _complete(batch, await self._commit_each_event_and_return_last_error(batch[0][0], error, until))
 
-    async def _commit_events_separately(
+    async def _commit_each_event_and_return_last_error(
         self, delivery: ParsedDelivery, error: Exception, until: float
     ) -> Exception | None:
         """Commit each event of a delivery on its own. Return the last error, or None."""
@@ -105,20 +109,22 @@ class GroupCommitter(Generic[T]):
         for part in parts:
             if time.monotonic() > until:
                 return error
-            last_error = await self._try([part]) or last_error
+            last_error = await self._try_commit_in_thread([part]) or last_error
         return last_error
 
-    async def _try(self, deliveries: Sequence[ParsedDelivery]) -> Exception | None:
+    async def _try_commit_in_thread(self, deliveries: Sequence[ParsedDelivery]) -> Exception | None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._commit_now, deliveries)
+            await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._commit_and_queue_follow_up, deliveries
+            )
         except Exception as error:  # noqa: BLE001 - the caller decides which deliveries fail
             return error
         return None
 
-    def _commit_now(self, deliveries: Sequence[ParsedDelivery]) -> None:
-        self._follow_ups.add(self._commit(deliveries))
+    def _commit_and_queue_follow_up(self, deliveries: Sequence[ParsedDelivery]) -> None:
+        self._follow_ups.add_up_to_capacity(self._commit(deliveries))
 
-    async def _is_data_error(self, error: Exception, until: float) -> bool:
+    async def _is_data_error_and_in_time(self, error: Exception, until: float) -> bool:
         """Return whether a delivery caused the error, and there is time to find it."""
         if time.monotonic() > until:
             return False
@@ -126,7 +132,7 @@ class GroupCommitter(Generic[T]):
             return True
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._is_available)
 
-    def _execute(self, drain: DrainLoop) -> None:
+    def _run_in_thread_or_inline(self, drain: DrainLoop) -> None:
         try:
             self._threads.submit(drain)
         except RuntimeError:  # the process ends and accepts no work any more: run in this thread

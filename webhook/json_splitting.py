@@ -22,10 +22,10 @@ class InvalidJson(ValueError):
 
 
 def split_members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Return the names of an object's members, with the bytes of their values."""
+    """Return the names of an object's members with the bytes of their values, or `UNKNOWN_TEXT` with the whole item."""
     for item in split_items(raw, b"{}"):
         member = _MEMBER.fullmatch(item)
-        yield (decode_text(member[1]), member[2].strip(_BLANK)) if member else (UNKNOWN_TEXT, item)
+        yield (decode_json_string_or_unknown(member[1]), member[2].strip(_BLANK)) if member else (UNKNOWN_TEXT, item)
 
 
 def split_items(raw: bytes, brackets: bytes) -> Iterator[bytes]:
@@ -57,7 +57,7 @@ def _split(raw: bytes, brackets: bytes) -> Iterator[bytes]:
     yield raw[start:-1].strip(_BLANK)
 
 
-def decode_text(raw: bytes) -> str:
+def decode_json_string_or_unknown(raw: bytes) -> str:
     """Decode a JSON string, or return `UNKNOWN_TEXT`."""
     try:
         return str(json.loads(raw.decode()))

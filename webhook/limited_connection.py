@@ -37,8 +37,8 @@ class LimitedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timers."""
-        self._cancel_header_timer()
-        self._cancel_read_timer()
+        self._stop_header_timer_and_byte_count()
+        self._cancel_unread_data_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -48,10 +48,10 @@ class LimitedConnection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """Cancel the timer of unread data: the client has read it."""
-        self._cancel_read_timer()
+        self._cancel_unread_data_timer()
         super().resume_writing()
 
-    def _cancel_read_timer(self) -> None:
+    def _cancel_unread_data_timer(self) -> None:
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None
@@ -86,10 +86,10 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Cancel the timer of the header section. The application limits the time of the body."""
-        self._cancel_header_timer()
+        self._stop_header_timer_and_byte_count()
         super().on_headers_complete()
 
-    def _cancel_header_timer(self) -> None:
+    def _stop_header_timer_and_byte_count(self) -> None:
         self._head_bytes = None
         if self._head_timer is not None:
             self._head_timer.cancel()

@@ -8,7 +8,7 @@ CHECK_INTERVAL_S = 1.0
 """Minimum time between the starts of two checks."""
 
 
-class Readiness:
+class SharedReadinessCheck:
     """One check at a time, in a thread. Requests during a check, or soon after it, share its result."""
 
     def __init__(self, check: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:

@@ -8,11 +8,11 @@ Requests more than 300 seconds from our clock, in either direction, must be refu
 Every refusal is one of these. Its `reason` is a label for logs and metrics:
 
     SignatureRefused
-     +-- NoSecret     no_secret    no secret is configured: every request is refused
-     +-- Missing      missing      a header is absent or empty
-     +-- Malformed    malformed    a header does not have the documented form
-     +-- Mismatch     mismatch     no configured secret made this signature
-     +-- Stale        stale        a configured secret did, but too long ago or ahead of our clock
+     +-- NoSecret                 no_secret  no secret is configured: every request is refused
+     +-- Missing                  missing    a header is absent or empty
+     +-- Malformed                malformed  a header does not have the documented form
+     +-- Mismatch                 mismatch   no configured secret made this signature
+     +-- TimestampOutOfTolerance  stale      a configured secret did, but too long ago or ahead of our clock
 
 The signature is checked before the clock, so `stale` is always a genuine Quiltt request: a late retry, or one of the
 two clocks is wrong.
@@ -69,7 +69,7 @@ class Mismatch(SignatureRefused):
     reason = "mismatch"
 
 
-class Stale(SignatureRefused):
+class TimestampOutOfTolerance(SignatureRefused):
     """The timestamp is too far from our clock: `age_s` seconds behind it, or ahead of it if negative."""
 
     reason = "stale"
@@ -106,7 +106,7 @@ def verify(
     """
     if isinstance(secrets, str):
         raise TypeError("secrets must be a list: each character of a single string would be used as a secret")
-    signers = _signers(tuple(secrets))
+    signers = _signers_of_nonblank_secrets(tuple(secrets))
     now_s = _unix_seconds(now)
     if not signers:
         raise NoSecret("no webhook secret is configured")
@@ -119,11 +119,11 @@ def verify(
     if not _is_signed_by_any(signers, timestamp.encode("ascii"), body, signature.encode("ascii")):
         raise Mismatch("no configured secret made the signature")
     if abs(now_s - int(timestamp)) > tolerance_s:
-        raise Stale(round(now_s) - int(timestamp))
+        raise TimestampOutOfTolerance(round(now_s) - int(timestamp))
 
 
 @functools.lru_cache(maxsize=8)
-def _signers(secrets: tuple[str, ...]) -> list[hmac.HMAC]:
+def _signers_of_nonblank_secrets(secrets: tuple[str, ...]) -> list[hmac.HMAC]:
     """Return a prepared HMAC for each secret. Preparing a key costs as much as signing with it.
 
     Blank secrets are skipped, because anyone could sign with an empty key. HMAC pads short keys with zero bytes, so a
@@ -137,10 +137,10 @@ def _signer(secret: str) -> hmac.HMAC:
     return hmac.new(secret.encode("utf-8", "surrogatepass"), _VERSION, "sha256")
 
 
-def _unix_seconds(now: datetime) -> float:
-    if now.utcoffset() is None:
+def _unix_seconds(now_with_time_zone: datetime) -> float:
+    if now_with_time_zone.utcoffset() is None:
         raise ValueError("now must have a time zone")
-    return now.timestamp()
+    return now_with_time_zone.timestamp()
 
 
 def _is_signed_by_any(signers: list[hmac.HMAC], timestamp: bytes, body: bytes, signature: bytes) -> bool:

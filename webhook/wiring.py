@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from tasks.app import app as celery
-from tasks.dispatch import dispatch_without_callbacks
+from tasks.dispatch import dispatch_leaving_callbacks_to_workers
 from webhook.events import ParsedDelivery
 from webhook.group_commit import GroupCommitter
-from webhook.readiness import Readiness
+from webhook.readiness import SharedReadinessCheck
 from worker import flow
 from worker.flow import FollowUp
 from worker.ledger.engine import DATABASE_UNAVAILABLE, ping
@@ -24,7 +24,7 @@ def _dispatch(follow_ups: Sequence[FollowUp]) -> None:
     merged = FollowUp()
     for follow_up in follow_ups:
         merged.merge(follow_up)
-    dispatch_without_callbacks(merged)
+    dispatch_leaving_callbacks_to_workers(merged)
 
 
 def _is_database_available() -> bool:
@@ -41,4 +41,4 @@ celery.loader.import_default_modules()
 group_committer = GroupCommitter(
     _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=_is_database_available
 )
-readiness = Readiness(_is_database_available)
+readiness = SharedReadinessCheck(_is_database_available)

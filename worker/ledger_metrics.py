@@ -9,7 +9,7 @@ from config.log_config import get_logger
 from worker import metrics
 from worker.errors import Reason
 from worker.ledger import metrics_queries
-from worker.ledger.cap_usage import total_spent
+from worker.ledger.cap_usage import total_non_void_fees
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger.metrics_queries import Backlog, CountAndOldest, FeeEntryRow
 from worker.metrics import MetricSample
@@ -53,7 +53,7 @@ class LedgerCollector:
         with read_snapshot(self._rt.engine) as tx:
             metrics_queries.set_short_timeout(tx)
             backlog = metrics_queries.backlog(tx)
-            outcomes = metrics_queries.resolved_counts(tx, self._counted_until, until)
+            outcomes = metrics_queries.resolved_counts_by_state_and_reason(tx, self._counted_until, until)
             entries = metrics_queries.fee_entries_between(tx, self._counted_until, until)
         if self._unresolved is None:
             self._unresolved = self._unresolved_before(self._counted_until)
@@ -113,7 +113,7 @@ def cap_used_ratios(rt: Runtime, tx: Tx, now: datetime) -> dict[CapKind, float]:
     """Return the used share (0 to 1) of each fee cap over all accounts that is set."""
     ratios = {}
     if rt.fee_caps.per_day is not None:
-        today = total_spent(tx, rt.price_list.currency, start_of_day(now))
+        today = total_non_void_fees(tx, rt.price_list.currency, start_of_day(now))
         ratios[CapKind.DAY] = _used_ratio(today, rt.fee_caps.per_day)
     if rt.fee_caps.per_month is not None:
         month = rt.cap_usage.month_total(tx, rt.price_list.currency, now)

@@ -121,7 +121,7 @@ def build_runtime(settings: Settings) -> Runtime:
             redis,
             calls_per_s=settings.calls_per_s,
             failure_threshold=settings.circuit_breaker_failures,
-            probe_timeout=settings.max_call_duration,
+            probe_timeout=settings.max_call_and_record_duration,
         ),
         poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
         provider=provider,

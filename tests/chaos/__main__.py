@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from demo.processes import StartError
+from demo.processes import StartOrExitError
 from tests.chaos.chaos_plan import FAULT_KINDS, RABBITMQ_FAULT_KINDS, SKEW_S, ChaosPlan, Fault, draw_plan
 from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.invariants import Observed, read, violations
@@ -62,7 +62,7 @@ class ChaosTest:
         try:
             self._run_faults()
             self.system.check_all_running()
-        except StartError as error:
+        except StartOrExitError as error:
             self.unexpected_exits.append(str(error))
             print(f"VIOLATION {error}\nthe run ends here", flush=True)
 
@@ -108,7 +108,7 @@ class ChaosTest:
     def _apply_fault(self, fault: Fault) -> None:
         try:
             self.system.inject(fault)
-        except StartError as error:
+        except StartOrExitError as error:
             self.system.unexpected_exits.append(error)
         except Exception:  # noqa: BLE001 - reported at the end
             self.problems.append(f"{fault} could not be injected: {traceback.format_exc()}")

@@ -18,8 +18,8 @@ from redis import Redis, RedisError
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from demo.embedded_valkey import Valkey
-from demo.processes import Processes, StartError, free_port, procfile
+from demo.embedded_valkey import EmbeddedValkey
+from demo.processes import Processes, StartOrExitError, assign_free_port, procfile
 from simulator.testing import Simulator
 from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, Fault, PlannedJob
 from tests.support.rabbit import RabbitMQ
@@ -63,7 +63,7 @@ class ChaosSystem:
         self,
         processes: Processes,
         server: Postgres,
-        valkey: Valkey,
+        valkey: EmbeddedValkey,
         simulator: Simulator,
         rabbitmq: RabbitMQ | None,
         environ: dict[str, str],
@@ -75,7 +75,7 @@ class ChaosSystem:
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
         """Locked while messages are sent, and while no message may be sent."""
-        self.unexpected_exits: list[StartError] = []
+        self.unexpected_exits: list[StartOrExitError] = []
         """Errors of processes that had ended by themselves before a fault could stop them."""
         self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -163,13 +163,13 @@ class ChaosSystem:
 
     def _kill(self, fault: Fault) -> None:
         with self._targets[fault.target]:
-            self.processes.stop_process(fault.target, signal.SIGKILL)
+            self.processes.stop_running_process(fault.target, signal.SIGKILL)
             time.sleep(fault.seconds)
             self.start(fault.target, fault.skew_s)
 
     def _restart(self, fault: Fault) -> None:
         with self._targets[fault.target]:
-            self.processes.stop_process(fault.target, signal.SIGTERM)
+            self.processes.stop_running_process(fault.target, signal.SIGTERM)
             time.sleep(fault.seconds)
             self.start(fault.target, fault.skew_s)
 
@@ -270,14 +270,14 @@ class ChaosSystem:
         with self._targets["beat2"]:
             self.processes.start("beat2", procfile()["beat"])
             time.sleep(fault.seconds)
-            self.processes.stop_process("beat2", signal.SIGKILL)
+            self.processes.stop_running_process("beat2", signal.SIGKILL)
 
     def _kill_all(self, fault: Fault) -> None:
         for replica in REPLICAS:
             self._targets[replica].acquire()
         try:
             for replica in REPLICAS:
-                self.processes.stop_process(replica, signal.SIGKILL)
+                self.processes.stop_running_process(replica, signal.SIGKILL)
             time.sleep(fault.seconds)
             for replica in REPLICAS:
                 self.start(replica, fault.skew_s)
@@ -291,7 +291,7 @@ class ChaosSystem:
         """Check that no process has ended by itself.
 
         Raises:
-            StartError: A process has ended. The message contains the end of its log.
+            StartOrExitError: A process has ended. The message contains the end of its log.
         """
         for error in self.unexpected_exits:
             raise error
@@ -332,7 +332,7 @@ def _number(value: Any) -> float | None:
 @contextmanager
 def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) -> Iterator[ChaosSystem]:
     """Run the whole system for the duration of the block. The broker is Redis unless `broker` is given."""
-    valkey_port, web_port = free_port(), free_port()
+    valkey_port, web_port = assign_free_port(), assign_free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     options = ["--seed", str(plan.seed)]
     webhook = f"http://127.0.0.1:{web_port}/webhooks/quiltt"
@@ -350,7 +350,7 @@ def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) 
         }
         # A killed server has written every acknowledged command. With `everysec` it would not write during a sync.
         config = {"appendonly": "yes", "appendfsync": "no", "save": ""}
-        valkey = Valkey(port=valkey_port, data_dir=folder / "valkey", persist=True, config=config)
+        valkey = EmbeddedValkey(port=valkey_port, data_dir=folder / "valkey", persist=True, config=config)
         with Processes(folder, environ) as processes:
             valkey.start()
             try:

@@ -85,7 +85,7 @@ class Books:
         figures = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
         with transaction(self.engine) as tx:
-            record = balances.new_record("evt_1", balance, at)
+            record = balances.new_unapplied_record("evt_1", balance, at)
             balances.insert_balances(tx, [replace(record, due_at=None) if is_applied else record])
 
 

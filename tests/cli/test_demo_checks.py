@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from demo.demo_checks import BacklogCounts, Observed, is_run_complete, run_checks
-from demo.demo_plan import DEMO_JOBS, EXPECTED_CALLS, DemoJob, Expected, ExpectedCalls
+from demo.demo_checks import BacklogCounts, Observed, all_callbacks_ran_and_no_backlog, run_checks
+from demo.demo_plan import DEMO_JOBS, EXPECTED_CALLS, CallCountsByFeeState, DemoJob, Expected
 from simulator.scenarios import SCENARIOS, scenario_of
 from worker.ledger.payment_report import PaymentFee, PaymentLine
 from worker.rules.pricing import EntryState
@@ -28,7 +28,7 @@ GOOD, POOR, WRONG = (
     demo_job("wrong", "acct_c", Expected(state="rejected", reason="InvalidJob")),
 )
 JOBS = (GOOD, POOR, WRONG)
-CALLS = {"acct_a": ExpectedCalls(posted=1), "acct_b": ExpectedCalls(posted=1)}
+CALLS = {"acct_a": CallCountsByFeeState(posted=1), "acct_b": CallCountsByFeeState(posted=1)}
 
 
 def line(job: DemoJob, state: PaymentState, verdict_or_reason: str) -> PaymentLine:
@@ -78,7 +78,7 @@ def failures(observed: Observed) -> list[str]:
 def test_checks_pass_if_all_results_are_as_expected() -> None:
     """The run is complete, too."""
     assert failures(expected_results()) == []
-    assert is_run_complete(JOBS, expected_results())
+    assert all_callbacks_ran_and_no_backlog(JOBS, expected_results())
 
 
 def test_checks_find_callback_that_ran_twice_or_never() -> None:
@@ -87,7 +87,7 @@ def test_checks_find_callback_that_ran_twice_or_never() -> None:
     assert failures(replace(observed, journal=[*observed.journal, entry(POOR)])) == ["poor: its callback ran 2 times"]
     missing = replace(observed, journal=observed.journal[1:])
     assert failures(missing) == ["good: its callback ran 0 times"]
-    assert not is_run_complete(JOBS, missing)
+    assert not all_callbacks_ran_and_no_backlog(JOBS, missing)
     assert (
         "a callback for a job"
         in failures(replace(observed, journal=[*observed.journal, {**entry(GOOD), "job": "x"}]))[0]

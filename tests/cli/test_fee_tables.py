@@ -69,7 +69,9 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
         saved=saved,
     )
     output = printed(
-        fee_tables.statement_table([line], fee_tables.totals_by_currency([line], {}), "Calls of 2026-11 (UTC)", by),
+        fee_tables.limited_statement_table(
+            [line], fee_tables.totals_by_currency([line], {}), "Calls of 2026-11 (UTC)", by
+        ),
         width,
     )
     figures = ["1234567", "1234501", "60", "6", "1234567.654321", "765432.123456", "USD"]
@@ -83,7 +85,7 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
 def test_share_and_unresolved_tables_show_amounts_uncut(width: int) -> None:
     """Amounts, counts, states and times do not wrap; names do."""
     share = _share(payment_id=PAYMENT, account_id=LONG, shared_by=12, state="pending")
-    output = printed(fee_tables.share_table([share], "Calls"), width)
+    output = printed(fee_tables.limited_share_table([share], "Calls"), width)
     assert {"1234567.654321", "98765.432109", "12", "pending"} <= set(output.split())
     call = UnresolvedCall(
         call_id="call_" + "0" * 32,
@@ -94,7 +96,7 @@ def test_share_and_unresolved_tables_show_amounts_uncut(width: int) -> None:
         currency="USD",
         last_error="result unknown: timeout",
     )
-    output = printed(fee_tables.unresolved_table([call], "Calls"), width)
+    output = printed(fee_tables.limited_unresolved_table([call], "Calls"), width)
     assert {"1234567.654321", "2026-11-22", "12:00:00Z", "USD"} <= set(output.split())
     assert "…" not in output
 
@@ -113,7 +115,7 @@ def test_reconciliation_shows_amounts_uncut(width: int) -> None:
         to_void=[],
         deferred_calls=[edge],
     )
-    output = printed(fee_tables.reconciliation_tables(found, "Invoice", "USD"), width)
+    output = printed(fee_tables.limited_reconciliation_tables(found, "Invoice", "USD"), width)
     assert {"1234567.654321", "765432.123456", "123456", "void", "pending"} <= set(output.split())
     assert "1 deferred call: pending at the month's boundary" in " ".join(output.split())
     assert "unmatched call" not in output
@@ -123,7 +125,7 @@ def test_reconciliation_shows_amounts_uncut(width: int) -> None:
 def test_text_from_outside_is_no_markup(width: int) -> None:
     """A name in brackets is printed literally."""
     share = _share(payment_id="[red]p1[/red]", account_id="[/]", shared_by=1, state="posted")
-    output = printed(fee_tables.share_table([share], "Calls"), width)
+    output = printed(fee_tables.limited_share_table([share], "Calls"), width)
     assert "[red]p1[/red]" in without_spaces(output)
     assert "[/]" in output
     sheet = render.new_table("account")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from demo.interrupts import Interrupted, interrupts
-from demo.processes import ROOT, Processes, StartError, free_port, procfile, responds
+from demo.processes import ROOT, Processes, StartOrExitError, assign_free_port, procfile, responds
 
 
 def processes_with(mark: str) -> list[str]:
@@ -38,22 +38,22 @@ def test_procfile_returns_commands_by_role(tmp_path: Path) -> None:
 
 def test_free_port_is_never_a_bound_one() -> None:
     """The preferred port is returned if it is free."""
-    preferred = free_port()
-    assert free_port(preferred) == preferred
+    preferred = assign_free_port()
+    assert assign_free_port(preferred) == preferred
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", preferred))
         listener.listen()
-        assert free_port(preferred) != preferred
+        assert assign_free_port(preferred) != preferred
 
 
 def test_error_names_process_that_does_not_start_and_its_log(tmp_path: Path) -> None:
     """The message has the exit status, too."""
     with Processes(tmp_path, {}) as processes:
         processes.start("role", "sh -c 'echo trouble; exit 7'")
-        with pytest.raises(StartError, match=r"role exited with status 7, see .*role\.log"):
+        with pytest.raises(StartOrExitError, match=r"role exited with status 7, see .*role\.log"):
             processes.wait_for("role", lambda: False)
         assert processes.log_of("role").read_text() == "trouble\n"
-        with pytest.raises(StartError, match="migration failed"):
+        with pytest.raises(StartOrExitError, match="migration failed"):
             processes.run("migration", "false")
 
 
@@ -63,7 +63,7 @@ def test_check_finds_process_that_exited(tmp_path: Path) -> None:
         processes.start("steady", "sleep 60")
         processes.check_all_running()
         processes.start("frail", "sh -c 'echo alas; exit 3'").wait()
-        with pytest.raises(StartError, match=r"frail exited with status 3, see .*frail\.log:\nalas"):
+        with pytest.raises(StartOrExitError, match=r"frail exited with status 3, see .*frail\.log:\nalas"):
             processes.check_all_running()
 
 
@@ -72,22 +72,22 @@ def test_stop_process_raises_if_process_has_exited(tmp_path: Path) -> None:
     with Processes(tmp_path, {}) as processes:
         processes.start("steady", "sleep 60")
         processes.start("frail", "false").wait()
-        with pytest.raises(StartError, match="frail exited with status 1"):
-            processes.stop_process("frail", signal.SIGKILL)
-        processes.stop_process("steady", signal.SIGKILL)
+        with pytest.raises(StartOrExitError, match="frail exited with status 1"):
+            processes.stop_running_process("frail", signal.SIGKILL)
+        processes.stop_running_process("steady", signal.SIGKILL)
         processes.check_all_running()
 
 
 def test_check_finds_valkey_that_exited_but_not_stopped_one(tmp_path: Path) -> None:
     """Tests stop it on purpose, so a stopped server is no error."""
     with Processes(tmp_path, {}) as processes:
-        server = processes.valkey(free_port())
+        server = processes.valkey(assign_free_port())
         server.stop()
         processes.check_all_running()
         server.start()
         server._process.kill()
         server._process.wait()
-        with pytest.raises(StartError, match="valkey exited"):
+        with pytest.raises(StartOrExitError, match="valkey exited"):
             processes.check_all_running()
 
 
@@ -129,12 +129,12 @@ STARTER = """
 import sys, time
 from pathlib import Path
 from demo.interrupts import Interrupted, interrupts
-from demo.processes import Processes, free_port
+from demo.processes import Processes, assign_free_port
 
 with interrupts() as signals:
     try:
         with Processes(Path(sys.argv[1]), {}, signals.check) as processes:
-            processes.valkey(free_port())
+            processes.valkey(assign_free_port())
             for number in range(20):
                 processes.start(f"sleeper-{number}", "sleep 60")
                 processes.run(f"step-{number}", "sleep 0.05")

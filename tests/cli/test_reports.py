@@ -25,7 +25,7 @@ _numbers = itertools.count()
 def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: Books) -> None:
     """Two calls of 0.10, three payments: the first two settled owe a unit more, and a pending call makes it pending."""
     with read_snapshot(history.engine) as tx:
-        fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
+        fees = payment_report.fee_shares_by_payment(tx, ["ref_a", "ref_b"])
     assert {key: fee.amount for key, fee in fees.items()} == {
         "pay_1": Decimal("0.066667"),
         "pay_2": Decimal("0.066667"),
@@ -159,8 +159,8 @@ def test_statement_shows_savings_by_account_and_day(history: Books) -> None:
 def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_payments_share(history: Books) -> None:
     """Who reused owes nothing; a call that no settled payment shares has a line of its own."""
     with read_snapshot(history.engine) as tx:
-        shares = list(fee_statement.payment_shares(tx, NOVEMBER, NOON + timedelta(days=1)))
-        fees = payment_report.payment_fees(tx, ["ref_a", "ref_b"])
+        shares = list(fee_statement.payment_shares_and_unshared_fees(tx, NOVEMBER, NOON + timedelta(days=1)))
+        fees = payment_report.fee_shares_by_payment(tx, ["ref_a", "ref_b"])
         lines = fee_statement.statement_lines(tx, NOVEMBER, NOON + timedelta(days=1), "price")
     by_payment = {share.payment_id: share for share in shares}
     assert {key: by_payment[key].fee for key in fees} == {key: fee.amount for key, fee in fees.items()}
@@ -190,7 +190,9 @@ def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[De
         books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
     with read_snapshot(books.engine) as tx:
         shares = [
-            s for s in fee_statement.payment_shares(tx, NOON, NOON + timedelta(1)) if s.refresh_id == f"ref_{mark}"
+            s
+            for s in fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(1))
+            if s.refresh_id == f"ref_{mark}"
         ]
     assert [s.fee for s in shares] == [split_share(sum(prices, Decimal(0)), sharers, place) for place in range(sharers)]
 
@@ -218,8 +220,11 @@ def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
         end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers
         books.settle(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
     with read_snapshot(books.engine) as tx:
-        shares = payment_report.payment_fees(tx, [refresh_id])
-        months = [list(fee_statement.payment_shares(tx, *span)) for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+        shares = payment_report.fee_shares_by_payment(tx, [refresh_id])
+        months = [
+            list(fee_statement.payment_shares_and_unshared_fees(tx, *span))
+            for span in ((NOVEMBER, TURN), (TURN, JANUARY))
+        ]
         lines = [fee_statement.statement_lines(tx, *span, "account") for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
     months = [[share for share in month if share.refresh_id == refresh_id] for month in months]
     for month, of_month in zip(months, lines, strict=True):
@@ -259,7 +264,7 @@ def test_an_empty_ledger_answers_too(books: Books) -> None:
         assert payment_report.list_payments(tx) == []
         assert payment_report.list_payments(tx, payment_ids=[]) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
-        assert list(fee_statement.payment_shares(tx, NOON, NOON + timedelta(days=1))) == []
+        assert list(fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
 
 
 def test_reader_blocks_no_writer(books: Books) -> None:

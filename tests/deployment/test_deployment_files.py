@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from config.settings import load
+from config.settings import load_rejecting_unknown
 from demo.processes import ROOT, procfile
 
 DEPLOY = ROOT / "deploy"
@@ -86,7 +86,9 @@ def test_compose_runs_every_role_confined() -> None:
     assert {name: service["command"] for name, service in roles.items()} == {name: [name] for name in procfile()}
     for name, service in roles.items():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
-        load({key: "x" * 9 for key in service["environment"] if key.endswith(("KEY", "SECRETS", "URL"))})
+        load_rejecting_unknown(
+            {key: "x" * 9 for key in service["environment"] if key.endswith(("KEY", "SECRETS", "URL"))}
+        )
     ports = [port for service in services.values() for port in service.get("ports", ())]
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
@@ -112,7 +114,7 @@ def test_kubernetes_runs_every_role_confined() -> None:
     assert listed == {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
     lines = (DEPLOY / "kubernetes" / "settings.env").read_text().split()
     secrets = {"PAYREADY_QUILTT_API_KEY": "a-key", "PAYREADY_WEBHOOK_SECRETS": "a-secret"}
-    load({**dict(line.split("=", 1) for line in lines), **secrets})
+    load_rejecting_unknown({**dict(line.split("=", 1) for line in lines), **secrets})
 
 
 def test_image_has_exactly_the_production_packages() -> None:

@@ -81,7 +81,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
         )
     )
     with transaction(payready.engine) as tx:
-        balances.insert_balances(tx, [balances.new_record("evt_1", balance, now)])
+        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, now)])
         receiving.start()
         receiving.join(1)
         assert receiving.is_alive()
@@ -120,7 +120,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.lock_known_payments(tx, ["pay_a"], [])
+        payments.lock_payments_with_registered_tasks(tx, ["pay_a"], [])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -154,11 +154,11 @@ def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databa
     take_in(payready, *jobs)
     again = Thread(target=take_in, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
-        payments.lock_known_payments(tx, ["pay_1"], [])
+        payments.lock_payments_with_registered_tasks(tx, ["pay_1"], [])
         again.start()
         again.join(0.5)
         assert again.is_alive()
-        payments.lock_known_payments(tx, ["pay_2"], [])
+        payments.lock_payments_with_registered_tasks(tx, ["pay_2"], [])
     again.join()
     payready.run_tasks()
     assert payready.provider.calls == ["acct_2", "acct_1"]

@@ -98,7 +98,7 @@ def test_fault_injection_detects_a_mark_before_the_delivery(inject: Inject, monk
         for outcome in due:
             dispatch._resume_task(outcome)
 
-    monkeypatch.setattr(dispatch, "_deliver_batch", mark_before_delivery)
+    monkeypatch.setattr(dispatch, "_deliver_batch_and_mark_delivered", mark_before_delivery)
     scenario = SCENARIOS["two share a call, the balance covers one"]
     without_fault, found = inject(scenario, "killed", None)
     assert found == []

@@ -156,7 +156,7 @@ def _settle_by_invoice(payready: InProcessSystem, truth: Truth) -> None:
     with transaction(payready.engine) as tx:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
         evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
-        invoices.apply_invoice(tx, found, evidence, payready.clock.now)
+        invoices.apply_invoice_to_pending_calls(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
     assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
     assert sum(line.pending for line in lines) == 0

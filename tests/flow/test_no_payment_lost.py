@@ -223,7 +223,7 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
         payready.run_tasks()
     payready.drop_tasks()
     assert payready.refreshes(A) == ["calling"]
-    payready.pass_time(int(payready.rt.settings.max_call_duration.total_seconds()))
+    payready.pass_time(int(payready.rt.settings.max_call_and_record_duration.total_seconds()))
     assert payready.refreshes(A) == ["uncertain"]
     assert payready.fees(A) == ["1 pending"]
     payready.pass_time(16)

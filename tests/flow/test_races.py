@@ -215,7 +215,7 @@ def test_call_result_is_not_recorded_during_an_apply(
 ) -> None:
     """It waits for the account lock. Otherwise the refresh would stay accepted and block the next call."""
     reading, recorded = threading.Event(), threading.Event()
-    expecting = refreshes.awaiting_balance
+    expecting = refreshes.find_answerable_or_requested
 
     def read_slowly(*words: Any) -> Any:
         found = expecting(*words)
@@ -223,7 +223,7 @@ def test_call_result_is_not_recorded_during_an_apply(
         recorded.wait(0.3)  # times out: the account lock blocks the recording
         return found
 
-    monkeypatch.setattr(refreshes, "awaiting_balance", read_slowly)
+    monkeypatch.setattr(refreshes, "find_answerable_or_requested", read_slowly)
     applying = threading.Thread(target=lambda: flow.apply_balance(payready.rt, payready.queue.balances_to_apply[0]))
 
     def answer() -> int:
@@ -259,7 +259,7 @@ def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessS
     payready.run_tasks()
     payready.clock.advance(15)
     with transaction(payready.engine) as tx:
-        [seen] = refreshes.due_for_check(tx, payready.clock.now, 10)
+        [seen] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10)
     payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
@@ -281,7 +281,7 @@ def test_late_call_result_does_not_change_the_next_call(
         return 202
 
     def first() -> CallFailed:
-        payready.clock.advance(payready.rt.settings.max_call_duration.total_seconds())
+        payready.clock.advance(payready.rt.settings.max_call_and_record_duration.total_seconds())
         flow.sweep(payready.rt)
         payready.clock.advance(15)
         again = flow.sweep(payready.rt)
@@ -347,7 +347,7 @@ def test_sweep_does_not_wait_for_a_refresh_being_claimed(payready: InProcessSyst
 
     def sweep() -> None:
         with transaction(payready.engine) as tx:
-            refreshes.reschedule_requested(tx, [first, second], now + timedelta(seconds=15))
+            refreshes.reschedule_requested_skip_locked(tx, [first, second], now + timedelta(seconds=15))
 
     with ThreadPoolExecutor(1) as pool:
         with transaction(payready.engine) as claiming:

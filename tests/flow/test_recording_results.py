@@ -11,7 +11,7 @@ from celery.concurrency.thread import TaskPool
 from simulator.testing import eventually
 from tasks import batch_strategies, suspension
 from tasks.app import app
-from tasks.balance_tasks import refresh
+from tasks.balance_tasks import make_refresh_call_if_needed
 from tests.support.in_process import InProcessSystem
 from worker import metrics
 from worker.errors import CallNotSent
@@ -43,7 +43,7 @@ class Calls:
         self._wanted = {call.account_id: call.refresh_id for call in payready.queue.calls}
         self._payready = payready
         self.consumer = MagicMock(pool=pool, hostname="refresh@here")
-        self._handler = batch_strategies.call_strategy(refresh, app, self.consumer)
+        self._handler = batch_strategies.call_strategy(make_refresh_call_if_needed, app, self.consumer)
 
     def receive(self, *accounts: str) -> None:
         """Deliver the call messages of these accounts to the worker."""

@@ -11,7 +11,7 @@ from celery.concurrency.thread import TaskPool
 
 from tasks import batch_strategies, suspension
 from tasks.app import app
-from tasks.balance_tasks import refresh
+from tasks.balance_tasks import make_refresh_call_if_needed
 from tests.support.in_process import InProcessSystem
 from worker import flow
 
@@ -35,7 +35,7 @@ def receive_calls(payready: InProcessSystem, pool: TaskPool) -> None:
         payready.initiate(f"pay_{number}", account_id)
     calls, payready.queue.calls = payready.queue.calls, []
     consumer = MagicMock(pool=pool, hostname="refresh@here")
-    handler = batch_strategies.call_strategy(refresh, app, consumer)
+    handler = batch_strategies.call_strategy(make_refresh_call_if_needed, app, consumer)
     together = Event()
     pool.executor.submit(together.wait)
     for call in calls:

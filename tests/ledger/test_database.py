@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 from tests.support.in_process import START
 from tests.support.servers import Postgres
 from worker.ledger import balances, payments
-from worker.ledger.bulk import bulk_insert, bulk_update
+from worker.ledger.bulk import bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import (
     _DISABLED_PLANS,
     DATABASE_UNAVAILABLE,
@@ -90,8 +90,10 @@ def test_bulk_insert_returns_keys_of_new_rows_only(engine: Engine) -> None:
     row = {"event": b"{}", "reason": "x", "received_at": START}
     rows = [{"quarantine_id": key, **row} for key in ("a", "b", "a")]
     with transaction(engine) as tx:
-        assert bulk_insert(tx, QUARANTINE, rows, key="quarantine_id") == {"a", "b"}
-        assert bulk_insert(tx, QUARANTINE, [*rows, {"quarantine_id": "c", **row}], key="quarantine_id") == {"c"}
+        assert bulk_insert_or_ignore(tx, QUARANTINE, rows, returning="quarantine_id") == {"a", "b"}
+        assert bulk_insert_or_ignore(
+            tx, QUARANTINE, [*rows, {"quarantine_id": "c", **row}], returning="quarantine_id"
+        ) == {"c"}
         assert len(tx.execute(select(QUARANTINE)).all()) == 3
 
 
@@ -116,7 +118,7 @@ def test_times_and_amounts_are_stored_exactly(engine: Engine, at: datetime, amou
     record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
     balance = Balance.model_validate({**record, "available": amount, "current": None, "limit": Decimal(0)})
     with engine.connect() as tx:
-        balances.insert_balances(tx, [balances.new_record("evt_1", balance, START)])
+        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, START)])
         row = balances.find(tx, ["bal_1"])["bal_1"]
         assert (row.at, row.available, row.current, row.limit) == (at, amount, None, Decimal(0))
         assert row.at.utcoffset() == timedelta(0)
@@ -176,7 +178,7 @@ def test_amounts_are_never_floats(engine: Engine) -> None:
         balance = {"id": "bal_1", "accountId": "acct_1", "at": START.isoformat(), "source": "REFRESH"}
         amounts = {"available": Decimal("0.1"), "current": None, "limit": None}
         balances.insert_balances(
-            tx, [balances.new_record("evt_1", Balance.model_validate({**balance, **amounts}), START)]
+            tx, [balances.new_unapplied_record("evt_1", Balance.model_validate({**balance, **amounts}), START)]
         )
         stored = tx.scalar(text("SELECT available FROM balance"))
         assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)

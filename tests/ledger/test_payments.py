@@ -131,8 +131,8 @@ def test_delivery_claimed_by_sweep_is_not_claimed_by_task(engine: Engine) -> Non
         payments.resolve(tx, [resolution(payment_id, PaymentState.RELEASED) for payment_id in ("p1", "p2")])
         late = START + outcome_deliveries.REDELIVER_AFTER
         assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 1)] == ["task_p1"]
-        assert [due.task_id for due in outcome_deliveries.claim_undelivered(tx, ["task_p1", "task_p2"], late)] == [
-            "task_p2"
-        ]
-        assert outcome_deliveries.claim_undelivered(tx, ["task_p1", "task_p2"], late) == []
+        assert [
+            due.task_id for due in outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late)
+        ] == ["task_p2"]
+        assert outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late) == []
         assert outcome_deliveries.claim_overdue(tx, late, 10) == []

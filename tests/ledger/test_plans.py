@@ -124,14 +124,14 @@ REQUESTED = refreshes.new_refresh(A, f"r{PAST}", START)
 FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "due payments": (lambda tx: payments.lock_due(tx, END, 500), {"payment_due_at"}),
     "waiting payments of an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),
-    "demand of an account": (lambda tx: payments.account_demand(tx, A), {"payment_waiting"}),
+    "demand of an account": (lambda tx: payments.balance_time_bounds_of_waiting(tx, A), {"payment_waiting"}),
     "released amounts": (
         lambda tx: payments.released_amounts_since(tx, {A: END - timedelta(seconds=900)}),
         {"payment_released"},
     ),
-    "sharers of a refresh": (lambda tx: payments.count_sharers(tx, ["r7"]), {"payment_sharers"}),
+    "sharers of a refresh": (lambda tx: payments.count_fee_sharers_by_state(tx, ["r7"]), {"payment_sharers"}),
     "known payment by id": (
-        lambda tx: payments.lock_known_payments(tx, ["p7"], ["t7"]),
+        lambda tx: payments.lock_payments_with_registered_tasks(tx, ["p7"], ["t7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),
     "waiting payment by id": (
@@ -139,43 +139,43 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"payment_pkey", "sqlite_autoindex_payment_1"},
     ),
     "undelivered outcome of a task": (
-        lambda tx: outcome_deliveries.claim_undelivered(tx, ["t7"], END),
+        lambda tx: outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["t7"], END),
         {"outcome_delivery_pkey", "sqlite_autoindex_outcome_delivery_1"},
     ),
     "overdue deliveries": (lambda tx: outcome_deliveries.claim_overdue(tx, END, 500), {"outcome_delivery_due_at"}),
     "refresh in flight": (lambda tx: refreshes.in_flight_refresh(tx, A), {"refresh_in_flight", "refresh_account"}),
     "requested refresh": (lambda tx: refreshes.requested_refresh(tx, A), {"refresh_requested", "refresh_account"}),
     "refreshes for a claim": (
-        lambda tx: refreshes.find_for_claim(tx, [A], ["r7"]),
+        lambda tx: refreshes.find_in_flight_or_by_id(tx, [A], ["r7"]),
         {"refresh_pkey", "sqlite_autoindex_refresh_1", "refresh_in_flight", "refresh_account"},
     ),
     "refreshes awaiting a balance": (
-        lambda tx: refreshes.awaiting_balance(tx, [A]),
+        lambda tx: refreshes.find_answerable_or_requested(tx, [A]),
         {"refresh_account", "refresh_requested"},
     ),
     "newest balance of an account": (
-        lambda tx: balances.newest_by_account(tx, [A], END - timedelta(seconds=60)),
+        lambda tx: balances.newest_refresh_balance_by_account(tx, [A], END - timedelta(seconds=60)),
         {"balance_account"},
     ),
-    "due refreshes": (lambda tx: refreshes.due_for_check(tx, END, 500), {"refresh_due_at"}),
+    "due refreshes": (lambda tx: refreshes.find_due_in_flight_or_unneeded(tx, END, 500), {"refresh_due_at"}),
     "refresh by id": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
     "rescheduled refreshes": (
-        lambda tx: refreshes.reschedule_requested(tx, [REQUESTED], END),
+        lambda tx: refreshes.reschedule_requested_skip_locked(tx, [REQUESTED], END),
         {"refresh_pkey", "sqlite_autoindex_refresh_1"},
     ),
     "calls of a refresh": (lambda tx: fee_entries.calls_of_refreshes(tx, ["r7"]), {"fee_entry_refresh"}),
     "fees of a day": (
-        lambda tx: cap_usage.total_spent(tx, "USD", END - timedelta(seconds=60)),
+        lambda tx: cap_usage.total_non_void_fees(tx, "USD", END - timedelta(seconds=60)),
         {"fee_entry_called_at"},
     ),
     "calls of an account": (
-        lambda tx: cap_usage.count_calls(tx, A, END - timedelta(seconds=600)),
+        lambda tx: cap_usage.count_non_void_calls(tx, A, END - timedelta(seconds=600)),
         {"fee_entry_account"},
     ),
     "balance by id": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
     "backlog": (metrics_queries.backlog, {"payment_due_at", "payment_waiting"}),
     "recently resolved payments": (
-        lambda tx: metrics_queries.resolved_counts(tx, END - timedelta(seconds=60), END),
+        lambda tx: metrics_queries.resolved_counts_by_state_and_reason(tx, END - timedelta(seconds=60), END),
         {"payment_resolved"},
     ),
     "recent fee entries": (
@@ -186,7 +186,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: metrics_queries.unresolved_entries(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
-    "due balances": (lambda tx: balances.claim_overdue(tx, END, 500), {"balance_due_at"}),
+    "due balances": (lambda tx: balances.claim_overdue_unapplied(tx, END, 500), {"balance_due_at"}),
 }
 
 
@@ -201,10 +201,10 @@ def test_frequent_query_uses_its_index(engine: Engine, name: str) -> None:
 
 
 UPDATES: dict[str, Callable[[Tx], Any]] = {
-    "delayed": lambda tx: refreshes.delay(tx, REQUESTED, END, None),
-    "deferred": lambda tx: refreshes.defer(tx, REQUESTED, END, "no connection"),
+    "delayed": lambda tx: refreshes.delay_if_unchanged(tx, REQUESTED, END, None),
+    "deferred": lambda tx: refreshes.defer_if_unchanged(tx, REQUESTED, END, "no connection"),
     "claimed": lambda tx: refreshes.transition(tx, REQUESTED, RefreshEvent.CLAIM, END),
-    "rescheduled": lambda tx: refreshes.reschedule(tx, IN_FLIGHT, END),
+    "rescheduled": lambda tx: refreshes.reschedule_if_unchanged(tx, IN_FLIGHT, END),
     "result lost": lambda tx: refreshes.transition(tx, IN_FLIGHT, RefreshEvent.RESULT_LOST, END),
 }
 
@@ -230,8 +230,14 @@ BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
     ),
     "next checks": (lambda tx: payments.set_next_checks(tx, NEXT_CHECKS), "payment_pkey"),
     "deliveries": (lambda tx: outcome_deliveries.mark_delivered(tx, {"t7": END}), "outcome_delivery_pkey"),
-    "refreshes": (lambda tx: refreshes.transition_all(tx, RefreshEvent.ACCEPT, [(IN_FLIGHT, END)]), "refresh_pkey"),
-    "balances": (lambda tx: balances.mark_applied(tx, list(balances.find(tx, ["b7"]).values())), "balance_pkey"),
+    "refreshes": (
+        lambda tx: refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, [(IN_FLIGHT, END)]),
+        "refresh_pkey",
+    ),
+    "balances": (
+        lambda tx: balances.mark_applied_with_refresh(tx, list(balances.find(tx, ["b7"]).values())),
+        "balance_pkey",
+    ),
 }
 
 

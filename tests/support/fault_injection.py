@@ -208,7 +208,7 @@ class TestSystem:
     # --- Celery's part ---
 
     def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
-        """Replace `dispatch._send`."""
+        """Replace `dispatch._send_and_return_queue_name`."""
         self.operations.before_operation("broker", f"enqueue {message.name}")
         ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
         self.queue.append((message.name, message.arguments, ready_at))
@@ -240,16 +240,18 @@ class TestSystem:
                 self.outcomes[args[0]].append(repr(error))
 
     def _initiate(self, task_id: str, job: dict[str, Any]) -> None:
-        payment_tasks.initiate.push_request(id=task_id, args=(task_id, job), task=payment_tasks.initiate.name)
+        payment_tasks.accept_payment_and_suspend_task.push_request(
+            id=task_id, args=(task_id, job), task=payment_tasks.accept_payment_and_suspend_task.name
+        )
         try:
-            payment_tasks.initiate.run(**job)
+            payment_tasks.accept_payment_and_suspend_task.run(**job)
         finally:
-            payment_tasks.initiate.pop_request()
+            payment_tasks.accept_payment_and_suspend_task.pop_request()
 
     def retry(self, **_: Any) -> None:
         """Replace `initiate.retry`."""
         try:
-            arguments = payment_tasks.initiate.request.args
+            arguments = payment_tasks.accept_payment_and_suspend_task.request.args
             self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments), ())
         except BrokerUnavailable as error:
             raise Reject(error, requeue=False) from error
@@ -362,11 +364,11 @@ class TestSystem:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "balances.refresh": balance_tasks.refresh.run,
-    "balances.poll": balance_tasks.poll.run,
+    "balances.refresh": balance_tasks.make_refresh_call_if_needed.run,
+    "balances.poll": balance_tasks.poll_balance_and_fail_unsupported_accounts.run,
     "balances.apply": payment_tasks.apply_balance.run,
     "payments.cancel": payment_tasks.cancel.run,
-    "payments.expire": maintenance_tasks.expire.run,
+    "payments.expire": maintenance_tasks.expire_or_check_due_payments.run,
     "payments.sweep": maintenance_tasks.sweep.run,
 }
 
@@ -390,13 +392,13 @@ def build_test_system(
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: test_system.rt)
         patch.setattr(calling, "RECORD_RETRY_DELAYS_S", (0, 0))
-        patch.setattr(dispatch, "_send", test_system.enqueue)
+        patch.setattr(dispatch, "_send_and_return_queue_name", test_system.enqueue)
         patch.setattr(suspension, "resume_with_result", test_system.resume)
         patch.setattr(suspension, "resume_with_error", test_system.resume)
         patch.setattr(suspension, "finish_without_callbacks", test_system.finish_without_callbacks)
         patch.setattr(suspension, "store_waiting_state", lambda *_: operations.before_operation("redis", "WAITING"))
         patch.setattr(dispatch, "delivered_marks", test_system.delivered_marks)
-        patch.setattr(payment_tasks.initiate, "retry", test_system.retry)
+        patch.setattr(payment_tasks.accept_payment_and_suspend_task, "retry", test_system.retry)
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))
         patch.setattr(client, "execute_command", watched)
         try:

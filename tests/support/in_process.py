@@ -224,7 +224,9 @@ class InProcessSystem:
         )
         if later:
             with transaction(self.engine) as tx:
-                balances.insert_balances(tx, [balances.new_record(f"evt_{balance.id}", balance, self.clock.now)])
+                balances.insert_balances(
+                    tx, [balances.new_unapplied_record(f"evt_{balance.id}", balance, self.clock.now)]
+                )
             self.queue.balances_to_apply.append(balance.id)
         else:
             received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
@@ -332,7 +334,7 @@ MakeSystem = Callable[..., AbstractContextManager[InProcessSystem]]
 def admission_control(redis: Any, settings: Settings) -> AdmissionControl:
     """Return an admission control with the limits of these settings."""
     limits = {"calls_per_s": settings.calls_per_s, "failure_threshold": settings.circuit_breaker_failures}
-    return AdmissionControl(redis, probe_timeout=settings.max_call_duration, **limits)
+    return AdmissionControl(redis, probe_timeout=settings.max_call_and_record_duration, **limits)
 
 
 @contextmanager

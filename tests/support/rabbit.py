@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from demo.processes import free_port
+from demo.processes import assign_free_port
 
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 """The server itself: the wrapper in the path requires a dedicated user."""
@@ -21,7 +21,7 @@ class RabbitMQ:
     """One node on the loopback interface. Confirmed messages survive `kill` and `start`."""
 
     def __init__(self, folder: Path) -> None:
-        self._port, self._epmd = free_port(), free_port()
+        self._port, self._epmd = assign_free_port(), assign_free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = folder
         for name in ("mnesia", "log", "home"):
@@ -36,7 +36,7 @@ class RabbitMQ:
             "RABBITMQ_NODENAME": f"payready{self._port}@localhost",
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self._port),
-            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_DIST_PORT": str(assign_free_port()),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
             "RABBITMQ_LOG_BASE": str(folder / "log"),

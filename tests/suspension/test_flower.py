@@ -7,7 +7,7 @@ import httpx
 import pytest
 from celery import Celery, chain
 
-from demo.processes import free_port, procfile, responds
+from demo.processes import assign_free_port, procfile, responds
 from tests.support.system import API_KEY, SECRET, System, eventually
 from tests.suspension.primitive_runs import quiet_account, send_balance
 from tests.suspension.primitives import Kit
@@ -19,7 +19,7 @@ Info = Callable[[str], dict[str, Any]]
 @pytest.fixture(scope="module")
 def flower(payready: System) -> Iterator[httpx.Client]:
     """A client with the login, once Flower sees what the workers do."""
-    port = free_port()
+    port = assign_free_port()
     environ = {"FLOWER_PORT": str(port), "FLOWER_BASIC_AUTH": ":".join(LOGIN)}
     payready.processes.start("flower", procfile()["flower"], **environ)
     payready.processes.wait_for("flower", lambda: responds(f"http://127.0.0.1:{port}/healthcheck"))

@@ -32,7 +32,7 @@ def app(valkey_url: str) -> Iterator[Celery]:
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
     publisher = suspension.event_publisher(app)
-    publisher._batcher = MicroBatcher(publisher._send, max_size=9)  # at once, so that it is counted
+    publisher._batcher = MicroBatcher(publisher._publish_or_drop, max_size=9)  # at once, so that it is counted
     suspension.resume_with_result(app, continuation(app), {})  # opens the connections
     suspension.resume_with_result(app, continuation(app, chain=[app.signature("ledger.note")]), {})
     yield app
@@ -46,7 +46,7 @@ def _nothing() -> None:
 def continuation(app: Celery, **given: Any) -> dict[str, Any]:
     """Return the continuation of a running task."""
     request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
-    return suspension.suspend(Context(request))
+    return suspension.make_continuation_with_task_ids(Context(request))
 
 
 def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) -> dict[str, int]:

@@ -51,7 +51,9 @@ def ids_in(continuation: Any) -> list[str]:
 def test_continuation_is_plain_json_with_a_version(app: Celery) -> None:
     """Types that JSON lacks have the encoding of Celery messages and are restored."""
     values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
-    continuation = suspension.suspend(request(callbacks=[app.signature("ledger.note", args=values)]))
+    continuation = suspension.make_continuation_with_task_ids(
+        request(callbacks=[app.signature("ledger.note", args=values)])
+    )
     assert continuation["version"] == suspension.VERSION == 1
     assert json.loads(json.dumps(continuation)) == continuation
     with suspension._resumed(app, continuation) as (_, resumed):
@@ -60,7 +62,10 @@ def test_continuation_is_plain_json_with_a_version(app: Celery) -> None:
 
 def test_group_index_zero_is_saved(app: Celery) -> None:
     """A chord orders its results by it."""
-    with suspension._resumed(app, suspension.suspend(request(group="g", group_index=0))) as (_, resumed):
+    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(group="g", group_index=0))) as (
+        _,
+        resumed,
+    ):
         assert (resumed.group, resumed.group_index) == ("g", 0)
 
 
@@ -75,7 +80,9 @@ def test_every_future_message_has_its_id_in_the_continuation(app: Celery) -> Non
     linked = note.clone()
     linked.link(note.clone())
     linked.link_error(note.clone())
-    continuation = suspension.suspend(request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()]))
+    continuation = suspension.make_continuation_with_task_ids(
+        request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()])
+    )
     found = ids_in(continuation)
     assert len(found) == len(set(found)) == 12  # ten tasks, and the chord and the group as groups
     assert continuation["callbacks"][0]["kwargs"]["body"]["options"] == {}  # a chain has the id of its last task
@@ -85,7 +92,7 @@ def test_given_ids_and_arguments_are_unchanged(app: Celery) -> None:
     """A signature among a callback's arguments is data."""
     data = app.signature("ledger.other")
     callback = app.signature("ledger.note", args=(data,), kwargs={"then": data}, task_id="chosen")
-    [saved] = suspension.suspend(request(callbacks=[callback]))["callbacks"]
+    [saved] = suspension.make_continuation_with_task_ids(request(callbacks=[callback]))["callbacks"]
     assert saved["options"]["task_id"] == "chosen"
     assert saved["args"] == [json.loads(json.dumps(data))]
     assert saved["kwargs"]["then"]["options"] == {}
@@ -93,7 +100,7 @@ def test_given_ids_and_arguments_are_unchanged(app: Celery) -> None:
 
 def test_continuation_of_a_later_release_is_rejected(app: Celery) -> None:
     """It may have parts that this release would ignore."""
-    continuation = suspension.suspend(request()) | {"version": 2}
+    continuation = suspension.make_continuation_with_task_ids(request()) | {"version": 2}
     with pytest.raises(
         suspension.UnsupportedContinuationVersion,
         match="the continuation has version 2, this release supports up to 1",
@@ -170,14 +177,14 @@ def test_stored_continuation_has_every_field(app: Celery) -> None:
     """A new field of the continuation is added to the fixture, or to a fixture of a new version."""
     everything: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
     everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
-    saved = suspension.suspend(request(**everything | {"delivery_info": {"priority": 3}}))
+    saved = suspension.make_continuation_with_task_ids(request(**everything | {"delivery_info": {"priority": 3}}))
     assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
 
 
 def test_resumed_task_is_the_current_task(app: Celery) -> None:
     """Everything that is sent becomes its child."""
     seen: list[Any] = [app.current_worker_task]
-    with suspension._resumed(app, suspension.suspend(request(root_id="root"))) as (task, given):
+    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(root_id="root"))) as (task, given):
         seen.append(app.current_worker_task)
         assert task.request is given
         assert (given.id, given.root_id, given.children) == ("left", "root", [])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demo.processes import ROOT, Processes, free_port, procfile, responds
+from demo.processes import ROOT, Processes, assign_free_port, procfile, responds
 from tests.support.servers import Postgres
 from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system
 
@@ -65,7 +65,7 @@ class Operation:
 def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[Operation]:
     """Payready on PostgreSQL, set up for production."""
     folder = tmp_path_factory.mktemp("operation")
-    flower = free_port()
+    flower = assign_free_port()
     with system(folder, postgres_server.database(), **PRODUCTION) as payready:
         payready.processes.start("flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN)
         flower_url = f"http://127.0.0.1:{flower}"
@@ -172,7 +172,7 @@ def test_doctor_finds_problems_that_no_setting_shows(operation: Operation) -> No
         valkey = connection.default_channel.client
         valkey.config_set("maxmemory-policy", "allkeys-lru")
     payready.kill("refresh", "beat")
-    port = free_port()
+    port = assign_free_port()
     processes: Processes = payready.processes
     command = procfile()["flower"].replace("exec celery", "unset FLOWER_BASIC_AUTH; exec celery")
     processes.start("open", command, FLOWER_PORT=str(port), FLOWER_BASIC_AUTH=LOGIN)

@@ -143,9 +143,9 @@ def assert_the_ledger_is_the_log(running: System) -> None:
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
         assert found.to_post, "nothing was left open: this storm was none"
         evidence = invoices.InvoiceEvidence(name="log", digest="", period="now", currency="USD")
-        invoices.apply_invoice(tx, found, evidence, now)
+        invoices.apply_invoice_to_pending_calls(tx, found, evidence, now)
     with transaction(running.engine) as tx:
         (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")
         assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)
-        shares = list(fee_statement.payment_shares(tx, period.since, period.until))
+        shares = list(fee_statement.payment_shares_and_unshared_fees(tx, period.since, period.until))
         assert sum(share.fee for share in shares) == line.posted_amount

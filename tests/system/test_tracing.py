@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo.processes import ROOT, free_port
+from demo.processes import ROOT, assign_free_port
 from simulator.testing import Simulator
 from tests.support.in_process import migrate
 from tests.support.system import API_KEY, SECRET
@@ -18,7 +18,7 @@ INITIATE = ("payments.initiate", "send payments.initiate", "sender")
 
 def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, valkey_url: str) -> None:
     """The wait is a span that starts when the task is suspended, and links to the webhook that ended it."""
-    port, database = free_port(), f"sqlite:///{tmp_path}/payready.db"
+    port, database = assign_free_port(), f"sqlite:///{tmp_path}/payready.db"
     migrate(database)
     with Simulator(f"http://127.0.0.1:{port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:
         environ = {

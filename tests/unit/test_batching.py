@@ -23,7 +23,7 @@ def test_batches_do_not_overlap_and_lose_no_item() -> None:
 
     batcher = MicroBatcher(process, max_size=3)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(batcher.add, range(20_000)))
+        list(pool.map(batcher.add_up_to_capacity, range(20_000)))
     assert sorted(done) == list(range(20_000))
     assert not any(overlaps)
 
@@ -33,19 +33,19 @@ def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
     batches: list[list[int]] = []
     started: list[object] = []
     batcher = MicroBatcher(batches.append, max_size=9, executor=started.append)
-    batcher.add(1)
-    next_batch = batcher._next_batch
+    batcher.add_up_to_capacity(1)
+    next_batch = batcher._take_batch_after_interval_or_mark_idle
 
     def add_after_last_check() -> list[int]:
         batch = next_batch()
         if not batch:
-            batcher._next_batch = next_batch  # type: ignore[method-assign]
-            batcher.add(2)
+            batcher._take_batch_after_interval_or_mark_idle = next_batch  # type: ignore[method-assign]
+            batcher.add_up_to_capacity(2)
         return batch
 
-    batcher._next_batch = add_after_last_check  # type: ignore[method-assign]
+    batcher._take_batch_after_interval_or_mark_idle = add_after_last_check  # type: ignore[method-assign]
     started.pop()()  # type: ignore[operator]
-    batcher.add(3)
+    batcher.add_up_to_capacity(3)
     assert len(started) == 1, "a second loop would run beside the first"
     started.pop()()  # type: ignore[operator]
     assert batches == [[1], [2, 3]]
@@ -57,11 +57,11 @@ def test_requeued_items_are_first() -> None:
     def process(batch: list[int]) -> None:
         batches.append(batch)
         if batch == [1]:
-            batcher.add(2)
+            batcher.add_up_to_capacity(2)
             batcher.requeue_first(1, 1)
 
     batcher = MicroBatcher(process, max_size=9)
-    batcher.add(1)
+    batcher.add_up_to_capacity(1)
     assert batches == [[1], [1, 1, 2]]
 
 
@@ -76,10 +76,10 @@ def test_failed_batch_does_not_block_the_next() -> None:
             raise SystemExit
 
     batcher = MicroBatcher(process, max_size=9)
-    batcher.add(1)
+    batcher.add_up_to_capacity(1)
     with pytest.raises(SystemExit):
-        batcher.add(2)
-    batcher.add(3)
+        batcher.add_up_to_capacity(2)
+    batcher.add_up_to_capacity(3)
     assert batches == [1, 2, 3]
 
 
@@ -88,12 +88,12 @@ def test_full_batch_ignores_the_interval() -> None:
     batches: Queue[list[int]] = Queue()
     with ThreadPoolExecutor(1) as pool:
         batcher = MicroBatcher(batches.put, max_size=3, min_interval_s=20, executor=pool.submit)
-        batcher.add(1)
+        batcher.add_up_to_capacity(1)
         assert batches.get(timeout=10) == [1]
-        batcher.add(2)
-        batcher.add(3)
+        batcher.add_up_to_capacity(2)
+        batcher.add_up_to_capacity(3)
         assert batches.empty(), "the interval has not passed yet"
-        batcher.add(4, 5)
+        batcher.add_up_to_capacity(4, 5)
         assert batches.get(timeout=10) == [2, 3, 4]
-        batcher.add(6, 7)
+        batcher.add_up_to_capacity(6, 7)
         assert batches.get(timeout=10) == [5, 6, 7]

@@ -44,7 +44,7 @@ def test_sent_message_equals_the_message_of_send_task() -> None:
         balances_to_apply=["bal_1"],
     )
     deliver = dispatch.TaskMessage(name="outcomes.deliver", arguments=(["task_1"],))
-    messages = [*dispatch._messages(follow_up), deliver]
+    messages = [*dispatch._messages_except_deliveries(follow_up), deliver]
     with app.connection_for_write("memory://") as connection, app.amqp.Producer(connection) as producer:
 
         def fetch(name: str) -> dict[str, Any]:
@@ -57,5 +57,5 @@ def test_sent_message_equals_the_message_of_send_task() -> None:
             options = {"countdown": message.countdown_s, "ignore_result": True, "producer": producer}
             app.send_task(message.name, message.arguments, **options)
             expected = fetch(message.name)
-            dispatch._send(producer, message, ())
+            dispatch._send_and_return_queue_name(producer, message, ())
             assert fetch(message.name) == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import ConfigurationError, load
+from config.settings import ConfigurationError, load_rejecting_unknown
 from demo.processes import ROOT, procfile
 
 PRODUCTION = {
@@ -19,7 +19,7 @@ PRODUCTION = {
 
 def test_empty_environment_is_a_development_deployment() -> None:
     """It starts, and rejects every webhook because it has no secret."""
-    settings = load({})
+    settings = load_rejecting_unknown({})
     assert (settings.env, settings.webhook_secrets) == ("development", ())
     assert settings.quiltt_api_url == "https://api.quiltt.io"
     assert settings.quiltt_auth_url == "https://auth.quiltt.io"
@@ -27,7 +27,7 @@ def test_empty_environment_is_a_development_deployment() -> None:
 
 def test_load_reads_each_agreed_name() -> None:
     """The names are a contract with deployments."""
-    settings = load(
+    settings = load_rejecting_unknown(
         {
             **PRODUCTION,
             "PAYREADY_REDIS_URL": "redis://r/1",
@@ -49,22 +49,22 @@ def test_load_reads_each_agreed_name() -> None:
 
 def test_broker_and_result_backend_default_to_redis() -> None:
     """Each has its own setting."""
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1"})
+    settings = load_rejecting_unknown({"PAYREADY_REDIS_URL": "redis://r/1"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://r/1")
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
+    settings = load_rejecting_unknown({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_BROKER_URL": "amqp://b"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("amqp://b", "redis://r/1")
-    settings = load({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
+    settings = load_rejecting_unknown({"PAYREADY_REDIS_URL": "redis://r/1", "PAYREADY_RESULT_BACKEND_URL": "redis://q"})
     assert (settings.effective_broker_url, settings.effective_result_backend_url) == ("redis://r/1", "redis://q")
 
 
 def test_empty_variable_counts_as_unset() -> None:
     """Compose files pass empty variables."""
-    assert load({"PAYREADY_WEBHOOK_PORT": ""}) == load({})
+    assert load_rejecting_unknown({"PAYREADY_WEBHOOK_PORT": ""}) == load_rejecting_unknown({})
 
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load({}).webhook_port = 1  # type: ignore[misc]
+        load_rejecting_unknown({}).webhook_port = 1  # type: ignore[misc]
 
 
 BAD = [
@@ -92,7 +92,7 @@ BAD = [
 def test_error_is_one_sentence(environ: dict[str, str], sentence: str) -> None:
     """The sentence has the name of the variable, and not its value."""
     with pytest.raises(ConfigurationError) as error_info:
-        load(environ)
+        load_rejecting_unknown(environ)
     assert str(error_info.value).startswith(sentence)
     assert "\n" not in str(error_info.value)
     assert error_info.value.__context__ is None or error_info.value.__suppress_context__
@@ -100,13 +100,16 @@ def test_error_is_one_sentence(environ: dict[str, str], sentence: str) -> None:
 
 def test_development_accepts_a_demo_secret() -> None:
     """The demo runs with one."""
-    assert load({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env == "development"
+    assert (
+        load_rejecting_unknown({"PAYREADY_WEBHOOK_SECRETS": "demo-1", "PAYREADY_QUILTT_API_KEY": "demo-2"}).env
+        == "development"
+    )
 
 
 def test_repr_of_settings_has_no_secret() -> None:
     """Secrets are API keys, webhook secrets, and passwords in URLs."""
     secret = "hunter2"
-    settings = load(
+    settings = load_rejecting_unknown(
         {
             "PAYREADY_QUILTT_API_KEY": secret,
             "PAYREADY_WEBHOOK_SECRETS": f"{secret},{secret}3",
@@ -131,7 +134,7 @@ def test_repr_of_settings_has_no_secret() -> None:
 def test_error_never_shows_a_value(environ: dict[str, str]) -> None:
     """A secret may be in the wrong variable."""
     with pytest.raises(ConfigurationError) as error_info:
-        load(environ)
+        load_rejecting_unknown(environ)
     assert "hunter2" not in str(error_info.value)
 
 

@@ -18,7 +18,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import select
 
-from demo.processes import Processes, free_port, procfile, responds
+from demo.processes import Processes, assign_free_port, procfile, responds
 from tests.support.in_process import Databases
 from tests.support.servers import Postgres
 from worker.ledger.engine import Engine, open_engine
@@ -81,7 +81,7 @@ class Endpoint:
 @contextmanager
 def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) -> Iterator[Endpoint]:
     """Run the role `web` during the block."""
-    port = free_port()
+    port = assign_free_port()
     settings = {
         "PAYREADY_DATABASE_URL": database_url,
         "PAYREADY_REDIS_URL": redis_url,

@@ -47,7 +47,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     monkeypatch.setattr(endpoint, "settings", lambda: chosen)
     monkeypatch.setattr(endpoint, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(wiring, "runtime", lambda: None)
-    monkeypatch.setattr(wiring, "dispatch_without_callbacks", lambda _: None)
+    monkeypatch.setattr(wiring, "dispatch_leaving_callbacks_to_workers", lambda _: None)
     monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
     monkeypatch.setattr(endpoint, "delivery_counters", DeliveryCounters())
     caplog.set_level(logging.DEBUG)
@@ -187,8 +187,8 @@ def test_flood_is_logged_once_per_second_and_result(caplog: pytest.LogCaptureFix
     counters = DeliveryCounters(lambda: now[0])
     before = counts().get("deliveries mismatch", 0)
     for now[0] in (0.0, 0.1, 0.9, 0.95, 1.1, 1.2, 5.0):
-        counters.count_delivery("mismatch", status=401)
-    counters.count_delivery("stale", status=401)
+        counters.count_delivery_and_log_sampled("mismatch", status=401)
+    counters.count_delivery_and_log_sampled("stale", status=401)
     assert [(line["result"], line["suppressed"]) for line in webhook_events(caplog)] == [
         ("mismatch", 0),
         ("mismatch", 3),

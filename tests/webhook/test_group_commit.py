@@ -183,7 +183,7 @@ def test_commit_does_not_wait_for_follow_ups(monkeypatch: pytest.MonkeyPatch) ->
             assert started.wait(5)
         assert not proceed.is_set()
         proceed.set()
-        kept.drain()
+        kept.shut_down_after_follow_ups()
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert len(followed) == 2
@@ -197,7 +197,7 @@ def test_drain_runs_pending_follow_ups() -> None:
     followed: list[int] = []
     kept = GroupCommitter(len, followed.extend)
     asyncio.run(kept.commit(ParsedDelivery()))
-    kept.drain()
+    kept.shut_down_after_follow_ups()
     assert followed == [1]
 
 
@@ -214,7 +214,7 @@ def test_commit_during_drain_runs_its_follow_up() -> None:
     async def run() -> None:
         delivery = asyncio.create_task(kept.commit(ParsedDelivery()))
         await asyncio.to_thread(committing.wait, 5)
-        drained = asyncio.create_task(asyncio.to_thread(kept.drain))
+        drained = asyncio.create_task(asyncio.to_thread(kept.shut_down_after_follow_ups))
         await asyncio.to_thread(eventually, lambda: kept._threads._shutdown)
         proceed.set()
         await asyncio.gather(delivery, drained)

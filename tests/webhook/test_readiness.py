@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from webhook.readiness import CHECK_INTERVAL_S, Readiness
+from webhook.readiness import CHECK_INTERVAL_S, SharedReadinessCheck
 
 
 def test_concurrent_requests_share_one_check_per_second() -> None:
@@ -17,7 +17,7 @@ def test_concurrent_requests_share_one_check_per_second() -> None:
         time.sleep(0.02)
         return checks[0] == 1
 
-    ready = Readiness(check, lambda: now[0])
+    ready = SharedReadinessCheck(check, lambda: now[0])
 
     async def story() -> None:
         impatient = asyncio.create_task(ready())
@@ -44,7 +44,7 @@ def test_slow_check_is_not_started_twice() -> None:
         time.sleep(0.05)
         raise ValueError
 
-    ready = Readiness(check, lambda: now[0])
+    ready = SharedReadinessCheck(check, lambda: now[0])
 
     async def story() -> None:
         first = asyncio.create_task(ready())

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from webhook import signature
-from webhook.signature import Malformed, Mismatch, Missing, NoSecret, SignatureRefused, Stale, verify
+from webhook.signature import Malformed, Mismatch, Missing, NoSecret, SignatureRefused, TimestampOutOfTolerance, verify
 
 SECRET = "test_secret"
 TIMESTAMP = "1700000000"
@@ -181,7 +181,7 @@ def test_tolerance_includes_its_limits(offset_s: float) -> None:
 @pytest.mark.parametrize(("offset_s", "age_s"), [(301, 301), (-301, -301), (300.001, 300), (86_400, 86_400)])
 def test_timestamp_outside_the_tolerance_is_stale(offset_s: float, age_s: int) -> None:
     """The refusal has the difference in seconds."""
-    with pytest.raises(Stale) as refusal:
+    with pytest.raises(TimestampOutOfTolerance) as refusal:
         verify(BODY, TIMESTAMP, SIGNATURE, [SECRET], NOW + timedelta(seconds=offset_s))
     assert (refusal.value.reason, refusal.value.age_s) == ("stale", age_s)
 
@@ -194,7 +194,7 @@ def test_only_valid_signatures_are_stale(timestamp: str) -> None:
     with pytest.raises(Mismatch):
         verify(BODY, timestamp, sign(BODY, timestamp, "a guess"), [SECRET], NOW)
     if abs(int(timestamp) - 1_700_000_000) > 300:
-        with pytest.raises(Stale):
+        with pytest.raises(TimestampOutOfTolerance):
             verify(BODY, timestamp, sign(BODY, timestamp), [SECRET], NOW)
 
 

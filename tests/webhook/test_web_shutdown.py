@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.processes import ROOT, free_port
+from demo.processes import ROOT, assign_free_port
 
 SEND_SIGTERM_DURING_START = """
 import importlib, os, signal, sys
@@ -30,7 +30,7 @@ def test_sigterm_during_start_ends_the_process(tmp_path: Path, moment: str) -> N
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
-        "PAYREADY_WEBHOOK_PORT": str(free_port()),
+        "PAYREADY_WEBHOOK_PORT": str(assign_free_port()),
     }
     command = [sys.executable, "-c", SEND_SIGTERM_DURING_START, moment]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=20)

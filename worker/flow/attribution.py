@@ -56,7 +56,7 @@ class AttributedBalance:
 def attribute_balances(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
     """Attribute balances, one for each account, to refreshes. The accounts must be locked."""
     by_account: Mapping[str, list[RefreshRecord]] = defaultdict(list)
-    for refresh in refreshes.awaiting_balance(tx, [balance.account_id for balance in records]):
+    for refresh in refreshes.find_answerable_or_requested(tx, [balance.account_id for balance in records]):
         by_account[refresh.account_id].append(refresh)
     return [
         AttributedBalance(
@@ -107,14 +107,14 @@ def _attribute(
 
 def _may_still_be_response(refresh: RefreshRecord, balance: BalanceRecord) -> bool:
     """Whether the balance may be the late response to a refresh that was not called last."""
-    return refresh.called_at is not None and balance.as_of - refresh.called_at < MAX_BALANCE_DELAY
+    return refresh.called_at is not None and balance.at_capped_at_receipt - refresh.called_at < MAX_BALANCE_DELAY
 
 
 def _can_explain(refresh: RefreshRecord, balance: BalanceRecord, skew: timedelta) -> bool:
     """Whether the refresh's call can have caused the balance: it was not made after the balance, within the skew."""
     if refresh.called_at is None or balance.received_at < refresh.called_at - skew:
         return False
-    return states.can_be_response_to(balance.as_of, refresh.called_at, skew)
+    return states.can_be_response_to(balance.at_capped_at_receipt, refresh.called_at, skew)
 
 
 # --- payments without a balance ---------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def refresh_by_payment(rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]) -
     if not waiting:
         return {}
     accounts = sorted({payment.account_id for payment in waiting})
-    called = refreshes.called_since(tx, accounts, min(payment.min_balance_at for payment in waiting))
+    called = refreshes.find_requested_or_called_since(tx, accounts, min(payment.min_balance_at for payment in waiting))
     return {
         payment.payment_id: next((refresh for refresh in called if _can_serve(rt, refresh, payment)), None)
         for payment in waiting

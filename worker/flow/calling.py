@@ -22,7 +22,7 @@ from worker.ledger import fee_entries, refreshes
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.ledger.fee_entries import FinalEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
-from worker.ledger.refreshes import RefreshRecord, without_this_call
+from worker.ledger.refreshes import RefreshRecord, call_columns_without_this_call
 from worker.rules import states
 from worker.rules.states import RefreshEvent
 from worker.rules.times import utc_text
@@ -31,9 +31,12 @@ from worker.runtime import Runtime
 log = get_logger(__name__)
 
 RECORD_RETRY_DELAYS_S = (0.1, 0.5, 1, 2, 4)
-"""Delays between attempts to record a result. Their sum is below the margin for it in `Settings.max_call_duration`."""
+"""Delays between attempts to record a result.
+
+Their sum is below the margin for it in `Settings.max_call_and_record_duration`.
+"""
 MAX_CLAIM_AGE = timedelta(seconds=5)
-"""Maximum time from a claim to its call. The rest of the margin in `Settings.max_call_duration` is for it."""
+"""Maximum time from a claim to its call. It is part of the margin in `Settings.max_call_and_record_duration`."""
 MAX_RATE_LIMIT_WAIT = timedelta(seconds=60)
 """Maximum duration of a rate limit. A longer one in a response is the error of a clock."""
 
@@ -164,7 +167,7 @@ def _record_accepted(
             locked = try_lock_accounts(tx, locked)
         recorded = [result for result in accepted if result.claim.refresh.account_id in locked]
         transitions = [(result.claim.refresh, window_end(rt, result.claim.refresh)) for result in recorded]
-        refreshes.transition_all(tx, RefreshEvent.ACCEPT, transitions)
+        refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, transitions)
         entries = [_final_entry(rt, result.claim, result.status, {"status": result.status}) for result in recorded]
         fee_entries.post_or_void(tx, entries, now)
     for result in recorded:
@@ -210,7 +213,7 @@ def _defer(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> 
         refresh,
         RefreshEvent.DEFER,
         not_before,
-        **without_this_call(refresh),
+        **call_columns_without_this_call(refresh),
         deferral_count=refresh.deferral_count + 1,
         not_before=not_before,
         last_error=str(error),

@@ -177,7 +177,7 @@ def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock
     return all(
         payment.job.max_balance_age_s > 0
         and states.balance_is_fresh_enough(
-            balance.as_of, None, payment.min_balance_at, only_own_call=False, skew=clock_skew
+            balance.at_capped_at_receipt, None, payment.min_balance_at, only_own_call=False, skew=clock_skew
         )
         for payment in waiting
     )

@@ -177,7 +177,7 @@ def _decide(
         has_slot=terms.has_slot,
         denied=terms.admission.denied if len(unwritten) >= terms.admission.granted else None,
         clock_skew=rt.settings.clock_skew,
-        max_call_duration=rt.settings.max_call_duration,
+        max_call_duration=rt.settings.max_call_and_record_duration,
     )
     if isinstance(decision, ClaimCall) and rt.fee_caps.has_any:
         return _check_fee_caps(rt, tx, decision, terms, unwritten)
@@ -227,7 +227,7 @@ def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelt
     if not calls:
         return []
     account_ids = {call.account_id for call in calls}
-    records = refreshes.find_for_claim(tx, account_ids, [call.refresh_id for call in calls])
+    records = refreshes.find_in_flight_or_by_id(tx, account_ids, [call.refresh_id for call in calls])
     by_id = {record.refresh_id: record for record in records}
     in_flight = {record.account_id: record for record in records if record.state in IN_FLIGHT_STATES}
     waiting = payments.lock_waiting_by_account(tx, account_ids)
@@ -260,7 +260,7 @@ def _newest_reusable_balances(
     if not candidates:
         return {}
     oldest = min(payment.min_balance_at for payment in candidates) - clock_skew
-    return balances.newest_by_account(tx, {payment.account_id for payment in candidates}, oldest)
+    return balances.newest_refresh_balance_by_account(tx, {payment.account_id for payment in candidates}, oldest)
 
 
 # --- persist ----------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def _queue(tx: Tx, inputs: ClaimInputs, due_at: datetime) -> None:
     if inputs.refresh is None:
         refreshes.insert_refreshes(tx, [refreshes.new_refresh(inputs.account_id, inputs.refresh_id, due_at)])
     else:
-        refreshes.reschedule(tx, inputs.refresh, due_at)
+        refreshes.reschedule_if_unchanged(tx, inputs.refresh, due_at)
 
 
 def _stored_refresh(tx: Tx, inputs: ClaimInputs, now: datetime) -> RefreshRecord:
@@ -348,5 +348,5 @@ def _delay(tx: Tx, refresh: RefreshRecord, delay: Delay, now: datetime) -> Follo
     resolutions = [
         failed_resolution(payment, Reason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
     ]
-    refreshes.delay(tx, refresh, delay.denied.until, delay.last_error)
+    refreshes.delay_if_unchanged(tx, refresh, delay.denied.until, delay.last_error)
     return FollowUp(deliveries=payments.resolve(tx, resolutions))

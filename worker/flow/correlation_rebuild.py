@@ -15,13 +15,15 @@ BALANCE_TTL = timedelta(seconds=ACCOUNT_TTL_S)
 def rebuild_correlation(rt: Runtime, tx: Tx, account_id: str) -> None:
     """Replace the account's state in the correlation store with the ledger's."""
     in_flight, requested = refreshes.in_flight_refresh(tx, account_id), refreshes.requested_refresh(tx, account_id)
-    newest = balances.newest_by_account(tx, [account_id], rt.clock() - BALANCE_TTL).get(account_id)
+    newest = balances.newest_refresh_balance_by_account(tx, [account_id], rt.clock() - BALANCE_TTL).get(account_id)
     state = AccountState(
         in_flight=in_flight.refresh_id if in_flight else None,
         called_at=in_flight.called_at if in_flight else None,
         requested=requested.refresh_id if requested else None,
         newest_balance=(
-            NewBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.as_of) if newest else None
+            NewBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.at_capped_at_receipt)
+            if newest
+            else None
         ),
     )
     best_effort(rt.correlation.restore_account, account_id, state)

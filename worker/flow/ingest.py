@@ -43,7 +43,10 @@ def ingest_events(
 
 
 def _new_records(received_balances: Sequence[ReceivedBalance], received_at: datetime) -> list[BalanceRecord]:
-    return [balances.new_record(received.event_id, received.balance, received_at) for received in received_balances]
+    return [
+        balances.new_unapplied_record(received.event_id, received.balance, received_at)
+        for received in received_balances
+    ]
 
 
 def _store_and_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
@@ -84,7 +87,7 @@ def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionU
     follow_up = FollowUp()
     for update in sorted(updates, key=lambda update: update.at):
         if isinstance(update, AccountMoved):
-            payments.move_to_connection(tx, update, requested_by=update.at + rt.settings.clock_skew)
+            payments.set_connection_of_waiting_if_newer(tx, update, max_requested_at=update.at + rt.settings.clock_skew)
         else:
             follow_up.merge(_fail_connection(rt, tx, update))
     return follow_up
@@ -93,7 +96,7 @@ def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionU
 def _fail_connection(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
     """Fail the payments of a lost connection or profile that were requested before it was lost."""
     requested_by = lost.at + rt.settings.clock_skew
-    waiting = payments.lock_waiting_by_connection(tx, lost, requested_by=requested_by)
+    waiting = payments.lock_waiting_by_connection(tx, lost, max_requested_at=requested_by)
     return FollowUp(deliveries=fail_payments(rt, tx, waiting, Reason.CONNECTION_LOST, lost.detail))
 
 

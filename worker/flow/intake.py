@@ -104,7 +104,7 @@ def _insert_and_load_known(tx: Tx, requests: Sequence[IntakeRequest], now: datet
     inserted = payments.insert_payments(tx, [request.job for request in requests], now)
     repeated = [request for request in requests if request.job.payment_id not in inserted]
     known = (
-        payments.lock_known_payments(
+        payments.lock_payments_with_registered_tasks(
             tx, {request.job.payment_id for request in repeated}, {request.task_id for request in repeated}
         )
         if repeated

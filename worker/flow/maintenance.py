@@ -126,7 +126,7 @@ def _schedule_polls(rt: Runtime, waiting: Sequence[WaitingPayment], now: datetim
     ]
     with transaction(rt.engine) as tx:
         max_deadline = now + 1.5 * rt.settings.balance_poll_lead
-        payments.check_at_deadline(tx, [poll.account_id for poll in polls], max_deadline)
+        payments.set_next_checks_to_deadline(tx, [poll.account_id for poll in polls], max_deadline)
     return FollowUp(balance_polls=polls)
 
 
@@ -148,10 +148,10 @@ def sweep(rt: Runtime) -> FollowUp:
     now = rt.clock()
     min_deadline = now + timedelta(seconds=rt.settings.min_time_left_for_call_s)
     with transaction(rt.engine) as tx:
-        due = refreshes.due_for_check(tx, now, MAINTENANCE_BATCH_SIZE)
+        due = refreshes.find_due_in_flight_or_unneeded(tx, now, MAINTENANCE_BATCH_SIZE)
         # One more than there are slots in a second: the limiter then knows whether delayed calls remain.
         callable_refreshes = refreshes.callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
-        unapplied = balances.claim_overdue(tx, now, MAINTENANCE_BATCH_SIZE)
+        unapplied = balances.claim_overdue_unapplied(tx, now, MAINTENANCE_BATCH_SIZE)
     follow_up = FollowUp(balances_to_apply=unapplied)
     for refresh in due:
         try:
@@ -178,7 +178,7 @@ def _schedule_delayed_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> 
         slots = [timedelta(0)] * len(requested)
     scheduled = list(zip(requested, slots, strict=False))
     with transaction(rt.engine) as tx:
-        refreshes.reschedule_requested(tx, [refresh for refresh, _ in scheduled], now + CALL_ENQUEUE_RETRY)
+        refreshes.reschedule_requested_skip_locked(tx, [refresh for refresh, _ in scheduled], now + CALL_ENQUEUE_RETRY)
     return [
         RefreshCall(account_id=refresh.account_id, refresh_id=refresh.refresh_id, has_slot=True, delay=delay)
         for refresh, delay in scheduled
@@ -196,7 +196,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [refresh.account_id])
         if refresh.state == RefreshState.REQUESTED:
-            if payments.account_demand(tx, refresh.account_id) is None:
+            if payments.balance_time_bounds_of_waiting(tx, refresh.account_id) is None:
                 refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None)
                 best_effort(rt.correlation.clear_refresh, refresh.account_id, refresh.refresh_id)
             return FollowUp()
@@ -209,7 +209,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
             is_retried = refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY)
             return FollowUp(calls=[call_of(refresh)] if is_retried else [])
         if now < window_end(rt, refresh):
-            refreshes.reschedule(tx, refresh, window_end(rt, refresh))
+            refreshes.reschedule_if_unchanged(tx, refresh, window_end(rt, refresh))
             return FollowUp()
         refreshes.transition(tx, refresh, RefreshEvent.WINDOW_ENDED, None)
         calls = queued_call(tx, refresh.account_id)
@@ -219,7 +219,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
 
 def _is_worth_retrying(tx: Tx, refresh: RefreshRecord, now: datetime) -> bool:
     """Whether to repeat a call with an unknown result: once, and only if a waiting payment has time left."""
-    demand = payments.account_demand(tx, refresh.account_id)
+    demand = payments.balance_time_bounds_of_waiting(tx, refresh.account_id)
     return refresh.call_count < MAX_UNCERTAIN_CALLS and demand is not None and demand.last_deadline > now
 
 

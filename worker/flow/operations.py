@@ -30,7 +30,7 @@ def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:
 def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelivery]:
     """Claim the undelivered outcomes of these tasks. For a while only the caller delivers them."""
     with transaction(rt.engine) as tx:
-        return outcome_deliveries.claim_undelivered(tx, task_ids, rt.clock())
+        return outcome_deliveries.claim_undelivered_and_unclaimed(tx, task_ids, rt.clock())
 
 
 def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) -> None:
@@ -42,4 +42,4 @@ def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) ->
 def redeliver(rt: Runtime, payment_id: str) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it: none if it is not resolved."""
     with transaction(rt.engine) as tx:
-        return outcome_deliveries.redeliver(tx, payment_id, rt.clock())
+        return outcome_deliveries.make_outcome_due_again(tx, payment_id, rt.clock())

@@ -26,7 +26,7 @@ from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import WaitingPayment
-from worker.ledger.refreshes import RefreshRecord, without_this_call
+from worker.ledger.refreshes import RefreshRecord, call_columns_without_this_call
 from worker.rules.pricing import ACCEPTED_STATUS
 from worker.rules.states import RefreshEvent
 from worker.runtime import Runtime
@@ -79,7 +79,7 @@ def apply_balance(rt: Runtime, balance_id: str) -> FollowUp:
         lock_accounts(tx, [found[balance_id].account_id])
         records = balances.find(tx, [balance_id])  # another transaction may have applied it before the lock
         attributed = attribute_balances(tx, list(records.values()), rt.settings.clock_skew)
-        balances.mark_applied(tx, [balance.applied_record for balance in attributed])
+        balances.mark_applied_with_refresh(tx, [balance.applied_record for balance in attributed])
         result = resolve_with_balances(rt, tx, attributed)
     result.observe_latency()
     return result.follow_up
@@ -122,7 +122,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
         balances=attributed,
         waiting=waiting,
         calls=calls,
-        sharers=payments.count_sharers(tx, newly_attributed),
+        sharers=payments.count_fee_sharers_by_state(tx, newly_attributed),
         released=payments.released_amounts_since(tx, released_since),
         clock_skew=skew,
         answered_call_state=rt.price_list.final_state(ACCEPTED_STATUS),
@@ -146,7 +146,7 @@ def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[s
 
 def _add_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) -> None:
     new_balances = [
-        NewBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.as_of)
+        NewBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
         for record in (balance.balance for balance in attributed)
         if record.due_at is not None and record.source == "REFRESH"
     ]
@@ -156,7 +156,9 @@ def _add_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) ->
 
 def _persist(tx: Tx, decisions: Sequence[BalanceDecision], now: datetime) -> list[OutcomeDelivery]:
     answered = [decision.answered_refresh for decision in decisions if decision.answered_refresh is not None]
-    refreshes.transition_all(tx, RefreshEvent.BALANCE_RECEIVED, [(refresh, None) for refresh in answered])
+    refreshes.transition_all_and_clear_errors(
+        tx, RefreshEvent.BALANCE_RECEIVED, [(refresh, None) for refresh in answered]
+    )
     posted = [decision.posted for decision in decisions if decision.posted is not None]
     fee_entries.post_or_void(tx, posted, now)
     return payments.resolve(tx, [resolution for decision in decisions for resolution in decision.resolutions])
@@ -184,7 +186,7 @@ def reject_refresh(rt: Runtime, tx: Tx, refresh: RefreshRecord, reason: Reason, 
     The account must be locked.
     """
     if not refreshes.transition(
-        tx, refresh, RefreshEvent.REJECT, None, **without_this_call(refresh), last_error=detail
+        tx, refresh, RefreshEvent.REJECT, None, **call_columns_without_this_call(refresh), last_error=detail
     ):
         return FollowUp()  # the refresh has changed since it was loaded, for instance because a balance answered it
     waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).get(refresh.account_id, [])

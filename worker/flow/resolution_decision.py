@@ -93,7 +93,7 @@ def funds_as_of(balance: AttributedBalance) -> datetime:
     the amounts may be as old as the call.
     """
     called_at = balance.refresh.called_at if balance.refresh else None
-    return min(balance.balance.as_of, called_at or balance.balance.as_of)
+    return min(balance.balance.at_capped_at_receipt, called_at or balance.balance.at_capped_at_receipt)
 
 
 def failed_resolution(
@@ -137,7 +137,12 @@ def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: dateti
 
 def _call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry | None:
     candidates = balance.attribution.candidates if balance.attribution else ()
-    possible = [call for refresh_id in candidates for call in inputs.calls.get(refresh_id, ()) if call.may_be_accepted]
+    possible = [
+        call
+        for refresh_id in candidates
+        for call in inputs.calls.get(refresh_id, ())
+        if call.may_be_accepted_by_status_or_state
+    ]
     if len(possible) != 1 or possible[0].state != EntryState.PENDING:
         return None
     evidence = {"event": balance.balance.event_id, "balance": balance.balance.balance_id}
@@ -167,7 +172,7 @@ def _is_fresh_enough(balance: AttributedBalance, payment: WaitingPayment, clock_
     if balance.balance.source != "REFRESH" and (accepts_no_age or not _was_called_for(balance, payment)):
         return False
     return states.balance_is_fresh_enough(
-        balance.balance.as_of,
+        balance.balance.at_capped_at_receipt,
         balance.refresh.called_at if balance.refresh else None,
         payment.min_balance_at,
         only_own_call=accepts_no_age,

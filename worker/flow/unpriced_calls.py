@@ -31,7 +31,10 @@ def defer_unpriced_calls(rt: Runtime, calls: Sequence[RefreshCall], error: CallF
 def _defer_unpriced_call(rt: Runtime, tx: Tx, call: RefreshCall, error: CallFailed) -> FollowUp:
     now = rt.clock()
     refresh = refreshes.find(tx, call.refresh_id)
-    if refreshes.in_flight_refresh(tx, call.account_id) or payments.account_demand(tx, call.account_id) is None:
+    if (
+        refreshes.in_flight_refresh(tx, call.account_id)
+        or payments.balance_time_bounds_of_waiting(tx, call.account_id) is None
+    ):
         return FollowUp()  # another worker has claimed a call, or no payment needs one
     if refresh is None:
         refresh = refreshes.new_refresh(call.account_id, call.refresh_id, now)
@@ -39,5 +42,5 @@ def _defer_unpriced_call(rt: Runtime, tx: Tx, call: RefreshCall, error: CallFail
     if isinstance(error, CallRejected):
         return reject_refresh(rt, tx, refresh, error.reason, str(error), now)
     if refresh.state == RefreshState.REQUESTED:
-        refreshes.defer(tx, refresh, now + states.backoff(refresh.deferral_count), str(error))
+        refreshes.defer_if_unchanged(tx, refresh, now + states.backoff(refresh.deferral_count), str(error))
     return FollowUp()

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from sqlalchemy import bindparam, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Tx
 from worker.ledger.tables import BALANCE
 from worker.quiltt.messages import Balance
@@ -36,7 +36,7 @@ class BalanceRecord:
     """The refresh that the balance is attributed to."""
 
     @property
-    def as_of(self) -> datetime:
+    def at_capped_at_receipt(self) -> datetime:
         """The balance's time by the provider's clock, but not later than its arrival by ours."""
         return min(self.at, self.received_at)
 
@@ -48,7 +48,7 @@ _NEWEST_BY_ACCOUNT = _SELECT_BALANCES.where(
 ).order_by(balance.at)
 
 
-def new_record(event_id: str, received: Balance, now: datetime) -> BalanceRecord:
+def new_unapplied_record(event_id: str, received: Balance, received_at: datetime) -> BalanceRecord:
     """Return the record of a balance that was received now and is not applied yet."""
     return BalanceRecord(
         balance_id=received.id,
@@ -59,8 +59,8 @@ def new_record(event_id: str, received: Balance, now: datetime) -> BalanceRecord
         available=received.available,
         current=received.current,
         limit=received.limit,
-        received_at=now,
-        due_at=now + REAPPLY_AFTER,
+        received_at=received_at,
+        due_at=received_at + REAPPLY_AFTER,
     )
 
 
@@ -70,7 +70,7 @@ def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
     A balance that is stored already stays as it is. Of two records with one id the first is stored.
     """
     rows = {record.balance_id: vars(record) for record in reversed(records)}
-    return bulk_insert(tx, BALANCE, [rows[key] for key in sorted(rows)], key="balance_id")
+    return bulk_insert_or_ignore(tx, BALANCE, [rows[key] for key in sorted(rows)], returning="balance_id")
 
 
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
@@ -79,9 +79,11 @@ def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
     return {row.balance_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
-def newest_by_account(tx: Tx, account_ids: Collection[str], oldest: datetime) -> dict[str, BalanceRecord]:
+def newest_refresh_balance_by_account(
+    tx: Tx, account_ids: Collection[str], min_at: datetime
+) -> dict[str, BalanceRecord]:
     """Return each account's newest balance with source REFRESH whose time is not before `oldest`."""
-    rows = tx.execute(_NEWEST_BY_ACCOUNT, {"account_ids": list(account_ids), "oldest": oldest})
+    rows = tx.execute(_NEWEST_BY_ACCOUNT, {"account_ids": list(account_ids), "oldest": min_at})
     return {row.account_id: BalanceRecord(**row._asdict()) for row in rows}
 
 
@@ -96,13 +98,13 @@ def unapplied_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[s
     return unapplied
 
 
-def mark_applied(tx: Tx, records: Sequence[BalanceRecord]) -> None:
+def mark_applied_with_refresh(tx: Tx, records: Sequence[BalanceRecord]) -> None:
     """Mark stored balances as applied, and store the refresh that each is attributed to."""
     rows = [{"balance_id": record.balance_id, "due_at": None, "refresh_id": record.refresh_id} for record in records]
     bulk_update(tx, BALANCE, rows, key="balance_id")
 
 
-def claim_overdue(tx: Tx, now: datetime, limit: int) -> list[str]:
+def claim_overdue_unapplied(tx: Tx, now: datetime, limit: int) -> list[str]:
     """Claim up to `limit` balances whose application is overdue, for three times `REAPPLY_AFTER`."""
     query = select(balance.balance_id).where(balance.due_at <= now).order_by(balance.due_at).limit(limit)
     claimed = list(tx.scalars(query.with_for_update(skip_locked=True)))

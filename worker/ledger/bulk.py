@@ -59,7 +59,7 @@ def any_of(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
     return _AnyOf(column, bindparam(parameter, type_=ARRAY(Text)))
 
 
-def bulk_insert(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
+def bulk_insert_or_ignore(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, returning: str) -> set[Any]:
     """Insert rows, except those that conflict with a unique index. Return the `key` values of the inserted rows.
 
     All rows must have the same columns.
@@ -69,9 +69,9 @@ def bulk_insert(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key:
     if tx.dialect.name == "postgresql":
         rows_json = json.dumps(rows, default=_json_value)
         if not _UNSAFE_IN_JSON.search(rows_json):
-            return set(tx.scalars(_insert_from_json(table, tuple(rows[0]), key), {"rows": rows_json}))
+            return set(tx.scalars(_insert_or_ignore_from_json(table, tuple(rows[0]), returning), {"rows": rows_json}))
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[key])
+    statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[returning])
     # Passed as parameters, the rows share one compiled statement; SQLAlchemy splits them as the database requires.
     return set(tx.scalars(statement, list(rows)))
 
@@ -81,29 +81,32 @@ _UNSAFE_IN_JSON = re.compile(r"\\u(0000|d[89a-f])")
 
 
 @cache
-def _insert_from_json(table: Table, columns: tuple[str, ...], key: str) -> TextClause:
+def _insert_or_ignore_from_json(table: Table, columns: tuple[str, ...], returning: str) -> TextClause:
     """Return a statement that inserts any number of rows from one parameter. It costs half of one with many."""
     names = ", ".join(f'"{column}"' for column in columns)
     return text(
         f"INSERT INTO {table.name} ({names}) "  # noqa: S608 - names of our own tables and columns
         f"SELECT {names} FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) "
-        f'ON CONFLICT DO NOTHING RETURNING "{key}"'
+        f'ON CONFLICT DO NOTHING RETURNING "{returning}"'
     )
 
 
-def bulk_update(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str) -> None:
+def bulk_update(tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], *, key: str) -> None:
     """Update the row with the `key` of each given row, if its columns still have the expected old values.
 
     A value named `was_x` is the expected old value of the column x. All rows must have the same names.
     """
-    if not rows:
+    if not new_and_expected_values:
         return
     if tx.dialect.name == "postgresql":
-        rows_json = json.dumps(rows, default=_json_value)
+        rows_json = json.dumps(new_and_expected_values, default=_json_value)
         if not _UNSAFE_IN_JSON.search(rows_json):
-            tx.execute(_update_from_json(table, tuple(rows[0]), key), {"rows": rows_json})
+            tx.execute(_update_from_json(table, tuple(new_and_expected_values[0]), key), {"rows": rows_json})
             return
-    new = {name: bindparam(f"new_{name}", type_=_column_of_parameter(table, name).type) for name in rows[0]}
+    new = {
+        name: bindparam(f"new_{name}", type_=_column_of_parameter(table, name).type)
+        for name in new_and_expected_values[0]
+    }
     unchanged = [
         _column_of_parameter(table, name).is_not_distinct_from(value)
         for name, value in new.items()
@@ -111,7 +114,7 @@ def bulk_update(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key:
     ]
     values = {name: value for name, value in new.items() if name != key and not name.startswith(_OLD_VALUE_PREFIX)}
     statement = update(table).where(table.c[key] == new[key], *unchanged).values(values)
-    tx.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
+    tx.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in new_and_expected_values])
 
 
 _OLD_VALUE_PREFIX = "was_"
@@ -123,21 +126,24 @@ def _column_of_parameter(table: Table, name: str) -> Column[Any]:
 
 
 @cache
-def _update_from_json(table: Table, names: tuple[str, ...], key: str) -> TextClause:
+def _update_from_json(table: Table, new_and_expected_names: tuple[str, ...], key: str) -> TextClause:
     """Return a statement that updates any number of rows from one parameter.
 
     Old values are compared with `IS NOT DISTINCT FROM`, not `=`: no partial index matches that, so the plan uses the
     primary key.
     """
     values = ", ".join(
-        f'"{name}" = new."{name}"' for name in names if name != key and not name.startswith(_OLD_VALUE_PREFIX)
+        f'"{name}" = new."{name}"'
+        for name in new_and_expected_names
+        if name != key and not name.startswith(_OLD_VALUE_PREFIX)
     )
-    old_values = [name for name in names if name.startswith(_OLD_VALUE_PREFIX)]
+    old_values = [name for name in new_and_expected_names if name.startswith(_OLD_VALUE_PREFIX)]
     unchanged = [
         f' AND old."{_column_of_parameter(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values
     ]
     types = ", ".join(
-        f'"{name}" {_column_of_parameter(table, name).type.compile(_POSTGRESQL_DIALECT)}' for name in names
+        f'"{name}" {_column_of_parameter(table, name).type.compile(_POSTGRESQL_DIALECT)}'
+        for name in new_and_expected_names
     )
     return text(
         f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above
@@ -147,7 +153,7 @@ def _update_from_json(table: Table, names: tuple[str, ...], key: str) -> TextCla
 
 
 def _json_value(value: object) -> str:
-    """Return a value in the text form that PostgreSQL converts from JSON."""
+    """Return a value in the text form that PostgreSQL converts from JSON. Raise `ValueError` for a naive time."""
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError(NAIVE_TIME_ERROR)

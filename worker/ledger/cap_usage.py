@@ -27,7 +27,7 @@ COUNT_WEIGHT: Mapping[EntryState, int] = {EntryState.PENDING: 1, EntryState.POST
 final entry: a void entry cancels the pending one, a posted entry confirms it."""
 
 
-def total_spent(tx: Tx, currency: str, since: datetime, until: datetime | None = None) -> Decimal:
+def total_non_void_fees(tx: Tx, currency: str, since: datetime, until: datetime | None = None) -> Decimal:
     """Return the posted and pending fees of calls made from `since` to before `until`."""
     query = select(entry.state, entry.price, func.count().label("entries")).group_by(entry.state, entry.price)
     query = query.where(entry.called_at >= since, entry.currency == currency)
@@ -37,7 +37,7 @@ def total_spent(tx: Tx, currency: str, since: datetime, until: datetime | None =
     return sum((row.price * row.entries * COUNT_WEIGHT[EntryState(row.state)] for row in rows), Decimal(0))
 
 
-def count_calls(tx: Tx, account_id: str, since: datetime) -> int:
+def count_non_void_calls(tx: Tx, account_id: str, since: datetime) -> int:
     """Return the number of an account's posted and pending calls made at or after `since`."""
     query = select(entry.state, func.count().label("entries")).group_by(entry.state)
     rows = tx.execute(query.where(entry.account_id == account_id, entry.called_at >= since))
@@ -88,13 +88,13 @@ class CapUsageCounter:
     def usage(
         self, tx: Tx, caps: FeeCaps, *, account_id: str, price: Price, unwritten: Sequence[CallEntry], now: datetime
     ) -> list[CapUsage]:
-        """Return the usage of each cap that is set. The account must be locked.
+        """Return the usage of each cap that is set, the calls in `unwritten` included. The account must be locked.
 
         Locks the spending if fees are capped. `unwritten` are calls that this transaction has claimed and will write.
         """
         usages: list[CapUsage] = []
         if caps.calls_per_account is not None:
-            calls = count_calls(tx, account_id, start_of_day(now))
+            calls = count_non_void_calls(tx, account_id, start_of_day(now))
             calls += sum(call.account_id == account_id for call in unwritten)
             usages.append(
                 CapUsage(
@@ -110,7 +110,7 @@ class CapUsageCounter:
         lock_spending(tx)
         claimed = sum((call.price for call in unwritten if call.currency == price.currency), Decimal(0))
         if caps.per_day is not None:
-            today = total_spent(tx, price.currency, start_of_day(now)) + claimed
+            today = total_non_void_fees(tx, price.currency, start_of_day(now)) + claimed
             usages.append(_fee_usage(CapKind.DAY, limit=caps.per_day, used=today, price=price))
         if caps.per_month is not None:
             month = self.month_total(tx, price.currency, now) + claimed
@@ -118,15 +118,15 @@ class CapUsageCounter:
         return usages
 
     def month_total(self, tx: Tx, currency: str, now: datetime) -> Decimal:
-        """Return the posted and pending fees of this month's calls."""
+        """Return the posted and pending fees of this month's calls. Past days are cached for `MONTH_CACHE_TTL`."""
         since = start_of_month(now)
         until = max(since, start_of_day(now - MAX_CLOCK_LAG))
         past_days = self._past_days
         if past_days is None or not past_days.covers(since, until, currency, now):
-            total = total_spent(tx, currency, since, until)
+            total = total_non_void_fees(tx, currency, since, until)
             past_days = _PastDays(since=since, until=until, currency=currency, counted_at=now, total=total)
             self._past_days = past_days
-        return past_days.total + total_spent(tx, currency, until)
+        return past_days.total + total_non_void_fees(tx, currency, until)
 
 
 def _fee_usage(cap: CapKind, *, limit: Decimal, used: Decimal, price: Price) -> CapUsage:

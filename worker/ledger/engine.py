@@ -70,8 +70,8 @@ def open_engine(url: str, *, connections: int = 40) -> Engine:
             hide_parameters=True,  # error texts must not show a payment's data
         )
         event.listen(engine, "handle_error", _raise_not_migrated)
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "connect", _set_sqlite_pragmas_and_manual_begin)
+        event.listen(engine, "begin", _begin_sqlite_immediate_unless_read_only)
         return engine
     url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     engine = create_engine(
@@ -110,13 +110,13 @@ def _ping_if_idle(engine: Engine, connection: Any, record: Any, _proxy: object) 
             raise DisconnectionError from error
 
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions itself; see _begin_sqlite
+def _set_sqlite_pragmas_and_manual_begin(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions: the event `begin` does
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_sqlite(connection: Tx) -> None:
+def _begin_sqlite_immediate_unless_read_only(connection: Tx) -> None:
     # A transaction that reads first and then writes would fail at once, without a wait, if another one wrote.
     connection.exec_driver_sql(
         "BEGIN" if _READ_ONLY_OPTION in connection.get_execution_options() else "BEGIN IMMEDIATE"
@@ -132,7 +132,7 @@ def transaction(engine: Engine) -> Iterator[Tx]:
 
 @contextmanager
 def read_snapshot(engine: Engine) -> Iterator[Tx]:
-    """Open a read-only snapshot of the ledger. It blocks no writer."""
+    """Open a read-only snapshot of the ledger, with all plan types of PostgreSQL on. It blocks no writer."""
     options = (
         {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     )

@@ -24,7 +24,7 @@ CALLS = PENDING_ENTRY.outerjoin(
 IS_PENDING_ENTRY = PENDING_ENTRY.c.state == EntryState.PENDING.value
 
 
-def set_report_limits(tx: Tx) -> None:
+def raise_limits_for_report(tx: Tx) -> None:
     """Raise PostgreSQL's memory and time limits for this transaction: a report may read over a million entries."""
     if tx.dialect.name == "postgresql":
         tx.execute(text("SET LOCAL work_mem = '128MB'"))
@@ -49,7 +49,7 @@ class UnresolvedCall:
 
 def unresolved_calls(tx: Tx, before: datetime) -> list[UnresolvedCall]:
     """Return the calls made before this time that are still pending, the oldest first."""
-    set_report_limits(tx)
+    raise_limits_for_report(tx)
     pending = PENDING_ENTRY.c
     query: Select[Any] = select(
         pending.call_id,
@@ -67,7 +67,7 @@ def unresolved_calls(tx: Tx, before: datetime) -> list[UnresolvedCall]:
 
 def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:
     """Return the calls in this currency made from `since` to before `until`, with their present states."""
-    set_report_limits(tx)
+    raise_limits_for_report(tx)
     pending = PENDING_ENTRY.c
     query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price)
     query = query.select_from(CALLS).where(

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from worker.ledger.bulk import any_of, bulk_insert
+from worker.ledger.bulk import any_of, bulk_insert_or_ignore
 from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import FEE_ENTRY
 from worker.rules.pricing import ACCEPTED_STATUS, EntryState, Price
@@ -36,7 +36,7 @@ class CallEntry:
     evidence: dict[str, Any]
 
     @property
-    def may_be_accepted(self) -> bool:
+    def may_be_accepted_by_status_or_state(self) -> bool:
         """Whether the provider accepted the call, or may have. Only then can a balance be attributed to it."""
         if "status" in self.evidence:
             return bool(self.evidence["status"] == ACCEPTED_STATUS)
@@ -70,7 +70,7 @@ def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: 
 def open_entries(tx: Tx, calls: Sequence[CallEntry]) -> None:
     """Insert the pending entries of calls that are about to be made."""
     rows = [entry_row(call, EntryState.PENDING, {}, call.called_at) for call in calls]
-    bulk_insert(tx, FEE_ENTRY, rows, key="call_id")
+    bulk_insert_or_ignore(tx, FEE_ENTRY, rows, returning="call_id")
 
 
 def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> set[str]:
@@ -86,7 +86,7 @@ def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:
         is_final = entry.call_id.in_(call_ids), entry.state != EntryState.PENDING.value
         final_call_ids = set(tx.scalars(select(entry.call_id).where(*is_final)))
         rows = [row for row in rows if row["call_id"] not in final_call_ids]
-    return bulk_insert(tx, FEE_ENTRY, rows, key="call_id")
+    return bulk_insert_or_ignore(tx, FEE_ENTRY, rows, returning="call_id")
 
 
 def entry_row(call: CallEntry, state: EntryState, evidence: dict[str, Any], now: datetime) -> dict[str, Any]:

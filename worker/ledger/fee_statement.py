@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from worker.ledger.engine import Row, Tx
-from worker.ledger.fee_calls import set_report_limits
+from worker.ledger.fee_calls import raise_limits_for_report
 from worker.ledger.tables import FEE_ENTRY, PAYMENT
 from worker.rules.pricing import FEE_UNIT, EntryState
 
@@ -114,7 +114,7 @@ def _count_entries(state: EntryState, *conditions: ColumnElement[bool]) -> Colum
     return func.count().filter(entry.state == state.value, *conditions)
 
 
-def _sum_prices(state: EntryState) -> ColumnElement[int]:
+def _sum_price_units(state: EntryState) -> ColumnElement[int]:
     return _sum_where(_to_units(entry.price), entry.state == state.value)
 
 
@@ -123,9 +123,9 @@ _TOTAL_COLUMNS = (
     _count_entries(_PENDING).label("calls"),
     _count_entries(_POSTED).label("posted"),
     _count_entries(_VOID).label("void"),
-    _sum_prices(_PENDING).label("pending_units"),
-    _sum_prices(_POSTED).label("posted_units"),
-    _sum_prices(_VOID).label("void_units"),
+    _sum_price_units(_PENDING).label("pending_units"),
+    _sum_price_units(_POSTED).label("posted_units"),
+    _sum_price_units(_VOID).label("void_units"),
 )
 """Each call has one pending entry and at most one final entry, so the pending calls are the difference."""
 
@@ -142,7 +142,7 @@ def _utc_day(tx: Tx, at: ColumnElement[Any]) -> ColumnElement[Any]:
 
 def statement_lines(tx: Tx, since: datetime, until: datetime, by: GroupBy) -> list[StatementLine]:
     """Return the calls made from `since` to before `until`, grouped and sorted by price, account or day."""
-    set_report_limits(tx)
+    raise_limits_for_report(tx)
     if by == "price":
         query = select(entry.price_list.label("key"), entry.price, entry.currency, *_TOTAL_COLUMNS)
         query = query.group_by(entry.price_list, entry.price, entry.currency).order_by(
@@ -175,7 +175,7 @@ def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None)
     )
 
 
-def _refreshes_with_several_payments() -> Subquery:
+def _payment_counts_of_shared_refreshes() -> Subquery:
     """Select refreshes of more than one payment, with the numbers of sharers and of reusing payments."""
     sharers, reused = func.count().filter(payment.reused.is_(False)), func.count().filter(payment.reused.is_(True))
     query = select(payment.refresh_id, sharers.label("sharers"), reused.label("reused"))
@@ -188,7 +188,7 @@ CALL_LOOKBACK = timedelta(days=7)
 earlier call still sum exactly to its fees, but one unit may be assigned to another payment."""
 
 
-def _refresh_costs(since: datetime, until: datetime) -> Select[Any]:
+def _refresh_costs_in_and_before(since: datetime, until: datetime) -> Select[Any]:
     """Select the fees of each refresh in the period (`total`) and before it (`before`), without void calls."""
     in_period, earlier = entry.called_at >= since, entry.called_at < since
     # A pending entry adds the price, a void entry takes it back.
@@ -218,9 +218,11 @@ def _savings_by_key(
     tx: Tx, since: datetime, until: datetime, key_of: Callable[[Any], ColumnElement[Any]]
 ) -> dict[tuple[str, str], Savings]:
     """Return the savings by key and currency. `key_of` builds the key from the columns `account_id` and `called_at`."""
-    set_report_limits(tx)
-    counts = _refreshes_with_several_payments()
-    query = _refresh_costs(since, until).join_from(FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id)
+    raise_limits_for_report(tx)
+    counts = _payment_counts_of_shared_refreshes()
+    query = _refresh_costs_in_and_before(since, until).join_from(
+        FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id
+    )
     query = query.add_columns(counts.c.sharers, counts.c.reused).group_by(counts.c.sharers, counts.c.reused)
     cost = query.subquery("cost").c
     key = key_of(cost)
@@ -247,16 +249,16 @@ def _savings_by_key(
     }
 
 
-def payment_shares(tx: Tx, since: datetime, until: datetime) -> Iterator[PaymentShare]:
+def payment_shares_and_unshared_fees(tx: Tx, since: datetime, until: datetime) -> Iterator[PaymentShare]:
     """Yield the fee share of each payment in the calls of the period, then the calls that no payment shares.
 
     Together they sum exactly to the fees of the calls. The shares are those of `pricing.split_share`, computed by the
     database. If a refresh has calls on both sides of a month's end, each month gets what its calls add: over both
     months a payment owes exactly its share of all calls.
     """
-    set_report_limits(tx)
-    cost = _refresh_costs(since, until).subquery("cost")
-    rows = tx.execute(_sharing_payments(cost).execution_options(yield_per=5000))
+    raise_limits_for_report(tx)
+    cost = _refresh_costs_in_and_before(since, until).subquery("cost")
+    rows = tx.execute(_payments_with_fee_shares(cost).execution_options(yield_per=5000))
     for row in rows:
         yield _reused_share(row) if row.reused else _paid_share(row)
     sharer = select(payment.refresh_id).where(payment.refresh_id == cost.c.refresh_id, payment.reused.is_(False))
@@ -265,7 +267,7 @@ def payment_shares(tx: Tx, since: datetime, until: datetime) -> Iterator[Payment
         yield _unshared_fee(row)
 
 
-def _sharing_payments(cost: Subquery) -> Select[Any]:
+def _payments_with_fee_shares(cost: Subquery) -> Select[Any]:
     """Select the payments of the refreshes in `cost`, with the fee share of each in units."""
     group = (cost.c.account_id, cost.c.refresh_id, payment.reused, cost.c.currency)
     order = (payment.resolved_at, payment.requested_at, payment.payment_id)
@@ -322,7 +324,7 @@ def _paid_share(row: Row[Any]) -> PaymentShare:
         shared_by=row.sharers,
         fee=_from_units(row.fee),
         currency=row.currency,
-        state=_fee_state(row),
+        state=_combined_fee_state(row),
         saved=_from_units(row.total - row.fee),
     )
 
@@ -335,12 +337,12 @@ def _unshared_fee(row: Row[Any]) -> PaymentShare:
         shared_by=0,
         fee=_from_units(row.total),
         currency=row.currency,
-        state=_fee_state(row),
+        state=_combined_fee_state(row),
         saved=Decimal(0),
     )
 
 
-def _fee_state(row: Row[Any]) -> str:
+def _combined_fee_state(row: Row[Any]) -> str:
     if row.pending:
         return EntryState.PENDING.value
     return EntryState.POSTED.value if row.posted else EntryState.VOID.value

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from worker.ledger.bulk import bulk_insert
+from worker.ledger.bulk import bulk_insert_or_ignore
 from worker.ledger.engine import Tx
 from worker.ledger.fee_entries import CallEntry, calls_in_batches, entry_row, insert_final_rows
 from worker.ledger.tables import INVOICE
@@ -48,7 +48,7 @@ def applied_invoices(tx: Tx, currency: str) -> list[AppliedInvoice]:
     ]
 
 
-def apply_invoice(
+def apply_invoice_to_pending_calls(
     tx: Tx, reconciliation: Reconciliation, invoice: InvoiceEvidence, now: datetime
 ) -> InvoiceApplication:
     """Post the pending calls that the invoice charges, and void those that are free.
@@ -59,9 +59,9 @@ def apply_invoice(
     posted, voided = 0, 0
     for calls in calls_in_batches(tx, list(lines)):
         evidence = {call.call_id: _line_evidence(lines[call.call_id]) for call in calls}
-        posted += _post_or_void_by_invoice(tx, calls, EntryState.POSTED, invoice, evidence, now)
+        posted += _post_or_void_pending_by_invoice(tx, calls, EntryState.POSTED, invoice, evidence, now)
     for calls in calls_in_batches(tx, [call.call_id for call in reconciliation.to_void]):
-        voided += _post_or_void_by_invoice(tx, calls, EntryState.VOID, invoice, {}, now)
+        voided += _post_or_void_pending_by_invoice(tx, calls, EntryState.VOID, invoice, {}, now)
     period = reconciliation.period
     row = {
         "digest": invoice.digest,
@@ -73,7 +73,7 @@ def apply_invoice(
         "tolerance_s": int(period.tolerance.total_seconds()),
         "edge_calls": sorted(reconciliation.edge_call_ids),
     }
-    bulk_insert(tx, INVOICE, [row], key="digest")
+    bulk_insert_or_ignore(tx, INVOICE, [row], returning="digest")
     return InvoiceApplication(posted=posted, voided=voided)
 
 
@@ -81,7 +81,7 @@ def _line_evidence(line: InvoiceLine) -> dict[str, Any]:
     return {"line": line.row, "number": line.number, "amount": decimal_text(line.amount)}
 
 
-def _post_or_void_by_invoice(
+def _post_or_void_pending_by_invoice(
     tx: Tx,
     calls: Sequence[CallEntry],
     state: EntryState,

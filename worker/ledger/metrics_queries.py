@@ -69,9 +69,9 @@ def set_short_timeout(tx: Tx) -> None:
 
 def backlog(tx: Tx) -> Backlog:
     """Return the unfinished work as of now."""
-    waiting = select(_refresh_state_of_payment().label("call"), func.count(), func.min(payment.requested_at)).where(
-        IS_WAITING
-    )
+    waiting = select(
+        _serving_or_unanswered_refresh_state().label("call"), func.count(), func.min(payment.requested_at)
+    ).where(IS_WAITING)
     undelivered = (
         select(func.count(), func.min(payment.resolved_at))
         .join_from(OUTCOME_DELIVERY, PAYMENT)
@@ -89,7 +89,7 @@ def backlog(tx: Tx) -> Backlog:
     )
 
 
-def _refresh_state_of_payment() -> Any:
+def _serving_or_unanswered_refresh_state() -> Any:
     """Return the state of the account's refresh in flight, else of a requested one, else of an unanswered one."""
     conditions = (
         (refresh.state.in_(_literals(IN_FLIGHT_STATES)),),
@@ -117,7 +117,7 @@ def _count_and_oldest(tx: Tx, query: Any) -> CountAndOldest:
     return CountAndOldest(count=count, oldest_at=oldest_at)
 
 
-def resolved_counts(tx: Tx, after: datetime, until: datetime) -> Mapping[tuple[str, str], int]:
+def resolved_counts_by_state_and_reason(tx: Tx, after: datetime, until: datetime) -> Mapping[tuple[str, str], int]:
     """Count payments resolved after `after` up to `until`, by state and reason; `none` for released ones."""
     query = select(payment.state, func.coalesce(payment.reason, NO_REASON), func.count()).where(
         payment.resolved_at.is_not(None), payment.resolved_at > after, payment.resolved_at <= until

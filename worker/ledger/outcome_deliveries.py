@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Tx
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
@@ -49,7 +49,7 @@ def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
         }
         for new in sorted(deliveries, key=lambda new: str(new.continuation["id"]))
     ]
-    bulk_insert(tx, OUTCOME_DELIVERY, rows, key="task_id")
+    bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id")
 
 
 MAKE_DUE = (
@@ -68,7 +68,7 @@ def claim_overdue(tx: Tx, now: datetime, limit: int) -> list[OutcomeDelivery]:
     return _claim_deliveries(tx, task_ids, now)
 
 
-def claim_undelivered(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
+def claim_undelivered_and_unclaimed(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
     """Claim the undelivered outcomes of these tasks. Skip outcomes that were claimed since they were resolved."""
     query = select(delivery.task_id, delivery.due_at, payment.resolved_at).join_from(OUTCOME_DELIVERY, PAYMENT)
     # `due_at` is not a condition of the statement: PostgreSQL may scan the partial index of all due outcomes.
@@ -103,15 +103,16 @@ def payments_of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
     return list(tx.scalars(select(delivery.payment_id).where(delivery.task_id.in_(task_ids)).distinct()))
 
 
-def mark_delivered(tx: Tx, delivered_at: Mapping[str, datetime]) -> None:
-    """Mark the outcomes of these tasks as delivered, each at its time."""
+def mark_delivered(tx: Tx, delivered_at_by_task: Mapping[str, datetime]) -> None:
+    """Mark the outcomes of these tasks as delivered, each at its time, so that none is due again."""
     rows = [
-        {"task_id": task_id, "due_at": None, "delivered_at": delivered_at[task_id]} for task_id in sorted(delivered_at)
+        {"task_id": task_id, "due_at": None, "delivered_at": delivered_at_by_task[task_id]}
+        for task_id in sorted(delivered_at_by_task)
     ]
     bulk_update(tx, OUTCOME_DELIVERY, rows, key="task_id")
 
 
-def redeliver(tx: Tx, payment_id: str, now: datetime) -> list[str]:
+def make_outcome_due_again(tx: Tx, payment_id: str, now: datetime) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it."""
     resolved = select(payment.payment_id).where(payment.payment_id == payment_id, payment.resolved_at.is_not(None))
     query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(resolved)).values(due_at=now)

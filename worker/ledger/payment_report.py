@@ -131,14 +131,14 @@ class PaymentTimeline:
 def list_payments(
     tx: Tx, *, state: str | None = None, payment_ids: Sequence[str] | None = None, limit: int = 100
 ) -> list[PaymentLine]:
-    """Return payments, the last requested first."""
+    """Return up to `limit` payments with their fee shares, the last requested first."""
     query = select(PAYMENT).order_by(payment.requested_at.desc(), payment.payment_id).limit(limit)
     if state is not None:
         query = query.where(payment.state == state)
     if payment_ids is not None:
         query = query.where(payment.payment_id.in_(payment_ids))
     rows = tx.execute(query).all()
-    fees = payment_fees(tx, {row.refresh_id for row in rows if row.refresh_id})
+    fees = fee_shares_by_payment(tx, {row.refresh_id for row in rows if row.refresh_id})
     return [_payment_line(row, fees) for row in rows]
 
 
@@ -168,7 +168,7 @@ class _RefreshTotal:
     state: EntryState
 
 
-def payment_fees(tx: Tx, refresh_ids: Iterable[str]) -> dict[str, PaymentFee]:
+def fee_shares_by_payment(tx: Tx, refresh_ids: Iterable[str]) -> dict[str, PaymentFee]:
     """Return the fee share of each payment of these refreshes. The shares of a refresh sum exactly to its fees."""
     ids = list(refresh_ids)
     totals = _refresh_totals(tx, ids)
@@ -214,8 +214,8 @@ def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
     row = tx.execute(select(PAYMENT).where(payment.payment_id == payment_id)).one_or_none()
     if row is None:
         return None
-    fees = payment_fees(tx, [row.refresh_id] if row.refresh_id else [])
-    refresh_id = row.refresh_id or _intended_refresh_id(tx, row)
+    fees = fee_shares_by_payment(tx, [row.refresh_id] if row.refresh_id else [])
+    refresh_id = row.refresh_id or _refresh_id_waited_for(tx, row)
     return PaymentTimeline(
         payment=_payment_line(row, fees),
         job=row.job,
@@ -224,14 +224,14 @@ def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
         balance=_balance_line(tx, row.balance_id),
-        unapplied_balances=_unapplied_balance_lines(tx, row) if row.state == PaymentState.WAITING else [],
+        unapplied_balances=_unapplied_balance_lines_since_request(tx, row) if row.state == PaymentState.WAITING else [],
         deliveries=_delivery_lines(tx, payment_id),
     )
 
 
-def _intended_refresh_id(tx: Tx, row: Row[Any]) -> str | None:
+def _refresh_id_waited_for(tx: Tx, row: Row[Any]) -> str | None:
     """Return the refresh that a payment without a refresh waits for, or waited for until it was cancelled."""
-    for record in refreshes.called_since(tx, [row.account_id], row.min_balance_at):
+    for record in refreshes.find_requested_or_called_since(tx, [row.account_id], row.min_balance_at):
         if row.resolved_at is None or (record.called_at and record.called_at <= row.resolved_at):
             return record.refresh_id
     return None
@@ -273,7 +273,7 @@ def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
     return BalanceLine(**row) if row else None
 
 
-def _unapplied_balance_lines(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
+def _unapplied_balance_lines_since_request(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
     """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
     columns = [balance[name] for name in BalanceLine.__dataclass_fields__]
     query = select(*columns).where(

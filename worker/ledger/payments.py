@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
@@ -51,7 +51,7 @@ class KnownPayment:
     outcome: dict[str, Any] | None
     """The outcome, once the payment is resolved."""
     task_ids: frozenset[str]
-    """Tasks that are registered for the outcome, as far as `lock_known_payments` was asked for them."""
+    """Tasks that are registered for the outcome, as far as `lock_payments_with_registered_tasks` was asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,9 @@ def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, Wai
     new: dict[str, WaitingPayment] = {}
     for index, job in enumerate(jobs):
         new.setdefault(job.payment_id, _new_payment(job, now + index * REQUEST_SPACING))
-    inserted = bulk_insert(tx, PAYMENT, [_payment_row(new[payment_id]) for payment_id in sorted(new)], key="payment_id")
+    inserted = bulk_insert_or_ignore(
+        tx, PAYMENT, [_payment_row(new[payment_id]) for payment_id in sorted(new)], returning="payment_id"
+    )
     return {payment_id: inserted_payment for payment_id, inserted_payment in new.items() if payment_id in inserted}
 
 
@@ -93,6 +95,7 @@ def _new_payment(job: Job, requested_at: datetime) -> WaitingPayment:
 
 
 def _payment_row(new: WaitingPayment) -> dict[str, Any]:
+    """Return the row of a new waiting payment; its first check is after 5 s, or half of its time if that is less."""
     return {
         "payment_id": new.payment_id,
         "account_id": new.account_id,
@@ -109,12 +112,14 @@ def _payment_row(new: WaitingPayment) -> dict[str, Any]:
     }
 
 
-def lock_known_payments(tx: Tx, payment_ids: Collection[str], task_ids: Collection[str]) -> Mapping[str, KnownPayment]:
+def lock_payments_with_registered_tasks(
+    tx: Tx, payment_ids: Collection[str], among_task_ids: Collection[str]
+) -> Mapping[str, KnownPayment]:
     """Lock payments in any state until the transaction ends, so that none is resolved meanwhile. Return them by id.
 
     With each payment, return which of these tasks are registered for its outcome.
     """
-    registered = (delivery.payment_id == payment.payment_id) & delivery.task_id.in_(task_ids)
+    registered = (delivery.payment_id == payment.payment_id) & delivery.task_id.in_(among_task_ids)
     query = (
         select(PAYMENT, delivery.task_id)
         .join_from(PAYMENT, OUTCOME_DELIVERY, registered, isouter=True)
@@ -199,25 +204,25 @@ def lock_affected(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
     ]
     payment_ids: set[str] = set()
     for column, ids in ids_by_column:
-        for chunk in _chunks(ids - {None}):
+        for chunk in _sorted_chunks(ids - {None}):
             payment_ids.update(tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING)))
-    for chunk in _chunks(payment_ids):
+    for chunk in _sorted_chunks(payment_ids):
         lock_waiting(tx, chunk)
 
 
-def _chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
+def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
     """Yield the sorted ids in chunks of at most `IDS_PER_STATEMENT`."""
     ordered = sorted(ids)
     for start in range(0, len(ordered), IDS_PER_STATEMENT):
         yield ordered[start : start + IDS_PER_STATEMENT]
 
 
-def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, requested_by: datetime) -> list[WaitingPayment]:
+def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, max_requested_at: datetime) -> list[WaitingPayment]:
     """Lock the waiting payments of a connection or profile that were requested by this time, and return them."""
-    return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= requested_by))
+    return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= max_requested_at))
 
 
-def move_to_connection(tx: Tx, moved: AccountMoved, requested_by: datetime) -> None:
+def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requested_at: datetime) -> None:
     """Set the new connection of the account's waiting payments that were requested by this time.
 
     Payments that know of a later move, or that name no connection, stay as they are.
@@ -226,7 +231,7 @@ def move_to_connection(tx: Tx, moved: AccountMoved, requested_by: datetime) -> N
     is_affected = (
         (payment.account_id == moved.account_id)
         & payment.connection_id.is_not(None)
-        & (payment.requested_at <= requested_by)
+        & (payment.requested_at <= max_requested_at)
     )
     ids = [waiting.payment_id for waiting in _lock_waiting_where(tx, is_affected & is_newer)]
     values = {"connection_id": moved.connection_id, "connection_as_of": moved.at}
@@ -253,7 +258,7 @@ def set_next_checks(tx: Tx, next_checks: Mapping[str, datetime]) -> None:
     bulk_update(tx, PAYMENT, rows, key="payment_id")
 
 
-def check_at_deadline(tx: Tx, account_ids: Sequence[str], max_deadline: datetime) -> None:
+def set_next_checks_to_deadline(tx: Tx, account_ids: Sequence[str], max_deadline: datetime) -> None:
     """Set the next check of the accounts' waiting payments with a deadline by `max_deadline` to their deadline.
 
     Locked payments are skipped: another transaction resolves them, or they are checked once more.
@@ -266,7 +271,7 @@ def check_at_deadline(tx: Tx, account_ids: Sequence[str], max_deadline: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
-class AccountDemand:
+class BalanceTimeBounds:
     """What the waiting payments of an account need together."""
 
     min_balance_at: datetime
@@ -275,11 +280,11 @@ class AccountDemand:
     """The latest deadline."""
 
 
-def account_demand(tx: Tx, account_id: str) -> AccountDemand | None:
+def balance_time_bounds_of_waiting(tx: Tx, account_id: str) -> BalanceTimeBounds | None:
     """Return what the account's waiting payments need, or None if no payment is waiting."""
     query = select(func.max(payment.min_balance_at), func.max(payment.deadline))
     min_balance_at, deadline = tx.execute(query.where(payment.account_id == account_id, IS_WAITING)).one()
-    return AccountDemand(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
+    return BalanceTimeBounds(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
 
 
 def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
@@ -322,7 +327,7 @@ _RELEASED_SINCE = select(payment.account_id, payment.resolved_at, payment.amount
 )
 
 
-def count_sharers(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
+def count_fee_sharers_by_state(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
     """Return how many resolved payments share each refresh's fee, by their state."""
     counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
     if refresh_ids:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import delete, func, or_, select
 
-from worker.ledger.bulk import bulk_insert
+from worker.ledger.bulk import bulk_insert_or_ignore
 from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import QUARANTINE
 from worker.quiltt.messages import UnparsedEvent
@@ -42,7 +42,7 @@ def insert_events(tx: Tx, events: Sequence[UnparsedEvent], now: datetime) -> Non
         }
         for quarantine_id in sorted(by_id)
     ]
-    bulk_insert(tx, QUARANTINE, rows, key="quarantine_id")
+    bulk_insert_or_ignore(tx, QUARANTINE, rows, returning="quarantine_id")
 
 
 def _quarantine_id(raw: bytes) -> str:
@@ -75,7 +75,7 @@ def delete_events(tx: Tx, quarantine_ids: Sequence[str]) -> int:
 
 
 def prune(tx: Tx, now: datetime) -> int:
-    """Delete the oldest events beyond the limits. Return how many were deleted."""
+    """Delete the oldest events beyond the limits of age, number and bytes. Return how many were deleted."""
     order = (quarantined.received_at.desc(), quarantined.quarantine_id)
     number = func.row_number().over(order_by=order).label("number")
     size = func.sum(func.length(quarantined.event)).over(order_by=order).label("size")

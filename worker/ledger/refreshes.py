@@ -16,7 +16,7 @@ from sqlalchemy import (
     update,
 )
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import PAYMENT, REFRESH
 from worker.rules.states import (
@@ -97,7 +97,7 @@ def requested_refresh(tx: Tx, account_id: str) -> RefreshRecord | None:
     return next(iter(_find_refreshes(tx, *conditions, limit=1)), None)
 
 
-def find_for_claim(tx: Tx, account_ids: Collection[str], refresh_ids: Collection[str]) -> list[RefreshRecord]:
+def find_in_flight_or_by_id(tx: Tx, account_ids: Collection[str], refresh_ids: Collection[str]) -> list[RefreshRecord]:
     """Return these refreshes, if they are in the ledger, and the refreshes in flight of these accounts."""
     ids = {"account_ids": list(account_ids), "refresh_ids": list(refresh_ids)}
     return _records(tx.execute(_FOR_CLAIM, ids))
@@ -108,7 +108,7 @@ _FOR_CLAIM = _SELECT_REFRESHES.where(
 ).order_by(BY_CALL_TIME)
 
 
-def awaiting_balance(tx: Tx, account_ids: Collection[str]) -> list[RefreshRecord]:
+def find_answerable_or_requested(tx: Tx, account_ids: Collection[str]) -> list[RefreshRecord]:
     """Return refreshes of the accounts that a balance may answer, and requested ones. The last called is first.
 
     Includes an answered refresh that was called twice, because each of its calls may produce a balance.
@@ -124,13 +124,13 @@ _AWAITING_BALANCE = _SELECT_REFRESHES.where(
 ).order_by(refresh.called_at.desc().nulls_last())
 
 
-def called_since(tx: Tx, account_ids: Sequence[str], since: datetime) -> list[RefreshRecord]:
+def find_requested_or_called_since(tx: Tx, account_ids: Sequence[str], since: datetime) -> list[RefreshRecord]:
     """Return refreshes of these accounts that are requested, or called since then. The first called is first."""
     called = or_(refresh.state == RefreshState.REQUESTED, refresh.called_at >= since)
     return _find_refreshes(tx, refresh.account_id.in_(account_ids), called)
 
 
-def due_for_check(tx: Tx, now: datetime, limit: int) -> list[RefreshRecord]:
+def find_due_in_flight_or_unneeded(tx: Tx, now: datetime, limit: int) -> list[RefreshRecord]:
     """Return in-flight refreshes whose `due_at` has passed, and requested refreshes without a waiting payment."""
     is_unneeded = (refresh.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
     return _find_refreshes(tx, refresh.due_at <= now, IS_IN_FLIGHT | is_unneeded, order=refresh.due_at, limit=limit)
@@ -156,7 +156,7 @@ def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime
 
 def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> set[str]:
     """Insert new refreshes. Return the ids of those that were inserted: no row conflicts with them."""
-    return bulk_insert(tx, REFRESH, [vars(record) for record in records], key="refresh_id")
+    return bulk_insert_or_ignore(tx, REFRESH, [vars(record) for record in records], returning="refresh_id")
 
 
 def _is_unchanged(record: RefreshRecord) -> ColumnElement[bool]:
@@ -182,8 +182,10 @@ def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datet
     return bool(result.rowcount == 1)
 
 
-def transition_all(tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]) -> None:
-    """Apply `event` to refreshes, each with its new `due_at`, and clear their last errors.
+def transition_all_and_clear_errors(
+    tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]
+) -> None:
+    """Apply `event` to refreshes that allow it, each with its new `due_at`, and clear their last errors.
 
     Refreshes that changed since the caller read them are not updated.
     """
@@ -202,12 +204,12 @@ def transition_all(tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[Refr
     bulk_update(tx, REFRESH, rows, key="refresh_id")
 
 
-def reschedule(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:
+def reschedule_if_unchanged(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:
     """Set when maintenance next processes the refresh, unless it changed since the caller read it."""
     tx.execute(update(REFRESH).where(_is_unchanged(record)).values(due_at=due_at))
 
 
-def defer(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) -> None:
+def defer_if_unchanged(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) -> None:
     """Defer the call of a requested refresh until `not_before`, because it could not be made. Counts as a deferral."""
     tx.execute(
         update(REFRESH)
@@ -218,14 +220,14 @@ def defer(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) 
     )
 
 
-def delay(tx: Tx, record: RefreshRecord, until: datetime, last_error: str | None) -> None:
+def delay_if_unchanged(tx: Tx, record: RefreshRecord, until: datetime, last_error: str | None) -> None:
     """Delay the call of a requested refresh until admission control may admit it. Does not count as a deferral."""
     tx.execute(
         update(REFRESH).where(_is_unchanged(record)).values(not_before=until, due_at=until, last_error=last_error)
     )
 
 
-def reschedule_requested(tx: Tx, records: Sequence[RefreshRecord], due_at: datetime) -> None:
+def reschedule_requested_skip_locked(tx: Tx, records: Sequence[RefreshRecord], due_at: datetime) -> None:
     """Set when maintenance next processes requested refreshes whose calls were just enqueued.
 
     Skips locked rows: the transaction that locked them is processing them.
@@ -235,7 +237,7 @@ def reschedule_requested(tx: Tx, records: Sequence[RefreshRecord], due_at: datet
     tx.execute(update(REFRESH).where(refresh.refresh_id.in_(locked_ids)).values(due_at=due_at))
 
 
-def without_this_call(record: RefreshRecord) -> dict[str, Any]:
-    """Return call columns of the refresh without the current call: it was not accepted, so no balance answers it."""
+def call_columns_without_this_call(record: RefreshRecord) -> dict[str, Any]:
+    """Return the call columns without the current call, if the state is `calling`: no balance answers that call."""
     call_count = record.call_count - (record.state == RefreshState.CALLING)
     return {"call_count": call_count, "called_at": record.called_at if call_count else None}
