@@ -13,7 +13,7 @@ from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import CallFailed, CallRejected
 from worker.ledger import metrics_queries, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
-from worker.ledger_metrics import cap_used_ratios
+from worker.ledger_metrics import used_ratios_of_set_day_and_month_caps
 from worker.quiltt import subscriptions
 from worker.rules.pricing import PriceListError
 from worker.rules.states import RefreshState
@@ -96,7 +96,7 @@ def check_fee_caps_and_missing_balances(context: CheckContext) -> Iterator[Check
 
 
 def _check_usage_of_fee_caps(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
-    for cap, used_ratio in cap_used_ratios(context.rt, tx, context.rt.clock()).items():
+    for cap, used_ratio in used_ratios_of_set_day_and_month_caps(context.rt, tx, context.rt.clock()).items():
         message = f"{used_ratio:.0%} of the cap per {cap} is used"
         if used_ratio >= CAP_WARNING_RATIO:
             fix = f"raise PAYREADY_FEE_CAP_PER_{cap.upper()}; at 100 % payments fail with fee_cap_reached"
@@ -153,7 +153,7 @@ def check_subscription(context: CheckContext) -> Iterator[CheckResult]:
         return
     try:
         with subscriptions_client(context.settings) as provider:
-            problems = subscriptions.problems(provider.list_all(), url)
+            problems = subscriptions.find_problems_of_best_subscription(provider.list_all(), url)
     except CallFailed as failure:
         yield error("subscription", str(failure), "fix `api key` first, if it fails")
         return

@@ -197,7 +197,10 @@ def subscription_status(as_json: AsJson = False) -> None:
     """Check the subscription: it must be enabled and have all required event types. Exit status 1 if not."""
     with _subscriptions_client_and_url_or_exit() as (provider, url):
         subscribed = provider.list_all()
-    ours, problems = subscriptions.for_url(subscribed, url), subscriptions.problems(subscribed, url)
+    ours, problems = (
+        subscriptions.filter_by_url_fewest_problems_first(subscribed, url),
+        subscriptions.find_problems_of_best_subscription(subscribed, url),
+    )
     if as_json:
         listed = [subscription.model_dump() for subscription in ours]
         typer.echo(render.as_json({"url": url, "problems": problems, "subscriptions": listed}))
@@ -220,11 +223,11 @@ def subscribe(
 ) -> None:
     """Create the subscription, or repair the existing one: enable it and add missing event types."""
     with _subscriptions_client_and_url_or_exit() as (provider, url):
-        ours = subscriptions.for_url(provider.list_all(), url)
+        ours = subscriptions.filter_by_url_fewest_problems_first(provider.list_all(), url)
         if additional or not ours:
             action, subscription = SubscribeAction.CREATED, provider.create(url)
-        elif ours[0].own_problems():
-            action, subscription = SubscribeAction.REPAIRED, provider.repair(ours[0])
+        elif ours[0].describe_disabled_and_missing_events():
+            action, subscription = SubscribeAction.REPAIRED, provider.enable_and_add_missing_events(ours[0])
         else:
             action, subscription = SubscribeAction.UNCHANGED, ours[0]
     if as_json:
@@ -244,7 +247,7 @@ def unsubscribe(
     """Delete or disable a subscription: the provider stops its deliveries."""
     with _subscriptions_client_and_url_or_exit() as (provider, url):
         subscription = _single_subscription_or_exit(
-            subscriptions.for_url(provider.list_all(), url), url, subscription_id
+            subscriptions.filter_by_url_fewest_problems_first(provider.list_all(), url), url, subscription_id
         )
         if disable:
             provider.update(subscription, disabled=True)

@@ -37,6 +37,6 @@ def _prefetch_key_mode_in_refresh_role(sender: Any, **_: Any) -> None:
 def _detect_and_log_key_mode() -> None:
     """Detect the mode of the API key, which is then cached, and log it, or log that the provider rejects the key."""
     try:
-        log.info("api_key.mode_detected", mode=runtime().api_key_mode())
+        log.info("api_key.mode_detected", mode=runtime().fetch_allowed_api_key_mode_once())
     except CallFailed as error:  # no call is made until the mode is known
         log.error("api_key.rejected", error=str(error))

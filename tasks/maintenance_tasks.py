@@ -42,7 +42,7 @@ def check_subscription() -> None:
     url = runtime().settings.webhook_url
     if url is not None:
         with subscriptions_client(runtime().settings) as client:
-            subscriptions.check_subscription(client, url)
+            subscriptions.log_subscription_problems_and_set_metric(client, url)
 
 
 @app.task(name="quarantine.prune", send_events=False)

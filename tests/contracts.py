@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from webhook.endpoint import PATH
 from webhook.events import BALANCE_CREATED
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.quiltt.messages import Balance
 from worker.rules.job import Job, Outcome
 
@@ -28,7 +28,7 @@ class Failure(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    reason: Reason
+    reason: FailureReason
     detail: str
 
 

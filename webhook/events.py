@@ -33,7 +33,13 @@ from webhook.json_splitting import (
     split_items,
     split_members,
 )
-from worker.quiltt.messages import Balance, ConnectionEvent, ReceivedBalance, ReconnectedEvent, UnparsedEvent
+from worker.quiltt.messages import (
+    AccountMovedEvent,
+    Balance,
+    BalanceWithEventId,
+    ConnectionOrProfileEvent,
+    UnparsedEvent,
+)
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 MAX_BODY_BYTES = 256 * 1024
@@ -62,7 +68,7 @@ class UnparseableEvent(Exception):
     """An event of a type that payready uses, but cannot parse. The message states why and repeats no input."""
 
 
-ParsedEvent = ReceivedBalance | ConnectionUpdate | None
+ParsedEvent = BalanceWithEventId | ConnectionUpdate | None
 """The result of parsing an event; None if it does not concern payready."""
 
 
@@ -72,7 +78,7 @@ class ParsedDelivery:
 
     events: int = 0
     """Number of all events."""
-    balances: list[ReceivedBalance] = field(default_factory=list)
+    balances: list[BalanceWithEventId] = field(default_factory=list)
     unparsed: list[UnparsedEvent] = field(default_factory=list)
     """Unparseable balance events as received, each with the reason."""
     connection_updates: list[ConnectionUpdate] = field(default_factory=list)
@@ -87,7 +93,7 @@ class ParsedDelivery:
 
     def add(self, event: ParsedEvent) -> None:
         """Add a parsed event."""
-        if isinstance(event, ReceivedBalance):
+        if isinstance(event, BalanceWithEventId):
             self.balances.append(event)
         elif event is not None:
             self.connection_updates.append(event)
@@ -225,7 +231,7 @@ def _parse_decoded_event(event: Any, signed_at: datetime) -> ParsedEvent:
     return None
 
 
-def _parse_refresh_balance(event: dict[str, Any]) -> ReceivedBalance | None:
+def _parse_refresh_balance(event: dict[str, Any]) -> BalanceWithEventId | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, str) and source != "REFRESH":
@@ -234,7 +240,7 @@ def _parse_refresh_balance(event: dict[str, Any]) -> ReceivedBalance | None:
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
         raise UnparseableEvent("id: must be an id")
     try:
-        return ReceivedBalance(event_id=event_id, balance=Balance.model_validate(record))
+        return BalanceWithEventId(event_id=event_id, balance=Balance.model_validate(record))
     except ValidationError as error:
         raise UnparseableEvent(_validation_message(error)) from None
 
@@ -242,7 +248,7 @@ def _parse_refresh_balance(event: dict[str, Any]) -> ReceivedBalance | None:
 def _parse_connection_lost_or_ignore(event: dict[str, Any], signed_at: datetime) -> ConnectionLost | None:
     """Parse the loss of a connection or profile. Without an id it is ignored; without a time it has the signature's."""
     try:
-        parsed = ConnectionEvent.model_validate(event)
+        parsed = ConnectionOrProfileEvent.model_validate(event)
     except ValidationError:
         return None
     at = parsed.at or signed_at
@@ -255,7 +261,7 @@ def _parse_connection_lost_or_ignore(event: dict[str, Any], signed_at: datetime)
 
 def _parse_reconnection_or_ignore(event: dict[str, Any], signed_at: datetime) -> AccountMoved | None:
     try:
-        parsed = ReconnectedEvent.model_validate(event)
+        parsed = AccountMovedEvent.model_validate(event)
     except ValidationError:
         return None
     at = parsed.at or signed_at

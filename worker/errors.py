@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 
-class Reason(StrEnum):
+class FailureReason(StrEnum):
     """Why a payment is not ready. A contract with the payments service: values are only ever added."""
 
     TIMEOUT = "timeout"
@@ -43,7 +43,7 @@ class PaymentNotReady(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
-        self.reason = Reason(reason)
+        self.reason = FailureReason(reason)
         self.detail = detail
 
 
@@ -91,7 +91,7 @@ class CallRejected(CallFailed):
 
     result = "rejected"
 
-    def __init__(self, status: int, reason: Reason, detail: str) -> None:
+    def __init__(self, status: int, reason: FailureReason, detail: str) -> None:
         super().__init__(detail)
         self.status = status
         self.reason = reason

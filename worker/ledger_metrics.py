@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from config.log_config import get_logger
 from worker import metrics
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.ledger import metrics_queries
 from worker.ledger.cap_usage import total_non_void_fees
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
@@ -39,7 +39,9 @@ class LedgerCollector:
         self._counted_until = rt.clock() - WRITE_LAG
         self._unresolved: dict[str, FeeEntryRow] | None = None
         # Prometheus does not see the first step of a counter that begins with it, so every value exists from the start.
-        self._outcomes: Counter[tuple[str, str]] = Counter({(PaymentState.FAILED.value, r.value): 0 for r in Reason})
+        self._outcomes: Counter[tuple[str, str]] = Counter(
+            {(PaymentState.FAILED.value, r.value): 0 for r in FailureReason}
+        )
         self._outcomes[PaymentState.RELEASED.value, metrics_queries.NO_REASON] = 0
         self._entries: Counter[tuple[str, str]] = Counter(
             {(state.value, rt.price_list.currency): 0 for state in EntryState}
@@ -56,17 +58,17 @@ class LedgerCollector:
             outcomes = metrics_queries.resolved_counts_by_state_and_reason(tx, self._counted_until, until)
             entries = metrics_queries.fee_entries_between(tx, self._counted_until, until)
         if self._unresolved is None:
-            self._unresolved = self._unresolved_before(self._counted_until)
+            self._unresolved = self._query_recent_unresolved_or_empty(self._counted_until)
         self._outcomes.update(outcomes)
         for entry in entries:
             self._count_entry(self._unresolved, entry)
         self._counted_until = until
         yield from _backlog_samples(backlog, now)
-        yield from self._total_samples(self._unresolved)
-        yield from self._cap_samples(now)
+        yield from self._outcome_and_fee_samples(self._unresolved)
+        yield from self._query_cap_samples_unless_unavailable(now)
 
-    def _unresolved_before(self, start: datetime) -> dict[str, FeeEntryRow]:
-        """Return the calls that were unresolved at the start. A query that exceeds its timeout is not repeated."""
+    def _query_recent_unresolved_or_empty(self, start: datetime) -> dict[str, FeeEntryRow]:
+        """Return the calls unresolved at the start, by id, at most 7 days old. Empty if the one query fails."""
         try:
             with read_snapshot(self._rt.engine) as tx:
                 metrics_queries.set_short_timeout(tx)
@@ -76,40 +78,40 @@ class LedgerCollector:
             return {}
         return {entry.call_id: entry for entry in entries}
 
-    def _count_entry(self, unresolved: dict[str, FeeEntryRow], entry: FeeEntryRow) -> None:
+    def _count_entry(self, unresolved_by_call_id: dict[str, FeeEntryRow], entry: FeeEntryRow) -> None:
         key = (entry.state.value, entry.currency)
         self._entries[key] += 1
         self._amounts[key] = self._amounts.get(key, Decimal(0)) + entry.price
         if entry.state == EntryState.PENDING:
-            unresolved[entry.call_id] = entry
+            unresolved_by_call_id[entry.call_id] = entry
         else:
-            unresolved.pop(entry.call_id, None)
+            unresolved_by_call_id.pop(entry.call_id, None)
 
-    def _total_samples(self, unresolved: dict[str, FeeEntryRow]) -> Iterator[MetricSample]:
+    def _outcome_and_fee_samples(self, unresolved_by_call_id: dict[str, FeeEntryRow]) -> Iterator[MetricSample]:
         unresolved_fees = {currency: Decimal(0) for _, currency in self._entries}
-        for entry in unresolved.values():
+        for entry in unresolved_by_call_id.values():
             unresolved_fees[entry.currency] = unresolved_fees.get(entry.currency, Decimal(0)) + entry.price
         yield metrics.OUTCOMES.sample({key: float(count) for key, count in self._outcomes.items()})
         yield metrics.FEE_ENTRIES.sample({key: float(count) for key, count in self._entries.items()})
         yield metrics.FEES.sample({key: float(amount) for key, amount in self._amounts.items()})
-        yield metrics.UNRESOLVED_CALLS.sample({(): float(len(unresolved))})
+        yield metrics.UNRESOLVED_CALLS.sample({(): float(len(unresolved_by_call_id))})
         yield metrics.UNRESOLVED_FEES.sample(
             {(currency,): float(amount) for currency, amount in unresolved_fees.items()}
         )
 
-    def _cap_samples(self, now: datetime) -> Iterator[MetricSample]:
+    def _query_cap_samples_unless_unavailable(self, now: datetime) -> Iterator[MetricSample]:
         # In a transaction of its own: once a minute the sum over a large month takes long.
         try:
             with read_snapshot(self._rt.engine) as tx:
                 metrics_queries.set_short_timeout(tx)
-                used_ratios = cap_used_ratios(self._rt, tx, now)
+                used_ratios = used_ratios_of_set_day_and_month_caps(self._rt, tx, now)
         except DATABASE_UNAVAILABLE:
             log.warning("metrics.cap_usage_skipped", reason="timeout")
             return
         yield metrics.FEE_CAP_USED_RATIO.sample({(cap.value,): ratio for cap, ratio in used_ratios.items()})
 
 
-def cap_used_ratios(rt: Runtime, tx: Tx, now: datetime) -> dict[CapKind, float]:
+def used_ratios_of_set_day_and_month_caps(rt: Runtime, tx: Tx, now: datetime) -> dict[CapKind, float]:
     """Return the used share (0 to 1) of each fee cap over all accounts that is set."""
     ratios = {}
     if rt.fee_caps.per_day is not None:
@@ -129,7 +131,7 @@ def redis_metrics(rt: Runtime) -> Iterator[MetricSample]:
     """Yield the state of admission control and the memory use of Redis. Raise one of `REDIS_UNAVAILABLE`."""
     status = rt.admission.status(rt.clock())
     yield metrics.CIRCUIT_BREAKER_OPEN.sample({(): float(status.open_until is not None)})
-    yield metrics.BURST_USED_RATIO.sample({(): status.burst_used})
+    yield metrics.BURST_USED_RATIO.sample({(): status.burst_used_ratio})
     yield metrics.REDIS_MEMORY_USED_RATIO.sample({(): rt.correlation.memory_used_ratio()})
 
 

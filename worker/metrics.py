@@ -124,14 +124,14 @@ def _histogram(name: str, help_text: str, label: Label | None = None) -> Histogr
     return Histogram(name, help_text, [label.name for label in labels], buckets=DURATION_BUCKETS_S)
 
 
-def _collected(source: Source, name: str, help_text: str, *labels: Label) -> MetricDefinition:
+def _define_collected(source: Source, name: str, help_text: str, *labels: Label) -> MetricDefinition:
     kind: Kind = "counter" if name.endswith("_total") else "gauge"
     return _define(MetricDefinition(name=name, kind=kind, help_text=help_text, labels=labels, source=source))
 
 
-_from_database = partial(_collected, "database")
-_from_redis = partial(_collected, "redis")
-_from_broker = partial(_collected, "broker")
+_from_database = partial(_define_collected, "database")
+_from_redis = partial(_define_collected, "redis")
+_from_broker = partial(_define_collected, "broker")
 
 _CAP = {
     "day": "fees of all calls of a day (UTC)",

@@ -17,7 +17,7 @@ CACHE_TTL_S = 5.0
 """Collected values are cached for this long, however often Prometheus scrapes."""
 
 
-class PolledCollector(Collector):
+class CachedQueryCollector(Collector):
     """Values read from another system on a scrape, at most once per `CACHE_TTL_S`.
 
     `payready_<source>_up` is 1 if the query succeeded. If it failed, all other samples are left out: old values would
@@ -42,11 +42,11 @@ class PolledCollector(Collector):
         """Return the cached values; query first if they have expired."""
         with self._lock:
             if self._clock() - self._cached_at >= CACHE_TTL_S:
-                self._cached = [_metric_family(sample) for sample in self._samples()]
+                self._cached = [_metric_family(sample) for sample in self._query_samples_and_up()]
                 self._cached_at = self._clock()
             return iter(self._cached)
 
-    def _samples(self) -> list[MetricSample]:
+    def _query_samples_and_up(self) -> list[MetricSample]:
         try:
             samples, up = list(self._query()), 1.0
         except Exception as error:  # noqa: BLE001 - any failure means that the source is down
@@ -67,4 +67,4 @@ def _metric_family(sample: MetricSample) -> Metric:
 
 def register_collector(source: Source, query: Callable[[], Iterable[MetricSample]]) -> None:
     """Export the samples that `query` returns."""
-    REGISTRY.register(PolledCollector(source, query))
+    REGISTRY.register(CachedQueryCollector(source, query))

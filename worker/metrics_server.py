@@ -29,7 +29,7 @@ class _QuietHandler(WSGIRequestHandler):
         """Log nothing: Prometheus makes a request every few seconds."""
 
 
-def build_wsgi_app(is_ready: Callable[[], bool]) -> "WSGIApplication":
+def build_metrics_and_health_app(is_ready: Callable[[], bool]) -> "WSGIApplication":
     """Return the application for `/metrics`, `/healthz` (always 200) and `/readyz` (200 if `is_ready`, else 503)."""
     metrics_app = make_wsgi_app()
 
@@ -57,7 +57,11 @@ def start_metrics_server(host: str, port: int, is_ready: Callable[[], bool] = la
     """
     try:
         server = make_server(
-            host, port, build_wsgi_app(is_ready), server_class=_ThreadingServer, handler_class=_QuietHandler
+            host,
+            port,
+            build_metrics_and_health_app(is_ready),
+            server_class=_ThreadingServer,
+            handler_class=_QuietHandler,
         )
     except OSError as error:
         log.error("metrics.server_not_started", host=host, port=port, error=str(error))

@@ -10,7 +10,7 @@ from config.settings import Settings, settings
 from worker.correlation.admission import AdmissionControl, RateLimiter
 from worker.correlation.redis_client import create_client
 from worker.correlation.store import CorrelationStore
-from worker.errors import CallFailed, CallNotSent, CallRejected, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
 from worker.ledger.cap_usage import CapUsageCounter
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import ApiKeyMode, QuilttClient
@@ -61,7 +61,7 @@ class Runtime:
             calls_per_account=self.settings.call_cap_per_account_per_day,
         )
 
-    def api_key_mode(self) -> ApiKeyMode:
+    def fetch_allowed_api_key_mode_once(self) -> ApiKeyMode:
         """Return the mode of the provider's environment that the API key belongs to. Cached after the first success.
 
         Raises:
@@ -70,7 +70,7 @@ class Runtime:
         """
         with self._mode_lock:
             if self._api_key_mode is None:
-                self._api_key_mode = self._fetch_key_mode()
+                self._api_key_mode = self._fetch_allowed_mode_or_recent_error()
             return self._api_key_mode
 
     def call_price(self, mode: ApiKeyMode, at: datetime) -> Price:
@@ -84,8 +84,8 @@ class Runtime:
         except PriceListError as error:
             raise CallNotSent(str(error)) from error
 
-    def _fetch_key_mode(self) -> ApiKeyMode:
-        """Introspect the key. Threads that waited for a failed attempt of another thread get its error."""
+    def _fetch_allowed_mode_or_recent_error(self) -> ApiKeyMode:
+        """Introspect the key; reject a production key outside production. A failure is raised again for 2 s."""
         last_failed = self._failed_introspection
         if last_failed is not None and self.clock() - last_failed.at < MODE_RETRY_DELAY:
             raise last_failed.error
@@ -98,7 +98,7 @@ class Runtime:
     def _require_allowed(self, mode: ApiKeyMode) -> ApiKeyMode:
         if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
             detail = "the API key is a production key; set PAYREADY_ALLOW_PRODUCTION_KEY to use it outside production"
-            raise CallRejected(403, Reason.NOT_AUTHORIZED, detail)
+            raise CallRejected(403, FailureReason.NOT_AUTHORIZED, detail)
         return mode
 
 

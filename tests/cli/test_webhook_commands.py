@@ -27,8 +27,8 @@ from worker.quiltt.subscriptions import (
     REQUIRED_EVENT_TYPES,
     Subscription,
     SubscriptionsClient,
-    check_subscription,
-    problems,
+    find_problems_of_best_subscription,
+    log_subscription_problems_and_set_metric,
 )
 
 Run = Callable[..., Any]
@@ -160,7 +160,7 @@ def checked_problems() -> float:
     """Check the subscription, and return the gauge of its problems."""
     chosen = settings.__wrapped__()
     with runtime.subscriptions_client(chosen) as provider:
-        check_subscription(provider, str(chosen.webhook_url))
+        log_subscription_problems_and_set_metric(provider, str(chosen.webhook_url))
     return float(metrics.SUBSCRIPTION_PROBLEMS())
 
 
@@ -238,4 +238,6 @@ def test_required_event_types_are_those_the_webhook_parses() -> None:
 def test_subscription_without_https_is_a_problem() -> None:
     """The settings reject it, too."""
     given = {"id": "whs_1", "targetUrl": "http://x", "eventTypes": list(REQUIRED_EVENT_TYPES)}
-    assert problems([Subscription.model_validate(given)], "http://x") == ["http://x is not https"]
+    assert find_problems_of_best_subscription([Subscription.model_validate(given)], "http://x") == [
+        "http://x is not https"
+    ]

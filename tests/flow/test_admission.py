@@ -29,7 +29,7 @@ from worker.correlation.admission import (
     BreakerChange,
     Denied,
 )
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger import fee_entries
 
 LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "circuit_breaker_failures": 3})
@@ -105,10 +105,10 @@ def test_new_payment_queues_behind_more_urgent_ones(
 
 
 def test_reserved_slots_fill_one_second_at_equal_intervals(gate: AdmissionControl) -> None:
-    slots = gate.limiter.reserve_slots(START, 10)
+    slots = gate.limiter.reserve_slots_of_next_second(START, 10)
     assert slots == [timedelta(milliseconds=250) * n for n in range(4)]
-    assert gate.limiter.reserve_slots(START, 10) == []
-    assert gate.limiter.reserve_slots(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
+    assert gate.limiter.reserve_slots_of_next_second(START, 10) == []
+    assert gate.limiter.reserve_slots_of_next_second(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
@@ -121,8 +121,8 @@ def test_one_second_has_at_most_a_quarter_more_calls(valkey_url: str, steps: lis
         for gap_ms, is_sweep in steps:
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
-                sent += [now + pause for pause in gate.limiter.reserve_slots(now, 3)]
-            elif gate.admit(now, 1, has_slot=False).granted:
+                sent += [now + pause for pause in gate.limiter.reserve_slots_of_next_second(now, 3)]
+            elif gate.admit_calls_or_probe(now, 1, has_slot=False).granted:
                 sent.append(now)
         for start in sent:
             assert sum(start <= at < start + timedelta(seconds=1) for at in sent) <= 25
@@ -197,22 +197,22 @@ def test_successful_probe_closes_the_breaker(payready: InProcessSystem) -> None:
 
 
 def probe_is_in_progress(payready: InProcessSystem) -> bool:
-    admission = payready.rt.admission.admit(payready.clock(), 1, has_slot=True)
+    admission = payready.rt.admission.admit_calls_or_probe(payready.clock(), 1, has_slot=True)
     return admission.denied is not None and admission.denied.reason == "half_open"
 
 
 def test_failed_probe_doubles_the_open_duration(gate: AdmissionControl) -> None:
     now, pauses = START, []
     for _ in range(2):
-        assert gate.record_result("failed", now, now) == UNCHANGED
+        assert gate.apply_result_to_breaker_and_limiter("failed", now, now) == UNCHANGED
     for _ in range(6):
-        admits_from = opened_until(gate.record_result("failed", now, now))
+        admits_from = opened_until(gate.apply_result_to_breaker_and_limiter("failed", now, now))
         pauses.append(admits_from - now)
-        just_before = gate.admit(admits_from - timedelta(microseconds=1), 1, has_slot=False)
+        just_before = gate.admit_calls_or_probe(admits_from - timedelta(microseconds=1), 1, has_slot=False)
         assert just_before == denied("circuit_open", admits_from)
         now = admits_from
-        assert gate.admit(now, 1, has_slot=False) == ADMITTED
-        assert gate.admit(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
+        assert gate.admit_calls_or_probe(now, 1, has_slot=False) == ADMITTED
+        assert gate.admit_calls_or_probe(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
     assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
 
 
@@ -220,7 +220,7 @@ def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: I
     answers: list[CallFailed] = [
         FAILURE,
         CallNotSent("no connection"),
-        CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"),
+        CallRejected(404, FailureReason.ACCOUNT_NOT_FOUND, "unknown"),
         FAILURE,
         RateLimited("rate limit", None),
         FAILURE,
@@ -239,9 +239,9 @@ def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: I
 
 def test_late_failure_does_not_prolong_the_open_breaker(gate: AdmissionControl) -> None:
     for _ in range(3):
-        change = gate.record_result("failed", START, START)
-    assert gate.record_result("failed", START, START + timedelta(seconds=1)) == UNCHANGED
-    assert gate.admit(opened_until(change), 1, has_slot=False) == ADMITTED
+        change = gate.apply_result_to_breaker_and_limiter("failed", START, START)
+    assert gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1)) == UNCHANGED
+    assert gate.admit_calls_or_probe(opened_until(change), 1, has_slot=False) == ADMITTED
 
 
 def test_response_from_before_the_opening_does_not_close_the_breaker(payready: InProcessSystem) -> None:
@@ -311,24 +311,24 @@ def test_call_claimed_during_a_probe_is_made_soon_after(made: MakeSystem, timeou
 
 
 def test_refund_of_an_earlier_call_admits_no_second_probe(gate: AdmissionControl) -> None:
-    assert gate.admit(START, 1, has_slot=False) == ADMITTED
+    assert gate.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
     for _ in range(3):
-        gate.record_result("failed", START, START + timedelta(seconds=1))
+        gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1))
     later = START + timedelta(seconds=1) + OPEN_DURATION
-    assert gate.admit(later, 1, has_slot=False) == ADMITTED, "the probe"
-    gate.refund(1, START)
-    assert gate.admit(later, 1, has_slot=True).granted == 0
-    gate.refund(1, later)
-    assert gate.admit(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
+    assert gate.admit_calls_or_probe(later, 1, has_slot=False) == ADMITTED, "the probe"
+    gate.refund_slots_and_probe(1, START)
+    assert gate.admit_calls_or_probe(later, 1, has_slot=True).granted == 0
+    gate.refund_slots_and_probe(1, later)
+    assert gate.admit_calls_or_probe(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
 
 
 def test_failure_of_an_earlier_call_is_no_failed_probe(gate: AdmissionControl) -> None:
     """The provider hangs: calls sent before the opening time out after the breaker admits a probe."""
     for _ in range(3):
-        first = gate.record_result("failed", START, START)
+        first = gate.apply_result_to_breaker_and_limiter("failed", START, START)
     late_failure_at = opened_until(first) + timedelta(milliseconds=50)
-    gate.record_result("failed", START, late_failure_at)
-    assert gate.admit(late_failure_at, 1, has_slot=True) == ADMITTED, (
+    gate.apply_result_to_breaker_and_limiter("failed", START, late_failure_at)
+    assert gate.admit_calls_or_probe(late_failure_at, 1, has_slot=True) == ADMITTED, (
         "the breaker stays open for twice as long without a probe"
     )
 
@@ -356,18 +356,20 @@ def test_overload_still_releases_payments_in_time(made: MakeSystem, databases: D
 
 
 def test_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
-    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
-    assert gate.admit(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
+    gate.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
+    assert gate.admit_calls_or_probe(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
 
 
 def test_clock_that_is_ahead_erases_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
     """One replica's clock is an hour ahead, in an admitted call and in a failed one."""
-    gate.admit(START + timedelta(hours=1), 1, has_slot=False)
-    gate.record_result("rate_limited", START, START, START + timedelta(seconds=7))
-    assert gate.admit(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
+    gate.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
+    gate.apply_result_to_breaker_and_limiter("rate_limited", START, START, START + timedelta(seconds=7))
+    assert gate.admit_calls_or_probe(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
     for _ in range(3):
-        gate.record_result("failed", START, START + timedelta(hours=1))
-    assert gate.record_result("failed", START, START).kind == "opened", "all calls fail, but the breaker stays closed"
+        gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(hours=1))
+    assert gate.apply_result_to_breaker_and_limiter("failed", START, START).kind == "opened", (
+        "all calls fail, but the breaker stays closed"
+    )
 
 
 def test_worker_with_a_clock_behind_the_sweep_makes_the_call(made: MakeSystem) -> None:
@@ -437,14 +439,14 @@ def test_rolled_back_claim_of_a_probe_does_not_keep_the_breaker_open(
 
 def test_status_is_read_only(gate: AdmissionControl) -> None:
     """It shows the used burst, and the breaker as open, half-open and closed."""
-    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=0.0)
-    assert gate.admit(START, 1, has_slot=False) == ADMITTED
-    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used=1.0)
-    assert gate.status(START + timedelta(seconds=0.125)).burst_used == 0.5
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=0.0)
+    assert gate.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
+    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=1.0)
+    assert gate.status(START + timedelta(seconds=0.125)).burst_used_ratio == 0.5
     for _ in range(3):
-        gate.record_result("failed", START, START)
+        gate.apply_result_to_breaker_and_limiter("failed", START, START)
     assert gate.status(START).open_until == START + OPEN_DURATION
     assert gate.status(START + OPEN_DURATION).open_until is None, "the next call is the probe"
     assert gate.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
-    gate.record_result("ok", START, START)
+    gate.apply_result_to_breaker_and_limiter("ok", START, START)
     assert gate.status(START).open_until is None

@@ -132,7 +132,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def request_admission(self, skew: int, wanted: int, *, has_slot: bool) -> None:
         """Request calls as one replica."""
         now = self.now + timedelta(milliseconds=skew)
-        admission = self.gate.admit(now, wanted, has_slot=has_slot)
+        admission = self.gate.admit_calls_or_probe(now, wanted, has_slot=has_slot)
         assert admission == self.model.admit(now, wanted, has_slot=has_slot)
         self.out += [now] * admission.granted
 
@@ -143,13 +143,13 @@ class AgainstAModel(RuleBasedStateMachine):
             admitted_at = self.out[which % len(self.out)]
             together = self.out.count(admitted_at)
             self.out = [at for at in self.out if at != admitted_at]
-            self.gate.refund(together, admitted_at)
+            self.gate.refund_slots_and_probe(together, admitted_at)
             self.model.refund(together, admitted_at)
 
     def end(self, end: CallStatus, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0) -> None:
         claimed_at = self.out.pop(which % len(self.out)) if self.out else None
         ended_at = self.now - timedelta(milliseconds=ago_ms)
-        change = self.gate.record_result(end, claimed_at, ended_at, retry_at)
+        change = self.gate.apply_result_to_breaker_and_limiter(end, claimed_at, ended_at, retry_at)
         assert change == self.model.record(end, claimed_at or ended_at, ended_at, retry_at)
 
     @invariant()
@@ -162,7 +162,9 @@ class AgainstAModel(RuleBasedStateMachine):
         for slots in ([True, True], [False, True]):
             model = copy(self.model)
             for has_slot in slots:
-                assert self.gate.admit(self.now, 2, has_slot=has_slot) == model.admit(self.now, 2, has_slot=has_slot)
+                assert self.gate.admit_calls_or_probe(self.now, 2, has_slot=has_slot) == model.admit(
+                    self.now, 2, has_slot=has_slot
+                )
             self.redis.delete(KEY)
             if known:
                 self.redis.hset(KEY, mapping=known)
@@ -174,7 +176,7 @@ class RateLimiterMachine(AgainstAModel):
     @rule(wanted=st.integers(1, 12))
     def reserve_slots(self, wanted: int) -> None:
         """The sweep reserves slots for delayed calls."""
-        assert self.gate.limiter.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(which=which_one, retry_s=st.none() | st.sampled_from([1, 7, 30]))
     def record_rate_limited(self, which: int, retry_s: int | None) -> None:
@@ -184,7 +186,9 @@ class RateLimiterMachine(AgainstAModel):
     def request_by_a_wrong_clock(self, wanted: int, ahead_s: int) -> None:
         """Other replicas ignore a time that is too far ahead."""
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.admit(now, wanted, has_slot=False) == self.model.admit(now, wanted, has_slot=False)
+        assert self.gate.admit_calls_or_probe(now, wanted, has_slot=False) == self.model.admit(
+            now, wanted, has_slot=False
+        )
 
 
 class BreakerMachine(AgainstAModel):
@@ -223,12 +227,14 @@ class BreakerMachine(AgainstAModel):
 
     @rule(wanted=st.integers(1, 4))
     def reserve_slots(self, wanted: int) -> None:
-        assert self.gate.limiter.reserve_slots(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.gate.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(self.now, wanted)
 
     @rule(ahead_s=ahead)
     def record_failure_by_a_wrong_clock(self, ahead_s: int) -> None:
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.record_result("failed", now, now) == self.model.record("failed", now, now, None)
+        assert self.gate.apply_result_to_breaker_and_limiter("failed", now, now) == self.model.record(
+            "failed", now, now, None
+        )
 
 
 @pytest.mark.parametrize("machine", [RateLimiterMachine, BreakerMachine])

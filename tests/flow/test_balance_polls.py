@@ -236,7 +236,7 @@ def test_sync_balance_does_not_release_a_payment_without_a_call(made: MakeSystem
         assert payready.refreshes(A) == ["unanswered"]
         payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
         for _ in range(3):
-            payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
+            payready.rt.admission.apply_result_to_breaker_and_limiter("failed", payready.clock(), payready.clock())
         payready.run_tasks()
         show_balance(payready, A, START + timedelta(seconds=3620), source="SYNC")
         for _ in range(58):

@@ -13,7 +13,7 @@ from worker import flow
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
-from worker.quiltt.messages import Balance, ReceivedBalance
+from worker.quiltt.messages import Balance, BalanceWithEventId
 
 
 def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: I
 def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(made: MakeSystem) -> None:
     """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
     with made(circuit_breaker_failures=1) as payready:
-        payready.rt.admission.record_result("failed", payready.clock.now, payready.clock.now)
+        payready.rt.admission.apply_result_to_breaker_and_limiter("failed", payready.clock.now, payready.clock.now)
         take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
         calls = [flow.RefreshCall(account_id="acct_1", refresh_id=refresh_id) for refresh_id in ("ref_1", "ref_2")]
         claims = flow.claim_calls(payready.rt, calls)
@@ -77,7 +77,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
     )
     receiving = Thread(
         target=lambda: payready.queue.merge(
-            flow.ingest_events(payready.rt, [ReceivedBalance(event_id="evt_1", balance=balance)])
+            flow.ingest_events(payready.rt, [BalanceWithEventId(event_id="evt_1", balance=balance)])
         )
     )
     with transaction(payready.engine) as tx:
@@ -93,12 +93,12 @@ def test_balance_that_another_transaction_stores_is_applied_once(
     assert payready.state("pay_1") == "released"
 
 
-def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> ReceivedBalance:
+def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> BalanceWithEventId:
     """A REFRESH balance of now, with the id of its event."""
     at = payready.clock.now.isoformat()
     figures = {"available": Decimal(100), "current": None, "limit": None}
     record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **figures}
-    return ReceivedBalance(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
+    return BalanceWithEventId(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
 
 
 def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(

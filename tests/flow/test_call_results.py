@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from tests.support.in_process import InProcessSystem, MakeSystem
 from worker import flow, metrics
 from worker.correlation.admission import OPEN_DURATION
-from worker.errors import CallFailed, CallRejected, CallResultUnknown, ConnectionPoolExhausted, Reason
+from worker.errors import CallFailed, CallRejected, CallResultUnknown, ConnectionPoolExhausted, FailureReason
 from worker.flow import Claim, calling, resolution
 from worker.ledger.refreshes import RefreshRecord
 
@@ -38,7 +38,7 @@ def test_unrecordable_result_does_not_block_the_others(
     """The error is raised when all others are recorded."""
     first, second, third = claim_all(payready)
     for account_id in ACCOUNTS[:2]:
-        payready.provider.script[account_id] = [CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown account")]
+        payready.provider.script[account_id] = [CallRejected(404, FailureReason.ACCOUNT_NOT_FOUND, "unknown account")]
     reject = resolution.reject_refresh
 
     def reject_refresh(rt: Any, tx: Any, refresh: RefreshRecord, *details: Any) -> flow.FollowUp:
@@ -82,7 +82,7 @@ def test_skipped_call_is_no_failure_of_the_provider(made: MakeSystem, make: Any)
         assert skipped.get() == before + 1
         assert payready.fees("acct_1") == ["1 pending", "1 void"]
         status = payready.rt.admission.status(claim.call.called_at)
-        assert (status.open_until, status.burst_used) == (None, 0)
+        assert (status.open_until, status.burst_used_ratio) == (None, 0)
 
 
 def test_circuit_breaker_changes_are_logged_once(made: MakeSystem, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.support.in_process import START, InProcessSystem
 from worker import flow
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.flow import CALL_ENQUEUE_RETRY
 from worker.ledger import refreshes
 from worker.ledger.engine import transaction
@@ -157,9 +157,17 @@ def test_deferred_second_call_remains_the_second(payready: InProcessSystem) -> N
 
 
 @pytest.mark.parametrize(
-    "reason", [Reason.ACCOUNT_NOT_FOUND, Reason.ACCOUNT_UNSUPPORTED, Reason.CONNECTION_INACTIVE, Reason.NOT_AUTHORIZED]
+    "reason",
+    [
+        FailureReason.ACCOUNT_NOT_FOUND,
+        FailureReason.ACCOUNT_UNSUPPORTED,
+        FailureReason.CONNECTION_INACTIVE,
+        FailureReason.NOT_AUTHORIZED,
+    ],
 )
-def test_rejected_call_fails_all_waiting_payments_of_the_account(payready: InProcessSystem, reason: Reason) -> None:
+def test_rejected_call_fails_all_waiting_payments_of_the_account(
+    payready: InProcessSystem, reason: FailureReason
+) -> None:
     """This includes payments that joined during the call, and no payment of another account."""
 
     def refuse() -> CallFailed:
@@ -179,7 +187,7 @@ def test_rejected_call_fails_all_waiting_payments_of_the_account(payready: InPro
 
 def test_payment_after_a_rejected_call_makes_a_new_call(payready: InProcessSystem) -> None:
     """The user may have reconnected."""
-    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -227,7 +235,9 @@ def test_call_is_deferred_while_its_price_is_unknown(payready: InProcessSystem) 
 
 def test_wrong_api_key_fails_payments_without_a_call(payready: InProcessSystem) -> None:
     """The reason is `not_authorized`, and no fee is due."""
-    payready.provider.asked = [CallRejected(401, Reason.NOT_AUTHORIZED, "the provider does not accept our API key")]
+    payready.provider.asked = [
+        CallRejected(401, FailureReason.NOT_AUTHORIZED, "the provider does not accept our API key")
+    ]
     payready.initiate("p1", A)
     payready.run_tasks()
     assert payready.state("p1") == "not_authorized"

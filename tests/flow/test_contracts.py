@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from tests.contracts import FOLDER
 from tests.support.in_process import InProcessSystem
-from worker.errors import CallRejected, CallResultUnknown, Reason
+from worker.errors import CallRejected, CallResultUnknown, FailureReason
 
 A = "acct_contract"
 
@@ -43,8 +43,8 @@ def test_every_released_outcome_conforms_to_the_schema(
             _check("failure", {"reason": outcome["reason"], "detail": outcome["detail"]})
 
 
-@pytest.mark.parametrize("reason", [reason for reason in Reason if reason != Reason.CONFLICT])
-def test_every_failure_conforms_to_the_schema(payready: InProcessSystem, reason: Reason) -> None:
+@pytest.mark.parametrize("reason", [reason for reason in FailureReason if reason != FailureReason.CONFLICT])
+def test_every_failure_conforms_to_the_schema(payready: InProcessSystem, reason: FailureReason) -> None:
     """The ledger's outcome also has the payment's id; the task's result has the two arguments."""
     payready.provider.script[A] = [CallRejected(400, reason, "rejected")]
     payready.initiate("p1", A)

@@ -19,7 +19,7 @@ from worker.correlation.store import (
     CorrelationStore,
     JoinRequest,
     JoinResult,
-    NewBalance,
+    NewRefreshBalance,
 )
 
 A = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
@@ -42,9 +42,9 @@ def called(refresh_id: str, seconds: float) -> CalledRefresh:
     return CalledRefresh(account_id=A, refresh_id=refresh_id, called_at=at(seconds))
 
 
-def new_balance(balance_id: str, seconds: float) -> NewBalance:
+def new_balance(balance_id: str, seconds: float) -> NewRefreshBalance:
     """Return a balance of the account at this time."""
-    return NewBalance(account_id=A, balance_id=balance_id, at=at(seconds))
+    return NewRefreshBalance(account_id=A, balance_id=balance_id, at=at(seconds))
 
 
 def join(
@@ -58,7 +58,7 @@ def join(
         min_balance_at=None if age is None else oldest - SKEW,
         min_called_at=oldest,
     )
-    [result] = store.join([request])
+    [result] = store.reuse_balance_or_join_refresh([request])
     return result
 
 
@@ -87,7 +87,7 @@ def test_accounts_have_nothing_to_do_with_each_other(store: CorrelationStore) ->
 def test_payment_joins_a_call_that_is_late_enough(store: CorrelationStore) -> None:
     """The boundary is inclusive. A payment that needs a later call leads the next one."""
     join(store, "r1")
-    store.mark_called([called("r1", 1)])
+    store.move_requested_to_in_flight([called("r1", 1)])
     assert join(store, "r2", asked=31) == JoinResult(kind="joined", id="r1")
     assert join(store, "r3", asked=31.000001) == JoinResult(kind="leader", id="r3")
     assert join(store, "r4", asked=1.5, age=None) == JoinResult(kind="joined", id="r3")
@@ -96,7 +96,7 @@ def test_payment_joins_a_call_that_is_late_enough(store: CorrelationStore) -> No
 
 def test_stored_balance_serves_payments_that_allow_its_age(store: CorrelationStore) -> None:
     """The limit includes the clock skew. A payment that requires an own call is not served."""
-    store.add_balances([new_balance("b1", 0)], SKEW)
+    store.add_balances_and_clear_answered_refreshes([new_balance("b1", 0)], SKEW)
     assert join(store, "r1", asked=35) == JoinResult(kind="balance", id="b1")
     assert join(store, "r2", asked=1, age=None) == JoinResult(kind="leader", id="r2")
     assert join(store, "r3", asked=35.000001) == JoinResult(kind="joined", id="r2")
@@ -104,44 +104,44 @@ def test_stored_balance_serves_payments_that_allow_its_age(store: CorrelationSto
 
 def test_store_keeps_the_newest_balance(store: CorrelationStore) -> None:
     """Balances arrive in any order."""
-    store.add_balances([new_balance("b2", 2)], SKEW)
-    store.add_balances([new_balance("b1", 1)], SKEW)
+    store.add_balances_and_clear_answered_refreshes([new_balance("b2", 2)], SKEW)
+    store.add_balances_and_clear_answered_refreshes([new_balance("b1", 1)], SKEW)
     assert join(store, "r1", asked=3) == JoinResult(kind="balance", id="b2")
 
 
 def test_balance_ends_the_in_flight_refresh_that_it_can_answer(store: CorrelationStore) -> None:
     """The balance is not older than the call minus the clock skew. An older balance leaves the refresh in flight."""
     join(store, "r1")
-    store.mark_called([called("r1", 10)])
-    store.add_balances([new_balance("b0", 4.9)], SKEW)
+    store.move_requested_to_in_flight([called("r1", 10)])
+    store.add_balances_and_clear_answered_refreshes([new_balance("b0", 4.9)], SKEW)
     assert join(store, "r2", asked=41) == JoinResult(kind="leader", id="r2")
     assert join(store, "r3", asked=10, age=None) == JoinResult(kind="joined", id="r1")
-    store.add_balances([new_balance("b1", 5)], SKEW)
+    store.add_balances_and_clear_answered_refreshes([new_balance("b1", 5)], SKEW)
     assert join(store, "r4", asked=10, age=None) == JoinResult(kind="joined", id="r2")
 
 
 def test_cleared_refresh_serves_no_payment(store: CorrelationStore) -> None:
     """It may be in flight or requested. Clearing another refresh changes nothing."""
     join(store, "r1")
-    store.clear_refresh(A, "r9")
+    store.clear_requested_or_in_flight_refresh(A, "r9")
     assert join(store, "r2") == JoinResult(kind="joined", id="r1")
-    store.clear_refresh(A, "r1")
+    store.clear_requested_or_in_flight_refresh(A, "r1")
     assert join(store, "r2") == JoinResult(kind="leader", id="r2")
-    store.mark_called([called("r2", 0)])
-    store.clear_refresh(A, "r2")
+    store.move_requested_to_in_flight([called("r2", 0)])
+    store.clear_requested_or_in_flight_refresh(A, "r2")
     assert join(store, "r3") == JoinResult(kind="leader", id="r3")
 
 
 def test_mark_called_keeps_another_requested_refresh(store: CorrelationStore) -> None:
     """Only the called refresh stops being the requested one."""
     join(store, "r1")
-    store.mark_called([called("r0", 0)])
+    store.move_requested_to_in_flight([called("r0", 0)])
     assert join(store, "r2", asked=40) == JoinResult(kind="joined", id="r1")
 
 
 def test_restore_replaces_the_stored_account_state(store: CorrelationStore) -> None:
     """A balance that the ledger lacks was never committed."""
-    store.add_balances([new_balance("b1", 0)], SKEW)
+    store.add_balances_and_clear_answered_refreshes([new_balance("b1", 0)], SKEW)
     join(store, "r1", age=None)
     state = AccountState(in_flight="r7", called_at=at(100), requested="r8", newest_balance=new_balance("b2", 0))
     store.restore_account(A, state)
@@ -156,8 +156,8 @@ def test_keys_have_a_hash_tag_and_a_time_to_live(store: CorrelationStore, redis:
     """The account in braces puts a key on one cluster node. Each script sets the time to live."""
     writers: list[Callable[[], object]] = [
         lambda: join(store, "r1"),
-        lambda: store.mark_called([called("r1", 0)]),
-        lambda: store.add_balances([new_balance("b1", 0)], SKEW),
+        lambda: store.move_requested_to_in_flight([called("r1", 0)]),
+        lambda: store.add_balances_and_clear_answered_refreshes([new_balance("b1", 0)], SKEW),
         lambda: store.restore_account(A, AccountState(in_flight="r1", called_at=at(0), requested="r2")),
     ]
     for write in writers:
@@ -169,7 +169,7 @@ def test_keys_have_a_hash_tag_and_a_time_to_live(store: CorrelationStore, redis:
 
 def test_clear_and_restore_of_nothing_create_no_key(store: CorrelationStore, redis: "Redis") -> None:
     """A key without a time to live would stay for ever."""
-    store.clear_refresh(A, "r1")
+    store.clear_requested_or_in_flight_refresh(A, "r1")
     store.restore_account(A, AccountState())
     assert redis.keys() == []
 
@@ -230,7 +230,7 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(refresh_id=refresh_ids, now=seconds)
     def depart(self, refresh_id: str, now: int) -> None:
         """Send a call."""
-        self.store.mark_called([called(refresh_id, now)])
+        self.store.move_requested_to_in_flight([called(refresh_id, now)])
         self.flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
@@ -238,7 +238,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def answer(self, when: int) -> None:
         """Add a balance."""
         self.balances += 1
-        self.store.add_balances([new_balance(f"b{self.balances}", when)], SKEW)
+        self.store.add_balances_and_clear_answered_refreshes([new_balance(f"b{self.balances}", when)], SKEW)
         if self.balance is None or when >= self.balance[1]:
             self.balance = (f"b{self.balances}", when)
         if self.flight is not None and when >= self.flight[1] - 5:
@@ -247,7 +247,7 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(refresh_id=refresh_ids)
     def close(self, refresh_id: str) -> None:
         """Clear a refresh."""
-        self.store.clear_refresh(A, refresh_id)
+        self.store.clear_requested_or_in_flight_refresh(A, refresh_id)
         self.flight = None if self.flight and self.flight[0] == refresh_id else self.flight
         self.next = None if self.next == refresh_id else self.next
 

@@ -19,7 +19,7 @@ from tests.support.in_process import Databases
 from worker import flow
 from worker.correlation.redis_client import create_client
 from worker.correlation.store import CorrelationStore
-from worker.errors import CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,9 @@ SCENARIOS = {
     "only a poll returns the balance": Scenario(
         ((0, P1 | {"profile_id": "p_1", "timeout_s": 40}),), ("unsent",), (0, 6, 30, 32)
     ),
-    "rejected": Scenario(((0, P1), (0, P2)), (CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),), (0, 1)),
+    "rejected": Scenario(
+        ((0, P1), (0, P2)), (CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive"),), (0, 1)
+    ),
     "no balance arrives": Scenario(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
 }
 EVERYWHERE = bool(os.environ.get("STRIKE_EVERYWHERE"))

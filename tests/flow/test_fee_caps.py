@@ -14,7 +14,7 @@ from config.settings import Settings
 from tests.flow.test_races import at_once
 from tests.support.in_process import SETTINGS, InProcessSystem
 from worker import flow, metrics
-from worker.errors import CallNotSent, CallRejected, CallResultUnknown, Reason
+from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureReason
 from worker.ledger.cap_usage import CapUsageCounter
 from worker.ledger.locks import lock_spending
 
@@ -105,7 +105,7 @@ def test_account_cap_limits_calls_per_day(payready: InProcessSystem) -> None:
 def test_caps_count_pending_calls_and_not_void_ones(payready: InProcessSystem) -> None:
     """A pending call may be billed. A void call stops counting at once."""
     capped(payready, fee_cap_per_day=Decimal("0.2"), fee_cap_per_month=Decimal("0.2"))
-    payready.provider.script["acct_cap0"] = [CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown")]
+    payready.provider.script["acct_cap0"] = [CallRejected(404, FailureReason.ACCOUNT_NOT_FOUND, "unknown")]
     payready.provider.script["acct_cap1"] = [CallResultUnknown("timeout")]
     assert [pay(payready, number) for number in range(4)] == [
         "account_not_found",

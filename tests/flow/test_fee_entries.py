@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.support.in_process import PRICES, START, InProcessSystem
 from worker import flow
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger import fee_entries
 from worker.ledger.engine import transaction
 from worker.ledger.fee_entries import FinalEntry
@@ -38,7 +38,7 @@ def test_pending_entry_is_committed_before_the_call(payready: InProcessSystem) -
     ("result", "entries"),
     [
         (202, ["1 pending", "1 posted"]),
-        (CallRejected(404, Reason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
+        (CallRejected(404, FailureReason.ACCOUNT_NOT_FOUND, "unknown"), ["1 pending", "1 void"]),
         (RateLimited("rate limit", None), ["1 pending", "1 void"]),
         (CallNotSent("no connection"), ["1 pending", "1 void"]),
         (CallResultUnknown("read timeout"), ["1 pending"]),
@@ -161,7 +161,7 @@ def test_late_balance_posts_the_call_before_a_rejected_one(payready: InProcessSy
     """The provider may have accepted the earlier call."""
     payready.provider.script[A] = [
         CallResultUnknown("timeout"),
-        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
+        CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive"),
     ]
     payready.initiate("p1", A)
     payready.run_tasks()
@@ -174,7 +174,7 @@ def test_late_balance_posts_the_call_before_a_rejected_one(payready: InProcessSy
 
 def test_balance_does_not_answer_a_refresh_without_an_accepted_call(payready: InProcessSystem) -> None:
     """The balance has another cause."""
-    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -210,8 +210,8 @@ def test_billable_rejection_is_posted(
     """The failed payments share its fee. A rejection that is not billable stays free."""
     payready.rt.price_list = parse_price_list(BILLABLE)
     for reason, status, account in (
-        (Reason.ACCOUNT_NOT_FOUND, 404, A),
-        (Reason.CONNECTION_INACTIVE, 403, "acct_free"),
+        (FailureReason.ACCOUNT_NOT_FOUND, 404, A),
+        (FailureReason.CONNECTION_INACTIVE, 403, "acct_free"),
     ):
         payready.provider.script[account] = [CallRejected(status, reason, "no")]
         for number in range(3):
@@ -423,7 +423,7 @@ def test_fee_shares_add_up_to_the_fee_of_the_call(
     """This is true for every kind of resolution, to the last decimal place."""
     payready.initiate("p0", A, timeout_s=30)
     payready.provider.script[A] = [
-        CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive") if resolved_by == "refusal" else 202
+        CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive") if resolved_by == "refusal" else 202
     ]
     for number in range(1, sharers):
         payready.initiate(f"p{number}", A, timeout_s=30)
@@ -460,7 +460,7 @@ def test_fee_shares_add_up_when_payments_fail_before_the_balance(
 def test_payment_pays_its_own_call_and_not_an_earlier_rejected_one(
     payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"), 202]
+    payready.provider.script[A] = [CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive"), 202]
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
     payready.clock.advance(5)

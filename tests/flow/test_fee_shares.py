@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.support.in_process import PRICES, START, Databases, InProcessSystem, in_process_system
 from webhook.events import parse
 from worker import flow
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.flow import attribution
 from worker.ledger import fee_calls, fee_statement, invoices
 from worker.ledger.engine import transaction
@@ -36,7 +36,7 @@ ENDS: dict[str, Callable[[], int | CallFailed]] = {
     "not accepted, answer lost": lambda: CallResultUnknown("500", 500),
     "unsent": lambda: CallNotSent("no connection"),
     "throttled": lambda: RateLimited("rate limit", None),
-    "refused": lambda: CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
+    "refused": lambda: CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive"),
 }
 each_time = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 

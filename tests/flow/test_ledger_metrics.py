@@ -18,7 +18,7 @@ from worker.metrics import (
     MetricDefinition,
     MetricSample,
 )
-from worker.metrics_collector import PolledCollector
+from worker.metrics_collector import CachedQueryCollector
 
 Ask = Callable[..., float]
 
@@ -173,7 +173,7 @@ def test_collector_caches_values_and_reports_an_unavailable_source() -> None:
     def exported() -> dict[str, float]:
         return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
 
-    collector = PolledCollector("database", ask, clock=lambda: now[0])
+    collector = CachedQueryCollector("database", ask, clock=lambda: now[0])
     assert exported() == exported() == {"payready_database_up": 1, "payready_x": 5}
     assert asked == [1]
     now[0] += 5
@@ -207,7 +207,7 @@ def test_circuit_breaker_metric_is_1_while_it_is_open(payready: InProcessSystem)
 
     assert exported()["payready_circuit_breaker_open"] == exported()["payready_rate_limiter_burst_used_ratio"] == 0
     for _ in range(payready.rt.settings.circuit_breaker_failures):
-        payready.rt.admission.record_result("failed", payready.clock(), payready.clock())
+        payready.rt.admission.apply_result_to_breaker_and_limiter("failed", payready.clock(), payready.clock())
     assert exported()["payready_circuit_breaker_open"] == 1
     payready.clock.advance(6)
     assert exported()["payready_circuit_breaker_open"] == 0

@@ -6,10 +6,10 @@ import pytest
 
 from tests.support.in_process import InProcessSystem
 from worker import flow
-from worker.errors import CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger import quarantine
 from worker.ledger.engine import transaction
-from worker.quiltt.messages import Balance, ReceivedBalance, UnparsedEvent
+from worker.quiltt.messages import Balance, BalanceWithEventId, UnparsedEvent
 
 A = "acct_kept"
 STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
@@ -163,7 +163,7 @@ def test_a_payment_that_found_a_balance_is_released_though_its_application_was_l
 
 def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProcessSystem) -> None:
     """A rejection of another payment's call does not affect later payments."""
-    payready.provider.script[A] = [CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")]
+    payready.provider.script[A] = [CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
     assert payready.state("p1") == "connection_inactive"
@@ -194,7 +194,7 @@ def _join_late(payready: InProcessSystem) -> CallRejected:
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.run_tasks()
-    return CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive")
+    return CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive")
 
 
 def test_maintenance_makes_a_lost_call(payready: InProcessSystem) -> None:
@@ -268,7 +268,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     )
     payready.clock.advance(30)
     payready.queue.merge(
-        flow.requeue_from_quarantine(payready.rt, kept, [ReceivedBalance(event_id="evt_1", balance=balance)])
+        flow.requeue_from_quarantine(payready.rt, kept, [BalanceWithEventId(event_id="evt_1", balance=balance)])
     )
     payready.run_tasks()
     assert payready.state("pay_1") == "released"

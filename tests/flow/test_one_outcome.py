@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.in_process import InProcessSystem, intake_request
 from worker import flow
-from worker.errors import InvalidJob, PaymentNotReady, Reason
+from worker.errors import FailureReason, InvalidJob, PaymentNotReady
 
 A = "acct_one"
 
@@ -112,7 +112,7 @@ def test_same_payment_id_with_another_job_is_a_conflict(payready: InProcessSyste
     job = {"payment_id": "p1", "account_id": A, "amount": "25.00", **other}
     with pytest.raises(PaymentNotReady) as error_info:
         flow.accept_job(payready.rt, intake_request(job, {"id": "t2"}), lambda _: None)
-    assert error_info.value.reason == Reason.CONFLICT
+    assert error_info.value.reason == FailureReason.CONFLICT
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from tests.support.in_process import START, Databases, InProcessSystem, in_process_system
 from worker import flow
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.rules.states import MAX_UNCERTAIN_CALLS
 
 ACCOUNTS = ("acct_a", "acct_b")
@@ -23,7 +23,7 @@ ANSWERS: list[int | CallFailed] = [
     202,
     CallNotSent("no connection"),
     RateLimited("rate limit", None),
-    CallRejected(403, Reason.CONNECTION_INACTIVE, "inactive"),
+    CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive"),
     CallResultUnknown("timeout"),
     CallResultUnknown("500", 500),
 ]

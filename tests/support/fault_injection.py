@@ -34,7 +34,7 @@ from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob
 from worker.flow import calling
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import QuilttClient
-from worker.quiltt.messages import Balance, PolledAccount, ReceivedBalance
+from worker.quiltt.messages import Balance, BalanceWithEventId, PolledAccount
 from worker.rules.pricing import parse_price_list, split_share
 from worker.rules.states import MAX_UNCERTAIN_CALLS
 from worker.runtime import Runtime
@@ -274,7 +274,7 @@ class TestSystem:
         """Return the mode of the API key."""
         return "TEST"
 
-    def refresh_balance(self, account_id: str) -> int:
+    def request_balance_refresh(self, account_id: str) -> int:
         """Process a refresh call."""
         self.operations.before_operation("send", "the call")
         response = (
@@ -317,7 +317,7 @@ class TestSystem:
 
     def _webhook(self, balance: Balance) -> None:
         try:
-            received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
+            received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
             dispatch_follow_up(flow.ingest_events(self.rt, [received]))
         except (LedgerUnavailable, RedisUnavailable, BrokerUnavailable):
             self._stored_balances.discard(balance.id)  # 503: the provider retries

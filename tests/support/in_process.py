@@ -33,7 +33,7 @@ from worker.ledger.engine import Engine, open_engine, transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.tables import PAYMENT
 from worker.quiltt.client import ApiKeyMode, QuilttClient
-from worker.quiltt.messages import Balance, PolledAccount, ReceivedBalance
+from worker.quiltt.messages import Balance, BalanceWithEventId, PolledAccount
 from worker.rules.job import parse_job
 from worker.rules.pricing import parse_price_list
 from worker.runtime import Runtime
@@ -143,7 +143,7 @@ class ScriptedProvider:
         self.accounts: dict[str, PolledAccount | CallFailed] = {}
         self.reads: list[tuple[str, str]] = []
 
-    def refresh_balance(self, account_id: str) -> int:
+    def request_balance_refresh(self, account_id: str) -> int:
         """Process a refresh call."""
         self.calls.append(account_id)
         response: ProviderResponse = self.script[account_id].pop(0) if self.script[account_id] else 202
@@ -229,7 +229,7 @@ class InProcessSystem:
                 )
             self.queue.balances_to_apply.append(balance.id)
         else:
-            received = ReceivedBalance(event_id=f"evt_{balance.id}", balance=balance)
+            received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
             self.queue.merge(flow.ingest_events(self.rt, [received]))
         return balance.id
 

@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
 
 from tests.contracts import FOLDER, contracts
-from worker.errors import InvalidJob, Reason
+from worker.errors import FailureReason, InvalidJob
 from worker.rules.job import Job, parse_job
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_1"}
@@ -31,7 +31,7 @@ def test_published_schemas_match_the_models() -> None:
 def test_failure_schema_lists_every_reason() -> None:
     """The payments service branches on the reasons."""
     failure = json.loads((FOLDER / "failure.schema.json").read_text())
-    assert failure["$defs"]["Reason"]["enum"] == [reason.value for reason in Reason]
+    assert failure["$defs"]["FailureReason"]["enum"] == [reason.value for reason in FailureReason]
     _validator("failure")({"reason": "timeout", "detail": "no balance arrived within 120 s"})
     with pytest.raises(ValidationError):
         _validator("failure")({"reason": "bad luck", "detail": ""})

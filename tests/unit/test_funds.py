@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.rules.funds import Funds, check_funds
 from worker.rules.job import Job, parse_job
 
@@ -61,7 +61,7 @@ def test_the_arithmetic_is_exact(
     there = Fraction(available) + (Fraction(limit) if include_overdraft and limit is not None else 0)
     there -= sum(map(Fraction, released))
     assert (judgement.verdict == "sufficient") == (there >= needed)
-    assert (judgement.reason == Reason.INSUFFICIENT_FUNDS) == (there < needed)
+    assert (judgement.reason == FailureReason.INSUFFICIENT_FUNDS) == (there < needed)
     assert judgement.funds_calculation is not None
     assert Fraction(judgement.funds_calculation["needed"]) == needed
     assert Fraction(judgement.funds_calculation["available_after_releases"]) == there
@@ -79,7 +79,7 @@ def test_to_the_last_digit_is_enough_and_a_digit_less_is_not(
         needed = amount * multiplier + fixed
         less = needed - Decimal("1e-30")
     assert check_funds(asked, Funds(available=needed, limit=None)).verdict == "sufficient"
-    assert check_funds(asked, Funds(available=less, limit=None)).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(asked, Funds(available=less, limit=None)).reason == FailureReason.INSUFFICIENT_FUNDS
 
 
 def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred() -> None:
@@ -88,7 +88,7 @@ def test_two_payments_of_eighty_are_not_both_covered_by_a_hundred() -> None:
     first = check_funds(asked, purse)
     second = check_funds(asked, purse.minus_releases(asked.amount))
     assert first.verdict == "sufficient"
-    assert second.reason == Reason.INSUFFICIENT_FUNDS
+    assert second.reason == FailureReason.INSUFFICIENT_FUNDS
     assert second.detail == "needed 80.00 USD, available 20.00 USD"
 
 
@@ -108,8 +108,8 @@ def test_what_is_released_on_one_balance_never_exceeds_it(available: Decimal, wa
 def test_unknown_is_not_zero(limit: str | None, include_overdraft: bool) -> None:  # noqa: FBT001
     """No overdraft makes an unknown balance known."""
     asked = job("0.01", include_overdraft=include_overdraft)
-    assert check_funds(asked, funds(None, limit)).reason == Reason.FUNDS_UNKNOWN
-    assert check_funds(asked, funds("0", None)).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(asked, funds(None, limit)).reason == FailureReason.FUNDS_UNKNOWN
+    assert check_funds(asked, funds("0", None)).reason == FailureReason.INSUFFICIENT_FUNDS
 
 
 def test_what_could_not_be_checked_has_a_word_of_its_own() -> None:
@@ -117,7 +117,7 @@ def test_what_could_not_be_checked_has_a_word_of_its_own() -> None:
     asked = job("25.00", funds_check="enabled")
     assert check_funds(asked, funds(None)).verdict == "unchecked"
     assert check_funds(asked, funds("25.00")).verdict == "sufficient"
-    assert check_funds(asked, funds("24.99")).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(asked, funds("24.99")).reason == FailureReason.INSUFFICIENT_FUNDS
 
 
 @pytest.mark.parametrize("asked", [job(None), job("25.00", funds_check="disabled")])
@@ -130,9 +130,11 @@ def test_disabled_check_is_not_requested(asked: Job, available: str | None) -> N
 
 def test_an_overdraft_counts_only_when_asked_for() -> None:
     """And only if there is one."""
-    assert check_funds(job("25.00"), funds("5", "20")).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(job("25.00"), funds("5", "20")).reason == FailureReason.INSUFFICIENT_FUNDS
     assert check_funds(job("25.00", include_overdraft=True), funds("5", "20")).verdict == "sufficient"
-    assert check_funds(job("25.00", include_overdraft=True), funds("5", None)).reason == Reason.INSUFFICIENT_FUNDS
+    assert (
+        check_funds(job("25.00", include_overdraft=True), funds("5", None)).reason == FailureReason.INSUFFICIENT_FUNDS
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_the_buffer_is_a_multiple_and_a_fixed_sum(buffer: dict[str, str], needed
     assert check_funds(asked, funds(needed)).verdict == "sufficient"
     with localcontext(rounding=ROUND_FLOOR):
         less = format(Decimal(needed) - Decimal("0.001"), "f")
-    assert check_funds(asked, funds(less)).reason == Reason.INSUFFICIENT_FUNDS
+    assert check_funds(asked, funds(less)).reason == FailureReason.INSUFFICIENT_FUNDS
 
 
 def test_funds_calculation_has_all_inputs() -> None:

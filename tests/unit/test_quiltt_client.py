@@ -16,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 
 from simulator.testing import Simulator
-from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.quiltt.client import QuilttClient
 from worker.quiltt.messages import parse_polled_balance
 
@@ -103,14 +103,14 @@ def respond(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.s
 def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFailed:
     """Return the error of a refresh call to such a server."""
     with raw_server(serve) as server, client(server.url, **changes) as quiltt, pytest.raises(CallFailed) as failed:
-        quiltt.refresh_balance(A)
+        quiltt.request_balance_refresh(A)
     return failed.value
 
 
 def test_refresh_call_is_the_documented_request() -> None:
     """POST, the account in the path, the API key as bearer token, no body."""
     with raw_server(respond(202)) as server, client(server.url) as quiltt:
-        assert quiltt.refresh_balance(A) == 202
+        assert quiltt.request_balance_refresh(A) == 202
     head = server.requests[0].decode().lower()
     assert head.startswith(f"post /v1/accounts/{A.lower()}/balances/refresh http/1.1\r\n")
     assert f"authorization: bearer {KEY}\r\n" in head
@@ -120,7 +120,7 @@ def test_refresh_call_is_the_documented_request() -> None:
 def test_refresh_call_keeps_path_of_api_url() -> None:
     """For an API gateway: its host and the path of the setting."""
     with raw_server(respond(202)) as server, client(f"{server.url}/banks/quiltt%20x/") as quiltt:
-        quiltt.refresh_balance(A)
+        quiltt.request_balance_refresh(A)
         host = server.url.removeprefix("http://")
     head = server.requests[0].decode()
     assert head.startswith(f"POST /banks/quiltt%20x/v1/accounts/{A}/balances/refresh HTTP/1.1\r\n")
@@ -130,16 +130,16 @@ def test_refresh_call_keeps_path_of_api_url() -> None:
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (400, Reason.ACCOUNT_UNSUPPORTED),
-        (401, Reason.NOT_AUTHORIZED),
-        (403, Reason.CONNECTION_INACTIVE),
-        (404, Reason.ACCOUNT_NOT_FOUND),
-        (405, Reason.PROVIDER_UNAVAILABLE),
-        (409, Reason.PROVIDER_UNAVAILABLE),
-        (422, Reason.PROVIDER_UNAVAILABLE),
+        (400, FailureReason.ACCOUNT_UNSUPPORTED),
+        (401, FailureReason.NOT_AUTHORIZED),
+        (403, FailureReason.CONNECTION_INACTIVE),
+        (404, FailureReason.ACCOUNT_NOT_FOUND),
+        (405, FailureReason.PROVIDER_UNAVAILABLE),
+        (409, FailureReason.PROVIDER_UNAVAILABLE),
+        (422, FailureReason.PROVIDER_UNAVAILABLE),
     ],
 )
-def test_rejection_gets_reason_from_status(status: int, reason: Reason) -> None:
+def test_rejection_gets_reason_from_status(status: int, reason: FailureReason) -> None:
     """The API has no machine-readable code. The text of the body is not repeated."""
     failed = failure(respond(status, body=b'{"message":"hunter3","instruction":"hunter3"}'))
     assert isinstance(failed, CallRejected)
@@ -224,7 +224,7 @@ def test_refused_connection_is_not_sent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with client(f"http://127.0.0.1:{port}") as quiltt, pytest.raises(CallNotSent, match="connect error"):
-        quiltt.refresh_balance(A)
+        quiltt.request_balance_refresh(A)
 
 
 def test_connect_timeout_is_not_sent() -> None:
@@ -239,7 +239,7 @@ def test_connect_timeout_is_not_sent() -> None:
                 connection.connect_ex(full.getsockname())
             url = f"http://127.0.0.1:{full.getsockname()[1]}"
             with client(url, connect_timeout_s=0.1) as quiltt, pytest.raises(CallNotSent, match="connect timeout"):
-                quiltt.refresh_balance(A)
+                quiltt.request_balance_refresh(A)
         finally:
             for connection in waiting:
                 connection.close()
@@ -247,7 +247,7 @@ def test_connect_timeout_is_not_sent() -> None:
 
 def test_unknown_host_is_not_sent() -> None:
     with client("http://nowhere.invalid") as quiltt, pytest.raises(CallNotSent):
-        quiltt.refresh_balance(A)
+        quiltt.request_balance_refresh(A)
 
 
 def test_call_without_free_connection_is_not_sent() -> None:
@@ -263,11 +263,11 @@ def test_call_without_free_connection_is_not_sent() -> None:
         raw_server(wait_then_respond) as server,
         client(server.url, max_connections=1, connect_timeout_s=0.1, read_timeout_s=10) as quiltt,
     ):
-        first = threading.Thread(target=quiltt.refresh_balance, args=(A,))
+        first = threading.Thread(target=quiltt.request_balance_refresh, args=(A,))
         first.start()
         assert busy.wait(5)
         with pytest.raises(CallNotSent, match="no connection of our own pool was free"):
-            quiltt.refresh_balance(A)
+            quiltt.request_balance_refresh(A)
         release.set()
         first.join(5)
     assert len(server.requests) == 1
@@ -276,7 +276,7 @@ def test_call_without_free_connection_is_not_sent() -> None:
 def test_connection_is_reused_by_next_call() -> None:
     with raw_server(respond(202)) as server, client(server.url) as quiltt:
         for _ in range(5):
-            quiltt.refresh_balance(A)
+            quiltt.request_balance_refresh(A)
     assert len(server.requests) == 5
     assert server.connections == 1
 
@@ -285,7 +285,7 @@ def test_proxies_of_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     with raw_server(respond(202)) as server, client(server.url) as quiltt:
-        assert quiltt.refresh_balance(A) == 202
+        assert quiltt.request_balance_refresh(A) == 202
 
 
 def test_api_key_mode_is_the_documented_request() -> None:
@@ -300,7 +300,7 @@ def test_api_key_mode_is_the_documented_request() -> None:
 def test_wrong_api_key_is_rejected(status: int) -> None:
     with raw_server(respond(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as rejected:
         quiltt.api_key_mode()
-    assert rejected.value.reason == Reason.NOT_AUTHORIZED
+    assert rejected.value.reason == FailureReason.NOT_AUTHORIZED
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_api_key_is_in_no_error_and_no_repr() -> None:
     with client(url) as quiltt:
         assert KEY not in repr(quiltt)
         assert KEY not in repr(vars(quiltt))
-        for request in (lambda: quiltt.refresh_balance(A), quiltt.api_key_mode):
+        for request in (lambda: quiltt.request_balance_refresh(A), quiltt.api_key_mode):
             with pytest.raises(CallNotSent) as failed:
                 request()
             error: BaseException | None = failed.value
@@ -398,28 +398,28 @@ def simulator() -> Iterator[Simulator]:
 def test_client_and_simulator_agree_on_documented_statuses(simulator: Simulator) -> None:
     with client(simulator.url) as quiltt:
         assert quiltt.api_key_mode() == "TEST"
-        assert quiltt.refresh_balance("acct_never1") == 202
+        assert quiltt.request_balance_refresh("acct_never1") == 202
         expected = {
-            "badreq": Reason.ACCOUNT_UNSUPPORTED,
-            "unauth": Reason.NOT_AUTHORIZED,
-            "inactive": Reason.CONNECTION_INACTIVE,
-            "gone": Reason.ACCOUNT_NOT_FOUND,
+            "badreq": FailureReason.ACCOUNT_UNSUPPORTED,
+            "unauth": FailureReason.NOT_AUTHORIZED,
+            "inactive": FailureReason.CONNECTION_INACTIVE,
+            "gone": FailureReason.ACCOUNT_NOT_FOUND,
         }
         for scenario, reason in expected.items():
             with pytest.raises(CallRejected) as rejected:
-                quiltt.refresh_balance(f"acct_{scenario}1")
+                quiltt.request_balance_refresh(f"acct_{scenario}1")
             assert rejected.value.reason == reason
         with pytest.raises(RateLimited) as rate_limited:
-            quiltt.refresh_balance("acct_throttled1")
+            quiltt.request_balance_refresh("acct_throttled1")
         assert rate_limited.value.retry_at is not None
         for scenario in ("error", "lost"):
             with pytest.raises(CallResultUnknown):
-                quiltt.refresh_balance(f"acct_{scenario}1")
+                quiltt.request_balance_refresh(f"acct_{scenario}1")
         polled = quiltt.poll_account("acct_prompt1", "p_1")
         assert polled is not None
         assert getattr(parse_polled_balance(polled, "acct_prompt1"), "source", None) == "SYNC"
         assert quiltt.poll_account("acct_gone1", "p_1") is None
     with client(simulator.url, read_timeout_s=0.1) as quiltt, pytest.raises(CallResultUnknown, match="read timeout"):
-        quiltt.refresh_balance("acct_silent1")
+        quiltt.request_balance_refresh("acct_silent1")
     accepted = [call["accepted"] for name in ("never", "lost", "silent") for call in simulator.calls(f"acct_{name}1")]
     assert accepted == [True, True, True], "a call with an unknown result may have been accepted"

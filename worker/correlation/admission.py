@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from redis import Redis
 
-from worker.correlation.redis_client import Script, duration_us, epoch_us, from_epoch_us
+from worker.correlation.redis_client import LuaScript, duration_us, epoch_us, from_epoch_us
 
 DELAYED_CALLS_FIRST = timedelta(seconds=2)
 """After a call was delayed, only delayed calls get slots for this long: until the next sweep but one."""
@@ -61,7 +61,7 @@ class AdmissionStatus:
 
     open_until: datetime | None
     """None if the circuit breaker is closed or half-open."""
-    burst_used: float
+    burst_used_ratio: float
     """Used share of the rate limiter's burst, from 0 to 1."""
 
 
@@ -73,28 +73,28 @@ class RateLimiter:
         self.requests_per_s = requests_per_s
         # A quarter of a second's calls: with 20 calls/s no second sees more than Quiltt's limit of 25.
         self.burst_size = max(1, requests_per_s // 4)
-        self._reserve_slots = Script(redis, "reserve_slots")
-        self._exhaust = Script(redis, "exhaust")
+        self._reserve_slots = LuaScript(redis, "reserve_slots")
+        self._exhaust = LuaScript(redis, "exhaust")
 
     @property
     def interval(self) -> timedelta:
         """Time between two requests at the full rate."""
         return timedelta(seconds=1) / self.requests_per_s
 
-    def reserve_slots(self, now: datetime, count: int) -> list[timedelta]:
-        """Reserve up to `count` slots within the next second. Return the delay of each from `now`."""
+    def reserve_slots_of_next_second(self, now: datetime, max_count: int) -> list[timedelta]:
+        """Reserve up to `max_count` slots in the next second; return their delays. If fewer, new calls wait 2 s."""
         if not self.requests_per_s:
             return []
-        sizes = [count, duration_us(self.interval), duration_us(DELAYED_CALLS_FIRST)]
+        sizes = [max_count, duration_us(self.interval), duration_us(DELAYED_CALLS_FIRST)]
         granted, first = self._reserve_slots([self.key], [epoch_us(now), *sizes])
         return [from_epoch_us(first) - now + slot * self.interval for slot in range(int(granted))]
 
-    def exhaust(self, ended_at: datetime, retry_at: datetime) -> None:
+    def exhaust_slots_until(self, ended_at: datetime, retry_at: datetime) -> None:
         """Use up all slots until `retry_at`: the provider returned 429 to a request that ended at `ended_at`."""
         tat = retry_at + (self.burst_size - 1) * self.interval
         self._exhaust([self.key], [epoch_us(ended_at), epoch_us(tat)])
 
-    def burst_used(self, tat: datetime | None, now: datetime) -> float:
+    def burst_used_ratio(self, tat: datetime | None, now: datetime) -> float:
         """Return the used share of the burst (0 to 1) at a theoretical arrival time."""
         ahead = max(timedelta(0), (tat or now) - now)
         return min(1.0, ahead / (self.burst_size * self.interval))
@@ -111,10 +111,10 @@ class CircuitBreaker:
         self.key = f"payready:{name}"
         self.failure_threshold = failure_threshold
         self.probe_timeout = probe_timeout
-        self._record_result = Script(redis, "record_result")
+        self._record_result = LuaScript(redis, "record_result")
 
     def record_result(self, status: Literal["ok", "failed"], claimed_at: datetime, ended_at: datetime) -> BreakerChange:
-        """Record the result of a call that was claimed and ended at these times."""
+        """Record a call's result. A call from before the last opening neither opens nor closes the breaker."""
         durations = [duration_us(OPEN_DURATION), duration_us(MAX_OPEN_DURATION)]
         args = [status, epoch_us(ended_at), self.failure_threshold, *durations, epoch_us(claimed_at)]
         kind, open_until = self._record_result([self.key], args)
@@ -138,23 +138,23 @@ class AdmissionControl:
             redis, "admission", failure_threshold=failure_threshold, probe_timeout=probe_timeout
         )
         self._redis = redis
-        self._admit = Script(redis, "admit")
-        self._refund = Script(redis, "refund")
+        self._admit = LuaScript(redis, "admit")
+        self._refund = LuaScript(redis, "refund")
 
-    def admit(self, now: datetime, count: int, *, has_slot: bool) -> Admission:
-        """Admit up to `count` calls. Calls that have slots of `RateLimiter.reserve_slots` skip the rate limiter."""
+    def admit_calls_or_probe(self, now: datetime, max_count: int, *, has_slot: bool) -> Admission:
+        """Admit up to `max_count` calls. `has_slot` skips the rate limiter; a shortage delays new calls for 2 s."""
         limiter, breaker = self.limiter, self.breaker
         rate: list[Any] = [duration_us(limiter.interval), limiter.burst_size, int(has_slot)]
         durations = [duration_us(breaker.probe_timeout), duration_us(DELAYED_CALLS_FIRST)]
-        granted, reason, until = self._admit([limiter.key], [epoch_us(now), *rate, *durations, count])
-        denied = None if int(granted) == count else Denied(reason=reason, until=from_epoch_us(until))
+        granted, reason, until = self._admit([limiter.key], [epoch_us(now), *rate, *durations, max_count])
+        denied = None if int(granted) == max_count else Denied(reason=reason, until=from_epoch_us(until))
         return Admission(granted=int(granted), denied=denied)
 
-    def refund(self, count: int, admitted_at: datetime) -> None:
-        """Return the slots of `count` calls that were admitted at this time and are not made."""
+    def refund_slots_and_probe(self, count: int, admitted_at: datetime) -> None:
+        """Return the slots, and free the probe, of `count` calls that were admitted at this time and are not made."""
         self._refund([self.limiter.key], [duration_us(self.limiter.interval * count), epoch_us(admitted_at)])
 
-    def record_result(
+    def apply_result_to_breaker_and_limiter(
         self, status: CallStatus, claimed_at: datetime | None, ended_at: datetime, retry_at: datetime | None = None
     ) -> BreakerChange:
         """Record how and when a call ended.
@@ -163,7 +163,7 @@ class AdmissionControl:
         provider accepts calls again, by its own response.
         """
         if status == "rate_limited":
-            self.limiter.exhaust(ended_at, retry_at or ended_at)
+            self.limiter.exhaust_slots_until(ended_at, retry_at or ended_at)
         return self.breaker.record_result(
             "failed" if status == "failed" else "ok", claimed_at=claimed_at or ended_at, ended_at=ended_at
         )
@@ -174,5 +174,5 @@ class AdmissionControl:
         tat, open_until = (None if text is None else from_epoch_us(str(text)) for text in stored)
         return AdmissionStatus(
             open_until=open_until if self.breaker.is_open(open_until, now) else None,
-            burst_used=self.limiter.burst_used(tat, now),
+            burst_used_ratio=self.limiter.burst_used_ratio(tat, now),
         )

@@ -31,7 +31,7 @@ def create_client(url: str) -> Redis:
     )
 
 
-class Script:
+class LuaScript:
     """The Lua script `name.lua` of this package. Calling it raises `REDIS_UNAVAILABLE`."""
 
     def __init__(self, redis: Redis, name: str) -> None:

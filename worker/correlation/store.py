@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from redis import Redis
 
-from worker.correlation.redis_client import EPOCH, Script, duration_us, epoch_us
+from worker.correlation.redis_client import EPOCH, LuaScript, duration_us, epoch_us
 
 ACCOUNT_TTL_S = 2 * 3600
 """Time to live of an account's key after its last use. Longer than any refresh is in flight."""
@@ -58,7 +58,7 @@ class CalledRefresh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewBalance:
+class NewRefreshBalance:
     """A REFRESH balance that was received."""
 
     account_id: str
@@ -76,7 +76,7 @@ class AccountState:
     """When that refresh was called."""
     requested: str | None = None
     """Id of the refresh that is requested and not called yet."""
-    newest_balance: NewBalance | None = None
+    newest_balance: NewRefreshBalance | None = None
     """The newest REFRESH balance."""
 
 
@@ -85,11 +85,11 @@ class CorrelationStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._join = Script(redis, "join")
-        self._mark_called = Script(redis, "mark_called")
-        self._add_balance = Script(redis, "add_balance")
-        self._clear_refresh = Script(redis, "clear_refresh")
-        self._restore_account = Script(redis, "restore_account")
+        self._join = LuaScript(redis, "join")
+        self._mark_called = LuaScript(redis, "mark_called")
+        self._add_balance = LuaScript(redis, "add_balance")
+        self._clear_refresh = LuaScript(redis, "clear_refresh")
+        self._restore_account = LuaScript(redis, "restore_account")
 
     def ping(self) -> None:
         """Check that Redis responds."""
@@ -110,29 +110,31 @@ class CorrelationStore:
         seconds, microseconds = self._redis.time()
         return EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
 
-    def join(self, requests: Sequence[JoinRequest]) -> list[JoinResult]:
+    def reuse_balance_or_join_refresh(self, requests: Sequence[JoinRequest]) -> list[JoinResult]:
         """Join each payment to a balance or a refresh of its account, in this order."""
         calls = [([_account_key(request.account_id)], request.script_args()) for request in requests]
         return [JoinResult(kind=kind, id=found) for kind, found in self._join.run_many(calls)]
 
-    def mark_called(self, refreshes: Sequence[CalledRefresh]) -> None:
-        """Mark refreshes as called, just before their calls are made."""
+    def move_requested_to_in_flight(self, refreshes: Sequence[CalledRefresh]) -> None:
+        """Set refreshes in flight instead of requested, just before their calls are made."""
         calls = [
             ([_account_key(called.account_id)], [called.refresh_id, epoch_us(called.called_at), ACCOUNT_TTL_S])
             for called in refreshes
         ]
         self._mark_called.run_many(calls)
 
-    def add_balances(self, balances: Sequence[NewBalance], skew: timedelta) -> None:
-        """Store REFRESH balances. Call it before they resolve payments. `skew` is the allowed clock skew."""
+    def add_balances_and_clear_answered_refreshes(
+        self, balances: Sequence[NewRefreshBalance], clock_skew: timedelta
+    ) -> None:
+        """Keep the newest REFRESH balances; clear the refreshes they answer. Call it before they resolve payments."""
         calls = [
-            ([_account_key(new.account_id)], [new.balance_id, epoch_us(new.at), duration_us(skew), ACCOUNT_TTL_S])
+            ([_account_key(new.account_id)], [new.balance_id, epoch_us(new.at), duration_us(clock_skew), ACCOUNT_TTL_S])
             for new in balances
         ]
         self._add_balance.run_many(calls)
 
-    def clear_refresh(self, account_id: str, refresh_id: str) -> None:
-        """Forget a refresh that no balance will answer."""
+    def clear_requested_or_in_flight_refresh(self, account_id: str, refresh_id: str) -> None:
+        """Forget a refresh that no balance will answer, if it is still stored as requested or in flight."""
         self._clear_refresh([_account_key(account_id)], [refresh_id])
 
     def restore_account(self, account_id: str, state: AccountState) -> None:

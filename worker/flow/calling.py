@@ -84,7 +84,7 @@ def make_call(rt: Runtime, claim: Claim) -> CallResult:
     if rt.clock() - claim.call.called_at > MAX_CLAIM_AGE:
         return skipped_call(rt, claim)
     try:
-        status = rt.provider.refresh_balance(claim.refresh.account_id)
+        status = rt.provider.request_balance_refresh(claim.refresh.account_id)
     except CallFailed as error:
         return _failed_call(rt, claim, error)
     metrics.PROVIDER_CALLS.labels("accepted").inc()
@@ -228,7 +228,7 @@ def _rate_limit_reset(error: RateLimited, now: datetime) -> datetime:
 
 
 def _report_accepted(rt: Runtime, ended_at: datetime) -> None:
-    _log_breaker_change(rt.admission.record_result("ok", None, ended_at), last_error=None)
+    _log_breaker_change(rt.admission.apply_result_to_breaker_and_limiter("ok", None, ended_at), last_error=None)
 
 
 def _report_failed(rt: Runtime, failed: FailedCall) -> None:
@@ -238,14 +238,14 @@ def _report_failed(rt: Runtime, failed: FailedCall) -> None:
     """
     error, claimed_at, ended_at = failed.error, failed.claim.refresh.claimed_at, failed.ended_at
     if isinstance(error, CallSkipped):
-        rt.admission.refund(1, failed.claim.call.called_at)
+        rt.admission.refund_slots_and_probe(1, failed.claim.call.called_at)
         return
     if isinstance(error, RateLimited):
         reset_at = _rate_limit_reset(error, ended_at)
-        change = rt.admission.record_result("rate_limited", claimed_at, ended_at, reset_at)
+        change = rt.admission.apply_result_to_breaker_and_limiter("rate_limited", claimed_at, ended_at, reset_at)
     else:
         status: CallStatus = "ok" if isinstance(error, CallRejected) else "failed"
-        change = rt.admission.record_result(status, claimed_at, ended_at)
+        change = rt.admission.apply_result_to_breaker_and_limiter(status, claimed_at, ended_at)
     _log_breaker_change(change, last_error=str(error))
 
 

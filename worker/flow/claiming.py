@@ -10,7 +10,7 @@ from worker import metrics
 from worker.correlation.admission import Admission
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.correlation.store import CalledRefresh
-from worker.errors import CallFailed, Reason
+from worker.errors import CallFailed, FailureReason
 from worker.flow.attribution import billed_refresh_id, window_end
 from worker.flow.claim_decision import (
     Abandon,
@@ -88,7 +88,7 @@ def claim_calls(
     contended, unless `wait_for_locks`.
     """
     try:
-        price = rt.call_price(rt.api_key_mode(), rt.clock())
+        price = rt.call_price(rt.fetch_allowed_api_key_mode_once(), rt.clock())
     except CallFailed as error:
         return ClaimBatch(follow_up=defer_unpriced_calls(rt, calls, error))
     admitted_at = rt.clock()
@@ -98,16 +98,18 @@ def claim_calls(
         batch = _claim_admitted(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
     finally:
         if admission.granted > len(batch.claims):
-            best_effort(rt.admission.refund, admission.granted - len(batch.claims), admitted_at)
+            best_effort(rt.admission.refund_slots_and_probe, admission.granted - len(batch.claims), admitted_at)
     if batch.claims:
-        best_effort(rt.correlation.mark_called, [_called_refresh(claim.refresh) for claim in batch.claims])
+        best_effort(
+            rt.correlation.move_requested_to_in_flight, [_called_refresh(claim.refresh) for claim in batch.claims]
+        )
     return batch
 
 
 def _acquire_slots(rt: Runtime, count: int, *, has_slot: bool) -> Admission:
     """Acquire slots for calls. Fail open when Redis is unavailable: the provider enforces its own limit."""
     try:
-        return rt.admission.admit(rt.clock(), count, has_slot=has_slot)
+        return rt.admission.admit_calls_or_probe(rt.clock(), count, has_slot=has_slot)
     except REDIS_UNAVAILABLE as error:
         log.warning("rate_limiter.unavailable", policy="fail_open", error=str(error))
         return Admission(granted=count, denied=None)
@@ -276,12 +278,12 @@ def _persist(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: Decision, now: 
         case ApplyBalance(balance_id=balance_id, abandons_refresh=abandons_refresh):
             if abandons_refresh:
                 _abandon(tx, inputs.refresh)
-            best_effort(rt.correlation.clear_refresh, inputs.account_id, inputs.refresh_id)
+            best_effort(rt.correlation.clear_requested_or_in_flight_refresh, inputs.account_id, inputs.refresh_id)
             return FollowUp(balances_to_apply=[balance_id])
         case Delay():
             return _delay(tx, _stored_refresh(tx, inputs, now), decision, now)
         case RejectByCap(detail=detail):
-            return reject_refresh(rt, tx, _stored_refresh(tx, inputs, now), Reason.FEE_CAP_REACHED, detail, now)
+            return reject_refresh(rt, tx, _stored_refresh(tx, inputs, now), FailureReason.FEE_CAP_REACHED, detail, now)
     return FollowUp()
 
 
@@ -346,7 +348,7 @@ def _delay(tx: Tx, refresh: RefreshRecord, delay: Delay, now: datetime) -> Follo
     metrics.DELAYED_CALLS.labels(delay.denied.reason).inc()
     detail, billed = str(delay.last_error), billed_refresh_id(refresh)
     resolutions = [
-        failed_resolution(payment, Reason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
+        failed_resolution(payment, FailureReason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
     ]
     refreshes.delay_if_unchanged(tx, refresh, delay.denied.until, delay.last_error)
     return FollowUp(deliveries=payments.resolve(tx, resolutions))

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from worker.correlation.redis_client import best_effort
-from worker.correlation.store import ACCOUNT_TTL_S, AccountState, NewBalance
+from worker.correlation.store import ACCOUNT_TTL_S, AccountState, NewRefreshBalance
 from worker.ledger import balances, refreshes
 from worker.ledger.engine import Tx
 from worker.runtime import Runtime
@@ -21,7 +21,7 @@ def rebuild_correlation(rt: Runtime, tx: Tx, account_id: str) -> None:
         called_at=in_flight.called_at if in_flight else None,
         requested=requested.refresh_id if requested else None,
         newest_balance=(
-            NewBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.at_capped_at_receipt)
+            NewRefreshBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.at_capped_at_receipt)
             if newest
             else None
         ),

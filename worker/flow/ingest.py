@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from config.log_config import get_logger
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.flow.attribution import attribute_balances
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import fail_payments, resolve_with_balances
@@ -13,7 +13,7 @@ from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import try_lock_accounts
 from worker.ledger.quarantine import QuarantinedEvent
-from worker.quiltt.messages import ReceivedBalance, UnparsedEvent
+from worker.quiltt.messages import BalanceWithEventId, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.runtime import Runtime
 
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 def ingest_events(
     rt: Runtime,
-    received_balances: Sequence[ReceivedBalance],
+    received_balances: Sequence[BalanceWithEventId],
     unparsed_events: Sequence[UnparsedEvent] = (),
     connection_updates: Sequence[ConnectionUpdate] = (),
 ) -> FollowUp:
@@ -42,7 +42,7 @@ def ingest_events(
     return follow_up
 
 
-def _new_records(received_balances: Sequence[ReceivedBalance], received_at: datetime) -> list[BalanceRecord]:
+def _new_records(received_balances: Sequence[BalanceWithEventId], received_at: datetime) -> list[BalanceRecord]:
     return [
         balances.new_unapplied_record(received.event_id, received.balance, received_at)
         for received in received_balances
@@ -97,14 +97,14 @@ def _fail_connection(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
     """Fail the payments of a lost connection or profile that were requested before it was lost."""
     requested_by = lost.at + rt.settings.clock_skew
     waiting = payments.lock_waiting_by_connection(tx, lost, max_requested_at=requested_by)
-    return FollowUp(deliveries=fail_payments(rt, tx, waiting, Reason.CONNECTION_LOST, lost.detail))
+    return FollowUp(deliveries=fail_payments(rt, tx, waiting, FailureReason.CONNECTION_LOST, lost.detail))
 
 
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
 
 def requeue_from_quarantine(
-    rt: Runtime, event: QuarantinedEvent, received_balances: Sequence[ReceivedBalance]
+    rt: Runtime, event: QuarantinedEvent, received_balances: Sequence[BalanceWithEventId]
 ) -> FollowUp:
     """Move an event that can be parsed now out of quarantine: store its balances as received when the event was."""
     with transaction(rt.engine) as tx:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Protocol
 
 from worker.correlation.store import JoinRequest, JoinResult
-from worker.errors import PaymentNotReady, Reason
+from worker.errors import FailureReason, PaymentNotReady
 from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.intake_decision import (
     AlreadyResolved,
@@ -118,7 +118,7 @@ def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
         if isinstance(decision, Conflict):
             fields = ", ".join(decision.fields)
             detail = f"payment_id was already used for a different job; these fields differ: {fields}"
-            raise PaymentNotReady(Reason.CONFLICT, detail)
+            raise PaymentNotReady(FailureReason.CONFLICT, detail)
 
 
 def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime) -> None:
@@ -137,7 +137,11 @@ def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequen
 
 def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]) -> list[IntakeResult]:
     waiting = [decision.payment for decision in decisions if isinstance(decision, New | StillWaiting)]
-    joined = iter(rt.correlation.join([join_request(rt, payment) for payment in waiting]) if waiting else [])
+    joined = iter(
+        rt.correlation.reuse_balance_or_join_refresh([join_request(rt, payment) for payment in waiting])
+        if waiting
+        else []
+    )
     return [
         _waiting_result(request, decision.payment, next(joined))
         if isinstance(decision, New | StillWaiting)

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.flow.attribution import billed_refresh_id, refresh_by_payment, window_end
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import (
@@ -95,11 +95,11 @@ def _expire(
 
 def _expired(payment: WaitingPayment, refresh: RefreshRecord | None, now: datetime) -> Resolution:
     """Return the resolution at the deadline: the last error of the provider if there was one, else a timeout."""
-    reason, detail = Reason.TIMEOUT, f"no balance arrived within {payment.job.timeout_s} s"
+    reason, detail = FailureReason.TIMEOUT, f"no balance arrived within {payment.job.timeout_s} s"
     if refresh is None or not (refresh.call_count or refresh.last_error):
         detail += ", and no call was made"
     elif refresh.last_error is not None:
-        reason, detail = Reason.PROVIDER_UNAVAILABLE, refresh.last_error
+        reason, detail = FailureReason.PROVIDER_UNAVAILABLE, refresh.last_error
     return failed_resolution(payment, reason, detail, now, billed_refresh_id(refresh))
 
 
@@ -119,7 +119,7 @@ def _retry_check_at(payment: WaitingPayment, now: datetime) -> datetime:
 def _schedule_polls(rt: Runtime, waiting: Sequence[WaitingPayment], now: datetime) -> FollowUp:
     """Reserve slots for balance polls, one for each account. Accounts without a slot are checked again in a second."""
     profile_by_account = {payment.account_id: str(payment.job.profile_id) for payment in waiting}
-    slots = rt.poll_limiter.reserve_slots(now, len(profile_by_account))
+    slots = rt.poll_limiter.reserve_slots_of_next_second(now, len(profile_by_account))
     polls = [
         BalancePoll(account_id=account_id, profile_id=profile_id, delay=delay)
         for (account_id, profile_id), delay in zip(profile_by_account.items(), slots, strict=False)
@@ -134,7 +134,7 @@ def _rejoin_account(rt: Runtime, payment: WaitingPayment) -> FollowUp:
     """Join the payment to a balance or a refresh again, by the state of the ledger."""
     with transaction(rt.engine) as tx:
         rebuild_correlation(rt, tx, payment.account_id)
-    [joined] = rt.correlation.join([join_request(rt, payment)])
+    [joined] = rt.correlation.reuse_balance_or_join_refresh([join_request(rt, payment)])
     if joined.kind == "balance":
         return FollowUp(balances_to_apply=[joined.id])
     return FollowUp(calls=[RefreshCall(account_id=payment.account_id, refresh_id=joined.id)])
@@ -172,7 +172,7 @@ def _schedule_delayed_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> 
     """Reserve slots of the rate limiter for delayed calls, the earliest deadline first (EDF)."""
     now = rt.clock()
     try:
-        slots = rt.admission.limiter.reserve_slots(now, len(requested))
+        slots = rt.admission.limiter.reserve_slots_of_next_second(now, len(requested))
     except REDIS_UNAVAILABLE as error:
         log.warning("rate_limiter.unavailable", policy="fail_open", error=str(error))
         slots = [timedelta(0)] * len(requested)
@@ -198,7 +198,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
         if refresh.state == RefreshState.REQUESTED:
             if payments.balance_time_bounds_of_waiting(tx, refresh.account_id) is None:
                 refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None)
-                best_effort(rt.correlation.clear_refresh, refresh.account_id, refresh.refresh_id)
+                best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
             return FollowUp()
         if refresh.state == RefreshState.CALLING:
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
@@ -213,7 +213,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
             return FollowUp()
         refreshes.transition(tx, refresh, RefreshEvent.WINDOW_ENDED, None)
         calls = queued_call(tx, refresh.account_id)
-    best_effort(rt.correlation.clear_refresh, refresh.account_id, refresh.refresh_id)
+    best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
     return FollowUp(calls=calls)
 
 

@@ -9,7 +9,7 @@ from worker.flow.ingest import ingest_events
 from worker.flow.resolution_decision import failed_resolution
 from worker.ledger import payments
 from worker.ledger.engine import transaction
-from worker.quiltt.messages import PolledAccount, ReceivedBalance, parse_polled_balance
+from worker.quiltt.messages import BalanceWithEventId, PolledAccount, parse_polled_balance
 from worker.rules import funds
 from worker.runtime import Runtime
 
@@ -32,7 +32,7 @@ def poll_balance(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
     is_usable = balance is not None and (balance.source == "REFRESH" or rt.settings.allow_sync_balances)
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
-        received = ReceivedBalance(event_id=f"poll:{balance.id}", balance=balance)
+        received = BalanceWithEventId(event_id=f"poll:{balance.id}", balance=balance)
         follow_up.merge(ingest_events(rt, [received]))
     return follow_up
 

@@ -8,8 +8,8 @@ from datetime import datetime
 from config.log_config import get_logger
 from worker import metrics
 from worker.correlation.redis_client import best_effort
-from worker.correlation.store import NewBalance
-from worker.errors import Reason
+from worker.correlation.store import NewRefreshBalance
+from worker.errors import FailureReason
 from worker.flow.attribution import AttributedBalance, attribute_balances, billed_refresh_id, refresh_by_payment
 from worker.flow.follow_up import FollowUp, queued_call
 from worker.flow.resolution_decision import (
@@ -146,12 +146,12 @@ def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[s
 
 def _add_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) -> None:
     new_balances = [
-        NewBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
+        NewRefreshBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
         for record in (balance.balance for balance in attributed)
         if record.due_at is not None and record.source == "REFRESH"
     ]
     if new_balances:
-        rt.correlation.add_balances(new_balances, rt.settings.clock_skew)
+        rt.correlation.add_balances_and_clear_answered_refreshes(new_balances, rt.settings.clock_skew)
 
 
 def _persist(tx: Tx, decisions: Sequence[BalanceDecision], now: datetime) -> list[OutcomeDelivery]:
@@ -168,7 +168,7 @@ def _persist(tx: Tx, decisions: Sequence[BalanceDecision], now: datetime) -> lis
 
 
 def fail_payments(
-    rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment], reason: Reason, detail: str
+    rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment], reason: FailureReason, detail: str
 ) -> list[OutcomeDelivery]:
     """Fail locked payments. Each shares the fee of the refresh that was called for it."""
     now = rt.clock()
@@ -180,7 +180,9 @@ def fail_payments(
     return payments.resolve(tx, resolutions)
 
 
-def reject_refresh(rt: Runtime, tx: Tx, refresh: RefreshRecord, reason: Reason, detail: str, now: datetime) -> FollowUp:
+def reject_refresh(
+    rt: Runtime, tx: Tx, refresh: RefreshRecord, reason: FailureReason, detail: str, now: datetime
+) -> FollowUp:
     """Reject a refresh, and fail all waiting payments of its account: the reason applies to each of them.
 
     The account must be locked.
@@ -192,5 +194,5 @@ def reject_refresh(rt: Runtime, tx: Tx, refresh: RefreshRecord, reason: Reason, 
     waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).get(refresh.account_id, [])
     resolutions = [failed_resolution(payment, reason, detail, now, refresh.refresh_id) for payment in waiting]
     deliveries = payments.resolve(tx, resolutions)
-    best_effort(rt.correlation.clear_refresh, refresh.account_id, refresh.refresh_id)
+    best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
     return FollowUp(deliveries=deliveries, calls=queued_call(tx, refresh.account_id))

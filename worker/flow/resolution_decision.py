@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.flow.attribution import AttributedBalance
 from worker.flow.follow_up import RefreshCall, call_of
 from worker.ledger.balances import BalanceRecord
@@ -97,7 +97,7 @@ def funds_as_of(balance: AttributedBalance) -> datetime:
 
 
 def failed_resolution(
-    waiting: WaitingPayment, reason: Reason, detail: str, now: datetime, refresh_id: str | None
+    waiting: WaitingPayment, reason: FailureReason, detail: str, now: datetime, refresh_id: str | None
 ) -> Resolution:
     """Return the resolution of a payment that fails. `refresh_id` is the refresh whose fee it shares."""
     return Resolution(
@@ -219,7 +219,7 @@ def _failed(
     payment: WaitingPayment, balance: AttributedBalance, check: FundsCheckResult, fee: SharedFee, now: datetime
 ) -> Resolution:
     refresh_id = balance.refresh.refresh_id if balance.refresh else None
-    reason = check.reason or Reason.FUNDS_UNKNOWN
+    reason = check.reason or FailureReason.FUNDS_UNKNOWN
     return replace(
         failed_resolution(payment, reason, check.detail, now, refresh_id),
         balance_id=balance.balance.balance_id,

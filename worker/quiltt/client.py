@@ -12,7 +12,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from worker import metrics
 from worker.errors import CallNotSent, CallResultUnknown, ConnectionPoolExhausted
 from worker.quiltt.messages import PolledAccount
-from worker.quiltt.responses import error_words, raise_if_key_rejected, refresh_error
+from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected, refresh_error
 
 ACCOUNT_BALANCE_QUERY = """query LatestBalance($id: ID!) {
   account(id: $id) { currencyCode kind balance { id at source available current limit } }
@@ -63,31 +63,31 @@ class QuilttClient:
         self._idle_transports: list[httpx.HTTPTransport] = []
         self._free_connections = threading.BoundedSemaphore(max_connections)
 
-    def refresh_balance(self, account_id: str) -> int:
-        """Make a refresh call for the account. Return the status, 202.
+    def request_balance_refresh(self, account_id: str) -> int:
+        """Make a refresh call for the account, and observe its duration. Return the status, 202.
 
         Raises:
             CallNotSent, RateLimited, CallRejected, CallResultUnknown: see `worker.errors`.
         """
         status, start = "none", time.monotonic()
         try:
-            response = self._post(f"/v1/accounts/{account_id}/balances/refresh")
+            response = self._post_when_connection_free(f"/v1/accounts/{account_id}/balances/refresh")
             status = str(response.status_code)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise CallNotSent(f"no connection to the provider: {error_words(error)}") from error
+            raise CallNotSent(f"no connection to the provider: {error_class_as_words(error)}") from error
         except httpx.RequestError as error:
-            raise CallResultUnknown(f"no response from the provider: {error_words(error)}") from error
+            raise CallResultUnknown(f"no response from the provider: {error_class_as_words(error)}") from error
         finally:
             metrics.RESPONSE_SECONDS.labels(status).observe(time.monotonic() - start)
         if response.status_code != httpx.codes.ACCEPTED:
             raise refresh_error(response)
         return response.status_code
 
-    def _post(self, path: str) -> httpx.Response:
+    def _post_when_connection_free(self, path: str) -> httpx.Response:
         if not self._free_connections.acquire(timeout=self._timeout.connect):
             raise ConnectionPoolExhausted("no connection of our own pool was free")
         try:
-            transport = self._take_transport()
+            transport = self._pop_idle_or_new_transport()
             # With the extension `target` httpx parses no URL per account.
             target = self._api_base.raw_path.rstrip(b"/") + path.encode()
             extensions = {"timeout": self._timeout.as_dict(), "target": target}
@@ -100,7 +100,7 @@ class QuilttClient:
             self._free_connections.release()
         return response
 
-    def _take_transport(self) -> httpx.HTTPTransport:
+    def _pop_idle_or_new_transport(self) -> httpx.HTTPTransport:
         try:
             return self._idle_transports.pop()
         except IndexError:
@@ -119,7 +119,7 @@ class QuilttClient:
         try:
             response = self._http_client.post(self._graphql_url, json=request, auth=login)
         except httpx.RequestError as error:
-            raise CallNotSent(f"the balance poll failed: {error_words(error)}") from error
+            raise CallNotSent(f"the balance poll failed: {error_class_as_words(error)}") from error
         try:
             # GraphQL reports errors in the body of a 200. Amounts are never parsed as floats.
             body = json.loads(response.content, parse_float=Decimal, parse_int=Decimal)
@@ -138,7 +138,7 @@ class QuilttClient:
         try:
             response = self._http_client.post(self._introspect_url)
         except httpx.RequestError as error:
-            raise CallNotSent(f"the API key could not be checked: {error_words(error)}") from error
+            raise CallNotSent(f"the API key could not be checked: {error_class_as_words(error)}") from error
         raise_if_key_rejected(response)
         try:
             return _Introspection.model_validate_json(response.content).environment.mode

@@ -72,7 +72,7 @@ class Balance(_ProviderModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceivedBalance:
+class BalanceWithEventId:
     """A balance, and the id of the event that it was received with."""
 
     event_id: str
@@ -94,7 +94,7 @@ class RecordRef(_ProviderModel):
     id: QuilttId
 
 
-class ConnectionEvent(_ProviderModel):
+class ConnectionOrProfileEvent(_ProviderModel):
     """An event about a connection or a profile."""
 
     type: str
@@ -109,7 +109,7 @@ class ReconnectMetadata(_ProviderModel):
     to: RecordRef
 
 
-class ReconnectedEvent(_ProviderModel):
+class AccountMovedEvent(_ProviderModel):
     """An `account.reconnected` event: the account moved to another connection."""
 
     at: Timestamp | None = None
@@ -125,7 +125,7 @@ class PolledAccount(_ProviderModel):
     balance: dict[str, Any] | None = None
 
 
-def parse_polled_balance(account: PolledAccount | None, account_id: str) -> Balance | None:
+def parse_polled_balance(account: PolledAccount | None, balance_account_id: str) -> Balance | None:
     """Return the balance of a polled account, None if it has none.
 
     Raises:
@@ -133,4 +133,4 @@ def parse_polled_balance(account: PolledAccount | None, account_id: str) -> Bala
     """
     if account is None or account.balance is None:
         return None
-    return Balance.model_validate({**account.balance, "accountId": account_id})
+    return Balance.model_validate({**account.balance, "accountId": balance_account_id})

@@ -11,27 +11,29 @@ from datetime import UTC, datetime
 
 import httpx
 
-from worker.errors import CallFailed, CallRejected, CallResultUnknown, RateLimited, Reason
+from worker.errors import CallFailed, CallRejected, CallResultUnknown, FailureReason, RateLimited
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rejection:
-    reason: Reason
+    reason: FailureReason
     detail: str
 
 
 _BAD_API_KEY = _Rejection(
-    reason=Reason.NOT_AUTHORIZED, detail="the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)"
+    reason=FailureReason.NOT_AUTHORIZED, detail="the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)"
 )
 _REJECTIONS: Mapping[int, _Rejection] = {
     httpx.codes.BAD_REQUEST: _Rejection(
-        reason=Reason.ACCOUNT_UNSUPPORTED, detail="the provider does not refresh accounts of this kind"
+        reason=FailureReason.ACCOUNT_UNSUPPORTED, detail="the provider does not refresh accounts of this kind"
     ),
     httpx.codes.UNAUTHORIZED: _BAD_API_KEY,
     httpx.codes.FORBIDDEN: _Rejection(
-        reason=Reason.CONNECTION_INACTIVE, detail="the account's connection is disconnected or in an error state"
+        reason=FailureReason.CONNECTION_INACTIVE, detail="the account's connection is disconnected or in an error state"
     ),
-    httpx.codes.NOT_FOUND: _Rejection(reason=Reason.ACCOUNT_NOT_FOUND, detail="the provider does not know the account"),
+    httpx.codes.NOT_FOUND: _Rejection(
+        reason=FailureReason.ACCOUNT_NOT_FOUND, detail="the provider does not know the account"
+    ),
 }
 """Documented responses to a refresh call that reject it."""
 
@@ -45,7 +47,9 @@ def refresh_error(response: httpx.Response) -> CallFailed:
         return CallRejected(status, rejection.reason, rejection.detail)
     if response.is_client_error and status != httpx.codes.REQUEST_TIMEOUT:
         return CallRejected(
-            status, Reason.PROVIDER_UNAVAILABLE, f"the provider responded with HTTP {status}, which is not documented"
+            status,
+            FailureReason.PROVIDER_UNAVAILABLE,
+            f"the provider responded with HTTP {status}, which is not documented",
         )
     return CallResultUnknown(f"the provider responded with HTTP {status}", status)
 
@@ -62,6 +66,6 @@ def _rate_limit_reset(response: httpx.Response) -> datetime | None:
     return datetime.fromtimestamp(int(seconds), UTC) if re.fullmatch(r"[0-9]{1,11}", seconds) else None
 
 
-def error_words(error: Exception) -> str:
+def error_class_as_words(error: Exception) -> str:
     """Return the name of an exception class as words: `ReadTimeout` is "read timeout"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()

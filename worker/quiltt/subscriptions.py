@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, Valid
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed, CallNotSent
-from worker.quiltt.responses import error_words, raise_if_key_rejected
+from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ class Subscription(BaseModel):
     event_types: Annotated[tuple[str, ...], Field(alias="eventTypes")]
     disabled: bool = False
 
-    def own_problems(self) -> list[str]:
+    def describe_disabled_and_missing_events(self) -> list[str]:
         """Return what is wrong with the subscription, empty if nothing."""
         disabled = [f"{self.id} is disabled"] if self.disabled else []
         missing = [event_type for event_type in REQUIRED_EVENT_TYPES if event_type not in self.event_types]
@@ -51,20 +51,24 @@ class Subscription(BaseModel):
 _SUBSCRIPTION_LIST = TypeAdapter(list[Subscription])
 
 
-def for_url(subscriptions: Sequence[Subscription], url: str) -> list[Subscription]:
+def filter_by_url_fewest_problems_first(subscriptions: Sequence[Subscription], url: str) -> list[Subscription]:
     """Return the subscriptions that deliver to `url`, the one with the fewest problems first.
 
     During the rotation of a webhook secret there are two.
     """
     ours = (subscription for subscription in subscriptions if subscription.target_url == url)
-    return sorted(ours, key=lambda subscription: (len(subscription.own_problems()), subscription.id))
+    return sorted(
+        ours, key=lambda subscription: (len(subscription.describe_disabled_and_missing_events()), subscription.id)
+    )
 
 
-def problems(subscriptions: Sequence[Subscription], url: str) -> list[str]:
+def find_problems_of_best_subscription(subscriptions: Sequence[Subscription], url: str) -> list[str]:
     """Return the problems of the subscription for `url`, empty if one subscription has none."""
     insecure = [] if url.startswith("https://") else [f"{url} is not https"]
-    ours = for_url(subscriptions, url)
-    return insecure + (ours[0].own_problems() if ours else [f"no subscription delivers to {url}"])
+    ours = filter_by_url_fewest_problems_first(subscriptions, url)
+    return insecure + (
+        ours[0].describe_disabled_and_missing_events() if ours else [f"no subscription delivers to {url}"]
+    )
 
 
 class SubscriptionsClient:
@@ -95,14 +99,14 @@ class SubscriptionsClient:
         try:
             return _SUBSCRIPTION_LIST.validate_json(response.content)
         except ValidationError:
-            raise _undocumented_response(response) from None
+            raise _undocumented_response_error(response) from None
 
     def create(self, url: str) -> Subscription:
         """Create a subscription that delivers the required events to `url`."""
         fields = {"name": "payready", "targetUrl": url, "eventTypes": list(REQUIRED_EVENT_TYPES), "disabled": False}
         return self._request_subscription("POST", "/subscriptions", fields)
 
-    def repair(self, subscription: Subscription) -> Subscription:
+    def enable_and_add_missing_events(self, subscription: Subscription) -> Subscription:
         """Enable a subscription, and add the required events that it lacks. Keep its other events."""
         return self.update(
             subscription,
@@ -123,27 +127,27 @@ class SubscriptionsClient:
         try:
             return Subscription.model_validate_json(response.content)
         except ValidationError:
-            raise _undocumented_response(response) from None
+            raise _undocumented_response_error(response) from None
 
     def _request(self, method: str, path: str, fields: dict[str, Any] | None = None) -> httpx.Response:
         try:
             response = self._http_client.request(method, path, json=fields)
         except httpx.RequestError as error:
-            raise CallNotSent(f"webhook subscriptions could not be requested: {error_words(error)}") from error
+            raise CallNotSent(f"webhook subscriptions could not be requested: {error_class_as_words(error)}") from error
         raise_if_key_rejected(response)
         if not response.is_success:
-            raise _undocumented_response(response)
+            raise _undocumented_response_error(response)
         return response
 
 
-def _undocumented_response(response: httpx.Response) -> CallFailed:
+def _undocumented_response_error(response: httpx.Response) -> CallFailed:
     return CallFailed(f"webhook subscriptions: HTTP {response.status_code} with a response that is not documented")
 
 
-def check_subscription(client: SubscriptionsClient, url: str) -> None:
+def log_subscription_problems_and_set_metric(client: SubscriptionsClient, url: str) -> None:
     """Check the subscription for `url`. Log each problem, and set the metric to their number, NaN if unknown."""
     try:
-        found = problems(client.list_all(), url)
+        found = find_problems_of_best_subscription(client.list_all(), url)
     except CallFailed as error:
         metrics.SUBSCRIPTION_PROBLEMS.set(float("nan"))
         log.warning("webhook_subscription.check_failed", error=str(error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
 from typing import Any, Self
 
-from worker.errors import Reason
+from worker.errors import FailureReason
 from worker.rules.decimals import amount_text, decimal_text
 from worker.rules.job import Job, Verdict
 
@@ -43,7 +43,7 @@ class FundsCheckResult:
 
     verdict: Verdict | None = None
     """Set if the payment may be released."""
-    reason: Reason | None = None
+    reason: FailureReason | None = None
     """Set if the payment must fail."""
     detail: str = ""
     funds_calculation: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ class FundsCheckResult:
         return cls(verdict=verdict, funds_calculation=funds_calculation)
 
     @classmethod
-    def failed(cls, reason: Reason, detail: str, funds_calculation: dict[str, Any]) -> Self:
+    def failed(cls, reason: FailureReason, detail: str, funds_calculation: dict[str, Any]) -> Self:
         """Return the result for a payment that must fail."""
         return cls(reason=reason, detail=detail, funds_calculation=funds_calculation)
 
@@ -64,7 +64,7 @@ class FundsCheckResult:
 class Ineligibility:
     """Why no balance of an account can release a payment."""
 
-    reason: Reason
+    reason: FailureReason
     detail: str
 
 
@@ -80,10 +80,10 @@ def check_funds(job: Job, funds: Funds) -> FundsCheckResult:
         if job.effective_funds_check == "enabled":
             return FundsCheckResult.passed("unchecked", calculation)
         detail = "the provider does not know the available balance"
-        return FundsCheckResult.failed(Reason.FUNDS_UNKNOWN, detail, calculation)
+        return FundsCheckResult.failed(FailureReason.FUNDS_UNKNOWN, detail, calculation)
     if available < needed:
         detail = f"needed {amount_text(needed, job.currency)}, available {amount_text(available, job.currency)}"
-        return FundsCheckResult.failed(Reason.INSUFFICIENT_FUNDS, detail, calculation)
+        return FundsCheckResult.failed(FailureReason.INSUFFICIENT_FUNDS, detail, calculation)
     return FundsCheckResult.passed("sufficient", calculation)
 
 
@@ -96,10 +96,10 @@ def ineligibility(job: Job, account_kind: str | None, account_currency: str | No
         return None
     if account_kind in LIABILITY_ACCOUNT_KINDS:
         detail = f"the account is of kind {account_kind}: its balance is a debt, not available money"
-        return Ineligibility(reason=Reason.ACCOUNT_UNSUPPORTED, detail=detail)
+        return Ineligibility(reason=FailureReason.ACCOUNT_UNSUPPORTED, detail=detail)
     if account_currency not in (None, job.currency):
         detail = f"the currency of the account is {account_currency}, the currency of the payment is {job.currency}"
-        return Ineligibility(reason=Reason.ACCOUNT_UNSUPPORTED, detail=detail)
+        return Ineligibility(reason=FailureReason.ACCOUNT_UNSUPPORTED, detail=detail)
     return None
 
 
