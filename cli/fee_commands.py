@@ -207,7 +207,7 @@ def _reconciliation_json(found: Reconciliation, application: InvoiceApplication 
         "charged_though_void": found.charged_though_void,
         "unmatched_lines": found.unmatched_lines,
         "unmatched_calls": found.unmatched_calls,
-        "missing_calls": [call.call_id for call in found.missing_calls],
+        "missing_calls": [call.call_id for call in found.missing_posted_calls_away_from_edges],
         "to_post": [match.call.call_id for match in found.to_post],
         "to_void": [call.call_id for call in found.to_void],
         "deferred_calls": [call.call_id for call in found.deferred_calls],

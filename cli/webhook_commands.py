@@ -168,7 +168,7 @@ def _replay_only_balances(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
     except events.UnparseableEvent:
         return ReplayResult.STILL_UNPARSEABLE
     # Only balances are applied: a connection update of a quarantined delivery is out of date.
-    follow_up = flow.requeue_from_quarantine(rt, event, parsed.balances)
+    follow_up = flow.store_balances_and_delete_quarantined(rt, event, parsed.balances)
     try:
         celery_client.enqueue_apply(settings(), follow_up.balances_to_apply)
     except celery_client.NoWorkerResponse as error:

@@ -24,7 +24,7 @@ def make_refresh_call_if_needed(account_id: str, refresh_id: str, has_slot: bool
 @app.task(name="balances.poll")
 def poll_balance_and_fail_unsupported_accounts(account_id: str, profile_id: str) -> None:
     """Read and ingest the account's balance before its payments expire. Fail payments that no balance can release."""
-    dispatch(flow.poll_balance(runtime(), account_id, profile_id))
+    dispatch(flow.poll_balance_and_resolve_payments(runtime(), account_id, profile_id))
 
 
 @worker_ready.connect

@@ -13,13 +13,14 @@ acknowledged when its work is done, and task events are published for each task.
 
 The steps of a job::
 
-    __call__ > MicroBatcher > _process_batch > flow.try_accept_jobs > dispatch > _finish > _acknowledge
+    __call__ > MicroBatcher > _process_batch > flow.accept_jobs_unless_account_locked > dispatch
+             > _finish > _acknowledge
 
 The steps of a call::
 
-    __call__ > MicroBatcher > _process_batch > flow.claim_calls > _start_call_or_record_skipped
+    __call__ > MicroBatcher > _process_batch > flow.claim_delay_or_reject_calls > _start_call_or_record_skipped
              > thread pool > _make_call_and_queue_result > _record_failed_or_queue_accepted
-             > MicroBatcher > _record_results_and_finish_messages > flow.record_results > dispatch
+             > MicroBatcher > _record_results_and_finish_messages > flow.report_and_record_results > dispatch
              > _finish > _acknowledge
 """
 
@@ -169,7 +170,7 @@ class _JobBatchStrategy(_BatchStrategy):
     def _process_batch(self, batch: list[ReceivedMessage]) -> None:
         try:
             requests = [self._parse_request(received) for received in batch]
-            results = flow.try_accept_jobs(runtime(), requests, make_waiting_result_writer(requests))
+            results = flow.accept_jobs_unless_account_locked(runtime(), requests, make_waiting_result_writer(requests))
         except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
             self._fall_back_after(error, "job", batch)
             return
@@ -227,7 +228,11 @@ class _CallBatchStrategy(_BatchStrategy):
                     with_slot.append(received)
                 else:
                     messages_by_call[RefreshCall(account_id=account_id, refresh_id=refresh_id)].append(received)
-            claims = flow.claim_calls(runtime(), list(messages_by_call)) if messages_by_call else ClaimBatch()
+            claims = (
+                flow.claim_delay_or_reject_calls(runtime(), list(messages_by_call))
+                if messages_by_call
+                else ClaimBatch()
+            )
         except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
             self._fall_back_after(error, "call", batch)
             return
@@ -247,16 +252,16 @@ class _CallBatchStrategy(_BatchStrategy):
 
         def on_call_done(future: "Future[None]") -> None:
             if future.cancelled():  # the pool of a worker that stops drops pending calls
-                self._record_failed_or_queue_accepted(flow.skipped_call(runtime(), claim), messages)
+                self._record_failed_or_queue_accepted(flow.log_and_count_skipped_call(runtime(), claim), messages)
 
         try:
             self._pool.submit(self._make_call_and_queue_result, claim, messages).add_done_callback(on_call_done)
         except RuntimeError:  # the pool was shut down during the claim
-            self._record_failed_or_queue_accepted(flow.skipped_call(runtime(), claim), messages)
+            self._record_failed_or_queue_accepted(flow.log_and_count_skipped_call(runtime(), claim), messages)
 
     def _make_call_and_queue_result(self, claim: Claim, messages: Sequence[ReceivedMessage]) -> None:
         try:
-            self._record_failed_or_queue_accepted(flow.make_call(runtime(), claim), messages)
+            self._record_failed_or_queue_accepted(flow.make_call_unless_claim_is_old(runtime(), claim), messages)
         except Exception:  # the result of the call is unknown: the sweep handles the claim
             with log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id):
                 log.exception("refresh_call.crashed")
@@ -271,7 +276,7 @@ class _CallBatchStrategy(_BatchStrategy):
     def _record_results_and_finish_messages(self, results: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
         """Record results, dispatch their follow-ups, and acknowledge the messages, also if recording fails."""
         try:
-            dispatch(flow.record_results(runtime(), [result for result, _ in results]))
+            dispatch(flow.report_and_record_results(runtime(), [result for result, _ in results]))
         finally:  # the sweep finds calls whose result could not be recorded
             self._finish_as_succeeded([messages for _, messages in results])
 

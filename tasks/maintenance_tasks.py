@@ -23,7 +23,7 @@ def expire_or_check_due_payments() -> None:
     has_more = True
     with _skip_if_database_unavailable():
         while has_more:
-            follow_up = flow.expire_due_payments(runtime())
+            follow_up = flow.expire_poll_or_rejoin_due_payments(runtime())
             dispatch(follow_up)
             has_more = follow_up.has_more
 
@@ -33,7 +33,7 @@ def sweep() -> None:
     """Retry lost calls, balances and deliveries."""
     with _skip_if_database_unavailable():
         redeliver_overdue_outcomes()
-        dispatch(flow.sweep(runtime()))
+        dispatch(flow.sweep_refreshes_and_balances(runtime()))
 
 
 @app.task(name="webhooks.check_subscription", send_events=False)
@@ -48,7 +48,7 @@ def check_subscription() -> None:
 @app.task(name="quarantine.prune", send_events=False)
 def prune_quarantine() -> None:
     """Delete quarantined events beyond the limits of age and number."""
-    flow.prune_quarantine(runtime())
+    flow.prune_quarantine_beyond_limits(runtime())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from webhook.events import BALANCE_CREATED
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
 from worker.errors import FailureReason
 from worker.quiltt.messages import Balance
-from worker.rules.job import Job, Outcome
+from worker.rules.job import Job, ReleasedOutcome
 
 FOLDER = Path(__file__).parent.parent / "docs" / "contracts"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -113,7 +113,7 @@ def schemas() -> dict[str, str]:
     """Return the text of every JSON Schema, by file name."""
     schemas_by_name = {
         "job.schema.json": Job.model_json_schema(mode="validation"),
-        "outcome.schema.json": Outcome.model_json_schema(mode="serialization"),
+        "outcome.schema.json": ReleasedOutcome.model_json_schema(mode="serialization"),
         "failure.schema.json": Failure.model_json_schema(mode="serialization"),
     }
     return {

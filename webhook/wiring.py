@@ -17,7 +17,7 @@ def _commit(deliveries: Sequence[ParsedDelivery]) -> FollowUp:
     balances = [balance for delivery in deliveries for balance in delivery.balances]
     unparsed = [event for delivery in deliveries for event in delivery.unparsed]
     updates = [update for delivery in deliveries for update in delivery.connection_updates]
-    return flow.ingest_events(runtime(), balances, unparsed, updates)
+    return flow.ingest_events_and_resolve_payments(runtime(), balances, unparsed, updates)
 
 
 def _dispatch(follow_ups: Sequence[FollowUp]) -> None:

@@ -247,14 +247,14 @@ def test_late_failure_does_not_prolong_the_open_breaker(gate: AdmissionControl) 
 def test_response_from_before_the_opening_does_not_close_the_breaker(payready: InProcessSystem) -> None:
     """Accepted calls are recorded in batches, a moment after their responses; failed ones at once."""
     payready.initiate("a", "acct_a", timeout_s=60)
-    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
-    end = flow.make_call(payready.rt, claim)
+    [claim] = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls).claims
+    end = flow.make_call_unless_claim_is_old(payready.rt, claim)
     payready.drop_tasks()
     payready.clock.advance(1)
     fail_until_open(payready)
     admits_from = payready.rt.admission.status(payready.clock.now).open_until
     assert admits_from is not None
-    flow.record_results(payready.rt, [end])
+    flow.report_and_record_results(payready.rt, [end])
     assert payready.fees("acct_a") == ["1 pending", "1 posted"]
     assert payready.rt.admission.status(payready.clock.now).open_until == admits_from
 
@@ -262,11 +262,11 @@ def test_response_from_before_the_opening_does_not_close_the_breaker(payready: I
 def test_earlier_call_with_a_response_after_the_opening_closes_the_breaker(payready: InProcessSystem) -> None:
     """The response was slow, but the provider is available."""
     payready.initiate("a", "acct_a", timeout_s=60)
-    [claim] = flow.claim_calls(payready.rt, payready.queue.calls).claims
+    [claim] = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls).claims
     payready.drop_tasks()
     payready.clock.advance(1)
     fail_until_open(payready)
-    flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
+    flow.report_and_record_results(payready.rt, [flow.make_call_unless_claim_is_old(payready.rt, claim)])
     assert payready.rt.admission.status(payready.clock.now).open_until is None
 
 
@@ -379,7 +379,7 @@ def test_worker_with_a_clock_behind_the_sweep_makes_the_call(made: MakeSystem) -
             payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
         payready.run_tasks()
         payready.clock.advance(1)
-        after = flow.sweep(payready.rt)
+        after = flow.sweep_refreshes_and_balances(payready.rt)
         first = after.calls[0]
         assert (first.has_slot, first.delay) == (True, timedelta(0))
         payready.clock.advance(-0.02)

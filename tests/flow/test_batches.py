@@ -19,7 +19,7 @@ from worker.quiltt.messages import Balance, BalanceWithEventId
 def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     """Take in jobs in one round."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for entrance in flow.try_accept_jobs(payready.rt, requests, lambda _: None):
+    for entrance in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
         assert entrance is not None
         payready.queue.merge(entrance.follow_up)
 
@@ -39,7 +39,7 @@ def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(
         payready.rt.admission.apply_result_to_breaker_and_limiter("failed", payready.clock.now, payready.clock.now)
         take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
         calls = [flow.RefreshCall(account_id="acct_1", refresh_id=refresh_id) for refresh_id in ("ref_1", "ref_2")]
-        claims = flow.claim_calls(payready.rt, calls)
+        claims = flow.claim_delay_or_reject_calls(payready.rt, calls)
         assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
@@ -48,9 +48,9 @@ def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
     payready.initiate("pay_1", "acct_1")
     calls = payready.queue.calls
     payready.drop_tasks()
-    [claim] = flow.claim_calls(payready.rt, calls).claims
+    [claim] = flow.claim_delay_or_reject_calls(payready.rt, calls).claims
     payready.clock.now += flow.MAX_CLAIM_AGE + timedelta(seconds=1)
-    flow.record_results(payready.rt, [flow.make_call(payready.rt, claim)])
+    flow.report_and_record_results(payready.rt, [flow.make_call_unless_claim_is_old(payready.rt, claim)])
     assert payready.provider.calls == []
     assert payready.fees("acct_1") == ["1 pending", "1 void"]
 
@@ -77,7 +77,9 @@ def test_balance_that_another_transaction_stores_is_applied_once(
     )
     receiving = Thread(
         target=lambda: payready.queue.merge(
-            flow.ingest_events(payready.rt, [BalanceWithEventId(event_id="evt_1", balance=balance)])
+            flow.ingest_events_and_resolve_payments(
+                payready.rt, [BalanceWithEventId(event_id="evt_1", balance=balance)]
+            )
         )
     )
     with transaction(payready.engine) as tx:
@@ -113,7 +115,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events(payready.rt, came)))
+        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came)))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
@@ -139,7 +141,7 @@ def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InPro
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
     came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.merge(flow.ingest_events(payready.rt, came))
+    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came))
     payready.run_tasks()
     [kept] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
@@ -169,9 +171,9 @@ def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSy
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
-    claims = flow.claim_calls(payready.rt, payready.queue.calls)
-    ends = [flow.make_call(payready.rt, claim) for claim in claims.claims]
-    booking = Thread(target=flow.record_results, args=(payready.rt, ends))
+    claims = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls)
+    ends = [flow.make_call_unless_claim_is_old(payready.rt, claim) for claim in claims.claims]
+    booking = Thread(target=flow.report_and_record_results, args=(payready.rt, ends))
     with transaction(payready.engine) as tx:
         lock_accounts(tx, ["acct_0"])
         booking.start()

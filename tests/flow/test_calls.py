@@ -121,7 +121,7 @@ def test_balance_prevents_an_enqueued_second_call(payready: InProcessSystem) -> 
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(15)
-    again = flow.sweep(payready.rt)
+    again = flow.sweep_refreshes_and_balances(payready.rt)
     assert again.calls
     payready.balance(A)
     payready.run_tasks()
@@ -265,6 +265,6 @@ def test_call_without_a_worker_is_enqueued_at_the_retry_interval(
     enqueued = 0
     for _ in range(120):
         payready.clock.advance(1)
-        enqueued += len(flow.expire_due_payments(payready.rt).calls)
-        enqueued += sum(call.has_slot for call in flow.sweep(payready.rt).calls)
+        enqueued += len(flow.expire_poll_or_rejoin_due_payments(payready.rt).calls)
+        enqueued += sum(call.has_slot for call in flow.sweep_refreshes_and_balances(payready.rt).calls)
     assert 120 / CALL_ENQUEUE_RETRY.total_seconds() - 1 <= enqueued <= 120 / CALL_ENQUEUE_RETRY.total_seconds() + 2

@@ -10,7 +10,7 @@ from worker.flow.intake_decision import (
     AlreadyResolved,
     Conflict,
     Decision,
-    Duplicate,
+    DuplicateAfterResolution,
     IntakeInputs,
     IntakeRequest,
     New,
@@ -96,12 +96,12 @@ EXAMPLES = {
         requests=[request("task_2")], known={"pay_1": RESOLVED}, expected=[resolved_for("task_2")]
     ),
     "repeated after it is resolved, same task": Example(
-        requests=[request("task_1")], known={"pay_1": RESOLVED}, expected=[Duplicate()]
+        requests=[request("task_1")], known={"pay_1": RESOLVED}, expected=[DuplicateAfterResolution()]
     ),
     "message of a resolved payment received twice in a batch": Example(
         requests=[request("task_2"), request("task_2"), request("task_3")],
         known={"pay_1": RESOLVED},
-        expected=[resolved_for("task_2"), Duplicate(), resolved_for("task_3")],
+        expected=[resolved_for("task_2"), DuplicateAfterResolution(), resolved_for("task_3")],
     ),
     "conflict of one field": Example(
         requests=[request(timeout_s=60)], known={"pay_1": WAITING}, expected=[Conflict(fields=["timeout_s"])]

@@ -18,7 +18,9 @@ def break_down(payready: InProcessSystem, *, age_s: float = 0, **whose: str) -> 
     """An event of this age comes in about a connection or a profile."""
     at = payready.clock() - timedelta(seconds=age_s)
     payready.queue.merge(
-        flow.ingest_events(payready.rt, [], connection_updates=[ConnectionLost(detail="it is gone", at=at, **whose)])
+        flow.ingest_events_and_resolve_payments(
+            payready.rt, [], connection_updates=[ConnectionLost(detail="it is gone", at=at, **whose)]
+        )
     )
     payready.run_tasks()
 
@@ -92,7 +94,7 @@ def test_an_account_that_moves_takes_its_payments_along(
     payready.initiate("p3", A)
     account_id, connection_id = moved
     update = AccountMoved(account_id=account_id, connection_id=connection_id, at=payready.clock())
-    payready.queue.merge(flow.ingest_events(payready.rt, [], connection_updates=[update]))
+    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update]))
     break_down(payready, connection_id="conn_2")
     assert [payready.state(f"p{n}") for n in (1, 2, 3)] == states
 
@@ -110,7 +112,7 @@ def test_account_follows_its_last_move_in_any_order_of_events(
         [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
     )
     for news in deliveries_of_updates:
-        flow.ingest_events(payready.rt, [], connection_updates=news)
+        flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=news)
     assert payready.payment("p1")["connection_id"] == "conn_3"
 
 
@@ -118,7 +120,9 @@ def test_repeated_old_move_does_not_affect_later_payments(payready: InProcessSys
     """They were requested in the knowledge of it, and of what came after it."""
     at = payready.clock() - timedelta(seconds=6)
     payready.initiate("p1", A, connection_id="conn_1")
-    flow.ingest_events(payready.rt, [], connection_updates=[AccountMoved(account_id=A, connection_id="conn_2", at=at)])
+    flow.ingest_events_and_resolve_payments(
+        payready.rt, [], connection_updates=[AccountMoved(account_id=A, connection_id="conn_2", at=at)]
+    )
     assert payready.payment("p1")["connection_id"] == "conn_1"
 
 
@@ -147,7 +151,9 @@ def test_updates_of_one_delivery_apply_in_order_of_their_times(
             else ConnectionLost(detail="it is gone", at=at, connection_id="conn_1")
         )
 
-    payready.queue.merge(flow.ingest_events(payready.rt, [], connection_updates=[happened(one) for one in news]))
+    payready.queue.merge(
+        flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[happened(one) for one in news])
+    )
     payready.run_tasks()
     assert payready.state("p1") == state
 
@@ -157,7 +163,7 @@ def test_a_call_that_is_claimed_while_its_only_payment_is_cut_off_has_a_sharer(p
     payready.initiate("p1", A, connection_id="conn_1")
     at = payready.clock()
     cut_off = threading.Thread(
-        target=lambda: flow.ingest_events(
+        target=lambda: flow.ingest_events_and_resolve_payments(
             payready.rt, [], connection_updates=[ConnectionLost(detail="gone", at=at, connection_id="conn_1")]
         )
     )

@@ -238,10 +238,10 @@ def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -
         payready.initiate(f"p{number}", f"acct_{number}", timeout_s=1)
     payready.drop_tasks()
     payready.clock.advance(2)
-    first = flow.expire_due_payments(payready.rt)
+    first = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert first.has_more
     assert len(first.deliveries) == flow.MAINTENANCE_BATCH_SIZE
-    second = flow.expire_due_payments(payready.rt)
+    second = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert not second.has_more
     assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
 
@@ -252,7 +252,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     payready.run_tasks()
     payready.clock.advance(3)
     unparsed = [UnparsedEvent(raw=b"{}", reason="of an older version"), UnparsedEvent(raw=b"[]", reason="another")]
-    flow.ingest_events(payready.rt, [], unparsed)
+    flow.ingest_events_and_resolve_payments(payready.rt, [], unparsed)
     with transaction(payready.engine) as tx:
         [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
     balance = Balance.model_validate(
@@ -268,7 +268,9 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     )
     payready.clock.advance(30)
     payready.queue.merge(
-        flow.requeue_from_quarantine(payready.rt, kept, [BalanceWithEventId(event_id="evt_1", balance=balance)])
+        flow.store_balances_and_delete_quarantined(
+            payready.rt, kept, [BalanceWithEventId(event_id="evt_1", balance=balance)]
+        )
     )
     payready.run_tasks()
     assert payready.state("pay_1") == "released"

@@ -49,9 +49,9 @@ def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> Non
         payready.clock.advance(1)
         done = at_once(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.expire_due_payments(payready.rt),
+            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt),
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.expire_due_payments(payready.rt),
+            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt),
         )
         resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         for name in "ab":
@@ -247,7 +247,7 @@ def test_concurrent_expiry_runs_share_the_payments(payready: InProcessSystem) ->
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
     payready.drop_tasks()
     payready.clock.advance(2)
-    done = at_once(*[lambda: flow.expire_due_payments(payready.rt)] * 4)
+    done = at_once(*[lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt)] * 4)
     resolved = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
     assert resolved == sorted(f"p{number}" for number in range(60))
 
@@ -263,7 +263,7 @@ def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessS
     payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
-    payready.queue.merge(maintenance._advance_refresh(payready.rt, seen, payready.clock.now))
+    payready.queue.merge(maintenance._abandon_retry_or_end_due_refresh(payready.rt, seen, payready.clock.now))
     payready.run_tasks()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]
@@ -282,9 +282,9 @@ def test_late_call_result_does_not_change_the_next_call(
 
     def first() -> CallFailed:
         payready.clock.advance(payready.rt.settings.max_call_and_record_duration.total_seconds())
-        flow.sweep(payready.rt)
+        flow.sweep_refreshes_and_balances(payready.rt)
         payready.clock.advance(15)
-        again = flow.sweep(payready.rt)
+        again = flow.sweep_refreshes_and_balances(payready.rt)
         call = again.calls[0]
         args = (payready.rt, call.account_id, call.refresh_id)
         threads.append(threading.Thread(target=flow.claim_and_call, args=args))

@@ -66,7 +66,7 @@ def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.Monk
 
 
 def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed, claim_calls = Event(), flow.claim_calls
+    claimed, claim_calls = Event(), flow.claim_delay_or_reject_calls
 
     def claim(*given: Any) -> Any:
         claims = claim_calls(*given)
@@ -74,7 +74,7 @@ def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: 
         claimed.set()
         return claims
 
-    monkeypatch.setattr(flow, "claim_calls", claim)
+    monkeypatch.setattr(flow, "claim_delay_or_reject_calls", claim)
     receive_calls(payready, pool)
     assert claimed.wait(10)
     pool.stop()

@@ -318,7 +318,7 @@ class TestSystem:
     def _webhook(self, balance: Balance) -> None:
         try:
             received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
-            dispatch_follow_up(flow.ingest_events(self.rt, [received]))
+            dispatch_follow_up(flow.ingest_events_and_resolve_payments(self.rt, [received]))
         except (LedgerUnavailable, RedisUnavailable, BrokerUnavailable):
             self._stored_balances.discard(balance.id)  # 503: the provider retries
         else:

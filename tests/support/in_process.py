@@ -230,7 +230,7 @@ class InProcessSystem:
             self.queue.balances_to_apply.append(balance.id)
         else:
             received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
-            self.queue.merge(flow.ingest_events(self.rt, [received]))
+            self.queue.merge(flow.ingest_events_and_resolve_payments(self.rt, [received]))
         return balance.id
 
     def run_tasks(self) -> None:
@@ -241,7 +241,7 @@ class InProcessSystem:
                 follow_up = flow.claim_and_call(self.rt, call.account_id, call.refresh_id, has_slot=call.has_slot)
                 self.queue.merge(follow_up)  # after the call: other tasks may be enqueued while it is in flight
             for poll in pending.balance_polls:
-                self.queue.merge(flow.poll_balance(self.rt, poll.account_id, poll.profile_id))
+                self.queue.merge(flow.poll_balance_and_resolve_payments(self.rt, poll.account_id, poll.profile_id))
             for balance_id in pending.balances_to_apply:
                 self.queue.merge(flow.apply_balance(self.rt, balance_id))
             if pending.deliveries:
@@ -259,8 +259,8 @@ class InProcessSystem:
 
     def run_maintenance(self) -> None:
         """Run maintenance and the tasks that it enqueues."""
-        self.queue.merge(flow.expire_due_payments(self.rt))
-        self.queue.merge(flow.sweep(self.rt))
+        self.queue.merge(flow.expire_poll_or_rejoin_due_payments(self.rt))
+        self.queue.merge(flow.sweep_refreshes_and_balances(self.rt))
         self._deliver(flow.claim_overdue_deliveries(self.rt, flow.MAINTENANCE_BATCH_SIZE))
         self.run_tasks()
 

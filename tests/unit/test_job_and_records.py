@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from worker.errors import InvalidJob
 from worker.quiltt.messages import Balance
-from worker.rules.decimals import MINOR_UNIT_DIGITS, amount_text
+from worker.rules.decimals import MINOR_UNIT_DIGITS, amount_with_currency_text
 from worker.rules.job import MAX_METADATA_BYTES, Buffer, Job, parse_job
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_12Hz9Dz7vEAuljYvhmPcvM9"}
@@ -298,7 +298,7 @@ def test_an_unknown_field_is_named_with_the_field_that_is_meant(field: str, mess
     ],
 )
 def test_an_amount_in_a_text_has_the_decimals_of_its_currency(amount: str, currency: str, text: str) -> None:
-    assert amount_text(Decimal(amount), currency) == text
+    assert amount_with_currency_text(Decimal(amount), currency) == text
 
 
 def test_a_job_survives_the_way_through_the_ledger() -> None:

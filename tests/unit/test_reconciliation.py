@@ -199,8 +199,8 @@ def test_call_charged_by_one_month_is_not_charged_by_the_next() -> None:
     edge = call("edge", at=NOVEMBER.until - MINUTE)
     charge = line(2, at=NOVEMBER.until)
     november = reconcile([charge], [edge], NOVEMBER)
-    assert november.edge_call_ids == {"edge"}
-    again = reconcile([charge], [edge], DECEMBER, [applied(NOVEMBER, november.edge_call_ids)])
+    assert november.matched_edge_call_ids == {"edge"}
+    again = reconcile([charge], [edge], DECEMBER, [applied(NOVEMBER, november.matched_edge_call_ids)])
     assert (again.matched, again.unmatched_lines, again.unmatched_calls) == ([], [charge], [])
     deep = call("deep", at=NOVEMBER.until - 3 * MINUTE)
     precise = applied(replace(NOVEMBER, tolerance=MINUTE))
@@ -220,7 +220,7 @@ def test_second_invoice_voids_pending_call_at_month_boundary(
     before = reconcile([lines[first.since]], [pending], first, [applied(JULY)])
     assert before.to_void == []
     assert before.deferred_calls == ([pending] if first.contains(at) else [])
-    earlier = [applied(JULY), applied(first, before.edge_call_ids)]
+    earlier = [applied(JULY), applied(first, before.matched_edge_call_ids)]
     after = reconcile([lines[second.since]], [pending], second, earlier)
     assert (after.to_void, after.deferred_calls) == ([pending], [])
 

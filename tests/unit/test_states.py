@@ -19,7 +19,7 @@ from worker.rules.states import (
     RefreshEvent,
     RefreshState,
     balance_is_fresh_enough,
-    call_is_late_enough,
+    call_is_unmade_or_late_enough,
     can_be_response_to,
     next_state,
 )
@@ -138,9 +138,9 @@ def test_active_refresh_accepts_a_balance() -> None:
 @given(called_at=times, min_balance_at=times)
 def test_call_serves_a_payment_if_it_is_late_enough(called_at: datetime, min_balance_at: datetime) -> None:
     """A future call is late enough for every payment."""
-    assert call_is_late_enough(called_at, min_balance_at) == (called_at >= min_balance_at)
-    assert call_is_late_enough(None, min_balance_at)
-    assert call_is_late_enough(min_balance_at, min_balance_at)
+    assert call_is_unmade_or_late_enough(called_at, min_balance_at) == (called_at >= min_balance_at)
+    assert call_is_unmade_or_late_enough(None, min_balance_at)
+    assert call_is_unmade_or_late_enough(min_balance_at, min_balance_at)
 
 
 @given(balance_at=times, called_at=st.none() | times, min_balance_at=times, own=st.booleans(), skew=skews)
@@ -195,6 +195,6 @@ def test_balance_of_a_shared_call_is_fresh_enough_for_each_sharer(
 ) -> None:
     """No payment pays a share for a balance that cannot release it."""
     min_balance_at = asked - age
-    if call_is_late_enough(called_at, min_balance_at) and can_be_response_to(balance_at, called_at, skew):
+    if call_is_unmade_or_late_enough(called_at, min_balance_at) and can_be_response_to(balance_at, called_at, skew):
         for own in (True, False):
             assert balance_is_fresh_enough(balance_at, called_at, min_balance_at, only_own_call=own, skew=skew)

@@ -48,7 +48,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
     monkeypatch.setattr(endpoint, "_secrets", lambda: (SECRET, OLD_SECRET))
     monkeypatch.setattr(wiring, "runtime", lambda: None)
     monkeypatch.setattr(wiring, "dispatch_leaving_callbacks_to_workers", lambda _: None)
-    monkeypatch.setattr(flow, "ingest_events", lambda *_: FollowUp())
+    monkeypatch.setattr(flow, "ingest_events_and_resolve_payments", lambda *_: FollowUp())
     monkeypatch.setattr(endpoint, "delivery_counters", DeliveryCounters())
     caplog.set_level(logging.DEBUG)
 
@@ -167,7 +167,7 @@ def test_failed_commit_is_counted_as_unavailable(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(flow, "ingest_events", fail)
+    monkeypatch.setattr(flow, "ingest_events_and_resolve_payments", fail)
     monkeypatch.setattr(wiring.group_committer, "_is_available", lambda: False)
     before = counts()
     assert send(delivery("bal_1")) == 503

@@ -1,18 +1,18 @@
-"""The use cases of payready, one module each. `import worker.flow as flow` is how other packages call them.
+"""The use cases of payready, one module each. Other packages write `from worker import flow`.
 
-    accept_job, try_accept_jobs store payments, and join each to a balance or a refresh               `intake`
-    claim_calls                 reserve refresh calls, with their pending fee entries                 `claiming`
-    make_call, record_results   make a claimed call, and record its result                            `calling`
-    ingest_events               store balances and apply them to waiting payments                     `ingest`
-    apply_balance               apply a stored balance to waiting payments                            `resolution`
-    poll_balance                read a balance whose webhook may be lost                              `polling`
-    expire_due_payments, sweep  fail payments at their deadline, repeat work that was lost            `maintenance`
-    cancel_waiting, redeliver   what a payments service or an operator asks for                       `operations`
+    `intake`       accept_job, accept_jobs_unless_account_locked: store payments, join each to a balance or a refresh
+    `claiming`     claim_delay_or_reject_calls: reserve refresh calls, with their pending fee entries
+    `calling`      make_call_unless_claim_is_old, report_and_record_results: make a claimed call, record its result
+    `ingest`       ingest_events_and_resolve_payments: store balances and apply them to waiting payments
+    `resolution`   apply_balance: apply a stored balance to waiting payments
+    `polling`      poll_balance_and_resolve_payments: read a balance whose webhook may be lost
+    `maintenance`  expire_poll_or_rejoin_due_payments, sweep_refreshes_and_balances: deadlines, and work that was lost
+    `operations`   cancel_waiting, redeliver: what a payments service or an operator asks for
 
-Functions in this package never enqueue tasks or deliver outcomes. Each returns a `FollowUp` for the caller to
-dispatch, and each is idempotent. A balance and a deadline compete for the payment's row lock: the first transaction
-wins. Each function processes a batch in one transaction. `try_accept_jobs`, `claim_calls` and `ingest_events` skip
-accounts that are locked by other transactions.
+Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
+`FollowUp`, for the caller to dispatch. All functions except `make_call_unless_claim_is_old` can be repeated. A request
+to the provider is made outside of a transaction. A balance and a deadline compete for the payment's row lock: the first
+transaction wins. Functions that process a batch and need account locks skip accounts that others have locked.
 """
 
 from worker.flow.calling import (
@@ -21,17 +21,25 @@ from worker.flow.calling import (
     CallResult,
     FailedCall,
     claim_and_call,
-    make_call,
-    record_results,
-    skipped_call,
+    log_and_count_skipped_call,
+    make_call_unless_claim_is_old,
+    report_and_record_results,
 )
-from worker.flow.claiming import Claim, ClaimBatch, claim_calls
+from worker.flow.claiming import Claim, ClaimBatch, claim_delay_or_reject_calls
 from worker.flow.follow_up import CALL_ENQUEUE_RETRY, MAINTENANCE_BATCH_SIZE, BalancePoll, FollowUp, RefreshCall
-from worker.flow.ingest import ingest_events, prune_quarantine, requeue_from_quarantine
-from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, accept_job, try_accept_jobs
-from worker.flow.maintenance import claim_overdue_deliveries, expire_due_payments, sweep
+from worker.flow.ingest import (
+    ingest_events_and_resolve_payments,
+    prune_quarantine_beyond_limits,
+    store_balances_and_delete_quarantined,
+)
+from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, accept_job, accept_jobs_unless_account_locked
+from worker.flow.maintenance import (
+    claim_overdue_deliveries,
+    expire_poll_or_rejoin_due_payments,
+    sweep_refreshes_and_balances,
+)
 from worker.flow.operations import cancel_by_task, cancel_waiting, claim_deliveries, mark_delivered, redeliver
-from worker.flow.polling import poll_balance
+from worker.flow.polling import poll_balance_and_resolve_payments
 from worker.flow.resolution import apply_balance
 
 __all__ = [
@@ -50,23 +58,23 @@ __all__ = [
     "OnWaiting",
     "RefreshCall",
     "accept_job",
+    "accept_jobs_unless_account_locked",
     "apply_balance",
     "cancel_by_task",
     "cancel_waiting",
     "claim_and_call",
-    "claim_calls",
+    "claim_delay_or_reject_calls",
     "claim_deliveries",
     "claim_overdue_deliveries",
-    "expire_due_payments",
-    "ingest_events",
-    "make_call",
+    "expire_poll_or_rejoin_due_payments",
+    "ingest_events_and_resolve_payments",
+    "log_and_count_skipped_call",
+    "make_call_unless_claim_is_old",
     "mark_delivered",
-    "poll_balance",
-    "prune_quarantine",
-    "record_results",
+    "poll_balance_and_resolve_payments",
+    "prune_quarantine_beyond_limits",
     "redeliver",
-    "requeue_from_quarantine",
-    "skipped_call",
-    "sweep",
-    "try_accept_jobs",
+    "report_and_record_results",
+    "store_balances_and_delete_quarantined",
+    "sweep_refreshes_and_balances",
 ]

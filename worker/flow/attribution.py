@@ -53,7 +53,7 @@ class AttributedBalance:
         return replace(self.balance, due_at=None, refresh_id=refresh_id)
 
 
-def attribute_balances(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
+def find_attributions(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
     """Attribute balances, one for each account, to refreshes. The accounts must be locked."""
     by_account: Mapping[str, list[RefreshRecord]] = defaultdict(list)
     for refresh in refreshes.find_answerable_or_requested(tx, [balance.account_id for balance in records]):
@@ -61,24 +61,26 @@ def attribute_balances(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta
     return [
         AttributedBalance(
             balance=balance,
-            attribution=_attribute(balance, by_account[balance.account_id], _earlier_refresh(tx, balance), skew),
+            attribution=_keep_or_choose_attribution(
+                balance, by_account[balance.account_id], _previously_attributed_refresh(tx, balance), skew
+            ),
             account_refreshes=by_account[balance.account_id],
         )
         for balance in records
     ]
 
 
-def _earlier_refresh(tx: Tx, balance: BalanceRecord) -> RefreshRecord | None:
-    """Return the refresh that the balance was attributed to when it was applied before."""
+def _previously_attributed_refresh(tx: Tx, balance: BalanceRecord) -> RefreshRecord | None:
+    """Return the refresh that a REFRESH balance was attributed to before. None for other sources."""
     if balance.refresh_id is None or balance.source != "REFRESH":
         return None
     return refreshes.find(tx, balance.refresh_id)
 
 
-def _attribute(
+def _keep_or_choose_attribution(
     balance: BalanceRecord,
     account_refreshes: Sequence[RefreshRecord],
-    earlier_refresh: RefreshRecord | None,
+    already_attributed_to: RefreshRecord | None,
     skew: timedelta,
 ) -> Attribution | None:
     """Attribute a balance to the refresh that was called last among those whose call can have caused it.
@@ -88,7 +90,7 @@ def _attribute(
     """
     is_refresh_balance = balance.source == "REFRESH"
     if is_refresh_balance and balance.refresh_id is not None:
-        return Attribution(refresh=earlier_refresh, is_new=False) if earlier_refresh else None
+        return Attribution(refresh=already_attributed_to, is_new=False) if already_attributed_to else None
     if is_refresh_balance and balance.due_at is None:
         return None
     explaining = [refresh for refresh in account_refreshes if _can_explain(refresh, balance, skew)]
@@ -100,12 +102,12 @@ def _attribute(
     candidates = [
         candidate.refresh_id
         for candidate in explaining
-        if candidate is refresh or _may_still_be_response(candidate, balance)
+        if candidate is refresh or _is_within_max_balance_delay(candidate, balance)
     ]
     return Attribution(refresh=refresh, is_new=True, candidates=candidates)
 
 
-def _may_still_be_response(refresh: RefreshRecord, balance: BalanceRecord) -> bool:
+def _is_within_max_balance_delay(refresh: RefreshRecord, balance: BalanceRecord) -> bool:
     """Whether the balance may be the late response to a refresh that was not called last."""
     return refresh.called_at is not None and balance.at_capped_at_receipt - refresh.called_at < MAX_BALANCE_DELAY
 
@@ -120,7 +122,7 @@ def _can_explain(refresh: RefreshRecord, balance: BalanceRecord, skew: timedelta
 # --- payments without a balance ---------------------------------------------------------------------------------------
 
 
-def billed_refresh_id(refresh: RefreshRecord | None) -> str | None:
+def refresh_id_if_called(refresh: RefreshRecord | None) -> str | None:
     """Return the id of the refresh whose fee a failed payment shares: only a refresh that was called has a fee."""
     return refresh.refresh_id if refresh is not None and refresh.call_count > 0 else None
 
@@ -132,22 +134,24 @@ def refresh_by_payment(rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]) -
     accounts = sorted({payment.account_id for payment in waiting})
     called = refreshes.find_requested_or_called_since(tx, accounts, min(payment.min_balance_at for payment in waiting))
     return {
-        payment.payment_id: next((refresh for refresh in called if _can_serve(rt, refresh, payment)), None)
+        payment.payment_id: next(
+            (refresh for refresh in called if _may_serve_or_have_served(rt, refresh, payment)), None
+        )
         for payment in waiting
     }
 
 
-def _can_serve(rt: Runtime, refresh: RefreshRecord, payment: WaitingPayment) -> bool:
+def _may_serve_or_have_served(rt: Runtime, refresh: RefreshRecord, payment: WaitingPayment) -> bool:
     """Whether the refresh may bring the payment's balance, or might have: its window must end after the request."""
     if refresh.account_id != payment.account_id:
         return False
-    if not states.call_is_late_enough(refresh.called_at, payment.min_balance_at):
+    if not states.call_is_unmade_or_late_enough(refresh.called_at, payment.min_balance_at):
         return False
     if refresh.state == RefreshState.UNANSWERED:
-        return window_end(rt, refresh) > payment.requested_at
+        return window_end_after_claim(rt, refresh) > payment.requested_at
     return refresh.state in ACTIVE_STATES
 
 
-def window_end(rt: Runtime, refresh: RefreshRecord) -> datetime:
+def window_end_after_claim(rt: Runtime, refresh: RefreshRecord) -> datetime:
     """Return when payready stops expecting a balance of the refresh's call."""
     return (refresh.claimed_at or rt.clock()) + timedelta(seconds=rt.settings.refresh_window_s)

@@ -13,11 +13,11 @@ from worker import metrics
 from worker.correlation.admission import BreakerChange, CallStatus
 from worker.correlation.redis_client import best_effort
 from worker.errors import CallFailed, CallRejected, CallResultUnknown, CallSkipped, RateLimited
-from worker.flow.attribution import window_end
-from worker.flow.claiming import Claim, claim_calls
+from worker.flow.attribution import window_end_after_claim
+from worker.flow.claiming import Claim, claim_delay_or_reject_calls
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import FollowUp, RefreshCall
-from worker.flow.resolution import reject_refresh
+from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.ledger import fee_entries, refreshes
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.ledger.fee_entries import FinalEntry
@@ -71,32 +71,35 @@ def claim_and_call(rt: Runtime, account_id: str, refresh_id: str, *, has_slot: b
     `has_slot`: the call was delayed and has a slot of the rate limiter now.
     """
     call = RefreshCall(account_id=account_id, refresh_id=refresh_id)
-    batch = claim_calls(rt, [call], has_slot=has_slot, wait_for_locks=True)
-    batch.follow_up.merge(record_results(rt, [make_call(rt, claim) for claim in batch.claims]))
+    batch = claim_delay_or_reject_calls(rt, [call], has_slot=has_slot, wait_for_locks=True)
+    batch.follow_up.merge(
+        report_and_record_results(rt, [make_call_unless_claim_is_old(rt, claim) for claim in batch.claims])
+    )
     return batch.follow_up
 
 
 # --- make a call ------------------------------------------------------------------------------------------------------
 
 
-def make_call(rt: Runtime, claim: Claim) -> CallResult:
+def make_call_unless_claim_is_old(rt: Runtime, claim: Claim) -> CallResult:
     """Make the call, unless its claim is too old: maintenance would consider it lost before it ends."""
     if rt.clock() - claim.call.called_at > MAX_CLAIM_AGE:
-        return skipped_call(rt, claim)
+        return log_and_count_skipped_call(rt, claim)
     try:
         status = rt.provider.request_balance_refresh(claim.refresh.account_id)
     except CallFailed as error:
-        return _failed_call(rt, claim, error)
+        return _log_and_count_failed_call(rt, claim, error)
     metrics.PROVIDER_CALLS.labels("accepted").inc()
     return AcceptedCall(claim=claim, status=status, ended_at=rt.clock())
 
 
-def skipped_call(rt: Runtime, claim: Claim) -> CallResult:
-    """Return the result of a call that is not made, because the worker stops or is late."""
-    return _failed_call(rt, claim, CallSkipped("the call was not made: the worker was stopping or late"))
+def log_and_count_skipped_call(rt: Runtime, claim: Claim) -> CallResult:
+    """Count and log a call that is not made, because the worker stops or is late. Return its result."""
+    return _log_and_count_failed_call(rt, claim, CallSkipped("the call was not made: the worker was stopping or late"))
 
 
-def _failed_call(rt: Runtime, claim: Claim, error: CallFailed) -> FailedCall:
+def _log_and_count_failed_call(rt: Runtime, claim: Claim, error: CallFailed) -> FailedCall:
+    """Count and log a call that failed, and return its result."""
     metrics.PROVIDER_CALLS.labels(error.result).inc()
     with _call_context(claim):
         log.warning("refresh_call.failed", result=error.result, status=error.status, error=str(error))
@@ -106,7 +109,7 @@ def _failed_call(rt: Runtime, claim: Claim, error: CallFailed) -> FailedCall:
 # --- record results ---------------------------------------------------------------------------------------------------
 
 
-def record_results(rt: Runtime, results: Sequence[CallResult]) -> FollowUp:
+def report_and_record_results(rt: Runtime, results: Sequence[CallResult]) -> FollowUp:
     """Record call results. Retry for up to 8 s while the database is unavailable: no other process knows them.
 
     Results of locked accounts are recorded last; only these wait for the lock. A result that cannot be recorded keeps
@@ -120,23 +123,27 @@ def record_results(rt: Runtime, results: Sequence[CallResult]) -> FollowUp:
     accepted = [result for result in results if isinstance(result, AcceptedCall)]
     if accepted:
         best_effort(_report_accepted, rt, max(result.ended_at for result in accepted))
-        with _collect(errors):
-            contended = _retry_while_unavailable(partial(_record_accepted, rt, accepted))
+        with _collect_database_unavailable(errors):
+            contended = _record_with_database_retries(partial(_record_accepted_and_return_contended, rt, accepted))
     for result in results:
         if isinstance(result, FailedCall):
-            best_effort(_report_failed, rt, result)
-            with _collect(errors):
-                follow_up.merge(_retry_while_unavailable(partial(_record_failed, rt, result)))
+            best_effort(_report_to_breaker_or_refund_slot, rt, result)
+            with _collect_database_unavailable(errors):
+                follow_up.merge(
+                    _record_with_database_retries(partial(_record_rejected_deferred_or_unknown, rt, result))
+                )
     for result in contended:
-        with _collect(errors):
-            _retry_while_unavailable(partial(_record_accepted, rt, [result], wait_for_locks=True))
+        with _collect_database_unavailable(errors):
+            _record_with_database_retries(
+                partial(_record_accepted_and_return_contended, rt, [result], wait_for_locks=True)
+            )
     if errors:
         raise errors[0]
     return follow_up
 
 
 @contextmanager
-def _collect(errors: list[Exception]) -> Iterator[None]:
+def _collect_database_unavailable(errors: list[Exception]) -> Iterator[None]:
     """Append an error of the database to `errors` instead of raising it."""
     try:
         yield
@@ -144,7 +151,7 @@ def _collect(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
-def _retry_while_unavailable(record: Callable[[], T]) -> T:
+def _record_with_database_retries(record: Callable[[], T]) -> T:
     """Call `record`. Repeat it after each of `RECORD_RETRY_DELAYS_S` while the database is unavailable."""
     for delay_s in RECORD_RETRY_DELAYS_S:
         try:
@@ -155,7 +162,7 @@ def _retry_while_unavailable(record: Callable[[], T]) -> T:
     return record()
 
 
-def _record_accepted(
+def _record_accepted_and_return_contended(
     rt: Runtime, accepted: Sequence[AcceptedCall], *, wait_for_locks: bool = False
 ) -> list[AcceptedCall]:
     """Record accepted calls in one transaction. Return those of locked accounts, unless `wait_for_locks`."""
@@ -166,7 +173,7 @@ def _record_accepted(
         else:
             locked = try_lock_accounts(tx, locked)
         recorded = [result for result in accepted if result.claim.refresh.account_id in locked]
-        transitions = [(result.claim.refresh, window_end(rt, result.claim.refresh)) for result in recorded]
+        transitions = [(result.claim.refresh, window_end_after_claim(rt, result.claim.refresh)) for result in recorded]
         refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, transitions)
         entries = [_final_entry(rt, result.claim, result.status, {"status": result.status}) for result in recorded]
         fee_entries.post_or_void(tx, entries, now)
@@ -176,8 +183,8 @@ def _record_accepted(
     return [result for result in accepted if result.claim.refresh.account_id not in locked]
 
 
-def _record_failed(rt: Runtime, failed: FailedCall) -> FollowUp:
-    """Record a failed call, and decide whether and when it is repeated."""
+def _record_rejected_deferred_or_unknown(rt: Runtime, failed: FailedCall) -> FollowUp:
+    """Record a failed call. Its refresh is rejected, deferred, or uncertain: then its fee entry stays pending."""
     now, claim, error = rt.clock(), failed.claim, failed.error
     refresh, detail = claim.refresh, str(error)
     with transaction(rt.engine) as tx:
@@ -189,8 +196,8 @@ def _record_failed(rt: Runtime, failed: FailedCall) -> FollowUp:
         evidence = {"status": error.status} if error.status else {"not_sent": detail}
         fee_entries.post_or_void(tx, [_final_entry(rt, claim, error.status, evidence)], now)
         if isinstance(error, CallRejected):
-            return reject_refresh(rt, tx, refresh, error.reason, detail, now)
-        _defer(tx, refresh, error, now)
+            return reject_refresh_and_fail_payments(rt, tx, refresh, error.reason, detail, now)
+        _defer_with_backoff_and_uncount_call(tx, refresh, error, now)
         rebuild_correlation(rt, tx, refresh.account_id)
     return FollowUp()
 
@@ -203,11 +210,11 @@ def _call_context(claim: Claim) -> AbstractContextManager[None]:
     return log_context(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id)
 
 
-def _defer(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> None:
+def _defer_with_backoff_and_uncount_call(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> None:
     """Defer the call with backoff. It was provably not accepted, so it does not count as a call."""
     not_before = now + states.backoff(refresh.deferral_count)
     if isinstance(error, RateLimited):
-        not_before = max(not_before, _rate_limit_reset(error, now))
+        not_before = max(not_before, _capped_retry_at(error, now))
     refreshes.transition(
         tx,
         refresh,
@@ -220,7 +227,8 @@ def _defer(tx: Tx, refresh: RefreshRecord, error: CallFailed, now: datetime) -> 
     )
 
 
-def _rate_limit_reset(error: RateLimited, now: datetime) -> datetime:
+def _capped_retry_at(error: RateLimited, now: datetime) -> datetime:
+    """Return when the rate limit ends: `retry_at` (now if unknown), at most `MAX_RATE_LIMIT_WAIT` from now."""
     return min(error.retry_at or now, now + MAX_RATE_LIMIT_WAIT)
 
 
@@ -228,10 +236,13 @@ def _rate_limit_reset(error: RateLimited, now: datetime) -> datetime:
 
 
 def _report_accepted(rt: Runtime, ended_at: datetime) -> None:
-    _log_breaker_change(rt.admission.apply_result_to_breaker_and_limiter("ok", None, ended_at), last_error=None)
+    """Report to the circuit breaker that calls were accepted, and log if that closes it."""
+    _log_and_count_breaker_change(
+        rt.admission.apply_result_to_breaker_and_limiter("ok", None, ended_at), last_error=None
+    )
 
 
-def _report_failed(rt: Runtime, failed: FailedCall) -> None:
+def _report_to_breaker_or_refund_slot(rt: Runtime, failed: FailedCall) -> None:
     """Report a failed call to admission control. A rejection is a response, so the provider works.
 
     A skipped call says nothing about the provider: its slot is refunded.
@@ -241,15 +252,15 @@ def _report_failed(rt: Runtime, failed: FailedCall) -> None:
         rt.admission.refund_slots_and_probe(1, failed.claim.call.called_at)
         return
     if isinstance(error, RateLimited):
-        reset_at = _rate_limit_reset(error, ended_at)
+        reset_at = _capped_retry_at(error, ended_at)
         change = rt.admission.apply_result_to_breaker_and_limiter("rate_limited", claimed_at, ended_at, reset_at)
     else:
         status: CallStatus = "ok" if isinstance(error, CallRejected) else "failed"
         change = rt.admission.apply_result_to_breaker_and_limiter(status, claimed_at, ended_at)
-    _log_breaker_change(change, last_error=str(error))
+    _log_and_count_breaker_change(change, last_error=str(error))
 
 
-def _log_breaker_change(change: BreakerChange, *, last_error: str | None) -> None:
+def _log_and_count_breaker_change(change: BreakerChange, *, last_error: str | None) -> None:
     if change.kind == "opened" and change.open_until is not None:
         metrics.CIRCUIT_BREAKER_OPENED.inc()
         log.error("circuit_breaker.opened", open_until=utc_text(change.open_until), last_error=last_error)

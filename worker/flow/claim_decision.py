@@ -71,7 +71,7 @@ class ApplyBalance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delay:
+class DelayOrFail:
     """Delay the call, because admission control denied it. Fail the payments that cannot wait so long."""
 
     denied: Denied
@@ -94,7 +94,7 @@ class RejectByCap:
     detail: str
 
 
-Decision = NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | Delay | ClaimCall | RejectByCap
+Decision = NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | DelayOrFail | ClaimCall | RejectByCap
 
 
 def decide_claim(
@@ -120,7 +120,7 @@ def decide_claim(
     if without_call is not None:
         return without_call
     if denied is not None:
-        return _delay(inputs.refresh, inputs.account.waiting, denied)
+        return _delay_failing_payments_if_circuit_open(inputs.refresh, inputs.account.waiting, denied)
     return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
 
 
@@ -138,7 +138,7 @@ def _decide_without_call(
     if account.in_flight is not None:
         return _share_or_queue(refresh, account.in_flight, account.waiting)
     balance = account.newest_balance
-    if balance is None or not _serves_all(balance, account.waiting, clock_skew):
+    if balance is None or not _is_reusable_by_all(balance, account.waiting, clock_skew):
         return None
     was_called = refresh is not None and refresh.call_count > 0
     return ApplyBalance(balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called)
@@ -149,7 +149,7 @@ def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
     match decision:
         case ClaimCall():
             return replace(account, in_flight=decision.refresh)
-        case Delay():
+        case DelayOrFail():
             return replace(account, waiting=[payment for payment in account.waiting if payment not in decision.failing])
         case RejectByCap():
             return replace(account, waiting=())
@@ -164,12 +164,12 @@ def _unneeded(refresh: RefreshRecord | None) -> Decision:
 def _share_or_queue(
     refresh: RefreshRecord | None, in_flight: RefreshRecord, waiting: Sequence[WaitingPayment]
 ) -> Decision:
-    if states.call_is_late_enough(in_flight.called_at, _min_called_at(waiting)):
+    if states.call_is_unmade_or_late_enough(in_flight.called_at, _min_called_at(waiting)):
         return _unneeded(refresh)
     return QueueBehindInFlight(in_flight=in_flight)
 
 
-def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock_skew: timedelta) -> bool:
+def _is_reusable_by_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock_skew: timedelta) -> bool:
     """Whether the REFRESH balance is fresh enough for all payments, all of which must accept an earlier balance.
 
     The correlation store finds such a balance when a payment joins, unless it has lost it.
@@ -183,10 +183,13 @@ def _serves_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment], clock
     )
 
 
-def _delay(refresh: RefreshRecord | None, waiting: Sequence[WaitingPayment], denied: Denied) -> Delay:
+def _delay_failing_payments_if_circuit_open(
+    refresh: RefreshRecord | None, waiting: Sequence[WaitingPayment], denied: Denied
+) -> DelayOrFail:
+    """Return the delay. If the circuit breaker is open, payments with a deadline before it may close fail."""
     if denied.reason != "circuit_open":
-        return Delay(denied=denied, last_error=refresh.last_error if refresh is not None else None)
-    return Delay(
+        return DelayOrFail(denied=denied, last_error=refresh.last_error if refresh is not None else None)
+    return DelayOrFail(
         denied=denied,
         last_error=f"provider calls fail; no call is made before {utc_text(denied.until)}",
         failing=tuple(payment for payment in waiting if payment.deadline <= denied.until),

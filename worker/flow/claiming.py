@@ -11,7 +11,7 @@ from worker.correlation.admission import Admission
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.correlation.store import CalledRefresh
 from worker.errors import CallFailed, FailureReason
-from worker.flow.attribution import billed_refresh_id, window_end
+from worker.flow.attribution import refresh_id_if_called, window_end_after_claim
 from worker.flow.claim_decision import (
     Abandon,
     AccountInputs,
@@ -19,7 +19,7 @@ from worker.flow.claim_decision import (
     ClaimCall,
     ClaimInputs,
     Decision,
-    Delay,
+    DelayOrFail,
     NotNeeded,
     QueueBehindInFlight,
     RejectByCap,
@@ -28,9 +28,9 @@ from worker.flow.claim_decision import (
 )
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import FollowUp, RefreshCall
-from worker.flow.resolution import reject_refresh
+from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.flow.resolution_decision import failed_resolution
-from worker.flow.unpriced_calls import defer_unpriced_calls
+from worker.flow.unpriced_calls import defer_or_reject_unpriced_calls
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import Tx, transaction
@@ -76,7 +76,7 @@ class _ClaimTerms:
     """Time of the decisions and claims, after the accounts were locked."""
 
 
-def claim_calls(
+def claim_delay_or_reject_calls(
     rt: Runtime, calls: Sequence[RefreshCall], *, has_slot: bool = False, wait_for_locks: bool = False
 ) -> ClaimBatch:
     """Claim the calls that are to be made, and open their fee entries, in one transaction.
@@ -90,12 +90,12 @@ def claim_calls(
     try:
         price = rt.call_price(rt.fetch_allowed_api_key_mode_once(), rt.clock())
     except CallFailed as error:
-        return ClaimBatch(follow_up=defer_unpriced_calls(rt, calls, error))
+        return ClaimBatch(follow_up=defer_or_reject_unpriced_calls(rt, calls, error))
     admitted_at = rt.clock()
-    admission = _acquire_slots(rt, len(calls), has_slot=has_slot)
+    admission = _acquire_slots_or_fail_open(rt, len(calls), has_slot=has_slot)
     batch = ClaimBatch()
     try:
-        batch = _claim_admitted(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
+        batch = _claim_in_transaction(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
     finally:
         if admission.granted > len(batch.claims):
             best_effort(rt.admission.refund_slots_and_probe, admission.granted - len(batch.claims), admitted_at)
@@ -106,7 +106,7 @@ def claim_calls(
     return batch
 
 
-def _acquire_slots(rt: Runtime, count: int, *, has_slot: bool) -> Admission:
+def _acquire_slots_or_fail_open(rt: Runtime, count: int, *, has_slot: bool) -> Admission:
     """Acquire slots for calls. Fail open when Redis is unavailable: the provider enforces its own limit."""
     try:
         return rt.admission.admit_calls_or_probe(rt.clock(), count, has_slot=has_slot)
@@ -121,7 +121,7 @@ def _called_refresh(refresh: RefreshRecord) -> CalledRefresh:
     return CalledRefresh(account_id=refresh.account_id, refresh_id=refresh.refresh_id, called_at=refresh.called_at)
 
 
-def _claim_admitted(
+def _claim_in_transaction(
     rt: Runtime,
     calls: Sequence[RefreshCall],
     price: Price,
@@ -130,6 +130,7 @@ def _claim_admitted(
     has_slot: bool,
     wait_for_locks: bool,
 ) -> ClaimBatch:
+    """Lock the accounts, decide on their calls and write the decisions, in one transaction."""
     with transaction(rt.engine) as tx:
         locked = {call.account_id for call in calls}
         if wait_for_locks:
@@ -137,12 +138,16 @@ def _claim_admitted(
         else:
             locked = try_lock_accounts(tx, locked)
         terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
-        loaded = load_claim_inputs(tx, [call for call in calls if call.account_id in locked], rt.settings.clock_skew)
-        batch = _decide_and_persist(rt, tx, loaded, terms)
+        loaded = load_claim_inputs_and_lock_payments(
+            tx, [call for call in calls if call.account_id in locked], rt.settings.clock_skew
+        )
+        batch = _decide_persist_and_rebuild_correlation(rt, tx, loaded, terms)
     return replace(batch, contended=[call for call in calls if call.account_id not in locked])
 
 
-def _decide_and_persist(rt: Runtime, tx: Tx, loaded: Sequence[ClaimInputs], terms: _ClaimTerms) -> ClaimBatch:
+def _decide_persist_and_rebuild_correlation(
+    rt: Runtime, tx: Tx, loaded: Sequence[ClaimInputs], terms: _ClaimTerms
+) -> ClaimBatch:
     """Decide on the calls in their order, and write the decisions.
 
     1. Decide on a call. The decision sees what earlier decisions of the batch did to its account.
@@ -161,7 +166,7 @@ def _decide_and_persist(rt: Runtime, tx: Tx, loaded: Sequence[ClaimInputs], term
             claims.append(_new_claim(decision.refresh, terms))
         elif isinstance(decision, NotNeeded | Abandon | QueueBehindInFlight):
             outdated[inputs.account_id] = None
-        follow_up.merge(_persist(rt, tx, inputs, decision, terms.now))
+        follow_up.merge(_persist_unless_claim(rt, tx, inputs, decision, terms.now))
         accounts[inputs.account_id] = after_decision(inputs.account, decision)
     persisted = _persist_claims(tx, claims, {inputs.refresh_id: inputs.refresh for inputs in loaded})
     for account_id in outdated:
@@ -182,11 +187,11 @@ def _decide(
         max_call_duration=rt.settings.max_call_and_record_duration,
     )
     if isinstance(decision, ClaimCall) and rt.fee_caps.has_any:
-        return _check_fee_caps(rt, tx, decision, terms, unwritten)
+        return _reject_or_warn_by_fee_caps(rt, tx, decision, terms, unwritten)
     return decision
 
 
-def _check_fee_caps(
+def _reject_or_warn_by_fee_caps(
     rt: Runtime, tx: Tx, decision: ClaimCall, terms: _ClaimTerms, unwritten: Sequence[CallEntry]
 ) -> ClaimCall | RejectByCap:
     """Turn a claim into a rejection if a fee cap would be exceeded.
@@ -207,7 +212,7 @@ def _check_fee_caps(
             )
             return RejectByCap(detail=f"fee cap reached: {exceeded}")
         for usage in usages:
-            if usage.crosses_warning_threshold and rt.cap_usage.should_warn(usage, account_id, now):
+            if usage.crosses_warning_with_room_for_next_call and rt.cap_usage.should_warn(usage, account_id, now):
                 metrics.FEE_CAP_WARNINGS.labels(usage.cap.value).inc()
                 log.warning(
                     "fee_cap.warning",
@@ -221,7 +226,9 @@ def _check_fee_caps(
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelta) -> list[ClaimInputs]:
+def load_claim_inputs_and_lock_payments(
+    tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelta
+) -> list[ClaimInputs]:
     """Load the inputs of the decisions on these calls. The accounts must be locked.
 
     Locks the waiting payments: a transaction that fails one of them must see the call that is made for it.
@@ -233,7 +240,7 @@ def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelt
     by_id = {record.refresh_id: record for record in records}
     in_flight = {record.account_id: record for record in records if record.state in IN_FLIGHT_STATES}
     waiting = payments.lock_waiting_by_account(tx, account_ids)
-    newest_balances = _newest_reusable_balances(tx, waiting, clock_skew)
+    newest_balances = _newest_balances_where_all_accept_reuse(tx, waiting, clock_skew)
     return [
         ClaimInputs(
             account_id=call.account_id,
@@ -249,7 +256,7 @@ def load_claim_inputs(tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelt
     ]
 
 
-def _newest_reusable_balances(
+def _newest_balances_where_all_accept_reuse(
     tx: Tx, waiting: Mapping[str, Sequence[WaitingPayment]], clock_skew: timedelta
 ) -> Mapping[str, BalanceRecord]:
     """Return the newest balances of accounts whose waiting payments all accept a balance from before their requests."""
@@ -268,22 +275,24 @@ def _newest_reusable_balances(
 # --- persist ----------------------------------------------------------------------------------------------------------
 
 
-def _persist(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: Decision, now: datetime) -> FollowUp:
+def _persist_unless_claim(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: Decision, now: datetime) -> FollowUp:
     """Write a decision. Claims are written by `_persist_claims`; `NotDue` and `NotNeeded` change nothing."""
     match decision:
         case Abandon():
             _abandon(tx, inputs.refresh)
         case QueueBehindInFlight(in_flight=in_flight):
-            _queue(tx, inputs, due_at=window_end(rt, in_flight))
+            _insert_or_reschedule_refresh(tx, inputs, due_at=window_end_after_claim(rt, in_flight))
         case ApplyBalance(balance_id=balance_id, abandons_refresh=abandons_refresh):
             if abandons_refresh:
                 _abandon(tx, inputs.refresh)
             best_effort(rt.correlation.clear_requested_or_in_flight_refresh, inputs.account_id, inputs.refresh_id)
             return FollowUp(balances_to_apply=[balance_id])
-        case Delay():
-            return _delay(tx, _stored_refresh(tx, inputs, now), decision, now)
+        case DelayOrFail():
+            return _delay_call_and_fail_payments(tx, _stored_refresh(tx, inputs, now), decision, now)
         case RejectByCap(detail=detail):
-            return reject_refresh(rt, tx, _stored_refresh(tx, inputs, now), FailureReason.FEE_CAP_REACHED, detail, now)
+            return reject_refresh_and_fail_payments(
+                rt, tx, _stored_refresh(tx, inputs, now), FailureReason.FEE_CAP_REACHED, detail, now
+            )
     return FollowUp()
 
 
@@ -328,7 +337,8 @@ def _abandon(tx: Tx, refresh: RefreshRecord | None) -> None:
         refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None)
 
 
-def _queue(tx: Tx, inputs: ClaimInputs, due_at: datetime) -> None:
+def _insert_or_reschedule_refresh(tx: Tx, inputs: ClaimInputs, due_at: datetime) -> None:
+    """Insert the refresh, or set when the stored one is due: when the window of the refresh in flight ends."""
     if inputs.refresh is None:
         refreshes.insert_refreshes(tx, [refreshes.new_refresh(inputs.account_id, inputs.refresh_id, due_at)])
     else:
@@ -344,9 +354,10 @@ def _stored_refresh(tx: Tx, inputs: ClaimInputs, now: datetime) -> RefreshRecord
     return refresh
 
 
-def _delay(tx: Tx, refresh: RefreshRecord, delay: Delay, now: datetime) -> FollowUp:
+def _delay_call_and_fail_payments(tx: Tx, refresh: RefreshRecord, delay: DelayOrFail, now: datetime) -> FollowUp:
+    """Delay the refresh until admission control may admit it. Fail the payments that cannot wait so long."""
     metrics.DELAYED_CALLS.labels(delay.denied.reason).inc()
-    detail, billed = str(delay.last_error), billed_refresh_id(refresh)
+    detail, billed = str(delay.last_error), refresh_id_if_called(refresh)
     resolutions = [
         failed_resolution(payment, FailureReason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
     ]

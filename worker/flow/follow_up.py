@@ -49,7 +49,7 @@ class FollowUp:
     """Whether the use case reached its batch size: call it again."""
 
     def merge(self, other: "FollowUp") -> None:
-        """Add the actions of `other`."""
+        """Add the actions of `other`, but not its `has_more`."""
         self.deliveries += other.deliveries
         self.calls += other.calls
         self.balances_to_apply += other.balances_to_apply

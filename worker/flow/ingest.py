@@ -5,9 +5,9 @@ from datetime import datetime
 
 from config.log_config import get_logger
 from worker.errors import FailureReason
-from worker.flow.attribution import attribute_balances
+from worker.flow.attribution import find_attributions
 from worker.flow.follow_up import FollowUp
-from worker.flow.resolution import fail_payments, resolve_with_balances
+from worker.flow.resolution import add_to_correlation_and_resolve_payments, fail_payments_with_fee_share
 from worker.ledger import balances, payments, quarantine
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import Tx, transaction
@@ -20,7 +20,7 @@ from worker.runtime import Runtime
 log = get_logger(__name__)
 
 
-def ingest_events(
+def ingest_events_and_resolve_payments(
     rt: Runtime,
     received_balances: Sequence[BalanceWithEventId],
     unparsed_events: Sequence[UnparsedEvent] = (),
@@ -36,9 +36,9 @@ def ingest_events(
     if unparsed_events or connection_updates:
         with transaction(rt.engine) as tx:
             quarantine.insert_events(tx, unparsed_events, now)
-            follow_up.merge(_apply_connection_updates(rt, tx, connection_updates))
+            follow_up.merge(_move_or_fail_affected_payments(rt, tx, connection_updates))
     if received_balances:
-        follow_up.merge(_store_and_apply(rt, _new_records(received_balances, now)))
+        follow_up.merge(_store_all_and_try_apply_first_by_account(rt, _new_records(received_balances, now)))
     return follow_up
 
 
@@ -49,7 +49,7 @@ def _new_records(received_balances: Sequence[BalanceWithEventId], received_at: d
     ]
 
 
-def _store_and_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
+def _store_all_and_try_apply_first_by_account(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
     """Store balances and apply them in one transaction. If that fails for any reason, only store them.
 
     Only the first balance of each account is applied, if it is new and no other transaction has locked the account.
@@ -64,10 +64,10 @@ def _store_and_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
         with transaction(rt.engine) as tx:
             locked = try_lock_accounts(tx, first_by_account)
             to_apply = [record for record in first_by_account.values() if record.account_id in locked]
-            attributed = attribute_balances(tx, to_apply, rt.settings.clock_skew)
+            attributed = find_attributions(tx, to_apply, rt.settings.clock_skew)
             new_ids = balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
             new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
-            result = resolve_with_balances(rt, tx, new)
+            result = add_to_correlation_and_resolve_payments(rt, tx, new)
     except Exception as error:  # noqa: BLE001 - no error may lose a balance
         log.warning("balance.apply_postponed", count=len(records), error=f"{type(error).__name__}: {error}")
         with transaction(rt.engine) as tx:
@@ -81,7 +81,7 @@ def _store_and_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
     return follow_up
 
 
-def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
+def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
     """Apply connection updates in the order in which they occurred."""
     payments.lock_affected(tx, updates)
     follow_up = FollowUp()
@@ -89,21 +89,23 @@ def _apply_connection_updates(rt: Runtime, tx: Tx, updates: Sequence[ConnectionU
         if isinstance(update, AccountMoved):
             payments.set_connection_of_waiting_if_newer(tx, update, max_requested_at=update.at + rt.settings.clock_skew)
         else:
-            follow_up.merge(_fail_connection(rt, tx, update))
+            follow_up.merge(_fail_payments_requested_before_loss(rt, tx, update))
     return follow_up
 
 
-def _fail_connection(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
+def _fail_payments_requested_before_loss(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
     """Fail the payments of a lost connection or profile that were requested before it was lost."""
     requested_by = lost.at + rt.settings.clock_skew
     waiting = payments.lock_waiting_by_connection(tx, lost, max_requested_at=requested_by)
-    return FollowUp(deliveries=fail_payments(rt, tx, waiting, FailureReason.CONNECTION_LOST, lost.detail))
+    return FollowUp(
+        deliveries=fail_payments_with_fee_share(rt, tx, waiting, FailureReason.CONNECTION_LOST, lost.detail)
+    )
 
 
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
 
-def requeue_from_quarantine(
+def store_balances_and_delete_quarantined(
     rt: Runtime, event: QuarantinedEvent, received_balances: Sequence[BalanceWithEventId]
 ) -> FollowUp:
     """Move an event that can be parsed now out of quarantine: store its balances as received when the event was."""
@@ -113,7 +115,7 @@ def requeue_from_quarantine(
     return FollowUp(balances_to_apply=[received.balance.id for received in received_balances])
 
 
-def prune_quarantine(rt: Runtime) -> None:
+def prune_quarantine_beyond_limits(rt: Runtime) -> None:
     """Delete the oldest events beyond the limits of the quarantine."""
     with transaction(rt.engine) as tx:
         count = quarantine.prune(tx, rt.clock())

@@ -26,7 +26,14 @@ from worker.ledger.outcome_deliveries import REDELIVER_AFTER, NewDelivery
 from worker.ledger.payments import WaitingPayment
 from worker.runtime import Runtime
 
-__all__ = ["IntakeRequest", "IntakeResult", "OnWaiting", "accept_job", "join_request", "try_accept_jobs"]
+__all__ = [
+    "IntakeRequest",
+    "IntakeResult",
+    "OnWaiting",
+    "accept_job",
+    "accept_jobs_unless_account_locked",
+    "join_request",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,9 @@ def accept_job(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> In
         return _accept(rt, tx, [request], on_waiting)[0]
 
 
-def try_accept_jobs(rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult | None]:
+def accept_jobs_unless_account_locked(
+    rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting
+) -> list[IntakeResult | None]:
     """Accept jobs in one transaction. The result of a job is None if another transaction has locked its account.
 
     Calls `on_waiting` before the commit, while the accounts are locked.
@@ -92,15 +101,16 @@ def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: 
     6. Call `on_waiting`.
     """
     now = rt.clock()
-    decisions = decide_intake(_insert_and_load_known(tx, requests, now))
+    decisions = decide_intake(_insert_or_lock_known_payments(tx, requests, now))
     _raise_first_conflict(decisions)
-    _register_tasks(tx, requests, decisions, now)
+    _register_tasks_except_duplicates(tx, requests, decisions, now)
     results = _join(rt, requests, decisions)
     on_waiting([result for result in results if result.waiting is not None])
     return results
 
 
-def _insert_and_load_known(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
+def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
+    """Insert the payments of new jobs. Load and lock the payments of repeated jobs."""
     inserted = payments.insert_payments(tx, [request.job for request in requests], now)
     repeated = [request for request in requests if request.job.payment_id not in inserted]
     known = (
@@ -121,7 +131,9 @@ def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
             raise PaymentNotReady(FailureReason.CONFLICT, detail)
 
 
-def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime) -> None:
+def _register_tasks_except_duplicates(
+    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime
+) -> None:
     """Register the tasks of waiting and of resolved payments. Outcomes that exist already are due after a while."""
     deliveries = [
         NewDelivery(
@@ -136,6 +148,7 @@ def _register_tasks(tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequen
 
 
 def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]) -> list[IntakeResult]:
+    """Join the waiting payments to balances or refreshes. Return the results of all requests."""
     waiting = [decision.payment for decision in decisions if isinstance(decision, New | StillWaiting)]
     joined = iter(
         rt.correlation.reuse_balance_or_join_refresh([join_request(rt, payment) for payment in waiting])
@@ -143,14 +156,17 @@ def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[De
         else []
     )
     return [
-        _waiting_result(request, decision.payment, next(joined))
+        _waiting_result_with_apply_or_call(request, decision.payment, next(joined))
         if isinstance(decision, New | StillWaiting)
         else _resolved_result(request, decision)
         for request, decision in zip(requests, decisions, strict=True)
     ]
 
 
-def _waiting_result(request: IntakeRequest, payment: WaitingPayment, joined: JoinResult) -> IntakeResult:
+def _waiting_result_with_apply_or_call(
+    request: IntakeRequest, payment: WaitingPayment, joined: JoinResult
+) -> IntakeResult:
+    """Return the result of a waiting payment: apply the balance it joined, or call the refresh if it leads it."""
     if joined.kind == "balance":
         follow_up = FollowUp(balances_to_apply=[joined.id])
         return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment)

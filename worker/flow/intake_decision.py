@@ -59,7 +59,7 @@ class AlreadyResolved:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duplicate:
+class DuplicateAfterResolution:
     """The job's payment is resolved, and its task is registered already: the message was received twice.
 
     The task gets the outcome by the continuation that was stored first. The continuation of this message has other ids.
@@ -74,7 +74,7 @@ class Conflict:
     """Names of the fields that differ."""
 
 
-Decision = New | StillWaiting | AlreadyResolved | Duplicate | Conflict
+Decision = New | StillWaiting | AlreadyResolved | DuplicateAfterResolution | Conflict
 
 
 def decide_intake(inputs: IntakeInputs) -> list[Decision]:
@@ -90,7 +90,7 @@ def decide_intake(inputs: IntakeInputs) -> list[Decision]:
         if payment_id in inputs.inserted and payment_id not in seen_payments:
             decision: Decision = New(payment=inputs.inserted[payment_id])
         else:
-            decision = _decide_repeated(request, _stored_payment(inputs, payment_id), resolved_tasks)
+            decision = _decide_repeated(request, _known_or_just_inserted_payment(inputs, payment_id), resolved_tasks)
         seen_payments.add(payment_id)
         if isinstance(decision, AlreadyResolved):
             resolved_tasks.add(request.task_id)
@@ -98,7 +98,7 @@ def decide_intake(inputs: IntakeInputs) -> list[Decision]:
     return decisions
 
 
-def _stored_payment(inputs: IntakeInputs, payment_id: str) -> KnownPayment:
+def _known_or_just_inserted_payment(inputs: IntakeInputs, payment_id: str) -> KnownPayment:
     if payment_id not in inputs.inserted:
         return inputs.known[payment_id]
     return KnownPayment(
@@ -113,7 +113,7 @@ def _decide_repeated(request: IntakeRequest, stored: KnownPayment, resolved_task
     if stored.outcome is None:
         return StillWaiting(payment=stored.payment)
     if request.task_id in stored.task_ids or request.task_id in resolved_tasks:
-        return Duplicate()
+        return DuplicateAfterResolution()
     return AlreadyResolved(
         delivery=OutcomeDelivery(
             task_id=request.task_id, continuation=request.continuation, state=stored.state, outcome=stored.outcome

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.errors import FailureReason
-from worker.flow.attribution import billed_refresh_id, refresh_by_payment, window_end
+from worker.flow.attribution import refresh_by_payment, refresh_id_if_called, window_end_after_claim
 from worker.flow.correlation_rebuild import rebuild_correlation
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
@@ -37,7 +37,7 @@ MAINTENANCE_INTERVAL = timedelta(seconds=1)
 # --- payments ---------------------------------------------------------------------------------------------------------
 
 
-def expire_due_payments(rt: Runtime) -> FollowUp:
+def expire_poll_or_rejoin_due_payments(rt: Runtime) -> FollowUp:
     """Check waiting payments that are due: fail those at their deadline, and help the others to a balance.
 
     1. A payment at its deadline fails, unless a balance of its account is stored and not applied yet.
@@ -50,12 +50,14 @@ def expire_due_payments(rt: Runtime) -> FollowUp:
         if not due:
             return FollowUp()
         serving = refresh_by_payment(rt, tx, due)
-        follow_up = _expire(tx, [payment for payment in due if payment.deadline <= now], serving, now)
+        follow_up = _expire_unless_balance_unapplied(
+            tx, [payment for payment in due if payment.deadline <= now], serving, now
+        )
         waiting = [payment for payment in due if payment.deadline > now]
         unserved = [payment for payment in waiting if serving[payment.payment_id] is None]
-        next_checks = {payment.payment_id: _next_check_at(rt, payment, now) for payment in waiting}
+        next_checks = {payment.payment_id: _poll_time_or_deadline(rt, payment, now) for payment in waiting}
         retry_checks = {
-            payment.payment_id: min(_retry_check_at(payment, now), next_checks[payment.payment_id])
+            payment.payment_id: min(_check_at_after_doubled_wait(payment, now), next_checks[payment.payment_id])
             for payment in unserved
         }
         payments.set_next_checks(tx, next_checks | retry_checks)
@@ -66,13 +68,13 @@ def expire_due_payments(rt: Runtime) -> FollowUp:
         if payment.payment_id not in retry_checks and next_checks[payment.payment_id] == now + MAINTENANCE_INTERVAL
     ]
     if to_poll:
-        follow_up.merge(best_effort(_schedule_polls, rt, to_poll, now) or FollowUp())
+        follow_up.merge(best_effort(_reserve_account_polls_and_postpone_checks, rt, to_poll, now) or FollowUp())
     for payment in unserved:
-        follow_up.merge(best_effort(_rejoin_account, rt, payment) or FollowUp())
+        follow_up.merge(best_effort(_rebuild_correlation_and_rejoin, rt, payment) or FollowUp())
     return follow_up
 
 
-def _expire(
+def _expire_unless_balance_unapplied(
     tx: Tx, overdue: Sequence[WaitingPayment], serving: Mapping[str, RefreshRecord | None], now: datetime
 ) -> FollowUp:
     """Fail payments at their deadline.
@@ -83,7 +85,9 @@ def _expire(
     in_extension = {payment.account_id for payment in overdue if now < payment.deadline + balances.REAPPLY_AFTER}
     unapplied = balances.unapplied_by_account(tx, sorted(in_extension)) if in_extension else {}
     expired = [payment for payment in overdue if payment.account_id not in unapplied]
-    deliveries = payments.resolve(tx, [_expired(payment, serving[payment.payment_id], now) for payment in expired])
+    deliveries = payments.resolve(
+        tx, [_timeout_or_last_error_resolution(payment, serving[payment.payment_id], now) for payment in expired]
+    )
     next_check = now + MAINTENANCE_INTERVAL
     payments.set_next_checks(
         tx, {payment.payment_id: next_check for payment in overdue if payment.account_id in unapplied}
@@ -93,17 +97,19 @@ def _expire(
     )
 
 
-def _expired(payment: WaitingPayment, refresh: RefreshRecord | None, now: datetime) -> Resolution:
+def _timeout_or_last_error_resolution(
+    payment: WaitingPayment, refresh: RefreshRecord | None, now: datetime
+) -> Resolution:
     """Return the resolution at the deadline: the last error of the provider if there was one, else a timeout."""
     reason, detail = FailureReason.TIMEOUT, f"no balance arrived within {payment.job.timeout_s} s"
     if refresh is None or not (refresh.call_count or refresh.last_error):
         detail += ", and no call was made"
     elif refresh.last_error is not None:
         reason, detail = FailureReason.PROVIDER_UNAVAILABLE, refresh.last_error
-    return failed_resolution(payment, reason, detail, now, billed_refresh_id(refresh))
+    return failed_resolution(payment, reason, detail, now, refresh_id_if_called(refresh))
 
 
-def _next_check_at(rt: Runtime, payment: WaitingPayment, now: datetime) -> datetime:
+def _poll_time_or_deadline(rt: Runtime, payment: WaitingPayment, now: datetime) -> datetime:
     """Return when to check a payment that has a refresh: when its balance is polled, or at its deadline."""
     if payment.job.profile_id is None or not rt.settings.balance_polls_per_s:
         return payment.deadline
@@ -111,12 +117,14 @@ def _next_check_at(rt: Runtime, payment: WaitingPayment, now: datetime) -> datet
     return min(max(payment.deadline - lead, now + MAINTENANCE_INTERVAL), payment.deadline)
 
 
-def _retry_check_at(payment: WaitingPayment, now: datetime) -> datetime:
+def _check_at_after_doubled_wait(payment: WaitingPayment, now: datetime) -> datetime:
     """Return when to check a payment without a refresh again. The interval doubles, so that checks stay few."""
     return now + 2 * (now - payment.requested_at)
 
 
-def _schedule_polls(rt: Runtime, waiting: Sequence[WaitingPayment], now: datetime) -> FollowUp:
+def _reserve_account_polls_and_postpone_checks(
+    rt: Runtime, waiting: Sequence[WaitingPayment], now: datetime
+) -> FollowUp:
     """Reserve slots for balance polls, one for each account. Accounts without a slot are checked again in a second."""
     profile_by_account = {payment.account_id: str(payment.job.profile_id) for payment in waiting}
     slots = rt.poll_limiter.reserve_slots_of_next_second(now, len(profile_by_account))
@@ -130,7 +138,7 @@ def _schedule_polls(rt: Runtime, waiting: Sequence[WaitingPayment], now: datetim
     return FollowUp(balance_polls=polls)
 
 
-def _rejoin_account(rt: Runtime, payment: WaitingPayment) -> FollowUp:
+def _rebuild_correlation_and_rejoin(rt: Runtime, payment: WaitingPayment) -> FollowUp:
     """Join the payment to a balance or a refresh again, by the state of the ledger."""
     with transaction(rt.engine) as tx:
         rebuild_correlation(rt, tx, payment.account_id)
@@ -143,7 +151,7 @@ def _rejoin_account(rt: Runtime, payment: WaitingPayment) -> FollowUp:
 # --- refreshes, balances and deliveries -------------------------------------------------------------------------------
 
 
-def sweep(rt: Runtime) -> FollowUp:
+def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
     """Advance refreshes that are due, schedule delayed calls, and apply stored balances that were not applied."""
     now = rt.clock()
     min_deadline = now + timedelta(seconds=rt.settings.min_time_left_for_call_s)
@@ -155,7 +163,7 @@ def sweep(rt: Runtime) -> FollowUp:
     follow_up = FollowUp(balances_to_apply=unapplied)
     for refresh in due:
         try:
-            follow_up.merge(_advance_refresh(rt, refresh, now))
+            follow_up.merge(_abandon_retry_or_end_due_refresh(rt, refresh, now))
         except DATABASE_UNAVAILABLE as error:  # the wait for the account's lock timed out
             log.warning(
                 "refresh.check_postponed",
@@ -164,11 +172,11 @@ def sweep(rt: Runtime) -> FollowUp:
                 error=type(error).__name__,
             )
     if callable_refreshes:
-        follow_up.calls += _schedule_delayed_calls(rt, callable_refreshes)
+        follow_up.calls += _reserve_slots_and_schedule_calls(rt, callable_refreshes)
     return follow_up
 
 
-def _schedule_delayed_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> list[RefreshCall]:
+def _reserve_slots_and_schedule_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> list[RefreshCall]:
     """Reserve slots of the rate limiter for delayed calls, the earliest deadline first (EDF)."""
     now = rt.clock()
     try:
@@ -185,7 +193,7 @@ def _schedule_delayed_calls(rt: Runtime, requested: Sequence[RefreshRecord]) -> 
     ]
 
 
-def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> FollowUp:
+def _abandon_retry_or_end_due_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> FollowUp:
     """Advance a refresh whose time has come.
 
     1. A requested refresh without a waiting payment is abandoned.
@@ -205,11 +213,11 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
             last_error = "the worker stopped during the call"
             refreshes.transition(tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error=last_error)
             return FollowUp()
-        if refresh.state == RefreshState.UNCERTAIN and _is_worth_retrying(tx, refresh, now):
+        if refresh.state == RefreshState.UNCERTAIN and _can_retry_once_before_last_deadline(tx, refresh, now):
             is_retried = refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY)
             return FollowUp(calls=[call_of(refresh)] if is_retried else [])
-        if now < window_end(rt, refresh):
-            refreshes.reschedule_if_unchanged(tx, refresh, window_end(rt, refresh))
+        if now < window_end_after_claim(rt, refresh):
+            refreshes.reschedule_if_unchanged(tx, refresh, window_end_after_claim(rt, refresh))
             return FollowUp()
         refreshes.transition(tx, refresh, RefreshEvent.WINDOW_ENDED, None)
         calls = queued_call(tx, refresh.account_id)
@@ -217,7 +225,7 @@ def _advance_refresh(rt: Runtime, refresh: RefreshRecord, now: datetime) -> Foll
     return FollowUp(calls=calls)
 
 
-def _is_worth_retrying(tx: Tx, refresh: RefreshRecord, now: datetime) -> bool:
+def _can_retry_once_before_last_deadline(tx: Tx, refresh: RefreshRecord, now: datetime) -> bool:
     """Whether to repeat a call with an unknown result: once, and only if a waiting payment has time left."""
     demand = payments.balance_time_bounds_of_waiting(tx, refresh.account_id)
     return refresh.call_count < MAX_UNCERTAIN_CALLS and demand is not None and demand.last_deadline > now

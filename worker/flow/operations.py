@@ -5,7 +5,7 @@ from datetime import datetime
 
 from worker.errors import FailureReason
 from worker.flow.follow_up import FollowUp
-from worker.flow.resolution import fail_payments
+from worker.flow.resolution import fail_payments_with_fee_share
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
@@ -17,7 +17,7 @@ def cancel_waiting(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, payment_ids)
         detail = "the payments service cancelled the payment"
-        return FollowUp(deliveries=fail_payments(rt, tx, waiting, FailureReason.CANCELLED, detail))
+        return FollowUp(deliveries=fail_payments_with_fee_share(rt, tx, waiting, FailureReason.CANCELLED, detail))
 
 
 def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:

@@ -3,9 +3,9 @@
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed
-from worker.flow.attribution import billed_refresh_id, refresh_by_payment
+from worker.flow.attribution import refresh_by_payment, refresh_id_if_called
 from worker.flow.follow_up import FollowUp
-from worker.flow.ingest import ingest_events
+from worker.flow.ingest import ingest_events_and_resolve_payments
 from worker.flow.resolution_decision import failed_resolution
 from worker.ledger import payments
 from worker.ledger.engine import transaction
@@ -16,7 +16,7 @@ from worker.runtime import Runtime
 log = get_logger(__name__)
 
 
-def poll_balance(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
+def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
     """Read the account's balance from the provider, and ingest it if it may resolve payments.
 
     Payments that no balance of such an account can release fail at once.
@@ -33,7 +33,7 @@ def poll_balance(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
         received = BalanceWithEventId(event_id=f"poll:{balance.id}", balance=balance)
-        follow_up.merge(ingest_events(rt, [received]))
+        follow_up.merge(ingest_events_and_resolve_payments(rt, [received]))
     return follow_up
 
 
@@ -43,9 +43,9 @@ def _fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAcco
     resolutions = []
     with transaction(rt.engine) as tx:
         for payment in payments.lock_waiting_by_account(tx, [account_id]).get(account_id, []):
-            if found := funds.ineligibility(payment.job, account.kind, account.currency):
+            if found := funds.ineligibility_for_funds_check(payment.job, account.kind, account.currency):
                 refresh = refresh_by_payment(rt, tx, [payment])[payment.payment_id]
                 resolutions.append(
-                    failed_resolution(payment, found.reason, found.detail, now, billed_refresh_id(refresh))
+                    failed_resolution(payment, found.reason, found.detail, now, refresh_id_if_called(refresh))
                 )
         return FollowUp(deliveries=payments.resolve(tx, resolutions))

@@ -10,15 +10,15 @@ from worker import metrics
 from worker.correlation.redis_client import best_effort
 from worker.correlation.store import NewRefreshBalance
 from worker.errors import FailureReason
-from worker.flow.attribution import AttributedBalance, attribute_balances, billed_refresh_id, refresh_by_payment
+from worker.flow.attribution import AttributedBalance, find_attributions, refresh_by_payment, refresh_id_if_called
 from worker.flow.follow_up import FollowUp, queued_call
 from worker.flow.resolution_decision import (
     ApplyInputs,
     BalanceDecision,
     decide_resolutions,
+    earliest_funds_as_of,
     failed_resolution,
     fresh_payments,
-    funds_as_of,
 )
 from worker.ledger import balances, fee_entries, payments, refreshes
 from worker.ledger.engine import Tx, transaction
@@ -78,14 +78,16 @@ def apply_balance(rt: Runtime, balance_id: str) -> FollowUp:
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [found[balance_id].account_id])
         records = balances.find(tx, [balance_id])  # another transaction may have applied it before the lock
-        attributed = attribute_balances(tx, list(records.values()), rt.settings.clock_skew)
+        attributed = find_attributions(tx, list(records.values()), rt.settings.clock_skew)
         balances.mark_applied_with_refresh(tx, [balance.applied_record for balance in attributed])
-        result = resolve_with_balances(rt, tx, attributed)
+        result = add_to_correlation_and_resolve_payments(rt, tx, attributed)
     result.observe_latency()
     return result.follow_up
 
 
-def resolve_with_balances(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -> ApplyResult:
+def add_to_correlation_and_resolve_payments(
+    rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]
+) -> ApplyResult:
     """Resolve waiting payments with balances, one for each account, that this transaction has stored as applied.
 
     The accounts must be locked until the commit:
@@ -101,11 +103,14 @@ def resolve_with_balances(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBa
     if not attributed:
         return ApplyResult(applied_at=now, decisions=(), deliveries=())
     decisions = decide_resolutions(_load_inputs(rt, tx, attributed), now)
-    _add_to_correlation(rt, attributed)
-    return ApplyResult(applied_at=now, decisions=decisions, deliveries=_persist(tx, decisions, now))
+    _add_new_refresh_balances_to_correlation(rt, attributed)
+    return ApplyResult(
+        applied_at=now, decisions=decisions, deliveries=_persist_answers_fees_and_resolutions(tx, decisions, now)
+    )
 
 
 def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -> ApplyInputs:
+    """Load the inputs of the decisions. Lock the waiting payments of the accounts."""
     skew = rt.settings.clock_skew
     calls = _calls_by_refresh(tx, attributed)
     waiting = payments.lock_waiting_by_account(tx, [balance.balance.account_id for balance in attributed])
@@ -117,7 +122,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
         for balance in useful
         if balance.attribution is not None and balance.attribution.is_new
     ]
-    released_since = {balance.balance.account_id: funds_as_of(balance) - skew for balance in useful}
+    released_since = {balance.balance.account_id: earliest_funds_as_of(balance) - skew for balance in useful}
     return ApplyInputs(
         balances=attributed,
         waiting=waiting,
@@ -144,7 +149,8 @@ def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[s
     return calls
 
 
-def _add_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) -> None:
+def _add_new_refresh_balances_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) -> None:
+    """Add REFRESH balances that were not applied before to the correlation store."""
     new_balances = [
         NewRefreshBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
         for record in (balance.balance for balance in attributed)
@@ -154,7 +160,10 @@ def _add_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) ->
         rt.correlation.add_balances_and_clear_answered_refreshes(new_balances, rt.settings.clock_skew)
 
 
-def _persist(tx: Tx, decisions: Sequence[BalanceDecision], now: datetime) -> list[OutcomeDelivery]:
+def _persist_answers_fees_and_resolutions(
+    tx: Tx, decisions: Sequence[BalanceDecision], now: datetime
+) -> list[OutcomeDelivery]:
+    """Mark refreshes as answered, post their calls and resolve payments. Return the deliveries."""
     answered = [decision.answered_refresh for decision in decisions if decision.answered_refresh is not None]
     refreshes.transition_all_and_clear_errors(
         tx, RefreshEvent.BALANCE_RECEIVED, [(refresh, None) for refresh in answered]
@@ -167,20 +176,20 @@ def _persist(tx: Tx, decisions: Sequence[BalanceDecision], now: datetime) -> lis
 # --- payments that fail without a balance -----------------------------------------------------------------------------
 
 
-def fail_payments(
+def fail_payments_with_fee_share(
     rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment], reason: FailureReason, detail: str
 ) -> list[OutcomeDelivery]:
     """Fail locked payments. Each shares the fee of the refresh that was called for it."""
     now = rt.clock()
     serving = refresh_by_payment(rt, tx, waiting)
     resolutions = [
-        failed_resolution(payment, reason, detail, now, billed_refresh_id(serving[payment.payment_id]))
+        failed_resolution(payment, reason, detail, now, refresh_id_if_called(serving[payment.payment_id]))
         for payment in waiting
     ]
     return payments.resolve(tx, resolutions)
 
 
-def reject_refresh(
+def reject_refresh_and_fail_payments(
     rt: Runtime, tx: Tx, refresh: RefreshRecord, reason: FailureReason, detail: str, now: datetime
 ) -> FollowUp:
     """Reject a refresh, and fail all waiting payments of its account: the reason applies to each of them.

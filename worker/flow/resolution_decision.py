@@ -17,8 +17,8 @@ from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules import funds, states
 from worker.rules.funds import Funds, FundsCheckResult
-from worker.rules.job import FeeShare, Outcome, OutcomeBalance, Verdict
-from worker.rules.pricing import EntryState, split_share, total_and_state
+from worker.rules.job import FeeShare, OutcomeBalance, ReleasedOutcome, Verdict
+from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
 from worker.rules.states import PaymentState, RefreshState
 
 
@@ -35,7 +35,7 @@ class ApplyInputs:
     sharers: Mapping[str, Mapping[PaymentState, int]]
     """By refresh id, how many resolved payments share its fee, by their state."""
     released: Mapping[str, Sequence[Decimal]]
-    """By account id, the amounts released since `funds_as_of` of its balance."""
+    """By account id, the amounts released since `earliest_funds_as_of` of its balance."""
     clock_skew: timedelta
     answered_call_state: EntryState
     """Final state of the fee entry of a call that a balance answers: the provider has accepted the call."""
@@ -83,10 +83,10 @@ def fresh_payments(
     balance: AttributedBalance, waiting: Sequence[WaitingPayment], clock_skew: timedelta
 ) -> list[WaitingPayment]:
     """Return the payments that the balance is fresh enough for, in the same order."""
-    return [payment for payment in waiting if _is_fresh_enough(balance, payment, clock_skew)]
+    return [payment for payment in waiting if _is_fresh_and_of_allowed_source(balance, payment, clock_skew)]
 
 
-def funds_as_of(balance: AttributedBalance) -> datetime:
+def earliest_funds_as_of(balance: AttributedBalance) -> datetime:
     """Return the time from which on a release may be missing in the balance.
 
     Quiltt does not document whether `at` is the time of the request to the bank or of its response. In the second case
@@ -122,20 +122,21 @@ def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: dateti
     """
     attribution = balance.attribution
     is_answer = attribution is not None and attribution.is_new and bool(attribution.candidates)
-    posted = _call_to_post(inputs, balance) if is_answer else None
+    posted = _only_possible_call_to_post(inputs, balance) if is_answer else None
     return BalanceDecision(
         balance=balance,
         answered_refresh=balance.refresh if is_answer else None,
         posted=posted,
-        resolutions=_resolve_payments(inputs, balance, posted, now),
-        queued_call=_queued_call(balance),
+        resolutions=_decide_payments_by_request_order(inputs, balance, posted, now),
+        queued_call=_queued_call_unless_answered(balance),
     )
 
 
 # --- the refresh and its calls ----------------------------------------------------------------------------------------
 
 
-def _call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry | None:
+def _only_possible_call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry | None:
+    """Return the entry of the only call that can have caused the balance, if it is still pending."""
     candidates = balance.attribution.candidates if balance.attribution else ()
     possible = [
         call
@@ -149,7 +150,8 @@ def _call_to_post(inputs: ApplyInputs, balance: AttributedBalance) -> FinalEntry
     return FinalEntry(call=possible[0], state=inputs.answered_call_state, evidence=evidence)
 
 
-def _queued_call(balance: AttributedBalance) -> RefreshCall | None:
+def _queued_call_unless_answered(balance: AttributedBalance) -> RefreshCall | None:
+    """Return the call of the account's requested refresh, unless the balance answers that refresh."""
     answered_id = balance.refresh.refresh_id if balance.refresh and balance.balance.source == "REFRESH" else None
     requested = [
         refresh
@@ -162,14 +164,14 @@ def _queued_call(balance: AttributedBalance) -> RefreshCall | None:
 # --- freshness --------------------------------------------------------------------------------------------------------
 
 
-def _is_fresh_enough(balance: AttributedBalance, payment: WaitingPayment, clock_skew: timedelta) -> bool:
+def _is_fresh_and_of_allowed_source(balance: AttributedBalance, payment: WaitingPayment, clock_skew: timedelta) -> bool:
     """Whether the balance may release or fail the payment.
 
     A balance without source REFRESH must be younger than a call for this payment. A payment that accepts no age needs a
     REFRESH balance.
     """
     accepts_no_age = payment.job.max_balance_age_s == 0
-    if balance.balance.source != "REFRESH" and (accepts_no_age or not _was_called_for(balance, payment)):
+    if balance.balance.source != "REFRESH" and (accepts_no_age or not _was_called_late_enough(balance, payment)):
         return False
     return states.balance_is_fresh_enough(
         balance.balance.at_capped_at_receipt,
@@ -180,23 +182,24 @@ def _is_fresh_enough(balance: AttributedBalance, payment: WaitingPayment, clock_
     )
 
 
-def _was_called_for(balance: AttributedBalance, payment: WaitingPayment) -> bool:
+def _was_called_late_enough(balance: AttributedBalance, payment: WaitingPayment) -> bool:
     """Whether the refresh of the balance was called for this payment too."""
     refresh = balance.refresh
-    return refresh is not None and states.call_is_late_enough(refresh.called_at, payment.min_balance_at)
+    return refresh is not None and states.call_is_unmade_or_late_enough(refresh.called_at, payment.min_balance_at)
 
 
 # --- payments ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve_payments(
+def _decide_payments_by_request_order(
     inputs: ApplyInputs, balance: AttributedBalance, posted: FinalEntry | None, now: datetime
 ) -> list[Resolution]:
+    """Decide on each payment that the balance is fresh enough for. Each release lowers the funds of the next."""
     record = balance.balance
     payments = fresh_payments(balance, inputs.waiting.get(record.account_id, ()), inputs.clock_skew)
     calls = _calls_of_refresh(inputs, balance, posted)
     has_open_shares = _has_open_shares(inputs, balance)
-    shares_fee = [has_open_shares and _was_called_for(balance, payment) for payment in payments]
+    shares_fee = [has_open_shares and _was_called_late_enough(balance, payment) for payment in payments]
     shares = _fee_shares(inputs, balance, calls, sum(shares_fee))
     currency = calls[-1].currency if calls else inputs.default_currency
     no_share = SharedFee(share=FeeShare(amount=Decimal(0), currency=currency, state="reused"), shared_by=0)
@@ -238,7 +241,7 @@ def _released(
 ) -> Resolution:
     record = balance.balance
     refresh_id = balance.refresh.refresh_id if balance.refresh else None
-    outcome = Outcome(
+    outcome = ReleasedOutcome(
         payment_id=payment.payment_id,
         state="released",
         verdict=verdict,
@@ -303,7 +306,7 @@ def _fee_shares(
     """Yield the shares of the payments that are resolved now. Payments that failed before have the first shares."""
     if balance.refresh is None or not new_sharers:
         return
-    total = _fee_total(calls)
+    total = _fee_total_in_last_currency(calls)
     earlier_sharers = sum(inputs.sharers.get(balance.refresh.refresh_id, {}).values())
     shared_by = earlier_sharers + new_sharers
     for index in range(earlier_sharers, shared_by):
@@ -312,12 +315,12 @@ def _fee_shares(
         yield SharedFee(share=share, shared_by=shared_by)
 
 
-def _fee_total(calls: Sequence[CallEntry]) -> FeeTotal:
+def _fee_total_in_last_currency(calls: Sequence[CallEntry]) -> FeeTotal:
     """Return the total fee of a refresh. Only calls in the currency of the last call count."""
     currency = calls[-1].currency
     sums: dict[EntryState, Decimal] = {}
     for call in calls:
         if call.currency == currency:
             sums[call.state] = sums.get(call.state, Decimal(0)) + call.price
-    amount, state = total_and_state(sums)
+    amount, state = total_without_void_and_state(sums)
     return FeeTotal(amount=amount, currency=currency, state=state)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from config.log_config import get_logger, log_context
 from worker.errors import CallFailed, CallRejected
 from worker.flow.follow_up import FollowUp, RefreshCall
-from worker.flow.resolution import reject_refresh
+from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.ledger import payments, refreshes
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import lock_accounts
@@ -16,7 +16,7 @@ from worker.runtime import Runtime
 log = get_logger(__name__)
 
 
-def defer_unpriced_calls(rt: Runtime, calls: Sequence[RefreshCall], error: CallFailed) -> FollowUp:
+def defer_or_reject_unpriced_calls(rt: Runtime, calls: Sequence[RefreshCall], error: CallFailed) -> FollowUp:
     """Defer the calls, or reject them if the error is permanent. One transaction a call."""
     follow_up = FollowUp()
     for call in calls:
@@ -24,11 +24,12 @@ def defer_unpriced_calls(rt: Runtime, calls: Sequence[RefreshCall], error: CallF
             log.warning("refresh_call.not_priced", error=str(error))
         with transaction(rt.engine) as tx:
             lock_accounts(tx, [call.account_id])
-            follow_up.merge(_defer_unpriced_call(rt, tx, call, error))
+            follow_up.merge(_defer_or_reject_if_needed(rt, tx, call, error))
     return follow_up
 
 
-def _defer_unpriced_call(rt: Runtime, tx: Tx, call: RefreshCall, error: CallFailed) -> FollowUp:
+def _defer_or_reject_if_needed(rt: Runtime, tx: Tx, call: RefreshCall, error: CallFailed) -> FollowUp:
+    """Defer or reject the call, unless another refresh is in flight or no payment waits."""
     now = rt.clock()
     refresh = refreshes.find(tx, call.refresh_id)
     if (
@@ -40,7 +41,7 @@ def _defer_unpriced_call(rt: Runtime, tx: Tx, call: RefreshCall, error: CallFail
         refresh = refreshes.new_refresh(call.account_id, call.refresh_id, now)
         refreshes.insert_refreshes(tx, [refresh])
     if isinstance(error, CallRejected):
-        return reject_refresh(rt, tx, refresh, error.reason, str(error), now)
+        return reject_refresh_and_fail_payments(rt, tx, refresh, error.reason, str(error), now)
     if refresh.state == RefreshState.REQUESTED:
         refreshes.defer_if_unchanged(tx, refresh, now + states.backoff(refresh.deferral_count), str(error))
     return FollowUp()

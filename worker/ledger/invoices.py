@@ -71,7 +71,7 @@ def apply_invoice_to_pending_calls(
         "since": period.since,
         "until": period.until,
         "tolerance_s": int(period.tolerance.total_seconds()),
-        "edge_calls": sorted(reconciliation.edge_call_ids),
+        "edge_calls": sorted(reconciliation.matched_edge_call_ids),
     }
     bulk_insert_or_ignore(tx, INVOICE, [row], returning="digest")
     return InvoiceApplication(posted=posted, voided=voided)

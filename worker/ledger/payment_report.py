@@ -16,7 +16,7 @@ from worker.ledger import refreshes
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.tables import BALANCE, OUTCOME_DELIVERY, PAYMENT, REFRESH
-from worker.rules.pricing import EntryState, split_share, total_and_state
+from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
 from worker.rules.states import PaymentState
 
 payment, delivery, refresh, balance = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c
@@ -204,7 +204,7 @@ def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[_Refre
         by_state[state] = by_state.get(state, Decimal(0)) + row.price * row.calls
     totals: dict[str, list[_RefreshTotal]] = {}
     for (refresh_id, currency), by_state in sums.items():
-        amount, state = total_and_state(by_state)
+        amount, state = total_without_void_and_state(by_state)
         totals.setdefault(refresh_id, []).append(_RefreshTotal(amount=amount, currency=currency, state=state))
     return totals
 

@@ -14,7 +14,7 @@ from worker.ledger.engine import Row, Tx
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
-from worker.rules.job import Job, stored_job
+from worker.rules.job import Job, parse_stored_job_ignoring_unknown
 from worker.rules.states import PaymentState
 
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
@@ -144,7 +144,7 @@ def _waiting_payment(row: Row[Any]) -> WaitingPayment:
     return WaitingPayment(
         payment_id=row.payment_id,
         account_id=row.account_id,
-        job=stored_job(row.job),
+        job=parse_stored_job_ignoring_unknown(row.job),
         requested_at=row.requested_at,
         min_balance_at=row.min_balance_at,
         deadline=row.deadline,

@@ -19,7 +19,7 @@ MINOR_UNIT_DIGITS = {
 DEFAULT_MINOR_UNIT_DIGITS = 2
 
 
-def _require_decimal_text(value: object) -> object:
+def _require_decimal_or_decimal_text(value: object) -> object:
     if isinstance(value, Decimal) or (isinstance(value, str) and re.fullmatch(DECIMAL_PATTERN, value)):
         return value
     raise ValueError('must be a decimal in a string, such as "25.00"')
@@ -35,7 +35,7 @@ def minor_unit_digits(currency: str) -> int:
     return MINOR_UNIT_DIGITS.get(currency, DEFAULT_MINOR_UNIT_DIGITS)
 
 
-def amount_text(amount: Decimal, currency: str) -> str:
+def amount_with_currency_text(amount: Decimal, currency: str) -> str:
     """Return an amount with its currency as text for people, such as `10.00 USD`.
 
     The amount has at least the decimal places of the currency. More are shown only if they are not zero.
@@ -48,7 +48,7 @@ def amount_text(amount: Decimal, currency: str) -> str:
 _DecimalStr = Annotated[str, Field(pattern=DECIMAL_PATTERN)]
 DecimalString = Annotated[
     Decimal,
-    BeforeValidator(_require_decimal_text, json_schema_input_type=_DecimalStr),
+    BeforeValidator(_require_decimal_or_decimal_text, json_schema_input_type=_DecimalStr),
     Field(allow_inf_nan=False),
     PlainSerializer(decimal_text, return_type=_DecimalStr),
 ]

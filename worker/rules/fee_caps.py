@@ -61,7 +61,7 @@ class CapUsage:
         return self.used + self.call_cost > self.limit
 
     @property
-    def crosses_warning_threshold(self) -> bool:
+    def crosses_warning_with_room_for_next_call(self) -> bool:
         """Whether this call reaches the warning threshold and the cap allows at least one more call.
 
         If the cap allows no further call, a warning would be too late to act on. Caps of few calls give no warning.

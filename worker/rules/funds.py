@@ -9,7 +9,7 @@ from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
 from typing import Any, Self
 
 from worker.errors import FailureReason
-from worker.rules.decimals import amount_text, decimal_text
+from worker.rules.decimals import amount_with_currency_text, decimal_text
 from worker.rules.job import Job, Verdict
 
 EXACT_CONTEXT = Context(prec=120, traps=[Inexact, InvalidOperation])
@@ -74,7 +74,7 @@ def check_funds(job: Job, funds: Funds) -> FundsCheckResult:
         return FundsCheckResult.passed("not_requested")
     with localcontext(EXACT_CONTEXT):
         needed = job.amount * job.buffer.multiplier + job.buffer.fixed
-        available = _available_after_releases(job, funds)
+        available = _available_with_overdraft_after_releases(job, funds)
     calculation = _funds_calculation(job, funds, needed, available)
     if available is None:
         if job.effective_funds_check == "enabled":
@@ -82,13 +82,16 @@ def check_funds(job: Job, funds: Funds) -> FundsCheckResult:
         detail = "the provider does not know the available balance"
         return FundsCheckResult.failed(FailureReason.FUNDS_UNKNOWN, detail, calculation)
     if available < needed:
-        detail = f"needed {amount_text(needed, job.currency)}, available {amount_text(available, job.currency)}"
+        needed_text = amount_with_currency_text(needed, job.currency)
+        detail = f"needed {needed_text}, available {amount_with_currency_text(available, job.currency)}"
         return FundsCheckResult.failed(FailureReason.INSUFFICIENT_FUNDS, detail, calculation)
     return FundsCheckResult.passed("sufficient", calculation)
 
 
-def ineligibility(job: Job, account_kind: str | None, account_currency: str | None) -> Ineligibility | None:
-    """Return why no balance of such an account can release the job, or None if one can.
+def ineligibility_for_funds_check(
+    job: Job, account_kind: str | None, account_currency: str | None
+) -> Ineligibility | None:
+    """Return why no balance of such an account can release the job. None if one can, or without a funds check.
 
     `account_kind` is Quiltt's. The balance of a liability account is a debt, not available money.
     """
@@ -103,7 +106,11 @@ def ineligibility(job: Job, account_kind: str | None, account_currency: str | No
     return None
 
 
-def _available_after_releases(job: Job, funds: Funds) -> Decimal | None:
+def _available_with_overdraft_after_releases(job: Job, funds: Funds) -> Decimal | None:
+    """Return the available balance, with the overdraft limit if the job includes it, minus the releases.
+
+    None if unknown.
+    """
     if funds.available is None:
         return None
     overdraft = funds.limit if job.include_overdraft and funds.limit is not None else Decimal(0)

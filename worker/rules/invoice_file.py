@@ -45,7 +45,7 @@ class InvoicePeriod:
         """Return whether a call made at this time belongs to the invoice, by the ledger's clock."""
         return self.since <= at < self.until
 
-    def contains_with_margin(self, at: datetime) -> bool:
+    def contains_away_from_boundaries(self, at: datetime) -> bool:
         """Return whether it belongs to the invoice by any clock within the tolerance.
 
         Nearer to a boundary, the call may be on the neighbouring month's invoice.
@@ -79,7 +79,7 @@ def parse_invoice(text: str, columns: InvoiceColumns, period: InvoicePeriod, cur
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        _check_header(reader.fieldnames or [], columns)
+        _check_columns_appear_once(reader.fieldnames or [], columns)
         lines = [_parse_line(reader.line_num, row, columns, currency) for row in reader]
     except csv.Error as error:
         raise InvoiceError(f"after line {reader.line_num}: not CSV: {error}") from None
@@ -93,7 +93,8 @@ def parse_invoice(text: str, columns: InvoiceColumns, period: InvoicePeriod, cur
     return lines
 
 
-def _check_header(present: Sequence[str], columns: InvoiceColumns) -> None:
+def _check_columns_appear_once(present: Sequence[str], columns: InvoiceColumns) -> None:
+    """Raise if a column that is used is missing or appears twice."""
     for name in filter(None, vars(columns).values()):
         if present.count(name) != 1:
             problem = "no column" if name not in present else "more than one column"

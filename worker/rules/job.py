@@ -81,7 +81,7 @@ class Job(ContractModel):
         return requested_at - timedelta(seconds=self.max_balance_age_s)
 
     @model_validator(mode="after")
-    def _check_amount(self) -> Self:
+    def _check_amount_presence_and_decimals(self) -> Self:
         if self.amount is None:
             if self.effective_funds_check != "disabled":
                 raise ValueError("amount: is missing, but a funds check needs it")
@@ -93,7 +93,7 @@ class Job(ContractModel):
         return self
 
     @model_validator(mode="after")
-    def _check_metadata(self) -> Self:
+    def _check_metadata_depth_and_size(self) -> Self:
         if _is_nested_deeper(self.metadata, MAX_METADATA_LEVELS):
             raise ValueError(f"metadata: must not have more than {MAX_METADATA_LEVELS} levels of lists and objects")
         try:
@@ -132,7 +132,7 @@ def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
     return job
 
 
-def stored_job(stored: Mapping[str, Any]) -> Job:
+def parse_stored_job_ignoring_unknown(stored: Mapping[str, Any]) -> Job:
     """Parse a job from the ledger. Fields that only a later release knows are ignored."""
     return Job.model_validate({name: value for name, value in stored.items() if name in Job.model_fields})
 
@@ -170,11 +170,12 @@ def _problem_text(problem: Mapping[str, Any]) -> str:
 def _field_problem(name: str, problem_type: str) -> str:
     rule = _FIELD_RULES.get(name)
     if rule is None:
-        return _unknown_field(name)
+        return _unknown_field_with_suggestion(name)
     return f"{name}: is missing" if problem_type == "missing" else f"{name}: {rule}"
 
 
-def _unknown_field(name: str) -> str:
+def _unknown_field_with_suggestion(name: str) -> str:
+    """Return the text for a field that does not exist, with the most similar name. Long names are cut."""
     prefix, owner = ("buffer.", "the buffer") if name.startswith("buffer.") else ("", "a job")
     fields = Buffer.model_fields if prefix else Job.model_fields
     similar = difflib.get_close_matches(name.removeprefix(prefix)[:MAX_REPORTED_NAME_CHARS], fields, n=1)
@@ -206,7 +207,7 @@ class FeeShare(ContractModel):
     balance of an earlier call and has no share."""
 
 
-class Outcome(ContractModel):
+class ReleasedOutcome(ContractModel):
     """The result of `payments.initiate` if the payment is released.
 
     If the payment fails, the task raises `PaymentNotReady(reason, detail)` instead.

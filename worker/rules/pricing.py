@@ -126,7 +126,7 @@ def split_share(total: Decimal, count: int, index: int) -> Decimal:
     return equal_share + FEE_UNIT if index < remaining_units else equal_share
 
 
-def total_and_state(prices_by_state: Mapping[EntryState, Decimal]) -> tuple[Decimal, EntryState]:
+def total_without_void_and_state(prices_by_state: Mapping[EntryState, Decimal]) -> tuple[Decimal, EntryState]:
     """Return the posted and pending fees of a refresh, and the state of that total: pending if any part is pending."""
     total = prices_by_state.get(EntryState.POSTED, Decimal(0)) + prices_by_state.get(EntryState.PENDING, Decimal(0))
     if EntryState.PENDING in prices_by_state:

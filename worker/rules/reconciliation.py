@@ -78,15 +78,15 @@ class Reconciliation:
     """Unmatched pending calls of the period that the neighbouring month's invoice may charge."""
 
     @property
-    def missing_calls(self) -> list[LedgerCall]:
+    def missing_posted_calls_away_from_edges(self) -> list[LedgerCall]:
         """Posted calls with a price that a complete invoice would charge, but this one does not."""
         posted = (call for call in self.unmatched_calls if call.state == EntryState.POSTED and call.price)
-        return [call for call in posted if self.period.contains_with_margin(call.at)]
+        return [call for call in posted if self.period.contains_away_from_boundaries(call.at)]
 
     @property
-    def edge_call_ids(self) -> frozenset[str]:
+    def matched_edge_call_ids(self) -> frozenset[str]:
         """Ids of the matched calls that the neighbouring month's invoice could charge, too."""
-        edge_matches = (match for match in self.matched if not self.period.contains_with_margin(match.call.at))
+        edge_matches = (match for match in self.matched if not self.period.contains_away_from_boundaries(match.call.at))
         return frozenset(match.call.call_id for match in edge_matches)
 
     @property
@@ -131,7 +131,7 @@ def reconcile(
     for line in lines:
         lines_by_account[line.account_id].append(line)
     calls_by_account: dict[str, list[LedgerCall]] = defaultdict(list)
-    chargeable = (call for call in calls if not any(_belongs_to(other, call) for other in neighbours))
+    chargeable = (call for call in calls if not any(_must_belong_to(other, call) for other in neighbours))
     for call in sorted(chargeable, key=lambda c: (not period.contains(c.at), STATE_PRIORITY[c.state], c.at, c.call_id)):
         calls_by_account[call.account_id].append(call)
     # 2. Match per account.
@@ -147,7 +147,7 @@ def reconcile(
         unmatched_lines.extend(line for line in account_lines if line.row not in matched_rows)
         uncharged.extend(call for call in account_calls if call.call_id not in matched_calls)
     # 3. Classify the calls without a line.
-    to_void = [call for call in uncharged if _is_free(call, period, neighbours)]
+    to_void = [call for call in uncharged if _is_pending_and_unchargeable(call, period, neighbours)]
     void_ids = {call.call_id for call in to_void}
     in_period = [call for call in uncharged if period.contains(call.at)]
     return Reconciliation(
@@ -162,17 +162,17 @@ def reconcile(
     )
 
 
-def _belongs_to(invoice: AppliedInvoice, call: LedgerCall) -> bool:
+def _must_belong_to(invoice: AppliedInvoice, call: LedgerCall) -> bool:
     """Return whether another invoice has the call: by its time, or because it charged it."""
-    return call.call_id in invoice.edge_calls or invoice.period.contains_with_margin(call.at)
+    return call.call_id in invoice.edge_calls or invoice.period.contains_away_from_boundaries(call.at)
 
 
-def _is_free(call: LedgerCall, period: InvoicePeriod, neighbours: Sequence[AppliedInvoice]) -> bool:
+def _is_pending_and_unchargeable(call: LedgerCall, period: InvoicePeriod, neighbours: Sequence[AppliedInvoice]) -> bool:
     """Return whether an uncharged call is pending, and no invoice of a neighbouring month can charge it any more."""
     if call.state != EntryState.PENDING:
         return False
     boundary = period.nearest_boundary(call.at)
-    return period.contains_with_margin(call.at) or any(
+    return period.contains_away_from_boundaries(call.at) or any(
         boundary in (other.period.since, other.period.until) for other in neighbours
     )
 
@@ -211,11 +211,11 @@ def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
             f"only {len(result.matched)} of the {count} lines match a call of the ledger; check that this is the right "
             "file and repeats no line. If it is correct, give the invoice's sum as --total"
         )
-    if result.missing_calls:
-        last_call = max(call.at for call in result.missing_calls)
+    if missing := result.missing_posted_calls_away_from_edges:
+        last_call = max(call.at for call in missing)
         last_line = max(match.line.until for match in result.matched)
         raise InvoiceError(
-            f"{len(result.missing_calls)} accepted calls are missing from the invoice, the last made at "
+            f"{len(missing)} accepted calls are missing from the invoice, the last made at "
             f"{last_call:%Y-%m-%d %H:%M}Z; the last matched line is of {last_line:%Y-%m-%d %H:%M}Z. The file may be "
             "truncated. If it is complete, give the invoice's sum as --total"
         )
@@ -249,7 +249,7 @@ class _Matching:
         queue = deque([call])
         while queue:
             current = queue.popleft()
-            for line in self._candidate_lines(current):
+            for line in self._candidate_lines_best_first(current):
                 if line.row in parent:
                     continue
                 parent[line.row] = current
@@ -258,7 +258,7 @@ class _Matching:
                     return
                 queue.append(self.call_by_row[line.row])
 
-    def _candidate_lines(self, call: LedgerCall) -> list[InvoiceLine]:
+    def _candidate_lines_best_first(self, call: LedgerCall) -> list[InvoiceLine]:
         """Return the lines that may charge this call, the most likely first."""
         near = [line for line in self._lines if line.since - self._tolerance <= call.at <= line.until + self._tolerance]
         return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))

@@ -133,7 +133,7 @@ def next_state(table: Mapping[tuple[State, Event], State], state: State, event: 
     return table.get((state, event))
 
 
-def call_is_late_enough(called_at: datetime | None, min_balance_at: datetime) -> bool:
+def call_is_unmade_or_late_enough(called_at: datetime | None, min_balance_at: datetime) -> bool:
     """Return whether a call can serve a payment that needs a balance no older than `min_balance_at`.
 
     A call that was not made yet (None) will be late enough for every payment that waits now.
