@@ -20,6 +20,9 @@ FOLDERS = {
     "worker",
 }
 
+MAX_MODULE_LINES = 350
+NOT_PRODUCTION = ("tests/", "migrations/")
+
 
 def _tracked_and_new() -> list[str]:
     listed = subprocess.run(
@@ -44,6 +47,24 @@ def test_no_module_has_a_vague_name() -> None:
     """A module's name states what the module does."""
     vague = re.compile(r"(^|/)(utils?|helpers?|common|misc|base|core)(\.py|/)")
     assert [name for name in _tracked_and_new() if vague.search(name)] == []
+
+
+def test_no_module_has_more_than_350_lines() -> None:
+    """A longer module has more than one reason to change."""
+    modules = [name for name in _tracked_and_new() if name.endswith(".py") and not name.startswith(NOT_PRODUCTION)]
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in modules}
+    assert {name: count for name, count in lines.items() if count > MAX_MODULE_LINES} == {}
+
+
+def test_file_names_are_unique_in_production_code() -> None:
+    """A traceback or a search names one module."""
+    names = [
+        name.rsplit("/", 1)[-1]
+        for name in _tracked_and_new()
+        if name.endswith(".py") and not name.startswith(NOT_PRODUCTION)
+    ]
+    repeated = {name for name in names if names.count(name) > 1}
+    assert repeated <= {"__init__.py", "__main__.py"}
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
