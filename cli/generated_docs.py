@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from cli.reference_pages import (
+    HEAD,
     cli_page,
     log_events_page,
     metrics_page,
@@ -23,22 +24,18 @@ from cli.reference_pages import (
     tasks_page,
     webhook_results_table,
 )
+from cli.setting_groups import SETTING_GROUPS
 from config.settings import ENV_PREFIX, Settings
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, REFRESH_TRANSITIONS, PaymentState, RefreshState
 
-CONFIGURATION_HEAD = """\
-# Configuration
+CONFIGURATION_HEAD = f"""\
+{HEAD}# Configuration
 
 Every setting is an environment variable.
 An unknown name, a bad value, or a missing secret in production stops the start with one sentence.
 `.env.example` has all settings, ready to copy.
-A change needs a restart of all roles.
-
-`make docs` generates this page from `config/settings.py`.
-
-| variable | default | rule | meaning |
-|---|---|---|---|
+A role reads its settings at its start: after a change, restart the roles in the column *restart*.
 """
 ENVIRONMENT_HEAD = """\
 # Every setting of payready with its default. Copy this file to .env and uncomment what you change.
@@ -105,11 +102,20 @@ def _with_part(page: str, name: str, source: str, part: str) -> str:
 
 def configuration_page() -> str:
     """Return the page on settings."""
-    rows = (
-        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_type_and_constraints(field)} | {_description(field)} |"
-        for name, field in Settings.model_fields.items()
+    sections = (
+        f"\n## {topic}\n\n| variable | default | rule | restart | meaning |\n|---|---|---|---|---|\n"
+        + "".join(_setting_row(name, roles) for name, roles in restarts.items())
+        for topic, restarts in SETTING_GROUPS.items()
     )
-    return CONFIGURATION_HEAD + "\n".join(rows) + "\n"
+    return CONFIGURATION_HEAD + "".join(sections)
+
+
+def _setting_row(name: str, roles: str) -> str:
+    field = Settings.model_fields[name]
+    return (
+        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_type_and_constraints(field)} | {roles} | "
+        f"{_description(field)} |\n"
+    )
 
 
 def env_example() -> str:

@@ -39,7 +39,8 @@ class Settings(BaseModel):
     """`production` refuses demo secrets and logs JSON. `development` refuses API keys whose calls are billed."""
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
-    """Address of the correlation store. Also broker and result backend, unless the next two settings say otherwise."""
+    """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
+    `PAYREADY_RESULT_BACKEND_URL` is set."""
     broker_url: str | None = Field(None, repr=False)
     """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
     broker_transport: Literal["atomic", "kombu"] = "atomic"
@@ -81,7 +82,7 @@ class Settings(BaseModel):
     """Allow a polled balance of source SYNC that is younger than the call to release a payment."""
 
     webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
-    """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is refused."""
+    """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is rejected."""
     webhook_tolerance_s: int = Field(300, ge=1, le=3600)
     """Maximum difference between a delivery's timestamp and our clock, in both directions."""
     webhook_url: str | None = Field(None, pattern=r"^https://[^\s]+$")
@@ -103,7 +104,7 @@ class Settings(BaseModel):
     """The price list: price of a call by mode of the API key and by day."""
     fee_cap_per_day: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
     """Maximum total fee of a day (UTC), in the price list's currency. Beyond it payments that need a call fail with
-    `fee_cap_reached`. No cap by default."""
+    `fee_cap_reached`. 0 stops all calls. No cap by default."""
     fee_cap_per_month: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
     """Maximum total fee of a month (UTC), in the price list's currency. No cap by default."""
     call_cap_per_account_per_day: int | None = Field(None, ge=0)
@@ -118,7 +119,7 @@ class Settings(BaseModel):
     metrics_host: str = "127.0.0.1"
     """Address on which `PAYREADY_METRICS_PORT` listens. Do not expose it outside the deployment."""
     tracing_enabled: bool = False
-    """Export OpenTelemetry traces, configured by `OTEL_*` variables. Requires the extra `payready[otel]`."""
+    """Export OpenTelemetry traces, configured by `OTEL_*` variables. Requires `requirements-otel.txt`."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 

@@ -1,0 +1,71 @@
+"""The topic of each setting, and the roles that read it, for `docs/reference/configuration.md`.
+
+A test compares the names with the settings.
+"""
+
+from collections.abc import Mapping
+
+ALL = "all"
+WORKERS = "`worker`, `refresh`"
+RESOLVING = "`web`, `worker`, `refresh`"
+ALL_BUT_FLOWER = "`web`, `worker`, `refresh`, `beat`"
+
+SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
+    "Deployment": {"env": ALL},
+    "Stores and broker": {
+        "redis_url": ALL,
+        "broker_url": ALL,
+        "broker_transport": WORKERS,
+        "result_backend_url": ALL,
+        "database_url": ALL_BUT_FLOWER,
+    },
+    "Quiltt": {
+        "quiltt_api_url": WORKERS,
+        "quiltt_auth_url": "`refresh`",
+        "quiltt_api_key": WORKERS,
+        "allow_production_key": "`refresh`",
+        "quiltt_connect_timeout_s": WORKERS,
+        "quiltt_read_timeout_s": WORKERS,
+        "quiltt_max_connections": "`refresh`",
+    },
+    "Refreshes and balances": {
+        "currency": "`worker`",
+        "clock_skew_s": RESOLVING,
+        "refresh_window_s": RESOLVING,
+        "uncertain_grace_s": WORKERS,
+    },
+    "Flow control": {
+        "calls_per_s": "`worker`, `refresh`, `beat`",
+        "min_time_left_for_call_s": "`worker`",
+        "circuit_breaker_failures": "`refresh`",
+    },
+    "Balance polls": {
+        "balance_polls_per_s": "`worker`",
+        "balance_poll_lead_s": "`worker`",
+        "allow_sync_balances": "`refresh`",
+    },
+    "Webhook": {
+        "webhook_secrets": "`web`",
+        "webhook_tolerance_s": "`web`",
+        "webhook_url": "`worker`",
+        "webhook_host": "`web`",
+        "webhook_port": "`web`",
+    },
+    "Fees": {
+        "price_list_file": ALL_BUT_FLOWER,
+        "fee_cap_per_day": "`refresh`, `beat`",
+        "fee_cap_per_month": "`refresh`, `beat`",
+        "call_cap_per_account_per_day": "`refresh`",
+    },
+    "Celery": {
+        "visibility_timeout_s": WORKERS,
+        "result_expires_s": RESOLVING,
+    },
+    "Observability": {
+        "metrics_port": ALL_BUT_FLOWER,
+        "metrics_host": ALL_BUT_FLOWER,
+        "tracing_enabled": ALL_BUT_FLOWER,
+        "log_level": ALL,
+    },
+}
+"""Roles to restart after a change of a setting, by topic and name of the setting."""
