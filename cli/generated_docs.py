@@ -41,8 +41,9 @@ A change needs a restart of all roles.
 |---|---|---|---|
 """
 ENVIRONMENT_HEAD = """\
-# Every setting of payready with its default. Copy this file to .env and uncomment what you change.
-# payready reads its environment, not this file. To load it: `set -a; . ./.env; set +a`, a container runtime or systemd.
+# Every setting of payready with its default. Copy this file to payready.env and uncomment what you change.
+# payready reads its environment, not this file.
+# To load it: `set -a; . ./payready.env; set +a`, Compose's `env_file`, or systemd's `EnvironmentFile`.
 # `make docs` generates this file from config/settings.py.
 """
 
