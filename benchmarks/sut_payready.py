@@ -10,6 +10,7 @@ none), `reply=link` delivers outcomes as messages instead of stored results, and
 
 import os
 import re
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -81,6 +82,7 @@ class Payready(Base):  # type: ignore[misc]
             "PAYREADY_QUILTT_API_KEY": self.cfg.api_key,
             "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret,
             "PAYREADY_WEBHOOK_PORT": str(self.port),
+            "PAYREADY_PRICE_LIST_FILE": str(shutil.copy(self.root / "config" / "price_list.toml", self.workdir)),
             "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and the other engines do not limit calls
             "FLOWER_PORT": str(free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",

@@ -45,7 +45,9 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
     try:
         mode = rt.provider.api_key_mode()
     except CallRejected as rejected:
-        yield error("api key", str(rejected), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh`")
+        yield error(
+            "api key", str(rejected), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh` and `worker`"
+        )
         return
     except CallFailed as failure:
         yield error("api key", str(failure), "check that this host can reach PAYREADY_QUILTT_AUTH_URL")
@@ -57,10 +59,10 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
         )
     elif mode != "PRODUCTION" and settings.env == "production":
         yield warning("api key", f"its mode is {mode}, but PAYREADY_ENV is production", "set PAYREADY_QUILTT_API_KEY")
-    yield from _check_price_known_and_not_example(context, mode)
+    yield from _check_price_known(context, mode)
 
 
-def _check_price_known_and_not_example(context: CheckContext, mode: str) -> Iterator[CheckResult]:
+def _check_price_known(context: CheckContext, mode: str) -> Iterator[CheckResult]:
     settings, rt = context.settings, context.rt
     try:
         price = rt.price_list.price_for(mode, rt.clock().date())
@@ -68,9 +70,6 @@ def _check_price_known_and_not_example(context: CheckContext, mode: str) -> Iter
         yield error("price", f"{problem}; payready makes no calls", f"add the price to {settings.price_list_file}")
         return
     yield ok("price", f"{price_text(price.per_call, price.currency)} per call, price list {price.price_list}")
-    if settings.env == "production" and "price_list_file" not in settings.model_fields_set:
-        fix = "set PAYREADY_PRICE_LIST_FILE to a file with your contract's prices"
-        yield warning("price", "the price list is the example", fix)
 
 
 def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:

@@ -38,8 +38,9 @@ An unknown name, a bad value, or a missing secret in production stops the start 
 A role reads its settings at its start: after a change, restart the roles in the column *restart*.
 """
 ENVIRONMENT_HEAD = """\
-# Every setting of payready with its default. Copy this file to .env and uncomment what you change.
-# payready reads its environment, not this file. To load it: `set -a; . ./.env; set +a`, a container runtime or systemd.
+# Every setting of payready with its default. Copy this file to payready.env and uncomment what you change.
+# payready reads its environment, not this file.
+# To load it: `set -a; . ./payready.env; set +a`, Compose's `env_file`, or systemd's `EnvironmentFile`.
 # `make docs` generates this file from config/settings.py.
 """
 

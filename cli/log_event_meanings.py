@@ -40,7 +40,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "refresh_call.crashed": "A refresh call raised an unexpected error. Its result is unknown.",
     "refresh_call.failed": "A refresh call was not accepted, or its result is unknown.",
     "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not "
-    "be fetched.",
+    "be fetched, or the price list has no price for it.",
     "role.started": "A role started. Addresses are logged without credentials.",
     "task_events.publish_failed": "Events for Flower could not be published.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",

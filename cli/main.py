@@ -33,7 +33,8 @@ from worker.runtime import build_runtime, utc_now
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Delay payments until a fresh bank balance arrives. Run payready on this machine, inspect it, operate it.",
+    help="Release bank payments only after a fresh balance has been checked. Run payready on this machine, inspect it, "
+    "operate it.",
 )
 payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver.")
 app.add_typer(payment_app, name="payment")

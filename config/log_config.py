@@ -7,9 +7,11 @@ and metadata are never logged, and lines of libraries that quote a message's con
 import logging
 import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -114,12 +116,21 @@ def configure_logging(settings: Settings) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns about each malformed request
 
 
+def payready_version() -> str:
+    """Return payready's version. In the image payready is no installed package, so `pyproject.toml` states it."""
+    try:
+        return version("payready")
+    except PackageNotFoundError:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+        return str(project["version"])
+
+
 def log_start(settings: Settings, role: str) -> None:
     """Log one line that states what starts: version, role, addresses without credentials, and mode of operation."""
     log.info(
         "role.started",
         role=role,
-        version=version("payready"),
+        version=payready_version(),
         env=settings.env,
         broker=without_credentials_and_query(settings.effective_broker_url),
         redis=without_credentials_and_query(settings.redis_url),

@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 ENV_PREFIX = "PAYREADY_"
 DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
 """Secrets that start with this are for demonstrations. Production refuses them."""
+EXAMPLE_PRICE_LIST = Path(__file__).with_name("price_list.toml").resolve()
+"""The shipped price list. Its price of a production call is invented, so production refuses it."""
 HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
 """A base URL to which paths are appended. Without a scheme no request could be sent, and each call's result would be
 unknown."""
@@ -36,7 +38,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     env: Literal["development", "production"] = "development"
-    """`production` refuses demo secrets and logs JSON. `development` refuses API keys whose calls are billed."""
+    """`production` refuses demo secrets and the example price list, and logs JSON. `development` refuses API keys whose
+    calls are billed."""
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
     """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
@@ -100,8 +103,8 @@ class Settings(BaseModel):
     """Time for which a call counts as in flight. In this time the account is not called again."""
     uncertain_grace_s: int = Field(15, ge=1, le=3600)
     """Time to wait for the event of a call whose result is unknown, before at most one more call."""
-    price_list_file: Path = Path(__file__).with_name("price_list.toml")
-    """The price list: price of a call by mode of the API key and by day."""
+    price_list_file: Path = EXAMPLE_PRICE_LIST
+    """The price list: price of a call by mode of the API key and by day. Production refuses the shipped example."""
     fee_cap_per_day: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
     """Maximum total fee of a day (UTC), in the price list's currency. Beyond it payments that need a call fail with
     `fee_cap_reached`. 0 stops all calls. No cap by default."""
@@ -163,6 +166,15 @@ class Settings(BaseModel):
                 raise ValueError(f"{ENV_PREFIX}WEBHOOK_SECRETS must be set in production")
             for secret in self.webhook_secrets:
                 _require_real("WEBHOOK_SECRETS", secret)
+        return self
+
+    @model_validator(mode="after")
+    def _production_needs_its_own_price_list(self) -> Self:
+        # Fee entries are append-only: an invented price cannot be corrected later.
+        if self.env == "production" and self.price_list_file.resolve() == EXAMPLE_PRICE_LIST:
+            raise ValueError(
+                f"{ENV_PREFIX}PRICE_LIST_FILE must be set in production, to a price list with your contract's prices"
+            )
         return self
 
 

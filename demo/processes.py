@@ -114,13 +114,13 @@ class Processes:
         """Start a Valkey server with its data in `folder`.
 
         Raises:
-            StartOrExitError: the extra `embedded` is not installed.
+            StartOrExitError: the embedded Valkey is not installed.
         """
         self._check()
         try:
             from demo.embedded_valkey import EmbeddedValkey  # noqa: PLC0415 - not installed in production
         except ImportError:
-            raise StartOrExitError("the embedded Valkey is not installed; install payready[embedded]") from None
+            raise StartOrExitError("the embedded Valkey is not installed; run `make setup`") from None
         config = {"appendonly": "yes" if append_only else "no", "appendfsync": "everysec", "save": ""}
         server = EmbeddedValkey(port=port, data_dir=self.folder / "valkey", persist=True, config=config)
         self._valkeys.append(server)

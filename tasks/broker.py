@@ -191,4 +191,4 @@ class RedisTransport(redis.Transport):
 
     def _fetch_from_idle_channels(self) -> None:
         for channel in self.cycle._channels:  # noqa: SLF001 - as kombu does
-            channel.poll()
+            channel.fetch_if_idle()

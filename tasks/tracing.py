@@ -5,7 +5,7 @@ child of the suspended task's span that starts at the suspension and links to th
 Messages that are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing
 to do.
 
-OpenTelemetry is the extra `payready[otel]`. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
+`requirements-otel.txt` has OpenTelemetry. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -93,13 +93,15 @@ def enable(processor: "SpanProcessor | None" = None) -> None:
     """Enable tracing in this process. By default OpenTelemetry's own environment variables set the destination.
 
     Raises:
-        ConfigurationError: the extra is not installed.
+        ConfigurationError: OpenTelemetry is not installed.
     """
     global _tracing  # noqa: PLW0603 - one tracer per process
     try:
         _tracing = _Tracing(processor or _default_processor())
     except ImportError:
-        raise ConfigurationError("PAYREADY_TRACING_ENABLED requires OpenTelemetry; install payready[otel]") from None
+        raise ConfigurationError(
+            "PAYREADY_TRACING_ENABLED requires OpenTelemetry; install requirements-otel.txt"
+        ) from None
     before_task_publish.connect(_on_publish)
     task_prerun.connect(_on_start)
     task_postrun.connect(_on_end)

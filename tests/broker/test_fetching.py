@@ -16,7 +16,7 @@ from redis import Redis
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from tasks.broker import BrokerNotSupported, acknowledge
+from tasks.broker import POLL_INTERVAL_S, BrokerNotSupported, acknowledge
 
 OURS, KOMBUS = "tasks.broker:RedisTransport", "kombu.transport.redis:Transport"
 KILLS = 25
@@ -163,6 +163,20 @@ def test_idle_worker_gets_a_message_at_once(connect: Callable[..., Connection]) 
             publish(other, body)
             drain(connection, until=lambda body=body: body in eaten)  # type: ignore[misc]
     assert eaten == ["first", "second"]
+
+
+def test_event_loop_fetches_from_an_idle_channel_without_an_invalidation(connect: Callable[..., Connection]) -> None:
+    """The broker may lose an invalidation, so the worker's event loop repeats the fetch."""
+    loop = MagicMock()
+    with connect() as connection, eating(connection):
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.1)
+        assert connection.default_channel.awaits_invalidation
+        connection.register_with_event_loop(loop)
+        interval_s, fetch = loop.call_repeatedly.call_args.args
+        fetch()
+        assert interval_s == POLL_INTERVAL_S
+        assert not connection.default_channel.awaits_invalidation
 
 
 def test_two_idle_workers_share_messages(connect: Callable[..., Connection], redis: Redis) -> None:

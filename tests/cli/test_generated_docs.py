@@ -12,6 +12,8 @@ from config.settings import ENV_PREFIX, Settings, load_rejecting_unknown
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
 
+PATHS_OF_OUTPUT = {"benchmarks/results/latest.json"}
+"""Paths that a command creates."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -47,10 +49,26 @@ def test_the_example_environment_is_one_that_payready_starts_with() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_relative_links_exist(page: Path) -> None:
-    """Each relative link leads to a file."""
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    """A link to a directory works on a forge only, so it is an error too."""
+    links = [link.partition("#") for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text())]
+    targets = [(page.parent / path if path else page, anchor) for path, _, anchor in links]
+    assert [str(path) for path, _ in targets if not path.is_file()] == []
+    assert [(path.name, anchor) for path, anchor in targets if anchor and anchor not in _anchors(path)] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that a forge gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_in_backticks_exist(page: Path) -> None:
+    """A quoted path whose first part is a directory of the repository leads to a file or a directory."""
+    quoted = re.findall(r"`([\w-]+/[^`\s]*)`", page.read_text())
+    paths = [path for path in quoted if (ROOT / path.split("/")[0]).is_dir() and path not in PATHS_OF_OUTPUT]
+    assert [path for path in paths if not any(ROOT.glob(path.rstrip("/")))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -47,7 +47,10 @@ def _finished_result(text: Any) -> dict[str, Any] | None:
 
 
 def test_documented_service_starts_each_payment_once(payready: System, tmp_path: Path) -> None:
-    """A covered payment is started, another one is not. A job that is sent twice starts one payment."""
+    """A covered payment is started, another one is not. A job that is sent twice starts one payment.
+
+    A rejected job with the `payment_id` of another one does not hide that one's release.
+    """
     (source,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "service worker" in block)
     (tmp_path / "service.py").write_text(source)
     orders = tmp_path / "orders.db"
@@ -56,7 +59,8 @@ def test_documented_service_starts_each_payment_once(payready: System, tmp_path:
     payready.processes.start("example", f"celery -A service worker --queues svc {options}", **environ)
     pay = (
         "import service; [service.pay(f'pay_{kind}', f'acct_{kind}77', '25.00')"
-        " for kind in ('prompt', 'poor', 'gone') for twice in range(2)]"
+        " for kind in ('prompt', 'poor', 'gone') for twice in range(2)];"
+        " service.pay('pay_slow', 'acct_slow77', '25.00'); service.pay('pay_slow', 'acct_slow77', '26.00')"
     )
     payready.processes.run(
         "pay", f'env PYTHONPATH={tmp_path} BROKER_URL={payready.redis_url} ORDERS={orders} {sys.executable} -c "{pay}"'
@@ -68,9 +72,10 @@ def test_documented_service_starts_each_payment_once(payready: System, tmp_path:
                 return {}
             return dict(connection.execute("SELECT payment_id, result FROM finished"))
 
-    eventually(lambda: len(ended()) == 3)
+    eventually(lambda: len(ended()) == 4)
     assert ended() == {
         "pay_prompt": "started, fee 0.100000",
         "pay_poor": "insufficient_funds",
         "pay_gone": "account_not_found",
+        "pay_slow": "started, fee 0.100000",
     }

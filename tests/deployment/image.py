@@ -10,6 +10,7 @@ write permission.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -155,6 +156,7 @@ def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
         "PAYREADY_QUILTT_API_KEY": API_KEY,
         "PAYREADY_WEBHOOK_SECRETS": SECRET,
         "PAYREADY_WEBHOOK_PORT": str(web),
+        "PAYREADY_PRICE_LIST_FILE": str(shutil.copy(ROOT / "config" / "price_list.toml", tmp)),
         "FLOWER_PORT": str(flower),
         "FLOWER_BASIC_AUTH": "ops:a-login",
     }

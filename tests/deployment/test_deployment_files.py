@@ -14,6 +14,7 @@ from demo.processes import ROOT, procfile
 
 DEPLOY = ROOT / "deploy"
 RUNBOOKS = ROOT / "docs" / "runbooks"
+PRICE_LIST_SETTING = "PAYREADY_PRICE_LIST_FILE"
 LONG_RUNNING = set(procfile()) - {"release"}
 
 
@@ -86,6 +87,7 @@ def test_compose_runs_every_role_confined() -> None:
     assert {name: service["command"] for name, service in roles.items()} == {name: [name] for name in procfile()}
     for name, service in roles.items():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+        assert [volume["target"] for volume in service["volumes"]] == [service["environment"][PRICE_LIST_SETTING]]
         load_rejecting_unknown(
             {key: "x" * 9 for key in service["environment"] if key.endswith(("KEY", "SECRETS", "URL"))}
         )
@@ -108,13 +110,15 @@ def test_kubernetes_runs_every_role_confined() -> None:
         for container in (*pod["containers"], *pod.get("initContainers", ())):
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert {"name": "price-list", "mountPath": "/prices"} in container["volumeMounts"]
         probes = {"startupProbe", "livenessProbe", "readinessProbe"} & pod["containers"][0].keys()
         assert len(probes) == (3 if role in LONG_RUNNING else 0)
     listed = set(yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"])
     assert listed == {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
     lines = (DEPLOY / "kubernetes" / "settings.env").read_text().split()
     secrets = {"PAYREADY_QUILTT_API_KEY": "a-key", "PAYREADY_WEBHOOK_SECRETS": "a-secret"}
-    load_rejecting_unknown({**dict(line.split("=", 1) for line in lines), **secrets})
+    settings = load_rejecting_unknown({**dict(line.split("=", 1) for line in lines), **secrets})
+    assert str(settings.price_list_file.parent) == "/prices"
 
 
 def test_image_has_exactly_the_production_packages() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def operation(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgre
     """Payready on PostgreSQL, set up for production."""
     folder = tmp_path_factory.mktemp("operation")
     flower = assign_free_port()
-    with system(folder, postgres_server.database(), **PRODUCTION) as payready:
+    price_list = shutil.copy(ROOT / "config" / "price_list.toml", folder)
+    with system(folder, postgres_server.database(), PAYREADY_PRICE_LIST_FILE=str(price_list), **PRODUCTION) as payready:
         payready.processes.start("flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN)
         flower_url = f"http://127.0.0.1:{flower}"
         payready.processes.wait_for("flower", lambda: responds(f"{flower_url}/healthcheck"))

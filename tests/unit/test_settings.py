@@ -14,6 +14,7 @@ PRODUCTION = {
     "PAYREADY_ENV": "production",
     "PAYREADY_QUILTT_API_KEY": "qk_real",
     "PAYREADY_WEBHOOK_SECRETS": "whsec_new, whsec_old",
+    "PAYREADY_PRICE_LIST_FILE": "/prices/price_list.toml",
 }
 
 
@@ -85,6 +86,11 @@ BAD = [
     ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": ""}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
     ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": " , "}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
     ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": "good,demo-x"}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
+    ({**PRODUCTION, "PAYREADY_PRICE_LIST_FILE": ""}, "PAYREADY_PRICE_LIST_FILE must be set in production"),
+    (
+        {**PRODUCTION, "PAYREADY_PRICE_LIST_FILE": os.path.relpath(ROOT / "config" / "price_list.toml")},
+        "PAYREADY_PRICE_LIST_FILE must be set in production",
+    ),
 ]
 
 
