@@ -19,7 +19,7 @@ from benchmarks.benchmark_system import DurablePostgres
 from benchmarks.load_generator import LoadResult, closed_loop, open_loop
 from benchmarks.webhook_server import EMPTY_RESPONSE
 from demo.processes import Processes, assign_free_port, responds
-from tests.support.in_process import migrate
+from tests.support.databases import migrate
 from tests.webhook.conftest import SECRET, sign
 from webhook.endpoint import PATH
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from tasks import dispatch
+from tests.support.databases import Databases
 from tests.support.fault_injection import (
     FAULT_MODES,
     FaultMode,
@@ -15,7 +16,6 @@ from tests.support.fault_injection import (
     build_test_system,
     violations,
 )
-from tests.support.in_process import Databases
 from worker import flow
 from worker.correlation.redis_client import create_client
 from worker.correlation.store import CorrelationStore

@@ -9,7 +9,7 @@ from typing import Any
 
 from demo.processes import ROOT, assign_free_port
 from simulator.testing import Simulator
-from tests.support.in_process import migrate
+from tests.support.databases import migrate
 from tests.support.system import API_KEY, SECRET
 from tests.support.traced import SENDER, TRACE
 
