@@ -20,10 +20,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from demo.embedded_valkey import EmbeddedValkey
 from demo.processes import Processes, StartOrExitError, assign_free_port, procfile
-from simulator.testing import Simulator
 from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, Fault, PlannedJob
 from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
+from tests.support.simulator import Simulator
 from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE
 from worker.ledger.engine import open_engine
 

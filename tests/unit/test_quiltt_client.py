@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from simulator.testing import Simulator
+from tests.support.simulator import Simulator
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.quiltt.client import QuilttClient
 from worker.quiltt.messages import parse_polled_balance
