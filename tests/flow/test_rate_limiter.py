@@ -12,9 +12,7 @@ from tests.support.admission import ADMITTED, LIMITS, called
 from tests.support.databases import Databases
 from tests.support.in_process import START, InProcessSystem, MakeSystem, admission_control, in_process_system
 from worker import flow
-from worker.correlation.admission import (
-    AdmissionControl,
-)
+from worker.correlation.admission import AdmissionControl
 from worker.errors import RateLimited
 
 

@@ -2,14 +2,8 @@
 
 from datetime import datetime
 
-from tests.support.in_process import (
-    SETTINGS,
-    InProcessSystem,
-)
-from worker.correlation.admission import (
-    Admission,
-    BreakerChange,
-)
+from tests.support.in_process import SETTINGS, InProcessSystem
+from worker.correlation.admission import Admission, BreakerChange
 from worker.errors import CallResultUnknown
 
 LIMITS = SETTINGS.model_copy(update={"calls_per_s": 4, "circuit_breaker_failures": 3})
