@@ -105,7 +105,7 @@ def test_calls_above_the_rate_limit_get_429(simulator: Simulator, account: Accou
 
 @pytest.mark.parametrize(("scenario", "least_s"), [("slow", 0.2), ("late", 0.4)])
 def test_event_is_sent_after_its_delay(simulator: Simulator, account: Accounts, scenario: str, least_s: float) -> None:
-    """It is so for slow and late events."""
+    """Slow and late events are delayed by their own settings."""
     account_id = account(scenario)
     simulator.refresh(account_id)
     simulator.wait_for_webhooks()
