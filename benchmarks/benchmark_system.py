@@ -82,7 +82,7 @@ class BenchmarkSystem:
         )
         return self.system.rows(query, first=ids[0], last=ids[-1])
 
-    def resolved(self, ids: list[str]) -> None:
+    def wait_until_resolved(self, ids: list[str]) -> None:
         """Wait until the outcomes of all these payments are delivered.
 
         Raises:
@@ -94,7 +94,7 @@ class BenchmarkSystem:
         )
         self._wait_until(lambda: self.count(query, first=ids[0], last=ids[-1]) == len(ids), "outcomes")
 
-    def called(self, accounts: list[str]) -> None:
+    def wait_until_called(self, accounts: list[str]) -> None:
         """Wait until the call of each of these accounts is posted."""
         query = "SELECT count(*) FROM fee_entry WHERE state = 'posted' AND account_id BETWEEN :first AND :last"
         self._wait_until(lambda: self.count(query, first=accounts[0], last=accounts[-1]) == len(accounts), "calls")
@@ -151,7 +151,7 @@ def benchmark_system() -> Iterator[BenchmarkSystem]:
             with system(Path(folder), server.database(), *ROLES, **environ) as running:
                 running.simulator.put("defaults", rate_limit_per_s=1_000_000)
                 benchmark = BenchmarkSystem(running)
-                benchmark.resolved(benchmark.enqueue(benchmark.accounts(60)))
+                benchmark.wait_until_resolved(benchmark.enqueue(benchmark.accounts(60)))
                 time.sleep(1)
                 yield benchmark
         finally:

@@ -13,20 +13,20 @@ from benchmarks.benchmark_system import BenchmarkSystem
 from worker.ledger import cap_usage, fee_calls, fee_statement
 from worker.ledger.engine import Tx, read_snapshot
 
-Figures = dict[str, Any]
+Measurements = dict[str, Any]
 TAIL_TIME_S = 1.0
 """Time after the last outcome in which CPU still counts, for acknowledgements and delivery marks."""
 
 
-def _quantiles(waits: Sequence[float]) -> Figures:
+def _quantiles(waits: Sequence[float]) -> Measurements:
     ordered = sorted(waits)
     return {f"p{q}_ms": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 1) for q in (50, 95, 99)}
 
 
-def _run_to_end(benchmark: BenchmarkSystem, accounts: list[str], **how: Any) -> tuple[list[str], Figures]:
+def _run_to_end(benchmark: BenchmarkSystem, accounts: list[str], **how: Any) -> tuple[list[str], Measurements]:
     before = process_stats.cpu_seconds()
     ids = benchmark.enqueue(accounts, **how)
-    benchmark.resolved(ids)
+    benchmark.wait_until_resolved(ids)
     time.sleep(TAIL_TIME_S)
     spent = process_stats.per_1000(before, process_stats.cpu_seconds(), len(ids))
     released = benchmark.count(
@@ -37,56 +37,60 @@ def _run_to_end(benchmark: BenchmarkSystem, accounts: list[str], **how: Any) -> 
     return ids, {"payments": len(ids), "released": released, "cpu_s_per_1000": spent}
 
 
-def burst(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def burst(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure a burst: payments on as many accounts, enqueued at once."""
-    ids, figures = _run_to_end(benchmark, benchmark.accounts(sizes.n))
-    return {"payments_per_s": round(len(ids) / benchmark.duration_s(ids), 1), **figures}
+    ids, measurements = _run_to_end(benchmark, benchmark.accounts(sizes.n))
+    return {"payments_per_s": round(len(ids) / benchmark.duration_s(ids), 1), **measurements}
 
 
-def paced(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def paced(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure payments at a steady rate, from the webhook to the outcome."""
-    ids, figures = _run_to_end(benchmark, benchmark.accounts(int(sizes.rate * sizes.seconds)), per_second=sizes.rate)
-    return {"per_second": sizes.rate, **_quantiles(benchmark.wait_times(ids)), **figures}
+    ids, measurements = _run_to_end(
+        benchmark, benchmark.accounts(int(sizes.rate * sizes.seconds)), per_second=sizes.rate
+    )
+    return {"per_second": sizes.rate, **_quantiles(benchmark.wait_times(ids)), **measurements}
 
 
-def hot_accounts(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def hot_accounts(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure a burst on ten accounts, whose payments share one call and its fee per account."""
     accounts = benchmark.accounts(10)
-    ids, figures = _run_to_end(benchmark, [accounts[number % 10] for number in range(sizes.hot)])
+    ids, measurements = _run_to_end(benchmark, [accounts[number % 10] for number in range(sizes.hot)])
     calls = sum(len(benchmark.system.simulator.calls(account)) for account in accounts)
-    return {"payments_per_s": round(len(ids) / benchmark.duration_s(ids), 1), "calls": calls, **figures}
+    return {"payments_per_s": round(len(ids) / benchmark.duration_s(ids), 1), "calls": calls, **measurements}
 
 
-def idle_waiting(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def idle_waiting(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure payments whose webhook never arrives: storage per payment, idle CPU, and latency of new payments."""
     memory, stored = process_stats.memory_kib(), benchmark.storage_bytes()
-    accounts = benchmark.accounts(sizes.parked, "never")
+    accounts = benchmark.accounts(sizes.waiting, "never")
     started = time.monotonic()
     benchmark.enqueue(accounts, timeout_s=3600)
-    benchmark.called(accounts)
+    benchmark.wait_until_called(accounts)
     elapsed_s = time.monotonic() - started
     time.sleep(10)  # for the first maintenance run over all of them
     before, began = process_stats.cpu_seconds(), time.monotonic()
     time.sleep(5)
     idle = process_stats.other_busy_cores(time.monotonic() - began, _difference(process_stats.cpu_seconds(), before))
     stored_each = {
-        store: round(size / sizes.parked) for store, size in _difference(benchmark.storage_bytes(), stored).items()
+        store: round(size / sizes.waiting) for store, size in _difference(benchmark.storage_bytes(), stored).items()
     }
-    grown = {role: round(size / sizes.parked) for role, size in _difference(process_stats.memory_kib(), memory).items()}
+    grown = {
+        role: round(size / sizes.waiting) for role, size in _difference(process_stats.memory_kib(), memory).items()
+    }
     ids, _ = _run_to_end(benchmark, benchmark.accounts(50), per_second=5)
     return {
-        "parked": sizes.parked,
-        "parked_in_s": round(elapsed_s, 1),
+        "waiting": sizes.waiting,
+        "all_called_after_s": round(elapsed_s, 1),
         "bytes_each": stored_each,
         "process_bytes_each": grown,
-        "cores_while_parked": idle,
-        "fresh": _quantiles(benchmark.wait_times(ids)),
+        "cores_while_waiting": idle,
+        "new_payments": _quantiles(benchmark.wait_times(ids)),
     }
 
 
-def history_size(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def history_size(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure the same burst with growing history: resolved payments, and a tenth as many waiting payments."""
-    figures: Figures = {}
+    measurements: Measurements = {}
     existing = 0
     for stored in (0, 1_000, 10_000, 100_000, 1_000_000):
         if stored:
@@ -96,26 +100,26 @@ def history_size(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figur
             seed_data.insert_waiting(benchmark.system.engine, stored // 10, first=existing // 10)
             existing = stored
         for _ in range(2):  # the first run has cold caches
-            _, figures[f"behind_{stored}"] = _run_to_end(benchmark, benchmark.accounts(sizes.n // 2))
-    return figures
+            _, measurements[f"history_{stored}"] = _run_to_end(benchmark, benchmark.accounts(sizes.n // 2))
+    return measurements
 
 
-def restart(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def restart(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure a steady rate while each replica is restarted: two of each worker, one `web`, one beat."""
     for replica in ("worker2", "refresh2"):
         benchmark.start_replica(replica)
     count = int(sizes.rate * sizes.seconds)
     ids, _ = _run_to_end(benchmark, benchmark.accounts(count), per_second=sizes.rate)
-    calm = _quantiles(benchmark.wait_times(ids))
+    before = _quantiles(benchmark.wait_times(ids))
     with ThreadPoolExecutor(1) as pool:
         restarted = pool.submit(_replace_all, benchmark)
         ids = []
         while not restarted.done() or not ids:
             ids += benchmark.enqueue(benchmark.accounts(int(sizes.rate)), per_second=sizes.rate)
         elapsed_s = restarted.result()
-    benchmark.resolved(ids)
+    benchmark.wait_until_resolved(ids)
     states = Counter(row["state"] for row in benchmark.payments(ids))
-    later = _quantiles(benchmark.wait_times(ids))
+    during = _quantiles(benchmark.wait_times(ids))
     return {
         "per_second": sizes.rate,
         "replicas_s": elapsed_s,
@@ -123,20 +127,20 @@ def restart(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
         "payments": len(ids),
         **{f"{state}": number for state, number in states.items()},
         "lost": len(ids) - states.total(),
-        "calm": calm,
-        "meanwhile": later,
-        "p99_later_by_ms": round(later["p99_ms"] - calm["p99_ms"], 1),
+        "before": before,
+        "during": during,
+        "p99_increase_ms": round(during["p99_ms"] - before["p99_ms"], 1),
     }
 
 
-def _replace_all(benchmark: BenchmarkSystem) -> Figures:
+def _replace_all(benchmark: BenchmarkSystem) -> Measurements:
     return {
         replica: benchmark.replace_replica(replica)
         for replica in ("worker", "worker2", "refresh", "refresh2", "web", "beat")
     }
 
 
-def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
+def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure the fee statements and cap queries of a month of fee entries: the median seconds of three runs."""
     seed_data.insert_history(benchmark.system.engine, sizes.entries)
     since, until = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
@@ -148,7 +152,7 @@ def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Figures:
         "by_day": lambda tx: fee_statement.statement_lines(tx, since, until, "day"),
         "by_account": lambda tx: fee_statement.statement_lines(tx, since, until, "account"),
         "by_payment": lambda tx: sum(1 for _ in fee_statement.payment_shares_and_unshared_fees(tx, since, until)),
-        "open_questions": lambda tx: fee_calls.unresolved_calls(tx, until),
+        "unresolved_calls": lambda tx: fee_calls.unresolved_calls(tx, until),
         "cap_of_a_month": lambda tx: cap_usage.total_non_void_fees(tx, "USD", since, until),
         "cap_of_a_day": lambda tx: cap_usage.total_non_void_fees(tx, "USD", until - timedelta(days=1), until),
     }
@@ -173,7 +177,7 @@ def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict
     return {name: value - before.get(name, 0) for name, value in after.items()}
 
 
-CASES: Mapping[str, Callable[[BenchmarkSystem, argparse.Namespace], Figures]] = {
+CASES: Mapping[str, Callable[[BenchmarkSystem, argparse.Namespace], Measurements]] = {
     "burst": burst,
     "paced": paced,
     "hot_accounts": hot_accounts,

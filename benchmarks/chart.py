@@ -33,13 +33,13 @@ def draw_chart(runs: Path) -> str:
         run = json.loads(line)
         if run.get("mode") == "burst" and "sut" in run:
             rounds[run["sut"]].append((run["cpu_s_per_1000"], run["payments_per_s"]))
-    figures = {
+    medians = {
         name: [statistics.median(column) for column in zip(*results, strict=True)] for name, results in rounds.items()
     }
-    scale = (WIDTH - LEFT - 230) / max(cpu for cpu, _ in figures.values())
-    parts = [SVG_HEAD.format(width=WIDTH, height=ROW * (len(figures) + 1) + 20, left=LEFT)]
-    for row, name in enumerate(sorted(figures, key=lambda name: figures[name][0]), start=1):
-        cpu, rate = figures[name]
+    scale = (WIDTH - LEFT - 230) / max(cpu for cpu, _ in medians.values())
+    parts = [SVG_HEAD.format(width=WIDTH, height=ROW * (len(medians) + 1) + 20, left=LEFT)]
+    for row, name in enumerate(sorted(medians, key=lambda name: medians[name][0]), start=1):
+        cpu, rate = medians[name]
         top, length = ROW * row + 6, cpu * scale
         colour = "#1f6f5c" if name == "payready" else "#b9c4c9"
         place = {"x": LEFT - 10, "y": top + 15, "left": LEFT, "top": top, "length": length, "end": LEFT + length + 8}

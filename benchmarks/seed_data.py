@@ -27,22 +27,22 @@ FILL_STATEMENTS = (
 """One call in 50 is void and one in 1,000 pending. One in 5 serves three payments, the last of them later."""
 WAITING_STATEMENTS = (
     """INSERT INTO refresh (refresh_id, account_id, state, call_count, deferral_count, called_at, claimed_at, due_at)
-    SELECT 'ref_parked' || n, 'acct_parked' || n, 'accepted', 1, 0, now(), now(), now() + interval '1 hour'
+    SELECT 'ref_waiting' || n, 'acct_waiting' || n, 'accepted', 1, 0, now(), now(), now() + interval '1 hour'
     FROM generate_series(CAST(:first AS integer), :count - 1) n""",
     """INSERT INTO fee_entry
     (call_id, refresh_id, account_id, state, price, currency, price_list, evidence, called_at, recorded_at)
-    SELECT 'call_' || md5(n::text), 'ref_parked' || n, 'acct_parked' || n, state, 0.1, 'USD', '2026-10',
+    SELECT 'call_' || md5(n::text), 'ref_waiting' || n, 'acct_waiting' || n, state, 0.1, 'USD', '2026-10',
         '{"status": 202}', now(), now()
     FROM generate_series(CAST(:first AS integer), :count - 1) n, unnest('{pending,posted}'::text[]) state""",
     """INSERT INTO payment
     (payment_id, account_id, state, job, amount, requested_at, min_balance_at, deadline, due_at, reused)
-    SELECT 'pay_parked' || n, 'acct_parked' || n, 'waiting',
-        jsonb_build_object('payment_id', 'pay_parked' || n, 'account_id', 'acct_parked' || n, 'amount', '25.00',
+    SELECT 'pay_waiting' || n, 'acct_waiting' || n, 'waiting',
+        jsonb_build_object('payment_id', 'pay_waiting' || n, 'account_id', 'acct_waiting' || n, 'amount', '25.00',
             'timeout_s', 3600),
         25, now(), now(), now() + interval '1 hour', now() + interval '1 hour', false
     FROM generate_series(CAST(:first AS integer), :count - 1) n""",
     """INSERT INTO outcome_delivery (task_id, payment_id, continuation)
-    SELECT md5(n::text), 'pay_parked' || n, jsonb_build_object('version', 1, 'id', md5(n::text), 'task',
+    SELECT md5(n::text), 'pay_waiting' || n, jsonb_build_object('version', 1, 'id', md5(n::text), 'task',
         'payments.initiate', 'root_id', md5(n::text), 'hostname', 'worker@host', 'suspended_at', 1796000000.0)
     FROM generate_series(CAST(:first AS integer), :count - 1) n""",
 )

@@ -19,7 +19,7 @@ from benchmarks.benchmark_system import DurablePostgres
 from benchmarks.load_generator import LoadResult, closed_loop, open_loop
 from benchmarks.webhook_server import EMPTY_RESPONSE
 from demo.processes import Processes, assign_free_port, responds
-from tests.support.in_process import migrate
+from tests.support.databases import migrate
 from tests.webhook.conftest import SECRET, sign
 from webhook.endpoint import PATH
 
@@ -41,9 +41,9 @@ def body(count: int = 1, source: str = "SYNC") -> bytes:
 def _event(number: int, source: str, at: str) -> dict[str, Any]:
     profile = {"id": f"p_{number:022d}", "uuid": "174ec567-2492-4498-a706-504a79437235", "metadata": None}
     record = {"id": f"bal_{number:022d}", "accountId": f"acct_{number:022d}", "at": at, "source": source}
-    figures = {"available": 31.41, "current": 314.15, "limit": 3141.59}
+    amounts = {"available": 31.41, "current": 314.15, "limit": 3141.59}
     about = {"id": f"evt_{number:022d}", "at": at, "type": "balance.created", "metadata": {}}
-    return {**about, "profile": profile, "record": {**record, **figures}}
+    return {**about, "profile": profile, "record": {**record, **amounts}}
 
 
 def signed(content: bytes, path: str = PATH, secret: str = SECRET) -> bytes:
@@ -117,8 +117,8 @@ def webhook_server() -> Iterator[WebhookServer]:
 def measure(sizes: argparse.Namespace) -> Mapping[str, Any]:
     """Measure the webhook and an empty handler on the same server. Each ratio is the median of its rounds."""
     with webhook_server() as running:
-        figures = {**_throughput(running, sizes.webhook_rounds), **_latency(running, sizes.webhook_rounds)}
-    return {**figures, "memory": _memory(sizes.deliveries)}
+        measurements = {**_throughput(running, sizes.webhook_rounds), **_latency(running, sizes.webhook_rounds)}
+    return {**measurements, "memory": _memory(sizes.deliveries)}
 
 
 def _throughput(running: WebhookServer, rounds: int) -> Mapping[str, Any]:
@@ -184,7 +184,7 @@ def _memory(deliveries: int) -> Mapping[str, Any]:
     """Measure the resident memory of a process that handles `deliveries` deliveries without HTTP."""
     command = [sys.executable, "-m", "benchmarks.webhook_memory", str(deliveries)]
     environ = {**os.environ, "PAYREADY_WEBHOOK_SECRETS": SECRET}
-    figures: Mapping[str, Any] = json.loads(
+    measurements: Mapping[str, Any] = json.loads(
         subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE).stdout  # noqa: S603 - fixed command
     )
-    return figures
+    return measurements

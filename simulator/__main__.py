@@ -1,7 +1,5 @@
 """`python -m simulator`: start the simulator of Quiltt."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from random import Random
@@ -34,7 +32,9 @@ def main() -> None:
     options = _argument_parser().parse_args()
     log = RequestLog(options.log)
     webhook_sender = WebhookSender(options.webhook_url, options.webhook_secret, log)
-    provider = Provider(options.api_key, options.mode, Random(options.seed), log, webhook_sender)
+    provider = Provider(
+        api_key=options.api_key, mode=options.mode, rng=Random(options.seed), log=log, webhook_sender=webhook_sender
+    )
     Server(build_simulator_app_with_sender(provider), options.host, options.port).run()
 
 

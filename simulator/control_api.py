@@ -1,7 +1,5 @@
 """Control endpoints for tests and benchmarks. Quiltt has no such endpoints."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import asdict, replace
 from typing import Protocol
@@ -102,7 +100,7 @@ class ControlApi:
             raise InvalidControlRequest(f"give either body or raw, and at most {MAX_COPIES} copies")
         body = fields.pop("raw") if "raw" in fields else encode_json(fields.pop("body"))
         results = await asyncio.gather(
-            *(self._webhook_sender.post_now(OutgoingDelivery(body, **fields)) for _ in range(copies))
+            *(self._webhook_sender.post_now(OutgoingDelivery(body=body, **fields)) for _ in range(copies))
         )
         return JSONResponse({"status": results[0].status, "deliveries": [asdict(result) for result in results]})
 

@@ -1,7 +1,5 @@
 """Decisions of the provider: authentication, the response to a call, the balance and the deliveries of the call."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import time
@@ -29,19 +27,21 @@ from simulator.webhook_sender import OutgoingDelivery, WebhookSender
 ACCEPTED = 202
 _STALE_SIGNATURE_AGE_S = 600
 _DUPLICATE_DELAY_S = 0.2
-_SPURIOUS_ATTEMPTS = 3  # forged and replayed deliveries end after fewer attempts than genuine ones
+_SPURIOUS_ATTEMPTS = 3
+"""Attempts of forged and stale deliveries. They end after fewer attempts than genuine ones."""
 _SYNC_BALANCE_AGE_S = 3600
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallDecision:
-    """Response to one call. If `first_attempt` is set, the response waits for that event."""
+    """Response to one call."""
 
     call: LoggedCall
     response_kind: ResponseKind
     status: int
     headers: Mapping[str, str]
     first_attempt: asyncio.Event | None = None
+    """Event for which the response waits: the first attempt to deliver the webhook."""
 
 
 class PerSecondQuota:
@@ -53,19 +53,23 @@ class PerSecondQuota:
 
     def take_slot(self, limit: int, now: float) -> bool:
         """Count one call. Return False if it exceeds the limit."""
-        if int(now) != self._second:
-            self._second, self._used = int(now), 0
+        self._reset_in_new_second(now)
         self._used += 1
         return self._used <= limit
 
     def headers(self, limit: int, now: float) -> dict[str, str]:
         """Return the Ratelimit headers. The reset is the next whole second."""
+        self._reset_in_new_second(now)
         remaining = max(0, limit - self._used)
         values = {"Limit": limit, "Remaining": remaining, "Reset": int(now) + 1}
         return {f"Ratelimit-{name}": str(value) for name, value in values.items()}
 
+    def _reset_in_new_second(self, now: float) -> None:
+        if int(now) != self._second:
+            self._second, self._used = int(now), 0
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, kw_only=True)
 class Provider:
     """Accounts of one environment, and its API key."""
 
@@ -104,11 +108,15 @@ class Provider:
         )
         headers = self._quota.headers(self.defaults.rate_limit_per_s, now)
         if not call.accepted:
-            return CallDecision(call, ResponseKind.STATUS, status, headers)
+            return CallDecision(call=call, response_kind=ResponseKind.STATUS, status=status, headers=headers)
         delay_s = account.delay_s if account.delay_s is not None else self.defaults.delay_s(event_delay, self.rng)
         first_attempt = self._schedule_balance_and_webhooks(call, effective, account, delay_s)
         return CallDecision(
-            call, effective.response_kind, status, headers, first_attempt if effective.webhook_before_response else None
+            call=call,
+            response_kind=effective.response_kind,
+            status=status,
+            headers=headers,
+            first_attempt=first_attempt if effective.webhook_before_response else None,
         )
 
     def graphql_account(self, account_id: str) -> Json | None:
@@ -207,4 +215,4 @@ class Provider:
                 return [self._outgoing_delivery(*quiltt_records.mixed_events(event, account_id, now))]
 
     def _outgoing_delivery(self, *events: Json, **options: Any) -> OutgoingDelivery:
-        return OutgoingDelivery(quiltt_records.delivery_body(events, self.mode), **options)
+        return OutgoingDelivery(body=quiltt_records.delivery_body(events, self.mode), **options)

@@ -1,7 +1,5 @@
 """HTTP server: uvicorn, extended to abort a connection and to stop listening for some seconds."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal
@@ -12,7 +10,8 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that no call fails on a connection that closes
+_KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that no call fails on a connection that closes."""
 _REBIND_INTERVAL_S = 0.1
 
 
@@ -48,9 +47,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and print the URL."""
         await super().startup(sockets)
-        self.config.port = (
-            self.servers[0].sockets[0].getsockname()[1]
-        )  # the configured port may be 0, but reopening needs the actual port
+        # The configured port may be 0, but reopening needs the actual port.
+        self.config.port = self.servers[0].sockets[0].getsockname()[1]
         print(f"simulator listens on http://{self.config.host}:{self.config.port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,7 +1,5 @@
 """Endpoints of the provider, and the application that serves them with the control endpoints."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib
@@ -23,7 +21,8 @@ from simulator.scenarios import ResponseKind
 from simulator.subscription_api import SubscriptionApi
 
 _API_VERSION = "2026-04-01"
-_MAX_EARLY_WAIT_S = 5.0  # limits the wait for a webhook that is unavailable or paused
+_MAX_EARLY_WAIT_S = 5.0
+"""Limit of the wait for a webhook that is unavailable or paused."""
 
 
 class NoResponse(Response):

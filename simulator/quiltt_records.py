@@ -1,7 +1,5 @@
 """JSON records of the provider: ids, balances, events, deliveries, errors. Pure functions, except for random ids."""
 
-from __future__ import annotations
-
 import json
 import random
 import string
@@ -14,7 +12,8 @@ from typing import Any
 Json = dict[str, Any]
 
 _BASE62 = string.digits + string.ascii_letters
-_id_generator = random.Random()  # not seeded: ids must be unique across restarts with the same seed
+_id_generator = random.Random()
+"""It has no seed: ids must be unique across restarts of a simulator with the same seed."""
 
 
 def new_id(prefix: str) -> str:
@@ -32,12 +31,14 @@ def timestamp_text(at: float) -> str:
     return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """Account as shown by GraphQL and events, and two settings of its events. Amounts are JSON numbers or null."""
 
-    delay_s: float | None = None  # None: the delay of the scenario
-    at_offset_s: float = 0.0  # added to the balance's `at`
+    delay_s: float | None = None
+    """Delay between the call and its event. None: the delay of the scenario."""
+    at_offset_s: float = 0.0
+    """Seconds that are added to the balance's `at`."""
     available: float | None = 500.00
     current: float | None = 512.34
     limit: float | None = None
@@ -124,7 +125,7 @@ def rest_error_body(status: int) -> Json:
     return error | {"errorId": new_id("err")} if status >= 500 else error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BodyIds:
     """Ids of the events, balances and accounts in a delivery."""
 

@@ -4,8 +4,6 @@ A call is added when it is received; its status is set when the response is sent
 has ended. Sequence numbers start at 1 and continue after a reset. All times are Unix seconds.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections import Counter
@@ -16,24 +14,28 @@ from typing import Any
 from simulator.quiltt_records import BodyIds
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class LoggedCall:
-    """One refresh call. If `accepted`, the provider bills it. `status` is None without a response."""
+    """One refresh call."""
 
     seq: int
     account_id: str
     started_at: float
     authenticated: bool
     scenario: str
-    effective_scenario: str  # differs from the scenario for `mix` only
+    effective_scenario: str
+    """Differs from `scenario` for `mix` only."""
     accepted: bool
-    balance_id: str | None = None  # of the balance that this call will create
+    """Whether the provider bills the call."""
+    balance_id: str | None = None
+    """Id of the balance that this call will create."""
     status: int | None = None
+    """None until the response is sent, and without a response."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedDelivery:
-    """One delivery attempt. `signature_valid` ignores the timestamp's age: compare `timestamp` with `sent_at`."""
+    """One delivery attempt."""
 
     seq: int
     event_ids: tuple[str, ...]
@@ -41,10 +43,13 @@ class LoggedDelivery:
     account_ids: tuple[str, ...]
     attempt: int
     sent_at: float
-    timestamp: int  # as in Quiltt-Timestamp
+    timestamp: int
+    """Value of `Quiltt-Timestamp`."""
     signature_valid: bool
+    """Whether the secret was right. The age of the timestamp is ignored: compare `timestamp` with `sent_at`."""
     status: int | None
     error: str | None
+    """Name of the error, if there was no response."""
 
 
 _FIELD_NAMES = {kind: tuple(column.name for column in fields(kind)) for kind in (LoggedCall, LoggedDelivery)}
@@ -78,7 +83,13 @@ class RequestLog:
         """Add a call that was received. Its status is not known yet."""
         self._last_call_seq += 1
         call = LoggedCall(
-            self._last_call_seq, account_id, started_at, authenticated, scenario, effective_scenario, accepted
+            seq=self._last_call_seq,
+            account_id=account_id,
+            started_at=started_at,
+            authenticated=authenticated,
+            scenario=scenario,
+            effective_scenario=effective_scenario,
+            accepted=accepted,
         )
         self.calls.append(call)
         return call
@@ -101,9 +112,17 @@ class RequestLog:
     ) -> None:
         """Add a delivery attempt that has ended, and append it to the file if there is one."""
         self._last_delivery_seq += 1
-        id_lists = (ids.events, ids.balances, ids.accounts)
         entry = LoggedDelivery(
-            self._last_delivery_seq, *id_lists, attempt, sent_at, timestamp, signature_valid, status, error
+            seq=self._last_delivery_seq,
+            event_ids=ids.events,
+            balance_ids=ids.balances,
+            account_ids=ids.accounts,
+            attempt=attempt,
+            sent_at=sent_at,
+            timestamp=timestamp,
+            signature_valid=signature_valid,
+            status=status,
+            error=error,
         )
         self.deliveries.append(entry)
         self._write_line_if_file("delivery", entry)

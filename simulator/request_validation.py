@@ -1,11 +1,10 @@
 """Validation of the JSON that control endpoints receive. The error names the unknown key or the invalid value."""
 
-from __future__ import annotations
-
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from simulator.scenarios import SCENARIOS
@@ -33,15 +32,21 @@ def parse_fields(raw: bytes, parsers: FieldParsers) -> dict[str, Any]:
 def _parse_value(name: str, value: object, parser: Callable[[Any], Any]) -> object:
     try:
         return parser(value)
-    except (ValueError, TypeError, InvalidOperation) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InvalidControlRequest(f"{name}: not valid: {value!r}") from error
 
 
 def number(value: object) -> float:
-    """Return a JSON number as float."""
+    """Return a JSON number as float. Python's JSON parser also accepts NaN and Infinity; they are invalid."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
-    return float(value)
+    return _finite(float(value))
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def seconds(value: object) -> float:
@@ -74,7 +79,7 @@ def text(value: object) -> str:
 
 def amount_from_text_or_number(value: object) -> float | None:
     """Convert a decimal string, a number or null into a JSON number, as in the provider's events."""
-    return None if value is None else float(Decimal(str(value)))
+    return None if value is None else _finite(float(Decimal(str(value))))
 
 
 def scenario_name(value: object) -> str:

@@ -4,8 +4,6 @@ The account id selects the scenario: the lower-case letters after `acct_` are it
 All other accounts are `prompt`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +18,12 @@ _SCENARIO_PATTERN = re.compile(r"acct_([a-z]+)")
 class ResponseKind(Enum):
     """How the HTTP request of the call ends."""
 
-    STATUS = auto()  # a response with a status
-    DISCONNECT = auto()  # the connection closes without a response
-    HANG = auto()  # the request stays open until the client disconnects
+    STATUS = auto()
+    """A response with a status."""
+    DISCONNECT = auto()
+    """The connection closes without a response."""
+    HANG = auto()
+    """The request stays open until the client disconnects."""
 
 
 class WebhookKind(Enum):
@@ -30,10 +31,14 @@ class WebhookKind(Enum):
 
     EVENT = auto()
     NOTHING = auto()
-    TWICE = auto()  # the event twice in one delivery, and once in a second delivery
-    FORGED = auto()  # signed with a wrong secret
-    STALE = auto()  # valid signature, ten minutes old
-    BATCH = auto()  # the event among foreign, unknown and malformed events
+    TWICE = auto()
+    """The event twice in one delivery, and once in a second delivery."""
+    FORGED = auto()
+    """Signed with a wrong secret."""
+    STALE = auto()
+    """Signed correctly, ten minutes ago."""
+    BATCH = auto()
+    """The event among foreign, unknown and malformed events."""
 
 
 class EventDelay(Enum):
@@ -48,7 +53,7 @@ class EventDelay(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One scenario. With `shown_in_graphql`, GraphQL shows the new balance. `account` sets fields of `Account`."""
+    """One scenario."""
 
     name: str
     summary: str
@@ -59,7 +64,9 @@ class Scenario:
     webhook_before_response: bool = False
     rate_limits_first_call: bool = False
     shown_in_graphql: bool = True
+    """Whether GraphQL shows the new balance."""
     account: Mapping[str, object] = field(default_factory=dict)
+    """Fields of `Account` that differ from its defaults."""
 
 
 _SCENARIO_ROWS = (
@@ -133,16 +140,20 @@ def draw_scenario(scenario: Scenario, rng: Random) -> tuple[Scenario, EventDelay
     return effective, effective.event_delay if effective.webhook_before_response else EventDelay.MIXED
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
     """Settings that all accounts share. `PUT /control/defaults` changes them."""
 
-    prompt_s: float = 0.3  # mean: the delay is drawn between 0.5 and 1.5 times this
+    prompt_s: float = 0.3
+    """Mean of the delay, which is drawn between 0.5 and 1.5 times this."""
     slow_s: float = 3.0
     late_s: float = 6.0
-    retry_base_s: float = 0.5  # doubles with each attempt
-    keep_signature: bool = False  # True: a retry carries the timestamp and signature of the first attempt
-    rate_limit_per_s: int = 1000  # calls above this get a 429
+    retry_base_s: float = 0.5
+    """Pause before the first retry. It doubles with each attempt."""
+    keep_signature: bool = False
+    """Whether a retry carries the timestamp and signature of the first attempt."""
+    rate_limit_per_s: int = 1000
+    """Calls above this get a 429."""
 
     def delay_s(self, event_delay: EventDelay, rng: Random) -> float:
         """Return the seconds from the call to its event."""

@@ -1,7 +1,5 @@
 """Webhook signature of Quiltt. Pure function."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

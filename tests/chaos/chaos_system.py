@@ -1,7 +1,5 @@
 """System under a chaos test: all processes on this machine, with several replicas per role and a clock per replica."""
 
-import os
-import signal
 import subprocess
 import threading
 import time
@@ -14,16 +12,16 @@ import httpx
 from celery import Celery
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
-from redis import Redis, RedisError
+from redis import RedisError
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from demo.embedded_valkey import EmbeddedValkey
 from demo.processes import Processes, StartOrExitError, assign_free_port, procfile
-from simulator.testing import Simulator
-from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, Fault, PlannedJob
+from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, PlannedJob
 from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
+from tests.support.simulator import Simulator
 from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE
 from worker.ledger.engine import open_engine
 
@@ -41,23 +39,9 @@ WAIT_TIMEOUT_S = 120.0
 QUEUES_WRITTEN_S = 10.0
 """Time after which RabbitMQ has persisted a new quorum queue. RabbitMQ has no operation to query this."""
 
-FLUSH_WHEN_REPLACEABLE = """
-for _, pattern in ipairs({'payments*', 'svc*', 'unacked'}) do
-  if #redis.call('KEYS', pattern) > 0 then return 0 end
-end
-for _, message in ipairs(redis.call('HVALS', 'payready-unacked')) do
-  if string.find(message, 'payments.initiate', 1, true) then return 0 end
-end
-redis.call('FLUSHALL')
-return 1
-"""
-"""Empty Redis when it contains no unaccepted job and no callback that the payments service has not run.
-
-Only the broker stores these. payready must recover all other data of Redis by itself."""
-
 
 class ChaosSystem:
-    """Processes and the faults on them. Faults run in threads; a lock per target serialises them."""
+    """Processes of the chaos test, messages to them, and observations."""
 
     def __init__(
         self,
@@ -78,11 +62,9 @@ class ChaosSystem:
         self.unexpected_exits: list[StartOrExitError] = []
         """Errors of processes that had ended by themselves before a fault could stop them."""
         self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._targets = {
-            name: threading.Lock() for name in (*REPLICAS, "valkey", "postgres", "rabbitmq", "beat2", "provider")
-        }
-        self._rabbitmq = rabbitmq
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        """Newest process of each replica."""
+        self.rabbitmq = rabbitmq
         self._service = Celery("sender", broker=self.broker, set_as_current=False)
         timeouts = {"socket_timeout": 2, "socket_connect_timeout": 2}
         self._service.conf.update(
@@ -122,7 +104,7 @@ class ChaosSystem:
         role = replica.rstrip("0123456789")
         command = procfile()[role].replace(f"{role}@%h", f"{replica}@%h")
         clock = {"PYTHONPATH": str(CLOCK), "CHAOS_SKEW_S": str(skew_s)}
-        self._running[replica] = self.processes.start(replica, command, **clock)
+        self.running[replica] = self.processes.start(replica, command, **clock)
 
     def wait_for_queues(self) -> None:
         """Wait until RabbitMQ has persisted the queues that the workers declare.
@@ -138,152 +120,6 @@ class ChaosSystem:
     def _consumes(self, replica: str) -> bool:
         replies = self._service.control.ping(timeout=0.5)
         return any(name.startswith(f"{replica}@") for reply in replies for name in reply)
-
-    # --- the faults ---
-
-    def inject(self, fault: Fault) -> None:
-        """Inject a fault and wait until it has ended."""
-        inject = {
-            "kill": self._kill,
-            "restart": self._restart,
-            "pause": self._pause,
-            "valkey restarts": self._valkey_restarts,
-            "valkey killed": self._valkey_restarts,
-            "rabbitmq killed": self._rabbitmq_killed,
-            "postgres crashes": self._postgres_crashes,
-            "redis emptied": self._empty_redis,
-            "provider refuses": self._provider_rejects,
-            "webhooks paused": self._pause_webhooks,
-            "webhooks replayed": self._replay_webhooks,
-            "connections break": self._break_connections,
-            "two beats": self._two_beats,
-            "all killed": self._kill_all,
-        }[fault.kind]
-        inject(fault)
-
-    def _kill(self, fault: Fault) -> None:
-        with self._targets[fault.target]:
-            self.processes.stop_running_process(fault.target, signal.SIGKILL)
-            time.sleep(fault.seconds)
-            self.start(fault.target, fault.skew_s)
-
-    def _restart(self, fault: Fault) -> None:
-        with self._targets[fault.target]:
-            self.processes.stop_running_process(fault.target, signal.SIGTERM)
-            time.sleep(fault.seconds)
-            self.start(fault.target, fault.skew_s)
-
-    def _pause(self, fault: Fault) -> None:
-        with self._targets[fault.target]:
-            pid = {"valkey": self._valkey_pid, "postgres": self._postgres_pid}.get(fault.target, self._pid)(fault)
-            # The process and not its group: PostgreSQL's processes share the group, the other targets have one process.
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                time.sleep(fault.seconds)
-            finally:
-                os.kill(pid, signal.SIGCONT)
-
-    def _pid(self, fault: Fault) -> int:
-        return self._running[fault.target].pid
-
-    def _valkey_pid(self, _: Fault) -> int:
-        return int(self.valkey._process.pid)
-
-    def _postgres_pid(self, _: Fault) -> int:
-        return self.postgres.pid
-
-    def _valkey_restarts(self, fault: Fault) -> None:
-        with self._targets["valkey"]:
-            if fault.kind == "valkey killed":
-                self.valkey._process.kill()
-                self.valkey._process.wait()
-            self.valkey.stop()
-            time.sleep(fault.seconds)
-            self.valkey.start()
-
-    def _rabbitmq_killed(self, fault: Fault) -> None:
-        if self._rabbitmq is None:
-            raise TypeError("the broker is not RabbitMQ")
-        with self._targets["rabbitmq"]:
-            self._rabbitmq.kill()
-            time.sleep(fault.seconds)
-            self._rabbitmq.start()
-
-    def _postgres_crashes(self, fault: Fault) -> None:
-        with self._targets["postgres"]:
-            self.postgres.stop()
-            time.sleep(fault.seconds)
-            self.postgres.start()
-
-    def _empty_redis(self, _: Fault) -> None:
-        """Empty Redis at a time when it contains no message that only the payments service could send again."""
-        deadline = time.monotonic() + WAIT_TIMEOUT_S
-        with self.sending:
-            while time.monotonic() < deadline:
-                self.check_all_running()  # the sending thread waits for this lock and does not check
-                try:
-                    with Redis.from_url(self.redis_url, socket_timeout=2) as client:
-                        if self._rabbitmq:  # the queues are elsewhere
-                            client.flushall()
-                            return
-                        if client.eval(FLUSH_WHEN_REPLACEABLE, 0):
-                            return
-                except RedisError:
-                    pass
-                time.sleep(0.05)
-        raise TimeoutError(f"the queues were not empty within {WAIT_TIMEOUT_S:.0f} s")
-
-    def _provider_rejects(self, fault: Fault) -> None:
-        with self._targets["provider"]:
-            self.simulator.post("refuse", seconds=fault.seconds)
-            time.sleep(fault.seconds + 0.2)
-
-    def _pause_webhooks(self, fault: Fault) -> None:
-        with self._targets["provider"]:
-            self.simulator.post("pause")
-            time.sleep(fault.seconds)
-            self.simulator.post("resume")
-
-    def _replay_webhooks(self, _: Fault) -> None:
-        """Replay the 20 newest events with valid signatures, newest first, three times each."""
-        rows = self._rows_if_available("SELECT * FROM balance ORDER BY received_at DESC LIMIT 20")
-        with self._targets["provider"]:
-            for row in rows:
-                record = {"id": row["balance_id"], "accountId": row["account_id"], "source": "REFRESH"}
-                record |= {"at": row["at"].isoformat()}
-                record |= {name: _number(row[name]) for name in ("available", "current", "limit")}
-                event = {"id": row["event_id"], "type": "balance.created", "record": record}
-                body = {"eventTypes": ["balance.created"], "events": [event]}
-                self.simulator.post("deliver", body=body, copies=3)
-
-    def _break_connections(self, _: Fault) -> None:
-        """Deliver disconnect events for connections of waiting payments."""
-        query = "SELECT DISTINCT connection_id FROM payment WHERE state = 'waiting' ORDER BY connection_id LIMIT 3"
-        rows = self._rows_if_available(query)
-        with self._targets["provider"]:
-            for row in rows:
-                kind = "connection.disconnected"
-                event = {"id": f"evt_{row['connection_id']}", "type": kind, "record": {"id": row["connection_id"]}}
-                self.simulator.post("deliver", body={"eventTypes": [kind], "events": [event]}, copies=2)
-
-    def _two_beats(self, fault: Fault) -> None:
-        with self._targets["beat2"]:
-            self.processes.start("beat2", procfile()["beat"])
-            time.sleep(fault.seconds)
-            self.processes.stop_running_process("beat2", signal.SIGKILL)
-
-    def _kill_all(self, fault: Fault) -> None:
-        for replica in REPLICAS:
-            self._targets[replica].acquire()
-        try:
-            for replica in REPLICAS:
-                self.processes.stop_running_process(replica, signal.SIGKILL)
-            time.sleep(fault.seconds)
-            for replica in REPLICAS:
-                self.start(replica, fault.skew_s)
-        finally:
-            for replica in REPLICAS:
-                self._targets[replica].release()
 
     # --- observations ---
 
@@ -302,7 +138,7 @@ class ChaosSystem:
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
-    def _rows_if_available(self, query: str) -> list[dict[str, Any]]:
+    def rows_if_available(self, query: str) -> list[dict[str, Any]]:
         """Return no rows while another fault makes the database unavailable."""
         try:
             return self.rows(query)
@@ -317,16 +153,12 @@ class ChaosSystem:
     @property
     def is_on_rabbitmq(self) -> bool:
         """Whether the broker is RabbitMQ."""
-        return self._rabbitmq is not None
+        return self.rabbitmq is not None
 
     @property
     def service_log(self) -> Path:
         """Log file of the payments service's callbacks."""
         return self.processes.folder / "service.jsonl"
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 @contextmanager
@@ -372,6 +204,3 @@ def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) 
             finally:
                 processes.stop()
                 valkey.stop()
-
-
-__all__ = ["ChaosSystem", "chaos_system"]

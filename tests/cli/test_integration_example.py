@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from demo.processes import ROOT
-from simulator.testing import eventually
+from tests.support.simulator import eventually
 from tests.support.system import System, system
 
 PAGE = (ROOT / "docs" / "howto" / "integrate-a-payments-service.md").read_text()

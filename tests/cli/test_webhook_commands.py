@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from config.settings import settings
-from simulator.testing import Simulator
 from tests.cli.conftest import NOON, Books
+from tests.support.simulator import Simulator
 from webhook.events import BALANCE_CREATED, CONNECTION_LOST_EVENTS
 from worker import metrics, runtime
 from worker.errors import CallFailed

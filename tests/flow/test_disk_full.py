@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from tests.support.in_process import Databases, InProcessSystem
+from tests.support.databases import Databases
+from tests.support.in_process import InProcessSystem
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 
 A = "acct_a"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from config.settings import Settings
-from tests.flow.test_races import at_once
+from tests.support.concurrency import run_concurrently
 from tests.support.in_process import SETTINGS, InProcessSystem
 from worker import flow, metrics
 from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureReason
@@ -187,7 +187,7 @@ def test_concurrent_replicas_do_not_exceed_the_cap(payready: InProcessSystem) ->
             entrance = payready.initiate(f"p{number}x{n}", account)
             claims.append((replicas[n % 4], account, str(entrance.refresh_id)))
         payready.drop_tasks()
-        at_once(*(lambda claim=claim: flow.claim_and_call(*claim) for claim in claims))
+        run_concurrently(*(lambda claim=claim: flow.claim_and_call(*claim) for claim in claims))
         assert len(payready.provider.calls) == 3 * (number + 1)
         payready.clock.advance(31 * 24 * 3600)
 

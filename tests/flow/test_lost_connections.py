@@ -100,16 +100,16 @@ def test_an_account_that_moves_takes_its_payments_along(
 
 
 @pytest.mark.parametrize("arrivals", [*itertools.permutations((0, 1, 2)), (0, 1, 2, 0), (2, 1, 0, 1, 0)])
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("run_concurrently", [True, False])
 def test_account_follows_its_last_move_in_any_order_of_events(
-    payready: InProcessSystem, arrivals: tuple[int, ...], *, at_once: bool
+    payready: InProcessSystem, arrivals: tuple[int, ...], *, run_concurrently: bool
 ) -> None:
     """Twice, late, or all at once."""
     payready.initiate("p1", A, connection_id="conn_1")
     began = payready.clock()
     moves = [AccountMoved(account_id=A, connection_id=f"conn_{n}", at=began + timedelta(seconds=n)) for n in (1, 2, 3)]
     deliveries_of_updates: list[list[ConnectionUpdate]] = (
-        [[moves[n] for n in arrivals]] if at_once else [[moves[n]] for n in arrivals]
+        [[moves[n] for n in arrivals]] if run_concurrently else [[moves[n]] for n in arrivals]
     )
     for news in deliveries_of_updates:
         flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=news)

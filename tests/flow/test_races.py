@@ -1,39 +1,13 @@
-"""Races: concurrent operations have exactly one winner. The tests use real threads and real databases."""
+"""Races of resolution: concurrent operations have one winner. The tests use real threads and real databases."""
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any, TypeVar
 
-import pytest
-
-from tests.support.in_process import Databases, InProcessSystem, intake_request
+from tests.support.concurrency import ROUNDS, run_concurrently
+from tests.support.in_process import InProcessSystem, intake_request
 from worker import flow
-from worker.errors import CallFailed, CallNotSent, CallResultUnknown
-from worker.flow import FollowUp, maintenance, resolution
-from worker.ledger import refreshes
-from worker.ledger.engine import Engine, Tx, transaction
-from worker.rules.states import RefreshEvent
-
-A = "acct_races"
-ROUNDS = 12
-T = TypeVar("T")
-
-
-def at_once(*steps: Callable[[], T]) -> list[T]:
-    """Run these steps concurrently and return their results."""
-    start = threading.Barrier(len(steps))
-
-    def run(step: Callable[[], T]) -> T:
-        start.wait(10)
-        return step()
-
-    with ThreadPoolExecutor(len(steps)) as pool:
-        futures: list[Future[T]] = [pool.submit(run, step) for step in steps]
-    return [future.result() for future in futures]
+from worker.flow import FollowUp
 
 
 def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> None:
@@ -47,7 +21,7 @@ def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> Non
         balance_id = payready.balance(account, later=True)
         payready.drop_tasks()
         payready.clock.advance(1)
-        done = at_once(
+        done = run_concurrently(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt),
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
@@ -70,7 +44,7 @@ def test_concurrent_applies_of_one_balance_resolve_each_payment_once(payready: I
         payready.run_tasks()
         balance_id = payready.balance(account, later=True)
         payready.drop_tasks()
-        done = at_once(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
+        done = run_concurrently(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
         resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         assert sorted(resolved) == [f"{name}{number}" for name in "abc"]
         assert payready.fees(account) == ["1 pending", "1 posted"]
@@ -84,7 +58,7 @@ def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> Non
         payready.run_tasks()
         balance_id = payready.balance(account, later=True)
         payready.drop_tasks()
-        done = at_once(
+        done = run_concurrently(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda number=number: flow.cancel_waiting(payready.rt, [f"p{number}"]),  # type: ignore[misc]
         )
@@ -101,7 +75,7 @@ def test_concurrent_balances_release_one_of_two_payments(payready: InProcessSyst
         payready.run_tasks()
         first, second = payready.balance(account, later=True), payready.balance(account, later=True)
         payready.drop_tasks()
-        at_once(
+        run_concurrently(
             lambda first=first: flow.apply_balance(payready.rt, first),  # type: ignore[misc]
             lambda second=second: flow.apply_balance(payready.rt, second),  # type: ignore[misc]
         )
@@ -120,7 +94,7 @@ def test_concurrent_balance_deducts_the_release_of_another(payready: InProcessSy
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=1)
         young = payready.balance(account, later=True)
         payready.drop_tasks()
-        at_once(
+        run_concurrently(
             lambda old=old: flow.apply_balance(payready.rt, old),  # type: ignore[misc]
             lambda young=young: flow.apply_balance(payready.rt, young),  # type: ignore[misc]
         )
@@ -136,7 +110,7 @@ def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSyste
         payready.run_tasks()
         balance_id = payready.balance(account, later=True)
         payready.drop_tasks()
-        at_once(
+        run_concurrently(
             lambda balance_id=balance_id: payready.queue.merge(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
             lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
         )
@@ -144,32 +118,11 @@ def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSyste
         assert payready.state(f"b{number}") == "released"
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["one refresh", "a refresh each"])
-def test_concurrent_call_messages_make_one_call(payready: InProcessSystem, same: bool) -> None:  # noqa: FBT001
-    """The same message twice, or two leading payments (Redis was flushed between them)."""
-    for number in range(ROUNDS):
-        account = f"acct_call{number}"
-        first = payready.initiate(f"a{number}", account)
-        payready.flush()
-        second = payready.initiate(f"b{number}", account)
-        payready.drop_tasks()
-        assert first.refresh_id != second.refresh_id
-        ids = [str(first.refresh_id), str(first.refresh_id if same else second.refresh_id)]
-        at_once(
-            *(
-                lambda refresh_id=refresh_id, account=account: flow.claim_and_call(payready.rt, account, refresh_id)
-                for refresh_id in ids * 2
-            )
-        )
-        assert payready.provider.calls.count(account) == 1
-        assert payready.fees(account) == ["1 pending", "1 posted"]
-
-
 def test_concurrent_duplicate_jobs_are_one_payment(payready: InProcessSystem) -> None:
     """Workers process messages with one payment_id."""
     for number in range(ROUNDS):
         account = f"acct_twice{number}"
-        at_once(
+        run_concurrently(
             *(
                 lambda task_id=f"t{number}{name}", number=number, account=account: payready.initiate(
                     f"p{number}", account, task_id=task_id
@@ -184,179 +137,15 @@ def test_concurrent_duplicate_jobs_are_one_payment(payready: InProcessSystem) ->
         assert [len(payready.delivered[f"t{number}{name}"]) for name in "abc"] == [1, 1, 1]
 
 
-def test_balance_concurrent_with_its_response_posts_the_fee_once(payready: InProcessSystem) -> None:
-    """The balance is applied while the 202 is recorded."""
-    for number in range(ROUNDS):
-        account = f"acct_early{number}"
-        applied = threading.Event()
-
-        def answer(account: str = account, applied: threading.Event = applied) -> int:
-            balance_id = payready.balance(account, later=True)
-            payready.drop_tasks()
-
-            def apply() -> None:
-                flow.apply_balance(payready.rt, balance_id)
-                applied.set()
-
-            threading.Thread(target=apply).start()
-            return 202
-
-        payready.provider.script[account] = [answer]
-        payready.initiate(f"p{number}", account)
-        payready.run_tasks()
-        assert applied.wait(10)
-        assert payready.fees(account) == ["1 pending", "1 posted"]
-        assert payready.state(f"p{number}") == "released"
-        assert payready.refreshes(account) == ["answered"]
-
-
-def test_call_result_is_not_recorded_during_an_apply(
-    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It waits for the account lock. Otherwise the refresh would stay accepted and block the next call."""
-    reading, recorded = threading.Event(), threading.Event()
-    expecting = refreshes.find_answerable_or_requested
-
-    def read_slowly(*words: Any) -> Any:
-        found = expecting(*words)
-        reading.set()
-        recorded.wait(0.3)  # times out: the account lock blocks the recording
-        return found
-
-    monkeypatch.setattr(refreshes, "find_answerable_or_requested", read_slowly)
-    applying = threading.Thread(target=lambda: flow.apply_balance(payready.rt, payready.queue.balances_to_apply[0]))
-
-    def answer() -> int:
-        payready.balance(A, later=True)
-        applying.start()
-        assert reading.wait(10)
-        return 202
-
-    payready.provider.script[A] = [answer]
-    entrance = payready.initiate("p1", A)
-    flow.claim_and_call(payready.rt, A, str(entrance.refresh_id))
-    recorded.set()
-    applying.join(10)
-    assert payready.refreshes(A) == ["answered"]
-    assert payready.fees(A) == ["1 pending", "1 posted"]
-
-
 def test_concurrent_expiry_runs_share_the_payments(payready: InProcessSystem) -> None:
     """Each expired payment is resolved and delivered by one of them."""
     for number in range(60):
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
     payready.drop_tasks()
     payready.clock.advance(2)
-    done = at_once(*[lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt)] * 4)
+    done = run_concurrently(*[lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt)] * 4)
     resolved = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
     assert resolved == sorted(f"p{number}" for number in range(60))
-
-
-def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessSystem) -> None:
-    """It read the refresh before another sweep repeated the call."""
-    payready.provider.script[A] = [CallResultUnknown("timeout")] * 5
-    payready.initiate("p1", A, timeout_s=600)
-    payready.run_tasks()
-    payready.clock.advance(15)
-    with transaction(payready.engine) as tx:
-        [seen] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10)
-    payready.run_maintenance()
-    assert payready.provider.calls == [A, A]
-    payready.clock.advance(1)
-    payready.queue.merge(maintenance._abandon_retry_or_end_due_refresh(payready.rt, seen, payready.clock.now))
-    payready.run_tasks()
-    payready.pass_time(120)
-    assert payready.provider.calls == [A, A]
-
-
-def test_late_call_result_does_not_change_the_next_call(
-    payready: InProcessSystem,
-) -> None:
-    """The first call hangs and is repeated; then it fails while the second one is in flight."""
-    second_is_out, first_is_recorded = threading.Event(), threading.Event()
-
-    def second() -> int:
-        second_is_out.set()
-        assert first_is_recorded.wait(10)
-        return 202
-
-    def first() -> CallFailed:
-        payready.clock.advance(payready.rt.settings.max_call_and_record_duration.total_seconds())
-        flow.sweep_refreshes_and_balances(payready.rt)
-        payready.clock.advance(15)
-        again = flow.sweep_refreshes_and_balances(payready.rt)
-        call = again.calls[0]
-        args = (payready.rt, call.account_id, call.refresh_id)
-        threads.append(threading.Thread(target=flow.claim_and_call, args=args))
-        threads[0].start()
-        assert second_is_out.wait(10)
-        return CallNotSent("no connection after a minute")
-
-    threads: list[threading.Thread] = []
-    payready.provider.script[A] = [first, second]
-    payready.initiate("p1", A, timeout_s=600)
-    payready.run_tasks()
-    payready.clock.advance(1)
-    payready.run_maintenance()
-    assert payready.refreshes(A) == ["calling"]
-    first_is_recorded.set()
-    threads[0].join(10)
-    payready.pass_time(20)
-    assert payready.provider.calls == [A, A], "a third call was made while the second was in flight"
-    assert payready.refreshes(A) == ["accepted"]
-    assert payready.fees(A) == ["1 pending", "2 pending", "1 void", "2 posted"]
-
-
-def test_balance_applied_concurrently_answers_one_refresh(
-    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second apply read the balance before the first one recorded its refresh."""
-    payready.provider.script[A] = [CallResultUnknown("timeout")]
-    payready.initiate("p1", A, timeout_s=10)
-    payready.run_tasks()
-    payready.pass_time(90)
-    assert payready.refreshes(A) == ["unanswered"]
-    payready.initiate("p2", A)
-    payready.run_tasks()
-    payready.clock.advance(2)
-    balance_id = payready.balance(A, later=True)
-    payready.drop_tasks()
-    meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
-    """Steps to run before the first transaction and before the second one."""
-
-    def begin(engine: Engine) -> AbstractContextManager[Tx]:
-        if meanwhile:
-            meanwhile.pop(0)()
-        return transaction(engine)
-
-    monkeypatch.setattr(resolution, "transaction", begin)
-    flow.apply_balance(payready.rt, balance_id)
-    assert payready.state("p2") == "released"
-    assert payready.refreshes(A) == ["unanswered", "answered"]
-    assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
-
-
-def test_sweep_does_not_wait_for_a_refresh_being_claimed(payready: InProcessSystem, databases: Databases) -> None:
-    """A batch claims refreshes in another order, so a wait could deadlock."""
-    if databases.is_sqlite:
-        pytest.skip("SQLite has one writer at a time")
-    now = payready.clock.now
-    first, second = (refreshes.new_refresh(f"a{n}", f"r{n}", now) for n in "12")
-    with transaction(payready.engine) as tx:
-        refreshes.insert_refreshes(tx, [first, second])
-
-    def sweep() -> None:
-        with transaction(payready.engine) as tx:
-            refreshes.reschedule_requested_skip_locked(tx, [first, second], now + timedelta(seconds=15))
-
-    with ThreadPoolExecutor(1) as pool:
-        with transaction(payready.engine) as claiming:
-            assert refreshes.transition(claiming, second, RefreshEvent.CLAIM, now)
-            swept = pool.submit(sweep)
-            wait([swept], 0.5)
-            assert refreshes.transition(claiming, first, RefreshEvent.CLAIM, now)
-        swept.result()
-    assert payready.refreshes("a1") == payready.refreshes("a2") == ["calling"]
 
 
 class ConcurrentWorkers:
@@ -406,7 +195,7 @@ def test_concurrent_payments_on_few_accounts_keep_funds_and_fees_exact(payready:
     accounts = [f"acct_crowd{number}" for number in range(4)]
     jobs = [(f"p{number}", accounts[number % 4]) for number in range(80)]
     workers = ConcurrentWorkers(payready)
-    at_once(*(lambda part=part: workers.submit(jobs[part::4]) for part in range(4)), *[workers.work] * 4)
+    run_concurrently(*(lambda part=part: workers.submit(jobs[part::4]) for part in range(4)), *[workers.work] * 4)
     payready.run_tasks()
     for account_id in accounts:
         payready.balance(account_id, "0")

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.support.in_process import START, Databases, InProcessSystem, in_process_system
+from tests.support.databases import Databases
+from tests.support.in_process import START, InProcessSystem, in_process_system
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.rules.states import MAX_UNCERTAIN_CALLS

@@ -8,11 +8,11 @@ from unittest.mock import MagicMock
 import pytest
 from celery.concurrency.thread import TaskPool
 
-from simulator.testing import eventually
 from tasks import batch_strategies, suspension
 from tasks.app import app
 from tasks.balance_tasks import make_refresh_call_if_needed
 from tests.support.in_process import InProcessSystem
+from tests.support.simulator import eventually
 from worker import metrics
 from worker.errors import CallNotSent
 

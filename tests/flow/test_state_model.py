@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.support.in_process import SETTINGS, START, Databases, in_process_system
+from tests.support.databases import Databases
+from tests.support.in_process import SETTINGS, START, in_process_system
 
 A = "acct_a"
 SKEW = 5.0

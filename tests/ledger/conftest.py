@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
 from worker.ledger.engine import Engine, open_engine
 
 

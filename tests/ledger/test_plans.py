@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event, insert, text
 
-from tests.support.in_process import START, Databases
+from tests.support.databases import Databases
+from tests.support.in_process import START
 from worker.ledger import balances, cap_usage, fee_entries, metrics_queries, outcome_deliveries, payments, refreshes
 from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
 from worker.ledger.payments import Resolution

@@ -1,13 +1,11 @@
 """One simulator and one inbox for all tests of this folder. Each test uses its own accounts."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from simulator.testing import Simulator, WebhookInbox
+from tests.support.simulator import Simulator, WebhookInbox
 
 SECRET = "whsec_test"
 _numbers = itertools.count()

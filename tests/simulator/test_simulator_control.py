@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Control endpoints: log, summary, defaults, refused connections, and validation of requests."""
 
 import time
 from collections.abc import Callable
@@ -7,18 +7,17 @@ from typing import Any
 import httpx
 import pytest
 
-from simulator.testing import Simulator, WebhookInbox, eventually
+from tests.support.simulator import Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 
 
-def test_it_is_healthy(simulator: Simulator) -> None:
-    """The process says that it is there."""
+def test_health_check_returns_ok(simulator: Simulator) -> None:
     assert simulator.http.get("/healthz").json() == {"status": "ok"}
 
 
-def test_the_log_can_be_read_on_from_where_one_was(simulator: Simulator, account: Accounts) -> None:
-    """Entries after the given sequence numbers, in order, and none twice."""
+def test_log_returns_the_entries_after_given_sequence_numbers(simulator: Simulator, account: Accounts) -> None:
+    """The entries have the order of the log."""
     for _ in range(3):
         simulator.refresh(account("prompt"))
     simulator.wait_for_webhooks()
@@ -29,8 +28,8 @@ def test_the_log_can_be_read_on_from_where_one_was(simulator: Simulator, account
     assert rest == {"calls": log["calls"][1:], "deliveries": log["deliveries"][2:]}
 
 
-def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> None:
-    """After a reset it is empty, and the sequence numbers go on."""
+def test_log_can_be_deleted(simulator: Simulator, account: Accounts) -> None:
+    """It is empty then, and the sequence numbers continue."""
     simulator.refresh(account("never"))
     (before,) = simulator.http.get("/control/log").json()["calls"]
     assert simulator.http.delete("/control/log").status_code == 204
@@ -40,8 +39,8 @@ def test_the_log_can_be_forgotten(simulator: Simulator, account: Accounts) -> No
     assert after["seq"] == before["seq"] + 1
 
 
-def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
-    """Calls by scenario and status, what is billed, deliveries by status."""
+def test_summary_counts_calls_and_deliveries(simulator: Simulator, inbox: WebhookInbox, account: Accounts) -> None:
+    """It counts calls by scenario and status, accepted calls, and deliveries by status."""
     inbox.response_statuses.append(500)
     for scenario in ("prompt", "prompt", "never", "error"):
         simulator.refresh(account(scenario))
@@ -59,7 +58,7 @@ def test_the_summary_counts(simulator: Simulator, inbox: WebhookInbox, account: 
     }
 
 
-def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
+def test_defaults_can_be_read_and_changed(simulator: Simulator) -> None:
     """The response has all settings. Settings that are not given stay unchanged."""
     before = simulator.put("defaults")
     assert simulator.put("defaults", late_s=9) == {**before, "late_s": 9}
@@ -79,34 +78,54 @@ def test_the_settings_can_be_read_and_changed(simulator: Simulator) -> None:
         ("defaults", [], "object"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(simulator: Simulator, path: str, wrong: Any, named: str) -> None:
-    """Unknown keys and wrong values are errors: a misspelt setting must not pass in silence."""
+def test_invalid_value_is_rejected_with_its_name(simulator: Simulator, path: str, wrong: Any, named: str) -> None:
+    """Unknown keys and invalid values are errors, so that a misspelt setting has no silent effect."""
     response = simulator.http.put(f"/control/{path}", json=wrong)
     assert response.status_code == 422
     assert named in response.json()["error"]
 
 
-def test_other_nonsense_is_refused(simulator: Simulator) -> None:
-    """No JSON, no number of seconds, no sequence number."""
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("delay_s", "NaN"),
+        ("delay_s", "Infinity"),
+        ("at_offset_s", "-Infinity"),
+        ("at_offset_s", "1" + "0" * 400),
+        ("available", "NaN"),
+        ("available", '"NaN"'),
+        ("current", '"Infinity"'),
+        ("limit", '"1e400"'),
+    ],
+)
+def test_number_that_is_not_finite_is_rejected(simulator: Simulator, field: str, value: str) -> None:
+    """Python's JSON parser accepts NaN and Infinity, but JSON has no such numbers, and no delay is infinite."""
+    response = simulator.http.put("/control/scenarios/acct_1", content=f'{{"{field}": {value}}}')
+    assert response.status_code == 422
+    assert field in response.json()["error"]
+
+
+def test_malformed_control_request_is_rejected(simulator: Simulator) -> None:
+    """The body is not JSON, a field is missing, or a sequence number is not a number."""
     assert simulator.http.put("/control/defaults", content=b"{").status_code == 422
     assert simulator.http.post("/control/refuse", json={}).status_code == 422
     assert simulator.http.get("/control/log", params={"since_call": "x"}).status_code == 422
 
 
-def test_connections_are_refused_for_a_while(simulator: Simulator, account: Accounts) -> None:
-    """New and kept connections alike; then it listens on the same port again, with its log."""
+def test_connections_are_refused_for_the_given_seconds(simulator: Simulator, account: Accounts) -> None:
+    """This includes open connections. Then the simulator listens on the same port again and has its log."""
     account_id, started = account("never"), time.monotonic()
     simulator.refresh(account_id)
     simulator.post("refuse", seconds=0.3)
     with pytest.raises(httpx.ConnectError):
         simulator.refresh(account_id)
 
-    def back() -> bool:
+    def is_back() -> bool:
         try:
             return simulator.refresh(account_id).status_code == 202
         except httpx.ConnectError:
             return False
 
-    eventually(back)
+    eventually(is_back)
     assert time.monotonic() - started >= 0.29
     assert len(simulator.calls(account_id)) == 2

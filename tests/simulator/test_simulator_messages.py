@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 from hypothesis import given, settings
@@ -80,7 +78,7 @@ def test_ids_of_a_delivery_are_read_from_its_body() -> None:
     event = quiltt_records.event_record("balance.created", record, ACCOUNT, AT)
     other = quiltt_records.event_record("connection.disconnected", {"id": "conn_1"}, ACCOUNT, AT)
     found = quiltt_records.ids_in_body(quiltt_records.delivery_body([event, other, event], "TEST"))
-    assert found == quiltt_records.BodyIds((event["id"], other["id"]), ("bal_1",), (ACCOUNT,))
+    assert found == quiltt_records.BodyIds(events=(event["id"], other["id"]), balances=("bal_1",), accounts=(ACCOUNT,))
 
 
 @settings(database=None, deadline=None)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import ast
 import json
 import signal
@@ -14,7 +12,7 @@ import pytest
 
 import simulator
 from simulator.scenarios import scenario_table
-from simulator.testing import Simulator, WebhookInbox, eventually
+from tests.support.simulator import Simulator, WebhookInbox, eventually
 
 PACKAGE = Path(simulator.__file__).parent
 
@@ -25,8 +23,8 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_simulator_does_not_import_payready() -> None:
-    """The modules import only the standard library, each other, and the three required packages."""
-    allowed = {*sys.stdlib_module_names, "simulator", "starlette", "uvicorn", "httpx"}
+    """The modules import only the standard library, each other, and the two required packages."""
+    allowed = {*sys.stdlib_module_names, "simulator", "starlette", "uvicorn"}
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

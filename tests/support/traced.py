@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from config.celery_config import QUEUES
 from config.settings import settings
-from simulator.testing import eventually
 from tasks import tracing
 from tasks.app import app
+from tests.support.simulator import eventually
 
 TRACE, SENDER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 callback_received = threading.Event()

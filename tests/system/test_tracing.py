@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from demo.processes import ROOT, assign_free_port
-from simulator.testing import Simulator
-from tests.support.in_process import migrate
+from tests.support.databases import migrate
+from tests.support.simulator import Simulator
 from tests.support.system import API_KEY, SECRET
 from tests.support.traced import SENDER, TRACE
 

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import re
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from simulator.testing import Simulator
+from tests.support.raw_server import raw_server, reset, respond, send_and_close
+from tests.support.simulator import Simulator
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.quiltt.client import QuilttClient
 from worker.quiltt.messages import parse_polled_balance
@@ -33,71 +32,6 @@ def client(url: str, **changes: Any) -> Iterator[QuilttClient]:
         yield quiltt
     finally:
         quiltt.close()
-
-
-class RawServer:
-    """A TCP server that calls `serve` for each request, and records the requests."""
-
-    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
-        self._serve = serve
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.requests: list[bytes] = []
-        self.connections = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
-
-    def _serve_connection(self, connection: socket.socket) -> None:
-        with connection:
-            while request := self._read_request(connection):
-                self.requests.append(request)
-                self._serve(connection)
-
-    def _read_request(self, connection: socket.socket) -> bytes:
-        received = b""
-        while not _is_complete(received):
-            try:
-                chunk = connection.recv(65_536)
-            except OSError:
-                return b""
-            if not chunk:
-                return b""
-            received += chunk
-        return received
-
-
-def _is_complete(request: bytes) -> bool:
-    head, blank, body = request.partition(b"\r\n\r\n")
-    length = re.search(rb"(?i)content-length: (\d+)", head)
-    return bool(blank) and len(body) >= int(length[1] if length else 0)
-
-
-@contextmanager
-def raw_server(serve: Callable[[socket.socket], None]) -> Iterator[RawServer]:
-    """Run such a server within the block."""
-    server = RawServer(serve)
-    try:
-        yield server
-    finally:
-        server.listener.close()
-
-
-def respond(status: int, *headers: str, body: bytes = b"") -> Callable[[socket.socket], None]:
-    """Return a function that sends a response with this status."""
-    lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body)}", *headers, "", ""]
-    return lambda connection: connection.sendall("\r\n".join(lines).encode() + body)
 
 
 def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFailed:
@@ -175,22 +109,6 @@ def test_rate_limit_has_retry_time_if_header_is_valid(header: str, retry_at: dat
     assert isinstance(failed, RateLimited)
     assert failed.retry_at == retry_at
     assert failed.status == 429
-
-
-def reset(connection: socket.socket) -> None:
-    """Reset the connection."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def send_and_close(sent: bytes) -> Callable[[socket.socket], None]:
-    """Return a function that sends these bytes and closes the connection."""
-
-    def serve(connection: socket.socket) -> None:
-        connection.sendall(sent)
-        connection.close()
-
-    return serve
 
 
 LOST_RESPONSES: dict[str, Callable[[socket.socket], None]] = {

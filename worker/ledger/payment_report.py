@@ -5,7 +5,7 @@ Sums of money are computed as price times count in Python: SQLite has no exact n
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -259,24 +259,17 @@ def _call_lines(tx: Tx, refresh_id: str | None) -> list[CallLine]:
     return [CallLine(**{**row, "state": EntryState(row["state"])}) for row in tx.execute(query).mappings()]
 
 
+_BALANCE_COLUMNS = [balance[field.name] for field in fields(BalanceLine)]
+
+
 def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
-    columns = (
-        balance.balance_id,
-        balance.event_id,
-        balance.at,
-        balance.received_at,
-        balance.available,
-        balance.current,
-        balance.limit,
-    )
-    row = tx.execute(select(*columns).where(balance.balance_id == balance_id)).mappings().one_or_none()
+    row = tx.execute(select(*_BALANCE_COLUMNS).where(balance.balance_id == balance_id)).mappings().one_or_none()
     return BalanceLine(**row) if row else None
 
 
 def _unapplied_balance_lines_since_request(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
     """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
-    columns = [balance[name] for name in BalanceLine.__dataclass_fields__]
-    query = select(*columns).where(
+    query = select(*_BALANCE_COLUMNS).where(
         balance.account_id == row.account_id, balance.due_at.is_not(None), balance.received_at >= row.requested_at
     )
     query = query.order_by(balance.received_at, balance.balance_id)

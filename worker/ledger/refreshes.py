@@ -1,7 +1,7 @@
 """Queries on refreshes. Every write is conditional on the state that the caller read (optimistic locking)."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -68,7 +68,7 @@ CAN_BE_ANSWERED = _state_in(
     [state for state in RefreshState if next_state(REFRESH_TRANSITIONS, state, RefreshEvent.BALANCE_RECEIVED)]
 )
 BY_CALL_TIME = refresh.called_at.asc().nulls_last()  # PostgreSQL and SQLite sort NULL differently by default
-_SELECT_REFRESHES = select(*(refresh[name] for name in RefreshRecord.__dataclass_fields__))
+_SELECT_REFRESHES = select(*(refresh[field.name] for field in fields(RefreshRecord)))
 
 
 def _find_refreshes(

@@ -1,7 +1,6 @@
 """Test helpers: a simulator process, and a webhook endpoint that stores the requests it receives."""
 
-from __future__ import annotations
-
+import json
 import signal
 import subprocess
 import sys
@@ -10,11 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+
+from demo.processes import ROOT
+from simulator.signing import sign
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Simulator:
             [sys.executable, "-m", "simulator", "--port", "0", *arguments, *options],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )
         self.url = self._read_first_line().split()[-1]
         self.http = httpx.Client(base_url=self.url, verify=False, timeout=TIMEOUT_S)
@@ -69,6 +70,10 @@ class Simulator:
         """Send a balance query, which is free."""
         auth = ("p_simulator", api_key or self.api_key)
         return self.http.post("/v1/graphql", json={"query": "...", "variables": variables}, auth=auth)
+
+    def graphql_account(self, account_id: str) -> Any:
+        """Return the account as GraphQL shows it."""
+        return self.graphql({"id": account_id}).json()["data"]["account"]
 
     def put(self, path: str, **values: object) -> Any:
         """Send `PUT /control/<path>` and return the body of the response."""
@@ -113,6 +118,14 @@ class ReceivedRequest:
     headers: dict[str, str]
     body: bytes
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of the events in the body."""
+        return [event["record"] for event in json.loads(self.body)["events"]]
+
+    def is_signed_with(self, secret: str) -> bool:
+        """Return whether this secret gives the request's signature."""
+        return self.headers["quiltt-signature"] == sign(secret, self.headers["quiltt-timestamp"], self.body)
+
 
 @dataclass(slots=True)
 class WebhookInbox:
@@ -131,7 +144,7 @@ class WebhookInbox:
             def do_POST(self) -> None:
                 inbox._serve(self)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -153,6 +166,11 @@ class WebhookInbox:
     def requests_about(self, account_id: str) -> list[ReceivedRequest]:
         """Return the received requests that contain the account id."""
         return [request for request in self.received if account_id.encode() in request.body]
+
+    def wait_for_requests_about(self, account_id: str, count: int = 1) -> list[ReceivedRequest]:
+        """Wait until `count` requests contain the account id, and return them."""
+        eventually(lambda: len(self.requests_about(account_id)) >= count)
+        return self.requests_about(account_id)
 
     def _serve(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))

@@ -9,23 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from worker.errors import InvalidJob
-from worker.quiltt.messages import Balance
 from worker.rules.decimals import MINOR_UNIT_DIGITS, amount_with_currency_text
 from worker.rules.job import MAX_METADATA_BYTES, Buffer, Job, parse_job
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_12Hz9Dz7vEAuljYvhmPcvM9"}
-RECORD = {
-    "id": "bal_1",
-    "accountId": "acct_1",
-    "at": "2025-01-24T14:15:22Z",
-    "source": "REFRESH",
-    "available": Decimal("31.41"),
-    "current": None,
-    "limit": Decimal(0),
-}
 SECRET = "s3cr3t"
 
 
@@ -309,54 +298,3 @@ def test_a_job_survives_the_way_through_the_ledger() -> None:
     assert Job.model_validate(stored) == job
     assert stored["amount"] == "25.10"
     assert "timeout_s" not in stored
-
-
-def balance(**changes: Any) -> Balance:
-    """A record with these changes."""
-    return Balance.model_validate({**RECORD, **changes})
-
-
-def test_a_balance_is_read_to_the_digit() -> None:
-    """Null stays null, zero stays zero."""
-    read = balance()
-    assert (read.available, read.current, read.limit) == (Decimal("31.41"), None, Decimal(0))
-    assert read.at == datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
-    assert read.account_id == "acct_1"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("id", "bal 1"),
-        ("accountId", None),
-        ("at", "2025-01-24T14:15:22"),
-        ("at", "yesterday"),
-        ("at", "2025-01-24"),
-        ("at", 1_700_000_000),
-        ("at", Decimal(1_700_000_000)),
-        ("at", "1700000000"),
-        ("at", "0001-01-01T00:00:00+14:00"),
-        ("at", "9999-12-31T23:59:59-14:00"),
-        ("available", "31.41"),
-        ("available", 31.41),
-        ("available", True),
-        ("available", Decimal("NaN")),
-        ("available", Decimal("Infinity")),
-        ("available", Decimal(10) ** 30),
-        ("available", Decimal("1e-61")),
-        ("available", Decimal("0e400")),
-        ("limit", []),
-        ("source", 5),
-    ],
-)
-def test_a_record_that_is_not_what_is_documented_is_no_balance(field: str, value: Any) -> None:
-    """It is refused with the field's name, and without its value."""
-    with pytest.raises(ValidationError) as refusal:
-        balance(**{field: value})
-    assert [error["loc"] for error in refusal.value.errors()] == [(field,)]
-    assert "input_value" not in str(refusal.value)
-
-
-def test_unknown_fields_of_the_provider_are_ignored() -> None:
-    """They appear over time."""
-    assert balance(colour="red") == balance()
