@@ -46,7 +46,7 @@ def serve_then_finish_follow_ups() -> None:
     try:
         uvicorn.run("webhook.endpoint:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
     finally:
-        group_committer.drain()
+        group_committer.shut_down_after_follow_ups()
 
 
 if __name__ == "__main__":

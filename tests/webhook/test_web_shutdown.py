@@ -20,7 +20,7 @@ def with_sigterm(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return original(*args, **kwargs)
 setattr(changed, name, with_sigterm)
-web.main()
+web.serve_then_finish_follow_ups()
 """
 
 
