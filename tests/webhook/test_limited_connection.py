@@ -106,7 +106,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_client_that_reads_no_responses_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other clients are served meanwhile."""
-    monkeypatch.setattr(limited_connection, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(limited_connection, "UNREAD_DATA_TIMEOUT_S", 0.5)
     question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving() as (url, server), socket.socket() as asker:
         asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
