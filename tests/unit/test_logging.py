@@ -6,6 +6,8 @@ import pytest
 
 from config.log_config import configure_logging
 from config.settings import Settings
+from tasks import balance_tasks
+from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
 
 
 def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,3 +22,25 @@ def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     assert "Message Error: refused" in said
     assert "a stack" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "event", "level"),
+    [
+        (CallRejected(401, FailureReason.NOT_AUTHORIZED, "the API key is wrong"), "api_key.rejected", "error"),
+        (CallNotSent("no connection to the provider"), "api_key.check_failed", "warning"),
+    ],
+)
+def test_key_is_logged_as_rejected_only_if_it_was_rejected(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: CallFailed, event: str, level: str
+) -> None:
+    """A network failure says nothing about the key."""
+
+    class Runtime:
+        def fetch_allowed_api_key_mode_once(self) -> str:
+            raise error
+
+    monkeypatch.setattr(balance_tasks, "runtime", Runtime)
+    balance_tasks._detect_and_log_key_mode()
+    (line,) = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    assert (line["event"], line["level"]) == (event, level)
