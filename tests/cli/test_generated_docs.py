@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cli.generated_docs import generated_files, state_diagram
-from cli.log_event_meanings import LOG_EVENT_MEANINGS
-from cli.reference_pages import log_events
+from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
+from cli.reference_pages import _events_of, log_events
 from config.settings import ENV_PREFIX, Settings, load_rejecting_unknown
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
@@ -82,3 +82,14 @@ def test_runbooks_quote_only_log_events_that_exist() -> None:
     }
     known = set(LOG_EVENT_MEANINGS) | {"balance.created", "balance.at"}
     assert {name for name in quoted if name not in known} == set()
+
+
+@pytest.mark.parametrize("call", ['log.log(level, "a.b")', 'log.info("a.b", **fields)'])
+def test_event_with_computed_level_or_fields_needs_a_description(call: str) -> None:
+    """The generator cannot read them from the call."""
+    with pytest.raises(ValueError, match=r"module\.py:1: add a\.b to COMPUTED_EVENTS"):
+        list(_events_of("module.py", call))
+
+
+def test_computed_events_are_logged() -> None:
+    assert set(COMPUTED_EVENTS) <= {event.name for event in log_events()}
