@@ -1,11 +1,17 @@
 """What is logged, and what is left out of it."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from config.log_config import configure_logging
 from config.settings import Settings
+from demo.processes import ROOT
 from tasks import balance_tasks
 from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
 
@@ -44,3 +50,31 @@ def test_key_is_logged_as_rejected_only_if_it_was_rejected(
     balance_tasks._detect_and_log_key_mode()
     (line,) = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
     assert (line["event"], line["level"]) == (event, level)
+
+
+MIGRATE_WITHIN_PYTHON = """
+from alembic.command import upgrade
+from alembic.config import Config
+upgrade(Config(toml_file="pyproject.toml"), "head")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "started"),
+    [(["-m", "alembic", "upgrade", "head"], ["release"]), (["-c", MIGRATE_WITHIN_PYTHON], [])],
+)
+def test_release_logs_its_start(tmp_path: Path, command: list[str], started: list[str]) -> None:
+    """Another process that migrates keeps its own logging."""
+    environ = {
+        **os.environ,
+        "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
+        "PAYREADY_ENV": "production",
+        "PAYREADY_QUILTT_API_KEY": "key_of_the_tests",
+        "PAYREADY_WEBHOOK_SECRETS": "whsec_of_the_tests",
+    }
+    completed = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60
+    )
+    lines = [json.loads(line) for line in completed.stderr.splitlines()]
+    assert [line["role"] for line in lines if line["event"] == "role.started"] == started
+    assert bool(lines) == bool(started)
