@@ -1,4 +1,4 @@
-"""What a step leaves to be done becomes messages to Celery."""
+"""Dispatch turns follow-ups into Celery messages."""
 
 from datetime import timedelta
 from typing import Any
