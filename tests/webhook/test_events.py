@@ -1,4 +1,4 @@
-"""What a delivery is read as: each event on its own, numbers to the digit, and nothing but a refusal for the rest."""
+"""Parsing of deliveries: each event on its own, with exact decimals. Everything else is rejected."""
 
 import json
 from datetime import UTC, datetime, timedelta

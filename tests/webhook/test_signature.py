@@ -1,4 +1,4 @@
-"""Who may speak to the door: what a Quiltt signature is, and every way of not being one."""
+"""Verification of Quiltt's signatures: the valid form, and every invalid one."""
 
 import base64
 import functools
@@ -163,7 +163,7 @@ def test_flipped_bit_of_body_is_refused(body: bytes, data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("bit", range(len(SIGNATURE) * 8))
 def test_flipped_bit_of_signature_is_refused(bit: int) -> None:
-    """Each bit of the header counts, also those that a lenient decoder drops."""
+    """Each bit of the header counts, also the bits that a lenient decoder drops."""
     with pytest.raises((Mismatch, Malformed)):
         verify(BODY, TIMESTAMP, flip(SIGNATURE.encode(), bit).decode("latin-1"), [SECRET], NOW)
 
