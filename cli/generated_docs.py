@@ -22,6 +22,7 @@ from cli.reference_pages import (
     metrics_page,
     schema_page,
     tasks_page,
+    webhook_event_results_table,
     webhook_results_table,
 )
 from cli.setting_groups import SETTING_GROUPS
@@ -52,7 +53,7 @@ def generated_files() -> dict[Path, str]:
     return {
         ROOT / ".env.example": env_example(),
         architecture: _with_diagrams(architecture.read_text()),
-        responses: _with_part(responses.read_text(), "results", "worker/metrics.py", webhook_results_table()),
+        responses: _with_webhook_tables(responses.read_text()),
         reference / "configuration.md": configuration_page(),
         reference / "cli.md": cli_page(),
         reference / "tasks-and-queues.md": tasks_page(),
@@ -81,6 +82,13 @@ def _with_diagrams(page: str) -> str:
     }
     for name, diagram in diagrams.items():
         page = _with_part(page, name, "worker/rules/states.py", f"```mermaid\n{diagram}\n```\n")
+    return page
+
+
+def _with_webhook_tables(page: str) -> str:
+    tables = {"results": webhook_results_table(), "results of events": webhook_event_results_table()}
+    for name, table in tables.items():
+        page = _with_part(page, name, "worker/metrics.py", table)
     return page
 
 

@@ -1,11 +1,14 @@
 """The meaning of each log event, for `docs/reference/log-events.md`. A test compares the names with the code."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 LOG_EVENT_MEANINGS: Mapping[str, str] = {
+    "api_key.check_failed": "The mode of the API key could not be fetched at the start of `refresh`. Each call "
+    "tries again.",
     "api_key.mode_detected": "The provider reported the mode of the API key, which decides the price of a call.",
-    "api_key.rejected": "The mode of the API key could not be fetched, or the key must not be used here. No call is "
-    "made.",
+    "api_key.rejected": "The provider rejected the API key, or it is a production key that must not be used here. No "
+    "call is made.",
     "balance.apply_postponed": "Balances were stored, but applying them failed. `payments.sweep` applies them.",
     "balance.not_found": "A task names a balance that is not in the ledger. Nothing is applied.",
     "balance_poll.failed": "A balance poll failed. The payment still waits for its webhook.",
@@ -39,8 +42,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "refresh_call.accepted": "The provider accepted a refresh call.",
     "refresh_call.crashed": "A refresh call raised an unexpected error. Its result is unknown.",
     "refresh_call.failed": "A refresh call was not accepted, or its result is unknown.",
-    "refresh_call.not_priced": "A call was not made, because its price is unknown: the mode of the API key could not "
-    "be fetched, or the price list has no price for it.",
+    "refresh_call.not_priced": "A call was not made, because its price is unknown; `error` gives the reason.",
     "role.started": "A role started. Addresses are logged without credentials.",
     "task_events.publish_failed": "Events for Flower could not be published.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",
@@ -49,4 +51,38 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "webhook.internal_error": "A delivery raised an unexpected error. The response is 503, and Quiltt retries.",
     "webhook_subscription.check_failed": "The webhook subscription could not be checked.",
     "webhook_subscription.problem": "The webhook subscription has a problem; see `payready webhooks status`.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedEvent:
+    """Levels and fields of an event whose calls compute them, by `log.log` or `**fields`."""
+
+    levels: Mapping[str, str]
+    """Each level, with the condition for it."""
+    fields: tuple[str, ...]
+
+
+COMPUTED_EVENTS: Mapping[str, ComputedEvent] = {
+    "webhook.delivery": ComputedEvent(
+        levels={
+            "debug": "`routine`",
+            "info": "`balance`, `connection`",
+            "warning": "other results",
+            "error": "`unavailable`",
+        },
+        fields=(
+            "result",
+            "status",
+            "suppressed",
+            "events",
+            "balances",
+            "connection_updates",
+            "quarantined",
+            "reasons",
+            "invalid_json",
+            "error",
+            "age_s",
+        ),
+    ),
 }

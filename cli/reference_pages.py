@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from cli.log_event_meanings import LOG_EVENT_MEANINGS
+from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
@@ -23,7 +23,9 @@ from worker.ledger import tables
 
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
-LEVELS = ("debug", "info", "warning", "error", "exception")
+LOG_METHODS = ("debug", "info", "warning", "error", "exception", "log")
+PUBLIC_ARGUMENTS = {"payments.initiate": "the fields of the [job](job-and-outcome.md), or one mapping of them"}
+"""Arguments of tasks that are more than the parameters of a function."""
 HEAD = "<!-- Generated from code by `make docs`. -->\n"
 
 
@@ -81,7 +83,8 @@ def tasks_page() -> str:
     celery_app.loader.import_default_modules()
     schedule = {entry["task"]: entry["schedule"] for entry in configuration["beat_schedule"].values()}
     rows = [
-        f"| `{name}` | `{_signature(name)}` | `{route['queue']}` | {_interval(schedule.get(name))} | "
+        f"| `{name}` | {PUBLIC_ARGUMENTS.get(name) or _arguments(name)} | `{route['queue']}` | "
+        f"{_interval(schedule.get(name))} | "
         f"{_cell(_first_line(celery_app.tasks[name].__doc__))} |"
         for name, route in configuration["task_routes"].items()
     ]
@@ -106,9 +109,9 @@ def tasks_page() -> str:
     )
 
 
-def _signature(task: str) -> str:
+def _arguments(task: str) -> str:
     parameters = inspect.signature(celery_app.tasks[task].run).parameters
-    return ", ".join(name for name in parameters if name not in ("self", "task")) or "none"
+    return ", ".join(f"`{name}`" for name in parameters if name not in ("self", "task"))
 
 
 def _interval(seconds: float | None) -> str:
@@ -140,6 +143,8 @@ def _exported_name(metric: metrics.MetricDefinition) -> str:
 
 
 def _labels(metric: metrics.MetricDefinition) -> str:
+    if metric.name in WEBHOOK_METRICS:
+        return "`result`: see [webhook responses](webhook-responses.md)"
     return "; ".join(_label(label) for label in metric.labels)
 
 
@@ -148,6 +153,15 @@ def _label(label: metrics.Label) -> str:
         f"`{value}` ({_cell(meaning)})" if meaning else f"`{value}`" for value, meaning in label.values.items()
     )
     return f"`{label.name}`: {values or _cell(label.meaning)}"
+
+
+WEBHOOK_METRICS = ("payready_webhook_deliveries_total", "payready_webhook_events_total")
+
+
+def webhook_event_results_table() -> str:
+    """Return the table of the results of events for `webhook-responses.md`."""
+    (label,) = next(metric for metric in metrics.METRICS if metric.name == "payready_webhook_events_total").labels
+    return _table("| result | meaning |", [f"| `{value}` | {_cell(text)} |" for value, text in label.values.items()])
 
 
 def webhook_results_table() -> str:
@@ -182,16 +196,30 @@ def log_events() -> list[LogEvent]:
 
 
 def _events_of(module: str, source: str) -> Iterator[LogEvent]:
+    """Return the events of a module.
+
+    Raises:
+        ValueError: a call computes the level or the fields of its event, and `COMPUTED_EVENTS` lacks them.
+    """
     for node in ast.walk(ast.parse(source)):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
-            continue
-        if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "log"):
-            continue
-        first = node.args[0] if node.args else None
-        name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ast.unparse(node)
-        fields = tuple(keyword.arg for keyword in node.keywords if keyword.arg and keyword.arg != "exc_info")
-        level = "error" if node.func.attr == "exception" else node.func.attr
-        yield LogEvent(name=name, level=level, fields=fields, module=module)
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in LOG_METHODS:
+                event = _event_of(module, node, method)
+                is_computed = method == "log" or any(keyword.arg is None for keyword in node.keywords)
+                if is_computed and event.name not in COMPUTED_EVENTS:
+                    raise ValueError(f"{module}:{node.lineno}: add {event.name} to COMPUTED_EVENTS")
+                yield event
+
+
+def _event_of(module: str, call: ast.Call, method: str) -> LogEvent:
+    name_at = 1 if method == "log" else 0
+    match call.args[name_at : name_at + 1]:
+        case [ast.Constant(value=str(name))]:
+            pass
+        case _:
+            name = ast.unparse(call)
+    fields = tuple(keyword.arg for keyword in call.keywords if keyword.arg and keyword.arg != "exc_info")
+    return LogEvent(name=name, level="error" if method == "exception" else method, fields=fields, module=module)
 
 
 def log_events_page() -> str:
@@ -199,18 +227,25 @@ def log_events_page() -> str:
     by_name: dict[str, list[LogEvent]] = {}
     for event in log_events():
         by_name.setdefault(event.name, []).append(event)
-    rows = [
-        f"| `{name}` | {', '.join(sorted({event.level for event in found}))} | "
-        f"{', '.join(f'`{field}`' for field in dict.fromkeys(field for event in found for field in event.fields))} | "
-        f"{_cell(LOG_EVENT_MEANINGS.get(name, ''))} |"
-        for name, found in sorted(by_name.items())
-    ]
+    rows = [_log_event_row(name, found) for name, found in sorted(by_name.items())]
     return (
         f"{HEAD}# Log events\n\n"
         "Each line is one event with fields; names and fields are contracts: [compatibility](compatibility.md).\n"
         "A line also has the ids of its context: `payment_id`, `account_id`, `refresh_id`, `balance_id`, `task_id`.\n\n"
         f"{_table('| event | level | fields | meaning |', rows)}"
     )
+
+
+def _log_event_row(name: str, found: list[LogEvent]) -> str:
+    computed = COMPUTED_EVENTS.get(name)
+    if computed:
+        levels = [f"{level} ({condition})" for level, condition in computed.levels.items()]
+        fields = computed.fields
+    else:
+        levels = sorted({event.level for event in found})
+        fields = tuple(dict.fromkeys(field for event in found for field in event.fields))
+    cells = (f"`{name}`", ", ".join(levels), ", ".join(f"`{field}`" for field in fields))
+    return f"| {' | '.join(cells)} | {_cell(LOG_EVENT_MEANINGS.get(name, ''))} |"
 
 
 # --- database schema --------------------------------------------------------------------------------------------------

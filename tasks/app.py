@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import click
 from celery import Celery, Task
 from celery.signals import beat_init, import_modules, setup_logging, task_postrun, task_prerun, worker_ready
 from kombu.transport import TRANSPORT_ALIASES
@@ -13,21 +14,26 @@ from kombu.transport import TRANSPORT_ALIASES
 from config.celery_config import celery_settings
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start, replace_log_context
-from config.settings import ConfigurationError, settings
+from config.settings import ConfigurationError, Settings, settings
 from tasks import tracing
 
 
-def _make_app() -> Celery:
-    """Tune the process, enable tracing and register the transport; exit if the configuration is wrong."""
+def _set_up_process_and_make_app() -> Celery:
+    """Set up the garbage collector, tracing and the transport. Exit if the configuration is wrong."""
     raise_gc_thresholds()
     try:
-        configuration = celery_settings(settings())
-        if settings().tracing_enabled:
+        chosen = settings()
+        app = _make_app(chosen)
+        if chosen.tracing_enabled:
             tracing.enable()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
-    if settings().broker_transport == "atomic":  # kombu finds the transport of a URL scheme here
+    if chosen.broker_transport == "atomic":  # kombu finds the transport of a URL scheme here
         TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
+    return app
+
+
+def _make_app(settings: Settings) -> Celery:
     app = Celery(
         "payready",
         include=[
@@ -38,7 +44,7 @@ def _make_app() -> Celery:
             "tasks.monitoring",
         ],
     )
-    app.conf.update(configuration)
+    app.conf.update(celery_settings(settings))
     return app
 
 
@@ -65,6 +71,14 @@ def _log_beat_start(**_: Any) -> None:
     log_start(settings(), "beat")
 
 
+@import_modules.connect  # Flower has no signal of its own
+def _log_flower_start(**_: Any) -> None:
+    """Log the start of Flower, which imports the tasks within its own command. Other roles import them before."""
+    command = click.get_current_context(silent=True)
+    if command is not None and command.info_name == "flower":
+        log_start(settings(), "flower")
+
+
 @task_prerun.connect
 def _set_task_log_context(task_id: str, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> None:
     arguments = dict(zip(_parameter_names(task.name), args, strict=False))
@@ -82,4 +96,4 @@ def _clear_task_log_context(**_: Any) -> None:
     replace_log_context({})
 
 
-app = _make_app()
+app = _set_up_process_and_make_app()

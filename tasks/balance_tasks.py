@@ -9,7 +9,7 @@ from config.log_config import get_logger
 from tasks.app import app
 from tasks.dispatch import dispatch
 from worker import flow
-from worker.errors import CallFailed
+from worker.errors import CallFailed, CallRejected
 from worker.runtime import runtime
 
 log = get_logger(__name__)
@@ -35,8 +35,10 @@ def _prefetch_key_mode_in_refresh_role(sender: Any, **_: Any) -> None:
 
 
 def _detect_and_log_key_mode() -> None:
-    """Detect the mode of the API key, which is then cached, and log it, or log that the provider rejects the key."""
+    """Detect the mode of the API key, which is then cached, and log it, or log why no call is made yet."""
     try:
         log.info("api_key.mode_detected", mode=runtime().fetch_allowed_api_key_mode_once())
-    except CallFailed as error:  # no call is made until the mode is known
+    except CallRejected as error:
         log.error("api_key.rejected", error=str(error))
+    except CallFailed as error:  # each call tries again
+        log.warning("api_key.check_failed", error=str(error))

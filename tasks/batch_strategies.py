@@ -97,6 +97,14 @@ class ReceivedMessage:
         return str(self.headers["id"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResultToRecord:
+    """A call result, with the messages that asked for the call."""
+
+    result: CallResult
+    messages: Sequence[ReceivedMessage]
+
+
 class _BatchStrategy:
     """The strategy of one task. A worker creates a new one with each connection to its broker."""
 
@@ -269,16 +277,15 @@ class _CallBatchStrategy(_BatchStrategy):
 
     def _record_failed_or_queue_accepted(self, result: CallResult, messages: Sequence[ReceivedMessage]) -> None:
         """Queue a result for recording. A failure is recorded at once, because payments may fail by it."""
-        (self._failed_results if isinstance(result, FailedCall) else self._accepted_results).add_up_to_capacity(
-            (result, messages)
-        )
+        results = self._failed_results if isinstance(result, FailedCall) else self._accepted_results
+        results.add_up_to_capacity(ResultToRecord(result=result, messages=messages))
 
-    def _record_results_and_finish_messages(self, results: list[tuple[CallResult, Sequence[ReceivedMessage]]]) -> None:
+    def _record_results_and_finish_messages(self, results: Sequence[ResultToRecord]) -> None:
         """Record results, dispatch their follow-ups, and acknowledge the messages, also if recording fails."""
         try:
-            dispatch(flow.report_and_record_results(runtime(), [result for result, _ in results]))
+            dispatch(flow.report_and_record_results(runtime(), [to_record.result for to_record in results]))
         finally:  # the sweep finds calls whose result could not be recorded
-            self._finish_as_succeeded([messages for _, messages in results])
+            self._finish_as_succeeded([to_record.messages for to_record in results])
 
     def _finish_as_succeeded(self, groups: Sequence[Sequence[ReceivedMessage]]) -> None:
         self._finish([received for messages in groups for received in messages], "task-started", "task-succeeded")

@@ -1,7 +1,7 @@
 """Dispatch of follow-up actions: enqueue tasks, and deliver outcomes to the suspended tasks."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +14,7 @@ from config.log_config import get_logger, log_context
 from tasks import suspension, tracing
 from tasks.app import app
 from tasks.batching import MicroBatcher, start_after
+from tasks.suspension import FinishedTask
 from worker import flow
 from worker.errors import PaymentNotReady
 from worker.flow import FollowUp
@@ -30,7 +31,7 @@ MARK_DELAY_S = 0.3
 """Time for which delivered outcomes are collected before one transaction marks them."""
 MAX_MARK_BATCH_SIZE = 1000
 DELIVERY_TIME_BUDGET_S = REDELIVER_AFTER.total_seconds() / 2
-"""Time after which `deliver` leaves the remaining outcomes to the sweep, which would soon claim them anyway."""
+"""Time after which one follow-up delivers no further outcome: the sweep would soon claim the rest anyway."""
 
 log = get_logger(__name__)
 
@@ -43,25 +44,20 @@ def dispatch(follow_up: FollowUp) -> None:
 
 
 def dispatch_leaving_callbacks_to_workers(follow_up: FollowUp) -> None:
-    """Dispatch from a process that knows only payready's own tasks.
+    """Dispatch from `web`: deliver mere results, and leave outcomes of tasks with callbacks to `outcomes.deliver`."""
+    result_only, with_callbacks = _split_result_only(follow_up.deliveries)
+    _enqueue([*_messages_except_deliveries(follow_up), *_messages_to_deliver(with_callbacks)])
+    deliver_and_mark_within_time_budget(result_only)
 
-    Outcomes of tasks with callbacks are left to a worker, with the task `outcomes.deliver`.
-    """
-    for_worker = [
-        delivery.task_id for delivery in follow_up.deliveries if not suspension.is_result_only(delivery.continuation)
-    ]
-    batches = [
-        for_worker[start : start + DELIVERY_BATCH_SIZE] for start in range(0, len(for_worker), DELIVERY_BATCH_SIZE)
-    ]
-    _enqueue(
-        [
-            *_messages_except_deliveries(follow_up),
-            *(TaskMessage(name="outcomes.deliver", arguments=(task_ids,)) for task_ids in batches),
-        ]
-    )
-    deliver_and_mark_within_time_budget(
-        [delivery for delivery in follow_up.deliveries if suspension.is_result_only(delivery.continuation)]
-    )
+
+def _split_result_only(
+    deliveries: Sequence[OutcomeDelivery],
+) -> tuple[list[OutcomeDelivery], list[OutcomeDelivery]]:
+    """Return the deliveries of tasks whose outcome is only a result, and all others."""
+    result_only, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
+    for delivery in deliveries:
+        (result_only if suspension.is_result_only(delivery.continuation) else others).append(delivery)
+    return result_only, others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +68,11 @@ class TaskMessage:
     arguments: tuple[Any, ...]
     countdown_s: float | None = None
 
+    @property
+    def queue(self) -> str:
+        """The queue of the task."""
+        return str(app.conf.task_routes[self.name]["queue"])
+
 
 def _enqueue(messages: Iterable[TaskMessage]) -> None:
     messages = list(messages)
@@ -81,15 +82,15 @@ def _enqueue(messages: Iterable[TaskMessage]) -> None:
             with send_batch:
                 declared = set[str]()
                 for message in messages:
-                    declared.add(_send_and_return_queue_name(producer, message, declared))
+                    _send_message(producer, message, declare_queue=message.queue not in declared)
+                    declared.add(message.queue)
 
 
-def _send_and_return_queue_name(producer: Any, message: TaskMessage, declared_queues: Collection[str]) -> str:
-    """Send a message, declare its queue unless it is in `declared`, and return the name of the queue.
+def _send_message(producer: Any, message: TaskMessage, *, declare_queue: bool) -> None:
+    """Send a message to the queue of its task.
 
     `app.send_task` does the same in twice the time: it evaluates options that payready's own tasks do not have.
     """
-    queue = app.conf.task_routes[message.name]["queue"]
     task = app.amqp.as_task_v2(
         uuid(),
         message.name,
@@ -100,9 +101,12 @@ def _send_and_return_queue_name(producer: Any, message: TaskMessage, declared_qu
         kwargsrepr="{}",
     )
     app.amqp.send_task_message(
-        producer, message.name, task, queue=queue, declare=[] if queue in declared_queues else None
+        producer,
+        message.name,
+        task,
+        queue=message.queue,
+        declare=None if declare_queue else [],  # None: Celery declares the queue
     )
-    return str(queue)
 
 
 def _messages_except_deliveries(follow_up: FollowUp) -> Iterator[TaskMessage]:
@@ -126,6 +130,12 @@ def _messages_except_deliveries(follow_up: FollowUp) -> Iterator[TaskMessage]:
         yield TaskMessage(name="balances.apply", arguments=(balance_id,))
 
 
+def _messages_to_deliver(deliveries: Sequence[OutcomeDelivery]) -> Iterator[TaskMessage]:
+    task_ids = [delivery.task_id for delivery in deliveries]
+    for start in range(0, len(task_ids), DELIVERY_BATCH_SIZE):
+        yield TaskMessage(name="outcomes.deliver", arguments=(task_ids[start : start + DELIVERY_BATCH_SIZE],))
+
+
 def deliver_and_mark_within_time_budget(deliveries: Sequence[OutcomeDelivery]) -> None:
     """Deliver outcomes to their tasks in batches, and mark each batch delivered.
 
@@ -146,12 +156,15 @@ def redeliver_overdue_outcomes() -> None:
 
 
 def _deliver_batch_and_mark_delivered(deliveries: Sequence[OutcomeDelivery]) -> None:
-    """Deliver outcomes and mark them delivered: those with callbacks at once, results alone after `MARK_DELAY_S`."""
-    result_only, others = list[OutcomeDelivery](), list[OutcomeDelivery]()
-    for delivery in deliveries:
-        is_result_only = suspension.is_result_only(delivery.continuation) and not tracing.is_enabled()
-        (result_only if is_result_only else others).append(delivery)
-    delivered = {delivery.task_id: runtime().clock() for delivery in others if _deliver_with_callbacks(delivery)}
+    """Deliver outcomes and mark them delivered: mere results in a batch after `MARK_DELAY_S`, all others at once.
+
+    With tracing each outcome is delivered on its own, because each has its own span.
+    """
+    result_only, others = ([], list(deliveries)) if tracing.is_enabled() else _split_result_only(deliveries)
+    delivered = dict[str, datetime]()
+    for delivery in others:
+        if _try_resume_and_log(delivery):
+            delivered[delivery.task_id] = runtime().clock()
     if delivered:
         flow.mark_delivered(runtime(), delivered)
     if result_only and (delivered_at := _try_deliver_results_without_callbacks(result_only)):
@@ -166,8 +179,8 @@ delivered_marks = MicroBatcher[tuple[str, datetime]](
 """Delivered results to mark. If a mark is lost with the process, the sweep writes the same result once more."""
 
 
-def _deliver_with_callbacks(delivery: OutcomeDelivery) -> bool:
-    """Deliver one outcome, and return whether this succeeded."""
+def _try_resume_and_log(delivery: OutcomeDelivery) -> bool:
+    """Deliver one outcome by resuming its task. Return whether this succeeded."""
     with _delivery_log_context(delivery):
         try:
             _resume_task(delivery)
@@ -181,9 +194,7 @@ def _deliver_with_callbacks(delivery: OutcomeDelivery) -> bool:
 def _try_deliver_results_without_callbacks(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
     """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
-        suspension.finish_without_callbacks(
-            app, [(delivery.continuation, _result_or_error(delivery)) for delivery in deliveries]
-        )
+        suspension.finish_without_callbacks(app, [_finished_task(delivery) for delivery in deliveries])
     except Exception:
         log.exception("outcome.delivery_failed", count=len(deliveries))
         return None
@@ -198,21 +209,21 @@ def _delivery_log_context(delivery: OutcomeDelivery) -> AbstractContextManager[N
     return log_context(task_id=delivery.task_id, payment_id=delivery.outcome["payment_id"])
 
 
-def _result_or_error(delivery: OutcomeDelivery) -> Any:
-    """Return the result of the task, or the exception with which it fails."""
+def _finished_task(delivery: OutcomeDelivery) -> FinishedTask:
     if delivery.state == PaymentState.RELEASED:
-        return delivery.outcome
-    return PaymentNotReady(delivery.outcome["reason"], delivery.outcome["detail"])
+        return FinishedTask(continuation=delivery.continuation, result=delivery.outcome)
+    error = PaymentNotReady(delivery.outcome["reason"], delivery.outcome["detail"])
+    return FinishedTask(continuation=delivery.continuation, error=error)
 
 
 def _resume_task(delivery: OutcomeDelivery) -> None:
-    result = _result_or_error(delivery)
+    finished = _finished_task(delivery)
     with tracing.resumed_span(
         delivery.continuation.get("trace", {}),
         since_unix_s=delivery.continuation["suspended_at"],
         name=f"wait, then {delivery.state}",
     ):
-        if isinstance(result, Exception):
-            suspension.resume_with_error(app, delivery.continuation, result)
+        if finished.error:
+            suspension.resume_with_error(app, finished.continuation, finished.error)
         else:
-            suspension.resume_with_result(app, delivery.continuation, result)
+            suspension.resume_with_result(app, finished.continuation, finished.result)

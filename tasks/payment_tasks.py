@@ -37,9 +37,10 @@ It is far below the broker's visibility timeout, after which Redis delivers a me
     throws=(InvalidJob, PaymentNotReady),  # expected results: Celery logs no traceback
 )
 def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
-    """Accept a payment job and suspend the task; `docs/reference/job-and-outcome.md` describes the job and the outcome.
+    """Accept a payment job, and suspend the task until the payment is resolved.
 
-    The job is passed as keyword arguments, or as a mapping by the previous task of a chain.
+    The job is passed as keyword arguments, or as a mapping by the previous task of a chain. Job and outcome are
+    described in `docs/reference/job-and-outcome.md`.
     """
     try:
         request = parse_request(job, arguments, suspension.make_continuation_with_task_ids(self.request))

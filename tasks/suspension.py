@@ -1,10 +1,11 @@
 """Suspend a Celery task, and resume it later from any process.
 
-A waiting task would block a thread. Instead the task stores its *continuation*, which is what Celery needs to finish it
-(`make_continuation_with_task_ids`), and raises `Ignore`: the worker acknowledges the message, stores no result, sends
-no callback, and Flower still shows the task as started. When its outcome is known, any process resumes it
-(`resume_with_result`, `resume_with_error`). This repeats the last steps of Celery's tracer: send the `link` callbacks
-and the rest of the chain, store the result, count the task in its chord, call the errbacks, and publish the task event.
+A waiting task would block a thread. Instead the task stores its *continuation* with its payment, and raises `Ignore`:
+the worker acknowledges the message, stores no result, sends no callback, and Flower still shows the task as started.
+The continuation is what Celery needs to finish the task (`make_continuation_with_task_ids`). When the outcome is known,
+any process resumes the task (`resume_with_result`, `resume_with_error`). This repeats the last steps of Celery's
+tracer: send the `link` callbacks and the rest of the chain, store the result, count the task in its chord, call the
+errbacks, and publish the task event.
 
 The continuation is plain JSON with a version. It contains the task ids of everything that it will send. An outcome that
 is delivered twice (after a crash) therefore sends callbacks with the same ids twice, and a receiver can detect that.
@@ -25,6 +26,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery, Task, group
@@ -71,7 +73,10 @@ class UnsupportedContinuationVersion(Exception):
 
 
 def make_continuation_with_task_ids(request: Context) -> dict[str, Any]:
-    """Return the continuation of the running task. Assign task ids to the signatures that have none."""
+    """Return the continuation of the running task, from which any process can resume it.
+
+    Every task, group and chord that it will send gets an id, also in `request` itself.
+    """
     saved = {name: value for name in _SAVED_FIELDS if (value := getattr(request, name, None)) is not None}
     for name in ("callbacks", "errbacks", "chord", "chain"):
         _assign_task_ids(saved.get(name))
@@ -113,41 +118,57 @@ def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -
         if request.chain:
             app.signature(request.chain[-1]).apply_async((result,), chain=request.chain[:-1], priority=priority)
         task.backend.mark_as_done(request.id, result, request)
-        _publish_task_event(
-            app, continuation, "task-succeeded", result=_truncated_repr(result, task.resultrepr_maxsize)
-        )
+        _publish_succeeded(app, continuation, result)
 
 
 def is_result_only(continuation: Mapping[str, Any]) -> bool:
     """Return whether the task has no callback and is in no chain, chord or group.
 
-    Its outcome is then only a result, which can be stored in a batch.
+    Its outcome is then only a result, which can be stored in a batch. False if a later release saved the continuation.
     """
     return continuation["version"] <= VERSION and not any(
         continuation.get(name) for name in ("callbacks", "errbacks", "chain", "chord", "group")
     )
 
 
-def finish_without_callbacks(app: Celery, finished: Sequence[tuple[dict[str, Any], Any]]) -> None:
-    """Finish tasks without callbacks in a batch, each as succeeded with its result or as failed with its exception."""
-    results = [
-        TaskResult(
-            task_id=continuation["id"],
-            state=str(FAILURE if isinstance(value, Exception) else SUCCESS),
-            value=value,
-            parent_id=continuation.get("parent_id"),
-            reply_to=continuation.get("reply_to"),
-        )
-        for continuation, value in finished
-        if not continuation.get("ignore_result")
-    ]
-    result_store.store_results(app, results)
-    for continuation, value in finished:
-        if isinstance(value, Exception):
-            _publish_task_event(app, continuation, "task-failed", exception=saferepr(value), traceback="")
+@dataclass(frozen=True, kw_only=True)
+class FinishedTask:
+    """A suspended task with its result, or with the error with which it failed."""
+
+    continuation: dict[str, Any]
+    result: Any = None
+    error: Exception | None = None
+
+
+def finish_without_callbacks(app: Celery, finished: Sequence[FinishedTask]) -> None:
+    """Store the results of tasks for which `is_result_only` is true, in a batch, and publish their task events."""
+    result_store.store_results(
+        app, [_task_result(task) for task in finished if not task.continuation.get("ignore_result")]
+    )
+    for task in finished:
+        if task.error:
+            _publish_failed(app, task.continuation, task.error)
         else:
-            text = _truncated_repr(value, app.tasks[continuation["task"]].resultrepr_maxsize)
-            _publish_task_event(app, continuation, "task-succeeded", result=text)
+            _publish_succeeded(app, task.continuation, task.result)
+
+
+def _task_result(task: FinishedTask) -> TaskResult:
+    return TaskResult(
+        task_id=task.continuation["id"],
+        state=str(FAILURE if task.error else SUCCESS),
+        value=task.error or task.result,
+        parent_id=task.continuation.get("parent_id"),
+        reply_to=task.continuation.get("reply_to"),
+    )
+
+
+def _publish_succeeded(app: Celery, continuation: dict[str, Any], result: Any) -> None:
+    text = _truncated_repr(result, app.tasks[continuation["task"]].resultrepr_maxsize)
+    _publish_task_event(app, continuation, "task-succeeded", result=text)
+
+
+def _publish_failed(app: Celery, continuation: dict[str, Any], error: Exception) -> None:
+    _publish_task_event(app, continuation, "task-failed", exception=saferepr(error), traceback="")
 
 
 def _truncated_repr(result: Any, size: int) -> str:
@@ -173,7 +194,7 @@ def resume_with_error(app: Celery, continuation: dict[str, Any], error: Exceptio
     """
     with _resumed(app, continuation) as (task, request):
         task.backend.mark_as_failure(request.id, error, request=request, store_result=not request.ignore_result)
-        _publish_task_event(app, continuation, "task-failed", exception=saferepr(error), traceback="")
+        _publish_failed(app, continuation, error)
 
 
 @contextmanager

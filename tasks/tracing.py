@@ -2,8 +2,8 @@
 
 Celery's messages carry the trace in the header `traceparent` (W3C Trace Context). The wait is a span of its own: a
 child of the suspended task's span that starts at the suspension and links to the span that resolves the payment.
-Messages that are sent on resumption are children of this span. Maintenance tasks have no spans: most runs find nothing
-to do.
+Messages that are sent on resumption are children of this span. Maintenance tasks (`UNTRACED_TASKS`) have no spans: most
+runs find nothing to do.
 
 `requirements-otel.txt` has OpenTelemetry. Only this module imports it, and only with `PAYREADY_TRACING_ENABLED`.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
 TRACE_HEADER = "traceparent"
-UNTRACED_TASKS = ("payments.expire", "payments.sweep")
+UNTRACED_TASKS = frozenset({"payments.expire", "payments.sweep", "webhooks.check_subscription", "quarantine.prune"})
 NANOSECONDS = 1_000_000_000
 
 

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from importlib import import_module
 from typing import Any
 
 import uvicorn
@@ -37,14 +36,16 @@ def serve_then_finish_follow_ups() -> None:
     log_start(chosen, "web")
     if chosen.metrics_port:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
-    import_module("webhook.endpoint")  # before the garbage collector is frozen, and after logging is configured
-    group_committer = import_module("webhook.wiring").group_committer
+    # After logging is configured, and before the garbage collector is frozen.
+    from webhook.endpoint import app  # noqa: PLC0415
+    from webhook.wiring import group_committer  # noqa: PLC0415
+
     collect_and_freeze_objects()
     # SIGTERM may arrive before uvicorn handles it, and uvicorn raises it again after its shutdown. The default action
     # would end the process before the follow-ups have run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
-        uvicorn.run("webhook.endpoint:app", host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
+        uvicorn.run(app, host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
     finally:
         group_committer.shut_down_after_follow_ups()
 

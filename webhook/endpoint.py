@@ -96,7 +96,7 @@ async def _handle_delivery(headers: Headers, receive: Receive) -> int:
         )
         return rejection.status
     if not delivery.has_non_routine_events:
-        delivery_counters.count_routine_delivery(delivery.events)
+        delivery_counters.count_routine_delivery(delivery.event_count)
         return 204
     return await _commit_and_count_delivery(delivery)
 
@@ -110,7 +110,8 @@ def _verify_signature_and_content_type(body: bytes, headers: dict[bytes, bytes])
     """
     timestamp = headers.get(_TIMESTAMP, b"").decode("latin-1")
     signed = headers.get(_SIGNATURE, b"").decode("latin-1")
-    signature.verify(body, timestamp, signed, _secrets(), utc_now(), settings().webhook_tolerance_s)
+    tolerance_s = settings().webhook_tolerance_s
+    signature.verify(body, timestamp, signed, _secrets(), utc_now(), tolerance_s=tolerance_s)
     content_type = headers.get(b"content-type", b"application/json")
     if content_type != b"application/json" and not _JSON.fullmatch(content_type):
         raise DeliveryRejected(415, "content_type", "the content type is not application/json")
@@ -138,31 +139,35 @@ async def _commit_and_count_delivery(delivery: ParsedDelivery) -> int:
 
     Events that are not JSON are not stored. The status is then 400, and Quiltt sends the whole delivery again.
     """
-    balances, updates = len(delivery.balances), len(delivery.connection_updates)
-    unparsed, invalid_json = len(delivery.unparsed), delivery.invalid_json
     try:
-        if balances or unparsed or updates:
+        if delivery.has_storable_events:
             await group_committer.commit(delivery)
     except DATABASE_UNAVAILABLE as error:
         _count_unavailable(error)
         return 503
+    balance_count, update_count = len(delivery.balances), len(delivery.connection_updates)
+    quarantined_count, invalid_json_count = len(delivery.unparsed), delivery.invalid_json_count
     delivery_counters.count_events(
-        balance=balances,
-        connection=updates,
-        quarantined=unparsed,
-        invalid_json=invalid_json,
-        routine=delivery.events - balances - unparsed - invalid_json - updates,
+        balance=balance_count,
+        connection=update_count,
+        quarantined=quarantined_count,
+        invalid_json=invalid_json_count,
+        routine=delivery.routine_count,
     )
-    fields: dict[str, Any] = {"events": delivery.events, "balances": balances, "connection_updates": updates}
-    if unparsed:
-        fields |= {"quarantined": unparsed, "reasons": _most_frequent_quarantine_reasons(delivery)}
-    if invalid_json:
+    fields: dict[str, Any] = {
+        "events": delivery.event_count,
+        "balances": balance_count,
+        "connection_updates": update_count,
+    }
+    if quarantined_count:
+        fields |= {"quarantined": quarantined_count, "reasons": _most_frequent_quarantine_reasons(delivery)}
+    if invalid_json_count:
         delivery_counters.count_delivery_and_log_sampled(
-            "invalid_json", status=400, invalid_json=invalid_json, **fields
+            "invalid_json", status=400, invalid_json=invalid_json_count, **fields
         )
         return 400
-    result = "quarantined" if unparsed else "balance" if balances else "connection"
-    level = logging.WARNING if unparsed else logging.INFO
+    result = "quarantined" if quarantined_count else "balance" if balance_count else "connection"
+    level = logging.WARNING if quarantined_count else logging.INFO
     delivery_counters.count_delivery_and_log_sampled(result, level=level, status=204, **fields)
     return 204
 

@@ -68,28 +68,43 @@ class UnparseableEvent(Exception):
     """An event of a type that payready uses, but cannot parse. The message states why and repeats no input."""
 
 
+class UnknownEvent(Exception):
+    """An event that is not JSON and whose type is unknown. It may be personal data, so it must not be stored."""
+
+
 ParsedEvent = BalanceWithEventId | ConnectionUpdate | None
 """The result of parsing an event; None if it does not concern payready."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ParsedDelivery:
     """The parts of a delivery that concern payready."""
 
-    events: int = 0
+    event_count: int = 0
     """Number of all events."""
     balances: list[BalanceWithEventId] = field(default_factory=list)
     unparsed: list[UnparsedEvent] = field(default_factory=list)
     """Unparseable balance events as received, each with the reason."""
     connection_updates: list[ConnectionUpdate] = field(default_factory=list)
     """Lost connections and profiles, and accounts that moved to another connection."""
-    invalid_json: int = 0
-    """Number of events that are not JSON and whose type is unknown. They may be personal data, so none is stored."""
+    invalid_json_count: int = 0
+    """Number of unknown events, none of which is stored."""
 
     @property
     def has_non_routine_events(self) -> bool:
         """Whether any event is not routine."""
-        return bool(self.balances or self.unparsed or self.connection_updates or self.invalid_json)
+        return self.routine_count < self.event_count
+
+    @property
+    def has_storable_events(self) -> bool:
+        """Whether any event must be committed."""
+        return bool(self.balances or self.unparsed or self.connection_updates)
+
+    @property
+    def routine_count(self) -> int:
+        """Number of events that do not concern payready."""
+        storable_count = len(self.balances) + len(self.unparsed) + len(self.connection_updates)
+        return self.event_count - storable_count - self.invalid_json_count
 
     def add(self, event: ParsedEvent) -> None:
         """Add a parsed event."""
@@ -101,9 +116,9 @@ class ParsedDelivery:
     def split_storable_events(self) -> list["ParsedDelivery"]:
         """Return one delivery for each event. Routine events are left out."""
         return [
-            *(ParsedDelivery(events=1, balances=[balance]) for balance in self.balances),
-            *(ParsedDelivery(events=1, unparsed=[event]) for event in self.unparsed),
-            *(ParsedDelivery(events=1, connection_updates=[update]) for update in self.connection_updates),
+            *(ParsedDelivery(event_count=1, balances=[balance]) for balance in self.balances),
+            *(ParsedDelivery(event_count=1, unparsed=[event]) for event in self.unparsed),
+            *(ParsedDelivery(event_count=1, connection_updates=[update]) for update in self.connection_updates),
         ]
 
 
@@ -114,7 +129,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
         InvalidDelivery: not an object with a list of events, and possibly personal data: nothing may be stored.
     """
     if count := count_if_routine(body):
-        return ParsedDelivery(count)
+        return ParsedDelivery(event_count=count)
     try:
         envelope = _load_strict_json_with_decimals(body)
     except NOT_JSON:
@@ -122,7 +137,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
         return _quarantine_or_reject_delivery(body, "no list of events")
-    delivery = ParsedDelivery(len(events))
+    delivery = ParsedDelivery(event_count=len(events))
     try:
         for event in events:
             delivery.add(_parse_decoded_event(event, signed_at))
@@ -160,7 +175,7 @@ def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
 
     Raises:
         UnparseableEvent: its type concerns payready, but it cannot be parsed.
-        ValueError: it is not JSON, and its type is unknown.
+        UnknownEvent: it is not JSON, and its type is unknown.
     """
     try:
         event = _load_strict_json_with_decimals(raw)
@@ -169,7 +184,7 @@ def parse_event(raw: bytes, signed_at: datetime) -> ParsedEvent:
         if BALANCE_CREATED not in types and types != {UNKNOWN_TEXT}:
             return None
         if types != {BALANCE_CREATED} and not _mentions_balance_and_no_profile(raw):
-            raise ValueError("not JSON, and its type is unknown") from None
+            raise UnknownEvent("not JSON, and its type is unknown") from None
         raise UnparseableEvent(f"not JSON: {_json_error_kind(error)}") from None
     return _parse_decoded_event(event, signed_at)
 
@@ -182,13 +197,13 @@ def parse_quarantined(raw: bytes, received_at: datetime) -> ParsedDelivery:
     """
     try:
         if BALANCE_CREATED in _read_event_types_or_unknown(raw):
-            delivery = ParsedDelivery(1)
+            delivery = ParsedDelivery(event_count=1)
             delivery.add(parse_event(raw, received_at))
         else:
             delivery = parse(raw, received_at)
-    except (InvalidDelivery, ValueError) as error:
+    except (InvalidDelivery, UnknownEvent) as error:
         raise UnparseableEvent(str(error)) from None
-    if delivery.unparsed or delivery.invalid_json:
+    if delivery.unparsed or delivery.invalid_json_count:
         raise UnparseableEvent("; ".join(event.reason for event in delivery.unparsed) or "not JSON")
     return delivery
 
@@ -288,14 +303,14 @@ def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
         return _quarantine_or_reject_delivery(body, f"not JSON: {error}")
     if not lists:
         return _quarantine_or_reject_delivery(body, "no list of events")
-    delivery = ParsedDelivery(len(events))
+    delivery = ParsedDelivery(event_count=len(events))
     for raw in events:
         try:
             delivery.add(parse_event(raw, signed_at))
         except UnparseableEvent as error:
             delivery.unparsed.append(UnparsedEvent(raw=raw, reason=str(error)))
-        except ValueError:
-            delivery.invalid_json += 1
+        except UnknownEvent:
+            delivery.invalid_json_count += 1
     return delivery
 
 
@@ -303,7 +318,7 @@ def _quarantine_or_reject_delivery(raw: bytes, reason: str) -> ParsedDelivery:
     """Quarantine a whole delivery that cannot be split into events, if this is permitted."""
     if not _mentions_balance_and_no_profile(raw):
         raise InvalidDelivery(reason)
-    return ParsedDelivery(1, unparsed=[UnparsedEvent(raw=raw, reason=reason)])
+    return ParsedDelivery(event_count=1, unparsed=[UnparsedEvent(raw=raw, reason=reason)])
 
 
 def _mentions_balance_and_no_profile(raw: bytes) -> bool:

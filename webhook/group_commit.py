@@ -7,11 +7,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from dataclasses import dataclass
 
 from config.log_config import get_logger
 from tasks.batching import DrainLoop, MicroBatcher
 from webhook.events import ParsedDelivery
+from worker.flow import FollowUp
 
 log = get_logger(__name__)
 
@@ -24,25 +25,31 @@ BISECT_TIME_BUDGET_S = 15.0
 FOLLOW_UP_CAPACITY = 1000
 """Maximum number of committed batches that wait for their follow-up. The sweep does the work of all others."""
 
-T = TypeVar("T")
-_PendingDelivery = tuple[ParsedDelivery, asyncio.Future[None]]
+
+@dataclass(frozen=True, kw_only=True)
+class PendingDelivery:
+    """A delivery that waits for its commit."""
+
+    delivery: ParsedDelivery
+    committed: asyncio.Future[None]
+    """Done when the delivery is committed, or has the error of the commit."""
 
 
-class GroupCommitter(Generic[T]):
+class GroupCommitter:
     """The deliveries of this process that wait for their commit.
 
     If `commit` raises one of `unavailable_errors` and `is_available()` is false, the whole batch fails. Otherwise the
-    batch is bisected to find the delivery that cannot be stored. `on_committed` is called with the values that `commit`
-    returned, in another thread.
+    batch is bisected to find the delivery that cannot be stored. `on_committed` is called with the follow-ups of the
+    commits, in another thread.
     """
 
     def __init__(
         self,
-        commit: Callable[[Sequence[ParsedDelivery]], T],
-        on_committed: Callable[[Sequence[T]], None],
+        commit: Callable[[Sequence[ParsedDelivery]], FollowUp],
+        on_committed: Callable[[Sequence[FollowUp]], None],
         *,
-        unavailable_errors: tuple[type[BaseException], ...] = (),
-        is_available: Callable[[], bool] = lambda: False,
+        unavailable_errors: tuple[type[BaseException], ...],
+        is_available: Callable[[], bool],
     ) -> None:
         self._commit = commit
         self._on_committed = on_committed
@@ -54,21 +61,21 @@ class GroupCommitter(Generic[T]):
         )
         self._unavailable_errors = unavailable_errors
         self._is_available = is_available
-        self._pending: list[_PendingDelivery] = []
+        self._pending: list[PendingDelivery] = []
         self._free_committers = MAX_CONCURRENT_COMMITS
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop has weak references only
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "group-commit")
 
     async def commit(self, delivery: ParsedDelivery) -> None:
         """Return when the delivery is committed. Raise the error of `commit` if it is not."""
-        committed = asyncio.get_running_loop().create_future()
-        self._pending.append((delivery, committed))
+        pending = PendingDelivery(delivery=delivery, committed=asyncio.get_running_loop().create_future())
+        self._pending.append(pending)
         if self._free_committers:
             self._free_committers -= 1
             task = asyncio.create_task(self._commit_all_pending_then_free_committer())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        await committed
+        await pending.committed
 
     def shut_down_after_follow_ups(self) -> None:
         """Accept no more work and wait for pending follow-ups, after the event loop has ended."""
@@ -86,9 +93,9 @@ class GroupCommitter(Generic[T]):
         finally:  # no await since the last check of `_pending`: a later delivery finds a free committer
             self._free_committers += 1
 
-    async def _commit_or_bisect_and_complete(self, batch: Sequence[_PendingDelivery], until: float) -> None:
+    async def _commit_or_bisect_and_complete(self, batch: Sequence[PendingDelivery], until: float) -> None:
         """Commit a batch. If a delivery cannot be stored, commit the halves, and finally its single events."""
-        error = await self._try_commit_in_thread([delivery for delivery, _ in batch])
+        error = await self._try_commit_in_thread([pending.delivery for pending in batch])
         if error is None or not await self._is_data_error_and_in_time(error, until):
             _complete(batch, error)
         elif len(batch) > 1:
@@ -96,7 +103,7 @@ class GroupCommitter(Generic[T]):
             await self._commit_or_bisect_and_complete(batch[:half], until)
             await self._commit_or_bisect_and_complete(batch[half:], until)
         else:
-            _complete(batch, await self._commit_each_event_and_return_last_error(batch[0][0], error, until))
+            _complete(batch, await self._commit_each_event_and_return_last_error(batch[0].delivery, error, until))
 
     async def _commit_each_event_and_return_last_error(
         self, delivery: ParsedDelivery, error: Exception, until: float
@@ -138,18 +145,18 @@ class GroupCommitter(Generic[T]):
         except RuntimeError:  # the process ends and accepts no work any more: run in this thread
             drain()
 
-    def _follow_up(self, committed: Sequence[T]) -> None:
+    def _follow_up(self, follow_ups: Sequence[FollowUp]) -> None:
         try:
-            self._on_committed(committed)
+            self._on_committed(follow_ups)
         except Exception as error:  # noqa: BLE001 - the data is committed, so the sweep repeats the follow-up
             log.warning("webhook.follow_up_failed", recovery="sweep", error=type(error).__name__)
 
 
-def _complete(batch: Sequence[_PendingDelivery], error: Exception | None) -> None:
-    for _, committed in batch:
-        if committed.done():
+def _complete(batch: Sequence[PendingDelivery], error: Exception | None) -> None:
+    for pending in batch:
+        if pending.committed.done():
             continue
         if error is None:
-            committed.set_result(None)
+            pending.committed.set_result(None)
         else:
-            committed.set_exception(error)
+            pending.committed.set_exception(error)

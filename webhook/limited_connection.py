@@ -13,7 +13,7 @@ HEADER_TIMEOUT_S = 10
 """Maximum time for a header section. On an idle keep-alive connection uvicorn's own shorter timeout applies."""
 MAX_HEADER_BYTES = 32 * 1024
 """Maximum size of a header section. A proxy in front has a smaller limit."""
-READ_TIMEOUT_S = 10
+UNREAD_DATA_TIMEOUT_S = 10
 """Maximum time for which a client may leave sent data unread, also while the connection closes."""
 MAX_REQUEST_BYTES = 2 * 1024 * 1024
 """Maximum size of a request with chunk framing and trailers: several times the body limit."""
@@ -44,7 +44,7 @@ class LimitedConnection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Start the timer of unread data: the kernel's buffer is full."""
         super().pause_writing()
-        self._unread_timer = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+        self._unread_timer = self.loop.call_later(UNREAD_DATA_TIMEOUT_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Cancel the timer of unread data: the client has read it."""

@@ -93,7 +93,8 @@ def verify(
     signature: str | None,
     secrets: Sequence[str],
     now: datetime,
-    tolerance_s: int = 300,
+    *,
+    tolerance_s: int,
 ) -> None:
     """Verify that one of `secrets` signed `body` at `timestamp`, at most `tolerance_s` from `now`.
 

@@ -1,4 +1,4 @@
-"""What the documentation says is what the code says."""
+"""Documents agree with the code."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cli.generated_docs import generated_files, state_diagram
-from cli.log_event_meanings import LOG_EVENT_MEANINGS
-from cli.reference_pages import log_events
+from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
+from cli.reference_pages import _events_of, log_events
 from config.settings import ENV_PREFIX, Settings, load_rejecting_unknown
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState
@@ -18,13 +18,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 @pytest.mark.parametrize("path", generated_files(), ids=lambda path: path.name)
-def test_what_is_made_from_code_is_current(path: Path) -> None:
+def test_generated_file_is_current(path: Path) -> None:
     """If not, run `make docs`."""
     assert path.read_text() == generated_files()[path]
 
 
-def test_a_diagram_shows_every_transition_of_the_law_and_no_other() -> None:
-    """A state that nothing leads out of is final."""
+def test_diagram_has_exactly_the_transitions_of_its_table() -> None:
+    """A state without a transition out of it is final."""
     lines = state_diagram(PAYMENT_TRANSITIONS, PaymentState.WAITING).splitlines()[1:]
     transitions = {f"    {state} --> {after}: {event}" for (state, event), after in PAYMENT_TRANSITIONS.items()}
     assert set(lines) == transitions | {
@@ -34,13 +34,13 @@ def test_a_diagram_shows_every_transition_of_the_law_and_no_other() -> None:
     }
 
 
-def test_every_setting_is_explained() -> None:
+def test_every_setting_has_a_description() -> None:
     """In one sentence at least, next to its definition."""
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
-def test_the_example_environment_is_one_that_payready_starts_with() -> None:
-    """Each of its variables is known, and none is missing; taking off every # changes nothing."""
+def test_example_environment_has_every_setting_with_its_default() -> None:
+    """Each of its variables is known, and removing every # changes nothing."""
     lines = [line[1:] for line in (ROOT / ".env.example").read_text().splitlines() if line.startswith(f"#{ENV_PREFIX}")]
     environ = dict(line.split("=", 1) for line in lines)
     assert {name.removeprefix(ENV_PREFIX).lower() for name in environ} == set(Settings.model_fields)
@@ -72,8 +72,8 @@ def test_paths_in_backticks_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_settings_that_pages_name_are_settings(page: Path) -> None:
-    """A page that names a variable names one that payready knows."""
+def test_settings_on_a_page_exist(page: Path) -> None:
+    """Each variable on a page is a setting."""
     named = set(re.findall(rf"{ENV_PREFIX}([A-Z_]+)\b", page.read_text()))
     assert {name for name in named if name.lower() not in Settings.model_fields} == set()
 
@@ -89,7 +89,7 @@ def test_log_events_are_named_noun_dot_verb() -> None:
 
 
 def test_runbooks_quote_only_log_events_that_exist() -> None:
-    """A quoted name with a dot that looks like an event is one."""
+    """A quoted name that begins with the noun of an event is an event."""
     nouns = {name.partition(".")[0] for name in LOG_EVENT_MEANINGS}
     pages = [*(ROOT / "docs" / "runbooks").glob("*.md"), *(ROOT / "docs" / "howto").glob("*.md")]
     quoted = {
@@ -100,3 +100,14 @@ def test_runbooks_quote_only_log_events_that_exist() -> None:
     }
     known = set(LOG_EVENT_MEANINGS) | {"balance.created", "balance.at"}
     assert {name for name in quoted if name not in known} == set()
+
+
+@pytest.mark.parametrize("call", ['log.log(level, "a.b")', 'log.info("a.b", **fields)'])
+def test_event_with_computed_level_or_fields_needs_a_description(call: str) -> None:
+    """The generator cannot read them from the call."""
+    with pytest.raises(ValueError, match=r"module\.py:1: add a\.b to COMPUTED_EVENTS"):
+        list(_events_of("module.py", call))
+
+
+def test_computed_events_are_logged() -> None:
+    assert set(COMPUTED_EVENTS) <= {event.name for event in log_events()}

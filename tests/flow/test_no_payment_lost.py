@@ -118,7 +118,7 @@ def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payread
     assert second.refresh_id != first.refresh_id
     payready.run_tasks()
     assert payready.provider.calls == [A]
-    assert payready.account_hash(A)["in_flight"] == first.refresh_id
+    assert payready.account_hash(A).in_flight == first.refresh_id
     third = payready.initiate("p3", A)
     assert third.refresh_id == first.refresh_id
     assert third.follow_up.calls == []

@@ -162,12 +162,13 @@ def test_revoked_task_cancels_its_payment(payready: InProcessSystem) -> None:
 def test_payment_cancelled_before_its_call_costs_nothing(payready: InProcessSystem) -> None:
     """The refresh is abandoned, or never started."""
     payready.initiate("p1", A)
+    assert payready.account_hash(A).requested
     payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1"]))
     payready.run_tasks()
     assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []
     assert payready.fees(A) == []
-    assert payready.account_hash(A).get("next") is None
+    assert payready.account_hash(A).requested is None
 
 
 def test_announcement_runs_before_the_payment_can_be_resolved(payready: InProcessSystem) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import OperationalError as LedgerUnavailable
 from tasks import balance_tasks, dispatch, maintenance_tasks, payment_tasks, suspension
 from tasks.batching import MicroBatcher
 from tasks.dispatch import dispatch as dispatch_follow_up
+from tasks.suspension import FinishedTask
 from tests.support.fault_injection import Operations, ProcessKilled
 from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_control
 from tests.support.scenario_provider import Scenario, ScenarioProvider
@@ -132,12 +133,11 @@ class FaultySystem:
 
     # --- Celery's part ---
 
-    def enqueue(self, _producer: Any, message: dispatch.TaskMessage, _declared: Any) -> str:
-        """Replace `dispatch._send_and_return_queue_name`."""
+    def enqueue(self, _producer: Any, message: dispatch.TaskMessage, *, declare_queue: bool = True) -> None:  # noqa: ARG002 - as replaced
+        """Replace `dispatch._send_message`."""
         self.operations.before_operation("broker", f"enqueue {message.name}")
         ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
         self.queue.append((message.name, message.arguments, ready_at))
-        return message.name
 
     def _run_tasks(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
@@ -177,7 +177,7 @@ class FaultySystem:
         """Replace `initiate.retry`."""
         try:
             arguments = payment_tasks.accept_payment_and_suspend_task.request.args
-            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments), ())
+            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments))
         except BrokerUnavailable as error:
             raise Reject(error, requeue=False) from error
 
@@ -187,11 +187,11 @@ class FaultySystem:
         self.outcomes[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
         self.operations.before_operation("redis", f"result of {continuation['id']}")
 
-    def finish_without_callbacks(self, _app: Any, ended: Sequence[tuple[dict[str, Any], Any]]) -> None:
+    def finish_without_callbacks(self, _app: Any, finished: Sequence[FinishedTask]) -> None:
         """Replace `finish_without_callbacks`: write the results."""
         self.operations.before_operation("redis", "results")
-        for continuation, outcome in ended:
-            self.outcomes[continuation["id"]].append(outcome.args if isinstance(outcome, Exception) else outcome)
+        for task in finished:
+            self.outcomes[task.continuation["id"]].append(task.error.args if task.error else task.result)
 
     # --- webhooks ---
 
@@ -278,7 +278,7 @@ def build_faulty_system(
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: system.rt)
         patch.setattr(calling, "RECORD_RETRY_DELAYS_S", (0, 0))
-        patch.setattr(dispatch, "_send_and_return_queue_name", system.enqueue)
+        patch.setattr(dispatch, "_send_message", system.enqueue)
         patch.setattr(suspension, "resume_with_result", system.resume)
         patch.setattr(suspension, "resume_with_error", system.resume)
         patch.setattr(suspension, "finish_without_callbacks", system.finish_without_callbacks)

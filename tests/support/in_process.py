@@ -104,6 +104,17 @@ def intake_request(arguments: dict[str, Any], continuation: dict[str, Any]) -> I
     return IntakeRequest(job=parse_job(arguments, currency="USD"), continuation=continuation)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AccountHash:
+    """The hash of an account in the correlation store; `join.lua` describes its fields."""
+
+    in_flight: str | None = None
+    called_at: str | None = None
+    requested: str | None = None
+    balance: str | None = None
+    balance_at: str | None = None
+
+
 @dataclass
 class InProcessSystem:
     """The runtime, and a simulated Celery: tasks stay in `queue` until `run_tasks` or `drop_tasks`."""
@@ -219,9 +230,9 @@ class InProcessSystem:
             yield
         self.rt.correlation, self.rt.admission, self.rt.poll_limiter = original
 
-    def account_hash(self, account_id: str) -> dict[str, str]:
+    def account_hash(self, account_id: str) -> AccountHash:
         """Return the correlation store's hash of an account."""
-        return cast(dict[str, str], self.rt.correlation._redis.hgetall(f"payready:{{{account_id}}}"))
+        return AccountHash(**cast(dict[str, str], self.rt.correlation._redis.hgetall(f"payready:{{{account_id}}}")))
 
     def rows(self, query: str, /, **values: Any) -> list[dict[str, Any]]:
         """Return the rows of an SQL query on the ledger."""

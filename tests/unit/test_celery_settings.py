@@ -11,6 +11,7 @@ from kombu.utils.url import parse_url
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
 from tasks.broker import RedisTransport
+from tasks.tracing import UNTRACED_TASKS
 
 KNOWN = dict(flatten(NAMESPACES))
 READ_BUT_NOT_LISTED = {"redis_backend_health_check_interval"}
@@ -73,3 +74,9 @@ def test_beat_schedule_has_known_tasks_that_expire() -> None:
 def test_message_is_acknowledged_after_its_task(key: str) -> None:
     """A message of a killed worker is delivered again."""
     assert SETTINGS[key] is True
+
+
+def test_maintenance_tasks_have_no_spans() -> None:
+    """Most of their runs find nothing to do."""
+    maintenance = {task for task, route in SETTINGS["task_routes"].items() if route["queue"] == "maintenance"}
+    assert maintenance == UNTRACED_TASKS

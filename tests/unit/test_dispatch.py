@@ -1,4 +1,4 @@
-"""What a step leaves to be done becomes messages to Celery."""
+"""Dispatch turns follow-ups into Celery messages."""
 
 from datetime import timedelta
 from typing import Any
@@ -57,5 +57,5 @@ def test_sent_message_equals_the_message_of_send_task() -> None:
             options = {"countdown": message.countdown_s, "ignore_result": True, "producer": producer}
             app.send_task(message.name, message.arguments, **options)
             expected = fetch(message.name)
-            dispatch._send_and_return_queue_name(producer, message, ())
+            dispatch._send_message(producer, message, declare_queue=True)
             assert fetch(message.name) == expected

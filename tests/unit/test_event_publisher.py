@@ -21,6 +21,7 @@ def test_outcome_is_sent_to_the_reply_queue() -> None:
     app.tasks.register(Initiate())
     with Connection("memory://") as connection:
         replies = connection.SimpleQueue("replies")
-        suspension.finish_without_callbacks(app, [(CONTINUATION, {"state": "released"})])
+        finished = suspension.FinishedTask(continuation=CONTINUATION, result={"state": "released"})
+        suspension.finish_without_callbacks(app, [finished])
         message = replies.get(timeout=5)
     assert (message.payload["task_id"], message.payload["result"]) == ("task_1", {"state": "released"})

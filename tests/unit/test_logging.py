@@ -1,13 +1,21 @@
 """What is logged, and what is left out of it."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
 from config.log_config import configure_logging, payready_version
 from config.settings import Settings
+from demo.processes import ROOT
+from tasks import balance_tasks
+from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
 
 
 def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,3 +37,53 @@ def test_version_is_known_if_payready_is_not_installed(monkeypatch: pytest.Monke
     installed = payready_version()
     monkeypatch.setattr("config.log_config.version", MagicMock(side_effect=PackageNotFoundError("payready")))
     assert payready_version() == installed == version("payready")
+
+
+@pytest.mark.parametrize(
+    ("error", "event", "level"),
+    [
+        (CallRejected(401, FailureReason.NOT_AUTHORIZED, "the API key is wrong"), "api_key.rejected", "error"),
+        (CallNotSent("no connection to the provider"), "api_key.check_failed", "warning"),
+    ],
+)
+def test_key_is_logged_as_rejected_only_if_it_was_rejected(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: CallFailed, event: str, level: str
+) -> None:
+    """A network failure says nothing about the key."""
+
+    class Runtime:
+        def fetch_allowed_api_key_mode_once(self) -> str:
+            raise error
+
+    monkeypatch.setattr(balance_tasks, "runtime", Runtime)
+    balance_tasks._detect_and_log_key_mode()
+    (line,) = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    assert (line["event"], line["level"]) == (event, level)
+
+
+MIGRATE_WITHIN_PYTHON = """
+from alembic.command import upgrade
+from alembic.config import Config
+upgrade(Config(toml_file="pyproject.toml"), "head")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "started"),
+    [(["-m", "alembic", "upgrade", "head"], ["release"]), (["-c", MIGRATE_WITHIN_PYTHON], [])],
+)
+def test_release_logs_its_start(tmp_path: Path, command: list[str], started: list[str]) -> None:
+    """Another process that migrates keeps its own logging."""
+    environ = {
+        **os.environ,
+        "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
+        "PAYREADY_ENV": "production",
+        "PAYREADY_QUILTT_API_KEY": "key_of_the_tests",
+        "PAYREADY_WEBHOOK_SECRETS": "whsec_of_the_tests",
+    }
+    completed = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60
+    )
+    lines = [json.loads(line) for line in completed.stderr.splitlines()]
+    assert [line["role"] for line in lines if line["event"] == "role.started"] == started
+    assert bool(lines) == bool(started)

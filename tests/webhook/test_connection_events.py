@@ -62,4 +62,6 @@ def test_connection_updates_keep_their_order() -> None:
     "record", [None, 7, {}, {"id": 7}, {"id": "no id"}, {"id": "conn_1' OR 1=1"}, {"id": ["conn_1"]}]
 )
 def test_connection_event_without_connection_is_ignored(kind: str, record: Any) -> None:
-    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == ParsedDelivery(events=1)
+    assert read(body({**BROKEN, "type": kind, "record": record, "metadata": {"to": 1}})) == ParsedDelivery(
+        event_count=1
+    )

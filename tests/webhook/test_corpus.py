@@ -28,7 +28,7 @@ def _outcome(body: bytes) -> str:
     except InvalidDelivery:
         return "refused"
     parts = {
-        "refused": delivery.invalid_json,
+        "refused": delivery.invalid_json_count,
         "quarantined": delivery.unparsed,
         "balance": delivery.balances,
         "connection": delivery.connection_updates,

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy.exc import OperationalError
 
+from cli.log_event_meanings import COMPUTED_EVENTS
 from config.settings import Settings
 from tests.webhook.conftest import OLD_SECRET, SECRET, delivery, sign
 from webhook import endpoint, wiring
@@ -21,6 +22,8 @@ from worker.flow import FollowUp
 
 Send = Callable[..., int]
 PRIVATE = "Ada Lovelace"
+SHARED_FIELDS = {"event", "level", "logger", "timestamp"}
+"""Fields of every log line."""
 
 
 def counts() -> dict[str, float]:
@@ -138,6 +141,18 @@ def test_delivery_is_counted_and_logged_once_by_result(send: Send, name: str, ca
     assert line.get("age_s", 0) == pytest.approx(how["age_s"] if result == "stale" else 0, abs=2)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_level_and_fields_of_a_delivery_are_documented(send: Send, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`docs/reference/log-events.md` is generated from this description."""
+    _, body, how, _ = CASES[name]
+    send(body, **how)
+    [line] = webhook_events(caplog)
+    documented = COMPUTED_EVENTS["webhook.delivery"]
+    assert set(line) - SHARED_FIELDS <= set(documented.fields)
+    levels = {level for level, results in documented.levels.items() if f"`{line['result']}`" in results}
+    assert line["level"] in (levels or {"warning"})
+
+
 def test_delivery_is_refused_as_no_secret_without_secrets(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_secrets", list)
     before = counts().get("deliveries no_secret", 0)
@@ -175,7 +190,7 @@ def test_failed_commit_is_counted_as_unavailable(
     assert after["deliveries unavailable"] == before.get("deliveries unavailable", 0) + 1
     assert after.get("events balance") == before.get("events balance")
     *internal, line = webhook_events(caplog)
-    assert (line["result"], line["error"]) == ("unavailable", type(error).__name__)
+    assert (line["result"], line["level"], line["error"]) == ("unavailable", "error", type(error).__name__)
     assert [line["event"] for line in internal] == (
         [] if isinstance(error, OperationalError) else ["webhook.internal_error"]
     )

@@ -1,4 +1,4 @@
-"""The endpoint over HTTP: what it says yes to is safe, and what it refuses changes nothing (invariant 8)."""
+"""The endpoint over HTTP: a 2xx means that the events are committed, and a rejected delivery changes nothing."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What a delivery is read as: each event on its own, numbers to the digit, and nothing but a refusal for the rest."""
+"""Parsing of deliveries: each event on its own, with exact decimals. Everything else is rejected."""
 
 import json
 from decimal import Decimal
@@ -24,14 +24,14 @@ def test_refresh_balance_is_parsed_with_its_event_id() -> None:
 @pytest.mark.parametrize("source", ["SYNC", "INITIAL", "SOMETHING_NEW", ""])
 def test_other_sources_are_ignored(source: str) -> None:
     """Most balances come from routine syncs. New sources appear over time."""
-    assert read(body(event(source=source))) == ParsedDelivery(events=1)
+    assert read(body(event(source=source))) == ParsedDelivery(event_count=1)
 
 
 @pytest.mark.parametrize("kind", ["connection.created", "profile.created", "something.new", None, 5, []])
 def test_other_types_are_ignored(kind: Any) -> None:
     """Their records may have any form."""
     foreign = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
-    assert read(body(*foreign)) == ParsedDelivery(events=3)
+    assert read(body(*foreign)) == ParsedDelivery(event_count=3)
 
 
 @pytest.mark.parametrize("unparseable", [None, 5, "x", [], [EVENT], True, {}])
@@ -100,7 +100,7 @@ def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, r
     delivery = read(b'{"events" : [' + b" ,\n".join([good, unparseable, good]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
     assert delivery.unparsed == [UnparsedEvent(raw=unparseable, reason=f"not JSON: {reason}")]
-    assert (delivery.events, delivery.invalid_json) == (3, 0)
+    assert (delivery.event_count, delivery.invalid_json_count) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, r
 def test_possibly_personal_data_is_never_quarantined(raw: bytes, invalid_json: int) -> None:
     """Invalid JSON is stored only if it is a balance event and cannot be about a profile."""
     delivery = read(b'{"events": [' + json.dumps(EVENT).encode() + b", " + raw + b"]}")
-    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json) == (1, [], invalid_json)
+    assert (len(delivery.balances), delivery.unparsed, delivery.invalid_json_count) == (1, [], invalid_json)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_possible_balance_event_with_unreadable_type_is_quarantined(unparseable:
     """It must not be personal data. The events beside it are parsed."""
     good = json.dumps(EVENT).encode()
     delivery = read(b'{"events": [' + b",".join([good, unparseable, good]) + b",]}")
-    assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json) == (
+    assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json_count) == (
         [unparseable],
         2,
         0,
@@ -172,7 +172,9 @@ def test_quarantined_bytes_are_parsed_again() -> None:
     event = json.dumps({**EVENT, "metadata": {"page": "profile.html"}}).encode()
     for raw in (event, b'{"events": [' + event + b"]}"):
         assert len(parse_quarantined(raw, SIGNED_AT).balances) == 1
-    assert parse_quarantined(json.dumps(EVENT).replace("REFRESH", "OTHER").encode(), SIGNED_AT) == ParsedDelivery(1)
+    assert parse_quarantined(json.dumps(EVENT).replace("REFRESH", "OTHER").encode(), SIGNED_AT) == ParsedDelivery(
+        event_count=1
+    )
     for raw in (event[:-1], b"[" + event + b"]", body({**EVENT, "id": 7}, EVENT), body(EVENT)[:-2] + b",x]}", b"{}"):
         with pytest.raises(UnparseableEvent):
             parse_quarantined(raw, SIGNED_AT)
@@ -292,3 +294,14 @@ def test_event_is_parsed_independently_of_others(batch: list[Any]) -> None:
     assert together.balances == [balance for one in alone for balance in one.balances]
     assert together.unparsed == [event for delivery in alone for event in delivery.unparsed]
     assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(one).encode() for one in batch}
+
+
+def test_error_of_the_parser_is_not_counted_as_invalid_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender would get 400 for a bug of payready."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("webhook.events._parse_decoded_event", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        read(body(EVENT)[:-2] + b",x]}")

@@ -15,16 +15,22 @@ from webhook.group_commit import MAX_BATCH_SIZE, GroupCommitter
 
 def deliveries(count: int) -> list[ParsedDelivery]:
     """Return deliveries that differ in their number of events."""
-    return [ParsedDelivery(events=number) for number in range(count)]
+    return [ParsedDelivery(event_count=number) for number in range(count)]
 
 
-def new_committer(commit: Callable[[Sequence[ParsedDelivery]], Any], **options: Any) -> GroupCommitter[Any]:
-    """Return a committer without follow-ups."""
-    return GroupCommitter(commit, lambda _: None, **options)
+def new_committer(
+    commit: Callable[[Sequence[ParsedDelivery]], Any],
+    on_committed: Callable[[Sequence[Any]], None] = lambda _: None,
+    *,
+    unavailable_errors: tuple[type[BaseException], ...] = (),
+    is_available: Callable[[], bool] = lambda: False,
+) -> GroupCommitter:
+    """Return a committer. Its follow-ups are whatever `commit` returns."""
+    return GroupCommitter(commit, on_committed, unavailable_errors=unavailable_errors, is_available=is_available)
 
 
 async def _commit_all(
-    committer: GroupCommitter[Any], given: Sequence[ParsedDelivery], proceed: Event
+    committer: GroupCommitter, given: Sequence[ParsedDelivery], proceed: Event
 ) -> list[BaseException | None]:
     """Commit deliveries concurrently: all are pending before `proceed` is set. Return the error of each, or None."""
     tasks = [asyncio.create_task(committer.commit(delivery)) for delivery in given]
@@ -39,7 +45,7 @@ def test_concurrent_deliveries_share_transactions() -> None:
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
         proceed.wait(5)
-        kept.append([delivery.events for delivery in batch])
+        kept.append([delivery.event_count for delivery in batch])
 
     assert set(asyncio.run(_commit_all(new_committer(commit), deliveries(250), proceed))) == {None}
     assert sorted(number for batch in kept for number in batch) == list(range(250))
@@ -53,7 +59,7 @@ def test_unstorable_delivery_fails_alone() -> None:
     proceed.set()
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
-        if any(delivery.events == 7 for delivery in batch):
+        if any(delivery.event_count == 7 for delivery in batch):
             raise KeyError
 
     errors = asyncio.run(_commit_all(new_committer(commit), deliveries(20), proceed))
@@ -84,7 +90,7 @@ def test_unavailable_error_of_an_available_database_is_bisected() -> None:
     proceed.set()
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
-        if any(delivery.events == 7 for delivery in batch):
+        if any(delivery.event_count == 7 for delivery in batch):
             raise ConnectionError
         kept.extend(batch)
 
@@ -113,7 +119,7 @@ def test_unstorable_event_does_not_affect_its_delivery() -> None:
             raise KeyError
         kept.extend(found)
 
-    given: Any = ParsedDelivery(6, balances=["a", "poison", "b"], unparsed=["c"], connection_updates=["d"])  # type: ignore[list-item]
+    given: Any = ParsedDelivery(event_count=6, balances=["a", "poison", "b"], unparsed=["c"], connection_updates=["d"])  # type: ignore[list-item]
     with pytest.raises(KeyError):
         asyncio.run(new_committer(commit).commit(given))
     assert sorted(kept) == ["a", "b", "c", "d"]
@@ -128,7 +134,7 @@ def test_transient_error_does_not_fail_the_delivery() -> None:
         if len(batch_sizes) == 1:
             raise KeyError
 
-    given: Any = ParsedDelivery(2, balances=["a", "b"])  # type: ignore[list-item]
+    given: Any = ParsedDelivery(event_count=2, balances=["a", "b"])  # type: ignore[list-item]
     asyncio.run(new_committer(commit).commit(given))
     assert batch_sizes == [1, 1, 1]
 
@@ -177,13 +183,13 @@ def test_commit_does_not_wait_for_follow_ups(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError
 
     async def run() -> None:
-        kept = GroupCommitter(lambda batch: batch[0].events, on_committed)
+        committer = new_committer(lambda batch: batch[0].event_count, on_committed)
         for delivery in deliveries(50):
-            await kept.commit(delivery)
+            await committer.commit(delivery)
             assert started.wait(5)
         assert not proceed.is_set()
         proceed.set()
-        kept.shut_down_after_follow_ups()
+        committer.shut_down_after_follow_ups()
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert len(followed) == 2
@@ -192,16 +198,16 @@ def test_commit_does_not_wait_for_follow_ups(monkeypatch: pytest.MonkeyPatch) ->
     assert len(followed[0]) + 30 == len(numbers)
 
 
-def test_drain_runs_pending_follow_ups() -> None:
+def test_shutdown_runs_pending_follow_ups() -> None:
     """Without it the sweep would deliver the outcomes much later."""
     followed: list[int] = []
-    kept = GroupCommitter(len, followed.extend)
-    asyncio.run(kept.commit(ParsedDelivery()))
-    kept.shut_down_after_follow_ups()
+    committer = new_committer(len, followed.extend)
+    asyncio.run(committer.commit(ParsedDelivery()))
+    committer.shut_down_after_follow_ups()
     assert followed == [1]
 
 
-def test_commit_during_drain_runs_its_follow_up() -> None:
+def test_commit_during_shutdown_runs_its_follow_up() -> None:
     """The pool accepts no work any more, so the committing thread runs the follow-up."""
     followed: list[int] = []
     committing, proceed = Event(), Event()
@@ -212,13 +218,13 @@ def test_commit_during_drain_runs_its_follow_up() -> None:
         return len(batch)
 
     async def run() -> None:
-        delivery = asyncio.create_task(kept.commit(ParsedDelivery()))
+        delivery = asyncio.create_task(committer.commit(ParsedDelivery()))
         await asyncio.to_thread(committing.wait, 5)
-        drained = asyncio.create_task(asyncio.to_thread(kept.shut_down_after_follow_ups))
-        await asyncio.to_thread(eventually, lambda: kept._threads._shutdown)
+        shut_down = asyncio.create_task(asyncio.to_thread(committer.shut_down_after_follow_ups))
+        await asyncio.to_thread(eventually, lambda: committer._threads._shutdown)
         proceed.set()
-        await asyncio.gather(delivery, drained)
+        await asyncio.gather(delivery, shut_down)
 
-    kept = GroupCommitter(commit, followed.extend)
+    committer = new_committer(commit, followed.extend)
     asyncio.run(asyncio.wait_for(run(), 10))
     assert followed == [1]

@@ -80,7 +80,7 @@ def test_invalid_or_oversized_request_closes_the_connection(web: Endpoint, name:
 
 @contextmanager
 def serving() -> Iterator[tuple[str, uvicorn.Server]]:
-    """The same server in a thread, with its address; the kernel takes next to nothing of its answers by itself."""
+    """The same server in a thread, with its address. The kernel buffers almost nothing of its responses."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
@@ -106,7 +106,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_client_that_reads_no_responses_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other clients are served meanwhile."""
-    monkeypatch.setattr(limited_connection, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(limited_connection, "UNREAD_DATA_TIMEOUT_S", 0.5)
     question = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving() as (url, server), socket.socket() as asker:
         asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,4 +1,4 @@
-"""The published description of the endpoints, tried by machine: whatever is sent, what it says is what is answered."""
+"""The OpenAPI document: generated requests get the responses that it describes."""
 
 import json
 from typing import Any

@@ -24,9 +24,9 @@ web.serve_then_finish_follow_ups()
 """
 
 
-@pytest.mark.parametrize("moment", ["webhook.__main__:import_module", "uvicorn:run"])
+@pytest.mark.parametrize("moment", ["webhook.__main__:collect_and_freeze_objects", "uvicorn:run"])
 def test_sigterm_during_start_ends_the_process(tmp_path: Path, moment: str) -> None:
-    """While modules load, and before uvicorn handles signals. A lost signal would leave `web` running until SIGKILL."""
+    """Before `web` or uvicorn handles signals. A lost signal would leave `web` running until SIGKILL."""
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",

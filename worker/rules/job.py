@@ -1,7 +1,7 @@
 """The contract with the payments service: the job that it sends, and the outcome that it gets.
 
-Their JSON Schemas are published under `docs/contracts/`. Error texts name fields and rules, never values: a value may
-be private.
+Their JSON Schemas are published under `docs/contracts/`. Error texts name fields and rules. Of the values they repeat
+only the currency: any other may be private.
 """
 
 import difflib
