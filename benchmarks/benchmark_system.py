@@ -47,7 +47,7 @@ class BenchmarkSystem:
     def replace_replica(self, replica: str) -> float:
         """Stop a replica with SIGTERM, start it again and wait until it is ready. Return the seconds."""
         start = time.monotonic()
-        self.system.kill(replica, how=signal.SIGTERM)
+        self.system.kill(replica, signal_number=signal.SIGTERM)
         if replica.endswith("2"):
             self.start_replica(replica)
         else:

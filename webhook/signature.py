@@ -127,8 +127,8 @@ def verify(
 def _signers_of_nonblank_secrets(secrets: tuple[str, ...]) -> list[hmac.HMAC]:
     """Return a prepared HMAC for each secret. Preparing a key costs as much as signing with it.
 
-    Blank secrets are skipped, because anyone could sign with an empty key. HMAC pads short keys with zero bytes, so a
-    key of zeros equals the empty key.
+    Blank secrets are skipped, because any sender could sign with an empty key. HMAC pads short keys with zero bytes, so
+    a key of zeros equals the empty key.
     """
     return [_signer(secret) for secret in secrets if secret.strip().strip("\0")]
 

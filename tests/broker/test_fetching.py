@@ -57,18 +57,20 @@ def publish(connection: Connection, *bodies: Any, **options: Any) -> None:
 
 
 @contextmanager
-def eating(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[list[Any]]:
+def consuming(connection: Connection, *queues: str, prefetch: int = 0) -> Iterator[list[Any]]:
     """Consume and acknowledge messages during the block. Return their list."""
-    eaten: list[Any] = []
+    consumed: list[Any] = []
 
-    def take(body: Any, message: Any) -> None:
-        eaten.append(body)
+    def consume(body: Any, message: Any) -> None:
+        consumed.append(body)
         message.ack()
 
-    consumer = Consumer(connection.default_channel, [Queue(name) for name in queues or ("payments",)], callbacks=[take])
+    consumer = Consumer(
+        connection.default_channel, [Queue(name) for name in queues or ("payments",)], callbacks=[consume]
+    )
     consumer.qos(prefetch_count=prefetch)
     with consumer:
-        yield eaten
+        yield consumed
 
 
 def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, patience: int = 50) -> None:
@@ -82,12 +84,12 @@ def drain(connection: Connection, until: Callable[[], bool] = lambda: False, *, 
 
 def kill_after_fetch(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Consume, and end after a message is fetched and before it is delivered."""
-    with eating(connection):
+    with consuming(connection):
 
-        def die(*_: Any) -> None:
+        def kill(*_: Any) -> None:
             raise Killed
 
-        monkeypatch.setattr(connection.transport, "_deliver", die)
+        monkeypatch.setattr(connection.transport, "_deliver", kill)
         with pytest.raises(Killed):
             drain(connection)
         monkeypatch.setattr(
@@ -102,9 +104,9 @@ def test_fetched_message_of_a_killed_worker_is_restored(
     kill_after_fetch(connect(), monkeypatch)
     assert redis.llen("payments") == 0
     assert redis.hlen("unacked") == 1
-    with connect(visibility_timeout=0) as connection, eating(connection) as eaten:
-        drain(connection, until=lambda: bool(eaten))
-    assert eaten == ["initiate"]
+    with connect(visibility_timeout=0) as connection, consuming(connection) as consumed:
+        drain(connection, until=lambda: bool(consumed))
+    assert consumed == ["initiate"]
     assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
@@ -122,9 +124,9 @@ def test_kombu_transport_restores_tracked_messages(
 ) -> None:
     publish(connect(), "initiate")
     kill_after_fetch(connect(), monkeypatch)
-    with connect(KOMBUS, visibility_timeout=0) as connection, eating(connection) as eaten:
-        drain(connection, until=lambda: bool(eaten))
-    assert eaten == ["initiate"]
+    with connect(KOMBUS, visibility_timeout=0) as connection, consuming(connection) as consumed:
+        drain(connection, until=lambda: bool(consumed))
+    assert consumed == ["initiate"]
 
 
 def test_repeatedly_killed_consumer_loses_nothing(
@@ -140,10 +142,10 @@ def test_repeatedly_killed_consumer_loses_nothing(
     subprocess.run(command, check=True, timeout=60)
     unacked = redis.hlen("unacked")
     assert 0 < unacked <= KILLS, "no kill hit a busy consumer, so the test proves nothing"
-    with connect(visibility_timeout=0) as connection, eating(connection) as rest:
+    with connect(visibility_timeout=0) as connection, consuming(connection) as rest:
         drain(connection, until=lambda: not redis.llen("payments") and not redis.hlen("unacked"))
-    eaten = redis.smembers("eaten") | set(rest)
-    assert eaten == set(numbers)
+    consumed = redis.smembers("consumed") | set(rest)
+    assert consumed == set(numbers)
 
 
 def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(redis: Redis, valkey_url: str) -> None:
@@ -156,19 +158,19 @@ def test_worker_killed_while_it_restores_messages_blocks_others_only_briefly(red
 
 
 def test_idle_worker_gets_a_message_at_once(connect: Callable[..., Connection]) -> None:
-    with connect() as connection, connect() as other, eating(connection, "balances", "payments") as eaten:
+    with connect() as connection, connect() as other, consuming(connection, "balances", "payments") as consumed:
         for body in ("first", "second"):
             with pytest.raises(TimeoutError):
                 connection.drain_events(timeout=0.1)
             publish(other, body)
-            drain(connection, until=lambda body=body: body in eaten)  # type: ignore[misc]
-    assert eaten == ["first", "second"]
+            drain(connection, until=lambda body=body: body in consumed)  # type: ignore[misc]
+    assert consumed == ["first", "second"]
 
 
 def test_event_loop_fetches_from_an_idle_channel_without_an_invalidation(connect: Callable[..., Connection]) -> None:
     """The broker may lose an invalidation, so the worker's event loop repeats the fetch."""
     loop = MagicMock()
-    with connect() as connection, eating(connection):
+    with connect() as connection, consuming(connection):
         with pytest.raises(TimeoutError):
             connection.drain_events(timeout=0.1)
         assert connection.default_channel.awaits_invalidation
@@ -180,15 +182,15 @@ def test_event_loop_fetches_from_an_idle_channel_without_an_invalidation(connect
 
 
 def test_two_idle_workers_share_messages(connect: Callable[..., Connection], redis: Redis) -> None:
-    with connect() as one, connect() as two, connect() as other, eating(one) as first, eating(two) as second:
+    with connect() as one, connect() as two, connect() as other, consuming(one) as first, consuming(two) as second:
         for connection in (one, two):
             with pytest.raises(TimeoutError):
                 connection.drain_events(timeout=0.1)
         publish(other, *range(100))
         while len(first) + len(second) < 100:
             for connection in (one, two):
-                taken = len(first) + len(second)
-                drain(connection, until=lambda taken=taken: len(first) + len(second) > taken, patience=1)  # type: ignore[misc]
+                count = len(first) + len(second)
+                drain(connection, until=lambda count=count: len(first) + len(second) > count, patience=1)  # type: ignore[misc]
     assert sorted(first + second) == list(range(100))
     assert first
     assert second
@@ -200,9 +202,9 @@ def test_messages_are_fetched_by_priority(connect: Callable[..., Connection]) ->
         publish(other, "later", priority=9)
         publish(other, "soon", priority=3)
         publish(other, "now")
-        with eating(connection) as eaten:
-            drain(connection, until=lambda: len(eaten) == 3)
-    assert eaten == ["now", "soon", "later"]
+        with consuming(connection) as consumed:
+            drain(connection, until=lambda: len(consumed) == 3)
+    assert consumed == ["now", "soon", "later"]
 
 
 def test_fetch_respects_the_prefetch_count(connect: Callable[..., Connection], redis: Redis) -> None:
@@ -223,24 +225,24 @@ def test_invalidation_in_the_read_buffer_is_handled(
     connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message arrives between the empty fetch and the reading of its response: both are read together."""
-    with connect() as connection, connect() as other, eating(connection) as eaten:
+    with connect() as connection, connect() as other, consuming(connection) as consumed:
         channel = connection.default_channel
         see = channel._check_client_tracking
 
         def publish_meanwhile(redis_connection: Any) -> None:
-            if not eaten and not channel.awaits_invalidation:
+            if not consumed and not channel.awaits_invalidation:
                 monkeypatch.setattr(channel, "_check_client_tracking", see)
                 publish(other, "meanwhile")
             see(redis_connection)
 
         monkeypatch.setattr(channel, "_check_client_tracking", publish_meanwhile)
-        drain(connection, until=lambda: bool(eaten))
-    assert eaten == ["meanwhile"]
+        drain(connection, until=lambda: bool(consumed))
+    assert consumed == ["meanwhile"]
 
 
 def test_invalid_message_is_not_tracked(connect: Callable[..., Connection], redis: Redis) -> None:
     redis.lpush("payments", "no message")
-    with connect() as connection, eating(connection), pytest.raises(ValueError, match="Expecting value"):
+    with connect() as connection, consuming(connection), pytest.raises(ValueError, match="Expecting value"):
         connection.drain_events(timeout=1)
     assert (redis.llen("payments"), redis.hlen("unacked")) == (0, 0)
 
@@ -249,8 +251,8 @@ def test_broker_without_client_tracking_is_rejected_with_advice(
     connect: Callable[..., Connection], redis: Redis
 ) -> None:
     redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client|tracking"])
-    refused = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
-    with connect(login="plain:secret@") as connection, eating(connection), refused:
+    is_rejected = pytest.raises(BrokerNotSupported, match="PAYREADY_BROKER_TRANSPORT=kombu")
+    with connect(login="plain:secret@") as connection, consuming(connection), is_rejected:
         connection.drain_events(timeout=1)
     redis.acl_deluser("plain")
 
@@ -282,25 +284,25 @@ def test_message_of_no_ack_consumer_is_not_tracked(
     connect: Callable[..., Connection], redis: Redis, transport: str
 ) -> None:
     """The replies to `celery inspect`, and so Flower's."""
-    came: list[Any] = []
+    received: list[Any] = []
     with connect(transport) as connection:
         Producer(connection.channel()).publish("reply", routing_key="replies")
-        consumer = Consumer(connection.default_channel, [Queue("replies")], on_message=came.append, no_ack=True)
+        consumer = Consumer(connection.default_channel, [Queue("replies")], on_message=received.append, no_ack=True)
         with consumer:
-            while not came:
+            while not received:
                 connection.drain_events(timeout=5)
         assert (redis.hlen("unacked"), redis.zcard("unacked_index")) == (0, 0)
 
 
 def test_messages_are_fetched_from_a_full_redis(connect: Callable[..., Connection], redis: Redis) -> None:
-    came: list[Any] = []
+    received: list[Any] = []
     with connect() as connection:
         Producer(connection.channel()).publish("job", routing_key="payments")
         redis.config_set("maxmemory", 1)
-        with Consumer(connection.default_channel, [Queue("payments")], on_message=came.append):
-            while not came:
+        with Consumer(connection.default_channel, [Queue("payments")], on_message=received.append):
+            while not received:
                 connection.drain_events(timeout=5)
-        came[0].ack()
+        received[0].ack()
         assert redis.hlen("unacked") == 0
 
 
@@ -310,15 +312,15 @@ def test_new_consumer_on_an_idle_channel_gets_its_messages(
     connect: Callable[..., Connection], transport: str, second: str
 ) -> None:
     """`celery inspect` and Flower use one consumer after the other on one channel, without an event loop."""
-    came: list[Any] = []
+    received: list[Any] = []
     with connect(transport) as connection, connect(transport) as other:
         for name in ("first", second):
-            with Consumer(connection.default_channel, [Queue(name)], on_message=came.append, no_ack=True):
+            with Consumer(connection.default_channel, [Queue(name)], on_message=received.append, no_ack=True):
                 with pytest.raises(TimeoutError):
                     connection.drain_events(timeout=0.2)
-                seen = len(came)
+                count = len(received)
                 Producer(other.channel()).publish("reply", routing_key=name)
                 for _ in range(30):
                     with suppress(TimeoutError):
                         connection.drain_events(timeout=0.1)
-                assert len(came) == seen + 1
+                assert len(received) == count + 1

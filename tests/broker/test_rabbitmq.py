@@ -50,7 +50,7 @@ def test_payments_are_resolved_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> 
         waiting = {p: payready.initiate(p, a, timeout_s=60) for p, a in results.items()}
         poor = payready.initiate("pay_poor", "acct_poor000001", amount="25.00", options=payready.callbacks("pay_poor"))
         wait_until(lambda: payready.rows("SELECT payment_id FROM payment") != [], 20, "the intake has started")
-        payready.kill("worker", how=signal.SIGTERM)
+        payready.kill("worker", signal_number=signal.SIGTERM)
         payready.start("worker")
         wait_until(lambda: payready.simulator.summary()["accepted"] == 41, 20, "all calls are made")
         payready.simulator.post("resume")
@@ -64,4 +64,4 @@ def test_payments_are_resolved_on_rabbitmq(server: RabbitMQ, tmp_path: Path) -> 
         assert called == {p: ["ledger.execute_ach"] for p in linked} | {"pay_poor": ["ledger.not_ready"]}
         states = {row["payment_id"]: row["state"] for row in payready.rows("SELECT payment_id, state FROM payment")}
         assert states == dict.fromkeys({**linked, **results}, "released") | {"pay_poor": "failed"}
-        assert all(books.match and books.accepted == 1 for books in payready.fee_totals().values())
+        assert all(totals.match and totals.accepted == 1 for totals in payready.fee_totals().values())

@@ -37,7 +37,7 @@ SEND_BATCH_SIZE = 20
 """Messages per batch."""
 MAX_IN_FLIGHT = 300
 """Maximum number of unresolved payments."""
-CALM_TIMEOUT_S = 240.0
+COMPLETION_TIMEOUT_S = 240.0
 """Maximum time for the last payments, calls and webhooks, including the simulator's retries."""
 LIVENESS_INVARIANT = "no process ends except by a fault"
 
@@ -80,13 +80,13 @@ class ChaosTest:
                 sent += self._send(sent)
             else:
                 time.sleep(0.1)
-        self.wait_for_calm()
+        self.wait_for_faults()
         self._wait_for("every outcome is delivered", self._all_are_delivered)
         self._wait_for("every webhook is delivered", self._webhooks_are_through)
         self._wait_for("no work is left", self._nothing_is_due)
         self._listen()
 
-    def wait_for_calm(self) -> None:
+    def wait_for_faults(self) -> None:
         """Wait until the last fault has ended."""
         for thread in self._threads:
             thread.join()
@@ -128,11 +128,11 @@ class ChaosTest:
         self._ended |= {line["args"][-1] for line in lines}
 
     def _wait_for(self, what: str, probe: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + CALM_TIMEOUT_S
+        deadline = time.monotonic() + COMPLETION_TIMEOUT_S
         while not probe():
             self.system.check_all_running()
             if time.monotonic() > deadline:
-                self.problems.append(f"not within {CALM_TIMEOUT_S:.0f} s: {what}")
+                self.problems.append(f"not within {COMPLETION_TIMEOUT_S:.0f} s: {what}")
                 return
             time.sleep(0.2)
 
@@ -190,7 +190,7 @@ def main() -> int:
         try:
             chaos_test.run()
         finally:
-            chaos_test.wait_for_calm()
+            chaos_test.wait_for_faults()
         observed = chaos_test.observed()
     (options.folder / "observed.json").write_text(json.dumps(asdict(observed), default=str))
     # After an unexpected exit the other invariants cannot be checked, because the run is incomplete.

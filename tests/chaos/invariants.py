@@ -107,8 +107,8 @@ def _every_payment_resolved(plan: ChaosPlan, observed: Observed) -> Iterator[str
             continue
         # The time of payready's delivery. The payments service determines how long the callback then waits.
         late_s = (delivery["delivered_at"] - known[delivery["payment_id"]]["deadline"]).total_seconds()
-        was_asked_late = delivery["task_id"].endswith("-again")
-        if late_s > MAX_LATE_S and not was_asked_late:
+        was_repeated = delivery["task_id"].endswith("-again")
+        if late_s > MAX_LATE_S and not was_repeated:
             yield f"{delivery['payment_id']}: its outcome was delivered {late_s:.0f} s after its deadline"
 
 
@@ -185,9 +185,9 @@ def _every_call_has_fee_entry(_: ChaosPlan, observed: Observed) -> Iterator[str]
         counts = Counter(states[account_id].values())
         if not counts["posted"] <= accepted <= counts["posted"] + counts["pending"]:
             yield f"{account_id}: the provider accepted {accepted} calls, the ledger has {dict(counts)}"
-        late = SKEW_S + 0.001
+        tolerance_s = SKEW_S + 0.001
         for call, at in zip(calls[account_id], sorted(opened[account_id]), strict=False):
-            if at.timestamp() > call["started_at"] + late:
+            if at.timestamp() > call["started_at"] + tolerance_s:
                 yield f"{account_id}: a call of {call['started_at']} has its first entry at {at}"
         if len(calls[account_id]) > len(states[account_id]):
             yield f"{account_id}: {len(calls[account_id])} calls were made, but {len(states[account_id])} have entries"
@@ -219,8 +219,8 @@ def _one_in_flight(_: ChaosPlan, observed: Observed) -> Iterator[str]:
                 continue
             interval_s = next_call["started_at"] - call["started_at"]
             # The webhook of `early` is sent before the response, which may then exceed the caller's timeout.
-            was_answered = call["status"] == 202 and call["effective_scenario"] != "early"
-            least_s = (WINDOW_S if was_answered else GRACE_S) - 2 * SKEW_S
+            has_response = call["status"] == 202 and call["effective_scenario"] != "early"
+            least_s = (WINDOW_S if has_response else GRACE_S) - 2 * SKEW_S
             balance_arrived = arrived.get(call["balance_id"] or "", float("inf")) <= next_call["started_at"]
             # The balance of an earlier call may be attributed to this call, as balances do not name their call.
             before = [arrived.get(other["balance_id"] or "", 0) for other in calls if other["seq"] < call["seq"]]
@@ -241,14 +241,14 @@ def _fee_shares_add_up(_: ChaosPlan, observed: Observed) -> Iterator[str]:
         if {outcome["shared_by"] for outcome in outcomes} != {count}:
             yield f"refresh {refresh_id}: {count} share it, but `shared_by` is {[o['shared_by'] for o in outcomes]}"
             continue
-        begun = [
+        opened = [
             entry for entry in observed.fee_entries if entry["refresh_id"] == refresh_id and entry["state"] == "pending"
         ]
-        prices = [Decimal(entry["price"]) for entry in begun]
-        wholes = [sum(prices[:n], Decimal(0)) for n in range(len(prices) + 1)]
+        prices = [Decimal(entry["price"]) for entry in opened]
+        totals = [sum(prices[:n], Decimal(0)) for n in range(len(prices) + 1)]
         amounts = Counter(Decimal(outcome["fee"]["amount"]) for outcome in outcomes)
-        if not any(amounts <= Counter(split_share(whole, count, index) for index in range(count)) for whole in wholes):
-            yield f"refresh {refresh_id}: the fees are {sorted(amounts.elements())} of {wholes}"
+        if not any(amounts <= Counter(split_share(total, count, index) for index in range(count)) for total in totals):
+            yield f"refresh {refresh_id}: the fees are {sorted(amounts.elements())} of {totals}"
 
 
 INVARIANTS: Mapping[str, Check] = {

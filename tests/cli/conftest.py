@@ -29,7 +29,7 @@ DIME = Price(per_call=Decimal("0.100000"), currency="USD", price_list="2026-11-2
 
 
 @dataclass(frozen=True)
-class Books:
+class LedgerBuilder:
     """A ledger with helpers that insert rows."""
 
     url: str
@@ -42,19 +42,19 @@ class Books:
             task = NewDelivery(payment_id=payment_id, continuation={"id": f"task-{payment_id}"}, due_at=None)
             outcome_deliveries.register_deliveries(tx, [task])
 
-    def settle(self, payment_id: str, state: PaymentState, at: datetime, **how: Any) -> None:
+    def resolve(self, payment_id: str, state: PaymentState, at: datetime, **fields: Any) -> None:
         """Resolve a payment and, unless `delivered` is False, mark its outcome delivered."""
-        delivered = how.pop("delivered", True)
-        settled: dict[str, Any] = {"outcome": {"reason": how.get("reason"), "detail": "the detail"}, **how}
+        delivered = fields.pop("delivered", True)
+        resolution: dict[str, Any] = {"outcome": {"reason": fields.get("reason"), "detail": "the detail"}, **fields}
         with transaction(self.engine) as tx:
-            payments.resolve(tx, [Resolution(payment_id=payment_id, state=state, resolved_at=at, **settled)])
+            payments.resolve(tx, [Resolution(payment_id=payment_id, state=state, resolved_at=at, **resolution)])
             if delivered:
                 outcome_deliveries.mark_delivered(tx, {f"task-{payment_id}": at + timedelta(seconds=1)})
 
     def call(
         self, refresh_id: str, account_id: str, end: EntryState | None, at: datetime = NOON, price: Price = DIME
     ) -> None:
-        """Insert a call of a refresh with its final fee entry; `end` None: the entry stays pending."""
+        """Insert a call of a refresh with its final fee entry. With `end` None the entry stays pending."""
         with transaction(self.engine) as tx:
             refresh = RefreshRecord(
                 refresh_id=refresh_id,
@@ -82,32 +82,32 @@ class Books:
         self, balance_id: str, account_id: str, at: datetime, available: Decimal | None, *, is_applied: bool = True
     ) -> None:
         """Insert a balance."""
-        figures = {"available": available, "current": None, "limit": None}
-        balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **figures)
+        amounts = {"available": available, "current": None, "limit": None}
+        balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **amounts)
         with transaction(self.engine) as tx:
             record = balances.new_unapplied_record("evt_1", balance, at)
             balances.insert_balances(tx, [replace(record, due_at=None) if is_applied else record])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[Books]:
-    """An empty ledger."""
+def ledger(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[LedgerBuilder]:
+    """Create an empty ledger."""
     url = f"sqlite:///{tmp_path}/ledger.db" if request.param == "sqlite" else postgres_server.database()
     engine = open_engine(url)
     SQLModel.metadata.create_all(engine)
-    yield Books(url, engine)
+    yield LedgerBuilder(url, engine)
     engine.dispose()
 
 
 @pytest.fixture
-def history(books: Books) -> Books:
-    """Three payments of a refresh with two calls, one reused balance, one rejected call, one waiting payment."""
+def history(ledger: LedgerBuilder) -> LedgerBuilder:
+    """Insert three payments of a refresh with two calls, a reused balance, a rejected call and a waiting payment."""
     at = [NOON + timedelta(seconds=s) for s in range(20)]
     for number in (1, 2, 3):
-        books.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})
-    books.call("ref_a", "acct_a", EntryState.POSTED, at[4])
-    books.call("ref_a", "acct_a", None, at[5])
-    books.balance("bal_a", "acct_a", at[6], Decimal("60.00"))
+        ledger.payment(f"pay_{number}", "acct_a", at[number], amount=Decimal("25.00"), metadata={"order": number})
+    ledger.call("ref_a", "acct_a", EntryState.POSTED, at[4])
+    ledger.call("ref_a", "acct_a", None, at[5])
+    ledger.balance("bal_a", "acct_a", at[6], Decimal("60.00"))
     funds_calculation = {
         "amount": "25.00",
         "multiplier": "1",
@@ -120,18 +120,18 @@ def history(books: Books) -> Books:
         "available_after_releases": "10.00",
         "currency": "USD",
     }
-    served = {"refresh_id": "ref_a", "balance_id": "bal_a"}
+    attributed = {"refresh_id": "ref_a", "balance_id": "bal_a"}
     for number in (1, 2):
         outcome = {"payment_id": f"pay_{number}", "state": "released", "verdict": "sufficient"}
-        books.settle(f"pay_{number}", PaymentState.RELEASED, at[7], outcome=outcome, **served)
+        ledger.resolve(f"pay_{number}", PaymentState.RELEASED, at[7], outcome=outcome, **attributed)
     failed = {"reason": "insufficient_funds", "funds_calculation": funds_calculation, "delivered": False}
-    books.settle("pay_3", PaymentState.FAILED, at[7], **failed, **served)
-    books.payment("pay_reused", "acct_a", at[8])
-    reused = {"outcome": {"verdict": "not_requested"}, **served}
-    books.settle("pay_reused", PaymentState.RELEASED, at[9], reused=True, **reused)
-    books.payment("pay_refused", "acct_b", at[10])
-    books.call("ref_b", "acct_b", EntryState.VOID, at[11])
-    books.settle("pay_refused", PaymentState.FAILED, at[12], reason="account_not_found", refresh_id="ref_b")
-    books.payment("pay_waits", "acct_c", at[13])
-    books.call("ref_c", "acct_c", EntryState.POSTED, at[14])
-    return books
+    ledger.resolve("pay_3", PaymentState.FAILED, at[7], **failed, **attributed)
+    ledger.payment("pay_reused", "acct_a", at[8])
+    reused = {"outcome": {"verdict": "not_requested"}, **attributed}
+    ledger.resolve("pay_reused", PaymentState.RELEASED, at[9], reused=True, **reused)
+    ledger.payment("pay_refused", "acct_b", at[10])
+    ledger.call("ref_b", "acct_b", EntryState.VOID, at[11])
+    ledger.resolve("pay_refused", PaymentState.FAILED, at[12], reason="account_not_found", refresh_id="ref_b")
+    ledger.payment("pay_waits", "acct_c", at[13])
+    ledger.call("ref_c", "acct_c", EntryState.POSTED, at[14])
+    return ledger

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from cli import render
 from cli.main import app
 from config.settings import settings
-from tests.cli.conftest import NOON, Books
+from tests.cli.conftest import NOON, LedgerBuilder
 from worker.rules.pricing import Price
 
 Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(history: Books, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(history: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a command on a ledger with a history, without a broker."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", history.url)
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
@@ -45,7 +45,7 @@ def test_payment_show_prints_events_in_order_of_time(run: Run) -> None:
     assert "fee: none, reused the balance of an earlier call, saved 0.10 USD" in output
 
 
-def test_payment_show_prints_balance_that_is_not_applied_yet(run: Run, history: Books) -> None:
+def test_payment_show_prints_balance_that_is_not_applied_yet(run: Run, history: LedgerBuilder) -> None:
     """Only balances that arrived after the request of a waiting payment."""
     history.balance("bal_old", "acct_c", NOON + timedelta(seconds=12), Decimal("10.00"), is_applied=False)
     assert "not applied yet" not in run("payment", "show", "pay_waits").output
@@ -122,11 +122,11 @@ def test_statement_is_equal_as_table_json_and_csv(run: Run, by: str) -> None:
     """All three have the same lines."""
     arguments = ["fees", "statement", "--month", "2026-11", "--by", by]
     report = json.loads(run(*arguments, "--json").output)["lines"]
-    sheet = list(csv.DictReader(io.StringIO(run(*arguments, "--csv").output)))
+    csv_rows = list(csv.DictReader(io.StringIO(run(*arguments, "--csv").output)))
     name = "payment_id" if by == "payment" else "key"
-    assert [row[name] for row in sheet] == [line[name] or "" for line in report]
+    assert [row[name] for row in csv_rows] == [line[name] or "" for line in report]
     amount = "fee" if by == "payment" else "posted_amount"
-    assert [row[amount] for row in sheet] == [line[amount] for line in report]
+    assert [row[amount] for row in csv_rows] == [line[amount] for line in report]
     table = run(*arguments).output
     assert all((line[name] or "(no payment)") in table for line in report)
     assert run(*arguments, "--json", "--csv").exit_code == 2
@@ -186,7 +186,7 @@ def test_reconcile_prints_matches_and_differences(run: Run, tmp_path: Path) -> N
     assert len(json.loads(run("fees", "unresolved", "--json").output)) == 1
 
 
-def test_applied_invoice_posts_and_voids_pending_calls_once(run: Run, history: Books, tmp_path: Path) -> None:
+def test_applied_invoice_posts_and_voids_pending_calls_once(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
     """Posted entries have the line as evidence. A second apply changes nothing."""
     history.call("ref_d", "acct_d", None, datetime(2026, 11, 23, tzinfo=UTC))
     assert "1 pending call posted, 1 voided" in reconcile(run, tmp_path, "--apply", text=COMPLETE_INVOICE).output
@@ -201,7 +201,7 @@ def test_applied_invoice_posts_and_voids_pending_calls_once(run: Run, history: B
     assert "0.30 USD posted" in run("fees", "statement", "--month", "2026-11").output
 
 
-WRONG = [
+INVALID_INVOICES = [
     (INVOICE.replace("0.12", "free"), "2026-11", "line 3: Fee must be an amount"),
     (INVOICE.replace("Fee", "Sum"), "2026-11", "no column 'Fee'"),
     (INVOICE, "2026-10", "line 2: 2026-11-22 is not in 2026-10"),
@@ -212,17 +212,17 @@ WRONG = [
 ]
 
 
-def test_wrong_invoice_is_rejected_as_a_whole(run: Run, history: Books, tmp_path: Path) -> None:
+def test_wrong_invoice_is_rejected_as_a_whole(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
     """The error has the line and the reason, and no entry changes."""
     before = history.entries()
-    for text, month, message in WRONG:
+    for text, month, message in INVALID_INVOICES:
         result = reconcile(run, tmp_path, "--apply", text=text, month=month)
         assert (result.exit_code, type(result.exception)) == (1, SystemExit)
         assert message in result.stderr
     assert history.entries() == before
 
 
-def test_invoice_covers_only_calls_in_its_currency(run: Run, history: Books, tmp_path: Path) -> None:
+def test_invoice_covers_only_calls_in_its_currency(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
     """A line in another currency is rejected."""
     euro = Price(per_call=Decimal("0.10"), currency="EUR", price_list="2026-11-22")
     history.call("ref_a", "acct_a", None, datetime(2026, 11, 22, 12, 0, 5, tzinfo=UTC), euro)
@@ -240,7 +240,9 @@ def test_invoice_covers_only_calls_in_its_currency(run: Run, history: Books, tmp
     assert reconcile(run, tmp_path, "--currency", "euro").exit_code == 2
 
 
-def test_invoice_with_matching_total_is_applied_despite_missing_call(run: Run, history: Books, tmp_path: Path) -> None:
+def test_invoice_with_matching_total_is_applied_despite_missing_call(
+    run: Run, history: LedgerBuilder, tmp_path: Path
+) -> None:
     """A file whose lines do not add up to the total is rejected."""
     before = history.entries()
     result = reconcile(run, tmp_path, "--apply", "--total", "0.42")
@@ -250,18 +252,18 @@ def test_invoice_with_matching_total_is_applied_despite_missing_call(run: Run, h
     assert reconcile(run, tmp_path, "--total", "0,32").exit_code == 2
 
 
-def test_second_invoice_resolves_calls_at_month_boundary(run: Run, history: Books, tmp_path: Path) -> None:
+def test_second_invoice_resolves_calls_at_month_boundary(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
     """A call on neither invoice is voided. A call on the first invoice does not match a line of the second."""
-    turn = datetime(2026, 11, 1, tzinfo=UTC)
-    history.call("ref_charged", "acct_m", None, turn - timedelta(seconds=20))
-    history.call("ref_free", "acct_f", None, turn - timedelta(seconds=10))
+    month_start = datetime(2026, 11, 1, tzinfo=UTC)
+    history.call("ref_charged", "acct_m", None, month_start - timedelta(seconds=20))
+    history.call("ref_free", "acct_f", None, month_start - timedelta(seconds=10))
     charge = "acct_m,2026-11-01T00:00:01Z,0.10,9\n"
     october = reconcile(run, tmp_path, "--apply", "--json", text="Acct,When,Fee,No\n" + charge, month="2026-10")
     report = json.loads(october.output)
     assert (report["applied"], report["deferred_calls"]) == ({"posted": 1, "voided": 0}, ["call_ref_free_0"])
     november = json.loads(reconcile(run, tmp_path, "--apply", "--json", text=COMPLETE_INVOICE + charge).output)
     assert (november["applied"], november["to_void"]) == ({"posted": 1, "voided": 1}, ["call_ref_free_0"])
-    assert [one["account_id"] for one in november["unmatched_lines"]] == ["acct_m", "acct_x"]
+    assert [line["account_id"] for line in november["unmatched_lines"]] == ["acct_m", "acct_x"]
 
 
 def test_invoice_that_is_not_utf_8_is_rejected_with_its_line(run: Run, tmp_path: Path) -> None:

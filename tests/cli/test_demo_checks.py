@@ -22,12 +22,12 @@ def demo_job(name: str, account_id: str, expected: Expected) -> DemoJob:
     return DemoJob(name=name, description="", account_id=account_id, expected=expected, payment_id=f"pay_{name}")
 
 
-GOOD, POOR, WRONG = (
+COVERED, POOR, INVALID = (
     demo_job("good", "acct_a", Expected(state="released", reason="sufficient", fee="posted")),
     demo_job("poor", "acct_b", Expected(state="failed", reason="insufficient_funds", fee="posted")),
     demo_job("wrong", "acct_c", Expected(state="rejected", reason="InvalidJob")),
 )
-JOBS = (GOOD, POOR, WRONG)
+JOBS = (COVERED, POOR, INVALID)
 CALLS = {"acct_a": CallCountsByFeeState(posted=1), "acct_b": CallCountsByFeeState(posted=1)}
 
 
@@ -58,11 +58,11 @@ def entry(job: DemoJob, **fields: Any) -> dict[str, Any]:
 def expected_results() -> Observed:
     """Create observations that equal the expected results."""
     payments = [
-        line(GOOD, PaymentState.RELEASED, "sufficient"),
+        line(COVERED, PaymentState.RELEASED, "sufficient"),
         line(POOR, PaymentState.FAILED, "insufficient_funds"),
     ]
     return Observed(
-        journal=[entry(GOOD, outcome={"fee": {"amount": "0.100000"}}), entry(POOR), entry(WRONG)],
+        journal=[entry(COVERED, outcome={"fee": {"amount": "0.100000"}}), entry(POOR), entry(INVALID)],
         payments={payment.payment_id: payment for payment in payments},
         calls={account_id: Counter({EntryState.POSTED: 1}) for account_id in CALLS},
         accepted=dict.fromkeys(CALLS, 1),
@@ -90,7 +90,7 @@ def test_checks_find_callback_that_ran_twice_or_never() -> None:
     assert not all_callbacks_ran_and_no_backlog(JOBS, missing)
     assert (
         "a callback for a job"
-        in failures(replace(observed, journal=[*observed.journal, {**entry(GOOD), "job": "x"}]))[0]
+        in failures(replace(observed, journal=[*observed.journal, {**entry(COVERED), "job": "x"}]))[0]
     )
 
 
@@ -99,9 +99,9 @@ def test_checks_find_wrong_outcome_at_service_and_in_ledger() -> None:
     observed = expected_results()
     journal = [observed.journal[0], {**entry(POOR), "reason": "timeout"}, observed.journal[2]]
     assert "the service received failed: timeout" in failures(replace(observed, journal=journal))[0]
-    ledger = {**observed.payments, "pay_good": line(GOOD, PaymentState.FAILED, "timeout")}
+    ledger = {**observed.payments, "pay_good": line(COVERED, PaymentState.FAILED, "timeout")}
     assert "the ledger has failed: timeout" in failures(replace(observed, payments=ledger))[0]
-    stored = {**observed.payments, "pay_wrong": line(WRONG, PaymentState.FAILED, "timeout")}
+    stored = {**observed.payments, "pay_wrong": line(INVALID, PaymentState.FAILED, "timeout")}
     assert "the ledger has a payment" in failures(replace(observed, payments=stored))[0]
 
 

@@ -21,10 +21,10 @@ PAYMENT = "payment-" + "0123456789" * 4
 POSTED, PENDING, SAVED = Decimal("1234567.654321"), Decimal("765432.123456"), Decimal("98765.432109")
 
 
-def printed(what: RenderableType, width: int) -> str:
+def printed(renderable: RenderableType, width: int) -> str:
     """Return the output on a terminal of this width."""
     console = Console(file=StringIO(), width=width)
-    console.print(what, highlight=False)
+    console.print(renderable, highlight=False)
     assert isinstance(console.file, StringIO)
     output = console.file.getvalue()
     assert max(map(len, output.splitlines())) <= width
@@ -74,9 +74,9 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
         ),
         width,
     )
-    figures = ["1234567", "1234501", "60", "6", "1234567.654321", "765432.123456", "USD"]
-    figures += ["0.123456"] if by == "price" else ["98765.432109"]
-    assert set(figures) <= set(re.split(r"[\s;,]+", output))
+    numbers = ["1234567", "1234501", "60", "6", "1234567.654321", "765432.123456", "USD"]
+    numbers += ["0.123456"] if by == "price" else ["98765.432109"]
+    assert set(numbers) <= set(re.split(r"[\s;,]+", output))
     assert "…" not in output
     assert re.search(".*?".join(map(re.escape, key)), output, re.DOTALL), "folded, every letter of it is there"
 
@@ -128,6 +128,6 @@ def test_text_from_outside_is_no_markup(width: int) -> None:
     output = printed(fee_tables.limited_share_table([share], "Calls"), width)
     assert "[red]p1[/red]" in without_spaces(output)
     assert "[/]" in output
-    sheet = render.new_table("account")
-    sheet.add_row("[bold]x")
-    assert printed(sheet, width).split() == ["account", "[bold]x"]
+    table = render.new_table("account")
+    table.add_row("[bold]x")
+    assert printed(table, width).split() == ["account", "[bold]x"]

@@ -1,4 +1,4 @@
-"""What people ask of the ledger, answered alike on both databases."""
+"""Reports from the ledger, with the same results on both databases."""
 
 import itertools
 from dataclasses import replace
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
-from tests.cli.conftest import DIME, NOON, Books
+from tests.cli.conftest import DIME, NOON, LedgerBuilder
 from worker.ledger import fee_calls, fee_statement, payment_report
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
@@ -22,8 +22,8 @@ NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
 _numbers = itertools.count()
 
 
-def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: Books) -> None:
-    """Two calls of 0.10, three payments: the first two settled owe a unit more, and a pending call makes it pending."""
+def test_fee_shares_add_up_to_the_calls_that_are_not_void(history: LedgerBuilder) -> None:
+    """Three payments share two calls of 0.10. The first two pay the remainder. A pending call makes them pending."""
     with read_snapshot(history.engine) as tx:
         fees = payment_report.fee_shares_by_payment(tx, ["ref_a", "ref_b"])
     assert {key: fee.amount for key, fee in fees.items()} == {
@@ -38,8 +38,8 @@ def test_the_shares_of_a_refresh_add_up_to_all_its_calls_but_void_ones(history: 
     assert fees["pay_1"].shared_by == 3
 
 
-def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
-    """With the verdict of those that were released, and the reason of those that were not."""
+def test_payments_are_listed_newest_first(history: LedgerBuilder) -> None:
+    """A released payment has a verdict, a failed one a reason."""
     with read_snapshot(history.engine) as tx:
         lines = payment_report.list_payments(tx)
         waiting = payment_report.list_payments(tx, state="waiting")
@@ -58,36 +58,36 @@ def test_payments_are_listed_the_last_requested_first(history: Books) -> None:
     assert lines[2].reused
 
 
-def test_timeline_has_every_step_of_a_payment(history: Books) -> None:
+def test_timeline_has_every_step_of_a_payment(history: LedgerBuilder) -> None:
     """Job, calls with their fees, balance, verdict, deliveries."""
     with read_snapshot(history.engine) as tx:
-        found = payment_report.payment_timeline(tx, "pay_3")
-    assert found is not None
-    assert found.job["metadata"] == {"order": 3}
-    assert [(call.state, call.finalized_at) for call in found.calls] == [
+        timeline = payment_report.payment_timeline(tx, "pay_3")
+    assert timeline is not None
+    assert timeline.job["metadata"] == {"order": 3}
+    assert [(call.state, call.finalized_at) for call in timeline.calls] == [
         (EntryState.POSTED, NOON + timedelta(seconds=5)),
         (EntryState.PENDING, None),
     ]
-    assert found.balance is not None
-    assert found.balance.available == Decimal("60.00")
-    assert found.funds_calculation is not None
-    assert found.funds_calculation["available_after_releases"] == "10.00"
-    assert [(reply.task_id, reply.delivered_at) for reply in found.deliveries] == [("task-pay_3", None)]
+    assert timeline.balance is not None
+    assert timeline.balance.available == Decimal("60.00")
+    assert timeline.funds_calculation is not None
+    assert timeline.funds_calculation["available_after_releases"] == "10.00"
+    assert [(delivery.task_id, delivery.delivered_at) for delivery in timeline.deliveries] == [("task-pay_3", None)]
 
 
-def test_a_timeline_of_a_waiting_payment_shows_the_call_that_is_to_serve_it(history: Books) -> None:
+def test_timeline_of_a_waiting_payment_has_the_refresh_of_its_account(history: LedgerBuilder) -> None:
     """A refresh is linked to a payment only when it resolves. An unknown payment has no timeline."""
     with read_snapshot(history.engine) as tx:
-        found = payment_report.payment_timeline(tx, "pay_waits")
+        timeline = payment_report.payment_timeline(tx, "pay_waits")
         assert payment_report.payment_timeline(tx, "pay_unknown") is None
-    assert found is not None
-    assert found.refresh is not None
-    assert found.refresh.refresh_id == "ref_c"
-    assert [call.state for call in found.calls] == [EntryState.POSTED]
+    assert timeline is not None
+    assert timeline.refresh is not None
+    assert timeline.refresh.refresh_id == "ref_c"
+    assert [call.state for call in timeline.calls] == [EntryState.POSTED]
 
 
-def test_a_statement_counts_the_calls_of_its_month_as_they_stand_now(history: Books) -> None:
-    """A call belongs to the month in which it was made; the end of the month is the next one's."""
+def test_statement_counts_the_calls_of_its_month_in_their_present_state(history: LedgerBuilder) -> None:
+    """A call belongs to the month in which it was made. The end of a month is part of the next one."""
     december = datetime(2026, 12, 1, tzinfo=UTC)
     history.call("ref_late", "acct_d", EntryState.POSTED, december - timedelta(microseconds=1))
     history.call("ref_next", "acct_e", EntryState.POSTED, december)
@@ -110,23 +110,23 @@ def test_a_statement_counts_the_calls_of_its_month_as_they_stand_now(history: Bo
     assert after == [replace(line, calls=1, posted=1, pending=0, void=0, posted_amount=dime, pending_amount=Decimal(0))]
 
 
-def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
-    """Three calls of 0.1 are 0.3; each price, currency and price list is a line of its own."""
+def test_statement_sums_are_exact(ledger: LedgerBuilder) -> None:
+    """Three calls of 0.1 are 0.3. Each price, currency and price list has its own line."""
     for number in range(3):
-        books.call(f"ref_{number}", f"acct_{number}", EntryState.POSTED)
-    books.call(
+        ledger.call(f"ref_{number}", f"acct_{number}", EntryState.POSTED)
+    ledger.call(
         "ref_dear",
         "acct_x",
         EntryState.POSTED,
         price=Price(per_call=Decimal("0.333333"), currency="USD", price_list="2027-01-01"),
     )
-    books.call(
+    ledger.call(
         "ref_euro",
         "acct_y",
         EntryState.POSTED,
         price=Price(per_call=Decimal("0.100000"), currency="EUR", price_list="2026-11-22"),
     )
-    with read_snapshot(books.engine) as tx:
+    with read_snapshot(ledger.engine) as tx:
         lines = fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "price")
     assert [(line.currency, line.calls, line.posted_amount) for line in lines] == [
         ("EUR", 1, Decimal("0.100000")),
@@ -135,15 +135,15 @@ def test_sums_are_exact_where_floats_are_not(books: Books) -> None:
     ]
 
 
-def test_statement_shows_savings_by_account_and_day(history: Books) -> None:
-    """Three payments shared two calls of 0.10: alone they would have cost 0.60. A later one needed no call."""
-    books, day = history, timedelta(days=1)
-    books.call("ref_next", "acct_d", EntryState.POSTED, NOON + day)
+def test_statement_shows_savings_by_account_and_day(history: LedgerBuilder) -> None:
+    """Three payments shared two calls of 0.10, which saved 0.40. A reused balance saved another call."""
+    ledger, day = history, timedelta(days=1)
+    ledger.call("ref_next", "acct_d", EntryState.POSTED, NOON + day)
     saved = Savings(shared=2, by_sharing=Decimal("0.400000"), reused=1, by_reuse=Decimal("0.100000"))
-    with read_snapshot(books.engine) as tx:
+    with read_snapshot(ledger.engine) as tx:
         accounts = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "account")
         days = fee_statement.statement_lines(tx, NOVEMBER, NOON + 2 * day, "day")
-        together = fee_statement.savings_by_currency(tx, NOVEMBER, NOON + 2 * day)
+        savings = fee_statement.savings_by_currency(tx, NOVEMBER, NOON + 2 * day)
     assert [(line.key, line.calls, line.posted, line.pending, line.void) for line in accounts] == [
         ("acct_a", 2, 1, 1, 0),
         ("acct_b", 1, 0, 0, 1),
@@ -153,11 +153,11 @@ def test_statement_shows_savings_by_account_and_day(history: Books) -> None:
     assert [line.saved for line in accounts] == [saved, Savings(), Savings(), Savings()]
     assert [(line.key, line.calls) for line in days] == [("2026-11-22", 4), ("2026-11-23", 1)]
     assert [line.saved for line in days] == [saved, Savings()]
-    assert together == {"USD": saved}
+    assert savings == {"USD": saved}
 
 
-def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_payments_share(history: Books) -> None:
-    """Who reused owes nothing; a call that no settled payment shares has a line of its own."""
+def test_statement_by_payment_adds_up_to_the_calls_and_has_each_fee_share(history: LedgerBuilder) -> None:
+    """A payment with a reused balance owes nothing. A call that no resolved payment shares has its own line."""
     with read_snapshot(history.engine) as tx:
         shares = list(fee_statement.payment_shares_and_unshared_fees(tx, NOVEMBER, NOON + timedelta(days=1)))
         fees = payment_report.fee_shares_by_payment(tx, ["ref_a", "ref_b"])
@@ -172,13 +172,15 @@ def test_a_statement_by_payment_adds_up_to_the_calls_and_agrees_with_each_paymen
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prices=st.lists(st.decimals(0, 10**6, places=6), min_size=1, max_size=3), sharers=st.integers(1, 7))
-def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[Decimal], sharers: int) -> None:
-    """Whatever the price: the same millionths to the same payments."""
+def test_shares_computed_by_the_database_equal_those_of_the_rules(
+    ledger: LedgerBuilder, prices: list[Decimal], sharers: int
+) -> None:
+    """For any price, each payment gets the same millionths."""
     mark = f"{next(_numbers)}"
     for number in range(sharers):
-        books.payment(f"p{number}_{mark}", f"acct_{mark}", NOON)
+        ledger.payment(f"p{number}_{mark}", f"acct_{mark}", NOON)
     for price in prices:
-        books.call(
+        ledger.call(
             f"ref_{mark}",
             f"acct_{mark}",
             EntryState.POSTED,
@@ -187,108 +189,113 @@ def test_the_databases_shares_are_the_rules_shares(books: Books, prices: list[De
         )
     for number in range(sharers):
         end = NOON + timedelta(seconds=number)
-        books.settle(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
-    with read_snapshot(books.engine) as tx:
+        ledger.resolve(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
+    with read_snapshot(ledger.engine) as tx:
         shares = [
             s
             for s in fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(1))
             if s.refresh_id == f"ref_{mark}"
         ]
-    assert [s.fee for s in shares] == [split_share(sum(prices, Decimal(0)), sharers, place) for place in range(sharers)]
+    assert [s.fee for s in shares] == [split_share(sum(prices, Decimal(0)), sharers, index) for index in range(sharers)]
 
 
-TURN = datetime(2026, 12, 1, tzinfo=UTC)
+MONTH_END = datetime(2026, 12, 1, tzinfo=UTC)
 JANUARY = datetime(2027, 1, 1, tzinfo=UTC)
 prices = st.decimals(0, 10, places=6)
-ends = st.sampled_from([None, EntryState.POSTED, EntryState.VOID])
-around_the_turn = st.integers(-90, 90).map(lambda seconds: TURN + timedelta(seconds=seconds))
+entry_states = st.sampled_from([None, EntryState.POSTED, EntryState.VOID])
+times_near_month_end = st.integers(-90, 90).map(lambda seconds: MONTH_END + timedelta(seconds=seconds))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(calls=st.lists(st.tuples(prices, ends, around_the_turn), min_size=1, max_size=4), sharers=st.integers(1, 5))
-def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
-    books: Books, calls: list[tuple[Decimal, EntryState | None, datetime]], sharers: int
+@given(
+    calls=st.lists(st.tuples(prices, entry_states, times_near_month_end), min_size=1, max_size=4),
+    sharers=st.integers(1, 5),
+)
+def test_refresh_with_calls_in_two_months_is_shared_once(
+    ledger: LedgerBuilder, calls: list[tuple[Decimal, EntryState | None, datetime]], sharers: int
 ) -> None:
     """Each month adds up to its own calls. Over both, a payment owes its fee share, and reuse saved one call."""
     mark = f"{next(_numbers)}"
     account_id, refresh_id = f"acct_{mark}", f"ref_{mark}"
-    calls.sort(key=lambda made: made[2])
+    calls.sort(key=lambda call: call[2])
     for price, end, at in calls:
-        books.call(refresh_id, account_id, end, at, Price(per_call=price, currency="USD", price_list="x"))
+        ledger.call(refresh_id, account_id, end, at, Price(per_call=price, currency="USD", price_list="x"))
     for number in range(sharers + 1):
-        books.payment(f"p{number}_{mark}", account_id, calls[0][2])
-        end_at, reused = TURN + timedelta(hours=1, seconds=number), number == sharers
-        books.settle(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
-    with read_snapshot(books.engine) as tx:
+        ledger.payment(f"p{number}_{mark}", account_id, calls[0][2])
+        end_at, reused = MONTH_END + timedelta(hours=1, seconds=number), number == sharers
+        ledger.resolve(f"p{number}_{mark}", PaymentState.RELEASED, end_at, refresh_id=refresh_id, reused=reused)
+    with read_snapshot(ledger.engine) as tx:
         shares = payment_report.fee_shares_by_payment(tx, [refresh_id])
         months = [
             list(fee_statement.payment_shares_and_unshared_fees(tx, *span))
-            for span in ((NOVEMBER, TURN), (TURN, JANUARY))
+            for span in ((NOVEMBER, MONTH_END), (MONTH_END, JANUARY))
         ]
-        lines = [fee_statement.statement_lines(tx, *span, "account") for span in ((NOVEMBER, TURN), (TURN, JANUARY))]
+        lines = [
+            fee_statement.statement_lines(tx, *span, "account")
+            for span in ((NOVEMBER, MONTH_END), (MONTH_END, JANUARY))
+        ]
     months = [[share for share in month if share.refresh_id == refresh_id] for month in months]
-    for month, of_month in zip(months, lines, strict=True):
-        here = [line for line in of_month if line.key == account_id]
-        assert sum(s.fee for s in month) == sum(line.posted_amount + line.pending_amount for line in here)
+    for month, month_lines in zip(months, lines, strict=True):
+        account_lines = [line for line in month_lines if line.key == account_id]
+        assert sum(s.fee for s in month) == sum(line.posted_amount + line.pending_amount for line in account_lines)
         assert all(s.fee >= 0 for s in month)
     for number in range(sharers):
-        owed = sum(s.fee for month in months for s in month if s.payment_id == f"p{number}_{mark}")
-        assert owed == shares[f"p{number}_{mark}"].amount
+        total = sum(s.fee for month in months for s in month if s.payment_id == f"p{number}_{mark}")
+        assert total == shares[f"p{number}_{mark}"].amount
     saved = [s.saved for month in months for s in month if s.state == "reused" and s.saved]
-    by_account = [line.saved for of_month in lines for line in of_month if line.key == account_id and line.saved]
-    assert saved == [one.by_reuse for one in by_account if one.by_reuse]
+    by_account = [line.saved for month_lines in lines for line in month_lines if line.key == account_id and line.saved]
+    assert saved == [savings.by_reuse for savings in by_account if savings.by_reuse]
     assert len(saved) == (1 if shares[f"p0_{mark}"].total else 0)
 
 
-def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
-    """The oldest first, with what their refresh met with."""
+def test_unresolved_calls_are_listed_oldest_first(history: LedgerBuilder) -> None:
+    """A call is unresolved if it has been pending since the given time."""
     history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
     with read_snapshot(history.engine) as tx:
         early = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=1))
         both = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=6))
         assert fee_calls.unresolved_calls(tx, NOON) == []
-    assert [(one.account_id, one.price) for one in early] == [("acct_a", DIME.per_call)]
-    assert [one.account_id for one in both] == ["acct_a", "acct_d"]
+    assert [(call.account_id, call.price) for call in early] == [("acct_a", DIME.per_call)]
+    assert [call.account_id for call in both] == ["acct_a", "acct_d"]
 
 
-def test_calls_are_counted_by_account_and_state(history: Books) -> None:
+def test_calls_are_counted_by_account_and_state(history: LedgerBuilder) -> None:
     """An account without calls is left out."""
     with read_snapshot(history.engine) as tx:
         calls = payment_report.call_counts_by_account(tx, ["acct_a", "acct_c", "acct_unknown"])
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
-def test_an_empty_ledger_answers_too(books: Books) -> None:
-    """With nothing."""
-    with read_snapshot(books.engine) as tx:
+def test_reports_of_an_empty_ledger_are_empty(ledger: LedgerBuilder) -> None:
+    with read_snapshot(ledger.engine) as tx:
         assert payment_report.list_payments(tx) == []
         assert payment_report.list_payments(tx, payment_ids=[]) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
 
 
-def test_reader_blocks_no_writer(books: Books) -> None:
-    """And goes on seeing the ledger as it was."""
-    books.payment("pay_1", "acct_a")
-    with read_snapshot(books.engine) as tx:
+def test_reader_blocks_no_writer(ledger: LedgerBuilder) -> None:
+    """It sees the ledger as of its first query."""
+    ledger.payment("pay_1", "acct_a")
+    with read_snapshot(ledger.engine) as tx:
         before = payment_report.list_payments(tx)
-        books.payment("pay_2", "acct_a")
+        ledger.payment("pay_2", "acct_a")
         assert payment_report.list_payments(tx) == before
-    with read_snapshot(books.engine) as tx:
+    with read_snapshot(ledger.engine) as tx:
         assert len(payment_report.list_payments(tx)) == 2
 
 
-def test_nothing_is_written_by_who_reads(books: Books) -> None:
-    """PostgreSQL refuses it; on both it is gone in the end, and the connection writes again for the next."""
-    books.payment("pay_1", "acct_a")
-    one = open_engine(books.url, connections=1)
-    with read_snapshot(one) as tx:
+def test_read_snapshot_commits_no_write(ledger: LedgerBuilder) -> None:
+    """PostgreSQL rejects the write, and SQLite rolls it back. The next transaction on the connection can write."""
+    ledger.payment("pay_1", "acct_a")
+    engine = open_engine(ledger.url, connections=1)
+    with read_snapshot(engine) as tx:
         if tx.dialect.name == "postgresql":
             with pytest.raises(DBAPIError, match="read-only"):
                 tx.execute(PAYMENT.update().values(reason="y"))
         else:
             tx.execute(PAYMENT.update().values(reason="y"))
-    with transaction(one) as tx:
+    with transaction(engine) as tx:
         assert tx.execute(PAYMENT.select()).one().reason is None
         assert tx.execute(PAYMENT.update().values(reason="x")).rowcount == 1
-    one.dispose()
+    engine.dispose()

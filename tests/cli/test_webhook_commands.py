@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from config.settings import settings
-from tests.cli.conftest import NOON, Books
+from tests.cli.conftest import NOON, LedgerBuilder
 from tests.support.simulator import Simulator
 from webhook.events import BALANCE_CREATED, CONNECTION_LOST_EVENTS
 from worker import metrics, runtime
@@ -34,7 +34,7 @@ from worker.quiltt.subscriptions import (
 Run = Callable[..., Any]
 URL = "https://payready.example/webhooks/quiltt"
 RECORD = {"id": "bal_1", "accountId": "acct_1", "at": "2026-11-22T12:00:00Z", "source": "REFRESH"}
-FIGURES = {"available": 1, "current": None, "limit": None}
+AMOUNTS = {"available": 1, "current": None, "limit": None}
 
 
 def event(**record: Any) -> bytes:
@@ -42,7 +42,7 @@ def event(**record: Any) -> bytes:
     return json.dumps({"id": "evt_1", "type": "balance.created", "record": {**RECORD, **record}}).encode()
 
 
-UNDERSTOOD_NOW, ROUTINE_NOW = event(**FIGURES), event(source="SOME_NEW_WORD")
+PARSEABLE_NOW, ROUTINE_NOW = event(**AMOUNTS), event(source="SOME_NEW_WORD")
 ODD = b'{"type": "balance.created", "text": "\x1b[2J\xff", "x": NaN}'
 
 
@@ -58,20 +58,22 @@ def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
 
 
 @pytest.fixture
-def quarantined(books: Books, run: Run, monkeypatch: pytest.MonkeyPatch) -> Books:
+def quarantined(ledger: LedgerBuilder, run: Run, monkeypatch: pytest.MonkeyPatch) -> LedgerBuilder:
     """A ledger with three quarantined events, two of which this version can parse."""
-    monkeypatch.setenv("PAYREADY_DATABASE_URL", books.url)
-    with transaction(books.engine) as tx:
+    monkeypatch.setenv("PAYREADY_DATABASE_URL", ledger.url)
+    with transaction(ledger.engine) as tx:
         quarantine.insert_events(
-            tx, [UnparsedEvent(raw=raw, reason="x: y") for raw in (UNDERSTOOD_NOW, ROUTINE_NOW, ODD, ODD)], NOON
+            tx, [UnparsedEvent(raw=raw, reason="x: y") for raw in (PARSEABLE_NOW, ROUTINE_NOW, ODD, ODD)], NOON
         )
-    return books
+    return ledger
 
 
-def test_replay_applies_parseable_events_and_leaves_the_rest(quarantined: Books, run: Run, valkey_url: str) -> None:
+def test_replay_applies_parseable_events_and_leaves_the_rest(
+    quarantined: LedgerBuilder, run: Run, valkey_url: str
+) -> None:
     """The balance has its original time of receipt, and `balances.apply` is enqueued once."""
-    said = run("quarantine", "replay", "--all", "--json")
-    assert json.loads(said.stdout) == {"applied": 1, "irrelevant": 1, "still_unparseable": 1}
+    result = run("quarantine", "replay", "--all", "--json")
+    assert json.loads(result.stdout) == {"applied": 1, "irrelevant": 1, "still_unparseable": 1}
     with quarantined.engine.connect() as connection:
         [balance] = connection.execute(BALANCE.select())
     assert (balance.balance_id, balance.event_id, balance.received_at) == ("bal_1", "evt_1", NOON)
@@ -79,35 +81,37 @@ def test_replay_applies_parseable_events_and_leaves_the_rest(quarantined: Books,
     with Redis.from_url(valkey_url) as redis:
         [message] = redis.lrange("balances", 0, -1)
     assert json.loads(message)["headers"]["task"] == "balances.apply"
-    [left] = json.loads(run("quarantine", "list", "--json").stdout)
-    assert left["bytes"] == len(ODD)
-    assert json.loads(run("quarantine", "replay", left["quarantine_id"], "--json").stdout)["still_unparseable"] == 1
+    [remaining] = json.loads(run("quarantine", "list", "--json").stdout)
+    assert remaining["bytes"] == len(ODD)
+    assert (
+        json.loads(run("quarantine", "replay", remaining["quarantine_id"], "--json").stdout)["still_unparseable"] == 1
+    )
 
 
 def test_replay_without_broker_leaves_balances_to_the_sweep(
-    quarantined: Books, run: Run, monkeypatch: pytest.MonkeyPatch
+    quarantined: LedgerBuilder, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The balance is due, and the sweep applies due balances."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
-    said = run("quarantine", "replay", "--all")
-    assert "applied 1, irrelevant 1, still unparseable 1" in said.stdout
-    assert "the sweep will apply it" in said.stderr
+    result = run("quarantine", "replay", "--all")
+    assert "applied 1, irrelevant 1, still unparseable 1" in result.stdout
+    assert "the sweep will apply it" in result.stderr
     with quarantined.engine.connect() as connection:
         assert [row.due_at is not None for row in connection.execute(BALANCE.select())] == [True]
 
 
-def test_quarantine_show_escapes_control_characters(quarantined: Books, run: Run) -> None:
+def test_quarantine_show_escapes_control_characters(quarantined: LedgerBuilder, run: Run) -> None:
     """A terminal obeys no byte of an event. Lists have no content of events."""
     lines = json.loads(run("quarantine", "list", "--json").stdout)
     [odd] = [line["quarantine_id"] for line in lines if line["bytes"] == len(ODD)]
     assert "balance.created" not in run("quarantine", "list").stdout
-    said = run("quarantine", "show", odd).stdout
-    assert r'"text": "\x1b[2J\xff", "x": NaN}' in said
-    assert "x: y" in said
+    result = run("quarantine", "show", odd).stdout
+    assert r'"text": "\x1b[2J\xff", "x": NaN}' in result
+    assert "x: y" in result
     assert json.loads(run("quarantine", "show", odd, "--json").stdout)["event"] == ODD.decode(errors="backslashreplace")
 
 
-def test_quarantine_delete_removes_named_or_all_events(quarantined: Books, run: Run) -> None:
+def test_quarantine_delete_removes_named_or_all_events(quarantined: LedgerBuilder, run: Run) -> None:
     """Without ids and without --all nothing is deleted. --all asks for confirmation."""
     assert run("quarantine", "delete").exit_code == 2
     assert run("quarantine", "delete", "evt_q_1", "--all").exit_code == 2
@@ -121,26 +125,26 @@ def test_quarantine_delete_removes_named_or_all_events(quarantined: Books, run: 
     assert "empty" in run("quarantine", "list").stdout
 
 
-def test_prune_deletes_oldest_events_beyond_limits(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_deletes_oldest_events_beyond_limits(ledger: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are age, number and size."""
 
-    def left() -> list[str]:
-        with transaction(books.engine) as tx:
+    def remaining_ids() -> list[str]:
+        with transaction(ledger.engine) as tx:
             quarantine.prune(tx, NOON)
             return [quarantined_event.event[:1].decode() for quarantined_event in quarantine.newest_events(tx, 10)]
 
-    with transaction(books.engine) as tx:
+    with transaction(ledger.engine) as tx:
         for age_days, name in enumerate(b"abcde"):
             quarantine.insert_events(
                 tx, [UnparsedEvent(raw=bytes([name]) * 10, reason="x")], NOON - timedelta(days=age_days)
             )
-    assert left() == ["a", "b", "c", "d", "e"]
+    assert remaining_ids() == ["a", "b", "c", "d", "e"]
     monkeypatch.setattr(quarantine, "MAX_AGE", timedelta(days=3))
-    assert left() == ["a", "b", "c", "d"]
+    assert remaining_ids() == ["a", "b", "c", "d"]
     monkeypatch.setattr(quarantine, "MAX_EVENTS", 3)
-    assert left() == ["a", "b", "c"]
+    assert remaining_ids() == ["a", "b", "c"]
     monkeypatch.setattr(quarantine, "MAX_BYTES", 29)
-    assert left() == ["a", "b"]
+    assert remaining_ids() == ["a", "b"]
 
 
 # --- the subscription -------------------------------------------------------------------------------------------------
@@ -175,28 +179,33 @@ def test_subscription_is_created_checked_repaired_and_deleted(
 
     created = json.loads(run("webhooks", "subscribe", "--json").stdout)
     assert created["action"] == "created"
-    one = created["subscription"]["id"]
+    subscription_id = created["subscription"]["id"]
     assert run("webhooks", "status").stdout.endswith(f"{URL} receives all required event types\n")
     assert checked_problems() == 0
     assert json.loads(run("webhooks", "subscribe", "--json").stdout)["action"] == "unchanged"
 
     changed = {"disabled": True, "eventTypes": ["balance.created", "more"]}
     provider.http.patch(
-        f"/v1/webhooks/subscriptions/{one}", json=changed, headers={"Authorization": f"Bearer {provider.api_key}"}
+        f"/v1/webhooks/subscriptions/{subscription_id}",
+        json=changed,
+        headers={"Authorization": f"Bearer {provider.api_key}"},
     ).raise_for_status()
     wrong = json.loads(run("webhooks", "status", "--json").stdout)["problems"]
-    assert wrong == [f"{one} is disabled", f"{one} lacks the events {', '.join(REQUIRED_EVENT_TYPES[1:])}"]
+    assert wrong == [
+        f"{subscription_id} is disabled",
+        f"{subscription_id} lacks the events {', '.join(REQUIRED_EVENT_TYPES[1:])}",
+    ]
     assert checked_problems() == 2
     repaired = json.loads(run("webhooks", "subscribe", "--json").stdout)
-    assert (repaired["action"], repaired["subscription"]["id"]) == ("repaired", one)
+    assert (repaired["action"], repaired["subscription"]["id"]) == ("repaired", subscription_id)
     assert repaired["subscription"]["event_types"] == ["balance.created", "more", *REQUIRED_EVENT_TYPES[1:]]
     assert checked_problems() == 0
 
     additional = json.loads(run("webhooks", "subscribe", "--additional", "--json").stdout)["subscription"]["id"]
     assert run("webhooks", "unsubscribe").exit_code == 1, "there are two"
-    assert run("webhooks", "unsubscribe", one, "--disable").exit_code == 0
+    assert run("webhooks", "unsubscribe", subscription_id, "--disable").exit_code == 0
     assert checked_problems() == 0, "the additional one is enabled"
-    assert run("webhooks", "unsubscribe", one).exit_code == 0
+    assert run("webhooks", "unsubscribe", subscription_id).exit_code == 0
     assert run("webhooks", "unsubscribe").stdout == f"{additional}: deleted\n"
     assert run("webhooks", "unsubscribe").exit_code == 1
 
@@ -237,7 +246,7 @@ def test_required_event_types_are_those_the_webhook_parses() -> None:
 
 def test_subscription_without_https_is_a_problem() -> None:
     """The settings reject it, too."""
-    given = {"id": "whs_1", "targetUrl": "http://x", "eventTypes": list(REQUIRED_EVENT_TYPES)}
-    assert find_problems_of_best_subscription([Subscription.model_validate(given)], "http://x") == [
+    subscription = {"id": "whs_1", "targetUrl": "http://x", "eventTypes": list(REQUIRED_EVENT_TYPES)}
+    assert find_problems_of_best_subscription([Subscription.model_validate(subscription)], "http://x") == [
         "http://x is not https"
     ]

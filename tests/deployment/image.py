@@ -30,16 +30,16 @@ CONFINED = """
 mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift &&
 exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 """
-"""Becomes a command as the image confines it; the first argument is the folder that can be written to."""
+"""Runs a command with the image's restrictions. The first argument is the writable folder."""
 SECRET, API_KEY = "whsec_of_the_image", "key_of_the_image"
 PYTHON = next((path for path in ("/usr/local/bin/python3", "/usr/bin/python3") if Path(path).exists()), sys.executable)
-"""Another user may not reach the one that we run on."""
+"""An interpreter that another user can execute."""
 ROLES = ("web", "worker", "refresh", "beat", "flower")
 START_LIMIT_S = 2.0
 
 
 def build(image: Path, requirements: str) -> None:
-    """Make `/venv` and `/app` of the image below `image`."""
+    """Create `/venv` and `/app` of the image below `image`."""
     venv = image / "venv"
     subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(venv)], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--quiet", "--quiet"]
@@ -50,12 +50,12 @@ def build(image: Path, requirements: str) -> None:
 
 
 def copy(image: Path) -> None:
-    """Do the COPY lines of the Dockerfile's first stage."""
+    """Execute the COPY lines of the Dockerfile's first stage."""
     lines = re.findall(r"^COPY ((?!--)(?:\S+ )+)(/\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     for sources, target in lines:
-        there = image / target.lstrip("/")
+        destination = image / target.lstrip("/")
         for source in sources.split():
-            place = there / source.split("/")[-1] if target.endswith("/") else there
+            place = destination / source.split("/")[-1] if target.endswith("/") else destination
             place.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-r", str(ROOT / source), str(place)], check=True)
     for cache in (image / "app").rglob("__pycache__"):
@@ -63,13 +63,13 @@ def copy(image: Path) -> None:
 
 
 def confined(tmp: Path, *command: str) -> list[str]:
-    """The command, with as little as the image leaves it."""
+    """Return the command with the image's restrictions."""
     return ["unshare", "--mount", "sh", "-c", CONFINED, "sh", str(tmp), *command] if os.geteuid() == 0 else [*command]
 
 
 @contextmanager
 def running(image: Path, role: str, environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A role for as long as the block runs; it must then end on SIGTERM, in time."""
+    """Run a role during the block. It must exit within 30 s of SIGTERM."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             confined(Path(environ["HOME"]), "role", role),
@@ -90,8 +90,8 @@ def running(image: Path, role: str, environ: Mapping[str, str], log: Path) -> It
             raise
 
 
-def until(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
-    """How long it takes until it is ready."""
+def wait_until_ready(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
+    """Wait until the role is ready. Return the elapsed seconds."""
     start = time.monotonic()
     for is_ready in ready:
         if is_ready:
@@ -102,14 +102,14 @@ def until(what: str, ready: Iterator[bool], limit_s: float = 30) -> float:
     raise AssertionError
 
 
-def healthy(image: Path, port: int, page: str) -> bool:
-    """What the image's health check says."""
+def is_healthy(image: Path, port: int, page: str) -> bool:
+    """Return the result of the image's health check."""
     script = image / "venv" / "bin" / "healthy"
     return subprocess.run([str(script), str(port), page], capture_output=True, check=False).returncode == 0
 
 
 def sizes(venv: Path) -> list[tuple[int, str]]:
-    """Sizes of the packages in MiB, the largest first."""
+    """Return the sizes of the packages in MiB, largest first."""
     packages = next((venv / "lib").glob("python*")) / "site-packages"
     sizes = subprocess.run(["du", "-sm", *map(str, packages.iterdir())], capture_output=True, text=True, check=True)
     lines = (line.split("\t") for line in sizes.stdout.splitlines())
@@ -117,7 +117,7 @@ def sizes(venv: Path) -> list[tuple[int, str]]:
 
 
 def main() -> None:
-    """Build, run, and say what was seen; ends with status 1 where a role does not come up."""
+    """Build the image, run the roles, and print sizes and start times. Exit with status 1 if a role does not start."""
     with tempfile.TemporaryDirectory(prefix="payready-image-") as folder, ExitStack() as stack:
         image, logs, tmp = Path(folder) / "image", Path(folder) / "logs", Path(folder) / "tmp"
         for path in (image, logs, tmp):
@@ -130,11 +130,11 @@ def main() -> None:
         total = sum(size for size, _ in sizes(image / "venv"))
         largest = ", ".join(f"{name} {size}" for size, name in sizes(image / "venv")[:12])
         print(f"dependencies: {total} MiB; the largest: {largest}")  # noqa: T201
-        walk(stack, image, logs, tmp)
+        run_roles(stack, image, logs, tmp)
 
 
-def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
-    """Run every role, make a payment, ask the doctor."""
+def run_roles(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
+    """Run every role, a payment, and `payready doctor`."""
     database = stack.enter_context(postgres()).database()
     valkey = ValkeyServer(port=assign_free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
     stack.enter_context(valkey)
@@ -171,17 +171,17 @@ def walk(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
             running(image, role, {**environ, "PAYREADY_METRICS_PORT": str(port)}, logs / role)
         )
         page = {"web": (web, "/readyz"), "flower": (flower, "/healthcheck")}.get(role, (port, "/readyz"))
-        took = until(role, ready(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
-        assert healthy(image, *page), f"{role}: the image's health check disagrees"
+        took = wait_until_ready(role, readiness(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
+        assert is_healthy(image, *page), f"{role}: the image's health check disagrees"
         print(f"{role}: up in {took:.2f} s" + (", too slow" if took > START_LIMIT_S else ""))  # noqa: T201
     pay(redis_url)
     command = confined(tmp, "role", "payready", "doctor", "--flower", f"http://127.0.0.1:{flower}")
     doctor = subprocess.run(command, cwd=image / "app", env=environ, check=False)
-    assert doctor.returncode == 0, "the doctor finds fault"
+    assert doctor.returncode == 0, "the doctor reports an error"
 
 
-def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[bool]:
-    """Whether a role answers; ends all when it has ended."""
+def readiness(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[bool]:
+    """Yield whether the role responds. Exit if its process has ended."""
     while True:
         if process.poll() is not None:
             raise SystemExit(f"ended with {process.returncode}:\n{log.read_text()}")
@@ -189,7 +189,7 @@ def ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> Iterator[b
 
 
 def pay(redis_url: str) -> None:
-    """Make a payment, as a payments service does."""
+    """Send a job, as a payments service does, and wait for its outcome."""
     with Celery("service", broker=redis_url, backend=redis_url, set_as_current=False) as app:
         job = {"payment_id": "pay_1", "account_id": "acct_prompt01", "amount": "25.00"}
         outcome = app.send_task("payments.initiate", kwargs=job, queue="payments").get(timeout=30)

@@ -1,4 +1,4 @@
-"""What is deployed agrees with what is written: roles, settings, metrics, runbooks."""
+"""Deployment files agree with the code: roles, settings, metrics, runbooks."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_runbook_has_the_four_headings_in_order(path: Path) -> None:
 
 
 def test_compose_runs_every_role_confined() -> None:
-    """By its name in the Procfile, with nothing to write to, and no port that the world can reach."""
+    """A role has its name of the Procfile, a read-only file system, and ports on the loopback interface only."""
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     roles = {name: service for name, service in services.items() if service["image"] == "payready"}
     assert {name: service["command"] for name, service in roles.items()} == {name: [name] for name in procfile()}
@@ -96,7 +96,7 @@ def test_compose_runs_every_role_confined() -> None:
 
 
 def test_kubernetes_runs_every_role_confined() -> None:
-    """With probes, as another user; and without the variables that Kubernetes makes of services."""
+    """A pod has probes, an unprivileged user, and no environment variables of Kubernetes services."""
     pods = {
         item["metadata"]["name"]: item["spec"]["template"]["spec"]
         for item in _objects()

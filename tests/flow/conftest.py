@@ -21,8 +21,8 @@ from worker.rules.pricing import EntryState, split_share
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
     """Create an empty in-process system."""
-    with databases.create() as address, in_process_system(address, valkey_url) as made:
-        yield made
+    with databases.create() as address, in_process_system(address, valkey_url) as system:
+        yield system
 
 
 @pytest.fixture(params=["fakeredis", "valkey"])
@@ -38,7 +38,7 @@ def redis(request: pytest.FixtureRequest) -> Iterator["Redis"]:
 
 
 @pytest.fixture
-def gate(valkey_url: str) -> Iterator[AdmissionControl]:
+def admission(valkey_url: str) -> Iterator[AdmissionControl]:
     """Create an admission control on an empty Redis, with the limits of `tests/support/admission.py`."""
     with Redis.from_url(valkey_url, decode_responses=True) as redis:
         redis.flushdb()
@@ -46,29 +46,29 @@ def gate(valkey_url: str) -> Iterator[AdmissionControl]:
 
 
 @pytest.fixture
-def made(databases: Databases, valkey_url: str) -> MakeSystem:
+def make_system(databases: Databases, valkey_url: str) -> MakeSystem:
     """Return a factory of in-process systems with changed settings."""
 
     @contextmanager
     def make(**settings: Any) -> Iterator[InProcessSystem]:
         with (
             databases.create() as address,
-            in_process_system(address, valkey_url, SETTINGS.model_copy(update=settings)) as it,
+            in_process_system(address, valkey_url, SETTINGS.model_copy(update=settings)) as system,
         ):
-            yield it
+            yield system
 
     return make
 
 
 @pytest.fixture(scope="session")
-def made_on_sqlite(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> MakeSystem:
+def make_sqlite_system(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> MakeSystem:
     """Return a factory of in-process systems on SQLite, for tests that need a new system for each example."""
     databases = Databases(tmp_path_factory.mktemp("examples"), None)
 
     @contextmanager
     def make() -> Iterator[InProcessSystem]:
-        with databases.create() as address, in_process_system(address, valkey_url) as it:
-            yield it
+        with databases.create() as address, in_process_system(address, valkey_url) as system:
+            yield system
 
     return make
 

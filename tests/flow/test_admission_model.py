@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 PER_S, BURST, FAILURES = 8, 2, 2
 INTERVAL, PROBE_LIMIT = SECOND / PER_S, timedelta(seconds=40)
 BELIEVED = timedelta(seconds=61)
-"""A stored end further in the future than this comes from a wrong clock and is ignored."""
+"""A stored time further in the future than this comes from a wrong clock and is ignored."""
 
 
 class Model:
@@ -63,11 +63,11 @@ class Model:
     def reserve(self, now: datetime, wanted: int) -> list[timedelta]:
         """Return slots in the rest of the next second. While there are too few, new calls are delayed."""
         first = self._spent(now)
-        places = min(wanted, max(0, (now + SECOND - first) // INTERVAL))
-        self.spent_until = first + places * INTERVAL
-        if places < wanted:
+        count = min(wanted, max(0, (now + SECOND - first) // INTERVAL))
+        self.spent_until = first + count * INTERVAL
+        if count < wanted:
             self.delayed_until = now + DELAYED_CALLS_FIRST
-        return [first - now + place * INTERVAL for place in range(places)]
+        return [first - now + index * INTERVAL for index in range(count)]
 
     def is_open(self, now: datetime) -> bool:
         return self.open is not None and self.open[1] <= now + BELIEVED
@@ -81,20 +81,22 @@ class Model:
         if self.open is None or admitted_at > self.open[0]:
             self.probed_until = START - SECOND
 
-    def record(self, end: CallStatus, claimed_at: datetime, now: datetime, retry_at: datetime | None) -> BreakerChange:
+    def record(
+        self, status: CallStatus, claimed_at: datetime, now: datetime, retry_at: datetime | None
+    ) -> BreakerChange:
         """Record a call result: a response closes the breaker, and consecutive failures or a failed probe open it."""
-        if end != "failed":
+        if status != "failed":
             was_open = self.is_open(now)
-            is_news = not (self.open and was_open) or now >= self.open[0]
-            if is_news:
+            is_recent = not (self.open and was_open) or now >= self.open[0]
+            if is_recent:
                 self.failures, self.pause, self.open, self.probed_until = 0, OPEN_DURATION / 2, None, START - SECOND
-            if end == "rate_limited":
+            if status == "rate_limited":
                 self.spent_until = max(self._spent(now), (retry_at or now) + (BURST - 1) * INTERVAL)
-            return BreakerChange(kind="closed" if was_open and is_news else "unchanged")
+            return BreakerChange(kind="closed" if was_open and is_recent else "unchanged")
         self.failures += 1
         was_open = self.is_open(now)
-        is_news = claimed_at > self.open[0] if self.open and was_open else self.failures >= FAILURES
-        if not is_news:
+        is_recent = claimed_at > self.open[0] if self.open and was_open else self.failures >= FAILURES
+        if not is_recent:
             return BreakerChange(kind="unchanged")
         self.pause, self.probed_until = min(2 * self.pause, MAX_OPEN_DURATION), START - SECOND
         self.open = now, now + self.pause
@@ -109,7 +111,7 @@ which_one = st.sampled_from([0, 1, -1, -1])
 ahead = st.sampled_from([300, 3600])
 
 
-class AgainstAModel(RuleBasedStateMachine):
+class ModelComparisonMachine(RuleBasedStateMachine):
     """Replicas with slightly different clocks request admissions and record call results."""
 
     redis: ClassVar["Redis"]
@@ -118,10 +120,10 @@ class AgainstAModel(RuleBasedStateMachine):
         super().__init__()
         self.model, self.now = Model(), START
         self.redis.flushall()
-        self.gate = AdmissionControl(
+        self.admission = AdmissionControl(
             self.redis, calls_per_s=PER_S, failure_threshold=FAILURES, probe_timeout=PROBE_LIMIT
         )
-        self.out: list[datetime] = []
+        self.admitted_calls: list[datetime] = []
         """Admission times of the calls without a result."""
 
     @rule(passed=milliseconds)
@@ -132,37 +134,39 @@ class AgainstAModel(RuleBasedStateMachine):
     def request_admission(self, skew: int, wanted: int, *, has_slot: bool) -> None:
         """Request calls as one replica."""
         now = self.now + timedelta(milliseconds=skew)
-        admission = self.gate.admit_calls_or_probe(now, wanted, has_slot=has_slot)
+        admission = self.admission.admit_calls_or_probe(now, wanted, has_slot=has_slot)
         assert admission == self.model.admit(now, wanted, has_slot=has_slot)
-        self.out += [now] * admission.granted
+        self.admitted_calls += [now] * admission.granted
 
     @rule(which=which_one)
     def refund_calls(self, which: int) -> None:
         """Refund calls whose claims were rolled back or that no payment needs."""
-        if self.out:
-            admitted_at = self.out[which % len(self.out)]
-            together = self.out.count(admitted_at)
-            self.out = [at for at in self.out if at != admitted_at]
-            self.gate.refund_slots_and_probe(together, admitted_at)
-            self.model.refund(together, admitted_at)
+        if self.admitted_calls:
+            admitted_at = self.admitted_calls[which % len(self.admitted_calls)]
+            count = self.admitted_calls.count(admitted_at)
+            self.admitted_calls = [at for at in self.admitted_calls if at != admitted_at]
+            self.admission.refund_slots_and_probe(count, admitted_at)
+            self.model.refund(count, admitted_at)
 
-    def end(self, end: CallStatus, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0) -> None:
-        claimed_at = self.out.pop(which % len(self.out)) if self.out else None
+    def record_result(
+        self, status: CallStatus, which: int, retry_at: datetime | None = None, *, ago_ms: int = 0
+    ) -> None:
+        claimed_at = self.admitted_calls.pop(which % len(self.admitted_calls)) if self.admitted_calls else None
         ended_at = self.now - timedelta(milliseconds=ago_ms)
-        change = self.gate.apply_result_to_breaker_and_limiter(end, claimed_at, ended_at, retry_at)
-        assert change == self.model.record(end, claimed_at or ended_at, ended_at, retry_at)
+        change = self.admission.apply_result_to_breaker_and_limiter(status, claimed_at, ended_at, retry_at)
+        assert change == self.model.record(status, claimed_at or ended_at, ended_at, retry_at)
 
     @invariant()
     def admission_matches_the_model(self) -> None:
         """The check restores the stored state."""
         open_until = self.model.open[1] if self.model.open and self.model.is_open(self.now) else None
         is_over = open_until is not None and open_until <= self.now
-        assert self.gate.status(self.now).open_until == (None if is_over else open_until)
+        assert self.admission.status(self.now).open_until == (None if is_over else open_until)
         known = cast(dict[Any, Any], self.redis.hgetall(KEY))
         for slots in ([True, True], [False, True]):
             model = copy(self.model)
             for has_slot in slots:
-                assert self.gate.admit_calls_or_probe(self.now, 2, has_slot=has_slot) == model.admit(
+                assert self.admission.admit_calls_or_probe(self.now, 2, has_slot=has_slot) == model.admit(
                     self.now, 2, has_slot=has_slot
                 )
             self.redis.delete(KEY)
@@ -170,28 +174,30 @@ class AgainstAModel(RuleBasedStateMachine):
                 self.redis.hset(KEY, mapping=known)
 
 
-class RateLimiterMachine(AgainstAModel):
+class RateLimiterMachine(ModelComparisonMachine):
     """Many call requests; the provider mostly responds."""
 
     @rule(wanted=st.integers(1, 12))
     def reserve_slots(self, wanted: int) -> None:
         """The sweep reserves slots for delayed calls."""
-        assert self.gate.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.admission.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(
+            self.now, wanted
+        )
 
     @rule(which=which_one, retry_s=st.none() | st.sampled_from([1, 7, 30]))
     def record_rate_limited(self, which: int, retry_s: int | None) -> None:
-        self.end("rate_limited", which, None if retry_s is None else self.now + timedelta(seconds=retry_s))
+        self.record_result("rate_limited", which, None if retry_s is None else self.now + timedelta(seconds=retry_s))
 
     @rule(wanted=counts, ahead_s=ahead)
     def request_by_a_wrong_clock(self, wanted: int, ahead_s: int) -> None:
         """Other replicas ignore a time that is too far ahead."""
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.admit_calls_or_probe(now, wanted, has_slot=False) == self.model.admit(
+        assert self.admission.admit_calls_or_probe(now, wanted, has_slot=False) == self.model.admit(
             now, wanted, has_slot=False
         )
 
 
-class BreakerMachine(AgainstAModel):
+class BreakerMachine(ModelComparisonMachine):
     """The provider fails, and earlier calls are still in flight."""
 
     @initialize()
@@ -200,7 +206,7 @@ class BreakerMachine(AgainstAModel):
         for before in (-30, -20, -10):
             self.request_admission(before, 2, has_slot=True)
         for _ in range(FAILURES):
-            self.end("failed", 0)
+            self.record_result("failed", 0)
         self.wait_until_half_open(timedelta(0))
 
     @rule(more=st.sampled_from([timedelta(0), timedelta(0), timedelta(microseconds=-1), PROBE_LIMIT]))
@@ -211,7 +217,7 @@ class BreakerMachine(AgainstAModel):
 
     @rule(which=which_one)
     def record_failure(self, which: int) -> None:
-        self.end("failed", which)
+        self.record_result("failed", which)
 
     @rule(passed=milliseconds)
     def fail_probe(self, passed: int) -> None:
@@ -220,25 +226,27 @@ class BreakerMachine(AgainstAModel):
         self.time_passes(passed)
         self.record_failure(-1)
 
-    @rule(end=st.sampled_from(["ok", "rate_limited"]), which=which_one, ago_ms=st.sampled_from([0, 0, 1, 250, 7500]))
-    def record_response(self, end: CallStatus, which: int, ago_ms: int) -> None:
+    @rule(status=st.sampled_from(["ok", "rate_limited"]), which=which_one, ago_ms=st.sampled_from([0, 0, 1, 250, 7500]))
+    def record_response(self, status: CallStatus, which: int, ago_ms: int) -> None:
         """Record a response, possibly late."""
-        self.end(end, which, ago_ms=ago_ms)
+        self.record_result(status, which, ago_ms=ago_ms)
 
     @rule(wanted=st.integers(1, 4))
     def reserve_slots(self, wanted: int) -> None:
-        assert self.gate.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(self.now, wanted)
+        assert self.admission.limiter.reserve_slots_of_next_second(self.now, wanted) == self.model.reserve(
+            self.now, wanted
+        )
 
     @rule(ahead_s=ahead)
     def record_failure_by_a_wrong_clock(self, ahead_s: int) -> None:
         now = self.now + timedelta(seconds=ahead_s)
-        assert self.gate.apply_result_to_breaker_and_limiter("failed", now, now) == self.model.record(
+        assert self.admission.apply_result_to_breaker_and_limiter("failed", now, now) == self.model.record(
             "failed", now, now, None
         )
 
 
 @pytest.mark.parametrize("machine", [RateLimiterMachine, BreakerMachine])
-def test_admission_control_matches_the_model(redis: "Redis", machine: type[AgainstAModel]) -> None:
+def test_admission_control_matches_the_model(redis: "Redis", machine: type[ModelComparisonMachine]) -> None:
     """Operations run in any order, by clocks that differ slightly or are wrong."""
     machine.redis = redis
     run_state_machine_as_test(

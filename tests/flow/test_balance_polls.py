@@ -29,13 +29,13 @@ def show_balance(
     payready.provider.accounts[account_id] = PolledAccount.model_validate(polled)
 
 
-def begin(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
+def initiate_and_run(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
     payready.initiate(payment_id, account_id, **{"profile_id": "p_1", "timeout_s": 60, "amount": "80.00", **job})
     payready.run_tasks()
 
 
 def test_polled_refresh_balance_releases_and_shares_the_fee(payready: InProcessSystem) -> None:
-    begin(payready)
+    initiate_and_run(payready)
     show_balance(payready, A, START + timedelta(seconds=3))
     payready.pass_time(49)
     assert payready.provider.reads == []
@@ -50,11 +50,11 @@ def test_polled_refresh_balance_releases_and_shares_the_fee(payready: InProcessS
 
 def test_one_poll_serves_all_payments_of_an_account(payready: InProcessSystem) -> None:
     for n in range(5):
-        begin(payready, f"p{n}", timeout_s=60 + n)
+        initiate_and_run(payready, f"p{n}", timeout_s=60 + n)
     payready.pass_time(60)
     assert payready.provider.reads == [(A, "p_1")]
     payready.pass_time(5)
-    assert {payready.state(f"p{n}") for n in range(5)} == {"timeout"}
+    assert {payready.state_or_reason(f"p{n}") for n in range(5)} == {"timeout"}
     assert len(payready.provider.reads) == 1
 
 
@@ -62,13 +62,13 @@ def test_one_poll_serves_all_payments_of_an_account(payready: InProcessSystem) -
 def test_payment_without_a_profile_or_near_deadline_is_not_polled(
     payready: InProcessSystem, job: dict[str, Any]
 ) -> None:
-    begin(payready, **job)
+    initiate_and_run(payready, **job)
     payready.pass_time(70)
     assert payready.provider.reads == []
 
 
 def test_short_timeout_is_polled_in_its_last_quarter(payready: InProcessSystem) -> None:
-    begin(payready, timeout_s=8)
+    initiate_and_run(payready, timeout_s=8)
     payready.pass_time(5)
     assert payready.provider.reads == []
     payready.pass_time(1)
@@ -87,37 +87,39 @@ def test_short_timeout_is_polled_in_its_last_quarter(payready: InProcessSystem) 
 def test_polled_balance_releases_only_if_it_is_a_fresh_refresh_balance(
     payready: InProcessSystem, account: dict[str, Any]
 ) -> None:
-    begin(payready)
+    initiate_and_run(payready)
     show_balance(payready, A, **{"at": START, **account})
     payready.pass_time(61)
     assert len(payready.provider.reads) == 1
-    assert payready.state("p1") == "timeout"
+    assert payready.state_or_reason("p1") == "timeout"
 
 
-def test_sync_balance_after_the_call_releases_if_allowed(made: MakeSystem) -> None:
-    with made(allow_sync_balances=True) as payready:
-        begin(payready)
+def test_sync_balance_after_the_call_releases_if_allowed(make_system: MakeSystem) -> None:
+    with make_system(allow_sync_balances=True) as payready:
+        initiate_and_run(payready)
         show_balance(payready, A, START + timedelta(seconds=30), source="SYNC")
         payready.pass_time(50)
         outcome = payready.outcome("p1")
         assert (outcome["state"], outcome["balance"]["source"], outcome["shared_by"]) == ("released", "SYNC", 1)
-        begin(payready, "p2", max_balance_age_s=300, amount="10.00")
-        assert payready.state("p2") == "waiting", "the sync balance serves no other payment"
+        initiate_and_run(payready, "p2", max_balance_age_s=300, amount="10.00")
+        assert payready.state_or_reason("p2") == "waiting", "the sync balance serves no other payment"
         payready.balance(A)
         payready.run_tasks()
-        assert (payready.state("p2"), payready.refreshes(A)) == ("released", ["answered"])
+        assert (payready.state_or_reason("p2"), payready.refreshes(A)) == ("released", ["answered"])
         assert payready.outcome("p2")["fee"]["amount"] == "0", "the outcome of p1 has the whole fee"
 
 
 @pytest.mark.parametrize(
     ("job", "at"), [({"max_balance_age_s": 0}, START + timedelta(seconds=30)), ({}, START - timedelta(seconds=20))]
 )
-def test_sync_balance_never_replaces_an_own_or_later_call(made: MakeSystem, job: dict[str, Any], at: datetime) -> None:
-    with made(allow_sync_balances=True) as payready:
-        begin(payready, **job)
+def test_sync_balance_never_replaces_an_own_or_later_call(
+    make_system: MakeSystem, job: dict[str, Any], at: datetime
+) -> None:
+    with make_system(allow_sync_balances=True) as payready:
+        initiate_and_run(payready, **job)
         show_balance(payready, A, at, source="SYNC")
         payready.pass_time(61)
-        assert payready.state("p1") == "timeout"
+        assert payready.state_or_reason("p1") == "timeout"
 
 
 @pytest.mark.parametrize(
@@ -132,104 +134,104 @@ def test_sync_balance_never_replaces_an_own_or_later_call(made: MakeSystem, job:
 def test_polled_unsupported_account_fails_its_payments(
     payready: InProcessSystem, account: dict[str, Any], job: dict[str, Any], reason: str
 ) -> None:
-    begin(payready, **job)
+    initiate_and_run(payready, **job)
     show_balance(payready, A, START + timedelta(seconds=3), **account)
     payready.pass_time(50)
-    assert payready.state("p1") == reason
+    assert payready.state_or_reason("p1") == reason
 
 
-def test_polls_keep_to_their_rate_and_do_not_delay_expiry(made: MakeSystem) -> None:
-    with made(balance_polls_per_s=2) as payready:
+def test_polls_keep_to_their_rate_and_do_not_delay_expiry(make_system: MakeSystem) -> None:
+    with make_system(balance_polls_per_s=2) as payready:
         for n in range(30):
-            begin(payready, f"p{n}", f"acct_{n}")
-        begin(payready, "q", B, profile_id=None)
+            initiate_and_run(payready, f"p{n}", f"acct_{n}")
+        initiate_and_run(payready, "q", B, profile_id=None)
         payready.pass_time(52)
         assert len(payready.provider.reads) == 6
         payready.pass_time(8)
-        assert payready.state("q") == "timeout"
-        assert {payready.state(f"p{n}") for n in range(30)} == {"timeout"}
+        assert payready.state_or_reason("q") == "timeout"
+        assert {payready.state_or_reason(f"p{n}") for n in range(30)} == {"timeout"}
         assert len({account for account, _ in payready.provider.reads}) == len(payready.provider.reads) == 20
 
 
-def test_polls_can_be_disabled(made: MakeSystem) -> None:
-    with made(balance_polls_per_s=0) as payready:
-        begin(payready)
+def test_polls_can_be_disabled(make_system: MakeSystem) -> None:
+    with make_system(balance_polls_per_s=0) as payready:
+        initiate_and_run(payready)
         payready.pass_time(61)
         assert payready.provider.reads == []
-        assert payready.state("p1") == "timeout"
+        assert payready.state_or_reason("p1") == "timeout"
 
 
 def test_failed_poll_changes_nothing(payready: InProcessSystem) -> None:
-    begin(payready)
+    initiate_and_run(payready)
     payready.provider.accounts[A] = CallNotSent("no connection")
     payready.pass_time(61)
-    assert payready.state("p1") == "timeout"
+    assert payready.state_or_reason("p1") == "timeout"
 
 
 def test_payments_expire_without_a_poll_while_redis_is_unavailable(payready: InProcessSystem) -> None:
-    begin(payready)
+    initiate_and_run(payready)
     with payready.redis_unavailable():
         payready.pass_time(61)
-    assert payready.state("p1") == "timeout"
+    assert payready.state_or_reason("p1") == "timeout"
 
 
 def test_expiry_waits_for_an_unapplied_balance(payready: InProcessSystem) -> None:
-    begin(payready, profile_id=None)
+    initiate_and_run(payready, profile_id=None)
     payready.pass_time(59)
     payready.balance(A)
     payready.drop_tasks()
     payready.clock.advance(2)
     payready.run_maintenance()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
 
 
 def test_expiry_waits_for_an_unapplied_balance_only_briefly(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin(payready, profile_id=None)
+    initiate_and_run(payready, profile_id=None)
     payready.pass_time(59)
-    payready.balance(A, later=True)
+    payready.balance(A, stored_only=True)
     for _ in range(7):
         payready.drop_tasks()
         payready.clock.advance(1)
         with payready.redis_unavailable():
             payready.queue.merge(flow.expire_poll_or_rejoin_due_payments(payready.rt))
-    assert payready.state("p1") == "timeout"
+    assert payready.state_or_reason("p1") == "timeout"
 
 
 def test_stored_balance_prevents_a_call_after_a_redis_flush(payready: InProcessSystem) -> None:
-    begin(payready)
+    initiate_and_run(payready)
     payready.balance(A)
     payready.run_tasks()
     payready.flush()
-    begin(payready, "p2", amount="10.00")
-    assert payready.state("p2") == "released"
+    initiate_and_run(payready, "p2", amount="10.00")
+    assert payready.state_or_reason("p2") == "released"
     payready.clock.advance(1)
-    begin(payready, "p3", max_balance_age_s=0)
+    initiate_and_run(payready, "p3", max_balance_age_s=0)
     assert payready.provider.calls == [A, A]
 
 
 def test_fee_shares_add_up_after_a_sync_balance(
-    made: MakeSystem, share_of: Callable[[InProcessSystem, str], Decimal]
+    make_system: MakeSystem, share_of: Callable[[InProcessSystem, str], Decimal]
 ) -> None:
-    with made(allow_sync_balances=True) as payready:
+    with make_system(allow_sync_balances=True) as payready:
         payready.initiate("p1", A, timeout_s=60, profile_id="p_1")
         payready.initiate("p2", A, timeout_s=60, max_balance_age_s=0)
         payready.run_tasks()
         show_balance(payready, A, START + timedelta(seconds=30), source="SYNC")
         payready.pass_time(50)
-        assert payready.state("p1") == "released"
+        assert payready.state_or_reason("p1") == "released"
         payready.balance(A)
         payready.run_tasks()
-        assert payready.state("p2") == "released"
+        assert payready.state_or_reason("p2") == "released"
         shares = [Decimal(payready.outcome(p)["fee"]["amount"]) for p in ("p1", "p2")]
         assert sum(shares) == Decimal("0.1"), shares
         assert [share_of(payready, p) for p in ("p1", "p2")] == shares
 
 
-def test_sync_balance_does_not_release_a_payment_without_a_call(made: MakeSystem) -> None:
+def test_sync_balance_does_not_release_a_payment_without_a_call(make_system: MakeSystem) -> None:
     """An old unanswered call is not the payment's call."""
-    with made(allow_sync_balances=True, circuit_breaker_failures=3, calls_per_s=20) as payready:
+    with make_system(allow_sync_balances=True, circuit_breaker_failures=3, calls_per_s=20) as payready:
         payready.initiate("old", A, timeout_s=60)
         payready.run_tasks()
         payready.pass_time(3600)
@@ -245,7 +247,7 @@ def test_sync_balance_does_not_release_a_payment_without_a_call(made: MakeSystem
             payready.queue.merge(flow.expire_poll_or_rejoin_due_payments(payready.rt))
             payready.queue.calls.clear()
             payready.run_tasks()
-        assert payready.state("p1") == "waiting"
+        assert payready.state_or_reason("p1") == "waiting"
 
 
 def test_payment_whose_first_call_message_was_lost_is_polled(payready: InProcessSystem) -> None:

@@ -1,4 +1,4 @@
-"""Rounds: who comes together is treated as if each had come alone."""
+"""Batches: each item of a batch is processed as if it were alone."""
 
 from datetime import timedelta
 from decimal import Decimal
@@ -17,35 +17,35 @@ from worker.ledger.locks import lock_accounts
 from worker.quiltt.messages import Balance, BalanceWithEventId
 
 
-def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
-    """Take in jobs in one round."""
+def accept_batch(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
+    """Accept jobs in one batch, and enqueue their follow-ups."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for entrance in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
-        assert entrance is not None
-        payready.queue.merge(entrance.follow_up)
+    for accepted in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
+        assert accepted is not None
+        payready.queue.merge(accepted.follow_up)
 
 
-def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: InProcessSystem) -> None:
-    """The money is there for one: it goes to the first that asked, whatever its name is."""
+def test_funds_cover_the_first_job_of_a_batch(payready: InProcessSystem) -> None:
+    """The funds cover one payment. The order of the jobs decides, not the order of the ids."""
     job = {"account_id": "acct_1", "amount": "80.00"}
-    take_in(payready, {"payment_id": "pay_b", **job}, {"payment_id": "pay_a", **job})
+    accept_batch(payready, {"payment_id": "pay_b", **job}, {"payment_id": "pay_a", **job})
     payready.run_tasks()
     payready.balance("acct_1", "100.00")
-    assert [payready.state(name) for name in ("pay_b", "pay_a")] == ["released", "insufficient_funds"]
+    assert [payready.state_or_reason(name) for name in ("pay_b", "pay_a")] == ["released", "insufficient_funds"]
 
 
-def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(made: MakeSystem) -> None:
-    """The gate is shut for longer than the payment can wait; Redis had forgotten who leads."""
-    with made(circuit_breaker_failures=1) as payready:
+def test_outcome_is_delivered_once_when_two_refreshes_of_an_account_are_delayed(make_system: MakeSystem) -> None:
+    """The circuit breaker is open for longer than the payment waits. The second refresh is one after a Redis flush."""
+    with make_system(circuit_breaker_failures=1) as payready:
         payready.rt.admission.apply_result_to_breaker_and_limiter("failed", payready.clock.now, payready.clock.now)
-        take_in(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
+        accept_batch(payready, {"payment_id": "pay_1", "account_id": "acct_1", "timeout_s": 2})
         calls = [flow.RefreshCall(account_id="acct_1", refresh_id=refresh_id) for refresh_id in ("ref_1", "ref_2")]
         claims = flow.claim_delay_or_reject_calls(payready.rt, calls)
         assert [due.task_id for due in claims.follow_up.deliveries] == ["task_pay_1"]
 
 
 def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
-    """Maintenance may have enqueued the call again by then; this claim costs nothing."""
+    """Maintenance may have enqueued the call repetition by then. The fee of this claim is void."""
     payready.initiate("pay_1", "acct_1")
     calls = payready.queue.calls
     payready.drop_tasks()
@@ -59,7 +59,7 @@ def test_claim_that_is_too_old_makes_no_call(payready: InProcessSystem) -> None:
 def test_balance_that_another_transaction_stores_is_applied_once(
     payready: InProcessSystem, databases: Databases
 ) -> None:
-    """Its duplicate is being kept when the account becomes free: what is applied must be in the ledger as applied."""
+    """Its duplicate waits for the other transaction. The ledger must show the balance as applied."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     payready.initiate("pay_1", "acct_1")
@@ -90,21 +90,21 @@ def test_balance_that_another_transaction_stores_is_applied_once(
         assert receiving.is_alive()
     receiving.join()
     payready.run_tasks()
-    [kept] = payready.rows("SELECT due_at, refresh_id FROM balance")
-    assert kept["due_at"] is None
-    assert kept["refresh_id"] is not None
-    assert payready.state("pay_1") == "released"
+    [stored] = payready.rows("SELECT due_at, refresh_id FROM balance")
+    assert stored["due_at"] is None
+    assert stored["refresh_id"] is not None
+    assert payready.state_or_reason("pay_1") == "released"
 
 
-def refreshed(payready: InProcessSystem, account_id: str, balance_id: str) -> BalanceWithEventId:
-    """A REFRESH balance of now, with the id of its event."""
+def refresh_balance(payready: InProcessSystem, account_id: str, balance_id: str) -> BalanceWithEventId:
+    """Return a REFRESH balance of now with the id of its event."""
     at = payready.clock.now.isoformat()
-    figures = {"available": Decimal(100), "current": None, "limit": None}
-    record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **figures}
+    amounts = {"available": Decimal(100), "current": None, "limit": None}
+    record = {"id": balance_id, "accountId": account_id, "at": at, "source": "REFRESH", **amounts}
     return BalanceWithEventId(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
 
 
-def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
+def test_concurrent_copies_of_a_delivery_are_stored_without_a_deadlock(
     payready: InProcessSystem, databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two processes lock one of its accounts each: neither may wait for rows that the other has written."""
@@ -113,10 +113,12 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
-    came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
+    events = [refresh_balance(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came)))
+        thread = Thread(
+            target=lambda: payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, events))
+        )
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
@@ -131,22 +133,22 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     for thread in processes:
         thread.join()
     payready.run_tasks()
-    assert [payready.state(f"pay_{name}") for name in "ab"] == ["released", "released"]
+    assert [payready.state_or_reason(f"pay_{name}") for name in "ab"] == ["released", "released"]
     assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]
     assert "balance.apply_postponed" not in caplog.text
 
 
-def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
-    """It is stored once: the outcomes of its payments must name a balance of the ledger."""
+def test_balance_sent_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
+    """It is stored once, and outcomes must name a balance of the ledger."""
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
-    came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came))
+    events = [refresh_balance(payready, f"acct_{name}", "bal_1") for name in "ab"]
+    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, events))
     payready.run_tasks()
-    [kept] = payready.rows("SELECT account_id FROM balance")
+    [stored] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
-    assert released == [kept]
+    assert released == [stored]
 
 
 def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databases: Databases) -> None:
@@ -154,32 +156,32 @@ def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databa
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     jobs = [{"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in "21"]
-    take_in(payready, *jobs)
-    again = Thread(target=take_in, args=(payready, *jobs))
+    accept_batch(payready, *jobs)
+    repetition = Thread(target=accept_batch, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
         payments.lock_payments_with_registered_tasks(tx, ["pay_1"], [])
-        again.start()
-        again.join(0.5)
-        assert again.is_alive()
+        repetition.start()
+        repetition.join(0.5)
+        assert repetition.is_alive()
         payments.lock_payments_with_registered_tasks(tx, ["pay_2"], [])
-    again.join()
+    repetition.join()
     payready.run_tasks()
     assert payready.provider.calls == ["acct_2", "acct_1"]
 
 
 def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSystem, databases: Databases) -> None:
-    """It is booked when the account is free."""
+    """It is recorded when the account is unlocked."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
-    take_in(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
+    accept_batch(payready, *({"payment_id": f"pay_{n}", "account_id": f"acct_{n}"} for n in range(2)))
     claims = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls)
-    ends = [flow.make_call_unless_claim_is_old(payready.rt, claim) for claim in claims.claims]
-    booking = Thread(target=flow.report_and_record_results, args=(payready.rt, ends))
+    results = [flow.make_call_unless_claim_is_old(payready.rt, claim) for claim in claims.claims]
+    recording = Thread(target=flow.report_and_record_results, args=(payready.rt, results))
     with transaction(payready.engine) as tx:
         lock_accounts(tx, ["acct_0"])
-        booking.start()
+        recording.start()
         eventually(lambda: payready.fees("acct_1") == ["1 pending", "1 posted"])
         assert payready.fees("acct_0") == ["1 pending"]
-    booking.join()
+    recording.join()
     assert payready.fees("acct_0") == ["1 pending", "1 posted"]
     assert payready.refreshes("acct_0") == ["accepted"]

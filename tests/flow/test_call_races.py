@@ -49,8 +49,8 @@ def test_balance_concurrent_with_its_response_posts_the_fee_once(payready: InPro
         account = f"acct_early{number}"
         applied = threading.Event()
 
-        def answer(account: str = account, applied: threading.Event = applied) -> int:
-            balance_id = payready.balance(account, later=True)
+        def respond(account: str = account, applied: threading.Event = applied) -> int:
+            balance_id = payready.balance(account, stored_only=True)
             payready.drop_tasks()
 
             def apply() -> None:
@@ -60,12 +60,12 @@ def test_balance_concurrent_with_its_response_posts_the_fee_once(payready: InPro
             threading.Thread(target=apply).start()
             return 202
 
-        payready.provider.script[account] = [answer]
+        payready.provider.script[account] = [respond]
         payready.initiate(f"p{number}", account)
         payready.run_tasks()
         assert applied.wait(10)
         assert payready.fees(account) == ["1 pending", "1 posted"]
-        assert payready.state(f"p{number}") == "released"
+        assert payready.state_or_reason(f"p{number}") == "released"
         assert payready.refreshes(account) == ["answered"]
 
 
@@ -74,10 +74,10 @@ def test_call_result_is_not_recorded_during_an_apply(
 ) -> None:
     """It waits for the account lock. Otherwise the refresh would stay accepted and block the next call."""
     reading, recorded = threading.Event(), threading.Event()
-    expecting = refreshes.find_answerable_or_requested
+    original = refreshes.find_answerable_or_requested
 
-    def read_slowly(*words: Any) -> Any:
-        found = expecting(*words)
+    def read_slowly(*arguments: Any) -> Any:
+        found = original(*arguments)
         reading.set()
         recorded.wait(0.3)  # times out: the account lock blocks the recording
         return found
@@ -85,15 +85,15 @@ def test_call_result_is_not_recorded_during_an_apply(
     monkeypatch.setattr(refreshes, "find_answerable_or_requested", read_slowly)
     applying = threading.Thread(target=lambda: flow.apply_balance(payready.rt, payready.queue.balances_to_apply[0]))
 
-    def answer() -> int:
-        payready.balance(A, later=True)
+    def respond() -> int:
+        payready.balance(A, stored_only=True)
         applying.start()
         assert reading.wait(10)
         return 202
 
-    payready.provider.script[A] = [answer]
-    entrance = payready.initiate("p1", A)
-    flow.claim_and_call(payready.rt, A, str(entrance.refresh_id))
+    payready.provider.script[A] = [respond]
+    accepted = payready.initiate("p1", A)
+    flow.claim_and_call(payready.rt, A, str(accepted.refresh_id))
     recorded.set()
     applying.join(10)
     assert payready.refreshes(A) == ["answered"]
@@ -107,11 +107,11 @@ def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessS
     payready.run_tasks()
     payready.clock.advance(15)
     with transaction(payready.engine) as tx:
-        [seen] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10)
+        [outdated] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10)
     payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
-    payready.queue.merge(maintenance._abandon_retry_or_end_due_refresh(payready.rt, seen, payready.clock.now))
+    payready.queue.merge(maintenance._abandon_retry_or_end_due_refresh(payready.rt, outdated, payready.clock.now))
     payready.run_tasks()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]
@@ -121,10 +121,10 @@ def test_late_call_result_does_not_change_the_next_call(
     payready: InProcessSystem,
 ) -> None:
     """The first call hangs and is repeated; then it fails while the second one is in flight."""
-    second_is_out, first_is_recorded = threading.Event(), threading.Event()
+    second_is_in_flight, first_is_recorded = threading.Event(), threading.Event()
 
     def second() -> int:
-        second_is_out.set()
+        second_is_in_flight.set()
         assert first_is_recorded.wait(10)
         return 202
 
@@ -132,12 +132,12 @@ def test_late_call_result_does_not_change_the_next_call(
         payready.clock.advance(payready.rt.settings.max_call_and_record_duration.total_seconds())
         flow.sweep_refreshes_and_balances(payready.rt)
         payready.clock.advance(15)
-        again = flow.sweep_refreshes_and_balances(payready.rt)
-        call = again.calls[0]
+        follow_up = flow.sweep_refreshes_and_balances(payready.rt)
+        call = follow_up.calls[0]
         args = (payready.rt, call.account_id, call.refresh_id)
         threads.append(threading.Thread(target=flow.claim_and_call, args=args))
         threads[0].start()
-        assert second_is_out.wait(10)
+        assert second_is_in_flight.wait(10)
         return CallNotSent("no connection after a minute")
 
     threads: list[threading.Thread] = []
@@ -167,19 +167,19 @@ def test_balance_applied_concurrently_answers_one_refresh(
     payready.initiate("p2", A)
     payready.run_tasks()
     payready.clock.advance(2)
-    balance_id = payready.balance(A, later=True)
+    balance_id = payready.balance(A, stored_only=True)
     payready.drop_tasks()
-    meanwhile: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
+    steps_before: list[Callable[[], object]] = [lambda: None, lambda: flow.apply_balance(payready.rt, balance_id)]
     """Steps to run before the first transaction and before the second one."""
 
-    def begin(engine: Engine) -> AbstractContextManager[Tx]:
-        if meanwhile:
-            meanwhile.pop(0)()
+    def run_step_then_begin(engine: Engine) -> AbstractContextManager[Tx]:
+        if steps_before:
+            steps_before.pop(0)()
         return transaction(engine)
 
-    monkeypatch.setattr(resolution, "transaction", begin)
+    monkeypatch.setattr(resolution, "transaction", run_step_then_begin)
     flow.apply_balance(payready.rt, balance_id)
-    assert payready.state("p2") == "released"
+    assert payready.state_or_reason("p2") == "released"
     assert payready.refreshes(A) == ["unanswered", "answered"]
     assert payready.fees(A) == ["1 pending", "2 pending", "2 posted"], "a balance posted two calls"
 

@@ -52,7 +52,7 @@ def test_unrecordable_result_does_not_block_the_others(
     with pytest.raises(OperationalError, match="connection lost"):
         flow.report_and_record_results(payready.rt, results)
     assert [payready.fees(account_id)[1:] for account_id in ACCOUNTS] == [[], ["1 void"], ["1 posted"]]
-    assert payready.state("pay_acct_2") == "account_not_found"
+    assert payready.state_or_reason("pay_acct_2") == "account_not_found"
 
 
 def skip(payready: InProcessSystem, claim: Claim) -> flow.CallResult:
@@ -70,9 +70,9 @@ def call_with_full_pool(payready: InProcessSystem, claim: Claim) -> flow.CallRes
 
 
 @pytest.mark.parametrize("make", [skip, call_too_late, call_with_full_pool])
-def test_skipped_call_is_no_failure_of_the_provider(made: MakeSystem, make: Any) -> None:
+def test_skipped_call_is_no_failure_of_the_provider(make_system: MakeSystem, make: Any) -> None:
     """Its fee is void, its slot is refunded, and the circuit breaker stays closed."""
-    with made(circuit_breaker_failures=1, calls_per_s=4) as payready:
+    with make_system(circuit_breaker_failures=1, calls_per_s=4) as payready:
         payready.initiate("pay_1", "acct_1")
         [claim] = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls).claims
         skipped = metrics.PROVIDER_CALLS.labels("skipped")._value
@@ -85,9 +85,9 @@ def test_skipped_call_is_no_failure_of_the_provider(made: MakeSystem, make: Any)
         assert (status.open_until, status.burst_used_ratio) == (None, 0)
 
 
-def test_circuit_breaker_changes_are_logged_once(made: MakeSystem, caplog: pytest.LogCaptureFixture) -> None:
+def test_circuit_breaker_changes_are_logged_once(make_system: MakeSystem, caplog: pytest.LogCaptureFixture) -> None:
     failure: CallFailed = CallResultUnknown("HTTP 503", 503)
-    with made(circuit_breaker_failures=3) as payready, caplog.at_level(logging.INFO):
+    with make_system(circuit_breaker_failures=3) as payready, caplog.at_level(logging.INFO):
         claims = claim_all(payready)
         for account_id in ACCOUNTS:
             payready.provider.script[account_id] = [failure]

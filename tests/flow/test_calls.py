@@ -74,15 +74,15 @@ def test_rate_limit_reset_is_capped_at_60_s(payready: InProcessSystem) -> None:
 def test_early_or_duplicate_call_message_makes_no_call(payready: InProcessSystem) -> None:
     """The refresh is deferred at first, and called later."""
     payready.provider.script[A] = [RateLimited("rate limit", None)]
-    entrance = payready.initiate("p1", A)
+    accepted = payready.initiate("p1", A)
     payready.run_tasks()
     for _ in range(3):
-        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id)))
+        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(accepted.refresh_id)))
         payready.run_tasks()
     assert payready.provider.calls == [A]
     payready.pass_time(1)
     for _ in range(3):
-        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id)))
+        payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(accepted.refresh_id)))
         payready.run_tasks()
     assert payready.provider.calls == [A, A]
 
@@ -111,7 +111,7 @@ def test_balance_within_the_grace_period_prevents_the_second_call(payready: InPr
     payready.balance(A)
     payready.run_tasks()
     payready.pass_time(120)
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.provider.calls == [A]
 
 
@@ -121,11 +121,11 @@ def test_balance_prevents_an_enqueued_second_call(payready: InProcessSystem) -> 
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.clock.advance(15)
-    again = flow.sweep_refreshes_and_balances(payready.rt)
-    assert again.calls
+    follow_up = flow.sweep_refreshes_and_balances(payready.rt)
+    assert follow_up.calls
     payready.balance(A)
     payready.run_tasks()
-    payready.queue.merge(again)
+    payready.queue.merge(follow_up)
     payready.run_tasks()
     assert payready.provider.calls == [A]
     assert payready.refreshes(A) == ["answered"]
@@ -181,7 +181,7 @@ def test_rejected_call_fails_all_waiting_payments_of_the_account(
     payready.run_tasks()
     for payment_id in ("p1", "p2", "p3"):
         assert payready.outcome(payment_id) == {"payment_id": payment_id, "reason": reason.value, "detail": "no"}
-    assert payready.state("other") == "waiting"
+    assert payready.state_or_reason("other") == "waiting"
     assert payready.provider.calls.count(A) == 1
 
 
@@ -194,7 +194,7 @@ def test_payment_after_a_rejected_call_makes_a_new_call(payready: InProcessSyste
     payready.initiate("p2", A)
     payready.run_tasks()
     assert payready.provider.calls == [A, A]
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p2") == "waiting"
 
 
 def test_payments_share_a_call_in_flight(payready: InProcessSystem) -> None:
@@ -223,7 +223,9 @@ def test_database_rejects_a_second_refresh_in_flight(payready: InProcessSystem) 
 
 def test_call_is_deferred_while_its_price_is_unknown(payready: InProcessSystem) -> None:
     """The introspection of the API key failed, so the call waits for a retry."""
-    payready.provider.asked = [CallNotSent("the provider could not be asked about our key")]
+    payready.provider.introspection_results = [
+        CallNotSent("the provider did not respond to the introspection of our key")
+    ]
     payready.initiate("p1", A, timeout_s=60)
     payready.run_tasks()
     assert payready.provider.calls == []
@@ -235,22 +237,22 @@ def test_call_is_deferred_while_its_price_is_unknown(payready: InProcessSystem) 
 
 def test_wrong_api_key_fails_payments_without_a_call(payready: InProcessSystem) -> None:
     """The reason is `not_authorized`, and no fee is due."""
-    payready.provider.asked = [
+    payready.provider.introspection_results = [
         CallRejected(401, FailureReason.NOT_AUTHORIZED, "the provider does not accept our API key")
     ]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert payready.state("p1") == "not_authorized"
+    assert payready.state_or_reason("p1") == "not_authorized"
     assert payready.provider.calls == []
     assert payready.fees(A) == []
 
 
 def test_production_key_makes_no_call_in_development(payready: InProcessSystem) -> None:
     """The call would be billed."""
-    payready.provider.asked = ["PRODUCTION"]
+    payready.provider.introspection_results = ["PRODUCTION"]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert payready.state("p1") == "not_authorized"
+    assert payready.state_or_reason("p1") == "not_authorized"
     assert "PAYREADY_ALLOW_PRODUCTION_KEY" in payready.outcome("p1")["detail"]
     assert payready.provider.calls == []
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from tests.support.admission import ADMITTED, FAILURE, LIMITS, UNCHANGED, called, fail_until_open, opened_until
+from tests.support.admission import ADMITTED, FAILURE, LIMITS, UNCHANGED, called_payments, fail_until_open, opened_until
 from tests.support.databases import Databases
 from tests.support.in_process import SETTINGS, START, InProcessSystem, MakeSystem, in_process_system
 from worker import flow
@@ -28,8 +28,8 @@ A = "acct_a"
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
     """Create a system with four calls a second and a breaker threshold of three failures."""
-    with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as made:
-        yield made
+    with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as system:
+        yield system
 
 
 def denied(reason: Literal["rate_limited", "circuit_open", "half_open"], until: datetime) -> Admission:
@@ -44,12 +44,12 @@ def test_open_breaker_fails_payments_with_an_early_deadline(
     payready.initiate("hurried", "acct_hurried", timeout_s=3)
     payready.initiate("patient", "acct_patient", timeout_s=60)
     payready.run_tasks()
-    assert called(payready) == ["f0", "f1", "f2"]
-    assert payready.state("hurried") == "provider_unavailable"
+    assert called_payments(payready) == ["f0", "f1", "f2"]
+    assert payready.state_or_reason("hurried") == "provider_unavailable"
     detail = "provider calls fail; no call is made before 2026-11-22T12:00:07Z"
     assert payready.outcome("hurried")["detail"] == detail
     assert payready.fees("acct_hurried") == []
-    assert payready.state("patient") == "waiting"
+    assert payready.state_or_reason("patient") == "waiting"
 
 
 def test_successful_probe_closes_the_breaker(payready: InProcessSystem) -> None:
@@ -65,7 +65,7 @@ def test_successful_probe_closes_the_breaker(payready: InProcessSystem) -> None:
 
     payready.provider.script["acct_a"] = payready.provider.script["acct_b"] = [assert_no_other_call]
     payready.pass_time(int(OPEN_DURATION.total_seconds()) + 4)
-    assert sorted(called(payready)[3:]) == ["a", "b", "c"]
+    assert sorted(called_payments(payready)[3:]) == ["a", "b", "c"]
 
 
 def probe_is_in_progress(payready: InProcessSystem) -> bool:
@@ -73,23 +73,23 @@ def probe_is_in_progress(payready: InProcessSystem) -> bool:
     return admission.denied is not None and admission.denied.reason == "half_open"
 
 
-def test_failed_probe_doubles_the_open_duration(gate: AdmissionControl) -> None:
+def test_failed_probe_doubles_the_open_duration(admission: AdmissionControl) -> None:
     now, pauses = START, []
     for _ in range(2):
-        assert gate.apply_result_to_breaker_and_limiter("failed", now, now) == UNCHANGED
+        assert admission.apply_result_to_breaker_and_limiter("failed", now, now) == UNCHANGED
     for _ in range(6):
-        admits_from = opened_until(gate.apply_result_to_breaker_and_limiter("failed", now, now))
+        admits_from = opened_until(admission.apply_result_to_breaker_and_limiter("failed", now, now))
         pauses.append(admits_from - now)
-        just_before = gate.admit_calls_or_probe(admits_from - timedelta(microseconds=1), 1, has_slot=False)
+        just_before = admission.admit_calls_or_probe(admits_from - timedelta(microseconds=1), 1, has_slot=False)
         assert just_before == denied("circuit_open", admits_from)
         now = admits_from
-        assert gate.admit_calls_or_probe(now, 1, has_slot=False) == ADMITTED
-        assert gate.admit_calls_or_probe(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
+        assert admission.admit_calls_or_probe(now, 1, has_slot=False) == ADMITTED
+        assert admission.admit_calls_or_probe(now, 1, has_slot=True) == denied("half_open", now + timedelta(seconds=1))
     assert pauses == [OPEN_DURATION * 2**n for n in range(4)] + [MAX_OPEN_DURATION] * 2
 
 
 def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: InProcessSystem) -> None:
-    answers: list[CallFailed] = [
+    results: list[CallFailed] = [
         FAILURE,
         CallNotSent("no connection"),
         CallRejected(404, FailureReason.ACCOUNT_NOT_FOUND, "unknown"),
@@ -98,35 +98,35 @@ def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: I
         FAILURE,
         CallNotSent("no connection"),
     ]
-    for n, answer in enumerate(answers):
-        payready.provider.script[f"acct_f{n}"] = [answer]
+    for n, result in enumerate(results):
+        payready.provider.script[f"acct_f{n}"] = [result]
         payready.initiate(f"f{n}", f"acct_f{n}", timeout_s=300)
         payready.run_tasks()
-        assert called(payready)[-1] == f"f{n}"
+        assert called_payments(payready)[-1] == f"f{n}"
         payready.clock.advance(2)
     payready.initiate("p", "acct_p")
     payready.run_tasks()
-    assert called(payready)[-1] == "p"
+    assert called_payments(payready)[-1] == "p"
 
 
-def test_late_failure_does_not_prolong_the_open_breaker(gate: AdmissionControl) -> None:
+def test_late_failure_does_not_prolong_the_open_breaker(admission: AdmissionControl) -> None:
     for _ in range(3):
-        change = gate.apply_result_to_breaker_and_limiter("failed", START, START)
-    assert gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1)) == UNCHANGED
-    assert gate.admit_calls_or_probe(opened_until(change), 1, has_slot=False) == ADMITTED
+        change = admission.apply_result_to_breaker_and_limiter("failed", START, START)
+    assert admission.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1)) == UNCHANGED
+    assert admission.admit_calls_or_probe(opened_until(change), 1, has_slot=False) == ADMITTED
 
 
 def test_response_from_before_the_opening_does_not_close_the_breaker(payready: InProcessSystem) -> None:
     """Accepted calls are recorded in batches, a moment after their responses; failed ones at once."""
     payready.initiate("a", "acct_a", timeout_s=60)
     [claim] = flow.claim_delay_or_reject_calls(payready.rt, payready.queue.calls).claims
-    end = flow.make_call_unless_claim_is_old(payready.rt, claim)
+    result = flow.make_call_unless_claim_is_old(payready.rt, claim)
     payready.drop_tasks()
     payready.clock.advance(1)
     fail_until_open(payready)
     admits_from = payready.rt.admission.status(payready.clock.now).open_until
     assert admits_from is not None
-    flow.report_and_record_results(payready.rt, [end])
+    flow.report_and_record_results(payready.rt, [result])
     assert payready.fees("acct_a") == ["1 pending", "1 posted"]
     assert payready.rt.admission.status(payready.clock.now).open_until == admits_from
 
@@ -148,14 +148,14 @@ def test_delayed_call_is_made_after_a_redis_flush(payready: InProcessSystem) -> 
     payready.run_tasks()
     payready.flush()
     payready.pass_time(int(OPEN_DURATION.total_seconds()) + 1)
-    assert called(payready)[-1] == "a"
+    assert called_payments(payready)[-1] == "a"
     assert DELAYED_CALLS_FIRST < OPEN_DURATION
 
 
 @pytest.mark.parametrize("timeout_s", [45, 120])
-def test_call_claimed_during_a_probe_is_made_soon_after(made: MakeSystem, timeout_s: int) -> None:
+def test_call_claimed_during_a_probe_is_made_soon_after(make_system: MakeSystem, timeout_s: int) -> None:
     """The probe's response arrives after 300 ms."""
-    with made(calls_per_s=20, circuit_breaker_failures=3) as payready:
+    with make_system(calls_per_s=20, circuit_breaker_failures=3) as payready:
         fail_until_open(payready)
         payready.clock.advance(OPEN_DURATION.total_seconds())
         payready.initiate("probe", A, timeout_s=120)
@@ -170,41 +170,41 @@ def test_call_claimed_during_a_probe_is_made_soon_after(made: MakeSystem, timeou
         payready.provider.script[A] = [probe]
         payready.run_tasks()
         payready.pass_time(4)
-        assert payready.state("other") == "waiting"
+        assert payready.state_or_reason("other") == "waiting"
         assert "acct_b" in payready.provider.calls
 
 
-def test_refund_of_an_earlier_call_admits_no_second_probe(gate: AdmissionControl) -> None:
-    assert gate.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
+def test_refund_of_an_earlier_call_admits_no_second_probe(admission: AdmissionControl) -> None:
+    assert admission.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
     for _ in range(3):
-        gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1))
+        admission.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(seconds=1))
     later = START + timedelta(seconds=1) + OPEN_DURATION
-    assert gate.admit_calls_or_probe(later, 1, has_slot=False) == ADMITTED, "the probe"
-    gate.refund_slots_and_probe(1, START)
-    assert gate.admit_calls_or_probe(later, 1, has_slot=True).granted == 0
-    gate.refund_slots_and_probe(1, later)
-    assert gate.admit_calls_or_probe(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
+    assert admission.admit_calls_or_probe(later, 1, has_slot=False) == ADMITTED, "the probe"
+    admission.refund_slots_and_probe(1, START)
+    assert admission.admit_calls_or_probe(later, 1, has_slot=True).granted == 0
+    admission.refund_slots_and_probe(1, later)
+    assert admission.admit_calls_or_probe(later, 1, has_slot=True) == ADMITTED, "the probe was not made"
 
 
-def test_failure_of_an_earlier_call_is_no_failed_probe(gate: AdmissionControl) -> None:
+def test_failure_of_an_earlier_call_is_no_failed_probe(admission: AdmissionControl) -> None:
     """The provider hangs: calls sent before the opening time out after the breaker admits a probe."""
     for _ in range(3):
-        first = gate.apply_result_to_breaker_and_limiter("failed", START, START)
+        first = admission.apply_result_to_breaker_and_limiter("failed", START, START)
     late_failure_at = opened_until(first) + timedelta(milliseconds=50)
-    gate.apply_result_to_breaker_and_limiter("failed", START, late_failure_at)
-    assert gate.admit_calls_or_probe(late_failure_at, 1, has_slot=True) == ADMITTED, (
+    admission.apply_result_to_breaker_and_limiter("failed", START, late_failure_at)
+    assert admission.admit_calls_or_probe(late_failure_at, 1, has_slot=True) == ADMITTED, (
         "the breaker stays open for twice as long without a probe"
     )
 
 
-def test_clock_that_is_ahead_erases_neither_rate_limit_nor_failures(gate: AdmissionControl) -> None:
+def test_clock_that_is_ahead_erases_neither_rate_limit_nor_failures(admission: AdmissionControl) -> None:
     """One replica's clock is an hour ahead, in an admitted call and in a failed one."""
-    gate.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
-    gate.apply_result_to_breaker_and_limiter("rate_limited", START, START, START + timedelta(seconds=7))
-    assert gate.admit_calls_or_probe(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
+    admission.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
+    admission.apply_result_to_breaker_and_limiter("rate_limited", START, START, START + timedelta(seconds=7))
+    assert admission.admit_calls_or_probe(START + timedelta(seconds=6.9), 1, has_slot=False).granted == 0
     for _ in range(3):
-        gate.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(hours=1))
-    assert gate.apply_result_to_breaker_and_limiter("failed", START, START).kind == "opened", (
+        admission.apply_result_to_breaker_and_limiter("failed", START, START + timedelta(hours=1))
+    assert admission.apply_result_to_breaker_and_limiter("failed", START, START).kind == "opened", (
         "all calls fail, but the breaker stays closed"
     )
 
@@ -233,16 +233,16 @@ def test_rolled_back_claim_of_a_probe_does_not_keep_the_breaker_open(
         assert "acct_a" in payready.provider.calls
 
 
-def test_status_is_read_only(gate: AdmissionControl) -> None:
+def test_status_is_read_only(admission: AdmissionControl) -> None:
     """It shows the used burst, and the breaker as open, half-open and closed."""
-    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=0.0)
-    assert gate.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
-    assert gate.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=1.0)
-    assert gate.status(START + timedelta(seconds=0.125)).burst_used_ratio == 0.5
+    assert admission.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=0.0)
+    assert admission.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
+    assert admission.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=1.0)
+    assert admission.status(START + timedelta(seconds=0.125)).burst_used_ratio == 0.5
     for _ in range(3):
-        gate.apply_result_to_breaker_and_limiter("failed", START, START)
-    assert gate.status(START).open_until == START + OPEN_DURATION
-    assert gate.status(START + OPEN_DURATION).open_until is None, "the next call is the probe"
-    assert gate.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
-    gate.apply_result_to_breaker_and_limiter("ok", START, START)
-    assert gate.status(START).open_until is None
+        admission.apply_result_to_breaker_and_limiter("failed", START, START)
+    assert admission.status(START).open_until == START + OPEN_DURATION
+    assert admission.status(START + OPEN_DURATION).open_until is None, "the next call is the probe"
+    assert admission.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
+    admission.apply_result_to_breaker_and_limiter("ok", START, START)
+    assert admission.status(START).open_until is None

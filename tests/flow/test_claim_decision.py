@@ -82,7 +82,7 @@ def balance(at: float, received: float = 0) -> BalanceRecord:
 
 
 @dataclass(frozen=True)
-class Given:
+class Example:
     """Inputs of a decision."""
 
     inputs: ClaimInputs
@@ -100,16 +100,16 @@ class Given:
         )
 
 
-def given(
+def example(
     stored: RefreshRecord | None,
     *waiting: WaitingPayment,
     has_slot: bool = False,
     denied: Denied | None = None,
     **account: Any,
-) -> Given:
+) -> Example:
     account_inputs = AccountInputs(waiting=waiting, **account)
     inputs = ClaimInputs(account_id=A, refresh_id=R, refresh=stored, account=account_inputs)
-    return Given(inputs, has_slot, denied)
+    return Example(inputs, has_slot, denied)
 
 
 def claimed(**fields: Any) -> ClaimCall:
@@ -123,93 +123,93 @@ OPEN_ERROR = "provider calls fail; no call is made before 2026-11-22T12:00:05Z"
 NO_AGE = payment(max_balance_age_s=0)
 SHORT = payment("pay_short", timeout_s=5)
 
-EXAMPLES: dict[str, tuple[Given, Decision]] = {
+EXAMPLES: dict[str, tuple[Example, Decision]] = {
     # A call that is needed
-    "new refresh": (given(None, payment()), claimed()),
-    "requested refresh": (given(refresh(due_at=EARLIER), payment()), claimed()),
+    "new refresh": (example(None, payment()), claimed()),
+    "requested refresh": (example(refresh(due_at=EARLIER), payment()), claimed()),
     "second call keeps the time of the first": (
-        given(CALLED_ONCE, payment()),
+        example(CALLED_ONCE, payment()),
         claimed(call_count=2, called_at=CALLED_ONCE.called_at, last_error="timeout"),
     ),
     "payment of a host whose clock is ahead": (
-        given(None, payment(requested=3, max_balance_age_s=0)),
+        example(None, payment(requested=3, max_balance_age_s=0)),
         claimed(called_at=NOW + 3 * SECOND),
     ),
     "deferral is over": (
-        given(refresh(not_before=NOW, deferral_count=2), payment()),
+        example(refresh(not_before=NOW, deferral_count=2), payment()),
         claimed(not_before=None, deferral_count=2),
     ),
     # Deferred or delayed
-    "deferred until later": (given(refresh(not_before=LATER), payment()), NotDue()),
-    "deferred until later, no payment": (given(refresh(not_before=LATER)), NotDue()),
-    "deferred until later, with a slot": (given(refresh(not_before=LATER), payment(), has_slot=True), claimed()),
+    "deferred until later": (example(refresh(not_before=LATER), payment()), NotDue()),
+    "deferred until later, no payment": (example(refresh(not_before=LATER)), NotDue()),
+    "deferred until later, with a slot": (example(refresh(not_before=LATER), payment(), has_slot=True), claimed()),
     # No payment needs it
-    "no payment, new refresh": (given(None), NotNeeded()),
-    "no payment, requested refresh": (given(refresh()), Abandon()),
-    "no payment, admission denied": (given(refresh(), denied=OPEN), Abandon()),
+    "no payment, new refresh": (example(None), NotNeeded()),
+    "no payment, requested refresh": (example(refresh()), Abandon()),
+    "no payment, admission denied": (example(refresh(), denied=OPEN), Abandon()),
     # Another refresh is in flight
-    "in flight, late enough, new refresh": (given(None, payment(), in_flight=in_flight(-30)), NotNeeded()),
-    "in flight, late enough, requested refresh": (given(refresh(), payment(), in_flight=in_flight(-30)), Abandon()),
+    "in flight, late enough, new refresh": (example(None, payment(), in_flight=in_flight(-30)), NotNeeded()),
+    "in flight, late enough, requested refresh": (example(refresh(), payment(), in_flight=in_flight(-30)), Abandon()),
     "in flight, too early": (
-        given(None, payment(), in_flight=in_flight(-31)),
+        example(None, payment(), in_flight=in_flight(-31)),
         QueueBehindInFlight(in_flight=in_flight(-31)),
     ),
     "in flight, too early for one payment": (
-        given(refresh(), payment(), NO_AGE, in_flight=in_flight(-1)),
+        example(refresh(), payment(), NO_AGE, in_flight=in_flight(-1)),
         QueueBehindInFlight(in_flight=in_flight(-1)),
     ),
     "in flight, admission denied": (
-        given(refresh(), NO_AGE, in_flight=in_flight(-1), denied=OPEN),
+        example(refresh(), NO_AGE, in_flight=in_flight(-1), denied=OPEN),
         QueueBehindInFlight(in_flight=in_flight(-1)),
     ),
     "in flight, stored balance": (
-        given(refresh(), payment(), in_flight=in_flight(-1), newest_balance=balance(-1)),
+        example(refresh(), payment(), in_flight=in_flight(-1), newest_balance=balance(-1)),
         Abandon(),
     ),
     # A stored balance
     "balance of the maximum age": (
-        given(None, payment(), newest_balance=balance(-35)),
+        example(None, payment(), newest_balance=balance(-35)),
         ApplyBalance(balance_id="bal_1", abandons_refresh=False),
     ),
-    "balance too old": (given(None, payment(), newest_balance=balance(-35.1)), claimed()),
+    "balance too old": (example(None, payment(), newest_balance=balance(-35.1)), claimed()),
     "balance too old for one payment": (
-        given(None, payment(max_balance_age_s=60), payment("pay_2"), newest_balance=balance(-40)),
+        example(None, payment(max_balance_age_s=60), payment("pay_2"), newest_balance=balance(-40)),
         claimed(),
     ),
     "balance younger than its arrival": (
-        given(None, payment(), newest_balance=balance(at=60, received=-36)),
+        example(None, payment(), newest_balance=balance(at=60, received=-36)),
         claimed(),
     ),
     "one payment accepts no earlier balance": (
-        given(None, payment(), NO_AGE, newest_balance=balance(0)),
+        example(None, payment(), NO_AGE, newest_balance=balance(0)),
         claimed(),
     ),
     "balance, requested refresh": (
-        given(refresh(), payment(), newest_balance=balance(0)),
+        example(refresh(), payment(), newest_balance=balance(0)),
         ApplyBalance(balance_id="bal_1", abandons_refresh=True),
     ),
     "balance, refresh that was called": (
-        given(CALLED_ONCE, payment(), newest_balance=balance(0)),
+        example(CALLED_ONCE, payment(), newest_balance=balance(0)),
         ApplyBalance(balance_id="bal_1", abandons_refresh=False),
     ),
     "balance, admission denied": (
-        given(None, payment(), newest_balance=balance(0), denied=OPEN),
+        example(None, payment(), newest_balance=balance(0), denied=OPEN),
         ApplyBalance(balance_id="bal_1", abandons_refresh=False),
     ),
     # Admission control
-    "no slot": (given(None, payment(), SHORT, denied=FULL), DelayOrFail(denied=FULL, last_error=None)),
+    "no slot": (example(None, payment(), SHORT, denied=FULL), DelayOrFail(denied=FULL, last_error=None)),
     "no slot, keeps the last error": (
-        given(CALLED_ONCE, payment(), denied=FULL),
+        example(CALLED_ONCE, payment(), denied=FULL),
         DelayOrFail(denied=FULL, last_error="timeout"),
     ),
-    "probe in progress": (given(refresh(), SHORT, denied=PROBING), DelayOrFail(denied=PROBING, last_error=None)),
-    "circuit breaker open": (given(None, payment(), denied=OPEN), DelayOrFail(denied=OPEN, last_error=OPEN_ERROR)),
+    "probe in progress": (example(refresh(), SHORT, denied=PROBING), DelayOrFail(denied=PROBING, last_error=None)),
+    "circuit breaker open": (example(None, payment(), denied=OPEN), DelayOrFail(denied=OPEN, last_error=OPEN_ERROR)),
     "circuit breaker open, with a slot": (
-        given(refresh(), payment(), denied=OPEN, has_slot=True),
+        example(refresh(), payment(), denied=OPEN, has_slot=True),
         DelayOrFail(denied=OPEN, last_error=OPEN_ERROR),
     ),
     "circuit breaker open past a deadline": (
-        given(None, payment(), SHORT, denied=OPEN),
+        example(None, payment(), SHORT, denied=OPEN),
         DelayOrFail(denied=OPEN, last_error=OPEN_ERROR, failing=(SHORT,)),
     ),
 }
@@ -227,7 +227,7 @@ def test_refresh_that_is_not_requested_needs_no_call(state: RefreshState) -> Non
     stored = refresh(state, call_count=1)
     own = {"in_flight": stored} if state in IN_FLIGHT_STATES else {}
     for arguments in ({}, own, {"newest_balance": balance(0)}, {"denied": OPEN}, {"has_slot": True}):
-        assert given(stored, payment(), **arguments).decide() == NotNeeded()
+        assert example(stored, payment(), **arguments).decide() == NotNeeded()
 
 
 def test_next_call_of_the_account_sees_the_claim() -> None:
@@ -235,7 +235,7 @@ def test_next_call_of_the_account_sees_the_claim() -> None:
     first = claimed()
     account = after_decision(AccountInputs(waiting=[payment()]), first)
     assert account == AccountInputs(waiting=[payment()], in_flight=first.refresh)
-    assert given(refresh(), payment(), in_flight=account.in_flight).decide() == Abandon()
+    assert example(refresh(), payment(), in_flight=account.in_flight).decide() == Abandon()
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ def _check(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("available", ["31.41", "-5", "0", None, "1" * 30 + "." + "2" * 60])
-@pytest.mark.parametrize("answer", [202, CallResultUnknown("timeout")])
+@pytest.mark.parametrize("result", [202, CallResultUnknown("timeout")])
 def test_every_released_outcome_conforms_to_the_schema(
-    payready: InProcessSystem, answer: Any, available: str | None
+    payready: InProcessSystem, result: Any, available: str | None
 ) -> None:
     """The balance comes from an own call or was stored before, with amounts of any accepted length."""
-    payready.provider.script[A] = [answer]
+    payready.provider.script[A] = [result]
     for payment_id in ("p1", "p2"):
         payready.initiate(payment_id, A, amount="1.00", funds_check="enabled", metadata={"order": 7})
         payready.initiate(f"{payment_id}_unchecked", A)

@@ -48,10 +48,10 @@ def new_balance(balance_id: str, seconds: float) -> NewRefreshBalance:
 
 
 def join(
-    store: CorrelationStore, lead: str, *, asked: float = 0, age: float | None = 30, account: str = A
+    store: CorrelationStore, lead: str, *, requested_at: float = 0, age: float | None = 30, account: str = A
 ) -> JoinResult:
     """Join as a payment requested at this time with this maximum balance age; None requires an own call."""
-    oldest = at(asked - (age or 0))
+    oldest = at(requested_at - (age or 0))
     request = JoinRequest(
         account_id=account,
         refresh_id=lead,
@@ -88,25 +88,25 @@ def test_payment_joins_a_call_that_is_late_enough(store: CorrelationStore) -> No
     """The boundary is inclusive. A payment that needs a later call leads the next one."""
     join(store, "r1")
     store.move_requested_to_in_flight([called("r1", 1)])
-    assert join(store, "r2", asked=31) == JoinResult(kind="joined", id="r1")
-    assert join(store, "r3", asked=31.000001) == JoinResult(kind="leader", id="r3")
-    assert join(store, "r4", asked=1.5, age=None) == JoinResult(kind="joined", id="r3")
-    assert join(store, "r5", asked=20) == JoinResult(kind="joined", id="r1")
+    assert join(store, "r2", requested_at=31) == JoinResult(kind="joined", id="r1")
+    assert join(store, "r3", requested_at=31.000001) == JoinResult(kind="leader", id="r3")
+    assert join(store, "r4", requested_at=1.5, age=None) == JoinResult(kind="joined", id="r3")
+    assert join(store, "r5", requested_at=20) == JoinResult(kind="joined", id="r1")
 
 
 def test_stored_balance_serves_payments_that_allow_its_age(store: CorrelationStore) -> None:
     """The limit includes the clock skew. A payment that requires an own call is not served."""
     store.add_balances_and_clear_answered_refreshes([new_balance("b1", 0)], SKEW)
-    assert join(store, "r1", asked=35) == JoinResult(kind="balance", id="b1")
-    assert join(store, "r2", asked=1, age=None) == JoinResult(kind="leader", id="r2")
-    assert join(store, "r3", asked=35.000001) == JoinResult(kind="joined", id="r2")
+    assert join(store, "r1", requested_at=35) == JoinResult(kind="balance", id="b1")
+    assert join(store, "r2", requested_at=1, age=None) == JoinResult(kind="leader", id="r2")
+    assert join(store, "r3", requested_at=35.000001) == JoinResult(kind="joined", id="r2")
 
 
 def test_store_keeps_the_newest_balance(store: CorrelationStore) -> None:
     """Balances arrive in any order."""
     store.add_balances_and_clear_answered_refreshes([new_balance("b2", 2)], SKEW)
     store.add_balances_and_clear_answered_refreshes([new_balance("b1", 1)], SKEW)
-    assert join(store, "r1", asked=3) == JoinResult(kind="balance", id="b2")
+    assert join(store, "r1", requested_at=3) == JoinResult(kind="balance", id="b2")
 
 
 def test_balance_ends_the_in_flight_refresh_that_it_can_answer(store: CorrelationStore) -> None:
@@ -114,10 +114,10 @@ def test_balance_ends_the_in_flight_refresh_that_it_can_answer(store: Correlatio
     join(store, "r1")
     store.move_requested_to_in_flight([called("r1", 10)])
     store.add_balances_and_clear_answered_refreshes([new_balance("b0", 4.9)], SKEW)
-    assert join(store, "r2", asked=41) == JoinResult(kind="leader", id="r2")
-    assert join(store, "r3", asked=10, age=None) == JoinResult(kind="joined", id="r1")
+    assert join(store, "r2", requested_at=41) == JoinResult(kind="leader", id="r2")
+    assert join(store, "r3", requested_at=10, age=None) == JoinResult(kind="joined", id="r1")
     store.add_balances_and_clear_answered_refreshes([new_balance("b1", 5)], SKEW)
-    assert join(store, "r4", asked=10, age=None) == JoinResult(kind="joined", id="r2")
+    assert join(store, "r4", requested_at=10, age=None) == JoinResult(kind="joined", id="r2")
 
 
 def test_cleared_refresh_serves_no_payment(store: CorrelationStore) -> None:
@@ -136,7 +136,7 @@ def test_mark_called_keeps_another_requested_refresh(store: CorrelationStore) ->
     """Only the called refresh stops being the requested one."""
     join(store, "r1")
     store.move_requested_to_in_flight([called("r0", 0)])
-    assert join(store, "r2", asked=40) == JoinResult(kind="joined", id="r1")
+    assert join(store, "r2", requested_at=40) == JoinResult(kind="joined", id="r1")
 
 
 def test_restore_replaces_the_stored_account_state(store: CorrelationStore) -> None:
@@ -145,11 +145,11 @@ def test_restore_replaces_the_stored_account_state(store: CorrelationStore) -> N
     join(store, "r1", age=None)
     state = AccountState(in_flight="r7", called_at=at(100), requested="r8", newest_balance=new_balance("b2", 0))
     store.restore_account(A, state)
-    assert join(store, "r9", asked=110) == JoinResult(kind="joined", id="r7")
-    assert join(store, "r9", asked=131) == JoinResult(kind="joined", id="r8")
-    assert join(store, "r9", asked=10) == JoinResult(kind="balance", id="b2")
+    assert join(store, "r9", requested_at=110) == JoinResult(kind="joined", id="r7")
+    assert join(store, "r9", requested_at=131) == JoinResult(kind="joined", id="r8")
+    assert join(store, "r9", requested_at=10) == JoinResult(kind="balance", id="b2")
     store.restore_account(A, AccountState())
-    assert join(store, "r9", asked=131) == JoinResult(kind="leader", id="r9")
+    assert join(store, "r9", requested_at=131) == JoinResult(kind="leader", id="r9")
 
 
 def test_keys_have_a_hash_tag_and_a_time_to_live(store: CorrelationStore, redis: "Redis") -> None:
@@ -195,7 +195,7 @@ seconds = st.integers(0, 20)
 refresh_ids = st.sampled_from(["r1", "r2", "r3"])
 
 
-class AgainstAModel(RuleBasedStateMachine):
+class ModelComparisonMachine(RuleBasedStateMachine):
     """State machine that compares the Lua scripts with a Python model."""
 
     redis: ClassVar["Redis"]
@@ -203,73 +203,75 @@ class AgainstAModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = CorrelationStore(self.redis)
-        self.flight: tuple[str, int] | None = None
+        self.in_flight: tuple[str, int] | None = None
         self.next: str | None = None
         self.balance: tuple[str, int] | None = None
         self.balances = 0
 
     @initialize()
-    def begin(self) -> None:
+    def flush(self) -> None:
         """Start empty."""
         self.store._redis.flushall()
 
-    @rule(lead=refresh_ids, asked=seconds, age=st.none() | st.integers(0, 10))
-    def join(self, lead: str, asked: int, age: int | None) -> None:
+    @rule(lead=refresh_ids, requested_at=seconds, age=st.none() | st.integers(0, 10))
+    def join(self, lead: str, requested_at: int, age: int | None) -> None:
         """Join as a payment."""
-        oldest = asked - (age or 0)
+        oldest = requested_at - (age or 0)
         if age is not None and self.balance is not None and self.balance[1] >= oldest - 5:
             expected = JoinResult(kind="balance", id=self.balance[0])
-        elif self.flight is not None and self.flight[1] >= oldest:
-            expected = JoinResult(kind="joined", id=self.flight[0])
+        elif self.in_flight is not None and self.in_flight[1] >= oldest:
+            expected = JoinResult(kind="joined", id=self.in_flight[0])
         elif self.next is not None and self.next != lead:
             expected = JoinResult(kind="joined", id=self.next)
         else:
             expected, self.next = JoinResult(kind="leader", id=lead), lead
-        assert join(self.store, lead, asked=asked, age=age) == expected
+        assert join(self.store, lead, requested_at=requested_at, age=age) == expected
 
     @rule(refresh_id=refresh_ids, now=seconds)
-    def depart(self, refresh_id: str, now: int) -> None:
+    def send_call(self, refresh_id: str, now: int) -> None:
         """Send a call."""
         self.store.move_requested_to_in_flight([called(refresh_id, now)])
-        self.flight = (refresh_id, now)
+        self.in_flight = (refresh_id, now)
         self.next = None if self.next == refresh_id else self.next
 
     @rule(when=seconds)
-    def answer(self, when: int) -> None:
+    def add_balance(self, when: int) -> None:
         """Add a balance."""
         self.balances += 1
         self.store.add_balances_and_clear_answered_refreshes([new_balance(f"b{self.balances}", when)], SKEW)
         if self.balance is None or when >= self.balance[1]:
             self.balance = (f"b{self.balances}", when)
-        if self.flight is not None and when >= self.flight[1] - 5:
-            self.flight = None
+        if self.in_flight is not None and when >= self.in_flight[1] - 5:
+            self.in_flight = None
 
     @rule(refresh_id=refresh_ids)
-    def close(self, refresh_id: str) -> None:
+    def clear(self, refresh_id: str) -> None:
         """Clear a refresh."""
         self.store.clear_requested_or_in_flight_refresh(A, refresh_id)
-        self.flight = None if self.flight and self.flight[0] == refresh_id else self.flight
+        self.in_flight = None if self.in_flight and self.in_flight[0] == refresh_id else self.in_flight
         self.next = None if self.next == refresh_id else self.next
 
     @rule(
-        flight=st.none() | st.tuples(refresh_ids, seconds),
+        in_flight=st.none() | st.tuples(refresh_ids, seconds),
         requested=st.none() | refresh_ids,
         balance=st.none() | st.tuples(st.just("b0"), seconds),
     )
-    def restore(self, flight: tuple[str, int] | None, requested: str | None, balance: tuple[str, int] | None) -> None:
+    def restore(
+        self, in_flight: tuple[str, int] | None, requested: str | None, balance: tuple[str, int] | None
+    ) -> None:
         """Restore the state from the ledger."""
-        refresh_id, called_at = (flight[0], at(flight[1])) if flight else (None, None)
+        refresh_id, called_at = (in_flight[0], at(in_flight[1])) if in_flight else (None, None)
         newest = new_balance(*balance) if balance else None
         state = AccountState(in_flight=refresh_id, called_at=called_at, requested=requested, newest_balance=newest)
         self.store.restore_account(A, state)
-        self.flight, self.next, self.balance = flight, requested, balance
+        self.in_flight, self.next, self.balance = in_flight, requested, balance
 
 
 def test_store_matches_the_model(redis: "Redis") -> None:
     """Operations run in any order."""
-    AgainstAModel.redis = redis
+    ModelComparisonMachine.redis = redis
     run_state_machine_as_test(
-        AgainstAModel,
+        ModelComparisonMachine,
         settings=settings(
             max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),

@@ -41,7 +41,7 @@ SCENARIOS = {
     ),
     "no balance arrives": Scenario(((0, P1 | {"timeout_s": 5}),), ("silence",), (0, 6, 61)),
 }
-EVERYWHERE = bool(os.environ.get("STRIKE_EVERYWHERE"))
+EVERYWHERE = bool(os.environ.get("FAULTS_EVERYWHERE"))
 """Run every fault mode at every operation on both databases, which takes minutes. The default is one mode each."""
 Inject = Callable[[Scenario, FaultMode, int | None], tuple[Operations, list[str]]]
 
@@ -62,9 +62,9 @@ def inject(databases: Databases, correlation: CorrelationStore) -> Inject:
     def run_with_fault(scenario: Scenario, mode: FaultMode, at: int | None) -> tuple[Operations, list[str]]:
         operations = Operations(at, mode)
         databases.empty(address)
-        with build_faulty_system(scenario, ledger, correlation, operations) as made:
-            made.run()
-            return operations, list(violations(made))
+        with build_faulty_system(scenario, ledger, correlation, operations) as faulty_system:
+            faulty_system.run()
+            return operations, list(violations(faulty_system))
 
     return run_with_fault
 

@@ -67,22 +67,22 @@ def rows(payready: InProcessSystem, table: str) -> set[str]:
 
 
 def assert_all_are_delivered_once(payready: InProcessSystem, ids: set[str]) -> None:
-    assert {payment_id: payready.state(payment_id) for payment_id in ids} == dict.fromkeys(ids, "released")
+    assert {payment_id: payready.state_or_reason(payment_id) for payment_id in ids} == dict.fromkeys(ids, "released")
     assert [len(outcomes) for outcomes in payready.delivered.values()] == [1] * len(ids)
 
 
 def test_job_is_stored_completely_or_not_at_all(payready: InProcessSystem, disk: Disk) -> None:
     """The caller retries, as while the database is unavailable."""
-    ids, refused = {f"p{n}" for n in range(MANY)}, set()
+    ids, rejected = {f"p{n}" for n in range(MANY)}, set()
     with disk.full():
         for payment_id in sorted(ids):
             try:
                 payready.initiate(payment_id, A)
             except DATABASE_UNAVAILABLE:
-                refused.add(payment_id)
-    assert refused
-    assert rows(payready, "payment") == rows(payready, "outcome_delivery") == ids - refused
-    for payment_id in refused:
+                rejected.add(payment_id)
+    assert rejected
+    assert rows(payready, "payment") == rows(payready, "outcome_delivery") == ids - rejected
+    for payment_id in rejected:
         payready.initiate(payment_id, A)
     payready.run_tasks()
     payready.balance(A)
@@ -133,7 +133,7 @@ def test_resolution_is_all_or_nothing(payready: InProcessSystem, disk: Disk) -> 
     payready.run_tasks()
     with disk.full(), pytest.raises(DATABASE_UNAVAILABLE, match="full"):
         receive_balance(payready)
-    assert {payready.state(payment_id) for payment_id in ids} == {"waiting"}
+    assert {payready.state_or_reason(payment_id) for payment_id in ids} == {"waiting"}
     assert payready.delivered == {}
     receive_balance(payready)
     payready.pass_time(30)
@@ -143,7 +143,7 @@ def test_resolution_is_all_or_nothing(payready: InProcessSystem, disk: Disk) -> 
 
 def test_webhook_is_stored_or_repeated(payready: InProcessSystem, disk: Disk) -> None:
     """A webhook that was not stored gets no 2xx response."""
-    accounts, refused = [f"acct_{n}" for n in range(MANY)], []
+    accounts, rejected = [f"acct_{n}" for n in range(MANY)], []
     for account in accounts:
         payready.initiate(f"p_{account}", account)
     payready.run_tasks()
@@ -152,11 +152,11 @@ def test_webhook_is_stored_or_repeated(payready: InProcessSystem, disk: Disk) ->
             try:
                 payready.balance(account, balance_id=account.replace("acct", "bal"))
             except DATABASE_UNAVAILABLE:
-                refused.append(account)
-    assert refused
+                rejected.append(account)
+    assert rejected
     stored = {row["account_id"] for row in payready.rows("SELECT account_id FROM balance")}
-    assert stored == set(accounts) - set(refused)
-    for account in refused:
+    assert stored == set(accounts) - set(rejected)
+    for account in rejected:
         payready.balance(account, balance_id=account.replace("acct", "bal"))
     payready.run_tasks()
     assert_all_are_delivered_once(payready, {f"p_{account}" for account in accounts})

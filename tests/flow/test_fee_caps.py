@@ -32,7 +32,7 @@ def pay(payready: InProcessSystem, number: int, **job: Any) -> str:
     """Start a payment on its own account, run its calls, and return its state or reason."""
     payready.initiate(f"p{number}", f"acct_cap{number}", **job)
     payready.run_tasks()
-    return payready.state(f"p{number}")
+    return payready.state_or_reason(f"p{number}")
 
 
 @contextmanager
@@ -50,9 +50,9 @@ def test_daily_cap_fails_payments_of_further_calls(payready: InProcessSystem, ca
     assert [pay(payready, number) for number in range(2)] == ["waiting", "waiting"]
     payready.initiate("p2", A)
     payready.initiate("p3", A)
-    with counted(metrics.FEE_CAPS_REACHED, "day") as refused, caplog.at_level(logging.ERROR):
+    with counted(metrics.FEE_CAPS_REACHED, "day") as reached, caplog.at_level(logging.ERROR):
         payready.run_tasks()
-    assert refused == [1]
+    assert reached == [1]
     messages = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
     [event] = [message for message in messages if message["event"] == "fee_cap.reached"]
     assert event["event"] == "fee_cap.reached"
@@ -95,11 +95,15 @@ def test_account_cap_limits_calls_per_day(payready: InProcessSystem) -> None:
         payready.balance(A)
         payready.run_tasks()
         payready.clock.advance(1)
-    assert [payready.state(f"a{number}") for number in range(3)] == ["released", "released", "fee_cap_reached"]
+    assert [payready.state_or_reason(f"a{number}") for number in range(3)] == [
+        "released",
+        "released",
+        "fee_cap_reached",
+    ]
     assert pay(payready, 1) == "waiting"
     payready.initiate("reuses", A)
     payready.run_tasks()
-    assert payready.state("reuses") == "released"
+    assert payready.state_or_reason("reuses") == "released"
 
 
 def test_caps_count_pending_calls_and_not_void_ones(payready: InProcessSystem) -> None:
@@ -124,7 +128,7 @@ def test_cap_prevents_the_retry_of_an_unknown_result(
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.pass_time(16)
-    assert payready.state("p1") == "fee_cap_reached"
+    assert payready.state_or_reason("p1") == "fee_cap_reached"
     assert payready.fees(A) == ["1 pending"]
     payready.balance(A)
     payready.run_tasks()
@@ -172,7 +176,7 @@ def test_small_cap_does_not_warn(payready: InProcessSystem, cap: int) -> None:
             payready.balance(A)
             payready.run_tasks()
             payready.clock.advance(1)
-    assert payready.state(f"p{cap}") == "fee_cap_reached"
+    assert payready.state_or_reason(f"p{cap}") == "fee_cap_reached"
     assert warned == of_day == [0]
 
 
@@ -184,8 +188,8 @@ def test_concurrent_replicas_do_not_exceed_the_cap(payready: InProcessSystem) ->
         claims = []
         for n in range(8):
             account = f"acct_many{number}x{n}"
-            entrance = payready.initiate(f"p{number}x{n}", account)
-            claims.append((replicas[n % 4], account, str(entrance.refresh_id)))
+            accepted = payready.initiate(f"p{number}x{n}", account)
+            claims.append((replicas[n % 4], account, str(accepted.refresh_id)))
         payready.drop_tasks()
         run_concurrently(*(lambda claim=claim: flow.claim_and_call(*claim) for claim in claims))
         assert len(payready.provider.calls) == 3 * (number + 1)

@@ -16,17 +16,17 @@ A = "acct_fees"
 
 def test_pending_entry_is_committed_before_the_call(payready: InProcessSystem) -> None:
     """During the call, another connection sees the entry with its price and price list."""
-    seen: list[dict[str, object]] = []
+    entries: list[dict[str, object]] = []
 
     def read_ledger() -> int:
-        seen.extend(payready.rows("SELECT state, price, currency, price_list, account_id FROM fee_entry"))
+        entries.extend(payready.rows("SELECT state, price, currency, price_list, account_id FROM fee_entry"))
         return 202
 
     payready.provider.script[A] = [read_ledger]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert [(row["state"], Decimal(str(row["price"]))) for row in seen] == [("pending", Decimal("0.100000"))]
-    assert (seen[0]["currency"], seen[0]["price_list"], seen[0]["account_id"]) == ("USD", "test", A)
+    assert [(row["state"], Decimal(str(row["price"]))) for row in entries] == [("pending", Decimal("0.100000"))]
+    assert (entries[0]["currency"], entries[0]["price_list"], entries[0]["account_id"]) == ("USD", "test", A)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_balance_before_the_response_posts_once(payready: InProcessSystem) -> No
     payready.provider.script[A] = [webhook_first]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.fees(A) == ["1 pending", "1 posted"]
     assert payready.refreshes(A) == ["answered"]
 
@@ -97,12 +97,12 @@ def test_late_balance_posts_its_call_and_serves_the_next_payment(payready: InPro
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
     payready.pass_time(10)
-    assert payready.state("p1") == "provider_unavailable"
+    assert payready.state_or_reason("p1") == "provider_unavailable"
     payready.clock.advance(20)
     payready.balance(A)
     payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted"]
-    assert payready.state("p1") == "provider_unavailable"
+    assert payready.state_or_reason("p1") == "provider_unavailable"
     payready.clock.advance(5)
     payready.initiate("p2", A)
     payready.run_tasks()
@@ -133,7 +133,7 @@ def test_balance_from_before_the_call_does_not_post_it(payready: InProcessSystem
     payready.run_tasks()
     payready.balance(A, at=START - timedelta(seconds=6))
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.fees(A) == ["1 pending"]
     assert payready.refreshes(A) == ["uncertain"]
 
@@ -161,7 +161,7 @@ def test_late_balance_posts_the_call_before_a_rejected_one(payready: InProcessSy
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.pass_time(16)
-    assert payready.state("p1") == "connection_inactive"
+    assert payready.state_or_reason("p1") == "connection_inactive"
     payready.balance(A)
     payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "2 pending", "2 void", "1 posted"]
@@ -192,7 +192,7 @@ def test_ambiguous_balance_does_not_post_the_later_call(
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p2") == "released"
+    assert payready.state_or_reason("p2") == "released"
     assert payready.fees(A) == ["1 pending", "1 posted", *entries]
 
 
@@ -275,7 +275,7 @@ def test_balance_between_two_calls_posts_the_first_call(
     assert payready.queue.calls
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.provider.calls == [A]
     assert (payready.fees(A), payready.refreshes(A)) == (["1 pending", "1 posted"], ["answered"])
     assert share_of(payready, "p1") == Decimal("0.1")

@@ -67,8 +67,8 @@ def test_database_rejects_an_entry_that_replaces_another(payready: InProcessSyst
         ):
             assert_rejected(payready, statement, "append-only")
     else:
-        again = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
-        assert_rejected(payready, "INSERT " + entry_like("pending") + again, "append-only")
+        on_conflict = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
+        assert_rejected(payready, "INSERT " + entry_like("pending") + on_conflict, "append-only")
 
 
 @pytest.mark.parametrize(

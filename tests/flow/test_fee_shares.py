@@ -41,7 +41,7 @@ def test_fee_share_has_one_currency(payready: InProcessSystem) -> None:
     assert payready.outcome("p1")["fee"] == {"amount": "0.200000", "currency": "EUR", "state": "posted"}
 
 
-@pytest.mark.parametrize("resolved_by", ["balance", "deadline", "refusal"])
+@pytest.mark.parametrize("resolved_by", ["balance", "deadline", "rejection"])
 @pytest.mark.parametrize("sharers", [1, 3, 7])
 def test_fee_shares_add_up_to_the_fee_of_the_call(
     payready: InProcessSystem, sharers: int, resolved_by: str, share_of: Callable[[InProcessSystem, str], Decimal]
@@ -49,7 +49,7 @@ def test_fee_shares_add_up_to_the_fee_of_the_call(
     """This is true for every kind of resolution, to the last decimal place."""
     payready.initiate("p0", A, timeout_s=30)
     payready.provider.script[A] = [
-        CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive") if resolved_by == "refusal" else 202
+        CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive") if resolved_by == "rejection" else 202
     ]
     for number in range(1, sharers):
         payready.initiate(f"p{number}", A, timeout_s=30)
@@ -59,7 +59,7 @@ def test_fee_shares_add_up_to_the_fee_of_the_call(
         payready.run_tasks()
     elif resolved_by == "deadline":
         payready.pass_time(30)
-    fee = Decimal("0.1") if resolved_by != "refusal" else Decimal(0)
+    fee = Decimal("0.1") if resolved_by != "rejection" else Decimal(0)
     assert payready.provider.calls == [A]
     assert sum(share_of(payready, f"p{number}") for number in range(sharers)) == fee
 
@@ -78,7 +78,7 @@ def test_fee_shares_add_up_when_payments_fail_before_the_balance(
     payready.pass_time(1)
     payready.balance(A)
     payready.run_tasks()
-    assert [payready.state(payment_id) for payment_id in ("p0", "p1")] == ["timeout", "cancelled"]
+    assert [payready.state_or_reason(payment_id) for payment_id in ("p0", "p1")] == ["timeout", "cancelled"]
     assert payready.outcome("p6")["shared_by"] == 7
     assert sum(share_of(payready, f"p{number}") for number in range(7)) == Decimal("0.1")
 

@@ -18,10 +18,10 @@ def test_balance_older_than_allowed_leaves_the_payment_waiting(payready: InProce
     payready.run_tasks()
     payready.balance(A, at=START - timedelta(seconds=36))
     payready.run_tasks()
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
     payready.balance(A, at=START - timedelta(seconds=35))
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
 
 
 def test_balance_of_another_account_releases_no_payment(payready: InProcessSystem) -> None:
@@ -29,7 +29,7 @@ def test_balance_of_another_account_releases_no_payment(payready: InProcessSyste
     payready.run_tasks()
     payready.balance("acct_other")
     payready.run_tasks()
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
 
 
 def test_balance_of_an_earlier_call_never_serves_a_payment_of_age_0(payready: InProcessSystem) -> None:
@@ -43,13 +43,13 @@ def test_balance_of_an_earlier_call_never_serves_a_payment_of_age_0(payready: In
     payready.clock.advance(1)
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p1") == "released"
+    assert payready.state_or_reason("p2") == "waiting"
     assert payready.provider.calls == [A, A], "the next call was not made when the first was answered"
     payready.clock.advance(1)
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p2") == "released"
+    assert payready.state_or_reason("p2") == "released"
     assert payready.outcome("p2")["fee"]["state"] == "posted"
     assert payready.outcome("p2")["refresh_id"] != payready.outcome("p1")["refresh_id"]
 
@@ -60,10 +60,10 @@ def test_stored_balance_does_not_serve_a_payment_of_age_0(payready: InProcessSys
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
-    entrance = payready.initiate("p2", A, max_balance_age_s=0)
-    assert entrance.refresh_id is not None
+    accepted = payready.initiate("p2", A, max_balance_age_s=0)
+    assert accepted.refresh_id is not None
     payready.run_tasks()
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p2") == "waiting"
     assert payready.provider.calls == [A, A]
 
 
@@ -78,7 +78,7 @@ def test_repeated_event_does_not_serve_a_payment_of_age_0(payready: InProcessSys
     payready.run_tasks()
     payready.balance(A, balance_id=balance_id, at=START + timedelta(seconds=1))
     payready.run_tasks()
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p2") == "waiting"
 
 
 def test_repeated_unattributed_event_does_not_answer_a_later_call(
@@ -92,7 +92,7 @@ def test_repeated_unattributed_event_does_not_answer_a_later_call(
     payready.run_tasks()
     payready.balance(A, balance_id=balance_id, at=START)
     payready.run_tasks()
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
     assert payready.refreshes(A) == ["accepted"]
 
 
@@ -105,29 +105,31 @@ def test_unattributed_balance_serves_a_payment_that_allows_its_age(
     payready.drop_tasks()
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.outcome("p1")["refresh_id"] is None
     assert payready.outcome("p1")["fee"] == {"amount": "0", "currency": "USD", "state": "reused"}
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p2") == "waiting"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(allowed_s=st.integers(0, 120), age_us=st.integers(0, 150_000_000), asked_us=st.integers(0, 2_000_000))
+@given(allowed_s=st.integers(0, 120), age_us=st.integers(0, 150_000_000), requested_us=st.integers(0, 2_000_000))
 def test_payment_is_released_by_an_allowed_balance_or_a_call_is_made(
-    payready: InProcessSystem, allowed_s: int, age_us: int, asked_us: int
+    payready: InProcessSystem, allowed_s: int, age_us: int, requested_us: int
 ) -> None:
     """With any fraction of a second, exactly one of the two happens."""
     number = next(payready._numbers)
     account = f"acct_age{number}"
-    payready.clock.now = START + timedelta(days=number, microseconds=asked_us)
+    payready.clock.now = START + timedelta(days=number, microseconds=requested_us)
     at = payready.clock.now - timedelta(microseconds=age_us)
     payready.balance(account, at=at)
     payready.run_tasks()
     payready.initiate(f"p_{number}", account, max_balance_age_s=allowed_s)
     payready.run_tasks()
-    fresh = allowed_s > 0 and at >= payready.clock.now - timedelta(seconds=allowed_s) - payready.rt.settings.clock_skew
-    assert payready.state(f"p_{number}") == ("released" if fresh else "waiting")
-    assert payready.provider.calls.count(account) == (0 if fresh else 1)
+    is_fresh = (
+        allowed_s > 0 and at >= payready.clock.now - timedelta(seconds=allowed_s) - payready.rt.settings.clock_skew
+    )
+    assert payready.state_or_reason(f"p_{number}") == ("released" if is_fresh else "waiting")
+    assert payready.provider.calls.count(account) == (0 if is_fresh else 1)
 
 
 @pytest.mark.parametrize("fraction_us", [1, 499, 999])
@@ -147,8 +149,8 @@ def test_payment_does_not_join_a_call_too_early_by_microseconds(payready: InProc
     payready.run_tasks()
     payready.clock.now += timedelta(microseconds=400)
     first = payready.refreshes(A)
-    entrance = payready.initiate("p2", A, max_balance_age_s=0)
-    assert entrance.follow_up.calls == [flow.RefreshCall(account_id=A, refresh_id=str(entrance.refresh_id))]
+    accepted = payready.initiate("p2", A, max_balance_age_s=0)
+    assert accepted.follow_up.calls == [flow.RefreshCall(account_id=A, refresh_id=str(accepted.refresh_id))]
     assert first == ["accepted"]
 
 

@@ -20,30 +20,30 @@ events = st.one_of(
 
 
 @settings(max_examples=25, deadline=None)
-@given(story=st.lists(events, min_size=4, max_size=25))
-def test_no_order_of_releases_covers_more_than_the_balance(
-    made_on_sqlite: MakeSystem, story: list[tuple[str, Any, Any]]
+@given(events_in_order=st.lists(events, min_size=4, max_size=25))
+def test_releases_never_exceed_the_balance_in_any_order_of_events(
+    make_sqlite_system: MakeSystem, events_in_order: list[tuple[str, Any, Any]]
 ) -> None:
-    """All that was released on the account since a balance's time, up to the last release by it, is covered by it."""
-    with made_on_sqlite() as payready:
-        for number, (what, first, second) in enumerate(story):
+    """A balance covers all releases on the account from its time to the last release by it."""
+    with make_sqlite_system() as payready:
+        for number, (kind, first, second) in enumerate(events_in_order):
             payready.clock.advance(0.001)
-            if what == "job":
+            if kind == "job":
                 payready.initiate(f"p{number}", "acct_a", amount=first, max_balance_age_s=second)
-            elif what == "balance":
+            elif kind == "balance":
                 payready.balance("acct_a", second, at=payready.clock.now - timedelta(seconds=first))
-            elif what == "work":
+            elif kind == "work":
                 payready.run_tasks()
-            elif what == "lose":
+            elif kind == "lose":
                 payready.drop_tasks()
             else:
                 payready.clock.advance(first)
                 payready.run_maintenance()
         payready.run_tasks()
-        _covered(payready)
+        _assert_balances_cover_releases(payready)
 
 
-def _covered(payready: InProcessSystem) -> None:
+def _assert_balances_cover_releases(payready: InProcessSystem) -> None:
     released = payready.rows(
         "SELECT p.balance_id, p.amount, p.resolved_at, b.at, b.available FROM payment p "
         "JOIN balance b USING (balance_id) WHERE p.state = 'released'"
@@ -55,16 +55,16 @@ def _covered(payready: InProcessSystem) -> None:
         assert sum(Decimal(row["amount"]) for row in since) <= Decimal(own[0]["available"])
 
 
-def test_a_release_while_the_call_was_under_way_is_deducted_from_its_balance(made_on_sqlite: MakeSystem) -> None:
-    """The balance's time may be that of its record; the bank may have been asked as early as the call went out."""
-    with made_on_sqlite() as payready:
+def test_release_during_the_call_is_deducted_from_its_balance(make_sqlite_system: MakeSystem) -> None:
+    """The amounts may be older than the balance's time: as old as the call."""
+    with make_sqlite_system() as payready:
         payready.initiate("own", "acct_a", amount="80.00", max_balance_age_s=0)
         payready.run_tasks()
         payready.clock.advance(5)
         payready.initiate("early", "acct_a", amount="80.00", max_balance_age_s=300)
         payready.balance("acct_a", "100.00", at=payready.clock.now - timedelta(seconds=100))
         payready.run_tasks()
-        assert payready.state("early") == "released"
+        assert payready.state_or_reason("early") == "released"
         payready.clock.advance(20)
         payready.balance("acct_a", "100.00")
         payready.run_tasks()

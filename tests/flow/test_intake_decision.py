@@ -1,4 +1,4 @@
-"""The decision on jobs, by examples. No database."""
+"""Examples of the intake decision, without a database."""
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -27,13 +27,13 @@ OUTCOME = {"payment_id": "pay_1", "reason": "timeout", "detail": "no balance arr
 
 
 def job(**changes: Any) -> Job:
-    """A job of payment `pay_1` with these changes."""
+    """Return a job of payment `pay_1` with these changes."""
     arguments = {"payment_id": "pay_1", "account_id": "acct_1", "amount": "25.00", **changes}
     return parse_job(arguments, currency=str(arguments.get("currency", "USD")))
 
 
 def request(task_id: str = "task_1", **changes: Any) -> IntakeRequest:
-    """A request of this task for `pay_1`."""
+    """Return a request of this task for `pay_1`."""
     return IntakeRequest(job=job(**changes), continuation={"id": task_id})
 
 
@@ -50,7 +50,7 @@ RESOLVED = replace(WAITING, state=PaymentState.FAILED, outcome=OUTCOME)
 
 
 def resolved_for(task_id: str) -> AlreadyResolved:
-    """The decision that delivers the stored outcome to this task."""
+    """Return the decision that delivers the stored outcome to this task."""
     return AlreadyResolved(
         delivery=OutcomeDelivery(
             task_id=task_id, continuation={"id": task_id}, state=PaymentState.FAILED, outcome=OUTCOME
@@ -60,7 +60,7 @@ def resolved_for(task_id: str) -> AlreadyResolved:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Requests, what the ledger knows of their payments, and the expected decisions."""
+    """Requests, the payments in the ledger, and the expected decisions."""
 
     requests: list[IntakeRequest]
     inserted: dict[str, WaitingPayment] = field(default_factory=dict)

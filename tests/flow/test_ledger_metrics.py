@@ -20,23 +20,23 @@ from worker.metrics import (
 )
 from worker.metrics_collector import CachedQueryCollector
 
-Ask = Callable[..., float]
+ReadMetric = Callable[..., float]
 
 
 @pytest.fixture
-def exported(payready: InProcessSystem) -> Ask:
-    """Asks for one value, by the name of its metric and its labels, of a watch that began with the test."""
-    watch = LedgerCollector(payready.rt)
+def exported(payready: InProcessSystem) -> ReadMetric:
+    """Return a function that reads a value by metric name and labels, from a collector that started with the test."""
+    collector = LedgerCollector(payready.rt)
 
-    def ask(name: str, *labels: str) -> float:
-        figures = {figure.name: figure for figure in watch()}
-        return figures[name].values.get(labels, -1.0)
+    def read(name: str, *labels: str) -> float:
+        samples = {sample.name: sample for sample in collector()}
+        return samples[name].values.get(labels, -1.0)
 
-    return ask
+    return read
 
 
-def test_waiting_payments_are_counted_by_state_of_their_call(payready: InProcessSystem, exported: Ask) -> None:
-    """With how long the first of each kind waits: one without a call, one called, one whose answer was lost."""
+def test_waiting_payments_are_counted_by_state_of_their_call(payready: InProcessSystem, exported: ReadMetric) -> None:
+    """The oldest wait of each state is exported, too."""
     payready.initiate("pay_1", "acct_a")
     payready.drop_tasks()
     payready.clock.advance(1)
@@ -56,8 +56,8 @@ def test_waiting_payments_are_counted_by_state_of_their_call(payready: InProcess
     assert exported("payready_past_deadline_seconds") == 13
 
 
-def test_payment_that_waits_for_a_delayed_call_counts_once(payready: InProcessSystem, exported: Ask) -> None:
-    """Its account has two open refreshes: one in flight, one that is to follow it."""
+def test_payment_that_waits_for_a_delayed_call_counts_once(payready: InProcessSystem, exported: ReadMetric) -> None:
+    """Its account has two refreshes: one in flight, and a requested one."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     payready.clock.advance(5)
@@ -68,8 +68,8 @@ def test_payment_that_waits_for_a_delayed_call_counts_once(payready: InProcessSy
     assert exported("payready_waiting_payments", "requested") == 0
 
 
-def test_unanswered_call_is_counted_apart_from_no_call(payready: InProcessSystem, exported: Ask) -> None:
-    """The window of its refresh is over before its deadline: a call was made, and charged."""
+def test_unanswered_call_is_counted_apart_from_no_call(payready: InProcessSystem, exported: ReadMetric) -> None:
+    """The refresh window ends before the payment's deadline: a call was made and charged."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     payready.pass_time(61)
@@ -78,8 +78,8 @@ def test_unanswered_call_is_counted_apart_from_no_call(payready: InProcessSystem
     assert exported("payready_waiting_payments", "none") == 0
 
 
-def test_outcomes_since_the_last_scrape_are_counted_in_steps(payready: InProcessSystem, exported: Ask) -> None:
-    """Not all of it at once, or a long absence would make a question that is never answered in time."""
+def test_outcomes_are_counted_by_the_hour_after_a_long_pause(payready: InProcessSystem, exported: ReadMetric) -> None:
+    """One query over a long pause between scrapes would time out."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     payready.balance("acct_a")
@@ -93,8 +93,10 @@ def test_outcomes_since_the_last_scrape_are_counted_in_steps(payready: InProcess
     assert [exported("payready_outcomes_total", "released", "none") for _ in range(4)] == [1, 1, 2, 2]
 
 
-def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: InProcessSystem, exported: Ask) -> None:
-    """However often it is asked; and a call is open until it is posted or void."""
+def test_outcomes_and_fees_are_counted_once_after_the_write_lag(
+    payready: InProcessSystem, exported: ReadMetric
+) -> None:
+    """Repeated scrapes change nothing. A call is unresolved until it is posted or void."""
     exported("payready_outcomes_total")
     payready.initiate("pay_1", "acct_a")
     payready.provider.script["acct_b"] = [CallResultUnknown("lost")]
@@ -103,7 +105,7 @@ def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: 
     payready.balance("acct_a")
     payready.run_tasks()
     assert exported("payready_outcomes_total", "released", "none") == 0, (
-        "not before the time in which others may commit"
+        "another transaction may still commit an earlier row"
     )
     payready.clock.advance(WRITE_LAG.total_seconds())
     for _ in range(2):
@@ -111,23 +113,23 @@ def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: 
         assert exported("payready_fee_entries_total", "posted", "USD") == 1
         assert exported("payready_fees_total", "posted", "USD") == 0.1
     assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (1, 0.1)
-    late = LedgerCollector(payready.rt)
-    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 1}, (
-        "one that starts now finds it too"
+    new_collector = LedgerCollector(payready.rt)
+    assert {f.name: f.values for f in new_collector()}["payready_unresolved_calls"] == {(): 1}, (
+        "a new collector counts it, too"
     )
     payready.balance("acct_b")
     payready.run_tasks()
     payready.clock.advance(WRITE_LAG.total_seconds())
     assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (0, 0)
     assert exported("payready_fees_total", "posted", "USD") == 0.2
-    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 0}
+    assert {f.name: f.values for f in new_collector()}["payready_unresolved_calls"] == {(): 0}
 
 
-def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: InProcessSystem, exported: Ask) -> None:
-    """Since it was settled, and since it came."""
+def test_undelivered_and_unapplied_are_exported_with_their_age(payready: InProcessSystem, exported: ReadMetric) -> None:
+    """The age counts from the resolution, and from the balance's arrival."""
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
-    balance_id = payready.balance("acct_a", later=True)
+    balance_id = payready.balance("acct_a", stored_only=True)
     payready.clock.advance(2)
     assert (exported("payready_unapplied_balances"), exported("payready_oldest_unapplied_seconds")) == (1, 2)
     payready.queue.balances_to_apply.clear()
@@ -138,13 +140,13 @@ def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: InProces
     assert (exported("payready_undelivered_outcomes"), exported("payready_unapplied_balances")) == (0, 0)
 
 
-def test_the_way_of_a_balance_is_timed(payready: InProcessSystem) -> None:
-    """From the call to its arrival, from there to the settlement; applying it again times nothing."""
+def test_balance_latency_is_observed_once(payready: InProcessSystem) -> None:
+    """From the call to the arrival, and from there to the resolution. A repeated apply observes nothing."""
     before = [_sum_and_count(histogram) for histogram in (CALL_TO_BALANCE_SECONDS, BALANCE_TO_RESOLUTION_SECONDS)]
     payready.initiate("pay_1", "acct_a")
     payready.run_tasks()
     payready.clock.advance(7)
-    balance_id = payready.balance("acct_a", later=True)
+    balance_id = payready.balance("acct_a", stored_only=True)
     payready.clock.advance(2)
     payready.run_tasks()
     payready.queue.balances_to_apply.append(balance_id)
@@ -160,22 +162,22 @@ def _sum_and_count(histogram: object) -> tuple[float, float]:
 
 
 def test_collector_caches_values_and_reports_an_unavailable_source() -> None:
-    """Figures of someone who does not answer are left out: old ones would lie."""
-    now, asked = [0.0], [0]
-    example = MetricDefinition(name="payready_x", kind="gauge", help_text="X.", labels=(Label(name="kind"),))
+    """It omits the values of an unavailable source, because the cached ones are outdated."""
+    now, queries = [0.0], [0]
+    definition = MetricDefinition(name="payready_x", kind="gauge", help_text="X.", labels=(Label(name="kind"),))
 
-    def ask() -> list[MetricSample]:
-        asked[0] += 1
-        if asked[0] == 2:
-            raise OSError("away")
-        return [example.sample({("a",): 5})]
+    def query() -> list[MetricSample]:
+        queries[0] += 1
+        if queries[0] == 2:
+            raise OSError("unavailable")
+        return [definition.sample({("a",): 5})]
 
     def exported() -> dict[str, float]:
         return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
 
-    collector = CachedQueryCollector("database", ask, clock=lambda: now[0])
+    collector = CachedQueryCollector("database", query, clock=lambda: now[0])
     assert exported() == exported() == {"payready_database_up": 1, "payready_x": 5}
-    assert asked == [1]
+    assert queries == [1]
     now[0] += 5
     assert exported() == {"payready_database_up": 0}
     now[0] += 5
@@ -187,10 +189,10 @@ def test_cap_usage_is_exported(payready: InProcessSystem) -> None:
     payready.rt.settings = payready.rt.settings.model_copy(
         update={"fee_cap_per_day": Decimal("0.4"), "fee_cap_per_month": Decimal(0)}
     )
-    watch = LedgerCollector(payready.rt)
+    collector = LedgerCollector(payready.rt)
 
     def used() -> object:
-        return {figure.name: figure.values for figure in watch()}["payready_fee_cap_used_ratio"]
+        return {sample.name: sample.values for sample in collector()}["payready_fee_cap_used_ratio"]
 
     assert used() == {("day",): 0, ("month",): 1}
     payready.rt.settings = payready.rt.settings.model_copy(update={"fee_cap_per_month": None})
@@ -200,10 +202,10 @@ def test_cap_usage_is_exported(payready: InProcessSystem) -> None:
 
 
 def test_circuit_breaker_metric_is_1_while_it_is_open(payready: InProcessSystem) -> None:
-    """And the budget as far as it is spent."""
+    """The used burst of the rate limiter is exported, too."""
 
     def exported() -> dict[str, float]:
-        return {figure.name: figure.values[()] for figure in redis_metrics(payready.rt)}
+        return {sample.name: sample.values[()] for sample in redis_metrics(payready.rt)}
 
     assert exported()["payready_circuit_breaker_open"] == exported()["payready_rate_limiter_burst_used_ratio"] == 0
     for _ in range(payready.rt.settings.circuit_breaker_failures):
@@ -213,13 +215,13 @@ def test_circuit_breaker_metric_is_1_while_it_is_open(payready: InProcessSystem)
     assert exported()["payready_circuit_breaker_open"] == 0
 
 
-def test_what_one_process_found_is_forgotten_for_what_another_may_have_found_since() -> None:
-    """Of several workers only one checks at a time: the greatest of their values must not be an old one."""
+def test_expiring_value_is_nan_after_its_lifetime() -> None:
+    """One worker checks at a time. The maximum over all workers must not be an old value."""
     now = [0.0]
-    flaws = ExpiringValue(180, clock=lambda: now[0])
-    assert math.isnan(flaws())
-    flaws.set(2)
+    value = ExpiringValue(180, clock=lambda: now[0])
+    assert math.isnan(value())
+    value.set(2)
     now[0] = 179
-    assert flaws() == 2
+    assert value() == 2
     now[0] = 180
-    assert math.isnan(flaws())
+    assert math.isnan(value())

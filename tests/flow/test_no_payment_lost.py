@@ -1,4 +1,4 @@
-"""Invariant 2: no payment is forgotten, and Redis may be emptied: no account in flight is charged again."""
+"""Invariant 2: no payment is lost, and no account in flight is called again, also after Redis was emptied."""
 
 from decimal import Decimal
 
@@ -11,16 +11,16 @@ from worker.ledger import quarantine
 from worker.ledger.engine import transaction
 from worker.quiltt.messages import Balance, BalanceWithEventId, UnparsedEvent
 
-A = "acct_kept"
-STEPS = ("before the job", "after the job", "after the call", "after the event", "after the end")
+A = "acct_a"
+STEPS = ("before the job", "after the job", "after the call", "after the event", "after the resolution")
 
 
-def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSystem) -> None:
-    """Nothing came: `timeout`, in the second of the deadline."""
+def test_payment_fails_at_its_deadline_and_not_before(payready: InProcessSystem) -> None:
+    """Without a balance the reason is `timeout`."""
     payready.initiate("p1", A, timeout_s=20)
     payready.run_tasks()
     payready.pass_time(19)
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
     payready.pass_time(1)
     assert payready.outcome("p1") == {
         "payment_id": "p1",
@@ -29,8 +29,8 @@ def test_a_payment_fails_at_its_deadline_and_not_before(payready: InProcessSyste
     }
 
 
-def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
-    """When no worker made the call, the provider is not blamed."""
+def test_expiry_without_a_call_says_in_its_detail_that_none_was_made(payready: InProcessSystem) -> None:
+    """The payment has no refresh, and so no share of a fee."""
     payready.initiate("p1", A, timeout_s=5)
     payready.drop_tasks()
     payready.clock.advance(5)
@@ -40,18 +40,18 @@ def test_a_deadline_without_a_call_says_so(payready: InProcessSystem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "detail"),
+    ("error", "detail"),
     [
         (CallNotSent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
         (RateLimited("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
         (CallResultUnknown("the provider answered 500", 500), "the provider answered 500"),
     ],
 )
-def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
-    payready: InProcessSystem, trouble: CallNotSent | RateLimited | CallResultUnknown, detail: str
+def test_expiry_after_failed_calls_has_reason_provider_unavailable(
+    payready: InProcessSystem, error: CallNotSent | RateLimited | CallResultUnknown, detail: str
 ) -> None:
-    """`provider_unavailable`, with what the last call met with."""
-    payready.provider.script[A] = [trouble] * 20
+    """The detail is the last error of the refresh."""
+    payready.provider.script[A] = [error] * 20
     payready.initiate("p1", A, timeout_s=10)
     payready.run_tasks()
     payready.pass_time(10)
@@ -59,7 +59,7 @@ def test_trouble_with_the_provider_is_the_reason_at_the_deadline(
 
 
 def test_balance_too_old_for_the_payment_does_not_release_it(payready: InProcessSystem) -> None:
-    """The call that came back is not the provider's trouble, and nothing of its fee falls to the payment."""
+    """The payment expires with `timeout`, and has no share of the call's fee."""
     payready.initiate("p1", A, timeout_s=5)
     payready.run_tasks()
     payready.clock.advance(1)
@@ -67,7 +67,7 @@ def test_balance_too_old_for_the_payment_does_not_release_it(payready: InProcess
     payready.drop_tasks()
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     payready.clock.advance(5)
     payready.drop_tasks()
     payready.run_maintenance()
@@ -75,33 +75,33 @@ def test_balance_too_old_for_the_payment_does_not_release_it(payready: InProcess
     assert payready.payment("p2")["refresh_id"] is None
 
 
-@pytest.mark.parametrize("when", STEPS)
-def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
-    payready: InProcessSystem, when: str
+@pytest.mark.parametrize("flushed_at", STEPS)
+def test_redis_flush_at_any_step_loses_no_payment_and_causes_no_second_call(
+    payready: InProcessSystem, flushed_at: str
 ) -> None:
-    """All that was enqueued is gone as well: the payment is released, by one call."""
+    """All enqueued messages are lost, too."""
 
-    def at(step: str) -> None:
-        if step == when:
+    def run_tasks_or_flush(step: str) -> None:
+        if step == flushed_at:
             payready.flush()
             payready.drop_tasks()
         else:
             payready.run_tasks()
 
-    at("before the job")
+    run_tasks_or_flush("before the job")
     payready.initiate("p1", A, amount="25.00", timeout_s=120)
-    at("after the job")
+    run_tasks_or_flush("after the job")
     payready.pass_time(6)  # maintenance would enqueue a lost call
     assert payready.provider.calls == [A]
-    at("after the call")
+    run_tasks_or_flush("after the call")
     payready.initiate("p2", A, amount="25.00", timeout_s=120)
     payready.run_tasks()
     payready.pass_time(6)
-    assert payready.provider.calls == [A], "the account is in flight, and was charged again"
+    assert payready.provider.calls == [A], "the account is in flight, and was called again"
     payready.balance(A)
-    at("after the event")
+    run_tasks_or_flush("after the event")
     payready.pass_time(6)
-    at("after the end")
+    run_tasks_or_flush("after the resolution")
     payready.pass_time(15)
     assert payready.outcome("p1")["state"] == "released"
     assert payready.outcome("p2")["state"] == "released"
@@ -109,7 +109,7 @@ def test_redis_emptied_at_any_moment_loses_nothing_and_charges_nothing_twice(
     assert payready.fees(A) == ["1 pending", "1 posted"]
 
 
-def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payready: InProcessSystem) -> None:
+def test_call_restores_in_flight_refresh_after_redis_was_emptied(payready: InProcessSystem) -> None:
     """The ledger refuses a second call, and the correlation store is rebuilt from it."""
     first = payready.initiate("p1", A)
     payready.run_tasks()
@@ -124,31 +124,31 @@ def test_after_redis_was_emptied_the_next_call_restores_who_is_in_flight(payread
     assert third.follow_up.calls == []
 
 
-def test_redis_away_while_a_call_is_made_costs_speed_only(payready: InProcessSystem) -> None:
-    """The call is made, booked, and answered without it."""
+def test_call_is_made_and_recorded_while_redis_is_unavailable(payready: InProcessSystem) -> None:
+    """Its balance then releases the payment."""
     payready.initiate("p1", A)
     with payready.redis_unavailable():
         payready.run_tasks()
     assert payready.fees(A) == ["1 pending", "1 posted"]
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
 
 
-def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: InProcessSystem) -> None:
-    """A kept balance is due until it was applied."""
+def test_sweep_applies_balance_after_its_message_was_lost(payready: InProcessSystem) -> None:
+    """A stored balance is due until it is applied."""
     payready.initiate("p1", A)
     payready.run_tasks()
-    payready.balance(A, later=True)
+    payready.balance(A, stored_only=True)
     payready.drop_tasks()
     payready.pass_time(4)
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
     payready.pass_time(2)
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
 
 
-def test_a_payment_that_found_a_balance_is_released_though_its_application_was_lost(payready: InProcessSystem) -> None:
-    """The balance was applied before to other payments; maintenance applies it to later ones."""
+def test_maintenance_applies_reused_balance_after_its_message_was_lost(payready: InProcessSystem) -> None:
+    """The balance was applied to an earlier payment before."""
     payready.initiate("p1", A)
     payready.run_tasks()
     payready.balance(A)
@@ -157,16 +157,16 @@ def test_a_payment_that_found_a_balance_is_released_though_its_application_was_l
     payready.initiate("p2", A, timeout_s=60)
     payready.drop_tasks()
     payready.pass_time(30)
-    assert payready.state("p2") == "released"
+    assert payready.state_or_reason("p2") == "released"
     assert payready.provider.calls == [A]
 
 
-def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProcessSystem) -> None:
+def test_maintenance_makes_a_lost_call_after_an_earlier_rejection(payready: InProcessSystem) -> None:
     """A rejection of another payment's call does not affect later payments."""
     payready.provider.script[A] = [CallRejected(403, FailureReason.CONNECTION_INACTIVE, "inactive")]
     payready.initiate("p1", A)
     payready.run_tasks()
-    assert payready.state("p1") == "connection_inactive"
+    assert payready.state_or_reason("p1") == "connection_inactive"
     payready.clock.advance(5)
     payready.initiate("p2", A, timeout_s=60)
     payready.drop_tasks()
@@ -174,23 +174,23 @@ def test_a_call_that_was_lost_after_an_earlier_refusal_is_made(payready: InProce
     assert payready.provider.calls == [A, A]
 
 
-def test_who_joins_the_next_call_after_a_refusal_does_not_wait_for_the_refused_ones_window(
+def test_call_after_a_rejection_does_not_wait_for_the_window(
     payready: InProcessSystem,
 ) -> None:
-    """The next call was queued behind the rejected one, and is made now."""
+    """A call was queued behind the rejected one, and fails with it. The next call is made at once."""
     payready.initiate("p1", A)
-    payready.provider.script[A] = [lambda: _join_late(payready), 202]
+    payready.provider.script[A] = [lambda: _reject_after_another_job(payready), 202]
     payready.run_tasks()
-    assert payready.state("p1") == "connection_inactive"
-    assert payready.state("p2") == "connection_inactive"
+    assert payready.state_or_reason("p1") == "connection_inactive"
+    assert payready.state_or_reason("p2") == "connection_inactive"
     payready.initiate("p3", A, timeout_s=20)
     payready.run_tasks()
     payready.pass_time(6)
     assert payready.provider.calls == [A, A]
 
 
-def _join_late(payready: InProcessSystem) -> CallRejected:
-    """While the call is on the wire a payment comes that it cannot serve."""
+def _reject_after_another_job(payready: InProcessSystem) -> CallRejected:
+    """Initiate a payment that the call in flight cannot serve. Then reject the call."""
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.run_tasks()
@@ -198,7 +198,7 @@ def _join_late(payready: InProcessSystem) -> CallRejected:
 
 
 def test_maintenance_makes_a_lost_call(payready: InProcessSystem) -> None:
-    """The message to call was lost with the broker: within seconds it is enqueued again, and once only."""
+    """Its message was lost with the broker. It is enqueued again after 5 s, once."""
     payready.initiate("p1", A)
     payready.drop_tasks()
     payready.pass_time(4)
@@ -209,10 +209,10 @@ def test_maintenance_makes_a_lost_call(payready: InProcessSystem) -> None:
     assert payready.provider.calls == [A]
 
 
-def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_is_tried(
+def test_call_of_a_killed_worker_stays_pending_and_is_repeated_once(
     payready: InProcessSystem,
 ) -> None:
-    """The result of the call is unknown: its fee entry stays pending, and one more call follows a grace period."""
+    """Its result is unknown, so one more call follows after the grace period."""
 
     def die() -> int:
         raise KeyboardInterrupt
@@ -232,7 +232,7 @@ def test_a_worker_lost_in_the_middle_of_a_call_leaves_it_pending_and_once_more_i
 
 
 def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -> None:
-    """More than a batch: `more` says that the step is to be repeated."""
+    """There is more than one batch: `has_more` requests the next one."""
     count = flow.MAINTENANCE_BATCH_SIZE + 3
     for number in range(count):
         payready.initiate(f"p{number}", f"acct_{number}", timeout_s=1)
@@ -246,15 +246,15 @@ def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -
     assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
 
 
-def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: InProcessSystem) -> None:
-    """A requeued event counts from its arrival and releases waiting payments; other events stay quarantined."""
+def test_replayed_event_releases_waiting_payment(payready: InProcessSystem) -> None:
+    """It counts from its arrival. Other events stay quarantined."""
     payready.initiate("pay_1", "acct_1", amount="25.00")
     payready.run_tasks()
     payready.clock.advance(3)
     unparsed = [UnparsedEvent(raw=b"{}", reason="of an older version"), UnparsedEvent(raw=b"[]", reason="another")]
     flow.ingest_events_and_resolve_payments(payready.rt, [], unparsed)
     with transaction(payready.engine) as tx:
-        [kept] = [kept for kept in quarantine.newest_events(tx, 10) if kept.event == b"{}"]
+        [replayed] = [event for event in quarantine.newest_events(tx, 10) if event.event == b"{}"]
     balance = Balance.model_validate(
         {
             "id": "bal_1",
@@ -269,9 +269,9 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
     payready.clock.advance(30)
     payready.queue.merge(
         flow.store_balances_and_delete_quarantined(
-            payready.rt, kept, [BalanceWithEventId(event_id="evt_1", balance=balance)]
+            payready.rt, replayed, [BalanceWithEventId(event_id="evt_1", balance=balance)]
         )
     )
     payready.run_tasks()
-    assert payready.state("pay_1") == "released"
+    assert payready.state_or_reason("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]

@@ -17,7 +17,7 @@ def test_balance_releases_a_waiting_payment(payready: InProcessSystem) -> None:
     assert intake_result.waiting is not None
     payready.run_tasks()
     assert payready.provider.calls == [A]
-    assert payready.state("p1") == "waiting"
+    assert payready.state_or_reason("p1") == "waiting"
     payready.clock.advance(3)
     balance_id = payready.balance(A, "31.41")
     payready.run_tasks()
@@ -59,7 +59,7 @@ def test_lost_delivery_is_repeated_with_the_same_outcome(payready: InProcessSyst
     payready.run_tasks()
     payready.balance(A)
     payready.drop_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert payready.delivered["t1"] == []
     payready.pass_time(11)
     assert [state for state, _ in payready.delivered["t1"]] == ["released"]
@@ -116,15 +116,15 @@ def test_same_payment_id_with_another_job_is_a_conflict(payready: InProcessSyste
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
-    assert payready.state("p1") == "released"
+    assert payready.state_or_reason("p1") == "released"
     assert [row["task_id"] for row in payready.rows("SELECT task_id FROM outcome_delivery")] == ["t1"]
 
 
-@pytest.mark.parametrize("bad", [{"amount": "-1"}, {"account_id": "x"}, {"currency": "EUR"}, {"colour": "red"}])
-def test_invalid_job_leaves_no_trace(payready: InProcessSystem, bad: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", [{"amount": "-1"}, {"account_id": "x"}, {"currency": "EUR"}, {"colour": "red"}])
+def test_invalid_job_leaves_no_trace(payready: InProcessSystem, changes: dict[str, Any]) -> None:
     """Nothing is stored or enqueued, and no call is made."""
     with pytest.raises(InvalidJob):
-        payready.initiate("p1", **{"account_id": A, **bad})
+        payready.initiate("p1", **{"account_id": A, **changes})
     payready.pass_time(10)
     for table in ("payment", "outcome_delivery", "refresh", "fee_entry"):
         assert payready.rows(f"SELECT * FROM {table}") == []
@@ -154,8 +154,8 @@ def test_revoked_task_cancels_its_payment(payready: InProcessSystem) -> None:
     payready.initiate("p2", A, task_id="t2")
     payready.queue.merge(flow.cancel_by_task(payready.rt, ["t1", "t_unknown"]))
     payready.run_tasks()
-    assert payready.state("p1") == "cancelled"
-    assert payready.state("p2") == "waiting"
+    assert payready.state_or_reason("p1") == "cancelled"
+    assert payready.state_or_reason("p2") == "waiting"
     assert not flow.cancel_by_task(payready.rt, ["t_unknown"]).deliveries
 
 

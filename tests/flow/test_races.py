@@ -18,7 +18,7 @@ def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> Non
         for name in "ab":
             payready.initiate(f"{name}{number}", account, timeout_s=1, amount="1.00")
         payready.run_tasks()
-        balance_id = payready.balance(account, later=True)
+        balance_id = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         payready.clock.advance(1)
         done = run_concurrently(
@@ -42,7 +42,7 @@ def test_concurrent_applies_of_one_balance_resolve_each_payment_once(payready: I
         for name in "abc":
             payready.initiate(f"{name}{number}", account, amount="1.00")
         payready.run_tasks()
-        balance_id = payready.balance(account, later=True)
+        balance_id = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         done = run_concurrently(*[lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id)] * 3)
         resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
@@ -56,14 +56,14 @@ def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> Non
         account = f"acct_cancel{number}"
         payready.initiate(f"p{number}", account)
         payready.run_tasks()
-        balance_id = payready.balance(account, later=True)
+        balance_id = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         done = run_concurrently(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
             lambda number=number: flow.cancel_waiting(payready.rt, [f"p{number}"]),  # type: ignore[misc]
         )
         assert len([payment_id for step in done for payment_id in step.deliveries]) == 1
-        assert payready.state(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
+        assert payready.state_or_reason(f"p{number}") == ("released" if done[0].deliveries else "cancelled")
 
 
 def test_concurrent_balances_release_one_of_two_payments(payready: InProcessSystem) -> None:
@@ -73,13 +73,13 @@ def test_concurrent_balances_release_one_of_two_payments(payready: InProcessSyst
         payready.initiate(f"a{number}", account, amount="80.00")
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=60)
         payready.run_tasks()
-        first, second = payready.balance(account, later=True), payready.balance(account, later=True)
+        first, second = payready.balance(account, stored_only=True), payready.balance(account, stored_only=True)
         payready.drop_tasks()
         run_concurrently(
             lambda first=first: flow.apply_balance(payready.rt, first),  # type: ignore[misc]
             lambda second=second: flow.apply_balance(payready.rt, second),  # type: ignore[misc]
         )
-        states = sorted(payready.state(f"{name}{number}") for name in "ab")
+        states = sorted(payready.state_or_reason(f"{name}{number}") for name in "ab")
         assert states == ["insufficient_funds", "released"]
 
 
@@ -89,17 +89,17 @@ def test_concurrent_balance_deducts_the_release_of_another(payready: InProcessSy
         account = f"acct_deduct{number}"
         payready.initiate(f"a{number}", account, amount="80.00")
         payready.drop_tasks()
-        old = payready.balance(account, later=True)
+        old = payready.balance(account, stored_only=True)
         payready.clock.advance(10)
         payready.initiate(f"b{number}", account, amount="80.00", max_balance_age_s=1)
-        young = payready.balance(account, later=True)
+        young = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         run_concurrently(
             lambda old=old: flow.apply_balance(payready.rt, old),  # type: ignore[misc]
             lambda young=young: flow.apply_balance(payready.rt, young),  # type: ignore[misc]
         )
-        assert payready.state(f"a{number}") == "released"
-        assert payready.state(f"b{number}") == "insufficient_funds"
+        assert payready.state_or_reason(f"a{number}") == "released"
+        assert payready.state_or_reason(f"b{number}") == "insufficient_funds"
 
 
 def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSystem) -> None:
@@ -108,14 +108,14 @@ def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSyste
         account = f"acct_meet{number}"
         payready.initiate(f"a{number}", account)
         payready.run_tasks()
-        balance_id = payready.balance(account, later=True)
+        balance_id = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         run_concurrently(
             lambda balance_id=balance_id: payready.queue.merge(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
             lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
         )
         payready.run_tasks()
-        assert payready.state(f"b{number}") == "released"
+        assert payready.state_or_reason(f"b{number}") == "released"
 
 
 def test_concurrent_duplicate_jobs_are_one_payment(payready: InProcessSystem) -> None:

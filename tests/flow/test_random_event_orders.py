@@ -19,7 +19,7 @@ from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnkno
 from worker.rules.states import MAX_UNCERTAIN_CALLS
 
 ACCOUNTS = ("acct_a", "acct_b")
-ANSWERS: list[int | CallFailed] = [
+RESULTS: list[int | CallFailed] = [
     202,
     202,
     CallNotSent("no connection"),
@@ -43,7 +43,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
         self._context = in_process_system(self.databases.new(), self.valkey_url)
         self.payready: InProcessSystem = self._context.__enter__()
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.ends: dict[str, dict[str, Any]] = {}
+        self.outcomes: dict[str, dict[str, Any]] = {}
         self.fees: list[tuple[int, str]] = []
         self.sent_at: dict[str, list[datetime]] = defaultdict(list)
         self.balance_ids: list[tuple[str, str, datetime]] = []
@@ -56,7 +56,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
             self.payready.clock.advance(90)
             self.payready.run_maintenance()
         for payment_id in self.jobs:
-            assert self.payready.payment(payment_id)["state"] != "waiting", f"{payment_id} was forgotten"
+            assert self.payready.payment(payment_id)["state"] != "waiting", f"{payment_id} was not resolved"
             self.payready.outcome(payment_id)
         self._shares_add_up()
         self._context.__exit__(None, None, None)
@@ -65,19 +65,19 @@ class RandomEventsMachine(RuleBasedStateMachine):
     def job(self, payment_id: str, account: str, age: int, timeout: int) -> None:
         """Initiate a job; a known id repeats its job."""
         job = {"account_id": account, "max_balance_age_s": age, "timeout_s": timeout, "amount": "30.00"}
-        given = self.jobs.setdefault(payment_id, job)
+        known = self.jobs.setdefault(payment_id, job)
         self.payready.clock.now += timedelta(microseconds=1)  # no two jobs have the same request time
-        self.payready.initiate(payment_id, task_id=f"task_{next(self.tasks)}", **given)
+        self.payready.initiate(payment_id, task_id=f"task_{next(self.tasks)}", **known)
 
-    @rule(answers=st.lists(st.sampled_from(ANSWERS), max_size=4))
-    def work(self, answers: list[int | CallFailed]) -> None:
+    @rule(results=st.lists(st.sampled_from(RESULTS), max_size=4))
+    def work(self, results: list[int | CallFailed]) -> None:
         """Run enqueued work with these call results."""
         for account in ACCOUNTS:
-            self.payready.provider.script[account] = [self._ask(account, answer) for answer in answers]
+            self.payready.provider.script[account] = [self._checked(account, result) for result in results]
         self.payready.run_tasks()
 
-    def _ask(self, account: str, answer: int | CallFailed) -> Any:
-        def asked() -> int | CallFailed:
+    def _checked(self, account: str, result: int | CallFailed) -> Any:
+        def check_and_return() -> int | CallFailed:
             query = """SELECT count(*) AS n FROM fee_entry e WHERE account_id = :id AND state = 'pending' AND NOT EXISTS
                 (SELECT 1 FROM fee_entry f WHERE f.call_id = e.call_id AND f.state <> 'pending')"""
             assert self.payready.rows(query, id=account)[0]["n"] > 0, "a call without a pending entry"
@@ -86,9 +86,9 @@ class RandomEventsMachine(RuleBasedStateMachine):
             )
             assert len(in_flight) == 1
             assert in_flight[0]["call_count"] <= MAX_UNCERTAIN_CALLS, "a third call with an unknown result"
-            return answer
+            return result
 
-        return asked
+        return check_and_return
 
     @rule(account=accounts, age=st.integers(0, 20), available=st.sampled_from([None, "0.00", "50.00", "100.00"]))
     def event(self, account: str, age: int, available: str | None) -> None:
@@ -132,7 +132,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
     def an_outcome_never_changes(self) -> None:
         """Invariant 1."""
         for row in self.payready.rows("SELECT * FROM payment WHERE state <> 'waiting'"):
-            assert self.ends.setdefault(row["payment_id"], row) == row
+            assert self.outcomes.setdefault(row["payment_id"], row) == row
 
     @invariant()
     def a_release_is_fresh(self) -> None:
@@ -142,14 +142,16 @@ class RandomEventsMachine(RuleBasedStateMachine):
         for row in self.payready.rows(query):
             job = self.jobs[row["payment_id"]]
             payment = self.payready.payment(row["payment_id"])
-            asked, at = _time(payment["requested_at"]), _time(row["at"])
+            requested_at, at = _time(payment["requested_at"]), _time(row["at"])
             assert row["account_id"] == job["account_id"]
-            assert at >= asked - timedelta(seconds=job["max_balance_age_s"]) - self.payready.rt.settings.clock_skew
+            assert (
+                at >= requested_at - timedelta(seconds=job["max_balance_age_s"]) - self.payready.rt.settings.clock_skew
+            )
             if job["max_balance_age_s"] == 0:
                 called = self.payready.rows(
                     "SELECT called_at FROM refresh WHERE refresh_id = :id", id=payment["refresh_id"]
                 )
-                assert _time(called[0]["called_at"]) >= asked, "not a call of its own"
+                assert _time(called[0]["called_at"]) >= requested_at, "not the payment's own call"
 
     @invariant()
     def fee_entries_are_only_added(self) -> None:

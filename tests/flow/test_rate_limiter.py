@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
-from tests.support.admission import ADMITTED, LIMITS, called
+from tests.support.admission import ADMITTED, LIMITS, called_payments
 from tests.support.databases import Databases
 from tests.support.in_process import START, InProcessSystem, MakeSystem, admission_control, in_process_system
 from worker import flow
@@ -19,19 +19,19 @@ from worker.errors import RateLimited
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str) -> Iterator[InProcessSystem]:
     """Create a system with four calls a second and a breaker threshold of three failures."""
-    with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as made:
-        yield made
+    with databases.create() as address, in_process_system(address, valkey_url, LIMITS) as system:
+        yield system
 
 
 def test_calls_over_the_rate_limit_follow_in_deadline_order(payready: InProcessSystem) -> None:
     for name, timeout_s in {"first": 60, "c": 50, "b": 40, "e": 500, "a": 30, "d": 60}.items():
         payready.initiate(name, f"acct_{name}", timeout_s=timeout_s)
     payready.run_tasks()
-    assert called(payready) == ["first"]
+    assert called_payments(payready) == ["first"]
     payready.pass_time(1)
-    assert called(payready) == ["first", "a", "b", "c", "d"]
+    assert called_payments(payready) == ["first", "a", "b", "c", "d"]
     payready.pass_time(1)
-    assert called(payready) == ["first", "a", "b", "c", "d", "e"]
+    assert called_payments(payready) == ["first", "a", "b", "c", "d", "e"]
 
 
 def test_new_payment_queues_behind_more_urgent_ones(
@@ -45,20 +45,20 @@ def test_new_payment_queues_behind_more_urgent_ones(
     payready.initiate("late", "acct_late", timeout_s=600)
     payready.initiate("urgent", "acct_urgent", timeout_s=10)
     payready.run_tasks()
-    assert len(called(payready)) == 5
+    assert len(called_payments(payready)) == 5
     payready.clock.advance(0.1)
     payready.run_maintenance()
-    assert "urgent" in called(payready)
-    assert "late" not in called(payready)
+    assert "urgent" in called_payments(payready)
+    assert "late" not in called_payments(payready)
     payready.pass_time(3)
-    assert sorted(called(payready)) == sorted([*(f"p{n}" for n in range(10)), "late", "urgent"])
+    assert sorted(called_payments(payready)) == sorted([*(f"p{n}" for n in range(10)), "late", "urgent"])
 
 
-def test_reserved_slots_fill_one_second_at_equal_intervals(gate: AdmissionControl) -> None:
-    slots = gate.limiter.reserve_slots_of_next_second(START, 10)
+def test_reserved_slots_fill_one_second_at_equal_intervals(admission: AdmissionControl) -> None:
+    slots = admission.limiter.reserve_slots_of_next_second(START, 10)
     assert slots == [timedelta(milliseconds=250) * n for n in range(4)]
-    assert gate.limiter.reserve_slots_of_next_second(START, 10) == []
-    assert gate.limiter.reserve_slots_of_next_second(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
+    assert admission.limiter.reserve_slots_of_next_second(START, 10) == []
+    assert admission.limiter.reserve_slots_of_next_second(START + timedelta(seconds=0.5), 1) == [timedelta(seconds=0.5)]
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=60))
@@ -66,13 +66,13 @@ def test_one_second_has_at_most_a_quarter_more_calls(valkey_url: str, steps: lis
     """This includes calls with and without a reserved slot."""
     with Redis.from_url(valkey_url, decode_responses=True) as redis:
         redis.flushdb()
-        gate = admission_control(redis, LIMITS.model_copy(update={"calls_per_s": 20}))
+        admission = admission_control(redis, LIMITS.model_copy(update={"calls_per_s": 20}))
         now, sent = START, []
         for gap_ms, is_sweep in steps:
             now += timedelta(milliseconds=gap_ms)
             if is_sweep:
-                sent += [now + pause for pause in gate.limiter.reserve_slots_of_next_second(now, 3)]
-            elif gate.admit_calls_or_probe(now, 1, has_slot=False).granted:
+                sent += [now + pause for pause in admission.limiter.reserve_slots_of_next_second(now, 3)]
+            elif admission.admit_calls_or_probe(now, 1, has_slot=False).granted:
                 sent.append(now)
         for start in sent:
             assert sum(start <= at < start + timedelta(seconds=1) for at in sent) <= 25
@@ -86,9 +86,9 @@ def test_rate_limited_response_stops_all_calls_until_its_reset(payready: InProce
     payready.initiate("b", "acct_b")
     payready.run_tasks()
     payready.pass_time(6)
-    assert called(payready) == ["a"]
+    assert called_payments(payready) == ["a"]
     payready.pass_time(3)
-    assert sorted(called(payready)) == ["a", "a", "b"]
+    assert sorted(called_payments(payready)) == ["a", "a", "b"]
 
 
 def test_delayed_call_is_abandoned_after_the_deadline(payready: InProcessSystem) -> None:
@@ -98,9 +98,9 @@ def test_delayed_call_is_abandoned_after_the_deadline(payready: InProcessSystem)
     payready.clock.advance(2)
     payready.run_maintenance()
     payready.pass_time(2)
-    assert called(payready) == ["p0"]
+    assert called_payments(payready) == ["p0"]
     assert payready.refreshes("acct_p5") == ["abandoned"]
-    assert payready.state("p5") == "timeout"
+    assert payready.state_or_reason("p5") == "timeout"
     assert "no call was made" in payready.outcome("p5")["detail"]
 
 
@@ -109,39 +109,39 @@ def test_admission_fails_open_without_redis(payready: InProcessSystem) -> None:
         payready.initiate(name, f"acct_{name}")
     with payready.redis_unavailable():
         payready.run_tasks()
-        assert called(payready) == ["a", "b", "c"]
+        assert called_payments(payready) == ["a", "b", "c"]
 
 
-def test_overload_still_releases_payments_in_time(made: MakeSystem, databases: Databases) -> None:
+def test_overload_still_releases_payments_in_time(make_system: MakeSystem, databases: Databases) -> None:
     """Six payments a second, four calls a second, a balance after 5 s: four of six payments can be released."""
     seconds = 90 if databases.is_sqlite else 60
-    with made(calls_per_s=4, circuit_breaker_failures=1000, min_time_left_for_call_s=7) as payready:
-        answers: list[tuple[int, str]] = []
-        seen = 0
+    with make_system(calls_per_s=4, circuit_breaker_failures=1000, min_time_left_for_call_s=7) as payready:
+        balances_due: list[tuple[int, str]] = []
+        call_count = 0
         for second in range(seconds):
             for n in range(6):
                 payready.initiate(f"p{second}_{n}", f"acct_{second}x{n}", timeout_s=20)
             payready.run_tasks()
             payready.pass_time(1)
-            answers += [(second + 5, account) for account in payready.provider.calls[seen:]]
-            seen = len(payready.provider.calls)
-            for at, account in answers:
+            balances_due += [(second + 5, account) for account in payready.provider.calls[call_count:]]
+            call_count = len(payready.provider.calls)
+            for at, account in balances_due:
                 if at == second:
                     payready.balance(account)
             payready.run_tasks()
-        ended = payready.rows("SELECT payment_id FROM payment WHERE state = 'released'")
-        late = [row for row in ended if int(row["payment_id"][1:].split("_")[0]) >= 30]
-        assert len(late) > (seconds - 30) * 4 / 3, "calls are made for payments that expire before the balance"
+        released = payready.rows("SELECT payment_id FROM payment WHERE state = 'released'")
+        after_30_s = [row for row in released if int(row["payment_id"][1:].split("_")[0]) >= 30]
+        assert len(after_30_s) > (seconds - 30) * 4 / 3, "calls are made for payments that expire before the balance"
 
 
-def test_clock_that_is_ahead_does_not_stop_all_calls(gate: AdmissionControl) -> None:
-    gate.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
-    assert gate.admit_calls_or_probe(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
+def test_clock_that_is_ahead_does_not_stop_all_calls(admission: AdmissionControl) -> None:
+    admission.admit_calls_or_probe(START + timedelta(hours=1), 1, has_slot=False)
+    assert admission.admit_calls_or_probe(START + timedelta(seconds=61), 1, has_slot=False) == ADMITTED
 
 
-def test_worker_with_a_clock_behind_the_sweep_makes_the_call(made: MakeSystem) -> None:
+def test_worker_with_a_clock_behind_the_sweep_makes_the_call(make_system: MakeSystem) -> None:
     """The first slot of a second is enqueued without an ETA."""
-    with made(calls_per_s=4) as payready:
+    with make_system(calls_per_s=4) as payready:
         for n in range(3):
             payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
         payready.run_tasks()
@@ -154,9 +154,9 @@ def test_worker_with_a_clock_behind_the_sweep_makes_the_call(made: MakeSystem) -
         assert first.account_id in payready.provider.calls
 
 
-def test_repeated_job_gains_no_earlier_slot(made: MakeSystem) -> None:
+def test_repeated_job_gains_no_earlier_slot(make_system: MakeSystem) -> None:
     """Jobs are idempotent, so the payments service may send each of them twice."""
-    with made(calls_per_s=4) as payready:
+    with make_system(calls_per_s=4) as payready:
         for _ in range(2):
             for n in range(20):
                 payready.initiate(f"p{n}", f"acct_{n}", timeout_s=60)
@@ -164,9 +164,9 @@ def test_repeated_job_gains_no_earlier_slot(made: MakeSystem) -> None:
         assert len(payready.provider.calls) == 1
 
 
-def test_new_payment_takes_no_slot_while_calls_are_delayed(made: MakeSystem) -> None:
+def test_new_payment_takes_no_slot_while_calls_are_delayed(make_system: MakeSystem) -> None:
     """40 calls are delayed. Each sweep requests one second's slots and gets all of them."""
-    with made(calls_per_s=20) as payready:
+    with make_system(calls_per_s=20) as payready:
         for n in range(80):
             payready.initiate(f"p{n:02}", f"acct_{n}", timeout_s=60)
         payready.run_tasks()

@@ -62,9 +62,9 @@ class Calls:
         """Wait until the message is passed to Celery's default strategy."""
         eventually(lambda: any(call.args[1:2] == (message,) for call in self.consumer.call_soon.call_args_list))
 
-    def assert_recorded(self, accounts: Sequence[str], how: str) -> None:
+    def assert_recorded(self, accounts: Sequence[str], state: str) -> None:
         """Wait until the results are recorded."""
-        eventually(lambda: all(self._payready.fees(account_id)[1:] == [f"1 {how}"] for account_id in accounts))
+        eventually(lambda: all(self._payready.fees(account_id)[1:] == [f"1 {state}"] for account_id in accounts))
 
 
 def test_half_full_worker_records_results_at_once(payready: InProcessSystem, pool: TaskPool) -> None:

@@ -1,4 +1,4 @@
-"""The decision which payments a balance resolves, by examples. No database."""
+"""Examples of the decision which payments a balance resolves, without a database."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -58,7 +58,7 @@ CALL = CallEntry(
 
 
 def payment(payment_id: str, *, requested_s_ago: float = 5, **job: Any) -> WaitingPayment:
-    """A waiting payment of `acct_1`."""
+    """Return a waiting payment of `acct_1`."""
     requested_at = NOW - timedelta(seconds=requested_s_ago)
     parsed = parse_job({"payment_id": payment_id, "account_id": "acct_1", **job}, currency="USD")
     return WaitingPayment(
@@ -79,7 +79,7 @@ def attributed(
     candidates: Sequence[str] = ("ref_1",),
     account_refreshes: Sequence[RefreshRecord] = (REFRESH,),
 ) -> AttributedBalance:
-    """A balance that is attributed to a refresh."""
+    """Return a balance that is attributed to a refresh."""
     attribution = Attribution(refresh=refresh, is_new=is_new, candidates=candidates) if refresh else None
     return AttributedBalance(balance=balance, attribution=attribution, account_refreshes=account_refreshes)
 
@@ -90,7 +90,7 @@ SYNCED = attributed(replace(BALANCE, source="SYNC"), candidates=())
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Inputs of a decision on one balance, and what is expected of it.
+    """Inputs of a decision on one balance, and the expected decision.
 
     `resolutions` has a text for each resolution, see `summary`.
     """
@@ -107,7 +107,7 @@ class Example:
 
 
 def summary(resolution: Resolution) -> str:
-    """A resolution in one line: payment, reason or verdict, share of the fee, whether it is reused."""
+    """Return a resolution as text: payment, reason or verdict, fee share, and whether the balance is reused."""
     outcome = resolution.outcome
     if resolution.state == PaymentState.FAILED:
         text = f"{resolution.payment_id} {resolution.reason}"
@@ -231,7 +231,7 @@ EXAMPLES = {
 
 
 def decide(example: Example) -> BalanceDecision:
-    """The decision on the example's balance."""
+    """Return the decision on the example's balance."""
     inputs = ApplyInputs(
         balances=[example.balance],
         waiting={"acct_1": example.waiting},

@@ -13,17 +13,17 @@ from tests.support.in_process import SETTINGS, START, in_process_system
 
 A = "acct_a"
 SKEW = 5.0
-LONG = SETTINGS.model_copy(update={"refresh_window_s": 3600})
+LONG_WINDOW = SETTINGS.model_copy(update={"refresh_window_s": 3600})
 """An unanswered call stays in flight. Other tests cover the end of the window."""
 
 
 class Model:
-    """Model of one account. Times are seconds. A call is made if a payment waits and none is in flight."""
+    """Model of one account. Times are seconds. A call is made if a payment is waiting and no call is in flight."""
 
     def __init__(self) -> None:
         self.now, self.called, self.newest, self.calls = 0.0, None, None, 0
         self.waiting: dict[str, tuple[float, int, float]] = {}
-        self.ends: dict[str, str] = {}
+        self.results: dict[str, str] = {}
 
     called: float | None
     newest: float | None
@@ -31,15 +31,15 @@ class Model:
     def job(self, payment_id: str, age: int, timeout: int) -> None:
         self.waiting[payment_id] = (self.now, age, self.now + timeout)
         if age and self.newest is not None and self.newest >= self.now - age - SKEW:
-            self._end(payment_id, "released")
+            self._resolve(payment_id, "released")
         self._call()
 
     def event(self, at: float) -> None:
         answered = self.called if self.called is not None and at >= self.called - SKEW else None
         self.newest = at if self.newest is None else max(at, self.newest)
-        for payment_id, (asked, age, _) in list(self.waiting.items()):
-            if at >= asked - age - SKEW and (age or (answered is not None and answered >= asked)):
-                self._end(payment_id, "released")
+        for payment_id, (requested_at, age, _) in list(self.waiting.items()):
+            if at >= requested_at - age - SKEW and (age or (answered is not None and answered >= requested_at)):
+                self._resolve(payment_id, "released")
         self.called = None if answered is not None else self.called
         self._call()
 
@@ -47,18 +47,18 @@ class Model:
         self.now += 1
         for payment_id, (_, _, deadline) in list(self.waiting.items()):
             if deadline <= self.now:
-                self._end(payment_id, "timeout")
+                self._resolve(payment_id, "timeout")
 
-    def _end(self, payment_id: str, how: str) -> None:
+    def _resolve(self, payment_id: str, result: str) -> None:
         del self.waiting[payment_id]
-        self.ends[payment_id] = how
+        self.results[payment_id] = result
 
     def _call(self) -> None:
         if self.waiting and self.called is None:
             self.called, self.calls = self.now, self.calls + 1
 
 
-class AgainstAModel(RuleBasedStateMachine):
+class ModelComparisonMachine(RuleBasedStateMachine):
     """Enqueued work runs at once, and every call is accepted."""
 
     databases: ClassVar[Databases]
@@ -66,7 +66,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._context = in_process_system(self.databases.new(), self.valkey_url, LONG)
+        self._context = in_process_system(self.databases.new(), self.valkey_url, LONG_WINDOW)
         self.payready, self.model = self._context.__enter__(), Model()
 
     def teardown(self) -> None:
@@ -74,7 +74,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(age=st.sampled_from([0, 5]), timeout=st.sampled_from([3, 20]))
     def job(self, age: int, timeout: int) -> None:
-        payment_id = f"p{len(self.model.waiting) + len(self.model.ends)}"
+        payment_id = f"p{len(self.model.waiting) + len(self.model.results)}"
         self.payready.clock.advance(0.5)  # or a call would be as old as the job after it
         self.model.now += 0.5
         self.model.job(payment_id, age, timeout)
@@ -98,17 +98,17 @@ class AgainstAModel(RuleBasedStateMachine):
     @invariant()
     def flow_matches_the_model(self) -> None:
         rows = self.payready.rows("SELECT payment_id, state, reason FROM payment")
-        ends = {row["payment_id"]: row["reason"] or row["state"] for row in rows}
-        assert ends == {**dict.fromkeys(self.model.waiting, "waiting"), **self.model.ends}
+        results = {row["payment_id"]: row["reason"] or row["state"] for row in rows}
+        assert results == {**dict.fromkeys(self.model.waiting, "waiting"), **self.model.results}
         assert len(self.payready.provider.calls) == self.model.calls
-        assert sum(map(len, self.payready.delivered.values())) == len(self.model.ends)
+        assert sum(map(len, self.payready.delivered.values())) == len(self.model.results)
 
 
 def test_flow_matches_the_model(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> None:
-    AgainstAModel.databases = Databases(tmp_path_factory.mktemp("ledger"), None)
-    AgainstAModel.valkey_url = valkey_url
+    ModelComparisonMachine.databases = Databases(tmp_path_factory.mktemp("ledger"), None)
+    ModelComparisonMachine.valkey_url = valkey_url
     run_state_machine_as_test(
-        AgainstAModel,
+        ModelComparisonMachine,
         settings=settings(
             max_examples=40,
             stateful_step_count=12,

@@ -36,40 +36,40 @@ def receive_calls(payready: InProcessSystem, pool: TaskPool) -> None:
     calls, payready.queue.calls = payready.queue.calls, []
     consumer = MagicMock(pool=pool, hostname="refresh@here")
     handler = batch_strategies.call_strategy(make_refresh_call_if_needed, app, consumer)
-    together = Event()
-    pool.executor.submit(together.wait)
+    batch_is_complete = Event()
+    pool.executor.submit(batch_is_complete.wait)
     for call in calls:
         headers = {"id": call.refresh_id, "task": "balances.refresh"}
         handler(
             SimpleNamespace(headers=headers, payload=[(call.account_id, call.refresh_id), {}, {}], decode=lambda: None),
             None,
         )
-    together.set()
+    batch_is_complete.set()
 
 
 def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> None:
-    sent, answered = Event(), Event()
+    sent, may_respond = Event(), Event()
 
-    def answer() -> int:
+    def respond() -> int:
         sent.set()
-        answered.wait(10)
+        may_respond.wait(10)
         return 202
 
-    payready.provider.script["acct_1"] = [answer]
+    payready.provider.script["acct_1"] = [respond]
     receive_calls(payready, pool)
     assert sent.wait(10)
     stopping = Thread(target=pool.stop)
     stopping.start()
     stopping.join(0.5)
-    answered.set()
+    may_respond.set()
     stopping.join()
 
 
 def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed, claim_calls = Event(), flow.claim_delay_or_reject_calls
 
-    def claim(*given: Any) -> Any:
-        claims = claim_calls(*given)
+    def claim(*arguments: Any) -> Any:
+        claims = claim_calls(*arguments)
         pool.executor.shutdown(wait=False, cancel_futures=True)
         claimed.set()
         return claims

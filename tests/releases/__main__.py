@@ -1,7 +1,7 @@
-"""`python -m tests.releases`: save what this release leaves behind at a deploy, for later releases to go on with.
+"""`python -m tests.releases`: save what this release leaves behind at a deploy, as data for tests of later releases.
 
-All roles are stopped with payments at every interesting step; what is then in the database, on the broker and in the
-correlation store is written to a file of the release's name beside this one. Earlier files stay as they are.
+All roles stop with payments at every step. The contents of database, broker and correlation store are written to a
+file with the name of the release. Files of earlier releases do not change.
 """
 
 import json
@@ -31,20 +31,22 @@ UNACKNOWLEDGED = "payready-unacked"
 
 
 def main() -> None:
-    """Save."""
+    """Save the file of this release."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/payready.db"
         with system(Path(folder), url, "web", "worker", "refresh", **SETTINGS) as running:
             leave_behind(running)
-            saved = json.dumps(found(running), indent=1, sort_keys=True).replace(f"@{socket.gethostname()}", "@host")
+            saved = json.dumps(remaining_state(running), indent=1, sort_keys=True).replace(
+                f"@{socket.gethostname()}", "@host"
+            )
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     Path(__file__).with_name(f"{version}.json").write_text(saved + "\n")
 
 
 def leave_behind(running: System) -> None:
-    """Bring payments to where a deploy may meet them; every role but `web` is gone then."""
-    quiet = ("accepted", "result", "settled", "kept", "cancelled", "hopeless")
-    called = dict.fromkeys(quiet, "never") | {"uncertain": "silent"}
+    """Bring payments to every step at which a deploy may stop the roles. Then only `web` runs."""
+    without_event = ("accepted", "result", "settled", "kept", "cancelled", "hopeless")
+    called = dict.fromkeys(without_event, "never") | {"uncertain": "silent"}
     for number, (name, scenario) in enumerate(called.items()):
         timeout_s = 10 if name == "hopeless" else 300
         _send(running, name, f"acct_{scenario}9000{number:02}", linked=name != "result", timeout_s=timeout_s)
@@ -52,7 +54,7 @@ def leave_behind(running: System) -> None:
     _send(running, "shared", _account(running, "accepted"))
     running.simulator.post("pause")  # an early event is tried before the answer: now the answer waits
     _send(running, "calling", "acct_early900000")
-    wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is on the wire")
+    wait_until(lambda: running.simulator.calls("acct_early900000") != [], 10, "a call is in flight")
     _send(running, "deferred", "acct_throttled900000")
     _until(running, "SELECT state FROM refresh WHERE state = 'requested' AND deferral_count > 0", 1)
     assert running.rows("SELECT state FROM refresh WHERE state = 'calling'") == [{"state": "calling"}]
@@ -60,14 +62,14 @@ def leave_behind(running: System) -> None:
     for number, name in enumerate(("requested", "turn")):
         _send(running, name, f"acct_prompt90000{number}")
     _until(running, "SELECT payment_id FROM payment", len(called) + 5)
-    wait_until(lambda: running.unacknowledged() == 1, 10, "only the killed worker's message is taken")
+    wait_until(lambda: running.unacknowledged() == 1, 10, "only the killed worker's message is unacknowledged")
     running.kill("worker")
     send_balance(running, _account(running, "settled"))
     with running.valkey_unavailable():
         send_balance(running, _account(running, "kept"))
     for name, scenario in {"job": "prompt", "poor": "poor"}.items():
         _send(running, name, f"acct_{scenario}900099", amount="25.00")
-    _send_our_own(running)
+    _send_internal_messages(running)
 
 
 def _send(
@@ -79,23 +81,23 @@ def _send(
     return running.initiate(f"pay_{name}", account_id, options=options, **job)
 
 
-def _send_our_own(running: System) -> None:
-    """Messages that are on their way for a moment only."""
-    [kept] = running.rows("SELECT balance_id FROM balance WHERE due_at IS NOT NULL")
-    read = (_account(running, "accepted"), "p_saved")
+def _send_internal_messages(running: System) -> None:
+    """Send the messages that payready itself sends and soon consumes."""
+    [stored] = running.rows("SELECT balance_id FROM balance WHERE due_at IS NOT NULL")
+    polled = (_account(running, "accepted"), "p_saved")
     for name, queue, arguments in (
         ("payments.cancel", "payments", ("pay_cancelled",)),
         ("payments.cancel_by_task", "payments", (["task-unknown"],)),
-        ("balances.apply", "balances", (kept["balance_id"],)),
-        ("balances.poll", "refreshes", read),
+        ("balances.apply", "balances", (stored["balance_id"],)),
+        ("balances.poll", "refreshes", polled),
         ("payments.expire", "maintenance", ()),
         ("payments.sweep", "maintenance", ()),
         ("webhooks.check_subscription", "maintenance", ()),
         ("quarantine.prune", "maintenance", ()),
     ):
         running.service.send_task(name, arguments, queue=queue, ignore_result=True)
-    turn = (_account(running, "turn"), "ref_unknown", True)
-    running.service.send_task("balances.refresh", turn, queue="refreshes", countdown=1, ignore_result=True)
+    delayed = (_account(running, "turn"), "ref_unknown", True)
+    running.service.send_task("balances.refresh", delayed, queue="refreshes", countdown=1, ignore_result=True)
 
 
 def _account(running: System, name: str) -> str:
@@ -106,8 +108,8 @@ def _until(running: System, query: str, count: int) -> None:
     wait_until(lambda: len(running.rows(query)) == count, 15, f"{query}: {count}")
 
 
-def found(running: System) -> dict[str, Any]:
-    """All that the next release will find; rows as SQLite has them, in an order in which they can be written."""
+def remaining_state(running: System) -> dict[str, Any]:
+    """Return all that the next release will find. Tables are in the order of their foreign keys."""
     with redis.Redis.from_url(running.redis_url, decode_responses=True) as client:
         keys = list(client.scan_iter("payready:*"))
         tables = [table.name for table in PAYMENT.metadata.sorted_tables]

@@ -1,7 +1,7 @@
-"""A deploy: what an earlier release left in the database, on the broker and in Redis is finished by this one.
+"""A deploy: this release completes all work that an earlier release left in database, broker and Redis.
 
-Each file beside this one is what a release left (`python -m tests.releases`). All parts that a saved continuation may
-have are in `tests/suspension/test_saved_continuation.py`; here are all the kinds of messages and rows.
+`python -m tests.releases` saves a file per release, with all kinds of messages and rows. All parts of a saved
+continuation are in `tests/suspension/test_saved_continuation.py`.
 """
 
 import json
@@ -31,15 +31,15 @@ pytestmark = pytest.mark.slow
 
 RELEASES = sorted(Path(__file__).parent.glob("*.json"))
 RESOLVED_NOW = {"settled", "kept", "requested", "turn", "deferred", "job"}
-"""Released without a further event: by stored balances, by requested calls, and by jobs in the queue."""
+"""Payments that are released without another event: by stored balances, requested calls and queued jobs."""
 RESOLVED_BY_EVENT = ("accepted", "shared", "uncertain", "calling")
 FAILED = {"cancelled": "cancelled", "hopeless": "timeout", "poor": "insufficient_funds"}
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)([T ])(\d\d:\d\d:\d\d\.\d{6})")
 MICROSECONDS = re.compile(r"\b1[789]\d{14}\b")
 
 
-def as_if_just_left(release: Path) -> dict[str, Any]:
-    """What a release left, with all times moved as if that had been now."""
+def load_with_present_times(release: Path) -> dict[str, Any]:
+    """Return what a release left, with all times moved as if it was saved now."""
     text = release.read_text()
     past = datetime.now(UTC) - datetime.fromisoformat(json.loads(text)["saved_at"])
 
@@ -60,7 +60,7 @@ def alembic(url: str, revision: str) -> None:
 
 
 def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
-    """Write the rows as the release had them; the numbers of fee entries are the database's to give."""
+    """Insert the rows of the release. The database assigns the numbers of fee entries."""
     is_sqlite = url.startswith("sqlite")
     mark = "?" if is_sqlite else "%s"
     database = sqlite3.connect(url.removeprefix("sqlite:///")) if is_sqlite else psycopg.connect(url)
@@ -77,8 +77,8 @@ def fill(url: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
     database.close()
 
 
-def put(running: System, left: dict[str, Any]) -> None:
-    """Restore what the release left in the broker and in the correlation store."""
+def restore(running: System, left: dict[str, Any]) -> None:
+    """Restore the messages and the correlation store of the release."""
     with Redis.from_url(running.redis_url) as client:
         for queue, messages in left["queues"].items():
             for message in messages:
@@ -92,16 +92,16 @@ def put(running: System, left: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.stem)
-def test_what_an_earlier_release_left_comes_to_its_end(
+def test_release_completes_the_work_of_an_earlier_one(
     release: Path, database: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:
-    """Each payment is resolved and delivered once, each fee entry is final, and no message is left."""
-    left = as_if_just_left(release)
+    """Each payment is resolved and delivered once, each call has a final fee entry, and no message is left."""
+    left = load_with_present_times(release)
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
     alembic(url, left["revision"])
     fill(url, left["tables"])
     with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="8") as running:
-        put(running, left)
+        restore(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()
         resolved_now = {f"pay_{name}" for name in RESOLVED_NOW | FAILED.keys()}
@@ -119,24 +119,24 @@ def test_what_an_earlier_release_left_comes_to_its_end(
         wait_until(lambda: resolved <= running.ended_payments().keys(), 20, "all payments are delivered")
         assert running.service.AsyncResult("task-result").get(timeout=10)["state"] == "released"
         assert_each_outcome_is_delivered(running)
-        again = [account_id for account_id in accounts if running.simulator.calls(account_id)]
-        assert again == [], "the calls that the release before made serve who comes later too"
-        wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message stays")
-        unclosed = "SELECT call_id FROM fee_entry GROUP BY call_id HAVING count(*) <> 2"
-        assert running.rows(unclosed) == [], "a call has no last word"
+        called = [account_id for account_id in accounts if running.simulator.calls(account_id)]
+        assert called == [], "a call of the earlier release was repeated"
+        wait_until(lambda: running.queue_lengths() == {} and not running.unacknowledged(), 10, "no message is left")
+        not_final = "SELECT call_id FROM fee_entry GROUP BY call_id HAVING count(*) <> 2"
+        assert running.rows(not_final) == [], "a call has no final fee entry"
         for role in ("worker", "refresh"):
             log = running.processes.log_of(role).read_text()
             assert not re.search("Traceback|unregistered|Error", log), log
 
 
 def assert_each_outcome_is_delivered(running: System) -> None:
-    """Once, and what the ledger says."""
-    endings = running.ended_payments()
+    """Assert that each outcome was delivered once and equals the ledger's."""
+    outcomes = running.ended_payments()
     rows = {row["payment_id"]: row for row in running.rows("SELECT payment_id, state, reason FROM payment")}
-    assert endings.keys() | {"pay_result"} == rows.keys()
-    assert [payment_id for payment_id, lines in endings.items() if len(lines) != 1] == []
-    word = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
-    assert {p: lines[0]["task"] for p, lines in endings.items()} == {p: word[rows[p]["state"]] for p in endings}
+    assert outcomes.keys() | {"pay_result"} == rows.keys()
+    assert [payment_id for payment_id, lines in outcomes.items() if len(lines) != 1] == []
+    callbacks = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
+    assert {p: lines[0]["task"] for p, lines in outcomes.items()} == {p: callbacks[rows[p]["state"]] for p in outcomes}
     assert {p: row["reason"] for p, row in rows.items() if row["reason"]} == {f"pay_{n}": r for n, r in FAILED.items()}
 
 

@@ -19,7 +19,7 @@ def opened_until(change: BreakerChange) -> datetime:
     return change.open_until
 
 
-def called(payready: InProcessSystem) -> list[str]:
+def called_payments(payready: InProcessSystem) -> list[str]:
     """Return the payments whose accounts were called, in that order."""
     return [account.removeprefix("acct_") for account in payready.provider.calls]
 

@@ -17,7 +17,7 @@ INJECTED_ERRORS: dict[str, Callable[[], BaseException]] = {
     "redis": lambda: RedisUnavailable("unavailable"),
     "broker": lambda: BrokerUnavailable("unavailable"),
     "send": lambda: CallNotSent("no connection"),
-    "answer": lambda: CallResultUnknown("read timeout"),
+    "response": lambda: CallResultUnknown("read timeout"),
 }
 """Error that a failing operation of each kind raises."""
 
@@ -38,13 +38,13 @@ class Operations:
     from outside. Operations of a transaction are not visible before its commit."""
     run: int = 0
     fault_injected: str | None = None
-    is_dead: bool = False
+    is_killed: bool = False
 
-    def before_operation(self, kind: str, what: str, *, changes: bool = True, is_seen: bool = True) -> None:
+    def before_operation(self, kind: str, what: str, *, changes: bool = True, is_visible: bool = True) -> None:
         """Count an operation before it starts or before its response is read. Inject the fault if it is due."""
-        if self.is_dead:
+        if self.is_killed:
             raise ProcessKilled
-        self.runs.append((self.run, changes, is_seen))
+        self.runs.append((self.run, changes, is_visible))
         self.count += 1
         if self.count - 1 != self.fault_at:
             return
@@ -52,7 +52,7 @@ class Operations:
         if self.fault_mode == "the operation fails":
             failure = INJECTED_ERRORS[kind]()
             raise failure
-        self.is_dead = True
+        self.is_killed = True
         raise ProcessKilled
 
     def faultable_count(self) -> list[int]:

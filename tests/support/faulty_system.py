@@ -68,7 +68,7 @@ class Ledger:
     def _executes(self, *arguments: Any) -> None:
         statement = str(arguments[2])
         writes = statement.startswith(("INSERT", "UPDATE"))
-        self.operations.before_operation("sql", statement[:40], changes=writes, is_seen=False)
+        self.operations.before_operation("sql", statement[:40], changes=writes, is_visible=False)
 
     def _commits(self, connection: Any) -> None:
         self.operations.before_operation("sql", "COMMIT", changes=False)
@@ -114,7 +114,7 @@ class FaultySystem:
 
     def _restart(self) -> None:
         self.rt.engine.dispose()
-        self.operations.is_dead = False
+        self.operations.is_killed = False
         if self.operations.fault_mode == "killed, and Redis emptied":
             self._correlation._redis.flushdb()
             # The payments service sends unaccepted jobs again. payready must recover all other messages by itself.

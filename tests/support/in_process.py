@@ -68,7 +68,7 @@ class ScriptedProvider:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.script: dict[str, list[ProviderResponse]] = defaultdict(list)
-        self.asked: list[ApiKeyMode | CallFailed] = []
+        self.introspection_results: list[ApiKeyMode | CallFailed] = []
         self.introspections = 0
         self.accounts: dict[str, PolledAccount | CallFailed] = {}
         self.reads: list[tuple[str, str]] = []
@@ -93,7 +93,7 @@ class ScriptedProvider:
     def api_key_mode(self) -> ApiKeyMode:
         """Process a key introspection."""
         self.introspections += 1
-        response = self.asked.pop(0) if self.asked else "TEST"
+        response = self.introspection_results.pop(0) if self.introspection_results else "TEST"
         if isinstance(response, CallFailed):
             raise response
         return response
@@ -145,10 +145,10 @@ class InProcessSystem:
         available: str | None = "100.00",
         *,
         balance_id: str | None = None,
-        later: bool = False,
+        stored_only: bool = False,
         **fields: Any,
     ) -> str:
-        """Ingest a REFRESH balance and return its id. With `later` it is only stored, as if its account were locked."""
+        """Ingest a REFRESH balance and return its id. With `stored_only` its account counts as locked."""
         if isinstance(fields.get("at"), datetime):
             fields["at"] = fields["at"].isoformat()
         balance = Balance.model_validate(
@@ -163,7 +163,7 @@ class InProcessSystem:
                 **fields,
             }
         )
-        if later:
+        if stored_only:
             with transaction(self.engine) as tx:
                 balances.insert_balances(
                     tx, [balances.new_unapplied_record(f"evt_{balance.id}", balance, self.clock.now)]
@@ -243,7 +243,7 @@ class InProcessSystem:
         """Return a payment's row."""
         return self.rows("SELECT * FROM payment WHERE payment_id = :id", id=payment_id)[0]
 
-    def state(self, payment_id: str) -> str:
+    def state_or_reason(self, payment_id: str) -> str:
         """Return a payment's state, or the reason of its failure."""
         row = self.payment(payment_id)
         return str(row["reason"] or row["state"])

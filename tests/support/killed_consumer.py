@@ -1,6 +1,6 @@
 """Consumer that is killed repeatedly: `python -m tests.support.killed_consumer URL QUEUE TRANSPORT KILLS`.
 
-It adds the number in each message to the set `eaten` and acknowledges the message. The parent process kills it with
+It adds the number in each message to the set `consumed` and acknowledges the message. The parent process kills it with
 SIGKILL at random times, KILLS times, and starts it again.
 """
 
@@ -23,7 +23,7 @@ def consume(url: str, queue: str) -> None:
         channel = connection.default_channel
 
         def on_message(body: Any, message: Any) -> None:
-            redis.sadd("eaten", body)
+            redis.sadd("consumed", body)
             message.ack()
 
         with Consumer(channel, [Queue(queue)], callbacks=[on_message]):

@@ -13,7 +13,7 @@ def jobs(scenario: str, count: int, accounts: int, **more: object) -> list[dict[
     ]
 
 
-def wait_until_ended(running: System, count: int) -> Callable[[], bool]:
+def have_outcomes(running: System, count: int) -> Callable[[], bool]:
     """Return a probe: whether at least `count` payments have an outcome at the service."""
     return lambda: len(running.ended_payments()) >= count
 

@@ -52,7 +52,7 @@ class ScenarioProvider:
         )
         self.attempts.append(self._clock.now)
         if isinstance(response, CallFailed):
-            self._operations.before_operation("answer", "to the call")
+            self._operations.before_operation("response", "to the call")
             raise response
         self.accepted.append(self._clock.now)
         at = self._clock.now + timedelta(seconds=2)
@@ -60,7 +60,7 @@ class ScenarioProvider:
             self.shown = self._balance(account_id, at)
         elif response != "silence":
             self.webhooks.append((at, self._balance(account_id, at)))
-        self._operations.before_operation("answer", "to the call")
+        self._operations.before_operation("response", "to the call")
         if response == "lost":
             raise CallResultUnknown("read timeout")
         return 202
@@ -69,7 +69,7 @@ class ScenarioProvider:
         """Process a balance poll."""
         self._operations.before_operation("send", "the poll")
         balance = None if self.shown is None else self.shown.model_dump(by_alias=True, mode="json")
-        self._operations.before_operation("answer", "to the poll")
+        self._operations.before_operation("response", "to the poll")
         return PolledAccount.model_validate({"kind": "DEPOSITORY", "currencyCode": "USD", "balance": balance})
 
     def _balance(self, account_id: str, at: datetime) -> Balance:

@@ -126,10 +126,10 @@ class System:
         replies = self.service.control.ping(timeout=0.3)
         return any(name.startswith(f"{role}@") for reply in replies for name in reply)
 
-    def kill(self, *roles: str, how: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, *roles: str, signal_number: signal.Signals = signal.SIGKILL) -> None:
         """Stop processes of these roles, with SIGKILL by default, and wait until they have ended."""
         for role in roles:
-            self.processes.stop_running_process(role, how)
+            self.processes.stop_running_process(role, signal_number)
 
     def initiate(self, payment_id: str, account_id: str, /, **job: Any) -> "AsyncResult[Any]":
         """Enqueue a job as the payments service does. `options` go to Celery, all other arguments into the job."""
@@ -218,7 +218,7 @@ class System:
             messages = connection.default_channel.client.hvals("payready-unacked")
         return sum(b'"payments.expire"' not in message and b'"payments.sweep"' not in message for message in messages)
 
-    def forget_delivery(self, task_id: str) -> None:
+    def mark_undelivered(self, task_id: str) -> None:
         """Reset the ledger to its state after a crash between the delivery of an outcome and its mark."""
         statement = "UPDATE outcome_delivery SET delivered_at = NULL, due_at = :due WHERE task_id = :id"
         due = datetime.now(UTC).replace(tzinfo=None if self.engine.dialect.name == "sqlite" else UTC)

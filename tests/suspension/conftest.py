@@ -1,4 +1,4 @@
-"""One system for all tests of this folder: payready, the payments service, and the twin that never waits."""
+"""One system for all tests of this folder: payready, the payments service, and a plain task that does not wait."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,13 @@ from tests.support.system import System, system
 from tests.suspension.primitive_runs import Received, Run, kill_between_resolution_and_delivery, send_balance
 
 WORKER = procfile()["worker"] + " --include tests.suspension.hooks"
-QUIET = "--pool threads --without-gossip --without-mingle --loglevel WARNING"
+OPTIONS = "--pool threads --without-gossip --without-mingle --loglevel WARNING"
 SERVICE = (
-    f"celery -A tests.suspension.service:app worker --queues svc,celery --concurrency 4 --hostname service@%h {QUIET}"
+    f"celery -A tests.suspension.service:app worker --queues svc,celery --concurrency 4 --hostname service@%h {OPTIONS}"
 )
-TWIN = (
-    "celery -A tests.suspension.service:twin worker --queues twin --concurrency 4 --hostname twin@%h "
-    f"--include tests.suspension.hooks {QUIET}"
+PLAIN = (
+    "celery -A tests.suspension.service:plain worker --queues plain --concurrency 4 --hostname plain@%h "
+    f"--include tests.suspension.hooks {OPTIONS}"
 )
 
 
@@ -28,55 +28,55 @@ def start_worker(system: System) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _apps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery gives each new app the tasks of all others in the process: not here, where apps are made for a test."""
+def _isolated_apps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give new apps no tasks of other apps in the process, as Celery does by default."""
     builtin = {add for add in _state._on_app_finalizers if add.__module__ == "celery.app.builtins"}
     monkeypatch.setattr(_state, "_on_app_finalizers", builtin)
 
 
 @pytest.fixture(scope="session")
 def payready(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[System]:
-    """All of payready, with every role running; its worker knows the payments team's new-style errbacks."""
+    """Run all roles. The worker includes the payments team's new-style errback."""
     with system(tmp_path_factory.mktemp("continuation"), postgres_server.database(), "beat") as running:
         start_worker(running)
         running.processes.start("service", SERVICE, SERVICE_URL=running.redis_url)
-        running.processes.start("twin", TWIN, SERVICE_URL=running.redis_url)
+        running.processes.start("plain", PLAIN, SERVICE_URL=running.redis_url)
         running.start("web", "refresh")
-        for name in ("worker", "service", "twin"):
+        for name in ("worker", "service", "plain"):
             running.wait_for_consumer(name)
         yield running
 
 
 @pytest.fixture(scope="session")
 def received(payready: System) -> Received:
-    """What the payments service's tasks wrote down."""
+    """Return the recorded calls of the payments service's tasks."""
     return Received(payready)
 
 
 @pytest.fixture(scope="session")
 def runs(payready: System, received: Received) -> dict[str, Run]:
-    """Every primitive with every outcome: of payready (`calm`), and of the twin."""
-    calm = Run(payready, received, "calm", "payments.initiate", "payments")
-    twin = Run(payready, received, "twin", "twin.initiate", "twin")
-    calm.start()
-    twin.start()
-    calm.wait_until_all_wait()
-    send_balance(payready, calm.account_id)
-    twin.wait_until_over()
-    calm.wait_until_over()
-    return {"calm": calm, "twin": twin}
+    """Run every primitive with every outcome, with payready's task (`suspended`) and with a plain one (`plain`)."""
+    suspended = Run(payready, received, "suspended", "payments.initiate", "payments")
+    plain = Run(payready, received, "plain", "plain.initiate", "plain")
+    suspended.start()
+    plain.start()
+    suspended.wait_until_all_are_waiting()
+    send_balance(payready, suspended.account_id)
+    plain.wait_until_completed()
+    suspended.wait_until_completed()
+    return {"suspended": suspended, "plain": plain}
 
 
 @pytest.fixture(scope="session")
 def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
-    """Return the same run with crashes.
+    """Run every primitive with crashes.
 
-    All of payready is killed while the payments wait. A worker is killed before it delivers the outcomes. Finally all
+    All roles are killed while the payments wait. A worker is killed before it delivers the outcomes. Finally all
     outcomes are delivered again, as after a kill between a delivery and its mark.
     """
     run = Run(payready, received, "crashed", "payments.initiate", "payments")
     run.start()
-    run.wait_until_all_wait()
+    run.wait_until_all_are_waiting()
     payready.kill("web", "worker", "refresh", "beat")
     payready.start("web")
     send_balance(payready, run.account_id)
@@ -87,9 +87,9 @@ def crashed(payready: System, received: Received, runs: dict[str, Run]) -> Run:
     run.make_due()
     payready.start("beat", "refresh")
     start_worker(payready)
-    run.wait_until_over()
+    run.wait_until_completed()
     run.make_due()  # as after a crash between delivery and mark
-    run.wait_until_over(times=2)
+    run.wait_until_completed(times=2)
     return run
 
 

@@ -19,12 +19,12 @@ from tests.suspension.service import RECEIVED
 
 _numbers = itertools.count(1)
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_OURS = re.compile(r"acct_never\d+|^(calm|twin|crashed)/")
-_REFUSED = re.compile(r"(PaymentNotReady\(\W*insufficient_funds\W+).*\)")
+_RUN_IDS = re.compile(r"acct_never\d+|^(suspended|plain|crashed)/")
+_FAILURE_DETAIL = re.compile(r"(PaymentNotReady\(\W*insufficient_funds\W+).*\)")
 TIMEOUT_S = 15
 
 
-def quiet_account() -> str:
+def new_account_id() -> str:
     """Return the id of a new account, whose balance the simulator sends only when a test requests it."""
     return f"acct_never{next(_numbers):06d}"
 
@@ -39,7 +39,7 @@ def send_balance(system: System, account_id: str, **account: Any) -> None:
 
 @dataclass
 class Received:
-    """Notes of the payments service's tasks, by tag."""
+    """Recorded calls of the payments service's tasks, by tag."""
 
     system: System
     _read: int = 0
@@ -62,7 +62,7 @@ class Run:
     name: str
     task: str
     queue: str
-    account_id: str = field(default_factory=quiet_account)
+    account_id: str = field(default_factory=new_account_id)
     results: dict[str, Any] = field(default_factory=dict)
     payments: list[str] = field(default_factory=list)
 
@@ -83,15 +83,15 @@ class Run:
         query = f"SELECT {columns} FROM outcome_delivery WHERE payment_id LIKE :run"
         return self.system.rows(query, run=f"{self.name}/%")
 
-    def wait_until_all_wait(self) -> None:
+    def wait_until_all_are_waiting(self) -> None:
         """Wait until every payment that starts without another one is waiting."""
 
-        def all_wait() -> bool:
+        def all_are_waiting() -> bool:
             return {delivery["payment_id"] for delivery in self.deliveries()} >= set(self.payments)
 
-        wait_until(all_wait, TIMEOUT_S, "all payments wait")
+        wait_until(all_are_waiting, TIMEOUT_S, "all payments are waiting")
 
-    def wait_until_over(self, times: int = 1) -> None:
+    def wait_until_completed(self, times: int = 1) -> None:
         """Wait until every note was called `times` times, every result is stored, and the queues are empty."""
         try:
             wait_until(lambda: not self._missing(times), TIMEOUT_S, self.name)
@@ -104,19 +104,19 @@ class Run:
         for primitive, outcome in itertools.product(PRIMITIVES, (RELEASED, FAILED)):
             tag = self.tag(primitive, outcome)
             calls = Counter(note["mark"] for note in self.received[tag])
-            # A redelivered chord does not call its body again.
-            again = primitive.expected(outcome) - primitive.once - primitive.joined - primitive.before(outcome)
-            late = [mark for mark in primitive.expected(outcome) if calls[mark] < (times if mark in again else 1)]
+            # A redelivered chord does not call its body repeated.
+            repeated = primitive.expected(outcome) - primitive.once - primitive.joined - primitive.before(outcome)
+            absent = [mark for mark in primitive.expected(outcome) if calls[mark] < (times if mark in repeated else 1)]
             has_result = primitive.has_result and not (primitive.hangs and outcome == FAILED)
             if has_result and not self.results[tag].ready():
-                late.append("its result")
-            missing += [f"{tag}/{mark}" for mark in late]
+                absent.append("the result")
+            missing += [f"{tag}/{mark}" for mark in absent]
         return missing
 
     def _queues_are_empty(self) -> bool:
         client = self.system.service.backend.client
         due = [delivery for delivery in self.deliveries() if delivery["due_at"] is not None]
-        return not due and not any(client.llen(queue) for queue in ("svc", "celery", "payments", "balances", "twin"))
+        return not due and not any(client.llen(queue) for queue in ("svc", "celery", "payments", "balances", "plain"))
 
     def make_due(self) -> None:
         """Make all outcomes of the run undelivered and due, so that the sweep delivers them now."""
@@ -140,7 +140,7 @@ class Run:
             if delivery["payment_id"].startswith(tag + "/")
         }
         names = {task_id: note["mark"] for task_id, note in notes.items()}
-        result = _described(self.results[tag], names) if primitive.has_result else None
+        result = _describe(self.results[tag], names) if primitive.has_result else None
         return {"calls": sorted((_call(note, names, primitive) for note in notes.values()), key=repr), "result": result}
 
 
@@ -163,46 +163,46 @@ def _relations(continuation: dict[str, Any]) -> dict[str, Any]:
 
 def _call(note: dict[str, Any], names: dict[str, str], primitive: Primitive) -> dict[str, Any]:
     root, parent = (names.get(note.get(name) or "") for name in ("root_id", "parent_id"))
-    kept = {name: value for name, value in note.items() if name not in ("tag", "id", "root_id", "parent_id")}
+    fields = {name: value for name, value in note.items() if name not in ("tag", "id", "root_id", "parent_id")}
     if note["mark"] in primitive.payments:  # the plain task notes more fields than the ledger has
-        kept = {"mark": note["mark"], "group_index": note["group_index"]}
+        fields = {"mark": note["mark"], "group_index": note["group_index"]}
     if note["mark"] not in primitive.joined:  # a joined call has the last of several tasks as its parent
-        kept["parent"] = parent
-    kept["root"] = root and "one of the first" if primitive.joined else root
-    return dict(_plain(kept, names))
+        fields["parent"] = parent
+    fields["root"] = root and "one of the first" if primitive.joined else root
+    return dict(_without_ids(fields, names))
 
 
-def _plain(value: Any, names: dict[str, str]) -> Any:
+def _without_ids(value: Any, names: dict[str, str]) -> Any:
     """Replace ids by names, and reduce an outcome to the fields that the plain task has too."""
     if isinstance(value, dict):
         if {"payment_id", "state"} <= value.keys():
             value = {"payment": value["payment_id"].rpartition("/")[2], "state": value["state"]}
-        return {key: _plain(part, names) for key, part in value.items()}
+        return {key: _without_ids(part, names) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part, names) for part in value]
+        return [_without_ids(part, names) for part in value]
     if isinstance(value, str):
-        return _REFUSED.sub(r"\1)", _UUID.sub(lambda found: names.get(found[0], "?"), _OURS.sub("", value)))
+        return _FAILURE_DETAIL.sub(r"\1)", _UUID.sub(lambda found: names.get(found[0], "?"), _RUN_IDS.sub("", value)))
     return value
 
 
-def _described(result: Any, names: dict[str, str]) -> Any:
+def _describe(result: Any, names: dict[str, str]) -> Any:
     """Return a result with its parents and the names of its children."""
     if result is None:
         return None
-    parent = _described(result.parent, names)
+    parent = _describe(result.parent, names)
     if isinstance(result, GroupResult):
-        return {"group": [_described(part, names) for part in result.results], "parent": parent}
+        return {"group": [_describe(part, names) for part in result.results], "parent": parent}
     value = result.result
     return {
         "name": names.get(result.id),
         "state": result.state,
-        "value": _plain(repr(value) if isinstance(value, Exception) else value, names),
-        "children": [_names(child, names) for child in result.children or []],
+        "value": _without_ids(repr(value) if isinstance(value, Exception) else value, names),
+        "children": [_names_of(child, names) for child in result.children or []],
         "parent": parent,
     }
 
 
-def _names(result: Any, names: dict[str, str]) -> Any:
+def _names_of(result: Any, names: dict[str, str]) -> Any:
     if isinstance(result, AsyncResult):
         return names.get(result.id)
-    return [_names(part, names) for part in result.results]
+    return [_names_of(part, names) for part in result.results]

@@ -1,7 +1,7 @@
-"""Everything a team can do with a task's result, done with a payment.
+"""All uses of a task's result that Celery supports, with a payment as the task.
 
-Each primitive is built twice: once all its payments are released, once its *doubtful* ones fail. Notes are tasks of
-the payments service that write down how they were called; `released` and `failed` name those that must be called.
+Each primitive is initiate twice: its payments are released, or those with `may_fail` fail. Notes are tasks of the
+payments service that record their calls. `released` and `failed` name the notes that must be called.
 """
 
 import warnings
@@ -22,7 +22,7 @@ RELEASED, FAILED = "released", "failed"
 
 @dataclass
 class Kit:
-    """What primitives are built of. `task` is payready's, or its twin's."""
+    """Factory of the signatures of a primitive. `task` is payready's task or the plain one."""
 
     app: Celery
     task: str
@@ -31,23 +31,23 @@ class Kit:
     tag: str
     fails: bool
     payments: list[str] = field(default_factory=list)
-    """Ids of those that begin to wait without another one's outcome."""
+    """Ids of the payments that start without the outcome of another one."""
 
     def note(self, mark: str, *, returns: Any = None, args: tuple[Any, ...] = (), **options: Any) -> Signature:
-        """A task of the payments service."""
+        """Return a task of the payments service that records its call."""
         kwargs = {"tag": self.tag, "mark": mark, "returns": returns}
         return self.app.signature("ledger.note", args=args, kwargs=kwargs, **{"queue": "svc", **_listed(options)})
 
     def new_style(self, mark: str) -> Signature:
-        """An errback that is called with the request, the error and the traceback."""
+        """Return an errback that is called with the request, the error and the traceback."""
         return self.app.signature("hooks.new_style", kwargs={"tag": self.tag, "mark": mark}, queue="svc")
 
-    def job(self, mark: str = "pay", *, doubtful: bool = True, later: bool = False) -> dict[str, Any]:
-        """The arguments of a payment."""
+    def job(self, mark: str = "pay", *, may_fail: bool = True, starts_later: bool = False) -> dict[str, Any]:
+        """Return the arguments of a payment."""
         payment_id = f"{self.tag}/{mark}"
-        if not later:
+        if not starts_later:
             self.payments.append(payment_id)
-        amount = "9999.00" if doubtful and self.fails else "0.01"
+        amount = "9999.00" if may_fail and self.fails else "0.01"
         return {
             "payment_id": payment_id,
             "account_id": self.account_id,
@@ -56,17 +56,17 @@ class Kit:
             "max_balance_age_s": 600,
         }
 
-    def pay(self, mark: str = "pay", *, doubtful: bool = True, later: bool = False, **options: Any) -> Signature:
-        """A payment; a doubtful one fails if this is to fail."""
-        return self.built(kwargs=self.job(mark, doubtful=doubtful, later=later), **options)
+    def pay(self, mark: str = "pay", *, may_fail: bool = True, starts_later: bool = False, **options: Any) -> Signature:
+        """Return a payment. It fails if `fails` and `may_fail` are true."""
+        return self.initiate(kwargs=self.job(mark, may_fail=may_fail, starts_later=starts_later), **options)
 
-    def built(self, **options: Any) -> Signature:
-        """Return a payment whose job is the result of the previous task."""
+    def initiate(self, **options: Any) -> Signature:
+        """Return a payment. Without arguments its job is the result of the previous task."""
         return self.app.signature(self.task, **{"queue": self.queue, **_listed(options)})
 
 
 def _listed(options: dict[str, Any]) -> dict[str, Any]:
-    """One callback as a list of one, as `Signature.link` makes it: Celery does not find it everywhere otherwise."""
+    """Put a callback into a list, as `Signature.link` does. Celery ignores a bare callback in some places."""
     return {
         name: [value] if name in ("link", "link_error") and isinstance(value, Signature) else value
         for name, value in options.items()
@@ -75,7 +75,7 @@ def _listed(options: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Primitive:
-    """A way to use a payment, and the notes that are called then."""
+    """A use of a payment, and the notes that it calls."""
 
     name: str
     build: Callable[[Kit], Signature]
@@ -93,11 +93,11 @@ class Primitive:
     payments: frozenset[str] = frozenset(("pay", "good", "third", "then", "deep"))
 
     def expected(self, outcome: Outcome) -> frozenset[str]:
-        """The notes that must be called, and no others."""
+        """Return exactly the notes that must be called."""
         return self.released if outcome == RELEASED else self.failed
 
     def before(self, outcome: Outcome) -> frozenset[str]:
-        """Notes that are called before a payment waits."""
+        """Return the notes that are called before a payment waits."""
         return self.first & self.expected(outcome)
 
 
@@ -115,7 +115,7 @@ def primitive(
     has_result: bool = True,
     hangs: bool = False,
 ) -> Callable[[Build], Build]:
-    """Add to the list."""
+    """Return a decorator that adds a primitive to the list."""
 
     def add(build: Build) -> Build:
         PRIMITIVES.append(
@@ -141,9 +141,9 @@ def alone(kit: Kit) -> Signature:
     return kit.pay()
 
 
-@primitive("next", "sorry")
+@primitive("next", "errback")
 def link_and_link_error(kit: Kit) -> Signature:
-    return kit.pay(link=kit.note("next"), link_error=kit.note("sorry"))
+    return kit.pay(link=kit.note("next"), link_error=kit.note("errback"))
 
 
 @primitive("a b c", "x y")
@@ -157,9 +157,9 @@ def new_style_errback(kit: Kit) -> Signature:
     return kit.pay(link_error=[kit.new_style("new"), kit.note("old")])
 
 
-@primitive("soon", "sorry")
+@primitive("soon", "errback")
 def link_with_countdown(kit: Kit) -> Signature:
-    return kit.pay(link=kit.note("soon", countdown=1), link_error=kit.note("sorry", countdown=1))
+    return kit.pay(link=kit.note("soon", countdown=1), link_error=kit.note("errback", countdown=1))
 
 
 @primitive("typed", "")
@@ -189,32 +189,37 @@ def links_of_a_link(kit: Kit) -> Signature:
     return kit.pay(link=kit.note("next", link=kit.note("after")))
 
 
-@primitive("unrouted", "sorry")
+@primitive("unrouted", "errback")
 def link_without_a_queue(kit: Kit) -> Signature:
-    return kit.pay(link=kit.note("unrouted", queue=None), link_error=kit.note("sorry", queue=None))
+    return kit.pay(link=kit.note("unrouted", queue=None), link_error=kit.note("errback", queue=None))
 
 
-@primitive("a b", "sorry")
+@primitive("a b", "errback")
 def chain_first(kit: Kit) -> Signature:
-    return chain(kit.pay(link_error=kit.note("sorry")), kit.note("a"), kit.note("b"), app=kit.app)
+    return chain(kit.pay(link_error=kit.note("errback")), kit.note("a"), kit.note("b"), app=kit.app)
 
 
-@primitive("job a b", "job sorry", first="job")
+@primitive("job a b", "job errback", first="job")
 def chain_middle(kit: Kit) -> Signature:
     job = kit.note("job", returns=kit.job())
-    return chain(job, kit.built(link_error=kit.note("sorry")), kit.note("a"), kit.note("b"), app=kit.app)
+    return chain(job, kit.initiate(link_error=kit.note("errback")), kit.note("a"), kit.note("b"), app=kit.app)
 
 
-@primitive("job", "job sorry", first="job")
+@primitive("job", "job errback", first="job")
 def chain_last(kit: Kit) -> Signature:
-    return chain(kit.note("job", returns=kit.job()), kit.built(link_error=kit.note("sorry")), app=kit.app)
+    return chain(kit.note("job", returns=kit.job()), kit.initiate(link_error=kit.note("errback")), app=kit.app)
 
 
 @primitive("a job b", "")
 def two_payments_in_a_chain(kit: Kit) -> Signature:
-    then = kit.job("then", later=True)
+    then = kit.job("then", starts_later=True)
     return chain(
-        kit.pay(), kit.note("a"), kit.note("job", returns=then), kit.built(), kit.note("b", immutable=True), app=kit.app
+        kit.pay(),
+        kit.note("a"),
+        kit.note("job", returns=then),
+        kit.initiate(),
+        kit.note("b", immutable=True),
+        app=kit.app,
     )
 
 
@@ -223,21 +228,21 @@ def immutable_signatures(kit: Kit) -> Signature:
     return chain(kit.note("a"), kit.pay(immutable=True), kit.note("b", immutable=True), kit.note("c"), app=kit.app)
 
 
-@primitive("next", "sorry")
+@primitive("next", "errback")
 def on_error_of_a_chain(kit: Kit) -> Signature:
-    return chain(kit.pay(), kit.note("next"), app=kit.app).on_error(kit.note("sorry"))
+    return chain(kit.pay(), kit.note("next"), app=kit.app).on_error(kit.note("errback"))
 
 
-@primitive("a b", "sorry b")
+@primitive("a b", "errback b")
 def group_of_payments(kit: Kit) -> Signature:
-    doubtful = kit.pay(link=kit.note("a"), link_error=kit.note("sorry"))
-    return group(doubtful, kit.pay("good", doubtful=False, link=kit.note("b")), kit.pay("third"), app=kit.app)
+    may_fail = kit.pay(link=kit.note("a"), link_error=kit.note("errback"))
+    return group(may_fail, kit.pay("good", may_fail=False, link=kit.note("b")), kit.pay("third"), app=kit.app)
 
 
-@primitive("", "sorry")
+@primitive("", "errback")
 def link_error_of_a_group(kit: Kit) -> Signature:
-    payments = group(kit.pay(), kit.pay("good", doubtful=False), app=kit.app)
-    payments.link_error(kit.note("sorry"))
+    payments = group(kit.pay(), kit.pay("good", may_fail=False), app=kit.app)
+    payments.link_error(kit.note("errback"))
     return payments
 
 
@@ -246,60 +251,60 @@ def group_at_the_end_of_a_chain(kit: Kit) -> Signature:
     return chain(kit.pay(), group(kit.note("a"), kit.note("b"), app=kit.app), app=kit.app)
 
 
-@primitive("x body", "x sorry", first="x", once="body sorry", joined="body")
+@primitive("x body", "x errback", first="x", once="body errback", joined="body")
 def chord_header(kit: Kit) -> Signature:
-    header = [kit.pay(), kit.note("x"), kit.pay("good", doubtful=False), kit.pay("third", doubtful=False)]
-    return chord(header, kit.note("body", link_error=kit.note("sorry")), app=kit.app)
+    header = [kit.pay(), kit.note("x"), kit.pay("good", may_fail=False), kit.pay("third", may_fail=False)]
+    return chord(header, kit.note("body", link_error=kit.note("errback")), app=kit.app)
 
 
-@primitive("body", "sorry", once="body sorry")
+@primitive("body", "errback", once="body errback")
 def chord_with_on_error(kit: Kit) -> Signature:
-    payments = chord([kit.pay(), kit.pay("good", doubtful=False)], kit.note("body"), app=kit.app)
+    payments = chord([kit.pay(), kit.pay("good", may_fail=False)], kit.note("body"), app=kit.app)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CPendingDeprecationWarning)  # of what some other release may make of it
-        return payments.on_error(kit.note("sorry"))
+        warnings.simplefilter("ignore", CPendingDeprecationWarning)  # about a change in a later release
+        return payments.on_error(kit.note("errback"))
 
 
-@primitive("a b next", "a b sorry", first="a b", joined="pay")
+@primitive("a b next", "a b errback", first="a b", joined="pay")
 def chord_body(kit: Kit) -> Signature:
-    body = kit.pay(immutable=True, link=kit.note("next"), link_error=kit.note("sorry"))
+    body = kit.pay(immutable=True, link=kit.note("next"), link_error=kit.note("errback"))
     return chord([kit.note("a"), kit.note("b")], body, app=kit.app)
 
 
 @primitive("job next", "", joined="then")
 def chord_header_and_body(kit: Kit) -> Signature:
-    header = [chain(kit.pay(), kit.note("job", immutable=True), app=kit.app), kit.pay("good", doubtful=False)]
-    body = kit.pay("then", later=True, immutable=True, link=kit.note("next"))
+    header = [chain(kit.pay(), kit.note("job", immutable=True), app=kit.app), kit.pay("good", may_fail=False)]
+    body = kit.pay("then", starts_later=True, immutable=True, link=kit.note("next"))
     return chord(header, body, app=kit.app)
 
 
 @primitive("a b", "", once="a b")
 def chord_whose_body_is_a_group(kit: Kit) -> Signature:
     body = group(kit.note("a"), kit.note("b"), app=kit.app)
-    return chord([kit.pay(), kit.pay("good", doubtful=False)], body, app=kit.app)
+    return chord([kit.pay(), kit.pay("good", may_fail=False)], body, app=kit.app)
 
 
-@primitive("a b", "sorry", once="a b sorry")
+@primitive("a b", "errback", once="a b errback")
 def chord_whose_body_is_a_chain(kit: Kit) -> Signature:
-    body = chain(kit.note("a"), kit.note("b"), app=kit.app).on_error(kit.note("sorry"))
-    return chord([kit.pay(), kit.pay("good", doubtful=False)], body, app=kit.app)
+    body = chain(kit.note("a"), kit.note("b"), app=kit.app).on_error(kit.note("errback"))
+    return chord([kit.pay(), kit.pay("good", may_fail=False)], body, app=kit.app)
 
 
 @primitive("x inner outer", "x", first="x", once="inner outer", hangs=True)
 def chord_in_a_chord(kit: Kit) -> Signature:
     inner = chord([kit.pay(), kit.note("x")], kit.note("inner"), app=kit.app)
-    return chord([inner, kit.pay("good", doubtful=False)], kit.note("outer"), app=kit.app)
+    return chord([inner, kit.pay("good", may_fail=False)], kit.note("outer"), app=kit.app)
 
 
 @primitive("body after", "", once="body after", joined="body")
 def group_then_tasks(kit: Kit) -> Signature:
-    payments = group(kit.pay(), kit.pay("good", doubtful=False), app=kit.app)
+    payments = group(kit.pay(), kit.pay("good", may_fail=False), app=kit.app)
     return chain(payments, kit.note("body"), kit.note("after"), app=kit.app)
 
 
 @primitive("begin a b c d body after", "begin b c d", first="begin b c", once="body after d", joined="d body")
 def chains_in_groups_in_chains(kit: Kit) -> Signature:
-    inner = group(kit.pay("deep", doubtful=False, immutable=True), kit.note("c"), app=kit.app)
+    inner = group(kit.pay("deep", may_fail=False, immutable=True), kit.note("c"), app=kit.app)
     return chain(
         kit.note("begin"),
         group(
@@ -313,46 +318,46 @@ def chains_in_groups_in_chains(kit: Kit) -> Signature:
     )
 
 
-@primitive("next", "sorry")
+@primitive("next", "errback")
 def stamps(kit: Kit) -> Signature:
-    stamped = chain(kit.pay(link_error=kit.note("sorry")), kit.note("next"), app=kit.app)
+    stamped = chain(kit.pay(link_error=kit.note("errback")), kit.note("next"), app=kit.app)
     stamped.stamp(order="order-7", batch=["b1", "b2"])
     return stamped
 
 
-@primitive("next", "sorry")
+@primitive("next", "errback")
 def headers(kit: Kit) -> Signature:
     traced: dict[str, Any] = {"headers": {"trace": "of-callback"}}
     return kit.pay(
-        headers={"trace": "of-payment"}, link=kit.note("next", **traced), link_error=kit.note("sorry", **traced)
+        headers={"trace": "of-payment"}, link=kit.note("next", **traced), link_error=kit.note("errback", **traced)
     )
 
 
-@primitive("urgent usual", "sorry")
+@primitive("urgent usual", "errback")
 def priority(kit: Kit) -> Signature:
     links = [kit.note("urgent", priority=6), kit.note("usual")]
-    return kit.pay(priority=3, link=links, link_error=kit.note("sorry", priority=9))
+    return kit.pay(priority=3, link=links, link_error=kit.note("errback", priority=9))
 
 
-@primitive("linked a", "sorry", has_result=False)
+@primitive("linked a", "errback", has_result=False)
 def ignore_result(kit: Kit) -> Signature:
-    payment = kit.pay(ignore_result=True, link=kit.note("linked"), link_error=kit.note("sorry"))
+    payment = kit.pay(ignore_result=True, link=kit.note("linked"), link_error=kit.note("errback"))
     return chain(payment, kit.note("a", ignore_result=True), app=kit.app)
 
 
 @primitive("body", "", once="body")
 def ignore_result_in_a_chord(kit: Kit) -> Signature:
-    header = [kit.pay(ignore_result=True), kit.pay("good", doubtful=False, ignore_result=True)]
+    header = [kit.pay(ignore_result=True), kit.pay("good", may_fail=False, ignore_result=True)]
     return chord(header, kit.note("body"), app=kit.app)
 
 
-@primitive("before next", "before sorry", first="before")
+@primitive("before next", "before errback", first="before")
 def replaced_by_a_payment(kit: Kit) -> Signature:
-    other = kit.pay(link_error=kit.note("sorry"))
+    other = kit.pay(link_error=kit.note("errback"))
     kwargs = {"tag": kit.tag, "mark": "before", "other": other}
-    return chain(kit.app.signature("ledger.become", kwargs=kwargs, queue="svc"), kit.note("next"), app=kit.app)
+    return chain(kit.app.signature("ledger.replace_itself", kwargs=kwargs, queue="svc"), kit.note("next"), app=kit.app)
 
 
-@primitive("next", "sorry")
+@primitive("next", "errback")
 def expires(kit: Kit) -> Signature:
-    return chain(kit.pay(expires=3600, link_error=kit.note("sorry")), kit.note("next", expires=3600), app=kit.app)
+    return chain(kit.pay(expires=3600, link_error=kit.note("errback")), kit.note("next", expires=3600), app=kit.app)

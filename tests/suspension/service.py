@@ -1,10 +1,10 @@
-"""The payments service of these tests, and a twin of payready that never waits; they share only addresses with it.
+"""The payments service of these tests, and a plain task that does not wait. They share only addresses with payready.
 
-    celery -A tests.suspension.service:app  worker --queues svc,celery    the payments service
-    celery -A tests.suspension.service:twin worker --queues twin          the twin
+    celery -A tests.suspension.service:app   worker --queues svc,celery    the payments service
+    celery -A tests.suspension.service:plain worker --queues plain         the plain task
 
-The twin does what `payments.initiate` does, at once, and in a plain Celery task: what Celery makes of its outcome is
-what payready must make of the same outcome later. Both write down what they get, in a Redis list.
+The plain task returns the outcome of `payments.initiate` at once. payready must cause the same calls and results later.
+All tasks record their calls in a Redis list.
 """
 
 import json
@@ -17,28 +17,28 @@ from celery import Celery, Task
 from kombu.utils import json as kombu_json
 
 RECEIVED = "tests-received"
-"""The Redis list in which every task notes how it was called."""
+"""Redis list of recorded calls."""
 ADDRESS = os.environ.get("SERVICE_URL", "redis://127.0.0.1:1/0")
 AVAILABLE = Decimal(500)
-"""On every account."""
-NEEDED = "499.00 is needed, 500 is available, and 9999 was asked for"
+"""Available funds of every account."""
+DETAIL = "499.00 is needed, 500 is available, and 9999 was asked for"
 
 app = Celery("payments-service", broker=ADDRESS, backend=ADDRESS, set_as_current=False)
-twin = Celery("twin", broker=ADDRESS, backend=ADDRESS, set_as_current=False)
+plain = Celery("plain", broker=ADDRESS, backend=ADDRESS, set_as_current=False)
 
 
 class PaymentNotReady(Exception):
-    """Looks to the payments service as payready's own does: a name and arguments."""
+    """Exception with the name and arguments of payready's, which are all that the payments service sees."""
 
 
-def write_down(at: Celery, **facts: Any) -> None:
-    """Add a line to the list."""
-    at.backend.client.rpush(RECEIVED, kombu_json.dumps(facts))
+def record_call(at: Celery, **fields: Any) -> None:
+    """Append a call to the list."""
+    at.backend.client.rpush(RECEIVED, kombu_json.dumps(fields))
 
 
-def _note(task: Task, tag: str, mark: str, *args: Any) -> None:
+def _record(task: Task, tag: str, mark: str, *args: Any) -> None:
     request = task.request
-    write_down(
+    record_call(
         task.app,
         tag=tag,
         mark=mark,
@@ -57,24 +57,24 @@ def _note(task: Task, tag: str, mark: str, *args: Any) -> None:
 
 @app.task(name="ledger.note", bind=True, shared=False)  # type: ignore[untyped-decorator]
 def note(self: Task, *args: Any, tag: str, mark: str, returns: Any = None) -> Any:
-    """Write down the call; return what is to be returned."""
-    _note(self, tag, mark, *args)
+    """Record the call and return `returns`."""
+    _record(self, tag, mark, *args)
     return returns or {"from": mark}
 
 
-@app.task(name="ledger.become", bind=True, shared=False)  # type: ignore[untyped-decorator]
-def become(self: Task, *args: Any, tag: str, mark: str, other: Mapping[str, Any]) -> Any:
-    """Write down the call, and be replaced by another task."""
-    _note(self, tag, mark, *args)
+@app.task(name="ledger.replace_itself", bind=True, shared=False)  # type: ignore[untyped-decorator]
+def replace_itself(self: Task, *args: Any, tag: str, mark: str, other: Mapping[str, Any]) -> Any:
+    """Record the call and replace this task by another one."""
+    _record(self, tag, mark, *args)
     raise self.replace(app.signature(other))
 
 
-@twin.task(name="twin.initiate", bind=True, shared=False, ignore_result=False)  # type: ignore[untyped-decorator]
-def initiate(self: Task, given: Mapping[str, Any] | None = None, /, **keywords: Any) -> Any:
+@plain.task(name="plain.initiate", bind=True, shared=False, ignore_result=False)  # type: ignore[untyped-decorator]
+def initiate(self: Task, positional: Mapping[str, Any] | None = None, /, **keywords: Any) -> Any:
     """Release or fail a payment at once."""
-    job = {**(given or {}), **keywords}
+    job = {**(positional or {}), **keywords}
     tag, _, mark = job["payment_id"].rpartition("/")
-    _note(self, tag, mark)
+    _record(self, tag, mark)
     if Decimal(job["amount"]) > AVAILABLE:
-        raise PaymentNotReady("insufficient_funds", NEEDED)
+        raise PaymentNotReady("insufficient_funds", DETAIL)
     return {"payment_id": job["payment_id"], "state": "released"}

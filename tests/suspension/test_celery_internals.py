@@ -1,6 +1,6 @@
-"""What `tasks/suspension.py` takes for granted of the installed Celery beyond its documentation.
+"""Assumptions of `tasks/suspension.py` about Celery beyond its documentation.
 
-That the outcome is the tracer's own is what `test_primitives.py` compares; here is what it would not show.
+`test_primitives.py` compares calls and results with those of a plain task. These tests cover the rest.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ NOT_SAVED = {
     "replaced_task_nesting",  # only a running task can be replaced
     "taskset",  # another name of `group`
 }
-"""Of the request; of `delivery_info` the priority is saved."""
+"""Fields of the request that are not saved. Of `delivery_info` only the priority is."""
 
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
     """Return an app with a task that is suspended."""
-    app = Celery("left", broker=valkey_url, backend=valkey_url, set_as_current=False)
+    app = Celery("suspended", broker=valkey_url, backend=valkey_url, set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     yield app
     app.backend.result_consumer.subscribed_to.clear()
@@ -40,7 +40,7 @@ def _nothing() -> None:
 
 
 def sent(app: Celery, queue: str) -> list[Any]:
-    """The messages in a queue, which is empty then."""
+    """Remove and return the messages in a queue."""
     with app.connection_for_read() as connection:
         messages = []
         while message := connection.default_channel.basic_get(queue, no_ack=True):
@@ -48,12 +48,12 @@ def sent(app: Celery, queue: str) -> list[Any]:
         return messages
 
 
-def request(**given: Any) -> Context:
-    return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
+def request(**fields: Any) -> Context:
+    return Context({"id": "suspended", "task": "payments.initiate", "delivery_info": {}, **fields})
 
 
 def test_every_request_field_is_saved_or_excluded() -> None:
-    """A field that a new Celery adds must be put on one of the two lists."""
+    """A field that a new release of Celery adds belongs to one of the two lists."""
     fields = {name for name, value in vars(Context).items() if not name.startswith("_") and not callable(value)}
     assert fields - {"children"} - set(suspension._SAVED_FIELDS) == NOT_SAVED
     assert set(suspension._SAVED_FIELDS) - fields == {"task"}  # Celery sets it without declaring it
@@ -75,22 +75,22 @@ def test_callbacks_inherit_priority_if_configured(app: Celery, *, inherit: bool,
 
 def test_success_is_never_overwritten(app: Celery) -> None:
     """Neither a repeated delivery nor a late job changes it."""
-    saved = suspension.make_continuation_with_task_ids(request(id="settled"))
+    saved = suspension.make_continuation_with_task_ids(request(id="resolved"))
     suspension.resume_with_result(app, saved, {"state": "released"})
-    app.backend.store_result("settled", {"account_id": "acct_1"}, suspension.WAITING)
+    app.backend.store_result("resolved", {"account_id": "acct_1"}, suspension.WAITING)
     suspension.resume_with_error(app, saved, ValueError("late"))
-    assert app.backend.get_task_meta("settled", cache=False)["status"] == "SUCCESS"
+    assert app.backend.get_task_meta("resolved", cache=False)["status"] == "SUCCESS"
 
 
 def test_reply_address_is_saved_for_the_rpc_backend(valkey_url: str) -> None:
     """With `rpc://` a result is a message to the sender. The continuation alone has the address."""
     app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
-    saved = suspension.make_continuation_with_task_ids(request(id="rpc", reply_to="who-asked"))
+    saved = suspension.make_continuation_with_task_ids(request(id="rpc", reply_to="reply-queue"))
     with app.connection_for_write() as connection:
-        connection.SimpleQueue("who-asked").close()
+        connection.SimpleQueue("reply-queue").close()
     suspension.resume_with_result(app, saved, {"state": "released"})
-    [message] = sent(app, "who-asked")
+    [message] = sent(app, "reply-queue")
     assert message.payload["result"] == {"state": "released"}
     assert message.properties["correlation_id"] == "rpc"
     app.close()

@@ -1,4 +1,4 @@
-"""Payments in a real Flower, as the Procfile starts it: running while they wait, then succeeded or failed."""
+"""Payments in a real Flower, as the Procfile starts it: started while they wait, then succeeded or failed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from celery import Celery, chain
 
 from demo.processes import assign_free_port, procfile, responds
 from tests.support.system import API_KEY, SECRET, System, eventually
-from tests.suspension.primitive_runs import quiet_account, send_balance
+from tests.suspension.primitive_runs import new_account_id, send_balance
 from tests.suspension.primitives import Kit
 
 LOGIN = ("watcher", "flowers-of-the-tests")
@@ -18,40 +18,40 @@ Info = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def flower(payready: System) -> Iterator[httpx.Client]:
-    """A client with the login, once Flower sees what the workers do."""
+    """Return a client with the login, once Flower receives the workers' events."""
     port = assign_free_port()
     environ = {"FLOWER_PORT": str(port), "FLOWER_BASIC_AUTH": ":".join(LOGIN)}
     payready.processes.start("flower", procfile()["flower"], **environ)
     payready.processes.wait_for("flower", lambda: responds(f"http://127.0.0.1:{port}/healthcheck"))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=LOGIN, timeout=10) as client:
-        eventually(lambda: _sees(client, payready))
+        eventually(lambda: _knows_new_task(client, payready))
         yield client
 
 
-def _sees(flower: httpx.Client, payready: System) -> bool:
-    """Whether Flower has heard of one more task."""
-    known = payready.service.signature("payments.cancel", args=("unknown",), queue="payments").apply_async()
-    known.get(timeout=10)
-    return flower.get(f"/api/task/info/{known.id}").status_code == 200
+def _knows_new_task(flower: httpx.Client, payready: System) -> bool:
+    """Run a task, and return whether Flower knows it."""
+    task = payready.service.signature("payments.cancel", args=("unknown",), queue="payments").apply_async()
+    task.get(timeout=10)
+    return flower.get(f"/api/task/info/{task.id}").status_code == 200
 
 
 @pytest.fixture
 def info(flower: httpx.Client) -> Info:
-    """What Flower knows of a task; nothing yet is an empty answer."""
+    """Return a function that reads Flower's data of a task. They are empty while Flower does not know it."""
 
-    def ask(task_id: str) -> dict[str, Any]:
-        answer = flower.get(f"/api/task/info/{task_id}")
-        return dict(answer.json()) if answer.status_code == 200 else {}
+    def read(task_id: str) -> dict[str, Any]:
+        response = flower.get(f"/api/task/info/{task_id}")
+        return dict(response.json()) if response.status_code == 200 else {}
 
-    return ask
+    return read
 
 
 def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flower: httpx.Client, info: Info) -> None:
     """STARTED with readable arguments, then SUCCESS or FAILURE with the result."""
-    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "flower", fails=False)
+    kit = Kit(service, "payments.initiate", "payments", new_account_id(), "flower", fails=False)
     released = kit.pay("released").apply_async()
     job = kit.note("job", returns=kit.job("failed") | {"timeout_s": 2})
-    failed = chain(job, kit.built(), app=service).apply_async()
+    failed = chain(job, kit.initiate(), app=service).apply_async()
     for payment, arguments in ((released, "kwargs"), (failed, "args")):
         eventually(lambda payment=payment: info(payment.id).get("state") == "STARTED")  # type: ignore[misc]
         waiting = info(payment.id)
@@ -73,7 +73,7 @@ def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flo
     assert "'state': 'released'" in info(released.id)["result"]
     assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance arrived within 2 s")
     names = {task["name"] for task in flower.get("/api/tasks?limit=10000").json().values()}
-    assert not names & {"payments.expire", "payments.sweep"}  # two a second would push the payments out of its memory
+    assert not names & {"payments.expire", "payments.sweep"}  # two per second would displace payments from its memory
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flo
 )
 def test_pages_and_api_require_a_login(flower: httpx.Client, path: str) -> None:
     for auth in (None, ("watcher", "wrong")):
-        answer = httpx.get(flower.base_url.join(path), auth=auth)
-        assert answer.status_code == 401, answer.text
+        response = httpx.get(flower.base_url.join(path), auth=auth)
+        assert response.status_code == 401, response.text
     assert flower.get(path).status_code in {200, 404}
 
 
 def test_pages_show_no_secret(flower: httpx.Client) -> None:
-    """Neither the provider's key nor the webhook's secret nor Flower's own password."""
+    """The secrets are the provider's key, the webhook's secret and Flower's password."""
     workers = flower.get("/api/workers?refresh=true").json()
     [worker] = [name for name in workers if name.startswith("worker@")]
     for path in ("/", "/tasks", "/broker", f"/worker/{worker}", "/api/tasks?limit=10000", "/api/workers"):

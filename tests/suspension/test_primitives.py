@@ -1,4 +1,4 @@
-"""Whatever is done with a task's result goes on as if the task had never waited."""
+"""Every use of a task's result continues as if the task had not waited."""
 
 import pytest
 
@@ -16,10 +16,10 @@ each_outcome = pytest.mark.parametrize("outcome", [RELEASED, FAILED])
 @each_outcome
 @each_primitive
 def test_suspended_task_behaves_like_a_plain_task(runs: dict[str, Run], primitive: Primitive, outcome: Outcome) -> None:
-    """The same calls, relations and results as of a plain Celery task with that outcome."""
-    calls = runs["calm"].calls(primitive, outcome)
+    """Its calls, relations and results equal those of a plain Celery task with the same outcome."""
+    calls = runs["suspended"].calls(primitive, outcome)
     assert sorted(note["mark"] for note in calls) == sorted(primitive.expected(outcome))
-    assert runs["calm"].trace(primitive, outcome) == runs["twin"].trace(primitive, outcome)
+    assert runs["suspended"].trace(primitive, outcome) == runs["plain"].trace(primitive, outcome)
 
 
 @each_outcome
@@ -34,7 +34,7 @@ def test_suspended_task_survives_crashes_and_redelivery(
     assert len([note for note in calls if note["mark"] in primitive.once]) == len(
         primitive.once & primitive.expected(outcome)
     )
-    assert crashed.trace(primitive, outcome) == runs["twin"].trace(primitive, outcome)
+    assert crashed.trace(primitive, outcome) == runs["plain"].trace(primitive, outcome)
 
 
 def test_documentation_lists_every_primitive() -> None:

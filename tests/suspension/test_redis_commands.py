@@ -1,4 +1,4 @@
-"""What completing a task costs, counted by the server: one result, and what the continuation itself sends."""
+"""Redis commands that complete a task: one result, and the messages of the continuation."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Ce
 RESULT = {"get": 1, "multi": 1, "setex": 1, "publish": 1, "exec": 1}
 """Celery's commands for a result: check whether it is SUCCESS, write it, and publish it for `get`."""
 EVENT = {"publish": 1}
-"""For Flower."""
+"""Celery's event for Flower."""
 MESSAGE = {"lpush": 1}
 
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
     """Return an app with payready's settings and a suspended task."""
-    app = Celery("left", set_as_current=False)
+    app = Celery("suspended", set_as_current=False)
     app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
     app.task(_nothing, name="payments.initiate", shared=False)
     publisher = suspension.event_publisher(app)
@@ -43,9 +43,15 @@ def _nothing() -> None:
     pass
 
 
-def continuation(app: Celery, **given: Any) -> dict[str, Any]:
+def continuation(app: Celery, **fields: Any) -> dict[str, Any]:
     """Return the continuation of a running task."""
-    request = {"id": f"cost-{len(given)}", "task": "payments.initiate", "delivery_info": {}, "root_id": "root", **given}
+    request = {
+        "id": f"cost-{len(fields)}",
+        "task": "payments.initiate",
+        "delivery_info": {},
+        "root_id": "root",
+        **fields,
+    }
     return suspension.make_continuation_with_task_ids(Context(request))
 
 
@@ -53,14 +59,14 @@ def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) 
     """Return the commands that Valkey receives while a task is resumed."""
     with Redis.from_url(valkey_url) as counter:
         counter.config_resetstat()
-        with denied_join_result():  # as it is in a worker's pool of threads
-            end(app, saved, outcome)
+        with denied_join_result():  # as in a worker's pool of threads
+            resume(app, saved, outcome)
         stats: dict[str, Any] = counter.info("commandstats")
-    ours = ("cmdstat_info", "cmdstat_config|resetstat")
-    return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items() if name not in ours}
+    excluded = ("cmdstat_info", "cmdstat_config|resetstat")
+    return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items() if name not in excluded}
 
 
-def end(app: Celery, saved: dict[str, Any], outcome: Any) -> None:
+def resume(app: Celery, saved: dict[str, Any], outcome: Any) -> None:
     if isinstance(outcome, Exception):
         suspension.resume_with_error(app, saved, outcome)
     else:
@@ -74,7 +80,7 @@ def total(*parts: dict[str, int]) -> dict[str, int]:
 def test_delivery_writes_one_result_and_one_event(app: Celery, valkey_url: str) -> None:
     """Nothing else is read or written."""
     assert commands(valkey_url, app, continuation(app, id="a"), {"state": "released"}) == total(RESULT, EVENT)
-    error = PaymentNotReady("timeout", "no balance came")
+    error = PaymentNotReady("timeout", "no balance arrived")
     assert commands(valkey_url, app, continuation(app, id="b"), error) == total(RESULT, EVENT)
 
 
@@ -84,7 +90,7 @@ def test_delivery_of_ignored_result_sends_one_event(app: Celery, valkey_url: str
 
 
 def test_link_and_chain_are_one_message_each(app: Celery, valkey_url: str) -> None:
-    """As with a plain task."""
+    """A plain task sends as many."""
     saved = continuation(app, id="c", callbacks=[app.signature("ledger.note")], chain=[app.signature("ledger.note")])
     assert commands(valkey_url, app, saved, {}) == total(RESULT, EVENT, MESSAGE, MESSAGE)
 

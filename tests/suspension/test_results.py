@@ -9,7 +9,7 @@ from celery import Celery, chord
 from celery.canvas import Signature
 
 from tests.support.system import System, eventually
-from tests.suspension.primitive_runs import Received, quiet_account, send_balance
+from tests.suspension.primitive_runs import Received, new_account_id, send_balance
 from tests.suspension.primitives import Kit
 
 RESULT_EXPIRES_S = 86_400
@@ -19,27 +19,27 @@ Raised = tuple[str, tuple[Any, ...]]
 @pytest.fixture
 def kit(service: Celery, request: pytest.FixtureRequest) -> Kit:
     """Return payments of a new account, whose balance the test sends."""
-    return Kit(service, "payments.initiate", "payments", quiet_account(), request.node.name, fails=False)
+    return Kit(service, "payments.initiate", "payments", new_account_id(), request.node.name, fails=False)
 
 
 @pytest.fixture
 def notes(kit: Kit, received: Received) -> Callable[[], list[str]]:
-    """The notes that were called in this test so far."""
+    """Return a function that returns the notes that this test's callbacks have recorded so far."""
     return lambda: sorted(note["mark"] for note in received[kit.tag])
 
 
 @pytest.fixture
 def key(service: Celery) -> Callable[[Any], bytes]:
-    """The Redis key of a result."""
+    """Return a function that returns the Redis key of a result."""
     return lambda result: bytes(service.backend.get_key_for_task(result.id))
 
 
-def waits(result: Any) -> bool:
+def is_waiting(result: Any) -> bool:
     return bool(result.state == "WAITING")
 
 
 def raised_by(result: Any) -> Raised:
-    """The name and the arguments of the exception that a result raises."""
+    """Return the name and the arguments of the exception that a result raises."""
     with pytest.raises(Exception) as raised:  # its class is made from its name alone
         result.get(timeout=15)
     return type(raised.value).__name__, raised.value.args
@@ -48,7 +48,7 @@ def raised_by(result: Any) -> Raised:
 def test_waiting_result_has_account_refresh_and_deadline(payready: System, kit: Kit) -> None:
     """Its state is WAITING: not ready, neither failed nor successful."""
     result = kit.pay().apply_async()
-    eventually(lambda: waits(result))
+    eventually(lambda: is_waiting(result))
     row = payready.payment(kit.payments[0])
     meta = result.info
     assert meta["account_id"] == kit.account_id
@@ -60,7 +60,7 @@ def test_waiting_result_has_account_refresh_and_deadline(payready: System, kit: 
 def test_get_returns_the_outcome_after_the_balance(payready: System, kit: Kit) -> None:
     """`get` blocks until the webhook. The result is then stored until it is forgotten."""
     result = kit.pay().apply_async()
-    eventually(lambda: waits(result))
+    eventually(lambda: is_waiting(result))
     send_balance(payready, kit.account_id)
     outcome = result.get(timeout=15)
     assert (outcome["payment_id"], outcome["state"]) == (kit.payments[0], "released")
@@ -72,7 +72,7 @@ def test_get_returns_the_outcome_after_the_balance(payready: System, kit: Kit) -
 def test_get_raises_reason_and_detail_after_the_deadline(kit: Kit) -> None:
     """The exception is `PaymentNotReady(reason, detail)`, also in a process without that class."""
     job = kit.job() | {"timeout_s": 1}
-    result = kit.built(kwargs=job).apply_async()
+    result = kit.initiate(kwargs=job).apply_async()
     name, (reason, detail) = raised_by(result)
     assert (name, reason) == ("PaymentNotReady", "timeout")
     assert detail.startswith("no balance arrived within 1 s")
@@ -81,15 +81,15 @@ def test_get_raises_reason_and_detail_after_the_deadline(kit: Kit) -> None:
 
 def test_results_expire_as_configured(payready: System, service: Celery, kit: Kit, key: Callable[[Any], bytes]) -> None:
     """`result_expires` applies to WAITING, SUCCESS and FAILURE."""
-    good = kit.pay().apply_async()
-    bad = kit.built(kwargs=kit.job("bad") | {"amount": "9999.00"}).apply_async()
-    eventually(lambda: waits(good) and waits(bad))
+    covered = kit.pay().apply_async()
+    uncovered = kit.initiate(kwargs=kit.job("bad") | {"amount": "9999.00"}).apply_async()
+    eventually(lambda: is_waiting(covered) and is_waiting(uncovered))
     client = service.backend.client
-    assert RESULT_EXPIRES_S - 60 < client.ttl(key(good)) <= RESULT_EXPIRES_S
+    assert RESULT_EXPIRES_S - 60 < client.ttl(key(covered)) <= RESULT_EXPIRES_S
     send_balance(payready, kit.account_id)
-    good.get(timeout=15)
-    raised_by(bad)
-    for result in (good, bad):
+    covered.get(timeout=15)
+    raised_by(uncovered)
+    for result in (covered, uncovered):
         assert RESULT_EXPIRES_S - 60 < client.ttl(key(result)) <= RESULT_EXPIRES_S
 
 
@@ -124,39 +124,39 @@ def _cancel(kit: Kit, result: Any) -> None:
     assert [cancel.clone().apply_async().get(timeout=15) for _ in range(2)] == [True, False]
 
 
-@pytest.mark.parametrize("give_up", [_revoke, _terminate, _cancel])
+@pytest.mark.parametrize("cancel", [_revoke, _terminate, _cancel])
 def test_revoked_or_cancelled_payment_fails_as_cancelled(
-    payready: System, kit: Kit, notes: Callable[[], list[str]], give_up: Callable[[Kit, Any], None]
+    payready: System, kit: Kit, notes: Callable[[], list[str]], cancel: Callable[[Kit, Any], None]
 ) -> None:
     """Errbacks run, and a later balance releases nothing."""
-    body = kit.note("body", link_error=kit.note("body-sorry"))
-    header = [kit.pay(link=kit.note("next"), link_error=kit.note("sorry")), kit.note("x")]
+    body = kit.note("body", link_error=kit.note("body-errback"))
+    header = [kit.pay(link=kit.note("next"), link_error=kit.note("errback")), kit.note("x")]
     payment = chord(header, body, app=kit.app).apply_async().parent.results[0]
-    eventually(lambda: waits(payment) and "x" in notes())
-    give_up(kit, payment)
+    eventually(lambda: is_waiting(payment) and "x" in notes())
+    cancel(kit, payment)
     assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled the payment"))
-    eventually(lambda: notes() == ["body-sorry", "sorry", "x"])
+    eventually(lambda: notes() == ["body-errback", "errback", "x"])
     other = kit.pay("other").apply_async()
-    eventually(lambda: waits(other))
+    eventually(lambda: is_waiting(other))
     send_balance(payready, kit.account_id)
     other.get(timeout=15)
     assert payready.payment(kit.payments[0])["state"] == "failed"
     assert payready.service.AsyncResult(payment.id).state == "FAILURE"
-    assert notes() == ["body-sorry", "sorry", "x"]
+    assert notes() == ["body-errback", "errback", "x"]
 
 
 def _unknown_field(kit: Kit) -> Signature:
-    return kit.built(kwargs=kit.job() | {"amuont": "1.00"})
+    return kit.initiate(kwargs=kit.job() | {"amuont": "1.00"})
 
 
 def _no_mapping(kit: Kit) -> Signature:
-    return kit.built(args=([1, 2],))
+    return kit.initiate(args=([1, 2],))
 
 
 def _conflict(kit: Kit) -> Signature:
     first = kit.pay().apply_async()
-    eventually(lambda: waits(first))
-    return kit.built(kwargs=kit.job() | {"amount": "0.02"})
+    eventually(lambda: is_waiting(first))
+    return kit.initiate(kwargs=kit.job() | {"amount": "0.02"})
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_invalid_job_fails_like_any_task(
     kit: Kit, notes: Callable[[], list[str]], payment: Callable[[Kit], Signature], exception: Raised
 ) -> None:
     """An invalid job and a conflict raise, call the errbacks, and fail their chord."""
-    refused = payment(kit)
-    refused.link_error(kit.note("sorry"))
-    body = kit.note("body", link_error=kit.note("body-sorry"))
-    result = chord([refused, kit.note("x")], body, app=kit.app).apply_async()
+    invalid = payment(kit)
+    invalid.link_error(kit.note("errback"))
+    body = kit.note("body", link_error=kit.note("body-errback"))
+    result = chord([invalid, kit.note("x")], body, app=kit.app).apply_async()
     assert raised_by(result.parent.results[0]) == exception
-    eventually(lambda: notes() == ["body-sorry", "sorry", "x"])
+    eventually(lambda: notes() == ["body-errback", "errback", "x"])
     eventually(lambda: type(result.result).__name__ == "ChordError")
 
 
@@ -190,7 +190,7 @@ def test_every_task_of_a_payment_gets_the_outcome(payready: System, kit: Kit, no
     """The same job sent twice is one payment. Both results have the outcome, and both callbacks run."""
     first = kit.pay(link=kit.note("one")).apply_async()
     second = kit.pay(link=kit.note("two")).apply_async()
-    eventually(lambda: waits(first) and waits(second))
+    eventually(lambda: is_waiting(first) and is_waiting(second))
     send_balance(payready, kit.account_id)
     assert first.get(timeout=15) == second.get(timeout=15)
     eventually(lambda: notes() == ["one", "two"])

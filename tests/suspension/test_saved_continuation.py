@@ -1,4 +1,4 @@
-"""The continuation that is saved: plain JSON with a version, which later releases read and earlier ones refuse."""
+"""The saved continuation: plain JSON with a version, which later releases read and earlier ones reject."""
 
 import json
 from datetime import UTC, datetime
@@ -14,17 +14,17 @@ from sqlalchemy import JSON, bindparam, text
 
 from tasks import suspension
 from tests.support.system import System, eventually
-from tests.suspension.primitive_runs import Received, quiet_account, send_balance
+from tests.suspension.primitive_runs import Received, new_account_id, send_balance
 from tests.suspension.primitives import Kit
 
 VERSION_1 = Path(__file__).with_name("continuation_v1.json")
-"""What the first release saves: of every part one, and each id after what it names."""
+"""What the first release saves: one of every part. An id is the name of its task."""
 
 
 @pytest.fixture
 def app() -> Celery:
     """Return an app with a task that is suspended. It sends nothing."""
-    app = Celery("left", set_as_current=False)
+    app = Celery("suspended", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
     return app
 
@@ -33,13 +33,13 @@ def _nothing() -> None:
     pass
 
 
-def request(**given: Any) -> Context:
-    """The request of a task that runs."""
-    return Context({"id": "left", "task": "payments.initiate", "delivery_info": {}, **given})
+def request(**fields: Any) -> Context:
+    """Return the request of a running task."""
+    return Context({"id": "suspended", "task": "payments.initiate", "delivery_info": {}, **fields})
 
 
 def ids_in(continuation: Any) -> list[str]:
-    """The ids of all that the continuation will send."""
+    """Return the ids of all messages that the continuation will send."""
     if isinstance(continuation, list):
         return [found for part in continuation for found in ids_in(part)]
     if not isinstance(continuation, dict):
@@ -110,32 +110,32 @@ def test_continuation_of_a_later_release_is_rejected(app: Celery) -> None:
         suspension.resume_with_error(app, continuation, ValueError())
 
 
-def replace_canvas(payready: System, payment_id: str, continuation: dict[str, Any]) -> None:
-    """As if another release had saved it."""
-    replaced = text("UPDATE outcome_delivery SET continuation = :continuation WHERE payment_id = :id").bindparams(
+def replace_continuation(payready: System, payment_id: str, continuation: dict[str, Any]) -> None:
+    """Replace the saved continuation, as if another release had saved it."""
+    update = text("UPDATE outcome_delivery SET continuation = :continuation WHERE payment_id = :id").bindparams(
         bindparam("continuation", type_=JSON)
     )
     with payready.engine.begin() as connection:
-        connection.execute(replaced, {"continuation": continuation, "id": payment_id})
+        connection.execute(update, {"continuation": continuation, "id": payment_id})
 
 
 def test_outcome_with_unsupported_continuation_stays_undelivered(
     payready: System, service: Celery, received: Received
 ) -> None:
     """The payment is resolved, and the log has the reason. A later release delivers the outcome."""
-    kit = Kit(service, "payments.initiate", "payments", quiet_account(), "unknown-continuation", fails=False)
+    kit = Kit(service, "payments.initiate", "payments", new_account_id(), "unknown-continuation", fails=False)
     result = kit.pay(link=kit.note("next")).apply_async()
-    reply = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"
-    [saved] = eventually(lambda: payready.rows(reply, id=kit.payments[0]))
-    replace_canvas(payready, kit.payments[0], saved["continuation"] | {"version": 99})
+    query = "SELECT continuation, due_at, delivered_at FROM outcome_delivery WHERE payment_id = :id"
+    [saved] = eventually(lambda: payready.rows(query, id=kit.payments[0]))
+    replace_continuation(payready, kit.payments[0], saved["continuation"] | {"version": 99})
     send_balance(payready, kit.account_id)
     log = payready.processes.log_of("worker")
     eventually(lambda: "the continuation has version 99, this release supports up to 1" in log.read_text())
-    [due] = payready.rows(reply, id=kit.payments[0])
+    [delivery] = payready.rows(query, id=kit.payments[0])
     assert payready.payment(kit.payments[0])["state"] == "released"
-    assert (due["due_at"] is not None, due["delivered_at"], result.state) == (True, None, "WAITING")
+    assert (delivery["due_at"] is not None, delivery["delivered_at"], result.state) == (True, None, "WAITING")
     assert not received[kit.tag]
-    replace_canvas(payready, kit.payments[0], saved["continuation"])
+    replace_continuation(payready, kit.payments[0], saved["continuation"])
     with payready.engine.begin() as connection:
         connection.execute(
             text("UPDATE outcome_delivery SET due_at = now() WHERE payment_id = :id"), {"id": kit.payments[0]}
@@ -156,12 +156,12 @@ def test_continuation_of_version_1_is_resumed(
 ) -> None:
     """The stored continuation sends all callbacks with their ids, relations and stamps."""
     tag = f"v1-{outcome}"
-    kit = Kit(service, "payments.initiate", "payments", quiet_account(), tag, fails=outcome == "failed")
+    kit = Kit(service, "payments.initiate", "payments", new_account_id(), tag, fails=outcome == "failed")
     kit.pay().apply_async()
-    reply = "SELECT continuation FROM outcome_delivery WHERE payment_id = :id"
-    eventually(lambda: payready.rows(reply, id=kit.payments[0]))
+    query = "SELECT continuation FROM outcome_delivery WHERE payment_id = :id"
+    eventually(lambda: payready.rows(query, id=kit.payments[0]))
     continuation = json.loads(VERSION_1.read_text().replace("TAG", tag))
-    replace_canvas(payready, kit.payments[0], continuation)
+    replace_continuation(payready, kit.payments[0], continuation)
     service.backend.set_chord_size(continuation["group"], 1)
     send_balance(payready, kit.account_id)
     eventually(lambda: {note["mark"] for note in received[tag]} == called)
@@ -175,17 +175,20 @@ def test_continuation_of_version_1_is_resumed(
 
 def test_stored_continuation_has_every_field(app: Celery) -> None:
     """A new field of the continuation is added to the fixture, or to a fixture of a new version."""
-    everything: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
-    everything |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
-    saved = suspension.make_continuation_with_task_ids(request(**everything | {"delivery_info": {"priority": 3}}))
+    all_fields: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
+    all_fields |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
+    saved = suspension.make_continuation_with_task_ids(request(**all_fields | {"delivery_info": {"priority": 3}}))
     assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
 
 
 def test_resumed_task_is_the_current_task(app: Celery) -> None:
-    """Everything that is sent becomes its child."""
+    """Each sent message becomes its child."""
     seen: list[Any] = [app.current_worker_task]
-    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(root_id="root"))) as (task, given):
+    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(root_id="root"))) as (
+        task,
+        resumed,
+    ):
         seen.append(app.current_worker_task)
-        assert task.request is given
-        assert (given.id, given.root_id, given.children) == ("left", "root", [])
+        assert task.request is resumed
+        assert (resumed.id, resumed.root_id, resumed.children) == ("suspended", "root", [])
     assert [*seen, app.current_worker_task] == [None, app.tasks["payments.initiate"], None]

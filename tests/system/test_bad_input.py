@@ -1,4 +1,4 @@
-"""Jobs that break their contract: refused by name, before anything is stored or paid for."""
+"""Invalid jobs and messages: rejected before a write or a call, without an effect on others."""
 
 import re
 from collections.abc import Callable
@@ -11,37 +11,37 @@ from tests.support.system import System, wait_until
 
 Accounts = Callable[[str], str]
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown key": ({"amout": "25.00"}, 'amout: is not a field of a job (did you mean "amount"?)'),
-    "a bad account id": ({"account_id": "12345"}, "account_id: must be a Quiltt account id"),
-    "no account id": ({"account_id": None}, "account_id: must be a Quiltt account id"),
-    "an empty payment id": (
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown field": ({"amout": "25.00"}, 'amout: is not a field of a job (did you mean "amount"?)'),
+    "malformed account id": ({"account_id": "12345"}, "account_id: must be a Quiltt account id"),
+    "missing account id": ({"account_id": None}, "account_id: must be a Quiltt account id"),
+    "empty payment id": (
         {"payment_id": ""},
         "payment_id: must be 1 to 128 printable ASCII characters without spaces",
     ),
-    "a long payment id": (
+    "long payment id": (
         {"payment_id": "p" * 129},
         "payment_id: must be 1 to 128 printable ASCII characters without spaces",
     ),
-    "a negative amount": ({"amount": "-25.00"}, "amount: must be a decimal in a string, greater than 0"),
-    "an amount of nothing": ({"amount": "0.00"}, "amount: must be a decimal in a string, greater than 0"),
-    "an amount with too many places": ({"amount": "25.001"}, "amount: must have at most 2 decimal places in USD"),
-    "an amount through a float": ({"amount": 25.0}, "amount: must be a decimal in a string"),
-    "an amount that is no number": ({"amount": "NaN"}, "amount: must be a decimal in a string"),
-    "a foreign currency": (
+    "negative amount": ({"amount": "-25.00"}, "amount: must be a decimal in a string, greater than 0"),
+    "zero amount": ({"amount": "0.00"}, "amount: must be a decimal in a string, greater than 0"),
+    "too many decimal places": ({"amount": "25.001"}, "amount: must have at most 2 decimal places in USD"),
+    "float amount": ({"amount": 25.0}, "amount: must be a decimal in a string"),
+    "NaN amount": ({"amount": "NaN"}, "amount: must be a decimal in a string"),
+    "other currency": (
         {"amount": "25.00", "currency": "EUR"},
         "currency: is EUR, but the currency of the accounts is USD",
     ),
-    "no time": ({"timeout_s": 0}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
-    "too much time": ({"timeout_s": 3601}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
-    "time as text": ({"timeout_s": "20"}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
-    "a negative age": (
+    "zero timeout": ({"timeout_s": 0}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
+    "long timeout": ({"timeout_s": 3601}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
+    "text timeout": ({"timeout_s": "20"}, "timeout_s: must be a whole number of seconds from 1 to 3600"),
+    "negative age": (
         {"max_balance_age_s": -1},
         "max_balance_age_s: must be a whole number of seconds from 0 to 86400",
     ),
-    "a check of nothing": ({"funds_check": "required"}, "amount: is missing, but a funds check needs it"),
-    "an unknown check": ({"funds_check": "maybe"}, 'funds_check: must be "required", "enabled" or "disabled"'),
-    "a wild buffer": (
+    "funds check without an amount": ({"funds_check": "required"}, "amount: is missing, but a funds check needs it"),
+    "unknown funds check": ({"funds_check": "maybe"}, 'funds_check: must be "required", "enabled" or "disabled"'),
+    "large buffer": (
         {"amount": "1.00", "buffer": {"multiplier": "6"}},
         'buffer.multiplier: must be a decimal in a string, from "1" to "5"',
     ),
@@ -49,23 +49,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"metadata": {"note": "n" * 5000}},
         "metadata: must not have more than 4096 bytes of JSON, but has 5012",
     ),
-    "metadata that is no object": ({"metadata": ["note"]}, "metadata: must be a JSON object"),
+    "metadata without an object": ({"metadata": ["note"]}, "metadata: must be a JSON object"),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
-    payready: System, account: Accounts, payment_id: str, what: str
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_job_fails_with_its_field_and_leaves_no_trace(
+    payready: System, account: Accounts, payment_id: str, name: str
 ) -> None:
-    """The error names field and rule; nothing is stored, no call is made, and `link_error` runs."""
-    wrong, complaint = BAD[what]
-    job = {"payment_id": payment_id, "account_id": account("prompt"), **wrong}
+    """The error names field and rule. Nothing is stored, no call is made, and `link_error` runs."""
+    changes, message = INVALID[name]
+    job = {"payment_id": payment_id, "account_id": account("prompt"), **changes}
     result = payready.service.send_task(
         "payments.initiate", kwargs=job, queue="payments", **payready.callbacks(payment_id)
     )
-    with pytest.raises(Exception, match="^" + re.escape(complaint)) as refusal:
+    with pytest.raises(Exception, match="^" + re.escape(message)) as raised:
         result.get(timeout=10)
-    assert type(refusal.value).__name__ == "InvalidJob"
+    assert type(raised.value).__name__ == "InvalidJob"
     assert result.state == "FAILURE"
     wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
     (ended,) = payready.ended_payments()[payment_id]
@@ -76,16 +76,18 @@ def test_a_job_that_breaks_its_contract_fails_by_name_and_leaves_no_trace(
 
 
 def test_chain_with_an_argument_that_is_no_job_fails(payready: System) -> None:
-    """What comes by position must be a job."""
+    """A positional argument must be a job."""
     result = payready.service.send_task("payments.initiate", args=([1, 2],), queue="payments")
-    with pytest.raises(Exception, match="must be a job, a mapping, not list") as refusal:
+    with pytest.raises(Exception, match="must be a job, a mapping, not list") as raised:
         result.get(timeout=10)
-    assert type(refusal.value).__name__ == "InvalidJob"
+    assert type(raised.value).__name__ == "InvalidJob"
 
 
 @pytest.mark.parametrize("text", ["\x00", "\ud800", "𝔘nicode ✓", '"quoted\\'])
-def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, payment_id: str, text: str) -> None:
-    """Whatever JSON can say, however odd, is handed back with the outcome."""
+def test_outcome_has_the_exact_metadata_of_the_job(
+    payready: System, account: Accounts, payment_id: str, text: str
+) -> None:
+    """Any JSON text is returned, also NUL and a lone surrogate."""
     result = payready.initiate(payment_id, account("prompt"), metadata={"note": text})
     assert result.get(timeout=10)["metadata"] == {"note": text}
 
@@ -94,10 +96,10 @@ def test_metadata_comes_back_to_the_letter(payready: System, account: Accounts, 
     ("body", "content_type"), [(b"{no JSON", "application/json"), (b"\x80\x04K\x01.", "application/x-python-serialize")]
 )
 @pytest.mark.parametrize(("task", "queue"), [("payments.initiate", "payments"), ("balances.refresh", "refreshes")])
-def test_unreadable_message_is_dropped_and_harms_no_worker(
+def test_unreadable_message_is_dropped_and_stops_no_worker(
     payready: System, account: Accounts, payment_id: str, body: bytes, content_type: str, task: str, queue: str
 ) -> None:
-    """It is acknowledged, as Celery does, and those that come with it are worked on."""
+    """Celery acknowledges it, and the worker processes the next messages."""
     with payready.service.producer_or_acquire() as producer:
         headers = {"id": payment_id, "task": task, "lang": "py"}
         producer.publish(

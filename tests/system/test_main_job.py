@@ -1,4 +1,4 @@
-"""The main job, through the real processes: what the payments service asks, and what it gets."""
+"""The job and its outcome, as the payments service sees them, through the real processes."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,7 @@ from tests.support.system import System
 Accounts = Callable[[str], str]
 
 
-def test_a_payment_is_released_by_the_balance_its_call_brought(
-    payready: System, account: Accounts, payment_id: str
-) -> None:
+def test_payment_is_released_by_the_balance_of_its_call(payready: System, account: Accounts, payment_id: str) -> None:
     """The outcome states the balance, the waiting time and the fee."""
     account_id = account("prompt")
     outcome = payready.initiate(payment_id, account_id, amount="25.00", metadata={"order": 7}).get(timeout=20)
@@ -35,24 +33,22 @@ def test_a_payment_is_released_by_the_balance_its_call_brought(
         ("nullavail", "funds_unknown"),
     ],
 )
-def test_a_payment_fails_at_once_with_the_reason(
+def test_rejected_call_or_uncovered_amount_fails_payment_at_once(
     payready: System, account: Accounts, payment_id: str, scenario: str, reason: str
 ) -> None:
-    """What the provider refuses, and what is not covered, does not wait for the deadline."""
+    """The payment does not wait for its deadline."""
     result = payready.initiate(payment_id, account(scenario), amount="25.00", timeout_s=60)
     with pytest.raises(Exception, match=reason) as raised:
         result.get(timeout=15)
     assert type(raised.value).__name__ == "PaymentNotReady"
 
 
-def test_a_connection_that_breaks_down_fails_its_payments_at_once(
-    payready: System, account: Accounts, payment_id: str
-) -> None:
-    """The payment fails at once, not at its deadline: the user must act."""
-    result = payready.initiate(payment_id, account("never"), amount="25.00", timeout_s=60, connection_id="conn_broken1")
+def test_lost_connection_fails_its_payment_at_once(payready: System, account: Accounts, payment_id: str) -> None:
+    """The payment does not wait for its deadline, because the user must reconnect."""
+    result = payready.initiate(payment_id, account("never"), amount="25.00", timeout_s=60, connection_id="conn_lost1")
     payready.payment(payment_id)
-    event = {"type": "connection.synced.errored.repairable", "record": {"id": "conn_broken1", "status": "ERROR"}}
-    answer = payready.simulator.http.post("/control/deliver", json={"body": {"events": [event]}}).raise_for_status()
-    assert answer.json()["status"] == 204
+    event = {"type": "connection.synced.errored.repairable", "record": {"id": "conn_lost1", "status": "ERROR"}}
+    response = payready.simulator.http.post("/control/deliver", json={"body": {"events": [event]}}).raise_for_status()
+    assert response.json()["status"] == 204
     with pytest.raises(Exception, match=r"connection_lost.*repairable"):
         result.get(timeout=15)

@@ -1,8 +1,7 @@
-"""What payready runs on goes away, and its processes are killed: nothing is lost, nothing is done or paid twice."""
+"""Broker restarts, an emptied Redis and killed processes: nothing is lost, repeated or charged twice."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -13,8 +12,8 @@ import pytest
 from tests.support.load_assertions import (
     assert_ledger_matches_provider,
     assert_one_outcome_each,
+    have_outcomes,
     jobs,
-    wait_until_ended,
 )
 from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
@@ -27,19 +26,16 @@ from worker.rules.reconciliation import reconcile
 pytestmark = pytest.mark.slow
 
 
-Accounts = Callable[[str], str]
-Run = Callable[..., AbstractContextManager[System]]
-
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "60"}
-"""A killed worker's messages come back after 5 to 10 s; webhooks that are refused for a while do not cost a call."""
+"""A killed worker's messages are redelivered after 5 to 10 s. The window allows for the retries of webhooks."""
 
-DIME = Decimal("0.1")
-"""What a call costs in the mode TEST."""
+PRICE = Decimal("0.1")
+"""Price of a call in the mode TEST."""
 
 
 @pytest.fixture
-def breakable(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
-    """A system for one test, on a database of its own."""
+def own_system(tmp_path: Path, postgres_server: Postgres) -> Iterator[System]:
+    """Run a system with its own database for one test."""
     with system(tmp_path, postgres_server.database(), *ROLES, **SETTINGS) as running:
         running.start_service()
         yield running
@@ -49,75 +45,74 @@ def _are_accepted(system: System, count: int) -> bool:
     return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
 
 
-def test_busy_workers_survive_a_broker_that_stumbles_and_fail_no_job_for_it(breakable: System) -> None:
-    """Redis restarts again and again: workers live on, no job is lost, and every outcome is delivered."""
-    stumbles = (50, 150, 250, 350)
-    crowd = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
-    breakable.initiate_many(crowd, linked=True)
-    for count in stumbles:
-        wait_until(partial(_are_accepted, breakable, count), 40, f"{count} jobs are accepted")
-        with breakable.valkey_unavailable():
+def test_repeated_broker_restarts_fail_no_job_of_busy_workers(own_system: System) -> None:
+    """No worker exits, no job is lost, and every outcome is delivered."""
+    restart_after = (50, 150, 250, 350)
+    sent = jobs("prompt", 600, 100, timeout_s=60, max_balance_age_s=3600)
+    own_system.initiate_many(sent, linked=True)
+    for count in restart_after:
+        wait_until(partial(_are_accepted, own_system, count), 40, f"{count} jobs are accepted")
+        with own_system.valkey_unavailable():
             time.sleep(0.3)
-    wait_until(wait_until_ended(breakable, 600), 60, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd})
-    assert {line["task"] for line in breakable.callbacks_received()} == {"ledger.execute_ach"}
-    assert_ledger_matches_provider(breakable, calls_per_account=1)
+    wait_until(have_outcomes(own_system, 600), 60, "all payments are resolved")
+    assert_one_outcome_each(own_system, {str(job["payment_id"]) for job in sent})
+    assert {line["task"] for line in own_system.callbacks_received()} == {"ledger.execute_ach"}
+    assert_ledger_matches_provider(own_system, calls_per_account=1)
 
 
-def test_payments_survive_a_broker_that_forgets_everything(breakable: System) -> None:
-    """Events release who waited, deadlines fail the others, and no account with a call in flight is called again."""
-    breakable.simulator.put("defaults", slow_s=4.0)
-    waiting, hopeless = jobs("slow", 20, 20, timeout_s=60), jobs("never", 20, 20, timeout_s=8)
-    breakable.initiate_many(waiting + hopeless, linked=True)
-    wait_until(lambda: breakable.simulator.summary()["accepted"] >= 40, 10, "all calls are made")
-    breakable.flush()
+def test_redis_flush_loses_no_payment_and_causes_no_second_call(own_system: System) -> None:
+    """Balances release waiting payments, and deadlines fail the others."""
+    own_system.simulator.put("defaults", slow_s=4.0)
+    waiting, expiring = jobs("slow", 20, 20, timeout_s=60), jobs("never", 20, 20, timeout_s=8)
+    own_system.initiate_many(waiting + expiring, linked=True)
+    wait_until(lambda: own_system.simulator.summary()["accepted"] >= 40, 10, "all calls are made")
+    own_system.flush()
     later = [{**job, "payment_id": f"{job['payment_id']}again"} for job in waiting]
-    breakable.initiate_many(later, linked=True)
-    wait_until(wait_until_ended(breakable, 60), 30, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in waiting + hopeless + later})
+    own_system.initiate_many(later, linked=True)
+    wait_until(have_outcomes(own_system, 60), 30, "all payments are resolved")
+    assert_one_outcome_each(own_system, {str(job["payment_id"]) for job in waiting + expiring + later})
     failed = {
-        payment_id for payment_id, (line,) in breakable.ended_payments().items() if line["task"] == "ledger.not_ready"
+        payment_id for payment_id, (line,) in own_system.ended_payments().items() if line["task"] == "ledger.not_ready"
     }
-    assert failed == {job["payment_id"] for job in hopeless}
-    assert_ledger_matches_provider(breakable, calls_per_account=1)
+    assert failed == {job["payment_id"] for job in expiring}
+    assert_ledger_matches_provider(own_system, calls_per_account=1)
 
 
-def test_killed_processes_leave_no_payment_behind_and_no_call_unaccounted_for(breakable: System) -> None:
-    """All are killed while payments are under way, then some, one in its call: each payment ends once.
+def test_killed_processes_lose_no_payment_and_no_call(own_system: System) -> None:
+    """All roles are killed while payments wait, then two of them during a call. Each payment has one outcome.
 
-    Each call is booked, and the provider's log alone comes to the same sum as the ledger.
+    Each call is recorded, and the sum of the ledger equals that of the provider's log.
     """
-    storm = [job for name in STORM for job in jobs(name, 6, 3, timeout_s=15)]
-    crowd = jobs("mix", 300, 100, timeout_s=60) + jobs("silent", 20, 10, timeout_s=15)
-    breakable.initiate_many(crowd[:150], linked=True)
-    breakable.kill(*ROLES)
-    breakable.start(*ROLES)
-    breakable.initiate_many(crowd[150:] + storm, linked=True)
-    wait_until(lambda: calls_on_the_wire(breakable) > 0, 20, "a call waits for its answer")
+    failing = [job for name in FAILURES for job in jobs(name, 6, 3, timeout_s=15)]
+    sent = jobs("mix", 300, 100, timeout_s=60) + jobs("silent", 20, 10, timeout_s=15)
+    own_system.initiate_many(sent[:150], linked=True)
+    own_system.kill(*ROLES)
+    own_system.start(*ROLES)
+    own_system.initiate_many(sent[150:] + failing, linked=True)
+    wait_until(lambda: count_unanswered_calls(own_system) > 0, 20, "a call waits for its response")
     for role in ("refresh", "worker"):
-        breakable.kill(role)
-        breakable.start(role)
-    wait_until(wait_until_ended(breakable, len(crowd + storm)), 60, "all payments end")
-    assert_one_outcome_each(breakable, {str(job["payment_id"]) for job in crowd + storm})
-    assert_ledger_matches_provider(breakable, calls_per_account=2)
-    assert_the_ledger_is_the_log(breakable)
+        own_system.kill(role)
+        own_system.start(role)
+    wait_until(have_outcomes(own_system, len(sent + failing)), 60, "all payments are resolved")
+    assert_one_outcome_each(own_system, {str(job["payment_id"]) for job in sent + failing})
+    assert_ledger_matches_provider(own_system, calls_per_account=2)
+    assert_ledger_equals_provider_log(own_system)
 
 
-STORM = ("lost", "twice", "early", "batch", "throttled", "error", "never", "poor", "gone", "inactive", "unsent")
-"""Answers that are lost, events that are repeated, alone or gone, refusals of every kind."""
+FAILURES = ("lost", "twice", "early", "batch", "throttled", "error", "never", "poor", "gone", "inactive", "unsent")
+"""Scenarios with lost responses, with repeated, late or missing events, and with rejections."""
 
 
-def calls_on_the_wire(running: System) -> int:
-    """How many calls the simulator has accepted and not answered, just now."""
+def count_unanswered_calls(running: System) -> int:
+    """Return the number of calls that the simulator has accepted and not responded to."""
     log = running.simulator.http.get("/control/log").raise_for_status().json()
     return sum(call["accepted"] and call["status"] is None for call in log["calls"])
 
 
-def assert_the_ledger_is_the_log(running: System) -> None:
-    """The recount, from the provider's log alone.
+def assert_ledger_equals_provider_log(running: System) -> None:
+    """Apply the provider's log as an invoice, and assert that it equals the ledger.
 
-    As an invoice it charges no call that is void or not known, and leaves out none that is posted; when it has settled
-    what is pending, the ledger's sum is the log's, to the millionth.
+    It charges every posted call, and no void or unknown one. Then the sums are equal.
     """
     log = running.simulator.http.get("/control/log").raise_for_status().json()
     charges = [
@@ -127,7 +122,7 @@ def assert_the_ledger_is_the_log(running: System) -> None:
             account_id=call["account_id"],
             since=at,
             until=at,
-            amount=DIME,
+            amount=PRICE,
         )
         for call in log["calls"]
         if call["accepted"]
@@ -141,11 +136,11 @@ def assert_the_ledger_is_the_log(running: System) -> None:
         found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
         assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
-        assert found.to_post, "nothing was left open: this storm was none"
+        assert found.to_post, "no call was pending, so the faults had no effect"
         evidence = invoices.InvoiceEvidence(name="log", digest="", period="now", currency="USD")
         invoices.apply_invoice_to_pending_calls(tx, found, evidence, now)
     with transaction(running.engine) as tx:
         (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")
-        assert (line.posted_amount, line.pending) == (len(charges) * DIME, 0)
+        assert (line.posted_amount, line.pending) == (len(charges) * PRICE, 0)
         shares = list(fee_statement.payment_shares_and_unshared_fees(tx, period.since, period.until))
         assert sum(share.fee for share in shares) == line.posted_amount

@@ -1,4 +1,4 @@
-"""The same job again, the same message again, the same outcome again: one payment, one call, one end."""
+"""Repeated jobs, messages and deliveries: one payment, one call, one outcome."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,10 @@ def wait_for_delivery(running: System, task_id: str) -> None:
     wait_until(lambda: running.rows(delivered, id=task_id) != [], 10, "the outcome is delivered")
 
 
-def test_the_same_job_twice_is_one_payment_and_both_tasks_get_the_outcome(
+def test_duplicate_job_is_one_payment_with_one_outcome_for_all_tasks(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """While it waits, and also when it is settled already."""
+    """The duplicate arrives while the payment is waiting, or after its resolution."""
     account_id = account("slow")
     first, second = (payready.initiate(payment_id, account_id, amount="25.00") for _ in range(2))
     assert first.get(timeout=15) == second.get(timeout=15)
@@ -30,10 +30,10 @@ def test_the_same_job_twice_is_one_payment_and_both_tasks_get_the_outcome(
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_a_failed_payment_stays_failed_however_often_it_is_asked_for(
+def test_failed_payment_stays_failed_if_its_job_is_repeated(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """To try again is a new payment, with an id of its own."""
+    """A retry is a new payment with a new id."""
     account_id = account("gone")
     for _ in range(2):
         with pytest.raises(PaymentNotReady, match="account_not_found"):
@@ -42,10 +42,10 @@ def test_a_failed_payment_stays_failed_however_often_it_is_asked_for(
 
 
 @pytest.mark.parametrize("scenario", ["slow", "prompt"])
-def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
+def test_other_job_with_the_same_payment_id_is_a_conflict(
     payready: System, account: Accounts, payment_id: str, scenario: str
 ) -> None:
-    """While the first waits (slow), and when it is settled (prompt)."""
+    """The first payment is unaffected, while it is waiting (slow) and after its resolution (prompt)."""
     account_id = account(scenario)
     first = payready.initiate(payment_id, account_id, amount="25.00")
     if scenario == "prompt":
@@ -60,10 +60,8 @@ def test_another_job_under_the_same_id_is_a_conflict_and_leaves_the_first_alone(
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_a_message_that_the_broker_delivers_again_changes_nothing(
-    payready: System, account: Accounts, payment_id: str
-) -> None:
-    """The same task id, while it waits and after its end: its callback is sent once."""
+def test_redelivered_message_changes_nothing(payready: System, account: Accounts, payment_id: str) -> None:
+    """It has the same task id, and arrives before and after the resolution. The callback is sent once."""
     account_id, options = account("slow"), payready.callbacks(payment_id)
     first = payready.initiate(payment_id, account_id, options=options)
     payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
@@ -72,21 +70,21 @@ def test_a_message_that_the_broker_delivers_again_changes_nothing(
     payready.initiate(payment_id, account_id, options={**options, "task_id": first.id})
     marker = payready.initiate(f"{payment_id}_marker", account_id, options=payready.callbacks(f"{payment_id}_marker"))
     marker.get(timeout=15)
-    wait_until(lambda: f"{payment_id}_marker" in payready.ended_payments(), 10, "what was enqueued later is through")
+    wait_until(lambda: f"{payment_id}_marker" in payready.ended_payments(), 10, "the later callback has run")
     assert [line["args"][1] for line in payready.callbacks_received()].count(payment_id) == 1
     assert first.get() == outcome
     assert len(payready.simulator.calls(account_id)) == 1
 
 
 @pytest.mark.parametrize(("scenario", "callback"), [("prompt", "ledger.execute_ach"), ("gone", "ledger.not_ready")])
-def test_an_outcome_that_is_delivered_again_carries_the_same_ids(
+def test_redelivered_outcome_has_the_same_ids(
     payready: System, account: Accounts, payment_id: str, scenario: str, callback: str
 ) -> None:
     """After a crash between delivery and mark, the sweep delivers the same outcome again."""
     result = payready.initiate(payment_id, account(scenario), options=payready.callbacks(payment_id))
     wait_for_delivery(payready, result.id)
-    payready.forget_delivery(result.id)
-    wait_until(lambda: len(callback_outcomes(payready, result.id)) == 2, 10, "it is delivered again")
+    payready.mark_undelivered(result.id)
+    wait_until(lambda: len(callback_outcomes(payready, result.id)) == 2, 10, "the outcome is delivered again")
     first, second = callback_outcomes(payready, result.id)
     assert first["task"] == callback
     assert [first[name] for name in ("id", "root_id", "args")] == [second[name] for name in ("id", "root_id", "args")]
@@ -97,8 +95,8 @@ def callback_outcomes(running: System, task_id: str) -> list[dict[str, Any]]:
     return [line for line in running.callbacks_received() if line["parent_id"] == task_id]
 
 
-def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payment_id: str) -> None:
-    """Both see the same payments due: each payment fails once."""
+def test_two_beats_fail_each_payment_once(payready: System, account: Accounts, payment_id: str) -> None:
+    """Both find the same payments due."""
     account_id = account("never")
     payready.start_second_beat()
     try:
@@ -107,6 +105,6 @@ def test_two_beats_at_once_do_no_harm(payready: System, account: Accounts, payme
         wait_until(lambda: set(ids) <= payready.ended_payments().keys(), 15, "all fail")
     finally:
         payready.kill("beat2")
-    ends = [line for line in payready.callbacks_received() if line["args"][-1] in ids]
-    assert sorted(line["args"][1] for line in ends) == sorted(ids)
-    assert {line["task"] for line in ends} == {"ledger.not_ready"}
+    failures = [line for line in payready.callbacks_received() if line["args"][-1] in ids]
+    assert sorted(line["args"][1] for line in failures) == sorted(ids)
+    assert {line["task"] for line in failures} == {"ledger.not_ready"}

@@ -1,4 +1,4 @@
-"""What each behaviour of the provider does to a payment and to the fee ledger, with all of them under way at once."""
+"""The outcome and the fee entries of each simulator scenario. All scenarios run at the same time."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ Accounts = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What a scenario promises: a verdict or a reason, and the last states of the account's fee entries."""
+class Expected:
+    """Expected result of a scenario: verdict or reason, fee states, and number of accepted calls."""
 
     verdict: str | None = None
     reason: str | None = None
@@ -26,37 +26,37 @@ class Promise:
     job: Mapping[str, Any] = field(default_factory=dict)
 
 
-BRIEF = {"timeout_s": 6}
-PROMISES: dict[str, Promise] = {
-    "prompt": Promise(verdict="sufficient"),
-    "slow": Promise(verdict="sufficient"),
-    "twice": Promise(verdict="sufficient"),
-    "early": Promise(verdict="sufficient"),
-    "batch": Promise(verdict="sufficient"),
-    "lost": Promise(verdict="sufficient"),
-    "throttled": Promise(verdict="sufficient", fees=("posted", "void")),
-    "never": Promise(reason="timeout", job=BRIEF),
-    "late": Promise(reason="timeout", job=BRIEF),
-    "forged": Promise(reason="timeout", job=BRIEF),
-    "stale": Promise(reason="timeout", job=BRIEF),
-    "unsent": Promise(reason="timeout", job=BRIEF),  # without a profile id there is no balance poll
-    "unsent read": Promise(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
-    "never read": Promise(reason="timeout", job={**BRIEF, "profile_id": "p_reader"}),
-    "poor": Promise(reason="insufficient_funds"),
-    "nullavail required": Promise(reason="funds_unknown"),
-    "nullavail enabled": Promise(verdict="unchecked", job={"funds_check": "enabled"}),
-    "nullavail disabled": Promise(verdict="not_requested", job={"funds_check": "disabled"}),
-    "badreq": Promise(reason="account_unsupported", fees=("void",), accepted=0),
-    "unauth": Promise(reason="not_authorized", fees=("void",), accepted=0),
-    "inactive": Promise(reason="connection_inactive", fees=("void",), accepted=0),
-    "gone": Promise(reason="account_not_found", fees=("void",), accepted=0),
-    "error": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=0, job={"timeout_s": 12}),
-    "silent": Promise(reason="provider_unavailable", fees=("pending",) * 2, accepted=2, job={"timeout_s": 14}),
+SHORT = {"timeout_s": 6}
+EXPECTED: dict[str, Expected] = {
+    "prompt": Expected(verdict="sufficient"),
+    "slow": Expected(verdict="sufficient"),
+    "twice": Expected(verdict="sufficient"),
+    "early": Expected(verdict="sufficient"),
+    "batch": Expected(verdict="sufficient"),
+    "lost": Expected(verdict="sufficient"),
+    "throttled": Expected(verdict="sufficient", fees=("posted", "void")),
+    "never": Expected(reason="timeout", job=SHORT),
+    "late": Expected(reason="timeout", job=SHORT),
+    "forged": Expected(reason="timeout", job=SHORT),
+    "stale": Expected(reason="timeout", job=SHORT),
+    "unsent": Expected(reason="timeout", job=SHORT),  # without a profile id there is no balance poll
+    "unsent read": Expected(verdict="sufficient", job={"timeout_s": 12, "profile_id": "p_reader"}),
+    "never read": Expected(reason="timeout", job={**SHORT, "profile_id": "p_reader"}),
+    "poor": Expected(reason="insufficient_funds"),
+    "nullavail required": Expected(reason="funds_unknown"),
+    "nullavail enabled": Expected(verdict="unchecked", job={"funds_check": "enabled"}),
+    "nullavail disabled": Expected(verdict="not_requested", job={"funds_check": "disabled"}),
+    "badreq": Expected(reason="account_unsupported", fees=("void",), accepted=0),
+    "unauth": Expected(reason="not_authorized", fees=("void",), accepted=0),
+    "inactive": Expected(reason="connection_inactive", fees=("void",), accepted=0),
+    "gone": Expected(reason="account_not_found", fees=("void",), accepted=0),
+    "error": Expected(reason="provider_unavailable", fees=("pending",) * 2, accepted=0, job={"timeout_s": 12}),
+    "silent": Expected(reason="provider_unavailable", fees=("pending",) * 2, accepted=2, job={"timeout_s": 14}),
 }
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedPayment:
     """A payment that was enqueued."""
 
     account_id: str
@@ -64,95 +64,95 @@ class Begun:
 
 
 @pytest.fixture(scope="module")
-def begun(payready: System) -> dict[str, Begun]:
-    """A payment for each scenario, all enqueued at once."""
-    started = {}
-    for number, (name, promise) in enumerate(PROMISES.items()):
+def started(payready: System) -> dict[str, StartedPayment]:
+    """Enqueue a payment for each scenario."""
+    payments = {}
+    for number, (name, expected) in enumerate(EXPECTED.items()):
         account_id = f"acct_{name.split()[0]}9{number:03d}"
-        job = {"amount": "25.00", **promise.job}
-        started[name] = Begun(account_id, payready.initiate(f"pay_scenario_{number}", account_id, **job))
-    return started
+        job = {"amount": "25.00", **expected.job}
+        payments[name] = StartedPayment(account_id, payready.initiate(f"pay_scenario_{number}", account_id, **job))
+    return payments
 
 
-def outcome(begun: Begun) -> tuple[str | None, str | None]:
-    """The verdict or the reason, once there is one."""
+def verdict_and_reason(payment: StartedPayment) -> tuple[str | None, str | None]:
+    """Wait for the outcome. Return its verdict and its reason, one of which is None."""
     try:
-        return begun.result.get(timeout=30)["verdict"], None
+        return payment.result.get(timeout=30)["verdict"], None
     except PaymentNotReady as error:
         return None, error.reason
 
 
-def states(running: System, account_id: str) -> list[str]:
-    """The last state of each fee entry of the account."""
+def final_fee_states(running: System, account_id: str) -> list[str]:
+    """Return the last state of each call's fee entries of the account, sorted."""
     return sorted(dict(running.fees(account_id)).values())
 
 
-def test_every_scenario_of_the_simulator_has_a_promise() -> None:
-    """Nothing that the simulator can do goes untested; `mix` is drawn from the others, see the crowds."""
-    assert {name.split()[0] for name in PROMISES} == set(SCENARIOS) - {"mix"}
+def test_every_simulator_scenario_has_an_expected_result() -> None:
+    """Except `mix`, which draws from the others. The load tests use it."""
+    assert {name.split()[0] for name in EXPECTED} == set(SCENARIOS) - {"mix"}
 
 
-@pytest.mark.parametrize("scenario", PROMISES)
-def test_a_scenario_ends_as_promised_and_is_booked_to_the_call(
-    payready: System, begun: dict[str, Begun], scenario: str
+@pytest.mark.parametrize("scenario", EXPECTED)
+def test_scenario_has_its_expected_outcome_and_fee_entries(
+    payready: System, started: dict[str, StartedPayment], scenario: str
 ) -> None:
-    """The outcome is the promised one, and the fee entries are those of the calls that the provider saw."""
-    promise, payment = PROMISES[scenario], begun[scenario]
-    assert outcome(payment) == (promise.verdict, promise.reason)
-    eventually(lambda: states(payready, payment.account_id) == sorted(promise.fees) or None)
-    kept = Counter(promise.fees)
-    books = payready.fee_totals()[payment.account_id]
-    assert books == FeeTotals(promise.accepted, posted=kept["posted"], pending=kept["pending"], void=kept["void"])
-    assert len(payready.simulator.calls(payment.account_id)) == len(promise.fees)
+    """There is one pending entry for each call that the provider received."""
+    expected, payment = EXPECTED[scenario], started[scenario]
+    assert verdict_and_reason(payment) == (expected.verdict, expected.reason)
+    eventually(lambda: final_fee_states(payready, payment.account_id) == sorted(expected.fees) or None)
+    counts = Counter(expected.fees)
+    totals = payready.fee_totals()[payment.account_id]
+    assert totals == FeeTotals(
+        expected.accepted, posted=counts["posted"], pending=counts["pending"], void=counts["void"]
+    )
+    assert len(payready.simulator.calls(payment.account_id)) == len(expected.fees)
 
 
-def test_a_call_whose_answer_was_lost_is_posted_on_the_evidence_of_its_event(
-    payready: System, begun: dict[str, Begun]
+def test_call_with_a_lost_response_is_posted_by_its_balance(
+    payready: System, started: dict[str, StartedPayment]
 ) -> None:
-    """The balance that came proves that the provider accepted the call."""
-    begun["lost"].result.get(timeout=30)
+    """The balance proves that the provider accepted the call."""
+    started["lost"].result.get(timeout=30)
     query = "SELECT evidence FROM fee_entry WHERE account_id = :id AND state = 'posted'"
-    (entry,) = payready.rows(query, id=begun["lost"].account_id)
+    (entry,) = payready.rows(query, id=started["lost"].account_id)
     assert '"balance": "bal_' in str(entry["evidence"]).replace("'", '"')
 
 
-def test_a_late_balance_is_kept_and_serves_the_next_payment_for_free(
-    payready: System, begun: dict[str, Begun], payment_id: str
+def test_late_balance_is_reused_by_the_next_payment(
+    payready: System, started: dict[str, StartedPayment], payment_id: str
 ) -> None:
-    """It came after the deadline of the payment that paid for it; within its age it need not be bought again."""
-    account_id = begun["late"].account_id
+    """It arrived after the deadline of the payment that shares its call. No second call is made."""
+    account_id = started["late"].account_id
     query = "SELECT balance_id FROM balance WHERE account_id = :id AND due_at IS NULL"
     eventually(lambda: payready.rows(query, id=account_id))
     reused = payready.initiate(payment_id, account_id, amount="25.00").get(timeout=10)
     assert reused["verdict"] == "sufficient"
     assert (reused["fee"]["state"], reused["fee"]["amount"], reused["shared_by"]) == ("reused", "0", 0)
-    assert states(payready, account_id) == ["posted"]
+    assert final_fee_states(payready, account_id) == ["posted"]
     assert len(payready.simulator.calls(account_id)) == 1
 
 
-def test_unparseable_events_are_quarantined(payready: System, begun: dict[str, Begun]) -> None:
-    """The malformed ones of the batch spoiled no other, and can be looked at."""
-    begun["batch"].result.get(timeout=30)
+def test_unparseable_events_are_quarantined(payready: System, started: dict[str, StartedPayment]) -> None:
+    """Other events of the same delivery are processed."""
+    started["batch"].result.get(timeout=30)
     assert len(payready.rows("SELECT reason FROM quarantine")) >= 1
 
 
-def test_a_provider_that_refuses_connections_is_tried_again_and_owed_nothing_for_it(
+def test_refused_connection_is_retried_and_its_fee_is_void(
     payready: System, account: Accounts, payment_id: str
 ) -> None:
-    """What was provably not sent is void, and the payment is released once the provider listens again."""
+    """The call was certainly not sent. The payment is released when the provider is available again."""
     account_id = account("prompt")
     payready.simulator.post("refuse", seconds=1.5)
     released = payready.initiate(payment_id, account_id, amount="25.00").get(timeout=15)
     assert released["state"] == "released"
-    books = payready.fee_totals()[account_id]
-    assert (books.accepted, books.posted, books.pending) == (1, 1, 0)
-    assert books.void >= 1
+    totals = payready.fee_totals()[account_id]
+    assert (totals.accepted, totals.posted, totals.pending) == (1, 1, 0)
+    assert totals.void >= 1
 
 
-def test_a_payment_that_was_cancelled_fails_and_the_balance_that_comes_changes_nothing(
-    payready: System, account: Accounts, payment_id: str
-) -> None:
-    """The first end is the only one; the call it had made is posted all the same."""
+def test_cancelled_payment_stays_failed_after_its_balance(payready: System, account: Accounts, payment_id: str) -> None:
+    """The fee of its call is posted."""
     account_id = account("slow")
     waiting = payready.initiate(payment_id, account_id)
     wait_until(lambda: payready.simulator.calls(account_id) != [], 10, "the call is made")
@@ -162,4 +162,4 @@ def test_a_payment_that_was_cancelled_fails_and_the_balance_that_comes_changes_n
         waiting.get(timeout=10)
     eventually(lambda: payready.rows("SELECT 1 FROM balance WHERE account_id = :id AND due_at IS NULL", id=account_id))
     assert payready.payment(payment_id)["reason"] == "cancelled"
-    assert states(payready, account_id) == ["posted"]
+    assert final_fee_states(payready, account_id) == ["posted"]

@@ -1,4 +1,4 @@
-"""One trace per payment, across real messages, a real webhook and the wait."""
+"""One trace per payment, across messages, the webhook and the wait."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tests.support.traced import SENDER, TRACE
 INITIATE = ("payments.initiate", "send payments.initiate", "sender")
 
 
-def test_a_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, valkey_url: str) -> None:
-    """The wait is a span that starts when the task is suspended, and links to the webhook that ended it."""
+def test_payment_is_one_trace_from_its_sender_to_its_callback(tmp_path: Path, valkey_url: str) -> None:
+    """The wait is a span that starts when the task is suspended, and links to the webhook that resolved the payment."""
     port, database = assign_free_port(), f"sqlite:///{tmp_path}/payready.db"
     migrate(database)
     with Simulator(f"http://127.0.0.1:{port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:

@@ -25,8 +25,8 @@ def balance(**changes: Any) -> Balance:
     return Balance.model_validate({**RECORD, **changes})
 
 
-def test_a_balance_is_read_to_the_digit() -> None:
-    """Null stays null, zero stays zero."""
+def test_balance_has_exact_amounts() -> None:
+    """Null is None, and zero is zero."""
     read = balance()
     assert (read.available, read.current, read.limit) == (Decimal("31.41"), None, Decimal(0))
     assert read.at == datetime(2025, 1, 24, 14, 15, 22, tzinfo=UTC)
@@ -58,14 +58,14 @@ def test_a_balance_is_read_to_the_digit() -> None:
         ("source", 5),
     ],
 )
-def test_a_record_that_is_not_what_is_documented_is_no_balance(field: str, value: Any) -> None:
-    """It is refused with the field's name, and without its value."""
-    with pytest.raises(ValidationError) as refusal:
+def test_undocumented_record_is_rejected(field: str, value: Any) -> None:
+    """The error has the field's name and not its value."""
+    with pytest.raises(ValidationError) as raised:
         balance(**{field: value})
-    assert [error["loc"] for error in refusal.value.errors()] == [(field,)]
-    assert "input_value" not in str(refusal.value)
+    assert [error["loc"] for error in raised.value.errors()] == [(field,)]
+    assert "input_value" not in str(raised.value)
 
 
-def test_unknown_fields_of_the_provider_are_ignored() -> None:
-    """They appear over time."""
+def test_unknown_fields_are_ignored() -> None:
+    """The provider adds fields over time."""
     assert balance(colour="red") == balance()

@@ -37,13 +37,13 @@ def test_failure_schema_lists_every_reason() -> None:
         _validator("failure")({"reason": "bad luck", "detail": ""})
 
 
-GOOD: list[dict[str, Any]] = [
+VALID: list[dict[str, Any]] = [
     {},
     {"amount": "25.00", "currency": "USD", "funds_check": "enabled"},
     {"timeout_s": 1, "max_balance_age_s": 0, "include_overdraft": True, "metadata": {"a": [1, {"b": None}]}},
     {"amount": "1", "buffer": {"multiplier": "1.5", "fixed": "2.00"}, "profile_id": "p_1", "connection_id": "conn_1"},
 ]
-BAD: list[dict[str, Any]] = [
+INVALID: list[dict[str, Any]] = [
     {"payment_id": ""},
     {"account_id": "nonsense"},
     {"amount": 25.0},
@@ -61,14 +61,14 @@ BAD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", GOOD)
+@pytest.mark.parametrize("changes", VALID)
 def test_parser_accepts_a_job_that_the_schema_allows(changes: dict[str, Any]) -> None:
     """The sender can validate a job before it sends it."""
     _validator("job")({**JOB, **changes})
     assert isinstance(parse_job({**JOB, **changes}, currency="USD"), Job)
 
 
-@pytest.mark.parametrize("changes", BAD)
+@pytest.mark.parametrize("changes", INVALID)
 def test_parser_rejects_a_job_that_the_schema_forbids(changes: dict[str, Any]) -> None:
     """The sender can find the mistake before it sends the job."""
     with pytest.raises(ValidationError):

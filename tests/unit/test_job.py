@@ -1,4 +1,4 @@
-"""What a job may say: each rule that is broken is named, with its field, and nothing of the value is shown."""
+"""Validation of jobs: an error names the field and the rule, and does not repeat the value."""
 
 import json
 import re
@@ -19,22 +19,22 @@ SECRET = "s3cr3t"
 
 
 def parse(**changes: Any) -> Job:
-    """A job with these changes; None takes a field away."""
+    """Parse a job with these changes. None removes a field."""
     arguments = {name: value for name, value in {**JOB, **changes}.items() if value is not None}
     return parse_job(arguments, currency="USD")
 
 
-def _complaint(**changes: Any) -> str | None:
-    """What is said of a job with these changes; None if it is taken."""
+def _error_text(**changes: Any) -> str | None:
+    """Return the error and its cause for a job with these changes, or None if the job is valid."""
     try:
         parse(**changes)
-    except InvalidJob as refusal:
-        return f"{refusal} {refusal.__cause__}".removesuffix(" None")
+    except InvalidJob as raised:
+        return f"{raised} {raised.__cause__}".removesuffix(" None")
     return None
 
 
-def test_the_smallest_job_has_the_documented_defaults() -> None:
-    """Two fields are enough."""
+def test_job_with_required_fields_only_has_the_documented_defaults() -> None:
+    """The required fields are payment_id and account_id."""
     job = parse()
     assert (job.currency, job.timeout_s, job.max_balance_age_s, job.effective_funds_check) == (
         "USD",
@@ -46,14 +46,13 @@ def test_the_smallest_job_has_the_documented_defaults() -> None:
     assert (job.buffer.multiplier, job.buffer.fixed) == (Decimal(1), Decimal(0))
 
 
-def test_an_amount_asks_for_a_check_unless_the_job_says_otherwise() -> None:
-    """`required` by default."""
+def test_funds_check_of_a_job_with_an_amount_is_required_by_default() -> None:
     assert parse(amount="1.00").effective_funds_check == "required"
     assert parse(amount="1.00", funds_check="enabled").effective_funds_check == "enabled"
     assert parse(amount="1.00", funds_check="disabled").effective_funds_check == "disabled"
 
 
-def test_the_age_counts_back_from_the_request() -> None:
+def test_maximum_balance_age_counts_back_from_the_request() -> None:
     """Zero means the time of the request."""
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert parse(max_balance_age_s=0).min_balance_at(now) == now
@@ -61,14 +60,14 @@ def test_the_age_counts_back_from_the_request() -> None:
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """An object with lists in one another on so many levels in all."""
+    """Return an object with nested lists. It has this number of levels."""
     value: Any = []
     for _ in range(levels - 2):
         value = [value]
     return {"x": value}
 
 
-BAD = [
+INVALID = [
     # field, value, rule in the message
     ("payment_id", "", "must be 1 to 128 printable ASCII characters without spaces"),
     ("payment_id", "x" * 129, "must be 1 to 128 printable ASCII characters without spaces"),
@@ -152,49 +151,41 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "rule"), BAD, ids=lambda value: str(value)[:24])
-def test_a_rule_that_is_broken_is_named_with_its_field(field: str, value: Any, rule: str) -> None:
-    """So that who sent the job can mend it."""
-    with pytest.raises(InvalidJob) as refusal:
+@pytest.mark.parametrize(("field", "value", "rule"), INVALID, ids=lambda value: str(value)[:24])
+def test_error_names_field_and_rule(field: str, value: Any, rule: str) -> None:
+    """The sender can then correct the job."""
+    with pytest.raises(InvalidJob) as raised:
         parse(**{field.partition(".")[0]: value})
-    assert str(refusal.value) == f"{field}: {rule}"
+    assert str(raised.value) == f"{field}: {rule}"
 
 
-@pytest.mark.parametrize("field", ["payment_id", "account_id"])
-def test_a_field_that_is_needed_is_asked_for(field: str) -> None:
-    """By name."""
-    with pytest.raises(InvalidJob, match=f"{field}: is missing"):
-        parse(**{field: None})
-
-
-def test_all_complaints_come_at_once() -> None:
-    """No job is sent back twice for two mistakes."""
-    with pytest.raises(InvalidJob) as refusal:
+def test_error_names_all_invalid_fields() -> None:
+    """The sender corrects them in one step."""
+    with pytest.raises(InvalidJob) as raised:
         parse(amount="-1", timeout_s=0, colour="red")
     for field in ("amount", "timeout_s", "colour"):
-        assert f"{field}: " in str(refusal.value)
+        assert f"{field}: " in str(raised.value)
 
 
-def test_a_check_needs_an_amount() -> None:
-    """Else there is nothing to check."""
+def test_funds_check_requires_an_amount() -> None:
     for check in ("required", "enabled"):
         with pytest.raises(InvalidJob, match="amount: is missing, but a funds check needs it"):
             parse(funds_check=check)
     assert parse(funds_check="disabled").amount is None
 
 
-def test_a_foreign_currency_is_refused() -> None:
-    """Quiltt names none with its balances, so there is one for all accounts."""
+def test_currency_must_be_that_of_the_accounts() -> None:
+    """Quiltt's balances have no currency, so all accounts have the configured one."""
     with pytest.raises(InvalidJob, match="currency: is EUR, but the currency of the accounts is USD"):
         parse_job({**JOB, "currency": "EUR"}, currency="USD")
     assert parse_job({**JOB, "currency": "EUR"}, currency="EUR").currency == "EUR"
 
 
 @pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_UNIT_DIGITS.items()])
-def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int) -> None:
-    """And not one more; zeros at the end are none."""
-    right = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"
-    assert parse_job({**JOB, "amount": right, "currency": currency}, currency=currency).amount == Decimal(right)
+def test_amount_has_at_most_the_decimal_places_of_its_currency(currency: str, places: int) -> None:
+    """Trailing zeros do not count."""
+    valid = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"
+    assert parse_job({**JOB, "amount": valid, "currency": currency}, currency=currency).amount == Decimal(valid)
     allowed = f"at most {places} decimal places" if places else "no decimal places"
     with pytest.raises(InvalidJob, match=f"amount: must have {allowed} in {currency}"):
         parse_job({**JOB, "amount": "7." + "1" * (places + 1), "currency": currency}, currency=currency)
@@ -204,24 +195,24 @@ def test_an_amount_has_as_many_places_as_its_currency(currency: str, places: int
     amount=st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e34"), places=2, allow_nan=False)
     | st.integers(0, 37).map(lambda exponent: Decimal(f"1e{exponent}"))
 )
-def test_every_amount_of_cents_is_taken_as_it_is(amount: Decimal) -> None:
-    """Large ones too: no digit is lost, and none is too many."""
+def test_amount_keeps_all_digits(amount: Decimal) -> None:
+    """This includes amounts with 38 digits."""
     assert parse(amount=format(amount, "f")).amount == amount
 
 
 @given(text=st.text(max_size=60) | st.from_regex(r"-?[0-9]{0,40}(\.[0-9]{0,40})?(e-?[0-9]{1,6})?", fullmatch=True))
-def test_any_text_is_an_amount_or_an_invalid_job(text: str) -> None:
-    """Nothing else is ever raised."""
-    error_text = _complaint(amount=text)
-    assert error_text is None or "amount: " in error_text
+def test_amount_text_is_valid_or_raises_invalid_job(text: str) -> None:
+    """No other exception is raised."""
+    error = _error_text(amount=text)
+    assert error is None or "amount: " in error
 
 
 @pytest.mark.parametrize("field", [*Job.model_fields, "colour"])
-def test_no_complaint_shows_what_was_sent(field: str) -> None:
-    """It may be private, and errors end up in logs and results."""
+def test_error_repeats_no_value(field: str) -> None:
+    """A value may be private, and errors are in logs and results."""
     for value in (f" {SECRET}", {SECRET: {SECRET: SECRET}}, [SECRET], SECRET * 2000):
-        error_text = _complaint(**{field: value}) or ""
-        assert SECRET not in error_text.replace(f"buffer.{SECRET}: ", "")
+        error = _error_text(**{field: value}) or ""
+        assert SECRET not in error.replace(f"buffer.{SECRET}: ", "")
 
 
 WRONG_VALUES: list[Any] = [
@@ -230,7 +221,7 @@ WRONG_VALUES: list[Any] = [
     (1, 2), {1, 2}, object(), Decimal("NaN"), datetime(2026, 1, 1, tzinfo=UTC), "\ud800",
 ]  # fmt: skip
 FIELDS = [*Job.model_fields, *(f"buffer.{name}" for name in Buffer.model_fields)]
-FOREIGN_WORDS = re.compile(
+INTERNAL_WORDS = re.compile(
     r"\^|\$|\\|\[|pydantic|pattern|regex|input|dict|integer|boolean|[Ss]tring should|[Ff]ield required|permitted|Extra"
     r"|instance|validator|Value error|literal|finite|NoneType|unhashable|None\b"
 )
@@ -238,8 +229,8 @@ FOREIGN_WORDS = re.compile(
 
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("value", WRONG_VALUES, ids=lambda value: type(value).__name__)
-def test_every_message_about_a_wrong_value_is_in_plain_words(field: str, value: Any) -> None:
-    """No text of pydantic, no regular expression and no name of a Python type reaches the payments service."""
+def test_error_has_no_words_of_pydantic_or_python(field: str, value: Any) -> None:
+    """The payments service receives no text of pydantic, no regular expression and no name of a Python type."""
     name, _, inner = field.partition(".")
     arguments = {**JOB, name: {inner: value} if inner else value}
     try:
@@ -249,13 +240,13 @@ def test_every_message_about_a_wrong_value_is_in_plain_words(field: str, value: 
             named, _, rule = problem.partition(": ")
             assert named.split(".")[0] == name
             assert re.match(r"must |is ", rule), problem
-            assert not FOREIGN_WORDS.search(problem), problem
+            assert not INTERNAL_WORDS.search(problem), problem
 
 
-@pytest.mark.parametrize("absent", list(JOB))
-def test_a_missing_field_is_named(absent: str) -> None:
-    with pytest.raises(InvalidJob, match=rf"^{absent}: is missing$"):
-        parse(**{absent: None})
+@pytest.mark.parametrize("missing", list(JOB))
+def test_error_names_a_missing_field(missing: str) -> None:
+    with pytest.raises(InvalidJob, match=rf"^{missing}: is missing$"):
+        parse(**{missing: None})
 
 
 @pytest.mark.parametrize(
@@ -267,7 +258,7 @@ def test_a_missing_field_is_named(absent: str) -> None:
         ("colour" * 100, f"{('colour' * 100)[:64]}: is not a field of a job"),
     ],
 )
-def test_an_unknown_field_is_named_with_the_field_that_is_meant(field: str, message: str) -> None:
+def test_error_of_an_unknown_field_suggests_a_similar_one(field: str, message: str) -> None:
     with pytest.raises(InvalidJob) as error:
         parse(**{field: 1})
     assert str(error.value) == message
@@ -286,12 +277,12 @@ def test_an_unknown_field_is_named_with_the_field_that_is_meant(field: str, mess
         ("1e2", "BHD", "100.000 BHD"),
     ],
 )
-def test_an_amount_in_a_text_has_the_decimals_of_its_currency(amount: str, currency: str, text: str) -> None:
+def test_amount_text_has_the_decimal_places_of_its_currency(amount: str, currency: str, text: str) -> None:
     assert amount_with_currency_text(Decimal(amount), currency) == text
 
 
-def test_a_job_survives_the_way_through_the_ledger() -> None:
-    """Its JSON, without defaults, is the same job again."""
+def test_job_restored_from_json_equals_the_original() -> None:
+    """The JSON of the ledger has no defaults."""
     assert parse(metadata=nested(64)).model_dump(mode="json")["metadata"] == nested(64)
     job = parse(amount="25.10", buffer={"multiplier": "1.50", "fixed": "0.1"}, metadata={"a": [1, None, {"b": "ü"}]})
     stored = json.loads(json.dumps(job.model_dump(mode="json", exclude_defaults=True)))

@@ -22,7 +22,7 @@ from worker.rules.states import ACTIVE_STATES, PaymentState, RefreshState
 def label_values(name: str, label: str) -> set[str]:
     """Return the declared values of a label."""
     (definition,) = (metric for metric in metrics.METRICS if metric.name == name)
-    (found,) = (one for one in definition.labels if one.name == label)
+    (found,) = (known for known in definition.labels if known.name == label)
     return set(found.values)
 
 

@@ -7,10 +7,10 @@ from celery import Celery
 
 from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
 
-Seen = tuple[float, float]
+LengthAndAge = tuple[float, float]
 
 
-class Line:
+class MeasuredQueue:
     """The queue `payments` with a collector and a clock."""
 
     def __init__(self, app: Celery) -> None:
@@ -27,7 +27,7 @@ class Line:
     def take(self, count: int) -> None:
         self._client.rpop("payments", count)
 
-    def look(self, after_s: float = 10) -> Seen:
+    def collect(self, after_s: float = 10) -> LengthAndAge:
         """Collect length and age `after_s` seconds later."""
         self.now += after_s
         length, age = self._queues()
@@ -35,42 +35,42 @@ class Line:
 
 
 @pytest.fixture
-def line(valkey_url: str) -> Iterator[Line]:
+def queue(valkey_url: str) -> Iterator[MeasuredQueue]:
     """Return an empty queue."""
-    with Celery("line", broker=valkey_url, set_as_current=False) as app:
-        yield Line(app)
+    with Celery("queue", broker=valkey_url, set_as_current=False) as app:
+        yield MeasuredQueue(app)
 
 
-def test_age_is_that_of_the_oldest_message(line: Line) -> None:
+def test_age_is_that_of_the_oldest_message(queue: MeasuredQueue) -> None:
     """With a collection every ten seconds it is exact to ten seconds."""
-    assert line.look() == (0, 0)
-    line.put(3)
-    assert line.look() == (3, 0)
-    line.put(2)
-    assert line.look() == (5, 10)
-    line.take(1)
-    assert line.look() == (4, 20)
-    line.take(2)
-    assert line.look() == (2, 20)
-    line.take(2)
-    assert line.look() == (0, 0)
-    line.put()
-    assert line.look() == (1, 0)
+    assert queue.collect() == (0, 0)
+    queue.put(3)
+    assert queue.collect() == (3, 0)
+    queue.put(2)
+    assert queue.collect() == (5, 10)
+    queue.take(1)
+    assert queue.collect() == (4, 20)
+    queue.take(2)
+    assert queue.collect() == (2, 20)
+    queue.take(2)
+    assert queue.collect() == (0, 0)
+    queue.put()
+    assert queue.collect() == (1, 0)
 
 
-def test_messages_of_every_priority_are_counted(line: Line) -> None:
+def test_messages_of_every_priority_are_counted(queue: MeasuredQueue) -> None:
     """Each priority has its own list."""
-    line.put(2)
-    line.put(1, priority=3)
-    assert line.look() == (3, 0)
-    line.take(2)
-    assert line.look() == (1, 10)
+    queue.put(2)
+    queue.put(1, priority=3)
+    assert queue.collect() == (3, 0)
+    queue.take(2)
+    assert queue.collect() == (1, 10)
 
 
-def test_samples_of_an_unread_queue_are_bounded(line: Line) -> None:
+def test_samples_of_an_unread_queue_are_bounded(queue: MeasuredQueue) -> None:
     """Samples are thinned out, and the first one stays."""
     for _ in range(MAX_SAMPLES + 2):
-        line.put()
-        line.look()
-    assert line.look() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
-    assert len(line._queues._samples["payments"]) < MAX_SAMPLES
+        queue.put()
+        queue.collect()
+    assert queue.collect() == (MAX_SAMPLES + 2, 10 * (MAX_SAMPLES + 2))
+    assert len(queue._queues._samples["payments"]) < MAX_SAMPLES

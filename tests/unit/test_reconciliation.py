@@ -200,8 +200,8 @@ def test_call_charged_by_one_month_is_not_charged_by_the_next() -> None:
     charge = line(2, at=NOVEMBER.until)
     november = reconcile([charge], [edge], NOVEMBER)
     assert november.matched_edge_call_ids == {"edge"}
-    again = reconcile([charge], [edge], DECEMBER, [applied(NOVEMBER, november.matched_edge_call_ids)])
-    assert (again.matched, again.unmatched_lines, again.unmatched_calls) == ([], [charge], [])
+    december = reconcile([charge], [edge], DECEMBER, [applied(NOVEMBER, november.matched_edge_call_ids)])
+    assert (december.matched, december.unmatched_lines, december.unmatched_calls) == ([], [charge], [])
     deep = call("deep", at=NOVEMBER.until - 3 * MINUTE)
     precise = applied(replace(NOVEMBER, tolerance=MINUTE))
     assert reconcile([charge], [deep], DECEMBER, [precise]).matched == []

@@ -68,7 +68,7 @@ def test_settings_are_frozen() -> None:
         load_rejecting_unknown({}).webhook_port = 1  # type: ignore[misc]
 
 
-BAD = [
+INVALID = [
     (
         {"PAYREADY_PROT": "1"},
         "PAYREADY_PROT is not a setting of payready; docs/reference/configuration.md lists the settings",
@@ -94,7 +94,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("environ", "sentence"), BAD, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("environ", "sentence"), INVALID, ids=lambda value: str(value)[-40:])
 def test_error_is_one_sentence(environ: dict[str, str], sentence: str) -> None:
     """The sentence has the name of the variable, and not its value."""
     with pytest.raises(ConfigurationError) as error_info:

@@ -169,32 +169,32 @@ def test_oldest_allowed_balance_releases(min_balance_at: datetime, skew: timedel
     assert not balance_is_fresh_enough(too_old, called_at, min_balance_at, only_own_call=False, skew=skew)
 
 
-@given(min_balance_at=times, later=spans, skew=skews)
-def test_own_call_is_sent_after_the_job(min_balance_at: datetime, later: timedelta, skew: timedelta) -> None:
+@given(min_balance_at=times, delay=spans, skew=skews)
+def test_own_call_is_sent_after_the_job(min_balance_at: datetime, delay: timedelta, skew: timedelta) -> None:
     """Its balance releases. The balance of an earlier call, or of no call, does not."""
-    at = min_balance_at + later
+    at = min_balance_at + delay
     assert balance_is_fresh_enough(at, at, min_balance_at, only_own_call=True, skew=skew)
     earlier = min_balance_at - timedelta(microseconds=1)
     assert not balance_is_fresh_enough(at, earlier, min_balance_at, only_own_call=True, skew=skew)
     assert not balance_is_fresh_enough(at, None, min_balance_at, only_own_call=True, skew=skew)
 
 
-@given(called_at=times, later=spans, skew=skews)
+@given(called_at=times, delay=spans, skew=skews)
 def test_balance_can_be_the_response_to_calls_not_after_it(
-    called_at: datetime, later: timedelta, skew: timedelta
+    called_at: datetime, delay: timedelta, skew: timedelta
 ) -> None:
     """The clock skew is tolerated."""
-    assert can_be_response_to(called_at + later, called_at, skew)
+    assert can_be_response_to(called_at + delay, called_at, skew)
     assert can_be_response_to(called_at - skew, called_at, skew)
     assert not can_be_response_to(called_at - skew - timedelta(microseconds=1), called_at, skew)
 
 
-@given(called_at=times, age=spans, asked=times, skew=skews, balance_at=times)
+@given(called_at=times, age=spans, requested_at=times, skew=skews, balance_at=times)
 def test_balance_of_a_shared_call_is_fresh_enough_for_each_sharer(
-    called_at: datetime, age: timedelta, asked: datetime, skew: timedelta, balance_at: datetime
+    called_at: datetime, age: timedelta, requested_at: datetime, skew: timedelta, balance_at: datetime
 ) -> None:
     """No payment pays a share for a balance that cannot release it."""
-    min_balance_at = asked - age
+    min_balance_at = requested_at - age
     if call_is_unmade_or_late_enough(called_at, min_balance_at) and can_be_response_to(balance_at, called_at, skew):
         for own in (True, False):
             assert balance_is_fresh_enough(balance_at, called_at, min_balance_at, only_own_call=own, skew=skew)

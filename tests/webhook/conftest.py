@@ -1,4 +1,4 @@
-"""The endpoint as a process of its own, with each database."""
+"""The endpoint in its own process, with each database."""
 
 import base64
 import hashlib
@@ -52,13 +52,13 @@ class Endpoint:
         return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
 
     def send(
-        self, body: bytes, headers: Mapping[str, str] | None = None, *, content_type: str | None = None, **how: Any
+        self, body: bytes, headers: Mapping[str, str] | None = None, *, content_type: str | None = None, **options: Any
     ) -> int:
         """Send a body, signed unless other headers are given, and return the status."""
-        given = dict(self.headers(body, **how) if headers is None else headers)
+        sent_headers = dict(self.headers(body, **options) if headers is None else headers)
         if content_type is not None:
-            given["Content-Type"] = content_type
-        response = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=given)
+            sent_headers["Content-Type"] = content_type
+        response = self.http.post(f"{self.url}/webhooks/quiltt", content=body, headers=sent_headers)
         assert response.content == b"", "the response has a body"
         return response.status_code
 
@@ -118,9 +118,9 @@ def web(
 def delivery(*balance_ids: str, **record: Any) -> bytes:
     """Return a delivery of REFRESH balances."""
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    given = {"accountId": "acct_1", "at": at, "source": "REFRESH", "available": 1.5, "current": 2, "limit": None}
+    values = {"accountId": "acct_1", "at": at, "source": "REFRESH", "available": 1.5, "current": 2, "limit": None}
     events = [
-        {"id": f"evt_{balance_id}", "type": "balance.created", "record": {"id": balance_id, **given, **record}}
+        {"id": f"evt_{balance_id}", "type": "balance.created", "record": {"id": balance_id, **values, **record}}
         for balance_id in balance_ids
     ]
     return json.dumps({"eventTypes": ["balance.created"], "events": events}).encode()

@@ -13,7 +13,7 @@ from webhook.events import parse as read_signed
 
 CORPUS = {path.name.removesuffix(".body"): path.read_bytes() for path in Path(__file__).with_name("corpus").iterdir()}
 STATUSES = {"routine": 204, "balance": 204, "connection": 204, "quarantined": 204, "refused": 400}
-GOOD = json.loads(CORPUS["balance.documented"])["events"][0]
+VALID = json.loads(CORPUS["balance.documented"])["events"][0]
 _numbers = itertools.count(1)
 
 
@@ -57,7 +57,7 @@ def test_body_gets_its_status_and_valid_events_beside_it_are_stored(web: Endpoin
             events = body[body.index(b"[", body.index(b'"events"')) + 1 : -2]
             ids = [f"bal_c{next(_numbers)}" for _ in range(2)]
             first, last = (
-                json.dumps({**GOOD, "record": {**GOOD["record"], "id": balance_id}}).encode() for balance_id in ids
+                json.dumps({**VALID, "record": {**VALID["record"], "id": balance_id}}).encode() for balance_id in ids
             )
             assert web.send(b'{"events": [%s, %s, %s]}' % (first, events, last)) == 204, name
             assert set(ids) <= set(web.balances()), name

@@ -59,7 +59,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
         body: bytes, *, secret: str = SECRET, age_s: int = 0, parts: int = 1, leave: bool = False, **headers: str
     ) -> int:
         timestamp = str(int(time.time()) - age_s)
-        given = {"quiltt-timestamp": timestamp, "quiltt-signature": sign(body, timestamp, secret)} | {
+        headers = {"quiltt-timestamp": timestamp, "quiltt-signature": sign(body, timestamp, secret)} | {
             name.replace("_", "-"): value for name, value in headers.items()
         }
         size = -(-len(body) // parts) or 1
@@ -70,7 +70,7 @@ def send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> S
         ]
         if leave:
             messages.append({"type": "http.disconnect"})
-        return call([(name.encode(), value.encode()) for name, value in given.items()], messages)
+        return call([(name.encode(), value.encode()) for name, value in headers.items()], messages)
 
     return send
 
@@ -128,9 +128,9 @@ CASES: dict[str, tuple[int, bytes, dict[str, Any], dict[str, float]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_delivery_is_counted_and_logged_once_by_result(send: Send, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A stale delivery, which Quiltt signed, differs from a forged one. The line has no content of the body."""
-    status, body, how, events = CASES[name]
+    status, body, options, events = CASES[name]
     before = counts()
-    assert send(body, **how) == status
+    assert send(body, **options) == status
     counted = {key: value - before.get(key, 0) for key, value in counts().items() if value != before.get(key, 0)}
     result = name.split(",", maxsplit=1)[0]
     assert counted == {f"deliveries {result}": 1, **events}
@@ -138,7 +138,7 @@ def test_delivery_is_counted_and_logged_once_by_result(send: Send, name: str, ca
     assert (line["event"], line["result"]) == ("webhook.delivery", result)
     assert PRIVATE not in str(line)
     assert ("age_s" in line) == (result == "stale")
-    assert line.get("age_s", 0) == pytest.approx(how["age_s"] if result == "stale" else 0, abs=2)
+    assert line.get("age_s", 0) == pytest.approx(options["age_s"] if result == "stale" else 0, abs=2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -48,21 +48,21 @@ def test_old_secret_is_valid_during_rotation(web: Endpoint, balance_id: str) -> 
 
 def test_unparseable_event_does_not_affect_others(web: Endpoint, balance_id: str) -> None:
     """It is quarantined once, with the reason. Events of unknown types are ignored."""
-    good = json.loads(delivery(balance_id))["events"][0]
-    foreign = json.loads(delivery(f"{balance_id}S", source="SYNC"))["events"][0]
-    bad = [
-        {**good, "id": "evt_\x00"},
-        {**good, "id": "evt_\ud800"},
-        {**good, "record": {**good["record"], "id": f"{balance_id}N", "at": "0001-01-01T00:00:00+14:00"}},
+    valid = json.loads(delivery(balance_id))["events"][0]
+    irrelevant = json.loads(delivery(f"{balance_id}S", source="SYNC"))["events"][0]
+    unparseable = [
+        {**valid, "id": "evt_\x00"},
+        {**valid, "id": "evt_\ud800"},
+        {**valid, "record": {**valid["record"], "id": f"{balance_id}N", "at": "0001-01-01T00:00:00+14:00"}},
         {"type": "balance.created", "text": "\x00 \ud800"},
     ]
-    body = json.dumps({"events": [*bad[:2], foreign, good, *bad[2:], 7]}).encode()
+    body = json.dumps({"events": [*unparseable[:2], irrelevant, valid, *unparseable[2:], 7]}).encode()
     before = len(web.ledger()["quarantine"])
     assert web.send(body) == 204
     assert web.send(body) == 204
     assert balance_id in web.balances()
     assert f"{balance_id}S" not in web.balances()
-    assert len(web.ledger()["quarantine"]) == before + len(bad)
+    assert len(web.ledger()["quarantine"]) == before + len(unparseable)
 
 
 def test_largest_deliveries_are_stored(web: Endpoint) -> None:
@@ -91,37 +91,37 @@ def test_irrelevant_delivery_gets_204_and_stores_nothing(web: Endpoint, body: by
     assert web.ledger() == before
 
 
-GOOD = delivery("bal_refused")
-REFUSED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
-    "no signature": (401, GOOD, {"headers": {}}),
-    "no timestamp": (401, GOOD, {"headers": {"Quiltt-Signature": "A" * 43 + "="}}),
-    "nonsense": (401, GOOD, {"headers": {"Quiltt-Timestamp": "now", "Quiltt-Signature": "x"}}),
-    "a foreign secret": (401, GOOD, {"secret": "whsec_unknown"}),
-    "the empty secret": (401, GOOD, {"secret": ""}),
-    "another body": (401, GOOD, {"signed": GOOD + b" "}),
-    "too old": (401, GOOD, {"age_s": 302}),
-    "from the future": (401, GOOD, {"age_s": -302}),
+VALID = delivery("bal_refused")
+REJECTED: dict[str, tuple[int, bytes, dict[str, Any]]] = {
+    "no signature": (401, VALID, {"headers": {}}),
+    "no timestamp": (401, VALID, {"headers": {"Quiltt-Signature": "A" * 43 + "="}}),
+    "malformed headers": (401, VALID, {"headers": {"Quiltt-Timestamp": "now", "Quiltt-Signature": "x"}}),
+    "unknown secret": (401, VALID, {"secret": "whsec_unknown"}),
+    "empty secret": (401, VALID, {"secret": ""}),
+    "other body": (401, VALID, {"signed": VALID + b" "}),
+    "too old": (401, VALID, {"age_s": 302}),
+    "from the future": (401, VALID, {"age_s": -302}),
     "broken JSON": (400, b'{"events": [{"type": "profile.updated", "record": {"email": "ada@example.com"}}', {}),
     "no events": (400, b'{"eventTypes": []}', {}),
     "deep": (400, b"[" * 200_000, {}),
     "deep events": (400, b'{"events": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", {}),
     "nonsense for an event": (400, b'{"events": [nonsense]}', {}),
     "two types": (400, b'{"events": [{"type": "balance.created", "type": "profile.created", "x": "REFRESH"}]}', {}),
-    "a form": (415, GOOD, {"content_type": "application/x-www-form-urlencoded"}),
-    "a text": (415, GOOD, {"content_type": "application/jsonp"}),
-    "no type at all": (415, GOOD, {"content_type": ""}),
+    "form": (415, VALID, {"content_type": "application/x-www-form-urlencoded"}),
+    "other JSON type": (415, VALID, {"content_type": "application/jsonp"}),
+    "no content type": (415, VALID, {"content_type": ""}),
     "empty": (400, b"", {}),
-    "too large": (413, GOOD + b" " * MAX_BODY_BYTES, {}),
+    "too large": (413, VALID + b" " * MAX_BODY_BYTES, {}),
     "too large, unsigned": (413, b"x" * (MAX_BODY_BYTES + 1), {"headers": {}}),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_rejected_delivery_changes_nothing(web: Endpoint, name: str) -> None:
     """Neither the ledger nor a queue changes."""
-    status, body, how = REFUSED[name]
+    status, body, options = REJECTED[name]
     before = web.ledger()
-    assert web.send(body, **how) == status
+    assert web.send(body, **options) == status
     assert web.ledger() == before
     assert "bal_refused" not in web.balances()
 
@@ -141,13 +141,13 @@ def test_chunked_body_is_limited_while_it_arrives(web: Endpoint) -> None:
         for _ in range(20):
             yield b"x" * 65_536
 
-    answer = web.http.post(f"{web.url}/webhooks/quiltt", content=chunks())
-    assert answer.status_code == 413
+    response = web.http.post(f"{web.url}/webhooks/quiltt", content=chunks())
+    assert response.status_code == 413
 
 
 def test_only_post_to_the_path_is_a_delivery(web: Endpoint) -> None:
     assert web.http.get(f"{web.url}/webhooks/quiltt").status_code == 405
-    assert web.http.post(f"{web.url}/webhooks/other", content=GOOD).status_code == 404
+    assert web.http.post(f"{web.url}/webhooks/other", content=VALID).status_code == 404
 
 
 def test_client_disconnect_does_not_affect_the_next_delivery(web: Endpoint, balance_id: str) -> None:
@@ -162,7 +162,7 @@ def test_concurrent_deliveries_are_all_committed(web: Endpoint, balance_id: str)
     """Some arrive twice, in other threads."""
     ids = [f"{balance_id}x{number}" for number in range(40)]
     with ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda one: web.send(delivery(one)), ids + ids)) == {204}
+        assert set(pool.map(lambda balance_id: web.send(delivery(balance_id)), ids + ids)) == {204}
     assert set(ids) <= set(web.balances())
 
 
@@ -175,8 +175,8 @@ def test_endpoint_without_secrets_refuses_everything(tmp_path: Path, valkey_url:
     """It fails closed, also for signatures with an empty key."""
     databases = Databases(tmp_path, None)
     with endpoint(tmp_path, databases.new(), valkey_url, PAYREADY_WEBHOOK_SECRETS="") as closed:
-        assert closed.send(GOOD) == 401
-        assert closed.send(GOOD, secret="") == 401
+        assert closed.send(VALID) == 401
+        assert closed.send(VALID, secret="") == 401
 
 
 @pytest.fixture

@@ -96,8 +96,8 @@ def test_unparseable_balance_event_is_quarantined_with_its_reason(unparseable: A
 def test_invalid_json_of_balance_event_is_quarantined_as_received(part: bytes, reason: str) -> None:
     """Its type must be readable. The events beside it are parsed."""
     unparseable = b'{"id": "evt_1", "type": "balance.created", "record": {"x": "}],\\"", ' + part + b"}}"
-    good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events" : [' + b" ,\n".join([good, unparseable, good]) + b'], "more": {}}')
+    parseable = json.dumps(EVENT).encode()
+    delivery = read(b'{"events" : [' + b" ,\n".join([parseable, unparseable, parseable]) + b'], "more": {}}')
     assert len(delivery.balances) == 2
     assert delivery.unparsed == [UnparsedEvent(raw=unparseable, reason=f"not JSON: {reason}")]
     assert (delivery.event_count, delivery.invalid_json_count) == (3, 0)
@@ -197,10 +197,10 @@ def test_amounts_are_exact() -> None:
     assert received.balance.available == Decimal("12345678901234567890.123456789")
 
 
-@pytest.mark.parametrize("figure", ["1" * 400, "1" + "0" * 30, "1e400", "1e-400", "-1e31", "0." + "0" * 61 + "1"])
-def test_amount_out_of_range_is_quarantined(figure: str) -> None:
+@pytest.mark.parametrize("amount", ["1" * 400, "1" + "0" * 30, "1e400", "1e-400", "-1e31", "0." + "0" * 61 + "1"])
+def test_amount_out_of_range_is_quarantined(amount: str) -> None:
     """It would break later computations."""
-    delivery = read(body(event(available=31.41), EVENT).replace(b"31.41", figure.encode(), 1))
+    delivery = read(body(event(available=31.41), EVENT).replace(b"31.41", amount.encode(), 1))
     assert len(delivery.balances) == 1
     assert len(delivery.unparsed) == 1
 
@@ -212,13 +212,13 @@ def test_float_rounding_noise_is_a_valid_amount() -> None:
 
 
 WHOLE = {
-    "cut off": body(EVENT)[:-5],
+    "truncated": body(EVENT)[:-5],
     "byte order mark": b"\xef\xbb\xbf" + body(EVENT),
     "two documents": body() + body(),
-    "an open text": body(EVENT)[:-1] + b', "x": "' + b'\\"' * 100_000,
+    "unclosed string": body(EVENT)[:-1] + b', "x": "' + b'\\"' * 100_000,
     "deep": b'{"events":' + b"[" * 100_000 + b'"balance\\u002ecreated"}',
-    "a list": b"[" + json.dumps(EVENT).encode() + b"]",
-    "events an object": b'{"events": ' + json.dumps(EVENT).encode() + b"}",
+    "list": b"[" + json.dumps(EVENT).encode() + b"]",
+    "events is an object": b'{"events": ' + json.dumps(EVENT).encode() + b"}",
     "no events": b'{"eventTypes": ["balance.created"]}',
 }
 
@@ -232,30 +232,30 @@ def test_unsplittable_delivery_is_quarantined_as_a_whole(whole: bytes) -> None:
             read(whole + word)
 
 
-BAD = {
+UNDOCUMENTED = {
     "empty": b"",
     "no JSON": b"<html>",
-    "cut off": body({"type": "profile.created", "record": {"name": "A"}})[:-5],
+    "truncated": body({"type": "profile.created", "record": {"name": "A"}})[:-5],
     "UTF-16": body(EVENT).decode().encode("utf-16"),
-    "an open text": b'{"events": [], "x": "' + b'\\"' * 100_000,
+    "unclosed string": b'{"events": [], "x": "' + b'\\"' * 100_000,
     "deep": b'{"events":' + b"[" * 100_000 + b"}",
     "crossed brackets": b'{"events": [{]}}',
     "deep objects": b'{"a":' * 40_000 + b"1" + b"}" * 40_000,
     "no events": b"{}",
-    "events null": b'{"events": null}',
-    "events an object": b'{"events": {"0": {}}}',
-    "a list": b"[]",
-    "a text": b'"events"',
-    "a number": b"5",
+    "events is null": b'{"events": null}',
+    "events is an object": b'{"events": {"0": {}}}',
+    "list": b"[]",
+    "string": b'"events"',
+    "number": b"5",
 }
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_undocumented_delivery_is_rejected(bad: bytes) -> None:
+@pytest.mark.parametrize("undocumented", UNDOCUMENTED.values(), ids=UNDOCUMENTED)
+def test_undocumented_delivery_is_rejected(undocumented: bytes) -> None:
     """The reason repeats nothing of the input."""
-    with pytest.raises(InvalidDelivery) as refusal:
-        read(bad)
-    assert str(refusal.value).startswith(("not JSON: ", "no list of events"))
+    with pytest.raises(InvalidDelivery) as raised:
+        read(undocumented)
+    assert str(raised.value).startswith(("not JSON: ", "no list of events"))
 
 
 json_values = st.recursive(

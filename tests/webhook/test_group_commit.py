@@ -30,10 +30,10 @@ def new_committer(
 
 
 async def _commit_all(
-    committer: GroupCommitter, given: Sequence[ParsedDelivery], proceed: Event
+    committer: GroupCommitter, deliveries: Sequence[ParsedDelivery], proceed: Event
 ) -> list[BaseException | None]:
     """Commit deliveries concurrently: all are pending before `proceed` is set. Return the error of each, or None."""
-    tasks = [asyncio.create_task(committer.commit(delivery)) for delivery in given]
+    tasks = [asyncio.create_task(committer.commit(delivery)) for delivery in deliveries]
     await asyncio.sleep(0.05)
     proceed.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -41,17 +41,17 @@ async def _commit_all(
 
 def test_concurrent_deliveries_share_transactions() -> None:
     """Each is committed once, in order of arrival, in batches of at most `MAX_BATCH_SIZE`."""
-    proceed, kept = Event(), []
+    proceed, committed = Event(), []
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
         proceed.wait(5)
-        kept.append([delivery.event_count for delivery in batch])
+        committed.append([delivery.event_count for delivery in batch])
 
     assert set(asyncio.run(_commit_all(new_committer(commit), deliveries(250), proceed))) == {None}
-    assert sorted(number for batch in kept for number in batch) == list(range(250))
-    assert all(batch == sorted(batch) for batch in kept)
-    assert len(kept) < 10
-    assert max(map(len, kept)) <= MAX_BATCH_SIZE
+    assert sorted(number for batch in committed for number in batch) == list(range(250))
+    assert all(batch == sorted(batch) for batch in committed)
+    assert len(committed) < 10
+    assert max(map(len, committed)) <= MAX_BATCH_SIZE
 
 
 def test_unstorable_delivery_fails_alone() -> None:
@@ -86,13 +86,13 @@ def test_unavailable_database_fails_the_batch_without_bisecting() -> None:
 
 def test_unavailable_error_of_an_available_database_is_bisected() -> None:
     """Databases raise some errors both for bad values and for outages. A check of availability distinguishes them."""
-    proceed, kept = Event(), list[ParsedDelivery]()
+    proceed, committed = Event(), list[ParsedDelivery]()
     proceed.set()
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
         if any(delivery.event_count == 7 for delivery in batch):
             raise ConnectionError
-        kept.extend(batch)
+        committed.extend(batch)
 
     errors = asyncio.run(
         _commit_all(
@@ -102,12 +102,12 @@ def test_unavailable_error_of_an_available_database_is_bisected() -> None:
         )
     )
     assert [number for number, error in enumerate(errors) if error] == [7]
-    assert len(kept) == 99
+    assert len(committed) == 99
 
 
 def test_unstorable_event_does_not_affect_its_delivery() -> None:
     """The delivery fails and is sent again. Its other events are committed."""
-    kept: list[Any] = []
+    committed: list[Any] = []
 
     def commit(batch: Sequence[ParsedDelivery]) -> None:
         found: list[Any] = [
@@ -117,12 +117,13 @@ def test_unstorable_event_does_not_affect_its_delivery() -> None:
         ]
         if "poison" in found:
             raise KeyError
-        kept.extend(found)
+        committed.extend(found)
 
-    given: Any = ParsedDelivery(event_count=6, balances=["a", "poison", "b"], unparsed=["c"], connection_updates=["d"])  # type: ignore[list-item]
+    contents: Any = {"balances": ["a", "poison", "b"], "unparsed": ["c"], "connection_updates": ["d"]}
+    delivery = ParsedDelivery(event_count=6, **contents)
     with pytest.raises(KeyError):
-        asyncio.run(new_committer(commit).commit(given))
-    assert sorted(kept) == ["a", "b", "c", "d"]
+        asyncio.run(new_committer(commit).commit(delivery))
+    assert sorted(committed) == ["a", "b", "c", "d"]
 
 
 def test_transient_error_does_not_fail_the_delivery() -> None:
@@ -134,8 +135,8 @@ def test_transient_error_does_not_fail_the_delivery() -> None:
         if len(batch_sizes) == 1:
             raise KeyError
 
-    given: Any = ParsedDelivery(event_count=2, balances=["a", "b"])  # type: ignore[list-item]
-    asyncio.run(new_committer(commit).commit(given))
+    delivery: Any = ParsedDelivery(event_count=2, balances=["a", "b"])  # type: ignore[list-item]
+    asyncio.run(new_committer(commit).commit(delivery))
     assert batch_sizes == [1, 1, 1]
 
 

@@ -15,12 +15,14 @@ from tests.webhook.conftest import Endpoint
 
 DOCUMENT = openapi()
 _loaded: Any = schemathesis.openapi.from_dict(DOCUMENT)
-OPERATIONS = {found.ok().label: found.ok() for found in _loaded.get_all_operations()}
-cases = st.one_of([found.as_strategy(generation_mode=mode) for found in OPERATIONS.values() for mode in GenerationMode])
+OPERATIONS = {operation.ok().label: operation.ok() for operation in _loaded.get_all_operations()}
+cases = st.one_of(
+    [operation.as_strategy(generation_mode=mode) for operation in OPERATIONS.values() for mode in GenerationMode]
+)
 
 
 def test_published_openapi_document_is_current() -> None:
-    """Else run `make docs`."""
+    """Otherwise run `make docs`."""
     assert json.loads((FOLDER / "openapi.json").read_text()) == DOCUMENT
     assert set(OPERATIONS) == {"POST /webhooks/quiltt", "GET /healthz", "GET /readyz"}
 
@@ -31,21 +33,21 @@ def test_published_openapi_document_is_current() -> None:
 @given(case=cases, signed=st.sampled_from([True, True, False]))
 def test_every_response_is_documented(web: Endpoint, case: Case[Any], *, signed: bool) -> None:
     """Requests conform to the document or not, and are signed or not. The status is never 500."""
-    answer = _send(web, case, signed=signed)
-    assert answer.status_code < 500, answer.text
+    response = _send(web, case, signed=signed)
+    assert response.status_code < 500, response.text
     documented = DOCUMENT["paths"].get(case.path, {}).get(case.method.lower(), {}).get("responses", {})
-    assert str(answer.status_code) in {*documented, "400", "404", "405"}
-    if case.path == "/webhooks/quiltt" and answer.status_code != 405:
-        assert answer.content in (b"", b"Invalid HTTP request received.")
+    assert str(response.status_code) in {*documented, "400", "404", "405"}
+    if case.path == "/webhooks/quiltt" and response.status_code != 405:
+        assert response.content in (b"", b"Invalid HTTP request received.")
 
 
 def _send(web: Endpoint, case: Case[Any], *, signed: bool) -> httpx.Response:
-    """Send the bytes that a case stands for."""
-    how: dict[str, Any] = case.as_transport_kwargs(base_url=web.url)
-    known = {name: how.get(name) for name in ("method", "url", "headers", "params", "data", "json")}
-    made: Any = Request(**known).prepare()
-    body = made.body.encode() if isinstance(made.body, str) else made.body or b""
-    headers = {name: value for name, value in made.headers.items() if name != "Content-Length"}
+    """Send the bytes of a generated case."""
+    arguments: dict[str, Any] = case.as_transport_kwargs(base_url=web.url)
+    known = {name: arguments.get(name) for name in ("method", "url", "headers", "params", "data", "json")}
+    prepared: Any = Request(**known).prepare()
+    body = prepared.body.encode() if isinstance(prepared.body, str) else prepared.body or b""
+    headers = {name: value for name, value in prepared.headers.items() if name != "Content-Length"}
     if signed:
         headers |= web.headers(body)
-    return web.http.request(made.method, made.url, content=body, headers=headers)
+    return web.http.request(prepared.method, prepared.url, content=body, headers=headers)

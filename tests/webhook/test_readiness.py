@@ -1,4 +1,4 @@
-"""Whether the process is ready: anybody may ask, and it costs no more than one check a second."""
+"""Readiness: at most one check per second, for any number of requests."""
 
 import asyncio
 import time
@@ -19,12 +19,12 @@ def test_concurrent_requests_share_one_check_per_second() -> None:
 
     ready = SharedReadinessCheck(check, lambda: now[0])
 
-    async def story() -> None:
-        impatient = asyncio.create_task(ready())
-        crowd = [asyncio.create_task(ready()) for _ in range(100)]
+    async def send_requests() -> None:
+        cancelled = asyncio.create_task(ready())
+        others = [asyncio.create_task(ready()) for _ in range(100)]
         await asyncio.sleep(0)
-        impatient.cancel()
-        assert set(await asyncio.gather(*crowd)) == {True}
+        cancelled.cancel()
+        assert set(await asyncio.gather(*others)) == {True}
         now[0] = CHECK_INTERVAL_S - 0.01
         assert await ready()
         assert checks == [1]
@@ -32,7 +32,7 @@ def test_concurrent_requests_share_one_check_per_second() -> None:
         assert set(await asyncio.gather(*(ready() for _ in range(100)))) == {False}
         assert checks == [2]
 
-    asyncio.run(story())
+    asyncio.run(send_requests())
 
 
 def test_slow_check_is_not_started_twice() -> None:
@@ -46,13 +46,13 @@ def test_slow_check_is_not_started_twice() -> None:
 
     ready = SharedReadinessCheck(check, lambda: now[0])
 
-    async def story() -> None:
+    async def send_requests() -> None:
         first = asyncio.create_task(ready())
         await asyncio.sleep(0)
         now[0] = 100
-        for one in (first, asyncio.create_task(ready())):
+        for request in (first, asyncio.create_task(ready())):
             with pytest.raises(ValueError):
-                await one
+                await request
         assert checks == [1]
 
-    asyncio.run(story())
+    asyncio.run(send_requests())

@@ -27,14 +27,14 @@ anything = st.none() | st.text(st.characters(), max_size=60)  # st.characters() 
 
 
 def sign(body: bytes, timestamp: str = TIMESTAMP, secret: str = SECRET) -> str:
-    """The sender's side, written from the documentation and not from the code under test."""
+    """Sign as the provider, by its documentation and not by the code under test."""
     mac = hmac.new(secret.encode(), b"1", hashlib.sha256)
     mac.update(timestamp.encode())
     mac.update(body)
     return base64.b64encode(mac.digest()).decode()
 
 
-def test_the_documented_example_is_accepted() -> None:
+def test_documented_example_is_accepted() -> None:
     """The check vector of the provider's notes verifies."""
     verify(BODY, TIMESTAMP, SIGNATURE, [SECRET], NOW)
 
@@ -138,10 +138,10 @@ def test_signature_has_one_encoding(given_signature: str) -> None:
     ],
 )
 def test_other_signature_schemes_do_not_match(message: bytes) -> None:
-    """The mistakes of public integrations, made with the right secret, are mismatches."""
-    made = base64.b64encode(hmac.digest(SECRET.encode(), message, "sha256")).decode()
+    """Public integrations sign the wrong message with the right secret."""
+    mismatched = base64.b64encode(hmac.digest(SECRET.encode(), message, "sha256")).decode()
     with pytest.raises(Mismatch) as refusal:
-        verify(BODY, TIMESTAMP, made, [SECRET], NOW)
+        verify(BODY, TIMESTAMP, mismatched, [SECRET], NOW)
     assert refusal.value.reason == "mismatch"
 
 
@@ -149,9 +149,9 @@ def test_other_signature_schemes_do_not_match(message: bytes) -> None:
 def test_unknown_secret_does_not_match(body: bytes, ours: list[str], theirs: str) -> None:
     """This is independent of the number of configured secrets."""
     # HMAC fills a short key up with zero bytes, so "a" and "a\0" are one key.
-    strangers = [secret for secret in ours if secret.rstrip("\0") != theirs.rstrip("\0")]
-    with pytest.raises(Mismatch if strangers else NoSecret):
-        verify(body, TIMESTAMP, sign(body, secret=theirs), strangers, NOW)
+    others = [secret for secret in ours if secret.rstrip("\0") != theirs.rstrip("\0")]
+    with pytest.raises(Mismatch if others else NoSecret):
+        verify(body, TIMESTAMP, sign(body, secret=theirs), others, NOW)
 
 
 @given(body=st.binary(min_size=1, max_size=500), data=st.data())
