@@ -14,7 +14,8 @@ from sqlalchemy import text
 from demo.processes import procfile
 from simulator.quiltt_records import Account, balance_record, delivery_body, event_record, new_id
 from tests.support.system import System, wait_until
-from tests.suspension.primitives import FAILED, PRIMITIVES, RELEASED, Kit, Outcome, Primitive
+from tests.suspension.primitive_kit import FAILED, RELEASED, Kit, Outcome, Primitive
+from tests.suspension.primitives import PRIMITIVES
 from tests.suspension.service import RECEIVED
 
 _numbers = itertools.count(1)

@@ -9,8 +9,8 @@ from celery import Celery, chain
 
 from demo.processes import assign_free_port, procfile, responds
 from tests.support.system import API_KEY, SECRET, System, eventually
+from tests.suspension.primitive_kit import Kit
 from tests.suspension.primitive_runs import new_account_id, send_balance
-from tests.suspension.primitives import Kit
 
 LOGIN = ("watcher", "flowers-of-the-tests")
 Info = Callable[[str], dict[str, Any]]

@@ -3,8 +3,9 @@
 import pytest
 
 from demo.processes import ROOT
+from tests.suspension.primitive_kit import FAILED, RELEASED, Outcome, Primitive
 from tests.suspension.primitive_runs import Run
-from tests.suspension.primitives import FAILED, PRIMITIVES, RELEASED, Outcome, Primitive
+from tests.suspension.primitives import PRIMITIVES
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from celery import Celery, chord
 from celery.canvas import Signature
 
 from tests.support.system import System, eventually
+from tests.suspension.primitive_kit import Kit
 from tests.suspension.primitive_runs import Received, new_account_id, send_balance
-from tests.suspension.primitives import Kit
 
 RESULT_EXPIRES_S = 86_400
 Raised = tuple[str, tuple[Any, ...]]

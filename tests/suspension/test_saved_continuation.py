@@ -14,8 +14,8 @@ from sqlalchemy import JSON, bindparam, text
 
 from tasks import suspension
 from tests.support.system import System, eventually
+from tests.suspension.primitive_kit import Kit
 from tests.suspension.primitive_runs import Received, new_account_id, send_balance
-from tests.suspension.primitives import Kit
 
 VERSION_1 = Path(__file__).with_name("continuation_v1.json")
 """What the first release saves: one of every part. An id is the name of its task."""
