@@ -19,7 +19,7 @@ from worker.rules import funds, states
 from worker.rules.funds import Funds, FundsCheckResult
 from worker.rules.job import FeeShare, OutcomeBalance, ReleasedOutcome, Verdict
 from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
-from worker.rules.states import PaymentState, RefreshState
+from worker.rules.states import EVENT_OF_FAILURE, PaymentEvent, PaymentState, RefreshState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def failed_resolution(
     """Return the resolution of a payment that fails. `refresh_id` is the refresh whose fee it shares."""
     return Resolution(
         payment_id=waiting.payment_id,
-        state=PaymentState.FAILED,
+        event=EVENT_OF_FAILURE[reason],
         outcome={"payment_id": waiting.payment_id, "reason": reason.value, "detail": detail},
         resolved_at=now,
         reason=reason.value,
@@ -256,7 +256,7 @@ def _released(
     )
     return Resolution(
         payment_id=payment.payment_id,
-        state=PaymentState.RELEASED,
+        event=PaymentEvent.FUNDS_SUFFICIENT,
         outcome=outcome.model_dump(mode="json"),
         resolved_at=now,
         refresh_id=refresh_id,

@@ -15,7 +15,7 @@ from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeD
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, parse_stored_job_ignoring_unknown
-from worker.rules.states import PaymentState
+from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 FIRST_CHECK_AFTER = timedelta(seconds=5)
@@ -56,10 +56,10 @@ class KnownPayment:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """The final state of a payment, with the columns of the row that explain it."""
+    """The event that resolves a payment, with the columns of the row that explain it."""
 
     payment_id: str
-    state: PaymentState
+    event: PaymentEvent
     outcome: dict[str, Any]
     resolved_at: datetime
     reason: str | None = None
@@ -67,6 +67,11 @@ class Resolution:
     reused: bool = False
     balance_id: str | None = None
     funds_calculation: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> PaymentState:
+        """The final state: what the event makes of a waiting payment."""
+        return PAYMENT_TRANSITIONS[PaymentState.WAITING, self.event]
 
 
 def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, WaitingPayment]:
@@ -287,17 +292,16 @@ def balance_time_bounds_of_waiting(tx: Tx, account_id: str) -> BalanceTimeBounds
     return BalanceTimeBounds(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
 
 
-def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
-    """Resolve payments, and make their outcomes due. Return the deliveries, which the caller must dispatch.
+def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[OutcomeDelivery]:
+    """Resolve waiting payments. Return the deliveries of their outcomes, which the caller must dispatch.
 
-    The payments must be locked and waiting.
+    A payment that another transaction has resolved keeps its outcome, and gets no delivery. Maintenance repeats a
+    delivery that is not marked as delivered `REDELIVER_AFTER` from now.
     """
     if not resolutions:
         return []
-    rows = [{**vars(resolution), "was_state": PaymentState.WAITING} for resolution in resolutions]
-    bulk_update(tx, PAYMENT, rows, key="payment_id")
-    resolved = {resolution.payment_id: resolution for resolution in resolutions}
-    due_at = resolutions[0].resolved_at + REDELIVER_AFTER
+    updated = bulk_update(tx, PAYMENT, [_resolved_row(resolution) for resolution in resolutions], key="payment_id")
+    resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
     return [
         OutcomeDelivery(
             task_id=row.task_id,
@@ -305,8 +309,13 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
             state=resolved[row.payment_id].state,
             outcome=resolved[row.payment_id].outcome,
         )
-        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": due_at})
+        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": now + REDELIVER_AFTER})
     ]
+
+
+def _resolved_row(resolution: Resolution) -> dict[str, Any]:
+    columns = {name: value for name, value in vars(resolution).items() if name != "event"}
+    return {**columns, "state": resolution.state, "was_state": PaymentState.WAITING}
 
 
 def released_amounts_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:

@@ -184,10 +184,10 @@ def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datet
 
 def transition_all_and_clear_errors(
     tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]
-) -> None:
+) -> set[str]:
     """Apply `event` to refreshes that allow it, each with its new `due_at`, and clear their last errors.
 
-    Refreshes that changed since the caller read them are not updated.
+    Return the ids of the updated refreshes: those that did not change since the caller read them.
     """
     rows = [
         {
@@ -201,7 +201,7 @@ def transition_all_and_clear_errors(
         for record, due_at in transitions
         if (state := next_state(REFRESH_TRANSITIONS, record.state, event))
     ]
-    bulk_update(tx, REFRESH, rows, key="refresh_id")
+    return bulk_update(tx, REFRESH, rows, key="refresh_id")
 
 
 def reschedule_if_unchanged(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:
