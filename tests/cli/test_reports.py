@@ -240,13 +240,13 @@ def test_a_refresh_that_was_called_in_two_months_is_shared_once_over_both(
     assert len(saved) == (1 if shares[f"p0_{mark}"].total else 0)
 
 
-def test_open_questions_are_calls_that_have_been_pending_for_long(history: Books) -> None:
-    """The oldest first, with what their refresh met with."""
+def test_pending_calls_are_listed_if_they_were_made_before_the_given_time(history: Books) -> None:
+    """The oldest is first."""
     history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
     with read_snapshot(history.engine) as tx:
-        early = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=1))
-        both = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=6))
-        assert fee_calls.unresolved_calls(tx, NOON) == []
+        early = fee_calls.pending_calls(tx, NOON + timedelta(hours=1))
+        both = fee_calls.pending_calls(tx, NOON + timedelta(hours=6))
+        assert fee_calls.pending_calls(tx, NOON) == []
     assert [(one.account_id, one.price) for one in early] == [("acct_a", DIME.per_call)]
     assert [one.account_id for one in both] == ["acct_a", "acct_d"]
 

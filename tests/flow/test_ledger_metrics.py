@@ -110,17 +110,15 @@ def test_outcomes_and_fees_are_counted_once_they_are_settled_for_good(payready: 
         assert exported("payready_outcomes_total", "released", "none") == 1
         assert exported("payready_fee_entries_total", "posted", "USD") == 1
         assert exported("payready_fees_total", "posted", "USD") == 0.1
-    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (1, 0.1)
+    assert (exported("payready_pending_calls"), exported("payready_pending_fees", "USD")) == (1, 0.1)
     late = LedgerCollector(payready.rt)
-    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 1}, (
-        "one that starts now finds it too"
-    )
+    assert {f.name: f.values for f in late()}["payready_pending_calls"] == {(): 1}, "one that starts now finds it too"
     payready.balance("acct_b")
     payready.run_tasks()
     payready.clock.advance(WRITE_LAG.total_seconds())
-    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (0, 0)
+    assert (exported("payready_pending_calls"), exported("payready_pending_fees", "USD")) == (0, 0)
     assert exported("payready_fees_total", "posted", "USD") == 0.2
-    assert {f.name: f.values for f in late()}["payready_unresolved_calls"] == {(): 0}
+    assert {f.name: f.values for f in late()}["payready_pending_calls"] == {(): 0}
 
 
 def test_what_was_not_delivered_or_applied_shows_with_its_age(payready: InProcessSystem, exported: Ask) -> None:

@@ -182,8 +182,8 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: metrics_queries.fee_entries_between(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
-    "unresolved calls": (
-        lambda tx: metrics_queries.unresolved_entries(tx, END - timedelta(seconds=60), END),
+    "pending calls": (
+        lambda tx: metrics_queries.pending_entries(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
     "due balances": (lambda tx: balances.claim_overdue_unapplied(tx, END, 500), {"balance_due_at"}),

@@ -89,7 +89,7 @@ def test_a_payment_leaves_its_trace_in_logs_and_metrics(operation: Operation) ->
     assert operation.metric("refresh", 'payready_provider_response_seconds_count{status="202"}') >= 1
     assert operation.metric("web", "payready_balance_to_resolution_seconds_count") == 1
     assert operation.metric("web", "payready_call_to_balance_seconds_count") == 1
-    assert eventually(lambda: operation.metric("beat", 'payready_waiting_payments{call="accepted"}'))
+    assert eventually(lambda: operation.metric("beat", 'payready_waiting_payments{refresh="accepted"}'))
     assert operation.metric("beat", "payready_database_up") == operation.metric("beat", "payready_broker_up") == 1
     assert all(responds(operation.url(role, "readyz")) for role in ROLES)
 

@@ -19,7 +19,7 @@ from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, RefreshState
 
 payment, delivery, refresh, balance, entry = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c, FEE_ENTRY.c
-NO_CALL = NO_REASON = "none"
+NO_REFRESH = NO_REASON = "none"
 QUERY_TIMEOUT_S = 3
 """Statement timeout of metrics queries, so that they do not slow down the workers' transactions."""
 
@@ -70,7 +70,7 @@ def set_short_timeout(tx: Tx) -> None:
 def backlog(tx: Tx) -> Backlog:
     """Return the unfinished work as of now."""
     waiting = select(
-        _serving_or_unanswered_refresh_state().label("call"), func.count(), func.min(payment.requested_at)
+        _serving_or_unanswered_refresh_state().label("refresh"), func.count(), func.min(payment.requested_at)
     ).where(IS_WAITING)
     undelivered = (
         select(func.count(), func.min(payment.resolved_at))
@@ -79,7 +79,7 @@ def backlog(tx: Tx) -> Backlog:
     )
     return Backlog(
         waiting={
-            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("call"))
+            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("refresh"))
         },
         first_deadline=tx.scalar(select(func.min(payment.deadline)).where(IS_WAITING)),
         undelivered=_count_and_oldest(tx, undelivered),
@@ -104,7 +104,7 @@ def _serving_or_unanswered_refresh_state() -> Any:
         .scalar_subquery()
         for condition in conditions
     )
-    return func.coalesce(*states, NO_CALL)
+    return func.coalesce(*states, NO_REFRESH)
 
 
 def _literals(states: Iterable[str]) -> list[Any]:
@@ -131,7 +131,7 @@ def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[FeeEnt
     return [_fee_entry(row) for row in tx.execute(query)]
 
 
-def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
+def pending_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
     """Return the pending entries recorded after `after` up to `until` whose call has no final entry."""
     [pending] = _literals({EntryState.PENDING})
     final = select(FINAL_ENTRY.c.call_id).where(FINAL_ENTRY.c.call_id == entry.call_id, FINAL_ENTRY.c.state != pending)
