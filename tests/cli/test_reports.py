@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tests.cli.conftest import DIME, NOON, Books
-from worker.ledger import fee_calls, fee_statement, payment_report
+from worker.ledger import fee_calls, fee_statement, payment_report, payments
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.tables import PAYMENT
+from worker.rules.job import Job
 from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
 
@@ -258,11 +259,21 @@ def test_calls_are_counted_by_account_and_state(history: Books) -> None:
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
+def test_all_payments_with_the_given_ids_are_found(books: Books) -> None:
+    """More than a list has by default. Unknown ids are ignored."""
+    ids = [f"pay_{number:03}" for number in range(101)]
+    with transaction(books.engine) as tx:
+        payments.insert_payments(tx, [Job(payment_id=payment_id, account_id="acct_a") for payment_id in ids], NOON)
+        found = payment_report.find_payments(tx, [*ids[::-1], "pay_unknown"])
+        assert len(payment_report.list_payments(tx)) == 100
+    assert [line.payment_id for line in found] == ids[::-1]
+
+
 def test_an_empty_ledger_answers_too(books: Books) -> None:
     """With nothing."""
     with read_snapshot(books.engine) as tx:
         assert payment_report.list_payments(tx) == []
-        assert payment_report.list_payments(tx, payment_ids=[]) == []
+        assert payment_report.find_payments(tx, []) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
 

@@ -134,7 +134,7 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
             record(tx, f"p{n}", profile_id=f"p_{n}")
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
-        payments.lock_affected(tx, updates)
+        payments.lock_payments_of_updates(tx, updates)
         unlocked = payments.lock_due(other, START + timedelta(days=1), 100)
         assert [waiting.payment_id for waiting in unlocked] == ["other"]
 

@@ -18,7 +18,7 @@ from worker.ledger.refreshes import RefreshRecord
 from worker.rules import funds, states
 from worker.rules.funds import Funds, FundsCheckResult
 from worker.rules.job import FeeShare, OutcomeBalance, ReleasedOutcome, Verdict
-from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
+from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import EVENT_OF_FAILURE, PaymentEvent, PaymentState, RefreshState
 
 
@@ -55,15 +55,6 @@ class BalanceDecision:
     resolutions: Sequence[Resolution] = ()
     queued_call: RefreshCall | None = None
     """The call of the refresh that is queued behind the answered one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeeTotal:
-    """Sum of the fees of a refresh's calls, and whether the provider bills it."""
-
-    amount: Decimal
-    currency: str
-    state: EntryState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,5 +313,4 @@ def _fee_total_in_last_currency(calls: Sequence[CallEntry]) -> FeeTotal:
     for call in calls:
         if call.currency == currency:
             sums[call.state] = sums.get(call.state, Decimal(0)) + call.price
-    amount, state = total_without_void_and_state(sums)
-    return FeeTotal(amount=amount, currency=currency, state=state)
+    return fee_total_without_void(sums, currency)

@@ -7,12 +7,12 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
-from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
+from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, state_in
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, parse_stored_job_ignoring_unknown
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
@@ -24,9 +24,7 @@ REQUEST_SPACING = timedelta(microseconds=1)
 """Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 IDS_PER_STATEMENT = 500
 """Maximum ids in one statement: databases limit the number of parameters."""
-# The state is a literal in the statement. With a bind parameter PostgreSQL cannot match the partial index.
-IS_WAITING = payment.state == literal_column(f"'{PaymentState.WAITING}'")
-IS_RELEASED = payment.state == literal_column(f"'{PaymentState.RELEASED}'")
+IS_RELEASED = state_in(payment.state, {PaymentState.RELEASED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,24 +193,27 @@ def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
     return payment.profile_id == lost.profile_id
 
 
-def lock_affected(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
-    """Lock the waiting payments of all these connections, profiles and accounts, in the order of every transaction.
+def lock_payments_of_updates(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
+    """Lock the waiting payments of all these connections, profiles and accounts.
 
-    The updates can then be applied one by one, in any order, without a deadlock.
+    They are locked in the order of their ids, as in every transaction. The updates can then be applied one by one, in
+    any order, without a deadlock.
     """
     lost = [update for update in updates if isinstance(update, ConnectionLost)]
     moved = [update for update in updates if isinstance(update, AccountMoved)]
-    ids_by_column: list[tuple[Column[Any], set[str | None]]] = [
-        (payment.connection_id, {update.connection_id for update in lost}),
-        (payment.profile_id, {update.profile_id for update in lost}),
-        (payment.account_id, {update.account_id for update in moved}),
-    ]
-    payment_ids: set[str] = set()
-    for column, ids in ids_by_column:
-        for chunk in _sorted_chunks(ids - {None}):
-            payment_ids.update(tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING)))
+    payment_ids = {
+        *_waiting_ids(tx, payment.connection_id, {update.connection_id for update in lost}),
+        *_waiting_ids(tx, payment.profile_id, {update.profile_id for update in lost}),
+        *_waiting_ids(tx, payment.account_id, {update.account_id for update in moved}),
+    }
     for chunk in _sorted_chunks(payment_ids):
         lock_waiting(tx, chunk)
+
+
+def _waiting_ids(tx: Tx, column: Column[Any], values: Iterable[str | None]) -> Iterator[str]:
+    """Yield the ids of the waiting payments with one of these values in the column. None is no value."""
+    for chunk in _sorted_chunks(value for value in values if value is not None):
+        yield from tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING))
 
 
 def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
