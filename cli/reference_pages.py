@@ -5,12 +5,13 @@
 
 import ast
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import typer
+from sqlalchemy import Dialect
+from sqlalchemy.dialects import postgresql
 
 from cli.log_event_meanings import LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
@@ -24,6 +25,7 @@ from worker.ledger import tables
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
 LEVELS = ("debug", "info", "warning", "error", "exception")
+_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 HEAD = "<!-- Generated from code by `make docs`. -->\n"
 
 
@@ -220,7 +222,7 @@ def schema_page() -> str:
     """Return the page on tables, columns and indexes."""
     documented = dict(_table_and_column_docstrings())
     sections = [_table_section(table, documented) for table in tables.ALL_TABLES]
-    return f"{HEAD}# Database schema\n\nTimes are aware UTC. Amounts are exact decimals.\n\n" + "\n".join(sections)
+    return f"{HEAD}# Database schema\n\nTimes are UTC. Types are those of PostgreSQL.\n\n" + "\n".join(sections)
 
 
 def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
@@ -242,7 +244,7 @@ def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{name}` | {_type_and_primary_key(column)} | {'yes' * column.nullable} | {texts.get(name, '')} |"
+        f"| `{name}` | {_type_and_keys(column)} | {'yes' * column.nullable} | {texts.get(name, '')} |"
         for name, column in table.columns.items()
     ]
     indexes = [
@@ -262,7 +264,9 @@ def _condition(index: Any) -> str:
     return "" if where is None else f"`{_cell(str(where))}`"
 
 
-def _type_and_primary_key(column: Any) -> str:
-    text = re.sub(r"\(.*\)", "", type(column.type).__name__)
-    key = ", primary key" if column.primary_key else ""
-    return f"{ {'UtcTime': 'time', 'ExactDecimal': 'decimal', 'Exact': 'decimal'}.get(text, text.lower()) }{key}"
+def _type_and_keys(column: Any) -> str:
+    """Return the column's type on PostgreSQL, whether it is the primary key, and the table that it refers to."""
+    name = column.type.compile(_POSTGRESQL_DIALECT).lower()
+    primary_key = ", primary key" if column.primary_key else ""
+    references = "".join(f", references `{key.column.table.name}`" for key in column.foreign_keys)
+    return f"{name}{primary_key}{references}"
