@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
-from sqlalchemy import Dialect
-from sqlalchemy.dialects import postgresql
 
 from cli.log_event_meanings import LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
@@ -25,7 +23,6 @@ from worker.ledger import tables
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
 LEVELS = ("debug", "info", "warning", "error", "exception")
-_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 HEAD = "<!-- Generated from code by `make docs`. -->\n"
 
 
@@ -266,7 +263,7 @@ def _condition(index: Any) -> str:
 
 def _type_and_keys(column: Any) -> str:
     """Return the column's type on PostgreSQL, whether it is the primary key, and the table that it refers to."""
-    name = column.type.compile(_POSTGRESQL_DIALECT).lower()
+    name = tables.postgresql_type(column).lower()
     primary_key = ", primary key" if column.primary_key else ""
     references = "".join(f", references `{key.column.table.name}`" for key in column.foreign_keys)
     return f"{name}{primary_key}{references}"

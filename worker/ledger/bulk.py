@@ -15,7 +15,6 @@ from sqlalchemy import (
     ARRAY,
     Column,
     ColumnElement,
-    Dialect,
     Table,
     Text,
     TextClause,
@@ -29,7 +28,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from worker.ledger.tables import NAIVE_TIME_ERROR
+from worker.ledger.tables import NAIVE_TIME_ERROR, postgresql_type
 
 
 class _AnyOf(FunctionElement[bool]):
@@ -129,7 +128,6 @@ def _update_one_by_one(
 
 
 _OLD_VALUE_PREFIX = "was_"
-_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
 def _column_of_parameter(table: Table, name: str) -> Column[Any]:
@@ -153,8 +151,7 @@ def _update_from_json(table: Table, new_and_expected_names: tuple[str, ...], key
         f' AND old."{_column_of_parameter(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values
     ]
     types = ", ".join(
-        f'"{name}" {_column_of_parameter(table, name).type.compile(_POSTGRESQL_DIALECT)}'
-        for name in new_and_expected_names
+        f'"{name}" {postgresql_type(_column_of_parameter(table, name))}' for name in new_and_expected_names
     )
     return text(
         f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above

@@ -187,12 +187,6 @@ _LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
 """The state is a bind parameter here: with a literal, PostgreSQL may scan a partial index of all waiting payments."""
 
 
-def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
-    if lost.connection_id is not None:
-        return payment.connection_id == lost.connection_id
-    return payment.profile_id == lost.profile_id
-
-
 def lock_payments_of_updates(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
     """Lock the waiting payments of all these connections, profiles and accounts.
 
@@ -225,7 +219,9 @@ def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
 
 def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, max_requested_at: datetime) -> list[WaitingPayment]:
     """Lock the waiting payments of a connection or profile that were requested by this time, and return them."""
-    return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= max_requested_at))
+    by_connection, by_profile = payment.connection_id == lost.connection_id, payment.profile_id == lost.profile_id
+    is_affected = by_profile if lost.connection_id is None else by_connection
+    return _lock_waiting_where(tx, is_affected & (payment.requested_at <= max_requested_at))
 
 
 def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requested_at: datetime) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    Column,
     ColumnElement,
     DateTime,
     Dialect,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     literal_column,
 )
 from sqlalchemy import text as sql
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
@@ -82,6 +84,11 @@ Json = JSON(none_as_null=True)
 
 def _quoted_states(*states: str) -> str:
     return ", ".join(f"'{state}'" for state in sorted(states))
+
+
+def postgresql_type(column: Column[Any]) -> str:
+    """Return the name of the column's type on PostgreSQL."""
+    return column.type.compile(postgresql.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
 def state_in(column: ColumnElement[str], states: Iterable[str]) -> ColumnElement[bool]:
