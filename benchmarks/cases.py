@@ -152,7 +152,7 @@ def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurem
         "by_day": lambda tx: fee_statement.statement_lines(tx, since, until, "day"),
         "by_account": lambda tx: fee_statement.statement_lines(tx, since, until, "account"),
         "by_payment": lambda tx: sum(1 for _ in fee_statement.payment_shares_and_unshared_fees(tx, since, until)),
-        "unresolved_calls": lambda tx: fee_calls.unresolved_calls(tx, until),
+        "pending_calls": lambda tx: fee_calls.pending_calls(tx, until),
         "cap_of_a_month": lambda tx: cap_usage.total_non_void_fees(tx, "USD", since, until),
         "cap_of_a_day": lambda tx: cap_usage.total_non_void_fees(tx, "USD", until - timedelta(days=1), until),
     }

@@ -211,14 +211,13 @@ def check_overdue_payments_and_deliveries(context: CheckContext) -> Iterator[Che
             backlog = metrics_queries.backlog(tx)
     except DATABASE_UNAVAILABLE:
         return  # check_database reports it
-    waiting = sum(group.count for group in backlog.waiting.values())
     overdue = now - (backlog.first_deadline or now)
     if overdue > MAX_BACKLOG_AGE:
         message = f"a payment is still waiting {overdue.total_seconds():.0f} s after its deadline"
         fix = "check that `beat` and `worker` run, and search the log of `worker` for `maintenance.skipped`"
         yield error("maintenance", message, fix)
     else:
-        yield ok("maintenance", f"{count_text(waiting, 'payment')} waiting, none past its deadline")
+        yield ok("maintenance", f"{count_text(backlog.waiting_count, 'payment')} waiting, none past its deadline")
     undelivered, oldest = backlog.undelivered.count, now - (backlog.undelivered.oldest_at or now)
     if oldest > MAX_DELIVERY_AGE:
         message = f"{count_text(undelivered, 'outcome')} undelivered, the oldest for {oldest.total_seconds():.0f} s"

@@ -1,4 +1,4 @@
-"""`payready fees`: statements, reconciliation with the provider's invoice, unresolved calls."""
+"""`payready fees`: statements, reconciliation with the provider's invoice, pending calls."""
 
 import csv
 import hashlib
@@ -28,9 +28,7 @@ from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
 from worker.runtime import utc_now
 
-app = typer.Typer(
-    no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, unresolved calls."
-)
+app = typer.Typer(no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, pending calls.")
 
 
 class GroupByOption(StrEnum):
@@ -226,15 +224,15 @@ def _conclusion_text(found: Reconciliation, application: InvoiceApplication | No
     return f"\n--apply would post {count_text(to_post, 'pending call')} and void {to_void}"
 
 
-@app.command("unresolved")
-def fees_unresolved(
+@app.command("pending")
+def fees_pending(
     age_h: Annotated[int, typer.Option(min=0, max=87_600, help="Minimum age of a call in hours.")] = 24,
     as_json: AsJson = False,
 ) -> None:
-    """List unresolved calls: pending for --age-h or longer. Only an invoice can resolve them."""
-    calls = query_or_exit(lambda tx: fee_calls.unresolved_calls(tx, utc_now() - timedelta(hours=age_h)))
+    """List calls that have been pending for --age-h or longer. Only an invoice can post or void them."""
+    calls = query_or_exit(lambda tx: fee_calls.pending_calls(tx, utc_now() - timedelta(hours=age_h)))
     if as_json:
         typer.echo(render.as_json(calls))
     else:
         title = f"Calls pending for {age_h} h or longer"
-        stdout_console_for_terminal_or_log().print(fee_tables.limited_unresolved_table(calls, title), highlight=False)
+        stdout_console_for_terminal_or_log().print(fee_tables.limited_pending_table(calls, title), highlight=False)

@@ -1,4 +1,4 @@
-"""Tables about fees: the statement, a reconciliation, unresolved calls."""
+"""Tables about fees: the statement, a reconciliation, pending calls."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cli.render import count_text, money_text, new_table, price_text, styled_state, utc_time_text
-from worker.ledger.fee_calls import UnresolvedCall
+from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
 from worker.rules.decimals import decimal_text
 from worker.rules.invoice_file import InvoiceLine
@@ -209,8 +209,8 @@ def _limited_call_table(calls: Sequence[LedgerCall], currency: str) -> Renderabl
     return table
 
 
-def limited_unresolved_table(calls: Sequence[UnresolvedCall], title: str) -> RenderableType:
-    """Return unresolved calls as a table."""
+def limited_pending_table(calls: Sequence[PendingCall], title: str) -> RenderableType:
+    """Return pending calls as a table."""
     if not calls:
         return Group(Text(title, "bold"), Text("none"))
     table = new_table("call", "account", "time", "price", "", "last error", title=title, right=["price"])

@@ -28,7 +28,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "messages.ack_failed": "Messages could not be acknowledged. The broker redelivers them.",
     "metrics.cap_usage_skipped": "The usage of fee caps is left out of a scrape, because the query took too long.",
     "metrics.collect_failed": "A collector could not read its source. Its metrics are left out of this scrape.",
-    "metrics.open_calls_skipped": "Calls that were pending at the start are not counted, because the query took too "
+    "metrics.pending_calls_skipped": "Calls that were pending at the start are not counted, because the query took too "
     "long.",
     "metrics.server_not_started": "The metrics port could not be opened. The role works without metrics.",
     "outcome.delivered": "An outcome was delivered to its task.",

@@ -5,7 +5,6 @@
 
 import ast
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +254,7 @@ def schema_page() -> str:
     """Return the page on tables, columns and indexes."""
     documented = dict(_table_and_column_docstrings())
     sections = [_table_section(table, documented) for table in tables.ALL_TABLES]
-    return f"{HEAD}# Database schema\n\nTimes are aware UTC. Amounts are exact decimals.\n\n" + "\n".join(sections)
+    return f"{HEAD}# Database schema\n\nTimes are UTC. Types are those of PostgreSQL.\n\n" + "\n".join(sections)
 
 
 def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
@@ -277,7 +276,7 @@ def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:
     texts = documented.get(table.name, {})
     columns = [
-        f"| `{name}` | {_type_and_primary_key(column)} | {'yes' * column.nullable} | {texts.get(name, '')} |"
+        f"| `{name}` | {_type_and_keys(column)} | {'yes' * column.nullable} | {texts.get(name, '')} |"
         for name, column in table.columns.items()
     ]
     indexes = [
@@ -297,7 +296,9 @@ def _condition(index: Any) -> str:
     return "" if where is None else f"`{_cell(str(where))}`"
 
 
-def _type_and_primary_key(column: Any) -> str:
-    text = re.sub(r"\(.*\)", "", type(column.type).__name__)
-    key = ", primary key" if column.primary_key else ""
-    return f"{ {'UtcTime': 'time', 'ExactDecimal': 'decimal', 'Exact': 'decimal'}.get(text, text.lower()) }{key}"
+def _type_and_keys(column: Any) -> str:
+    """Return the column's type on PostgreSQL, whether it is the primary key, and the table that it refers to."""
+    name = tables.postgresql_type(column).lower()
+    primary_key = ", primary key" if column.primary_key else ""
+    references = "".join(f", references `{key.column.table.name}`" for key in column.foreign_keys)
+    return f"{name}{primary_key}{references}"

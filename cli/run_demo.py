@@ -129,7 +129,7 @@ def _wait_for_outcomes(
 
 def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Observed:
     with read_snapshot(engine) as tx:
-        lines = payment_report.list_payments(tx, payment_ids=[job.payment_id for job in DEMO_JOBS])
+        lines = payment_report.find_payments(tx, [job.payment_id for job in DEMO_JOBS])
         calls = payment_report.call_counts_by_account(tx, list(EXPECTED_CALLS))
         backlog = metrics_queries.backlog(tx)
     return Observed(
@@ -138,7 +138,7 @@ def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Obse
         calls=calls,
         accepted=accepted,
         backlog=BacklogCounts(
-            waiting=sum(group.count for group in backlog.waiting.values()),
+            waiting=backlog.waiting_count,
             undelivered=backlog.undelivered.count,
             unapplied=backlog.unapplied.count,
         ),

@@ -11,7 +11,7 @@ from worker.errors import FailureReason
 from worker.ledger import metrics_queries
 from worker.ledger.cap_usage import total_non_void_fees
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
-from worker.ledger.metrics_queries import Backlog, CountAndOldest, FeeEntryRow
+from worker.ledger.metrics_queries import Backlog, CountAndOldest, CountedEntry
 from worker.metrics import MetricSample
 from worker.rules.fee_caps import CapKind, start_of_day
 from worker.rules.pricing import EntryState
@@ -22,8 +22,8 @@ log = get_logger(__name__)
 
 WRITE_LAG = timedelta(seconds=20)
 """Rows are counted at this age. By then the transaction that wrote them has ended."""
-UNRESOLVED_CALL_LOOKBACK = timedelta(days=7)
-"""Unresolved calls older than this at the start of the process are not counted."""
+PENDING_CALL_LOOKBACK = timedelta(days=7)
+"""Pending calls older than this at the start of the process are not counted."""
 COUNT_STEP = timedelta(hours=1)
 """One collection counts the rows of at most this time span, so that it stays fast after a long outage."""
 
@@ -37,7 +37,7 @@ class LedgerCollector:
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
         self._counted_until = rt.clock() - WRITE_LAG
-        self._unresolved: dict[str, FeeEntryRow] | None = None
+        self._pending: dict[str, CountedEntry] | None = None
         # Prometheus does not see the first step of a counter that begins with it, so every value exists from the start.
         self._outcomes: Counter[tuple[str, str]] = Counter(
             {(PaymentState.FAILED.value, r.value): 0 for r in FailureReason}
@@ -57,47 +57,45 @@ class LedgerCollector:
             backlog = metrics_queries.backlog(tx)
             outcomes = metrics_queries.resolved_counts_by_state_and_reason(tx, self._counted_until, until)
             entries = metrics_queries.fee_entries_between(tx, self._counted_until, until)
-        if self._unresolved is None:
-            self._unresolved = self._query_recent_unresolved_or_empty(self._counted_until)
+        if self._pending is None:
+            self._pending = self._query_recent_pending_or_empty(self._counted_until)
         self._outcomes.update(outcomes)
         for entry in entries:
-            self._count_entry(self._unresolved, entry)
+            self._count_entry(self._pending, entry)
         self._counted_until = until
         yield from _backlog_samples(backlog, now)
-        yield from self._outcome_and_fee_samples(self._unresolved)
+        yield from self._outcome_and_fee_samples(self._pending)
         yield from self._query_cap_samples_unless_unavailable(now)
 
-    def _query_recent_unresolved_or_empty(self, start: datetime) -> dict[str, FeeEntryRow]:
-        """Return the calls unresolved at the start, by id, at most 7 days old. Empty if the one query fails."""
+    def _query_recent_pending_or_empty(self, start: datetime) -> dict[str, CountedEntry]:
+        """Return the calls pending at the start, by id, at most 7 days old. Empty if the one query fails."""
         try:
             with read_snapshot(self._rt.engine) as tx:
                 metrics_queries.set_short_timeout(tx)
-                entries = metrics_queries.unresolved_entries(tx, start - UNRESOLVED_CALL_LOOKBACK, start)
+                entries = metrics_queries.pending_entries(tx, start - PENDING_CALL_LOOKBACK, start)
         except DATABASE_UNAVAILABLE:
-            log.warning("metrics.open_calls_skipped", reason="timeout")
+            log.warning("metrics.pending_calls_skipped", reason="timeout")
             return {}
         return {entry.call_id: entry for entry in entries}
 
-    def _count_entry(self, unresolved_by_call_id: dict[str, FeeEntryRow], entry: FeeEntryRow) -> None:
+    def _count_entry(self, pending_by_call_id: dict[str, CountedEntry], entry: CountedEntry) -> None:
         key = (entry.state.value, entry.currency)
         self._entries[key] += 1
         self._amounts[key] = self._amounts.get(key, Decimal(0)) + entry.price
         if entry.state == EntryState.PENDING:
-            unresolved_by_call_id[entry.call_id] = entry
+            pending_by_call_id[entry.call_id] = entry
         else:
-            unresolved_by_call_id.pop(entry.call_id, None)
+            pending_by_call_id.pop(entry.call_id, None)
 
-    def _outcome_and_fee_samples(self, unresolved_by_call_id: dict[str, FeeEntryRow]) -> Iterator[MetricSample]:
-        unresolved_fees = {currency: Decimal(0) for _, currency in self._entries}
-        for entry in unresolved_by_call_id.values():
-            unresolved_fees[entry.currency] = unresolved_fees.get(entry.currency, Decimal(0)) + entry.price
+    def _outcome_and_fee_samples(self, pending_by_call_id: dict[str, CountedEntry]) -> Iterator[MetricSample]:
+        pending_fees = {currency: Decimal(0) for _, currency in self._entries}
+        for entry in pending_by_call_id.values():
+            pending_fees[entry.currency] = pending_fees.get(entry.currency, Decimal(0)) + entry.price
         yield metrics.OUTCOMES.sample({key: float(count) for key, count in self._outcomes.items()})
         yield metrics.FEE_ENTRIES.sample({key: float(count) for key, count in self._entries.items()})
         yield metrics.FEES.sample({key: float(amount) for key, amount in self._amounts.items()})
-        yield metrics.UNRESOLVED_CALLS.sample({(): float(len(unresolved_by_call_id))})
-        yield metrics.UNRESOLVED_FEES.sample(
-            {(currency,): float(amount) for currency, amount in unresolved_fees.items()}
-        )
+        yield metrics.PENDING_CALLS.sample({(): float(len(pending_by_call_id))})
+        yield metrics.PENDING_FEES.sample({(currency,): float(amount) for currency, amount in pending_fees.items()})
 
     def _query_cap_samples_unless_unavailable(self, now: datetime) -> Iterator[MetricSample]:
         # In a transaction of its own: once a minute the sum over a large month takes long.
@@ -137,7 +135,7 @@ def redis_metrics(rt: Runtime) -> Iterator[MetricSample]:
 
 def _backlog_samples(backlog: Backlog, now: datetime) -> Iterator[MetricSample]:
     no_payment = CountAndOldest(count=0, oldest_at=None)
-    waiting = {(state,): backlog.waiting.get(state, no_payment) for state in metrics.CALL_STATE.values}
+    waiting = {(state,): backlog.waiting.get(state, no_payment) for state in metrics.REFRESH_STATE.values}
     yield metrics.WAITING_PAYMENTS.sample({key: float(group.count) for key, group in waiting.items()})
     yield metrics.OLDEST_WAIT_SECONDS.sample({key: _age_s(group.oldest_at, now) for key, group in waiting.items()})
     yield metrics.PAST_DEADLINE_SECONDS.sample({(): _age_s(backlog.first_deadline, now)})

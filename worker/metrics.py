@@ -267,8 +267,8 @@ UP: Mapping[Source, MetricDefinition] = {
 }
 """By source. While one is 0, the other metrics of that source are missing."""
 
-CALL_STATE = Label(
-    name="call",
+REFRESH_STATE = Label(
+    name="refresh",
     values={
         "none": "no refresh",
         "requested": "the call is not made yet",
@@ -281,17 +281,17 @@ CALL_STATE = Label(
 _STATE = Label(name="state", values={"pending": "opened", "posted": "billed", "void": "not billed"})
 _CURRENCY = Label(name="currency", meaning="ISO 4217 code")
 WAITING_PAYMENTS = _from_database(
-    "payready_waiting_payments", "Waiting payments, by the state of their account's refresh.", CALL_STATE
+    "payready_waiting_payments", "Waiting payments, by the state of their account's refresh.", REFRESH_STATE
 )
 OLDEST_WAIT_SECONDS = _from_database(
-    "payready_oldest_wait_seconds", "Time since the oldest waiting payment was requested.", CALL_STATE
+    "payready_oldest_wait_seconds", "Time since the oldest waiting payment was requested.", REFRESH_STATE
 )
 PAST_DEADLINE_SECONDS = _from_database(
     "payready_past_deadline_seconds", "Longest time that a waiting payment is past its deadline."
 )
 UNDELIVERED_OUTCOMES = _from_database("payready_undelivered_outcomes", "Outcomes that are not delivered yet.")
 OLDEST_UNDELIVERED_SECONDS = _from_database(
-    "payready_oldest_undelivered_seconds", "Time since the oldest undelivered outcome was resolved."
+    "payready_oldest_undelivered_seconds", "Time since the payment of the oldest undelivered outcome was resolved."
 )
 UNAPPLIED_BALANCES = _from_database("payready_unapplied_balances", "Balances that are not applied yet.")
 OLDEST_UNAPPLIED_SECONDS = _from_database(
@@ -309,8 +309,8 @@ FEE_ENTRIES = _from_database(
 FEES = _from_database(
     "payready_fees_total", "Sum of the fee entries since the start of this process.", _STATE, _CURRENCY
 )
-UNRESOLVED_CALLS = _from_database("payready_unresolved_calls", "Calls whose fee entry is neither posted nor void.")
-UNRESOLVED_FEES = _from_database("payready_unresolved_fees", "Sum of the fees of unresolved calls.", _CURRENCY)
+PENDING_CALLS = _from_database("payready_pending_calls", "Calls whose fee entry is neither posted nor void.")
+PENDING_FEES = _from_database("payready_pending_fees", "Sum of the fees of pending calls.", _CURRENCY)
 FEE_CAP_USED_RATIO = _from_database(
     "payready_fee_cap_used_ratio",
     "Used share of a fee cap (0 to 1). A cap that is not set is missing.",

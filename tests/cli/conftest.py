@@ -22,9 +22,10 @@ from worker.ledger.tables import FEE_ENTRY
 from worker.quiltt.messages import Balance
 from worker.rules.job import Job
 from worker.rules.pricing import EntryState, Price
-from worker.rules.states import PaymentState, RefreshState
+from worker.rules.states import PaymentEvent, PaymentState, RefreshState
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+EVENT_TO = {PaymentState.RELEASED: PaymentEvent.FUNDS_SUFFICIENT, PaymentState.FAILED: PaymentEvent.EXPIRED}
 DIME = Price(per_call=Decimal("0.100000"), currency="USD", price_list="2026-11-22")
 
 
@@ -47,7 +48,8 @@ class LedgerBuilder:
         delivered = fields.pop("delivered", True)
         resolution: dict[str, Any] = {"outcome": {"reason": fields.get("reason"), "detail": "the detail"}, **fields}
         with transaction(self.engine) as tx:
-            payments.resolve(tx, [Resolution(payment_id=payment_id, state=state, resolved_at=at, **resolution)])
+            resolved = Resolution(payment_id=payment_id, event=EVENT_TO[state], resolved_at=at, **resolution)
+            payments.resolve(tx, [resolved], at)
             if delivered:
                 outcome_deliveries.mark_delivered(tx, {f"task-{payment_id}": at + timedelta(seconds=1)})
 

@@ -183,7 +183,7 @@ def test_reconcile_prints_matches_and_differences(run: Run, tmp_path: Path) -> N
     assert "1 unmatched line: not in the ledger" in output
     assert "1 unmatched call: not on the invoice" in output
     assert "--apply would post 1 pending call and void 0" in output
-    assert len(json.loads(run("fees", "unresolved", "--json").output)) == 1
+    assert len(json.loads(run("fees", "pending", "--json").output)) == 1
 
 
 def test_applied_invoice_posts_and_voids_pending_calls_once(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_applied_invoice_posts_and_voids_pending_calls_once(run: Run, history: L
     assert (posted["line"], posted["number"], posted["amount"], posted["period"]) == (3, "2", "0.12", "2026-11")
     assert (void["line"], void["name"]) == (None, "invoice.csv")
     assert posted["digest"] == void["digest"]
-    assert json.loads(run("fees", "unresolved", "--json").output) == []
+    assert json.loads(run("fees", "pending", "--json").output) == []
     assert "0.30 USD posted" in run("fees", "statement", "--month", "2026-11").output
 
 

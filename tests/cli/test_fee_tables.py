@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from cli import fee_tables, render
 from tests.cli.conftest import NOON
-from worker.ledger.fee_calls import UnresolvedCall
+from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
 from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
@@ -82,12 +82,12 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 48, 60, 80])
-def test_share_and_unresolved_tables_show_amounts_uncut(width: int) -> None:
+def test_share_and_pending_tables_show_amounts_uncut(width: int) -> None:
     """Amounts, counts, states and times do not wrap; names do."""
     share = _share(payment_id=PAYMENT, account_id=LONG, shared_by=12, state="pending")
     output = printed(fee_tables.limited_share_table([share], "Calls"), width)
     assert {"1234567.654321", "98765.432109", "12", "pending"} <= set(output.split())
-    call = UnresolvedCall(
+    call = PendingCall(
         call_id="call_" + "0" * 32,
         account_id=LONG,
         refresh_id="ref_1",
@@ -96,7 +96,7 @@ def test_share_and_unresolved_tables_show_amounts_uncut(width: int) -> None:
         currency="USD",
         last_error="result unknown: timeout",
     )
-    output = printed(fee_tables.limited_unresolved_table([call], "Calls"), width)
+    output = printed(fee_tables.limited_pending_table([call], "Calls"), width)
     assert {"1234567.654321", "2026-11-22", "12:00:00Z", "USD"} <= set(output.split())
     assert "…" not in output
 

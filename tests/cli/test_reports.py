@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tests.cli.conftest import DIME, NOON, LedgerBuilder
-from worker.ledger import fee_calls, fee_statement, payment_report
+from worker.ledger import fee_calls, fee_statement, payment_report, payments
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.tables import PAYMENT
+from worker.rules.job import Job
 from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
 
@@ -248,13 +249,13 @@ def test_refresh_with_calls_in_two_months_is_shared_once(
     assert len(saved) == (1 if shares[f"p0_{mark}"].total else 0)
 
 
-def test_unresolved_calls_are_listed_oldest_first(history: LedgerBuilder) -> None:
-    """A call is unresolved if it has been pending since the given time."""
+def test_pending_calls_are_listed_oldest_first(history: LedgerBuilder) -> None:
+    """They were made before the given time."""
     history.call("ref_later", "acct_d", None, NOON + timedelta(hours=5))
     with read_snapshot(history.engine) as tx:
-        early = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=1))
-        both = fee_calls.unresolved_calls(tx, NOON + timedelta(hours=6))
-        assert fee_calls.unresolved_calls(tx, NOON) == []
+        early = fee_calls.pending_calls(tx, NOON + timedelta(hours=1))
+        both = fee_calls.pending_calls(tx, NOON + timedelta(hours=6))
+        assert fee_calls.pending_calls(tx, NOON) == []
     assert [(call.account_id, call.price) for call in early] == [("acct_a", DIME.per_call)]
     assert [call.account_id for call in both] == ["acct_a", "acct_d"]
 
@@ -266,10 +267,20 @@ def test_calls_are_counted_by_account_and_state(history: LedgerBuilder) -> None:
     assert calls == {"acct_a": {EntryState.POSTED: 1, EntryState.PENDING: 1}, "acct_c": {EntryState.POSTED: 1}}
 
 
+def test_all_payments_with_the_given_ids_are_found(ledger: LedgerBuilder) -> None:
+    """They are more than a list has by default. Unknown ids are ignored."""
+    ids = [f"pay_{number:03}" for number in range(101)]
+    with transaction(ledger.engine) as tx:
+        payments.insert_payments(tx, [Job(payment_id=payment_id, account_id="acct_a") for payment_id in ids], NOON)
+        found = payment_report.find_payments(tx, [*ids[::-1], "pay_unknown"])
+        assert len(payment_report.list_payments(tx)) == 100
+    assert [line.payment_id for line in found] == ids[::-1]
+
+
 def test_reports_of_an_empty_ledger_are_empty(ledger: LedgerBuilder) -> None:
     with read_snapshot(ledger.engine) as tx:
         assert payment_report.list_payments(tx) == []
-        assert payment_report.list_payments(tx, payment_ids=[]) == []
+        assert payment_report.find_payments(tx, []) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
 

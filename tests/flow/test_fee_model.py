@@ -130,7 +130,7 @@ def _resolve_by_invoice_and_assert_equal_sums(payready: InProcessSystem, provide
         for row, (account, at) in enumerate(provider.accepted)
     ]
     with transaction(payready.engine) as tx:
-        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
+        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period, ())
         evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
         invoices.apply_invoice_to_pending_calls(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")

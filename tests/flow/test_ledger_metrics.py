@@ -96,7 +96,7 @@ def test_outcomes_are_counted_by_the_hour_after_a_long_pause(payready: InProcess
 def test_outcomes_and_fees_are_counted_once_after_the_write_lag(
     payready: InProcessSystem, exported: ReadMetric
 ) -> None:
-    """Repeated scrapes change nothing. A call is unresolved until it is posted or void."""
+    """Repeated scrapes change nothing. A call is pending until it is posted or void."""
     exported("payready_outcomes_total")
     payready.initiate("pay_1", "acct_a")
     payready.provider.script["acct_b"] = [CallResultUnknown("lost")]
@@ -112,17 +112,17 @@ def test_outcomes_and_fees_are_counted_once_after_the_write_lag(
         assert exported("payready_outcomes_total", "released", "none") == 1
         assert exported("payready_fee_entries_total", "posted", "USD") == 1
         assert exported("payready_fees_total", "posted", "USD") == 0.1
-    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (1, 0.1)
+    assert (exported("payready_pending_calls"), exported("payready_pending_fees", "USD")) == (1, 0.1)
     new_collector = LedgerCollector(payready.rt)
-    assert {f.name: f.values for f in new_collector()}["payready_unresolved_calls"] == {(): 1}, (
+    assert {f.name: f.values for f in new_collector()}["payready_pending_calls"] == {(): 1}, (
         "a new collector counts it, too"
     )
     payready.balance("acct_b")
     payready.run_tasks()
     payready.clock.advance(WRITE_LAG.total_seconds())
-    assert (exported("payready_unresolved_calls"), exported("payready_unresolved_fees", "USD")) == (0, 0)
+    assert (exported("payready_pending_calls"), exported("payready_pending_fees", "USD")) == (0, 0)
     assert exported("payready_fees_total", "posted", "USD") == 0.2
-    assert {f.name: f.values for f in new_collector()}["payready_unresolved_calls"] == {(): 0}
+    assert {f.name: f.values for f in new_collector()}["payready_pending_calls"] == {(): 0}
 
 
 def test_undelivered_and_unapplied_are_exported_with_their_age(payready: InProcessSystem, exported: ReadMetric) -> None:

@@ -34,7 +34,10 @@ JOB = parse_job({"payment_id": "p1", "account_id": "acct_1", "metadata": {"text"
 
 @pytest.mark.parametrize("content", ["", "\x00 \ud800"], ids=["plain", "not convertible from JSON"])
 def test_bulk_update_changes_rows_with_expected_old_values(engine: Engine, content: str) -> None:
-    """Other rows stay as they are, missing rows are ignored, and values of every type are stored exactly."""
+    """Their keys are returned. Other rows stay as they are, and missing rows are ignored.
+
+    Values of every type are stored exactly.
+    """
     names = ["p1", "p2", "p3"]
     jobs = [JOB.model_copy(update={"payment_id": name, "amount": Decimal("0.10")}) for name in names]
     with transaction(engine) as tx:
@@ -52,13 +55,13 @@ def test_bulk_update_changes_rows_with_expected_old_values(engine: Engine, conte
             {"payment_id": "p9", **values, **new},
             {"payment_id": "p1", **values, **new},
         ]
-        bulk_update(tx, PAYMENT, rows, key="payment_id")
+        assert bulk_update(tx, PAYMENT, rows, key="payment_id") == {"p1"}
     with transaction(engine) as tx:
         found = {row.payment_id: row for row in tx.execute(select(PAYMENT))}
         assert [found[name].state for name in names] == ["released", "waiting", "waiting"]
         assert found["p1"].outcome == values["outcome"]
         assert (found["p1"].resolved_at, str(found["p1"].amount), found["p1"].reused) == (START, "0.30", True)
-        bulk_update(tx, PAYMENT, [], key="payment_id")
+        assert bulk_update(tx, PAYMENT, [], key="payment_id") == set()
 
 
 def test_exception_rolls_back_transaction(engine: Engine) -> None:

@@ -11,7 +11,7 @@ from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import parse_job
-from worker.rules.states import PaymentState
+from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 
 
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
@@ -27,20 +27,36 @@ def register(tx: Tx, payment_id: str, task_id: str) -> None:
     outcome_deliveries.register_deliveries(tx, [task])
 
 
-def resolution(payment_id: str, state: PaymentState) -> Resolution:
-    """Return a resolution with this state."""
-    outcome = {"payment_id": payment_id, "state": state.value}
-    return Resolution(payment_id=payment_id, state=state, outcome=outcome, resolved_at=START)
+def resolution(payment_id: str, event: PaymentEvent = PaymentEvent.FUNDS_SUFFICIENT) -> Resolution:
+    """Return a resolution by this event."""
+    return Resolution(payment_id=payment_id, event=event, outcome={"event": event.value}, resolved_at=START)
 
 
-def test_second_resolution_changes_nothing(engine: Engine) -> None:
+@pytest.mark.parametrize("event", PaymentEvent)
+def test_payment_gets_the_state_of_the_transition_table(engine: Engine, event: PaymentEvent) -> None:
+    with transaction(engine) as tx:
+        record(tx, "p1")
+        [due] = payments.resolve(tx, [resolution("p1", event)], START)
+        [stored] = payments.lock_payments_with_registered_tasks(tx, ["p1"], []).values()
+    assert due.state == stored.state == PAYMENT_TRANSITIONS[PaymentState.WAITING, event]
+
+
+def test_second_resolution_changes_and_delivers_nothing(engine: Engine) -> None:
     """The update is conditional on the state, so it is safe even without a row lock."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        payments.resolve(tx, [resolution("p1", PaymentState.RELEASED)])
-        payments.resolve(tx, [resolution("p1", PaymentState.FAILED)])
-        [due] = outcome_deliveries.claim_overdue(tx, START + outcome_deliveries.REDELIVER_AFTER, 10)
-    assert (due.state, due.outcome["state"]) == (PaymentState.RELEASED, "released")
+        record(tx, "p2")
+        assert len(payments.resolve(tx, [resolution("p1")], START)) == 1
+        second = [resolution(payment_id, PaymentEvent.EXPIRED) for payment_id in ("p1", "p2")]
+        late = START + timedelta(seconds=1)
+        assert [due.task_id for due in payments.resolve(tx, second, late)] == ["task_p2"]
+        [first, other] = outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10)
+    assert (first.task_id, first.state, first.outcome["event"]) == (
+        "task_p1",
+        PaymentState.RELEASED,
+        "funds sufficient",
+    )
+    assert (other.task_id, other.state) == ("task_p2", PaymentState.FAILED)
 
 
 def test_payment_is_inserted_once(engine: Engine) -> None:
@@ -69,8 +85,8 @@ def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10) == []
-        [due] = payments.resolve(tx, [resolution("p1", PaymentState.RELEASED)])
-        assert (due.task_id, due.outcome["state"]) == ("task_p1", "released")
+        [due] = payments.resolve(tx, [resolution("p1")], START)
+        assert (due.task_id, due.state) == ("task_p1", PaymentState.RELEASED)
         assert outcome_deliveries.claim_overdue(tx, START, 10) == []
         late = START + outcome_deliveries.REDELIVER_AFTER
         assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 10)] == ["task_p1"]
@@ -118,7 +134,7 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
             record(tx, f"p{n}", profile_id=f"p_{n}")
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
-        payments.lock_affected(tx, updates)
+        payments.lock_payments_of_updates(tx, updates)
         unlocked = payments.lock_due(other, START + timedelta(days=1), 100)
         assert [waiting.payment_id for waiting in unlocked] == ["other"]
 
@@ -128,7 +144,7 @@ def test_delivery_claimed_by_sweep_is_not_claimed_by_task(engine: Engine) -> Non
     with transaction(engine) as tx:
         record(tx, "p1")
         record(tx, "p2")
-        payments.resolve(tx, [resolution(payment_id, PaymentState.RELEASED) for payment_id in ("p1", "p2")])
+        payments.resolve(tx, [resolution(payment_id) for payment_id in ("p1", "p2")], START)
         late = START + outcome_deliveries.REDELIVER_AFTER
         assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 1)] == ["task_p1"]
         assert [

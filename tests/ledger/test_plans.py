@@ -17,7 +17,7 @@ from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transac
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
 from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
-from worker.rules.states import PaymentState, RefreshEvent, RefreshState
+from worker.rules.states import PaymentEvent, RefreshEvent, RefreshState
 
 PAST, NOW, A = 4000, 40, "acct_7"
 """Number of resolved payments, number of waiting payments, and an account that has some of both."""
@@ -183,8 +183,8 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: metrics_queries.fee_entries_between(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
-    "unresolved calls": (
-        lambda tx: metrics_queries.unresolved_entries(tx, END - timedelta(seconds=60), END),
+    "pending calls": (
+        lambda tx: metrics_queries.pending_entries(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
     ),
     "due balances": (lambda tx: balances.claim_overdue_unapplied(tx, END, 500), {"balance_due_at"}),
@@ -223,9 +223,10 @@ BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
         lambda tx: payments.resolve(
             tx,
             [
-                Resolution(payment_id=payment_id, state=PaymentState.FAILED, outcome={}, resolved_at=END)
+                Resolution(payment_id=payment_id, event=PaymentEvent.EXPIRED, outcome={}, resolved_at=END)
                 for payment_id in NEXT_CHECKS
             ],
+            END,
         ),
         "payment_pkey",
     ),

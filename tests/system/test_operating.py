@@ -91,7 +91,7 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
     assert production.metric("refresh", 'payready_provider_response_seconds_count{status="202"}') >= 1
     assert production.metric("web", "payready_balance_to_resolution_seconds_count") == 1
     assert production.metric("web", "payready_call_to_balance_seconds_count") == 1
-    assert eventually(lambda: production.metric("beat", 'payready_waiting_payments{call="accepted"}'))
+    assert eventually(lambda: production.metric("beat", 'payready_waiting_payments{refresh="accepted"}'))
     assert production.metric("beat", "payready_database_up") == production.metric("beat", "payready_broker_up") == 1
     assert all(responds(production.url(role, "readyz")) for role in ROLES)
 

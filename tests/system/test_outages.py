@@ -133,7 +133,7 @@ def assert_ledger_equals_provider_log(running: System) -> None:
         since=now - timedelta(hours=1), until=now + timedelta(hours=1), tolerance=timedelta(seconds=5)
     )
     with transaction(running.engine) as tx:
-        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period)
+        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period, ())
         assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
         assert found.to_post, "no call was pending, so the faults had no effect"

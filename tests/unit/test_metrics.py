@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from webhook import signature
 from worker import errors, metrics
 from worker.correlation.admission import Denied
-from worker.ledger.metrics_queries import NO_CALL
+from worker.ledger.metrics_queries import NO_REFRESH
 from worker.metrics_server import start_metrics_server
 from worker.rules.fee_caps import CapKind
 from worker.rules.pricing import EntryState
@@ -36,7 +36,7 @@ def subclasses(error: type[Any]) -> Iterable[type[Any]]:
 @pytest.mark.parametrize(
     ("name", "label", "values"),
     [
-        ("payready_waiting_payments", "call", {NO_CALL, *ACTIVE_STATES, RefreshState.UNANSWERED}),
+        ("payready_waiting_payments", "refresh", {NO_REFRESH, *ACTIVE_STATES, RefreshState.UNANSWERED}),
         ("payready_fee_caps_reached_total", "cap", set(CapKind)),
         ("payready_fee_cap_warnings_total", "cap", set(CapKind)),
         ("payready_fee_cap_used_ratio", "cap", {CapKind.DAY, CapKind.MONTH}),

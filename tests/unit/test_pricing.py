@@ -12,9 +12,9 @@ from worker.rules.pricing import (
     FEE_UNIT,
     EntryState,
     PriceListError,
+    fee_total_without_void,
     parse_price_list,
     split_share,
-    total_without_void_and_state,
 )
 
 totals = st.decimals(min_value=0, max_value=Decimal("1e9"), places=6)
@@ -133,5 +133,5 @@ def test_shipped_price_list_has_a_price_for_every_mode() -> None:
 )
 def test_refresh_cost_is_pending_while_a_call_is_pending(calls: dict[str, str], expected: tuple[str, str]) -> None:
     """Void calls cost nothing; one pending call makes the total pending."""
-    total, state = total_without_void_and_state({EntryState(name): Decimal(price) for name, price in calls.items()})
-    assert (str(total), state) == expected
+    total = fee_total_without_void({EntryState(name): Decimal(price) for name, price in calls.items()}, "USD")
+    assert (str(total.amount), total.state, total.currency) == (*expected, "USD")

@@ -101,7 +101,7 @@ def test_reconcile_separates_matches_price_differences_and_unmatched() -> None:
     """One call is charged at its price, one at another price, one not at all, and one line has no call."""
     calls = [call("same"), call("dearer", account="acct_b"), call("uncharged", account="acct_c")]
     lines = [line(2), line(3, account="acct_b", amount=Decimal("0.12")), line(4, account="acct_d")]
-    result = reconcile(lines, calls, NOVEMBER)
+    result = reconcile(lines, calls, NOVEMBER, ())
     assert [m.call.call_id for m in result.matched] == ["same", "dearer"]
     assert [m.call.call_id for m in result.price_differences] == ["dearer"]
     assert [c.call_id for c in result.unmatched_calls] == ["uncharged"]
@@ -111,13 +111,13 @@ def test_reconcile_separates_matches_price_differences_and_unmatched() -> None:
 def test_void_call_is_matched_last_and_never_reported_as_unmatched() -> None:
     """The line charges the accepted call, not the rejected one before it."""
     calls = [call("rejected", at=NOON - timedelta(seconds=9), state=EntryState.VOID), call("accepted")]
-    result = reconcile([line(2)], calls, NOVEMBER)
+    result = reconcile([line(2)], calls, NOVEMBER, ())
     assert [m.call.call_id for m in result.matched] == ["accepted"]
     assert result.unmatched_calls == []
 
 
 def test_line_beyond_tolerance_is_not_matched() -> None:
-    result = reconcile([line(2, at=NOON + timedelta(hours=1))], [call("early")], NOVEMBER)
+    result = reconcile([line(2, at=NOON + timedelta(hours=1))], [call("early")], NOVEMBER, ())
     assert result.matched == []
     assert [charge.row for charge in result.unmatched_lines] == [2]
 
@@ -126,7 +126,7 @@ def test_line_beyond_tolerance_is_not_matched() -> None:
 def test_each_line_and_call_is_reported_exactly_once(called: list[int], charged: list[int]) -> None:
     calls = [call(f"c{i}", at=NOON + timedelta(seconds=s)) for i, s in enumerate(called)]
     lines = [line(i, at=NOON + timedelta(seconds=s)) for i, s in enumerate(charged)]
-    result = reconcile(lines, calls, replace(NOVEMBER, tolerance=timedelta(seconds=60)))
+    result = reconcile(lines, calls, replace(NOVEMBER, tolerance=timedelta(seconds=60)), ())
     call_ids = [m.call.call_id for m in result.matched] + [c.call_id for c in result.unmatched_calls]
     rows = [m.line.row for m in result.matched] + [charge.row for charge in result.unmatched_lines]
     assert sorted(call_ids) == sorted(c.call_id for c in calls)
@@ -161,7 +161,7 @@ def test_ambiguous_file_is_rejected(text: str, columns: InvoiceColumns, message:
 def test_posted_call_is_matched_before_pending_one() -> None:
     """One line for a day with a posted and a pending call: it charges the posted one."""
     calls = [call("pending", at=NOON, state=EntryState.PENDING), call("posted", at=NOON + timedelta(hours=1))]
-    result = reconcile(parse("acct_a,2026-11-22,0.10"), calls, NOVEMBER)
+    result = reconcile(parse("acct_a,2026-11-22,0.10"), calls, NOVEMBER, ())
     assert [m.call.call_id for m in result.matched] == ["posted"]
     assert [c.call_id for c in result.to_void] == ["pending"]
     assert result.to_post == []
@@ -172,7 +172,7 @@ def test_call_moves_to_another_line_so_that_both_are_matched() -> None:
     first, second = line(2, at=NOON), line(3, at=NOON + timedelta(minutes=4))
     early = call("early", at=NOON - timedelta(minutes=4), state=EntryState.PENDING)
     late = call("late", at=NOON + timedelta(minutes=1))
-    result = reconcile([first, second], [early, late], NOVEMBER)
+    result = reconcile([first, second], [early, late], NOVEMBER, ())
     assert {m.call.call_id: m.line.row for m in result.matched} == {"early": 2, "late": 3}
 
 
@@ -181,7 +181,7 @@ def test_pending_calls_near_month_boundary_are_not_voided() -> None:
     times = [NOVEMBER.since, NOVEMBER.until - timedelta(minutes=1), NOON]
     calls = [call(f"c{n}", at=at, state=EntryState.PENDING) for n, at in enumerate(times)]
     calls.append(call("december", at=NOVEMBER.until + timedelta(minutes=1), state=EntryState.PENDING))
-    result = reconcile([line(2, account="acct_b")], calls, NOVEMBER)
+    result = reconcile([line(2, account="acct_b")], calls, NOVEMBER, ())
     assert [c.call_id for c in result.unmatched_calls] == ["c0", "c2", "c1"]
     assert [c.call_id for c in result.to_void] == ["c2"]
 
@@ -190,7 +190,7 @@ def test_calls_of_own_month_are_matched_first() -> None:
     """The neighbouring month's call is posted and this month's is pending: the line charges this month's."""
     own = call("own", at=NOVEMBER.until - MINUTE, state=EntryState.PENDING)
     neighbour = call("neighbour", at=NOVEMBER.until + MINUTE)
-    result = reconcile([line(2, at=NOVEMBER.until)], [neighbour, own], NOVEMBER)
+    result = reconcile([line(2, at=NOVEMBER.until)], [neighbour, own], NOVEMBER, ())
     assert [m.call.call_id for m in result.matched] == ["own"]
 
 
@@ -198,14 +198,14 @@ def test_call_charged_by_one_month_is_not_charged_by_the_next() -> None:
     """Neither is a call that is in the other month by any clock: the line is reported without a call."""
     edge = call("edge", at=NOVEMBER.until - MINUTE)
     charge = line(2, at=NOVEMBER.until)
-    november = reconcile([charge], [edge], NOVEMBER)
+    november = reconcile([charge], [edge], NOVEMBER, ())
     assert november.matched_edge_call_ids == {"edge"}
     december = reconcile([charge], [edge], DECEMBER, [applied(NOVEMBER, november.matched_edge_call_ids)])
     assert (december.matched, december.unmatched_lines, december.unmatched_calls) == ([], [charge], [])
     deep = call("deep", at=NOVEMBER.until - 3 * MINUTE)
     precise = applied(replace(NOVEMBER, tolerance=MINUTE))
     assert reconcile([charge], [deep], DECEMBER, [precise]).matched == []
-    assert len(reconcile([charge], [deep], DECEMBER).matched) == 1
+    assert len(reconcile([charge], [deep], DECEMBER, ()).matched) == 1
 
 
 @pytest.mark.parametrize("at", [NOVEMBER.until - MINUTE, NOVEMBER.until, NOVEMBER.until + MINUTE])
@@ -236,25 +236,25 @@ def test_check_total_rejects_another_sum() -> None:
 def test_check_plausible_rejects_truncated_or_foreign_file_unless_total_matches() -> None:
     """Signs are a missing posted call with a price, and as many unmatched lines as matched ones."""
     calls = [call("early"), call("late", at=NOON + timedelta(days=3))]
-    truncated = reconcile([line(2)], calls, NOVEMBER)
+    truncated = reconcile([line(2)], calls, NOVEMBER, ())
     with pytest.raises(
         InvoiceError, match=r"1 accepted calls are missing from the invoice, the last made at 2026-11-25"
     ):
         check_plausible(truncated, total_matches=False)
-    repeated = reconcile([line(2), line(3)], calls[:1], NOVEMBER)
+    repeated = reconcile([line(2), line(3)], calls[:1], NOVEMBER, ())
     with pytest.raises(InvoiceError, match="only 1 of the 2 lines"):
         check_plausible(repeated, total_matches=False)
     free = replace(calls[1], price=Decimal(0))
     edge = call("edge", at=NOVEMBER.until - MINUTE)
-    check_plausible(reconcile([line(2)], [calls[0], free, edge], NOVEMBER), total_matches=False)
+    check_plausible(reconcile([line(2)], [calls[0], free, edge], NOVEMBER, ()), total_matches=False)
     for result in (truncated, repeated):
         check_plausible(result, total_matches=True)
     with pytest.raises(InvoiceError, match="none of the 1 lines"):
-        check_plausible(reconcile([line(2)], [], NOVEMBER), total_matches=True)
+        check_plausible(reconcile([line(2)], [], NOVEMBER, ()), total_matches=True)
 
 
 def test_charge_for_void_call_is_matched_and_not_posted() -> None:
-    result = reconcile([line(2)], [call("rejected", state=EntryState.VOID)], NOVEMBER)
+    result = reconcile([line(2)], [call("rejected", state=EntryState.VOID)], NOVEMBER, ())
     assert [m.call.call_id for m in result.charged_though_void] == ["rejected"]
     assert (result.to_post, result.unmatched_lines) == ([], [])
 
@@ -270,7 +270,7 @@ def test_matching_is_maximum_for_posted_then_pending_then_all_calls(
     period = replace(NOVEMBER, tolerance=timedelta(seconds=60))
     calls = [call(f"c{i}", at=NOON + timedelta(seconds=s), state=state) for i, (s, state) in enumerate(called)]
     lines = [line(i, at=NOON + timedelta(seconds=s)) for i, s in enumerate(charged)]
-    result = reconcile(lines, calls, period)
+    result = reconcile(lines, calls, period, ())
     posted = [c for c in calls if c.state == EntryState.POSTED]
     assert _count_matched(result, {EntryState.POSTED}) == _maximum(posted, lines)
     not_void = [c for c in calls if c.state != EntryState.VOID]

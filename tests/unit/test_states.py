@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.errors import FailureReason
 from worker.rules import states
 from worker.rules.states import (
     ACTIVE_STATES,
+    EVENT_OF_FAILURE,
     IN_FLIGHT_STATES,
     PAYMENT_TRANSITIONS,
     REFRESH_TRANSITIONS,
@@ -96,6 +98,13 @@ def test_first_event_resolves_a_payment(events: list[PaymentEvent]) -> None:
             state, changes = new, changes + 1
     assert changes == min(len(events), 1)
     assert state == (PAYMENT_TRANSITIONS[P.WAITING, events[0]] if events else P.WAITING)
+
+
+def test_every_failure_reason_has_an_event_that_fails_a_waiting_payment() -> None:
+    """Except `conflict`, which rejects a job. The other event is the one that releases."""
+    assert set(EVENT_OF_FAILURE) == set(FailureReason) - {FailureReason.CONFLICT}
+    assert {*EVENT_OF_FAILURE.values(), PaymentEvent.FUNDS_SUFFICIENT} == set(PaymentEvent)
+    assert {PAYMENT_TRANSITIONS[P.WAITING, event] for event in EVENT_OF_FAILURE.values()} == {P.FAILED}
 
 
 @given(events=st.lists(st.sampled_from(RefreshEvent), max_size=40))

@@ -12,7 +12,7 @@ from worker.ledger.balances import BalanceRecord
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord, new_refresh
 from worker.rules import states
-from worker.rules.states import RefreshState
+from worker.rules.states import REFRESH_TRANSITIONS, RefreshEvent, RefreshState
 from worker.rules.times import utc_text
 
 
@@ -205,7 +205,7 @@ def _claimed(inputs: ClaimInputs, now: datetime, max_call_duration: timedelta) -
     refresh = inputs.refresh or new_refresh(inputs.account_id, inputs.refresh_id, now)
     return replace(
         refresh,
-        state=RefreshState.CALLING,
+        state=REFRESH_TRANSITIONS[refresh.state, RefreshEvent.CLAIM],
         call_count=refresh.call_count + 1,
         called_at=refresh.called_at or max(now, _min_called_at(inputs.account.waiting)),
         claimed_at=now,

@@ -362,4 +362,4 @@ def _delay_call_and_fail_payments(tx: Tx, refresh: RefreshRecord, delay: DelayOr
         failed_resolution(payment, FailureReason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
     ]
     refreshes.delay_if_unchanged(tx, refresh, delay.denied.until, delay.last_error)
-    return FollowUp(deliveries=payments.resolve(tx, resolutions))
+    return FollowUp(deliveries=payments.resolve(tx, resolutions, now))

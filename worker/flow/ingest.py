@@ -83,7 +83,7 @@ def _store_all_and_try_apply_first_by_account(rt: Runtime, records: Sequence[Bal
 
 def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
     """Apply connection updates in the order in which they occurred."""
-    payments.lock_affected(tx, updates)
+    payments.lock_payments_of_updates(tx, updates)
     follow_up = FollowUp()
     for update in sorted(updates, key=lambda update: update.at):
         if isinstance(update, AccountMoved):

@@ -86,7 +86,7 @@ def _expire_unless_balance_unapplied(
     unapplied = balances.unapplied_by_account(tx, sorted(in_extension)) if in_extension else {}
     expired = [payment for payment in overdue if payment.account_id not in unapplied]
     deliveries = payments.resolve(
-        tx, [_timeout_or_last_error_resolution(payment, serving[payment.payment_id], now) for payment in expired]
+        tx, [_timeout_or_last_error_resolution(payment, serving[payment.payment_id], now) for payment in expired], now
     )
     next_check = now + MAINTENANCE_INTERVAL
     payments.set_next_checks(

@@ -48,4 +48,4 @@ def _fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAcco
                 resolutions.append(
                     failed_resolution(payment, found.reason, found.detail, now, refresh_id_if_called(refresh))
                 )
-        return FollowUp(deliveries=payments.resolve(tx, resolutions))
+        return FollowUp(deliveries=payments.resolve(tx, resolutions, now))

@@ -170,7 +170,7 @@ def _persist_answers_fees_and_resolutions(
     )
     posted = [decision.posted for decision in decisions if decision.posted is not None]
     fee_entries.post_or_void(tx, posted, now)
-    return payments.resolve(tx, [resolution for decision in decisions for resolution in decision.resolutions])
+    return payments.resolve(tx, [resolution for decision in decisions for resolution in decision.resolutions], now)
 
 
 # --- payments that fail without a balance -----------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def fail_payments_with_fee_share(
         failed_resolution(payment, reason, detail, now, refresh_id_if_called(serving[payment.payment_id]))
         for payment in waiting
     ]
-    return payments.resolve(tx, resolutions)
+    return payments.resolve(tx, resolutions, now)
 
 
 def reject_refresh_and_fail_payments(
@@ -202,6 +202,6 @@ def reject_refresh_and_fail_payments(
         return FollowUp()  # the refresh has changed since it was loaded, for instance because a balance answered it
     waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).get(refresh.account_id, [])
     resolutions = [failed_resolution(payment, reason, detail, now, refresh.refresh_id) for payment in waiting]
-    deliveries = payments.resolve(tx, resolutions)
+    deliveries = payments.resolve(tx, resolutions, now)
     best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
     return FollowUp(deliveries=deliveries, calls=queued_call(tx, refresh.account_id))

@@ -18,8 +18,8 @@ from worker.ledger.refreshes import RefreshRecord
 from worker.rules import funds, states
 from worker.rules.funds import Funds, FundsCheckResult
 from worker.rules.job import FeeShare, OutcomeBalance, ReleasedOutcome, Verdict
-from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
-from worker.rules.states import PaymentState, RefreshState
+from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
+from worker.rules.states import EVENT_OF_FAILURE, PaymentEvent, PaymentState, RefreshState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,6 @@ class BalanceDecision:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeeTotal:
-    """Sum of the fees of a refresh's calls, and whether the provider bills it."""
-
-    amount: Decimal
-    currency: str
-    state: EntryState
-
-
-@dataclass(frozen=True, kw_only=True)
 class SharedFee:
     """A payment's fee share, and the number of payments that share the fee. 0 if the balance was reused."""
 
@@ -102,7 +93,7 @@ def failed_resolution(
     """Return the resolution of a payment that fails. `refresh_id` is the refresh whose fee it shares."""
     return Resolution(
         payment_id=waiting.payment_id,
-        state=PaymentState.FAILED,
+        event=EVENT_OF_FAILURE[reason],
         outcome={"payment_id": waiting.payment_id, "reason": reason.value, "detail": detail},
         resolved_at=now,
         reason=reason.value,
@@ -256,7 +247,7 @@ def _released(
     )
     return Resolution(
         payment_id=payment.payment_id,
-        state=PaymentState.RELEASED,
+        event=PaymentEvent.FUNDS_SUFFICIENT,
         outcome=outcome.model_dump(mode="json"),
         resolved_at=now,
         refresh_id=refresh_id,
@@ -322,5 +313,4 @@ def _fee_total_in_last_currency(calls: Sequence[CallEntry]) -> FeeTotal:
     for call in calls:
         if call.currency == currency:
             sums[call.state] = sums.get(call.state, Decimal(0)) + call.price
-    amount, state = total_without_void_and_state(sums)
-    return FeeTotal(amount=amount, currency=currency, state=state)
+    return fee_total_without_void(sums, currency)

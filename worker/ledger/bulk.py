@@ -15,7 +15,6 @@ from sqlalchemy import (
     ARRAY,
     Column,
     ColumnElement,
-    Dialect,
     Table,
     Text,
     TextClause,
@@ -29,7 +28,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from worker.ledger.tables import NAIVE_TIME_ERROR
+from worker.ledger.tables import NAIVE_TIME_ERROR, postgresql_type
 
 
 class _AnyOf(FunctionElement[bool]):
@@ -91,18 +90,25 @@ def _insert_or_ignore_from_json(table: Table, columns: tuple[str, ...], returnin
     )
 
 
-def bulk_update(tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], *, key: str) -> None:
+def bulk_update(tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
     """Update the row with the `key` of each given row, if its columns still have the expected old values.
 
-    A value named `was_x` is the expected old value of the column x. All rows must have the same names.
+    Return the `key` values of the updated rows. A value named `was_x` is the expected old value of the column x. All
+    rows must have the same names.
     """
     if not new_and_expected_values:
-        return
+        return set()
     if tx.dialect.name == "postgresql":
         rows_json = json.dumps(new_and_expected_values, default=_json_value)
         if not _UNSAFE_IN_JSON.search(rows_json):
-            tx.execute(_update_from_json(table, tuple(new_and_expected_values[0]), key), {"rows": rows_json})
-            return
+            statement = _update_from_json(table, tuple(new_and_expected_values[0]), key)
+            return set(tx.scalars(statement, {"rows": rows_json}))
+    return _update_one_by_one(tx, table, new_and_expected_values, key)
+
+
+def _update_one_by_one(
+    tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], key: str
+) -> set[Any]:
     new = {
         name: bindparam(f"new_{name}", type_=_column_of_parameter(table, name).type)
         for name in new_and_expected_values[0]
@@ -114,11 +120,14 @@ def bulk_update(tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[
     ]
     values = {name: value for name, value in new.items() if name != key and not name.startswith(_OLD_VALUE_PREFIX)}
     statement = update(table).where(table.c[key] == new[key], *unchanged).values(values)
-    tx.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in new_and_expected_values])
+    return {
+        row[key]
+        for row in new_and_expected_values
+        if tx.execute(statement, {f"new_{name}": value for name, value in row.items()}).rowcount
+    }
 
 
 _OLD_VALUE_PREFIX = "was_"
-_POSTGRESQL_DIALECT: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
 def _column_of_parameter(table: Table, name: str) -> Column[Any]:
@@ -142,13 +151,12 @@ def _update_from_json(table: Table, new_and_expected_names: tuple[str, ...], key
         f' AND old."{_column_of_parameter(table, name).name}" IS NOT DISTINCT FROM new."{name}"' for name in old_values
     ]
     types = ", ".join(
-        f'"{name}" {_column_of_parameter(table, name).type.compile(_POSTGRESQL_DIALECT)}'
-        for name in new_and_expected_names
+        f'"{name}" {postgresql_type(_column_of_parameter(table, name))}' for name in new_and_expected_names
     )
     return text(
         f"UPDATE {table.name} AS old SET {values} "  # noqa: S608 - as above
         f"FROM json_to_recordset(CAST(:rows AS json)) AS new ({types}) "
-        f'WHERE old."{key}" = new."{key}"{"".join(unchanged)}'
+        f'WHERE old."{key}" = new."{key}"{"".join(unchanged)} RETURNING old."{key}"'
     )
 
 

@@ -34,7 +34,7 @@ def raise_limits_for_report(tx: Tx) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnresolvedCall:
+class PendingCall:
     """A call that is neither posted nor void."""
 
     call_id: str
@@ -47,7 +47,7 @@ class UnresolvedCall:
     """Last error of its refresh."""
 
 
-def unresolved_calls(tx: Tx, before: datetime) -> list[UnresolvedCall]:
+def pending_calls(tx: Tx, before: datetime) -> list[PendingCall]:
     """Return the calls made before this time that are still pending, the oldest first."""
     raise_limits_for_report(tx)
     pending = PENDING_ENTRY.c
@@ -62,7 +62,7 @@ def unresolved_calls(tx: Tx, before: datetime) -> list[UnresolvedCall]:
     ).select_from(CALLS.join(REFRESH, REFRESH.c.refresh_id == pending.refresh_id))
     query = query.where(IS_PENDING_ENTRY, FINAL_ENTRY.c.state.is_(None), pending.called_at < before)
     rows = tx.execute(query.order_by(pending.called_at, pending.call_id))
-    return [UnresolvedCall(**row) for row in rows.mappings()]
+    return [PendingCall(**row) for row in rows.mappings()]
 
 
 def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:

@@ -73,9 +73,9 @@ def open_entries(tx: Tx, calls: Sequence[CallEntry]) -> None:
     bulk_insert_or_ignore(tx, FEE_ENTRY, rows, returning="call_id")
 
 
-def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> set[str]:
-    """Post or void calls. Return the ids of the calls that had no final entry before."""
-    return insert_final_rows(tx, [entry_row(final.call, final.state, final.evidence, now) for final in entries])
+def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> None:
+    """Post or void calls, except for calls that have a final entry already."""
+    insert_final_rows(tx, [entry_row(final.call, final.state, final.evidence, now) for final in entries])
 
 
 def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:

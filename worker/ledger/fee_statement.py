@@ -46,8 +46,9 @@ class Savings:
     by_sharing: Decimal = Decimal(0)
     """Fees if each sharing payment had had its own calls, minus the fees of the calls made."""
     reused: int = 0
-    """Payments that were released by a reused balance."""
+    """Payments that a reused balance resolved."""
     by_reuse: Decimal = Decimal(0)
+    """Fees if each payment that a reused balance resolved had had its own call."""
 
     def plus(self, other: "Savings") -> "Savings":
         """Return the sum of both."""

@@ -1,4 +1,4 @@
-"""Queries on invoices: post or void the calls that an invoice resolves, and remember which invoices were applied."""
+"""Queries on invoices: post or void pending calls by an invoice, and remember which invoices were applied."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Advisory locks, each until the end of the transaction. SQLite needs none: it has one writer at a time.
 
-Order of locking, so that no two transactions deadlock: accounts in the order of their keys, then the spending.
+Order of locking, so that no two transactions deadlock: accounts in the order of their keys, then the spending. The
+transaction that applies an invoice locks the invoices only.
 """
 
 import hashlib
@@ -34,14 +35,17 @@ def lock_spending(tx: Tx) -> None:
 
     Lock accounts first, never after this. Transactions that compare no cap do not take this lock.
     """
-    if tx.dialect.name == "postgresql":
-        tx.execute(select(func.pg_advisory_xact_lock(_lock_key("spending"))))
+    _lock(tx, "spending")
 
 
 def lock_invoices(tx: Tx) -> None:
     """Lock the applied invoices: the next transaction that applies an invoice sees this one's."""
+    _lock(tx, "invoices")
+
+
+def _lock(tx: Tx, name: str) -> None:
     if tx.dialect.name == "postgresql":
-        tx.execute(select(func.pg_advisory_xact_lock(_lock_key("invoices"))))
+        tx.execute(select(func.pg_advisory_xact_lock(_lock_key(name))))
 
 
 def _lock_key(name: str) -> int:

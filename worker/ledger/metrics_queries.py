@@ -3,23 +3,22 @@
 They run every few seconds, so each finds its rows by an index of few rows: waiting, due, or recently written ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, literal_column, select, text
+from sqlalchemy import func, select, text
 
 from worker.ledger.engine import Tx
 from worker.ledger.fee_calls import FINAL_ENTRY
-from worker.ledger.payments import IS_WAITING
-from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.ledger.tables import BALANCE, FEE_ENTRY, IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH, state_in
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, RefreshState
 
 payment, delivery, refresh, balance, entry = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c, FEE_ENTRY.c
-NO_CALL = NO_REASON = "none"
+NO_REFRESH = NO_REASON = "none"
 QUERY_TIMEOUT_S = 3
 """Statement timeout of metrics queries, so that they do not slow down the workers' transactions."""
 
@@ -52,8 +51,8 @@ class Backlog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeeEntryRow:
-    """A fee entry, as far as metrics need it."""
+class CountedEntry:
+    """A fee entry, as far as metrics count it."""
 
     call_id: str
     state: EntryState
@@ -70,7 +69,7 @@ def set_short_timeout(tx: Tx) -> None:
 def backlog(tx: Tx) -> Backlog:
     """Return the unfinished work as of now."""
     waiting = select(
-        _serving_or_unanswered_refresh_state().label("call"), func.count(), func.min(payment.requested_at)
+        _serving_or_unanswered_refresh_state().label("refresh"), func.count(), func.min(payment.requested_at)
     ).where(IS_WAITING)
     undelivered = (
         select(func.count(), func.min(payment.resolved_at))
@@ -79,7 +78,7 @@ def backlog(tx: Tx) -> Backlog:
     )
     return Backlog(
         waiting={
-            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("call"))
+            row[0]: CountAndOldest(count=row[1], oldest_at=row[2]) for row in tx.execute(waiting.group_by("refresh"))
         },
         first_deadline=tx.scalar(select(func.min(payment.deadline)).where(IS_WAITING)),
         undelivered=_count_and_oldest(tx, undelivered),
@@ -92,8 +91,8 @@ def backlog(tx: Tx) -> Backlog:
 def _serving_or_unanswered_refresh_state() -> Any:
     """Return the state of the account's refresh in flight, else of a requested one, else of an unanswered one."""
     conditions = (
-        (refresh.state.in_(_literals(IN_FLIGHT_STATES)),),
-        (refresh.state.in_(_literals({RefreshState.REQUESTED})),),
+        (state_in(refresh.state, IN_FLIGHT_STATES),),
+        (state_in(refresh.state, {RefreshState.REQUESTED}),),
         (refresh.state == RefreshState.UNANSWERED, refresh.called_at >= payment.min_balance_at),
     )
     states = (
@@ -104,12 +103,7 @@ def _serving_or_unanswered_refresh_state() -> Any:
         .scalar_subquery()
         for condition in conditions
     )
-    return func.coalesce(*states, NO_CALL)
-
-
-def _literals(states: Iterable[str]) -> list[Any]:
-    # Inlined: with a bind parameter PostgreSQL cannot match the partial index.
-    return [literal_column(f"'{state}'") for state in sorted(states)]
+    return func.coalesce(*states, NO_REFRESH)
 
 
 def _count_and_oldest(tx: Tx, query: Any) -> CountAndOldest:
@@ -125,16 +119,17 @@ def resolved_counts_by_state_and_reason(tx: Tx, after: datetime, until: datetime
     return {(row[0], row[1]): row[2] for row in tx.execute(query.group_by(payment.state, payment.reason))}
 
 
-def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
+def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[CountedEntry]:
     """Return the fee entries recorded after `after` up to `until`, in the order of their ids."""
     query = _FEE_ENTRY_COLUMNS.where(entry.recorded_at > after, entry.recorded_at <= until).order_by(entry.entry_id)
     return [_fee_entry(row) for row in tx.execute(query)]
 
 
-def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryRow]:
+def pending_entries(tx: Tx, after: datetime, until: datetime) -> list[CountedEntry]:
     """Return the pending entries recorded after `after` up to `until` whose call has no final entry."""
-    [pending] = _literals({EntryState.PENDING})
-    final = select(FINAL_ENTRY.c.call_id).where(FINAL_ENTRY.c.call_id == entry.call_id, FINAL_ENTRY.c.state != pending)
+    final = select(FINAL_ENTRY.c.call_id).where(
+        FINAL_ENTRY.c.call_id == entry.call_id, ~state_in(FINAL_ENTRY.c.state, {EntryState.PENDING})
+    )
     query = _FEE_ENTRY_COLUMNS.where(
         entry.recorded_at > after, entry.recorded_at <= until, entry.state == EntryState.PENDING, ~final.exists()
     )
@@ -144,8 +139,8 @@ def unresolved_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntr
 _FEE_ENTRY_COLUMNS = select(entry.call_id, entry.state, entry.price, entry.currency)
 
 
-def _fee_entry(row: Any) -> FeeEntryRow:
-    return FeeEntryRow(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
+def _fee_entry(row: Any) -> CountedEntry:
+    return CountedEntry(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
 
 
 def call_counts_by_refresh_state(tx: Tx, after: datetime, until: datetime) -> Mapping[RefreshState, int]:

@@ -4,19 +4,19 @@ Sums of money are computed as price times count in Python: SQLite has no exact n
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 
 from worker.ledger import refreshes
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.tables import BALANCE, OUTCOME_DELIVERY, PAYMENT, REFRESH
-from worker.rules.pricing import EntryState, split_share, total_without_void_and_state
+from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import PaymentState
 
 payment, delivery, refresh, balance = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c
@@ -128,15 +128,21 @@ class PaymentTimeline:
     deliveries: list[DeliveryLine]
 
 
-def list_payments(
-    tx: Tx, *, state: str | None = None, payment_ids: Sequence[str] | None = None, limit: int = 100
-) -> list[PaymentLine]:
+def list_payments(tx: Tx, *, state: str | None = None, limit: int = 100) -> list[PaymentLine]:
     """Return up to `limit` payments with their fee shares, the last requested first."""
-    query = select(PAYMENT).order_by(payment.requested_at.desc(), payment.payment_id).limit(limit)
-    if state is not None:
-        query = query.where(payment.state == state)
-    if payment_ids is not None:
-        query = query.where(payment.payment_id.in_(payment_ids))
+    query = _PAYMENTS_LAST_REQUESTED_FIRST.limit(limit)
+    return _payment_lines(tx, query if state is None else query.where(payment.state == state))
+
+
+def find_payments(tx: Tx, payment_ids: Collection[str]) -> list[PaymentLine]:
+    """Return these payments with their fee shares, the last requested first. Unknown payments are missing."""
+    return _payment_lines(tx, _PAYMENTS_LAST_REQUESTED_FIRST.where(payment.payment_id.in_(payment_ids)))
+
+
+_PAYMENTS_LAST_REQUESTED_FIRST = select(PAYMENT).order_by(payment.requested_at.desc(), payment.payment_id)
+
+
+def _payment_lines(tx: Tx, query: Select[Any]) -> list[PaymentLine]:
     rows = tx.execute(query).all()
     fees = fee_shares_by_payment(tx, {row.refresh_id for row in rows if row.refresh_id})
     return [_payment_line(row, fees) for row in rows]
@@ -157,15 +163,6 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
         reused=row.reused,
         fee=fees.get(row.payment_id),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RefreshTotal:
-    """Sum of the fees of a refresh's calls in one currency."""
-
-    amount: Decimal
-    currency: str
-    state: EntryState
 
 
 def fee_shares_by_payment(tx: Tx, refresh_ids: Iterable[str]) -> dict[str, PaymentFee]:
@@ -192,7 +189,7 @@ def fee_shares_by_payment(tx: Tx, refresh_ids: Iterable[str]) -> dict[str, Payme
     }
 
 
-def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[_RefreshTotal]]:
+def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[FeeTotal]]:
     """Return the totals by refresh. The calls of a refresh have one currency."""
     columns = (PENDING_ENTRY.c.refresh_id, PENDING_ENTRY.c.currency, PENDING_ENTRY.c.price, CALL_STATE)
     query = select(*columns, func.count().label("calls")).select_from(CALLS)
@@ -202,10 +199,9 @@ def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[_Refre
         by_state = sums.setdefault((row.refresh_id, row.currency), {})
         state = EntryState(row.state)
         by_state[state] = by_state.get(state, Decimal(0)) + row.price * row.calls
-    totals: dict[str, list[_RefreshTotal]] = {}
+    totals: dict[str, list[FeeTotal]] = {}
     for (refresh_id, currency), by_state in sums.items():
-        amount, state = total_without_void_and_state(by_state)
-        totals.setdefault(refresh_id, []).append(_RefreshTotal(amount=amount, currency=currency, state=state))
+        totals.setdefault(refresh_id, []).append(fee_total_without_void(by_state, currency))
     return totals
 
 

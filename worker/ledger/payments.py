@@ -7,15 +7,15 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
-from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
+from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, state_in
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, parse_stored_job_ignoring_unknown
-from worker.rules.states import PaymentState
+from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 FIRST_CHECK_AFTER = timedelta(seconds=5)
@@ -24,9 +24,7 @@ REQUEST_SPACING = timedelta(microseconds=1)
 """Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 IDS_PER_STATEMENT = 500
 """Maximum ids in one statement: databases limit the number of parameters."""
-# The state is a literal in the statement. With a bind parameter PostgreSQL cannot match the partial index.
-IS_WAITING = payment.state == literal_column(f"'{PaymentState.WAITING}'")
-IS_RELEASED = payment.state == literal_column(f"'{PaymentState.RELEASED}'")
+IS_RELEASED = state_in(payment.state, {PaymentState.RELEASED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +54,10 @@ class KnownPayment:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """The final state of a payment, with the columns of the row that explain it."""
+    """The event that resolves a payment, with the columns of the row that explain it."""
 
     payment_id: str
-    state: PaymentState
+    event: PaymentEvent
     outcome: dict[str, Any]
     resolved_at: datetime
     reason: str | None = None
@@ -67,6 +65,11 @@ class Resolution:
     reused: bool = False
     balance_id: str | None = None
     funds_calculation: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> PaymentState:
+        """The final state: what the event makes of a waiting payment."""
+        return PAYMENT_TRANSITIONS[PaymentState.WAITING, self.event]
 
 
 def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, WaitingPayment]:
@@ -184,30 +187,27 @@ _LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
 """The state is a bind parameter here: with a literal, PostgreSQL may scan a partial index of all waiting payments."""
 
 
-def _is_affected(lost: ConnectionLost) -> ColumnElement[bool]:
-    if lost.connection_id is not None:
-        return payment.connection_id == lost.connection_id
-    return payment.profile_id == lost.profile_id
+def lock_payments_of_updates(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
+    """Lock the waiting payments of all these connections, profiles and accounts.
 
-
-def lock_affected(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
-    """Lock the waiting payments of all these connections, profiles and accounts, in the order of every transaction.
-
-    The updates can then be applied one by one, in any order, without a deadlock.
+    They are locked in the order of their ids, as in every transaction. The updates can then be applied one by one, in
+    any order, without a deadlock.
     """
     lost = [update for update in updates if isinstance(update, ConnectionLost)]
     moved = [update for update in updates if isinstance(update, AccountMoved)]
-    ids_by_column: list[tuple[Column[Any], set[str | None]]] = [
-        (payment.connection_id, {update.connection_id for update in lost}),
-        (payment.profile_id, {update.profile_id for update in lost}),
-        (payment.account_id, {update.account_id for update in moved}),
-    ]
-    payment_ids: set[str] = set()
-    for column, ids in ids_by_column:
-        for chunk in _sorted_chunks(ids - {None}):
-            payment_ids.update(tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING)))
+    payment_ids = {
+        *_waiting_ids(tx, payment.connection_id, {update.connection_id for update in lost}),
+        *_waiting_ids(tx, payment.profile_id, {update.profile_id for update in lost}),
+        *_waiting_ids(tx, payment.account_id, {update.account_id for update in moved}),
+    }
     for chunk in _sorted_chunks(payment_ids):
         lock_waiting(tx, chunk)
+
+
+def _waiting_ids(tx: Tx, column: Column[Any], values: Iterable[str | None]) -> Iterator[str]:
+    """Yield the ids of the waiting payments with one of these values in the column. None is no value."""
+    for chunk in _sorted_chunks(value for value in values if value is not None):
+        yield from tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING))
 
 
 def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
@@ -219,7 +219,9 @@ def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
 
 def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, max_requested_at: datetime) -> list[WaitingPayment]:
     """Lock the waiting payments of a connection or profile that were requested by this time, and return them."""
-    return _lock_waiting_where(tx, _is_affected(lost) & (payment.requested_at <= max_requested_at))
+    by_connection, by_profile = payment.connection_id == lost.connection_id, payment.profile_id == lost.profile_id
+    is_affected = by_profile if lost.connection_id is None else by_connection
+    return _lock_waiting_where(tx, is_affected & (payment.requested_at <= max_requested_at))
 
 
 def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requested_at: datetime) -> None:
@@ -287,17 +289,16 @@ def balance_time_bounds_of_waiting(tx: Tx, account_id: str) -> BalanceTimeBounds
     return BalanceTimeBounds(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
 
 
-def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
-    """Resolve payments, and make their outcomes due. Return the deliveries, which the caller must dispatch.
+def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[OutcomeDelivery]:
+    """Resolve waiting payments. Return the deliveries of their outcomes, which the caller must dispatch.
 
-    The payments must be locked and waiting.
+    A payment that another transaction has resolved keeps its outcome, and gets no delivery. Maintenance repeats a
+    delivery that is not marked as delivered `REDELIVER_AFTER` from now.
     """
     if not resolutions:
         return []
-    rows = [{**vars(resolution), "was_state": PaymentState.WAITING} for resolution in resolutions]
-    bulk_update(tx, PAYMENT, rows, key="payment_id")
-    resolved = {resolution.payment_id: resolution for resolution in resolutions}
-    due_at = resolutions[0].resolved_at + REDELIVER_AFTER
+    updated = bulk_update(tx, PAYMENT, [_resolved_row(resolution) for resolution in resolutions], key="payment_id")
+    resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
     return [
         OutcomeDelivery(
             task_id=row.task_id,
@@ -305,8 +306,13 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution]) -> list[OutcomeDelivery]:
             state=resolved[row.payment_id].state,
             outcome=resolved[row.payment_id].outcome,
         )
-        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": due_at})
+        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": now + REDELIVER_AFTER})
     ]
+
+
+def _resolved_row(resolution: Resolution) -> dict[str, Any]:
+    columns = {name: value for name, value in vars(resolution).items() if name != "event"}
+    return {**columns, "state": resolution.state, "was_state": PaymentState.WAITING}
 
 
 def released_amounts_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:

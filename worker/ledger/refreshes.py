@@ -10,7 +10,6 @@ from sqlalchemy import (
     ScalarSelect,
     and_,
     func,
-    literal_column,
     or_,
     select,
     update,
@@ -18,11 +17,10 @@ from sqlalchemy import (
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
-from worker.ledger.tables import PAYMENT, REFRESH
+from worker.ledger.tables import IS_WAITING, PAYMENT, REFRESH, state_in
 from worker.rules.states import (
     IN_FLIGHT_STATES,
     REFRESH_TRANSITIONS,
-    PaymentState,
     RefreshEvent,
     RefreshState,
     next_state,
@@ -58,14 +56,10 @@ def new_refresh(account_id: str, refresh_id: str, due_at: datetime) -> RefreshRe
     return RefreshRecord(refresh_id=refresh_id, account_id=account_id, state=RefreshState.REQUESTED, due_at=due_at)
 
 
-def _state_in(states: Iterable[RefreshState]) -> ColumnElement[bool]:
-    # Inline the states as literals. With bind parameters PostgreSQL cannot match the partial indexes.
-    return refresh.state.in_([literal_column(f"'{state}'") for state in sorted(states)])
-
-
-IS_IN_FLIGHT = _state_in(IN_FLIGHT_STATES)
-CAN_BE_ANSWERED = _state_in(
-    [state for state in RefreshState if next_state(REFRESH_TRANSITIONS, state, RefreshEvent.BALANCE_RECEIVED)]
+IS_IN_FLIGHT = state_in(refresh.state, IN_FLIGHT_STATES)
+CAN_BE_ANSWERED = state_in(
+    refresh.state,
+    [state for state in RefreshState if next_state(REFRESH_TRANSITIONS, state, RefreshEvent.BALANCE_RECEIVED)],
 )
 BY_CALL_TIME = refresh.called_at.asc().nulls_last()  # PostgreSQL and SQLite sort NULL differently by default
 _SELECT_REFRESHES = select(*(refresh[field.name] for field in fields(RefreshRecord)))
@@ -119,8 +113,8 @@ def find_answerable_or_requested(tx: Tx, account_ids: Collection[str]) -> list[R
 _AWAITING_BALANCE = _SELECT_REFRESHES.where(
     any_of(refresh.account_id, "account_ids"),
     (CAN_BE_ANSWERED & refresh.called_at.is_not(None))
-    | _state_in([RefreshState.REQUESTED])
-    | (_state_in([RefreshState.ANSWERED]) & (refresh.call_count > 1)),
+    | state_in(refresh.state, {RefreshState.REQUESTED})
+    | (state_in(refresh.state, {RefreshState.ANSWERED}) & (refresh.call_count > 1)),
 ).order_by(refresh.called_at.desc().nulls_last())
 
 
@@ -148,9 +142,8 @@ def callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: i
 
 
 def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime]:
-    is_waiting = PAYMENT.c.state == literal_column(f"'{PaymentState.WAITING}'")  # a literal, as in the partial index
     of_account = PAYMENT.c.account_id == refresh.account_id
-    nearest = select(func.min(PAYMENT.c.deadline)).where(of_account, is_waiting, *conditions)
+    nearest = select(func.min(PAYMENT.c.deadline)).where(of_account, IS_WAITING, *conditions)
     return nearest.correlate(REFRESH).scalar_subquery()
 
 
@@ -184,10 +177,10 @@ def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datet
 
 def transition_all_and_clear_errors(
     tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]
-) -> None:
+) -> set[str]:
     """Apply `event` to refreshes that allow it, each with its new `due_at`, and clear their last errors.
 
-    Refreshes that changed since the caller read them are not updated.
+    Return the ids of the updated refreshes: those that did not change since the caller read them.
     """
     rows = [
         {
@@ -201,7 +194,7 @@ def transition_all_and_clear_errors(
         for record, due_at in transitions
         if (state := next_state(REFRESH_TRANSITIONS, record.state, event))
     ]
-    bulk_update(tx, REFRESH, rows, key="refresh_id")
+    return bulk_update(tx, REFRESH, rows, key="refresh_id")
 
 
 def reschedule_if_unchanged(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:

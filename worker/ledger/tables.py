@@ -4,6 +4,7 @@ Deadlines are rows, not timers: a row that must be processed at some time has it
 these rows. `due_at` is null when nothing is due.
 """
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -12,6 +13,8 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    Column,
+    ColumnElement,
     DateTime,
     Dialect,
     ForeignKey,
@@ -22,8 +25,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
 )
 from sqlalchemy import text as sql
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
@@ -81,11 +86,25 @@ def _quoted_states(*states: str) -> str:
     return ", ".join(f"'{state}'" for state in sorted(states))
 
 
+def postgresql_type(column: Column[Any]) -> str:
+    """Return the name of the column's type on PostgreSQL."""
+    return column.type.compile(postgresql.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
+
+
+def state_in(column: ColumnElement[str], states: Iterable[str]) -> ColumnElement[bool]:
+    """Return the condition that the column has one of these states, written as the partial indexes write it.
+
+    The states are literals. With bind parameters PostgreSQL cannot match a partial index.
+    """
+    literals: list[ColumnElement[str]] = [literal_column(f"'{state}'") for state in sorted(states)]
+    return column == literals[0] if len(literals) == 1 else column.in_(literals)
+
+
 def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
     return Index(name, *columns, unique=unique, postgresql_where=sql(where), sqlite_where=sql(where))
 
 
-class Payment(SQLModel, table=True):
+class PaymentRow(SQLModel, table=True):
     """A payment-initiation job with its state and outcome."""
 
     __tablename__ = "payment"
@@ -108,28 +127,40 @@ class Payment(SQLModel, table=True):
     )
 
     payment_id: str = Field(primary_key=True, sa_type=Text)
+    """Id that the payments service gave the payment."""
     account_id: str = Field(sa_type=Text)
+    """Id of the account at the provider."""
     state: str = Field(sa_type=Text)
+    """`waiting`, `released` or `failed`."""
     job: dict[str, Any] = Field(sa_type=Json)
     """The job as received, without defaults."""
     connection_id: str | None = Field(default=None, sa_type=Text)
+    """The account's connection at the provider, if the job names it. A later event may change it."""
     connection_as_of: datetime | None = Field(default=None, sa_type=UtcTime)
     """Time of the last event that moved the account to `connection_id`; an older event does not change it."""
     profile_id: str | None = Field(default=None, sa_type=Text)
+    """The account's profile at the provider, if the job names it. Balance polls need it."""
     amount: Decimal | None = Field(sa_type=ExactDecimal)
+    """Amount of the payment, if the job has one."""
     requested_at: datetime = Field(sa_type=UtcTime)
+    """When payready accepted the job."""
     min_balance_at: datetime = Field(sa_type=UtcTime)
     """Earliest time of a balance that may release the payment."""
     deadline: datetime = Field(sa_type=UtcTime)
+    """When the payment fails if no balance has resolved it."""
     due_at: datetime = Field(sa_type=UtcTime)
-    """Next check while the payment waits: soon after its start, whether a refresh exists, and then at the deadline."""
+    """When maintenance next checks the waiting payment: 5 s after its request (does a refresh serve it?), before the
+    deadline (balance poll), and at the deadline."""
     resolved_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When the payment was released or failed. Null while it waits."""
     reason: str | None = Field(default=None, sa_type=Text)
+    """Failure reason of a failed payment, else null."""
     refresh_id: str | None = Field(default=None, sa_type=Text)
     """The refresh whose balance resolved the payment, or should have. The payment shares its fee, unless `reused`."""
     reused: bool = False
-    """Released by a balance of an earlier call, without a fee share."""
+    """Whether a balance resolved the payment without a share of the fee of its call."""
     balance_id: str | None = Field(default=None, sa_type=Text)
+    """The balance that resolved the payment. Null if it failed without one."""
     funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)
     """Inputs and result of the funds check."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
@@ -146,15 +177,19 @@ class OutcomeDeliveryRow(SQLModel, table=True):
     )
 
     task_id: str = Field(primary_key=True, sa_type=Text)
+    """Id of the Celery task."""
     payment_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("payment.payment_id")])
+    """The payment whose outcome the task gets."""
     continuation: dict[str, Any] = Field(sa_type=Json)
+    """What Celery needs to finish the suspended task: its request, callbacks, chain, chord and group."""
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When the sweep delivers the outcome. Null while the payment waits, and after the delivery."""
     delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When the outcome was delivered last. Null before."""
 
 
-class Refresh(SQLModel, table=True):
-    """One attempt to get a fresh balance of an account, with one or two calls."""
+class RefreshRow(SQLModel, table=True):
+    """One attempt to get a fresh balance of an account. It makes at most two calls that may have been accepted."""
 
     __tablename__ = "refresh"
     __table_args__ = (
@@ -167,12 +202,15 @@ class Refresh(SQLModel, table=True):
     )
 
     refresh_id: str = Field(primary_key=True, sa_type=Text)
+    """Id of the refresh, made by payready."""
     account_id: str = Field(sa_type=Text)
+    """Id of the account at the provider."""
     state: str = Field(sa_type=Text)
+    """`requested`, `calling`, `accepted`, `uncertain`, `answered`, `rejected`, `unanswered` or `abandoned`."""
     call_count: int = 0
     """Calls that were or may have been accepted."""
     deferral_count: int = 0
-    """Calls that were provably not accepted, and were deferred."""
+    """Calls that could not be made or were provably not accepted, and were deferred."""
     called_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """Time of the first call that may have been accepted."""
     claimed_at: datetime | None = Field(default=None, sa_type=UtcTime)
@@ -185,7 +223,7 @@ class Refresh(SQLModel, table=True):
     """Error of the last call that failed."""
 
 
-class FeeEntry(SQLModel, table=True):
+class FeeEntryRow(SQLModel, table=True):
     """An entry of the append-only fee ledger: `pending` before a call, then once `posted` or `void`."""
 
     __tablename__ = "fee_entry"
@@ -200,18 +238,28 @@ class FeeEntry(SQLModel, table=True):
     )
 
     entry_id: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
+    """Number of the entry, in the order of writing."""
     call_id: str = Field(sa_type=Text)
+    """Id of the call, made by payready. All entries of a call have it."""
     refresh_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("refresh.refresh_id")])
+    """The refresh that the call belongs to."""
     account_id: str = Field(sa_type=Text)
+    """Id of the account at the provider."""
     state: str = Field(sa_type=Text)
+    """`pending`, `posted` or `void`."""
     price: Decimal = Field(sa_type=ExactDecimal)
+    """Price of the call. Only the state says whether it is billed."""
     currency: str = Field(sa_type=Text)
+    """ISO 4217 code of the price."""
     price_list: str = Field(sa_type=Text)
     """Version of the price list that has the price."""
     evidence: dict[str, Any] = Field(sa_type=Json)
+    """What proved a final entry: an HTTP status, that nothing was sent, a balance or an invoice line. Empty for a
+    pending entry."""
     called_at: datetime = Field(sa_type=UtcTime)
     """Time of the call, the same in all its entries: sums over a period need no join."""
     recorded_at: datetime = Field(sa_type=UtcTime)
+    """When the entry was written."""
 
 
 class InvoiceRow(SQLModel, table=True):
@@ -222,14 +270,19 @@ class InvoiceRow(SQLModel, table=True):
     digest: str = Field(primary_key=True, sa_type=Text)
     """SHA-256 of the file."""
     currency: str = Field(primary_key=True, sa_type=Text)
+    """ISO 4217 code of the lines that were applied."""
     since: datetime = Field(primary_key=True, sa_type=UtcTime)
+    """Start of the invoice's period."""
     until: datetime = Field(sa_type=UtcTime)
+    """End of the period, exclusive."""
     tolerance_s: int = Field(primary_key=True)
     """Tolerance between the invoice's times and the ledger's, in seconds."""
     name: str = Field(sa_type=Text)
+    """Name of the file."""
     edge_calls: list[str] = Field(sa_type=Json)
     """Ids of the calls that it charged so near to a boundary of its period that another invoice could charge them."""
     applied_at: datetime = Field(sa_type=UtcTime)
+    """When the invoice was applied first."""
 
 
 class BalanceRow(SQLModel, table=True):
@@ -242,21 +295,30 @@ class BalanceRow(SQLModel, table=True):
     )
 
     balance_id: str = Field(primary_key=True, sa_type=Text)
+    """Id of the balance at the provider."""
     event_id: str = Field(sa_type=Text)
+    """Id of the event that the balance was received with; `poll:` and the balance's id if it was polled."""
     account_id: str = Field(sa_type=Text)
+    """Id of the account at the provider."""
     at: datetime = Field(sa_type=UtcTime)
+    """Time of the balance by the provider's clock."""
     source: str = Field(sa_type=Text)
+    """Why the provider wrote the balance: `REFRESH`, `SYNC` or `INITIAL`."""
     available: Decimal | None = Field(sa_type=ExactDecimal)
+    """Available amount in the account's currency. Null if the bank reports none."""
     current: Decimal | None = Field(sa_type=ExactDecimal)
+    """Current amount in the account's currency. Null if the bank reports none."""
     limit: Decimal | None = Field(sa_type=ExactDecimal)
+    """Overdraft limit in the account's currency. Null if the bank reports none."""
     received_at: datetime = Field(sa_type=UtcTime)
+    """When payready received the balance."""
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When the sweep applies the balance. Null after it was applied."""
     refresh_id: str | None = Field(default=None, sa_type=Text)
     """The refresh that the balance is attributed to, if any."""
 
 
-class Quarantine(SQLModel, table=True):
+class QuarantineRow(SQLModel, table=True):
     """An event with a valid signature that payready uses, but cannot parse."""
 
     __tablename__ = "quarantine"
@@ -266,7 +328,9 @@ class Quarantine(SQLModel, table=True):
     event: bytes = Field(sa_type=LargeBinary)
     """The bytes as received. They need not be text."""
     reason: str = Field(sa_type=Text)
+    """Why the event cannot be parsed."""
     received_at: datetime = Field(sa_type=UtcTime)
+    """When the event was received first."""
 
 
 def _table_of(model: type[SQLModel]) -> Table:
@@ -274,11 +338,12 @@ def _table_of(model: type[SQLModel]) -> Table:
 
 
 # Queries use the tables: to a type checker their columns are expressions, but the attributes of a model are values.
-PAYMENT = _table_of(Payment)
+PAYMENT = _table_of(PaymentRow)
 OUTCOME_DELIVERY = _table_of(OutcomeDeliveryRow)
-REFRESH = _table_of(Refresh)
-FEE_ENTRY = _table_of(FeeEntry)
+REFRESH = _table_of(RefreshRow)
+FEE_ENTRY = _table_of(FeeEntryRow)
 INVOICE = _table_of(InvoiceRow)
 BALANCE = _table_of(BalanceRow)
-QUARANTINE = _table_of(Quarantine)
+QUARANTINE = _table_of(QuarantineRow)
+IS_WAITING = state_in(PAYMENT.c.state, {PaymentState.WAITING})
 ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, QUARANTINE)

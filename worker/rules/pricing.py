@@ -17,7 +17,11 @@ FEE_UNIT = Decimal("0.000001")
 """Smallest unit of a fee share."""
 ACCEPTED_STATUS = 202
 """HTTP status of a call that the provider accepted."""
-BILLABLE_STATUSES: Mapping[str, int] = {
+Billable = Literal[
+    "accepted", "account_unsupported", "not_authorized", "connection_inactive", "account_not_found", "rate_limited"
+]
+"""Result of a call that a contract with the provider may bill. A call that was not sent is free."""
+BILLABLE_STATUSES: Mapping[Billable, int] = {
     "accepted": ACCEPTED_STATUS,
     "account_unsupported": 400,
     "not_authorized": 401,
@@ -25,7 +29,7 @@ BILLABLE_STATUSES: Mapping[str, int] = {
     "account_not_found": 404,
     "rate_limited": 429,
 }
-"""Call results that a contract with the provider may bill, and their HTTP status. A call that was not sent is free."""
+"""HTTP status of each billable result."""
 
 
 class EntryState(StrEnum):
@@ -49,6 +53,15 @@ class Price:
     price_list: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeeTotal:
+    """Sum of the fees of a refresh's calls in one currency, and whether the provider bills it."""
+
+    amount: Decimal
+    currency: str
+    state: EntryState
+
+
 class _PriceLine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,17 +77,7 @@ class PriceList(BaseModel):
 
     version: str
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
-    billable: tuple[
-        Literal[
-            "accepted",
-            "account_unsupported",
-            "not_authorized",
-            "connection_inactive",
-            "account_not_found",
-            "rate_limited",
-        ],
-        ...,
-    ]
+    billable: tuple[Billable, ...]
     price: tuple[_PriceLine, ...]
 
     @model_validator(mode="after")
@@ -126,9 +129,12 @@ def split_share(total: Decimal, count: int, index: int) -> Decimal:
     return equal_share + FEE_UNIT if index < remaining_units else equal_share
 
 
-def total_without_void_and_state(prices_by_state: Mapping[EntryState, Decimal]) -> tuple[Decimal, EntryState]:
-    """Return the posted and pending fees of a refresh, and the state of that total: pending if any part is pending."""
-    total = prices_by_state.get(EntryState.POSTED, Decimal(0)) + prices_by_state.get(EntryState.PENDING, Decimal(0))
-    if EntryState.PENDING in prices_by_state:
-        return total, EntryState.PENDING
-    return total, EntryState.POSTED if EntryState.POSTED in prices_by_state else EntryState.VOID
+def fee_total_without_void(prices_by_state: Mapping[EntryState, Decimal], currency: str) -> FeeTotal:
+    """Return the sum of the posted and pending fees of a refresh's calls.
+
+    It is pending if any of them is, posted if one is posted, else void.
+    """
+    amount = prices_by_state.get(EntryState.POSTED, Decimal(0)) + prices_by_state.get(EntryState.PENDING, Decimal(0))
+    by_priority = (EntryState.PENDING, EntryState.POSTED)
+    state = next((state for state in by_priority if state in prices_by_state), EntryState.VOID)
+    return FeeTotal(amount=amount, currency=currency, state=state)

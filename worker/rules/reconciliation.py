@@ -113,7 +113,7 @@ def reconcile(
     lines: Iterable[InvoiceLine],
     calls: Iterable[LedgerCall],
     period: InvoicePeriod,
-    applied_invoices: Iterable[AppliedInvoice] = (),
+    applied_invoices: Iterable[AppliedInvoice],
 ) -> Reconciliation:
     """Match the invoice's lines to calls of its period, extended by the tolerance on both sides.
 

@@ -6,14 +6,17 @@ A *refresh* is one attempt to get a fresh balance for an account. It is requeste
 or the provider rejects it, or its window ends. If the result of its first call is unknown, it may be called a second
 time. A refresh that is called and not yet ended is *in flight*; its account is not called again meanwhile.
 
-All functions are pure: no I/O, no clock. Transitions are defined in the tables below and nowhere else. The state
-diagrams in `docs/explanation/architecture.md` are generated from the tables.
+All functions are pure: no I/O, no clock. The tables below are the only place that says which state follows an event:
+`ledger.payments.resolve` and `ledger.refreshes.transition` take the new state from them. The state diagrams in
+`docs/explanation/architecture.md` are generated from the tables.
 """
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TypeVar
+
+from worker.errors import FailureReason
 
 State = TypeVar("State", bound=StrEnum)
 Event = TypeVar("Event", bound=StrEnum)
@@ -35,13 +38,13 @@ class PaymentEvent(StrEnum):
     FUNDS_INSUFFICIENT = "funds insufficient"
     """A fresh balance was received, and it does not cover the payment or has no amount."""
     CALL_REJECTED = "call rejected"
-    """The provider will not refresh this account, or a fee cap forbids the call."""
+    """The provider will not refresh this account, its balance cannot be used, or a fee cap forbids the call."""
     CONNECTION_LOST = "connection lost"
     """Its connection or profile is lost: the provider will send no balance."""
     PROVIDER_UNAVAILABLE = "provider unavailable"
-    """The circuit breaker stays open past the payment's deadline."""
+    """Calls fail: no balance arrived by the deadline, or none can, because the circuit breaker stays open."""
     EXPIRED = "expired"
-    """The deadline passed."""
+    """The deadline passed, and no call has failed."""
     CANCELLED = "cancelled"
     """The payments service cancelled it."""
 
@@ -56,6 +59,21 @@ PAYMENT_TRANSITIONS: Mapping[tuple[PaymentState, PaymentEvent], PaymentState] = 
     (PaymentState.WAITING, PaymentEvent.CANCELLED): PaymentState.FAILED,
 }
 """An event that is not listed for a state changes nothing: released and failed are final."""
+
+EVENT_OF_FAILURE: Mapping[FailureReason, PaymentEvent] = {
+    FailureReason.TIMEOUT: PaymentEvent.EXPIRED,
+    FailureReason.INSUFFICIENT_FUNDS: PaymentEvent.FUNDS_INSUFFICIENT,
+    FailureReason.FUNDS_UNKNOWN: PaymentEvent.FUNDS_INSUFFICIENT,
+    FailureReason.ACCOUNT_NOT_FOUND: PaymentEvent.CALL_REJECTED,
+    FailureReason.ACCOUNT_UNSUPPORTED: PaymentEvent.CALL_REJECTED,
+    FailureReason.CONNECTION_INACTIVE: PaymentEvent.CALL_REJECTED,
+    FailureReason.CONNECTION_LOST: PaymentEvent.CONNECTION_LOST,
+    FailureReason.NOT_AUTHORIZED: PaymentEvent.CALL_REJECTED,
+    FailureReason.PROVIDER_UNAVAILABLE: PaymentEvent.PROVIDER_UNAVAILABLE,
+    FailureReason.FEE_CAP_REACHED: PaymentEvent.CALL_REJECTED,
+    FailureReason.CANCELLED: PaymentEvent.CANCELLED,
+}
+"""The event that fails a payment with a reason. `conflict` has none: it rejects a job and leaves the payment alone."""
 
 
 class RefreshState(StrEnum):
