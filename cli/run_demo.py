@@ -138,7 +138,7 @@ def _observe(engine: Engine, journal: Path, accepted: Mapping[str, int]) -> Obse
         calls=calls,
         accepted=accepted,
         backlog=BacklogCounts(
-            waiting=sum(group.count for group in backlog.waiting.values()),
+            waiting=backlog.waiting_count,
             undelivered=backlog.undelivered.count,
             unapplied=backlog.unapplied.count,
         ),
