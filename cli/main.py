@@ -26,7 +26,7 @@ from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
 from worker.errors import PaymentNotReady
 from worker.ledger import payment_report
-from worker.rules.job import FundsCheck, parse_job
+from worker.rules.job import FundsCheck, Job, parse_job
 from worker.rules.states import PaymentState
 from worker.runtime import build_runtime, utc_now
 
@@ -45,7 +45,7 @@ app.add_typer(webhook_commands.webhooks_app, name="webhooks")
 T = TypeVar("T")
 PaymentId = Annotated[str, typer.Argument(help="The payment's id, as its job has it.")]
 EXIT_NOT_READY = 3
-"""Exit status of `payment enqueue --wait` if the payment must not start."""
+"""Exit status of `payment enqueue --wait` if the payment fails."""
 
 
 @app.command("demo")
@@ -106,6 +106,10 @@ def _print_check_result(result: doctor_results.CheckResult) -> doctor_results.Ch
 # --- payments ---------------------------------------------------------------------------------------------------------
 
 
+def _job_default(field: str) -> Any:
+    return Job.model_fields[field].default
+
+
 @payment_app.command("enqueue")
 def enqueue_payment(
     account_id: Annotated[str, typer.Argument(help="Quiltt's id of the payer's account.")],
@@ -113,12 +117,18 @@ def enqueue_payment(
         str | None, typer.Option(help="A decimal such as 25.00. Without it there is no funds check.")
     ] = None,
     payment_id: Annotated[str | None, typer.Option("--id", help="Your id of the payment. Default: a new id.")] = None,
-    timeout_s: Annotated[int | None, typer.Option(help="Seconds until the payment fails without a balance.")] = None,
-    max_balance_age_s: Annotated[int | None, typer.Option(help="Maximum age of the balance in seconds.")] = None,
+    timeout_s: Annotated[
+        int | None,
+        typer.Option(help=f"Seconds until the payment fails without a balance. Default: {_job_default('timeout_s')}."),
+    ] = None,
+    max_balance_age_s: Annotated[
+        int | None,
+        typer.Option(help=f"Maximum age of the balance in seconds. Default: {_job_default('max_balance_age_s')}."),
+    ] = None,
     funds_check: Annotated[FundsCheck | None, typer.Option(help="Whether the balance must cover the amount.")] = None,
     metadata: Annotated[str | None, typer.Option(help="A JSON object that the outcome returns.")] = None,
     wait: Annotated[
-        bool, typer.Option(help="Wait for the outcome. Exit status 3 if the payment must not start.")
+        bool, typer.Option("--wait", help="Wait for the outcome. Exit status 3 if the payment fails.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
