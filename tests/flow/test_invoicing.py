@@ -26,7 +26,7 @@ LINES = b"account_id,date,amount\nacct_a,2026-11-22T12:00:00Z,0.10\n"
 def engine(databases: Databases) -> Iterator[Engine]:
     """A ledger with two pending calls, of acct_a and acct_b."""
     with databases.create() as address:
-        ledger = open_engine(address)
+        ledger = open_engine(address, connections=1)
         price = Price(per_call=Decimal("0.10"), currency="USD", price_list="2026-11-22")
         with transaction(ledger) as tx:
             for name in ("a", "b"):
