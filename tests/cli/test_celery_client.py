@@ -25,6 +25,20 @@ def celery_settings(valkey_url: str) -> Settings:
     return Settings(redis_url=valkey_url)
 
 
+@pytest.fixture(autouse=True)
+def _close_result_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery leaves the connections of a result backend open, which end with the process of a command."""
+    close = Celery.close
+
+    def close_with_result_backend(app: Celery) -> None:
+        app.backend.result_consumer.stop()
+        app.backend.result_consumer._pubsub = None  # a result that is collected later must not connect again
+        app.backend.client.connection_pool.disconnect()
+        close(app)
+
+    monkeypatch.setattr(Celery, "close", close_with_result_backend)
+
+
 def finish_at_once(monkeypatch: pytest.MonkeyPatch, result: Any, state: str) -> None:
     """Let each task that is sent have this result at once."""
     send_task = Celery.send_task
