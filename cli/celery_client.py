@@ -8,6 +8,7 @@ from typing import Any
 
 from celery import Celery
 from celery.exceptions import TimeoutError as CeleryTimeout
+from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from config.celery_config import QUEUES, celery_settings
@@ -29,49 +30,91 @@ _BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
 """Errors without a broker or a result backend. Celery raises RuntimeError after its last attempt."""
 
 
-class NoWorkerResponse(Exception):
-    """The broker, the result backend or a worker did not respond; the message says what to check."""
+class CeleryUnavailable(Exception):
+    """The broker or the result backend did not respond; the message says what to check."""
+
+
+class NoWorkerResponse(CeleryUnavailable):
+    """No worker finished a task in time. The task stays queued."""
 
 
 @contextmanager
 def _connected_celery_app(settings: Settings) -> Iterator[Celery]:
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
-        try:
-            with app.connection_for_write() as connection:  # a command must not retry for minutes
-                connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT_TIMEOUT_S)
-            yield app
-        except CeleryTimeout:
-            raise NoWorkerResponse(
-                "timed out waiting for a worker; the task stays queued. Start the role `worker`."
-            ) from None
-        except _BROKER_ERRORS as error:
-            raise NoWorkerResponse(
-                f"cannot reach the broker or the result backend: {error}. Check PAYREADY_REDIS_URL."
-            ) from None
+        with _report_unavailable(), app.connection_for_write() as connection:
+            # Celery itself would try to connect for minutes.
+            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT_TIMEOUT_S)
+        yield app
 
 
-def enqueue(settings: Settings, arguments: Mapping[str, Any], *, wait_s: float | None) -> Any:
-    """Enqueue a job. Return the id of its task, or the outcome if `wait_s` is given.
+@contextmanager
+def _report_unavailable() -> Iterator[None]:
+    """Raise `CeleryUnavailable` for an error of the broker or the result backend.
+
+    The block must not raise errors of a task: they may have the same classes.
+    """
+    try:
+        yield
+    except CeleryTimeout:
+        raise NoWorkerResponse(
+            "timed out waiting for a worker; the task stays queued. Start the role `worker`."
+        ) from None
+    except _BROKER_ERRORS as error:
+        raise CeleryUnavailable(
+            f"cannot reach the broker or the result backend: {str(error).rstrip('.')}. Check PAYREADY_BROKER_URL and "
+            "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set."
+        ) from None
+
+
+def _wait_for_result(result: AsyncResult, timeout_s: float) -> Any:
+    """Return the result of a task, or raise its error."""
+    with _report_unavailable():
+        result.get(timeout=timeout_s, propagate=False)
+    return result.get()  # cached: it needs no result backend, and raises only what the task raised
+
+
+def enqueue_job(settings: Settings, job: Job) -> str:
+    """Enqueue a job. Return the id of its task.
+
+    Raises:
+        CeleryUnavailable: there is no broker.
+    """
+    with _connected_celery_app(settings) as app, _report_unavailable():
+        return str(_send_job(app, job).id)
+
+
+def enqueue_job_and_wait(settings: Settings, job: Job) -> dict[str, Any]:
+    """Enqueue a job. Return the outcome of its payment, which is released.
 
     Raises:
         PaymentNotReady: the payment failed.
         InvalidJob: the job was rejected.
-        NoWorkerResponse: there is no outcome after `wait_s`, or no broker.
+        NoWorkerResponse: there is no outcome `RESPONSE_TIMEOUT_S` after the job's timeout.
+        CeleryUnavailable: there is no broker or no result backend.
     """
     with _connected_celery_app(settings) as app:
-        result = app.send_task("payments.initiate", kwargs=dict(arguments))
-        return result.id if wait_s is None else result.get(timeout=wait_s)
+        with _report_unavailable():
+            result = _send_job(app, job)
+        outcome: dict[str, Any] = _wait_for_result(result, job.timeout_s + RESPONSE_TIMEOUT_S)
+        return outcome
+
+
+def _send_job(app: Celery, job: Job) -> AsyncResult:
+    return app.send_task("payments.initiate", kwargs=job.model_dump(mode="json", exclude_defaults=True))
 
 
 def cancel(settings: Settings, payment_id: str) -> bool:
     """Cancel a waiting payment. Return False if it is already resolved or unknown.
 
     Raises:
-        NoWorkerResponse: no worker ran the task in time, or there is no broker.
+        NoWorkerResponse: no worker ran the task in time.
+        CeleryUnavailable: there is no broker or no result backend.
     """
     with _connected_celery_app(settings) as app:
-        return bool(app.send_task("payments.cancel", (payment_id,)).get(timeout=RESPONSE_TIMEOUT_S))
+        with _report_unavailable():
+            result = app.send_task("payments.cancel", (payment_id,))
+        return bool(_wait_for_result(result, RESPONSE_TIMEOUT_S))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +132,9 @@ def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
     """Return payready's workers that respond within 1 s. Workers of other apps on the broker are skipped.
 
     Raises:
-        NoWorkerResponse: there is no broker.
+        CeleryUnavailable: there is no broker.
     """
-    with _connected_celery_app(settings) as app:
+    with _connected_celery_app(settings) as app, _report_unavailable():
         replies = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
         consumed = {name: frozenset(queue["name"] for queue in queues) for name, queues in replies.items()}
         ours = {name: queues for name, queues in consumed.items() if is_payready_worker(name, queues)}
@@ -108,10 +151,10 @@ def wait_and_count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> i
     """Count the ticks of `beat` that these workers process within `TICK_OBSERVATION_S`.
 
     Raises:
-        NoWorkerResponse: there is no broker.
+        CeleryUnavailable: there is no broker.
     """
     names = [worker.name for worker in workers]
-    with _connected_celery_app(settings) as app:
+    with _connected_celery_app(settings) as app, _report_unavailable():
         before = _count_expire_tasks(app, names)
         time.sleep(TICK_OBSERVATION_S)
         return _count_expire_tasks(app, names) - before
@@ -126,9 +169,9 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
     """Return the number of messages in each queue.
 
     Raises:
-        NoWorkerResponse: there is no broker.
+        CeleryUnavailable: there is no broker.
     """
-    with _connected_celery_app(settings) as app:
+    with _connected_celery_app(settings) as app, _report_unavailable():
         return lengths_by_queue(app)
 
 
@@ -136,28 +179,23 @@ def check_result_backend(settings: Settings) -> None:
     """Read from the result backend.
 
     Raises:
-        NoWorkerResponse: it is unavailable.
+        CeleryUnavailable: it does not respond.
     """
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
         try:
             app.backend.get_task_meta("payready-doctor")
         except _BROKER_ERRORS as error:
-            raise NoWorkerResponse(str(error)) from None
+            raise CeleryUnavailable(str(error)) from None
 
 
 def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:
     """Enqueue `balances.apply` for each balance.
 
     Raises:
-        NoWorkerResponse: there is no broker.
+        CeleryUnavailable: there is no broker.
     """
     if balance_ids:
-        with _connected_celery_app(settings) as app:
+        with _connected_celery_app(settings) as app, _report_unavailable():
             for balance_id in balance_ids:
                 app.send_task("balances.apply", (balance_id,), ignore_result=True)
-
-
-def job_arguments_without_defaults(job: Job) -> dict[str, Any]:
-    """Return a job as the arguments of `payments.initiate`."""
-    return job.model_dump(mode="json", exclude_defaults=True)

@@ -8,11 +8,19 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
-from cli.celery_client import NoWorkerResponse
+from cli.celery_client import CeleryUnavailable
+from cli.render import error_line
 from config.settings import ConfigurationError, settings
 from demo.processes import StartOrExitError
 from worker.errors import CallFailed, InvalidJob
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_snapshot, transaction
+from worker.ledger.engine import (
+    DATABASE_UNAVAILABLE,
+    Engine,
+    NotMigrated,
+    Tx,
+    open_engine,
+    read_snapshot,
+)
 from worker.rules.invoice_file import InvoiceError
 from worker.rules.pricing import PriceListError
 
@@ -28,7 +36,7 @@ EXPECTED_ERRORS = (
     InvoiceError,
     PriceListError,
     CallFailed,
-    NoWorkerResponse,
+    CeleryUnavailable,
     OSError,
 )
 """Errors of the input or of a dependency: printed as one sentence, without a traceback."""
@@ -41,9 +49,10 @@ def report_errors() -> Iterator[None]:
         yield
     except EXPECTED_ERRORS as error:
         fail(str(error))
+    except NotMigrated:
+        fail("the database is behind this release; run the role `release`: alembic upgrade head")
     except DATABASE_UNAVAILABLE as error:
-        reason = getattr(error, "orig", None) or error
-        fail(f"cannot read the ledger: {reason}. Check PAYREADY_DATABASE_URL and run `alembic upgrade head`.")
+        fail(f"the database did not respond: {error_line(error)}; check PAYREADY_DATABASE_URL, or try again")
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:
@@ -59,18 +68,13 @@ def stdout_console_for_terminal_or_log() -> Console:
 
 def query_or_exit(read: Callable[[Tx], T]) -> T:
     """Run `read` in a read-only transaction, on one snapshot of the ledger. Print an expected error and exit."""
-    with _engine_or_exit() as engine, read_snapshot(engine) as tx:
+    with engine_or_exit() as engine, read_snapshot(engine) as tx:
         return read(tx)
 
 
-def update_or_exit(write: Callable[[Tx], T]) -> T:
-    """Run `write` in one transaction: commit all of it or nothing. Print an expected error and exit."""
-    with _engine_or_exit() as engine, transaction(engine) as tx:
-        return write(tx)
-
-
 @contextmanager
-def _engine_or_exit() -> Iterator[Engine]:
+def engine_or_exit() -> Iterator[Engine]:
+    """Open an engine for the ledger. Print an expected error of the block and exit."""
     with report_errors():
         engine = open_engine(settings().database_url)
         try:

@@ -1,12 +1,17 @@
 """`payready doctor`: check every dependency, and print each result with a fix.
 
-Each check is one function that yields results. A check that cannot run yields an error, and the others still run.
+Each check is one function that yields results. A check that raises, or does not finish in time, yields an error, and
+the others still run.
 """
 
 from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from threading import Thread
+from time import monotonic
 
 from cli import doctor_checks, doctor_provider_checks
-from cli.doctor_results import Check, CheckContext, CheckResult
+from cli.doctor_results import Check, CheckContext, CheckResult, error
+from cli.render import error_line
 from config.settings import Settings
 from worker.runtime import Runtime
 
@@ -26,6 +31,8 @@ CHECKS: tuple[Check, ...] = (
     doctor_checks.check_flower_requires_login,
 )
 """All checks in the order of their output: a dependency before the checks that need it."""
+CHECK_TIMEOUT_S = 30.0
+"""Longer than the timeouts of a check's requests together. It ends a check whose response arrives byte by byte."""
 
 
 def run_checks(settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None) -> Iterator[CheckResult]:
@@ -37,4 +44,32 @@ def run_checks(settings: Settings, rt: Runtime, flower_url: str, web_url: str | 
         web_url=web_url or f"http://127.0.0.1:{settings.webhook_port}",
     )
     for check in CHECKS:
-        yield from check(context)
+        yield from run_check(check, context, CHECK_TIMEOUT_S)
+
+
+def run_check(check: Check, context: CheckContext, timeout_s: float) -> Iterator[CheckResult]:
+    """Run one check in a thread. Yield its results, and an error if it raises or does not finish in time."""
+    name = check.__name__.removeprefix("check_").replace("_", " ")
+    results = SimpleQueue[CheckResult | None]()
+    Thread(target=_put_results, args=(check, context, name, results), daemon=True).start()
+    deadline = monotonic() + timeout_s
+    while True:
+        try:
+            result = results.get(timeout=max(0.0, deadline - monotonic()))
+        except Empty:
+            yield error(name, f"the check did not finish within {timeout_s:g} s", "check the network of this host")
+            return
+        if result is None:
+            return
+        yield result
+
+
+def _put_results(check: Check, context: CheckContext, name: str, results: SimpleQueue[CheckResult | None]) -> None:
+    """Put the results of a check into the queue, then None."""
+    try:
+        for result in check(context):
+            results.put(result)
+    except Exception as crash:  # noqa: BLE001 - whatever it is, the other checks must run
+        message = f"the check crashed: {type(crash).__name__}: {error_line(crash)}"
+        results.put(error(name, message, "correct the option or setting that the error names, else report the error"))
+    results.put(None)

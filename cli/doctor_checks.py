@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from cli import celery_client
 from cli.celery_client import WorkerInfo
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text
+from cli.render import count_text, error_line
 from config.celery_config import QUEUES, celery_settings
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.ledger import metrics_queries, schema
@@ -47,8 +47,7 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
         with read_snapshot(context.rt.engine) as tx:
             current, required = schema.current_revision(tx), schema.required_revision()
     except DATABASE_UNAVAILABLE as unavailable:
-        reason = " ".join(str(getattr(unavailable, "orig", None) or unavailable).split())
-        yield error("database", reason, "start it, or correct PAYREADY_DATABASE_URL")
+        yield error("database", error_line(unavailable), "start it, or correct PAYREADY_DATABASE_URL")
         return
     if current == required:
         yield ok("database", f"responds, at revision {current}")
@@ -86,7 +85,7 @@ def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
         yield ok("broker", f"responds; {count_text(len(workers), 'worker')} of payready connected")
         yield from _check_queues_and_beat(context, workers)
         yield from _check_shared_celery_settings(context, workers)
-    except celery_client.NoWorkerResponse as unavailable:
+    except celery_client.CeleryUnavailable as unavailable:
         yield error("broker", str(unavailable), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
 
 
@@ -129,7 +128,7 @@ def check_result_backend(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the result backend responds."""
     try:
         celery_client.check_result_backend(context.settings)
-    except celery_client.NoWorkerResponse as unavailable:
+    except celery_client.CeleryUnavailable as unavailable:
         yield error("result backend", str(unavailable), "start it, or correct PAYREADY_RESULT_BACKEND_URL")
     else:
         yield ok("result backend", "responds")
@@ -161,7 +160,7 @@ def check_clocks(context: CheckContext) -> Iterator[CheckResult]:
         except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE):
             continue  # another check reports it
         if sample is not None:
-            yield _drift_result_ignoring_slow_sample(context, server, sample)
+            yield clock_result(context, server, sample)
 
 
 def _fastest_sample(context: CheckContext, read_clock: Callable[[CheckContext], datetime | None]) -> ClockSample | None:
@@ -176,11 +175,12 @@ def _fastest_sample(context: CheckContext, read_clock: Callable[[CheckContext], 
     return min(samples, key=lambda sample: sample.round_trip)
 
 
-def _drift_result_ignoring_slow_sample(context: CheckContext, server: str, sample: ClockSample) -> CheckResult:
-    """Judge the drift: a warning above 1 s, an error above `clock_skew`. A slow round trip is not judged."""
+def clock_result(context: CheckContext, server: str, sample: ClockSample) -> CheckResult:
+    """Judge the drift: a warning above 1 s, an error above `clock_skew`. After a slow round trip, only warn."""
     if sample.round_trip > MAX_CLOCK_SAMPLE:
         seconds = sample.round_trip.total_seconds()
-        return ok("clock", f"not compared with {server}: a round trip took {seconds:.1f} s")
+        message = f"not compared with {server}: a round trip took {seconds:.1f} s"
+        return warning("clock", message, "run the doctor on a host nearer to the servers")
     message = f"differs by {sample.least_drift.total_seconds():.1f} s from the clock of {server}"
     if sample.least_drift > context.settings.clock_skew:
         return error("clock", message, "synchronise the hosts' clocks; PAYREADY_CLOCK_SKEW_S is the allowed difference")
@@ -194,7 +194,7 @@ def _database_clock_unless_sqlite(context: CheckContext) -> datetime | None:
         return schema.server_time(tx)
 
 
-def _redis_clock(context: CheckContext) -> datetime | None:
+def _redis_clock(context: CheckContext) -> datetime:
     return context.rt.correlation.server_time()
 
 

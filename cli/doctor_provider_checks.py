@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text, price_text, utc_time_text
+from cli.render import count_text, utc_time_text
 from config.settings import DEMO_SECRET_PREFIX
 from webhook import signature
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
@@ -15,6 +15,7 @@ from worker.ledger import metrics_queries, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger_metrics import used_ratios_of_set_day_and_month_caps
 from worker.quiltt import subscriptions
+from worker.rules.decimals import amount_with_currency_text
 from worker.rules.pricing import PriceListError
 from worker.rules.states import RefreshState
 from worker.runtime import subscriptions_client
@@ -69,7 +70,8 @@ def _check_price_known(context: CheckContext, mode: str) -> Iterator[CheckResult
     except PriceListError as problem:
         yield error("price", f"{problem}; payready makes no calls", f"add the price to {settings.price_list_file}")
         return
-    yield ok("price", f"{price_text(price.per_call, price.currency)} per call, price list {price.price_list}")
+    amount = amount_with_currency_text(price.per_call, price.currency)
+    yield ok("price", f"{amount} per call, price list {price.price_list}")
 
 
 def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:

@@ -1,49 +1,44 @@
 """`payready fees`: statements, reconciliation with the provider's invoice, pending calls."""
 
 import csv
-import hashlib
 import re
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cli import fee_tables, render
-from cli.command_line import AsJson, query_or_exit, report_errors, stdout_console_for_terminal_or_log, update_or_exit
+from cli.command_line import AsJson, engine_or_exit, query_or_exit, stdout_console_for_terminal_or_log
 from cli.render import count_text
 from config.settings import settings
-from worker.ledger import fee_calls, fee_statement, invoices
+from worker import flow
+from worker.flow import Invoice
+from worker.ledger import fee_calls, fee_statement
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import PaymentShare, StatementLine
-from worker.ledger.invoices import InvoiceApplication, InvoiceEvidence
-from worker.ledger.locks import lock_invoices
-from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoiceError, InvoicePeriod, parse_invoice
+from worker.ledger.invoices import InvoiceApplication
+from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoicePeriod
 from worker.rules.pricing import parse_price_list
-from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
+from worker.rules.reconciliation import Reconciliation
 from worker.runtime import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, pending calls.")
 
 
-class GroupByOption(StrEnum):
-    """Groups of a statement's lines."""
-
-    ACCOUNT = "account"
-    DAY = "day"
-    PAYMENT = "payment"
+StatementGroup = Literal["account", "day", "payment"]
+"""Groups of a statement's lines. Without one, a line is a price."""
 
 
 @app.command("statement")
 def fees_statement(
     month: Annotated[str | None, typer.Option(help="Month as YYYY-MM, in UTC. Default: this month.")] = None,
     by: Annotated[
-        GroupByOption | None, typer.Option(help="One line per account, day or payment. Default: per price.")
+        StatementGroup | None, typer.Option(help="One line per account, day or payment. Default: per price.")
     ] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
@@ -52,18 +47,16 @@ def fees_statement(
     if as_json and as_csv:
         raise typer.BadParameter("give only one of them", param_hint="--json / --csv")
     since, until = _parse_month(month)
-    print_lines = _print_shares if by == GroupByOption.PAYMENT else partial(_print_statement, by=by)
+    print_lines = _print_shares if by == "payment" else partial(_print_statement, group=by or "price")
     query_or_exit(lambda tx: print_lines(tx, since, until, as_json=as_json, as_csv=as_csv))
 
 
 def _print_statement(
-    tx: Tx, since: datetime, until: datetime, *, by: GroupByOption | None, as_json: bool, as_csv: bool
+    tx: Tx, since: datetime, until: datetime, *, group: fee_statement.GroupBy, as_json: bool, as_csv: bool
 ) -> None:
-    group: fee_statement.GroupBy = "price" if by is None else "account" if by == GroupByOption.ACCOUNT else "day"
     lines = fee_statement.statement_lines(tx, since, until, group)
-    totals = fee_tables.totals_by_currency(
-        lines, fee_statement.savings_by_currency(tx, since, until) if by is None else {}
-    )
+    saved = fee_statement.savings_by_currency(tx, since, until) if group == "price" else {}
+    totals = fee_tables.totals_by_currency(lines, saved)
     if as_csv:
         _write_csv(lines, group)
     elif as_json:
@@ -80,7 +73,7 @@ def _print_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as
     if as_csv:
         _write_csv(shares, "payment")
     elif as_json:
-        typer.echo(render.as_json({"month": f"{since:%Y-%m}", "by": GroupByOption.PAYMENT, "lines": list(shares)}))
+        typer.echo(render.as_json({"month": f"{since:%Y-%m}", "by": "payment", "lines": list(shares)}))
     else:
         stdout_console_for_terminal_or_log().print(
             fee_tables.limited_share_table(shares, _calls_of_month_title(since)), highlight=False
@@ -137,42 +130,38 @@ def fees_reconcile(
     pending calls are voided. Applying an invoice twice changes nothing more. Only calls in its currency are compared.
     """
     since, until = _parse_month(month)
-    period = InvoicePeriod(since=since, until=until, tolerance=timedelta(seconds=tolerance_s))
     columns = InvoiceColumns(
         account=account_column, at=date_column, amount=amount_column, number=number_column, currency=currency_column
     )
-    with report_errors():
-        currency = _parse_currency_or_price_list_default(currency)
-        data = invoice.read_bytes()
-        lines = parse_invoice(_decode(data), columns, period, currency)
-        if total is not None:
-            check_total(lines, _parse_total(total))
-        if apply and utc_now() < until + period.tolerance:
-            raise InvoiceError(f"{month} is not over, so its invoice is not complete; run without --apply")
-
-    def compare(tx: Tx) -> Reconciliation:
-        calls = fee_calls.ledger_calls(tx, currency, since - period.tolerance, until + period.tolerance)
-        return reconcile(lines, calls, period, invoices.applied_invoices(tx, currency))
-
-    def compare_and_apply(tx: Tx) -> tuple[Reconciliation, InvoiceApplication]:
-        lock_invoices(tx)
-        reconciliation = compare(tx)
-        check_plausible(reconciliation, total_matches=total is not None)
-        evidence = InvoiceEvidence(
-            name=invoice.name, digest=hashlib.sha256(data).hexdigest(), period=month, currency=currency
+    with engine_or_exit() as engine:
+        parsed = flow.parse_invoice_file(
+            invoice.name,
+            invoice.read_bytes(),
+            columns,
+            InvoicePeriod(since=since, until=until, tolerance=timedelta(seconds=tolerance_s)),
+            currency=_parse_currency_or_price_list_default(currency),
+            total=_parse_total(total),
         )
-        return reconciliation, invoices.apply_invoice_to_pending_calls(tx, reconciliation, evidence, utc_now())
+        if apply:
+            applied = flow.apply_invoice(engine, parsed, utc_now())
+            _print_reconciliation(parsed, applied.reconciliation, applied.application, as_json=as_json)
+        else:
+            _print_reconciliation(parsed, flow.compare_invoice(engine, parsed), None, as_json=as_json)
 
-    reconciliation, application = update_or_exit(compare_and_apply) if apply else (query_or_exit(compare), None)
+
+def _print_reconciliation(
+    invoice: Invoice, found: Reconciliation, application: InvoiceApplication | None, *, as_json: bool
+) -> None:
+    month = f"{invoice.period.since:%Y-%m}"
     if as_json:
-        report = {"month": month, "currency": currency, **_reconciliation_json(reconciliation, application)}
+        report = {"month": month, "currency": invoice.currency, **_reconciliation_json(found, application)}
         typer.echo(render.as_json(report))
         return
-    title = f"{invoice.name} and the calls of {month} (UTC) in {currency}"
+    title = f"{invoice.name} and the calls of {month} (UTC) in {invoice.currency}"
     stdout_console_for_terminal_or_log().print(
-        fee_tables.limited_reconciliation_tables(reconciliation, title, currency), highlight=False
+        fee_tables.limited_reconciliation_tables(found, title, invoice.currency), highlight=False
     )
-    typer.echo(_conclusion_text(reconciliation, application))
+    typer.echo(_conclusion_text(found, application))
 
 
 def _parse_currency_or_price_list_default(text: str | None) -> str:
@@ -184,18 +173,12 @@ def _parse_currency_or_price_list_default(text: str | None) -> str:
     return text
 
 
-def _parse_total(text: str) -> Decimal:
+def _parse_total(text: str | None) -> Decimal | None:
+    if text is None:
+        return None
     if not re.fullmatch(AMOUNT_PATTERN, text, re.ASCII):
         raise typer.BadParameter("must be an amount such as 1234.50", param_hint="--total")
     return Decimal(text)
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvoiceError(f"line {line}: not UTF-8; save the file as UTF-8") from None
 
 
 def _reconciliation_json(found: Reconciliation, application: InvoiceApplication | None) -> dict[str, Any]:

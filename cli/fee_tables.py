@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import count_text, money_text, new_table, price_text, styled_state, utc_time_text
+from cli.render import count_text, new_table, styled_state, utc_time_text
 from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
-from worker.rules.decimals import decimal_text
+from worker.rules.decimals import amount_text, amount_with_currency_text, decimal_text
 from worker.rules.invoice_file import InvoiceLine
 from worker.rules.reconciliation import LedgerCall, LineMatch, Reconciliation
 
@@ -77,25 +77,27 @@ def limited_statement_table(
         right=["price", *COUNT_AND_AMOUNT_COLUMNS, "saved"],
     )
     for line in lines[:MAX_ROWS]:
-        head = (line.key,) if line.price is None else (line.key, money_text(line.price, line.currency))
+        head = (line.key,) if line.price is None else (line.key, amount_text(line.price, line.currency))
         counts = (str(count) for count in (line.calls, line.posted, line.pending, line.void))
-        amounts = (money_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
-        saved = () if line.saved is None else (money_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
+        amounts = (amount_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
+        saved = () if line.saved is None else (amount_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
         table.add_row(*head, *counts, *amounts, line.currency, *saved)
     return Group(table, *_omitted_rows_remark(len(lines)), *(Text(text) for text in _total_lines(sums)))
 
 
 def _total_lines(sums: Mapping[str, StatementTotal]) -> Iterator[str]:
     for currency, total in sums.items():
-        text = f"{count_text(total.calls, 'call')}: {price_text(total.posted_amount, currency)} posted"
+        text = f"{count_text(total.calls, 'call')}: {amount_with_currency_text(total.posted_amount, currency)} posted"
         if total.pending:
-            text += f", {price_text(total.pending_amount, currency)} pending (no response received)"
+            text += f", {amount_with_currency_text(total.pending_amount, currency)} pending (no response received)"
         yield text
         saved = total.saved
         if saved.shared or saved.reused:
+            by_sharing = f"{amount_with_currency_text(saved.by_sharing, currency)} by sharing"
+            by_reuse = f"{amount_with_currency_text(saved.by_reuse, currency)} by reuse"
             yield (
-                f"saved: {price_text(saved.by_sharing, currency)} by sharing ({count_text(saved.shared, 'payment')}), "
-                f"{price_text(saved.by_reuse, currency)} by reuse ({count_text(saved.reused, 'payment')})"
+                f"saved: {by_sharing} ({count_text(saved.shared, 'payment')}), "
+                f"{by_reuse} ({count_text(saved.reused, 'payment')})"
             )
 
 
@@ -114,10 +116,10 @@ def limited_share_table(shares: Iterable[PaymentShare], title: str) -> Renderabl
             share.payment_id or "(no payment)",
             share.account_id,
             str(share.shared_by or ""),
-            money_text(share.fee, share.currency),
+            amount_text(share.fee, share.currency),
             share.currency,
             styled_state(share.state),
-            money_text(share.saved, share.currency) if share.saved else "",
+            amount_text(share.saved, share.currency) if share.saved else "",
         )
     return Group(table, *_omitted_rows_remark(MAX_ROWS + sum(1 for _ in rows)))
 
@@ -146,26 +148,24 @@ def csv_row(line: StatementLine | PaymentShare, by: str) -> list[Any]:
 
 def limited_reconciliation_tables(found: Reconciliation, title: str, currency: str) -> RenderableType:
     """Return a summary of the matches, and one table for each kind of difference."""
-    ledger_amount = sum((match.call.price for match in found.matched), Decimal(0))
-    invoice_amount = sum((match.line.amount for match in found.matched), Decimal(0))
+    in_ledger = amount_with_currency_text(sum((match.call.price for match in found.matched), Decimal(0)), currency)
+    on_invoice = amount_with_currency_text(sum((match.line.amount for match in found.matched), Decimal(0)), currency)
+    matches = count_text(len(found.matched), "match", "matches")
     parts: list[RenderableType] = [
         Text(title, "bold"),
-        Text(
-            f"{count_text(len(found.matched), 'match', 'matches')}: {price_text(invoice_amount, currency)} on the "
-            f"invoice, {price_text(ledger_amount, currency)} in the ledger"
-        ),
+        Text(f"{matches}: {on_invoice} on the invoice, {in_ledger} in the ledger"),
     ]
-    for difference, plural, matches in (
+    for difference, plural, differing in (
         ("price difference", "price differences", found.price_differences),
         ("match with a void call", "matches with void calls", found.charged_though_void),
     ):
-        if matches:
-            count = count_text(len(matches), difference, plural)
-            parts += [Text(f"\n{count}"), _limited_match_table(matches, currency), *_omitted_rows_remark(len(matches))]
+        if differing:
+            count = Text(f"\n{count_text(len(differing), difference, plural)}")
+            parts += [count, _limited_match_table(differing, currency), *_omitted_rows_remark(len(differing))]
     if found.unmatched_lines:
-        count = count_text(len(found.unmatched_lines), "unmatched line")
+        count = Text(f"\n{count_text(len(found.unmatched_lines), 'unmatched line')}: not in the ledger")
         table = _limited_invoice_line_table(found.unmatched_lines, currency)
-        parts += [Text(f"\n{count}: not in the ledger"), table, *_omitted_rows_remark(len(found.unmatched_lines))]
+        parts += [count, table, *_omitted_rows_remark(len(found.unmatched_lines))]
     deferred = {call.call_id for call in found.deferred_calls}
     unmatched = [call for call in found.unmatched_calls if call.call_id not in deferred]
     for kind, meaning, calls in (
@@ -186,8 +186,8 @@ def _limited_match_table(matches: Sequence[LineMatch], currency: str) -> Rendera
             str(line.row),
             line.account_id,
             call.call_id,
-            money_text(line.amount, currency),
-            money_text(call.price, currency),
+            amount_text(line.amount, currency),
+            amount_text(call.price, currency),
             styled_state(call.state.value),
         )
     return table
@@ -196,7 +196,7 @@ def _limited_match_table(matches: Sequence[LineMatch], currency: str) -> Rendera
 def _limited_invoice_line_table(lines: Sequence[InvoiceLine], currency: str) -> RenderableType:
     table = new_table("line", "account", "number", "time", "amount", right=["line", "amount"])
     for line in lines[:MAX_ROWS]:
-        amount = money_text(line.amount, currency)
+        amount = amount_text(line.amount, currency)
         table.add_row(str(line.row), line.account_id, line.number, utc_time_text(line.since), amount)
     return table
 
@@ -204,7 +204,7 @@ def _limited_invoice_line_table(lines: Sequence[InvoiceLine], currency: str) -> 
 def _limited_call_table(calls: Sequence[LedgerCall], currency: str) -> RenderableType:
     table = new_table("call", "account", "time", "price", "state", right=["price"])
     for call in calls[:MAX_ROWS]:
-        price, state = money_text(call.price, currency), styled_state(call.state.value)
+        price, state = amount_text(call.price, currency), styled_state(call.state.value)
         table.add_row(call.call_id, call.account_id, utc_time_text(call.at), price, state)
     return table
 
@@ -215,7 +215,7 @@ def limited_pending_table(calls: Sequence[PendingCall], title: str) -> Renderabl
         return Group(Text(title, "bold"), Text("none"))
     table = new_table("call", "account", "time", "price", "", "last error", title=title, right=["price"])
     for call in calls[:MAX_ROWS]:
-        price = money_text(call.price, call.currency)
+        price = amount_text(call.price, call.currency)
         table.add_row(
             call.call_id, call.account_id, utc_time_text(call.called_at), price, call.currency, call.last_error or ""
         )

@@ -20,7 +20,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "circuit_breaker.opened": "Consecutive calls failed. No call is made until `open_until`; then one probe is made.",
     "fee_cap.reached": "A call was not made, because it would exceed a fee cap. Its payments fail with "
     "`fee_cap_reached`.",
-    "fee_cap.warning": "A fee cap is used to 80 %. Logged once a day for each cap.",
+    "fee_cap.warning": "A call raised the usage of a fee cap to 80 %. Logged once per day, process and cap; for the "
+    "cap `account` also per account.",
     "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds "
     "the work.",
     "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries "

@@ -11,7 +11,9 @@ from typing import Any
 
 import typer
 
+from cli.command_line import EXIT_FAILED
 from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
+from cli.main import EXIT_NOT_READY
 from cli.main import app as cli_app
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
@@ -44,33 +46,63 @@ def _first_line(docstring: str | None) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+CLI_HEAD = f"""\
+{HEAD}# Commands
+
+`payready COMMAND --help` prints the same.
+An option without a default is not set.
+
+| exit status | meaning |
+|---|---|
+| 0 | success |
+| {EXIT_FAILED} | failure: the error is on standard error, or a check failed |
+| 2 | wrong usage: an unknown command or option, or a wrong value |
+| {EXIT_NOT_READY} | `payment enqueue --wait`: the payment failed |
+| 128 + signal | `demo` or `up` was stopped by a signal before it was complete |
+"""
+_VALUE_NAMES = {"str": "text", "int": "integer", "list[str]": "texts"}
+
+
 def cli_page() -> str:
-    """Return the page on the commands of `payready`."""
-    parts = [f"{HEAD}# Commands\n", "`payready COMMAND --help` prints the same.\n"]
+    """Return the page on the commands of `payready`, in the order of `--help`."""
     root = typer.main.get_command(cli_app)
-    parts += [_command_section(path, command) for path, command in _commands("payready", root)]
-    return "\n".join(parts)
+    return "\n".join([CLI_HEAD, *(_command_section(path, command) for path, command in _commands("payready", root))])
 
 
 def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
     if hasattr(command, "commands"):
-        for name, child in sorted(command.commands.items()):
+        for name, child in command.commands.items():
             yield from _commands(f"{path} {name}", child)
     else:
         yield path, command
 
 
 def _command_section(path: str, command: Any) -> str:
-    rows = []
-    for parameter in command.params:
-        if parameter.name == "help":
-            continue
-        is_option = parameter.param_type_name == "option"
-        name = " / ".join(parameter.opts) if is_option else str(parameter.name)
-        help_text = getattr(parameter, "help", None) or ""
-        rows.append(f"| `{name}` | {'required' if parameter.required else 'optional'} | {_cell(help_text)} |")
-    table = _table("| argument or option | | meaning |", rows) if rows else ""
-    return f"## `{path}`\n\n{inspect.cleandoc(command.help or '')}\n\n{table}"
+    context = typer.Context(command, info_name=path)
+    rows = [
+        f"| `{' / '.join(parameter.opts)}` | {_values(parameter, context)} | {_default(parameter)} | "
+        f"{_cell(parameter.help or '')} |"
+        for parameter in command.params
+        if parameter.name != "help"
+    ]
+    table = _table("| argument or option | values | default | meaning |", rows)
+    usage = command.get_usage(context).partition(": ")[2]
+    return f"## `{path}`\n\n{inspect.cleandoc(command.help or '')}\n\nUsage: `{usage}`\n\n{table}"
+
+
+def _values(parameter: Any, context: typer.Context) -> str:
+    if getattr(parameter, "is_flag", False):
+        return ""
+    if parameter.min is not None:
+        return f"{parameter.min} to {parameter.max}"
+    name = parameter.display_type(context).strip("<>")
+    return ", ".join(f"`{choice}`" for choice in name.split("|")) if "|" in name else _VALUE_NAMES.get(name, name)
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    return "" if parameter.default in (None, False) else f"`{parameter.default}`"
 
 
 # --- tasks and queues -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.ledger.payment_report import PaymentLine
-from worker.rules.decimals import MINOR_UNIT_DIGITS, decimal_text
+from worker.rules.decimals import amount_text, decimal_text
 
 AMOUNT_FIELDS = (
     "amount",
@@ -33,7 +33,6 @@ STATE_STYLES = {
     "posted": "",
     "pending": "yellow",
 }
-DEFAULT_CURRENCY_DECIMALS = 2
 
 
 def as_json(value: Any) -> str:
@@ -51,19 +50,6 @@ def _json_value(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 
-def money_text(value: Decimal, currency: str = "") -> str:
-    """Return an amount without its currency. It has at least the currency's decimals, and no other trailing zeros."""
-    decimals = MINOR_UNIT_DIGITS.get(currency, DEFAULT_CURRENCY_DECIMALS)
-    whole, _, fraction = decimal_text(value).partition(".")
-    fraction = fraction.rstrip("0").ljust(decimals, "0")
-    return f"{whole}.{fraction}" if fraction else whole
-
-
-def price_text(value: Decimal, currency: str) -> str:
-    """Return an amount with its currency, such as `0.10 USD`."""
-    return f"{money_text(value, currency)} {currency}"
-
-
 def utc_time_text(at: datetime) -> str:
     """Return a time in UTC to the second, such as `2026-11-22 12:00:00Z`."""
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
@@ -72,6 +58,11 @@ def utc_time_text(at: datetime) -> str:
 def count_text(count: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: `1 call`, `2 calls`."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def error_line(error: Exception) -> str:
+    """Return the first line of an error of the database. Further lines may repeat values of a row."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
 def styled_state(state: str) -> Text:
@@ -141,7 +132,7 @@ def fee_or_reused_text(line: PaymentLine) -> str:
     """Return a payment's fee share and its state, or `reused`, for a table."""
     if line.reused:
         return "reused"
-    return f"{money_text(line.fee.amount, line.fee.currency)} {line.fee.state}" if line.fee else ""
+    return f"{amount_text(line.fee.amount, line.fee.currency)} {line.fee.state}" if line.fee else ""
 
 
 def waited_text(line: PaymentLine, now: datetime) -> str:

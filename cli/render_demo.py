@@ -1,6 +1,7 @@
 """Output of the demo: a table of its jobs, and the results of its checks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -35,30 +36,58 @@ def demo_board(
     available_width: int = BOARD_WIDTH,
 ) -> Table:
     """Return the demo's jobs as a table. On a narrow terminal it has no column `scenario`."""
-    hidden = 1 if available_width < BOARD_WIDTH else None
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for number, (name, column_width) in enumerate(BOARD_COLUMNS.items()):
-        if number != hidden:
-            justify: JustifyMethod = "right" if name == "waited" else "left"
-            table.add_column(name, min_width=column_width, no_wrap=True, justify=justify)
+    columns = [name for name in BOARD_COLUMNS if available_width >= BOARD_WIDTH or name != "scenario"]
+    for name in columns:
+        justify: JustifyMethod = "right" if name == "waited" else "left"
+        table.add_column(name, min_width=BOARD_COLUMNS[name], no_wrap=True, justify=justify)
     for job in jobs:
-        cells = job_cells(job, lines.get(job.payment_id), journal.get(job.name), now)
-        table.add_row(*(cell for number, cell in enumerate(cells) if number != hidden))
+        cells = board_row(job, lines.get(job.payment_id), journal.get(job.name), now).cells_by_column()
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
-def job_cells(
-    job: DemoJob, line: PaymentLine | None, entry: Mapping[str, Any] | None, now: datetime
-) -> tuple[str | Text, ...]:
-    """Return a job's row of the board. A rejected job has no payment of its own, only an entry in the journal."""
-    done = "✓" if entry else ""
+@dataclass(frozen=True, kw_only=True)
+class BoardRow:
+    """A job's row of the board. Before the job is accepted, most cells are empty."""
+
+    job: DemoJob
+    state: str = ""
+    verdict_or_reason: str = ""
+    waited: str = ""
+    fee_share: str = ""
+    is_done: bool
+    """Whether its callback ran."""
+
+    def cells_by_column(self) -> dict[str, str | Text]:
+        """Return the cells by the names of `BOARD_COLUMNS`."""
+        return {
+            "job": self.job.name,
+            "scenario": self.job.description,
+            "state": styled_state(self.state),
+            "verdict or reason": self.verdict_or_reason,
+            "waited": self.waited,
+            "fee share": self.fee_share,
+            "done": "✓" if self.is_done else "",
+        }
+
+
+def board_row(job: DemoJob, line: PaymentLine | None, entry: Mapping[str, Any] | None, now: datetime) -> BoardRow:
+    """Return a job's row. A rejected job has no payment of its own, only an entry in the journal."""
     if job.expected.state == "rejected":
-        state, reason = ("rejected", str(entry["reason"])) if entry else ("", "")
-        return job.name, job.description, styled_state(state), reason, "", "", done
+        if entry is None:
+            return BoardRow(job=job, is_done=False)
+        return BoardRow(job=job, state="rejected", verdict_or_reason=str(entry["reason"]), is_done=True)
     if line is None:
-        return job.name, job.description, Text(""), "", "", "", done
-    state_text, reason = styled_state(line.state.value), line.verdict_or_reason or ""
-    return job.name, job.description, state_text, reason, waited_text(line, now), fee_or_reused_text(line), done
+        return BoardRow(job=job, is_done=entry is not None)
+    return BoardRow(
+        job=job,
+        state=line.state.value,
+        verdict_or_reason=line.verdict_or_reason or "",
+        waited=waited_text(line, now),
+        fee_share=fee_or_reused_text(line),
+        is_done=entry is not None,
+    )
 
 
 def check_lines(checks: Sequence[DemoCheck]) -> RenderableType:

@@ -14,14 +14,13 @@ from cli.render import (
     AMOUNT_FIELDS,
     count_text,
     fee_or_reused_text,
-    money_text,
     new_table,
-    price_text,
     styled_state,
     utc_time_text,
     waited_text,
 )
 from worker.ledger.payment_report import BalanceLine, CallLine, PaymentFee, PaymentLine, PaymentTimeline
+from worker.rules.decimals import amount_text, amount_with_currency_text
 from worker.rules.states import PaymentState
 
 _SEVERITY_MARKS = {
@@ -54,7 +53,7 @@ def payment_table(lines: Sequence[PaymentLine], now: datetime) -> RenderableType
 def released_text(outcome: Mapping[str, Any]) -> str:
     """Return the outcome of a released payment as one line."""
     fee, waited_s = outcome["fee"], outcome["waited_ms"] / 1000
-    price = price_text(Decimal(fee["amount"]), fee["currency"])
+    price = amount_with_currency_text(Decimal(fee["amount"]), fee["currency"])
     return f"{outcome['payment_id']} released: {outcome['verdict']}, after {waited_s:.1f} s, fee {price} {fee['state']}"
 
 
@@ -96,7 +95,7 @@ def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEve
     line = timeline.payment
     yield TimelineEvent(at=line.requested_at, name="job accepted", detail=_amount_and_timeout_text(timeline))
     for call in timeline.calls:
-        price = price_text(call.price, call.currency)
+        price = amount_with_currency_text(call.price, call.currency)
         yield TimelineEvent(at=call.called_at, name="call", detail=f"{call.call_id}, fee entry pending: {price}")
         if call.finalized_at:
             detail = f"{call.call_id}, {_evidence_text(call)}"
@@ -116,7 +115,7 @@ def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEve
 
 def _amount_and_timeout_text(timeline: PaymentTimeline) -> str:
     job, currency = timeline.job, _job_currency_or_usd(timeline)
-    amount = price_text(Decimal(job["amount"]), currency) if "amount" in job else "no amount"
+    amount = amount_with_currency_text(Decimal(job["amount"]), currency) if "amount" in job else "no amount"
     timeout_s = (timeline.payment.deadline - timeline.payment.requested_at).total_seconds()
     return f"{amount}, timeout {timeout_s:.0f} s"
 
@@ -130,7 +129,7 @@ def _evidence_text(call: CallLine) -> str:
 
 
 def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
-    available = "null" if balance.available is None else money_text(balance.available, _job_currency_or_usd(timeline))
+    available = "null" if balance.available is None else amount_text(balance.available, _job_currency_or_usd(timeline))
     ids = f"{balance.balance_id}, {balance.event_id}"
     return f"{ids}, available {available}, as of {utc_time_text(balance.at)}"
 
@@ -164,7 +163,7 @@ def _fee_fact(timeline: PaymentTimeline) -> str:
     line = timeline.payment
     if line.reused:
         call = next(iter(timeline.calls), None)
-        saved = f", saved {price_text(call.price, call.currency)}" if call else ""
+        saved = f", saved {amount_with_currency_text(call.price, call.currency)}" if call else ""
         return f"fee: none, reused the balance of an earlier call{saved}"
     if line.state == PaymentState.WAITING:
         return "fee: known when the payment is resolved"
@@ -172,17 +171,18 @@ def _fee_fact(timeline: PaymentTimeline) -> str:
 
 
 def _share_text(fee: PaymentFee) -> str:
-    amount = f"{price_text(fee.amount, fee.currency)}, {fee.state}"
+    amount = f"{amount_with_currency_text(fee.amount, fee.currency)}, {fee.state}"
     if fee.shared_by == 1:
         return amount
-    return f"{amount}: share of {price_text(fee.total, fee.currency)} among {count_text(fee.shared_by, 'payment')}"
+    total = amount_with_currency_text(fee.total, fee.currency)
+    return f"{amount}: share of {total} among {count_text(fee.shared_by, 'payment')}"
 
 
 def _funds_calculation_text(calculation: Mapping[str, Any]) -> str:
     """Return the funds calculation as two sums: needed and available funds."""
     currency = calculation["currency"]
     amounts = {
-        key: money_text(Decimal(value), currency)
+        key: amount_text(Decimal(value), currency)
         for key, value in calculation.items()
         if key in AMOUNT_FIELDS and value is not None
     }

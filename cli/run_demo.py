@@ -203,11 +203,10 @@ def _change_lines_then_board_display(console: Console) -> Iterator[ShowBoard]:
         last[:] = [observed]
         now, journal = utc_now(), _service_journal_by_job_name(observed)
         for job in DEMO_JOBS:
-            cells = render_demo.job_cells(job, observed.payments.get(job.payment_id), journal.get(job.name), now)
-            state = str(cells[2])
-            if state and state != states.get(job.name):
-                states[job.name] = state
-                line = f"{job.name:<10} {state:<9} {cells[3]:<22} {job.description}"
+            row = render_demo.board_row(job, observed.payments.get(job.payment_id), journal.get(job.name), now)
+            if row.state and row.state != states.get(job.name):
+                states[job.name] = row.state
+                line = f"{job.name:<10} {row.state:<9} {row.verdict_or_reason:<22} {job.description}"
                 console.print(f"{(now - started_at).total_seconds():5.1f} s  {line}", highlight=False)
 
     yield show_changes

@@ -35,7 +35,7 @@ def write_env_file_and_run_dev_stack(
         if as_json:
             typer.echo(render.as_json(_addresses(stack) | {"settings": str(environ)}))
         else:
-            _print_addresses_and_examples(console, stack, environ)
+            print_addresses_and_examples(console, stack, environ)
         try:
             while True:
                 stack.processes.check_all_running()
@@ -56,7 +56,8 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _print_addresses_and_examples(console: Console, stack: DevStack, environ: Path) -> None:
+def print_addresses_and_examples(console: Console, stack: DevStack, environ: Path) -> None:
+    """Print the addresses of a stack, and commands to try. `environ` is the file with its settings."""
     table = Table(box=None, pad_edge=False, show_header=False)
     remarks = {
         "flower": f"  login {FLOWER_LOGIN}",

@@ -14,7 +14,7 @@ from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
 from worker.ledger import quarantine
-from worker.ledger.engine import read_snapshot, transaction
+from worker.ledger.engine import read_snapshot
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
@@ -102,7 +102,7 @@ def delete_quarantined(
     with _selected_events(ids, all_events=all_events) as (rt, selected):
         if all_events and not yes:
             typer.confirm("Delete all quarantined events permanently?", abort=True, err=True)
-        deleted = sum(_delete_one(rt, event) for event in selected)
+        deleted = sum(flow.delete_quarantined(rt, [event.quarantine_id]) for event in selected)
     typer.echo(render.as_json({"deleted": deleted}) if as_json else f"deleted {render.count_text(deleted, 'event')}")
 
 
@@ -171,14 +171,9 @@ def _replay_only_balances(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
     follow_up = flow.store_balances_and_delete_quarantined(rt, event, parsed.balances)
     try:
         celery_client.enqueue_apply(settings(), follow_up.balances_to_apply)
-    except celery_client.NoWorkerResponse as error:
+    except celery_client.CeleryUnavailable as error:
         typer.echo(f"payready: {error}; the balance is stored and the sweep will apply it", err=True)
     return ReplayResult.APPLIED if parsed.balances else ReplayResult.IRRELEVANT
-
-
-def _delete_one(rt: Runtime, event: QuarantinedEvent) -> int:
-    with transaction(rt.engine) as tx:
-        return quarantine.delete_events(tx, [event.quarantine_id])
 
 
 # --- subscription -----------------------------------------------------------------------------------------------------

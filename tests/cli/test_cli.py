@@ -282,23 +282,25 @@ def test_invalid_month_is_rejected(run: Run, month: str) -> None:
 def test_error_names_misspelt_setting_and_missing_database(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator knows what to change."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", "sqlite:////nowhere/at/all.db")
-    assert "cannot read the ledger: unable to open database file" in run("payment", "list").stderr
+    said = run("payment", "list").stderr
+    assert "the database did not respond: unable to open database file; check PAYREADY_DATABASE_URL" in said
     monkeypatch.setenv("PAYREADY_DATABASE_URI", "x")
     assert "PAYREADY_DATABASE_URI is not a setting of payready" in run("payment", "list").stderr
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [("0.100000", "0.10"), ("0.033333", "0.033333"), ("25", "25.00"), ("500.0", "500.00")]
-)
-def test_money_text_has_currency_decimals_and_no_lost_digit(value: str, text: str) -> None:
-    """There is no exponent."""
-    assert render.money_text(Decimal(value), "USD") == text
+def test_error_of_database_without_tables_names_the_role_release(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The address is right, so the error does not mention it."""
+    monkeypatch.setenv("PAYREADY_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    said = run("payment", "list").stderr
+    assert said == "payready: the database is behind this release; run the role `release`: alembic upgrade head\n"
 
 
-def test_money_text_follows_decimals_of_currency() -> None:
-    """Yen have none, Kuwaiti dinars have three."""
-    assert render.money_text(Decimal(25), "JPY") == "25"
-    assert render.money_text(Decimal("25.1"), "KWD") == "25.100"
+def test_error_of_broker_names_the_settings_of_its_address(run: Run) -> None:
+    """The broker may have another address than Redis."""
+    said = run("payment", "cancel", "pay_1").stderr
+    assert "refused. Check PAYREADY_BROKER_URL and PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL" in said
 
 
 def test_json_of_unknown_type_is_an_error() -> None:

@@ -1,13 +1,19 @@
 """Decisions of `payready doctor` that need no servers."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from threading import Event
 
 import pytest
+from pydantic import SecretStr
 
+from cli import doctor
 from cli.celery_client import is_payready_worker
-from cli.doctor_checks import ClockSample
+from cli.doctor_checks import ClockSample, clock_result
 from cli.doctor_provider_checks import balances_result
-from cli.doctor_results import Severity
+from cli.doctor_results import CheckContext, CheckResult, Severity, ok
+from config.settings import Settings
+from worker.runtime import build_runtime
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
@@ -52,3 +58,67 @@ def test_clock_drift_excludes_round_trip(server_s: float, round_trip_s: float, d
         server_time=NOON + timedelta(seconds=server_s), sent_at=NOON, round_trip=timedelta(seconds=round_trip_s)
     )
     assert sample.least_drift == timedelta(seconds=drift_s)
+
+
+@pytest.fixture
+def context() -> CheckContext:
+    """Inputs of checks that use no server."""
+    settings = Settings()
+    web_url = "http://127.0.0.1:1"
+    return CheckContext(settings=settings, rt=build_runtime(settings), flower_url="http://127.0.0.1:1", web_url=web_url)
+
+
+def test_clock_that_cannot_be_compared_is_a_warning(context: CheckContext) -> None:
+    """A check that was not made is not ok."""
+    sample = ClockSample(server_time=NOON, sent_at=NOON, round_trip=timedelta(seconds=8))
+    result = clock_result(context, "Redis", sample)
+    assert (result.severity, result.message) == (
+        Severity.WARNING,
+        "not compared with Redis: a round trip took 8.0 s",
+    )
+
+
+def test_doctor_reports_check_that_raises_as_error(context: CheckContext) -> None:
+    """Results before the error remain."""
+
+    def check_first_thing(_: CheckContext) -> Iterator[CheckResult]:
+        yield ok("a", "responds")
+        raise ValueError("unknown url type: 'foo'")
+
+    found = list(doctor.run_check(check_first_thing, context, timeout_s=5))
+    assert [(result.check, result.severity) for result in found] == [
+        ("a", Severity.OK),
+        ("first thing", Severity.ERROR),
+    ]
+    assert found[1].message == "the check crashed: ValueError: unknown url type: 'foo'"
+
+
+def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
+    """The next check can run."""
+    released = Event()
+
+    def check_slow_thing(_: CheckContext) -> Iterator[CheckResult]:
+        yield ok("a", "responds")
+        released.wait()
+
+    found = list(doctor.run_check(check_slow_thing, context, timeout_s=0.2))
+    released.set()
+    assert [(result.check, result.message) for result in found] == [
+        ("a", "responds"),
+        ("slow thing", "the check did not finish within 0.2 s"),
+    ]
+
+
+def test_doctor_runs_all_checks_despite_invalid_addresses(
+    monkeypatch: pytest.MonkeyPatch, context: CheckContext
+) -> None:
+    """An address without a scheme makes the request raise ValueError."""
+    checks = [check for check in doctor.CHECKS if "web" in check.__name__ or "flower" in check.__name__]
+    monkeypatch.setattr(doctor, "CHECKS", tuple(checks))
+    settings = context.settings.model_copy(update={"webhook_secrets": [SecretStr("s")]})
+    found = list(doctor.run_checks(settings, context.rt, "http://[", web_url="foo"))
+    assert [result.check for result in found] == [
+        "webhook secrets",
+        "web accepts signed delivery",
+        "flower requires login",
+    ]

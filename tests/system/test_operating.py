@@ -136,7 +136,8 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
         "database": "never migrated; this release needs 0001",
-        "broker": f"cannot reach the broker or the result backend: {REFUSED}. Check PAYREADY_REDIS_URL.",
+        "broker": f"cannot reach the broker or the result backend: {REFUSED} Check PAYREADY_BROKER_URL and "
+        "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set.",
         "result backend": REFUSED,
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
         "webhook secrets": "none is set: `web` rejects every delivery",

@@ -8,6 +8,7 @@
     `polling`      poll_balance_and_resolve_payments: read a balance whose webhook may be lost
     `maintenance`  expire_poll_or_rejoin_due_payments, sweep_refreshes_and_balances: deadlines, and work that was lost
     `operations`   cancel_waiting, redeliver: what a payments service or an operator asks for
+    `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
 
 Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
 `FollowUp`, for the caller to dispatch. All functions except `make_call_unless_claim_is_old` can be repeated. A request
@@ -33,12 +34,26 @@ from worker.flow.ingest import (
     store_balances_and_delete_quarantined,
 )
 from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, accept_job, accept_jobs_unless_account_locked
+from worker.flow.invoicing import (
+    AppliedReconciliation,
+    Invoice,
+    apply_invoice,
+    compare_invoice,
+    parse_invoice_file,
+)
 from worker.flow.maintenance import (
     claim_overdue_deliveries,
     expire_poll_or_rejoin_due_payments,
     sweep_refreshes_and_balances,
 )
-from worker.flow.operations import cancel_by_task, cancel_waiting, claim_deliveries, mark_delivered, redeliver
+from worker.flow.operations import (
+    cancel_by_task,
+    cancel_waiting,
+    claim_deliveries,
+    delete_quarantined,
+    mark_delivered,
+    redeliver,
+)
 from worker.flow.polling import poll_balance_and_resolve_payments
 from worker.flow.resolution import apply_balance
 
@@ -47,6 +62,7 @@ __all__ = [
     "MAINTENANCE_BATCH_SIZE",
     "MAX_CLAIM_AGE",
     "AcceptedCall",
+    "AppliedReconciliation",
     "BalancePoll",
     "CallResult",
     "Claim",
@@ -55,22 +71,27 @@ __all__ = [
     "FollowUp",
     "IntakeRequest",
     "IntakeResult",
+    "Invoice",
     "OnWaiting",
     "RefreshCall",
     "accept_job",
     "accept_jobs_unless_account_locked",
     "apply_balance",
+    "apply_invoice",
     "cancel_by_task",
     "cancel_waiting",
     "claim_and_call",
     "claim_delay_or_reject_calls",
     "claim_deliveries",
     "claim_overdue_deliveries",
+    "compare_invoice",
+    "delete_quarantined",
     "expire_poll_or_rejoin_due_payments",
     "ingest_events_and_resolve_payments",
     "log_and_count_skipped_call",
     "make_call_unless_claim_is_old",
     "mark_delivered",
+    "parse_invoice_file",
     "poll_balance_and_resolve_payments",
     "prune_quarantine_beyond_limits",
     "redeliver",

@@ -1,4 +1,4 @@
-"""Operations on request: cancel payments, and claim, mark and repeat deliveries of outcomes."""
+"""Operations on request: cancel payments, claim, mark and repeat deliveries of outcomes, delete quarantined events."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -6,7 +6,7 @@ from datetime import datetime
 from worker.errors import FailureReason
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import fail_payments_with_fee_share
-from worker.ledger import outcome_deliveries, payments
+from worker.ledger import outcome_deliveries, payments, quarantine
 from worker.ledger.engine import transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.runtime import Runtime
@@ -43,3 +43,9 @@ def redeliver(rt: Runtime, payment_id: str) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it: none if it is not resolved."""
     with transaction(rt.engine) as tx:
         return outcome_deliveries.make_outcome_due_again(tx, payment_id, rt.clock())
+
+
+def delete_quarantined(rt: Runtime, quarantine_ids: Sequence[str]) -> int:
+    """Delete quarantined events. Return how many were deleted."""
+    with transaction(rt.engine) as tx:
+        return quarantine.delete_events(tx, quarantine_ids)

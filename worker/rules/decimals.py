@@ -35,14 +35,19 @@ def minor_unit_digits(currency: str) -> int:
     return MINOR_UNIT_DIGITS.get(currency, DEFAULT_MINOR_UNIT_DIGITS)
 
 
-def amount_with_currency_text(amount: Decimal, currency: str) -> str:
-    """Return an amount with its currency as text for people, such as `10.00 USD`.
+def amount_text(amount: Decimal, currency: str) -> str:
+    """Return an amount without its currency as text for people, such as `10.00`.
 
     The amount has at least the decimal places of the currency. More are shown only if they are not zero.
     """
     whole, _, fraction = decimal_text(amount).partition(".")
     fraction = fraction.rstrip("0").ljust(minor_unit_digits(currency), "0")
-    return f"{whole}.{fraction} {currency}" if fraction else f"{whole} {currency}"
+    return f"{whole}.{fraction}" if fraction else whole
+
+
+def amount_with_currency_text(amount: Decimal, currency: str) -> str:
+    """Return an amount with its currency as text for people, such as `10.00 USD`."""
+    return f"{amount_text(amount, currency)} {currency}"
 
 
 _DecimalStr = Annotated[str, Field(pattern=DECIMAL_PATTERN)]
