@@ -93,7 +93,7 @@ class Books:
 def books(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[Books]:
     """An empty ledger."""
     url = f"sqlite:///{tmp_path}/ledger.db" if request.param == "sqlite" else postgres_server.database()
-    engine = open_engine(url)
+    engine = open_engine(url, connections=10)
     SQLModel.metadata.create_all(engine)
     yield Books(url, engine)
     engine.dispose()
