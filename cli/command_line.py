@@ -11,7 +11,7 @@ from rich.console import Console
 from cli.celery_client import NoWorkerResponse
 from config.settings import ConfigurationError, settings
 from demo.processes import StartOrExitError
-from worker.errors import CallFailed, InvalidJob
+from worker.errors import CallFailed, InvalidJob, error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, Tx, open_engine, read_snapshot, transaction
 from worker.rules.invoice_file import InvoiceError
 from worker.rules.pricing import PriceListError
@@ -42,7 +42,7 @@ def report_errors() -> Iterator[None]:
     except EXPECTED_ERRORS as error:
         fail(str(error))
     except DATABASE_UNAVAILABLE as error:
-        reason = getattr(error, "orig", None) or error
+        reason = error_summary(error)
         fail(f"cannot read the ledger: {reason}. Check PAYREADY_DATABASE_URL and run `alembic upgrade head`.")
 
 
@@ -72,7 +72,7 @@ def update_or_exit(write: Callable[[Tx], T]) -> T:
 @contextmanager
 def _engine_or_exit() -> Iterator[Engine]:
     with report_errors():
-        engine = open_engine(settings().database_url)
+        engine = open_engine(settings().database_url, connections=1)
         try:
             yield engine
         finally:
