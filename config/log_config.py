@@ -1,7 +1,8 @@
 """Logging: structlog events with fields, JSON in production, readable lines in development.
 
-Lines of libraries take the same shape. Each line carries the ids of the log context (`CONTEXT_IDS`). Secrets, amounts
-and metadata are never logged, and lines of libraries that quote a message's content are truncated.
+Lines of libraries take the same shape. Each line carries the ids of the log context (`CONTEXT_IDS`). Secrets,
+metadata and the amounts of payments and balances are never logged; fees are. Lines of libraries that quote a message's
+content are truncated.
 """
 
 import logging

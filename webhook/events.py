@@ -34,6 +34,7 @@ from webhook.json_splitting import (
     split_members,
 )
 from worker.quiltt.messages import (
+    REFRESH_SOURCE,
     AccountMovedEvent,
     Balance,
     BalanceWithEventId,
@@ -134,7 +135,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
 def count_if_routine(body: bytes) -> int:
     """Return the number of events if all of them are certainly routine, else 0."""
     # An escape could hide the text REFRESH. Of two lists the parser returns only one.
-    if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:
+    if REFRESH_SOURCE.encode() in body or b"\\" in body or body.count(b'"events"') != 1:
         return 0
     try:
         envelope = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -234,7 +235,7 @@ def _parse_decoded_event(event: Any, signed_at: datetime) -> ParsedEvent:
 def _parse_refresh_balance(event: dict[str, Any]) -> BalanceWithEventId | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
-    if isinstance(source, str) and source != "REFRESH":
+    if isinstance(source, str) and source != REFRESH_SOURCE:
         return None
     event_id = event.get("id")
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):

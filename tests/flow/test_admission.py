@@ -1,5 +1,6 @@
 """Admission control: calls keep to the rate limit, the most urgent first, and stop while the breaker is open."""
 
+import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Literal
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
+from demo.processes import ROOT
 from tests.support.in_process import (
     SETTINGS,
     START,
@@ -21,6 +23,7 @@ from tests.support.in_process import (
 from worker import flow
 from worker.correlation.admission import (
     DELAYED_CALLS_FIRST,
+    MAX_CLOCK_ERROR,
     MAX_OPEN_DURATION,
     OPEN_DURATION,
     Admission,
@@ -29,6 +32,7 @@ from worker.correlation.admission import (
     BreakerChange,
     Denied,
 )
+from worker.correlation.redis_client import duration_us
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger import fee_entries
 
@@ -298,8 +302,8 @@ def test_call_claimed_during_a_probe_is_made_soon_after(made: MakeSystem, timeou
 
         def probe() -> int:
             other = payready.initiate("other", "acct_b", timeout_s=timeout_s)
-            payready.queue = flow.FollowUp()
-            payready.queue.merge(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
+            payready.drop_tasks()
+            payready.queue.add(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
             payready.clock.advance(0.3)
             return 202
 
@@ -450,3 +454,13 @@ def test_status_is_read_only(gate: AdmissionControl) -> None:
     assert gate.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
     gate.apply_result_to_breaker_and_limiter("ok", START, START)
     assert gate.status(START).open_until is None
+
+
+def test_scripts_ignore_times_of_a_wrong_clock_from_the_same_limit() -> None:
+    """The Lua scripts cannot read the constants of `admission.py`."""
+    limit = str(duration_us(MAX_OPEN_DURATION + MAX_CLOCK_ERROR))
+    scripts = {path.name: path.read_text() for path in (ROOT / "worker/correlation").glob("*.lua")}
+    with_limit = {name for name, script in scripts.items() if limit in script}
+    assert with_limit == {"admit.lua", "exhaust.lua", "record_result.lua", "reserve_slots.lua"}
+    numbers = {number for script in scripts.values() for number in re.findall(r"\b\d{6,}\b", script)}
+    assert numbers == {limit, "1000000"}  # and one second

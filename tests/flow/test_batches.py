@@ -4,12 +4,15 @@ from datetime import timedelta
 from decimal import Decimal
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from redis import RedisError
 
 from simulator.testing import eventually
 from tests.support.in_process import Databases, InProcessSystem, MakeSystem, intake_request
 from worker import flow
+from worker.flow import ingest
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
@@ -21,7 +24,7 @@ def take_in(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
     for entrance in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
         assert entrance is not None
-        payready.queue.merge(entrance.follow_up)
+        payready.queue.add(entrance.follow_up)
 
 
 def test_payments_of_one_round_are_served_in_the_order_of_their_jobs(payready: InProcessSystem) -> None:
@@ -76,7 +79,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
         }
     )
     receiving = Thread(
-        target=lambda: payready.queue.merge(
+        target=lambda: payready.queue.add(
             flow.ingest_events_and_resolve_payments(
                 payready.rt, [BalanceWithEventId(event_id="evt_1", balance=balance)]
             )
@@ -115,7 +118,7 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     came = [refreshed(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came)))
+        thread = Thread(target=lambda: payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, came)))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
@@ -135,13 +138,41 @@ def test_a_delivery_that_comes_twice_at_once_is_kept_without_a_deadlock(
     assert "balance.apply_postponed" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "event", "has_traceback"),
+    [(RedisError("no answer"), "balance.apply_postponed", False), (KeyError("a bug"), "balance.apply_failed", True)],
+)
+def test_ingest_stores_balances_that_it_cannot_apply(
+    payready: InProcessSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    event: str,
+    *,
+    has_traceback: bool,
+) -> None:
+    """An unexpected error is logged with its traceback, a server that does not respond with one line."""
+    payready.initiate("pay_1", "acct_1")
+    payready.run_tasks()
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "add_to_correlation_and_resolve_payments", Mock(side_effect=error))
+        follow_up = flow.ingest_events_and_resolve_payments(payready.rt, [refreshed(payready, "acct_1", "bal_1")])
+    assert follow_up.balances_to_apply == ["bal_1"]
+    [record] = [record for record in caplog.records if "balance.apply" in str(record.msg)]
+    assert event in str(record.msg)
+    assert bool(isinstance(record.msg, dict) and record.msg.get("exc_info")) == has_traceback
+    payready.queue.add(follow_up)
+    payready.run_tasks()
+    assert payready.state("pay_1") == "released"
+
+
 def test_a_balance_that_comes_for_two_accounts_is_applied_to_one(payready: InProcessSystem) -> None:
     """It is stored once: the outcomes of its payments must name a balance of the ledger."""
     for name in "ab":
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
     came = [refreshed(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, came))
+    payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, came))
     payready.run_tasks()
     [kept] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")

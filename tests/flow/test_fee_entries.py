@@ -448,7 +448,7 @@ def test_fee_shares_add_up_when_payments_fail_before_the_balance(
         payready.initiate(f"p{number}", A, timeout_s=60)
     payready.run_tasks()
     payready.pass_time(9)
-    payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1"]))
+    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1"]))
     payready.pass_time(1)
     payready.balance(A)
     payready.run_tasks()
@@ -484,7 +484,7 @@ def test_balance_between_two_calls_posts_the_first_call(
     payready.initiate("p1", A, timeout_s=120)
     payready.run_tasks()
     payready.clock.advance(payready.rt.settings.uncertain_grace_s)
-    payready.queue.merge(flow.sweep_refreshes_and_balances(payready.rt))  # repeats: the call is enqueued
+    payready.queue.add(flow.sweep_refreshes_and_balances(payready.rt))  # repeats: the call is enqueued
     assert payready.queue.calls
     payready.balance(A)
     payready.run_tasks()

@@ -256,7 +256,7 @@ def test_a_figure_comes_out_as_the_provider_wrote_it(
     with fresh(databases, valkey_url) as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.run_tasks()
-        payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, balances))
+        payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, balances))
         payready.run_tasks()
         sheet = payready.outcome("p1")["balance"]
     assert [Decimal(sheet[name]) for name in names] == [Decimal(figure) for figure in figures]

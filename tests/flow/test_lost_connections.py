@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.in_process import InProcessSystem
+from tests.support.in_process import InProcessSystem, TaskQueue
 from worker import flow
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
@@ -17,7 +17,7 @@ A, B = "acct_a", "acct_b"
 def break_down(payready: InProcessSystem, *, age_s: float = 0, **whose: str) -> None:
     """An event of this age comes in about a connection or a profile."""
     at = payready.clock() - timedelta(seconds=age_s)
-    payready.queue.merge(
+    payready.queue.add(
         flow.ingest_events_and_resolve_payments(
             payready.rt, [], connection_updates=[ConnectionLost(detail="it is gone", at=at, **whose)]
         )
@@ -71,9 +71,9 @@ def test_an_event_that_is_sent_again_does_not_fail_payments_that_came_since(
 
 def test_call_without_a_waiting_payment_is_not_made(payready: InProcessSystem) -> None:
     payready.initiate("p1", A, connection_id="conn_1")
-    later, payready.queue = payready.queue, flow.FollowUp()
+    later, payready.queue = payready.queue, TaskQueue()
     break_down(payready, connection_id="conn_1")
-    payready.queue.merge(later)
+    payready.queue.add(later)
     payready.run_tasks()
     assert payready.provider.calls == []
 
@@ -94,7 +94,7 @@ def test_an_account_that_moves_takes_its_payments_along(
     payready.initiate("p3", A)
     account_id, connection_id = moved
     update = AccountMoved(account_id=account_id, connection_id=connection_id, at=payready.clock())
-    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update]))
+    payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update]))
     break_down(payready, connection_id="conn_2")
     assert [payready.state(f"p{n}") for n in (1, 2, 3)] == states
 
@@ -151,7 +151,7 @@ def test_updates_of_one_delivery_apply_in_order_of_their_times(
             else ConnectionLost(detail="it is gone", at=at, connection_id="conn_1")
         )
 
-    payready.queue.merge(
+    payready.queue.add(
         flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[happened(one) for one in news])
     )
     payready.run_tasks()

@@ -135,6 +135,20 @@ def test_redis_away_while_a_call_is_made_costs_speed_only(payready: InProcessSys
     assert payready.state("p1") == "released"
 
 
+def test_lost_redis_operation_is_logged_by_name(payready: InProcessSystem, caplog: pytest.LogCaptureFixture) -> None:
+    payready.initiate("p1", "acct_polled", profile_id="p_1", timeout_s=60)
+    payready.run_tasks()
+    payready.clock.advance(50)
+    payready.initiate("p2", A)
+    payready.drop_tasks()
+    payready.clock.advance(6)
+    with payready.redis_unavailable():
+        flow.expire_poll_or_rejoin_due_payments(payready.rt)
+    events = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    operations = [event["operation"] for event in events if event["event"] == "redis.unavailable"]
+    assert operations == ["reserve_poll_slots", "restore_account", "join_refresh"]
+
+
 def test_an_event_whose_application_was_lost_is_applied_by_the_sweep(payready: InProcessSystem) -> None:
     """A kept balance is due until it was applied."""
     payready.initiate("p1", A)
@@ -240,10 +254,10 @@ def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -
     payready.clock.advance(2)
     first = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert first.has_more
-    assert len(first.deliveries) == flow.MAINTENANCE_BATCH_SIZE
+    assert len(first.follow_up.deliveries) == flow.MAINTENANCE_BATCH_SIZE
     second = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert not second.has_more
-    assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
+    assert len({due.task_id for due in (*first.follow_up.deliveries, *second.follow_up.deliveries)}) == count
 
 
 def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(payready: InProcessSystem) -> None:
@@ -267,7 +281,7 @@ def test_a_payment_is_released_by_an_event_that_was_not_understood_when_it_came(
         }
     )
     payready.clock.advance(30)
-    payready.queue.merge(
+    payready.queue.add(
         flow.store_balances_and_delete_quarantined(
             payready.rt, kept, [BalanceWithEventId(event_id="evt_1", balance=balance)]
         )

@@ -100,7 +100,7 @@ def test_what_an_earlier_release_left_comes_to_its_end(
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
     alembic(url, left["revision"])
     fill(url, left["tables"])
-    with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="8") as running:
+    with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="9") as running:
         put(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()

@@ -29,6 +29,7 @@ from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_c
 from worker import flow
 from worker import runtime as production
 from worker.correlation.admission import RateLimiter
+from worker.correlation.redis_client import RedisServer
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed, CallNotSent, CallResultUnknown, InvalidJob, PaymentNotReady
 from worker.flow import calling
@@ -181,6 +182,7 @@ class TestSystem:
             correlation=self._correlation,
             admission=admission_control(redis, SETTINGS),
             poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=SETTINGS.balance_polls_per_s),
+            redis_server=RedisServer(redis),
             provider=cast(QuilttClient, self),
             price_list=parse_price_list(PRICES),
             clock=self.clock,
@@ -270,11 +272,11 @@ class TestSystem:
 
     # --- the provider's part ---
 
-    def api_key_mode(self) -> str:
+    def introspect_api_key(self) -> str:
         """Return the mode of the API key."""
         return "TEST"
 
-    def request_balance_refresh(self, account_id: str) -> int:
+    def request_balance_refresh(self, account_id: str) -> None:
         """Process a refresh call."""
         self.operations.before_operation("send", "the call")
         response = (
@@ -295,7 +297,6 @@ class TestSystem:
         self.operations.before_operation("answer", "to the call")
         if response == "lost":
             raise CallResultUnknown("read timeout")
-        return 202
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:  # noqa: ARG002
         """Process a balance poll."""

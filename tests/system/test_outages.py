@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 Accounts = Callable[[str], str]
 Run = Callable[..., AbstractContextManager[System]]
 
-SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "60"}
+SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "7", "PAYREADY_REFRESH_WINDOW_S": "60"}
 """A killed worker's messages come back after 5 to 10 s; webhooks that are refused for a while do not cost a call."""
 
 DIME = Decimal("0.1")

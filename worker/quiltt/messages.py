@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,8 @@ from pydantic import (
 
 from worker.rules.job import QuilttId
 
+REFRESH_SOURCE: Final = "REFRESH"
+"""The source of a balance that a refresh call caused."""
 MAX_AMOUNT_DIGITS = 30
 MAX_AMOUNT_DECIMAL_PLACES = 60
 """Maximum digits before and after the point. The provider's floats have rounding errors such as 3.5e-15."""
@@ -69,6 +71,11 @@ class Balance(_ProviderModel):
     available: Amount
     current: Amount
     limit: Amount
+
+    @property
+    def is_refresh(self) -> bool:
+        """Whether a refresh call caused this balance."""
+        return self.source == REFRESH_SOURCE
 
 
 @dataclass(frozen=True, kw_only=True)
