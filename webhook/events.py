@@ -34,6 +34,9 @@ from webhook.json_splitting import (
     split_members,
 )
 from worker.quiltt.messages import (
+    ACCOUNT_RECONNECTED,
+    BALANCE_CREATED,
+    CONNECTION_LOST_EVENTS,
     REFRESH_SOURCE,
     AccountMovedEvent,
     Balance,
@@ -46,17 +49,6 @@ from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpd
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
 """Valid ids. Databases do not accept every text, and an invalid event must not affect the others."""
-BALANCE_CREATED = "balance.created"
-CONNECTION_LOST_EVENTS = {
-    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
-    "connection.synced.errored.institution": "the connection is in error: the institution fails",
-    "connection.synced.errored.provider": "the connection is in error: the data provider fails",
-    "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
-    "connection.disconnected": "the connection was disconnected: the user must connect again",
-    "profile.deleted": "the profile was deleted",
-}
-"""Events after which no balance can arrive, with the detail for failed payments."""
-ACCOUNT_RECONNECTED = "account.reconnected"
 MAX_EVENT_AHEAD = timedelta(seconds=5)
 """Maximum time of an event after its signature: the provider's clocks may differ by seconds."""
 

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 import webhook.events
 from webhook.events import (
-    CONNECTION_LOST_EVENTS,
     MAX_EVENT_AHEAD,
     InvalidDelivery,
     ParsedDelivery,
     UnparseableEvent,
     parse_quarantined,
 )
-from worker.quiltt.messages import UnparsedEvent
+from worker.quiltt.messages import CONNECTION_LOST_EVENTS, UnparsedEvent
 from worker.rules.connections import AccountMoved, ConnectionLost
 
 RECORD = {

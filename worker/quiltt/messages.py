@@ -1,6 +1,7 @@
 """The provider's wire format: webhook events and the balance poll. Error texts never repeat the input."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -17,6 +18,19 @@ from pydantic import (
 
 from worker.rules.job import QuilttId
 
+BALANCE_CREATED = "balance.created"
+CONNECTION_LOST_EVENTS: Mapping[str, str] = {
+    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
+    "connection.synced.errored.institution": "the connection is in error: the institution fails",
+    "connection.synced.errored.provider": "the connection is in error: the data provider fails",
+    "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
+    "connection.disconnected": "the connection was disconnected: the user must connect again",
+    "profile.deleted": "the profile was deleted",
+}
+"""Events after which no balance can arrive, with the detail for failed payments."""
+ACCOUNT_RECONNECTED = "account.reconnected"
+REQUIRED_EVENT_TYPES = (BALANCE_CREATED, *CONNECTION_LOST_EVENTS, ACCOUNT_RECONNECTED)
+"""Types of the events that payready uses."""
 REFRESH_SOURCE: Final = "REFRESH"
 """The source of a balance that a refresh call caused."""
 MAX_AMOUNT_DIGITS = 30
