@@ -9,10 +9,9 @@ import typer
 from rich.console import Console
 
 from cli.celery_client import CeleryUnavailable
-from cli.render import error_line
 from config.settings import ConfigurationError, settings
 from demo.processes import StartOrExitError
-from worker.errors import CallFailed, InvalidJob
+from worker.errors import CallFailed, InvalidJob, error_summary
 from worker.ledger.engine import (
     DATABASE_UNAVAILABLE,
     Engine,
@@ -52,7 +51,7 @@ def report_errors() -> Iterator[None]:
     except NotMigrated:
         fail("the database is behind this release; run the role `release`: alembic upgrade head")
     except DATABASE_UNAVAILABLE as error:
-        fail(f"the database did not respond: {error_line(error)}; check PAYREADY_DATABASE_URL, or try again")
+        fail(f"the database did not respond: {error_summary(error)}; check PAYREADY_DATABASE_URL, or try again")
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:
@@ -76,7 +75,7 @@ def query_or_exit(read: Callable[[Tx], T]) -> T:
 def engine_or_exit() -> Iterator[Engine]:
     """Open an engine for the ledger. Print an expected error of the block and exit."""
     with report_errors():
-        engine = open_engine(settings().database_url)
+        engine = open_engine(settings().database_url, connections=1)
         try:
             yield engine
         finally:

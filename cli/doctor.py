@@ -11,8 +11,8 @@ from time import monotonic
 
 from cli import doctor_checks, doctor_provider_checks
 from cli.doctor_results import Check, CheckContext, CheckResult, error
-from cli.render import error_line
 from config.settings import Settings
+from worker.errors import error_summary
 from worker.runtime import Runtime
 
 CHECKS: tuple[Check, ...] = (
@@ -70,6 +70,6 @@ def _put_results(check: Check, context: CheckContext, name: str, results: Simple
         for result in check(context):
             results.put(result)
     except Exception as crash:  # noqa: BLE001 - whatever it is, the other checks must run
-        message = f"the check crashed: {type(crash).__name__}: {error_line(crash)}"
+        message = f"the check crashed: {error_summary(crash)}"
         results.put(error(name, message, "correct the option or setting that the error names, else report the error"))
     results.put(None)

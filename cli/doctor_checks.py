@@ -10,9 +10,10 @@ from datetime import datetime, timedelta
 from cli import celery_client
 from cli.celery_client import WorkerInfo
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text, error_line
+from cli.render import count_text
 from config.celery_config import QUEUES, celery_settings
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.errors import error_summary
 from worker.ledger import metrics_queries, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 
@@ -47,7 +48,7 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
         with read_snapshot(context.rt.engine) as tx:
             current, required = schema.current_revision(tx), schema.required_revision()
     except DATABASE_UNAVAILABLE as unavailable:
-        yield error("database", error_line(unavailable), "start it, or correct PAYREADY_DATABASE_URL")
+        yield error("database", error_summary(unavailable), "start it, or correct PAYREADY_DATABASE_URL")
         return
     if current == required:
         yield ok("database", f"responds, at revision {current}")
@@ -60,8 +61,8 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
 def check_redis_memory_and_persistence(context: CheckContext) -> Iterator[CheckResult]:
     """Check that Redis responds, has free memory and does not lose data."""
     try:
-        info = context.rt.correlation.server_info()
-        used_ratio = context.rt.correlation.memory_used_ratio()
+        info = context.rt.redis_server.info()
+        used_ratio = context.rt.redis_server.memory_used_ratio()
     except REDIS_UNAVAILABLE as unavailable:
         yield error("redis", str(unavailable), "start it, or correct PAYREADY_REDIS_URL")
         return
@@ -195,7 +196,7 @@ def _database_clock_unless_sqlite(context: CheckContext) -> datetime | None:
 
 
 def _redis_clock(context: CheckContext) -> datetime:
-    return context.rt.correlation.server_time()
+    return context.rt.redis_server.time()
 
 
 # --- maintenance and Flower -------------------------------------------------------------------------------------------

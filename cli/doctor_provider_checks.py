@@ -44,7 +44,7 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
     """Check that the provider accepts the API key, its environment is the intended one, and its calls have a price."""
     settings, rt = context.settings, context.rt
     try:
-        mode = rt.provider.api_key_mode()
+        mode = rt.provider.introspect_api_key()
     except CallRejected as rejected:
         yield error(
             "api key", str(rejected), "set PAYREADY_QUILTT_API_KEY to a valid secret, restart `refresh` and `worker`"
@@ -54,7 +54,7 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
         yield error("api key", str(failure), "check that this host can reach PAYREADY_QUILTT_AUTH_URL")
         return
     yield ok("api key", f"accepted, mode {mode}")
-    if mode == "PRODUCTION" and settings.env != "production" and not settings.allow_production_key:
+    if not settings.permits_api_key_mode(mode):
         yield error(
             "api key", "its calls are billed, but PAYREADY_ENV is development", "set PAYREADY_ENV, or a test key"
         )

@@ -9,7 +9,10 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "api_key.mode_detected": "The provider reported the mode of the API key, which decides the price of a call.",
     "api_key.rejected": "The provider rejected the API key, or it is a production key that must not be used here. No "
     "call is made.",
-    "balance.apply_postponed": "Balances were stored, but applying them failed. `payments.sweep` applies them.",
+    "balance.apply_failed": "Applying balances raised an unexpected error. They were stored, and `balances.apply` "
+    "tries again.",
+    "balance.apply_postponed": "Balances were stored, but not applied: the database or Redis did not respond. "
+    "`balances.apply` tries again.",
     "balance.not_found": "A task names a balance that is not in the ledger. Nothing is applied.",
     "balance_poll.failed": "A balance poll failed. The payment still waits for its webhook.",
     "batch.failed": "A micro-batch raised an unexpected error. Its items were not processed.",
@@ -37,7 +40,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "quarantine.pruned": "The oldest quarantined events were deleted: the quarantine is full, or they are too old.",
     "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces "
     "its own limit.",
-    "redis.unavailable": "An update of the correlation store was lost. This costs only speed.",
+    "redis.unavailable": "Redis did not respond to `operation`. This costs only speed.",
     "refresh.check_postponed": "A due refresh could not be checked, because the database is unavailable. The next "
     "sweep tries again.",
     "refresh_call.accepted": "The provider accepted a refresh call.",

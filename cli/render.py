@@ -60,11 +60,6 @@ def count_text(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
-def error_line(error: Exception) -> str:
-    """Return the first line of an error of the database. Further lines may repeat values of a row."""
-    return str(getattr(error, "orig", None) or error).partition("\n")[0]
-
-
 def styled_state(state: str) -> Text:
     """Return a state with its colour."""
     return Text(state, STATE_STYLES.get(state, ""))

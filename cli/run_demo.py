@@ -95,7 +95,7 @@ def _new_folder() -> Path:
 
 def _start_service_and_print_report(console: Console, interrupts: Interrupts, stack: DevStack) -> DemoResult:
     journal = stack.processes.folder / "journal.jsonl"
-    engine = open_engine(stack.database_url)
+    engine = open_engine(stack.database_url, connections=1)
     started_at = utc_now()
     try:
         stack.request_simulator("/control/defaults", put=DEMO_TIMINGS)

@@ -18,6 +18,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "broker_transport": WORKERS,
         "result_backend_url": ALL,
         "database_url": ALL_BUT_FLOWER,
+        "database_connections": ALL_BUT_FLOWER,
     },
     "Quiltt": {
         "quiltt_api_url": WORKERS,

@@ -4,10 +4,9 @@ from typing import Any
 
 from kombu import Queue
 
-from config.settings import Settings
+from config.settings import MAINTENANCE_INTERVAL_S, Settings
 
 QUEUES = ("payments", "refreshes", "balances", "maintenance")
-TICK_S = 1.0
 _QUORUM = {"x-queue-type": "quorum"}
 """RabbitMQ replicates a quorum queue, and confirms a message when most replicas have it on disk."""
 
@@ -74,7 +73,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
 
 def _tick_schedule_with_expiry(task: str) -> dict[str, Any]:
     # A tick that waited for a worker for 5 s is obsolete: the next tick does its work.
-    return {"task": task, "schedule": TICK_S, "options": {"expires": 5.0}}
+    return {"task": task, "schedule": MAINTENANCE_INTERVAL_S, "options": {"expires": 5.0}}
 
 
 def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, Any]:

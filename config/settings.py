@@ -24,6 +24,14 @@ HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
 unknown."""
 
 
+MAINTENANCE_INTERVAL_S = 1.0
+"""Time between two runs of maintenance: `beat` sends its tasks in this interval."""
+MAX_CLAIM_AGE_S = 5
+"""Maximum time from a claim to its call. A call with an older claim is not made."""
+RECORD_BUDGET_S = 10
+"""Time that a worker has to record a call's result, including its retries while the database is unavailable."""
+
+
 class ConfigurationError(Exception):
     """The environment does not describe a deployment that may start. The message says what to change."""
 
@@ -117,6 +125,8 @@ class Settings(BaseModel):
     """Time after which Redis gives an unacknowledged message to another worker: the delay after a worker's death."""
     result_expires_s: int = Field(86_400, ge=60)
     """Time for which an outcome can be read from the result backend."""
+    database_connections: int = Field(40, ge=1, le=200)
+    """Maximum connections of a process to PostgreSQL. With fewer than its threads need, threads wait up to 30 s."""
     metrics_port: int = Field(0, ge=0, le=65535)
     """Port for `/metrics`, `/healthz` and `/readyz` of a role, one per process of a host. 0 disables it."""
     metrics_host: str = "127.0.0.1"
@@ -147,16 +157,37 @@ class Settings(BaseModel):
         return timedelta(seconds=self.balance_poll_lead_s)
 
     @property
+    def balance_poll_lead_if_enabled(self) -> timedelta | None:
+        """`balance_poll_lead`, or None if balances are not polled."""
+        return self.balance_poll_lead if self.balance_polls_per_s else None
+
+    @property
+    def max_call_duration(self) -> timedelta:
+        """Maximum duration of a provider call.
+
+        Four of its waits have the connect timeout: for a free connection of ours, for httpx' pool, for the connection
+        and for the write. The read timeout limits each read, so a response that arrives in small parts may take longer.
+        """
+        return timedelta(seconds=4 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s)
+
+    @property
     def max_call_and_record_duration(self) -> timedelta:
-        """Time after which a call without a recorded result has lost its worker: its timeouts, and 10 s to record."""
-        return timedelta(seconds=self.quiltt_connect_timeout_s * 4 + self.quiltt_read_timeout_s + 10)
+        """Time from a claim after which a call without a recorded result has lost its worker."""
+        return timedelta(seconds=MAX_CLAIM_AGE_S + RECORD_BUDGET_S) + self.max_call_duration
 
     @model_validator(mode="after")
-    def _visibility_timeout_exceeds_call_timeout(self) -> Self:
+    def _visibility_timeout_exceeds_call_duration(self) -> Self:
         # Otherwise the broker gives a message to a second worker while the first one makes the call.
-        if self.visibility_timeout_s <= 2 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s:
-            raise ValueError(f"{ENV_PREFIX}VISIBILITY_TIMEOUT_S must be longer than a provider call may take")
+        call_s = self.max_call_duration.total_seconds()
+        if self.visibility_timeout_s <= call_s:
+            raise ValueError(
+                f"{ENV_PREFIX}VISIBILITY_TIMEOUT_S must be longer than {call_s:g} s, which a provider call may take"
+            )
         return self
+
+    def permits_api_key_mode(self, mode: str) -> bool:
+        """Whether this deployment may use an API key of this mode: calls of PRODUCTION keys are billed."""
+        return mode != "PRODUCTION" or self.env == "production" or self.allow_production_key
 
     @model_validator(mode="after")
     def _production_needs_real_secrets(self) -> Self:

@@ -6,17 +6,18 @@ from alembic import context
 
 from config.log_config import configure_logging, log_start
 from config.settings import ConfigurationError, settings
-from worker.ledger.engine import open_engine
+from worker.ledger.engine import lift_limits_for_migrations, open_engine
 from worker.ledger.tables import PAYMENT
 
 try:
-    engine = open_engine(settings().database_url)
+    engine = open_engine(settings().database_url, connections=1)
 except ConfigurationError as error:
     sys.exit(f"payready cannot start: {error}")
 if context.config.cmd_opts is not None:  # on the command line, not within another process
     configure_logging(settings())
     log_start(settings(), "release")
 with engine.connect() as connection:
+    lift_limits_for_migrations(connection)
     context.configure(connection=connection, target_metadata=PAYMENT.metadata, compare_type=True)
     with context.begin_transaction():
         context.run_migrations()

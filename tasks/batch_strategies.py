@@ -43,7 +43,7 @@ from tasks.broker import acknowledge
 from tasks.dispatch import dispatch
 from tasks.payment_tasks import make_waiting_result_writer, parse_request
 from worker import flow, metrics
-from worker.errors import InvalidJob
+from worker.errors import InvalidJob, error_summary
 from worker.flow import CallResult, Claim, ClaimBatch, FailedCall, FollowUp, IntakeRequest, RefreshCall
 from worker.runtime import runtime
 
@@ -138,7 +138,7 @@ class _BatchStrategy:
     def _fall_back_after(self, error: Exception, batch_kind: str, batch: Sequence[ReceivedMessage]) -> None:
         """Process a failed batch one by one: the task then handles the error of its own message."""
         metrics.BATCH_FALLBACKS.labels(batch_kind).inc()
-        log.warning("batch.fallback", kind=batch_kind, error=_error_summary(error))
+        log.warning("batch.fallback", kind=batch_kind, error=error_summary(error))
         self._fall_back(batch)
 
     def _fall_back(self, batch: Sequence[ReceivedMessage]) -> None:
@@ -204,7 +204,7 @@ class _JobBatchStrategy(_BatchStrategy):
     def _dispatch_and_cancel_revoked(self, follow_ups: Sequence[FollowUp], started: Sequence[ReceivedMessage]) -> None:
         merged = FollowUp()
         for follow_up in follow_ups:
-            merged.merge(follow_up)
+            merged = merged.plus(follow_up)
         try:
             dispatch(merged)
             revoked_ids = [received.task_id for received in started if received.task_id in revoked]
@@ -312,8 +312,3 @@ def call_strategy(task: Any, app: Any, consumer: Any) -> MessageHandler:
 def _has_thread_pool_and_no_tracing(consumer: Any) -> bool:
     """Return whether the pool has threads, which share a batcher, and tracing is off: a trace belongs to one task."""
     return isinstance(consumer.pool, TaskPool) and not tracing.is_enabled()
-
-
-def _error_summary(error: Exception) -> str:
-    """Return the class and the first line of an error. Further lines may repeat values of a statement."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

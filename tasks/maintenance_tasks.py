@@ -10,6 +10,7 @@ from config.log_config import get_logger
 from tasks.app import app
 from tasks.dispatch import dispatch, redeliver_overdue_outcomes
 from worker import flow
+from worker.errors import error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.quiltt import subscriptions
 from worker.runtime import runtime, subscriptions_client
@@ -19,13 +20,13 @@ log = get_logger(__name__)
 
 @app.task(name="payments.expire", send_events=False)
 def expire_or_check_due_payments() -> None:
-    """Fail payments whose deadline has passed, and check the waiting payments that are due."""
+    """Fail payments at their deadline, and poll balances shortly before."""
     has_more = True
     with _skip_if_database_unavailable():
         while has_more:
-            follow_up = flow.expire_poll_or_rejoin_due_payments(runtime())
-            dispatch(follow_up)
-            has_more = follow_up.has_more
+            checked = flow.expire_poll_or_rejoin_due_payments(runtime())
+            dispatch(checked.follow_up)
+            has_more = checked.has_more
 
 
 @app.task(name="payments.sweep", send_events=False)
@@ -57,5 +58,4 @@ def _skip_if_database_unavailable() -> Iterator[None]:
     try:
         yield
     except DATABASE_UNAVAILABLE as error:
-        driver_error = " ".join(str(getattr(error, "orig", error)).split())
-        log.error("maintenance.skipped", reason="database_unavailable", error=driver_error)
+        log.error("maintenance.skipped", reason="database_unavailable", error=error_summary(error))

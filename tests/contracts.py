@@ -8,10 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from webhook.endpoint import PATH
-from webhook.events import BALANCE_CREATED
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
 from worker.errors import FailureReason
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import BALANCE_CREATED, Balance
 from worker.rules.job import Job, ReleasedOutcome
 
 FOLDER = Path(__file__).parent.parent / "docs" / "contracts"

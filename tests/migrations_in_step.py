@@ -22,7 +22,7 @@ def alembic(database_url: str, *command: str) -> None:
 
 def differences(database_url: str) -> list[Any]:
     """Return the changes that a migrated database needs to match the tables."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, connections=10)
     try:
         with engine.connect() as connection:
             context = MigrationContext.configure(connection, opts={"compare_type": True})

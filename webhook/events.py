@@ -34,6 +34,10 @@ from webhook.json_splitting import (
     split_members,
 )
 from worker.quiltt.messages import (
+    ACCOUNT_RECONNECTED,
+    BALANCE_CREATED,
+    CONNECTION_LOST_EVENTS,
+    REFRESH_SOURCE,
     AccountMovedEvent,
     Balance,
     BalanceWithEventId,
@@ -45,17 +49,6 @@ from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpd
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")
 """Valid ids. Databases do not accept every text, and an invalid event must not affect the others."""
-BALANCE_CREATED = "balance.created"
-CONNECTION_LOST_EVENTS = {
-    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
-    "connection.synced.errored.institution": "the connection is in error: the institution fails",
-    "connection.synced.errored.provider": "the connection is in error: the data provider fails",
-    "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
-    "connection.disconnected": "the connection was disconnected: the user must connect again",
-    "profile.deleted": "the profile was deleted",
-}
-"""Events after which no balance can arrive, with the detail for failed payments."""
-ACCOUNT_RECONNECTED = "account.reconnected"
 MAX_EVENT_AHEAD = timedelta(seconds=5)
 """Maximum time of an event after its signature: the provider's clocks may differ by seconds."""
 
@@ -149,7 +142,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
 def count_if_routine(body: bytes) -> int:
     """Return the number of events if all of them are certainly routine, else 0."""
     # An escape could hide the text REFRESH. Of two lists the parser returns only one.
-    if b"REFRESH" in body or b"\\" in body or body.count(b'"events"') != 1:
+    if REFRESH_SOURCE.encode() in body or b"\\" in body or body.count(b'"events"') != 1:
         return 0
     try:
         envelope = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -249,7 +242,7 @@ def _parse_decoded_event(event: Any, signed_at: datetime) -> ParsedEvent:
 def _parse_refresh_balance(event: dict[str, Any]) -> BalanceWithEventId | None:
     record = event.get("record")
     source = record.get("source") if isinstance(record, dict) else None
-    if isinstance(source, str) and source != "REFRESH":
+    if isinstance(source, str) and source != REFRESH_SOURCE:
         return None
     event_id = event.get("id")
     if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):

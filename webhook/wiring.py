@@ -23,7 +23,7 @@ def _commit(deliveries: Sequence[ParsedDelivery]) -> FollowUp:
 def _dispatch(follow_ups: Sequence[FollowUp]) -> None:
     merged = FollowUp()
     for follow_up in follow_ups:
-        merged.merge(follow_up)
+        merged = merged.plus(follow_up)
     dispatch_leaving_callbacks_to_workers(merged)
 
 

@@ -3,8 +3,9 @@
 Exception
 ├── InvalidJob                       never: the job is wrong; the message names the field and the rule
 ├── PaymentNotReady                  never: the payment failed (this is an outcome, not a fault)
-└── CallFailed                       the provider did not respond to a call with 202
+└── CallFailed                       a request to the provider failed, or was not made
     ├── CallNotSent                  again: nothing reached the provider
+    │   ├── CallNotPriced            again: the call was not made, because its price is unknown
     │   └── CallSkipped              again: this process did not try (the worker stops or is late)
     │       └── ConnectionPoolExhausted   again: all connections of this process are in use
     ├── RateLimited                  again, later: the provider rejected the call because of its rate (429)
@@ -15,6 +16,15 @@ Exception
 from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar
+
+
+def error_summary(error: BaseException) -> str:
+    """Return the class and the first line of an error, or of the driver's error in one of SQLAlchemy.
+
+    Further lines may repeat values of a row.
+    """
+    error = getattr(error, "orig", None) or error
+    return f"{type(error).__name__}: {error}".partition("\n")[0].strip()
 
 
 class FailureReason(StrEnum):
@@ -48,7 +58,7 @@ class PaymentNotReady(Exception):
 
 
 class CallFailed(Exception):
-    """The provider did not respond to a call with 202."""
+    """A request to the provider failed, or was not made."""
 
     result: ClassVar[str] = "unknown"
     """The label `result` of `payready_provider_calls_total`."""
@@ -60,6 +70,10 @@ class CallNotSent(CallFailed):
     """Provably nothing was sent, for instance because no connection was made. The call can be repeated."""
 
     result = "not_sent"
+
+
+class CallNotPriced(CallNotSent):
+    """The price list has no price for the call, so the call was not made."""
 
 
 class CallSkipped(CallNotSent):

@@ -130,7 +130,7 @@ def redis_metrics(rt: Runtime) -> Iterator[MetricSample]:
     status = rt.admission.status(rt.clock())
     yield metrics.CIRCUIT_BREAKER_OPEN.sample({(): float(status.open_until is not None)})
     yield metrics.BURST_USED_RATIO.sample({(): status.burst_used_ratio})
-    yield metrics.REDIS_MEMORY_USED_RATIO.sample({(): rt.correlation.memory_used_ratio()})
+    yield metrics.REDIS_MEMORY_USED_RATIO.sample({(): rt.redis_server.memory_used_ratio()})
 
 
 def _backlog_samples(backlog: Backlog, now: datetime) -> Iterator[MetricSample]:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from config.log_config import get_logger
+from worker.errors import error_summary
 from worker.metrics import UP, MetricSample, Source
 
 log = get_logger(__name__)
@@ -50,7 +51,7 @@ class CachedQueryCollector(Collector):
         try:
             samples, up = list(self._query()), 1.0
         except Exception as error:  # noqa: BLE001 - any failure means that the source is down
-            log.warning("metrics.collect_failed", source=self._source, error=str(error).partition("\n")[0])
+            log.warning("metrics.collect_failed", source=self._source, error=error_summary(error))
             samples, up = [], 0.0
         return [UP[self._source].sample({(): up}), *samples]
 

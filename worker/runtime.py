@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
 from worker.correlation.admission import AdmissionControl, RateLimiter
-from worker.correlation.redis_client import create_client
+from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
-from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
+from worker.errors import CallFailed, CallNotPriced, CallRejected, FailureReason
 from worker.ledger.cap_usage import CapUsageCounter
 from worker.ledger.engine import Engine, open_engine
 from worker.quiltt.client import ApiKeyMode, QuilttClient
@@ -44,6 +44,7 @@ class Runtime:
     correlation: CorrelationStore
     admission: AdmissionControl
     poll_limiter: RateLimiter
+    redis_server: RedisServer
     provider: QuilttClient
     price_list: PriceList
     clock: Callable[[], datetime] = utc_now
@@ -62,7 +63,9 @@ class Runtime:
         )
 
     def fetch_allowed_api_key_mode_once(self) -> ApiKeyMode:
-        """Return the mode of the provider's environment that the API key belongs to. Cached after the first success.
+        """Introspect the API key by a request to the provider, once in a process, and return its mode.
+
+        Other threads wait for the request. The mode is cached after the first success.
 
         Raises:
             CallNotSent: the provider could not introspect the key.
@@ -77,12 +80,12 @@ class Runtime:
         """Return the price of a call that is made at this time.
 
         Raises:
-            CallNotSent: the price list has no price for it, so the call must not be made.
+            CallNotPriced: the price list has no price for it, so the call must not be made.
         """
         try:
             return self.price_list.price_for(mode, at.astimezone(UTC).date())
         except PriceListError as error:
-            raise CallNotSent(str(error)) from error
+            raise CallNotPriced(str(error)) from error
 
     def _fetch_allowed_mode_or_recent_error(self) -> ApiKeyMode:
         """Introspect the key; reject a production key outside production. A failure is raised again for 2 s."""
@@ -90,13 +93,13 @@ class Runtime:
         if last_failed is not None and self.clock() - last_failed.at < MODE_RETRY_DELAY:
             raise last_failed.error
         try:
-            return self._require_allowed(self.provider.api_key_mode())
+            return self._require_allowed(self.provider.introspect_api_key())
         except CallFailed as error:
             self._failed_introspection = _FailedIntrospection(at=self.clock(), error=error)
             raise
 
     def _require_allowed(self, mode: ApiKeyMode) -> ApiKeyMode:
-        if mode == "PRODUCTION" and self.settings.env != "production" and not self.settings.allow_production_key:
+        if not self.settings.permits_api_key_mode(mode):
             detail = "the API key is a production key; set PAYREADY_ALLOW_PRODUCTION_KEY to use it outside production"
             raise CallRejected(403, FailureReason.NOT_AUTHORIZED, detail)
         return mode
@@ -115,7 +118,7 @@ def build_runtime(settings: Settings) -> Runtime:
     redis = create_client(settings.redis_url)
     return Runtime(
         settings=settings,
-        engine=open_engine(settings.database_url),
+        engine=open_engine(settings.database_url, connections=settings.database_connections),
         correlation=CorrelationStore(redis),
         admission=AdmissionControl(
             redis,
@@ -124,6 +127,7 @@ def build_runtime(settings: Settings) -> Runtime:
             probe_timeout=settings.max_call_and_record_duration,
         ),
         poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
+        redis_server=RedisServer(redis),
         provider=provider,
         price_list=parse_price_list(settings.price_list_file.read_text()),
     )

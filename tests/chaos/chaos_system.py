@@ -27,7 +27,7 @@ from worker.ledger.engine import open_engine
 
 SETTINGS = {
     **FAST_SETTINGS,
-    "PAYREADY_VISIBILITY_TIMEOUT_S": "6",
+    "PAYREADY_VISIBILITY_TIMEOUT_S": "7",
     "PAYREADY_CALLS_PER_S": "20",
     "PAYREADY_CIRCUIT_BREAKER_FAILURES": "10",
     "PAYREADY_BALANCE_POLL_LEAD_S": "5",
@@ -55,7 +55,7 @@ class ChaosSystem:
         self.processes, self.postgres, self.simulator = processes, server, simulator
         self.valkey = valkey
         self.redis_url = environ["PAYREADY_REDIS_URL"]
-        self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"])
+        self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"], connections=10)
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
         """Locked while messages are sent, and while no message may be sent."""

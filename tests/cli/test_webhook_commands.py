@@ -16,15 +16,13 @@ from cli.main import app
 from config.settings import settings
 from tests.cli.conftest import NOON, LedgerBuilder
 from tests.support.simulator import Simulator
-from webhook.events import BALANCE_CREATED, CONNECTION_LOST_EVENTS
 from worker import metrics, runtime
 from worker.errors import CallFailed
 from worker.ledger import quarantine
 from worker.ledger.engine import transaction
 from worker.ledger.tables import BALANCE
-from worker.quiltt.messages import UnparsedEvent
+from worker.quiltt.messages import REQUIRED_EVENT_TYPES, UnparsedEvent
 from worker.quiltt.subscriptions import (
-    REQUIRED_EVENT_TYPES,
     Subscription,
     SubscriptionsClient,
     find_problems_of_best_subscription,
@@ -237,11 +235,6 @@ def test_undocumented_response_is_an_error() -> None:
         )
         with pytest.raises(CallFailed, match="not documented"), quarantined_event:
             quarantined_event.list_all()
-
-
-def test_required_event_types_are_those_the_webhook_parses() -> None:
-    """An event type without a parser is noise; a missing one never arrives."""
-    assert set(REQUIRED_EVENT_TYPES) == {BALANCE_CREATED, "account.reconnected", *CONNECTION_LOST_EVENTS}
 
 
 def test_subscription_without_https_is_a_problem() -> None:

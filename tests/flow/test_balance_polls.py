@@ -195,7 +195,7 @@ def test_expiry_waits_for_an_unapplied_balance_only_briefly(
         payready.drop_tasks()
         payready.clock.advance(1)
         with payready.redis_unavailable():
-            payready.queue.merge(flow.expire_poll_or_rejoin_due_payments(payready.rt))
+            payready.queue.add(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up)
     assert payready.state_or_reason("p1") == "timeout"
 
 
@@ -244,7 +244,7 @@ def test_sync_balance_does_not_release_a_payment_without_a_call(make_system: Mak
         for _ in range(58):
             payready.clock.advance(1)
             payready.drop_tasks()
-            payready.queue.merge(flow.expire_poll_or_rejoin_due_payments(payready.rt))
+            payready.queue.add(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up)
             payready.queue.calls.clear()
             payready.run_tasks()
         assert payready.state_or_reason("p1") == "waiting"

@@ -4,13 +4,16 @@ from datetime import timedelta
 from decimal import Decimal
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from redis import RedisError
 
 from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, MakeSystem, intake_request
 from tests.support.simulator import eventually
 from worker import flow
+from worker.flow import ingest
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
@@ -22,7 +25,7 @@ def accept_batch(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
     for accepted in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
         assert accepted is not None
-        payready.queue.merge(accepted.follow_up)
+        payready.queue.add(accepted.follow_up)
 
 
 def test_funds_cover_the_first_job_of_a_batch(payready: InProcessSystem) -> None:
@@ -77,7 +80,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
         }
     )
     receiving = Thread(
-        target=lambda: payready.queue.merge(
+        target=lambda: payready.queue.add(
             flow.ingest_events_and_resolve_payments(
                 payready.rt, [BalanceWithEventId(event_id="evt_1", balance=balance)]
             )
@@ -116,9 +119,7 @@ def test_concurrent_copies_of_a_delivery_are_stored_without_a_deadlock(
     events = [refresh_balance(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
     def process() -> Thread:
-        thread = Thread(
-            target=lambda: payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, events))
-        )
+        thread = Thread(target=lambda: payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, events)))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
@@ -144,7 +145,7 @@ def test_balance_sent_for_two_accounts_is_applied_to_one(payready: InProcessSyst
         payready.initiate(f"pay_{name}", f"acct_{name}")
     payready.run_tasks()
     events = [refresh_balance(payready, f"acct_{name}", "bal_1") for name in "ab"]
-    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, events))
+    payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, events))
     payready.run_tasks()
     [stored] = payready.rows("SELECT account_id FROM balance")
     released = payready.rows("SELECT account_id FROM payment WHERE state = 'released'")
@@ -185,3 +186,31 @@ def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSy
     recording.join()
     assert payready.fees("acct_0") == ["1 pending", "1 posted"]
     assert payready.refreshes("acct_0") == ["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("error", "event", "has_traceback"),
+    [(RedisError("no answer"), "balance.apply_postponed", False), (KeyError("a bug"), "balance.apply_failed", True)],
+)
+def test_ingest_stores_balances_that_it_cannot_apply(
+    payready: InProcessSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    event: str,
+    *,
+    has_traceback: bool,
+) -> None:
+    """An unexpected error is logged with its traceback, a server that does not respond with one line."""
+    payready.initiate("pay_1", "acct_1")
+    payready.run_tasks()
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "add_to_correlation_and_resolve_payments", Mock(side_effect=error))
+        follow_up = flow.ingest_events_and_resolve_payments(payready.rt, [refresh_balance(payready, "acct_1", "bal_1")])
+    assert follow_up.balances_to_apply == ["bal_1"]
+    [record] = [record for record in caplog.records if "balance.apply" in str(record.msg)]
+    assert event in str(record.msg)
+    assert bool(isinstance(record.msg, dict) and record.msg.get("exc_info")) == has_traceback
+    payready.queue.add(follow_up)
+    payready.run_tasks()
+    assert payready.state_or_reason("pay_1") == "released"

@@ -111,7 +111,7 @@ def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessS
     payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)
-    payready.queue.merge(maintenance._abandon_retry_or_end_due_refresh(payready.rt, outdated, payready.clock.now))
+    payready.queue.add(maintenance._abandon_retry_or_end_due_refresh(payready.rt, outdated, payready.clock.now))
     payready.run_tasks()
     payready.pass_time(120)
     assert payready.provider.calls == [A, A]

@@ -1,12 +1,14 @@
 """Invariants 5 and 6: no early retry of a call that may have been accepted; one refresh in flight per account."""
 
 import itertools
+from collections.abc import Callable
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from tests.support.in_process import START, InProcessSystem
+from tests.support.in_process import PRICES, START, InProcessSystem
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.flow import CALL_ENQUEUE_RETRY
@@ -14,6 +16,7 @@ from worker.ledger import refreshes
 from worker.ledger.engine import transaction
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules import states
+from worker.rules.pricing import parse_price_list
 from worker.rules.states import RefreshState
 
 A = "acct_calls"
@@ -42,6 +45,20 @@ def test_call_that_was_not_accepted_is_retried_with_backoff(
     payready.balance(A)
     payready.run_tasks()
     assert payready.outcome("p1")["fee"]["amount"] == "0.100000"
+
+
+def test_failed_payment_shares_the_fee_of_billed_429(
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
+) -> None:
+    """A contract may bill it, although it does not count as a call."""
+    payready.rt.price_list = parse_price_list(PRICES.replace('"accepted"', '"rate_limited"'))
+    payready.provider.script[A] = [RateLimited("rate limit", None)] * 9
+    payready.initiate("p1", A, timeout_s=2)
+    payready.run_tasks()
+    payready.pass_time(2)
+    assert payready.state_or_reason("p1") == "provider_unavailable"
+    billed = payready.fees(A).count("1 posted") + payready.fees(A).count("2 posted")
+    assert share_of(payready, "p1") == Decimal("0.1") * billed > 0
 
 
 def test_backoff_is_at_most_30_s() -> None:
@@ -125,7 +142,7 @@ def test_balance_prevents_an_enqueued_second_call(payready: InProcessSystem) -> 
     assert follow_up.calls
     payready.balance(A)
     payready.run_tasks()
-    payready.queue.merge(follow_up)
+    payready.queue.add(follow_up)
     payready.run_tasks()
     assert payready.provider.calls == [A]
     assert payready.refreshes(A) == ["answered"]
@@ -267,6 +284,6 @@ def test_call_without_a_worker_is_enqueued_at_the_retry_interval(
     enqueued = 0
     for _ in range(120):
         payready.clock.advance(1)
-        enqueued += len(flow.expire_poll_or_rejoin_due_payments(payready.rt).calls)
+        enqueued += len(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up.calls)
         enqueued += sum(call.has_slot for call in flow.sweep_refreshes_and_balances(payready.rt).calls)
     assert 120 / CALL_ENQUEUE_RETRY.total_seconds() - 1 <= enqueued <= 120 / CALL_ENQUEUE_RETRY.total_seconds() + 2

@@ -162,8 +162,8 @@ def test_call_claimed_during_a_probe_is_made_soon_after(make_system: MakeSystem,
 
         def probe() -> int:
             other = payready.initiate("other", "acct_b", timeout_s=timeout_s)
-            payready.queue = flow.FollowUp()
-            payready.queue.merge(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
+            payready.drop_tasks()
+            payready.queue.add(flow.claim_and_call(payready.rt, "acct_b", str(other.refresh_id)))
             payready.clock.advance(0.3)
             return 202
 

@@ -15,7 +15,8 @@ from worker.flow.claim_decision import (
     ClaimCall,
     ClaimInputs,
     Decision,
-    DelayOrFail,
+    Delay,
+    DelayAndFail,
     NotDue,
     NotNeeded,
     QueueBehindInFlight,
@@ -197,20 +198,20 @@ EXAMPLES: dict[str, tuple[Example, Decision]] = {
         ApplyBalance(balance_id="bal_1", abandons_refresh=False),
     ),
     # Admission control
-    "no slot": (example(None, payment(), SHORT, denied=FULL), DelayOrFail(denied=FULL, last_error=None)),
+    "no slot": (example(None, payment(), SHORT, denied=FULL), Delay(denied=FULL)),
     "no slot, keeps the last error": (
         example(CALLED_ONCE, payment(), denied=FULL),
-        DelayOrFail(denied=FULL, last_error="timeout"),
+        Delay(denied=FULL),
     ),
-    "probe in progress": (example(refresh(), SHORT, denied=PROBING), DelayOrFail(denied=PROBING, last_error=None)),
-    "circuit breaker open": (example(None, payment(), denied=OPEN), DelayOrFail(denied=OPEN, last_error=OPEN_ERROR)),
+    "probe in progress": (example(refresh(), SHORT, denied=PROBING), Delay(denied=PROBING)),
+    "circuit breaker open": (example(None, payment(), denied=OPEN), DelayAndFail(denied=OPEN, detail=OPEN_ERROR)),
     "circuit breaker open, with a slot": (
         example(refresh(), payment(), denied=OPEN, has_slot=True),
-        DelayOrFail(denied=OPEN, last_error=OPEN_ERROR),
+        DelayAndFail(denied=OPEN, detail=OPEN_ERROR),
     ),
     "circuit breaker open past a deadline": (
         example(None, payment(), SHORT, denied=OPEN),
-        DelayOrFail(denied=OPEN, last_error=OPEN_ERROR, failing=(SHORT,)),
+        DelayAndFail(denied=OPEN, detail=OPEN_ERROR, failing=(SHORT,)),
     ),
 }
 
@@ -241,8 +242,8 @@ def test_next_call_of_the_account_sees_the_claim() -> None:
 @pytest.mark.parametrize(
     ("decision", "still_waiting"),
     [
-        (DelayOrFail(denied=OPEN, last_error=OPEN_ERROR, failing=(SHORT,)), [payment()]),
-        (DelayOrFail(denied=FULL, last_error=None), [payment(), SHORT]),
+        (DelayAndFail(denied=OPEN, detail=OPEN_ERROR, failing=(SHORT,)), [payment()]),
+        (Delay(denied=FULL), [payment(), SHORT]),
         (RejectByCap(detail="fee cap reached"), []),
         (NotDue(), [payment(), SHORT]),
         (NotNeeded(), [payment(), SHORT]),

@@ -35,7 +35,7 @@ def test_outcome_has_the_exact_amounts_of_the_webhook(
     with make_sqlite_system() as payready:
         payready.initiate("p1", "acct_a", amount="0.01", funds_check="disabled")
         payready.run_tasks()
-        payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, balances))
+        payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, balances))
         payready.run_tasks()
         balance = payready.outcome("p1")["balance"]
     assert [Decimal(balance[name]) for name in names] == [Decimal(number) for number in values]

@@ -271,7 +271,7 @@ def test_balance_between_two_calls_posts_the_first_call(
     payready.initiate("p1", A, timeout_s=120)
     payready.run_tasks()
     payready.clock.advance(payready.rt.settings.uncertain_grace_s)
-    payready.queue.merge(flow.sweep_refreshes_and_balances(payready.rt))  # repeats: the call is enqueued
+    payready.queue.add(flow.sweep_refreshes_and_balances(payready.rt))  # repeats: the call is enqueued
     assert payready.queue.calls
     payready.balance(A)
     payready.run_tasks()

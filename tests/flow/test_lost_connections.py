@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.in_process import InProcessSystem
+from tests.support.in_process import InProcessSystem, TaskQueue
 from worker import flow
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
@@ -17,7 +17,7 @@ A, B = "acct_a", "acct_b"
 def lose_connection(payready: InProcessSystem, *, age_s: float = 0, **ids: str) -> None:
     """Ingest an event of this age about a lost connection or a deleted profile."""
     at = payready.clock() - timedelta(seconds=age_s)
-    payready.queue.merge(
+    payready.queue.add(
         flow.ingest_events_and_resolve_payments(
             payready.rt, [], connection_updates=[ConnectionLost(detail="consent expired", at=at, **ids)]
         )
@@ -69,9 +69,9 @@ def test_repeated_loss_event_does_not_fail_later_payments(payready: InProcessSys
 
 def test_call_without_a_waiting_payment_is_not_made(payready: InProcessSystem) -> None:
     payready.initiate("p1", A, connection_id="conn_1")
-    follow_up, payready.queue = payready.queue, flow.FollowUp()
+    follow_up, payready.queue = payready.queue, TaskQueue()
     lose_connection(payready, connection_id="conn_1")
-    payready.queue.merge(follow_up)
+    payready.queue.add(follow_up)
     payready.run_tasks()
     assert payready.provider.calls == []
 
@@ -92,7 +92,7 @@ def test_account_move_changes_the_connection_of_its_payments(
     payready.initiate("p3", A)
     account_id, connection_id = moved
     update = AccountMoved(account_id=account_id, connection_id=connection_id, at=payready.clock())
-    payready.queue.merge(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update]))
+    payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update]))
     lose_connection(payready, connection_id="conn_2")
     assert [payready.state_or_reason(f"p{n}") for n in (1, 2, 3)] == states
 
@@ -149,7 +149,7 @@ def test_updates_of_one_delivery_apply_in_order_of_their_times(
             else ConnectionLost(detail="consent expired", at=at, connection_id="conn_1")
         )
 
-    payready.queue.merge(
+    payready.queue.add(
         flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[parse(text) for text in updates])
     )
     payready.run_tasks()

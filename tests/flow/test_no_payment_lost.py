@@ -240,10 +240,10 @@ def test_maintenance_expires_any_number_of_payments(payready: InProcessSystem) -
     payready.clock.advance(2)
     first = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert first.has_more
-    assert len(first.deliveries) == flow.MAINTENANCE_BATCH_SIZE
+    assert len(first.follow_up.deliveries) == flow.MAINTENANCE_BATCH_SIZE
     second = flow.expire_poll_or_rejoin_due_payments(payready.rt)
     assert not second.has_more
-    assert len({due.task_id for due in (*first.deliveries, *second.deliveries)}) == count
+    assert len({due.task_id for due in (*first.follow_up.deliveries, *second.follow_up.deliveries)}) == count
 
 
 def test_replayed_event_releases_waiting_payment(payready: InProcessSystem) -> None:
@@ -267,7 +267,7 @@ def test_replayed_event_releases_waiting_payment(payready: InProcessSystem) -> N
         }
     )
     payready.clock.advance(30)
-    payready.queue.merge(
+    payready.queue.add(
         flow.store_balances_and_delete_quarantined(
             payready.rt, replayed, [BalanceWithEventId(event_id="evt_1", balance=balance)]
         )
@@ -275,3 +275,17 @@ def test_replayed_event_releases_waiting_payment(payready: InProcessSystem) -> N
     payready.run_tasks()
     assert payready.state_or_reason("pay_1") == "released"
     assert [row["event"] for row in payready.rows("SELECT event FROM quarantine")] == [b"[]"]
+
+
+def test_lost_redis_operation_is_logged_by_name(payready: InProcessSystem, caplog: pytest.LogCaptureFixture) -> None:
+    payready.initiate("p1", "acct_polled", profile_id="p_1", timeout_s=60)
+    payready.run_tasks()
+    payready.clock.advance(50)
+    payready.initiate("p2", A)
+    payready.drop_tasks()
+    payready.clock.advance(6)
+    with payready.redis_unavailable():
+        flow.expire_poll_or_rejoin_due_payments(payready.rt)
+    events = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    operations = [event["operation"] for event in events if event["event"] == "redis.unavailable"]
+    assert operations == ["reserve_poll_slots", "restore_account", "join_refresh"]

@@ -135,7 +135,7 @@ def test_cancelled_payment_stays_failed_after_a_balance(payready: InProcessSyste
     """It pays its share of the call, and the balance is stored for other payments."""
     intake_result = payready.initiate("p1", A, amount="25.00")
     payready.run_tasks()
-    payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1", "p_unknown"]))
+    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1", "p_unknown"]))
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
@@ -152,7 +152,7 @@ def test_revoked_task_cancels_its_payment(payready: InProcessSystem) -> None:
     """Unknown task ids change nothing."""
     payready.initiate("p1", A, task_id="t1")
     payready.initiate("p2", A, task_id="t2")
-    payready.queue.merge(flow.cancel_by_task(payready.rt, ["t1", "t_unknown"]))
+    payready.queue.add(flow.cancel_by_task(payready.rt, ["t1", "t_unknown"]))
     payready.run_tasks()
     assert payready.state_or_reason("p1") == "cancelled"
     assert payready.state_or_reason("p2") == "waiting"
@@ -163,7 +163,7 @@ def test_payment_cancelled_before_its_call_costs_nothing(payready: InProcessSyst
     """The refresh is abandoned, or never started."""
     payready.initiate("p1", A)
     assert payready.account_hash(A).requested
-    payready.queue.merge(flow.cancel_waiting(payready.rt, ["p1"]))
+    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1"]))
     payready.run_tasks()
     assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []

@@ -5,7 +5,7 @@ from datetime import timedelta
 from decimal import Decimal
 
 from tests.support.concurrency import ROUNDS, run_concurrently
-from tests.support.in_process import InProcessSystem, intake_request
+from tests.support.in_process import InProcessSystem, TaskQueue, intake_request
 from worker import flow
 from worker.flow import FollowUp
 
@@ -23,9 +23,9 @@ def test_release_against_expiry_has_one_winner(payready: InProcessSystem) -> Non
         payready.clock.advance(1)
         done = run_concurrently(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt),
+            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up,
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt),
+            lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up,
         )
         resolved = [due.outcome["payment_id"] for step in done for due in step.deliveries]
         for name in "ab":
@@ -111,7 +111,7 @@ def test_payment_that_joins_during_an_apply_is_released(payready: InProcessSyste
         balance_id = payready.balance(account, stored_only=True)
         payready.drop_tasks()
         run_concurrently(
-            lambda balance_id=balance_id: payready.queue.merge(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
+            lambda balance_id=balance_id: payready.queue.add(flow.apply_balance(payready.rt, balance_id)),  # type: ignore[misc]
             lambda number=number, account=account: payready.initiate(f"b{number}", account),  # type: ignore[misc]
         )
         payready.run_tasks()
@@ -143,7 +143,7 @@ def test_concurrent_expiry_runs_share_the_payments(payready: InProcessSystem) ->
         payready.initiate(f"p{number}", f"acct_up{number}", timeout_s=1)
     payready.drop_tasks()
     payready.clock.advance(2)
-    done = run_concurrently(*[lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt)] * 4)
+    done = run_concurrently(*[lambda: flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up] * 4)
     resolved = sorted(due.outcome["payment_id"] for step in done for due in step.deliveries)
     assert resolved == sorted(f"p{number}" for number in range(60))
 
@@ -158,12 +158,12 @@ class ConcurrentWorkers:
     def add(self, follow_up: FollowUp) -> None:
         """Enqueue follow-ups."""
         with self.lock:
-            self.payready.queue.merge(follow_up)
+            self.payready.queue.add(follow_up)
 
-    def fetch(self) -> FollowUp:
+    def fetch(self) -> TaskQueue:
         """Fetch all enqueued follow-ups."""
         with self.lock:
-            follow_up, self.payready.queue = self.payready.queue, FollowUp()
+            follow_up, self.payready.queue = self.payready.queue, TaskQueue()
             return follow_up
 
     def submit(self, jobs: list[tuple[str, str]]) -> None:

@@ -106,7 +106,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
     @rule(payment_id=ids)
     def cancel(self, payment_id: str) -> None:
         """Cancel a payment."""
-        self.payready.queue.merge(flow.cancel_waiting(self.payready.rt, [payment_id]))
+        self.payready.queue.add(flow.cancel_waiting(self.payready.rt, [payment_id]))
 
     @rule(seconds=st.sampled_from([0.3, 1, 4, 15, 40]))
     def wait(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The rate limiter: calls keep to the limit, and those with the earliest deadlines are made first."""
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -8,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
+from demo.processes import ROOT
 from tests.support.admission import ADMITTED, LIMITS, called_payments
 from tests.support.databases import Databases
 from tests.support.in_process import START, InProcessSystem, MakeSystem, admission_control, in_process_system
 from worker import flow
-from worker.correlation.admission import AdmissionControl
+from worker.correlation.admission import MAX_CLOCK_ERROR, MAX_OPEN_DURATION, AdmissionControl
+from worker.correlation.redis_client import duration_us
 from worker.errors import RateLimited
 
 
@@ -178,3 +181,13 @@ def test_new_payment_takes_no_slot_while_calls_are_delayed(make_system: MakeSyst
         payready.initiate("newcomer", "acct_new", timeout_s=3600)
         payready.run_tasks()
         assert "acct_new" not in payready.provider.calls
+
+
+def test_scripts_ignore_times_of_a_wrong_clock_from_the_same_limit() -> None:
+    """The Lua scripts cannot read the constants of `admission.py`."""
+    limit = str(duration_us(MAX_OPEN_DURATION + MAX_CLOCK_ERROR))
+    scripts = {path.name: path.read_text() for path in (ROOT / "worker/correlation").glob("*.lua")}
+    with_limit = {name for name, script in scripts.items() if limit in script}
+    assert with_limit == {"admit.lua", "exhaust.lua", "record_result.lua", "reserve_slots.lua"}
+    numbers = {number for script in scripts.values() for number in re.findall(r"\b\d{6,}\b", script)}
+    assert numbers == {limit, "1000000"}  # and one second

@@ -25,7 +25,7 @@ def pool(
 ) -> Iterator[TaskPool]:
     """Start the pool of a worker with four threads that records small batches rarely."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
+    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.add)
     monkeypatch.setattr(batch_strategies, "RECORD_INTERVAL_S", 20)
     monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
     pool = TaskPool(limit=getattr(request, "param", 4), app=app)

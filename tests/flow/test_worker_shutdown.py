@@ -22,7 +22,7 @@ ACCOUNTS = ("acct_1", "acct_2")
 def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
     """Start the pool of a worker that uses `payready`."""
     monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.merge)
+    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.add)
     monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
     pool = TaskPool(limit=1, app=app)
     pool.start()

@@ -12,6 +12,6 @@ from worker.ledger.engine import Engine, open_engine
 def engine(databases: Databases) -> Iterator[Engine]:
     """Open an empty ledger."""
     with databases.create() as address:
-        engine = open_engine(address)
+        engine = open_engine(address, connections=10)
         yield engine
         engine.dispose()

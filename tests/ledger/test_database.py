@@ -154,7 +154,7 @@ def test_lock_accounts_waits_for_other_transaction(engine: Engine) -> None:
 
 def test_unreachable_database_raises_database_unavailable() -> None:
     for url in ("postgresql://payready@127.0.0.1:1/x", "sqlite:////nowhere/at/all.db"):
-        engine = open_engine(url)
+        engine = open_engine(url, connections=10)
         with pytest.raises(DATABASE_UNAVAILABLE):
             ping(engine)
         engine.dispose()
@@ -191,7 +191,7 @@ def test_amounts_are_never_floats(engine: Engine) -> None:
 def test_idle_connection_closed_by_server_is_replaced(
     postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = open_engine(postgres_server.database())
+    engine = open_engine(postgres_server.database(), connections=10)
     others = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> :own_pid"
     )

@@ -3,10 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from alembic.command import upgrade
+from alembic.config import Config
+from sqlalchemy import Engine, event, text
 
+from config.settings import Settings
 from demo.processes import ROOT
 from tests.migrations_in_step import alembic, differences
 from tests.support.servers import Postgres
@@ -24,7 +28,7 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postg
 
 def _indexes(database_url: str) -> list[str]:
     """Return the indexes with their conditions, which alembic does not compare."""
-    engine = open_engine(database_url)
+    engine = open_engine(database_url, connections=10)
     query = (
         "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
         if engine.dialect.name == "postgresql"
@@ -41,7 +45,7 @@ def test_migrations_create_declared_tables_and_indexes(empty: str) -> None:
     alembic(empty, "upgrade", "head")
     assert differences(empty) == []
     migrated_indexes = _indexes(empty)
-    engine = open_engine(empty)
+    engine = open_engine(empty, connections=10)
     with engine.begin() as tx:
         PAYMENT.metadata.drop_all(tx)
         PAYMENT.metadata.create_all(tx)
@@ -52,7 +56,7 @@ def test_migrations_create_declared_tables_and_indexes(empty: str) -> None:
 
 def test_comparison_finds_missing_index_and_column(empty: str) -> None:
     alembic(empty, "upgrade", "head")
-    engine = open_engine(empty)
+    engine = open_engine(empty, connections=10)
     with engine.begin() as tx:
         tx.execute(text("DROP INDEX payment_due_at"))
         tx.execute(text("ALTER TABLE quarantine DROP COLUMN reason"))
@@ -72,3 +76,23 @@ def test_migrations_can_be_reversed_and_repeated(empty: str) -> None:
     for command in (("upgrade", "head"), ("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
         alembic(empty, *command)
     assert differences(empty) == []
+
+
+def test_migrations_have_no_statement_timeout(postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of a large table takes longer than a worker's statement may. Waits for locks stay limited."""
+    settings = Settings(database_url=postgres_server.database())
+    monkeypatch.setattr("config.settings.settings", lambda: settings)
+    found: list[list[str]] = []
+
+    def read_limits(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "CREATE TABLE payment" in statement:
+            names = ("statement_timeout", "lock_timeout", "enable_seqscan")
+            with connection.connection.cursor() as cursor:
+                found.append([cursor.execute(f"SHOW {name}").fetchone()[0] for name in names])
+
+    event.listen(Engine, "before_cursor_execute", read_limits)
+    try:
+        upgrade(Config(toml_file=ROOT / "pyproject.toml"), "head")
+    finally:
+        event.remove(Engine, "before_cursor_execute", read_limits)
+    assert found == [["0", "5s", "on"]]

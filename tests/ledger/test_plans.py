@@ -26,7 +26,7 @@ PAST, NOW, A = 4000, 40, "acct_7"
 @pytest.fixture(scope="module")
 def engine(databases: Databases) -> Iterator[Engine]:
     """Open a ledger with mostly resolved payments, all of them at the time of the last ANALYZE."""
-    engine = open_engine(databases.new())
+    engine = open_engine(databases.new(), connections=10)
     with transaction(engine) as tx:
         _fill(tx, range(PAST))
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

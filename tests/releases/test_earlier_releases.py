@@ -100,7 +100,7 @@ def test_release_completes_the_work_of_an_earlier_one(
     url = f"sqlite:///{tmp_path}/payready.db" if database == "sqlite" else postgres_server.database()
     alembic(url, left["revision"])
     fill(url, left["tables"])
-    with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="8") as running:
+    with system(tmp_path, url, "web", **SETTINGS, PAYREADY_VISIBILITY_TIMEOUT_S="9") as running:
         restore(running, left)
         running.start("worker", "refresh", "beat")
         running.start_service()

@@ -29,6 +29,7 @@ from tests.support.scenario_provider import Scenario, ScenarioProvider
 from worker import flow
 from worker import runtime as production
 from worker.correlation.admission import RateLimiter
+from worker.correlation.redis_client import RedisServer
 from worker.correlation.store import CorrelationStore
 from worker.errors import InvalidJob, PaymentNotReady
 from worker.flow import calling
@@ -105,6 +106,7 @@ class FaultySystem:
             settings=SETTINGS,
             engine=self._ledger.engine,
             correlation=self._correlation,
+            redis_server=RedisServer(redis),
             admission=admission_control(redis, SETTINGS),
             poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=SETTINGS.balance_polls_per_s),
             provider=cast(QuilttClient, self.provider),

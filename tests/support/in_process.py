@@ -5,7 +5,7 @@ The test controls the provider, the broker and the clock.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,10 +17,10 @@ from sqlalchemy import text
 from config.settings import Settings
 from worker import flow
 from worker.correlation.admission import AdmissionControl, RateLimiter
-from worker.correlation.redis_client import create_client
+from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed
-from worker.flow import FollowUp, IntakeRequest, IntakeResult
+from worker.flow import BalancePoll, FollowUp, IntakeRequest, IntakeResult, RefreshCall
 from worker.ledger import balances
 from worker.ledger.engine import Engine, open_engine, transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
@@ -73,14 +73,13 @@ class ScriptedProvider:
         self.accounts: dict[str, PolledAccount | CallFailed] = {}
         self.reads: list[tuple[str, str]] = []
 
-    def request_balance_refresh(self, account_id: str) -> int:
+    def request_balance_refresh(self, account_id: str) -> None:
         """Process a refresh call."""
         self.calls.append(account_id)
         response: ProviderResponse = self.script[account_id].pop(0) if self.script[account_id] else 202
         outcome = response() if callable(response) else response
         if isinstance(outcome, CallFailed):
             raise outcome
-        return outcome
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:
         """Process a balance poll. Return None for an account without a scripted result."""
@@ -90,7 +89,7 @@ class ScriptedProvider:
             raise account
         return account
 
-    def api_key_mode(self) -> ApiKeyMode:
+    def introspect_api_key(self) -> ApiKeyMode:
         """Process a key introspection."""
         self.introspections += 1
         response = self.introspection_results.pop(0) if self.introspection_results else "TEST"
@@ -116,13 +115,30 @@ class AccountHash:
 
 
 @dataclass
+class TaskQueue:
+    """The tasks that are enqueued and not run yet."""
+
+    deliveries: list[OutcomeDelivery] = field(default_factory=list)
+    calls: list[RefreshCall] = field(default_factory=list)
+    balances_to_apply: list[str] = field(default_factory=list)
+    balance_polls: list[BalancePoll] = field(default_factory=list)
+
+    def add(self, follow_up: "FollowUp | TaskQueue") -> None:
+        """Enqueue the tasks of a follow-up."""
+        self.deliveries += follow_up.deliveries
+        self.calls += follow_up.calls
+        self.balances_to_apply += follow_up.balances_to_apply
+        self.balance_polls += follow_up.balance_polls
+
+
+@dataclass
 class InProcessSystem:
     """The runtime, and a simulated Celery: tasks stay in `queue` until `run_tasks` or `drop_tasks`."""
 
     rt: Runtime
     clock: Clock
     provider: ScriptedProvider
-    queue: FollowUp = field(default_factory=FollowUp)
+    queue: TaskQueue = field(default_factory=TaskQueue)
     delivered: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=lambda: defaultdict(list))
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -136,7 +152,7 @@ class InProcessSystem:
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
         continuation = {"id": task_id or f"task_{next(self._numbers)}"}
         result = flow.accept_job(self.rt, intake_request(arguments, continuation), lambda _: None)
-        self.queue.merge(result.follow_up)
+        self.queue.add(result.follow_up)
         return result
 
     def balance(
@@ -171,24 +187,24 @@ class InProcessSystem:
             self.queue.balances_to_apply.append(balance.id)
         else:
             received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
-            self.queue.merge(flow.ingest_events_and_resolve_payments(self.rt, [received]))
+            self.queue.add(flow.ingest_events_and_resolve_payments(self.rt, [received]))
         return balance.id
 
     def run_tasks(self) -> None:
         """Run the enqueued tasks and their follow-ups."""
-        while self.queue.calls or self.queue.balance_polls or self.queue.balances_to_apply or self.queue.deliveries:
-            pending, self.queue = self.queue, FollowUp()
+        while self.queue != TaskQueue():
+            pending, self.queue = self.queue, TaskQueue()
             for call in sorted(pending.calls, key=lambda call: call.has_slot):
                 follow_up = flow.claim_and_call(self.rt, call.account_id, call.refresh_id, has_slot=call.has_slot)
-                self.queue.merge(follow_up)  # after the call: other tasks may be enqueued while it is in flight
+                self.queue.add(follow_up)  # after the call: other tasks may be enqueued while it is in flight
             for poll in pending.balance_polls:
-                self.queue.merge(flow.poll_balance_and_resolve_payments(self.rt, poll.account_id, poll.profile_id))
+                self.queue.add(flow.poll_balance_and_resolve_payments(self.rt, poll.account_id, poll.profile_id))
             for balance_id in pending.balances_to_apply:
-                self.queue.merge(flow.apply_balance(self.rt, balance_id))
+                self.queue.add(flow.apply_balance(self.rt, balance_id))
             if pending.deliveries:
                 self._deliver(pending.deliveries)
 
-    def _deliver(self, deliveries: list[OutcomeDelivery]) -> None:
+    def _deliver(self, deliveries: Sequence[OutcomeDelivery]) -> None:
         for delivery in deliveries:
             self.delivered[delivery.task_id].append((delivery.state, delivery.outcome))
         if deliveries:
@@ -196,12 +212,12 @@ class InProcessSystem:
 
     def drop_tasks(self) -> None:
         """Drop all enqueued tasks."""
-        self.queue = FollowUp()
+        self.queue = TaskQueue()
 
     def run_maintenance(self) -> None:
         """Run maintenance and the tasks that it enqueues."""
-        self.queue.merge(flow.expire_poll_or_rejoin_due_payments(self.rt))
-        self.queue.merge(flow.sweep_refreshes_and_balances(self.rt))
+        self.queue.add(flow.expire_poll_or_rejoin_due_payments(self.rt).follow_up)
+        self.queue.add(flow.sweep_refreshes_and_balances(self.rt))
         self._deliver(flow.claim_overdue_deliveries(self.rt, flow.MAINTENANCE_BATCH_SIZE))
         self.run_tasks()
 
@@ -285,10 +301,11 @@ def in_process_system(database_url: str, redis_url: str, settings: Settings = SE
     redis = create_client(redis_url)
     rt = Runtime(
         settings=settings,
-        engine=open_engine(database_url),
+        engine=open_engine(database_url, connections=settings.database_connections),
         correlation=CorrelationStore(redis),
         admission=admission_control(redis, settings),
         poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
+        redis_server=RedisServer(redis),
         provider=cast(QuilttClient, provider),
         price_list=parse_price_list(PRICES),
         clock=clock,

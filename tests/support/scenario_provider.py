@@ -38,11 +38,11 @@ class ScenarioProvider:
         self.webhooks: list[tuple[datetime, Balance]] = []
         """Balances to deliver, and the time from which each is due."""
 
-    def api_key_mode(self) -> str:
+    def introspect_api_key(self) -> str:
         """Return the mode of the API key."""
         return "TEST"
 
-    def request_balance_refresh(self, account_id: str) -> int:
+    def request_balance_refresh(self, account_id: str) -> None:
         """Process a refresh call."""
         self._operations.before_operation("send", "the call")
         response = (
@@ -63,7 +63,6 @@ class ScenarioProvider:
         self._operations.before_operation("response", "to the call")
         if response == "lost":
             raise CallResultUnknown("read timeout")
-        return 202
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:  # noqa: ARG002
         """Process a balance poll."""

@@ -91,7 +91,7 @@ class System:
         self.web_url = f"http://127.0.0.1:{web_port}"
         self.simulator = simulator
         self._service_log = processes.folder / "service.jsonl"
-        self.engine: Engine = open_engine(database_url)
+        self.engine: Engine = open_engine(database_url, connections=10)
         self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
         if broker_url.startswith("amqp"):

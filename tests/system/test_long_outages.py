@@ -26,7 +26,7 @@ from tests.support.system import System, system, wait_until
 OUTAGE_S, ACCOUNTS = 30, 20
 DELIVERED_AFTER_S = 45
 """Time in which all outcomes must be delivered after the outage: Quiltt retries a webhook after half a minute."""
-SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "120"}
+SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "7", "PAYREADY_REFRESH_WINDOW_S": "120"}
 """Messages are redelivered during the outage. The window is longer than the outage, so no second call is made."""
 
 pytestmark = pytest.mark.timeout(240)

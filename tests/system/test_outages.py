@@ -26,7 +26,7 @@ from worker.rules.reconciliation import reconcile
 pytestmark = pytest.mark.slow
 
 
-SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "5", "PAYREADY_REFRESH_WINDOW_S": "60"}
+SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "7", "PAYREADY_REFRESH_WINDOW_S": "60"}
 """A killed worker's messages are redelivered after 5 to 10 s. The window allows for the retries of webhooks."""
 
 PRICE = Decimal("0.1")

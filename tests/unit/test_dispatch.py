@@ -16,7 +16,7 @@ def test_duplicate_follow_ups_are_enqueued_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatch, "_enqueue", sent.extend)
     follow_up, later = FollowUp(), timedelta(seconds=1)
     for _ in range(3):
-        follow_up.merge(
+        follow_up = follow_up.plus(
             FollowUp(
                 balances_to_apply=["bal_1", "bal_2"],
                 calls=[

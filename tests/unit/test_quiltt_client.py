@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from unittest.mock import Mock
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -44,7 +46,7 @@ def failure(serve: Callable[[socket.socket], None], **changes: Any) -> CallFaile
 def test_refresh_call_is_the_documented_request() -> None:
     """POST, the account in the path, the API key as bearer token, no body."""
     with raw_server(respond(202)) as server, client(server.url) as quiltt:
-        assert quiltt.request_balance_refresh(A) == 202
+        quiltt.request_balance_refresh(A)
     head = server.requests[0].decode().lower()
     assert head.startswith(f"post /v1/accounts/{A.lower()}/balances/refresh http/1.1\r\n")
     assert f"authorization: bearer {KEY}\r\n" in head
@@ -199,25 +201,36 @@ def test_connection_is_reused_by_next_call() -> None:
     assert server.connections == 1
 
 
+@pytest.mark.parametrize("error", [httpx.ReadTimeout("timeout"), SystemExit()])
+def test_connection_of_a_failed_call_is_closed(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a transport is not used again."""
+    transport = Mock(handle_request=Mock(side_effect=error))
+    with client("http://127.0.0.1:1") as quiltt:
+        monkeypatch.setattr(quiltt, "_pop_idle_or_new_transport", lambda: transport)
+        with pytest.raises((CallResultUnknown, SystemExit)):
+            quiltt.request_balance_refresh(A)
+        transport.close.assert_called_once_with()
+
+
 def test_proxies_of_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     with raw_server(respond(202)) as server, client(server.url) as quiltt:
-        assert quiltt.request_balance_refresh(A) == 202
+        quiltt.request_balance_refresh(A)
 
 
-def test_api_key_mode_is_the_documented_request() -> None:
+def test_introspection_is_the_documented_request() -> None:
     """To the authentication URL."""
     body = b'{"id":"k","environment":{"id":"env_1","mode":"SANDBOX","name":"x","metadata":null},"new":1}'
     with raw_server(respond(200, body=body)) as server, client(server.url) as quiltt:
-        assert quiltt.api_key_mode() == "SANDBOX"
+        assert quiltt.introspect_api_key() == "SANDBOX"
     assert server.requests[0].startswith(b"POST /v1/introspect/api_key HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_wrong_api_key_is_rejected(status: int) -> None:
     with raw_server(respond(status)) as server, client(server.url) as quiltt, pytest.raises(CallRejected) as rejected:
-        quiltt.api_key_mode()
+        quiltt.introspect_api_key()
     assert rejected.value.reason == FailureReason.NOT_AUTHORIZED
 
 
@@ -234,7 +247,7 @@ def test_wrong_api_key_is_rejected(status: int) -> None:
 )
 def test_failed_introspection_can_be_retried(serve: Callable[[socket.socket], None]) -> None:
     with raw_server(serve) as server, client(server.url) as quiltt, pytest.raises(CallNotSent):
-        quiltt.api_key_mode()
+        quiltt.introspect_api_key()
 
 
 ACCOUNT = (
@@ -295,7 +308,7 @@ def test_api_key_is_in_no_error_and_no_repr() -> None:
     with client(url) as quiltt:
         assert KEY not in repr(quiltt)
         assert KEY not in repr(vars(quiltt))
-        for request in (lambda: quiltt.request_balance_refresh(A), quiltt.api_key_mode):
+        for request in (lambda: quiltt.request_balance_refresh(A), quiltt.introspect_api_key):
             with pytest.raises(CallNotSent) as failed:
                 request()
             error: BaseException | None = failed.value
@@ -315,8 +328,8 @@ def simulator() -> Iterator[Simulator]:
 
 def test_client_and_simulator_agree_on_documented_statuses(simulator: Simulator) -> None:
     with client(simulator.url) as quiltt:
-        assert quiltt.api_key_mode() == "TEST"
-        assert quiltt.request_balance_refresh("acct_never1") == 202
+        assert quiltt.introspect_api_key() == "TEST"
+        quiltt.request_balance_refresh("acct_never1")
         expected = {
             "badreq": FailureReason.ACCOUNT_UNSUPPORTED,
             "unauth": FailureReason.NOT_AUTHORIZED,

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from config.settings import ConfigurationError, load_rejecting_unknown
+from config.settings import RECORD_BUDGET_S, ConfigurationError, load_rejecting_unknown
 from demo.processes import ROOT, procfile
+from worker.flow.calling import MAX_CLAIM_AGE, RECORD_RETRY_DELAYS_S
 
 PRODUCTION = {
     "PAYREADY_ENV": "production",
@@ -63,6 +65,28 @@ def test_empty_variable_counts_as_unset() -> None:
     assert load_rejecting_unknown({"PAYREADY_WEBHOOK_PORT": ""}) == load_rejecting_unknown({})
 
 
+def test_call_and_record_duration_leaves_time_for_all_retries() -> None:
+    """Maintenance must not consider a call lost whose result is still being recorded."""
+    assert sum(RECORD_RETRY_DELAYS_S) < RECORD_BUDGET_S
+    settings = load_rejecting_unknown({})
+    assert settings.max_call_duration == timedelta(seconds=4 * 5 + 20)
+    margin = settings.max_call_and_record_duration - settings.max_call_duration
+    assert margin == MAX_CLAIM_AGE + timedelta(seconds=RECORD_BUDGET_S)
+
+
+@pytest.mark.parametrize(
+    ("environ", "modes"),
+    [
+        ({}, {"TEST", "SANDBOX"}),
+        ({"PAYREADY_ALLOW_PRODUCTION_KEY": "1"}, {"TEST", "SANDBOX", "PRODUCTION"}),
+        (PRODUCTION, {"TEST", "SANDBOX", "PRODUCTION"}),
+    ],
+)
+def test_development_permits_no_production_key(environ: dict[str, str], modes: set[str]) -> None:
+    settings = load_rejecting_unknown(environ)
+    assert {mode for mode in ("TEST", "SANDBOX", "PRODUCTION") if settings.permits_api_key_mode(mode)} == modes
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_rejecting_unknown({}).webhook_port = 1  # type: ignore[misc]
@@ -78,7 +102,8 @@ INVALID = [
     ({"PAYREADY_WEBHOOK_PORT": "http"}, "PAYREADY_WEBHOOK_PORT: "),
     ({"PAYREADY_WEBHOOK_PORT": "65536"}, "PAYREADY_WEBHOOK_PORT: "),
     ({"PAYREADY_CURRENCY": "usd"}, "PAYREADY_CURRENCY: "),
-    ({"PAYREADY_VISIBILITY_TIMEOUT_S": "20"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than a provider call"),
+    ({"PAYREADY_VISIBILITY_TIMEOUT_S": "40"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 40 s"),
+    ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
     ({"PAYREADY_QUILTT_AUTH_URL": "https://auth.quiltt.io?v=1"}, "PAYREADY_QUILTT_AUTH_URL: String should match"),
     ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": ""}, "PAYREADY_QUILTT_API_KEY must be set in production"),

@@ -94,7 +94,10 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
         processes.start("web", procfile()["web"])
         processes.wait_for("web", lambda: responds(f"{url}/healthz"))
         running = Endpoint(
-            url, open_engine(database_url), Redis.from_url(redis_url, decode_responses=True), processes.log_of("web")
+            url,
+            open_engine(database_url, connections=10),
+            Redis.from_url(redis_url, decode_responses=True),
+            processes.log_of("web"),
         )
         try:
             yield running

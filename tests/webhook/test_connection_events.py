@@ -7,7 +7,8 @@ import pytest
 
 import webhook.events
 from tests.webhook.event_bodies import EVENT, SIGNED_AT, body, read
-from webhook.events import CONNECTION_LOST_EVENTS, MAX_EVENT_AHEAD, ParsedDelivery
+from webhook.events import MAX_EVENT_AHEAD, ParsedDelivery
+from worker.quiltt.messages import CONNECTION_LOST_EVENTS
 from worker.rules.connections import AccountMoved, ConnectionLost
 
 LOST = {"id": "evt_1", "at": "2025-01-24T14:15:22Z", "type": "connection.disconnected", "record": {"id": "conn_1"}}

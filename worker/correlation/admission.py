@@ -20,7 +20,7 @@ OPEN_DURATION, MAX_OPEN_DURATION = timedelta(seconds=5), timedelta(seconds=60)
 """How long the circuit breaker stays open the first time, and at most."""
 MAX_CLOCK_ERROR = timedelta(seconds=1)
 """A stored time further ahead than `MAX_OPEN_DURATION` plus this was written by a wrong clock. The scripts ignore it,
-too: their constant 61000000 is this sum in microseconds."""
+too: their constant 61000000 is this sum in microseconds, as a test checks."""
 
 CallStatus = Literal["ok", "failed", "rate_limited"]
 
@@ -94,11 +94,6 @@ class RateLimiter:
         tat = retry_at + (self.burst_size - 1) * self.interval
         self._exhaust([self.key], [epoch_us(ended_at), epoch_us(tat)])
 
-    def burst_used_ratio(self, tat: datetime | None, now: datetime) -> float:
-        """Return the used share of the burst (0 to 1) at a theoretical arrival time."""
-        ahead = max(timedelta(0), (tat or now) - now)
-        return min(1.0, ahead / (self.burst_size * self.interval))
-
 
 class CircuitBreaker:
     """Stops calls after `failure_threshold` consecutive failures. Its operations raise `REDIS_UNAVAILABLE`.
@@ -119,10 +114,6 @@ class CircuitBreaker:
         args = [status, epoch_us(ended_at), self.failure_threshold, *durations, epoch_us(claimed_at)]
         kind, open_until = self._record_result([self.key], args)
         return BreakerChange(kind=kind, open_until=from_epoch_us(open_until) if kind == "opened" else None)
-
-    def is_open(self, open_until: datetime | None, now: datetime) -> bool:
-        """Whether the stored time means that the circuit breaker is open. Times of a wrong clock do not count."""
-        return open_until is not None and now < open_until <= now + MAX_OPEN_DURATION + MAX_CLOCK_ERROR
 
 
 class AdmissionControl:
@@ -150,6 +141,10 @@ class AdmissionControl:
         denied = None if int(granted) == max_count else Denied(reason=reason, until=from_epoch_us(until))
         return Admission(granted=int(granted), denied=denied)
 
+    def reserve_slots_of_next_second(self, now: datetime, max_count: int) -> list[timedelta]:
+        """Reserve up to `max_count` slots for delayed calls; return their delays. If fewer, new calls wait 2 s."""
+        return self.limiter.reserve_slots_of_next_second(now, max_count)
+
     def refund_slots_and_probe(self, count: int, admitted_at: datetime) -> None:
         """Return the slots, and free the probe, of `count` calls that were admitted at this time and are not made."""
         self._refund([self.limiter.key], [duration_us(self.limiter.interval * count), epoch_us(admitted_at)])
@@ -173,6 +168,17 @@ class AdmissionControl:
         stored = self._redis.hmget(self.limiter.key, "tat", "open_until")
         tat, open_until = (None if text is None else from_epoch_us(str(text)) for text in stored)
         return AdmissionStatus(
-            open_until=open_until if self.breaker.is_open(open_until, now) else None,
-            burst_used_ratio=self.limiter.burst_used_ratio(tat, now),
+            open_until=open_until if _is_open(open_until, now) else None,
+            burst_used_ratio=_burst_used_ratio(tat, now, self.limiter.burst_size * self.limiter.interval),
         )
+
+
+def _is_open(open_until: datetime | None, now: datetime) -> bool:
+    """Whether the stored time means that the circuit breaker is open. Times of a wrong clock do not count."""
+    return open_until is not None and now < open_until <= now + MAX_OPEN_DURATION + MAX_CLOCK_ERROR
+
+
+def _burst_used_ratio(tat: datetime | None, now: datetime, burst_duration: timedelta) -> float:
+    """Return the used share of the burst (0 to 1) at a theoretical arrival time."""
+    ahead = max(timedelta(0), (tat or now) - now)
+    return min(1.0, ahead / burst_duration)

@@ -1,15 +1,16 @@
 """What the stores in Redis share: the client, Lua scripts, and times as whole microseconds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from redis import Redis, RedisError
 from redis.exceptions import NoScriptError
 
 from config.log_config import get_logger
+from worker.errors import error_summary
 
 REDIS_UNAVAILABLE = (RedisError,)
 """Raised when Redis cannot be reached or does not respond in time."""
@@ -29,6 +30,28 @@ def create_client(url: str) -> Redis:
         socket_keepalive=True,
         health_check_interval=15,
     )
+
+
+class RedisServer:
+    """The Redis server itself: its state and its clock. The operations raise `REDIS_UNAVAILABLE`."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    def info(self) -> Mapping[str, Any]:
+        """Return the fields of the server's INFO."""
+        return cast(Mapping[str, Any], self._redis.info())
+
+    def memory_used_ratio(self) -> float:
+        """Return the used share (0 to 1) of the server's `maxmemory`, or 0 if it has no limit."""
+        info = self.info()
+        limit = int(info.get("maxmemory", 0))
+        return int(info.get("used_memory", 0)) / limit if limit else 0.0
+
+    def time(self) -> datetime:
+        """Return the time of the server's clock."""
+        seconds, microseconds = self._redis.time()
+        return EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
 
 
 class LuaScript:
@@ -76,14 +99,13 @@ def from_epoch_us(text: str) -> datetime:
     return EPOCH + timedelta(microseconds=int(text))
 
 
-def best_effort(update: Callable[..., T], *args: Any) -> T | None:
-    """Update Redis, and return what `update` returns. If Redis is unavailable, log that and return None.
+def best_effort(operation: str, run: Callable[..., T], *args: Any) -> T | None:
+    """Run an operation on Redis, and return its result. If Redis is unavailable, log `operation` and return None.
 
-    Losing the update costs only speed.
+    Losing the operation must cost only speed. `run` does nothing but the operation.
     """
     try:
-        return update(*args)
+        return run(*args)
     except REDIS_UNAVAILABLE as error:
-        operation = getattr(update, "__name__", type(update).__name__)
-        log.warning("redis.unavailable", operation=operation, error=str(error))
+        log.warning("redis.unavailable", operation=operation, error=error_summary(error))
         return None

@@ -5,14 +5,14 @@ are not stored here: the ledger has them, and a second list could disagree. Losi
 is claimed in the ledger, which refuses a second call in flight, and `restore_account` copies the ledger's state back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from redis import Redis
 
-from worker.correlation.redis_client import EPOCH, LuaScript, duration_us, epoch_us
+from worker.correlation.redis_client import LuaScript, duration_us, epoch_us
 
 ACCOUNT_TTL_S = 2 * 3600
 """Time to live of an account's key after its last use. Longer than any refresh is in flight."""
@@ -90,25 +90,6 @@ class CorrelationStore:
         self._add_balance = LuaScript(redis, "add_balance")
         self._clear_refresh = LuaScript(redis, "clear_refresh")
         self._restore_account = LuaScript(redis, "restore_account")
-
-    def ping(self) -> None:
-        """Check that Redis responds."""
-        self._redis.ping()
-
-    def server_info(self) -> Mapping[str, Any]:
-        """Return the fields of the server's INFO."""
-        return cast(Mapping[str, Any], self._redis.info())
-
-    def memory_used_ratio(self) -> float:
-        """Return the used share (0 to 1) of the server's `maxmemory`, or 0 if it has no limit."""
-        info = self.server_info()
-        limit = int(info.get("maxmemory", 0))
-        return int(info.get("used_memory", 0)) / limit if limit else 0.0
-
-    def server_time(self) -> datetime:
-        """Return the time of the server's clock."""
-        seconds, microseconds = self._redis.time()
-        return EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
 
     def reuse_balance_or_join_refresh(self, requests: Sequence[JoinRequest]) -> list[JoinResult]:
         """Join each payment to a balance or a refresh of its account, in this order."""

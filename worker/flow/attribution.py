@@ -72,7 +72,7 @@ def find_attributions(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta)
 
 def _previously_attributed_refresh(tx: Tx, balance: BalanceRecord) -> RefreshRecord | None:
     """Return the refresh that a REFRESH balance was attributed to before. None for other sources."""
-    if balance.refresh_id is None or balance.source != "REFRESH":
+    if balance.refresh_id is None or not balance.is_refresh:
         return None
     return refreshes.find(tx, balance.refresh_id)
 
@@ -88,16 +88,15 @@ def _keep_or_choose_attribution(
     A balance that was attributed before stays attributed to the same refresh. A REFRESH balance that was applied before
     without an attribution stays without one: calls made later cannot have caused it.
     """
-    is_refresh_balance = balance.source == "REFRESH"
-    if is_refresh_balance and balance.refresh_id is not None:
+    if balance.is_refresh and balance.refresh_id is not None:
         return Attribution(refresh=already_attributed_to, is_new=False) if already_attributed_to else None
-    if is_refresh_balance and balance.due_at is None:
+    if balance.is_refresh and balance.due_at is None:
         return None
     explaining = [refresh for refresh in account_refreshes if _can_explain(refresh, balance, skew)]
     refresh = next((refresh for refresh in explaining if refresh.state != RefreshState.ANSWERED), None)
     if refresh is None:
         return None
-    if not is_refresh_balance:  # it is only younger than the call, whose own balance may still arrive
+    if not balance.is_refresh:  # it is only younger than the call, whose own balance may still arrive
         return Attribution(refresh=refresh, is_new=True)
     candidates = [
         candidate.refresh_id
@@ -123,8 +122,12 @@ def _can_explain(refresh: RefreshRecord, balance: BalanceRecord, skew: timedelta
 
 
 def refresh_id_if_called(refresh: RefreshRecord | None) -> str | None:
-    """Return the id of the refresh whose fee a failed payment shares: only a refresh that was called has a fee."""
-    return refresh.refresh_id if refresh is not None and refresh.call_count > 0 else None
+    """Return the id of the refresh whose fee a failed payment shares: only a refresh that was called has a fee.
+
+    A deferred call does not count as a call, but the contract may bill it (`rate_limited`).
+    """
+    was_called = refresh is not None and (refresh.call_count > 0 or refresh.deferral_count > 0)
+    return refresh.refresh_id if refresh is not None and was_called else None
 
 
 def refresh_by_payment(rt: Runtime, tx: Tx, waiting: Sequence[WaitingPayment]) -> dict[str, RefreshRecord | None]:

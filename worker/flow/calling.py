@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from config.log_config import get_logger, log_context
+from config.settings import MAX_CLAIM_AGE_S
 from worker import metrics
 from worker.correlation.admission import BreakerChange, CallStatus
 from worker.correlation.redis_client import best_effort
-from worker.errors import CallFailed, CallRejected, CallResultUnknown, CallSkipped, RateLimited
+from worker.errors import CallFailed, CallRejected, CallResultUnknown, CallSkipped, RateLimited, error_summary
 from worker.flow.attribution import window_end_after_claim
 from worker.flow.claiming import Claim, claim_delay_or_reject_calls
 from worker.flow.correlation_rebuild import rebuild_correlation
@@ -24,6 +25,7 @@ from worker.ledger.fee_entries import FinalEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.refreshes import RefreshRecord, call_columns_without_this_call
 from worker.rules import states
+from worker.rules.pricing import ACCEPTED_STATUS
 from worker.rules.states import RefreshEvent
 from worker.rules.times import utc_text
 from worker.runtime import Runtime
@@ -31,12 +33,9 @@ from worker.runtime import Runtime
 log = get_logger(__name__)
 
 RECORD_RETRY_DELAYS_S = (0.1, 0.5, 1, 2, 4)
-"""Delays between attempts to record a result.
-
-Their sum is below the margin for it in `Settings.max_call_and_record_duration`.
-"""
-MAX_CLAIM_AGE = timedelta(seconds=5)
-"""Maximum time from a claim to its call. It is part of the margin in `Settings.max_call_and_record_duration`."""
+"""Delays between attempts to record a result. Their sum is below `RECORD_BUDGET_S`."""
+MAX_CLAIM_AGE = timedelta(seconds=MAX_CLAIM_AGE_S)
+"""Maximum time from a claim to its call."""
 MAX_RATE_LIMIT_WAIT = timedelta(seconds=60)
 """Maximum duration of a rate limit. A longer one in a response is the error of a clock."""
 
@@ -46,8 +45,6 @@ class AcceptedCall:
     """A call that the provider accepted."""
 
     claim: Claim
-    status: int
-    """HTTP status of the response."""
     ended_at: datetime
 
 
@@ -72,10 +69,8 @@ def claim_and_call(rt: Runtime, account_id: str, refresh_id: str, *, has_slot: b
     """
     call = RefreshCall(account_id=account_id, refresh_id=refresh_id)
     batch = claim_delay_or_reject_calls(rt, [call], has_slot=has_slot, wait_for_locks=True)
-    batch.follow_up.merge(
-        report_and_record_results(rt, [make_call_unless_claim_is_old(rt, claim) for claim in batch.claims])
-    )
-    return batch.follow_up
+    results = [make_call_unless_claim_is_old(rt, claim) for claim in batch.claims]
+    return batch.follow_up.plus(report_and_record_results(rt, results))
 
 
 # --- make a call ------------------------------------------------------------------------------------------------------
@@ -86,11 +81,11 @@ def make_call_unless_claim_is_old(rt: Runtime, claim: Claim) -> CallResult:
     if rt.clock() - claim.call.called_at > MAX_CLAIM_AGE:
         return log_and_count_skipped_call(rt, claim)
     try:
-        status = rt.provider.request_balance_refresh(claim.refresh.account_id)
+        rt.provider.request_balance_refresh(claim.refresh.account_id)
     except CallFailed as error:
         return _log_and_count_failed_call(rt, claim, error)
     metrics.PROVIDER_CALLS.labels("accepted").inc()
-    return AcceptedCall(claim=claim, status=status, ended_at=rt.clock())
+    return AcceptedCall(claim=claim, ended_at=rt.clock())
 
 
 def log_and_count_skipped_call(rt: Runtime, claim: Claim) -> CallResult:
@@ -122,16 +117,15 @@ def report_and_record_results(rt: Runtime, results: Sequence[CallResult]) -> Fol
     contended: Sequence[AcceptedCall] = ()
     accepted = [result for result in results if isinstance(result, AcceptedCall)]
     if accepted:
-        best_effort(_report_accepted, rt, max(result.ended_at for result in accepted))
+        best_effort("report_result", _report_accepted, rt, max(result.ended_at for result in accepted))
         with _collect_database_unavailable(errors):
             contended = _record_with_database_retries(partial(_record_accepted_and_return_contended, rt, accepted))
     for result in results:
         if isinstance(result, FailedCall):
-            best_effort(_report_to_breaker_or_refund_slot, rt, result)
+            best_effort("report_result", _report_to_breaker_or_refund_slot, rt, result)
             with _collect_database_unavailable(errors):
-                follow_up.merge(
-                    _record_with_database_retries(partial(_record_rejected_deferred_or_unknown, rt, result))
-                )
+                recorded = _record_with_database_retries(partial(_record_rejected_deferred_or_unknown, rt, result))
+                follow_up = follow_up.plus(recorded)
     for result in contended:
         with _collect_database_unavailable(errors):
             _record_with_database_retries(
@@ -157,7 +151,7 @@ def _record_with_database_retries(record: Callable[[], T]) -> T:
         try:
             return record()
         except DATABASE_UNAVAILABLE as error:
-            log.warning("call_result.record_retry", error=str(error))
+            log.warning("call_result.record_retry", error=error_summary(error))
             time.sleep(delay_s)
     return record()
 
@@ -175,7 +169,7 @@ def _record_accepted_and_return_contended(
         recorded = [result for result in accepted if result.claim.refresh.account_id in locked]
         transitions = [(result.claim.refresh, window_end_after_claim(rt, result.claim.refresh)) for result in recorded]
         refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, transitions)
-        entries = [_final_entry(rt, result.claim, result.status, {"status": result.status}) for result in recorded]
+        entries = [_final_entry(rt, result.claim, ACCEPTED_STATUS, {"status": ACCEPTED_STATUS}) for result in recorded]
         fee_entries.post_or_void(tx, entries, now)
     for result in recorded:
         with _call_context(result.claim):

@@ -71,11 +71,19 @@ class ApplyBalance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DelayOrFail:
-    """Delay the call, because admission control denied it. Fail the payments that cannot wait so long."""
+class Delay:
+    """Delay the call, because admission control denied it."""
 
     denied: Denied
-    last_error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DelayAndFail:
+    """Delay the call, because the circuit breaker is open. Fail the payments that cannot wait so long."""
+
+    denied: Denied
+    detail: str
+    """Detail of the failing payments, and last error of the refresh."""
     failing: tuple[WaitingPayment, ...] = ()
 
 
@@ -94,7 +102,9 @@ class RejectByCap:
     detail: str
 
 
-Decision = NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | DelayOrFail | ClaimCall | RejectByCap
+Decision = (
+    NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | Delay | DelayAndFail | ClaimCall | RejectByCap
+)
 
 
 def decide_claim(
@@ -120,7 +130,7 @@ def decide_claim(
     if without_call is not None:
         return without_call
     if denied is not None:
-        return _delay_failing_payments_if_circuit_open(inputs.refresh, inputs.account.waiting, denied)
+        return _delay_failing_payments_if_circuit_open(inputs.account.waiting, denied)
     return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
 
 
@@ -149,7 +159,7 @@ def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
     match decision:
         case ClaimCall():
             return replace(account, in_flight=decision.refresh)
-        case DelayOrFail():
+        case DelayAndFail():
             return replace(account, waiting=[payment for payment in account.waiting if payment not in decision.failing])
         case RejectByCap():
             return replace(account, waiting=())
@@ -183,15 +193,13 @@ def _is_reusable_by_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment
     )
 
 
-def _delay_failing_payments_if_circuit_open(
-    refresh: RefreshRecord | None, waiting: Sequence[WaitingPayment], denied: Denied
-) -> DelayOrFail:
+def _delay_failing_payments_if_circuit_open(waiting: Sequence[WaitingPayment], denied: Denied) -> Delay | DelayAndFail:
     """Return the delay. If the circuit breaker is open, payments with a deadline before it may close fail."""
     if denied.reason != "circuit_open":
-        return DelayOrFail(denied=denied, last_error=refresh.last_error if refresh is not None else None)
-    return DelayOrFail(
+        return Delay(denied=denied)
+    return DelayAndFail(
         denied=denied,
-        last_error=f"provider calls fail; no call is made before {utc_text(denied.until)}",
+        detail=f"provider calls fail; no call is made before {utc_text(denied.until)}",
         failing=tuple(payment for payment in waiting if payment.deadline <= denied.until),
     )
 
@@ -199,8 +207,8 @@ def _delay_failing_payments_if_circuit_open(
 def _claimed(inputs: ClaimInputs, now: datetime, max_call_duration: timedelta) -> RefreshRecord:
     """Return the refresh after its claim.
 
-    All waiting payments were requested before this call, also if the clocks of their hosts are ahead of ours: hence
-    `called_at` is not before any `min_balance_at`.
+    The first call is dated no earlier than any `min_balance_at`, also if the clocks of other hosts are ahead of ours.
+    A second call keeps the time of the first: the balance may answer either.
     """
     refresh = inputs.refresh or new_refresh(inputs.account_id, inputs.refresh_id, now)
     return replace(

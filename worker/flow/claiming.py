@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from config.log_config import get_logger, log_context
+from config.log_config import get_logger
 from worker import metrics
-from worker.correlation.admission import Admission
+from worker.correlation.admission import Admission, Denied
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.correlation.store import CalledRefresh
-from worker.errors import CallFailed, FailureReason
+from worker.errors import CallFailed, FailureReason, error_summary
 from worker.flow.attribution import refresh_id_if_called, window_end_after_claim
 from worker.flow.claim_decision import (
     Abandon,
@@ -19,14 +19,16 @@ from worker.flow.claim_decision import (
     ClaimCall,
     ClaimInputs,
     Decision,
-    DelayOrFail,
+    Delay,
+    DelayAndFail,
     NotNeeded,
     QueueBehindInFlight,
     RejectByCap,
     after_decision,
     decide_claim,
 )
-from worker.flow.correlation_rebuild import rebuild_correlation
+from worker.flow.correlation_rebuild import clear_refresh_best_effort, rebuild_correlation
+from worker.flow.fee_cap_check import claim_or_reject_by_caps
 from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.flow.resolution_decision import failed_resolution
@@ -38,7 +40,6 @@ from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
-from worker.rules.decimals import decimal_text
 from worker.rules.pricing import Price
 from worker.rules.states import IN_FLIGHT_STATES, RefreshEvent
 from worker.runtime import Runtime
@@ -88,7 +89,8 @@ def claim_delay_or_reject_calls(
     contended, unless `wait_for_locks`.
     """
     try:
-        price = rt.call_price(rt.fetch_allowed_api_key_mode_once(), rt.clock())
+        mode = rt.fetch_allowed_api_key_mode_once()
+        price = rt.call_price(mode, rt.clock())
     except CallFailed as error:
         return ClaimBatch(follow_up=defer_or_reject_unpriced_calls(rt, calls, error))
     admitted_at = rt.clock()
@@ -98,11 +100,11 @@ def claim_delay_or_reject_calls(
         batch = _claim_in_transaction(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
     finally:
         if admission.granted > len(batch.claims):
-            best_effort(rt.admission.refund_slots_and_probe, admission.granted - len(batch.claims), admitted_at)
+            unused = admission.granted - len(batch.claims)
+            best_effort("refund_slots", rt.admission.refund_slots_and_probe, unused, admitted_at)
     if batch.claims:
-        best_effort(
-            rt.correlation.move_requested_to_in_flight, [_called_refresh(claim.refresh) for claim in batch.claims]
-        )
+        called = [_called_refresh(claim.refresh) for claim in batch.claims]
+        best_effort("mark_called", rt.correlation.move_requested_to_in_flight, called)
     return batch
 
 
@@ -111,7 +113,7 @@ def _acquire_slots_or_fail_open(rt: Runtime, count: int, *, has_slot: bool) -> A
     try:
         return rt.admission.admit_calls_or_probe(rt.clock(), count, has_slot=has_slot)
     except REDIS_UNAVAILABLE as error:
-        log.warning("rate_limiter.unavailable", policy="fail_open", error=str(error))
+        log.warning("rate_limiter.unavailable", policy="fail_open", error=error_summary(error))
         return Admission(granted=count, denied=None)
 
 
@@ -166,7 +168,7 @@ def _decide_persist_and_rebuild_correlation(
             claims.append(_new_claim(decision.refresh, terms))
         elif isinstance(decision, NotNeeded | Abandon | QueueBehindInFlight):
             outdated[inputs.account_id] = None
-        follow_up.merge(_persist_unless_claim(rt, tx, inputs, decision, terms.now))
+        follow_up = follow_up.plus(_persist_unless_claim(rt, tx, inputs, decision, terms.now))
         accounts[inputs.account_id] = after_decision(inputs.account, decision)
     persisted = _persist_claims(tx, claims, {inputs.refresh_id: inputs.refresh for inputs in loaded})
     for account_id in outdated:
@@ -187,39 +189,7 @@ def _decide(
         max_call_duration=rt.settings.max_call_and_record_duration,
     )
     if isinstance(decision, ClaimCall) and rt.fee_caps.has_any:
-        return _reject_or_warn_by_fee_caps(rt, tx, decision, terms, unwritten)
-    return decision
-
-
-def _reject_or_warn_by_fee_caps(
-    rt: Runtime, tx: Tx, decision: ClaimCall, terms: _ClaimTerms, unwritten: Sequence[CallEntry]
-) -> ClaimCall | RejectByCap:
-    """Turn a claim into a rejection if a fee cap would be exceeded.
-
-    The usage is computed in the transaction that writes the claim, so that two claims never exceed a cap together.
-    """
-    account_id, now = decision.refresh.account_id, terms.now
-    usages = rt.cap_usage.usage(tx, rt.fee_caps, account_id=account_id, price=terms.price, unwritten=unwritten, now=now)
-    exceeded = next((usage for usage in usages if usage.would_be_exceeded), None)
-    with log_context(account_id=account_id, refresh_id=decision.refresh.refresh_id):
-        if exceeded is not None:
-            metrics.FEE_CAPS_REACHED.labels(exceeded.cap.value).inc()
-            log.error(
-                "fee_cap.reached",
-                cap=exceeded.cap.value,
-                used=decimal_text(exceeded.used),
-                limit=decimal_text(exceeded.limit),
-            )
-            return RejectByCap(detail=f"fee cap reached: {exceeded}")
-        for usage in usages:
-            if usage.crosses_warning_with_room_for_next_call and rt.cap_usage.should_warn(usage, account_id, now):
-                metrics.FEE_CAP_WARNINGS.labels(usage.cap.value).inc()
-                log.warning(
-                    "fee_cap.warning",
-                    cap=usage.cap.value,
-                    used=decimal_text(usage.used),
-                    limit=decimal_text(usage.limit),
-                )
+        return claim_or_reject_by_caps(rt, tx, decision, price=terms.price, unwritten=unwritten, now=terms.now)
     return decision
 
 
@@ -285,9 +255,12 @@ def _persist_unless_claim(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: De
         case ApplyBalance(balance_id=balance_id, abandons_refresh=abandons_refresh):
             if abandons_refresh:
                 _abandon(tx, inputs.refresh)
-            best_effort(rt.correlation.clear_requested_or_in_flight_refresh, inputs.account_id, inputs.refresh_id)
+            clear_refresh_best_effort(rt, inputs.account_id, inputs.refresh_id)
             return FollowUp(balances_to_apply=[balance_id])
-        case DelayOrFail():
+        case Delay(denied=denied):
+            refresh = _stored_refresh(tx, inputs, now)
+            _count_and_delay_call(tx, refresh, denied, refresh.last_error)
+        case DelayAndFail():
             return _delay_call_and_fail_payments(tx, _stored_refresh(tx, inputs, now), decision, now)
         case RejectByCap(detail=detail):
             return reject_refresh_and_fail_payments(
@@ -354,12 +327,18 @@ def _stored_refresh(tx: Tx, inputs: ClaimInputs, now: datetime) -> RefreshRecord
     return refresh
 
 
-def _delay_call_and_fail_payments(tx: Tx, refresh: RefreshRecord, delay: DelayOrFail, now: datetime) -> FollowUp:
-    """Delay the refresh until admission control may admit it. Fail the payments that cannot wait so long."""
-    metrics.DELAYED_CALLS.labels(delay.denied.reason).inc()
-    detail, billed = str(delay.last_error), refresh_id_if_called(refresh)
+def _delay_call_and_fail_payments(tx: Tx, refresh: RefreshRecord, delay: DelayAndFail, now: datetime) -> FollowUp:
+    """Delay the refresh until the circuit breaker may close. Fail the payments that cannot wait so long."""
+    billed = refresh_id_if_called(refresh)
     resolutions = [
-        failed_resolution(payment, FailureReason.PROVIDER_UNAVAILABLE, detail, now, billed) for payment in delay.failing
+        failed_resolution(payment, FailureReason.PROVIDER_UNAVAILABLE, delay.detail, now, billed)
+        for payment in delay.failing
     ]
-    refreshes.delay_if_unchanged(tx, refresh, delay.denied.until, delay.last_error)
+    _count_and_delay_call(tx, refresh, delay.denied, delay.detail)
     return FollowUp(deliveries=payments.resolve(tx, resolutions, now))
+
+
+def _count_and_delay_call(tx: Tx, refresh: RefreshRecord, denied: Denied, last_error: str | None) -> None:
+    """Delay the refresh until admission control may admit it."""
+    metrics.DELAYED_CALLS.labels(denied.reason).inc()
+    refreshes.delay_if_unchanged(tx, refresh, denied.until, last_error)

@@ -26,4 +26,9 @@ def rebuild_correlation(rt: Runtime, tx: Tx, account_id: str) -> None:
             else None
         ),
     )
-    best_effort(rt.correlation.restore_account, account_id, state)
+    best_effort("restore_account", rt.correlation.restore_account, account_id, state)
+
+
+def clear_refresh_best_effort(rt: Runtime, account_id: str, refresh_id: str) -> None:
+    """Remove a refresh that no balance will answer from the correlation store, if Redis is available."""
+    best_effort("clear_refresh", rt.correlation.clear_requested_or_in_flight_refresh, account_id, refresh_id)

@@ -1,5 +1,6 @@
 """Follow-up actions: what a use case wants done after its commit. The caller dispatches them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -35,25 +36,25 @@ class BalancePoll:
     delay: timedelta
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FollowUp:
     """Actions to dispatch after a commit. Losing them is safe: maintenance finds the same work in the ledger."""
 
-    deliveries: list[OutcomeDelivery] = field(default_factory=list)
+    deliveries: Sequence[OutcomeDelivery] = field(default_factory=list)
     """Outcomes of resolved payments, to deliver to their tasks."""
-    calls: list[RefreshCall] = field(default_factory=list)
-    balances_to_apply: list[str] = field(default_factory=list)
+    calls: Sequence[RefreshCall] = field(default_factory=list)
+    balances_to_apply: Sequence[str] = field(default_factory=list)
     """Ids of stored balances that may resolve waiting payments."""
-    balance_polls: list[BalancePoll] = field(default_factory=list)
-    has_more: bool = False
-    """Whether the use case reached its batch size: call it again."""
+    balance_polls: Sequence[BalancePoll] = field(default_factory=list)
 
-    def merge(self, other: "FollowUp") -> None:
-        """Add the actions of `other`, but not its `has_more`."""
-        self.deliveries += other.deliveries
-        self.calls += other.calls
-        self.balances_to_apply += other.balances_to_apply
-        self.balance_polls += other.balance_polls
+    def plus(self, other: "FollowUp") -> "FollowUp":
+        """Return the actions of both."""
+        return FollowUp(
+            deliveries=[*self.deliveries, *other.deliveries],
+            calls=[*self.calls, *other.calls],
+            balances_to_apply=[*self.balances_to_apply, *other.balances_to_apply],
+            balance_polls=[*self.balance_polls, *other.balance_polls],
+        )
 
 
 def call_of(refresh: RefreshRecord) -> RefreshCall:

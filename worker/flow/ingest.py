@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from config.log_config import get_logger
-from worker.errors import FailureReason
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.errors import FailureReason, error_summary
 from worker.flow.attribution import find_attributions
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import add_to_correlation_and_resolve_payments, fail_payments_with_fee_share
 from worker.ledger import balances, payments, quarantine
 from worker.ledger.balances import BalanceRecord
-from worker.ledger.engine import Tx, transaction
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.ledger.locks import try_lock_accounts
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt.messages import BalanceWithEventId, UnparsedEvent
@@ -36,9 +37,9 @@ def ingest_events_and_resolve_payments(
     if unparsed_events or connection_updates:
         with transaction(rt.engine) as tx:
             quarantine.insert_events(tx, unparsed_events, now)
-            follow_up.merge(_move_or_fail_affected_payments(rt, tx, connection_updates))
+            follow_up = follow_up.plus(_move_or_fail_affected_payments(rt, tx, connection_updates))
     if received_balances:
-        follow_up.merge(_store_all_and_try_apply_first_by_account(rt, _new_records(received_balances, now)))
+        follow_up = follow_up.plus(_store_all_and_try_apply_first_by_account(rt, _new_records(received_balances, now)))
     return follow_up
 
 
@@ -68,17 +69,21 @@ def _store_all_and_try_apply_first_by_account(rt: Runtime, records: Sequence[Bal
             new_ids = balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
             new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
             result = add_to_correlation_and_resolve_payments(rt, tx, new)
-    except Exception as error:  # noqa: BLE001 - no error may lose a balance
-        log.warning("balance.apply_postponed", count=len(records), error=f"{type(error).__name__}: {error}")
-        with transaction(rt.engine) as tx:
-            balances.insert_balances(tx, records)
-        return FollowUp(balances_to_apply=[record.balance_id for record in records])
+    except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE) as error:
+        log.warning("balance.apply_postponed", count=len(records), error=error_summary(error))
+        return _store_for_later_apply(rt, records)
+    except Exception:  # no error may lose a balance
+        log.exception("balance.apply_failed", count=len(records))
+        return _store_for_later_apply(rt, records)
     result.observe_latency()
-    follow_up = result.follow_up
-    follow_up.balances_to_apply += [
-        record.balance_id for record in records if record.balance_id not in result.balance_ids
-    ]
-    return follow_up
+    not_applied = [record.balance_id for record in records if record.balance_id not in result.balance_ids]
+    return result.follow_up.plus(FollowUp(balances_to_apply=not_applied))
+
+
+def _store_for_later_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
+    with transaction(rt.engine) as tx:
+        balances.insert_balances(tx, records)
+    return FollowUp(balances_to_apply=[record.balance_id for record in records])
 
 
 def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
@@ -89,7 +94,7 @@ def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[Conne
         if isinstance(update, AccountMoved):
             payments.set_connection_of_waiting_if_newer(tx, update, max_requested_at=update.at + rt.settings.clock_skew)
         else:
-            follow_up.merge(_fail_payments_requested_before_loss(rt, tx, update))
+            follow_up = follow_up.plus(_fail_payments_requested_before_loss(rt, tx, update))
     return follow_up
 
 

@@ -51,9 +51,9 @@ class IntakeResult:
 class OnWaiting(Protocol):
     """Called before the commit, while the accounts are locked, with the results of all waiting payments.
 
-    It stores the state `WAITING` of the payments' tasks. Until the commit no balance can resolve these payments, so
-    `WAITING` never overwrites an outcome. After the commit it could: a balance may resolve a payment at once. Before
-    the transaction it could too, because only the transaction finds out which jobs are repetitions. If the call raises,
+    It stores the state `WAITING` of the payments' tasks. At this point no balance can resolve the payments, so
+    `WAITING` never overwrites an outcome. Called after the commit, it might: a balance may resolve a payment at once.
+    Called before the transaction, it might too: a repeated job may belong to a resolved payment. If the call raises,
     nothing is committed.
     """
 

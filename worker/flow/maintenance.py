@@ -1,13 +1,15 @@
 """Maintenance: fail payments at their deadline, and repeat calls, balances and deliveries that were lost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
-from worker.errors import FailureReason
+from worker.errors import FailureReason, error_summary
 from worker.flow.attribution import refresh_by_payment, refresh_id_if_called, window_end_after_claim
-from worker.flow.correlation_rebuild import rebuild_correlation
+from worker.flow.check_decision import CheckInputs, accounts_in_extension, plan_checks
+from worker.flow.correlation_rebuild import clear_refresh_best_effort, rebuild_correlation
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
     MAINTENANCE_BATCH_SIZE,
@@ -30,70 +32,58 @@ from worker.runtime import Runtime
 
 log = get_logger(__name__)
 
-MAINTENANCE_INTERVAL = timedelta(seconds=1)
-"""How often maintenance runs."""
+POLL_REUSE_LEADS = 1.5
+"""A poll serves the account's other payments, too, if their deadline is within this many leads of the poll: at their
+own time the account is not polled again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """Result of checking a batch of due payments."""
+
+    follow_up: FollowUp = field(default_factory=FollowUp)
+    has_more: bool = False
+    """Whether the batch was full: check again."""
 
 
 # --- payments ---------------------------------------------------------------------------------------------------------
 
 
-def expire_poll_or_rejoin_due_payments(rt: Runtime) -> FollowUp:
+def expire_poll_or_rejoin_due_payments(rt: Runtime) -> CheckResult:
     """Check waiting payments that are due: fail those at their deadline, and help the others to a balance.
 
-    1. A payment at its deadline fails, unless a balance of its account is stored and not applied yet.
-    2. A payment with a refresh is checked next when its balance is polled, or at its deadline.
-    3. A payment without a refresh joins one again. Its message, or the state in Redis, was lost.
+    `plan_checks` decides. Its plan is committed before balances are polled and payments join again.
     """
     now = rt.clock()
     with transaction(rt.engine) as tx:
         due = payments.lock_due(tx, now, MAINTENANCE_BATCH_SIZE)
         if not due:
-            return FollowUp()
-        serving = refresh_by_payment(rt, tx, due)
-        follow_up = _expire_unless_balance_unapplied(
-            tx, [payment for payment in due if payment.deadline <= now], serving, now
+            return CheckResult()
+        inputs = _load_check_inputs(rt, tx, due, now)
+        plan = plan_checks(inputs, now=now, poll_lead=rt.settings.balance_poll_lead_if_enabled)
+        deliveries = payments.resolve(
+            tx,
+            [
+                _timeout_or_last_error_resolution(payment, inputs.serving[payment.payment_id], now)
+                for payment in plan.expired
+            ],
+            now,
         )
-        waiting = [payment for payment in due if payment.deadline > now]
-        unserved = [payment for payment in waiting if serving[payment.payment_id] is None]
-        next_checks = {payment.payment_id: _poll_time_or_deadline(rt, payment, now) for payment in waiting}
-        retry_checks = {
-            payment.payment_id: min(_check_at_after_doubled_wait(payment, now), next_checks[payment.payment_id])
-            for payment in unserved
-        }
-        payments.set_next_checks(tx, next_checks | retry_checks)
-    follow_up.has_more = len(due) == MAINTENANCE_BATCH_SIZE
-    to_poll = [
-        payment
-        for payment in waiting
-        if payment.payment_id not in retry_checks and next_checks[payment.payment_id] == now + MAINTENANCE_INTERVAL
-    ]
-    if to_poll:
-        follow_up.merge(best_effort(_reserve_account_polls_and_postpone_checks, rt, to_poll, now) or FollowUp())
-    for payment in unserved:
-        follow_up.merge(best_effort(_rebuild_correlation_and_rejoin, rt, payment) or FollowUp())
-    return follow_up
+        payments.set_next_checks(tx, plan.next_checks)
+    follow_up = FollowUp(deliveries=deliveries, balances_to_apply=plan.balances_to_apply)
+    if plan.to_poll:
+        follow_up = follow_up.plus(_reserve_account_polls_and_postpone_checks(rt, plan.to_poll, now))
+    for payment in plan.to_rejoin:
+        follow_up = follow_up.plus(_rebuild_correlation_and_rejoin(rt, payment))
+    return CheckResult(follow_up=follow_up, has_more=len(due) == MAINTENANCE_BATCH_SIZE)
 
 
-def _expire_unless_balance_unapplied(
-    tx: Tx, overdue: Sequence[WaitingPayment], serving: Mapping[str, RefreshRecord | None], now: datetime
-) -> FollowUp:
-    """Fail payments at their deadline.
-
-    A payment whose account has a stored balance that is not applied yet gets `REAPPLY_AFTER` more: the balance arrived
-    in time.
-    """
-    in_extension = {payment.account_id for payment in overdue if now < payment.deadline + balances.REAPPLY_AFTER}
-    unapplied = balances.unapplied_by_account(tx, sorted(in_extension)) if in_extension else {}
-    expired = [payment for payment in overdue if payment.account_id not in unapplied]
-    deliveries = payments.resolve(
-        tx, [_timeout_or_last_error_resolution(payment, serving[payment.payment_id], now) for payment in expired], now
-    )
-    next_check = now + MAINTENANCE_INTERVAL
-    payments.set_next_checks(
-        tx, {payment.payment_id: next_check for payment in overdue if payment.account_id in unapplied}
-    )
-    return FollowUp(
-        deliveries=deliveries, balances_to_apply=[balance_id for ids in unapplied.values() for balance_id in ids]
+def _load_check_inputs(rt: Runtime, tx: Tx, due: Sequence[WaitingPayment], now: datetime) -> CheckInputs:
+    account_ids = accounts_in_extension(due, now)
+    return CheckInputs(
+        due=due,
+        serving=refresh_by_payment(rt, tx, due),
+        unapplied=balances.unapplied_by_account(tx, sorted(account_ids)) if account_ids else {},
     )
 
 
@@ -109,32 +99,22 @@ def _timeout_or_last_error_resolution(
     return failed_resolution(payment, reason, detail, now, refresh_id_if_called(refresh))
 
 
-def _poll_time_or_deadline(rt: Runtime, payment: WaitingPayment, now: datetime) -> datetime:
-    """Return when to check a payment that has a refresh: when its balance is polled, or at its deadline."""
-    if payment.job.profile_id is None or not rt.settings.balance_polls_per_s:
-        return payment.deadline
-    lead = min(rt.settings.balance_poll_lead, (payment.deadline - payment.requested_at) / 4)
-    return min(max(payment.deadline - lead, now + MAINTENANCE_INTERVAL), payment.deadline)
-
-
-def _check_at_after_doubled_wait(payment: WaitingPayment, now: datetime) -> datetime:
-    """Return when to check a payment without a refresh again. The interval doubles, so that checks stay few."""
-    return now + 2 * (now - payment.requested_at)
-
-
 def _reserve_account_polls_and_postpone_checks(
-    rt: Runtime, waiting: Sequence[WaitingPayment], now: datetime
+    rt: Runtime, to_poll: Sequence[WaitingPayment], now: datetime
 ) -> FollowUp:
     """Reserve slots for balance polls, one for each account. Accounts without a slot are checked again in a second."""
-    profile_by_account = {payment.account_id: str(payment.job.profile_id) for payment in waiting}
-    slots = rt.poll_limiter.reserve_slots_of_next_second(now, len(profile_by_account))
+    profile_by_account = {payment.account_id: str(payment.job.profile_id) for payment in to_poll}
+    slots = best_effort(
+        "reserve_poll_slots", rt.poll_limiter.reserve_slots_of_next_second, now, len(profile_by_account)
+    )
     polls = [
         BalancePoll(account_id=account_id, profile_id=profile_id, delay=delay)
-        for (account_id, profile_id), delay in zip(profile_by_account.items(), slots, strict=False)
+        for (account_id, profile_id), delay in zip(profile_by_account.items(), slots or [], strict=False)
     ]
-    with transaction(rt.engine) as tx:
-        max_deadline = now + 1.5 * rt.settings.balance_poll_lead
-        payments.set_next_checks_to_deadline(tx, [poll.account_id for poll in polls], max_deadline)
+    if polls:
+        with transaction(rt.engine) as tx:
+            max_deadline = now + POLL_REUSE_LEADS * rt.settings.balance_poll_lead
+            payments.set_next_checks_to_deadline(tx, [poll.account_id for poll in polls], max_deadline)
     return FollowUp(balance_polls=polls)
 
 
@@ -142,7 +122,10 @@ def _rebuild_correlation_and_rejoin(rt: Runtime, payment: WaitingPayment) -> Fol
     """Join the payment to a balance or a refresh again, by the state of the ledger."""
     with transaction(rt.engine) as tx:
         rebuild_correlation(rt, tx, payment.account_id)
-    [joined] = rt.correlation.reuse_balance_or_join_refresh([join_request(rt, payment)])
+    results = best_effort("join_refresh", rt.correlation.reuse_balance_or_join_refresh, [join_request(rt, payment)])
+    if results is None:
+        return FollowUp()
+    [joined] = results
     if joined.kind == "balance":
         return FollowUp(balances_to_apply=[joined.id])
     return FollowUp(calls=[RefreshCall(account_id=payment.account_id, refresh_id=joined.id)])
@@ -163,7 +146,7 @@ def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
     follow_up = FollowUp(balances_to_apply=unapplied)
     for refresh in due:
         try:
-            follow_up.merge(_abandon_retry_or_end_due_refresh(rt, refresh, now))
+            follow_up = follow_up.plus(_abandon_retry_or_end_due_refresh(rt, refresh, now))
         except DATABASE_UNAVAILABLE as error:  # the wait for the account's lock timed out
             log.warning(
                 "refresh.check_postponed",
@@ -172,7 +155,7 @@ def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
                 error=type(error).__name__,
             )
     if callable_refreshes:
-        follow_up.calls += _reserve_slots_and_schedule_calls(rt, callable_refreshes)
+        follow_up = follow_up.plus(FollowUp(calls=_reserve_slots_and_schedule_calls(rt, callable_refreshes)))
     return follow_up
 
 
@@ -180,9 +163,9 @@ def _reserve_slots_and_schedule_calls(rt: Runtime, requested: Sequence[RefreshRe
     """Reserve slots of the rate limiter for delayed calls, the earliest deadline first (EDF)."""
     now = rt.clock()
     try:
-        slots = rt.admission.limiter.reserve_slots_of_next_second(now, len(requested))
+        slots = rt.admission.reserve_slots_of_next_second(now, len(requested))
     except REDIS_UNAVAILABLE as error:
-        log.warning("rate_limiter.unavailable", policy="fail_open", error=str(error))
+        log.warning("rate_limiter.unavailable", policy="fail_open", error=error_summary(error))
         slots = [timedelta(0)] * len(requested)
     scheduled = list(zip(requested, slots, strict=False))
     with transaction(rt.engine) as tx:
@@ -206,7 +189,7 @@ def _abandon_retry_or_end_due_refresh(rt: Runtime, refresh: RefreshRecord, now: 
         if refresh.state == RefreshState.REQUESTED:
             if payments.balance_time_bounds_of_waiting(tx, refresh.account_id) is None:
                 refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None)
-                best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
+                clear_refresh_best_effort(rt, refresh.account_id, refresh.refresh_id)
             return FollowUp()
         if refresh.state == RefreshState.CALLING:
             due_at = now + timedelta(seconds=rt.settings.uncertain_grace_s)
@@ -221,7 +204,7 @@ def _abandon_retry_or_end_due_refresh(rt: Runtime, refresh: RefreshRecord, now: 
             return FollowUp()
         refreshes.transition(tx, refresh, RefreshEvent.WINDOW_ENDED, None)
         calls = queued_call(tx, refresh.account_id)
-    best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
+    clear_refresh_best_effort(rt, refresh.account_id, refresh.refresh_id)
     return FollowUp(calls=calls)
 
 

@@ -29,23 +29,28 @@ def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: 
         log.warning("balance_poll.failed", account_id=account_id, error=str(error))
         return FollowUp()
     follow_up = _fail_unsupported_payments(rt, account_id, account) if account else FollowUp()
-    is_usable = balance is not None and (balance.source == "REFRESH" or rt.settings.allow_sync_balances)
+    is_usable = balance is not None and (balance.is_refresh or rt.settings.allow_sync_balances)
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
         received = BalanceWithEventId(event_id=f"poll:{balance.id}", balance=balance)
-        follow_up.merge(ingest_events_and_resolve_payments(rt, [received]))
+        follow_up = follow_up.plus(ingest_events_and_resolve_payments(rt, [received]))
     return follow_up
 
 
 def _fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAccount) -> FollowUp:
     """Fail the payments that no balance of such an account can release."""
     now = rt.clock()
-    resolutions = []
     with transaction(rt.engine) as tx:
-        for payment in payments.lock_waiting_by_account(tx, [account_id]).get(account_id, []):
-            if found := funds.ineligibility_for_funds_check(payment.job, account.kind, account.currency):
-                refresh = refresh_by_payment(rt, tx, [payment])[payment.payment_id]
-                resolutions.append(
-                    failed_resolution(payment, found.reason, found.detail, now, refresh_id_if_called(refresh))
-                )
+        unsupported = [
+            (payment, found)
+            for payment in payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
+            if (found := funds.ineligibility_for_funds_check(payment.job, account.kind, account.currency))
+        ]
+        serving = refresh_by_payment(rt, tx, [payment for payment, _ in unsupported])
+        resolutions = [
+            failed_resolution(
+                payment, found.reason, found.detail, now, refresh_id_if_called(serving[payment.payment_id])
+            )
+            for payment, found in unsupported
+        ]
         return FollowUp(deliveries=payments.resolve(tx, resolutions, now))

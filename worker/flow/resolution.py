@@ -7,10 +7,10 @@ from datetime import datetime
 
 from config.log_config import get_logger
 from worker import metrics
-from worker.correlation.redis_client import best_effort
 from worker.correlation.store import NewRefreshBalance
 from worker.errors import FailureReason
 from worker.flow.attribution import AttributedBalance, find_attributions, refresh_by_payment, refresh_id_if_called
+from worker.flow.correlation_rebuild import clear_refresh_best_effort
 from worker.flow.follow_up import FollowUp, queued_call
 from worker.flow.resolution_decision import (
     ApplyInputs,
@@ -154,7 +154,7 @@ def _add_new_refresh_balances_to_correlation(rt: Runtime, attributed: Sequence[A
     new_balances = [
         NewRefreshBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
         for record in (balance.balance for balance in attributed)
-        if record.due_at is not None and record.source == "REFRESH"
+        if record.due_at is not None and record.is_refresh
     ]
     if new_balances:
         rt.correlation.add_balances_and_clear_answered_refreshes(new_balances, rt.settings.clock_skew)
@@ -201,7 +201,8 @@ def reject_refresh_and_fail_payments(
     ):
         return FollowUp()  # the refresh has changed since it was loaded, for instance because a balance answered it
     waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).get(refresh.account_id, [])
-    resolutions = [failed_resolution(payment, reason, detail, now, refresh.refresh_id) for payment in waiting]
+    called_id = refresh_id_if_called(refresh)
+    resolutions = [failed_resolution(payment, reason, detail, now, called_id) for payment in waiting]
     deliveries = payments.resolve(tx, resolutions, now)
-    best_effort(rt.correlation.clear_requested_or_in_flight_refresh, refresh.account_id, refresh.refresh_id)
+    clear_refresh_best_effort(rt, refresh.account_id, refresh.refresh_id)
     return FollowUp(deliveries=deliveries, calls=queued_call(tx, refresh.account_id))

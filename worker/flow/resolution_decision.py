@@ -143,7 +143,7 @@ def _only_possible_call_to_post(inputs: ApplyInputs, balance: AttributedBalance)
 
 def _queued_call_unless_answered(balance: AttributedBalance) -> RefreshCall | None:
     """Return the call of the account's requested refresh, unless the balance answers that refresh."""
-    answered_id = balance.refresh.refresh_id if balance.refresh and balance.balance.source == "REFRESH" else None
+    answered_id = balance.refresh.refresh_id if balance.refresh and balance.balance.is_refresh else None
     requested = [
         refresh
         for refresh in balance.account_refreshes
@@ -162,7 +162,7 @@ def _is_fresh_and_of_allowed_source(balance: AttributedBalance, payment: Waiting
     REFRESH balance.
     """
     accepts_no_age = payment.job.max_balance_age_s == 0
-    if balance.balance.source != "REFRESH" and (accepts_no_age or not _was_called_late_enough(balance, payment)):
+    if not balance.balance.is_refresh and (accepts_no_age or not _was_called_late_enough(balance, payment)):
         return False
     return states.balance_is_fresh_enough(
         balance.balance.at_capped_at_receipt,

@@ -24,7 +24,7 @@ def defer_or_reject_unpriced_calls(rt: Runtime, calls: Sequence[RefreshCall], er
             log.warning("refresh_call.not_priced", error=str(error))
         with transaction(rt.engine) as tx:
             lock_accounts(tx, [call.account_id])
-            follow_up.merge(_defer_or_reject_if_needed(rt, tx, call, error))
+            follow_up = follow_up.plus(_defer_or_reject_if_needed(rt, tx, call, error))
     return follow_up
 
 

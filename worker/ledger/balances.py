@@ -10,7 +10,7 @@ from sqlalchemy import bindparam, select, update
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Tx
 from worker.ledger.tables import BALANCE
-from worker.quiltt.messages import Balance
+from worker.quiltt.messages import REFRESH_SOURCE, Balance
 
 balance = BALANCE.c
 REAPPLY_AFTER = timedelta(seconds=5)
@@ -36,6 +36,11 @@ class BalanceRecord:
     """The refresh that the balance is attributed to."""
 
     @property
+    def is_refresh(self) -> bool:
+        """Whether a refresh call caused this balance."""
+        return self.source == REFRESH_SOURCE
+
+    @property
     def at_capped_at_receipt(self) -> datetime:
         """The balance's time by the provider's clock, but not later than its arrival by ours."""
         return min(self.at, self.received_at)
@@ -44,7 +49,7 @@ class BalanceRecord:
 _SELECT_BALANCES = select(*(balance[field.name] for field in fields(BalanceRecord)))
 _BY_ID = _SELECT_BALANCES.where(any_of(balance.balance_id, "balance_ids"))
 _NEWEST_BY_ACCOUNT = _SELECT_BALANCES.where(
-    any_of(balance.account_id, "account_ids"), balance.at >= bindparam("oldest"), balance.source == "REFRESH"
+    any_of(balance.account_id, "account_ids"), balance.at >= bindparam("oldest"), balance.source == REFRESH_SOURCE
 ).order_by(balance.at)
 
 

@@ -73,8 +73,8 @@ class CapUsageCounter:
         self._warned: set[tuple[CapKind, str | None]] = set()
         """Caps that a warning was given for on that day, with the account if the cap is per account."""
 
-    def should_warn(self, usage: CapUsage, account_id: str, now: datetime) -> bool:
-        """Return whether no warning was given for this cap today, and remember that one is given now.
+    def claim_warning(self, usage: CapUsage, account_id: str, now: datetime) -> bool:
+        """Return whether this is the process's first warning for this cap today, and record it.
 
         Calls that turn out to be free move the usage below the threshold, and the next call crosses it again.
         """
@@ -85,12 +85,12 @@ class CapUsageCounter:
         self._warned.add(key)
         return is_first
 
-    def usage(
+    def lock_and_count(
         self, tx: Tx, caps: FeeCaps, *, account_id: str, price: Price, unwritten: Sequence[CallEntry], now: datetime
     ) -> list[CapUsage]:
-        """Return the usage of each cap that is set, the calls in `unwritten` included. The account must be locked.
+        """Lock the spending if fees are capped. Return the usage of each cap that is set.
 
-        Locks the spending if fees are capped. `unwritten` are calls that this transaction has claimed and will write.
+        The account must be locked. Calls in `unwritten` count: this transaction has claimed them and will write them.
         """
         usages: list[CapUsage] = []
         if caps.calls_per_account is not None:

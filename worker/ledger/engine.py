@@ -21,6 +21,7 @@ __all__ = [
     "NotMigrated",
     "Row",
     "Tx",
+    "lift_limits_for_migrations",
     "open_engine",
     "ping",
     "read_snapshot",
@@ -59,8 +60,8 @@ MAX_WAIT_S = 30
 """Maximum wait of a writer for another one on SQLite, and of a thread for a connection of the pool."""
 
 
-def open_engine(url: str, *, connections: int = 40) -> Engine:
-    """Return an engine for `sqlite:///file` or `postgresql://...`. It connects when it is first used."""
+def open_engine(url: str, *, connections: int) -> Engine:
+    """Return an engine for `sqlite:///file` or `postgresql://...`. It opens connections at their first use."""
     if url.startswith("sqlite"):
         engine = create_engine(
             url,
@@ -143,6 +144,22 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
 
 
 _ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))
+
+
+def lift_limits_for_migrations(connection: Tx) -> None:
+    """Allow long statements and all plan types on this connection to PostgreSQL, until it is closed.
+
+    A migration may scan or index a large table. The limit of waits for locks stays: a waiting migration blocks workers.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_LIFT_LIMITS)
+        connection.commit()
+
+
+_LIFT_LIMITS = text(
+    "SELECT set_config('statement_timeout', '0', false), "
+    + ", ".join(f"set_config('{name}', 'on', false)" for name in _DISABLED_PLANS)
+)
 
 
 def ping(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from worker import metrics
 from worker.errors import CallNotSent, CallResultUnknown, ConnectionPoolExhausted
 from worker.quiltt.messages import PolledAccount
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected, refresh_error
+from worker.rules.pricing import ACCEPTED_STATUS
 
 ACCOUNT_BALANCE_QUERY = """query LatestBalance($id: ID!) {
   account(id: $id) { currencyCode kind balance { id at source available current limit } }
@@ -63,8 +64,8 @@ class QuilttClient:
         self._idle_transports: list[httpx.HTTPTransport] = []
         self._free_connections = threading.BoundedSemaphore(max_connections)
 
-    def request_balance_refresh(self, account_id: str) -> int:
-        """Make a refresh call for the account, and observe its duration. Return the status, 202.
+    def request_balance_refresh(self, account_id: str) -> None:
+        """Make a refresh call for the account, and observe its duration. On return the provider has accepted it (202).
 
         Raises:
             CallNotSent, RateLimited, CallRejected, CallResultUnknown: see `worker.errors`.
@@ -79,9 +80,8 @@ class QuilttClient:
             raise CallResultUnknown(f"no response from the provider: {error_class_as_words(error)}") from error
         finally:
             metrics.RESPONSE_SECONDS.labels(status).observe(time.monotonic() - start)
-        if response.status_code != httpx.codes.ACCEPTED:
+        if response.status_code != ACCEPTED_STATUS:
             raise refresh_error(response)
-        return response.status_code
 
     def _post_when_connection_free(self, path: str) -> httpx.Response:
         if not self._free_connections.acquire(timeout=self._timeout.connect):
@@ -92,10 +92,13 @@ class QuilttClient:
             target = self._api_base.raw_path.rstrip(b"/") + path.encode()
             extensions = {"timeout": self._timeout.as_dict(), "target": target}
             request = httpx.Request("POST", self._api_base, headers=self._headers, extensions=extensions)
-            response = transport.handle_request(request)
-            response.read()
-            # Last in, first out: few connections stay in use. A transport that failed is not used again.
-            self._idle_transports.append(transport)
+            try:
+                response = transport.handle_request(request)
+                response.read()
+            except BaseException:
+                transport.close()
+                raise
+            self._idle_transports.append(transport)  # last in, first out: few connections stay in use
         finally:
             self._free_connections.release()
         return response
@@ -128,8 +131,8 @@ class QuilttClient:
         except (ValueError, ArithmeticError, RecursionError, TypeError, KeyError):
             raise CallNotSent(f"the balance poll failed: HTTP {response.status_code} without a valid body") from None
 
-    def api_key_mode(self) -> ApiKeyMode:
-        """Return the mode of the API key's environment, which determines the price of a call. Free of charge.
+    def introspect_api_key(self) -> ApiKeyMode:
+        """Request the mode of the API key's environment, which determines the price of a call. Free of charge.
 
         Raises:
             CallNotSent: no response, or not a valid one.

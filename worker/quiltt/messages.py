@@ -1,10 +1,11 @@
 """The provider's wire format: webhook events and the balance poll. Error texts never repeat the input."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +18,21 @@ from pydantic import (
 
 from worker.rules.job import QuilttId
 
+BALANCE_CREATED = "balance.created"
+CONNECTION_LOST_EVENTS: Mapping[str, str] = {
+    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
+    "connection.synced.errored.institution": "the connection is in error: the institution fails",
+    "connection.synced.errored.provider": "the connection is in error: the data provider fails",
+    "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
+    "connection.disconnected": "the connection was disconnected: the user must connect again",
+    "profile.deleted": "the profile was deleted",
+}
+"""Events after which no balance can arrive, with the detail for failed payments."""
+ACCOUNT_RECONNECTED = "account.reconnected"
+REQUIRED_EVENT_TYPES = (BALANCE_CREATED, *CONNECTION_LOST_EVENTS, ACCOUNT_RECONNECTED)
+"""Types of the events that payready uses."""
+REFRESH_SOURCE: Final = "REFRESH"
+"""The source of a balance that a refresh call caused."""
 MAX_AMOUNT_DIGITS = 30
 MAX_AMOUNT_DECIMAL_PLACES = 60
 """Maximum digits before and after the point. The provider's floats have rounding errors such as 3.5e-15."""
@@ -69,6 +85,11 @@ class Balance(_ProviderModel):
     available: Amount
     current: Amount
     limit: Amount
+
+    @property
+    def is_refresh(self) -> bool:
+        """Whether a refresh call caused this balance."""
+        return self.source == REFRESH_SOURCE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, Valid
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed, CallNotSent
+from worker.quiltt.messages import REQUIRED_EVENT_TYPES
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected
 
 log = get_logger(__name__)
-
-REQUIRED_EVENT_TYPES = (
-    "balance.created",
-    "connection.synced.errored.repairable",
-    "connection.synced.errored.institution",
-    "connection.synced.errored.provider",
-    "connection.synced.errored.service",
-    "connection.disconnected",
-    "account.reconnected",
-    "profile.deleted",
-)
-"""Events that payready uses."""
 
 
 class Subscription(BaseModel):

@@ -3,6 +3,7 @@
 Pending and posted calls count, void calls do not: a cap limits what may have to be paid. Days and months are in UTC.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -74,6 +75,23 @@ class CapUsage:
         period = "per account and day" if self.cap == CapKind.ACCOUNT else f"per {self.cap}"
         used, limit, cost = decimal_text(self.used), decimal_text(self.limit), decimal_text(self.call_cost)
         return f"{used} of {limit} {self.unit} {period} used, and a call adds {cost}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapDecision:
+    """What the fee caps mean for a call."""
+
+    exceeded: CapUsage | None
+    """The first cap that the call would exceed. None if the call may be made."""
+    warnings: Sequence[CapUsage]
+    """Caps whose warning threshold the call reaches. Empty if it is not made."""
+
+
+def decide_caps(usages: Sequence[CapUsage]) -> CapDecision:
+    """Decide whether a call may be made, and which caps warrant a warning."""
+    exceeded = next((usage for usage in usages if usage.would_be_exceeded), None)
+    warnings = [usage for usage in usages if usage.crosses_warning_with_room_for_next_call]
+    return CapDecision(exceeded=exceeded, warnings=[] if exceeded else warnings)
 
 
 def start_of_day(now: datetime) -> datetime:
