@@ -109,8 +109,8 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
     eventually(lambda: [line for line in production.log("worker") if "unheard_of" in line["event"]])
     for role in (*ROLES, "flower"):
         assert [line["role"] for line in production.log(role) if line["event"] == "role.started"] == [role]
-        said = payready.processes.log_of(role).read_text()
-        assert not [secret for secret in (API_KEY, SECRET, LOGIN, "27.31", "Jo Doe") if secret in said], role
+        text = payready.processes.log_of(role).read_text()
+        assert not [secret for secret in (API_KEY, SECRET, LOGIN, "27.31", "Jo Doe") if secret in text], role
 
 
 def test_doctor_reports_no_error_on_a_working_system(production: ProductionSystem) -> None:

@@ -27,9 +27,9 @@ def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -
         logging.getLogger("celery.beat").error("Message Error: %s\n%s", "refused", ["a stack"], exc_info=False)
     finally:
         root.handlers, root.level = handlers, level
-    said = capsys.readouterr().err
-    assert "Message Error: refused" in said
-    assert "a stack" not in said
+    output = capsys.readouterr().err
+    assert "Message Error: refused" in output
+    assert "a stack" not in output
 
 
 def test_version_is_known_if_payready_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

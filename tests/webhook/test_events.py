@@ -30,8 +30,8 @@ def test_other_sources_are_ignored(source: str) -> None:
 @pytest.mark.parametrize("kind", ["connection.created", "profile.created", "something.new", None, 5, []])
 def test_other_types_are_ignored(kind: Any) -> None:
     """Their records may have any form."""
-    foreign = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
-    assert read(body(*foreign)) == ParsedDelivery(event_count=3)
+    others = [{**EVENT, "type": kind}, {"type": kind}, {**EVENT, "type": kind, "record": 7}]
+    assert read(body(*others)) == ParsedDelivery(event_count=3)
 
 
 @pytest.mark.parametrize("unparseable", [None, 5, "x", [], [EVENT], True, {}])
@@ -139,8 +139,8 @@ def test_possibly_personal_data_is_never_quarantined(raw: bytes, invalid_json: i
 )
 def test_possible_balance_event_with_unreadable_type_is_quarantined(unparseable: bytes) -> None:
     """It must not be personal data. The events beside it are parsed."""
-    good = json.dumps(EVENT).encode()
-    delivery = read(b'{"events": [' + b",".join([good, unparseable, good]) + b",]}")
+    parseable = json.dumps(EVENT).encode()
+    delivery = read(b'{"events": [' + b",".join([parseable, unparseable, parseable]) + b",]}")
     assert ([event.raw for event in delivery.unparsed], len(delivery.balances), delivery.invalid_json_count) == (
         [unparseable],
         2,
@@ -290,10 +290,10 @@ def test_any_bytes_are_parsed_or_raise_invalid_delivery(raw: bytes) -> None:
 @given(batch=st.lists(st.just(EVENT) | events | json_values, max_size=6))
 def test_event_is_parsed_independently_of_others(batch: list[Any]) -> None:
     together = read(body(*batch))
-    alone = [read(body(one)) for one in batch]
-    assert together.balances == [balance for one in alone for balance in one.balances]
-    assert together.unparsed == [event for delivery in alone for event in delivery.unparsed]
-    assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(one).encode() for one in batch}
+    separate = [read(body(event)) for event in batch]
+    assert together.balances == [balance for delivery in separate for balance in delivery.balances]
+    assert together.unparsed == [event for delivery in separate for event in delivery.unparsed]
+    assert {unparsed.raw for unparsed in together.unparsed} <= {json.dumps(event).encode() for event in batch}
 
 
 def test_error_of_the_parser_is_not_counted_as_invalid_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_invalid_or_oversized_request_closes_the_connection(web: Endpoint, name:
 
 @contextmanager
 def serving() -> Iterator[tuple[str, uvicorn.Server]]:
-    """The same server in a thread, with its address. The kernel buffers almost nothing of its responses."""
+    """Run the same server in a thread, with a small send buffer. Return its URL and the server."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
