@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from tests.support.in_process import Databases
+from tests.support.databases import Databases
 from worker import flow
 from worker.ledger import fee_entries, refreshes
 from worker.ledger.engine import Engine, open_engine, transaction
