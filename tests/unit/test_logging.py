@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,7 @@ def test_release_logs_its_start(tmp_path: Path, command: list[str], started: lis
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
         "PAYREADY_ENV": "production",
+        "PAYREADY_PRICE_LIST_FILE": str(shutil.copy(ROOT / "config" / "price_list.toml", tmp_path)),
         "PAYREADY_QUILTT_API_KEY": "key_of_the_tests",
         "PAYREADY_WEBHOOK_SECRETS": "whsec_of_the_tests",
     }
