@@ -2,7 +2,7 @@
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
@@ -11,7 +11,8 @@ from config.settings import DEMO_SECRET_PREFIX
 from webhook import signature
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import CallFailed, CallRejected
-from worker.ledger import metrics_queries, schema
+from worker.ledger import balance_report, metrics_queries, schema
+from worker.ledger.balances import RejectionReason
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger_metrics import used_ratios_of_set_day_and_month_caps
 from worker.quiltt import subscriptions
@@ -23,6 +24,8 @@ from worker.runtime import subscriptions_client
 CAP_WARNING_RATIO = 0.9
 CALLS_LOOKBACK = timedelta(minutes=15)
 """Only calls of this time are counted, without calls whose balance may still arrive."""
+REJECTED_LOOKBACK = timedelta(hours=3)
+"""Only balances of this time are counted as rejected."""
 MISSING_WARNING_RATIO = 0.1
 """Share of calls without a balance that is a warning."""
 MISSING_ERROR_RATIO = 0.5
@@ -33,6 +36,15 @@ _MISSING_BALANCES_FIX = (
     "result=mismatch is a wrong PAYREADY_WEBHOOK_SECRETS, result=stale a wrong clock; "
     "without any such event, check the proxy"
 )
+_REJECTION_TEXTS: Mapping[RejectionReason, str] = {
+    "too_old": "older than the payments allow",
+    "after_deadline": "after the payments' deadlines",
+}
+_REJECTION_FIXES: Mapping[RejectionReason, str] = {
+    "too_old": "see the times in `payready payment show`; if `at` is the bank's time, set "
+    "PAYREADY_REFRESH_BALANCE_TIME=arrival, else compare the clocks",
+    "after_deadline": "raise `timeout_s` in the jobs above the delay of the balances",
+}
 _OTHER_STATUS_FIX = "check the proxy in front of `web`, and the log of `web`"
 _STATUS_FIXES = {
     401: "`web` runs with different secrets, or its clock is wrong: restart it, compare the clocks",
@@ -86,12 +98,15 @@ def check_circuit_breaker(context: CheckContext) -> Iterator[CheckResult]:
 
 
 def check_fee_caps_and_missing_balances(context: CheckContext) -> Iterator[CheckResult]:
-    """Check how far fee caps are used, and how many calls brought no balance."""
+    """Check how far fee caps are used, how many calls brought no balance, and which balances were rejected."""
     try:
         with read_snapshot(context.rt.engine) as tx:
             if schema.current_revision(tx) == schema.required_revision():
                 yield from _check_usage_of_fee_caps(context, tx)
                 yield from _check_recent_calls_without_balance(context, tx)
+                yield from rejected_balances_results(
+                    balance_report.rejected_counts(tx, context.rt.clock() - REJECTED_LOOKBACK)
+                )
     except DATABASE_UNAVAILABLE:
         return  # check_database reports it
 
@@ -108,16 +123,20 @@ def _check_usage_of_fee_caps(context: CheckContext, tx: Tx) -> Iterator[CheckRes
 
 def _check_recent_calls_without_balance(context: CheckContext, tx: Tx) -> Iterator[CheckResult]:
     now = context.rt.clock()
-    refresh_window = timedelta(seconds=context.settings.refresh_window_s)
-    counts = metrics_queries.call_counts_by_refresh_state(tx, now - CALLS_LOOKBACK, now - refresh_window)
+    after, until = now - CALLS_LOOKBACK, now - timedelta(seconds=context.settings.refresh_window_s)
+    counts = metrics_queries.call_counts_by_refresh_state(tx, after, until)
     answered = counts.get(RefreshState.ANSWERED, 0)
-    missing = counts.get(RefreshState.ACCEPTED, 0) + counts.get(RefreshState.UNANSWERED, 0)
-    if answered or missing:
-        yield balances_result(answered=answered, missing=missing)
+    unanswered = sum(counts.get(state, 0) for state in balance_report.UNANSWERED_STATES)
+    rejected = balance_report.count_unanswered_calls_with_rejected_balance(tx, after, until)
+    if answered or unanswered:
+        yield balances_result(answered=answered + rejected, missing=unanswered - rejected)
 
 
 def balances_result(*, answered: int, missing: int) -> CheckResult:
-    """Judge the share of accepted calls without a balance: a warning from 10 %, an error above 50 %."""
+    """Judge the share of accepted calls without a balance: a warning from 10 %, an error above 50 %.
+
+    A call whose balance was rejected is not missing: `rejected_balances_results` reports it.
+    """
     calls = answered + missing
     message = f"{missing} of {count_text(calls, 'call')} accepted in the last 15 min brought no balance"
     if missing > MISSING_ERROR_RATIO * calls:
@@ -125,6 +144,13 @@ def balances_result(*, answered: int, missing: int) -> CheckResult:
     if missing >= MISSING_WARNING_RATIO * calls:
         return warning("balances", message, _MISSING_BALANCES_FIX)
     return ok("balances", message)
+
+
+def rejected_balances_results(counts: Mapping[RejectionReason, int]) -> Iterator[CheckResult]:
+    """Report the balances that arrived and resolved no payment of their call, one warning per reason."""
+    for reason, count in counts.items():
+        arrived = f"{count_text(count, 'balance')} of the last 3 h arrived {_REJECTION_TEXTS[reason]}"
+        yield warning("rejected balances", f"{arrived} ({reason})", _REJECTION_FIXES[reason])
 
 
 def check_web_accepts_signed_delivery(context: CheckContext) -> Iterator[CheckResult]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LOG_EVENT_MEANINGS: Mapping[str, str] = {
+    "account.read_failed": "An account could not be read before its call. Its kind and currency are unknown, and the "
+    "call is made.",
     "api_key.check_failed": "The mode of the API key could not be fetched at the start of `refresh`. Each call "
     "tries again.",
     "api_key.mode_detected": "The provider reported the mode of the API key, which decides the price of a call.",
@@ -14,6 +16,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "balance.apply_postponed": "Balances were stored, but not applied: the database or Redis did not respond. "
     "`balances.apply` tries again.",
     "balance.not_found": "A task names a balance that is not in the ledger. Nothing is applied.",
+    "balance.rejected": "A REFRESH balance resolved no payment that its call was made for; `reason` is `too_old` or "
+    "`after_deadline`.",
     "balance_poll.failed": "A balance poll failed. The payment still waits for its webhook.",
     "batch.failed": "A micro-batch raised an unexpected error. Its items were not processed.",
     "batch.fallback": "A batch failed, so Celery's default strategy processes its messages one by one.",
@@ -59,7 +63,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputedEvent:
+class EventWithComputedFields:
     """Levels and fields of an event whose calls compute them, by `log.log` or `**fields`."""
 
     levels: Mapping[str, str]
@@ -67,8 +71,8 @@ class ComputedEvent:
     fields: tuple[str, ...]
 
 
-COMPUTED_EVENTS: Mapping[str, ComputedEvent] = {
-    "webhook.delivery": ComputedEvent(
+COMPUTED_EVENTS: Mapping[str, EventWithComputedFields] = {
+    "webhook.delivery": EventWithComputedFields(
         levels={
             "debug": "`routine`",
             "info": "`balance`, `connection`",

@@ -2,7 +2,8 @@
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -28,7 +29,7 @@ from worker.errors import PaymentNotReady
 from worker.ledger import payment_report
 from worker.rules.job import FundsCheck, Job, parse_job
 from worker.rules.states import PaymentState
-from worker.runtime import build_runtime, utc_now
+from worker.runtime import Runtime, build_runtime, utc_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +37,7 @@ app = typer.Typer(
     help="Release bank payments only after a fresh balance has been checked. Run payready on this machine, inspect it, "
     "operate it.",
 )
-payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver.")
+payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver, end-hold.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fee_commands.app, name="fees")
 app.add_typer(webhook_commands.quarantine_app, name="quarantine")
@@ -145,7 +146,7 @@ def enqueue_payment(
     fields = {key: value for key, value in given.items() if value is not None}
     with report_errors():
         currency = settings().currency
-        job = parse_job({**fields, "currency": currency}, currency=currency)
+        job = parse_job({**fields, "currency": currency}, required_currency=currency)
         if not wait:
             _print_enqueued(job.payment_id, celery_client.enqueue_job(settings(), job), as_json=as_json)
             return
@@ -180,8 +181,12 @@ def _print_not_ready_and_exit(payment_id: str, error: PaymentNotReady, *, as_jso
 
 @payment_app.command("show")
 def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
-    """Print the history of one payment: job, refresh, calls, fees, balance, verdict, deliveries."""
-    timeline = query_or_exit(lambda tx: payment_report.payment_timeline(tx, payment_id))
+    """Print the history of one payment: job, refresh, calls, fees, balances, verdict, funds hold, deliveries."""
+    timeline = query_or_exit(
+        lambda tx: payment_report.payment_timeline(
+            tx, payment_id, clock_skew=settings().clock_skew, default_hold_s=settings().funds_hold_s
+        )
+    )
     if timeline is None:
         fail(f"no payment {payment_id} in the ledger")
     elif as_json:
@@ -222,8 +227,8 @@ def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
 @payment_app.command("redeliver")
 def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     """Deliver the outcome of a resolved payment again, with the same task ids."""
-    with report_errors():
-        task_ids = flow.redeliver(build_runtime(settings()), payment_id)
+    with _runtime_or_exit() as rt:
+        task_ids = flow.redeliver(rt, payment_id)
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
     if not task_ids:
@@ -231,6 +236,30 @@ def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     elif not as_json:
         tasks = "task" if len(task_ids) == 1 else "tasks"
         typer.echo(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
+
+
+@payment_app.command("end-hold")
+def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
+    """End the funds hold of a released payment: its debit shows in the balance, or will not be made."""
+    with _runtime_or_exit() as rt:
+        ended = flow.end_hold(rt, payment_id)
+    if as_json:
+        typer.echo(render.as_json({"payment_id": payment_id, "ended": ended}))
+    elif ended:
+        typer.echo(f"{payment_id}: funds hold ended. Balances from before now are still reduced by its amount")
+    if not ended:
+        fail(f"{payment_id} has no funds hold to end: it is not released, has no amount, or its hold has ended")
+
+
+@contextmanager
+def _runtime_or_exit() -> Iterator[Runtime]:
+    """Build a runtime for one use case. Print an expected error of the block and exit."""
+    with report_errors():
+        rt = build_runtime(settings())
+        try:
+            yield rt
+        finally:
+            rt.engine.dispose()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from demo.processes import ROOT, procfile
 from tasks.app import app as celery_app
 from worker import metrics
 from worker.ledger import tables
+from worker.ledger.column_types import postgresql_type
 
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
@@ -133,7 +134,7 @@ def tasks_page() -> str:
     )
     return (
         f"{HEAD}# Tasks and queues\n\n"
-        "Only `payments.initiate` and `payments.cancel` are contracts with the payments service: "
+        "Only `payments.initiate`, `payments.cancel` and `payments.end_hold` are contracts with the payments service: "
         "[job and outcome](job-and-outcome.md).\n"
         "All other tasks are internal.\n\n"
         f"## Tasks\n\n{tasks}\n## Queues\n\n{queues}"
@@ -330,7 +331,7 @@ def _condition(index: Any) -> str:
 
 def _type_and_keys(column: Any) -> str:
     """Return the column's type on PostgreSQL, whether it is the primary key, and the table that it refers to."""
-    name = tables.postgresql_type(column).lower()
+    name = postgresql_type(column).lower()
     primary_key = ", primary key" if column.primary_key else ""
     references = "".join(f", references `{key.column.table.name}`" for key in column.foreign_keys)
     return f"{name}{primary_key}{references}"

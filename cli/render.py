@@ -21,8 +21,8 @@ AMOUNT_FIELDS = (
     "needed",
     "available",
     "limit",
-    "released_since_balance",
-    "available_after_releases",
+    "held",
+    "available_after_holds",
 )
 """Fields of a funds calculation that are amounts of money."""
 STATE_STYLES = {

@@ -19,7 +19,8 @@ from cli.render import (
     utc_time_text,
     waited_text,
 )
-from worker.ledger.payment_report import BalanceLine, CallLine, PaymentFee, PaymentLine, PaymentTimeline
+from worker.ledger.balance_report import BalanceLine
+from worker.ledger.payment_report import CallLine, FundsHoldLine, PaymentFee, PaymentLine, PaymentTimeline
 from worker.rules.decimals import amount_text, amount_with_currency_text
 from worker.rules.states import PaymentState
 
@@ -86,7 +87,7 @@ def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType
     head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled_state(line.state.value))
     if line.verdict_or_reason:
         head.append(f": {line.verdict_or_reason}")
-    facts = [Text(fact) for fact in _payment_facts(timeline, now)]
+    facts = [Text(fact) for fact in _explanation_lines(timeline, now)]
     requested = Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim")
     return Group(head, requested, Text(), table, Text(), *facts)
 
@@ -100,9 +101,7 @@ def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEve
         if call.finalized_at:
             detail = f"{call.call_id}, {_evidence_text(call)}"
             yield TimelineEvent(at=call.finalized_at, name=f"fee {call.state}", detail=detail)
-    for balance in (timeline.balance, *timeline.unapplied_balances):
-        if balance:
-            yield TimelineEvent(at=balance.received_at, name="balance", detail=_balance_text(timeline, balance))
+    yield from _balance_events(timeline)
     if line.resolved_at:
         yield TimelineEvent(at=line.resolved_at, name=line.state.value, detail=line.verdict_or_reason or "")
     else:
@@ -111,6 +110,19 @@ def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEve
         if delivery.delivered_at:
             detail = f"to task {delivery.task_id}"
             yield TimelineEvent(at=delivery.delivered_at, name="outcome delivered", detail=detail)
+
+
+def _balance_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
+    rejected = {line.balance.balance_id for line in timeline.rejected_balances}
+    resolving = [timeline.balance] if timeline.balance else []
+    unattributed = {line.balance_id: line for line in timeline.unattributed_balances}
+    others = [unattributed[key] for key in unattributed.keys() - rejected - {line.balance_id for line in resolving}]
+    for balance in (*resolving, *others, *timeline.unapplied_balances):
+        detail = _balance_text(timeline, balance)
+        yield TimelineEvent(at=balance.received_at, name="balance", detail=detail)
+    for line in timeline.rejected_balances:
+        detail = _balance_text(timeline, line.balance)
+        yield TimelineEvent(at=line.balance.received_at, name="balance rejected", detail=detail)
 
 
 def _amount_and_timeout_text(timeline: PaymentTimeline) -> str:
@@ -130,20 +142,27 @@ def _evidence_text(call: CallLine) -> str:
 
 def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
     available = "null" if balance.available is None else amount_text(balance.available, _job_currency_or_usd(timeline))
-    ids = f"{balance.balance_id}, {balance.event_id}"
-    return f"{ids}, available {available}, as of {utc_time_text(balance.at)}"
+    text = f"{balance.balance_id}, {balance.event_id}, available {available}, as of {utc_time_text(balance.as_of)}"
+    if balance.at != balance.as_of:
+        text += f", its own time {utc_time_text(balance.at)}"
+    is_unattributed = any(line.balance_id == balance.balance_id for line in timeline.unattributed_balances)
+    return f"{text}, attributed to no call" if is_unattributed else text
 
 
-def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
+def _explanation_lines(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
     line = timeline.payment
     if line.state == PaymentState.WAITING:
         yield f"waiting for {waited_text(line, now)} for a balance of {line.account_id}"
     if timeline.unapplied_balances:
         yield _unapplied_text(timeline.unapplied_balances)
+    for rejected in timeline.rejected_balances:
+        yield f"balance {rejected.balance.balance_id} rejected as {rejected.reason}: {rejected.detail}"
     if timeline.funds_calculation:
         yield _funds_calculation_text(timeline.funds_calculation)
     if line.state == PaymentState.FAILED and timeline.outcome:
         yield f"detail: {timeline.outcome['detail']}"
+    if timeline.funds_hold:
+        yield _funds_hold_text(timeline, timeline.funds_hold, now)
     if timeline.refresh:
         last_error = f", last error: {timeline.refresh.last_error}" if timeline.refresh.last_error else ""
         yield f"refresh {timeline.refresh.refresh_id}: {timeline.refresh.state}{last_error}"
@@ -151,6 +170,14 @@ def _payment_facts(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:
     undelivered = [delivery.task_id for delivery in timeline.deliveries if not delivery.delivered_at]
     if undelivered and line.resolved_at:
         yield f"outcome not delivered yet: {', '.join(undelivered)}"
+
+
+def _funds_hold_text(timeline: PaymentTimeline, hold: FundsHoldLine, now: datetime) -> str:
+    amount = amount_with_currency_text(Decimal(timeline.job["amount"]), _job_currency_or_usd(timeline))
+    if hold.until is None:
+        return f"funds hold: {amount} until {hold.after_delivery_s} s after the outcome is delivered"
+    ended = "ended" if hold.until <= now else "until"
+    return f"funds hold: {amount} {ended} {utc_time_text(hold.until)}"
 
 
 def _unapplied_text(balances: Sequence[BalanceLine]) -> str:
@@ -189,13 +216,20 @@ def _funds_calculation_text(calculation: Mapping[str, Any]) -> str:
     needed = f"needed {amounts['needed']} {currency}"
     if amounts["needed"] != amounts["amount"]:
         needed += f" = {amounts['amount']} * {calculation['multiplier']} + {amounts['fixed']}"
-    if "available_after_releases" not in amounts:
+    if "available_after_holds" not in amounts:
         return f"{needed}; available funds unknown"
     terms = [f"{amounts['available']} balance"]
     if "limit" in amounts:
         terms.append(f"+ {amounts['limit']} overdraft")
-    if calculation["released_count"]:
-        releases = count_text(calculation["released_count"], "release")
-        terms.append(f"- {amounts['released_since_balance']} in {releases} since the balance")
-    available = f"available {amounts['available_after_releases']} {currency}"
+    if calculation["held_count"]:
+        terms.append(f"- {amounts['held']} held for {_held_payments_text(calculation)}")
+    available = f"available {amounts['available_after_holds']} {currency}"
     return f"{needed}; {available}" if len(terms) == 1 else f"{needed}; {available} = {' '.join(terms)}"
+
+
+def _held_payments_text(calculation: Mapping[str, Any]) -> str:
+    payments = count_text(calculation["held_count"], "payment")
+    if "held_until" not in calculation:  # a payment of version 0.2.0
+        return payments
+    until = calculation["held_until"]
+    return f"{payments}, until {until}" if until else f"{payments}, outcome not delivered yet"

@@ -32,6 +32,8 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
     "Refreshes and balances": {
         "currency": "`worker`",
         "clock_skew_s": RESOLVING,
+        "refresh_balance_time": RESOLVING,
+        "funds_hold_s": RESOLVING,
         "refresh_window_s": RESOLVING,
         "uncertain_grace_s": WORKERS,
     },

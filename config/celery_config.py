@@ -22,7 +22,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "result_chord_expires": max(settings.result_expires_s, 86_400),
         # Give up soon: an outcome that cannot be delivered now is a row, and `payments.sweep` retries it.
         "result_backend_transport_options": {"retry_policy": {"max_retries": 2, "interval_max": 0.5}},
-        "task_ignore_result": True,  # only payments.initiate and payments.cancel have results
+        "task_ignore_result": True,  # only tasks for the payments service have results
         "task_serializer": "json",
         "result_serializer": "json",
         "accept_content": ["json"],
@@ -37,8 +37,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "payments.initiate": {"queue": "payments"},
             "payments.cancel": {"queue": "payments"},
             "payments.cancel_by_task": {"queue": "payments"},
+            "payments.end_hold": {"queue": "payments"},
             "balances.refresh": {"queue": "refreshes"},
             "balances.poll": {"queue": "refreshes"},
+            "accounts.read": {"queue": "refreshes"},
             "balances.apply": {"queue": "balances"},
             "outcomes.deliver": {"queue": "balances"},
             "payments.expire": {"queue": "maintenance"},

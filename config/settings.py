@@ -107,6 +107,13 @@ class Settings(BaseModel):
     """Currency of the accounts. Quiltt's balance events do not state one."""
     clock_skew_s: int = Field(5, ge=0, le=300)
     """Maximum difference between the provider's clock and ours. The provider cuts `at` to whole seconds."""
+    refresh_balance_time: Literal["at", "arrival"] = "at"
+    """Time as of which a balance with source REFRESH is believed. `at`: its own time, but not later than its arrival.
+    `arrival`: its arrival. Quiltt does not document which clock `at` is of; choose `arrival` if it is the bank's and
+    balances are rejected for their age."""
+    funds_hold_s: int = Field(86_400, ge=0, le=864_000)
+    """Time for which a released amount is deducted from later balances of its account, from the delivery of the
+    outcome. A job may state its own `hold_s`, and the task `payments.end_hold` ends a hold."""
     refresh_window_s: int = Field(60, ge=1, le=3600)
     """Time for which a call counts as in flight. In this time the account is not called again."""
     uncertain_grace_s: int = Field(15, ge=1, le=3600)

@@ -59,7 +59,7 @@ def run_checks(
         DemoCheck(
             rule="each job's callback ran exactly once",
             cases=len(jobs),
-            failures=[*_check_each_callback_ran_once(jobs, observed)],
+            failures=[*_check_callbacks_match_jobs_one_to_one(jobs, observed)],
         ),
         DemoCheck(
             rule="each outcome and reason is as expected",
@@ -91,7 +91,7 @@ def all_callbacks_ran_and_no_backlog(jobs: Sequence[DemoJob], observed: Observed
     return journaled == {job.name for job in jobs} and not any(_check_backlog(observed.backlog))
 
 
-def _check_each_callback_ran_once(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
+def _check_callbacks_match_jobs_one_to_one(jobs: Sequence[DemoJob], observed: Observed) -> Iterable[str]:
     counts = Counter(entry["job"] for entry in observed.journal)
     for job in jobs:
         if counts[job.name] != 1:

@@ -62,7 +62,8 @@ def _send_joining_and_cancel_when_waiting(result: AsyncResult, job: DemoJob, joi
 def execute_ach(self: Task, outcome: dict[str, Any], job: str) -> None:
     """Write the outcome of a released payment to the journal, and send the jobs that follow.
 
-    A real service pays here.
+    A real service pays here, once for each `outcome["payment_id"]`. Two jobs of one payment call this task twice, with
+    two task ids.
     """
     _write_journal_and_send_following_jobs(self, job, state="released", reason=outcome["verdict"], outcome=outcome)
 

@@ -1,4 +1,4 @@
-"""`balances.refresh` makes the billed call; `balances.poll` reads a balance for free when its event may be lost."""
+"""`balances.refresh` makes the billed call. `accounts.read` before it and `balances.poll` after it are free reads."""
 
 import threading
 from typing import Any
@@ -25,6 +25,12 @@ def make_refresh_call_if_needed(account_id: str, refresh_id: str, has_slot: bool
 def poll_balance_and_fail_unsupported_accounts(account_id: str, profile_id: str) -> None:
     """Read and ingest the account's balance before its payments expire. Fail payments that no balance can release."""
     dispatch(flow.poll_balance_and_resolve_payments(runtime(), account_id, profile_id))
+
+
+@app.task(name="accounts.read")
+def read_account_and_enqueue_call(account_id: str, profile_id: str, refresh_id: str) -> None:
+    """Read the account's kind and currency, fail payments that no balance can release, and enqueue the call."""
+    dispatch(flow.read_account_and_call_if_needed(runtime(), account_id, profile_id, refresh_id))
 
 
 @worker_ready.connect

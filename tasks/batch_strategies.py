@@ -199,7 +199,9 @@ class _JobBatchStrategy(_BatchStrategy):
             delivery_info=received.message.delivery_info,
             reply_to=received.message.properties.get("reply_to"),
         )
-        return parse_request(args[0] if args else None, kwargs, suspension.make_continuation_with_task_ids(context))
+        return parse_request(
+            args[0] if args else None, kwargs, suspension.assign_task_ids_and_make_continuation(context)
+        )
 
     def _dispatch_and_cancel_revoked(self, follow_ups: Sequence[FollowUp], started: Sequence[ReceivedMessage]) -> None:
         merged = FollowUp()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from celery.utils import uuid
@@ -27,17 +27,19 @@ BROKER_UNAVAILABLE = (OperationalError, BatchPublishError, OSError)
 
 DELIVERY_BATCH_SIZE = 50
 """Maximum number of outcomes that are delivered before they are marked delivered."""
+MAX_MARK_DELAY = timedelta(seconds=1)
+"""Time after which delivered outcomes are marked, also if their batch takes longer: well before their claims end."""
 MARK_DELAY_S = 0.3
-"""Time for which delivered outcomes are collected before one transaction marks them."""
+"""Time for which delivered results are collected before one transaction marks them."""
 MAX_MARK_BATCH_SIZE = 1000
 DELIVERY_TIME_BUDGET_S = REDELIVER_AFTER.total_seconds() / 2
-"""Time after which one follow-up delivers no further outcome: the sweep would soon claim the rest anyway."""
+"""Time after which one follow-up starts no further batch: sweeps of several processes deliver the rest sooner."""
 
 log = get_logger(__name__)
 
 
 def dispatch(follow_up: FollowUp) -> None:
-    """Enqueue calls, balance polls and balances to apply. Then deliver the outcomes."""
+    """Enqueue calls, balance polls, account reads and balances to apply. Then deliver the outcomes."""
     _enqueue(_messages_except_deliveries(follow_up))
     if follow_up.deliveries:
         deliver_and_mark_within_time_budget(follow_up.deliveries)
@@ -125,6 +127,8 @@ def _messages_except_deliveries(follow_up: FollowUp) -> Iterator[TaskMessage]:
             arguments=(poll.account_id, poll.profile_id),
             countdown_s=poll.delay.total_seconds(),
         )
+    for read in dict.fromkeys(follow_up.account_reads):
+        yield TaskMessage(name="accounts.read", arguments=(read.account_id, read.profile_id, read.refresh_id))
     # Several payments of a batch may have found the same balance.
     for balance_id in dict.fromkeys(follow_up.balances_to_apply):
         yield TaskMessage(name="balances.apply", arguments=(balance_id,))
@@ -156,19 +160,34 @@ def redeliver_overdue_outcomes() -> None:
 
 
 def _deliver_batch_and_mark_delivered(deliveries: Sequence[OutcomeDelivery]) -> None:
-    """Deliver outcomes and mark them delivered: mere results in a batch after `MARK_DELAY_S`, all others at once.
+    """Deliver outcomes and mark them delivered: mere results in a batch after `MARK_DELAY_S`, all others one by one.
 
-    With tracing each outcome is delivered on its own, because each has its own span.
+    With tracing each outcome is delivered on its own, because each has its own span. An outcome whose claim was lost is
+    skipped: another process delivers it.
     """
     result_only, others = ([], list(deliveries)) if tracing.is_enabled() else _split_result_only(deliveries)
-    delivered = dict[str, datetime]()
-    for delivery in others:
+    _deliver_results_and_mark_later(result_only)
+    _deliver_one_by_one_and_mark_delivered(others)
+
+
+def _deliver_results_and_mark_later(result_only: Sequence[OutcomeDelivery]) -> None:
+    claimed = flow.renew_claims_near_end(runtime(), result_only)
+    if claimed and (delivered_at := _try_deliver_results_without_callbacks(claimed)):
+        delivered_marks.add_up_to_capacity(*((delivery.task_id, delivered_at) for delivery in claimed))
+
+
+def _deliver_one_by_one_and_mark_delivered(deliveries: Sequence[OutcomeDelivery]) -> None:
+    """Deliver outcomes one by one. Renew the claims of the rest, and mark what is delivered, before a claim ends."""
+    rest, delivered = list(deliveries), dict[str, datetime]()
+    while rest := flow.renew_claims_near_end(runtime(), rest):
+        delivery = rest.pop(0)
         if _try_resume_and_log(delivery):
             delivered[delivery.task_id] = runtime().clock()
+        if delivered and runtime().clock() - min(delivered.values()) >= MAX_MARK_DELAY:
+            flow.mark_delivered(runtime(), delivered)
+            delivered = {}
     if delivered:
         flow.mark_delivered(runtime(), delivered)
-    if result_only and (delivered_at := _try_deliver_results_without_callbacks(result_only)):
-        delivered_marks.add_up_to_capacity(*((delivery.task_id, delivered_at) for delivery in result_only))
 
 
 delivered_marks = MicroBatcher[tuple[str, datetime]](

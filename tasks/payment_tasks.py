@@ -43,7 +43,7 @@ def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = Non
     described in `docs/reference/job-and-outcome.md`.
     """
     try:
-        request = parse_request(job, arguments, suspension.make_continuation_with_task_ids(self.request))
+        request = parse_request(job, arguments, suspension.assign_task_ids_and_make_continuation(self.request))
         result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE) as error:
         _requeue_with_delay_or_reject(self, error)
@@ -64,7 +64,7 @@ def parse_request(positional_job: Any, keyword_job: Mapping[str, Any], continuat
     """
     if positional_job is not None and not isinstance(positional_job, Mapping):
         raise InvalidJob(f"the positional argument must be a job, a mapping, not {type(positional_job).__name__}")
-    job = parse_job({**(positional_job or {}), **keyword_job}, currency=runtime().settings.currency)
+    job = parse_job({**(positional_job or {}), **keyword_job}, required_currency=runtime().settings.currency)
     return IntakeRequest(job=job, continuation=continuation)
 
 
@@ -116,9 +116,18 @@ def deliver_undelivered_outcomes(task_ids: Sequence[str]) -> None:
     deliver_and_mark_within_time_budget(flow.claim_deliveries(runtime(), task_ids))
 
 
+@app.task(name="payments.end_hold", ignore_result=False)
+def end_hold(payment_id: str) -> bool:
+    """End the funds hold of a released payment. Return False if it has none, or it ended before.
+
+    Send it when the debit shows in the balance of the account, or will not be made.
+    """
+    return flow.end_hold(runtime(), payment_id)
+
+
 @app.task(name="payments.cancel", ignore_result=False)
 def cancel(payment_id: str) -> bool:
     """Fail a waiting payment as cancelled. Return False if it is resolved already or unknown."""
-    follow_up = flow.cancel_waiting(runtime(), [payment_id])
+    follow_up = flow.fail_waiting_as_cancelled_with_fee_share(runtime(), [payment_id])
     dispatch(follow_up)
     return bool(follow_up.deliveries)

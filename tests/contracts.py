@@ -15,7 +15,13 @@ from worker.rules.job import Job, ReleasedOutcome
 
 FOLDER = Path(__file__).parent.parent / "docs" / "contracts"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-RULE_TEXTS = {"gt": "more than {}", "ge": "at least {}", "le": "at most {}", "max_digits": "at most {} digits"}
+RULE_TEXTS = {
+    "gt": "more than {}",
+    "ge": "at least {}",
+    "lt": "less than {}",
+    "le": "at most {}",
+    "max_digits": "at most {} digits",
+}
 """Rules on decimals in strings, which JSON Schema cannot express."""
 
 

@@ -126,7 +126,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
     try:
         envelope = _load_strict_json_with_decimals(body)
     except NOT_JSON:
-        return _parse_leniently(body, signed_at)
+        return _split_and_parse_or_reject(body, signed_at)
     events = envelope.get("events") if isinstance(envelope, dict) else None
     if not isinstance(events, list):
         return _quarantine_or_reject_delivery(body, "no list of events")
@@ -135,7 +135,7 @@ def parse(body: bytes, signed_at: datetime) -> ParsedDelivery:
         for event in events:
             delivery.add(_parse_decoded_event(event, signed_at))
     except UnparseableEvent:
-        return _parse_leniently(body, signed_at)
+        return _split_and_parse_or_reject(body, signed_at)
     return delivery
 
 
@@ -288,7 +288,7 @@ def _validation_message(error: ValidationError) -> str:
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 
 
-def _parse_leniently(body: bytes, signed_at: datetime) -> ParsedDelivery:
+def _split_and_parse_or_reject(body: bytes, signed_at: datetime) -> ParsedDelivery:
     try:
         lists = [value for name, value in split_members(body) if name == "events"]
         events = [event for value in lists for event in split_items(value, b"[]")]

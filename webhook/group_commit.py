@@ -96,7 +96,7 @@ class GroupCommitter:
     async def _commit_or_bisect_and_complete(self, batch: Sequence[PendingDelivery], until: float) -> None:
         """Commit a batch. If a delivery cannot be stored, commit the halves, and finally its single events."""
         error = await self._try_commit_in_thread([pending.delivery for pending in batch])
-        if error is None or not await self._is_data_error_and_in_time(error, until):
+        if error is None or not await self._should_bisect_after_ping(error, until):
             _complete(batch, error)
         elif len(batch) > 1:
             half = len(batch) // 2
@@ -131,7 +131,7 @@ class GroupCommitter:
     def _commit_and_queue_follow_up(self, deliveries: Sequence[ParsedDelivery]) -> None:
         self._follow_ups.add_up_to_capacity(self._commit(deliveries))
 
-    async def _is_data_error_and_in_time(self, error: Exception, until: float) -> bool:
+    async def _should_bisect_after_ping(self, error: Exception, until: float) -> bool:
         """Return whether a delivery caused the error, and there is time to find it."""
         if time.monotonic() > until:
             return False

@@ -11,7 +11,7 @@ from worker.errors import FailureReason
 from worker.ledger import metrics_queries
 from worker.ledger.cap_usage import total_non_void_fees
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
-from worker.ledger.metrics_queries import Backlog, CountAndOldest, CountedEntry
+from worker.ledger.metrics_queries import Backlog, CountAndOldest, FeeEntryToCount
 from worker.metrics import MetricSample
 from worker.rules.fee_caps import CapKind, start_of_day
 from worker.rules.pricing import EntryState
@@ -37,7 +37,7 @@ class LedgerCollector:
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
         self._counted_until = rt.clock() - WRITE_LAG
-        self._pending: dict[str, CountedEntry] | None = None
+        self._pending: dict[str, FeeEntryToCount] | None = None
         # Prometheus does not see the first step of a counter that begins with it, so every value exists from the start.
         self._outcomes: Counter[tuple[str, str]] = Counter(
             {(PaymentState.FAILED.value, r.value): 0 for r in FailureReason}
@@ -67,7 +67,7 @@ class LedgerCollector:
         yield from self._outcome_and_fee_samples(self._pending)
         yield from self._query_cap_samples_unless_unavailable(now)
 
-    def _query_recent_pending_or_empty(self, start: datetime) -> dict[str, CountedEntry]:
+    def _query_recent_pending_or_empty(self, start: datetime) -> dict[str, FeeEntryToCount]:
         """Return the calls pending at the start, by id, at most 7 days old. Empty if the one query fails."""
         try:
             with read_snapshot(self._rt.engine) as tx:
@@ -78,7 +78,7 @@ class LedgerCollector:
             return {}
         return {entry.call_id: entry for entry in entries}
 
-    def _count_entry(self, pending_by_call_id: dict[str, CountedEntry], entry: CountedEntry) -> None:
+    def _count_entry(self, pending_by_call_id: dict[str, FeeEntryToCount], entry: FeeEntryToCount) -> None:
         key = (entry.state.value, entry.currency)
         self._entries[key] += 1
         self._amounts[key] = self._amounts.get(key, Decimal(0)) + entry.price
@@ -87,7 +87,7 @@ class LedgerCollector:
         else:
             pending_by_call_id.pop(entry.call_id, None)
 
-    def _outcome_and_fee_samples(self, pending_by_call_id: dict[str, CountedEntry]) -> Iterator[MetricSample]:
+    def _outcome_and_fee_samples(self, pending_by_call_id: dict[str, FeeEntryToCount]) -> Iterator[MetricSample]:
         pending_fees = {currency: Decimal(0) for _, currency in self._entries}
         for entry in pending_by_call_id.values():
             pending_fees[entry.currency] = pending_fees.get(entry.currency, Decimal(0)) + entry.price

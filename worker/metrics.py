@@ -188,6 +188,11 @@ BALANCE_POLLS = _counter(
         },
     ),
 )
+ACCOUNT_READS = _counter(
+    "payready_account_reads_total",
+    "Reads of an account's kind and currency before its call, by result. A read is free of charge.",
+    Label(name="result", values={"found": "the account", "failed": "no such account, or no valid response"}),
+)
 FEE_CAPS_REACHED = _counter(
     "payready_fee_caps_reached_total",
     "Calls not made because they would exceed a fee cap.",
@@ -195,6 +200,17 @@ FEE_CAPS_REACHED = _counter(
 )
 FEE_CAP_WARNINGS = _counter(
     "payready_fee_cap_warnings_total", "Times that the usage of a fee cap crossed 80 %.", Label(name="cap", values=_CAP)
+)
+BALANCES_REJECTED = _counter(
+    "payready_balances_rejected_total",
+    "REFRESH balances that arrived for a call and resolved none of its payments.",
+    Label(
+        name="reason",
+        values={
+            "too_old": "the balance is older than the payments allow",
+            "after_deadline": "the balance arrived after the payments' deadlines",
+        },
+    ),
 )
 BATCH_FALLBACKS = _counter(
     "payready_batch_fallbacks_total",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-from worker.ledger.tables import ExactDecimal, Json, UtcTime
+from worker.ledger.column_types import ExactDecimal, Json, UtcTime
 
 revision: str = "0001"
 down_revision: str | None = None

@@ -81,13 +81,22 @@ class LedgerBuilder:
             return [(row[0], row[1], row[2]) for row in tx.execute(query)]
 
     def balance(
-        self, balance_id: str, account_id: str, at: datetime, available: Decimal | None, *, is_applied: bool = True
+        self,
+        balance_id: str,
+        account_id: str,
+        at: datetime,
+        available: Decimal | None,
+        *,
+        is_applied: bool = True,
+        received_at: datetime | None = None,
+        **columns: Any,
     ) -> None:
-        """Insert a balance."""
+        """Insert a REFRESH balance. By default it is received at its own time."""
         amounts = {"available": available, "current": None, "limit": None}
         balance = Balance(id=balance_id, accountId=account_id, at=at.isoformat(), source="REFRESH", **amounts)
         with transaction(self.engine) as tx:
-            record = balances.new_unapplied_record("evt_1", balance, at)
+            record = balances.new_unapplied_record("evt_1", balance, received_at or at, believe_arrival=False)
+            record = replace(record, **columns)
             balances.insert_balances(tx, [replace(record, due_at=None) if is_applied else record])
 
 
@@ -117,9 +126,10 @@ def history(ledger: LedgerBuilder) -> LedgerBuilder:
         "needed": "25.00",
         "available": "60.00",
         "limit": None,
-        "released_since_balance": "50.00",
-        "released_count": 2,
-        "available_after_releases": "10.00",
+        "held": "50.00",
+        "held_until": None,
+        "held_count": 2,
+        "available_after_holds": "10.00",
         "currency": "USD",
     }
     attributed = {"refresh_id": "ref_a", "balance_id": "bal_a"}

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from cli import doctor
 from cli.celery_client import is_payready_worker
 from cli.doctor_checks import ClockSample, clock_result
-from cli.doctor_provider_checks import balances_result
+from cli.doctor_provider_checks import balances_result, rejected_balances_results
 from cli.doctor_results import CheckContext, CheckResult, Severity, ok
 from config.settings import Settings
 from worker.runtime import build_runtime
@@ -47,6 +47,19 @@ def test_doctor_skips_workers_of_other_apps(name: str, queues: set[str], expecte
 def test_doctor_warns_from_10_percent_of_calls_without_balance(answered: int, missing: int, severity: Severity) -> None:
     """Above 50 % it is an error."""
     assert balances_result(answered=answered, missing=missing).severity == severity
+
+
+def test_doctor_warns_of_rejected_balances_by_reason() -> None:
+    """The fix names the setting that may help. Without rejected balances there is no result."""
+    assert list(rejected_balances_results({})) == []
+    late, old = rejected_balances_results({"after_deadline": 1, "too_old": 2})
+    assert (late.severity, late.message) == (
+        Severity.WARNING,
+        "1 balance of the last 3 h arrived after the payments' deadlines (after_deadline)",
+    )
+    assert old.message == "2 balances of the last 3 h arrived older than the payments allow (too_old)"
+    assert "PAYREADY_REFRESH_BALANCE_TIME=arrival" in (old.fix or "")
+    assert "timeout_s" in (late.fix or "")
 
 
 @pytest.mark.parametrize(

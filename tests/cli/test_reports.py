@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
 
 NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
+DECIDED_BY: dict[str, Any] = {"clock_skew": timedelta(seconds=5), "default_hold_s": 86_400}
 _numbers = itertools.count()
 
 
@@ -62,7 +64,7 @@ def test_payments_are_listed_newest_first(history: LedgerBuilder) -> None:
 def test_timeline_has_every_step_of_a_payment(history: LedgerBuilder) -> None:
     """Job, calls with their fees, balance, verdict, deliveries."""
     with read_snapshot(history.engine) as tx:
-        timeline = payment_report.payment_timeline(tx, "pay_3")
+        timeline = payment_report.payment_timeline(tx, "pay_3", **DECIDED_BY)
     assert timeline is not None
     assert timeline.job["metadata"] == {"order": 3}
     assert [(call.state, call.finalized_at) for call in timeline.calls] == [
@@ -72,15 +74,15 @@ def test_timeline_has_every_step_of_a_payment(history: LedgerBuilder) -> None:
     assert timeline.balance is not None
     assert timeline.balance.available == Decimal("60.00")
     assert timeline.funds_calculation is not None
-    assert timeline.funds_calculation["available_after_releases"] == "10.00"
+    assert timeline.funds_calculation["available_after_holds"] == "10.00"
     assert [(delivery.task_id, delivery.delivered_at) for delivery in timeline.deliveries] == [("task-pay_3", None)]
 
 
 def test_timeline_of_a_waiting_payment_has_the_refresh_of_its_account(history: LedgerBuilder) -> None:
     """A refresh is linked to a payment only when it resolves. An unknown payment has no timeline."""
     with read_snapshot(history.engine) as tx:
-        timeline = payment_report.payment_timeline(tx, "pay_waits")
-        assert payment_report.payment_timeline(tx, "pay_unknown") is None
+        timeline = payment_report.payment_timeline(tx, "pay_waits", **DECIDED_BY)
+        assert payment_report.payment_timeline(tx, "pay_unknown", **DECIDED_BY) is None
     assert timeline is not None
     assert timeline.refresh is not None
     assert timeline.refresh.refresh_id == "ref_c"

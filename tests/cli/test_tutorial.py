@@ -18,11 +18,12 @@ from demo.dev_stack import FLOWER_LOGIN, DevStack
 from demo.processes import ROOT
 from tests.cli.conftest import NOON
 from worker.errors import FailureReason, PaymentNotReady
+from worker.ledger.balance_report import BalanceLine
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.payment_report import (
-    BalanceLine,
     CallLine,
     DeliveryLine,
+    FundsHoldLine,
     PaymentFee,
     PaymentLine,
     PaymentTimeline,
@@ -83,19 +84,21 @@ def payment(payment_id: str, account_id: str, state: PaymentState, at: datetime,
     )
 
 
-def timeline(line: PaymentLine, amount: str, available: str, released: str | None = None) -> PaymentTimeline:
-    """Return the history of a payment whose account has 500.00 USD, of which `released` was released before."""
+def timeline(line: PaymentLine, amount: str, available: str, funds_held: str | None = None) -> PaymentTimeline:
+    """Return the history of a payment whose account has 500.00 USD, of which `funds_held` was released before."""
+    held_text = f"; {funds_held} USD is held for 1 released payment whose outcome is not delivered yet"
     return PaymentTimeline(
         payment=line,
         job={"amount": amount},
-        outcome={"detail": f"needed {amount} USD, available {available} USD"},
+        outcome={"detail": f"needed {amount} USD, available {available} USD{held_text if funds_held else ''}"},
         funds_calculation={
             "amount": amount,
             "needed": amount,
             "available": "500.00",
-            "released_since_balance": released,
-            "released_count": 1 if released else 0,
-            "available_after_releases": available,
+            "held": funds_held,
+            "held_count": 1 if funds_held else 0,
+            "held_until": None,
+            "available_after_holds": available,
             "currency": "USD",
         },
         refresh=RefreshLine(refresh_id="ref_1", state="answered", called_at=NOON, deferral_count=0, last_error=None),
@@ -114,13 +117,23 @@ def timeline(line: PaymentLine, amount: str, available: str, released: str | Non
         balance=BalanceLine(
             balance_id="bal_1",
             event_id="evt_1",
+            source="REFRESH",
             at=seconds(3),
+            as_of=seconds(3),
             received_at=seconds(3),
             available=Decimal("500.0"),
             current=None,
             limit=None,
+            refresh_id="ref_1",
         ),
         unapplied_balances=[],
+        rejected_balances=[],
+        unattributed_balances=[],
+        funds_hold=(
+            FundsHoldLine(until=seconds(86_404), after_delivery_s=86_400)
+            if line.state == PaymentState.RELEASED
+            else None
+        ),
         deliveries=[
             DeliveryLine(task_id="7b52e632-5bcf-409a-b452-06593aacd378", delivered_at=seconds(4)),
         ],
@@ -180,7 +193,7 @@ def test_tutorial_quotes_payments_that_share_a_call() -> None:
     fields = {"reason": "insufficient_funds", "resolved_at": seconds(6), "refresh_id": "ref_1"}
     line = payment("pay_4", "acct_late01", PaymentState.FAILED, seconds(2.6), **fields, fee=fee("0.050000", 2))
     facts = quoted("needed 300.00 USD")
-    history = timeline(line, "300.00", available="200.00", released="300.00")
+    history = timeline(line, "300.00", available="200.00", funds_held="300.00")
     assert printed(render_payments.payment_timeline(history, seconds(7)))[-len(facts) :] == facts
 
 

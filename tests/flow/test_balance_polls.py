@@ -10,6 +10,7 @@ import pytest
 from tests.support.in_process import START, InProcessSystem, MakeSystem
 from worker import flow
 from worker.errors import CallNotSent
+from worker.flow.check_decision import MAX_APPLY_DELAY
 from worker.quiltt.messages import PolledAccount
 
 A, B = "acct_a", "acct_b"
@@ -30,8 +31,10 @@ def show_balance(
 
 
 def initiate_and_run(payready: InProcessSystem, payment_id: str = "p1", account_id: str = A, **job: Any) -> None:
+    """Make the call of a payment. The read of the account before it is not counted as a poll."""
     payready.initiate(payment_id, account_id, **{"profile_id": "p_1", "timeout_s": 60, "amount": "80.00", **job})
     payready.run_tasks()
+    payready.provider.reads.clear()
 
 
 def test_polled_refresh_balance_releases_and_shares_the_fee(payready: InProcessSystem) -> None:
@@ -191,11 +194,13 @@ def test_expiry_waits_for_an_unapplied_balance_only_briefly(
     initiate_and_run(payready, profile_id=None)
     payready.pass_time(59)
     payready.balance(A, stored_only=True)
-    for _ in range(7):
+    for _ in range(int(MAX_APPLY_DELAY.total_seconds())):
         payready.drop_tasks()
         payready.clock.advance(1)
-        with payready.redis_unavailable():
-            payready.queue.add(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up)
+        payready.queue.add(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up)
+    assert payready.state_or_reason("p1") == "waiting"
+    payready.clock.advance(1)
+    payready.queue.add(flow.expire_poll_or_rejoin_due_payments(payready.rt).follow_up)
     assert payready.state_or_reason("p1") == "timeout"
 
 

@@ -87,7 +87,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
         )
     )
     with transaction(payready.engine) as tx:
-        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, now)])
+        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, now, believe_arrival=False)])
         receiving.start()
         receiving.join(1)
         assert receiving.is_alive()

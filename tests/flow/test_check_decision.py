@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from worker.flow.check_decision import CheckInputs, CheckPlan, accounts_in_extension, plan_checks
-from worker.ledger.balances import REAPPLY_AFTER
+from worker.flow.check_decision import MAX_APPLY_DELAY, CheckInputs, CheckPlan, plan_expiry_polls_and_rejoins
+from worker.ledger.balances import BalanceRecord
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.job import Job
@@ -38,7 +38,7 @@ class Example:
 
     payment: WaitingPayment
     served: bool = True
-    unapplied: tuple[str, ...] = ()
+    arrived: tuple[BalanceRecord, ...] = ()
     poll_lead: timedelta | None = LEAD
     actions: frozenset[str]
     next_check_s: float | None
@@ -57,14 +57,39 @@ def example(
     )
 
 
-UNAPPLIED = ("bal_1", "bal_2")
-EXTENSION_S = REAPPLY_AFTER.total_seconds()
+def balance(received: float, *, as_of: float | None = None, is_applied: bool = False) -> BalanceRecord:
+    """Return a REFRESH balance that arrived this many seconds after `NOW`, and is as of then unless said."""
+    at = NOW + (received if as_of is None else as_of) * SECOND
+    return BalanceRecord(
+        balance_id="bal_1",
+        event_id="evt_1",
+        account_id=A,
+        at=at,
+        as_of=at,
+        source="REFRESH",
+        available=None,
+        current=None,
+        limit=None,
+        received_at=NOW + received * SECOND,
+        due_at=None if is_applied else NOW,
+    )
+
+
+DELAY_S = MAX_APPLY_DELAY.total_seconds()
 EXAMPLES = {
     "deadline reached": example(payment(0), "expire"),
     "deadline passed, without a refresh": example(payment(-3), "expire", served=False),
-    "balance unapplied at the deadline": example(payment(0), "apply", next_check_s=1, unapplied=UNAPPLIED),
-    "balance unapplied after the extension": example(payment(-EXTENSION_S), "expire", unapplied=UNAPPLIED),
-    "balance unapplied before the deadline": example(payment(20), next_check_s=10, unapplied=UNAPPLIED),
+    "balance arrived in time": example(payment(0), "apply", next_check_s=1, arrived=(balance(-1),)),
+    "balance arrived at the deadline": example(payment(0), "apply", next_check_s=1, arrived=(balance(0),)),
+    "balance arrived after the deadline": example(payment(-1), "expire", arrived=(balance(-0.5),)),
+    "balance is too old": example(payment(0), "expire", arrived=(balance(-1, as_of=-200),)),
+    "applied balance may resolve a payment that was requested since": example(
+        payment(0), "apply", next_check_s=1, arrived=(balance(-1, is_applied=True),)
+    ),
+    "balance is never applied": example(payment(-DELAY_S), "expire", arrived=(balance(-DELAY_S - 1),)),
+    "balance arrived before the deadline, which is later": example(
+        payment(20), next_check_s=10, arrived=(balance(-1),)
+    ),
     "long before the poll": example(payment(60), next_check_s=50),
     "time of the poll": example(payment(10), "poll", next_check_s=1),
     "poll would be due before the next check": example(payment(11), "poll", next_check_s=1),
@@ -93,16 +118,19 @@ def test_plan_decides_on_a_payment(case: Example) -> None:
     inputs = CheckInputs(
         due=[case.payment],
         serving={"pay_1": REFRESH if case.served else None},
-        unapplied={A: case.unapplied} if case.unapplied else {},
+        arrived={A: case.arrived},
+        clock_skew=5 * SECOND,
     )
-    plan = plan_checks(inputs, now=NOW, poll_lead=case.poll_lead)
+    plan = plan_expiry_polls_and_rejoins(inputs, now=NOW, poll_lead=case.poll_lead)
     assert actions_of(plan) == case.actions
     expected = {} if case.next_check_s is None else {"pay_1": NOW + case.next_check_s * SECOND}
     assert plan.next_checks == expected
     if plan.balances_to_apply:
-        assert tuple(plan.balances_to_apply) == UNAPPLIED
+        assert plan.balances_to_apply == ["bal_1"]
 
 
-@pytest.mark.parametrize(("deadline", "accounts"), [(1, set()), (0, {A}), (-4.9, {A}), (-EXTENSION_S, set())])
-def test_extension_begins_at_the_deadline_and_ends(deadline: float, accounts: set[str]) -> None:
-    assert accounts_in_extension([payment(deadline)], NOW) == accounts
+def test_expired_payment_knows_the_balance_that_was_too_old() -> None:
+    too_old = balance(-1, as_of=-200)
+    inputs = CheckInputs(due=[payment(0)], serving={"pay_1": REFRESH}, arrived={A: [too_old]}, clock_skew=5 * SECOND)
+    [expired] = plan_expiry_polls_and_rejoins(inputs, now=NOW, poll_lead=LEAD).expired
+    assert expired.too_old == too_old

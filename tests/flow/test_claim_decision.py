@@ -11,7 +11,7 @@ from worker.correlation.admission import Denied
 from worker.flow.claim_decision import (
     Abandon,
     AccountInputs,
-    ApplyBalance,
+    ApplyBalanceInsteadOfCall,
     ClaimCall,
     ClaimInputs,
     Decision,
@@ -20,6 +20,7 @@ from worker.flow.claim_decision import (
     NotDue,
     NotNeeded,
     QueueBehindInFlight,
+    ReadAccountFirst,
     RejectByCap,
     after_decision,
     decide_claim,
@@ -27,6 +28,7 @@ from worker.flow.claim_decision import (
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
+from worker.rules.account_facts import AccountFacts
 from worker.rules.job import Job
 from worker.rules.states import IN_FLIGHT_STATES, RefreshState
 
@@ -41,10 +43,17 @@ PROBING = Denied(reason="half_open", until=NOW + SECOND)
 
 
 def payment(
-    payment_id: str = "pay_1", *, requested: float = 0, max_balance_age_s: int = 30, timeout_s: int = 120
+    payment_id: str = "pay_1",
+    *,
+    requested: float = 0,
+    max_balance_age_s: int = 30,
+    timeout_s: int = 120,
+    **job_fields: Any,
 ) -> WaitingPayment:
     """Return a waiting payment that was requested this many seconds after `NOW`."""
-    job = Job(payment_id=payment_id, account_id=A, max_balance_age_s=max_balance_age_s, timeout_s=timeout_s)
+    job = Job(
+        payment_id=payment_id, account_id=A, max_balance_age_s=max_balance_age_s, timeout_s=timeout_s, **job_fields
+    )
     requested_at = NOW + requested * SECOND
     return WaitingPayment(
         payment_id=payment_id,
@@ -73,6 +82,7 @@ def balance(at: float, received: float = 0) -> BalanceRecord:
         event_id="evt_1",
         account_id=A,
         at=NOW + at * SECOND,
+        as_of=min(NOW + at * SECOND, NOW + received * SECOND),
         source="REFRESH",
         available=Decimal(100),
         current=None,
@@ -80,6 +90,16 @@ def balance(at: float, received: float = 0) -> BalanceRecord:
         received_at=NOW + received * SECOND,
         due_at=None,
     )
+
+
+def facts(read_s_ago: float, kind: str | None = "DEPOSITORY", currency: str | None = "USD") -> AccountFacts:
+    """Return account facts that were read this many seconds before `NOW`."""
+    return AccountFacts(account_id=A, kind=kind, currency=currency, read_at=NOW - read_s_ago * SECOND)
+
+
+def unknown_facts(read_s_ago: float) -> AccountFacts:
+    """Return the result of a read that failed."""
+    return facts(read_s_ago, kind=None, currency=None)
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,10 @@ CALLED_ONCE = refresh(call_count=1, called_at=NOW - 20 * SECOND, claimed_at=NOW 
 OPEN_ERROR = "provider calls fail; no call is made before 2026-11-22T12:00:05Z"
 NO_AGE = payment(max_balance_age_s=0)
 SHORT = payment("pay_short", timeout_s=5)
+READER = payment(amount=Decimal(10), profile_id="p_1")
+EARLY_READER = payment("pay_0", requested=-90, amount=Decimal(10), profile_id="p_0")
+READ = ReadAccountFirst(profile_id="p_1")
+DAY_S = 24 * 60 * 60
 
 EXAMPLES: dict[str, tuple[Example, Decision]] = {
     # A call that is needed
@@ -170,7 +194,7 @@ EXAMPLES: dict[str, tuple[Example, Decision]] = {
     # A stored balance
     "balance of the maximum age": (
         example(None, payment(), newest_balance=balance(-35)),
-        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+        ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=False),
     ),
     "balance too old": (example(None, payment(), newest_balance=balance(-35.1)), claimed()),
     "balance too old for one payment": (
@@ -187,15 +211,49 @@ EXAMPLES: dict[str, tuple[Example, Decision]] = {
     ),
     "balance, requested refresh": (
         example(refresh(), payment(), newest_balance=balance(0)),
-        ApplyBalance(balance_id="bal_1", abandons_refresh=True),
+        ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=True),
     ),
     "balance, refresh that was called": (
         example(CALLED_ONCE, payment(), newest_balance=balance(0)),
-        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+        ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=False),
     ),
     "balance, admission denied": (
         example(None, payment(), newest_balance=balance(0), denied=OPEN),
-        ApplyBalance(balance_id="bal_1", abandons_refresh=False),
+        ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=False),
+    ),
+    # The facts of the account
+    "never read": (example(None, READER), READ),
+    "never read, requested refresh": (example(refresh(), READER), READ),
+    "never read, second call": (example(CALLED_ONCE, READER), READ),
+    "never read, one payment of two has a profile": (example(None, READER, payment("pay_2")), READ),
+    "never read, the last of two profiles": (example(None, EARLY_READER, READER), READ),
+    "never read, no profile": (example(None, payment(amount=Decimal(10))), claimed()),
+    "never read, no funds check": (example(None, payment(profile_id="p_1")), claimed()),
+    "never read, funds check disabled": (
+        example(None, payment(amount=Decimal(10), profile_id="p_1", funds_check="disabled")),
+        claimed(),
+    ),
+    "never read, no slot": (example(None, READER, denied=FULL), READ),
+    "never read, with a slot": (example(refresh(), READER, has_slot=True), READ),
+    "never read, circuit breaker open": (
+        example(None, READER, denied=OPEN),
+        DelayAndFail(denied=OPEN, detail=OPEN_ERROR),
+    ),
+    "never read, probe in progress": (example(None, READER, denied=PROBING), Delay(denied=PROBING)),
+    "never read, in flight": (example(None, READER, in_flight=in_flight(-1)), NotNeeded()),
+    "never read, stored balance": (
+        example(None, READER, newest_balance=balance(0)),
+        ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=False),
+    ),
+    "read within a day": (example(None, READER, facts=facts(DAY_S - 1)), claimed()),
+    "read a day ago": (example(None, READER, facts=facts(DAY_S)), READ),
+    "read, only the currency is known": (example(None, READER, facts=facts(DAY_S - 1, kind=None)), claimed()),
+    "read failed within a minute": (example(None, READER, facts=unknown_facts(59)), claimed()),
+    "read failed a minute ago": (example(None, READER, facts=unknown_facts(60)), READ),
+    "read failed a minute ago, after the request": (example(None, EARLY_READER, facts=unknown_facts(60)), claimed()),
+    "read failed a minute ago, after the first of two requests": (
+        example(None, EARLY_READER, READER, facts=unknown_facts(60)),
+        claimed(),
     ),
     # Admission control
     "no slot": (example(None, payment(), SHORT, denied=FULL), Delay(denied=FULL)),
@@ -249,7 +307,8 @@ def test_next_call_of_the_account_sees_the_claim() -> None:
         (NotNeeded(), [payment(), SHORT]),
         (Abandon(), [payment(), SHORT]),
         (QueueBehindInFlight(in_flight=in_flight(0)), [payment(), SHORT]),
-        (ApplyBalance(balance_id="bal_1", abandons_refresh=True), [payment(), SHORT]),
+        (ApplyBalanceInsteadOfCall(balance_id="bal_1", abandons_refresh=True), [payment(), SHORT]),
+        (READ, [payment(), SHORT]),
     ],
 )
 def test_next_call_of_the_account_sees_failed_payments(decision: Decision, still_waiting: list[WaitingPayment]) -> None:

@@ -74,7 +74,7 @@ def test_fee_shares_add_up_when_payments_fail_before_the_balance(
         payready.initiate(f"p{number}", A, timeout_s=60)
     payready.run_tasks()
     payready.pass_time(9)
-    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1"]))
+    payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, ["p1"]))
     payready.pass_time(1)
     payready.balance(A)
     payready.run_tasks()

@@ -174,7 +174,7 @@ def test_next_call_is_abandoned_when_its_payment_is_cancelled(payready: InProces
     payready.clock.advance(1)
     payready.initiate("p2", A, max_balance_age_s=0)
     payready.run_tasks()
-    payready.queue.add(flow.cancel_waiting(payready.rt, ["p2"]))
+    payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, ["p2"]))
     payready.balance(A)
     payready.run_tasks()
     assert payready.provider.calls == [A]

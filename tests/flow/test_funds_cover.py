@@ -68,4 +68,4 @@ def test_release_during_the_call_is_deducted_from_its_balance(make_sqlite_system
         payready.clock.advance(20)
         payready.balance("acct_a", "100.00")
         payready.run_tasks()
-        assert payready.outcome("own")["detail"] == "needed 80.00 USD, available 20.00 USD"
+        assert payready.outcome("own")["detail"].startswith("needed 80.00 USD, available 20.00 USD; ")

@@ -11,11 +11,11 @@ from worker.flow.intake_decision import (
     Conflict,
     Decision,
     DuplicateAfterResolution,
-    IntakeInputs,
     IntakeRequest,
     New,
+    RepetitionInputs,
     StillWaiting,
-    decide_intake,
+    decide_new_repeated_or_conflicting,
 )
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import KnownPayment, WaitingPayment
@@ -29,7 +29,7 @@ OUTCOME = {"payment_id": "pay_1", "reason": "timeout", "detail": "no balance arr
 def job(**changes: Any) -> Job:
     """Return a job of payment `pay_1` with these changes."""
     arguments = {"payment_id": "pay_1", "account_id": "acct_1", "amount": "25.00", **changes}
-    return parse_job(arguments, currency=str(arguments.get("currency", "USD")))
+    return parse_job(arguments, required_currency=str(arguments.get("currency", "USD")))
 
 
 def request(task_id: str = "task_1", **changes: Any) -> IntakeRequest:
@@ -46,6 +46,7 @@ PAYMENT = WaitingPayment(
     deadline=NOW + timedelta(seconds=120),
 )
 WAITING = KnownPayment(payment=PAYMENT, state=PaymentState.WAITING, outcome=None, task_ids=frozenset({"task_1"}))
+CLAIMED_UNTIL = NOW + timedelta(seconds=10)
 RESOLVED = replace(WAITING, state=PaymentState.FAILED, outcome=OUTCOME)
 
 
@@ -53,7 +54,11 @@ def resolved_for(task_id: str) -> AlreadyResolved:
     """Return the decision that delivers the stored outcome to this task."""
     return AlreadyResolved(
         delivery=OutcomeDelivery(
-            task_id=task_id, continuation={"id": task_id}, state=PaymentState.FAILED, outcome=OUTCOME
+            task_id=task_id,
+            continuation={"id": task_id},
+            state=PaymentState.FAILED,
+            outcome=OUTCOME,
+            claimed_until=CLAIMED_UNTIL,
         )
     )
 
@@ -121,5 +126,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 def test_intake_decides_on_each_job(example: Example) -> None:
-    inputs = IntakeInputs(requests=example.requests, inserted=example.inserted, known=example.known)
-    assert decide_intake(inputs) == example.expected
+    inputs = RepetitionInputs(
+        requests=example.requests, inserted=example.inserted, known=example.known, claimed_until=CLAIMED_UNTIL
+    )
+    assert decide_new_repeated_or_conflicting(inputs) == example.expected

@@ -55,7 +55,7 @@ def test_outcome_has_no_float(payready: InProcessSystem) -> None:
 
 def test_ledger_rejects_a_time_without_a_zone(payready: InProcessSystem) -> None:
     """Nothing is written."""
-    job = parse_job({"payment_id": "p1", "account_id": A}, currency="USD")
+    job = parse_job({"payment_id": "p1", "account_id": A}, required_currency="USD")
     with pytest.raises((StatementError, ValueError), match="without a time zone"), transaction(payready.engine) as tx:
         payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - the value under test
     assert payready.rows("SELECT * FROM payment") == []
@@ -93,7 +93,10 @@ def test_balance_of_100_covers_one_of_two_payments_of_80(payready: InProcessSyst
     payready.run_tasks()
     assert payready.state_or_reason("p1") == "released"
     assert payready.outcome("p2")["reason"] == "insufficient_funds"
-    assert payready.outcome("p2")["detail"] == "needed 80.00 USD, available 20.00 USD"
+    assert payready.outcome("p2")["detail"] == (
+        "needed 80.00 USD, available 20.00 USD;"
+        " 80.00 USD is held for 1 released payment whose outcome is not delivered yet"
+    )
 
 
 def test_release_is_deducted_from_a_reused_balance(payready: InProcessSystem) -> None:
@@ -110,9 +113,9 @@ def test_release_is_deducted_from_a_reused_balance(payready: InProcessSystem) ->
     assert payready.provider.calls == [A]
 
 
-def test_release_long_before_a_balance_is_not_deducted_from_it(payready: InProcessSystem) -> None:
+def test_release_whose_hold_ended_before_a_balance_is_not_deducted_from_it(payready: InProcessSystem) -> None:
     """The provider's amounts include it already."""
-    payready.initiate("p1", A, amount="80.00")
+    payready.initiate("p1", A, amount="80.00", hold_s=50)
     payready.run_tasks()
     payready.balance(A, "100.00")
     payready.run_tasks()

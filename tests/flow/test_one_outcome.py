@@ -44,7 +44,7 @@ def test_repeated_events_tasks_and_ticks_change_no_outcome(payready: InProcessSy
     payready.queue.balances_to_apply.append(balance_id)
     payready.queue.calls.append(flow.RefreshCall(account_id=A, refresh_id=str(intake_result.refresh_id)))
     payready.run_tasks()
-    assert not flow.cancel_waiting(payready.rt, ["p1"]).deliveries
+    assert not flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, ["p1"]).deliveries
     payready.pass_time(200)
     assert payready.payment("p1") == before
     assert payready.delivered["t1"] == delivered
@@ -135,7 +135,7 @@ def test_cancelled_payment_stays_failed_after_a_balance(payready: InProcessSyste
     """It pays its share of the call, and the balance is stored for other payments."""
     intake_result = payready.initiate("p1", A, amount="25.00")
     payready.run_tasks()
-    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1", "p_unknown"]))
+    payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, ["p1", "p_unknown"]))
     payready.run_tasks()
     payready.balance(A)
     payready.run_tasks()
@@ -163,7 +163,7 @@ def test_payment_cancelled_before_its_call_costs_nothing(payready: InProcessSyst
     """The refresh is abandoned, or never started."""
     payready.initiate("p1", A)
     assert payready.account_hash(A).requested
-    payready.queue.add(flow.cancel_waiting(payready.rt, ["p1"]))
+    payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, ["p1"]))
     payready.run_tasks()
     assert payready.payment("p1")["refresh_id"] is None
     assert payready.provider.calls == []

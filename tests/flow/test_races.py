@@ -60,7 +60,7 @@ def test_cancel_against_release_has_one_winner(payready: InProcessSystem) -> Non
         payready.drop_tasks()
         done = run_concurrently(
             lambda balance_id=balance_id: flow.apply_balance(payready.rt, balance_id),  # type: ignore[misc]
-            lambda number=number: flow.cancel_waiting(payready.rt, [f"p{number}"]),  # type: ignore[misc]
+            lambda number=number: flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, [f"p{number}"]),  # type: ignore[misc]
         )
         assert len([payment_id for step in done for payment_id in step.deliveries]) == 1
         assert payready.state_or_reason(f"p{number}") == ("released" if done[0].deliveries else "cancelled")

@@ -106,7 +106,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
     @rule(payment_id=ids)
     def cancel(self, payment_id: str) -> None:
         """Cancel a payment."""
-        self.payready.queue.add(flow.cancel_waiting(self.payready.rt, [payment_id]))
+        self.payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(self.payready.rt, [payment_id]))
 
     @rule(seconds=st.sampled_from([0.3, 1, 4, 15, 40]))
     def wait(self, seconds: float) -> None:
@@ -132,6 +132,7 @@ class RandomEventsMachine(RuleBasedStateMachine):
     def an_outcome_never_changes(self) -> None:
         """Invariant 1."""
         for row in self.payready.rows("SELECT * FROM payment WHERE state <> 'waiting'"):
+            del row["hold_until"]  # the only column that changes later
             assert self.outcomes.setdefault(row["payment_id"], row) == row
 
     @invariant()

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from worker.flow.account_funds import KnownBalance
 from worker.flow.attribution import AttributedBalance, Attribution
 from worker.flow.resolution_decision import ApplyInputs, BalanceDecision, decide_resolutions
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.fee_entries import CallEntry
 from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
+from worker.rules.account_facts import AccountFacts
+from worker.rules.funds import HOLD_OPEN, HeldAmount
 from worker.rules.job import parse_job
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState, RefreshState
@@ -37,6 +40,7 @@ BALANCE = BalanceRecord(
     event_id="evt_1",
     account_id="acct_1",
     at=NOW - timedelta(seconds=2),
+    as_of=NOW - timedelta(seconds=2),
     source="REFRESH",
     available=Decimal("100.00"),
     current=None,
@@ -60,7 +64,7 @@ CALL = CallEntry(
 def payment(payment_id: str, *, requested_s_ago: float = 5, **job: Any) -> WaitingPayment:
     """Return a waiting payment of `acct_1`."""
     requested_at = NOW - timedelta(seconds=requested_s_ago)
-    parsed = parse_job({"payment_id": payment_id, "account_id": "acct_1", **job}, currency="USD")
+    parsed = parse_job({"payment_id": payment_id, "account_id": "acct_1", **job}, required_currency="USD")
     return WaitingPayment(
         payment_id=payment_id,
         account_id="acct_1",
@@ -100,6 +104,7 @@ class Example:
     calls: Sequence[CallEntry] = (CALL,)
     sharers: dict[PaymentState, int] = field(default_factory=dict)
     released: Sequence[str] = ()
+    facts: AccountFacts | None = None
     resolutions: Sequence[str] = ()
     posted: str | None = "call_1"
     answered: str | None = "ref_1"
@@ -115,6 +120,11 @@ def summary(resolution: Resolution) -> str:
     fee = outcome["fee"]
     text = f"{resolution.payment_id} {outcome['verdict']} {fee['amount']} {fee['currency']} {fee['state']}"
     return f"{text} of {outcome['shared_by']}"
+
+
+def account_facts(kind: str | None, currency: str | None = None) -> AccountFacts:
+    """Return stored account facts, which may be old."""
+    return AccountFacts(account_id="acct_1", kind=kind, currency=currency, read_at=NOW - timedelta(days=2))
 
 
 EXAMPLES = {
@@ -137,6 +147,21 @@ EXAMPLES = {
     ),
     "releases since the balance are deducted": Example(
         waiting=[payment("p1", amount="80.00")], released=["20.01"], resolutions=["p1 insufficient_funds"]
+    ),
+    "a credit line releases only a payment without a funds check": Example(
+        facts=account_facts("CREDIT"),
+        waiting=[payment("p1", amount="1.00"), payment("p2", amount="1.00", funds_check="disabled")],
+        resolutions=["p1 account_unsupported", "p2 not_requested 0.050000 USD posted of 2"],
+    ),
+    "an account in another currency releases no payment": Example(
+        facts=account_facts("DEPOSITORY", "EUR"),
+        waiting=[payment("p1", amount="1.00")],
+        resolutions=["p1 account_unsupported"],
+    ),
+    "unknown facts of the account fail no payment": Example(
+        facts=account_facts(None),
+        waiting=[payment("p1", amount="1.00")],
+        resolutions=["p1 sufficient 0.100000 USD posted of 1"],
     ),
     "unknown funds fail a required check and pass an enabled one": Example(
         balance=attributed(replace(BALANCE, available=None)),
@@ -230,6 +255,11 @@ EXAMPLES = {
 }
 
 
+def known(balance: AttributedBalance) -> KnownBalance:
+    """Return the balance to apply as a known balance."""
+    return KnownBalance(record=balance.balance, called_at=balance.refresh.called_at if balance.refresh else None)
+
+
 def decide(example: Example) -> BalanceDecision:
     """Return the decision on the example's balance."""
     inputs = ApplyInputs(
@@ -237,7 +267,9 @@ def decide(example: Example) -> BalanceDecision:
         waiting={"acct_1": example.waiting},
         calls={"ref_1": example.calls},
         sharers={"ref_1": example.sharers},
-        released={"acct_1": [Decimal(amount) for amount in example.released]},
+        known={"acct_1": [known(example.balance)]},
+        held={"acct_1": [HeldAmount(amount=Decimal(amount), until=HOLD_OPEN) for amount in example.released]},
+        facts={"acct_1": example.facts} if example.facts else {},
         clock_skew=SKEW,
         answered_call_state=POSTED,
         default_currency="GBP",
@@ -273,7 +305,8 @@ def test_resolution_has_balance_refresh_and_calculation() -> None:
     assert failed.outcome == {
         "payment_id": "p2",
         "reason": "insufficient_funds",
-        "detail": "needed 80.00 USD, available 20.00 USD",
+        "detail": "needed 80.00 USD, available 20.00 USD; "
+        "80.00 USD is held for 1 released payment whose outcome is not delivered yet",
     }
 
 
@@ -287,7 +320,8 @@ def test_each_balance_is_decided_on_its_own() -> None:
         waiting={"acct_1": [payment("p1", amount="80.00")], "acct_2": [other]},
         calls={"ref_1": [CALL], "ref_9": [replace(CALL, refresh_id="ref_9", call_id="call_9")]},
         sharers={},
-        released={},
+        known={"acct_1": [known(attributed())], "acct_2": [known(second)]},
+        held={},
         clock_skew=SKEW,
         answered_call_state=POSTED,
         default_currency="USD",

@@ -29,7 +29,9 @@ from worker.rules.job import parse_job
 
 zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
 moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
-JOB = parse_job({"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, currency="USD")
+JOB = parse_job(
+    {"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, required_currency="USD"
+)
 
 
 @pytest.mark.parametrize("content", ["", "\x00 \ud800"], ids=["plain", "not convertible from JSON"])
@@ -121,7 +123,7 @@ def test_times_and_amounts_are_stored_exactly(engine: Engine, at: datetime, amou
     record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
     balance = Balance.model_validate({**record, "available": amount, "current": None, "limit": Decimal(0)})
     with engine.connect() as tx:
-        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, START)])
+        balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, START, believe_arrival=False)])
         row = balances.find(tx, ["bal_1"])["bal_1"]
         assert (row.at, row.available, row.current, row.limit) == (at, amount, None, Decimal(0))
         assert row.at.utcoffset() == timedelta(0)
@@ -181,7 +183,12 @@ def test_amounts_are_never_floats(engine: Engine) -> None:
         balance = {"id": "bal_1", "accountId": "acct_1", "at": START.isoformat(), "source": "REFRESH"}
         amounts = {"available": Decimal("0.1"), "current": None, "limit": None}
         balances.insert_balances(
-            tx, [balances.new_unapplied_record("evt_1", Balance.model_validate({**balance, **amounts}), START)]
+            tx,
+            [
+                balances.new_unapplied_record(
+                    "evt_1", Balance.model_validate({**balance, **amounts}), START, believe_arrival=False
+                )
+            ],
         )
         stored = tx.scalar(text("SELECT available FROM balance"))
         assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)

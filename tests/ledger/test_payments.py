@@ -16,7 +16,9 @@ from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 
 def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
     """Insert a waiting payment with one task."""
-    job = parse_job({"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, currency="USD")
+    job = parse_job(
+        {"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, required_currency="USD"
+    )
     assert set(payments.insert_payments(tx, [job], START + timedelta(seconds=seconds))) == {payment_id}
     register(tx, payment_id, f"task_{payment_id}")
 
@@ -60,7 +62,7 @@ def test_second_resolution_changes_and_delivers_nothing(engine: Engine) -> None:
 
 
 def test_payment_is_inserted_once(engine: Engine) -> None:
-    job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, currency="USD")
+    job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, required_currency="USD")
     with transaction(engine) as tx:
         assert set(payments.insert_payments(tx, [job, job], START)) == {"p1"}
         assert not payments.insert_payments(tx, [job], START + timedelta(seconds=9))
@@ -98,12 +100,33 @@ def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:
         assert outcome_deliveries.claim_overdue(tx, late + timedelta(days=1), 10) == []
 
 
+def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
+    """Another process claimed or delivered the outcome, or it was made due again."""
+    claim = outcome_deliveries.REDELIVER_AFTER
+    with transaction(engine) as tx:
+        for payment_id in ("p1", "p2", "p3", "p4"):
+            record(tx, payment_id)
+        resolutions = [resolution(payment_id) for payment_id in ("p1", "p2", "p3", "p4")]
+        claimed = payments.resolve(tx, resolutions, START)
+        assert {due.claimed_until for due in claimed} == {START + claim}
+        renewed = outcome_deliveries.renew_claims(tx, claimed, START + claim / 2)
+        assert [due.claimed_until for due in renewed] == [START + claim * 1.5] * 4
+        assert outcome_deliveries.claim_overdue(tx, START + claim, 10) == []
+        [by_sweep] = outcome_deliveries.claim_overdue(tx, START + claim * 2, 1)
+        left = [due.task_id for due in renewed if due.task_id != by_sweep.task_id]
+        outcome_deliveries.mark_delivered(tx, {left[0]: START})
+        outcome_deliveries.make_outcome_due_again(tx, left[1].removeprefix("task_"), START)
+        again = outcome_deliveries.renew_claims(tx, renewed, START + claim * 2)
+        assert [due.task_id for due in again] == [left[2]]
+        assert outcome_deliveries.renew_claims(tx, [by_sweep], START + claim * 2) == [by_sweep]
+
+
 def test_waiting_payment_is_due_for_check_after_request_and_at_next_check(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         assert payments.lock_due(tx, START + timedelta(seconds=4), 10) == []
         assert len(payments.lock_due(tx, START + payments.FIRST_CHECK_AFTER, 10)) == 1
-        payments.set_next_checks(tx, {"p1": START + timedelta(seconds=60)})
+        payments.set_next_checks_of_locked(tx, {"p1": START + timedelta(seconds=60)})
         assert payments.lock_due(tx, START + timedelta(seconds=59), 10) == []
         assert len(payments.lock_due(tx, START + timedelta(seconds=60), 10)) == 1
 

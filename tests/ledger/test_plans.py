@@ -12,12 +12,24 @@ from sqlalchemy import event, insert, text
 
 from tests.support.databases import Databases
 from tests.support.in_process import START
-from worker.ledger import balances, cap_usage, fee_entries, metrics_queries, outcome_deliveries, payments, refreshes
+from worker.ledger import (
+    accounts,
+    balance_report,
+    balances,
+    cap_usage,
+    fee_entries,
+    funds_holds,
+    metrics_queries,
+    outcome_deliveries,
+    payments,
+    refreshes,
+)
 from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
+from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
-from worker.ledger.tables import BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
-from worker.rules.states import PaymentEvent, RefreshEvent, RefreshState
+from worker.ledger.tables import ACCOUNT, BALANCE, FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.rules.states import PaymentEvent, PaymentState, RefreshEvent, RefreshState
 
 PAST, NOW, A = 4000, 40, "acct_7"
 """Number of resolved payments, number of waiting payments, and an account that has some of both."""
@@ -115,6 +127,10 @@ def _fill(tx: Tx, numbers: range) -> None:
             for n in numbers
         ],
     )
+    tx.execute(
+        insert(ACCOUNT),
+        [{"account_id": f"acct_{n}", "kind": "DEPOSITORY", "currency": "USD", "read_at": times[n]} for n in numbers],
+    )
 
 
 END = START + timedelta(seconds=PAST + NOW)
@@ -126,11 +142,11 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "due payments": (lambda tx: payments.lock_due(tx, END, 500), {"payment_due_at"}),
     "waiting payments of an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),
     "demand of an account": (lambda tx: payments.balance_time_bounds_of_waiting(tx, A), {"payment_waiting"}),
-    "released amounts": (
-        lambda tx: payments.released_amounts_since(tx, {A: END - timedelta(seconds=900)}),
-        {"payment_released"},
+    "held amounts": (
+        lambda tx: funds_holds.held_amounts_after(tx, {A: END - timedelta(seconds=900)}),
+        {"payment_hold"},
     ),
-    "sharers of a refresh": (lambda tx: payments.count_fee_sharers_by_state(tx, ["r7"]), {"payment_sharers"}),
+    "sharers of a refresh": (lambda tx: payments.count_fee_sharers_by_final_state(tx, ["r7"]), {"payment_sharers"}),
     "known payment by id": (
         lambda tx: payments.lock_payments_with_registered_tasks(tx, ["p7"], ["t7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
@@ -151,12 +167,12 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"refresh_pkey", "sqlite_autoindex_refresh_1", "refresh_in_flight", "refresh_account"},
     ),
     "refreshes awaiting a balance": (
-        lambda tx: refreshes.find_answerable_or_requested(tx, [A]),
+        lambda tx: refreshes.find_answerable_or_requested(tx, [A], END - timedelta(hours=1)),
         {"refresh_account", "refresh_requested"},
     ),
     "newest balance of an account": (
         lambda tx: balances.newest_refresh_balance_by_account(tx, [A], END - timedelta(seconds=60)),
-        {"balance_account"},
+        {"balance_received"},
     ),
     "due refreshes": (lambda tx: refreshes.find_due_in_flight_or_unneeded(tx, END, 500), {"refresh_due_at"}),
     "refresh by id": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
@@ -173,6 +189,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: cap_usage.count_non_void_calls(tx, A, END - timedelta(seconds=600)),
         {"fee_entry_account"},
     ),
+    "facts of an account": (lambda tx: accounts.find(tx, [A]), {"account_pkey", "sqlite_autoindex_account_1"}),
     "balance by id": (lambda tx: balances.find(tx, ["b7"]), {"balance_pkey", "sqlite_autoindex_balance_1"}),
     "backlog": (metrics_queries.backlog, {"payment_due_at", "payment_waiting"}),
     "recently resolved payments": (
@@ -186,6 +203,10 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "pending calls": (
         lambda tx: metrics_queries.pending_entries(tx, END - timedelta(seconds=60), END),
         {"fee_entry_recorded_at"},
+    ),
+    "rejected balances": (
+        lambda tx: balance_report.rejected_counts(tx, END - timedelta(hours=3)),
+        {"balance_rejected"},
     ),
     "due balances": (lambda tx: balances.claim_overdue_unapplied(tx, END, 500), {"balance_due_at"}),
 }
@@ -218,6 +239,7 @@ def test_refresh_is_updated_by_primary_key(engine: Engine, name: str) -> None:
 
 
 NEXT_CHECKS = {f"p{PAST + number}": END for number in range(NOW)}
+CLAIMED = OutcomeDelivery(task_id="t7", continuation={}, state=PaymentState.FAILED, outcome={}, claimed_until=END)
 BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
     "outcomes": (
         lambda tx: payments.resolve(
@@ -230,8 +252,12 @@ BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
         ),
         "payment_pkey",
     ),
-    "next checks": (lambda tx: payments.set_next_checks(tx, NEXT_CHECKS), "payment_pkey"),
+    "next checks": (lambda tx: payments.set_next_checks_of_locked(tx, NEXT_CHECKS), "payment_pkey"),
     "deliveries": (lambda tx: outcome_deliveries.mark_delivered(tx, {"t7": END}), "outcome_delivery_pkey"),
+    "claims of deliveries": (
+        lambda tx: outcome_deliveries.renew_claims(tx, [CLAIMED], END),
+        "outcome_delivery_pkey",
+    ),
     "refreshes": (
         lambda tx: refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, [(IN_FLIGHT, END)]),
         "refresh_pkey",

@@ -88,6 +88,8 @@ def _send_internal_messages(running: System) -> None:
     for name, queue, arguments in (
         ("payments.cancel", "payments", ("pay_cancelled",)),
         ("payments.cancel_by_task", "payments", (["task-unknown"],)),
+        ("payments.end_hold", "payments", ("pay_released",)),
+        ("accounts.read", "refreshes", (*polled, "ref_unknown")),
         ("balances.apply", "balances", (stored["balance_id"],)),
         ("balances.poll", "refreshes", polled),
         ("payments.expire", "maintenance", ()),

@@ -140,8 +140,13 @@ def assert_each_outcome_is_delivered(running: System) -> None:
     assert {p: row["reason"] for p, row in rows.items() if row["reason"]} == {f"pay_{n}": r for n, r in FAILED.items()}
 
 
+ADDED_SINCE_THE_LAST_RELEASE = {"accounts.read", "payments.end_hold"}
+"""Tasks of the unreleased version. `python -m tests.releases` saves their messages with it."""
+
+
 @pytest.mark.skipif(not RELEASES, reason="no release is saved yet")
 def test_all_kinds_of_messages_are_saved() -> None:
     """A kind that a release adds is saved with that release."""
     saved = RELEASES[-1].read_text()
-    assert [name for name in celery_settings(Settings())["task_routes"] if f'\\"{name}\\"' not in saved] == []
+    routes = celery_settings(Settings())["task_routes"]
+    assert {name for name in routes if f'\\"{name}\\"' not in saved} == ADDED_SINCE_THE_LAST_RELEASE

@@ -254,6 +254,7 @@ class FaultySystem:
 TASKS: dict[str, Callable[..., Any]] = {
     "balances.refresh": balance_tasks.make_refresh_call_if_needed.run,
     "balances.poll": balance_tasks.poll_balance_and_fail_unsupported_accounts.run,
+    "accounts.read": balance_tasks.read_account_and_enqueue_call.run,
     "balances.apply": payment_tasks.apply_balance.run,
     "payments.cancel": payment_tasks.cancel.run,
     "payments.expire": maintenance_tasks.expire_or_check_due_payments.run,

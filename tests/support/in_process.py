@@ -20,7 +20,7 @@ from worker.correlation.admission import AdmissionControl, RateLimiter
 from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed
-from worker.flow import BalancePoll, FollowUp, IntakeRequest, IntakeResult, RefreshCall
+from worker.flow import AccountRead, BalancePoll, FollowUp, IntakeRequest, IntakeResult, RefreshCall
 from worker.ledger import balances
 from worker.ledger.engine import Engine, open_engine, transaction
 from worker.ledger.outcome_deliveries import OutcomeDelivery
@@ -100,7 +100,7 @@ class ScriptedProvider:
 
 def intake_request(arguments: dict[str, Any], continuation: dict[str, Any]) -> IntakeRequest:
     """Return the intake request of a job."""
-    return IntakeRequest(job=parse_job(arguments, currency="USD"), continuation=continuation)
+    return IntakeRequest(job=parse_job(arguments, required_currency="USD"), continuation=continuation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ class TaskQueue:
     calls: list[RefreshCall] = field(default_factory=list)
     balances_to_apply: list[str] = field(default_factory=list)
     balance_polls: list[BalancePoll] = field(default_factory=list)
+    account_reads: list[AccountRead] = field(default_factory=list)
 
     def add(self, follow_up: "FollowUp | TaskQueue") -> None:
         """Enqueue the tasks of a follow-up."""
@@ -129,6 +130,7 @@ class TaskQueue:
         self.calls += follow_up.calls
         self.balances_to_apply += follow_up.balances_to_apply
         self.balance_polls += follow_up.balance_polls
+        self.account_reads += follow_up.account_reads
 
 
 @dataclass
@@ -182,7 +184,12 @@ class InProcessSystem:
         if stored_only:
             with transaction(self.engine) as tx:
                 balances.insert_balances(
-                    tx, [balances.new_unapplied_record(f"evt_{balance.id}", balance, self.clock.now)]
+                    tx,
+                    [
+                        balances.new_unapplied_record(
+                            f"evt_{balance.id}", balance, self.clock.now, believe_arrival=False
+                        )
+                    ],
                 )
             self.queue.balances_to_apply.append(balance.id)
         else:
@@ -199,12 +206,17 @@ class InProcessSystem:
                 self.queue.add(follow_up)  # after the call: other tasks may be enqueued while it is in flight
             for poll in pending.balance_polls:
                 self.queue.add(flow.poll_balance_and_resolve_payments(self.rt, poll.account_id, poll.profile_id))
+            for read in pending.account_reads:
+                self.queue.add(
+                    flow.read_account_and_call_if_needed(self.rt, read.account_id, read.profile_id, read.refresh_id)
+                )
             for balance_id in pending.balances_to_apply:
                 self.queue.add(flow.apply_balance(self.rt, balance_id))
             if pending.deliveries:
                 self._deliver(pending.deliveries)
 
     def _deliver(self, deliveries: Sequence[OutcomeDelivery]) -> None:
+        deliveries = flow.renew_claims_near_end(self.rt, deliveries)
         for delivery in deliveries:
             self.delivered[delivery.task_id].append((delivery.state, delivery.outcome))
         if deliveries:

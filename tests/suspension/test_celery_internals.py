@@ -65,7 +65,7 @@ def test_callbacks_inherit_priority_if_configured(app: Celery, *, inherit: bool,
     app.conf.task_inherit_parent_priority = inherit
     queue = f"priority-{inherit}"
     links = [app.signature("a", queue=queue), app.signature("b", queue=queue, priority=5)]
-    saved = suspension.make_continuation_with_task_ids(
+    saved = suspension.assign_task_ids_and_make_continuation(
         request(id=queue, delivery_info={"priority": 7}, callbacks=links, ignore_result=True)
     )
     suspension.resume_with_result(app, saved, {})
@@ -75,7 +75,7 @@ def test_callbacks_inherit_priority_if_configured(app: Celery, *, inherit: bool,
 
 def test_success_is_never_overwritten(app: Celery) -> None:
     """Neither a repeated delivery nor a late job changes it."""
-    saved = suspension.make_continuation_with_task_ids(request(id="resolved"))
+    saved = suspension.assign_task_ids_and_make_continuation(request(id="resolved"))
     suspension.resume_with_result(app, saved, {"state": "released"})
     app.backend.store_result("resolved", {"account_id": "acct_1"}, suspension.WAITING)
     suspension.resume_with_error(app, saved, ValueError("late"))
@@ -86,7 +86,7 @@ def test_reply_address_is_saved_for_the_rpc_backend(valkey_url: str) -> None:
     """With `rpc://` a result is a message to the sender. The continuation alone has the address."""
     app = Celery("rpc", broker=valkey_url, backend="rpc://", set_as_current=False)
     app.task(_nothing, name="payments.initiate", shared=False)
-    saved = suspension.make_continuation_with_task_ids(request(id="rpc", reply_to="reply-queue"))
+    saved = suspension.assign_task_ids_and_make_continuation(request(id="rpc", reply_to="reply-queue"))
     with app.connection_for_write() as connection:
         connection.SimpleQueue("reply-queue").close()
     suspension.resume_with_result(app, saved, {"state": "released"})

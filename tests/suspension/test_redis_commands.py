@@ -52,7 +52,7 @@ def continuation(app: Celery, **fields: Any) -> dict[str, Any]:
         "root_id": "root",
         **fields,
     }
-    return suspension.make_continuation_with_task_ids(Context(request))
+    return suspension.assign_task_ids_and_make_continuation(Context(request))
 
 
 def commands(valkey_url: str, app: Celery, saved: dict[str, Any], outcome: Any) -> dict[str, int]:

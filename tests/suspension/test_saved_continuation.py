@@ -51,7 +51,7 @@ def ids_in(continuation: Any) -> list[str]:
 def test_continuation_is_plain_json_with_a_version(app: Celery) -> None:
     """Types that JSON lacks have the encoding of Celery messages and are restored."""
     values = [datetime(2100, 1, 1, tzinfo=UTC), Decimal("1.10"), UUID(int=7), b"bytes"]
-    continuation = suspension.make_continuation_with_task_ids(
+    continuation = suspension.assign_task_ids_and_make_continuation(
         request(callbacks=[app.signature("ledger.note", args=values)])
     )
     assert continuation["version"] == suspension.VERSION == 1
@@ -62,7 +62,9 @@ def test_continuation_is_plain_json_with_a_version(app: Celery) -> None:
 
 def test_group_index_zero_is_saved(app: Celery) -> None:
     """A chord orders its results by it."""
-    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(group="g", group_index=0))) as (
+    with suspension._resumed(
+        app, suspension.assign_task_ids_and_make_continuation(request(group="g", group_index=0))
+    ) as (
         _,
         resumed,
     ):
@@ -80,7 +82,7 @@ def test_every_future_message_has_its_id_in_the_continuation(app: Celery) -> Non
     linked = note.clone()
     linked.link(note.clone())
     linked.link_error(note.clone())
-    continuation = suspension.make_continuation_with_task_ids(
+    continuation = suspension.assign_task_ids_and_make_continuation(
         request(callbacks=[deep, linked], errbacks=[note.clone()], chain=[note.clone()])
     )
     found = ids_in(continuation)
@@ -92,7 +94,7 @@ def test_given_ids_and_arguments_are_unchanged(app: Celery) -> None:
     """A signature among a callback's arguments is data."""
     data = app.signature("ledger.other")
     callback = app.signature("ledger.note", args=(data,), kwargs={"then": data}, task_id="chosen")
-    [saved] = suspension.make_continuation_with_task_ids(request(callbacks=[callback]))["callbacks"]
+    [saved] = suspension.assign_task_ids_and_make_continuation(request(callbacks=[callback]))["callbacks"]
     assert saved["options"]["task_id"] == "chosen"
     assert saved["args"] == [json.loads(json.dumps(data))]
     assert saved["kwargs"]["then"]["options"] == {}
@@ -100,7 +102,7 @@ def test_given_ids_and_arguments_are_unchanged(app: Celery) -> None:
 
 def test_continuation_of_a_later_release_is_rejected(app: Celery) -> None:
     """It may have parts that this release would ignore."""
-    continuation = suspension.make_continuation_with_task_ids(request()) | {"version": 2}
+    continuation = suspension.assign_task_ids_and_make_continuation(request()) | {"version": 2}
     with pytest.raises(
         suspension.UnsupportedContinuationVersion,
         match="the continuation has version 2, this release supports up to 1",
@@ -177,14 +179,14 @@ def test_stored_continuation_has_every_field(app: Celery) -> None:
     """A new field of the continuation is added to the fixture, or to a fixture of a new version."""
     all_fields: dict[str, Any] = dict.fromkeys(suspension._SAVED_FIELDS, "x")
     all_fields |= {name: [] for name in ("callbacks", "errbacks", "chain")} | {"chord": None}
-    saved = suspension.make_continuation_with_task_ids(request(**all_fields | {"delivery_info": {"priority": 3}}))
+    saved = suspension.assign_task_ids_and_make_continuation(request(**all_fields | {"delivery_info": {"priority": 3}}))
     assert set(saved) | {"chord"} == set(json.loads(VERSION_1.read_text()))
 
 
 def test_resumed_task_is_the_current_task(app: Celery) -> None:
     """Each sent message becomes its child."""
     seen: list[Any] = [app.current_worker_task]
-    with suspension._resumed(app, suspension.make_continuation_with_task_ids(request(root_id="root"))) as (
+    with suspension._resumed(app, suspension.assign_task_ids_and_make_continuation(request(root_id="root"))) as (
         task,
         resumed,
     ):

@@ -117,7 +117,7 @@ def test_doctor_reports_no_error_on_a_working_system(production: ProductionSyste
     """The doctor reports each dependency as ok."""
     status, found = production.doctor()
     assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
-    assert found["database"] == ("ok", "responds, at revision 0001")
+    assert found["database"] == ("ok", "responds, at revision 0003")
     assert found["broker"] == ("ok", "responds; 2 workers of payready connected")
     assert found["api key"][1] == "its mode is TEST, but PAYREADY_ENV is production"
     assert found["flower"] == ("ok", "requires a login")
@@ -135,7 +135,7 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
-        "database": "never migrated; this release needs 0001",
+        "database": "never migrated; this release needs 0003",
         "broker": f"cannot reach the broker or the result backend: {REFUSED} Check PAYREADY_BROKER_URL and "
         "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set.",
         "result backend": REFUSED,

@@ -46,6 +46,8 @@ EXPECTED: dict[str, Expected] = {
     "nullavail required": Expected(reason="funds_unknown"),
     "nullavail enabled": Expected(verdict="unchecked", job={"funds_check": "enabled"}),
     "nullavail disabled": Expected(verdict="not_requested", job={"funds_check": "disabled"}),
+    "credit": Expected(verdict="sufficient"),  # without a profile id the kind is not known
+    "credit read": Expected(reason="account_unsupported", fees=(), accepted=0, job={"profile_id": "p_reader"}),
     "badreq": Expected(reason="account_unsupported", fees=("void",), accepted=0),
     "unauth": Expected(reason="not_authorized", fees=("void",), accepted=0),
     "inactive": Expected(reason="connection_inactive", fees=("void",), accepted=0),
@@ -101,7 +103,7 @@ def test_scenario_has_its_expected_outcome_and_fee_entries(
     assert verdict_and_reason(payment) == (expected.verdict, expected.reason)
     eventually(lambda: final_fee_states(payready, payment.account_id) == sorted(expected.fees) or None)
     counts = Counter(expected.fees)
-    totals = payready.fee_totals()[payment.account_id]
+    totals = payready.fee_totals().get(payment.account_id, FeeTotals(0, posted=0, pending=0, void=0))
     assert totals == FeeTotals(
         expected.accepted, posted=counts["posted"], pending=counts["pending"], void=counts["void"]
     )

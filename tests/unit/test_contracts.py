@@ -40,7 +40,8 @@ def test_failure_schema_lists_every_reason() -> None:
 VALID: list[dict[str, Any]] = [
     {},
     {"amount": "25.00", "currency": "USD", "funds_check": "enabled"},
-    {"timeout_s": 1, "max_balance_age_s": 0, "include_overdraft": True, "metadata": {"a": [1, {"b": None}]}},
+    {"timeout_s": 1, "max_balance_age_s": 0, "hold_s": 0, "metadata": {"a": [1, {"b": None}]}},
+    {"amount": "999999999999999.99", "include_overdraft": True, "hold_s": 864_000},
     {"amount": "1", "buffer": {"multiplier": "1.5", "fixed": "2.00"}, "profile_id": "p_1", "connection_id": "conn_1"},
 ]
 INVALID: list[dict[str, Any]] = [
@@ -55,6 +56,8 @@ INVALID: list[dict[str, Any]] = [
     {"timeout_s": 0},
     {"timeout_s": "120"},
     {"max_balance_age_s": 86_401},
+    {"hold_s": 864_001},
+    {"hold_s": "60"},
     {"funds_check": "maybe"},
     {"buffer": {"colour": "red"}},
     {"colour": "red"},
@@ -65,7 +68,7 @@ INVALID: list[dict[str, Any]] = [
 def test_parser_accepts_a_job_that_the_schema_allows(changes: dict[str, Any]) -> None:
     """The sender can validate a job before it sends it."""
     _validator("job")({**JOB, **changes})
-    assert isinstance(parse_job({**JOB, **changes}, currency="USD"), Job)
+    assert isinstance(parse_job({**JOB, **changes}, required_currency="USD"), Job)
 
 
 @pytest.mark.parametrize("changes", INVALID)
@@ -74,4 +77,4 @@ def test_parser_rejects_a_job_that_the_schema_forbids(changes: dict[str, Any]) -
     with pytest.raises(ValidationError):
         _validator("job")({**JOB, **changes})
     with pytest.raises(InvalidJob):
-        parse_job({**JOB, **changes}, currency="USD")
+        parse_job({**JOB, **changes}, required_currency="USD")

@@ -7,7 +7,7 @@ import pytest
 
 from tasks import dispatch
 from tasks.app import app
-from worker.flow import BalancePoll, FollowUp, RefreshCall
+from worker.flow import AccountRead, BalancePoll, FollowUp, RefreshCall
 
 
 def test_duplicate_follow_ups_are_enqueued_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +41,7 @@ def test_sent_message_equals_the_message_of_send_task() -> None:
             RefreshCall(account_id="acct_1", refresh_id="ref_1", has_slot=True, delay=later),
         ],
         balance_polls=[BalancePoll(account_id="acct_1", profile_id="p_1", delay=later)],
+        account_reads=[AccountRead(account_id="acct_1", profile_id="p_1", refresh_id="ref_1")],
         balances_to_apply=["bal_1"],
     )
     deliver = dispatch.TaskMessage(name="outcomes.deliver", arguments=(["task_1"],))

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from worker.errors import InvalidJob
 from worker.rules.decimals import MINOR_UNIT_DIGITS, amount_with_currency_text
-from worker.rules.job import MAX_METADATA_BYTES, Buffer, Job, parse_job
+from worker.rules.job import (
+    MAX_AMOUNT,
+    MAX_METADATA_BYTES,
+    Buffer,
+    Job,
+    parse_job,
+    parse_stored_job_ignoring_unknown,
+)
 
 JOB = {"payment_id": "pay_1", "account_id": "acct_12Hz9Dz7vEAuljYvhmPcvM9"}
 SECRET = "s3cr3t"
@@ -21,7 +28,7 @@ SECRET = "s3cr3t"
 def parse(**changes: Any) -> Job:
     """Parse a job with these changes. None removes a field."""
     arguments = {name: value for name, value in {**JOB, **changes}.items() if value is not None}
-    return parse_job(arguments, currency="USD")
+    return parse_job(arguments, required_currency="USD")
 
 
 def _error_text(**changes: Any) -> str | None:
@@ -67,6 +74,13 @@ def nested(levels: int) -> dict[str, Any]:
     return {"x": value}
 
 
+AMOUNT_RULE = (
+    "must be a decimal in a string, greater than 0 and with at most 15 whole digits and 38 digits in all, "
+    'such as "25.00"'
+)
+FIXED_RULE = (
+    'must be a decimal in a string, "0" or more and with at most 15 whole digits and 38 digits in all, such as "2.00"'
+)
 INVALID = [
     # field, value, rule in the message
     ("payment_id", "", "must be 1 to 128 printable ASCII characters without spaces"),
@@ -86,23 +100,25 @@ INVALID = [
     ("account_id", {"id": "acct_1"}, 'must be a Quiltt account id, such as "acct_12Hz9Dz7"'),
     ("profile_id", "p 1", 'must be a Quiltt profile id, such as "p_12Hz9Dz7"'),
     ("connection_id", "conn_{}", 'must be a Quiltt connection id, such as "conn_12Hz9Dz7"'),
-    ("amount", "0", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "-1.00", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
+    ("amount", "0", AMOUNT_RULE),
+    ("amount", "-1.00", AMOUNT_RULE),
     ("amount", "25.001", "must have at most 2 decimal places in USD"),
-    ("amount", "1e-9", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", 25.0, 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", 25, 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", True, 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "a lot", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "NaN", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "Infinity", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "1" * 39, 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "1e99999", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "1e-99999", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", " 25.00", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "25.00\n", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "1_000", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
-    ("amount", "２５", 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"'),
+    ("amount", "1e-9", AMOUNT_RULE),
+    ("amount", 25.0, AMOUNT_RULE),
+    ("amount", 25, AMOUNT_RULE),
+    ("amount", True, AMOUNT_RULE),
+    ("amount", "a lot", AMOUNT_RULE),
+    ("amount", "NaN", AMOUNT_RULE),
+    ("amount", "Infinity", AMOUNT_RULE),
+    ("amount", "1" * 39, AMOUNT_RULE),
+    ("amount", "1e99999", AMOUNT_RULE),
+    ("amount", "1e-99999", AMOUNT_RULE),
+    ("amount", " 25.00", AMOUNT_RULE),
+    ("amount", "25.00\n", AMOUNT_RULE),
+    ("amount", "1_000", AMOUNT_RULE),
+    ("amount", "２５", AMOUNT_RULE),
+    ("amount", "9" * 30, AMOUNT_RULE),
+    ("amount", "1" + "0" * 15, AMOUNT_RULE),
     ("currency", "usd", 'must be three capital letters, such as "USD"'),
     ("currency", "DOLLAR", 'must be three capital letters, such as "USD"'),
     ("timeout_s", 0, "must be a whole number of seconds from 1 to 3600"),
@@ -132,11 +148,17 @@ INVALID = [
     (
         "buffer.fixed",
         {"fixed": "-0.01"},
-        'must be a decimal in a string, "0" or more and with at most 38 digits, such as "2.00"',
+        FIXED_RULE,
     ),
+    ("buffer.fixed", {"fixed": "1" + "0" * 15}, FIXED_RULE),
     ("buffer.colour", {"colour": "red"}, "is not a field of the buffer"),
     ("include_overdraft", "yes", "must be true or false"),
     ("include_overdraft", 1, "must be true or false"),
+    ("hold_s", -1, "must be a whole number of seconds from 0 to 864000"),
+    ("hold_s", 864_001, "must be a whole number of seconds from 0 to 864000"),
+    ("hold_s", 1.5, "must be a whole number of seconds from 0 to 864000"),
+    ("hold_s", "60", "must be a whole number of seconds from 0 to 864000"),
+    ("hold_s", True, "must be a whole number of seconds from 0 to 864000"),
     ("metadata", [1], "must be a JSON object"),
     (
         "metadata",
@@ -154,8 +176,9 @@ INVALID = [
 @pytest.mark.parametrize(("field", "value", "rule"), INVALID, ids=lambda value: str(value)[:24])
 def test_error_names_field_and_rule(field: str, value: Any, rule: str) -> None:
     """The sender can then correct the job."""
+    name = field.partition(".")[0]
     with pytest.raises(InvalidJob) as raised:
-        parse(**{field.partition(".")[0]: value})
+        parse(**{"amount": "25.00", name: value} if name == "buffer" else {name: value})
     assert str(raised.value) == f"{field}: {rule}"
 
 
@@ -174,29 +197,59 @@ def test_funds_check_requires_an_amount() -> None:
     assert parse(funds_check="disabled").amount is None
 
 
+@pytest.mark.parametrize(
+    ("checked", "cause"),
+    [({}, "amount is missing"), ({"amount": "25.00", "funds_check": "disabled"}, "funds_check is disabled")],
+)
+@pytest.mark.parametrize(
+    ("name", "value"), [("buffer", {"multiplier": "1.1"}), ("buffer", {"fixed": "0.01"}), ("include_overdraft", True)]
+)
+def test_option_of_the_funds_check_is_rejected_without_one(
+    checked: dict[str, Any], cause: str, name: str, value: Any
+) -> None:
+    """The sender expects a check, and payready would release the payment without one."""
+    with pytest.raises(InvalidJob) as raised:
+        parse(**checked, **{name: value})
+    assert str(raised.value) == f"{name}: must not be set without a funds check, but {cause}"
+    assert parse(amount="25.00", **{name: value}).effective_funds_check == "required"
+
+
+def test_default_option_of_the_funds_check_is_accepted_without_one() -> None:
+    """A sender may send all fields."""
+    job = parse(buffer={"multiplier": "1.0", "fixed": "0.00"}, include_overdraft=False)
+    assert job.effective_funds_check == "disabled"
+
+
+def test_hold_of_a_job_is_optional() -> None:
+    """Without it the setting applies; 0 is a hold that ends with the delivery of the outcome."""
+    assert [parse(hold_s=hold_s).hold_s for hold_s in (None, 0, 864_000)] == [None, 0, 864_000]
+
+
 def test_currency_must_be_that_of_the_accounts() -> None:
     """Quiltt's balances have no currency, so all accounts have the configured one."""
     with pytest.raises(InvalidJob, match="currency: is EUR, but the currency of the accounts is USD"):
-        parse_job({**JOB, "currency": "EUR"}, currency="USD")
-    assert parse_job({**JOB, "currency": "EUR"}, currency="EUR").currency == "EUR"
+        parse_job({**JOB, "currency": "EUR"}, required_currency="USD")
+    assert parse_job({**JOB, "currency": "EUR"}, required_currency="EUR").currency == "EUR"
 
 
 @pytest.mark.parametrize(("currency", "places"), [("USD", 2), ("EUR", 2), *MINOR_UNIT_DIGITS.items()])
 def test_amount_has_at_most_the_decimal_places_of_its_currency(currency: str, places: int) -> None:
     """Trailing zeros do not count."""
     valid = "7." + "0" * places + "00" if places == 0 else "7." + "1" * places + "00"
-    assert parse_job({**JOB, "amount": valid, "currency": currency}, currency=currency).amount == Decimal(valid)
+    assert parse_job({**JOB, "amount": valid, "currency": currency}, required_currency=currency).amount == Decimal(
+        valid
+    )
     allowed = f"at most {places} decimal places" if places else "no decimal places"
     with pytest.raises(InvalidJob, match=f"amount: must have {allowed} in {currency}"):
-        parse_job({**JOB, "amount": "7." + "1" * (places + 1), "currency": currency}, currency=currency)
+        parse_job({**JOB, "amount": "7." + "1" * (places + 1), "currency": currency}, required_currency=currency)
 
 
 @given(
-    amount=st.decimals(min_value=Decimal("0.01"), max_value=Decimal("1e34"), places=2, allow_nan=False)
-    | st.integers(0, 37).map(lambda exponent: Decimal(f"1e{exponent}"))
+    amount=st.decimals(min_value=Decimal("0.01"), max_value=MAX_AMOUNT - 1, places=2, allow_nan=False)
+    | st.integers(0, 14).map(lambda exponent: Decimal(f"1e{exponent}"))
 )
 def test_amount_keeps_all_digits(amount: Decimal) -> None:
-    """This includes amounts with 38 digits."""
+    """This includes amounts with 17 digits, which no float has."""
     assert parse(amount=format(amount, "f")).amount == amount
 
 
@@ -232,9 +285,10 @@ INTERNAL_WORDS = re.compile(
 def test_error_has_no_words_of_pydantic_or_python(field: str, value: Any) -> None:
     """The payments service receives no text of pydantic, no regular expression and no name of a Python type."""
     name, _, inner = field.partition(".")
-    arguments = {**JOB, name: {inner: value} if inner else value}
+    checked = {"amount": "25.00"} if name in ("buffer", "include_overdraft") else {}
+    arguments = {**JOB, **checked, name: {inner: value} if inner else value}
     try:
-        parse_job(arguments, currency="USD")
+        parse_job(arguments, required_currency="USD")
     except InvalidJob as error:
         for problem in str(error).split("; "):
             named, _, rule = problem.partition(": ")
@@ -289,3 +343,19 @@ def test_job_restored_from_json_equals_the_original() -> None:
     assert Job.model_validate(stored) == job
     assert stored["amount"] == "25.10"
     assert "timeout_s" not in stored
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"include_overdraft": True},
+        {"buffer": {"fixed": "5.00"}},
+        {"amount": "25.00", "funds_check": "disabled", "buffer": {"multiplier": "2"}},
+        {"amount": "9" * 30, "buffer": {"fixed": "9" * 30}},
+    ],
+)
+def test_stored_job_that_version_0_2_0_accepted_is_readable(fields: dict[str, Any]) -> None:
+    """Its payment may be waiting at the upgrade. A row that raises would stop maintenance."""
+    assert parse_stored_job_ignoring_unknown({**JOB, **fields}).payment_id == "pay_1"
+    with pytest.raises(InvalidJob):
+        parse(**fields)

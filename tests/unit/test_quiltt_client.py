@@ -291,6 +291,7 @@ def test_balance_poll_of_unknown_account_returns_none() -> None:
         respond(200, body=b"[]"),
         respond(200, body=b'{"data":null,"errors":[{"message":"no"}]}'),
         respond(200, body=b'{"data":{"account":7}}'),
+        respond(200, body=b'{"data":{"account":{"kind":"\\u0000"}}}'),
         respond(200, body=b"[" * 100_000),
         send_and_close(b"HTTP/1.1 2"),
     ],

@@ -1,13 +1,14 @@
 """The use cases of payready, one module each. Other packages write `from worker import flow`.
 
     `intake`       accept_job, accept_jobs_unless_account_locked: store payments, join each to a balance or a refresh
+    `account_reading` read_account_and_call_if_needed: read the facts of an account before its call
     `claiming`     claim_delay_or_reject_calls: reserve refresh calls, with their pending fee entries
     `calling`      make_call_unless_claim_is_old, report_and_record_results: make a claimed call, record its result
     `ingest`       ingest_events_and_resolve_payments: store balances and apply them to waiting payments
     `resolution`   apply_balance: apply a stored balance to waiting payments
     `polling`      poll_balance_and_resolve_payments: read a balance whose webhook may be lost
     `maintenance`  expire_poll_or_rejoin_due_payments, sweep_refreshes_and_balances: deadlines, and work that was lost
-    `operations`   cancel_waiting, redeliver: what a payments service or an operator asks for
+    `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
 
 Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
@@ -16,6 +17,7 @@ to the provider is made outside of a transaction. A balance and a deadline compe
 transaction wins. Functions that process a batch and need account locks skip accounts that others have locked.
 """
 
+from worker.flow.account_reading import read_account_and_call_if_needed
 from worker.flow.calling import (
     MAX_CLAIM_AGE,
     AcceptedCall,
@@ -27,7 +29,14 @@ from worker.flow.calling import (
     report_and_record_results,
 )
 from worker.flow.claiming import Claim, ClaimBatch, claim_delay_or_reject_calls
-from worker.flow.follow_up import CALL_ENQUEUE_RETRY, MAINTENANCE_BATCH_SIZE, BalancePoll, FollowUp, RefreshCall
+from worker.flow.follow_up import (
+    CALL_ENQUEUE_RETRY,
+    MAINTENANCE_BATCH_SIZE,
+    AccountRead,
+    BalancePoll,
+    FollowUp,
+    RefreshCall,
+)
 from worker.flow.ingest import (
     ingest_events_and_resolve_payments,
     prune_quarantine_beyond_limits,
@@ -48,11 +57,13 @@ from worker.flow.maintenance import (
 )
 from worker.flow.operations import (
     cancel_by_task,
-    cancel_waiting,
     claim_deliveries,
     delete_quarantined,
+    end_hold,
+    fail_waiting_as_cancelled_with_fee_share,
     mark_delivered,
     redeliver,
+    renew_claims_near_end,
 )
 from worker.flow.polling import poll_balance_and_resolve_payments
 from worker.flow.resolution import apply_balance
@@ -62,6 +73,7 @@ __all__ = [
     "MAINTENANCE_BATCH_SIZE",
     "MAX_CLAIM_AGE",
     "AcceptedCall",
+    "AccountRead",
     "AppliedReconciliation",
     "BalancePoll",
     "CallResult",
@@ -79,14 +91,15 @@ __all__ = [
     "apply_balance",
     "apply_invoice",
     "cancel_by_task",
-    "cancel_waiting",
     "claim_and_call",
     "claim_delay_or_reject_calls",
     "claim_deliveries",
     "claim_overdue_deliveries",
     "compare_invoice",
     "delete_quarantined",
+    "end_hold",
     "expire_poll_or_rejoin_due_payments",
+    "fail_waiting_as_cancelled_with_fee_share",
     "ingest_events_and_resolve_payments",
     "log_and_count_skipped_call",
     "make_call_unless_claim_is_old",
@@ -94,7 +107,9 @@ __all__ = [
     "parse_invoice_file",
     "poll_balance_and_resolve_payments",
     "prune_quarantine_beyond_limits",
+    "read_account_and_call_if_needed",
     "redeliver",
+    "renew_claims_near_end",
     "report_and_record_results",
     "store_balances_and_delete_quarantined",
     "sweep_refreshes_and_balances",

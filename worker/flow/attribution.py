@@ -11,7 +11,7 @@ from worker.ledger.engine import Tx
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules import states
-from worker.rules.states import ACTIVE_STATES, RefreshState
+from worker.rules.states import ACTIVE_STATES, IN_FLIGHT_STATES, RefreshState
 from worker.runtime import Runtime
 
 MAX_BALANCE_DELAY = timedelta(hours=1)
@@ -29,7 +29,14 @@ class Attribution:
     is_new: bool
     """Whether the balance is attributed now. False if it was attributed when it was applied before."""
     candidates: Sequence[str] = ()
-    """Ids of all refreshes whose calls may have caused the balance. Empty for a balance without source REFRESH."""
+    """Ids of all refreshes whose calls may have caused the balance. Empty for a balance that is no answer."""
+    further_of: RefreshRecord | None = None
+    """The answered refresh that the balance may be one more balance of, if it is too old to answer `refresh`."""
+
+    @property
+    def source(self) -> RefreshRecord:
+        """The refresh whose call the amounts may be as old as."""
+        return self.further_of or self.refresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,10 @@ class AttributedBalance:
     balance: BalanceRecord
     attribution: Attribution | None
     account_refreshes: Sequence[RefreshRecord]
-    """The account's refreshes that a balance may still answer, or that are to be called; the last called first."""
+    """The account's refreshes that a balance may still answer, that are to be called, or that were answered lately.
+
+    The last called is first.
+    """
 
     @property
     def refresh(self) -> RefreshRecord | None:
@@ -49,14 +59,18 @@ class AttributedBalance:
     @property
     def applied_record(self) -> BalanceRecord:
         """The record of the balance as it is once it is applied."""
-        refresh_id = self.refresh.refresh_id if self.refresh else self.balance.refresh_id
+        refresh_id = self.attribution.source.refresh_id if self.attribution else self.balance.refresh_id
         return replace(self.balance, due_at=None, refresh_id=refresh_id)
 
 
 def find_attributions(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
     """Attribute balances, one for each account, to refreshes. The accounts must be locked."""
     by_account: Mapping[str, list[RefreshRecord]] = defaultdict(list)
-    for refresh in refreshes.find_answerable_or_requested(tx, [balance.account_id for balance in records]):
+    if not records:
+        return []
+    accounts = [balance.account_id for balance in records]
+    answered_since = min(balance.as_of for balance in records) - MAX_BALANCE_DELAY
+    for refresh in refreshes.find_answerable_or_requested(tx, accounts, answered_since):
         by_account[refresh.account_id].append(refresh)
     return [
         AttributedBalance(
@@ -94,28 +108,77 @@ def _keep_or_choose_attribution(
         return None
     explaining = [refresh for refresh in account_refreshes if _can_explain(refresh, balance, skew)]
     refresh = next((refresh for refresh in explaining if refresh.state != RefreshState.ANSWERED), None)
-    if refresh is None:
-        return None
     if not balance.is_refresh:  # it is only younger than the call, whose own balance may still arrive
-        return Attribution(refresh=refresh, is_new=True)
+        return Attribution(refresh=refresh, is_new=True) if refresh is not None else None
+    if refresh is None:
+        return _attribute_further_balance(balance, explaining, account_refreshes, skew)
     candidates = [
         candidate.refresh_id
         for candidate in explaining
-        if candidate is refresh or _is_within_max_balance_delay(candidate, balance)
+        if candidate is refresh or (_may_have_open_call(candidate) and _is_within_max_balance_delay(candidate, balance))
     ]
     return Attribution(refresh=refresh, is_new=True, candidates=candidates)
 
 
+def _attribute_further_balance(
+    balance: BalanceRecord,
+    explaining: Sequence[RefreshRecord],
+    account_refreshes: Sequence[RefreshRecord],
+    skew: timedelta,
+) -> Attribution | None:
+    """Attribute a REFRESH balance that is the answer to no refresh.
+
+    1. It is older than the call in flight, but arrived after it. The payments of this call may accept its age. It is
+       no answer, because another balance may arrive.
+    2. It is, or may be, one more balance of a refresh that was answered: its amounts may be as old as that call.
+    """
+    answered = next((refresh for refresh in explaining if _is_within_max_balance_delay(refresh, balance)), None)
+    in_flight = next((refresh for refresh in account_refreshes if refresh.state in IN_FLIGHT_STATES), None)
+    if in_flight is not None and in_flight.called_at and balance.received_at >= in_flight.called_at - skew:
+        return Attribution(refresh=in_flight, is_new=True, further_of=answered)
+    return Attribution(refresh=answered, is_new=False) if answered is not None else None
+
+
+def _may_have_open_call(refresh: RefreshRecord) -> bool:
+    """Whether a balance may still be expected of one of the refresh's calls."""
+    return refresh.state != RefreshState.ANSWERED or refresh.call_count > 1
+
+
+def earliest_possible_call(
+    record: BalanceRecord,
+    attributed_to: RefreshRecord | None,
+    account_refreshes: Sequence[RefreshRecord],
+    skew: timedelta,
+) -> datetime | None:
+    """Return the time of the first call that can have caused the balance. None if no call can.
+
+    The balance may be the late result of an earlier call than `attributed_to`, if that call has no balance so far: its
+    amounts may be as old as that call. A balance that is not applied yet (None) is attributed first.
+    """
+    if attributed_to is None:
+        attribution = _keep_or_choose_attribution(record, account_refreshes, None, skew)
+        attributed_to = attribution.source if attribution else None
+    without_balance = [
+        refresh
+        for refresh in account_refreshes
+        if _may_have_open_call(refresh)
+        and _can_explain(refresh, record, skew)
+        and _is_within_max_balance_delay(refresh, record)
+    ]
+    possible = [*without_balance, attributed_to] if attributed_to else without_balance
+    return min((refresh.called_at for refresh in possible if refresh.called_at is not None), default=None)
+
+
 def _is_within_max_balance_delay(refresh: RefreshRecord, balance: BalanceRecord) -> bool:
     """Whether the balance may be the late response to a refresh that was not called last."""
-    return refresh.called_at is not None and balance.at_capped_at_receipt - refresh.called_at < MAX_BALANCE_DELAY
+    return refresh.called_at is not None and balance.as_of - refresh.called_at < MAX_BALANCE_DELAY
 
 
 def _can_explain(refresh: RefreshRecord, balance: BalanceRecord, skew: timedelta) -> bool:
     """Whether the refresh's call can have caused the balance: it was not made after the balance, within the skew."""
     if refresh.called_at is None or balance.received_at < refresh.called_at - skew:
         return False
-    return states.can_be_response_to(balance.at_capped_at_receipt, refresh.called_at, skew)
+    return states.can_be_response_to(balance.as_of, refresh.called_at, skew)
 
 
 # --- payments without a balance ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from worker.ledger.balances import BalanceRecord
 from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord, new_refresh
 from worker.rules import states
+from worker.rules.account_facts import AccountFacts
 from worker.rules.states import REFRESH_TRANSITIONS, RefreshEvent, RefreshState
 from worker.rules.times import utc_text
 
@@ -21,11 +22,13 @@ class AccountInputs:
     """State of an account, as far as a decision needs it. The account is locked."""
 
     waiting: Sequence[WaitingPayment] = ()
-    """The account's waiting payments, by the time of their requests."""
+    """The account's waiting payments whose deadline has not passed, by the time of their requests."""
     in_flight: RefreshRecord | None = None
     """The refresh in flight."""
     newest_balance: BalanceRecord | None = None
     """The newest REFRESH balance, if all waiting payments accept a balance from before their requests."""
+    facts: AccountFacts | None = None
+    """The stored account facts, if the job of a waiting payment reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +65,19 @@ class QueueBehindInFlight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplyBalance:
+class ApplyBalanceInsteadOfCall:
     """Apply a stored balance that is fresh enough for all waiting payments. No call is needed."""
 
     balance_id: str
     abandons_refresh: bool
     """Whether the refresh is abandoned. A refresh that was called before is not: the balance may answer it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAccountFirst:
+    """Make no call yet: the account is read first, free of charge. Perhaps no payment can be debited from it."""
+
+    profile_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +113,16 @@ class RejectByCap:
 
 
 Decision = (
-    NotDue | NotNeeded | Abandon | QueueBehindInFlight | ApplyBalance | Delay | DelayAndFail | ClaimCall | RejectByCap
+    NotDue
+    | NotNeeded
+    | Abandon
+    | QueueBehindInFlight
+    | ApplyBalanceInsteadOfCall
+    | ReadAccountFirst
+    | Delay
+    | DelayAndFail
+    | ClaimCall
+    | RejectByCap
 )
 
 
@@ -124,11 +143,15 @@ def decide_claim(
     4. While another refresh is in flight, the account is not called. If its call is late enough for all waiting
        payments, they share it, and this refresh is abandoned. Else this refresh is queued.
     5. A stored balance that is fresh enough for all waiting payments is applied.
-    6. A call is claimed, unless admission control denied it (`denied` is set): then it is delayed.
+    6. An account whose facts are unknown is read, unless the circuit breaker is open: a read would fail too.
+    7. A call is claimed, unless admission control denied it (`denied` is set): then it is delayed.
     """
     without_call = _decide_without_call(inputs, now=now, has_slot=has_slot, clock_skew=clock_skew)
     if without_call is not None:
         return without_call
+    profile_id = _profile_to_read_account_with(inputs.account, now)
+    if profile_id is not None and (denied is None or denied.reason == "rate_limited"):
+        return ReadAccountFirst(profile_id=profile_id)
     if denied is not None:
         return _delay_failing_payments_if_circuit_open(inputs.account.waiting, denied)
     return ClaimCall(refresh=_claimed(inputs, now, max_call_duration))
@@ -151,7 +174,9 @@ def _decide_without_call(
     if balance is None or not _is_reusable_by_all(balance, account.waiting, clock_skew):
         return None
     was_called = refresh is not None and refresh.call_count > 0
-    return ApplyBalance(balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called)
+    return ApplyBalanceInsteadOfCall(
+        balance_id=balance.balance_id, abandons_refresh=refresh is not None and not was_called
+    )
 
 
 def after_decision(account: AccountInputs, decision: Decision) -> AccountInputs:
@@ -187,10 +212,18 @@ def _is_reusable_by_all(balance: BalanceRecord, waiting: Sequence[WaitingPayment
     return all(
         payment.job.max_balance_age_s > 0
         and states.balance_is_fresh_enough(
-            balance.at_capped_at_receipt, None, payment.min_balance_at, only_own_call=False, skew=clock_skew
+            balance.as_of, None, payment.min_balance_at, only_own_call=False, skew=clock_skew
         )
         for payment in waiting
     )
+
+
+def _profile_to_read_account_with(account: AccountInputs, now: datetime) -> str | None:
+    """Return the profile to read the account with: the last payment's. None if no read is possible or due."""
+    readers = [payment for payment in account.waiting if payment.job.reads_account]
+    if not readers or (account.facts is not None and not account.facts.is_read_due(now, readers[0].requested_at)):
+        return None
+    return readers[-1].job.profile_id
 
 
 def _delay_failing_payments_if_circuit_open(waiting: Sequence[WaitingPayment], denied: Denied) -> Delay | DelayAndFail:

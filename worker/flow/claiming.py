@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from config.log_config import get_logger
 from worker import metrics
@@ -11,11 +11,11 @@ from worker.correlation.admission import Admission, Denied
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.correlation.store import CalledRefresh
 from worker.errors import CallFailed, FailureReason, error_summary
+from worker.flow.account_support import fail_unsupported_payments
 from worker.flow.attribution import refresh_id_if_called, window_end_after_claim
 from worker.flow.claim_decision import (
     Abandon,
-    AccountInputs,
-    ApplyBalance,
+    ApplyBalanceInsteadOfCall,
     ClaimCall,
     ClaimInputs,
     Decision,
@@ -23,25 +23,25 @@ from worker.flow.claim_decision import (
     DelayAndFail,
     NotNeeded,
     QueueBehindInFlight,
+    ReadAccountFirst,
     RejectByCap,
     after_decision,
     decide_claim,
 )
+from worker.flow.claim_inputs import LoadedClaims, load_claim_inputs_and_lock_payments
 from worker.flow.correlation_rebuild import clear_refresh_best_effort, rebuild_correlation
 from worker.flow.fee_cap_check import claim_or_reject_by_caps
-from worker.flow.follow_up import FollowUp, RefreshCall
+from worker.flow.follow_up import AccountRead, FollowUp, RefreshCall
 from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.flow.resolution_decision import failed_resolution
 from worker.flow.unpriced_calls import defer_or_reject_unpriced_calls
-from worker.ledger import balances, fee_entries, payments, refreshes
-from worker.ledger.balances import BalanceRecord
+from worker.ledger import fee_entries, payments, refreshes
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts, try_lock_accounts
-from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.pricing import Price
-from worker.rules.states import IN_FLIGHT_STATES, RefreshEvent
+from worker.rules.states import RefreshEvent
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
@@ -82,8 +82,9 @@ def claim_delay_or_reject_calls(
 ) -> ClaimBatch:
     """Claim the calls that are to be made, and open their fee entries, in one transaction.
 
-    All other calls are delayed, queued, abandoned or rejected: `decide_claim` states when. Payments that cannot wait
-    for a delayed call, or whose call a fee cap rejects, fail.
+    All other calls are delayed, queued, abandoned or rejected, or their account is read first: `decide_claim` states
+    when. Payments that cannot wait for a delayed call, or whose call a fee cap rejects, fail. So do payments that no
+    balance of their account can release.
 
     `has_slot`: the calls were delayed and have slots of the rate limiter now. Calls of locked accounts are returned as
     contended, unless `wait_for_locks`.
@@ -141,27 +142,28 @@ def _claim_in_transaction(
             locked = try_lock_accounts(tx, locked)
         terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
         loaded = load_claim_inputs_and_lock_payments(
-            tx, [call for call in calls if call.account_id in locked], rt.settings.clock_skew
+            tx, [call for call in calls if call.account_id in locked], terms.now, rt.settings.clock_skew
         )
         batch = _decide_persist_and_rebuild_correlation(rt, tx, loaded, terms)
     return replace(batch, contended=[call for call in calls if call.account_id not in locked])
 
 
 def _decide_persist_and_rebuild_correlation(
-    rt: Runtime, tx: Tx, loaded: Sequence[ClaimInputs], terms: _ClaimTerms
+    rt: Runtime, tx: Tx, loaded: LoadedClaims, terms: _ClaimTerms
 ) -> ClaimBatch:
     """Decide on the calls in their order, and write the decisions.
 
-    1. Decide on a call. The decision sees what earlier decisions of the batch did to its account.
-    2. Persist the decision at once, unless it is a claim.
-    3. Persist all claims together.
-    4. Rebuild the correlation state of accounts where it is out of date.
+    1. Fail the payments that no balance can release. No decision sees them.
+    2. Decide on a call. The decision sees what earlier decisions of the batch did to its account.
+    3. Persist the decision at once, unless it is a claim.
+    4. Persist all claims together.
+    5. Rebuild the correlation state of accounts where it is out of date.
     """
-    accounts = {inputs.account_id: inputs.account for inputs in loaded}
+    accounts = {inputs.account_id: inputs.account for inputs in loaded.inputs}
     claims: list[Claim] = []
     outdated: dict[str, None] = {}  # a set that keeps the order
-    follow_up = FollowUp()
-    for stored in loaded:
+    follow_up = FollowUp(deliveries=fail_unsupported_payments(rt, tx, loaded.unsupported))
+    for stored in loaded.inputs:
         inputs = replace(stored, account=accounts[stored.account_id])
         decision = _decide(rt, tx, inputs, terms, unwritten=[claim.call for claim in claims])
         if isinstance(decision, ClaimCall):
@@ -170,7 +172,7 @@ def _decide_persist_and_rebuild_correlation(
             outdated[inputs.account_id] = None
         follow_up = follow_up.plus(_persist_unless_claim(rt, tx, inputs, decision, terms.now))
         accounts[inputs.account_id] = after_decision(inputs.account, decision)
-    persisted = _persist_claims(tx, claims, {inputs.refresh_id: inputs.refresh for inputs in loaded})
+    persisted = _persist_claims(tx, claims, {inputs.refresh_id: inputs.refresh for inputs in loaded.inputs})
     for account_id in outdated:
         rebuild_correlation(rt, tx, account_id)
     return ClaimBatch(claims=persisted, follow_up=follow_up)
@@ -193,55 +195,6 @@ def _decide(
     return decision
 
 
-# --- load -------------------------------------------------------------------------------------------------------------
-
-
-def load_claim_inputs_and_lock_payments(
-    tx: Tx, calls: Sequence[RefreshCall], clock_skew: timedelta
-) -> list[ClaimInputs]:
-    """Load the inputs of the decisions on these calls. The accounts must be locked.
-
-    Locks the waiting payments: a transaction that fails one of them must see the call that is made for it.
-    """
-    if not calls:
-        return []
-    account_ids = {call.account_id for call in calls}
-    records = refreshes.find_in_flight_or_by_id(tx, account_ids, [call.refresh_id for call in calls])
-    by_id = {record.refresh_id: record for record in records}
-    in_flight = {record.account_id: record for record in records if record.state in IN_FLIGHT_STATES}
-    waiting = payments.lock_waiting_by_account(tx, account_ids)
-    newest_balances = _newest_balances_where_all_accept_reuse(tx, waiting, clock_skew)
-    return [
-        ClaimInputs(
-            account_id=call.account_id,
-            refresh_id=call.refresh_id,
-            refresh=by_id.get(call.refresh_id),
-            account=AccountInputs(
-                waiting=waiting.get(call.account_id, ()),
-                in_flight=in_flight.get(call.account_id),
-                newest_balance=newest_balances.get(call.account_id),
-            ),
-        )
-        for call in calls
-    ]
-
-
-def _newest_balances_where_all_accept_reuse(
-    tx: Tx, waiting: Mapping[str, Sequence[WaitingPayment]], clock_skew: timedelta
-) -> Mapping[str, BalanceRecord]:
-    """Return the newest balances of accounts whose waiting payments all accept a balance from before their requests."""
-    candidates = [
-        payment
-        for of_account in waiting.values()
-        if all(payment.job.max_balance_age_s for payment in of_account)
-        for payment in of_account
-    ]
-    if not candidates:
-        return {}
-    oldest = min(payment.min_balance_at for payment in candidates) - clock_skew
-    return balances.newest_refresh_balance_by_account(tx, {payment.account_id for payment in candidates}, oldest)
-
-
 # --- persist ----------------------------------------------------------------------------------------------------------
 
 
@@ -252,11 +205,14 @@ def _persist_unless_claim(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: De
             _abandon(tx, inputs.refresh)
         case QueueBehindInFlight(in_flight=in_flight):
             _insert_or_reschedule_refresh(tx, inputs, due_at=window_end_after_claim(rt, in_flight))
-        case ApplyBalance(balance_id=balance_id, abandons_refresh=abandons_refresh):
+        case ApplyBalanceInsteadOfCall(balance_id=balance_id, abandons_refresh=abandons_refresh):
             if abandons_refresh:
                 _abandon(tx, inputs.refresh)
             clear_refresh_best_effort(rt, inputs.account_id, inputs.refresh_id)
             return FollowUp(balances_to_apply=[balance_id])
+        case ReadAccountFirst(profile_id=profile_id):
+            read = AccountRead(account_id=inputs.account_id, profile_id=profile_id, refresh_id=inputs.refresh_id)
+            return FollowUp(account_reads=[read])
         case Delay(denied=denied):
             refresh = _stored_refresh(tx, inputs, now)
             _count_and_delay_call(tx, refresh, denied, refresh.last_error)

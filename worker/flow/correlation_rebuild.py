@@ -21,9 +21,7 @@ def rebuild_correlation(rt: Runtime, tx: Tx, account_id: str) -> None:
         called_at=in_flight.called_at if in_flight else None,
         requested=requested.refresh_id if requested else None,
         newest_balance=(
-            NewRefreshBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.at_capped_at_receipt)
-            if newest
-            else None
+            NewRefreshBalance(account_id=account_id, balance_id=newest.balance_id, at=newest.as_of) if newest else None
         ),
     )
     best_effort("restore_account", rt.correlation.restore_account, account_id, state)

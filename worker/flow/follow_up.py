@@ -37,6 +37,15 @@ class BalancePoll:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AccountRead:
+    """A free read of account facts to enqueue. The call of the refresh is made after it."""
+
+    account_id: str
+    profile_id: str
+    refresh_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FollowUp:
     """Actions to dispatch after a commit. Losing them is safe: maintenance finds the same work in the ledger."""
 
@@ -46,6 +55,7 @@ class FollowUp:
     balances_to_apply: Sequence[str] = field(default_factory=list)
     """Ids of stored balances that may resolve waiting payments."""
     balance_polls: Sequence[BalancePoll] = field(default_factory=list)
+    account_reads: Sequence[AccountRead] = field(default_factory=list)
 
     def plus(self, other: "FollowUp") -> "FollowUp":
         """Return the actions of both."""
@@ -54,6 +64,7 @@ class FollowUp:
             calls=[*self.calls, *other.calls],
             balances_to_apply=[*self.balances_to_apply, *other.balances_to_apply],
             balance_polls=[*self.balance_polls, *other.balance_polls],
+            account_reads=[*self.account_reads, *other.account_reads],
         )
 
 

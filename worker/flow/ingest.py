@@ -39,32 +39,37 @@ def ingest_events_and_resolve_payments(
             quarantine.insert_events(tx, unparsed_events, now)
             follow_up = follow_up.plus(_move_or_fail_affected_payments(rt, tx, connection_updates))
     if received_balances:
-        follow_up = follow_up.plus(_store_all_and_try_apply_first_by_account(rt, _new_records(received_balances, now)))
+        follow_up = follow_up.plus(
+            _store_and_apply_newest_by_account_or_only_store(rt, _new_records(rt, received_balances, now))
+        )
     return follow_up
 
 
-def _new_records(received_balances: Sequence[BalanceWithEventId], received_at: datetime) -> list[BalanceRecord]:
+def _new_records(
+    rt: Runtime, received_balances: Sequence[BalanceWithEventId], received_at: datetime
+) -> list[BalanceRecord]:
+    believe_arrival = rt.settings.refresh_balance_time == "arrival"
     return [
-        balances.new_unapplied_record(received.event_id, received.balance, received_at)
+        balances.new_unapplied_record(received.event_id, received.balance, received_at, believe_arrival=believe_arrival)
         for received in received_balances
     ]
 
 
-def _store_all_and_try_apply_first_by_account(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
+def _store_and_apply_newest_by_account_or_only_store(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:
     """Store balances and apply them in one transaction. If that fails for any reason, only store them.
 
-    Only the first balance of each account is applied, if it is new and no other transaction has locked the account.
+    Only the newest balance of each account is applied, if it is new and no other transaction has locked the account.
 
-    1. Try to lock the accounts, and attribute the first balance of each.
+    1. Try to lock the accounts, and attribute the newest balance of each.
     2. Insert all balances in one statement: two transactions that insert the same balances must not deadlock.
     3. Resolve waiting payments with the attributed balances that the statement inserted.
     """
     records = list({record.balance_id: record for record in records}.values())
-    first_by_account = {record.account_id: record for record in reversed(records)}
+    newest_by_account = {record.account_id: record for record in sorted(records, key=lambda record: record.age_rank)}
     try:
         with transaction(rt.engine) as tx:
-            locked = try_lock_accounts(tx, first_by_account)
-            to_apply = [record for record in first_by_account.values() if record.account_id in locked]
+            locked = try_lock_accounts(tx, newest_by_account)
+            to_apply = [record for record in newest_by_account.values() if record.account_id in locked]
             attributed = find_attributions(tx, to_apply, rt.settings.clock_skew)
             new_ids = balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
             new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
@@ -75,7 +80,7 @@ def _store_all_and_try_apply_first_by_account(rt: Runtime, records: Sequence[Bal
     except Exception:  # no error may lose a balance
         log.exception("balance.apply_failed", count=len(records))
         return _store_for_later_apply(rt, records)
-    result.observe_latency()
+    result.observe()
     not_applied = [record.balance_id for record in records if record.balance_id not in result.balance_ids]
     return result.follow_up.plus(FollowUp(balances_to_apply=not_applied))
 
@@ -115,7 +120,7 @@ def store_balances_and_delete_quarantined(
 ) -> FollowUp:
     """Move an event that can be parsed now out of quarantine: store its balances as received when the event was."""
     with transaction(rt.engine) as tx:
-        balances.insert_balances(tx, _new_records(received_balances, event.received_at))
+        balances.insert_balances(tx, _new_records(rt, received_balances, event.received_at))
         quarantine.delete_events(tx, [event.quarantine_id])
     return FollowUp(balances_to_apply=[received.balance.id for received in received_balances])
 

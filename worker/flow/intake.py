@@ -13,11 +13,11 @@ from worker.flow.intake_decision import (
     AlreadyResolved,
     Conflict,
     Decision,
-    IntakeInputs,
     IntakeRequest,
     New,
+    RepetitionInputs,
     StillWaiting,
-    decide_intake,
+    decide_new_repeated_or_conflicting,
 )
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Tx, transaction
@@ -101,15 +101,15 @@ def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: 
     6. Call `on_waiting`.
     """
     now = rt.clock()
-    decisions = decide_intake(_insert_or_lock_known_payments(tx, requests, now))
+    decisions = decide_new_repeated_or_conflicting(_insert_or_lock_known_payments(tx, requests, now))
     _raise_first_conflict(decisions)
-    _register_tasks_except_duplicates(tx, requests, decisions, now)
+    _register_tasks_and_schedule_redelivery(tx, requests, decisions)
     results = _join(rt, requests, decisions)
     on_waiting([result for result in results if result.waiting is not None])
     return results
 
 
-def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> IntakeInputs:
+def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> RepetitionInputs:
     """Insert the payments of new jobs. Load and lock the payments of repeated jobs."""
     inserted = payments.insert_payments(tx, [request.job for request in requests], now)
     repeated = [request for request in requests if request.job.payment_id not in inserted]
@@ -120,7 +120,7 @@ def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], no
         if repeated
         else {}
     )
-    return IntakeInputs(requests=requests, inserted=inserted, known=known)
+    return RepetitionInputs(requests=requests, inserted=inserted, known=known, claimed_until=now + REDELIVER_AFTER)
 
 
 def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
@@ -131,15 +131,15 @@ def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
             raise PaymentNotReady(FailureReason.CONFLICT, detail)
 
 
-def _register_tasks_except_duplicates(
-    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], now: datetime
+def _register_tasks_and_schedule_redelivery(
+    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]
 ) -> None:
-    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are due after a while."""
+    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are claimed."""
     deliveries = [
         NewDelivery(
             payment_id=request.job.payment_id,
             continuation=request.continuation,
-            due_at=now + REDELIVER_AFTER if isinstance(decision, AlreadyResolved) else None,
+            due_at=decision.delivery.claimed_until if isinstance(decision, AlreadyResolved) else None,
         )
         for request, decision in zip(requests, decisions, strict=True)
         if isinstance(decision, New | StillWaiting | AlreadyResolved)

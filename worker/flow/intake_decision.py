@@ -1,10 +1,11 @@
 """The decision what a job is: new, repeated, resolved already, or in conflict. Pure: no I/O, no clock.
 
-`worker.flow.intake` loads the inputs, calls `decide_intake`, and persists the decisions.
+`worker.flow.intake` loads the inputs, calls `decide_new_repeated_or_conflicting`, and persists the decisions.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from worker.ledger.outcome_deliveries import OutcomeDelivery
@@ -27,7 +28,7 @@ class IntakeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntakeInputs:
+class RepetitionInputs:
     """All that the decisions on jobs need. The accounts are locked."""
 
     requests: Sequence[IntakeRequest]
@@ -35,6 +36,8 @@ class IntakeInputs:
     """By payment id, the payments that this transaction has inserted."""
     known: Mapping[str, KnownPayment]
     """By payment id, the payments that were stored before. They are locked."""
+    claimed_until: datetime
+    """Until when this process has the claim of outcomes that exist already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class Conflict:
 Decision = New | StillWaiting | AlreadyResolved | DuplicateAfterResolution | Conflict
 
 
-def decide_intake(inputs: IntakeInputs) -> list[Decision]:
+def decide_new_repeated_or_conflicting(inputs: RepetitionInputs) -> list[Decision]:
     """Decide on each request, in their order.
 
     The first request for an inserted payment is `New`. Every other request is compared with the job that is stored.
@@ -90,7 +93,8 @@ def decide_intake(inputs: IntakeInputs) -> list[Decision]:
         if payment_id in inputs.inserted and payment_id not in seen_payments:
             decision: Decision = New(payment=inputs.inserted[payment_id])
         else:
-            decision = _decide_repeated(request, _known_or_just_inserted_payment(inputs, payment_id), resolved_tasks)
+            stored = _known_or_just_inserted_payment(inputs, payment_id)
+            decision = _decide_repeated(request, stored, resolved_tasks, inputs.claimed_until)
         seen_payments.add(payment_id)
         if isinstance(decision, AlreadyResolved):
             resolved_tasks.add(request.task_id)
@@ -98,7 +102,7 @@ def decide_intake(inputs: IntakeInputs) -> list[Decision]:
     return decisions
 
 
-def _known_or_just_inserted_payment(inputs: IntakeInputs, payment_id: str) -> KnownPayment:
+def _known_or_just_inserted_payment(inputs: RepetitionInputs, payment_id: str) -> KnownPayment:
     if payment_id not in inputs.inserted:
         return inputs.known[payment_id]
     return KnownPayment(
@@ -106,7 +110,9 @@ def _known_or_just_inserted_payment(inputs: IntakeInputs, payment_id: str) -> Kn
     )
 
 
-def _decide_repeated(request: IntakeRequest, stored: KnownPayment, resolved_tasks: set[str]) -> Decision:
+def _decide_repeated(
+    request: IntakeRequest, stored: KnownPayment, resolved_tasks: set[str], claimed_until: datetime
+) -> Decision:
     """Decide on a request for a stored payment. `resolved_tasks` got its outcome earlier in this batch."""
     if differing := _differing_fields(stored.payment.job, request.job):
         return Conflict(fields=differing)
@@ -116,7 +122,11 @@ def _decide_repeated(request: IntakeRequest, stored: KnownPayment, resolved_task
         return DuplicateAfterResolution()
     return AlreadyResolved(
         delivery=OutcomeDelivery(
-            task_id=request.task_id, continuation=request.continuation, state=stored.state, outcome=stored.outcome
+            task_id=request.task_id,
+            continuation=request.continuation,
+            state=stored.state,
+            outcome=stored.outcome,
+            claimed_until=claimed_until,
         )
     )
 

@@ -8,7 +8,7 @@ from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, best_effort
 from worker.errors import FailureReason, error_summary
 from worker.flow.attribution import refresh_by_payment, refresh_id_if_called, window_end_after_claim
-from worker.flow.check_decision import CheckInputs, accounts_in_extension, plan_checks
+from worker.flow.check_decision import CheckInputs, ExpiredPayment, overdue_payments, plan_expiry_polls_and_rejoins
 from worker.flow.correlation_rebuild import clear_refresh_best_effort, rebuild_correlation
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
@@ -28,6 +28,7 @@ from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.states import MAX_UNCERTAIN_CALLS, RefreshEvent, RefreshState
+from worker.rules.times import utc_text
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
@@ -52,7 +53,7 @@ class CheckResult:
 def expire_poll_or_rejoin_due_payments(rt: Runtime) -> CheckResult:
     """Check waiting payments that are due: fail those at their deadline, and help the others to a balance.
 
-    `plan_checks` decides. Its plan is committed before balances are polled and payments join again.
+    `plan_expiry_polls_and_rejoins` decides. Its plan is committed before balances are polled and payments join again.
     """
     now = rt.clock()
     with transaction(rt.engine) as tx:
@@ -60,46 +61,52 @@ def expire_poll_or_rejoin_due_payments(rt: Runtime) -> CheckResult:
         if not due:
             return CheckResult()
         inputs = _load_check_inputs(rt, tx, due, now)
-        plan = plan_checks(inputs, now=now, poll_lead=rt.settings.balance_poll_lead_if_enabled)
+        plan = plan_expiry_polls_and_rejoins(inputs, now=now, poll_lead=rt.settings.balance_poll_lead_if_enabled)
         deliveries = payments.resolve(
             tx,
             [
-                _timeout_or_last_error_resolution(payment, inputs.serving[payment.payment_id], now)
-                for payment in plan.expired
+                _timeout_or_last_error_resolution(expired, inputs.serving[expired.payment.payment_id], now)
+                for expired in plan.expired
             ],
             now,
         )
-        payments.set_next_checks(tx, plan.next_checks)
+        payments.set_next_checks_of_locked(tx, plan.next_checks)
     follow_up = FollowUp(deliveries=deliveries, balances_to_apply=plan.balances_to_apply)
     if plan.to_poll:
-        follow_up = follow_up.plus(_reserve_account_polls_and_postpone_checks(rt, plan.to_poll, now))
+        follow_up = follow_up.plus(_reserve_poll_slots_and_postpone_checks_of_polled(rt, plan.to_poll, now))
     for payment in plan.to_rejoin:
         follow_up = follow_up.plus(_rebuild_correlation_and_rejoin(rt, payment))
     return CheckResult(follow_up=follow_up, has_more=len(due) == MAINTENANCE_BATCH_SIZE)
 
 
 def _load_check_inputs(rt: Runtime, tx: Tx, due: Sequence[WaitingPayment], now: datetime) -> CheckInputs:
-    account_ids = accounts_in_extension(due, now)
+    overdue, skew = overdue_payments(due, now), rt.settings.clock_skew
+    since = min((payment.min_balance_at for payment in overdue), default=now) - skew
     return CheckInputs(
         due=due,
         serving=refresh_by_payment(rt, tx, due),
-        unapplied=balances.unapplied_by_account(tx, sorted(account_ids)) if account_ids else {},
+        arrived=balances.received_since(tx, {payment.account_id for payment in overdue}, since),
+        clock_skew=skew,
     )
 
 
 def _timeout_or_last_error_resolution(
-    payment: WaitingPayment, refresh: RefreshRecord | None, now: datetime
+    expired: ExpiredPayment, refresh: RefreshRecord | None, now: datetime
 ) -> Resolution:
     """Return the resolution at the deadline: the last error of the provider if there was one, else a timeout."""
+    payment = expired.payment
     reason, detail = FailureReason.TIMEOUT, f"no balance arrived within {payment.job.timeout_s} s"
-    if refresh is None or not (refresh.call_count or refresh.last_error):
+    if expired.too_old is not None:
+        as_of, needed = utc_text(expired.too_old.as_of), utc_text(payment.min_balance_at)
+        detail = f"a balance arrived, but it is as of {as_of}; the payment needs one as of {needed} or later"
+    elif refresh is None or not (refresh.call_count or refresh.last_error):
         detail += ", and no call was made"
     elif refresh.last_error is not None:
         reason, detail = FailureReason.PROVIDER_UNAVAILABLE, refresh.last_error
     return failed_resolution(payment, reason, detail, now, refresh_id_if_called(refresh))
 
 
-def _reserve_account_polls_and_postpone_checks(
+def _reserve_poll_slots_and_postpone_checks_of_polled(
     rt: Runtime, to_poll: Sequence[WaitingPayment], now: datetime
 ) -> FollowUp:
     """Reserve slots for balance polls, one for each account. Accounts without a slot are checked again in a second."""
@@ -141,7 +148,7 @@ def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
     with transaction(rt.engine) as tx:
         due = refreshes.find_due_in_flight_or_unneeded(tx, now, MAINTENANCE_BATCH_SIZE)
         # One more than there are slots in a second: the limiter then knows whether delayed calls remain.
-        callable_refreshes = refreshes.callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
+        callable_refreshes = refreshes.find_callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
         unapplied = balances.claim_overdue_unapplied(tx, now, MAINTENANCE_BATCH_SIZE)
     follow_up = FollowUp(balances_to_apply=unapplied)
     for refresh in due:

@@ -6,13 +6,13 @@ from datetime import datetime
 from worker.errors import FailureReason
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import fail_payments_with_fee_share
-from worker.ledger import outcome_deliveries, payments, quarantine
+from worker.ledger import funds_holds, outcome_deliveries, payments, quarantine
 from worker.ledger.engine import transaction
-from worker.ledger.outcome_deliveries import OutcomeDelivery
+from worker.ledger.outcome_deliveries import MIN_CLAIM_LEFT, OutcomeDelivery
 from worker.runtime import Runtime
 
 
-def cancel_waiting(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
+def fail_waiting_as_cancelled_with_fee_share(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
     """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are."""
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, payment_ids)
@@ -24,7 +24,7 @@ def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:
     """Cancel the waiting payments that these Celery tasks are registered for."""
     with transaction(rt.engine) as tx:
         payment_ids = outcome_deliveries.payments_of_tasks(tx, task_ids)
-    return cancel_waiting(rt, payment_ids) if payment_ids else FollowUp()
+    return fail_waiting_as_cancelled_with_fee_share(rt, payment_ids) if payment_ids else FollowUp()
 
 
 def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelivery]:
@@ -33,10 +33,32 @@ def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelive
         return outcome_deliveries.claim_undelivered_and_unclaimed(tx, task_ids, rt.clock())
 
 
-def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) -> None:
-    """Mark the outcomes of these tasks as delivered, each at its time."""
+def renew_claims_near_end(rt: Runtime, deliveries: Sequence[OutcomeDelivery]) -> list[OutcomeDelivery]:
+    """Return the deliveries without those whose claim was lost, each with at least `MIN_CLAIM_LEFT` to deliver it.
+
+    Makes no statement while every claim has that much time left.
+    """
+    now = rt.clock()
+    if all(delivery.claimed_until - now >= MIN_CLAIM_LEFT for delivery in deliveries):
+        return list(deliveries)
     with transaction(rt.engine) as tx:
+        return outcome_deliveries.renew_claims(tx, deliveries, now)
+
+
+def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) -> None:
+    """Mark the outcomes of these tasks as delivered, each at its time. The countdown of their funds holds starts."""
+    with transaction(rt.engine) as tx:
+        funds_holds.start_hold_countdown(tx, delivered_at_by_task, rt.settings.funds_hold_s)
         outcome_deliveries.mark_delivered(tx, delivered_at_by_task)
+
+
+def end_hold(rt: Runtime, payment_id: str) -> bool:
+    """End the funds hold of a released payment. Return False if it has none, or it ended before.
+
+    Its amount stays deducted from balances that are older than now: they may not show the debit.
+    """
+    with transaction(rt.engine) as tx:
+        return funds_holds.end_hold(tx, payment_id, rt.clock())
 
 
 def redeliver(rt: Runtime, payment_id: str) -> list[str]:

@@ -3,14 +3,13 @@
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed
-from worker.flow.attribution import refresh_by_payment, refresh_id_if_called
+from worker.flow.account_reading import facts_of
+from worker.flow.account_support import fail_unsupported_payments, unsupported_payments
 from worker.flow.follow_up import FollowUp
 from worker.flow.ingest import ingest_events_and_resolve_payments
-from worker.flow.resolution_decision import failed_resolution
-from worker.ledger import payments
+from worker.ledger import accounts, payments
 from worker.ledger.engine import transaction
 from worker.quiltt.messages import BalanceWithEventId, PolledAccount, parse_polled_balance
-from worker.rules import funds
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
@@ -19,7 +18,7 @@ log = get_logger(__name__)
 def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: str) -> FollowUp:
     """Read the account's balance from the provider, and ingest it if it may resolve payments.
 
-    Payments that no balance of such an account can release fail at once.
+    Its facts are stored, and payments that no balance of such an account can release fail at once.
     """
     try:
         account = rt.provider.poll_account(account_id, profile_id)
@@ -28,7 +27,7 @@ def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: 
         metrics.BALANCE_POLLS.labels("failed").inc()
         log.warning("balance_poll.failed", account_id=account_id, error=str(error))
         return FollowUp()
-    follow_up = _fail_unsupported_payments(rt, account_id, account) if account else FollowUp()
+    follow_up = _store_facts_and_fail_unsupported_payments(rt, account_id, account) if account else FollowUp()
     is_usable = balance is not None and (balance.is_refresh or rt.settings.allow_sync_balances)
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
@@ -37,20 +36,10 @@ def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: 
     return follow_up
 
 
-def _fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAccount) -> FollowUp:
-    """Fail the payments that no balance of such an account can release."""
-    now = rt.clock()
+def _store_facts_and_fail_unsupported_payments(rt: Runtime, account_id: str, account: PolledAccount) -> FollowUp:
+    """Store the account's facts. Fail the payments that no balance of such an account can release."""
+    facts = facts_of(rt, account_id, account)
     with transaction(rt.engine) as tx:
-        unsupported = [
-            (payment, found)
-            for payment in payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
-            if (found := funds.ineligibility_for_funds_check(payment.job, account.kind, account.currency))
-        ]
-        serving = refresh_by_payment(rt, tx, [payment for payment, _ in unsupported])
-        resolutions = [
-            failed_resolution(
-                payment, found.reason, found.detail, now, refresh_id_if_called(serving[payment.payment_id])
-            )
-            for payment, found in unsupported
-        ]
-        return FollowUp(deliveries=payments.resolve(tx, resolutions, now))
+        accounts.store(tx, facts)
+        waiting = payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
+        return FollowUp(deliveries=fail_unsupported_payments(rt, tx, unsupported_payments(waiting, facts)))

@@ -1,26 +1,33 @@
 """Resolve waiting payments with balances: load what the decision needs, decide, and persist."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from config.log_config import get_logger
 from worker import metrics
 from worker.correlation.store import NewRefreshBalance
 from worker.errors import FailureReason
-from worker.flow.attribution import AttributedBalance, find_attributions, refresh_by_payment, refresh_id_if_called
+from worker.flow.account_funds import KnownBalance
+from worker.flow.attribution import (
+    AttributedBalance,
+    earliest_possible_call,
+    find_attributions,
+    refresh_by_payment,
+    refresh_id_if_called,
+)
 from worker.flow.correlation_rebuild import clear_refresh_best_effort
 from worker.flow.follow_up import FollowUp, queued_call
 from worker.flow.resolution_decision import (
     ApplyInputs,
     BalanceDecision,
     decide_resolutions,
-    earliest_funds_as_of,
     failed_resolution,
-    fresh_payments,
+    payments_accepting_balance,
 )
-from worker.ledger import balances, fee_entries, payments, refreshes
+from worker.ledger import accounts, balances, fee_entries, funds_holds, payments, refreshes
+from worker.ledger.balances import BalanceRecord, RejectionReason
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_accounts
@@ -29,6 +36,7 @@ from worker.ledger.payments import WaitingPayment
 from worker.ledger.refreshes import RefreshRecord, call_columns_without_this_call
 from worker.rules.pricing import ACCEPTED_STATUS
 from worker.rules.states import RefreshEvent
+from worker.rules.times import utc_text
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
@@ -53,9 +61,11 @@ class ApplyResult:
         calls = [decision.queued_call for decision in self.decisions if decision.queued_call is not None]
         return FollowUp(deliveries=list(self.deliveries), calls=calls)
 
-    def observe_latency(self) -> None:
-        """Record the times from call to balance, and from balance to resolution. Call it after the commit."""
+    def observe(self) -> None:
+        """Record the times from call to balance and from balance to resolution, and rejections, after the commit."""
         for decision in self.decisions:
+            if decision.rejected is not None:
+                _report_rejection(decision.balance.balance, decision.rejected)
             received_at, attribution = decision.balance.balance.received_at, decision.balance.attribution
             if attribution is not None and attribution.is_new and attribution.refresh.claimed_at is not None:
                 call_to_balance = received_at - attribution.refresh.claimed_at
@@ -63,6 +73,17 @@ class ApplyResult:
             if decision.resolutions:
                 balance_to_resolution = self.applied_at - received_at
                 metrics.BALANCE_TO_RESOLUTION_SECONDS.observe(max(0.0, balance_to_resolution.total_seconds()))
+
+
+def _report_rejection(record: BalanceRecord, reason: RejectionReason) -> None:
+    metrics.BALANCES_REJECTED.labels(reason).inc()
+    log.warning(
+        "balance.rejected",
+        reason=reason,
+        account_id=record.account_id,
+        balance_id=record.balance_id,
+        as_of=utc_text(record.as_of),
+    )
 
 
 def apply_balance(rt: Runtime, balance_id: str) -> FollowUp:
@@ -81,7 +102,7 @@ def apply_balance(rt: Runtime, balance_id: str) -> FollowUp:
         attributed = find_attributions(tx, list(records.values()), rt.settings.clock_skew)
         balances.mark_applied_with_refresh(tx, [balance.applied_record for balance in attributed])
         result = add_to_correlation_and_resolve_payments(rt, tx, attributed)
-    result.observe_latency()
+    result.observe()
     return result.follow_up
 
 
@@ -115,24 +136,68 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
     calls = _calls_by_refresh(tx, attributed)
     waiting = payments.lock_waiting_by_account(tx, [balance.balance.account_id for balance in attributed])
     useful = [
-        balance for balance in attributed if fresh_payments(balance, waiting.get(balance.balance.account_id, ()), skew)
+        balance
+        for balance in attributed
+        if payments_accepting_balance(balance, waiting.get(balance.balance.account_id, ()), skew)
     ]
     newly_attributed = [
         balance.attribution.refresh.refresh_id
         for balance in useful
         if balance.attribution is not None and balance.attribution.is_new
     ]
-    released_since = {balance.balance.account_id: earliest_funds_as_of(balance) - skew for balance in useful}
+    known = _known_balances(tx, useful, skew)
+    held_after = {
+        account_id: min(balance.funds_as_of for balance in of_account) - skew
+        for account_id, of_account in known.items()
+    }
     return ApplyInputs(
         balances=attributed,
         waiting=waiting,
         calls=calls,
-        sharers=payments.count_fee_sharers_by_state(tx, newly_attributed),
-        released=payments.released_amounts_since(tx, released_since),
+        sharers=payments.count_fee_sharers_by_final_state(tx, newly_attributed),
+        known=known,
+        held=funds_holds.held_amounts_after(tx, held_after),
+        facts=accounts.find(tx, _accounts_to_read(useful, waiting)),
         clock_skew=skew,
         answered_call_state=rt.price_list.final_state(ACCEPTED_STATUS),
         default_currency=rt.price_list.currency,
     )
+
+
+def _accounts_to_read(
+    attributed: Sequence[AttributedBalance], waiting: Mapping[str, Sequence[WaitingPayment]]
+) -> set[str]:
+    """Return the accounts that are read for a waiting payment. All others cost no statement."""
+    return {
+        balance.balance.account_id
+        for balance in attributed
+        if any(payment.job.reads_account for payment in waiting.get(balance.balance.account_id, ()))
+    }
+
+
+def _known_balances(tx: Tx, attributed: Sequence[AttributedBalance], skew: timedelta) -> dict[str, list[KnownBalance]]:
+    """Return, by account, the stored balances that are as new as the one to apply, which is among them."""
+    if not attributed:
+        return {}
+    oldest = min(balance.balance.as_of for balance in attributed)
+    stored = balances.received_since(tx, [balance.balance.account_id for balance in attributed], oldest)
+    return {
+        balance.balance.account_id: [
+            KnownBalance(record=record, called_at=_call_time(tx, record, balance, skew))
+            for record in stored.get(balance.balance.account_id, ())
+            if record.age_rank >= balance.balance.age_rank
+        ]
+        for balance in attributed
+    }
+
+
+def _call_time(tx: Tx, record: BalanceRecord, applied: AttributedBalance, skew: timedelta) -> datetime | None:
+    """Return the time of the first call that can have caused a stored balance. None if no call can."""
+    if record.balance_id == applied.balance.balance_id:
+        attributed_to = applied.attribution.source if applied.attribution else None
+    else:  # a newer balance is rarely known already
+        attributed_to = refreshes.find(tx, record.refresh_id) if record.refresh_id else None
+    return earliest_possible_call(record, attributed_to, applied.account_refreshes, skew)
 
 
 def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[str, list[CallEntry]]:
@@ -152,7 +217,7 @@ def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[s
 def _add_new_refresh_balances_to_correlation(rt: Runtime, attributed: Sequence[AttributedBalance]) -> None:
     """Add REFRESH balances that were not applied before to the correlation store."""
     new_balances = [
-        NewRefreshBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.at_capped_at_receipt)
+        NewRefreshBalance(account_id=record.account_id, balance_id=record.balance_id, at=record.as_of)
         for record in (balance.balance for balance in attributed)
         if record.due_at is not None and record.is_refresh
     ]
@@ -168,6 +233,12 @@ def _persist_answers_fees_and_resolutions(
     refreshes.transition_all_and_clear_errors(
         tx, RefreshEvent.BALANCE_RECEIVED, [(refresh, None) for refresh in answered]
     )
+    rejected = {
+        decision.balance.balance.balance_id: decision.rejected
+        for decision in decisions
+        if decision.rejected is not None
+    }
+    balances.mark_rejected(tx, rejected)
     posted = [decision.posted for decision in decisions if decision.posted is not None]
     fee_entries.post_or_void(tx, posted, now)
     return payments.resolve(tx, [resolution for decision in decisions for resolution in decision.resolutions], now)

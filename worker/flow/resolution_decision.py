@@ -4,20 +4,22 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
 from worker.errors import FailureReason
+from worker.flow.account_funds import Judgement, KnownBalance, account_funds
 from worker.flow.attribution import AttributedBalance
 from worker.flow.follow_up import RefreshCall, call_of
-from worker.ledger.balances import BalanceRecord
+from worker.ledger.balances import BalanceRecord, RejectionReason
 from worker.ledger.fee_entries import CallEntry, FinalEntry
 from worker.ledger.payments import Resolution, WaitingPayment
 from worker.ledger.refreshes import RefreshRecord
-from worker.rules import funds, states
-from worker.rules.funds import Funds, FundsCheckResult
-from worker.rules.job import FeeShare, OutcomeBalance, ReleasedOutcome, Verdict
+from worker.rules import states
+from worker.rules.account_facts import AccountFacts
+from worker.rules.funds import HOLD_OPEN, HeldAmount
+from worker.rules.job import FeeShare, FundsCalculation, OutcomeBalance, ReleasedOutcome, Verdict
 from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import EVENT_OF_FAILURE, PaymentEvent, PaymentState, RefreshState
 
@@ -34,8 +36,12 @@ class ApplyInputs:
     """By refresh id, its calls in the order in which they were made."""
     sharers: Mapping[str, Mapping[PaymentState, int]]
     """By refresh id, how many resolved payments share its fee, by their state."""
-    released: Mapping[str, Sequence[Decimal]]
-    """By account id, the amounts released since `earliest_funds_as_of` of its balance."""
+    known: Mapping[str, Sequence[KnownBalance]]
+    """By account id, its stored balances that are as new as the one to apply, which is among them; the newest first."""
+    held: Mapping[str, Sequence[HeldAmount]]
+    """By account id, the held amounts that are deducted from at least one of its known balances."""
+    facts: Mapping[str, AccountFacts] = field(default_factory=dict)
+    """By account id, the stored account facts, if the job of a waiting payment reads them."""
     clock_skew: timedelta
     answered_call_state: EntryState
     """Final state of the fee entry of a call that a balance answers: the provider has accepted the call."""
@@ -55,10 +61,13 @@ class BalanceDecision:
     resolutions: Sequence[Resolution] = ()
     queued_call: RefreshCall | None = None
     """The call of the refresh that is queued behind the answered one."""
+    rejected: RejectionReason | None = None
+    """Why a new REFRESH balance resolves no payment that its call was made for. None if it resolves one, or none
+    waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedFee:
+class FeeShareAndCount:
     """A payment's fee share, and the number of payments that share the fee. 0 if the balance was reused."""
 
     share: FeeShare
@@ -70,21 +79,11 @@ def decide_resolutions(inputs: ApplyInputs, now: datetime) -> list[BalanceDecisi
     return [_decide_balance(inputs, balance, now) for balance in inputs.balances]
 
 
-def fresh_payments(
+def payments_accepting_balance(
     balance: AttributedBalance, waiting: Sequence[WaitingPayment], clock_skew: timedelta
 ) -> list[WaitingPayment]:
     """Return the payments that the balance is fresh enough for, in the same order."""
     return [payment for payment in waiting if _is_fresh_and_of_allowed_source(balance, payment, clock_skew)]
-
-
-def earliest_funds_as_of(balance: AttributedBalance) -> datetime:
-    """Return the time from which on a release may be missing in the balance.
-
-    Quiltt does not document whether `at` is the time of the request to the bank or of its response. In the second case
-    the amounts may be as old as the call.
-    """
-    called_at = balance.refresh.called_at if balance.refresh else None
-    return min(balance.balance.at_capped_at_receipt, called_at or balance.balance.at_capped_at_receipt)
 
 
 def failed_resolution(
@@ -105,8 +104,9 @@ def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: dateti
     """Decide on one balance.
 
     1. A newly attributed REFRESH balance answers its refresh, and posts the only call that can have caused it.
-    2. The payments that the balance is fresh enough for are resolved, in the order of their requests. Each release
-       lowers the available funds of the payments after it.
+    2. The payments that the balance is fresh enough for, and that it arrived in time for, are resolved in the order of
+       their requests. Each is judged on the newest known balance, and on the stored account facts. Each release lowers
+       the available funds of the payments after it.
     3. The payments that the refresh was called for share its fee, with the posted call of step 1. The others reuse the
        balance without a share.
     4. The account's next refresh is called, unless the balance answers it.
@@ -114,12 +114,14 @@ def _decide_balance(inputs: ApplyInputs, balance: AttributedBalance, now: dateti
     attribution = balance.attribution
     is_answer = attribution is not None and attribution.is_new and bool(attribution.candidates)
     posted = _only_possible_call_to_post(inputs, balance) if is_answer else None
+    resolutions = _decide_payments_by_request_order(inputs, balance, posted, now)
     return BalanceDecision(
         balance=balance,
         answered_refresh=balance.refresh if is_answer else None,
         posted=posted,
-        resolutions=_decide_payments_by_request_order(inputs, balance, posted, now),
+        resolutions=resolutions,
         queued_call=_queued_call_unless_answered(balance),
+        rejected=_rejection(inputs, balance, resolutions),
     )
 
 
@@ -158,14 +160,16 @@ def _queued_call_unless_answered(balance: AttributedBalance) -> RefreshCall | No
 def _is_fresh_and_of_allowed_source(balance: AttributedBalance, payment: WaitingPayment, clock_skew: timedelta) -> bool:
     """Whether the balance may release or fail the payment.
 
-    A balance without source REFRESH must be younger than a call for this payment. A payment that accepts no age needs a
-    REFRESH balance.
+    It must have arrived by the deadline. A balance without source REFRESH must be younger than a call for this payment.
+    A payment that accepts no age needs a REFRESH balance.
     """
     accepts_no_age = payment.job.max_balance_age_s == 0
+    if balance.balance.received_at > payment.deadline:
+        return False
     if not balance.balance.is_refresh and (accepts_no_age or not _was_called_late_enough(balance, payment)):
         return False
     return states.balance_is_fresh_enough(
-        balance.balance.at_capped_at_receipt,
+        balance.balance.as_of,
         balance.refresh.called_at if balance.refresh else None,
         payment.min_balance_at,
         only_own_call=accepts_no_age,
@@ -187,55 +191,73 @@ def _decide_payments_by_request_order(
 ) -> list[Resolution]:
     """Decide on each payment that the balance is fresh enough for. Each release lowers the funds of the next."""
     record = balance.balance
-    payments = fresh_payments(balance, inputs.waiting.get(record.account_id, ()), inputs.clock_skew)
+    payments = payments_accepting_balance(balance, inputs.waiting.get(record.account_id, ()), inputs.clock_skew)
     calls = _calls_of_refresh(inputs, balance, posted)
     has_open_shares = _has_open_shares(inputs, balance)
     shares_fee = [has_open_shares and _was_called_late_enough(balance, payment) for payment in payments]
-    shares = _fee_shares(inputs, balance, calls, sum(shares_fee))
+    shares = _fee_shares_of_new_sharers(inputs, balance, calls, sum(shares_fee))
     currency = calls[-1].currency if calls else inputs.default_currency
-    no_share = SharedFee(share=FeeShare(amount=Decimal(0), currency=currency, state="reused"), shared_by=0)
-    account_funds = Funds(available=record.available, limit=record.limit).minus_releases(
-        *inputs.released.get(record.account_id, ())
+    no_share = FeeShareAndCount(share=FeeShare(amount=Decimal(0), currency=currency, state="reused"), shared_by=0)
+    funds = account_funds(
+        inputs.known.get(record.account_id, ()),
+        inputs.held.get(record.account_id, ()),
+        inputs.clock_skew,
+        facts=inputs.facts.get(record.account_id),
     )
     resolutions = []
     for payment, has_share in zip(payments, shares_fee, strict=True):
-        check = funds.check_funds(payment.job, account_funds)
+        judgement = funds.judge(payment, record)
         fee = next(shares) if has_share else no_share
-        if check.verdict is None:
-            resolutions.append(_failed(payment, balance, check, fee, now))
+        if judgement.check.verdict is None:
+            resolutions.append(_failed(payment, balance, judgement, fee, now))
         else:
-            resolutions.append(_released(payment, balance, check, check.verdict, fee, now))
-            account_funds = account_funds.minus_releases(payment.job.amount)
+            resolutions.append(_released(payment, balance, judgement, judgement.check.verdict, fee, now))
+            funds = funds.minus_release(payment)
     return resolutions
 
 
+def _rejection(
+    inputs: ApplyInputs, balance: AttributedBalance, resolutions: Sequence[Resolution]
+) -> RejectionReason | None:
+    """Return why a new REFRESH balance resolves none of the payments that its call was made for."""
+    attribution, waiting = balance.attribution, inputs.waiting.get(balance.balance.account_id, ())
+    if resolutions or attribution is None or not attribution.is_new or not balance.balance.is_refresh:
+        return None
+    called_for = [payment for payment in waiting if _was_called_late_enough(balance, payment)]
+    if not called_for:
+        return None
+    is_late = all(balance.balance.received_at > payment.deadline for payment in called_for)
+    return "after_deadline" if is_late else "too_old"
+
+
 def _failed(
-    payment: WaitingPayment, balance: AttributedBalance, check: FundsCheckResult, fee: SharedFee, now: datetime
+    payment: WaitingPayment, balance: AttributedBalance, judgement: Judgement, fee: FeeShareAndCount, now: datetime
 ) -> Resolution:
     refresh_id = balance.refresh.refresh_id if balance.refresh else None
-    reason = check.reason or FailureReason.FUNDS_UNKNOWN
+    reason = judgement.check.reason or FailureReason.FUNDS_UNKNOWN
     return replace(
-        failed_resolution(payment, reason, check.detail, now, refresh_id),
-        balance_id=balance.balance.balance_id,
+        failed_resolution(payment, reason, judgement.check.detail, now, refresh_id),
+        balance_id=judgement.record.balance_id,
         reused=not fee.shared_by,
-        funds_calculation=check.funds_calculation,
+        funds_calculation=judgement.check.funds_calculation,
     )
 
 
 def _released(
     payment: WaitingPayment,
     balance: AttributedBalance,
-    check: FundsCheckResult,
+    judgement: Judgement,
     verdict: Verdict,
-    fee: SharedFee,
+    fee: FeeShareAndCount,
     now: datetime,
 ) -> Resolution:
-    record = balance.balance
+    record = judgement.record
     refresh_id = balance.refresh.refresh_id if balance.refresh else None
     outcome = ReleasedOutcome(
         payment_id=payment.payment_id,
         state="released",
         verdict=verdict,
+        funds_calculation=_outcome_calculation(judgement),
         balance=_outcome_balance(record),
         requested_at=payment.requested_at,
         resolved_at=now,
@@ -253,8 +275,14 @@ def _released(
         refresh_id=refresh_id,
         reused=not fee.shared_by,
         balance_id=record.balance_id,
-        funds_calculation=check.funds_calculation,
+        funds_calculation=judgement.check.funds_calculation,
+        hold_until=HOLD_OPEN if payment.job.amount is not None else None,
     )
+
+
+def _outcome_calculation(judgement: Judgement) -> FundsCalculation | None:
+    calculation = judgement.check.funds_calculation
+    return None if calculation is None else FundsCalculation.model_validate(calculation)
 
 
 def _outcome_balance(record: BalanceRecord) -> OutcomeBalance:
@@ -291,9 +319,9 @@ def _has_open_shares(inputs: ApplyInputs, balance: AttributedBalance) -> bool:
     return PaymentState.RELEASED not in inputs.sharers.get(balance.attribution.refresh.refresh_id, {})
 
 
-def _fee_shares(
+def _fee_shares_of_new_sharers(
     inputs: ApplyInputs, balance: AttributedBalance, calls: Sequence[CallEntry], new_sharers: int
-) -> Iterator[SharedFee]:
+) -> Iterator[FeeShareAndCount]:
     """Yield the shares of the payments that are resolved now. Payments that failed before have the first shares."""
     if balance.refresh is None or not new_sharers:
         return
@@ -303,7 +331,7 @@ def _fee_shares(
     for index in range(earlier_sharers, shared_by):
         amount = split_share(total.amount, shared_by, index)
         share = FeeShare(amount=amount, currency=total.currency, state=total.state.value)
-        yield SharedFee(share=share, shared_by=shared_by)
+        yield FeeShareAndCount(share=share, shared_by=shared_by)
 
 
 def _fee_total_in_last_currency(calls: Sequence[CallEntry]) -> FeeTotal:

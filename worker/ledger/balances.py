@@ -1,18 +1,21 @@
 """Queries on the table `balance`: balances that the provider sent."""
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
+from typing import Any, Literal
 
 from sqlalchemy import bindparam, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
-from worker.ledger.engine import Tx
+from worker.ledger.engine import Row, Tx
 from worker.ledger.tables import BALANCE
 from worker.quiltt.messages import REFRESH_SOURCE, Balance
 
 balance = BALANCE.c
+RejectionReason = Literal["too_old", "after_deadline"]
 REAPPLY_AFTER = timedelta(seconds=5)
 """Time after which the sweep applies a stored balance that was not applied yet."""
 
@@ -25,6 +28,9 @@ class BalanceRecord:
     event_id: str
     account_id: str
     at: datetime
+    """The balance's own time, by the provider's clock."""
+    as_of: datetime
+    """Time as of which the balance is believed: never later than `received_at`."""
     source: str
     available: Decimal | None
     current: Decimal | None
@@ -34,32 +40,53 @@ class BalanceRecord:
     """When the sweep applies the balance. None once it is applied."""
     refresh_id: str | None = None
     """The refresh that the balance is attributed to."""
+    rejected: RejectionReason | None = None
+    """Why the balance resolved no payment of the call that it came for."""
 
     @property
     def is_refresh(self) -> bool:
-        """Whether a refresh call caused this balance."""
+        """Whether the balance is the result of a refresh call."""
         return self.source == REFRESH_SOURCE
 
     @property
-    def at_capped_at_receipt(self) -> datetime:
-        """The balance's time by the provider's clock, but not later than its arrival by ours."""
-        return min(self.at, self.received_at)
+    def age_rank(self) -> tuple[datetime, datetime, bool, Decimal]:
+        """Sort key: of two balances of an account the newer one has the higher rank.
+
+        The time as of which a balance is believed decides, then its arrival. Of two balances with both times equal, the
+        lower amount counts as newer, and a known amount as newer than an unknown one.
+        """
+        known = self.available is not None
+        return self.as_of, self.received_at, known, -self.available if self.available is not None else Decimal(0)
 
 
-_SELECT_BALANCES = select(*(balance[field.name] for field in fields(BalanceRecord)))
+_COLUMNS = tuple(field.name for field in fields(BalanceRecord))
+_SELECT_BALANCES = select(*(balance[name] for name in _COLUMNS))
 _BY_ID = _SELECT_BALANCES.where(any_of(balance.balance_id, "balance_ids"))
-_NEWEST_BY_ACCOUNT = _SELECT_BALANCES.where(
-    any_of(balance.account_id, "account_ids"), balance.at >= bindparam("oldest"), balance.source == REFRESH_SOURCE
-).order_by(balance.at)
+# Searches for balances by `as_of` use the arrival, which is never earlier and has an index.
+_RECEIVED_SINCE = _SELECT_BALANCES.where(
+    any_of(balance.account_id, "account_ids"), balance.received_at >= bindparam("since")
+)
 
 
-def new_unapplied_record(event_id: str, received: Balance, received_at: datetime) -> BalanceRecord:
-    """Return the record of a balance that was received now and is not applied yet."""
+def _record(row: Row[Any]) -> BalanceRecord:
+    columns = row._asdict()
+    return BalanceRecord(**columns | {"as_of": columns["as_of"] or min(row.at, row.received_at)})
+
+
+def new_unapplied_record(
+    event_id: str, received: Balance, received_at: datetime, *, believe_arrival: bool
+) -> BalanceRecord:
+    """Return the record of a balance that was received now and is not applied yet.
+
+    `believe_arrival`: a REFRESH balance is believed as of its arrival, not as of its own time.
+    """
+    is_as_of_arrival = believe_arrival and received.source == REFRESH_SOURCE
     return BalanceRecord(
         balance_id=received.id,
         event_id=event_id,
         account_id=received.account_id,
         at=received.at,
+        as_of=received_at if is_as_of_arrival else min(received.at, received_at),
         source=received.source,
         available=received.available,
         current=received.current,
@@ -81,31 +108,42 @@ def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
 def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
     """Return the stored balances among these, by id."""
     rows = tx.execute(_BY_ID, {"balance_ids": list(balance_ids)})
-    return {row.balance_id: BalanceRecord(**row._asdict()) for row in rows}
+    return {row.balance_id: _record(row) for row in rows}
+
+
+def received_since(tx: Tx, account_ids: Collection[str], since: datetime) -> dict[str, list[BalanceRecord]]:
+    """Return each account's stored balances that were received at `since` or later, the newest first."""
+    by_account: dict[str, list[BalanceRecord]] = defaultdict(list)
+    if account_ids:
+        for row in tx.execute(_RECEIVED_SINCE, {"account_ids": list(account_ids), "since": since}):
+            by_account[row.account_id].append(_record(row))
+    for records in by_account.values():
+        records.sort(key=lambda record: record.age_rank, reverse=True)
+    return by_account
 
 
 def newest_refresh_balance_by_account(
-    tx: Tx, account_ids: Collection[str], min_at: datetime
+    tx: Tx, account_ids: Collection[str], min_as_of: datetime
 ) -> dict[str, BalanceRecord]:
-    """Return each account's newest balance with source REFRESH whose time is not before `oldest`."""
-    rows = tx.execute(_NEWEST_BY_ACCOUNT, {"account_ids": list(account_ids), "oldest": min_at})
-    return {row.account_id: BalanceRecord(**row._asdict()) for row in rows}
-
-
-def unapplied_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, list[str]]:
-    """Return the ids of stored balances of these accounts that are not applied yet."""
-    unapplied: dict[str, list[str]] = {}
-    query = select(balance.account_id, balance.balance_id).where(
-        balance.account_id.in_(account_ids), balance.due_at.is_not(None)
-    )
-    for account_id, balance_id in tx.execute(query):
-        unapplied.setdefault(account_id, []).append(balance_id)
-    return unapplied
+    """Return each account's newest balance with source REFRESH, if it is believed as of `min_as_of` or later."""
+    newest = {
+        account_id: next((record for record in records if record.is_refresh), None)
+        for account_id, records in received_since(tx, account_ids, min_as_of).items()
+    }
+    return {
+        account_id: record for account_id, record in newest.items() if record is not None and record.as_of >= min_as_of
+    }
 
 
 def mark_applied_with_refresh(tx: Tx, records: Sequence[BalanceRecord]) -> None:
     """Mark stored balances as applied, and store the refresh that each is attributed to."""
     rows = [{"balance_id": record.balance_id, "due_at": None, "refresh_id": record.refresh_id} for record in records]
+    bulk_update(tx, BALANCE, rows, key="balance_id")
+
+
+def mark_rejected(tx: Tx, reasons: Mapping[str, RejectionReason]) -> None:
+    """Store why balances were rejected, by their ids."""
+    rows = [{"balance_id": balance_id, "rejected": reasons[balance_id]} for balance_id in sorted(reasons)]
     bulk_update(tx, BALANCE, rows, key="balance_id")
 
 

@@ -28,7 +28,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from worker.ledger.tables import NAIVE_TIME_ERROR, postgresql_type
+from worker.ledger.column_types import NAIVE_TIME_ERROR, postgresql_type
 
 
 class _AnyOf(FunctionElement[bool]):

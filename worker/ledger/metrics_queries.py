@@ -51,7 +51,7 @@ class Backlog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CountedEntry:
+class FeeEntryToCount:
     """A fee entry, as far as metrics count it."""
 
     call_id: str
@@ -119,13 +119,13 @@ def resolved_counts_by_state_and_reason(tx: Tx, after: datetime, until: datetime
     return {(row[0], row[1]): row[2] for row in tx.execute(query.group_by(payment.state, payment.reason))}
 
 
-def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[CountedEntry]:
+def fee_entries_between(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryToCount]:
     """Return the fee entries recorded after `after` up to `until`, in the order of their ids."""
     query = _FEE_ENTRY_COLUMNS.where(entry.recorded_at > after, entry.recorded_at <= until).order_by(entry.entry_id)
     return [_fee_entry(row) for row in tx.execute(query)]
 
 
-def pending_entries(tx: Tx, after: datetime, until: datetime) -> list[CountedEntry]:
+def pending_entries(tx: Tx, after: datetime, until: datetime) -> list[FeeEntryToCount]:
     """Return the pending entries recorded after `after` up to `until` whose call has no final entry."""
     final = select(FINAL_ENTRY.c.call_id).where(
         FINAL_ENTRY.c.call_id == entry.call_id, ~state_in(FINAL_ENTRY.c.state, {EntryState.PENDING})
@@ -139,8 +139,8 @@ def pending_entries(tx: Tx, after: datetime, until: datetime) -> list[CountedEnt
 _FEE_ENTRY_COLUMNS = select(entry.call_id, entry.state, entry.price, entry.currency)
 
 
-def _fee_entry(row: Any) -> CountedEntry:
-    return CountedEntry(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
+def _fee_entry(row: Any) -> FeeEntryToCount:
+    return FeeEntryToCount(call_id=row.call_id, state=EntryState(row.state), price=row.price, currency=row.currency)
 
 
 def call_counts_by_refresh_state(tx: Tx, after: datetime, until: datetime) -> Mapping[RefreshState, int]:

@@ -1,7 +1,12 @@
-"""Queries on the table `outcome_delivery`: Celery tasks that get the outcome of a payment."""
+"""Queries on the table `outcome_delivery`: Celery tasks that get the outcome of a payment.
+
+An outcome is delivered by the process that has its *claim*. The claim ends at `due_at`; then the next sweep claims the
+outcome. A process renews a claim before it ends, if `due_at` is still what the process has stored. Otherwise the claim
+is lost and the process does not deliver. So an outcome is delivered once, unless a process stops or a store fails.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,7 +18,12 @@ from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
 
 REDELIVER_AFTER = timedelta(seconds=10)
-"""Time after which an outcome is delivered again, unless it was marked as delivered."""
+"""Duration of a claim. Afterwards an outcome is delivered again, unless it was marked as delivered."""
+MIN_CLAIM_LEFT = timedelta(seconds=7)
+"""A claim with less time left is renewed before the delivery.
+
+Enough for the delivery, its mark, and a sweep on a host whose clock is 5 s ahead, the default `PAYREADY_CLOCK_SKEW_S`.
+"""
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 
 
@@ -25,17 +35,19 @@ class NewDelivery:
     continuation: dict[str, Any]
     """The continuation of the task. Its `id` is the task's id."""
     due_at: datetime | None
-    """When maintenance delivers the outcome, if the payment is resolved already. None while it is waiting."""
+    """End of the claim of this process, if the payment is resolved already. None while it is waiting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeDelivery:
-    """An outcome to deliver to one Celery task."""
+    """An outcome that this process has claimed, to deliver it to one Celery task."""
 
     task_id: str
     continuation: dict[str, Any]
     state: PaymentState
     outcome: dict[str, Any]
+    claimed_until: datetime
+    """End of the claim, equal to the stored `due_at` while no other process has claimed the outcome."""
 
 
 def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
@@ -82,8 +94,9 @@ def _claim_deliveries(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Ou
     """Claim these outcomes: for `REDELIVER_AFTER` only the caller delivers them."""
     if not task_ids:
         return []
+    claimed_until = now + REDELIVER_AFTER
     is_claimed, values = any_of(delivery.task_id, "task_ids"), {"task_ids": list(task_ids)}
-    tx.execute(update(OUTCOME_DELIVERY).where(is_claimed).values(due_at=now + REDELIVER_AFTER), values)
+    tx.execute(update(OUTCOME_DELIVERY).where(is_claimed).values(due_at=claimed_until), values)
     rows = tx.execute(
         select(delivery.task_id, delivery.continuation, payment.state, payment.outcome)
         .join_from(OUTCOME_DELIVERY, PAYMENT)
@@ -92,10 +105,28 @@ def _claim_deliveries(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[Ou
     )
     return [
         OutcomeDelivery(
-            task_id=row.task_id, continuation=row.continuation, state=PaymentState(row.state), outcome=row.outcome
+            task_id=row.task_id,
+            continuation=row.continuation,
+            state=PaymentState(row.state),
+            outcome=row.outcome,
+            claimed_until=claimed_until,
         )
         for row in rows
     ]
+
+
+def renew_claims(tx: Tx, deliveries: Sequence[OutcomeDelivery], now: datetime) -> list[OutcomeDelivery]:
+    """Renew claims for `REDELIVER_AFTER`. Return the deliveries whose claim was not lost, with their new end.
+
+    A claim is lost if another process has claimed the outcome since, or has delivered it.
+    """
+    claimed_until = now + REDELIVER_AFTER
+    rows = [
+        {"task_id": claimed.task_id, "due_at": claimed_until, "was_due_at": claimed.claimed_until}
+        for claimed in sorted(deliveries, key=lambda claimed: claimed.task_id)
+    ]
+    renewed = bulk_update(tx, OUTCOME_DELIVERY, rows, key="task_id")
+    return [replace(claimed, claimed_until=claimed_until) for claimed in deliveries if claimed.task_id in renewed]
 
 
 def payments_of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
@@ -104,7 +135,10 @@ def payments_of_tasks(tx: Tx, task_ids: Sequence[str]) -> list[str]:
 
 
 def mark_delivered(tx: Tx, delivered_at_by_task: Mapping[str, datetime]) -> None:
-    """Mark the outcomes of these tasks as delivered, each at its time, so that none is due again."""
+    """Mark the outcomes of these tasks as delivered, each at its time, so that none is due again.
+
+    A mark that is late ends the claim of another process too, which then loses the claim when it renews it.
+    """
     rows = [
         {"task_id": task_id, "due_at": None, "delivered_at": delivered_at_by_task[task_id]}
         for task_id in sorted(delivered_at_by_task)

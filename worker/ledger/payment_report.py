@@ -5,21 +5,23 @@ Sums of money are computed as price times count in Python: SQLite has no exact n
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Select, func, select
 
 from worker.ledger import refreshes
+from worker.ledger.balance_report import BalanceLine, RejectedBalanceLine, payment_balances
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
-from worker.ledger.tables import BALANCE, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.rules.funds import HOLD_OPEN
 from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import PaymentState
 
-payment, delivery, refresh, balance = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c, BALANCE.c
+payment, delivery, refresh = PAYMENT.c, OUTCOME_DELIVERY.c, REFRESH.c
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +89,13 @@ class DeliveryLine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BalanceLine:
-    """A balance as the provider sent it."""
+class FundsHoldLine:
+    """The funds hold of a released payment."""
 
-    balance_id: str
-    event_id: str
-    at: datetime
-    received_at: datetime
-    available: Decimal | None
-    current: Decimal | None
-    limit: Decimal | None
+    until: datetime | None
+    """End of the funds hold. None until the outcome is delivered."""
+    after_delivery_s: int
+    """Time from the delivery of the outcome to the end, unless `payments.end_hold` ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +124,12 @@ class PaymentTimeline:
     balance: BalanceLine | None
     unapplied_balances: list[BalanceLine]
     """Balances that arrived for the account while the payment waits, and are not applied yet."""
+    rejected_balances: list[RejectedBalanceLine]
+    """REFRESH balances that were too old for the payment, or arrived after its deadline."""
+    unattributed_balances: list[BalanceLine]
+    """REFRESH balances that arrived while the payment waited, and that no known call can have caused."""
+    funds_hold: FundsHoldLine | None
+    """None unless the payment is released with an amount."""
     deliveries: list[DeliveryLine]
 
 
@@ -205,22 +210,29 @@ def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[FeeTot
     return totals
 
 
-def payment_timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
-    """Return all that the ledger has about a payment; None if it has no such payment."""
+def payment_timeline(tx: Tx, payment_id: str, *, clock_skew: timedelta, default_hold_s: int) -> PaymentTimeline | None:
+    """Return all that the ledger has about a payment; None if it has no such payment.
+
+    `clock_skew` and `default_hold_s` are those by which the workers decide.
+    """
     row = tx.execute(select(PAYMENT).where(payment.payment_id == payment_id)).one_or_none()
     if row is None:
         return None
     fees = fee_shares_by_payment(tx, [row.refresh_id] if row.refresh_id else [])
     refresh_id = row.refresh_id or _refresh_id_waited_for(tx, row)
+    found = payment_balances(tx, row, refresh_id, clock_skew)
     return PaymentTimeline(
         payment=_payment_line(row, fees),
         job=row.job,
         outcome=row.outcome,
-        funds_calculation=row.funds_calculation,
+        funds_calculation=_with_old_and_new_names(row.funds_calculation),
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
-        balance=_balance_line(tx, row.balance_id),
-        unapplied_balances=_unapplied_balance_lines_since_request(tx, row) if row.state == PaymentState.WAITING else [],
+        balance=found.resolving,
+        unapplied_balances=found.unapplied,
+        rejected_balances=found.rejected,
+        unattributed_balances=found.unattributed,
+        funds_hold=_funds_hold_line(row, default_hold_s),
         deliveries=_delivery_lines(tx, payment_id),
     )
 
@@ -255,21 +267,27 @@ def _call_lines(tx: Tx, refresh_id: str | None) -> list[CallLine]:
     return [CallLine(**{**row, "state": EntryState(row["state"])}) for row in tx.execute(query).mappings()]
 
 
-_BALANCE_COLUMNS = [balance[field.name] for field in fields(BalanceLine)]
+_NEW_NAMES = {
+    "released_since_balance": "held",
+    "released_count": "held_count",
+    "available_after_releases": "available_after_holds",
+}
+"""Fields of a funds calculation that version 0.2.0 stored and printed under another name. To be removed in 0.4.0."""
 
 
-def _balance_line(tx: Tx, balance_id: str | None) -> BalanceLine | None:
-    row = tx.execute(select(*_BALANCE_COLUMNS).where(balance.balance_id == balance_id)).mappings().one_or_none()
-    return BalanceLine(**row) if row else None
+def _with_old_and_new_names(calculation: dict[str, Any] | None) -> dict[str, Any] | None:
+    if calculation is None:
+        return None
+    new = {new: calculation[old] for old, new in _NEW_NAMES.items() if old in calculation}
+    old = {old: calculation[new] for old, new in _NEW_NAMES.items() if new in calculation}
+    return {**calculation, **new, **old}
 
 
-def _unapplied_balance_lines_since_request(tx: Tx, row: Row[Any]) -> list[BalanceLine]:
-    """Return the balances of the payment's account that are due and arrived after its request, the oldest first."""
-    query = select(*_BALANCE_COLUMNS).where(
-        balance.account_id == row.account_id, balance.due_at.is_not(None), balance.received_at >= row.requested_at
-    )
-    query = query.order_by(balance.received_at, balance.balance_id)
-    return [BalanceLine(**line) for line in tx.execute(query).mappings()]
+def _funds_hold_line(row: Row[Any], default_hold_s: int) -> FundsHoldLine | None:
+    if row.hold_until is None:
+        return None
+    until = None if row.hold_until == HOLD_OPEN else row.hold_until
+    return FundsHoldLine(until=until, after_delivery_s=row.job.get("hold_s", default_hold_s))
 
 
 def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:

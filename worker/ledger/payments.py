@@ -4,15 +4,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
+from sqlalchemy import Column, ColumnElement, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
-from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, state_in
+from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, parse_stored_job_ignoring_unknown
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
@@ -24,7 +23,6 @@ REQUEST_SPACING = timedelta(microseconds=1)
 """Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 IDS_PER_STATEMENT = 500
 """Maximum ids in one statement: databases limit the number of parameters."""
-IS_RELEASED = state_in(payment.state, {PaymentState.RELEASED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,7 @@ class Resolution:
     reused: bool = False
     balance_id: str | None = None
     funds_calculation: dict[str, Any] | None = None
+    hold_until: datetime | None = None
 
     @property
     def state(self) -> PaymentState:
@@ -254,7 +253,7 @@ def lock_due(tx: Tx, now: datetime, limit: int) -> list[WaitingPayment]:
     return _waiting_payments(tx.execute(due.with_for_update(skip_locked=True)))
 
 
-def set_next_checks(tx: Tx, next_checks: Mapping[str, datetime]) -> None:
+def set_next_checks_of_locked(tx: Tx, next_checks: Mapping[str, datetime]) -> None:
     """Set when maintenance checks each of these payments next."""
     rows = [{"payment_id": payment_id, "due_at": at} for payment_id, at in next_checks.items()]
     bulk_update(tx, PAYMENT, rows, key="payment_id")
@@ -292,11 +291,12 @@ def balance_time_bounds_of_waiting(tx: Tx, account_id: str) -> BalanceTimeBounds
 def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[OutcomeDelivery]:
     """Resolve waiting payments. Return the deliveries of their outcomes, which the caller must dispatch.
 
-    A payment that another transaction has resolved keeps its outcome, and gets no delivery. Maintenance repeats a
-    delivery that is not marked as delivered `REDELIVER_AFTER` from now.
+    A payment that another transaction has resolved keeps its outcome, and gets no delivery. The caller has the claim of
+    the deliveries for `REDELIVER_AFTER` from now. Then maintenance repeats each that is not marked as delivered.
     """
     if not resolutions:
         return []
+    claimed_until = now + REDELIVER_AFTER
     updated = bulk_update(tx, PAYMENT, [_resolved_row(resolution) for resolution in resolutions], key="payment_id")
     resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
     return [
@@ -305,8 +305,9 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[Ou
             continuation=row.continuation,
             state=resolved[row.payment_id].state,
             outcome=resolved[row.payment_id].outcome,
+            claimed_until=claimed_until,
         )
-        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": now + REDELIVER_AFTER})
+        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": claimed_until})
     ]
 
 
@@ -315,25 +316,7 @@ def _resolved_row(resolution: Resolution) -> dict[str, Any]:
     return {**columns, "state": resolution.state, "was_state": PaymentState.WAITING}
 
 
-def released_amounts_since(tx: Tx, since: Mapping[str, datetime]) -> Mapping[str, list[Decimal]]:
-    """Return the amounts released on each account at or after the time given for it."""
-    released: dict[str, list[Decimal]] = defaultdict(list)
-    if since:
-        for row in tx.execute(_RELEASED_SINCE, {"account_ids": list(since), "since": min(since.values())}):
-            if row.resolved_at >= since[row.account_id]:
-                released[row.account_id].append(row.amount)
-    return released
-
-
-_RELEASED_SINCE = select(payment.account_id, payment.resolved_at, payment.amount).where(
-    any_of(payment.account_id, "account_ids"),
-    IS_RELEASED,
-    payment.resolved_at >= bindparam("since"),
-    payment.amount.is_not(None),
-)
-
-
-def count_fee_sharers_by_state(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
+def count_fee_sharers_by_final_state(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
     """Return how many resolved payments share each refresh's fee, by their state."""
     counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
     if refresh_ids:

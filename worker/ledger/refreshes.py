@@ -9,6 +9,7 @@ from sqlalchemy import (
     ColumnElement,
     ScalarSelect,
     and_,
+    bindparam,
     func,
     or_,
     select,
@@ -102,19 +103,24 @@ _FOR_CLAIM = _SELECT_REFRESHES.where(
 ).order_by(BY_CALL_TIME)
 
 
-def find_answerable_or_requested(tx: Tx, account_ids: Collection[str]) -> list[RefreshRecord]:
+def find_answerable_or_requested(tx: Tx, account_ids: Collection[str], answered_since: datetime) -> list[RefreshRecord]:
     """Return refreshes of the accounts that a balance may answer, and requested ones. The last called is first.
 
-    Includes an answered refresh that was called twice, because each of its calls may produce a balance.
+    Includes answered refreshes that were called twice, because each of the calls may produce a balance, or that were
+    called at `answered_since` or later, because a call may produce more than one balance.
     """
-    return _records(tx.execute(_AWAITING_BALANCE, {"account_ids": list(account_ids)}))
+    values = {"account_ids": list(account_ids), "answered_since": answered_since}
+    return _records(tx.execute(_AWAITING_BALANCE, values))
 
 
 _AWAITING_BALANCE = _SELECT_REFRESHES.where(
     any_of(refresh.account_id, "account_ids"),
     (CAN_BE_ANSWERED & refresh.called_at.is_not(None))
     | state_in(refresh.state, {RefreshState.REQUESTED})
-    | (state_in(refresh.state, {RefreshState.ANSWERED}) & (refresh.call_count > 1)),
+    | (
+        state_in(refresh.state, {RefreshState.ANSWERED})
+        & ((refresh.call_count > 1) | (refresh.called_at >= bindparam("answered_since")))
+    ),
 ).order_by(refresh.called_at.desc().nulls_last())
 
 
@@ -130,7 +136,7 @@ def find_due_in_flight_or_unneeded(tx: Tx, now: datetime, limit: int) -> list[Re
     return _find_refreshes(tx, refresh.due_at <= now, IS_IN_FLIGHT | is_unneeded, order=refresh.due_at, limit=limit)
 
 
-def callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: int) -> list[RefreshRecord]:
+def find_callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: int) -> list[RefreshRecord]:
     """Return requested refreshes whose call is due, earliest deadline of a waiting payment first (EDF).
 
     Deadlines before `min_deadline` do not count. The balance would arrive too late for them, so the fee would be

@@ -5,90 +5,33 @@ these rows. `due_at` is null when nothing is due.
 """
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     CheckConstraint,
-    Column,
     ColumnElement,
-    DateTime,
-    Dialect,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
-    Numeric,
     Table,
     Text,
     UniqueConstraint,
     literal_column,
 )
 from sqlalchemy import text as sql
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
+from worker.ledger.column_types import ExactDecimal, Json, UtcTime
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
-
-NAIVE_TIME_ERROR = "the ledger accepts no time without a time zone"
-
-
-class UtcTime(TypeDecorator[datetime]):
-    """An aware UTC time on every database. SQLite has no time zones, so it stores UTC without one."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC. Raise `ValueError` for a naive time."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(NAIVE_TIME_ERROR)
-        value = value.astimezone(UTC)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to an aware UTC time."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-class ExactDecimal(TypeDecorator[Decimal]):
-    """An exact decimal on every database: NUMERIC on PostgreSQL, text on SQLite, whose numbers are floats."""
-
-    impl = Numeric
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return text for SQLite, NUMERIC for PostgreSQL."""
-        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else Numeric())
-
-    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Any:
-        """Convert to text on SQLite, without an exponent."""
-        return value if value is None or dialect.name != "sqlite" else format(value, "f")
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
-        """Convert to a decimal."""
-        return None if value is None else Decimal(value)
-
-
-Json = JSON(none_as_null=True)
 
 
 def _quoted_states(*states: str) -> str:
     return ", ".join(f"'{state}'" for state in sorted(states))
-
-
-def postgresql_type(column: Column[Any]) -> str:
-    """Return the name of the column's type on PostgreSQL."""
-    return column.type.compile(postgresql.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy does not type it
 
 
 def state_in(column: ColumnElement[str], states: Iterable[str]) -> ColumnElement[bool]:
@@ -113,7 +56,7 @@ class PaymentRow(SQLModel, table=True):
         # waiting payments for queries on the waiting payments of one account.
         _partial_index("payment_due_at", "due_at", where="resolved_at IS NULL"),
         _partial_index("payment_waiting", "account_id", "deadline", where=f"state = '{PaymentState.WAITING}'"),
-        _partial_index("payment_released", "account_id", "resolved_at", where=f"state = '{PaymentState.RELEASED}'"),
+        _partial_index("payment_hold", "account_id", "hold_until", where="hold_until IS NOT NULL"),
         _partial_index(
             "payment_connection",
             "connection_id",
@@ -163,6 +106,8 @@ class PaymentRow(SQLModel, table=True):
     """The balance that resolved the payment. Null if it failed without one."""
     funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)
     """Inputs and result of the funds check."""
+    hold_until: datetime | None = Field(default=None, sa_type=UtcTime)
+    """End of the funds hold of a released payment. `HOLD_OPEN` until the outcome is delivered. Null without a hold."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
     """The outcome, the same for every task of this payment and every delivery."""
 
@@ -290,8 +235,9 @@ class BalanceRow(SQLModel, table=True):
 
     __tablename__ = "balance"
     __table_args__ = (
-        Index("balance_account", "account_id", "at"),
+        Index("balance_received", "account_id", "received_at"),
         _partial_index("balance_due_at", "due_at", where="due_at IS NOT NULL"),
+        _partial_index("balance_rejected", "received_at", where="rejected IS NOT NULL"),
     )
 
     balance_id: str = Field(primary_key=True, sa_type=Text)
@@ -316,6 +262,25 @@ class BalanceRow(SQLModel, table=True):
     """When the sweep applies the balance. Null after it was applied."""
     refresh_id: str | None = Field(default=None, sa_type=Text)
     """The refresh that the balance is attributed to, if any."""
+    as_of: datetime | None = Field(default=None, sa_type=UtcTime)
+    """Time as of which the balance is believed: never later than `received_at`. Null in rows of version 0.2.0."""
+    rejected: str | None = Field(default=None, sa_type=Text)
+    """Why the balance resolved no payment of the call that it came for: `too_old` or `after_deadline`."""
+
+
+class AccountRow(SQLModel, table=True):
+    """The account facts that the last read of an account returned, free of charge."""
+
+    __tablename__ = "account"
+
+    account_id: str = Field(primary_key=True, sa_type=Text)
+    """Id of the account at the provider."""
+    kind: str | None = Field(default=None, sa_type=Text)
+    """The provider's kind of the account, such as `DEPOSITORY`. Null if unknown, or if the read failed."""
+    currency: str | None = Field(default=None, sa_type=Text)
+    """ISO 4217 code of the account's currency. Null if unknown, or if the read failed."""
+    read_at: datetime = Field(sa_type=UtcTime)
+    """When the account was read. Known facts are read again after a day, unknown ones after a minute."""
 
 
 class QuarantineRow(SQLModel, table=True):
@@ -344,6 +309,7 @@ REFRESH = _table_of(RefreshRow)
 FEE_ENTRY = _table_of(FeeEntryRow)
 INVOICE = _table_of(InvoiceRow)
 BALANCE = _table_of(BalanceRow)
+ACCOUNT = _table_of(AccountRow)
 QUARANTINE = _table_of(QuarantineRow)
 IS_WAITING = state_in(PAYMENT.c.state, {PaymentState.WAITING})
-ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, QUARANTINE)
+ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE)

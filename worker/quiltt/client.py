@@ -110,7 +110,7 @@ class QuilttClient:
             return httpx.HTTPTransport(verify=self._ssl_context, limits=_SINGLE_CONNECTION)
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:
-        """Poll an account and its newest balance by GraphQL, free of charge.
+        """Read an account and its newest balance by GraphQL, free of charge.
 
         Return None if the provider has no such account.
 

@@ -138,11 +138,15 @@ class AccountMovedEvent(_ProviderModel):
     metadata: ReconnectMetadata
 
 
-class PolledAccount(_ProviderModel):
-    """An account in the response to a balance poll."""
+StorableText = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
+"""A text that every database can store in a column. PostgreSQL can store no NUL."""
 
-    kind: str | None = None
-    currency: Annotated[str | None, Field(alias="currencyCode")] = None
+
+class PolledAccount(_ProviderModel):
+    """An account in the response to a balance poll or an account read."""
+
+    kind: StorableText | None = None
+    currency: Annotated[StorableText | None, Field(alias="currencyCode")] = None
     balance: dict[str, Any] | None = None
 
 

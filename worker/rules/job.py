@@ -6,7 +6,7 @@ only the currency: any other may be private.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +22,10 @@ MAX_METADATA_LEVELS = 64
 MAX_PAYMENT_ID_CHARS = 128
 MAX_TIMEOUT_S = 3600
 MAX_BALANCE_AGE_S = 86_400
+MAX_HOLD_S = 864_000
+MAX_AMOUNT_DIGITS = 15
+MAX_AMOUNT = Decimal(10) ** MAX_AMOUNT_DIGITS
+"""Amounts are smaller than this: a larger one is a mistake, and its balance would cost a call."""
 MAX_REPORTED_NAME_CHARS = 64
 """An error text shows at most so much of the name of an unknown field."""
 
@@ -38,11 +42,15 @@ class ContractModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
+_BELOW_MAX_AMOUNT = Field(json_schema_extra={"lt": str(MAX_AMOUNT)})
+"""Documents the limit in the JSON Schema. `parse_job` checks it."""
+
+
 class Buffer(ContractModel):
     """Amount required beyond the payment: the balance must cover `amount * multiplier + fixed`."""
 
     multiplier: Annotated[BoundedDecimalString, Field(ge=1, le=5)] = Decimal(1)
-    fixed: Annotated[BoundedDecimalString, Field(ge=0)] = Decimal(0)
+    fixed: Annotated[BoundedDecimalString, Field(ge=0), _BELOW_MAX_AMOUNT] = Decimal(0)
 
 
 class Job(ContractModel):
@@ -52,11 +60,12 @@ class Job(ContractModel):
     """The payments service's own id, and the idempotency key of the job. Printable ASCII without spaces."""
     account_id: QuilttId
     profile_id: QuilttId | None = None
-    """Needed for the free balance poll shortly before the deadline, in case a webhook is lost.
+    """Needed for two free reads: of the account's kind and currency before the call, and of the balance shortly before
+    the deadline, in case a webhook is lost. Without it a credit line may release the payment as `sufficient`.
     The payment fails as soon as Quiltt reports that the profile is deleted."""
     connection_id: QuilttId | None = None
     """With it, the payment fails as soon as Quiltt reports that the connection is lost, not only at the deadline."""
-    amount: Annotated[BoundedDecimalString, Field(gt=0)] | None = None
+    amount: Annotated[BoundedDecimalString, Field(gt=0), _BELOW_MAX_AMOUNT] | None = None
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
     timeout_s: Annotated[int, Field(strict=True, ge=1, le=MAX_TIMEOUT_S)] = 120
     """Time until the payment's deadline, in seconds from when payready accepts the job."""
@@ -66,8 +75,12 @@ class Job(ContractModel):
     """`required`: the payment fails if its funds cannot be checked. `enabled`: it is then released as `unchecked`.
     Default: `required` if an amount is given, else `disabled`."""
     buffer: Buffer = Buffer()
+    """Needs a funds check."""
     include_overdraft: Annotated[bool, Field(strict=True)] = False
-    """Whether the overdraft limit counts as available funds."""
+    """Whether the overdraft limit counts as available funds. Needs a funds check."""
+    hold_s: Annotated[int, Field(strict=True, ge=0, le=MAX_HOLD_S)] | None = None
+    """Time for which the amount, once released, is deducted from later balances of the account. In seconds from the
+    delivery of the outcome. Default: `PAYREADY_FUNDS_HOLD_S`."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """Returned with the outcome. At most 4 KiB of JSON."""
 
@@ -75,6 +88,11 @@ class Job(ContractModel):
     def effective_funds_check(self) -> FundsCheck:
         """The funds check that applies, with the default resolved."""
         return self.funds_check or ("disabled" if self.amount is None else "required")
+
+    @property
+    def reads_account(self) -> bool:
+        """Whether the account is read before its call: the funds check needs its facts, and the profile shows them."""
+        return self.profile_id is not None and self.effective_funds_check != "disabled"
 
     def min_balance_at(self, requested_at: datetime) -> datetime:
         """Return the minimum time of a balance that may release this job."""
@@ -116,7 +134,7 @@ def _is_nested_deeper(value: Any, max_levels: int) -> bool:
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
-def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
+def parse_job(arguments: Mapping[str, Any], *, required_currency: str) -> Job:
     """Parse a job. `currency` is the currency of all accounts.
 
     Raises:
@@ -127,30 +145,50 @@ def parse_job(arguments: Mapping[str, Any], *, currency: str) -> Job:
     except ValidationError as error:
         problems = dict.fromkeys(_problem_text(problem) for problem in error.errors(include_input=False))
         raise InvalidJob("; ".join(problems)) from None
-    if job.currency != currency:
-        raise InvalidJob(f"currency: is {job.currency}, but the currency of the accounts is {currency}")
+    if problems_of_new := list(_problems_of_new_job(job, required_currency)):
+        raise InvalidJob("; ".join(problems_of_new))
     return job
 
 
+def _problems_of_new_job(job: Job, currency: str) -> Iterator[str]:
+    """Return what a new job must not have. A stored job may have it, as version 0.2.0 accepted it."""
+    if job.currency != currency:
+        yield f"currency: is {job.currency}, but the currency of the accounts is {currency}"
+    if job.amount is not None and job.amount >= MAX_AMOUNT:
+        yield f"amount: {_FIELD_RULES['amount']}"
+    if job.buffer.fixed >= MAX_AMOUNT:
+        yield f"buffer.fixed: {_FIELD_RULES['buffer.fixed']}"
+    if job.effective_funds_check == "disabled":
+        cause = "amount is missing" if job.funds_check is None else "funds_check is disabled"
+        for name, is_set in {"buffer": job.buffer != Buffer(), "include_overdraft": job.include_overdraft}.items():
+            if is_set:
+                yield f"{name}: must not be set without a funds check, but {cause}"
+
+
 def parse_stored_job_ignoring_unknown(stored: Mapping[str, Any]) -> Job:
-    """Parse a job from the ledger. Fields that only a later release knows are ignored."""
+    """Parse a job from the ledger. Fields that only a later release knows are ignored.
+
+    The job may be one that `parse_job` rejects: an earlier release has accepted it.
+    """
     return Job.model_validate({name: value for name, value in stored.items() if name in Job.model_fields})
 
 
+_DIGITS = f"{MAX_AMOUNT_DIGITS} whole digits and 38 digits in all"
 _FIELD_RULES: Mapping[str, str] = {
     "payment_id": f"must be 1 to {MAX_PAYMENT_ID_CHARS} printable ASCII characters without spaces",
     "account_id": 'must be a Quiltt account id, such as "acct_12Hz9Dz7"',
     "profile_id": 'must be a Quiltt profile id, such as "p_12Hz9Dz7"',
     "connection_id": 'must be a Quiltt connection id, such as "conn_12Hz9Dz7"',
-    "amount": 'must be a decimal in a string, greater than 0 and with at most 38 digits, such as "25.00"',
+    "amount": f'must be a decimal in a string, greater than 0 and with at most {_DIGITS}, such as "25.00"',
     "currency": 'must be three capital letters, such as "USD"',
     "timeout_s": f"must be a whole number of seconds from 1 to {MAX_TIMEOUT_S}",
     "max_balance_age_s": f"must be a whole number of seconds from 0 to {MAX_BALANCE_AGE_S}",
     "funds_check": 'must be "required", "enabled" or "disabled"',
     "buffer": 'must be an object, such as {"multiplier": "1.05", "fixed": "2.00"}',
     "buffer.multiplier": 'must be a decimal in a string, from "1" to "5" and with at most 38 digits',
-    "buffer.fixed": 'must be a decimal in a string, "0" or more and with at most 38 digits, such as "2.00"',
+    "buffer.fixed": f'must be a decimal in a string, "0" or more and with at most {_DIGITS}, such as "2.00"',
     "include_overdraft": "must be true or false",
+    "hold_s": f"must be a whole number of seconds from 0 to {MAX_HOLD_S}",
     "metadata": "must be a JSON object",
 }
 """The rule of each field, in the words of the error texts. One text covers all that can be wrong with a value."""
@@ -207,6 +245,26 @@ class FeeShare(ContractModel):
     balance of an earlier call and has no share."""
 
 
+class FundsCalculation(ContractModel):
+    """Inputs and result of the funds check."""
+
+    amount: DecimalString
+    multiplier: DecimalString
+    fixed: DecimalString
+    needed: DecimalString
+    """`amount * multiplier + fixed`."""
+    available: DecimalString | None
+    limit: DecimalString | None
+    """The overdraft limit, if the job includes it."""
+    held: DecimalString
+    """Sum of the amounts with a funds hold, which were deducted."""
+    held_count: int
+    held_until: AwareDatetime | None
+    """Latest end of these holds. Null without a hold, or while an outcome is not delivered."""
+    available_after_holds: DecimalString | None
+    currency: str
+
+
 class ReleasedOutcome(ContractModel):
     """The result of `payments.initiate` if the payment is released.
 
@@ -218,6 +276,8 @@ class ReleasedOutcome(ContractModel):
     verdict: Verdict
     """`sufficient`: the funds were checked and cover the payment. `unchecked`: a check was requested, but the available
     balance is unknown. `not_requested`: no check was requested."""
+    funds_calculation: FundsCalculation | None
+    """Null if no check was requested."""
     balance: OutcomeBalance
     requested_at: AwareDatetime
     resolved_at: AwareDatetime

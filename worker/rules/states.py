@@ -166,11 +166,11 @@ def balance_is_fresh_enough(
 
     `min_balance_at` is the time of the payment's request minus its max balance age. `balance_at` is by the provider's
     clock and cut to whole seconds; `skew` allows for both. A payment with a max balance age of 0 (`only_own_call`)
-    also needs a call after its request. `called_at` is the time of the call that the balance is attributed to, or
-    None.
+    also needs the response to a call after its request. `called_at` is the time of the call that the balance is
+    attributed to, or None.
     """
-    if only_own_call and (called_at is None or called_at < min_balance_at):
-        return False
+    if only_own_call:
+        return called_at is not None and called_at >= min_balance_at and can_be_response_to(balance_at, called_at, skew)
     return balance_at >= min_balance_at - skew
 
 
