@@ -4,12 +4,14 @@ import asyncio
 import hmac
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
 from random import Random
 from typing import Any
 
 from simulator import quiltt_records
+from simulator.bank import Bank
 from simulator.quiltt_records import Account, Json
 from simulator.request_log import LoggedCall, RequestLog
 from simulator.scenarios import (
@@ -29,6 +31,7 @@ _STALE_SIGNATURE_AGE_S = 600
 _DUPLICATE_DELAY_S = 0.2
 _SPURIOUS_ATTEMPTS = 3
 """Attempts of forged and stale deliveries. They end after fewer attempts than genuine ones."""
+_SPURIOUS_WEBHOOKS = (WebhookKind.FORGED, WebhookKind.STALE)
 _SYNC_BALANCE_AGE_S = 3600
 
 
@@ -78,6 +81,7 @@ class Provider:
     rng: Random
     log: RequestLog
     webhook_sender: WebhookSender
+    bank: Bank = field(default_factory=Bank)
     defaults: Defaults = field(default_factory=Defaults)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     _latest_balances: dict[str, Json] = field(default_factory=dict)
@@ -130,7 +134,7 @@ class Provider:
         balance = self._latest_balances.get(account_id) or quiltt_records.balance_record(
             quiltt_records.replace_id_prefix("bal", account_id),
             account_id,
-            account,
+            _with_available_balance(account, self.bank.balance(account_id)),
             "SYNC",
             self._started_at - _SYNC_BALANCE_AGE_S,
         )
@@ -181,17 +185,36 @@ class Provider:
             return None
         call.balance_id = quiltt_records.new_id("bal")
         return self.webhook_sender.schedule(
-            delay_s, partial(self._create_balance, call.account_id, call.balance_id, effective, account)
+            delay_s, partial(self._create_balance, call, call.balance_id, effective, account)
         )
 
     def _create_balance(
-        self, account_id: str, balance_id: str, effective: Scenario, account: Account
+        self, call: LoggedCall, balance_id: str, effective: Scenario, account: Account
     ) -> list[OutgoingDelivery]:
-        """Create the balance, dated now, and return the deliveries of its events."""
-        now = time.time()
-        balance = quiltt_records.balance_record(balance_id, account_id, account, "REFRESH", now)
+        """Create the balance and return the deliveries of its events.
+
+        It is dated now, unless the bank has a true balance of the account and dates it differently.
+        """
+        now, account_id = time.time(), call.account_id
+        read = self.bank.read(account_id, call.started_at, now, self.rng)
+        account = _with_available_balance(account, read.balance if read else None)
+        balance_at = read.record_at if read else now
+        balance = quiltt_records.balance_record(balance_id, account_id, account, "REFRESH", balance_at)
         if effective.shown_in_graphql:
             self._latest_balances[account_id] = balance
+        timing = self.bank.draw_webhook_timing(account_id, self.rng)
+        deliveries = self._deliveries_of_balance(balance, effective, now)
+        repeated = [
+            OutgoingDelivery(body=delivery.body, extra_delay_s=timing.repeat_after_s)
+            for delivery in deliveries[:1]
+            if timing.repeat_after_s is not None and effective.webhooks not in _SPURIOUS_WEBHOOKS
+        ]
+        for delivery in deliveries:
+            delivery.extra_delay_s += timing.late_s
+        return [*deliveries, *repeated]
+
+    def _deliveries_of_balance(self, balance: Json, effective: Scenario, now: float) -> list[OutgoingDelivery]:
+        account_id = str(balance["accountId"])
         event = quiltt_records.event_record("balance.created", balance, account_id, now)
         match effective.webhooks:
             case WebhookKind.EVENT:
@@ -216,3 +239,10 @@ class Provider:
 
     def _outgoing_delivery(self, *events: Json, **options: Any) -> OutgoingDelivery:
         return OutgoingDelivery(body=quiltt_records.delivery_body(events, self.mode), **options)
+
+
+def _with_available_balance(account: Account, balance: Decimal | None) -> Account:
+    """Return the account with its true balance, unless there is none or the provider does not know the available."""
+    if balance is None or account.available is None:
+        return account
+    return replace(account, available=float(balance), current=float(balance))

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from simulator import quiltt_records
+from simulator.bank_api import BankApi
 from simulator.control_api import ControlApi
 from simulator.fake_provider import CallDecision, Provider
 from simulator.request_validation import InvalidControlRequest
@@ -126,5 +127,5 @@ def build_simulator_app_with_sender(provider: Provider) -> Starlette:
         with contextlib.suppress(asyncio.CancelledError):
             await sender_task
 
-    routes = [*ProviderApi(provider).routes(), *ControlApi(provider).routes()]
+    routes = [*ProviderApi(provider).routes(), *ControlApi(provider).routes(), *BankApi(provider.bank).routes()]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={InvalidControlRequest: _respond_422})

@@ -5,8 +5,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, get_args
 
+from simulator.bank import BalanceTime
 from simulator.scenarios import SCENARIOS
 
 FieldParsers = Mapping[str, Callable[[Any], Any]]
@@ -16,14 +17,38 @@ class InvalidControlRequest(ValueError):
     """Invalid request. The client receives the message."""
 
 
-def parse_fields(raw: bytes, parsers: FieldParsers) -> dict[str, Any]:
-    """Parse the JSON object in `raw`. Each value is the result of its field's parser."""
+def parse_fields(raw: bytes, parsers: FieldParsers, *, required: bool = False) -> dict[str, Any]:
+    """Parse the JSON object in `raw`. Each value is the result of its field's parser.
+
+    `required` is whether a missing field is an error.
+    """
+    fields = _parse_object(_json_object(raw), parsers)
+    if required and (missing := [name for name in parsers if name not in fields]):
+        raise InvalidControlRequest(f"missing: {', '.join(missing)}")
+    return fields
+
+
+def parse_fields_by_key(raw: bytes, parsers: FieldParsers) -> dict[str, dict[str, Any]]:
+    """Parse the JSON object in `raw`, whose values are objects with the same fields."""
+    return {key: _parse_object(value, parsers) for key, value in _json_object(raw).items()}
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         content = json.loads(raw or b"{}")
     except ValueError as error:
         raise InvalidControlRequest("not JSON") from error
+    return _checked_object(content)
+
+
+def _checked_object(content: object) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidControlRequest("not a JSON object")
+    return content
+
+
+def _parse_object(value: object, parsers: FieldParsers) -> dict[str, Any]:
+    content = _checked_object(value)
     if unknown := sorted(content.keys() - parsers.keys()):
         raise InvalidControlRequest(f"unknown: {', '.join(unknown)}; known: {', '.join(parsers)}")
     return {name: _parse_value(name, value, parsers[name]) for name, value in content.items()}
@@ -80,6 +105,28 @@ def text(value: object) -> str:
 def amount_from_text_or_number(value: object) -> float | None:
     """Convert a decimal string, a number or null into a JSON number, as in the provider's events."""
     return None if value is None else _finite(float(Decimal(str(value))))
+
+
+def decimal_amount(value: object) -> Decimal:
+    """Convert a decimal string into an exact amount."""
+    amount = Decimal(text(value))
+    if not amount.is_finite():
+        raise ValueError
+    return amount
+
+
+def positive_amount(value: object) -> Decimal:
+    """Convert a decimal string into an exact amount above 0."""
+    if decimal_amount(value) <= 0:
+        raise ValueError
+    return decimal_amount(value)
+
+
+def balance_time(value: object) -> str:
+    """Return the name of a meaning of a balance's `at`."""
+    if value not in get_args(BalanceTime):
+        raise ValueError
+    return text(value)
 
 
 def scenario_name(value: object) -> str:

@@ -111,6 +111,11 @@ _SCENARIO_ROWS = (
     Scenario("nullavail", "202, event with available null", account={"available": None}),
     Scenario("poor", "202, event with available 1.00", account={"available": 1.00, "current": 1.00}),
     Scenario(
+        "credit",
+        "202, event with available 4000.00 of a credit line, whose kind only GraphQL shows",
+        account={"kind": "CREDIT", "available": 4000.00, "current": 1000.00, "limit": 5000.00},
+    ),
+    Scenario(
         "throttled", "429 with Ratelimit-Reset, the next call 202 and the event, and so on", rate_limits_first_call=True
     ),
     Scenario("badreq", "400: account kind not supported", status=400, account={"kind": "LOAN"}),

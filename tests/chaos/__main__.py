@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.processes import StartOrExitError
+from tests.chaos.bank_transfers import BankTransfers, CallbackLog
 from tests.chaos.chaos_plan import FAULT_KINDS, RABBITMQ_FAULT_KINDS, SKEW_S, ChaosPlan, Fault, draw_plan
 from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.fault_injector import FaultInjector
@@ -56,17 +57,21 @@ class ChaosTest:
         self.unexpected_exits: list[str] = []
         """Processes that ended without a fault. Such an exit ends the run."""
         self._ended: set[str] = set()
-        self._read = 0
+        self._log = CallbackLog(system.service_log)
+        self.transfers = BankTransfers(system, plan)
         self._threads: list[threading.Thread] = []
 
     def run(self) -> None:
         """Send all messages, inject all faults and wait until no work is left. Stop if a process ends by itself."""
+        self.transfers.start()
         try:
             self._run_faults()
             self.system.check_all_running()
         except StartOrExitError as error:
             self.unexpected_exits.append(str(error))
             print(f"VIOLATION {error}\nthe run ends here", flush=True)
+        finally:
+            self.transfers.finish()
 
     def _run_faults(self) -> None:
         sent, faults = 0, list(self.plan.faults)
@@ -116,14 +121,7 @@ class ChaosTest:
             self.problems.append(f"{fault} could not be injected: {traceback.format_exc()}")
 
     def _listen(self) -> None:
-        if not self.system.service_log.exists():
-            return
-        with self.system.service_log.open() as log:
-            log.seek(self._read)
-            text = log.read()
-        complete_lines = text[: text.rfind("\n") + 1]
-        self._read += len(complete_lines.encode())
-        lines = [json.loads(line) for line in complete_lines.splitlines()]
+        lines = self._log.new_lines()
         self.callback_lines += lines
         self._ended |= {line["args"][-1] for line in lines}
 
@@ -166,6 +164,7 @@ class ChaosTest:
             balances,
             log["calls"],
             log["deliveries"],
+            self.system.bank_debits(),
         )
 
 
@@ -199,7 +198,7 @@ def main() -> int:
         **({} if chaos_test.unexpected_exits else violations(plan, observed)),
     }
     _report(chaos_test, observed, found, time.monotonic() - start)
-    return int(bool(chaos_test.problems or any(found.values())))
+    return int(bool(chaos_test.problems or chaos_test.transfers.problems or any(found.values())))
 
 
 def _options() -> argparse.Namespace:
@@ -225,7 +224,7 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
     outcomes = Counter(row["reason"] or row["state"] for row in observed.payments)
     accepted = sum(call["accepted"] for call in observed.calls)
     repeated = len(observed.delivered_results) - len({line["id"] for line in observed.delivered_results})
-    passed = not chaos_test.problems and not any(found.values())
+    passed = not chaos_test.problems and not chaos_test.transfers.problems and not any(found.values())
     print(f"\nseed {chaos_test.plan.seed}, {seconds:.0f} s, clocks differ by up to {2 * SKEW_S:.0f} s")
     print(
         f"payments {len(chaos_test.sent_at)}: " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
@@ -234,6 +233,11 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
         f"calls {len(observed.calls)}, of which {accepted} accepted; deliveries of webhooks {len(observed.deliveries)}"
     )
     print(f"callbacks {len(observed.delivered_results)}, of which {repeated} repeated under the same id")
+    unpaid = sum(not debit["paid"] for debit in observed.debits)
+    print(
+        f"debits {len(observed.debits)}, of which the bank could not pay {unpaid}; "
+        + ", ".join(f"{n} {action}" for action, n in chaos_test.transfers.counts.items() if action != "debits")
+    )
     print(
         f"faults {chaos_test.fault_counts.total()}: "
         + ", ".join(f"{n} {kind}" for kind, n in chaos_test.fault_counts.most_common())
@@ -242,7 +246,7 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
         print(f"{len(details):4d} violations: {name}")
         for line in details[:10]:
             print(f"       {line}")
-    for line in chaos_test.problems:
+    for line in [*chaos_test.problems, *chaos_test.transfers.problems]:
         print(f"PROBLEM {line}")
     print("passed" if passed else f"FAILED; repeat with: python -m tests.chaos {_repeat_command(chaos_test)}")
 

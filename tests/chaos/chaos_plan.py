@@ -4,6 +4,7 @@ A fault is due after a number of sent messages, not after a time. It therefore h
 slow machine.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -33,6 +34,20 @@ SCENARIOS = {
     "inactive": 1,
 }
 """Scenarios of the accounts, in percent. The simulator's other scenarios add no coverage."""
+
+LASTING_SCENARIOS = ("mix", "mix", "mix", "prompt", "slow", "twice", "early", "batch", "lost", "unsent", "late")
+"""Scenarios of the accounts that have payments during the whole run. Each of them shows balances."""
+LASTING_ACCOUNTS = 24
+LASTING_RATIO = 0.5
+"""Part of the payments that is made on lasting accounts."""
+LASTING_MAX_BALANCE_AGES_S = (0, 0, 5, 5, 30)
+"""Short, so that most payments on lasting accounts need a new balance: it may show a debit, or not yet."""
+MAX_BALANCE_AGES_S = (0, 5, 30, 30, 300)
+
+MAX_CALLBACK_DELAY_S = 120
+"""Maximum time from the delivery of an outcome to the run of its callback, including outages."""
+DEFAULT_HOLD_S = 90 + MAX_CALLBACK_DELAY_S
+"""`PAYREADY_FUNDS_HOLD_S` of the chaos test: the longest time until a debit."""
 
 FAULT_KINDS = {
     "kill": 30,
@@ -67,6 +82,18 @@ class PlannedJob:
     job: dict[str, Any] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedDebit:
+    """What follows the callback of a payment, if it is released. All times are seconds."""
+
+    after_s: float
+    """From the callback to the debit."""
+    end_hold_after_s: float | None
+    """From the debit to the message `payments.end_hold`. None: the hold ends by its time."""
+    credit_after_s: float | None
+    """From the debit to a credit of the same amount, so that the account can pay again. None: no credit."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Fault after `after` sent messages: on `target`, for `seconds`. The target's clock then deviates by `skew_s`."""
@@ -90,6 +117,10 @@ class ChaosPlan:
     faults: list[Fault]
     clocks: dict[str, float] = field(default_factory=dict)
     """Initial clock deviation by replica, in seconds."""
+    debits: dict[str, PlannedDebit] = field(default_factory=dict)
+    """By payment id."""
+    bank_accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of each account at the simulator's bank, by account id."""
 
     def until(self, first: int, size: int) -> Iterator[PlannedJob]:
         """Yield the next messages."""
@@ -99,23 +130,35 @@ class ChaosPlan:
 def draw_plan(seed: int, payments: int, faults: int, kinds: Mapping[str, int] = FAULT_KINDS) -> ChaosPlan:
     """Draw a plan from the seed."""
     rng = Random(seed)
-    planned_jobs = list(_draw_jobs(rng, payments))
+    debits = {payment_id: _draw_debit(rng) for payment_id in map(_payment_id, range(payments))}
+    planned_jobs = list(_draw_jobs(rng, debits))
     positions = sorted(rng.randrange(20, len(planned_jobs)) for _ in range(faults))
     clocks = {replica: _draw_skew(rng) for replica in REPLICAS}
-    return ChaosPlan(seed, planned_jobs, [_draw_fault(rng, position, kinds) for position in positions], clocks)
+    drawn_faults = [_draw_fault(rng, position, kinds) for position in positions]
+    accounts = dict.fromkeys(planned.job["account_id"] for planned in planned_jobs if planned.job is not None)
+    bank_accounts = {account_id: _draw_bank_account(rng, account_id) for account_id in accounts}
+    return ChaosPlan(seed, planned_jobs, drawn_faults, clocks, debits, bank_accounts)
 
 
 def _draw_skew(rng: Random) -> float:
     return round(rng.uniform(-SKEW_S, SKEW_S), 2)
 
 
-def _draw_jobs(rng: Random, payments: int) -> Iterator[PlannedJob]:
+def _payment_id(number: int) -> str:
+    return f"pay_{number:06d}"
+
+
+def _draw_jobs(rng: Random, debits: Mapping[str, PlannedDebit]) -> Iterator[PlannedJob]:
     accounts = [_draw_account(rng, number) for number in range(60)]
-    for number in range(payments):
+    lasting = [_account_id(rng.choice(LASTING_SCENARIOS), 900_000 + number) for number in range(LASTING_ACCOUNTS)]
+    for number, (payment_id, debit) in enumerate(debits.items()):
         if rng.random() < 0.5:  # replace an account that has had payments by a new one
             accounts[rng.randrange(len(accounts))] = _draw_account(rng, 60 + number)
-        payment_id = f"pay_{number:06d}"
-        planned_job = PlannedJob(payment_id, f"task-{number:06d}", _draw_job(rng, payment_id, rng.choice(accounts)))
+        is_lasting = rng.random() < LASTING_RATIO
+        account_id = rng.choice(lasting if is_lasting else accounts)
+        max_balance_age_s = rng.choice(LASTING_MAX_BALANCE_AGES_S if is_lasting else MAX_BALANCE_AGES_S)
+        job = _draw_job(rng, payment_id, account_id, debit) | {"max_balance_age_s": max_balance_age_s}
+        planned_job = PlannedJob(payment_id, f"task-{number:06d}", job)
         yield planned_job
         if rng.random() < 0.03:
             yield planned_job  # a duplicate of the same message
@@ -126,11 +169,35 @@ def _draw_jobs(rng: Random, payments: int) -> Iterator[PlannedJob]:
 
 
 def _draw_account(rng: Random, number: int) -> str:
-    scenario = rng.choices(list(SCENARIOS), list(SCENARIOS.values()))[0]
+    return _account_id(rng.choices(list(SCENARIOS), list(SCENARIOS.values()))[0], number)
+
+
+def _account_id(scenario: str, number: int) -> str:
     return f"acct_{scenario}{number:06d}"
 
 
-def _draw_job(rng: Random, payment_id: str, account_id: str) -> dict[str, Any]:
+def _draw_bank_account(rng: Random, account_id: str) -> dict[str, Any]:
+    """Draw an opening balance that covers some of the payments, and how the bank's balance reaches payready."""
+    balance = rng.choice(["12.00", "100.00", "260.00", "500.00", "900.00"])
+    return {
+        "balance": "1.00" if account_id.startswith("acct_poor") else balance,
+        "balance_time": rng.choice(["read", "record"]),
+        "max_late_s": rng.choice([0, 2, 15]),
+    }
+
+
+def _draw_debit(rng: Random) -> PlannedDebit:
+    """Draw seconds to minutes from the callback to the debit. Most holds are ended once the debit shows."""
+    shortest_s, longest_s = rng.choice([(0.5, 5.0), (0.5, 5.0), (5.0, 30.0), (5.0, 30.0), (30.0, 90.0)])
+    return PlannedDebit(
+        after_s=round(rng.uniform(shortest_s, longest_s), 2),
+        end_hold_after_s=round(rng.choice([0.0, rng.uniform(0.0, 10.0)]), 2) if rng.random() < 0.7 else None,
+        # Late enough that a payment which was released on money of another one meets an empty account.
+        credit_after_s=round(rng.uniform(20.0, 90.0), 2) if rng.random() < 0.8 else None,
+    )
+
+
+def _draw_job(rng: Random, payment_id: str, account_id: str, debit: PlannedDebit) -> dict[str, Any]:
     return {
         "payment_id": payment_id,
         "account_id": account_id,
@@ -138,8 +205,8 @@ def _draw_job(rng: Random, payment_id: str, account_id: str) -> dict[str, Any]:
         "connection_id": f"conn_{account_id[-6:]}",
         "amount": rng.choice(["5.00", "20.00", "150.00", "300.00"]),
         "timeout_s": rng.choice([10, 20, 40, 40]),
-        "max_balance_age_s": rng.choice([0, 5, 30, 30, 300]),
         "funds_check": rng.choice(["required", "required", "enabled"]),
+        **({"hold_s": math.ceil(debit.after_s) + MAX_CALLBACK_DELAY_S} if rng.random() < 0.5 else {}),
     }
 
 

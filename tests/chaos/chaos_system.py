@@ -3,7 +3,7 @@
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from demo.embedded_valkey import EmbeddedValkey
 from demo.processes import Processes, StartOrExitError, assign_free_port, procfile
-from tests.chaos.chaos_plan import REPLICAS, ChaosPlan, PlannedJob
+from tests.chaos.chaos_plan import DEFAULT_HOLD_S, REPLICAS, ChaosPlan, PlannedJob
 from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
 from tests.support.simulator import Simulator
@@ -31,6 +31,7 @@ SETTINGS = {
     "PAYREADY_CALLS_PER_S": "20",
     "PAYREADY_CIRCUIT_BREAKER_FAILURES": "10",
     "PAYREADY_BALANCE_POLL_LEAD_S": "5",
+    "PAYREADY_FUNDS_HOLD_S": str(DEFAULT_HOLD_S),
     "PAYREADY_LOG_LEVEL": "WARNING",
 }
 """Settings that make rare events frequent. Rate limit and circuit breaker are as in production."""
@@ -97,6 +98,18 @@ class ChaosSystem:
             "payments.initiate", kwargs=sending.job, link=link, link_error=link_error, **options
         )
 
+    def end_holds(self, payment_ids: Sequence[str]) -> bool:
+        """Send `payments.end_hold` for these payments. Return False if some may be unsent."""
+        try:
+            with self._service.connection_for_write(connect_timeout=2) as connection:
+                producer = self._service.amqp.Producer(connection, auto_declare=False)
+                options = {"queue": "payments", "producer": producer, "retry": False, "ignore_result": True}
+                for payment_id in payment_ids:
+                    self._service.send_task("payments.end_hold", (payment_id,), **options)
+        except (OSError, RedisError, OperationalError):
+            return False
+        return True
+
     # --- the roles ---
 
     def start(self, replica: str, skew_s: float = 0) -> None:
@@ -147,7 +160,14 @@ class ChaosSystem:
 
     def provider_log(self) -> dict[str, Any]:
         """Return the simulator's log."""
-        response = httpx.get(f"{self.simulator.url}/control/log", timeout=60, verify=False)
+        return self._simulator_json("log")
+
+    def bank_debits(self) -> list[dict[str, Any]]:
+        """Return the debits at the simulator's bank."""
+        return list(self._simulator_json("bank")["debits"])
+
+    def _simulator_json(self, path: str) -> dict[str, Any]:
+        response = httpx.get(f"{self.simulator.url}/control/{path}", timeout=60, verify=False)
         return dict(response.raise_for_status().json())
 
     @property
@@ -169,6 +189,7 @@ def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) 
     options = ["--seed", str(plan.seed)]
     webhook = f"http://127.0.0.1:{web_port}/webhooks/quiltt"
     with postgres() as server, Simulator(webhook, secret=SECRET, api_key=API_KEY, options=options) as simulator:
+        simulator.put("bank", **plan.bank_accounts)
         environ = {
             "PAYREADY_REDIS_URL": redis_url,
             "PAYREADY_DATABASE_URL": server.database(),

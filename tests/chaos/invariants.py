@@ -23,7 +23,17 @@ MAX_LATE_S = 60.0
 """Maximum delay of a delivery after the payment's deadline, including outages."""
 WINDOW_S, GRACE_S = 6.0, 1.0
 """`PAYREADY_REFRESH_WINDOW_S` and `PAYREADY_UNCERTAIN_GRACE_S` of the chaos test."""
-TIMES = ("at", "recorded_at", "received_at", "requested_at", "resolved_at", "deadline", "due_at", "delivered_at")
+TIMES = (
+    "at",
+    "recorded_at",
+    "received_at",
+    "requested_at",
+    "resolved_at",
+    "deadline",
+    "due_at",
+    "delivered_at",
+    "hold_until",
+)
 CALLBACK_TASKS = {"released": "ledger.execute_ach", "failed": "ledger.not_ready"}
 
 
@@ -43,6 +53,8 @@ class Observed:
     calls: Sequence[Row]
     """Calls and webhook deliveries in the simulator's log."""
     deliveries: Sequence[Row]
+    debits: Sequence[Row]
+    """Debits at the simulator's bank."""
 
 
 def read(text: str) -> Observed:
@@ -163,6 +175,43 @@ def _no_double_cover(_: ChaosPlan, observed: Observed) -> Iterator[str]:
             yield f"balance {balance['balance_id']}: {spent} were released, but {balance['available']} were available"
 
 
+def _bank_pays_every_debit(_: ChaosPlan, observed: Observed) -> Iterator[str]:
+    """The true balance covers each payment that was released as `sufficient`, at any time the debit is made.
+
+    A payment that was released as `unchecked` may exceed the balance, which the provider does not know.
+    """
+    checked = {row["payment_id"]: row for row in observed.payments if row["outcome"].get("verdict") == "sufficient"}
+    for debit in observed.debits:
+        row = checked.get(debit["payment_id"])
+        if row is not None and not debit["paid"]:
+            made_at = datetime.fromtimestamp(debit["at"], UTC)
+            yield (
+                f"{debit['payment_id']}, {debit['account_id']}: was released at {row['resolved_at']} by "
+                f"{row['balance_id']}; {debit['amount']} was debited at {made_at} from {debit['balance_before']}"
+            )
+
+
+def _funds_holds_outlast_debits(_: ChaosPlan, observed: Observed) -> Iterator[str]:
+    """No funds hold ends before its debit. The plan leaves `MAX_CALLBACK_DELAY_S` for callbacks during outages."""
+    ends = {row["payment_id"]: row["hold_until"] for row in observed.payments if row["state"] == "released"}
+    for debit in observed.debits:
+        made_at = datetime.fromtimestamp(debit["at"], UTC)
+        end = ends.get(debit["payment_id"], made_at)
+        if end is None or end < made_at - timedelta(seconds=SKEW_S):
+            yield f"{debit['payment_id']}: was debited at {made_at}, after the end of its funds hold at {end}"
+
+
+def _every_release_is_debited(_: ChaosPlan, observed: Observed) -> Iterator[str]:
+    """The debits are those of the released payments, so that the invariant above covers each of them."""
+    debited = {debit["payment_id"]: Decimal(debit["amount"]) for debit in observed.debits}
+    released = {row["payment_id"]: row for row in observed.payments if row["state"] == "released"}
+    for payment_id in released.keys() ^ debited.keys():
+        yield f"{payment_id}: was {'released, but not debited' if payment_id in released else 'debited, not released'}"
+    for payment_id in released.keys() & debited.keys():
+        if debited[payment_id] != Decimal(released[payment_id]["amount"]):
+            yield f"{payment_id}: {debited[payment_id]} was debited"
+
+
 def _calls_by_account(observed: Observed) -> dict[str, list[Row]]:
     calls: dict[str, list[Row]] = defaultdict(list)
     for call in observed.calls:
@@ -258,6 +307,9 @@ INVARIANTS: Mapping[str, Check] = {
     "no work is left": _no_backlog,
     "no stale balance releases a payment": _balances_fresh,
     "no balance is spent twice": _no_double_cover,
+    "the bank can pay every released payment": _bank_pays_every_debit,
+    "no funds hold ends before its debit": _funds_holds_outlast_debits,
+    "every released payment is debited": _every_release_is_debited,
     "every call has its fee entry, written before it": _every_call_has_fee_entry,
     "a call that may be billed is repeated at most once": _no_blind_repeat,
     "one call in flight per account": _one_in_flight,

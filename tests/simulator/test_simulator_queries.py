@@ -51,9 +51,13 @@ def test_graphql_shows_the_newest_balance(simulator: Simulator, ordinary: str) -
 
 
 def test_graphql_shows_why_a_call_is_rejected(simulator: Simulator, account: Accounts) -> None:
-    """The account does not exist, its kind is not supported, or its connection has an error."""
+    """The account does not exist, its kind is not supported, or its connection has an error.
+
+    Calls of a credit line are accepted: only GraphQL shows its kind.
+    """
     assert simulator.graphql_account(account("gone")) is None
     assert simulator.graphql_account(account("badreq"))["kind"] == "LOAN"
+    assert simulator.graphql_account(account("credit"))["kind"] == "CREDIT"
     assert simulator.graphql_account(account("inactive"))["connection"]["status"] == "ERROR_REPAIRABLE"
 
 
