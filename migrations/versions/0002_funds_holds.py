@@ -23,6 +23,7 @@ _A_DAY_AGO = {
     "postgresql": "now() - interval '1 day'",
     "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', 'now', '-1 day')",
 }
+_OPEN = {"postgresql": "'9999-12-31 00:00:00+00'", "sqlite": "'9999-12-31 00:00:00.000000'"}
 
 
 def upgrade() -> None:
@@ -52,6 +53,11 @@ def upgrade() -> None:
     op.execute(  # payments that were released before this version are held for a day too
         f"UPDATE payment SET hold_until = {_A_DAY_LATER[dialect]} "  # noqa: S608 - constants of this module
         f"WHERE {_RELEASED} AND amount IS NOT NULL AND resolved_at > {_A_DAY_AGO[dialect]}"
+    )
+    op.execute(  # an outcome that is not delivered yet keeps its hold open
+        f"UPDATE payment SET hold_until = {_OPEN[dialect]} "  # noqa: S608 - constants of this module
+        f"WHERE {_RELEASED} AND amount IS NOT NULL AND EXISTS (SELECT 1 FROM outcome_delivery d "
+        "WHERE d.payment_id = payment.payment_id AND d.due_at IS NOT NULL)"
     )
 
 

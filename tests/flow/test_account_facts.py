@@ -356,3 +356,21 @@ def test_credit_line_releases_without_a_profile(payready: InProcessSystem) -> No
     payready.balance(A, str(Decimal(4000)))
     payready.run_tasks()
     assert payready.outcome("p1")["verdict"] == "sufficient"
+
+
+def test_facts_of_an_earlier_read_count_while_reads_fail(payready: InProcessSystem) -> None:
+    """An account seldom changes its kind. It is read again after a minute."""
+    show_account(payready, kind="CREDIT")
+    initiate(payready, "p1")
+    payready.run_tasks()
+    payready.clock.advance(A_DAY_S + 60)
+    payready.provider.accounts[A] = CallNotSent("no connection")
+    initiate(payready, "p2")
+    payready.run_tasks()
+    assert payready.state_or_reason("p2") == "account_unsupported"
+    assert payready.provider.calls == []
+    show_account(payready)
+    payready.clock.advance(60)
+    initiate(payready, "p3")
+    payready.run_tasks()
+    assert payready.provider.calls == [A]

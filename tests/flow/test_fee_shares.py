@@ -1,6 +1,7 @@
 """Fee shares: each payment pays its part of a call, and the parts add up to the fee."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from decimal import Decimal
 
 import pytest
@@ -100,3 +101,18 @@ def test_payment_pays_its_own_call_and_not_an_earlier_rejected_one(
     }
     assert share_of(payready, "p1") == 0
     assert share_of(payready, "p2") == Decimal("0.1")
+
+
+def test_payment_that_fails_after_a_release_bears_no_share(
+    payready: InProcessSystem, share_of: Callable[[InProcessSystem, str], Decimal]
+) -> None:
+    """A balance that is older than the call releases the payment that accepts its age, with the whole fee."""
+    payready.initiate("p1", A, max_balance_age_s=60, timeout_s=30)
+    payready.initiate("p2", A, max_balance_age_s=0, timeout_s=30)
+    payready.run_tasks()
+    payready.balance(A, at=payready.clock.now - timedelta(seconds=20))
+    payready.run_tasks()
+    payready.pass_time(31)
+    assert (payready.state_or_reason("p1"), payready.state_or_reason("p2")) == ("released", "timeout")
+    assert payready.outcome("p1")["shared_by"] == 1
+    assert (share_of(payready, "p1"), share_of(payready, "p2")) == (Decimal("0.1"), Decimal(0))

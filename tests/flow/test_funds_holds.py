@@ -265,3 +265,19 @@ def test_hold_that_ended_after_an_unanswered_call_is_deducted(payready: InProces
     payready.run_tasks()
     assert payready.state_or_reason("p2") == "insufficient_funds"
     assert "70.00 USD is held" in payready.outcome("p2")["detail"]
+
+
+def test_hold_stays_open_until_every_task_got_the_outcome(payready: InProcessSystem) -> None:
+    """Either callback may be the one that pays."""
+    for task_id in ("t1", "t2"):
+        payready.initiate("p1", A, task_id=task_id, amount="70.00", max_balance_age_s=0, hold_s=0)
+    payready.run_tasks()
+    payready.clock.advance(1)
+    payready.balance(A, "100.00")
+    payready.drop_tasks()
+    flow.mark_delivered(payready.rt, {"t1": payready.clock.now})
+    payready.clock.advance(8)
+    assert judge(payready, "p2", "70.00") == "insufficient_funds"
+    flow.mark_delivered(payready.rt, {"t2": payready.clock.now})
+    payready.clock.advance(8)
+    assert judge(payready, "p3", "70.00") == "released"

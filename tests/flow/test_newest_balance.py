@@ -1,15 +1,15 @@
 """A payment is judged on the newest balance that is known for its account, whatever arrived last."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
 
-from tests.support.in_process import InProcessSystem
+from tests.support.in_process import InProcessSystem, MakeSystem
 from worker import flow
 from worker.errors import RateLimited
-from worker.quiltt.messages import Balance, BalanceWithEventId
+from worker.quiltt.messages import Balance, BalanceWithEventId, PolledAccount
 
 A = "acct_newest"
 
@@ -166,3 +166,52 @@ def test_newest_balance_of_unknown_amount_fails_a_required_check(payready: InPro
     payready.drop_tasks()
     payready.balance(A, "100.00", at=payready.clock.now - timedelta(seconds=5))
     assert payready.state_or_reason("p1") == "funds_unknown"
+
+
+def polled(
+    balance_id: str, at: datetime, available: str, source: str = "REFRESH", kind: str = "DEPOSITORY"
+) -> PolledAccount:
+    """Return what a balance poll reads."""
+    amounts = {"available": Decimal(available), "current": None, "limit": None}
+    balance = {"id": balance_id, "accountId": A, "at": at.isoformat(), "source": source, **amounts}
+    return PolledAccount.model_validate({"kind": kind, "currencyCode": "USD", "balance": balance})
+
+
+def test_poll_never_makes_an_old_balance_fresh(make_system: MakeSystem) -> None:
+    """A poll returns the last balance of the account, whatever its age: its arrival is not believed."""
+    with make_system(refresh_balance_time="arrival") as payready:
+        payready.provider.accounts[A] = polled("bal_old", payready.clock.now - timedelta(days=2), "100.00")
+        payready.initiate("p1", A, amount="60.00", max_balance_age_s=0, timeout_s=20, profile_id="p_1")
+        payready.run_tasks()
+        payready.pass_time(21)
+        assert payready.state_or_reason("p1") == "timeout"
+
+
+def test_newer_sync_balance_fails_a_payment_that_it_could_not_release(make_system: MakeSystem) -> None:
+    with make_system(allow_sync_balances=True) as payready:
+        payready.initiate("p1", A, amount="60.00", max_balance_age_s=0, timeout_s=60, profile_id="p_1")
+        payready.run_tasks()
+        payready.clock.advance(30)
+        payready.provider.accounts[A] = polled("bal_sync", payready.clock.now, "40.00", source="SYNC")
+        payready.queue.add(flow.poll_balance_and_resolve_payments(payready.rt, A, "p_1"))
+        payready.run_tasks()
+        payready.clock.advance(1)
+        payready.balance(A, "100.00", at=payready.clock.now - timedelta(seconds=30))
+        assert payready.state_or_reason("p1") == "insufficient_funds"
+
+
+def test_believed_arrival_does_not_reorder_balances(make_system: MakeSystem) -> None:
+    """A late, older balance is fresh by its arrival, but the newer one is known."""
+    with make_system(refresh_balance_time="arrival") as payready:
+        payready.initiate("p0", A, amount="60.00", max_balance_age_s=0)
+        payready.run_tasks()
+        start = payready.clock.now
+        payready.clock.advance(6)
+        payready.balance(A, "40.00", at=start + timedelta(seconds=6))
+        payready.run_tasks()
+        payready.clock.advance(2)
+        payready.initiate("p1", A, amount="60.00", max_balance_age_s=0)
+        payready.run_tasks()
+        payready.clock.advance(1)
+        payready.balance(A, "100.00", at=start)
+        assert payready.state_or_reason("p1") == "insufficient_funds"

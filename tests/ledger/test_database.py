@@ -28,7 +28,7 @@ from worker.quiltt.messages import MAX_AMOUNT_DECIMAL_PLACES, Balance
 from worker.rules.job import parse_job
 
 zones = st.integers(-14, 14).map(lambda hours: timezone(timedelta(hours=hours)))
-moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
+moments = st.datetimes(datetime(2000, 1, 3), datetime(9998, 12, 29), timezones=zones)  # noqa: DTZ001 - they get their zones
 JOB = parse_job(
     {"payment_id": "p1", "account_id": "acct_1", "metadata": {"text": "\x00 \ud800 ü"}}, required_currency="USD"
 )

@@ -18,6 +18,7 @@ from worker.ledger import (
     balances,
     cap_usage,
     fee_entries,
+    fee_sharers,
     funds_holds,
     metrics_queries,
     outcome_deliveries,
@@ -146,7 +147,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: funds_holds.held_amounts_after(tx, {A: END - timedelta(seconds=900)}),
         {"payment_hold"},
     ),
-    "sharers of a refresh": (lambda tx: payments.count_fee_sharers_by_final_state(tx, ["r7"]), {"payment_sharers"}),
+    "sharers of a refresh": (lambda tx: fee_sharers.count_fee_sharers_by_final_state(tx, ["r7"]), {"payment_sharers"}),
     "known payment by id": (
         lambda tx: payments.lock_payments_with_registered_tasks(tx, ["p7"], ["t7"]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},

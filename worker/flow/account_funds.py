@@ -57,19 +57,19 @@ class AccountFunds:
     def judge(self, payment: WaitingPayment, applied: BalanceRecord) -> Judgement:
         """Judge a payment that the applied balance is fresh enough for, on the newest balance known.
 
-        A balance that arrived after the deadline cannot release the payment, but it can fail it: a known, newer balance
-        that does not cover the payment is never ignored. No balance releases a payment that the account's kind or
-        currency rules out.
+        A balance that arrived after the deadline, or whose source the payment does not accept, cannot release the
+        payment. But it can fail it: a known, newer balance that does not cover the payment is never ignored. No balance
+        releases a payment that the account's kind or currency rules out.
         """
         found = ineligibility_for_funds_check(payment.job, self.facts)
         if found is not None:
             return Judgement(record=applied, check=FundsCheckResult(reason=found.reason, detail=found.detail))
-        newer = [known.record for known in self.known if _may_judge(known, payment, applied)]
-        in_time = next((record for record in newer if record.received_at <= payment.deadline), applied)
-        newest = newer[0] if newer else applied
+        newer = [known for known in self.known if known.record.age_rank >= applied.age_rank]
+        releasing = next((known.record for known in newer if _may_release(known, payment, applied)), applied)
+        newest = newer[0].record if newer else applied
         judgements = [
             Judgement(record=record, check=check_funds_if_requested(payment.job, self.by_balance[record.balance_id]))
-            for record in ([in_time] if newest is in_time else [in_time, newest])
+            for record in ([releasing] if newest is releasing else [releasing, newest])
         ]
         return next((judgement for judgement in judgements if judgement.check.verdict is None), judgements[0])
 
@@ -102,14 +102,14 @@ def account_funds(
     )
 
 
-def _may_judge(known: KnownBalance, payment: WaitingPayment, applied: BalanceRecord) -> bool:
-    """Whether a payment that the applied balance is fresh enough for may be judged on this known balance.
+def _may_release(known: KnownBalance, payment: WaitingPayment, applied: BalanceRecord) -> bool:
+    """Whether this newer balance may release a payment that the applied balance is fresh enough for.
 
-    A REFRESH balance may, if it is newer. Another one must also be younger than a call for this payment.
+    It must have arrived by the deadline. One without source REFRESH must also be younger than a call for this payment.
     """
     if known.record.balance_id == applied.balance_id:
         return True
-    if known.record.age_rank < applied.age_rank:
+    if known.record.received_at > payment.deadline:
         return False
     if known.record.is_refresh:
         return True

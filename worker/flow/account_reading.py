@@ -20,14 +20,15 @@ log = get_logger(__name__)
 def read_account_and_call_if_needed(rt: Runtime, account_id: str, profile_id: str, refresh_id: str) -> FollowUp:
     """Read the account's facts and store them. Return the call of the refresh, if a payment still waits for it.
 
-    Payments that no balance of such an account can release fail. A read that fails is stored too: the facts are then
-    unknown, and the call is made. An account that was read a moment ago is not read again: messages may arrive twice.
+    Payments that no balance of such an account can release fail. A read that fails is stored too: facts of an earlier
+    read then count until the next try; without them the facts are unknown, and the call is made. An account that was
+    read a moment ago is not read again: messages may arrive twice.
     """
     with transaction(rt.engine) as tx:
         facts = accounts.find(tx, [account_id]).get(account_id)
     is_read = facts is None or facts.is_read_due(rt.clock(), rt.clock())
     if facts is None or is_read:
-        facts = facts_of(rt, account_id, _read_account(rt, account_id, profile_id))
+        facts = _read_facts(rt, account_id, profile_id, facts)
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
         if is_read:
@@ -39,6 +40,13 @@ def read_account_and_call_if_needed(rt: Runtime, account_id: str, profile_id: st
             _abandon_requested_refresh(rt, tx, account_id, refresh_id)
             return FollowUp(deliveries=deliveries)
     return FollowUp(deliveries=deliveries, calls=[RefreshCall(account_id=account_id, refresh_id=refresh_id)])
+
+
+def _read_facts(rt: Runtime, account_id: str, profile_id: str, stored: AccountFacts | None) -> AccountFacts:
+    read = facts_of(rt, account_id, _read_account(rt, account_id, profile_id))
+    if read.are_known or stored is None or not stored.are_known:
+        return read
+    return stored.after_failed_read(read.read_at)
 
 
 def facts_of(rt: Runtime, account_id: str, account: PolledAccount | None) -> AccountFacts:

@@ -26,8 +26,12 @@ def ingest_events_and_resolve_payments(
     received_balances: Sequence[BalanceWithEventId],
     unparsed_events: Sequence[UnparsedEvent] = (),
     connection_updates: Sequence[ConnectionUpdate] = (),
+    *,
+    is_poll: bool = False,
 ) -> FollowUp:
     """Store balances and quarantine unparseable events. Fail payments whose connection or profile is lost.
+
+    `is_poll`: the balances were polled. Their arrival says nothing about their age, so it is never believed.
 
     Everything is committed on return. Repeating the call changes nothing. Balances resolve waiting payments at once,
     except on locked accounts: for those the `FollowUp` asks for a later apply.
@@ -40,15 +44,17 @@ def ingest_events_and_resolve_payments(
             follow_up = follow_up.plus(_move_or_fail_affected_payments(rt, tx, connection_updates))
     if received_balances:
         follow_up = follow_up.plus(
-            _store_and_apply_newest_by_account_or_only_store(rt, _new_records(rt, received_balances, now))
+            _store_and_apply_newest_by_account_or_only_store(
+                rt, _new_records(rt, received_balances, now, is_poll=is_poll)
+            )
         )
     return follow_up
 
 
 def _new_records(
-    rt: Runtime, received_balances: Sequence[BalanceWithEventId], received_at: datetime
+    rt: Runtime, received_balances: Sequence[BalanceWithEventId], received_at: datetime, *, is_poll: bool = False
 ) -> list[BalanceRecord]:
-    believe_arrival = rt.settings.refresh_balance_time == "arrival"
+    believe_arrival = rt.settings.refresh_balance_time == "arrival" and not is_poll
     return [
         balances.new_unapplied_record(received.event_id, received.balance, received_at, believe_arrival=believe_arrival)
         for received in received_balances

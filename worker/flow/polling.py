@@ -32,7 +32,7 @@ def poll_balance_and_resolve_payments(rt: Runtime, account_id: str, profile_id: 
     metrics.BALANCE_POLLS.labels("found" if is_usable else "nothing").inc()
     if balance is not None and is_usable:
         received = BalanceWithEventId(event_id=f"poll:{balance.id}", balance=balance)
-        follow_up = follow_up.plus(ingest_events_and_resolve_payments(rt, [received]))
+        follow_up = follow_up.plus(ingest_events_and_resolve_payments(rt, [received], is_poll=True))
     return follow_up
 
 

@@ -26,7 +26,7 @@ from worker.flow.resolution_decision import (
     failed_resolution,
     payments_accepting_balance,
 )
-from worker.ledger import accounts, balances, fee_entries, funds_holds, payments, refreshes
+from worker.ledger import accounts, balances, fee_entries, fee_sharers, funds_holds, payments, refreshes
 from worker.ledger.balances import BalanceRecord, RejectionReason
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.fee_entries import CallEntry
@@ -154,7 +154,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
         balances=attributed,
         waiting=waiting,
         calls=calls,
-        sharers=payments.count_fee_sharers_by_final_state(tx, newly_attributed),
+        sharers=fee_sharers.count_fee_sharers_by_final_state(tx, newly_attributed),
         known=known,
         held=funds_holds.held_amounts_after(tx, held_after),
         facts=accounts.find(tx, _accounts_to_read(useful, waiting)),
@@ -179,7 +179,7 @@ def _known_balances(tx: Tx, attributed: Sequence[AttributedBalance], skew: timed
     """Return, by account, the stored balances that are as new as the one to apply, which is among them."""
     if not attributed:
         return {}
-    oldest = min(balance.balance.as_of for balance in attributed)
+    oldest = min(balance.balance.dated_at for balance in attributed)
     stored = balances.received_since(tx, [balance.balance.account_id for balance in attributed], oldest)
     return {
         balance.balance.account_id: [

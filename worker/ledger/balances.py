@@ -49,14 +49,19 @@ class BalanceRecord:
         return self.source == REFRESH_SOURCE
 
     @property
+    def dated_at(self) -> datetime:
+        """The balance's own time, but not later than its arrival: it orders the balances of an account."""
+        return min(self.at, self.received_at)
+
+    @property
     def age_rank(self) -> tuple[datetime, datetime, bool, Decimal]:
         """Sort key: of two balances of an account the newer one has the higher rank.
 
-        The time as of which a balance is believed decides, then its arrival. Of two balances with both times equal, the
-        lower amount counts as newer, and a known amount as newer than an unknown one.
+        Its own time decides, but not later than its arrival; then its arrival. Of two balances with both times equal,
+        the lower amount counts as newer, and a known amount as newer than an unknown one.
         """
         known = self.available is not None
-        return self.as_of, self.received_at, known, -self.available if self.available is not None else Decimal(0)
+        return self.dated_at, self.received_at, known, -self.available if self.available is not None else Decimal(0)
 
 
 _COLUMNS = tuple(field.name for field in fields(BalanceRecord))

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import bindparam, exists, select, update
 
 from worker.ledger.bulk import any_of, bulk_update
 from worker.ledger.engine import Tx
@@ -30,13 +30,13 @@ _HELD_AFTER = select(payment.account_id, payment.amount, payment.hold_until).whe
 
 
 def start_hold_countdown(tx: Tx, delivered_at_by_task: Mapping[str, datetime], default_hold_s: int) -> None:
-    """Set the end of the holds of payments whose outcome these tasks got. The first delivery counts."""
+    """Set the end of the holds of payments whose outcome these tasks got. The last delivery of a payment counts."""
     rows = tx.execute(_OPEN_HOLDS_OF_TASKS, {"task_ids": list(delivered_at_by_task)})
     ends: dict[str, datetime] = {}
     for row in rows:
         hold_s = row.job.get("hold_s", default_hold_s)
         end = delivered_at_by_task[row.task_id] + timedelta(seconds=hold_s)
-        ends[row.payment_id] = min(end, ends.get(row.payment_id, end))
+        ends[row.payment_id] = max(end, ends.get(row.payment_id, end))
     updates = [
         {"payment_id": payment_id, "hold_until": ends[payment_id], "was_hold_until": HOLD_OPEN}
         for payment_id in sorted(ends)
@@ -44,10 +44,18 @@ def start_hold_countdown(tx: Tx, delivered_at_by_task: Mapping[str, datetime], d
     bulk_update(tx, PAYMENT, updates, key="payment_id")
 
 
+_other = OUTCOME_DELIVERY.alias("other").c
+_IS_UNDELIVERED_ELSEWHERE = exists().where(
+    _other.payment_id == payment.payment_id, _other.due_at.is_not(None), ~any_of(_other.task_id, "task_ids")
+)
 _OPEN_HOLDS_OF_TASKS = (
     select(delivery.task_id, payment.payment_id, payment.job)
     .join_from(OUTCOME_DELIVERY, PAYMENT)
-    .where(any_of(delivery.task_id, "task_ids"), payment.hold_until.is_not_distinct_from(HOLD_OPEN))
+    .where(
+        any_of(delivery.task_id, "task_ids"),
+        payment.hold_until.is_not_distinct_from(HOLD_OPEN),
+        ~_IS_UNDELIVERED_ELSEWHERE,
+    )
 )
 
 

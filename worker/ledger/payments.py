@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,6 +10,7 @@ from sqlalchemy import Column, ColumnElement, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Row, Tx
+from worker.ledger.fee_sharers import count_fee_sharers_by_final_state
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
@@ -297,7 +298,8 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[Ou
     if not resolutions:
         return []
     claimed_until = now + REDELIVER_AFTER
-    updated = bulk_update(tx, PAYMENT, [_resolved_row(resolution) for resolution in resolutions], key="payment_id")
+    rows = [_resolved_row(resolution) for resolution in _without_closed_shares(tx, resolutions)]
+    updated = bulk_update(tx, PAYMENT, rows, key="payment_id")
     resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
     return [
         OutcomeDelivery(
@@ -311,22 +313,26 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[Ou
     ]
 
 
+def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Resolution]:
+    """Return the resolutions; payments that fail without a balance bear no share of a fee that is shared already.
+
+    It is shared once a payment was released with its share: the shares in outcomes that were sent sum to the whole fee.
+    """
+    without_balance = {
+        resolution.refresh_id
+        for resolution in resolutions
+        if resolution.refresh_id is not None and resolution.balance_id is None and not resolution.reused
+    }
+    sharers = count_fee_sharers_by_final_state(tx, without_balance)
+    closed = {refresh_id for refresh_id in without_balance if PaymentState.RELEASED in sharers.get(refresh_id, {})}
+    return [
+        replace(resolution, reused=True)
+        if resolution.refresh_id in closed and resolution.balance_id is None
+        else resolution
+        for resolution in resolutions
+    ]
+
+
 def _resolved_row(resolution: Resolution) -> dict[str, Any]:
     columns = {name: value for name, value in vars(resolution).items() if name != "event"}
     return {**columns, "state": resolution.state, "was_state": PaymentState.WAITING}
-
-
-def count_fee_sharers_by_final_state(tx: Tx, refresh_ids: Collection[str]) -> Mapping[str, Mapping[PaymentState, int]]:
-    """Return how many resolved payments share each refresh's fee, by their state."""
-    counts: dict[str, dict[PaymentState, int]] = defaultdict(dict)
-    if refresh_ids:
-        for row in tx.execute(_COUNT_SHARERS, {"refresh_ids": list(refresh_ids)}):
-            counts[row.refresh_id][PaymentState(row.state)] = row.payments
-    return counts
-
-
-_COUNT_SHARERS = (
-    select(payment.refresh_id, payment.state, func.count().label("payments"))
-    .where(any_of(payment.refresh_id, "refresh_ids"), payment.reused.is_(False))
-    .group_by(payment.refresh_id, payment.state)
-)

@@ -101,7 +101,7 @@ class PaymentRow(SQLModel, table=True):
     refresh_id: str | None = Field(default=None, sa_type=Text)
     """The refresh whose balance resolved the payment, or should have. The payment shares its fee, unless `reused`."""
     reused: bool = False
-    """Whether a balance resolved the payment without a share of the fee of its call."""
+    """Whether the payment was resolved without a share of the fee of its call, for instance by a reused balance."""
     balance_id: str | None = Field(default=None, sa_type=Text)
     """The balance that resolved the payment. Null if it failed without one."""
     funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)

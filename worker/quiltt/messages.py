@@ -38,6 +38,10 @@ MAX_AMOUNT_DECIMAL_PLACES = 60
 """Maximum digits before and after the point. The provider's floats have rounding errors such as 3.5e-15."""
 
 
+MIN_YEAR, MAX_YEAR = 2000, 9999
+"""Times before the first year or in the last one are mistakes, such as a zero time: arithmetic with them overflows."""
+
+
 class _ProviderModel(BaseModel):
     """Base model: unknown fields are ignored, because the provider adds fields over time."""
 
@@ -63,10 +67,9 @@ def _require_iso_text(value: object) -> object:
 
 
 def _to_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must be a time within the years 1 to 9999") from None
+    if not MIN_YEAR <= value.year < MAX_YEAR:
+        raise ValueError(f"must be a time within the years {MIN_YEAR} to {MAX_YEAR - 1}")
+    return value.astimezone(UTC)
 
 
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_require_iso_text), AfterValidator(_to_utc)]

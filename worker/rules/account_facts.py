@@ -1,6 +1,6 @@
 """Account facts: the kind and the currency of an account, as the provider shows them. Pure: no I/O, no clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 FACTS_LIFETIME = timedelta(days=1)
@@ -24,6 +24,10 @@ class AccountFacts:
     def are_known(self) -> bool:
         """Whether the read returned at least one fact."""
         return self.kind is not None or self.currency is not None
+
+    def after_failed_read(self, now: datetime) -> "AccountFacts":
+        """Return these facts as they count after a read that returned none: until the next try."""
+        return replace(self, read_at=now - FACTS_LIFETIME + READ_RETRY_AFTER)
 
     def are_stale(self, now: datetime) -> bool:
         """Whether the facts are so old that the account may have changed."""
