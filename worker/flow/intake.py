@@ -19,7 +19,7 @@ from worker.flow.intake_decision import (
     StillWaiting,
     decide_new_repeated_or_conflicting,
 )
-from worker.ledger import outcome_deliveries, payments
+from worker.ledger import funds_holds, outcome_deliveries, payments
 from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.outcome_deliveries import REDELIVER_AFTER, NewDelivery
@@ -145,6 +145,14 @@ def _register_tasks_and_schedule_redelivery(
         if isinstance(decision, New | StillWaiting | AlreadyResolved)
     ]
     outcome_deliveries.register_deliveries(tx, deliveries)
+    funds_holds.reopen_holds(
+        tx,
+        {
+            request.job.payment_id
+            for request, decision in zip(requests, decisions, strict=True)
+            if isinstance(decision, AlreadyResolved)
+        },
+    )
 
 
 def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]) -> list[IntakeResult]:

@@ -64,6 +64,7 @@ def end_hold(rt: Runtime, payment_id: str) -> bool:
 def redeliver(rt: Runtime, payment_id: str) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it: none if it is not resolved."""
     with transaction(rt.engine) as tx:
+        funds_holds.reopen_holds(tx, [payment_id])
         return outcome_deliveries.make_outcome_due_again(tx, payment_id, rt.clock())
 
 

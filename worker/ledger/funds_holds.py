@@ -1,7 +1,7 @@
 """Queries on the funds holds of released payments: columns of the table `payment`."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 
 from sqlalchemy import bindparam, exists, select, update
@@ -56,6 +56,22 @@ _OPEN_HOLDS_OF_TASKS = (
         payment.hold_until.is_not_distinct_from(HOLD_OPEN),
         ~_IS_UNDELIVERED_ELSEWHERE,
     )
+)
+
+
+def reopen_holds(tx: Tx, payment_ids: Collection[str]) -> None:
+    """Open the holds of released payments again: an outcome is to be delivered once more, and may be paid on only then.
+
+    A hold that was ended opens too. An amount that is deducted for too long is safer than one that is spent twice.
+    """
+    if payment_ids:
+        tx.execute(_REOPEN, {"payment_ids": sorted(payment_ids)})
+
+
+_REOPEN = (
+    update(PAYMENT)
+    .where(any_of(payment.payment_id, "payment_ids"), payment.hold_until.is_not(None))
+    .values(hold_until=HOLD_OPEN)
 )
 
 

@@ -321,13 +321,15 @@ def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Re
     without_balance = {
         resolution.refresh_id
         for resolution in resolutions
-        if resolution.refresh_id is not None and resolution.balance_id is None and not resolution.reused
+        if resolution.state == PaymentState.FAILED
+        and resolution.refresh_id is not None
+        and resolution.balance_id is None
     }
     sharers = count_fee_sharers_by_final_state(tx, without_balance)
     closed = {refresh_id for refresh_id in without_balance if PaymentState.RELEASED in sharers.get(refresh_id, {})}
     return [
         replace(resolution, reused=True)
-        if resolution.refresh_id in closed and resolution.balance_id is None
+        if resolution.refresh_id in closed and resolution.balance_id is None and resolution.state == PaymentState.FAILED
         else resolution
         for resolution in resolutions
     ]
