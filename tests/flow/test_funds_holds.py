@@ -1,12 +1,15 @@
 """A funds hold: a released amount is deducted from every later balance of its account until the hold ends."""
 
 import json
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from tests.support.in_process import InProcessSystem, MakeSystem
 from worker import flow
+from worker.ledger import funds_holds, outcome_deliveries
+from worker.ledger.engine import transaction
 
 A = "acct_held"
 DAY_S = 86_400
@@ -294,3 +297,23 @@ def test_outcome_that_is_delivered_again_opens_the_hold(payready: InProcessSyste
         payready.initiate("p1", A, task_id="t2", amount="70.00", max_balance_age_s=0, hold_s=60)
         payready.drop_tasks()
     assert judge(payready, "p2", "70.00") == "insufficient_funds"
+
+
+def test_hold_ends_if_two_processes_mark_its_tasks_at_once(payready: InProcessSystem) -> None:
+    """Neither may wait for the other's delivery for ever."""
+    for task_id in ("t1", "t2"):
+        payready.initiate("p1", A, task_id=task_id, amount="70.00", max_balance_age_s=0, hold_s=60)
+    payready.run_tasks()
+    payready.clock.advance(1)
+    payready.balance(A, "100.00")
+    payready.drop_tasks()
+    marking = Thread(target=flow.mark_delivered, args=(payready.rt, {"t2": payready.clock.now}))
+    with transaction(payready.engine) as tx:
+        funds_holds.start_hold_countdown(tx, {"t1": payready.clock.now}, DAY_S)
+        outcome_deliveries.mark_delivered(tx, {"t1": payready.clock.now})
+        marking.start()
+        marking.join(0.5)
+        assert marking.is_alive()
+    marking.join(10)
+    payready.clock.advance(61 + SKEW_S)
+    assert judge(payready, "p2", "70.00") == "released"

@@ -27,7 +27,7 @@ class Attribution:
 
     refresh: RefreshRecord
     is_new: bool
-    """Whether the balance is attributed now. False if it was attributed when it was applied before."""
+    """Whether the refresh has no balance so far. False if this one was applied before, or is one more of its call."""
     candidates: Sequence[str] = ()
     """Ids of all refreshes whose calls may have caused the balance. Empty for a balance that is no answer."""
     further_of: RefreshRecord | None = None

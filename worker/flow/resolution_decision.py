@@ -221,10 +221,11 @@ def _rejection(
 ) -> RejectionReason | None:
     """Return why a new REFRESH balance resolves none of the payments that its call was made for."""
     attribution, waiting = balance.attribution, inputs.waiting.get(balance.balance.account_id, ())
-    if resolutions or attribution is None or not attribution.is_new or not balance.balance.is_refresh:
+    if attribution is None or not attribution.is_new or not balance.balance.is_refresh:
         return None
     called_for = [payment for payment in waiting if _was_called_late_enough(balance, payment)]
-    if not called_for:
+    resolved = {resolution.payment_id for resolution in resolutions}
+    if not called_for or any(payment.payment_id in resolved for payment in called_for):
         return None
     is_late = all(balance.balance.received_at > payment.deadline for payment in called_for)
     return "after_deadline" if is_late else "too_old"

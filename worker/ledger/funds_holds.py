@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 
-from sqlalchemy import bindparam, exists, select, update
+from sqlalchemy import bindparam, select, update
 
 from worker.ledger.bulk import any_of, bulk_update
 from worker.ledger.engine import Tx
@@ -30,32 +30,34 @@ _HELD_AFTER = select(payment.account_id, payment.amount, payment.hold_until).whe
 
 
 def start_hold_countdown(tx: Tx, delivered_at_by_task: Mapping[str, datetime], default_hold_s: int) -> None:
-    """Set the end of the holds of payments whose outcome these tasks got. The last delivery of a payment counts."""
-    rows = tx.execute(_OPEN_HOLDS_OF_TASKS, {"task_ids": list(delivered_at_by_task)})
+    """Set the end of the holds of payments whose outcome all tasks got. The last delivery of a payment counts.
+
+    Call it before the deliveries are marked. It locks the payments first: of two transactions that mark the tasks of
+    one payment, the second one sees the mark of the first, and starts the countdown.
+    """
+    rows = list(tx.execute(_LOCK_OPEN_HOLDS_OF_TASKS, {"task_ids": list(delivered_at_by_task)}))
+    if not rows:
+        return
+    undelivered = tx.execute(_UNDELIVERED_TASKS, {"payment_ids": [row.payment_id for row in rows]})
+    still_open = {row.payment_id for row in undelivered if row.task_id not in delivered_at_by_task}
     ends: dict[str, datetime] = {}
     for row in rows:
-        hold_s = row.job.get("hold_s", default_hold_s)
-        end = delivered_at_by_task[row.task_id] + timedelta(seconds=hold_s)
-        ends[row.payment_id] = max(end, ends.get(row.payment_id, end))
-    updates = [
-        {"payment_id": payment_id, "hold_until": ends[payment_id], "was_hold_until": HOLD_OPEN}
-        for payment_id in sorted(ends)
-    ]
+        if row.payment_id not in still_open:
+            end = delivered_at_by_task[row.task_id] + timedelta(seconds=row.job.get("hold_s", default_hold_s))
+            ends[row.payment_id] = max(end, ends.get(row.payment_id, end))
+    updates = [{"payment_id": payment_id, "hold_until": end} for payment_id, end in sorted(ends.items())]
     bulk_update(tx, PAYMENT, updates, key="payment_id")
 
 
-_other = OUTCOME_DELIVERY.alias("other").c
-_IS_UNDELIVERED_ELSEWHERE = exists().where(
-    _other.payment_id == payment.payment_id, _other.due_at.is_not(None), ~any_of(_other.task_id, "task_ids")
-)
-_OPEN_HOLDS_OF_TASKS = (
+_LOCK_OPEN_HOLDS_OF_TASKS = (
     select(delivery.task_id, payment.payment_id, payment.job)
     .join_from(OUTCOME_DELIVERY, PAYMENT)
-    .where(
-        any_of(delivery.task_id, "task_ids"),
-        payment.hold_until.is_not_distinct_from(HOLD_OPEN),
-        ~_IS_UNDELIVERED_ELSEWHERE,
-    )
+    .where(any_of(delivery.task_id, "task_ids"), payment.hold_until.is_not_distinct_from(HOLD_OPEN))
+    .order_by(payment.payment_id)
+    .with_for_update(of=PAYMENT)
+)
+_UNDELIVERED_TASKS = select(delivery.payment_id, delivery.task_id).where(
+    any_of(delivery.payment_id, "payment_ids"), delivery.due_at.is_not(None)
 )
 
 

@@ -318,19 +318,15 @@ def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Re
 
     It is shared once a payment was released with its share: the shares in outcomes that were sent sum to the whole fee.
     """
-    without_balance = {
-        resolution.refresh_id
+    refresh_by_payment = {
+        resolution.payment_id: resolution.refresh_id
         for resolution in resolutions
-        if resolution.state == PaymentState.FAILED
-        and resolution.refresh_id is not None
-        and resolution.balance_id is None
+        if resolution.state == PaymentState.FAILED and resolution.balance_id is None and resolution.refresh_id
     }
-    sharers = count_fee_sharers_by_final_state(tx, without_balance)
-    closed = {refresh_id for refresh_id in without_balance if PaymentState.RELEASED in sharers.get(refresh_id, {})}
+    sharers = count_fee_sharers_by_final_state(tx, set(refresh_by_payment.values()))
+    shared = {refresh_id for refresh_id, by_state in sharers.items() if PaymentState.RELEASED in by_state}
     return [
-        replace(resolution, reused=True)
-        if resolution.refresh_id in closed and resolution.balance_id is None and resolution.state == PaymentState.FAILED
-        else resolution
+        replace(resolution, reused=True) if refresh_by_payment.get(resolution.payment_id) in shared else resolution
         for resolution in resolutions
     ]
 
