@@ -188,6 +188,7 @@ class RulesOnly:
             sharers={},
             known={A: [balance for balance in known if balance.record.age_rank >= record.age_rank]},
             held={A: list(self.holds.values())},
+            facts={},
             clock_skew=SKEW,
             answered_call_state=EntryState.POSTED,
             default_currency="USD",

@@ -322,6 +322,7 @@ def test_each_balance_is_decided_on_its_own() -> None:
         sharers={},
         known={"acct_1": [known(attributed())], "acct_2": [known(second)]},
         held={},
+        facts={},
         clock_skew=SKEW,
         answered_call_state=POSTED,
         default_currency="USD",

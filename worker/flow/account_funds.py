@@ -63,13 +63,14 @@ class AccountFunds:
         """
         found = ineligibility_for_funds_check(payment.job, self.facts)
         if found is not None:
-            return Judgement(record=applied, check=FundsCheckResult(reason=found.reason, detail=found.detail))
+            return Judgement(record=applied, check=FundsCheckResult.failed(found.reason, found.detail))
         newer = [known for known in self.known if known.record.age_rank >= applied.age_rank]
         releasing = next((known.record for known in newer if _may_release(known, payment, applied)), applied)
         newest = newer[0].record if newer else applied
+        deciding = [releasing] if newest is releasing else [releasing, newest]
         judgements = [
             Judgement(record=record, check=check_funds_if_requested(payment.job, self.by_balance[record.balance_id]))
-            for record in ([releasing] if newest is releasing else [releasing, newest])
+            for record in deciding
         ]
         return next((judgement for judgement in judgements if judgement.check.verdict is None), judgements[0])
 
@@ -86,8 +87,7 @@ def account_funds(
     known: Sequence[KnownBalance],
     held: Sequence[HeldAmount],
     clock_skew: timedelta,
-    *,
-    facts: AccountFacts | None = None,
+    facts: AccountFacts | None,
 ) -> AccountFunds:
     """Return the funds of an account. `held` has at least the amounts that are deducted from one of the balances."""
     return AccountFunds(
@@ -100,6 +100,18 @@ def account_funds(
         },
         facts=facts,
     )
+
+
+def accounts_with_needed_facts(waiting: Mapping[str, Sequence[WaitingPayment]]) -> set[str]:
+    """Return the accounts, of these waiting payments by account id, whose facts are loaded: a payment's job reads them.
+
+    All others cost no statement.
+    """
+    return {
+        account_id
+        for account_id, of_account in waiting.items()
+        if any(payment.job.reads_account for payment in of_account)
+    }
 
 
 def _may_release(known: KnownBalance, payment: WaitingPayment, applied: BalanceRecord) -> bool:

@@ -25,13 +25,13 @@ def read_account_and_call_if_needed(rt: Runtime, account_id: str, profile_id: st
     read a moment ago is not read again: messages may arrive twice.
     """
     with transaction(rt.engine) as tx:
-        facts = accounts.find(tx, [account_id]).get(account_id)
-    is_read = facts is None or facts.is_read_due(rt.clock(), rt.clock())
-    if facts is None or is_read:
-        facts = _read_facts(rt, account_id, profile_id, facts)
+        stored = accounts.find(tx, [account_id]).get(account_id)
+    now = rt.clock()
+    is_current = stored is not None and not stored.is_read_due(now, requested_at=now)
+    facts = stored if stored is not None and is_current else _read_facts(rt, account_id, profile_id, stored)
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [account_id])
-        if is_read:
+        if not is_current:
             accounts.store(tx, facts)
         waiting = payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
         unsupported = unsupported_payments(waiting, facts)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from worker.flow.account_funds import accounts_with_needed_facts
 from worker.flow.account_support import UnsupportedPayment, unsupported_payments
 from worker.flow.claim_decision import AccountInputs, ClaimInputs
 from worker.flow.follow_up import RefreshCall
@@ -41,11 +42,11 @@ def load_claim_inputs_and_lock_payments(
         account_id: [payment for payment in of_account if payment.deadline > now]
         for account_id, of_account in payments.lock_waiting_by_account(tx, account_ids).items()
     }
-    facts = accounts.find(tx, _accounts_to_read(in_time))
+    facts = accounts.find(tx, accounts_with_needed_facts(in_time))
     unsupported = [
         payment
         for account_id, of_account in in_time.items()
-        if (known := facts.get(account_id)) is not None and not known.are_stale(now)
+        if (known := facts.get(account_id)) is not None and not known.are_stale(now)  # else they are read again first
         for payment in unsupported_payments(of_account, known)
     ]
     failing = {payment.payment.payment_id for payment in unsupported}
@@ -69,15 +70,6 @@ def load_claim_inputs_and_lock_payments(
         for call in calls
     ]
     return LoadedClaims(inputs=inputs, unsupported=unsupported)
-
-
-def _accounts_to_read(waiting: Mapping[str, Sequence[WaitingPayment]]) -> set[str]:
-    """Return the accounts that are read for a waiting payment. All others cost no statement."""
-    return {
-        account_id
-        for account_id, of_account in waiting.items()
-        if any(payment.job.reads_account for payment in of_account)
-    }
 
 
 def _newest_balances_where_all_accept_reuse(

@@ -1,7 +1,7 @@
 """Resolve waiting payments with balances: load what the decision needs, decide, and persist."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -9,7 +9,7 @@ from config.log_config import get_logger
 from worker import metrics
 from worker.correlation.store import NewRefreshBalance
 from worker.errors import FailureReason
-from worker.flow.account_funds import KnownBalance
+from worker.flow.account_funds import KnownBalance, accounts_with_needed_facts
 from worker.flow.attribution import (
     AttributedBalance,
     earliest_possible_call,
@@ -145,6 +145,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
         for balance in useful
         if balance.attribution is not None and balance.attribution.is_new
     ]
+    useful_waiting = {balance.balance.account_id: waiting[balance.balance.account_id] for balance in useful}
     known = _known_balances(tx, useful, skew)
     held_after = {
         account_id: min(balance.funds_as_of for balance in of_account) - skew
@@ -157,22 +158,11 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
         sharers=fee_sharers.count_fee_sharers_by_final_state(tx, newly_attributed),
         known=known,
         held=funds_holds.held_amounts_after(tx, held_after),
-        facts=accounts.find(tx, _accounts_to_read(useful, waiting)),
+        facts=accounts.find(tx, accounts_with_needed_facts(useful_waiting)),
         clock_skew=skew,
         answered_call_state=rt.price_list.final_state(ACCEPTED_STATUS),
         default_currency=rt.price_list.currency,
     )
-
-
-def _accounts_to_read(
-    attributed: Sequence[AttributedBalance], waiting: Mapping[str, Sequence[WaitingPayment]]
-) -> set[str]:
-    """Return the accounts that are read for a waiting payment. All others cost no statement."""
-    return {
-        balance.balance.account_id
-        for balance in attributed
-        if any(payment.job.reads_account for payment in waiting.get(balance.balance.account_id, ()))
-    }
 
 
 def _known_balances(tx: Tx, attributed: Sequence[AttributedBalance], skew: timedelta) -> dict[str, list[KnownBalance]]:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -40,7 +40,7 @@ class ApplyInputs:
     """By account id, its stored balances that are as new as the one to apply, which is among them; the newest first."""
     held: Mapping[str, Sequence[HeldAmount]]
     """By account id, the held amounts that are deducted from at least one of its known balances."""
-    facts: Mapping[str, AccountFacts] = field(default_factory=dict)
+    facts: Mapping[str, AccountFacts]
     """By account id, the stored account facts, if the job of a waiting payment reads them."""
     clock_skew: timedelta
     answered_call_state: EntryState
@@ -202,7 +202,7 @@ def _decide_payments_by_request_order(
         inputs.known.get(record.account_id, ()),
         inputs.held.get(record.account_id, ()),
         inputs.clock_skew,
-        facts=inputs.facts.get(record.account_id),
+        inputs.facts.get(record.account_id),
     )
     resolutions = []
     for payment, has_share in zip(payments, shares_fee, strict=True):

@@ -82,7 +82,7 @@ class FundsCheckResult:
         return cls(verdict=verdict, funds_calculation=funds_calculation)
 
     @classmethod
-    def failed(cls, reason: FailureReason, detail: str, funds_calculation: dict[str, Any]) -> Self:
+    def failed(cls, reason: FailureReason, detail: str, funds_calculation: dict[str, Any] | None = None) -> Self:
         """Return the result for a payment that must fail."""
         return cls(reason=reason, detail=detail, funds_calculation=funds_calculation)
 
