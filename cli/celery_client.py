@@ -39,17 +39,22 @@ class NoWorkerResponse(CeleryUnavailable):
 
 
 @contextmanager
-def _connected_celery_app(settings: Settings) -> Iterator[Celery]:
+def connected_celery_app(settings: Settings) -> Iterator[Celery]:
+    """Provide a Celery app whose broker responds.
+
+    Raises:
+        CeleryUnavailable: there is no broker.
+    """
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
-        with _report_unavailable(), app.connection_for_write() as connection:
+        with report_unavailable(), app.connection_for_write() as connection:
             # Celery itself would try to connect for minutes.
             connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT_TIMEOUT_S)
         yield app
 
 
 @contextmanager
-def _report_unavailable() -> Iterator[None]:
+def report_unavailable() -> Iterator[None]:
     """Raise `CeleryUnavailable` for an error of the broker or the result backend.
 
     The block must not raise errors of a task: they may have the same classes.
@@ -69,7 +74,7 @@ def _report_unavailable() -> Iterator[None]:
 
 def _wait_for_result(result: AsyncResult, timeout_s: float) -> Any:
     """Return the result of a task, or raise its error."""
-    with _report_unavailable():
+    with report_unavailable():
         result.get(timeout=timeout_s, propagate=False)
     return result.get()  # cached: it needs no result backend, and raises only what the task raised
 
@@ -80,7 +85,7 @@ def enqueue_job(settings: Settings, job: Job) -> str:
     Raises:
         CeleryUnavailable: there is no broker.
     """
-    with _connected_celery_app(settings) as app, _report_unavailable():
+    with connected_celery_app(settings) as app, report_unavailable():
         return str(_send_job(app, job).id)
 
 
@@ -93,8 +98,8 @@ def enqueue_job_and_wait(settings: Settings, job: Job) -> dict[str, Any]:
         NoWorkerResponse: there is no outcome `RESPONSE_TIMEOUT_S` after the job's timeout.
         CeleryUnavailable: there is no broker or no result backend.
     """
-    with _connected_celery_app(settings) as app:
-        with _report_unavailable():
+    with connected_celery_app(settings) as app:
+        with report_unavailable():
             result = _send_job(app, job)
         outcome: dict[str, Any] = _wait_for_result(result, job.timeout_s + RESPONSE_TIMEOUT_S)
         return outcome
@@ -111,8 +116,8 @@ def cancel(settings: Settings, payment_id: str) -> bool:
         NoWorkerResponse: no worker ran the task in time.
         CeleryUnavailable: there is no broker or no result backend.
     """
-    with _connected_celery_app(settings) as app:
-        with _report_unavailable():
+    with connected_celery_app(settings) as app:
+        with report_unavailable():
             result = app.send_task("payments.cancel", (payment_id,))
         return bool(_wait_for_result(result, RESPONSE_TIMEOUT_S))
 
@@ -134,7 +139,7 @@ def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
     Raises:
         CeleryUnavailable: there is no broker.
     """
-    with _connected_celery_app(settings) as app, _report_unavailable():
+    with connected_celery_app(settings) as app, report_unavailable():
         replies = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
         consumed = {name: frozenset(queue["name"] for queue in queues) for name, queues in replies.items()}
         ours = {name: queues for name, queues in consumed.items() if is_payready_worker(name, queues)}
@@ -154,7 +159,7 @@ def wait_and_count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> i
         CeleryUnavailable: there is no broker.
     """
     names = [worker.name for worker in workers]
-    with _connected_celery_app(settings) as app, _report_unavailable():
+    with connected_celery_app(settings) as app, report_unavailable():
         before = _count_expire_tasks(app, names)
         time.sleep(TICK_OBSERVATION_S)
         return _count_expire_tasks(app, names) - before
@@ -171,7 +176,7 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
     Raises:
         CeleryUnavailable: there is no broker.
     """
-    with _connected_celery_app(settings) as app, _report_unavailable():
+    with connected_celery_app(settings) as app, report_unavailable():
         return lengths_by_queue(app)
 
 
@@ -196,6 +201,6 @@ def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:
         CeleryUnavailable: there is no broker.
     """
     if balance_ids:
-        with _connected_celery_app(settings) as app, _report_unavailable():
+        with connected_celery_app(settings) as app, report_unavailable():
             for balance_id in balance_ids:
                 app.send_task("balances.apply", (balance_id,), ignore_result=True)

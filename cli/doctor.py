@@ -27,6 +27,7 @@ CHECKS: tuple[Check, ...] = (
     doctor_provider_checks.check_web_accepts_signed_delivery,
     doctor_provider_checks.check_subscription,
     doctor_provider_checks.check_fee_caps_and_missing_balances,
+    doctor_checks.check_dead_letters,
     doctor_checks.check_overdue_payments_and_deliveries,
     doctor_checks.check_flower_requires_login,
 )

@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 from cli import celery_client
 from cli.celery_client import WorkerInfo
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text
+from cli.render import count_text, utc_time_text
 from config.celery_config import QUEUES, celery_settings
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
-from worker.ledger import metrics_queries, schema
+from worker.ledger import dead_letters, metrics_queries, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
@@ -123,6 +123,23 @@ def _check_shared_celery_settings(context: CheckContext, workers: Sequence[Worke
         if different:
             message = f"{worker.name} has a different {', '.join(different)}"
             yield error("celery", message, "restart it with this release and these settings")
+
+
+def check_dead_letters(context: CheckContext) -> Iterator[CheckResult]:
+    """Warn if there are dead letters: each is a message that no worker can process."""
+    try:
+        with read_snapshot(context.rt.engine) as tx:
+            count, newest = dead_letters.count(tx), dead_letters.newest(tx, 1)
+    except DATABASE_UNAVAILABLE:
+        return  # check_database reports it
+    if not newest:
+        yield ok("dead letters", "none")
+    for letter in newest:
+        message = (
+            f"{count_text(count, 'message')} could not be processed; the newest, at {utc_time_text(letter.stored_at)} "
+            f"from the queue {letter.queue}: {letter.reason} ({letter.detail})"
+        )
+        yield warning("dead letters", message, "run `payready dead-letters list`, then `requeue` or `delete` them")
 
 
 def check_result_backend(context: CheckContext) -> Iterator[CheckResult]:

@@ -25,15 +25,26 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "retries.",
     "circuit_breaker.closed": "The provider responded again. Calls are made.",
     "circuit_breaker.opened": "Consecutive calls failed. No call is made until `open_until`; then one probe is made.",
+    "dead_letters.pruned": "The oldest dead letters were deleted: there are too many, or they are too old.",
     "fee_cap.reached": "A call was not made, because it would exceed a fee cap. Its payments fail with "
     "`fee_cap_reached`.",
     "fee_cap.warning": "A call raised the usage of a fee cap to 80 %. Logged once per day, process and cap; for the "
     "cap `account` also per account.",
     "follow_up.dispatch_failed": "Payments were stored, but follow-up tasks were not enqueued. `payments.sweep` finds "
     "the work.",
+    "task.retried": "A task could not be processed, because a store is unavailable. It is tried again until it can.",
+    "broker.available": "A worker reads its queue from the broker again.",
+    "broker.unavailable": "A worker cannot read its queue from the broker. It tries again each second.",
+    "broker.polled": "The broker does not support `CLIENT TRACKING`, so the worker asks for messages at an interval.",
+    "broker.close_failed": "A connection to the broker could not be closed, because it was lost.",
+    "consumer.failed": "A consumer met an unexpected error. The messages that it had fetched are delivered again.",
     "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries "
     "again.",
+    "message.dead_lettered": "A message cannot be processed. It was stored as a dead letter, and is acknowledged; see "
+    "`payready dead-letters show`.",
     "messages.ack_failed": "Messages could not be acknowledged. The broker redelivers them.",
+    "messages.give_back_failed": "A worker that stops could not return messages to their queue. The broker redelivers "
+    "them after the visibility timeout.",
     "metrics.cap_usage_skipped": "The usage of fee caps is left out of a scrape, because the query took too long.",
     "metrics.collect_failed": "A collector could not read its source. Its metrics are left out of this scrape.",
     "metrics.pending_calls_skipped": "Calls that were pending at the start are not counted, because the query took too "

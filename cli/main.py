@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cli import (
     celery_client,
+    dead_letter_commands,
     doctor,
     doctor_results,
     fee_commands,
@@ -40,6 +41,7 @@ app = typer.Typer(
 payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver, end-hold.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fee_commands.app, name="fees")
+app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(webhook_commands.quarantine_app, name="quarantine")
 app.add_typer(webhook_commands.webhooks_app, name="webhooks")
 

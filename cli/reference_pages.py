@@ -22,6 +22,7 @@ from tasks.app import app as celery_app
 from worker import metrics
 from worker.ledger import tables
 from worker.ledger.column_types import postgresql_type
+from worker.metric_types import Label, MetricDefinition
 
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
@@ -169,18 +170,18 @@ def metrics_page() -> str:
     )
 
 
-def _exported_name(metric: metrics.MetricDefinition) -> str:
+def _exported_name(metric: MetricDefinition) -> str:
     needs_suffix = metric.kind == "counter" and not metric.name.endswith("_total")
     return f"{metric.name}_total" if needs_suffix else metric.name
 
 
-def _labels(metric: metrics.MetricDefinition) -> str:
+def _labels(metric: MetricDefinition) -> str:
     if metric.name in WEBHOOK_METRICS:
         return "`result`: see [webhook responses](webhook-responses.md)"
     return "; ".join(_label(label) for label in metric.labels)
 
 
-def _label(label: metrics.Label) -> str:
+def _label(label: Label) -> str:
     values = ", ".join(
         f"`{value}` ({_cell(meaning)})" if meaning else f"`{value}`" for value, meaning in label.values.items()
     )

@@ -15,7 +15,9 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
     "Stores and broker": {
         "redis_url": ALL,
         "broker_url": ALL,
-        "broker_transport": WORKERS,
+        "broker_priority_steps": ALL,
+        "broker_priority_separator": ALL,
+        "broker_key_prefix": ALL,
         "result_backend_url": ALL,
         "database_url": ALL_BUT_FLOWER,
         "database_connections": ALL_BUT_FLOWER,

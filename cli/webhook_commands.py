@@ -18,6 +18,7 @@ from worker.ledger.engine import read_snapshot
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
+from worker.rules.unhandled_messages import printable_text
 from worker.runtime import Runtime
 
 quarantine_app = typer.Typer(
@@ -72,7 +73,7 @@ def show_quarantined(quarantine_id: QuarantineId, as_json: AsJson = False) -> No
         typer.echo(render.as_json({**_summary(event), "event": event.event.decode(errors="backslashreplace")}))
     else:
         typer.echo(f"{event.quarantine_id}, received {render.utc_time_text(event.received_at)}: {event.reason}\n")
-        typer.echo(_printable_text(event.event))
+        typer.echo(printable_text(event.event.decode(errors="backslashreplace")))
 
 
 @quarantine_app.command("replay")
@@ -113,12 +114,6 @@ def _summary(event: QuarantinedEvent) -> dict[str, Any]:
         "bytes": len(event.event),
         "reason": event.reason,
     }
-
-
-def _printable_text(raw: bytes) -> str:
-    """Return the bytes as text with control characters escaped, so that a terminal does not obey them."""
-    text = raw.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from kombu import Queue
 
 from config.settings import MAINTENANCE_INTERVAL_S, Settings
 
-QUEUES = ("payments", "refreshes", "balances", "maintenance")
+QUEUES = ("payments", "refreshes", "polls", "balances", "maintenance")
 _QUORUM = {"x-queue-type": "quorum"}
 """RabbitMQ replicates a quorum queue, and confirms a message when most replicas have it on disk."""
 
@@ -39,8 +39,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "payments.cancel_by_task": {"queue": "payments"},
             "payments.end_hold": {"queue": "payments"},
             "balances.refresh": {"queue": "refreshes"},
-            "balances.poll": {"queue": "refreshes"},
-            "accounts.read": {"queue": "refreshes"},
+            "balances.poll": {"queue": "polls"},
+            "accounts.read": {"queue": "polls"},
             "balances.apply": {"queue": "balances"},
             "outcomes.deliver": {"queue": "balances"},
             "payments.expire": {"queue": "maintenance"},
@@ -51,11 +51,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # Redelivery: a message is acknowledged after its task, and is redelivered when its worker died.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        "worker_prefetch_multiplier": 1,
-        "worker_disable_prefetch": True,
         "worker_cancel_long_running_tasks_on_connection_loss": False,  # threads cannot be cancelled
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # reconnect without limit
+        "broker_channel_error_retry": True,  # also to a broker that is read-only, full or loading
         "broker_transport_options": _transport_options(settings),
         "redis_socket_timeout": 10,
         "redis_socket_connect_timeout": 5,
@@ -88,7 +87,10 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
     if not settings.effective_broker_url.startswith(("redis", "sentinel")):
         return {}
     return {
-        "batched_queues": ("payments", "refreshes"),  # fetched several at a time; see tasks/batch_strategies.py
+        # The names of the lists. Another app finds our messages, and we find its messages, only with the same options.
+        "priority_steps": list(settings.broker_priority_steps),
+        "sep": settings.broker_priority_separator,
+        "global_keyprefix": settings.broker_key_prefix,
         # Longer than any task runs: a provider call is the longest. A dead worker's messages are redelivered after it.
         "visibility_timeout": settings.visibility_timeout_s,
         # Keys of our own: if other Celery apps share this Redis, their messages may stay unacknowledged for longer

@@ -136,7 +136,6 @@ def log_start(settings: Settings, role: str) -> None:
         broker=without_credentials_and_query(settings.effective_broker_url),
         redis=without_credentials_and_query(settings.redis_url),
         database=without_credentials_and_query(settings.database_url),
-        broker_transport=settings.broker_transport,
     )
 
 

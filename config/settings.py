@@ -6,13 +6,23 @@ with one sentence that says what to do.
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ENV_PREFIX = "PAYREADY_"
 DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
@@ -28,6 +38,8 @@ MAINTENANCE_INTERVAL_S = 1.0
 """Time between two runs of maintenance: `beat` sends its tasks in this interval."""
 MAX_CLAIM_AGE_S = 5
 """Maximum time from a claim to its call. A call with an older claim is not made."""
+MAX_PRIORITY = 9
+"""Highest priority of a message on Redis."""
 RECORD_BUDGET_S = 10
 """Time that a worker has to record a call's result, including its retries while the database is unavailable."""
 
@@ -54,10 +66,15 @@ class Settings(BaseModel):
     `PAYREADY_RESULT_BACKEND_URL` is set."""
     broker_url: str | None = Field(None, repr=False)
     """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
-    broker_transport: Literal["atomic", "kombu"] = "atomic"
-    """How workers fetch messages from Redis. `atomic`: one Lua script fetches and tracks a message. `kombu`: Celery's
-    own transport, for a Redis behind a proxy that allows neither RESP3 nor CLIENT TRACKING; a worker killed while it
-    fetches then loses that message."""
+    broker_priority_steps: Annotated[tuple[int, ...], BeforeValidator(_split)] = (0, 3, 6, 9)
+    """Priorities with a list of their own on Redis: kombu's `priority_steps`, such as `0,1,2`. All apps on the broker
+    must have the same steps."""
+    broker_priority_separator: str = "\x06\x16"
+    """Text between a queue's name and a priority in the name of a list on Redis: kombu's `sep`. All apps on the broker
+    must have the same. By default it is kombu's own, the control characters 6 and 22."""
+    broker_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
+    """Prefix of all names of the broker on Redis: kombu's `global_keyprefix`. All apps on the broker must have the
+    same."""
     result_backend_url: str | None = Field(None, repr=False)
     """Address of Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
@@ -191,6 +208,24 @@ class Settings(BaseModel):
                 f"{ENV_PREFIX}VISIBILITY_TIMEOUT_S must be longer than {call_s:g} s, which a provider call may take"
             )
         return self
+
+    @field_validator("broker_priority_steps")
+    @classmethod
+    def _priority_steps_begin_at_0_and_ascend(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or steps[0] != 0 or steps[-1] > MAX_PRIORITY or list(steps) != sorted(set(steps)):
+            raise ValueError(f"must be ascending numbers from 0 to {MAX_PRIORITY} that begin with 0, such as 0,3,6,9")
+        return steps
+
+    @field_validator("broker_priority_separator")
+    @classmethod
+    def _priority_separator_occurs_in_no_queue_name(cls, separator: str) -> str:
+        # Otherwise kombu finds another queue in the name of a list: with the separator "m", `payments` is `pay`.
+        if re.search(r"[\s\\]", separator) or re.fullmatch(r"[\w.@-]*", separator):
+            raise ValueError(
+                "must have a character that no queue name has, such as a colon, and no space or backslash; "
+                "leave it unset for kombu's default"
+            )
+        return separator
 
     def permits_api_key_mode(self, mode: str) -> bool:
         """Whether this deployment may use an API key of this mode: calls of PRODUCTION keys are billed."""

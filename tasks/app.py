@@ -9,7 +9,6 @@ from typing import Any
 import click
 from celery import Celery, Task
 from celery.signals import beat_init, import_modules, setup_logging, task_postrun, task_prerun, worker_ready
-from kombu.transport import TRANSPORT_ALIASES
 
 from config.celery_config import celery_settings
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
@@ -19,7 +18,7 @@ from tasks import tracing
 
 
 def _set_up_process_and_make_app() -> Celery:
-    """Set up the garbage collector, tracing and the transport. Exit if the configuration is wrong."""
+    """Set up the garbage collector and tracing. Exit if the configuration is wrong."""
     raise_gc_thresholds()
     try:
         chosen = settings()
@@ -28,14 +27,13 @@ def _set_up_process_and_make_app() -> Celery:
             tracing.enable()
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
-    if chosen.broker_transport == "atomic":  # kombu finds the transport of a URL scheme here
-        TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.broker:RedisTransport"))
     return app
 
 
 def _make_app(settings: Settings) -> Celery:
     app = Celery(
         "payready",
+        amqp="tasks.idle_consumer:DeclaringAMQP",
         include=[
             "tasks.payment_tasks",
             "tasks.balance_tasks",
@@ -45,6 +43,7 @@ def _make_app(settings: Settings) -> Celery:
         ],
     )
     app.conf.update(celery_settings(settings))
+    app.steps["consumer"].add("tasks.consumer_step:QueueConsumers")
     return app
 
 
@@ -63,7 +62,7 @@ def _freeze_gc_after_start(**_: Any) -> None:
 @worker_ready.connect
 def _log_worker_start(sender: Any, **_: Any) -> None:
     queues = {queue.name for queue in sender.task_consumer.queues}
-    log_start(settings(), "refresh" if queues == {"refreshes"} else "worker")
+    log_start(settings(), "refresh" if "refreshes" in queues else "worker")
 
 
 @beat_init.connect

@@ -15,7 +15,7 @@ from worker.runtime import runtime
 log = get_logger(__name__)
 
 
-@app.task(name="balances.refresh", Strategy="tasks.batch_strategies:call_strategy")
+@app.task(name="balances.refresh")
 def make_refresh_call_if_needed(account_id: str, refresh_id: str, has_slot: bool = False) -> None:  # noqa: FBT001, FBT002 - as sent
     """Make the call of the refresh, unless it was made or no payment needs it."""
     dispatch(flow.claim_and_call(runtime(), account_id, refresh_id, has_slot=has_slot))

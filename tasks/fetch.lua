@@ -1,32 +1,59 @@
--- Fetch up to n messages from one queue and track them as unacknowledged, in one atomic step.
--- A worker that is killed loses no message: each is in a queue or tracked.
+-- Acknowledge messages, and fetch up to n messages of one queue, in one atomic step.
+-- A fetched message is in the hash of unacknowledged messages until it is acknowledged, so a killed worker loses none.
+-- Messages whose worker has died are fetched first.
 --
--- KEYS[1]   unacknowledged messages: hash of delivery tag to [message, exchange, routing key]
--- KEYS[2]   their delivery tags: sorted set by fetch time (s)
--- KEYS[3..] lists to fetch from, in order of priority
--- ARGV[1]   current time (s) by the worker's clock, as kombu uses it
--- ARGV[2..] maximum number of messages to fetch from each list; one call fetches from one list only
+-- KEYS[1]   unacknowledged messages: hash of tag to "<deliveries>\n<list>\n<message>"
+-- KEYS[2]   their tags: sorted set by the time (s) at which they were fetched or renewed
+-- KEYS[3]   tags of messages that are being retried: sorted set by the time (s) of the first retry
+-- KEYS[4..] lists of the queue, in order of priority
+-- ARGV[1]   current time (s) by the worker's clock
+-- ARGV[2]   a message that was fetched or renewed before this time (s) is fetched again
+-- ARGV[3]   n
+-- ARGV[4]   prefix of new tags, unique to this fetch
+-- ARGV[5..] tags to acknowledge
 --
--- Returns {list, message, ...}, or nothing if all lists are empty. Redis then sends an invalidation message to a
--- connection with CLIENT TRACKING when one of the lists changes.
+-- Returns {tag, deliveries, message, tag, ...}. If it is empty, Redis sends an invalidation message to a connection with
+-- CLIENT TRACKING when one of the lists changes.
 
-local function address(message)
-  local properties = cjson.decode(message).properties
-  local info = properties.delivery_info
-  return properties.delivery_tag, cjson.encode(info.exchange), cjson.encode(info.routing_key)
+local unacked, index, retried = KEYS[1], KEYS[2], KEYS[3]
+local limit = tonumber(ARGV[3])
+local fetched = {}
+
+local function count()
+  return #fetched / 3
 end
 
-for i = 3, #KEYS do
-  if redis.call('LLEN', KEYS[i]) > 0 then -- Redis tracks only keys that a read-only command reads: RPOP is not enough
-    local messages = redis.call('RPOP', KEYS[i], ARGV[i - 1])
-    for _, message in ipairs(messages) do
-      local is_valid, tag, exchange, routing_key = pcall(address, message)
-      if is_valid and tag then -- kombu rejects any other message
-        redis.call('ZADD', KEYS[2], ARGV[1], tag)
-        redis.call('HSET', KEYS[1], tag, '[' .. message .. ',' .. exchange .. ',' .. routing_key .. ']')
-      end
-    end
-    table.insert(messages, 1, KEYS[i])
-    return messages
+local function give(tag, deliveries, list, message)
+  redis.call('ZADD', index, ARGV[1], tag)
+  redis.call('HSET', unacked, tag, deliveries .. '\n' .. list .. '\n' .. message)
+  fetched[#fetched + 1] = tag
+  fetched[#fetched + 1] = deliveries
+  fetched[#fetched + 1] = message
+end
+
+for i = 5, #ARGV do
+  redis.call('ZREM', index, ARGV[i])
+  redis.call('ZREM', retried, ARGV[i])
+  redis.call('HDEL', unacked, ARGV[i])
+end
+
+for _, tag in ipairs(limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(' .. ARGV[2], 'LIMIT', 0, limit) or {}) do
+  -- A full Redis refuses ZADD and HSET, unless the script has written before. So each write starts with a removal.
+  redis.call('ZREM', index, tag)
+  local stored = redis.call('HGET', unacked, tag)
+  if stored then
+    local deliveries, list, message = string.match(stored, '^(%d+)\n([^\n]*)\n(.*)$')
+    give(tag, tonumber(deliveries) + 1, list, message)
   end
 end
+
+for i = 4, #KEYS do
+  -- Redis tracks only keys that a read-only command reads, and RPOP is none.
+  if redis.call('LLEN', KEYS[i]) > 0 and count() < limit then
+    for number, message in ipairs(redis.call('RPOP', KEYS[i], limit - count())) do
+      give(ARGV[4] .. ':' .. i .. ':' .. number, 1, KEYS[i], message)
+    end
+  end
+end
+
+return fetched

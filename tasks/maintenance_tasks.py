@@ -48,8 +48,9 @@ def check_subscription() -> None:
 
 @app.task(name="quarantine.prune", send_events=False)
 def prune_quarantine() -> None:
-    """Delete quarantined events beyond the limits of age and number."""
+    """Delete quarantined events and dead letters beyond the limits of age, number and bytes."""
     flow.prune_quarantine_beyond_limits(runtime())
+    flow.prune_dead_letters_beyond_limits(runtime())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Tasks that start, resolve and cancel payments, and deliver their outcomes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
@@ -11,9 +11,10 @@ from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
 from tasks.dispatch import BROKER_UNAVAILABLE, deliver_and_mark_within_time_budget, dispatch
+from tasks.retries import report_retry
 from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
-from worker.errors import InvalidJob, PaymentNotReady
+from worker.errors import InvalidJob, PaymentNotReady, error_summary
 from worker.flow import IntakeRequest, IntakeResult, OnWaiting
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.rules.job import parse_job
@@ -21,19 +22,11 @@ from worker.runtime import runtime
 
 log = get_logger(__name__)
 
-RETRY_DELAY_S = 2
-"""Time between tries while a store is unavailable.
-
-It is far below the broker's visibility timeout, after which Redis delivers a message again.
-"""
-
 
 @app.task(
     name="payments.initiate",
     bind=True,
-    Strategy="tasks.batch_strategies:job_strategy",
     ignore_result=False,
-    max_retries=None,
     throws=(InvalidJob, PaymentNotReady),  # expected results: Celery logs no traceback
 )
 def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
@@ -46,7 +39,8 @@ def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = Non
         request = parse_request(job, arguments, suspension.assign_task_ids_and_make_continuation(self.request))
         result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE) as error:
-        _requeue_with_delay_or_reject(self, error)
+        report_retry(self.name, self.request.id, error, is_first=not self.request.delivery_info["redelivered"])
+        raise Reject(error_summary(error), requeue=True) from error  # the consumer hands it over again
     try:
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
@@ -89,19 +83,6 @@ def make_waiting_result_writer(requests: Sequence[IntakeRequest]) -> OnWaiting:
             suspension.store_waiting_state(app, waiting)
 
     return announce
-
-
-def _requeue_with_delay_or_reject(task: Task, error: Exception) -> NoReturn:
-    """Requeue the job with a delay. If the broker does not accept the new message, reject and requeue the old one.
-
-    No `Retry` is raised and no failure is recorded, because the result backend may be unavailable too. If Celery cannot
-    write a state, it treats the task as failed: it calls the errbacks and does not acknowledge the message.
-    """
-    try:
-        task.retry(exc=error, countdown=RETRY_DELAY_S, throw=False)
-    except Reject as rejection:
-        raise Reject(rejection.reason, requeue=True) from error
-    raise Ignore from error
 
 
 @app.task(name="balances.apply")

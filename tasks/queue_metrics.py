@@ -10,7 +10,7 @@ from celery import Celery
 
 from config.celery_config import QUEUES
 from worker import metrics
-from worker.metrics import MetricSample
+from worker.metric_types import MetricSample
 
 MAX_SAMPLES = 500
 """Maximum samples of a list. Beyond it every second sample is dropped, which only makes the age less exact."""
@@ -36,14 +36,16 @@ class QueueMetrics:
             counts = {(name,): float(_queue_length(connection, channel, name)) for name in QUEUES}
             ages = (
                 {(name,): self._sample_and_estimate_oldest_age(channel, name) for name in QUEUES}
-                if hasattr(channel, "_q_for_pri")
+                if _is_redis(channel)
                 else {}
             )
         yield metrics.QUEUE_MESSAGES.sample(counts)
         yield metrics.QUEUE_OLDEST_SECONDS.sample(ages)
 
     def _sample_and_estimate_oldest_age(self, channel: Any, name: str) -> float:
-        keys = (str(channel._q_for_pri(name, step)) for step in channel.priority_steps)  # noqa: SLF001
+        lists = (channel._q_for_pri(name, step) for step in channel.priority_steps)  # noqa: SLF001
+        # kombu's client prefixes the keys of the commands that kombu uses: LPOS and LINDEX are not among them.
+        keys = [f"{channel.global_keyprefix}{queue_list}" for queue_list in lists]
         return max(self._sample_list_and_estimate_age(channel.client, key) for key in keys)
 
     def _sample_list_and_estimate_age(self, client: Any, key: str) -> float:
@@ -72,8 +74,14 @@ def _channel(app: Celery) -> Iterator[tuple[Any, Any]]:
         yield connection, connection.default_channel
 
 
+def _is_redis(channel: Any) -> bool:
+    return hasattr(channel, "priority_steps")
+
+
 def _queue_length(connection: Any, channel: Any, name: str) -> int:
+    if _is_redis(channel):
+        return int(channel._size(name))  # noqa: SLF001 - `queue_declare` searches the queue without the key prefix
     try:
         return int(channel.queue_declare(name, passive=True).message_count)
     except connection.channel_errors:
-        return 0  # Redis has no key for an empty list
+        return 0  # no consumer has declared the queue

@@ -8,11 +8,11 @@ from decimal import Decimal
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import FailureReason
-from worker.ledger import metrics_queries
+from worker.ledger import dead_letters, metrics_queries
 from worker.ledger.cap_usage import total_non_void_fees
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger.metrics_queries import Backlog, CountAndOldest, FeeEntryToCount
-from worker.metrics import MetricSample
+from worker.metric_types import MetricSample
 from worker.rules.fee_caps import CapKind, start_of_day
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
@@ -55,6 +55,7 @@ class LedgerCollector:
         with read_snapshot(self._rt.engine) as tx:
             metrics_queries.set_short_timeout(tx)
             backlog = metrics_queries.backlog(tx)
+            dead_letter_count = dead_letters.count(tx)
             outcomes = metrics_queries.resolved_counts_by_state_and_reason(tx, self._counted_until, until)
             entries = metrics_queries.fee_entries_between(tx, self._counted_until, until)
         if self._pending is None:
@@ -64,6 +65,7 @@ class LedgerCollector:
             self._count_entry(self._pending, entry)
         self._counted_until = until
         yield from _backlog_samples(backlog, now)
+        yield metrics.STORED_DEAD_LETTERS.sample({(): float(dead_letter_count)})
         yield from self._outcome_and_fee_samples(self._pending)
         yield from self._query_cap_samples_unless_unavailable(now)
 

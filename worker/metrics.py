@@ -8,62 +8,19 @@ generated from them. Declared label values exist at 0 from the start, because Pr
 a counter that begins with it.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+from worker.metric_types import ExpiringValue, Kind, Label, MetricDefinition, Source
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # no dashboard uses these extra samples
 
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 SUBSCRIPTION_CHECK_TTL_S = 180.0
 """A result of the subscription check expires after this time, because another worker may have made the next check."""
-
-Kind = Literal["counter", "gauge", "histogram"]
-Source = Literal["database", "redis", "broker"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """A label with its values."""
-
-    name: str
-    values: Mapping[str, str] = field(default_factory=dict)
-    """Each value with its meaning. Empty if the values are not declared here; then `meaning` describes them."""
-    meaning: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricDefinition:
-    """A metric as Prometheus sees it."""
-
-    name: str
-    kind: Kind
-    help_text: str
-    labels: tuple[Label, ...] = ()
-    source: Source | None = None
-    """The system that `beat` reads the value from on a scrape; None if each process counts it."""
-
-    def sample(self, values: Mapping[Any, float]) -> "MetricSample":
-        """Return a sample with one value per tuple of label values."""
-        return MetricSample(metric=self, values=values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricSample:
-    """Values of a collected metric, by the values of its labels."""
-
-    metric: MetricDefinition
-    values: Mapping[Any, float]
-    """The keys are tuples of strings. Their length varies, and the key type of a mapping is invariant, hence `Any`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the metric."""
-        return self.metric.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +169,11 @@ BALANCES_REJECTED = _counter(
         },
     ),
 )
+RETRIED_TASKS = _counter(
+    "payready_retried_tasks_total",
+    "Tries of a task that failed because the database, Redis or the broker was unavailable. The task is tried again.",
+    Label(name="task", values={"payments.initiate": "a payment-initiation job", "balances.refresh": "a refresh call"}),
+)
 BATCH_FALLBACKS = _counter(
     "payready_batch_fallbacks_total",
     "Batches that failed, so that their items were processed one by one.",
@@ -223,6 +185,18 @@ CALL_TO_BALANCE_SECONDS = _histogram(
 BALANCE_TO_RESOLUTION_SECONDS = _histogram(
     "payready_balance_to_resolution_seconds",
     "Time from the arrival of a balance to the resolution of the payments that it resolves.",
+)
+DEAD_LETTERS = _counter(
+    "payready_dead_letters_total",
+    "Messages that no worker can process, stored as dead letters.",
+    Label(
+        name="reason",
+        values={
+            "unreadable": "the envelope or the body cannot be decoded",
+            "unknown_task": "no task of payready has this name",
+            "worker_died": "the worker died while it processed the message, five times in a row",
+        },
+    ),
 )
 WEBHOOK_DELIVERIES = _counter(
     "payready_webhook_deliveries_total",
@@ -243,24 +217,6 @@ WEBHOOK_EVENTS = _counter(
         },
     ),
 )
-
-
-class ExpiringValue:
-    """A value that becomes NaN `ttl_s` seconds after it was set: by then another process may know a newer one."""
-
-    def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ttl_s = ttl_s
-        self._clock = clock
-        self._set_at_and_value = float("-inf"), float("nan")
-
-    def set(self, value: float) -> None:
-        """Set the value as of now."""
-        self._set_at_and_value = self._clock(), value
-
-    def __call__(self) -> float:
-        """Return the value, NaN if it has expired or was never set."""
-        set_at, value = self._set_at_and_value
-        return value if self._clock() - set_at < self._ttl_s else float("nan")
 
 
 SUBSCRIPTION_PROBLEMS = ExpiringValue(SUBSCRIPTION_CHECK_TTL_S)
@@ -313,6 +269,7 @@ UNAPPLIED_BALANCES = _from_database("payready_unapplied_balances", "Balances tha
 OLDEST_UNAPPLIED_SECONDS = _from_database(
     "payready_oldest_unapplied_seconds", "Time since the oldest unapplied balance arrived."
 )
+STORED_DEAD_LETTERS = _from_database("payready_stored_dead_letters", "Dead letters in the database.")
 OUTCOMES = _from_database(
     "payready_outcomes_total",
     "Resolved payments since the start of this process.",

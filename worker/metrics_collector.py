@@ -10,7 +10,8 @@ from prometheus_client.registry import Collector
 
 from config.log_config import get_logger
 from worker.errors import error_summary
-from worker.metrics import UP, MetricSample, Source
+from worker.metric_types import MetricSample, Source
+from worker.metrics import UP
 
 log = get_logger(__name__)
 

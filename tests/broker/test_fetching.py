@@ -13,10 +13,10 @@ from kombu import Connection, Consumer, Producer, Queue
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 from kombu.transport.redis import Mutex
 from redis import Redis
+from tasks.broker import POLL_INTERVAL_S, BrokerNotSupported, acknowledge
 
 from config.celery_config import celery_settings
 from config.settings import Settings
-from tasks.broker import POLL_INTERVAL_S, BrokerNotSupported, acknowledge
 
 OURS, KOMBUS = "tasks.broker:RedisTransport", "kombu.transport.redis:Transport"
 KILLS = 25

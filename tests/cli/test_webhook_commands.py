@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -121,28 +120,6 @@ def test_quarantine_delete_removes_named_or_all_events(quarantined: LedgerBuilde
     assert len(json.loads(run("quarantine", "list", "--json").stdout)) == 2
     assert run("quarantine", "delete", "--all", "--yes").stdout == "deleted 2 events\n"
     assert "empty" in run("quarantine", "list").stdout
-
-
-def test_prune_deletes_oldest_events_beyond_limits(ledger: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits are age, number and size."""
-
-    def remaining_ids() -> list[str]:
-        with transaction(ledger.engine) as tx:
-            quarantine.prune(tx, NOON)
-            return [quarantined_event.event[:1].decode() for quarantined_event in quarantine.newest_events(tx, 10)]
-
-    with transaction(ledger.engine) as tx:
-        for age_days, name in enumerate(b"abcde"):
-            quarantine.insert_events(
-                tx, [UnparsedEvent(raw=bytes([name]) * 10, reason="x")], NOON - timedelta(days=age_days)
-            )
-    assert remaining_ids() == ["a", "b", "c", "d", "e"]
-    monkeypatch.setattr(quarantine, "MAX_AGE", timedelta(days=3))
-    assert remaining_ids() == ["a", "b", "c", "d"]
-    monkeypatch.setattr(quarantine, "MAX_EVENTS", 3)
-    assert remaining_ids() == ["a", "b", "c"]
-    monkeypatch.setattr(quarantine, "MAX_BYTES", 29)
-    assert remaining_ids() == ["a", "b"]
 
 
 # --- the subscription -------------------------------------------------------------------------------------------------

@@ -10,14 +10,8 @@ from tests.support.in_process import InProcessSystem
 from worker import flow
 from worker.errors import CallResultUnknown
 from worker.ledger_metrics import WRITE_LAG, LedgerCollector, redis_metrics
-from worker.metrics import (
-    BALANCE_TO_RESOLUTION_SECONDS,
-    CALL_TO_BALANCE_SECONDS,
-    ExpiringValue,
-    Label,
-    MetricDefinition,
-    MetricSample,
-)
+from worker.metric_types import ExpiringValue, Label, MetricDefinition, MetricSample
+from worker.metrics import BALANCE_TO_RESOLUTION_SECONDS, CALL_TO_BALANCE_SECONDS
 from worker.metrics_collector import CachedQueryCollector
 
 ReadMetric = Callable[..., float]

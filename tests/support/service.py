@@ -1,6 +1,7 @@
 """Payments service of the tests: a Celery worker that shares only addresses with payready.
 
 It reads its broker from `SERVICE_URL` and appends a JSON line to the file `SERVICE_LOG` for each task it runs.
+`SERVICE_TRANSPORT_OPTIONS` has kombu's options that differ from the defaults, in JSON.
 """
 
 import json
@@ -15,8 +16,11 @@ from kombu.transport import TRANSPORT_ALIASES
 
 QUEUE = "svc"
 
-# Kombu's own transport can lose a message when Redis restarts. A test could not distinguish that from payready's loss.
-TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
+TRANSPORT_OPTIONS: dict[str, Any] = json.loads(os.environ.get("SERVICE_TRANSPORT_OPTIONS", "{}"))
+if not TRANSPORT_OPTIONS:
+    # Kombu's own transport can lose a message when Redis restarts. A test could not distinguish that from payready's
+    # loss.
+    TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
 
 BROKER, RESULTS = os.environ["SERVICE_URL"], os.environ.get("SERVICE_RESULTS", os.environ["SERVICE_URL"])
 IS_RABBITMQ = BROKER.startswith("amqp")
@@ -40,6 +44,7 @@ app.conf.update(
         "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
         "unacked_restore_throttle": 1,  # kombu's default is 100 s
         "unacked_mutex_expire": 10,
+        **TRANSPORT_OPTIONS,
     },
 )
 if IS_RABBITMQ:

@@ -7,10 +7,10 @@ from celery.app.defaults import NAMESPACES, flatten
 from celery.backends import redis
 from celery.beat import ScheduleEntry
 from kombu.utils.url import parse_url
+from tasks.broker import RedisTransport
 
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
-from tasks.broker import RedisTransport
 from tasks.tracing import UNTRACED_TASKS
 
 KNOWN = dict(flatten(NAMESPACES))

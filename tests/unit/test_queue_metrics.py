@@ -1,10 +1,13 @@
 """Queue length and age with a real Valkey."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from celery import Celery
 
+from config.celery_config import celery_settings
+from config.settings import Settings
 from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
 
 LengthAndAge = tuple[float, float]
@@ -18,7 +21,7 @@ class MeasuredQueue:
         self._queues = QueueMetrics(app, clock=lambda: self.now)
         with app.connection_for_write() as connection:
             self._client = connection.default_channel.client
-            self._client.delete("payments", "payments\x06\x163")
+            connection.default_channel.queue_purge("payments")
 
     def put(self, count: int = 1, **options: int) -> None:
         for _ in range(count):
@@ -65,6 +68,25 @@ def test_messages_of_every_priority_are_counted(queue: MeasuredQueue) -> None:
     assert queue.collect() == (3, 0)
     queue.take(2)
     assert queue.collect() == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"broker_priority_steps": range(10)}, {"broker_priority_separator": ":"}, {"broker_key_prefix": "svc:"}],
+    ids=str,
+)
+def test_every_list_is_measured_with_broker_options(valkey_url: str, options: dict[str, Any]) -> None:
+    """The options change the names of the lists."""
+    with Celery("queue", set_as_current=False) as app:
+        app.conf.update(celery_settings(Settings(redis_url=valkey_url, **options)))
+        queue = MeasuredQueue(app)
+        assert queue.collect() == (0, 0)
+        queue.put(2)
+        queue.put(1, priority=5)
+        queue.put(1, priority=9)
+        assert queue.collect() == (4, 0)
+        queue.take(2)
+        assert queue.collect() == (2, 10)
 
 
 def test_samples_of_an_unread_queue_are_bounded(queue: MeasuredQueue) -> None:

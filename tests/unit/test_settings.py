@@ -5,9 +5,12 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kombu.transport.redis import Channel
 
+from config.celery_config import celery_settings
 from config.settings import RECORD_BUDGET_S, ConfigurationError, load_rejecting_unknown
 from demo.processes import ROOT, procfile
 from worker.flow.calling import MAX_CLAIM_AGE, RECORD_RETRY_DELAYS_S
@@ -92,6 +95,24 @@ def test_settings_are_frozen() -> None:
         load_rejecting_unknown({}).webhook_port = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("environ", "options"),
+    [
+        ({}, {"priority_steps": [0, 3, 6, 9], "sep": "\x06\x16", "global_keyprefix": ""}),
+        ({"PAYREADY_BROKER_PRIORITY_STEPS": "0, 5,9"}, {"priority_steps": [0, 5, 9]}),
+        ({"PAYREADY_BROKER_PRIORITY_SEPARATOR": ":"}, {"sep": ":"}),
+        ({"PAYREADY_BROKER_KEY_PREFIX": "{svc}:"}, {"global_keyprefix": "{svc}:"}),
+    ],
+    ids=str,
+)
+def test_broker_options_are_those_of_kombu(environ: dict[str, str], options: dict[str, Any]) -> None:
+    """By default they are kombu's own defaults."""
+    transport = celery_settings(load_rejecting_unknown(environ))["broker_transport_options"]
+    assert options.items() <= transport.items()
+    if not environ:
+        assert options == {name: getattr(Channel, name) for name in options}
+
+
 INVALID = [
     (
         {"PAYREADY_PROT": "1"},
@@ -102,6 +123,16 @@ INVALID = [
     ({"PAYREADY_WEBHOOK_PORT": "http"}, "PAYREADY_WEBHOOK_PORT: "),
     ({"PAYREADY_WEBHOOK_PORT": "65536"}, "PAYREADY_WEBHOOK_PORT: "),
     ({"PAYREADY_CURRENCY": "usd"}, "PAYREADY_CURRENCY: "),
+    *(
+        ({"PAYREADY_BROKER_PRIORITY_STEPS": steps}, "PAYREADY_BROKER_PRIORITY_STEPS: must be ascending numbers")
+        for steps in ("3,6", "0,6,3", "0,3,3", "0,10", ",", "-1,0")
+    ),
+    ({"PAYREADY_BROKER_PRIORITY_STEPS": "0,x"}, "PAYREADY_BROKER_PRIORITY_STEPS: "),
+    *(
+        ({"PAYREADY_BROKER_PRIORITY_SEPARATOR": separator}, "PAYREADY_BROKER_PRIORITY_SEPARATOR: must have a character")
+        for separator in (" ", ":\n", "\\x06\\x16", "m", "-", "3", ".")
+    ),
+    *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("svc: ", "svc:\n")),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "40"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 40 s"),
     ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),

@@ -8,6 +8,7 @@
     `resolution`   apply_balance: apply a stored balance to waiting payments
     `polling`      poll_balance_and_resolve_payments: read a balance whose webhook may be lost
     `maintenance`  expire_poll_or_rejoin_due_payments, sweep_refreshes_and_balances: deadlines, and work that was lost
+    `dead_lettering` store_dead_letters: keep messages that no worker can process
     `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
 
@@ -29,6 +30,12 @@ from worker.flow.calling import (
     report_and_record_results,
 )
 from worker.flow.claiming import Claim, ClaimBatch, claim_delay_or_reject_calls
+from worker.flow.dead_lettering import (
+    delete_dead_letters,
+    delete_requeued_dead_letter,
+    prune_dead_letters_beyond_limits,
+    store_dead_letters,
+)
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
     MAINTENANCE_BATCH_SIZE,
@@ -96,7 +103,9 @@ __all__ = [
     "claim_deliveries",
     "claim_overdue_deliveries",
     "compare_invoice",
+    "delete_dead_letters",
     "delete_quarantined",
+    "delete_requeued_dead_letter",
     "end_hold",
     "expire_poll_or_rejoin_due_payments",
     "fail_waiting_as_cancelled_with_fee_share",
@@ -106,11 +115,13 @@ __all__ = [
     "mark_delivered",
     "parse_invoice_file",
     "poll_balance_and_resolve_payments",
+    "prune_dead_letters_beyond_limits",
     "prune_quarantine_beyond_limits",
     "read_account_and_call_if_needed",
     "redeliver",
     "renew_claims_near_end",
     "report_and_record_results",
     "store_balances_and_delete_quarantined",
+    "store_dead_letters",
     "sweep_refreshes_and_balances",
 ]

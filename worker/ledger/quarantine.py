@@ -3,21 +3,22 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, select
 
 from worker.ledger.bulk import bulk_insert_or_ignore
 from worker.ledger.engine import Row, Tx
+from worker.ledger.retention import RetainedTable, RetentionLimits
 from worker.ledger.tables import QUARANTINE
 from worker.quiltt.messages import UnparsedEvent
 
 quarantined = QUARANTINE.c
-MAX_AGE = timedelta(days=30)
-MAX_EVENTS = 50_000
-MAX_BYTES = 64 * 1024 * 1024
-"""Limits of the quarantine. Beyond any of them the oldest events are deleted."""
+LIMITS = RetentionLimits()
+_RETAINED = RetainedTable(
+    table=QUARANTINE, key=quarantined.quarantine_id, stored_at=quarantined.received_at, content=quarantined.event
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +72,12 @@ def find(tx: Tx, quarantine_id: str) -> QuarantinedEvent | None:
 
 def delete_events(tx: Tx, quarantine_ids: Sequence[str]) -> int:
     """Delete events. Return how many were deleted."""
-    return _delete_where(tx, quarantine_ids)
+    return tx.execute(delete(QUARANTINE).where(quarantined.quarantine_id.in_(quarantine_ids))).rowcount
 
 
 def prune(tx: Tx, now: datetime) -> int:
-    """Delete the oldest events beyond the limits of age, number and bytes. Return how many were deleted."""
-    order = (quarantined.received_at.desc(), quarantined.quarantine_id)
-    number = func.row_number().over(order_by=order).label("number")
-    size = func.sum(func.length(quarantined.event)).over(order_by=order).label("size")
-    ranked = select(quarantined.quarantine_id, quarantined.received_at, number, size).subquery()
-    beyond = or_(ranked.c.received_at < now - MAX_AGE, ranked.c.number > MAX_EVENTS, ranked.c.size > MAX_BYTES)
-    return _delete_where(tx, select(ranked.c.quarantine_id).where(beyond))
-
-
-def _delete_where(tx: Tx, ids: Any) -> int:
-    return tx.execute(delete(QUARANTINE).where(quarantined.quarantine_id.in_(ids))).rowcount
+    """Delete the oldest events beyond `LIMITS`. Return how many were deleted."""
+    return _RETAINED.delete_oldest_beyond(tx, LIMITS, now)
 
 
 def _event_from_row(row: Row[Any]) -> QuarantinedEvent:

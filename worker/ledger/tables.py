@@ -298,6 +298,34 @@ class QuarantineRow(SQLModel, table=True):
     """When the event was received first."""
 
 
+class DeadLetterRow(SQLModel, table=True):
+    """A message of one of payready's queues that no worker can process."""
+
+    __tablename__ = "dead_letter"
+    __table_args__ = (Index("dead_letter_stored_at", "stored_at"),)
+
+    dead_letter_id: str = Field(primary_key=True, sa_type=Text)
+    """A digest of queue and message, so that storing the message again adds no row."""
+    queue: str = Field(sa_type=Text)
+    """The queue that the message was fetched from."""
+    reason: str = Field(sa_type=Text)
+    """`unreadable`, `unknown_task` or `worker_died`."""
+    detail: str = Field(sa_type=Text)
+    """The field and the rule that it breaks."""
+    task_id: str | None = Field(default=None, sa_type=Text)
+    """Id of the message's task, if it can be read."""
+    task_name: str | None = Field(default=None, sa_type=Text)
+    """Name of the message's task, if it can be read."""
+    size_bytes: int
+    """Size of the whole message."""
+    occurrences: int
+    """How often the message was stored. A requeued message that was stored again meanwhile is not deleted."""
+    stored_at: datetime = Field(sa_type=UtcTime)
+    """When the message was stored last."""
+    message: bytes = Field(sa_type=LargeBinary)
+    """The first 256 KiB of the message as the broker had it. The bytes need not be text."""
+
+
 def _table_of(model: type[SQLModel]) -> Table:
     return SQLModel.metadata.tables[str(model.__tablename__)]
 
@@ -311,5 +339,6 @@ INVOICE = _table_of(InvoiceRow)
 BALANCE = _table_of(BalanceRow)
 ACCOUNT = _table_of(AccountRow)
 QUARANTINE = _table_of(QuarantineRow)
+DEAD_LETTER = _table_of(DeadLetterRow)
 IS_WAITING = state_in(PAYMENT.c.state, {PaymentState.WAITING})
-ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE)
+ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE, DEAD_LETTER)

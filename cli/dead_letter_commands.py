@@ -1,0 +1,176 @@
+"""Commands about dead letters: messages that no worker can process."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from cli import render
+from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
+from cli.message_requeue import MessageSender, NotRequeueable, open_message_sender, parse_envelope
+from config.settings import settings
+from worker import flow, runtime
+from worker.ledger import dead_letters
+from worker.ledger.dead_letters import DeadLetter
+from worker.ledger.engine import read_snapshot
+from worker.rules.unhandled_messages import DeadLetterReason, printable_text
+from worker.runtime import Runtime
+
+app = typer.Typer(no_args_is_help=True, help="Messages of payready's queues that no worker can process.")
+
+DeadLetterIds = Annotated[
+    list[str] | None, typer.Argument(help="Ids of dead letters, from `payready dead-letters list`.")
+]
+PAGE_SIZE = 200
+
+
+@app.command("list")
+def list_dead_letters(
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of dead letters.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters without their messages, the newest first."""
+    found = query_or_exit(lambda tx: dead_letters.newest(tx, limit))
+    if as_json:
+        typer.echo(render.as_json(found))
+        return
+    table = render.new_table("dead letter", "stored", "queue", "bytes", "task", "reason", right=["bytes"])
+    for letter in found:
+        stored_at = render.utc_time_text(letter.stored_at)
+        reason = f"{letter.reason}: {letter.detail}"
+        table.add_row(
+            letter.dead_letter_id, stored_at, letter.queue, str(letter.size_bytes), letter.task_name or "", reason
+        )
+    stdout_console_for_terminal_or_log().print(
+        table if found else "there are no dead letters", highlight=False, markup=False
+    )
+
+
+@app.command("show")
+def show_dead_letter(
+    dead_letter_id: Annotated[str, typer.Argument(help="Id of a dead letter, from `payready dead-letters list`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print one dead letter with the reason and its message. The message may be confidential."""
+    letter = query_or_exit(lambda tx: dead_letters.find_letter(tx, dead_letter_id))
+    if letter is None:
+        fail(f"there is no dead letter {dead_letter_id}")
+    message, body = _decoded_message_and_body(letter)
+    if as_json:
+        summary = {name: value for name, value in vars(letter).items() if name != "message"}
+        typer.echo(render.as_json({**summary, "is_cut": letter.is_cut, "message": message, "body": body}))
+        return
+    times = "" if letter.occurrences == 1 else f", {letter.occurrences} times"
+    typer.echo(f"{letter.dead_letter_id}, stored {render.utc_time_text(letter.stored_at)}{times}")
+    typer.echo(f"queue {letter.queue}, task {letter.task_name or 'unknown'}, task id {letter.task_id or 'unknown'}")
+    typer.echo(f"{letter.reason}: {letter.detail}\n")
+    typer.echo(f"message, {_size_text(letter)}:\n{printable_text(message)}")
+    if body is not None:
+        typer.echo(f"\nbody, decoded:\n{printable_text(body)}")
+
+
+def _size_text(letter: DeadLetter) -> str:
+    size = render.count_text(letter.size_bytes, "byte")
+    return f"the first {len(letter.message)} of {size} (it cannot be requeued)" if letter.is_cut else size
+
+
+def _decoded_message_and_body(letter: DeadLetter) -> tuple[str, str | None]:
+    """Return the message as text, and its body if that can be decoded."""
+    try:
+        body = parse_envelope(letter.message).decoded_body().decode(errors="backslashreplace")
+    except NotRequeueable:
+        body = None
+    return letter.message.decode(errors="backslashreplace"), body
+
+
+@app.command("requeue")
+def requeue_dead_letters(
+    ids: DeadLetterIds = None,
+    all_of_reason: Annotated[
+        DeadLetterReason | None, typer.Option(help="All dead letters with this reason, each once.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send dead letters to their queues again, and delete each after the broker has accepted it.
+
+    A dead letter that cannot be requeued stays. Exit status 1 if there is one.
+    """
+    if bool(ids) == (all_of_reason is not None):
+        raise typer.BadParameter("give either ids of dead letters or --all-of-reason")
+    requeued, refused = 0, list[dict[str, str]]()
+    with _runtime_or_exit() as rt, open_message_sender(settings()) as sender:
+        for dead_letter_id in ids or _every_id(rt, all_of_reason):
+            try:
+                _send_then_delete(rt, sender, dead_letter_id)
+                requeued += 1
+            except NotRequeueable as error:
+                refused.append({"dead_letter_id": dead_letter_id, "error": str(error)})
+    if as_json:
+        typer.echo(render.as_json({"requeued": requeued, "refused": refused}))
+    else:
+        typer.echo(f"requeued {render.count_text(requeued, 'message')}")
+        for line in refused:
+            typer.echo(f"payready: {line['dead_letter_id']} was not requeued: {line['error']}", err=True)
+    if refused:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _send_then_delete(rt: Runtime, sender: MessageSender, dead_letter_id: str) -> None:
+    """Send the message, then delete the dead letter: after an interruption between the two it is there twice."""
+    with read_snapshot(rt.engine) as tx:
+        letter = dead_letters.find_letter(tx, dead_letter_id)
+    if letter is None:
+        raise NotRequeueable("there is no such dead letter")
+    if letter.is_cut:
+        kept = render.count_text(dead_letters.MAX_MESSAGE_BYTES, "byte")
+        raise NotRequeueable(f"its message has {letter.size_bytes} bytes, and only the first {kept} are stored")
+    sender.send(letter.queue, letter.message)
+    flow.delete_requeued_dead_letter(rt, letter)
+
+
+@app.command("delete")
+def delete_dead_letters(
+    ids: DeadLetterIds = None,
+    all_letters: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --all, delete without confirmation.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete dead letters permanently. With --all, ask for confirmation first."""
+    if bool(ids) == all_letters:
+        raise typer.BadParameter("give either ids of dead letters or --all")
+    with _runtime_or_exit() as rt:
+        if all_letters and not yes:
+            typer.confirm("Delete all dead letters permanently?", abort=True, err=True)
+        selected: Iterable[str] = _every_id(rt, None) if all_letters else ids or []
+        deleted = sum(flow.delete_dead_letters(rt, [dead_letter_id]) for dead_letter_id in selected)
+    if as_json:
+        typer.echo(render.as_json({"deleted": deleted}))
+    else:
+        typer.echo(f"deleted {render.count_text(deleted, 'dead letter')}")
+    if ids and deleted < len(set(ids)):
+        fail(f"{render.count_text(len(set(ids)) - deleted, 'id')} did not exist")
+
+
+@contextmanager
+def _runtime_or_exit() -> Iterator[Runtime]:
+    """Build a runtime. Print an expected error of the block and exit."""
+    with report_errors():
+        rt = runtime.build_runtime(settings())
+        try:
+            yield rt
+        finally:
+            rt.engine.dispose()
+
+
+def _every_id(rt: Runtime, reason: DeadLetterReason | None) -> Iterator[str]:
+    """Iterate in pages, in the order of the ids. A dead letter that is stored meanwhile is not visited twice."""
+    after_id = ""
+    while page := _page(rt, after_id, reason):
+        yield from page
+        after_id = page[-1]
+
+
+def _page(rt: Runtime, after_id: str, reason: DeadLetterReason | None) -> list[str]:
+    with read_snapshot(rt.engine) as tx:
+        return dead_letters.ids_after(tx, after_id=after_id, reason=reason, limit=PAGE_SIZE)

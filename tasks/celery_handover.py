@@ -1,0 +1,144 @@
+"""Hand messages over to Celery, which runs their tasks in the worker's pool.
+
+A message goes to Celery's strategy of its task, in the thread of the event loop, as if Celery had fetched it. Celery
+knows about ETA, expiry, revocation and task events. It acknowledges or rejects the message through `_Channel`.
+
+Celery forgets messages that have not started yet when it loses its own connection to the broker. As they come from
+another connection, they are handed over again.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from config.log_config import get_logger
+from tasks.batch_processing import PoolCapacity
+from tasks.message_source import MessageSource
+from tasks.messages import TaskMessage
+
+log = get_logger(__name__)
+
+REQUEUE_DELAY_S = 2.0
+"""Time until a message that its task rejected, to be requeued, is handed over again."""
+
+
+@dataclass(kw_only=True)
+class _HandedMessage:
+    """A message that Celery has and did not acknowledge."""
+
+    message: TaskMessage
+    source: MessageSource
+    uses_capacity: bool
+    """Whether it counts as a used thread of the pool. A message that waits for its ETA does not."""
+    is_rejected: bool = False
+    """Whether its task rejected it because a store was unavailable, so that it is handed over again."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it may take longer than the visibility timeout."""
+        return self.is_rejected or not self.uses_capacity
+
+
+class CeleryHandover:
+    """The messages of one worker that Celery has."""
+
+    def __init__(self, consumer: Any, capacity: PoolCapacity) -> None:
+        self._consumer, self._capacity = consumer, capacity
+        self._lock = threading.Lock()
+        self._handed: dict[tuple[str, Any], _HandedMessage] = {}
+        """By queue and tag."""
+
+    def hand_over(self, source: MessageSource, messages: Sequence[TaskMessage]) -> None:
+        """Hand messages over. Any thread may call this."""
+        now = datetime.now(UTC)
+        for message in messages:
+            is_due = message.eta is None or message.eta <= now
+            handed = _HandedMessage(message=message, source=source, uses_capacity=is_due)
+            with self._lock:
+                self._handed[_key(message)] = handed
+            if is_due:
+                self._capacity.take(1)
+            self._consumer.call_soon(self._pass_to_strategy, handed)
+
+    def hand_over_again(self) -> None:
+        """Hand over all messages that Celery did not acknowledge, after it has connected again.
+
+        Tasks that are running meanwhile run twice: all of payready's tasks may.
+        """
+        with self._lock:
+            handed = list(self._handed.values())
+        for each in handed:
+            self._consumer.call_soon(self._pass_to_strategy, each)
+
+    def count(self, queue: str) -> int:
+        """Return how many messages of a queue Celery has, without those that wait for their ETA."""
+        with self._lock:
+            return sum(handed.uses_capacity for (of_queue, _), handed in self._handed.items() if of_queue == queue)
+
+    def kept_tags(self, queue: str, *, are_retried: bool) -> list[Any]:
+        """Return the tags of a queue's messages that wait for their ETA, or that are retried."""
+        with self._lock:
+            return [
+                tag
+                for (of_queue, tag), handed in self._handed.items()
+                if of_queue == queue and handed.is_kept and handed.is_rejected == are_retried
+            ]
+
+    def forget_unfinished(self, queue: str) -> list[Any]:
+        """Return the tags of a queue's messages that Celery did not acknowledge. It may finish them no more."""
+        with self._lock:
+            keys = [key for key in self._handed if key[0] == queue]
+            for key in keys:
+                del self._handed[key]
+        return [tag for _, tag in keys]
+
+    def _pass_to_strategy(self, handed: _HandedMessage) -> None:
+        message = handed.message
+        kombu_message = message.as_kombu_message(_Channel(self, handed))
+        strategy = self._consumer.strategies[message.task_name]
+        strategy(
+            kombu_message,
+            None,
+            kombu_message.ack_log_error,
+            kombu_message.reject_log_error,
+            self._consumer.on_task_message,
+        )
+
+    def acknowledge(self, handed: _HandedMessage) -> None:
+        """Acknowledge a message."""
+        with self._lock:
+            is_known = self._handed.pop(_key(handed.message), None) is not None
+        if is_known:
+            handed.source.acknowledge([handed.message.fetched.tag])
+            if handed.uses_capacity:
+                self._capacity.release(1)
+
+    def hand_over_later(self, handed: _HandedMessage) -> None:
+        """Hand a message over again, after `REQUEUE_DELAY_S`."""
+        handed.is_rejected = True
+        consumer = self._consumer
+        consumer.call_soon(consumer.timer.call_after, REQUEUE_DELAY_S, self._pass_to_strategy, (handed,))
+
+
+class _Channel:
+    """What a kombu message needs of its channel."""
+
+    no_ack_consumers = None
+
+    def __init__(self, handover: CeleryHandover, handed: _HandedMessage) -> None:
+        self._handover, self._handed = handover, handed
+
+    def basic_ack(self, _tag: Any, multiple: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - kombu's signature
+        self._handover.acknowledge(self._handed)
+
+    def basic_reject(self, _tag: Any, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
+        if requeue:
+            self._handover.hand_over_later(self._handed)
+        else:
+            self._handover.acknowledge(self._handed)
+
+
+def _key(message: TaskMessage) -> tuple[str, Any]:
+    return message.queue, message.fetched.tag

@@ -1,0 +1,250 @@
+"""The consumer of payready's queues: a Celery bootstep with one thread for each queue.
+
+Celery's own consumer decodes, tracks and acknowledges one message at a time in its event loop, and one message that it
+cannot decode ends the worker. Here the event loop only keeps Celery's remote control and heartbeats. Each queue has a
+thread, which
+
+1. fetches what lies in the queue from a `MessageSource`: this is the batch. A message that comes alone is processed at
+   once;
+2. reads each message (`tasks.messages`), and stores what is no task message as a dead letter;
+3. passes the messages of `payments.initiate` and `balances.refresh` to their `BatchProcessor`, and all others to Celery
+   (`tasks.celery_handover`), which runs them in the worker's pool;
+4. acknowledges a message when its work is done. If the worker is killed before, another worker fetches it.
+
+If the database or Redis is unavailable, the thread keeps its batch and tries again. If the broker is unavailable, it
+connects again. So only a stop ends a worker.
+
+A message that `MAX_DELIVERIES` workers did not acknowledge is a dead letter too: they died. From its second delivery
+on, a message is processed alone, so that it takes no other message with it.
+
+The queues are those of `celery worker --queues`. `celery control cancel_consumer QUEUE` pauses a queue, and
+`add_consumer` resumes it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from config.log_config import get_logger
+from tasks.batch_processing import BatchProcessor, PoolCapacity
+from tasks.celery_handover import CeleryHandover
+from tasks.dispatch import BROKER_UNAVAILABLE
+from tasks.message_source import BrokerUnavailable, MessageSource
+from tasks.messages import FetchedMessage, TaskMessage, UnusableMessage, read_message
+from tasks.retries import report_retry
+from worker import flow, metrics
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
+from worker.errors import error_summary
+from worker.ledger.engine import DATABASE_UNAVAILABLE
+from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
+from worker.runtime import runtime
+
+log = get_logger(__name__)
+
+MAX_BATCH_SIZE = 100
+"""Maximum number of messages in a batch."""
+MAX_DELIVERIES = 5
+"""A message that so many workers did not acknowledge is a dead letter."""
+FETCH_WAIT_S = 1.0
+"""Maximum time for which a fetch waits for a message. A lost connection and a stop are noticed after it."""
+RETRY_DELAY_S = 1.0
+"""Time between tries while a store or the broker is unavailable."""
+CONTENDED_WAIT_S = 0.025
+"""Time until messages of locked accounts are processed again, unless other messages come before."""
+KEEP_INTERVAL_S = 2.0
+"""Interval at which messages that take longer are kept: below the shortest visibility timeout."""
+STORE_UNAVAILABLE = (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE)
+
+
+class QueueConsumer:
+    """The thread of one queue.
+
+    `processors`: by name of their task. `is_paused`: returns whether the queue is paused. `is_revoked`: returns whether
+    the task with an id is revoked.
+    """
+
+    def __init__(
+        self,
+        queue: str,
+        source: MessageSource,
+        *,
+        processors: Mapping[str, BatchProcessor],
+        capacity: PoolCapacity,
+        handover: CeleryHandover,
+        task_names: Collection[str],
+        is_paused: Callable[[], bool],
+        is_revoked: Callable[[str], bool],
+    ) -> None:
+        self.queue, self._source, self._processors = queue, source, processors
+        self._capacity, self._handover, self._task_names = capacity, handover, task_names
+        self._is_paused, self._is_revoked = is_paused, is_revoked
+        self._stopping = threading.Event()
+        self._contended: list[TaskMessage] = []
+        """Messages of locked accounts, for the next batch."""
+        self._kept_at = time.monotonic()
+        self._is_broker_available = True
+        self._thread = threading.Thread(target=self._run, name=f"consumer of {queue}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Fetch no more messages."""
+        self._stopping.set()
+
+    def join(self) -> None:
+        """Return when the current batch is processed or given back."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Acknowledge what was finished after the stop, and give back what was not. Close the connection."""
+        self._give_back(self._handover.forget_unfinished(self.queue))
+        self._source.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._process(self._next_batch())
+                self._log_broker_change(is_available=True)
+            except BrokerUnavailable as error:
+                self._log_broker_change(is_available=False, error=str(error))
+                self._stopping.wait(RETRY_DELAY_S)
+            except Exception:  # the broker delivers the messages again
+                log.exception("consumer.failed", queue=self.queue)
+                self._stopping.wait(RETRY_DELAY_S)
+        self._give_back([message.fetched.tag for message in self._contended])
+
+    def _next_batch(self) -> list[TaskMessage]:
+        """Return the messages of the next batch, after waiting for one of them."""
+        limit = self._fetch_limit()
+        if limit <= 0 and not self._contended:
+            self._capacity.wait_for_release(FETCH_WAIT_S)
+        wait_s = CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S
+        fetched = self._source.fetch(max(0, limit), wait_s)
+        self._keep_waiting_messages()
+        contended, self._contended = self._contended, []
+        return [*contended, *self._read_or_store_dead_letters(fetched)]
+
+    def _fetch_limit(self) -> int:
+        if self._is_paused():
+            return 0
+        if self._needs_pool():
+            return min(MAX_BATCH_SIZE, self._capacity.free)
+        return MAX_BATCH_SIZE if self._handover.count(self.queue) < self._capacity.limit else 0
+
+    def _needs_pool(self) -> bool:
+        return not self._processors or any(processor.uses_pool for processor in self._processors.values())
+
+    def _keep_waiting_messages(self) -> None:
+        """Keep messages that Celery holds until their ETA, or until their store is available."""
+        if time.monotonic() - self._kept_at < KEEP_INTERVAL_S:
+            return
+        self._kept_at = time.monotonic()
+        for are_retried in (False, True):
+            if tags := self._handover.kept_tags(self.queue, are_retried=are_retried):
+                self._source.keep(tags, are_retried=are_retried)
+
+    def _read_or_store_dead_letters(self, fetched: Sequence[FetchedMessage]) -> list[TaskMessage]:
+        """Read messages. Store those that are dead letters, and acknowledge these."""
+        readable, dead = list[TaskMessage](), list[UnhandledMessage]()
+        dead_tags = list[Any]()
+        for each in fetched:
+            try:
+                readable.append(self._read(each))
+            except UnusableMessage as error:
+                dead.append(
+                    UnhandledMessage(
+                        queue=self.queue,
+                        reason=error.reason,
+                        detail=error.detail,
+                        task_id=error.task_id,
+                        task_name=error.task_name,
+                        message=each.text,
+                    )
+                )
+                dead_tags.append(each.tag)
+        if dead and self._run_when_stores_available(lambda: flow.store_dead_letters(runtime(), dead), dead_tags, []):
+            self._source.acknowledge(dead_tags)
+        return readable
+
+    def _read(self, fetched: FetchedMessage) -> TaskMessage:
+        message = read_message(fetched, queue=self.queue, task_names=self._task_names)
+        if fetched.deliveries > MAX_DELIVERIES:
+            detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
+            raise UnusableMessage(
+                DeadLetterReason.WORKER_DIED, detail, task_id=message.task_id, task_name=message.task_name
+            )
+        return message
+
+    def _process(self, messages: Sequence[TaskMessage]) -> None:
+        """Process messages that were delivered before one by one, then all others of a task in one batch."""
+        batched = dict[str, list[TaskMessage]]()
+        for message in messages:
+            is_special = not message.is_plain or self._is_revoked(message.task_id)
+            if message.task_name not in self._processors or is_special:
+                self._handover.hand_over(self._source, [message])
+            elif message.fetched.deliveries > 1:
+                self._process_batch(self._processors[message.task_name], [message])
+            else:
+                batched.setdefault(message.task_name, []).append(message)
+        for task_name, batch in batched.items():
+            self._process_batch(self._processors[task_name], batch)
+
+    def _process_batch(self, processor: BatchProcessor, batch: Sequence[TaskMessage]) -> None:
+        def process() -> None:
+            self._contended += processor.process(batch)
+
+        try:
+            self._run_when_stores_available(process, [message.fetched.tag for message in batch], batch)
+        except Exception as error:  # noqa: BLE001 - the task raises it again for the message that caused it
+            metrics.BATCH_FALLBACKS.labels(processor.kind).inc()
+            log.warning("batch.fallback", kind=processor.kind, error=error_summary(error))
+            self._handover.hand_over(self._source, batch)
+
+    def _run_when_stores_available(
+        self, operation: Callable[[], None], tags: Sequence[Any], retried: Sequence[TaskMessage]
+    ) -> bool:
+        """Run an operation on messages, again and again while a store is unavailable. Keep the messages meanwhile.
+
+        If the worker is stopped meanwhile, give them back and return False.
+        """
+        is_first_try = True
+        while True:
+            try:
+                operation()
+            except STORE_UNAVAILABLE as error:
+                for message in retried:
+                    report_retry(message.task_name, message.task_id, error, is_first=is_first_try)
+                is_first_try = False
+                self._keep(tags)
+                if self._stopping.wait(RETRY_DELAY_S):
+                    self._give_back(tags)
+                    return False
+            else:
+                return True
+
+    def _keep(self, tags: Sequence[Any]) -> None:
+        try:
+            self._source.keep(tags, are_retried=True)
+        except BrokerUnavailable as error:  # another worker may get the messages too
+            self._log_broker_change(is_available=False, error=str(error))
+
+    def _give_back(self, tags: Sequence[Any]) -> None:
+        if not tags:
+            return
+        try:
+            self._source.give_back(tags)
+        except BrokerUnavailable as error:  # the broker redelivers them after the visibility timeout
+            log.warning("messages.give_back_failed", queue=self.queue, count=len(tags), error=str(error))
+
+    def _log_broker_change(self, *, is_available: bool, error: str | None = None) -> None:
+        """Log when the broker becomes unavailable, and when it is available again."""
+        if is_available == self._is_broker_available:
+            return
+        self._is_broker_available = is_available
+        if is_available:
+            log.info("broker.available", queue=self.queue)
+        else:
+            log.warning("broker.unavailable", queue=self.queue, error=error)

@@ -1,0 +1,112 @@
+"""Start and stop the consumers of payready's queues with a Celery worker."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from celery import Celery
+from celery.bootsteps import CLOSE, StartStopStep
+from celery.concurrency.thread import TaskPool
+from celery.worker.state import revoked
+
+from config.settings import settings
+from tasks import suspension, tracing
+from tasks.batch_processing import BatchProcessor, MessageFinisher, PoolCapacity
+from tasks.call_batches import CallBatchProcessor
+from tasks.celery_handover import CeleryHandover
+from tasks.consumer import MAX_BATCH_SIZE, QueueConsumer
+from tasks.job_batches import JobBatchProcessor
+from tasks.message_source import MessageSource
+from tasks.rabbitmq_source import RabbitMQSource
+from tasks.redis_source import RedisSource
+
+
+class QueueConsumers(StartStopStep):
+    """The step of a worker that consumes its queues."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **_: Any) -> None:
+        super().__init__(consumer)
+        self._consumers: list[QueueConsumer] = []
+        self._handover: CeleryHandover | None = None
+
+    def start(self, consumer: Any) -> None:
+        """Start the consumers. On a start after Celery lost its connection, hand over again what it has forgotten."""
+        if self._handover is not None:
+            self._handover.hand_over_again()
+            return
+        capacity = PoolCapacity(consumer.pool.limit)
+        self._handover = CeleryHandover(consumer, capacity)
+        self._consumers = [
+            _make_queue_consumer(consumer, queue.name, self._handover, capacity)
+            for queue in consumer.task_consumer.queues
+        ]
+        for each in self._consumers:
+            each.start()
+
+    def stop(self, consumer: Any) -> None:
+        """Stop the consumers if the worker stops. Celery calls this also when it has lost its connection."""
+        if consumer.blueprint.state != CLOSE:
+            return
+        for each in self._consumers:
+            each.request_stop()
+        for each in self._consumers:
+            each.join()
+
+    def shutdown(self, _: Any) -> None:
+        """Acknowledge what the pool has finished since the stop."""
+        for each in self._consumers:
+            each.close()
+
+
+def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, capacity: PoolCapacity) -> QueueConsumer:
+    source = _make_source(consumer.app, queue, max_unacked=capacity.limit + MAX_BATCH_SIZE)
+    finisher = MessageFinisher(source, suspension.event_publisher(consumer.app), consumer.hostname)
+    return QueueConsumer(
+        queue,
+        source,
+        processors=_make_processors(consumer.pool, queue, source, finisher, handover, capacity),
+        capacity=capacity,
+        handover=handover,
+        task_names=consumer.app.tasks,
+        is_paused=lambda: queue not in {each.name for each in consumer.task_consumer.queues},
+        is_revoked=revoked.__contains__,
+    )
+
+
+def _make_source(app: Celery, queue: str, *, max_unacked: int) -> MessageSource:
+    if settings().effective_broker_url.startswith("amqp"):
+        return RabbitMQSource(app.connection_for_read, app.amqp.queues[queue], max_unacked=max_unacked)
+    return RedisSource(
+        settings().effective_broker_url,
+        queue,
+        lists=lists_of_queue(queue, app.conf.broker_transport_options),
+        key_prefix=app.conf.broker_transport_options["global_keyprefix"],
+        visibility_timeout_s=settings().visibility_timeout_s,
+    )
+
+
+def lists_of_queue(queue: str, transport_options: Mapping[str, Any]) -> list[str]:
+    """Return the lists in which kombu stores the messages of a queue, in order of priority."""
+    name = f"{transport_options['global_keyprefix']}{queue}"
+    separator, steps = transport_options["sep"], transport_options["priority_steps"]
+    return [f"{name}{separator}{step}" if step else name for step in steps]
+
+
+def _make_processors(
+    pool: Any,
+    queue: str,
+    source: MessageSource,
+    finisher: MessageFinisher,
+    handover: CeleryHandover,
+    capacity: PoolCapacity,
+) -> dict[str, BatchProcessor]:
+    """Return the processors of a queue, by task. With tracing there is none, because a trace belongs to one task."""
+    if tracing.is_enabled() or not isinstance(pool, TaskPool):
+        return {}
+    if queue == "payments":
+        return {"payments.initiate": JobBatchProcessor(source, finisher, handover)}
+    if queue == "refreshes":
+        calls = CallBatchProcessor(source, finisher, handover, pool=pool.executor, capacity=capacity)
+        return {"balances.refresh": calls}
+    return {}

@@ -1,0 +1,39 @@
+"""Where the consumer of a queue gets its messages: the interface that each broker implements."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tasks.messages import FetchedMessage
+
+
+class BrokerUnavailable(Exception):
+    """The broker did not do what was asked: it is away, read-only, full, loading, or refuses the user."""
+
+
+class MessageSource(Protocol):
+    """One queue of the broker. All methods but `acknowledge` are called by one thread.
+
+    Raises:
+        BrokerUnavailable: by all methods but `acknowledge` and `close`. The next call connects again.
+    """
+
+    def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
+        """Return up to `limit` messages, and those of dead workers first. Without messages wait up to `wait_s` for one.
+
+        Acknowledge the messages of earlier `acknowledge` calls, also if `limit` is 0.
+        """
+
+    def acknowledge(self, tags: Sequence[Any]) -> None:
+        """Acknowledge messages with the next fetch. Any thread may call this, and it does not wait."""
+
+    def give_back(self, tags: Sequence[Any]) -> None:
+        """Return messages to the front of the queue, for any worker."""
+
+    def keep(self, tags: Sequence[Any], *, are_retried: bool) -> None:
+        """Keep messages that take longer, so that the broker gives them to no other worker.
+
+        `are_retried`: they are processed again, because a store was unavailable. The age of the queue includes them.
+        """
+
+    def close(self) -> None:
+        """Send the remaining acknowledgements, and close the connection."""

@@ -1,0 +1,42 @@
+"""Limits of the tables that store input from outside: the quarantine and the dead letters."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, delete, func, or_, select
+
+from worker.ledger.engine import Tx
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionLimits:
+    """Limits of a table. Beyond any of them the oldest rows are deleted."""
+
+    max_age: timedelta = timedelta(days=30)
+    max_rows: int = 50_000
+    max_bytes: int = 64 * 1024 * 1024
+    """Sum over the contents of all rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainedTable:
+    """A table with limits."""
+
+    table: Table
+    key: ColumnElement[Any]
+    stored_at: ColumnElement[Any]
+    content: ColumnElement[Any]
+
+    def delete_oldest_beyond(self, tx: Tx, limits: RetentionLimits, now: datetime) -> int:
+        """Delete the oldest rows beyond the limits. Return how many were deleted."""
+        order = (self.stored_at.desc(), self.key)
+        number = func.row_number().over(order_by=order).label("number")
+        size = func.sum(func.length(self.content)).over(order_by=order).label("size")
+        ranked = select(self.key.label("key"), self.stored_at.label("stored_at"), number, size).subquery()
+        beyond = or_(
+            ranked.c.stored_at < now - limits.max_age,
+            ranked.c.number > limits.max_rows,
+            ranked.c.size > limits.max_bytes,
+        )
+        return tx.execute(delete(self.table).where(self.key.in_(select(ranked.c.key).where(beyond)))).rowcount
