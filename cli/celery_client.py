@@ -10,9 +10,12 @@ from celery import Celery
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from kombu.transport.redis import PRIORITY_STEPS, Channel
 
 from config.celery_config import QUEUES, celery_settings
-from config.settings import Settings
+from config.settings import MAX_PRIORITY, Settings
+from tasks.broker_lists import ListSearch, priority_lists
+from tasks.broker_lists import search_idle_lists as search_idle_lists_of_app
 from tasks.queue_metrics import lengths_by_queue
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.rules.job import Job
@@ -133,8 +136,8 @@ class WorkerInfo:
     """Its Celery settings without secrets."""
 
 
-def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
-    """Return payready's workers that respond within 1 s. Workers of other apps on the broker are skipped.
+def responding_workers(settings: Settings) -> list[WorkerInfo]:
+    """Return the workers of all apps on the broker that respond within 1 s.
 
     Raises:
         CeleryUnavailable: there is no broker.
@@ -142,9 +145,13 @@ def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
     with connected_celery_app(settings) as app, report_unavailable():
         replies = app.control.inspect(timeout=PING_TIMEOUT_S).active_queues() or {}
         consumed = {name: frozenset(queue["name"] for queue in queues) for name, queues in replies.items()}
-        ours = {name: queues for name, queues in consumed.items() if is_payready_worker(name, queues)}
-        confs = (app.control.inspect(list(ours), timeout=PING_TIMEOUT_S).conf() or {}) if ours else {}
-        return [WorkerInfo(name=name, queues=queues, settings=confs.get(name, {})) for name, queues in ours.items()]
+        confs = (app.control.inspect(list(consumed), timeout=PING_TIMEOUT_S).conf() or {}) if consumed else {}
+        return [WorkerInfo(name=name, queues=queues, settings=confs.get(name, {})) for name, queues in consumed.items()]
+
+
+def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
+    """Return payready's workers among `responding_workers`."""
+    return [worker for worker in responding_workers(settings) if is_payready_worker(worker.name, worker.queues)]
 
 
 def is_payready_worker(name: str, queues: frozenset[str]) -> bool:
@@ -178,6 +185,33 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
     """
     with connected_celery_app(settings) as app, report_unavailable():
         return lengths_by_queue(app)
+
+
+def search_idle_lists(settings: Settings) -> ListSearch:
+    """Search the broker's Redis for lists that no responding worker and no worker of payready reads.
+
+    Raises:
+        CeleryUnavailable: there is no broker.
+    """
+    prefix = settings.broker_key_prefix
+    steps, separator = settings.broker_priority_steps, settings.broker_priority_separator
+    known = {key for queue in QUEUES for key in priority_lists(queue, steps, separator, prefix)}
+    for worker in responding_workers(settings):
+        known.update(lists_read(worker, prefix))
+    unprefixed = settings.model_copy(update={"broker_key_prefix": ""})
+    with _connected_celery_app(unprefixed) as app, _report_unavailable():
+        return search_idle_lists_of_app(app, known)
+
+
+def lists_read(worker: WorkerInfo, prefix: str) -> Iterator[str]:
+    """Yield the lists that a worker reads. It responded, so it has our key prefix."""
+    options = worker.settings.get("broker_transport_options")
+    options = options if isinstance(options, Mapping) else {}
+    steps = options.get("priority_steps", PRIORITY_STEPS)
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        steps = range(MAX_PRIORITY + 1)  # a `range` arrives as text
+    for queue in worker.queues:
+        yield from priority_lists(queue, steps, options.get("sep", Channel.sep), prefix)
 
 
 def check_result_backend(settings: Settings) -> None:

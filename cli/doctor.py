@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
 
-from cli import doctor_checks, doctor_provider_checks
+from cli import doctor_checks, doctor_provider_checks, doctor_queue_checks
 from cli.doctor_results import Check, CheckContext, CheckResult, error
 from config.settings import Settings
 from worker.errors import error_summary
@@ -19,6 +19,7 @@ CHECKS: tuple[Check, ...] = (
     doctor_checks.check_database,
     doctor_checks.check_redis_memory_and_persistence,
     doctor_checks.check_broker_and_workers,
+    doctor_queue_checks.check_unread_lists,
     doctor_checks.check_result_backend,
     doctor_checks.check_clocks,
     doctor_provider_checks.check_api_key_mode_and_price,

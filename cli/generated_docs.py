@@ -148,7 +148,11 @@ def _plain_default(field: FieldInfo) -> str:
         return str(value.relative_to(ROOT))
     if isinstance(value, bool):
         return str(value).lower()
-    return "" if value in (None, ()) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if value is None or not str(value).isprintable():  # an empty variable is unset, so control characters need no line
+        return ""
+    return str(value)
 
 
 def _default(field: FieldInfo) -> str:

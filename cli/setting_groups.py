@@ -19,6 +19,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "broker_priority_separator": ALL,
         "broker_key_prefix": ALL,
         "result_backend_url": ALL,
+        "result_key_prefix": ALL,
         "database_url": ALL_BUT_FLOWER,
         "database_connections": ALL_BUT_FLOWER,
     },

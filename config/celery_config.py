@@ -21,7 +21,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # At least a day for a chord: each payment of its header may wait for an hour.
         "result_chord_expires": max(settings.result_expires_s, 86_400),
         # Give up soon: an outcome that cannot be delivered now is a row, and `payments.sweep` retries it.
-        "result_backend_transport_options": {"retry_policy": {"max_retries": 2, "interval_max": 0.5}},
+        "result_backend_transport_options": {
+            "retry_policy": {"max_retries": 2, "interval_max": 0.5},
+            "global_keyprefix": settings.result_key_prefix,
+        },
         "task_ignore_result": True,  # only tasks for the payments service have results
         "task_serializer": "json",
         "result_serializer": "json",

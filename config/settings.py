@@ -77,6 +77,9 @@ class Settings(BaseModel):
     same."""
     result_backend_url: str | None = Field(None, repr=False)
     """Address of Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    result_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
+    """Prefix of all keys of the result backend: `global_keyprefix` of Celery's `result_backend_transport_options`. All
+    apps that read or store the same results must have the same."""
     database_url: str = Field("sqlite:///payready.db", repr=False)
     """`sqlite:///file` or `postgresql://user:password@host/name`."""
 

@@ -118,21 +118,25 @@ class QueueConsumer:
 
     def _next_batch(self) -> list[TaskMessage]:
         """Return the messages of the next batch, after waiting for one of them."""
-        limit = self._fetch_limit()
-        if limit <= 0 and not self._contended:
-            self._capacity.wait_for_release(FETCH_WAIT_S)
-        wait_s = CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S
-        fetched = self._source.fetch(max(0, limit), wait_s)
+        limit = self._fetch_limit_after_wait()
+        fetched = self._source.fetch(limit, CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S)
         self._keep_waiting_messages()
         contended, self._contended = self._contended, []
         return [*contended, *self._read_or_store_dead_letters(fetched)]
 
-    def _fetch_limit(self) -> int:
+    def _fetch_limit_after_wait(self) -> int:
+        """Return how many messages may be fetched. If it is 0, wait: for a free thread, or because of a pause."""
+        wait_s = CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S
         if self._is_paused():
+            self._stopping.wait(wait_s)
             return 0
         if self._needs_pool():
-            return min(MAX_BATCH_SIZE, self._capacity.free)
-        return MAX_BATCH_SIZE if self._handover.count(self.queue) < self._capacity.limit else 0
+            limit = min(MAX_BATCH_SIZE, self._capacity.free)
+        else:
+            limit = MAX_BATCH_SIZE if self._handover.count(self.queue) < self._capacity.limit else 0
+        if limit <= 0:
+            self._capacity.wait_for_release(wait_s)
+        return max(0, limit)
 
     def _needs_pool(self) -> bool:
         return not self._processors or any(processor.uses_pool for processor in self._processors.values())

@@ -12,8 +12,8 @@
 -- ARGV[4]   prefix of new tags, unique to this fetch
 -- ARGV[5..] tags to acknowledge
 --
--- Returns {tag, deliveries, message, tag, ...}. If it is empty, Redis sends an invalidation message to a connection with
--- CLIENT TRACKING when one of the lists changes.
+-- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n, the lists are empty. Redis then sends an
+-- invalidation message to a connection with CLIENT TRACKING when one of the lists changes.
 
 local unacked, index, retried = KEYS[1], KEYS[2], KEYS[3]
 local limit = tonumber(ARGV[3])
@@ -48,12 +48,13 @@ for _, tag in ipairs(limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(
 end
 
 for i = 4, #KEYS do
-  -- Redis tracks only keys that a read-only command reads, and RPOP is none.
   if redis.call('LLEN', KEYS[i]) > 0 and count() < limit then
     for number, message in ipairs(redis.call('RPOP', KEYS[i], limit - count())) do
       give(ARGV[4] .. ':' .. i .. ':' .. number, 1, KEYS[i], message)
     end
   end
+  -- Redis tracks a key that a read-only command reads, until the key changes: also by RPOP.
+  redis.call('LLEN', KEYS[i])
 end
 
 return fetched

@@ -60,21 +60,21 @@ class RedisSource:
         )
         self._connection: Any = None
         self._is_tracking = False
+        self._is_empty = False
+        """Whether the lists were empty after the last fetch."""
         self._unacked_keys = unacked_keys(queue, key_prefix)
         self._keys = (*self._unacked_keys, *lists)
         self._acknowledged = deque[str]()
         self._tag_prefix, self._fetches = uuid4().hex, 0
 
     def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
-        """Return messages. Wait for an invalidation message if there are none."""
+        """Return messages. If the last fetch has emptied the lists, wait for an invalidation message first."""
         try:
-            fetched = self._acknowledge_and_fetch(limit)
-            if not fetched and limit and wait_s:
+            if self._is_empty and limit:
                 self._wait_for_change(wait_s)
-                fetched = self._acknowledge_and_fetch(limit)
+            return self._acknowledge_and_fetch(limit)
         except (RedisError, OSError) as error:
             raise self._disconnect(error) from error
-        return fetched
 
     def acknowledge(self, tags: Sequence[str]) -> None:
         """Acknowledge messages with the next fetch."""
@@ -117,6 +117,7 @@ class RedisSource:
         reply = self._evaluate(connection, (len(self._keys), *self._keys, *arguments))
         for _ in acknowledged:  # other threads only append
             self._acknowledged.popleft()
+        self._is_empty = len(reply) // 3 < limit
         return [
             FetchedMessage(tag=tag.decode(), deliveries=deliveries, text=text)
             for tag, deliveries, text in zip(reply[0::3], reply[1::3], reply[2::3], strict=True)
@@ -158,6 +159,6 @@ class RedisSource:
         if self._connection is not None:
             self._connection.disconnect()
             self._redis.connection_pool.release(self._connection)
-            self._connection = None
+            self._connection, self._is_empty = None, False
         self._redis.connection_pool.disconnect()  # of a primary that became a replica, for example
         return BrokerUnavailable(error_summary(error))

@@ -1,12 +1,16 @@
 """Payments services with kombu's options that two Celery apps must agree on, through the real processes."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chain
+from celery import chain, chord
 
+from cli import celery_client
+from config.celery_config import QUEUES
+from config.settings import load_rejecting_unknown
 from tests.support.system import SERVICE_QUEUE, eventually, system
 
 PRIORITY = 5
@@ -17,6 +21,26 @@ PREFIX = {
     "PAYREADY_BROKER_KEY_PREFIX": "svc:",
     "PAYREADY_BROKER_TRANSPORT": "kombu",  # the other transport knows no prefix
 }
+
+
+def test_result_of_payment_has_key_prefix_of_service(tmp_path: Path) -> None:
+    """A chord counts its payments under the same prefix."""
+    url = f"sqlite:///{tmp_path}/payready.db"
+    with system(tmp_path, url, PAYREADY_RESULT_KEY_PREFIX="svc:") as payready:
+        payready.service.conf.result_backend_transport_options = {"global_keyprefix": "svc:"}
+        payments = [
+            payready.service.signature(
+                "payments.initiate",
+                kwargs={"payment_id": f"pay_{number}", "account_id": f"acct_prompt{number:06d}", "timeout_s": 20},
+                options={"queue": "payments"},
+            )
+            for number in range(2)
+        ]
+        last = {"payment_id": "pay_last", "account_id": "acct_prompt000009", "timeout_s": 20}
+        body = payready.service.signature(
+            "payments.initiate", kwargs=last, options={"queue": "payments"}, immutable=True
+        )
+        assert chord(payments, body).apply_async().get(timeout=30)["payment_id"] == "pay_last"
 
 
 @pytest.mark.parametrize(
@@ -34,8 +58,18 @@ def test_service_with_broker_options_is_served_and_called_back(
 ) -> None:
     """Jobs and callbacks have a priority, so the options decide their lists in both directions."""
     url = f"sqlite:///{tmp_path}/payready.db"
-    with system(tmp_path, url, transport_options=transport_options, **environ) as payready:
+    with system(tmp_path, url, SERVICE_TRANSPORT_OPTIONS=json.dumps(transport_options), **environ) as payready:
         payready.start_service()
+        settings = load_rejecting_unknown({"PAYREADY_REDIS_URL": payready.redis_url, **environ})
+        read = {
+            key
+            for worker in celery_client.responding_workers(settings)
+            for key in celery_client.lists_read(worker, settings.broker_key_prefix)
+        }
+        separator, prefix = transport_options.get("sep", "\x06\x16"), transport_options.get("global_keyprefix", "")
+        step = PRIORITY if "priority_steps" in transport_options else 3
+        assert {f"{prefix}{queue}{separator}{step}" for queue in (SERVICE_QUEUE, *QUEUES)} <= read
+
         sign, addressed = payready.service.signature, {"queue": SERVICE_QUEUE, "priority": PRIORITY}
         options = {
             "priority": PRIORITY,

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from celery import Celery
@@ -96,7 +95,7 @@ class System:
         self.engine: Engine = open_engine(database_url, connections=10)
         self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
-        self.service.conf.broker_transport_options = self._transport_options = dict(transport_options)
+        self.service.conf.broker_transport_options = dict(transport_options)
         if broker_url.startswith("amqp"):
             self.service.conf.update(ON_RABBITMQ)
 
@@ -117,13 +116,8 @@ class System:
 
     def start_service(self) -> None:
         """Start a worker of the payments service, for `link` and `link_error`; see `tests/support/service.py`."""
-        environ = {
-            "SERVICE_URL": self.service.conf.broker_url,
-            "SERVICE_RESULTS": self.redis_url,
-            "SERVICE_TRANSPORT_OPTIONS": json.dumps(self._transport_options),
-            "SERVICE_LOG": str(self._service_log),
-        }
-        self.processes.start("service", SERVICE, **environ)
+        addresses = {"SERVICE_URL": self.service.conf.broker_url, "SERVICE_RESULTS": self.redis_url}
+        self.processes.start("service", SERVICE, SERVICE_LOG=str(self._service_log), **addresses)
         self.wait_for_consumer("service")
 
     def wait_for_consumer(self, role: str) -> None:
@@ -276,16 +270,11 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 
 @contextmanager
-def system(
-    folder: Path,
-    database_url: str,
-    *roles: str,
-    transport_options: Mapping[str, Any] = MappingProxyType({}),
-    **environ: str,
-) -> Iterator[System]:
+def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iterator[System]:
     """Run payready on this database, with its own Valkey and simulator, for the duration of the block.
 
-    Valkey is the broker, unless `PAYREADY_BROKER_URL` names another. `transport_options` are the payments service's.
+    Valkey is the broker, unless `PAYREADY_BROKER_URL` names another. `SERVICE_TRANSPORT_OPTIONS` are the payments
+    service's, in JSON.
 
     Raises:
         StartOrExitError: A process did not start, or ended by itself.
@@ -308,9 +297,8 @@ def system(
             valkey = processes.valkey(valkey_port)
             processes.run("release", procfile()["release"])
             broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
-            running = System(
-                processes, database_url, redis_url, web_port, simulator, valkey, broker_url, transport_options
-            )
+            options = json.loads(settings.get("SERVICE_TRANSPORT_OPTIONS", "{}"))
+            running = System(processes, database_url, redis_url, web_port, simulator, valkey, broker_url, options)
             running.start(*(roles or ROLES))
             _running_systems.running.append(processes)
             try:

@@ -133,6 +133,7 @@ INVALID = [
         for separator in (" ", ":\n", "\\x06\\x16", "m", "-", "3", ".")
     ),
     *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("svc: ", "svc:\n")),
+    ({"PAYREADY_RESULT_KEY_PREFIX": "a b"}, "PAYREADY_RESULT_KEY_PREFIX: "),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "40"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 40 s"),
     ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
