@@ -199,7 +199,7 @@ def search_idle_lists(settings: Settings) -> ListSearch:
     for worker in responding_workers(settings):
         known.update(lists_read(worker, prefix))
     unprefixed = settings.model_copy(update={"broker_key_prefix": ""})
-    with _connected_celery_app(unprefixed) as app, _report_unavailable():
+    with connected_celery_app(unprefixed) as app, report_unavailable():
         return search_idle_lists_of_app(app, known)
 
 

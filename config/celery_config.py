@@ -87,24 +87,17 @@ def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, 
 def _transport_options(settings: Settings) -> dict[str, Any]:
     if settings.effective_broker_url.startswith("amqp"):
         return {"confirm_publish": True}  # the broker confirms each message, or publishing raises an error
-    if not settings.effective_broker_url.startswith(("redis", "sentinel")):
-        return {}
     return {
         # The names of the lists. Another app finds our messages, and we find its messages, only with the same options.
         "priority_steps": list(settings.broker_priority_steps),
         "sep": settings.broker_priority_separator,
         "global_keyprefix": settings.broker_key_prefix,
-        # Longer than any task runs: a provider call is the longest. A dead worker's messages are redelivered after it.
-        "visibility_timeout": settings.visibility_timeout_s,
-        # Keys of our own: if other Celery apps share this Redis, their messages may stay unacknowledged for longer
-        # (those with a countdown). With shared keys payready would redeliver them, and they would run twice.
+        # Celery fetches no task message here (`tasks.consumer` does), but kombu still restores unacknowledged messages.
+        # With keys of our own it finds none. With kombu's default keys it would find those of other Celery apps on this
+        # Redis, which may stay unacknowledged for longer (those with a countdown), and they would run twice.
         "unacked_key": "payready-unacked",
         "unacked_index_key": "payready-unacked-index",
         "unacked_mutex_key": "payready-unacked-mutex",
-        # A worker that is killed while it redelivers messages blocks other workers for this time. kombu: 300 s.
-        "unacked_mutex_expire": 10,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
         "max_connections": 256,
         "socket_timeout": 10,
         "socket_connect_timeout": 5,

@@ -34,6 +34,8 @@ HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
 unknown."""
 
 
+BROKER_SCHEMES = ("redis://", "rediss://", "amqp://", "amqps://")
+"""Beginnings of the addresses of brokers from which payready can fetch messages."""
 MAINTENANCE_INTERVAL_S = 1.0
 """Time between two runs of maintenance: `beat` sends its tasks in this interval."""
 MAX_CLAIM_AGE_S = 5
@@ -65,7 +67,8 @@ class Settings(BaseModel):
     """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
     `PAYREADY_RESULT_BACKEND_URL` is set."""
     broker_url: str | None = Field(None, repr=False)
-    """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`."""
+    """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`: Redis (`redis://`, `rediss://`) or
+    RabbitMQ (`amqp://`, `amqps://`)."""
     broker_priority_steps: Annotated[tuple[int, ...], BeforeValidator(_split)] = (0, 3, 6, 9)
     """Priorities with a list of their own on Redis: kombu's `priority_steps`, such as `0,1,2`. All apps on the broker
     must have the same steps."""
@@ -201,6 +204,13 @@ class Settings(BaseModel):
     def max_call_and_record_duration(self) -> timedelta:
         """Time from a claim after which a call without a recorded result has lost its worker."""
         return timedelta(seconds=MAX_CLAIM_AGE_S + RECORD_BUDGET_S) + self.max_call_duration
+
+    @model_validator(mode="after")
+    def _broker_is_redis_or_rabbitmq(self) -> Self:
+        if not self.effective_broker_url.startswith(BROKER_SCHEMES):
+            name = "BROKER_URL" if self.broker_url else "REDIS_URL"
+            raise ValueError(f"{ENV_PREFIX}{name} must begin with one of {', '.join(BROKER_SCHEMES)}")
+        return self
 
     @model_validator(mode="after")
     def _visibility_timeout_exceeds_call_duration(self) -> Self:

@@ -60,11 +60,6 @@ class MicroBatcher(Generic[Item]):
                 self._is_running = False
             raise
 
-    def requeue_first(self, *items: Item) -> None:
-        """Insert items at the front of the next batch. Only `process` may call this: it does not start the loop."""
-        with self._lock:
-            self._waiting[:0] = items
-
     def _drain_and_log_errors(self) -> None:
         try:
             while batch := self._take_batch_after_interval_or_mark_idle():

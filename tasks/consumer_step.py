@@ -1,6 +1,5 @@
 """Start and stop the consumers of payready's queues with a Celery worker."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery
@@ -11,6 +10,7 @@ from celery.worker.state import revoked
 from config.settings import settings
 from tasks import suspension, tracing
 from tasks.batch_processing import BatchProcessor, MessageFinisher, PoolCapacity
+from tasks.broker_lists import priority_lists
 from tasks.call_batches import CallBatchProcessor
 from tasks.celery_handover import CeleryHandover
 from tasks.consumer import MAX_BATCH_SIZE, QueueConsumer
@@ -77,20 +77,15 @@ def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, ca
 def _make_source(app: Celery, queue: str, *, max_unacked: int) -> MessageSource:
     if settings().effective_broker_url.startswith("amqp"):
         return RabbitMQSource(app.connection_for_read, app.amqp.queues[queue], max_unacked=max_unacked)
+    chosen = settings()
+    prefix = chosen.broker_key_prefix
     return RedisSource(
-        settings().effective_broker_url,
+        chosen.effective_broker_url,
         queue,
-        lists=lists_of_queue(queue, app.conf.broker_transport_options),
-        key_prefix=app.conf.broker_transport_options["global_keyprefix"],
-        visibility_timeout_s=settings().visibility_timeout_s,
+        lists=priority_lists(queue, chosen.broker_priority_steps, chosen.broker_priority_separator, prefix),
+        key_prefix=prefix,
+        visibility_timeout_s=chosen.visibility_timeout_s,
     )
-
-
-def lists_of_queue(queue: str, transport_options: Mapping[str, Any]) -> list[str]:
-    """Return the lists in which kombu stores the messages of a queue, in order of priority."""
-    name = f"{transport_options['global_keyprefix']}{queue}"
-    separator, steps = transport_options["sep"], transport_options["priority_steps"]
-    return [f"{name}{separator}{step}" if step else name for step in steps]
 
 
 def _make_processors(

@@ -31,6 +31,7 @@ POLL_INTERVAL_S = 0.1
 """Interval between fetches if Redis does not support `CLIENT TRACKING`."""
 SOCKET_TIMEOUT_S = 10
 _FETCH = files(__package__).joinpath("fetch.lua").read_text()
+_KEEP = files(__package__).joinpath("keep.lua").read_text()
 _GIVE_BACK = files(__package__).joinpath("give_back.lua").read_text()
 
 
@@ -89,14 +90,9 @@ class RedisSource:
 
     def keep(self, tags: Sequence[str], *, are_retried: bool) -> None:
         """Start the visibility timeout of messages anew."""
-        _, index, retried = self._unacked_keys
-        now = time.time()
+        _, *indexes = self._unacked_keys
         try:
-            with self._redis.pipeline(transaction=False) as pipeline:
-                pipeline.zadd(index, dict.fromkeys(tags, now), xx=True)
-                if are_retried:
-                    pipeline.zadd(retried, dict.fromkeys(tags, now), nx=True)
-                pipeline.execute()
+            self._redis.eval(_KEEP, len(indexes), *indexes, time.time(), int(are_retried), *tags)
         except (RedisError, OSError) as error:
             raise self._disconnect(error) from error
 

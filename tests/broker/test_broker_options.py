@@ -17,10 +17,7 @@ PRIORITY = 5
 """With kombu's default steps it is in the list of priority 3."""
 STEPS = {"PAYREADY_BROKER_PRIORITY_STEPS": "0,1,2,3,4,5,6,7,8,9"}
 SEPARATOR = {"PAYREADY_BROKER_PRIORITY_SEPARATOR": ":"}
-PREFIX = {
-    "PAYREADY_BROKER_KEY_PREFIX": "svc:",
-    "PAYREADY_BROKER_TRANSPORT": "kombu",  # the other transport knows no prefix
-}
+PREFIX = {"PAYREADY_BROKER_KEY_PREFIX": "svc:"}
 
 
 def test_result_of_payment_has_key_prefix_of_service(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ FLUSH_WHEN_REPLACEABLE = """
 for _, pattern in ipairs({'payments*', 'svc*', 'unacked'}) do
   if #redis.call('KEYS', pattern) > 0 then return 0 end
 end
-for _, message in ipairs(redis.call('HVALS', 'payready-unacked')) do
+for _, message in ipairs(redis.call('HVALS', 'payready-unacked:payments')) do
   if string.find(message, 'payments.initiate', 1, true) then return 0 end
 end
 redis.call('FLUSHALL')

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from threading import Event, Thread
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from celery.concurrency.thread import TaskPool
 
-from tasks import batch_strategies, suspension
+from tasks import call_batches
 from tasks.app import app
-from tasks.balance_tasks import make_refresh_call_if_needed
+from tests.support.fake_source import CallWorker, call_message
 from tests.support.in_process import InProcessSystem
 from worker import flow
 
@@ -21,33 +19,24 @@ ACCOUNTS = ("acct_1", "acct_2")
 @pytest.fixture
 def pool(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> TaskPool:
     """Start the pool of a worker that uses `payready`."""
-    monkeypatch.setattr(batch_strategies, "runtime", lambda: payready.rt)
-    monkeypatch.setattr(batch_strategies, "dispatch", payready.queue.add)
-    monkeypatch.setattr(suspension, "event_publisher", lambda _: MagicMock())
+    monkeypatch.setattr(call_batches, "runtime", lambda: payready.rt)
+    monkeypatch.setattr(call_batches, "dispatch", payready.queue.add)
     pool = TaskPool(limit=1, app=app)
     pool.start()
     return pool
 
 
-def receive_calls(payready: InProcessSystem, pool: TaskPool) -> None:
-    """Deliver one call message for each account to the worker."""
+def receive_calls(payready: InProcessSystem, pool: TaskPool) -> CallWorker:
+    """Give a worker one call message for each account, in one batch."""
     for number, account_id in enumerate(ACCOUNTS):
         payready.initiate(f"pay_{number}", account_id)
     calls, payready.queue.calls = payready.queue.calls, []
-    consumer = MagicMock(pool=pool, hostname="refresh@here")
-    handler = batch_strategies.call_strategy(make_refresh_call_if_needed, app, consumer)
-    batch_is_complete = Event()
-    pool.executor.submit(batch_is_complete.wait)
-    for call in calls:
-        headers = {"id": call.refresh_id, "task": "balances.refresh"}
-        handler(
-            SimpleNamespace(headers=headers, payload=[(call.account_id, call.refresh_id), {}, {}], decode=lambda: None),
-            None,
-        )
-    batch_is_complete.set()
+    worker = CallWorker(pool)
+    worker.process(*(call_message(call) for call in calls))
+    return worker
 
 
-def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> None:
+def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.MonkeyPatch) -> CallWorker:
     sent, may_respond = Event(), Event()
 
     def respond() -> int:
@@ -56,36 +45,38 @@ def stop_during_a_call(payready: InProcessSystem, pool: TaskPool, _: pytest.Monk
         return 202
 
     payready.provider.script["acct_1"] = [respond]
-    receive_calls(payready, pool)
+    worker = receive_calls(payready, pool)
     assert sent.wait(10)
     stopping = Thread(target=pool.stop)
     stopping.start()
     stopping.join(0.5)
     may_respond.set()
     stopping.join()
+    return worker
 
 
-def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed, claim_calls = Event(), flow.claim_delay_or_reject_calls
+def stop_during_a_claim(payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch) -> CallWorker:
+    claim_calls = flow.claim_delay_or_reject_calls
 
     def claim(*arguments: Any) -> Any:
         claims = claim_calls(*arguments)
         pool.executor.shutdown(wait=False, cancel_futures=True)
-        claimed.set()
         return claims
 
     monkeypatch.setattr(flow, "claim_delay_or_reject_calls", claim)
-    receive_calls(payready, pool)
-    assert claimed.wait(10)
+    worker = receive_calls(payready, pool)
     pool.stop()
+    return worker
 
 
 @pytest.mark.parametrize("stop", [stop_during_a_call, stop_during_a_claim])
 def test_unsent_call_of_a_stopping_worker_is_made_by_another_soon(
-    payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch, stop: Callable[..., None]
+    payready: InProcessSystem, pool: TaskPool, monkeypatch: pytest.MonkeyPatch, stop: Callable[..., CallWorker]
 ) -> None:
     """Its fee entry is void, and no payment waits for the timeout of a lost worker."""
-    stop(payready, pool, monkeypatch)
+    worker = stop(payready, pool, monkeypatch)
+    assert len(worker.source.acknowledged) == len(ACCOUNTS)
+    assert worker.capacity.free == pool.limit
     assert payready.fees("acct_2") == ["1 pending", "1 void"]
     assert "acct_2" not in payready.provider.calls
     payready.pass_time(2)

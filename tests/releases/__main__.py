@@ -17,6 +17,7 @@ from celery.result import AsyncResult
 
 from config.celery_config import QUEUES
 from demo.processes import ROOT
+from tasks.redis_source import unacked_keys
 from tests.support.system import System, system, wait_until
 from tests.suspension.primitive_runs import send_balance
 from worker.ledger.tables import PAYMENT
@@ -27,7 +28,6 @@ SETTINGS = {
     "PAYREADY_QUILTT_READ_TIMEOUT_S": "4",
 }
 """Settings of the saving and of the loading run: calls with an unknown result are not repeated in either."""
-UNACKNOWLEDGED = "payready-unacked"
 
 
 def main() -> None:
@@ -89,9 +89,9 @@ def _send_internal_messages(running: System) -> None:
         ("payments.cancel", "payments", ("pay_cancelled",)),
         ("payments.cancel_by_task", "payments", (["task-unknown"],)),
         ("payments.end_hold", "payments", ("pay_released",)),
-        ("accounts.read", "refreshes", (*polled, "ref_unknown")),
+        ("accounts.read", "polls", (*polled, "ref_unknown")),
         ("balances.apply", "balances", (stored["balance_id"],)),
-        ("balances.poll", "refreshes", polled),
+        ("balances.poll", "polls", polled),
         ("payments.expire", "maintenance", ()),
         ("payments.sweep", "maintenance", ()),
         ("webhooks.check_subscription", "maintenance", ()),
@@ -114,13 +114,14 @@ def remaining_state(running: System) -> dict[str, Any]:
     """Return all that the next release will find. Tables are in the order of their foreign keys."""
     with redis.Redis.from_url(running.redis_url, decode_responses=True) as client:
         keys = list(client.scan_iter("payready:*"))
+        unacknowledged = {queue: client.hgetall(unacked_keys(queue, "")[0]) for queue in QUEUES}
         tables = [table.name for table in PAYMENT.metadata.sorted_tables]
         return {
             "saved_at": datetime.now(UTC).isoformat(),
             "revision": running.rows("SELECT version_num FROM alembic_version")[0]["version_num"],
             "tables": [[table, rows] for table in tables if (rows := running.rows(f"SELECT * FROM {table}"))],
             "queues": {queue: client.lrange(queue, 0, -1) for queue in QUEUES},
-            "unacknowledged": client.hgetall(UNACKNOWLEDGED),
+            "unacknowledged": {queue: messages for queue, messages in unacknowledged.items() if messages},
             "correlation": {key: client.hgetall(key) for key in sorted(keys)},
         }
 

@@ -9,7 +9,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from redis import Redis
 from config.celery_config import celery_settings
 from config.settings import Settings
 from demo.processes import ROOT
-from tests.releases.__main__ import SETTINGS, UNACKNOWLEDGED
+from tests.releases.__main__ import SETTINGS
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 from tests.suspension.primitive_runs import send_balance
@@ -83,9 +82,9 @@ def restore(running: System, left: dict[str, Any]) -> None:
         for queue, messages in left["queues"].items():
             for message in messages:
                 client.rpush(queue, message)
-        for tag, message in left["unacknowledged"].items():
-            client.hset(UNACKNOWLEDGED, tag, message)
-            client.zadd(f"{UNACKNOWLEDGED}-index", {tag: time.time() - 60})
+        for stored in left["unacknowledged"].values():  # as a worker that is stopped gives its messages back
+            message, _, queue = json.loads(stored)
+            client.rpush(queue, json.dumps(message))
         for key, fields in left["correlation"].items():
             client.hset(key, mapping=fields)
 

@@ -20,7 +20,7 @@ TRANSPORT_OPTIONS: dict[str, Any] = json.loads(os.environ.get("SERVICE_TRANSPORT
 if not TRANSPORT_OPTIONS:
     # Kombu's own transport can lose a message when Redis restarts. A test could not distinguish that from payready's
     # loss.
-    TRANSPORT_ALIASES["redis"] = "tasks.broker:RedisTransport"
+    TRANSPORT_ALIASES["redis"] = "tests.support.atomic_transport:AtomicTransport"
 
 BROKER, RESULTS = os.environ["SERVICE_URL"], os.environ.get("SERVICE_RESULTS", os.environ["SERVICE_URL"])
 IS_RABBITMQ = BROKER.startswith("amqp")

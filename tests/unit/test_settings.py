@@ -134,6 +134,11 @@ INVALID = [
     ),
     *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("svc: ", "svc:\n")),
     ({"PAYREADY_RESULT_KEY_PREFIX": "a b"}, "PAYREADY_RESULT_KEY_PREFIX: "),
+    *(
+        ({"PAYREADY_BROKER_URL": url}, "PAYREADY_BROKER_URL must begin with one of redis://, rediss://, amqp://, amqps")
+        for url in ("sqs://key:secret@", "sentinel://b", "b:6379", "AMQP://b")
+    ),
+    ({"PAYREADY_REDIS_URL": "unix:///redis.sock"}, "PAYREADY_REDIS_URL must begin with one of redis://"),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "40"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 40 s"),
     ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),

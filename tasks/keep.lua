@@ -1,0 +1,17 @@
+-- Start the visibility timeout of messages anew. A message that was acknowledged meanwhile is skipped.
+--
+-- KEYS[1]   tags of unacknowledged messages: sorted set by the time (s) at which they were fetched or renewed
+-- KEYS[2]   tags of messages that are being retried: sorted set by the time (s) of the first retry
+-- ARGV[1]   current time (s) by the worker's clock
+-- ARGV[2]   1 if the messages are being retried, otherwise 0
+-- ARGV[3..] tags
+
+for i = 3, #ARGV do
+  -- A full Redis refuses ZADD, unless the script has written before. So each write starts with a removal.
+  if redis.call('ZREM', KEYS[1], ARGV[i]) == 1 then
+    redis.call('ZADD', KEYS[1], ARGV[1], ARGV[i])
+    if ARGV[2] == '1' then
+      redis.call('ZADD', KEYS[2], 'NX', ARGV[1], ARGV[i])
+    end
+  end
+end
