@@ -30,6 +30,7 @@ CHECKS: tuple[Check, ...] = (
     doctor_provider_checks.check_fee_caps_and_missing_balances,
     doctor_checks.check_dead_letters,
     doctor_checks.check_overdue_payments_and_deliveries,
+    doctor_checks.check_callbacks_name_a_queue,
     doctor_checks.check_flower_requires_login,
 )
 """All checks in the order of their output: a dependency before the checks that need it."""

@@ -3,19 +3,22 @@
 import base64
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from cli import celery_client
 from cli.celery_client import WorkerInfo
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, utc_time_text
 from config.celery_config import QUEUES, celery_settings
+from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
-from worker.ledger import dead_letters, metrics_queries, schema
+from worker.ledger import dead_letters, metrics_queries, payment_report, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
+from worker.rules.callbacks import callbacks_of
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
 """A smaller drift is not reported."""
@@ -29,6 +32,10 @@ MAX_DELIVERY_AGE = timedelta(seconds=60)
 MEMORY_WARNING_RATIO = 0.9
 LONG_QUEUE = 1000
 """Messages. With more, the workers are too slow."""
+CALLBACKS_LOOKBACK = timedelta(hours=1)
+"""Callbacks are checked of waiting payments, and of payments that were resolved in this time."""
+MAX_CONTINUATIONS = 1000
+MAX_TASK_NAMES = 5
 HTTP_TIMEOUT_S = 3
 DEMO_LOGIN = "demo:demo"
 SHARED_CELERY_SETTINGS = (
@@ -240,6 +247,46 @@ def check_overdue_payments_and_deliveries(context: CheckContext) -> Iterator[Che
     if oldest > MAX_DELIVERY_AGE:
         message = f"{count_text(undelivered, 'outcome')} undelivered, the oldest for {oldest.total_seconds():.0f} s"
         yield error("maintenance", message, "search the log of `worker` for `outcome.delivery_failed`")
+    yield from _undeliverable_results(backlog.undeliverable_count)
+
+
+def _undeliverable_results(count: int) -> Iterator[CheckResult]:
+    if count:
+        message = f"the callbacks of {count_text(count, 'outcome')} cannot be sent"
+        fix = "search the log of `worker` for `outcome.undeliverable`, then run `payready payment redeliver ID`"
+        yield error("callbacks", message, fix)
+
+
+def check_callbacks_name_a_queue(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that the callbacks of recent jobs name their queue, or a queue is configured for these."""
+    if context.settings.callback_queue is not None:
+        return
+    try:
+        with read_snapshot(context.rt.engine) as tx:
+            if schema.current_revision(tx) != schema.required_revision():
+                return  # check_database reports it
+            recent = payment_report.recent_continuations(tx, context.rt.clock() - CALLBACKS_LOOKBACK, MAX_CONTINUATIONS)
+    except DATABASE_UNAVAILABLE:
+        return  # check_database reports it
+    if recent:
+        yield callbacks_result(recent)
+
+
+def callbacks_result(continuations: Sequence[Mapping[str, Any]]) -> CheckResult:
+    """Judge the callbacks of these jobs: a warning if one names no queue."""
+    without_queue = [
+        {callback.task for callback in callbacks_of(continuation, task_queues=TASK_QUEUES) if callback.queue is None}
+        for continuation in continuations
+    ]
+    affected = [tasks for tasks in without_queue if tasks]
+    if not affected:
+        return ok("callbacks", f"all of {count_text(len(continuations), 'recent job')} name their queue")
+    names = ", ".join(sorted(set[str]().union(*affected))[:MAX_TASK_NAMES])
+    message = (
+        f"{len(affected)} of {count_text(len(continuations), 'recent job')} have callbacks without a queue: {names}; "
+        f"payready sends them to the queue {DEFAULT_CALLBACK_QUEUE}"
+    )
+    return warning("callbacks", message, "set PAYREADY_CALLBACK_QUEUE to the queue of the payments service")
 
 
 def check_flower_requires_login(context: CheckContext) -> Iterator[CheckResult]:

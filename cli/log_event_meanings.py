@@ -23,6 +23,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "batch.fallback": "A batch failed, so Celery's default strategy processes its messages one by one.",
     "call_result.record_retry": "A call result could not be recorded, because the database is unavailable. The worker "
     "retries.",
+    "callback.no_queue": "A job was accepted with callbacks that name no queue, and `PAYREADY_CALLBACK_QUEUE` is not "
+    "set. They go to `queue`. At most one line per minute and process; `suppressed` counts the jobs in between.",
     "circuit_breaker.closed": "The provider responded again. Calls are made.",
     "circuit_breaker.opened": "Consecutive calls failed. No call is made until `open_until`; then one probe is made.",
     "dead_letters.pruned": "The oldest dead letters were deleted: there are too many, or they are too old.",
@@ -52,6 +54,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "metrics.server_not_started": "The metrics port could not be opened. The role works without metrics.",
     "outcome.delivered": "An outcome was delivered to its task.",
     "outcome.delivery_failed": "An outcome could not be delivered. `payments.sweep` delivers it again.",
+    "outcome.undeliverable": "A callback could not be sent several times, though the broker responds. The task's "
+    "result is stored, its callbacks are not sent. `payready payment redeliver` tries again.",
     "quarantine.pruned": "The oldest quarantined events were deleted: the quarantine is full, or they are too old.",
     "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces "
     "its own limit.",

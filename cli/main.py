@@ -186,7 +186,11 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     """Print the history of one payment: job, refresh, calls, fees, balances, verdict, funds hold, deliveries."""
     timeline = query_or_exit(
         lambda tx: payment_report.payment_timeline(
-            tx, payment_id, clock_skew=settings().clock_skew, default_hold_s=settings().funds_hold_s
+            tx,
+            payment_id,
+            clock_skew=settings().clock_skew,
+            default_hold_s=settings().funds_hold_s,
+            callback_queue=settings().effective_callback_queue,
         )
     )
     if timeline is None:

@@ -20,7 +20,7 @@ from cli.render import (
     waited_text,
 )
 from worker.ledger.balance_report import BalanceLine
-from worker.ledger.payment_report import CallLine, FundsHoldLine, PaymentFee, PaymentLine, PaymentTimeline
+from worker.ledger.payment_report import CallLine, DeliveryLine, FundsHoldLine, PaymentFee, PaymentLine, PaymentTimeline
 from worker.rules.decimals import amount_text, amount_with_currency_text
 from worker.rules.states import PaymentState
 
@@ -167,9 +167,35 @@ def _explanation_lines(timeline: PaymentTimeline, now: datetime) -> Iterator[str
         last_error = f", last error: {timeline.refresh.last_error}" if timeline.refresh.last_error else ""
         yield f"refresh {timeline.refresh.refresh_id}: {timeline.refresh.state}{last_error}"
     yield _fee_fact(timeline)
-    undelivered = [delivery.task_id for delivery in timeline.deliveries if not delivery.delivered_at]
-    if undelivered and line.resolved_at:
+    yield from _delivery_texts(timeline)
+
+
+def _delivery_texts(timeline: PaymentTimeline) -> Iterator[str]:
+    """Yield which outcomes are not delivered, and the callbacks of each task."""
+    given_up = [delivery for delivery in timeline.deliveries if delivery.undeliverable]
+    for delivery in given_up:
+        yield f"callbacks of task {delivery.task_id} cannot be sent: {delivery.undeliverable}"
+    undelivered = [
+        delivery.task_id for delivery in timeline.deliveries if not delivery.delivered_at and not delivery.undeliverable
+    ]
+    if undelivered and timeline.payment.resolved_at:
         yield f"outcome not delivered yet: {', '.join(undelivered)}"
+    for delivery in timeline.deliveries:
+        yield from _callback_texts(timeline.payment.state, delivery)
+
+
+def _callback_texts(state: PaymentState, delivery: DeliveryLine) -> Iterator[str]:
+    """Yield the callbacks of the payment's outcome; of both outcomes while it waits."""
+    for callback in delivery.callbacks:
+        outcome = PaymentState.FAILED if callback.kind == "link_error" else PaymentState.RELEASED
+        if state not in (PaymentState.WAITING, outcome):
+            continue
+        condition = f", if {outcome}" if state == PaymentState.WAITING else ""
+        verb = "not sent" if delivery.undeliverable else "sent" if delivery.delivered_at else "to be sent"
+        yield (
+            f"{callback.kind} of task {delivery.task_id}: {callback.task} {verb} to queue {callback.queue} "
+            f"as task {callback.task_id}{condition}"
+        )
 
 
 def _funds_hold_text(timeline: PaymentTimeline, hold: FundsHoldLine, now: datetime) -> str:

@@ -65,6 +65,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
     },
     "Celery": {
         "visibility_timeout_s": WORKERS,
+        "callback_queue": ALL_BUT_FLOWER,
         "result_expires_s": RESOLVING,
     },
     "Observability": {

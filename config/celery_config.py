@@ -5,6 +5,7 @@ from typing import Any
 from kombu import Queue
 
 from config.settings import MAINTENANCE_INTERVAL_S, Settings
+from config.task_queues import TASK_QUEUES
 
 QUEUES = ("payments", "refreshes", "polls", "balances", "maintenance")
 _QUORUM = {"x-queue-type": "quorum"}
@@ -34,23 +35,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # One queue per kind of work, so that roles scale separately.
         "task_queues": [Queue(name, queue_arguments=_QUORUM if is_rabbitmq else None) for name in QUEUES],
         "task_create_missing_queue_type": "quorum" if is_rabbitmq else "classic",
-        "task_default_queue": "celery",  # not a queue of payready: a callback without a queue goes to Celery's default
+        # Not a queue of payready: each of its tasks has a route. A callback that names no queue goes here.
+        "task_default_queue": settings.effective_callback_queue,
         "task_create_missing_queues": True,  # a callback goes to any queue that the payments service names
-        "task_routes": {
-            "payments.initiate": {"queue": "payments"},
-            "payments.cancel": {"queue": "payments"},
-            "payments.cancel_by_task": {"queue": "payments"},
-            "payments.end_hold": {"queue": "payments"},
-            "balances.refresh": {"queue": "refreshes"},
-            "balances.poll": {"queue": "polls"},
-            "accounts.read": {"queue": "polls"},
-            "balances.apply": {"queue": "balances"},
-            "outcomes.deliver": {"queue": "balances"},
-            "payments.expire": {"queue": "maintenance"},
-            "payments.sweep": {"queue": "maintenance"},
-            "webhooks.check_subscription": {"queue": "maintenance"},
-            "quarantine.prune": {"queue": "maintenance"},
-        },
+        "task_routes": {name: {"queue": queue} for name, queue in TASK_QUEUES.items()},
         # Redelivery: a message is acknowledged after its task, and is redelivered when its worker died.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,

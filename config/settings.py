@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
+
 ENV_PREFIX = "PAYREADY_"
 DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
 """Secrets that start with this are for demonstrations. Production refuses them."""
@@ -153,6 +155,9 @@ class Settings(BaseModel):
 
     visibility_timeout_s: int = Field(120, ge=5, le=3600)
     """Time after which Redis gives an unacknowledged message to another worker: the delay after a worker's death."""
+    callback_queue: str | None = Field(None, pattern=r"^[!-~]{1,200}$")
+    """Queue of the payments service. It gets callbacks, and next tasks of a chain, that name no queue. Without it they
+    go to `celery`, Celery's default queue, and jobs that have such a callback are logged and counted."""
     result_expires_s: int = Field(86_400, ge=60)
     """Time for which an outcome can be read from the result backend."""
     database_connections: int = Field(40, ge=1, le=200)
@@ -175,6 +180,11 @@ class Settings(BaseModel):
     def effective_result_backend_url(self) -> str:
         """Address of the result backend."""
         return self.result_backend_url or self.redis_url
+
+    @property
+    def effective_callback_queue(self) -> str:
+        """Queue of callbacks that name no queue."""
+        return self.callback_queue or DEFAULT_CALLBACK_QUEUE
 
     @property
     def clock_skew(self) -> timedelta:
@@ -239,6 +249,15 @@ class Settings(BaseModel):
                 "leave it unset for kombu's default"
             )
         return separator
+
+    @model_validator(mode="after")
+    def _callback_queue_is_none_of_payready(self) -> Self:
+        if self.callback_queue in TASK_QUEUES.values():
+            raise ValueError(
+                f"{ENV_PREFIX}CALLBACK_QUEUE must be a queue of the payments service: "
+                f"payready's own workers consume {self.callback_queue}"
+            )
+        return self
 
     def permits_api_key_mode(self, mode: str) -> bool:
         """Whether this deployment may use an API key of this mode: calls of PRODUCTION keys are billed."""

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from celery.utils import uuid
-from kombu.exceptions import BatchPublishError, OperationalError
+from kombu.exceptions import BatchPublishError, OperationalError, SerializationError
+from kombu.exceptions import SerializerNotInstalled as NotInstalled
 
 from config.log_config import get_logger, log_context
 from tasks import suspension, tracing
@@ -16,7 +17,7 @@ from tasks.app import app
 from tasks.batching import MicroBatcher, start_after
 from tasks.suspension import FinishedTask
 from worker import flow
-from worker.errors import PaymentNotReady
+from worker.errors import PaymentNotReady, error_summary
 from worker.flow import FollowUp
 from worker.ledger.outcome_deliveries import REDELIVER_AFTER, OutcomeDelivery
 from worker.rules.states import PaymentState
@@ -25,6 +26,8 @@ from worker.runtime import runtime
 BROKER_UNAVAILABLE = (OperationalError, BatchPublishError, OSError)
 """Errors that mean that the broker is unavailable."""
 
+UNSENDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SerializationError, NotInstalled)
+"""Errors of a callback that cannot be sent, while broker and result backend respond."""
 DELIVERY_BATCH_SIZE = 50
 """Maximum number of outcomes that are delivered before they are marked delivered."""
 MAX_MARK_DELAY = timedelta(seconds=1)
@@ -203,11 +206,28 @@ def _try_resume_and_log(delivery: OutcomeDelivery) -> bool:
     with _delivery_log_context(delivery):
         try:
             _resume_task(delivery)
+        except UNSENDABLE as error:
+            _count_failure_and_give_up_after_last_try(delivery, error)
+            return False
         except Exception:
             log.exception("outcome.delivery_failed", count=1)
             return False
         log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
         return True
+
+
+def _count_failure_and_give_up_after_last_try(delivery: OutcomeDelivery, error: Exception) -> None:
+    """Count the failure. After the last try store the task's result, and give up its callbacks."""
+    reason = error_summary(error)
+    try:
+        if flow.count_failed_delivery(runtime(), delivery.task_id):
+            suspension.finish_skipping_callbacks(app, _finished_task(delivery))
+            flow.mark_undeliverable(runtime(), delivery.task_id, reason)
+            log.error("outcome.undeliverable", error=reason)
+        else:
+            log.warning("outcome.delivery_failed", count=1, error=reason)
+    except Exception:
+        log.exception("outcome.delivery_failed", count=1)
 
 
 def _try_deliver_results_without_callbacks(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:

@@ -15,7 +15,7 @@ from tasks.messages import TaskMessage
 from tasks.payment_tasks import make_waiting_result_writer, parse_request
 from worker import flow
 from worker.errors import InvalidJob
-from worker.flow import FollowUp, IntakeRequest
+from worker.flow import FollowUp, IntakeRequest, IntakeResult, RefusedJob
 from worker.runtime import runtime
 
 log = get_logger(__name__)
@@ -44,11 +44,15 @@ class JobBatchProcessor:
             except InvalidJob:
                 invalid.append(message)
         results = flow.accept_jobs_unless_account_locked(runtime(), requests, make_waiting_result_writer(requests))
-        started = [message for message, result in zip(valid, results, strict=True) if result]
-        contended = [message for message, result in zip(valid, results, strict=True) if not result]
-        self._dispatch_and_cancel_revoked([result.follow_up for result in results if result], started)
+        by_message = list(zip(valid, results, strict=True))
+        started = [message for message, result in by_message if isinstance(result, IntakeResult)]
+        contended = [message for message, result in by_message if result is None]
+        refused = [message for message, result in by_message if isinstance(result, RefusedJob)]
+        follow_ups = [result.follow_up for result in results if isinstance(result, IntakeResult)]
+        self._dispatch_and_cancel_revoked(follow_ups, started)
         self._finisher.finish(started, "task-started")
-        self._handover.hand_over(self._source, [*invalid, *(each for each in contended if each.was_contended)])
+        contended_again = [message for message in contended if message.was_contended]
+        self._handover.hand_over(self._source, [*invalid, *refused, *contended_again])
         return [replace(each, was_contended=True) for each in contended if not each.was_contended]
 
     def _parse_request(self, message: TaskMessage) -> IntakeRequest:

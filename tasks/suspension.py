@@ -39,8 +39,10 @@ from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
 
 from tasks import result_store, tracing
+from tasks.callback_checks import raise_invalid_callbacks
 from tasks.event_publisher import EventPublisher
 from tasks.result_store import TaskResult
+from worker.rules.callbacks import CALLBACK_FIELDS
 
 VERSION = 1
 WAITING = "WAITING"
@@ -76,9 +78,13 @@ def assign_task_ids_and_make_continuation(request: Context) -> dict[str, Any]:
     """Return the continuation of the running task, from which any process can resume it.
 
     Every task, group and chord that it will send gets an id, also in `request` itself.
+
+    Raises:
+        InvalidJob: a callback can never be sent.
     """
+    raise_invalid_callbacks(request)
     saved = {name: value for name in _SAVED_FIELDS if (value := getattr(request, name, None)) is not None}
-    for name in ("callbacks", "errbacks", "chord", "chain"):
+    for name in CALLBACK_FIELDS:
         _assign_task_ids(saved.get(name))
     trace = tracing.trace_context()
     saved["priority"] = (request.delivery_info or {}).get("priority")
@@ -150,6 +156,19 @@ def finish_without_callbacks(app: Celery, finished: Sequence[FinishedTask]) -> N
             _publish_failed(app, task.continuation, task.error)
         else:
             _publish_succeeded(app, task.continuation, task.result)
+
+
+def finish_skipping_callbacks(app: Celery, finished: FinishedTask) -> None:
+    """Finish a task without its callbacks, errbacks and the rest of its chain, one of which cannot be sent.
+
+    Its result is stored, and it counts in its chord.
+    """
+    skipped = {"callbacks": None, "errbacks": None, "chain": None}
+    continuation = {**finished.continuation, **skipped}
+    if finished.error:
+        resume_with_error(app, continuation, finished.error)
+    else:
+        resume_with_result(app, continuation, finished.result)
 
 
 def _task_result(task: FinishedTask) -> TaskResult:

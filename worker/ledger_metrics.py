@@ -143,6 +143,7 @@ def _backlog_samples(backlog: Backlog, now: datetime) -> Iterator[MetricSample]:
     yield metrics.PAST_DEADLINE_SECONDS.sample({(): _age_s(backlog.first_deadline, now)})
     yield metrics.UNDELIVERED_OUTCOMES.sample({(): float(backlog.undelivered.count)})
     yield metrics.OLDEST_UNDELIVERED_SECONDS.sample({(): _age_s(backlog.undelivered.oldest_at, now)})
+    yield metrics.UNDELIVERABLE_OUTCOMES.sample({(): float(backlog.undeliverable_count)})
     yield metrics.UNAPPLIED_BALANCES.sample({(): float(backlog.unapplied.count)})
     yield metrics.OLDEST_UNAPPLIED_SECONDS.sample({(): _age_s(backlog.unapplied.oldest_at, now)})
 

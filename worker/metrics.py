@@ -179,6 +179,10 @@ BATCH_FALLBACKS = _counter(
     "Batches that failed, so that their items were processed one by one.",
     Label(name="kind", values={"job": "a batch of payment-initiation jobs", "call": "a batch of refresh calls"}),
 )
+JOBS_WITHOUT_CALLBACK_QUEUE = _counter(
+    "payready_jobs_without_callback_queue_total",
+    "Accepted jobs with a callback that names no queue, while PAYREADY_CALLBACK_QUEUE is not set.",
+)
 CALL_TO_BALANCE_SECONDS = _histogram(
     "payready_call_to_balance_seconds", "Time from a refresh call to the arrival of its balance."
 )
@@ -264,6 +268,9 @@ PAST_DEADLINE_SECONDS = _from_database(
 UNDELIVERED_OUTCOMES = _from_database("payready_undelivered_outcomes", "Outcomes that are not delivered yet.")
 OLDEST_UNDELIVERED_SECONDS = _from_database(
     "payready_oldest_undelivered_seconds", "Time since the payment of the oldest undelivered outcome was resolved."
+)
+UNDELIVERABLE_OUTCOMES = _from_database(
+    "payready_undeliverable_outcomes", "Outcomes whose delivery was given up, because a callback cannot be sent."
 )
 UNAPPLIED_BALANCES = _from_database("payready_unapplied_balances", "Balances that are not applied yet.")
 OLDEST_UNAPPLIED_SECONDS = _from_database(

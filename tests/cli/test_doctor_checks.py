@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from cli import doctor
 from cli.celery_client import is_payready_worker
-from cli.doctor_checks import ClockSample, clock_result
+from cli.doctor_checks import ClockSample, callbacks_result, clock_result
 from cli.doctor_provider_checks import balances_result, rejected_balances_results
 from cli.doctor_results import CheckContext, CheckResult, Severity, ok
 from config.settings import Settings
@@ -47,6 +47,18 @@ def test_doctor_skips_workers_of_other_apps(name: str, queues: set[str], expecte
 def test_doctor_warns_from_10_percent_of_calls_without_balance(answered: int, missing: int, severity: Severity) -> None:
     """Above 50 % it is an error."""
     assert balances_result(answered=answered, missing=missing).severity == severity
+
+
+def test_doctor_warns_of_callbacks_without_queue() -> None:
+    """It names the tasks. Callbacks with a queue, and payready's own tasks, are no problem."""
+    named = {"callbacks": [{"task": "svc.paid", "options": {"queue": "svc"}}, {"task": "payments.cancel"}]}
+    unnamed = {"chain": [{"task": "svc.last"}, {"task": "svc.next"}]}
+    assert callbacks_result([named]).severity == Severity.OK
+    found = callbacks_result([named, unnamed])
+    assert (found.severity, found.message) == (
+        Severity.WARNING,
+        "1 of 2 recent jobs have callbacks without a queue: svc.next; payready sends them to the queue celery",
+    )
 
 
 def test_doctor_warns_of_rejected_balances_by_reason() -> None:

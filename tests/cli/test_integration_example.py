@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -11,19 +12,24 @@ from typing import Any
 
 import pytest
 import redis
+from celery.utils import uuid
 
 from demo.processes import ROOT
 from tests.support.simulator import eventually
 from tests.support.system import System, system
+from worker.errors import PaymentNotReady
 
 PAGE = (ROOT / "docs" / "howto" / "integrate-a-payments-service.md").read_text()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery stores results with it
 
 
 @pytest.fixture(scope="module")
 def payready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Every role of payready."""
     folder = tmp_path_factory.mktemp("integrating")
-    with system(folder, f"sqlite:///{folder}/payready.db") as running:
+    with system(folder, f"sqlite:///{folder}/payready.db", PAYREADY_CALLBACK_QUEUE="svc") as running:
         yield running
 
 
@@ -46,13 +52,43 @@ def _finished_result(text: Any) -> dict[str, Any] | None:
     return stored if stored.get("status") in ("SUCCESS", "FAILURE") else None
 
 
+def _write_module(name: str, folder: Path) -> None:
+    """Write the module that the page shows under this name."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (source,) = (block for block in blocks if f"-A {name} worker" in block)
+    (folder / f"{name}.py").write_text(source)
+
+
+def test_documented_chain_continues_on_the_callback_queue(payready: System, tmp_path: Path) -> None:
+    """The task after `payments.initiate` names no queue: PAYREADY_CALLBACK_QUEUE does."""
+    _write_module("service", tmp_path)
+    _write_module("chained", tmp_path)
+    orders = tmp_path / "orders.db"
+    environ = {"BROKER_URL": payready.redis_url, "ORDERS": str(orders), "PYTHONPATH": str(tmp_path)}
+    options = "--pool threads --concurrency 2 --hostname chained@%h --loglevel WARNING"
+    payready.processes.start("chained", f"celery -A chained worker --queues svc {options}", **environ)
+    pay = "import chained; chained.pay_in_chain('pay_chain', 'acct_prompt78', '25.00')"
+    payready.processes.run(
+        "pay_in_chain",
+        f'env PYTHONPATH={tmp_path} BROKER_URL={payready.redis_url} ORDERS={orders} {sys.executable} -c "{pay}"',
+    )
+    eventually(lambda: _finished_payments(orders) == {"pay_chain": "started, fee 0.100000"})
+    payready.processes.stop_running_process("chained", signal.SIGTERM)
+
+
+def _finished_payments(orders: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(orders)) as connection:
+        if not connection.execute("SELECT name FROM sqlite_master").fetchall():
+            return {}
+        return dict(connection.execute("SELECT payment_id, result FROM finished"))
+
+
 def test_documented_service_starts_each_payment_once(payready: System, tmp_path: Path) -> None:
     """A covered payment is started, another one is not. A job that is sent twice starts one payment.
 
     A rejected job with the `payment_id` of another one does not hide that one's release.
     """
-    (source,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "service worker" in block)
-    (tmp_path / "service.py").write_text(source)
+    _write_module("service", tmp_path)
     orders = tmp_path / "orders.db"
     environ = {"BROKER_URL": payready.redis_url, "ORDERS": str(orders), "PYTHONPATH": str(tmp_path)}
     options = "--pool threads --concurrency 2 --hostname service@%h --loglevel WARNING"
@@ -66,16 +102,18 @@ def test_documented_service_starts_each_payment_once(payready: System, tmp_path:
         "pay", f'env PYTHONPATH={tmp_path} BROKER_URL={payready.redis_url} ORDERS={orders} {sys.executable} -c "{pay}"'
     )
 
-    def ended() -> dict[str, str]:
-        with closing(sqlite3.connect(orders)) as connection:
-            if not connection.execute("SELECT name FROM sqlite_master").fetchall():
-                return {}
-            return dict(connection.execute("SELECT payment_id, result FROM finished"))
-
-    eventually(lambda: len(ended()) == 4)
-    assert ended() == {
+    eventually(lambda: len(_finished_payments(orders)) == 4)
+    assert _finished_payments(orders) == {
         "pay_prompt": "started, fee 0.100000",
         "pay_poor": "insufficient_funds",
         "pay_gone": "account_not_found",
         "pay_slow": "started, fee 0.100000",
     }
+
+    failed_task_id = uuid()  # an errback that runs before the result is stored, as in a chord
+    early = payready.service.send_task(
+        "ledger.not_ready", args=(failed_task_id,), kwargs={"payment_id": "pay_early"}, queue="svc"
+    )
+    eventually(lambda: early.state == "RETRY")
+    payready.service.backend.store_result(failed_task_id, PaymentNotReady("timeout", "no balance"), "FAILURE")
+    eventually(lambda: _finished_payments(orders).get("pay_early") == "timeout")

@@ -135,7 +135,12 @@ def timeline(line: PaymentLine, amount: str, available: str, funds_held: str | N
             else None
         ),
         deliveries=[
-            DeliveryLine(task_id="7b52e632-5bcf-409a-b452-06593aacd378", delivered_at=seconds(4)),
+            DeliveryLine(
+                task_id="7b52e632-5bcf-409a-b452-06593aacd378",
+                delivered_at=seconds(4),
+                undeliverable=None,
+                callbacks=[],
+            ),
         ],
     )
 

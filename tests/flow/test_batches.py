@@ -13,7 +13,7 @@ from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, MakeSystem, intake_request
 from tests.support.simulator import eventually
 from worker import flow
-from worker.flow import ingest
+from worker.flow import IntakeResult, RefusedJob, ingest
 from worker.ledger import balances, payments
 from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts
@@ -24,8 +24,49 @@ def accept_batch(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     """Accept jobs in one batch, and enqueue their follow-ups."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
     for accepted in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
-        assert accepted is not None
+        assert isinstance(accepted, IntakeResult)
         payready.queue.add(accepted.follow_up)
+
+
+Job = tuple[str, str, str]
+"""Payment, account and task of a job."""
+
+
+@pytest.mark.parametrize(
+    ("jobs", "accepted", "error"),
+    [
+        ([("p1", "acct_1", "t1"), ("p2", "acct_2", "t1"), ("p3", "acct_3", "t3")], ["p1", "p3"], "InvalidJob"),
+        ([("p1", "acct_1", "t0"), ("p2", "acct_2", "t2"), ("p3", "acct_3", "t3")], ["p2", "p3"], "InvalidJob"),
+        ([("p0", "acct_9", "t1"), ("p2", "acct_2", "t2"), ("p3", "acct_3", "t3")], ["p2", "p3"], "PaymentNotReady"),
+        # The first of two jobs for a payment is refused, so the second one is compared with nothing.
+        ([("p1", "acct_1", "t0"), ("p1", "acct_2", "t2"), ("p3", "acct_3", "t3")], ["p1", "p3"], "InvalidJob"),
+        # A refused job registers no task, so its task id is free for the next job.
+        ([("p0", "acct_9", "t1"), ("p2", "acct_2", "t1"), ("p3", "acct_3", "t3")], ["p2", "p3"], "PaymentNotReady"),
+    ],
+)
+def test_refused_job_leaves_the_rest_of_its_batch_accepted(
+    payready: InProcessSystem, jobs: list[Job], accepted: list[str], error: str
+) -> None:
+    """Each job of a batch gets its own result. `p0` and its task `t0` are known from before."""
+    payready.initiate("p0", "acct_0", task_id="t0")
+    requests = [
+        intake_request({"payment_id": payment_id, "account_id": account_id}, {"id": task_id})
+        for payment_id, account_id, task_id in jobs
+    ]
+    waiting = list[str]()
+    results = flow.accept_jobs_unless_account_locked(
+        payready.rt, requests, lambda announced: waiting.extend(result.task_id for result in announced)
+    )
+    assert [type(result.error).__name__ for result in results if isinstance(result, RefusedJob)] == [error]
+    taken = [
+        (request.job.payment_id, request.task_id)
+        for request, result in zip(requests, results, strict=True)
+        if isinstance(result, IntakeResult)
+    ]
+    assert [payment_id for payment_id, _ in taken] == accepted
+    assert waiting == [task_id for _, task_id in taken]
+    stored = payready.rows("SELECT payment_id, task_id FROM outcome_delivery WHERE task_id != 't0' ORDER BY payment_id")
+    assert [(row["payment_id"], row["task_id"]) for row in stored] == taken
 
 
 def test_funds_cover_the_first_job_of_a_batch(payready: InProcessSystem) -> None:

@@ -16,6 +16,7 @@ from worker.flow.intake_decision import (
     RepetitionInputs,
     StillWaiting,
     decide_new_repeated_or_conflicting,
+    find_tasks_of_other_payments,
 )
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import KnownPayment, WaitingPayment
@@ -121,7 +122,47 @@ EXAMPLES = {
         known={"pay_1": WAITING},
         expected=[StillWaiting(payment=PAYMENT)],
     ),
+    "funds check written out is no conflict": Example(
+        requests=[request(funds_check="required", buffer={"multiplier": "1"}, amount="25", include_overdraft=False)],
+        known={"pay_1": WAITING},
+        expected=[StillWaiting(payment=PAYMENT)],
+    ),
+    "other funds check": Example(
+        requests=[request(funds_check="enabled")],
+        known={"pay_1": WAITING},
+        expected=[Conflict(fields=["funds_check"])],
+    ),
+    "hold written out is a conflict: its default is a setting, which may change": Example(
+        requests=[request(hold_s=86_400)], known={"pay_1": WAITING}, expected=[Conflict(fields=["hold_s"])]
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    ("stored", "repeated", "is_same"),
+    [
+        ({"a": True}, {"a": 1}, False),
+        ({"a": 0}, {"a": False}, False),
+        ({"a": [{"b": [1]}]}, {"a": [{"b": [True]}]}, False),
+        ({"a": 1}, {"a": 1.0}, True),
+        ({"a": 1e16}, {"a": 10**16}, True),
+        ({"a": 1}, {"a": "1"}, False),
+        ({"a": None}, {}, False),
+        ({"a": None}, {"a": False}, False),
+        ({"a": 1, "b": [1, "x", {"c": None}]}, {"b": [1, "x", {"c": None}], "a": 1}, True),
+        ({"a": [1, 2]}, {"a": [2, 1]}, False),
+        ({"a": [1]}, {"a": [1, 2]}, False),
+        ({"a": True}, {"a": True}, True),
+    ],
+)
+def test_metadata_is_compared_as_json(stored: dict[str, Any], repeated: dict[str, Any], *, is_same: bool) -> None:
+    """True is no number. 1 and 1.0 are one number: JavaScript writes both as 1."""
+    known = replace(WAITING, payment=replace(PAYMENT, job=job(metadata=stored)))
+    inputs = RepetitionInputs(
+        requests=[request(metadata=repeated)], inserted={}, known={"pay_1": known}, claimed_until=CLAIMED_UNTIL
+    )
+    [decision] = decide_new_repeated_or_conflicting(inputs)
+    assert decision == (StillWaiting(payment=known.payment) if is_same else Conflict(fields=["metadata"]))
 
 
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
@@ -130,3 +171,21 @@ def test_intake_decides_on_each_job(example: Example) -> None:
         requests=example.requests, inserted=example.inserted, known=example.known, claimed_until=CLAIMED_UNTIL
     )
     assert decide_new_repeated_or_conflicting(inputs) == example.expected
+
+
+@pytest.mark.parametrize(
+    ("decision", "registered", "expected"),
+    [
+        (New(payment=PAYMENT), {}, {}),
+        (New(payment=PAYMENT), {"task_1": "pay_1"}, {}),
+        (New(payment=PAYMENT), {"task_1": "pay_0"}, {0: "pay_0"}),
+        (StillWaiting(payment=PAYMENT), {"task_1": "pay_0"}, {0: "pay_0"}),
+        (resolved_for("task_1"), {"task_1": "pay_0"}, {0: "pay_0"}),
+        (Conflict(fields=["amount"]), {"task_1": "pay_0"}, {}),
+    ],
+)
+def test_task_of_another_payment_is_found(
+    decision: Decision, registered: dict[str, str], expected: dict[int, str]
+) -> None:
+    """A job that registers no task, as in a conflict, uses no task id."""
+    assert find_tasks_of_other_payments([request()], [decision], registered) == expected

@@ -1,5 +1,6 @@
 """Invariant 1: a payment has exactly one outcome, whatever repeats and in whatever order."""
 
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -213,3 +214,52 @@ def test_message_redelivered_after_the_resolution_adds_no_delivery(payready: InP
     payready.run_tasks()
     payready.pass_time(30)
     assert {task: len(outcomes) for task, outcomes in payready.delivered.items()} == {"task_a": 1, "task_b": 1}
+
+
+def test_task_id_of_another_payment_is_refused(payready: InProcessSystem) -> None:
+    """Its task gets the outcome of the first payment only, so a second payment would be released in silence."""
+    payready.initiate("p1", A, task_id="t1")
+    with pytest.raises(InvalidJob, match='"p1"'):
+        payready.initiate("p2", "acct_other", task_id="t1")
+    payready.run_tasks()
+    payready.balance(A)
+    payready.balance("acct_other")
+    payready.run_tasks()
+    assert payready.rows("SELECT payment_id, state FROM payment") == [{"payment_id": "p1", "state": "released"}]
+    assert payready.provider.calls == [A]
+    assert [outcome["payment_id"] for _, outcome in payready.delivered["t1"]] == ["p1"]
+
+
+def test_task_id_of_another_payment_is_refused_for_a_resolved_payment(payready: InProcessSystem) -> None:
+    """The stored outcome is not delivered to a task of another payment."""
+    payready.initiate("p1", A, task_id="t1")
+    payready.initiate("p2", "acct_other", task_id="t2")
+    payready.run_tasks()
+    payready.balance("acct_other")
+    payready.run_tasks()
+    with pytest.raises(InvalidJob, match='"p1"'):
+        payready.initiate("p2", "acct_other", task_id="t1")
+    payready.run_tasks()
+    assert payready.delivered["t1"] == []
+
+
+def test_concurrent_jobs_with_one_task_id_start_one_payment(payready: InProcessSystem) -> None:
+    """Two workers accept jobs of two accounts at once, so no account lock orders them."""
+    barrier, results = Barrier(2), list[str]()
+
+    def accept(payment_id: str, account_id: str) -> None:
+        barrier.wait()
+        try:
+            payready.initiate(payment_id, account_id, task_id="t1")
+            results.append(payment_id)
+        except InvalidJob as refused:
+            results.append(str(refused))
+
+    threads = [Thread(target=accept, args=(f"p{n}", f"acct_{n}")) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [row] = payready.rows("SELECT payment_id FROM payment")
+    [refused] = [result for result in results if result != row["payment_id"]]
+    assert f'"{row["payment_id"]}"' in refused

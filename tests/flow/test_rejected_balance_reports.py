@@ -27,7 +27,11 @@ def timeline(payready: InProcessSystem, payment_id: str) -> PaymentTimeline:
     settings = payready.rt.settings
     with read_snapshot(payready.engine) as tx:
         found = payment_report.payment_timeline(
-            tx, payment_id, clock_skew=settings.clock_skew, default_hold_s=settings.funds_hold_s
+            tx,
+            payment_id,
+            clock_skew=settings.clock_skew,
+            default_hold_s=settings.funds_hold_s,
+            callback_queue=settings.effective_callback_queue,
         )
     assert found
     return found

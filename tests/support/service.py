@@ -40,6 +40,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    broker_channel_error_retry=True,  # connect again also to a broker that is read-only or full
     broker_transport_options={
         "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
         "unacked_restore_throttle": 1,  # kombu's default is 100 s

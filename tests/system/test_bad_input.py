@@ -75,6 +75,25 @@ def test_invalid_job_fails_with_its_field_and_leaves_no_trace(
     assert payready.simulator.calls(str(job["account_id"])) == []
 
 
+@pytest.mark.parametrize("callback", ["link", "link_error"])
+def test_callback_that_can_never_be_sent_is_refused(
+    payready: System, account: Accounts, payment_id: str, callback: str
+) -> None:
+    """The job fails, and its other errbacks run."""
+    account_id = account("prompt")
+    bad = payready.service.signature("ledger.record", queue="svc", countdown=1e300)
+    options = payready.callbacks(payment_id)
+    result = payready.initiate(payment_id, account_id, options={**options, callback: [options[callback], bad]})
+    with pytest.raises(
+        Exception, match=f'callback "ledger.record" .{callback}.: the option countdown must be'
+    ) as raised:
+        result.get(timeout=10)
+    assert type(raised.value).__name__ == "InvalidJob"
+    wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
+    assert payready.ended_payments()[payment_id][0]["task"] == "ledger.not_ready"
+    assert payready.simulator.calls(account_id) == []
+
+
 def test_chain_with_an_argument_that_is_no_job_fails(payready: System) -> None:
     """A positional argument must be a job."""
     result = payready.service.send_task("payments.initiate", args=([1, 2],), queue="payments")

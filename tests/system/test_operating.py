@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from demo.processes import ROOT, Processes, assign_free_port, procfile, responds
 from tests.support.servers import Postgres
-from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system
+from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system, wait_until
 
 LOGIN = "ops:a-login-of-the-tests"
 REFUSED = "Error 111 connecting to 127.0.0.1:1. Connection refused."
@@ -40,6 +41,11 @@ class ProductionSystem:
     def log(self, role: str) -> list[dict[str, Any]]:
         """Return a role's log. Each line is a JSON event."""
         return [json.loads(line) for line in self.payready.processes.log_of(role).read_text().splitlines()]
+
+    def payready_command(self, *arguments: str) -> str:
+        """Return the output of a command of `payready`."""
+        environ = self.payready.processes._environ
+        return subprocess.check_output(["payready", *arguments], cwd=ROOT, env=environ, text=True, timeout=60)
 
     def doctor(self, **environ: str) -> tuple[int, dict[str, tuple[str, str]]]:
         """Return the exit status, and the worst result of each check."""
@@ -113,11 +119,63 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
         assert not [secret for secret in (API_KEY, SECRET, LOGIN, "27.31", "Jo Doe") if secret in text], role
 
 
+def test_callback_without_a_queue_is_reported(production: ProductionSystem) -> None:
+    """Log, metric, `payment show` and `doctor` name it. Nothing consumes Celery's default queue here."""
+    payready = production.payready
+    callbacks = {
+        "link": payready.service.signature("ledger.lost", task_id="lost_id"),
+        "link_error": payready.service.signature("ledger.not_ready", queue="svc", task_id="failed_id"),
+    }
+    for number in (1, 2):
+        payready.initiate(f"pay_lost{number}", "acct_prompt01", options=callbacks)
+    delivered = "SELECT 1 FROM outcome_delivery WHERE payment_id LIKE 'pay_lost%' AND delivered_at IS NOT NULL"
+    eventually(lambda: len(payready.rows(delivered)) == 2)
+    assert production.metric("worker", "payready_jobs_without_callback_queue_total") == 2
+    [line] = [line for line in production.log("worker") if line["event"] == "callback.no_queue"]
+    assert (line["callbacks"], line["queue"]) == (["ledger.lost"], "celery")
+    shown = production.payready_command("payment", "show", "pay_lost1")
+    assert "ledger.lost sent to queue celery as task lost_id" in shown
+    assert "ledger.not_ready" not in shown
+    severity, message = production.doctor()[1]["callbacks"]
+    assert severity == "warning"
+    assert message.startswith("2 of ")
+    assert "without a queue: ledger.lost; payready sends them to the queue celery" in message
+    assert "callbacks" not in production.doctor(PAYREADY_CALLBACK_QUEUE="celery")[1]
+
+
+def test_outcome_whose_callback_cannot_be_sent_is_given_up(production: ProductionSystem) -> None:
+    """An earlier release may have accepted such a job. Its result is stored, and no traceback is logged."""
+    payready = production.payready
+    link = payready.service.signature("ledger.lost", queue="svc", countdown=5)
+    result = payready.initiate("pay_unsendable", "acct_slow03", options={"link": link})
+    payready.payment("pay_unsendable")
+    with payready.engine.begin() as connection:  # three tries have failed before
+        query = (
+            "UPDATE outcome_delivery SET failed_tries = 3, continuation = CAST(:changed AS json) WHERE task_id = :id"
+        )
+        [row] = payready.rows("SELECT continuation FROM outcome_delivery WHERE task_id = :id", id=result.id)
+        row["continuation"]["callbacks"][0]["options"]["countdown"] = 1e300
+        connection.execute(text(query), {"changed": json.dumps(row["continuation"]), "id": result.id})
+    given_up = "SELECT undeliverable FROM outcome_delivery WHERE task_id = :id AND due_at IS NULL AND failed_tries = 5"
+    wait_until(lambda: payready.rows(given_up, id=result.id) != [], 30, "the delivery is given up")
+    assert result.get(timeout=10)["payment_id"] == "pay_unsendable"
+    lines = [line for role in ROLES for line in production.log(role) if line.get("task_id") == result.id]
+    events = [line["event"] for line in lines if line["event"].startswith("outcome.")]
+    assert events == ["outcome.delivery_failed", "outcome.undeliverable"]
+    assert not any("exception" in line for line in lines)
+    assert eventually(lambda: production.metric("beat", "payready_undeliverable_outcomes") == 1)
+    assert production.errors()["callbacks"] == "the callbacks of 1 outcome cannot be sent"
+    assert "cannot be sent: OverflowError" in production.payready_command("payment", "show", "pay_unsendable")
+    with payready.engine.begin() as connection:  # the tests after this one expect no error
+        forget = "UPDATE outcome_delivery SET undeliverable = NULL WHERE task_id = :id"
+        connection.execute(text(forget), {"id": result.id})
+
+
 def test_doctor_reports_no_error_on_a_working_system(production: ProductionSystem) -> None:
     """The doctor reports each dependency as ok."""
     status, found = production.doctor()
     assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
-    assert found["database"] == ("ok", "responds, at revision 0003")
+    assert found["database"] == ("ok", "responds, at revision 0005")
     assert found["broker"] == ("ok", "responds; 2 workers of payready connected")
     assert found["api key"][1] == "its mode is TEST, but PAYREADY_ENV is production"
     assert found["flower"] == ("ok", "requires a login")
@@ -135,7 +193,7 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
-        "database": "never migrated; this release needs 0003",
+        "database": "never migrated; this release needs 0005",
         "broker": f"cannot reach the broker or the result backend: {REFUSED} Check PAYREADY_BROKER_URL and "
         "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set.",
         "result backend": REFUSED,
@@ -158,7 +216,7 @@ def test_doctor_reports_why_balances_are_missing(production: ProductionSystem) -
     for number in range(3):
         payready.initiate(f"pay_never{number}", f"acct_never9{number}", timeout_s=600)
     old = "state = 'pending' AND called_at < now() - interval '1.5 s'"
-    eventually(lambda: payready.rows(f"SELECT count(*) AS calls FROM fee_entry WHERE {old}")[0]["calls"] == 5)
+    eventually(lambda: payready.rows(f"SELECT count(*) AS calls FROM fee_entry WHERE {old}")[0]["calls"] == 6)
     assert production.errors(
         PAYREADY_WEBHOOK_SECRETS="another-secret",
         PAYREADY_WEBHOOK_URL="https://pay.example/webhooks/quiltt",
@@ -167,8 +225,8 @@ def test_doctor_reports_why_balances_are_missing(production: ProductionSystem) -
     ) == {
         "webhook": f"{payready.web_url}/webhooks/quiltt responds 401 to a signed delivery",
         "subscription": "no subscription delivers to https://pay.example/webhooks/quiltt",
-        "balances": "4 of 5 calls accepted in the last 15 min brought no balance",
-        "fee cap": "500% of the cap per day is used",
+        "balances": "4 of 6 calls accepted in the last 15 min brought no balance",
+        "fee cap": "600% of the cap per day is used",
     }
 
 

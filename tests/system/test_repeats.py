@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from celery.result import AsyncResult
 
 from tests.support.system import System, wait_until
 from worker.errors import PaymentNotReady
@@ -58,6 +59,21 @@ def test_other_job_with_the_same_payment_id_is_a_conflict(
     assert payready.ended_payments()[payment_id][0]["task"] == "ledger.not_ready"
     assert first.get(timeout=15)["state"] == "released"
     assert len(payready.simulator.calls(account_id)) == 1
+
+
+def test_task_id_of_another_payment_is_refused(payready: System, account: Accounts, payment_id: str) -> None:
+    """The errback runs, the error names the first payment, and nothing is paid for the second one."""
+    first = payready.initiate(f"{payment_id}_first", account("slow"))
+    payready.payment(f"{payment_id}_first")
+    second_account = account("slow")
+    options = {**payready.callbacks(payment_id), "task_id": first.id}
+    payready.initiate(payment_id, second_account, options=options)
+    wait_until(lambda: payment_id in payready.ended_payments(), 10, "link_error runs")
+    assert payready.ended_payments()[payment_id][0]["task"] == "ledger.not_ready"
+    wait_until(lambda: AsyncResult(first.id, app=first.app).successful(), 15, "the first payment's outcome is stored")
+    assert AsyncResult(first.id, app=first.app).result["payment_id"] == f"{payment_id}_first"
+    assert payready.rows("SELECT 1 FROM payment WHERE payment_id = :id", id=payment_id) == []
+    assert payready.simulator.calls(second_account) == []
 
 
 def test_redelivered_message_changes_nothing(payready: System, account: Accounts, payment_id: str) -> None:

@@ -82,3 +82,9 @@ def test_maintenance_tasks_have_no_spans() -> None:
     """Most of their runs find nothing to do."""
     maintenance = {task for task, route in SETTINGS["task_routes"].items() if route["queue"] == "maintenance"}
     assert maintenance == UNTRACED_TASKS
+
+
+def test_callback_queue_is_the_default_queue() -> None:
+    """Without it, callbacks that name no queue go to Celery's own default."""
+    assert SETTINGS["task_default_queue"] == "celery"
+    assert celery_settings(Settings(callback_queue="svc"))["task_default_queue"] == "svc"

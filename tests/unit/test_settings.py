@@ -231,3 +231,9 @@ def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_
         "docs/reference/configuration.md lists the settings"
     )
     assert not (tmp_path / "x.db").exists()
+
+
+def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
+    """Payready's own workers would discard the callbacks, whose tasks they do not know."""
+    with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):
+        load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments"})

@@ -49,7 +49,14 @@ from worker.flow.ingest import (
     prune_quarantine_beyond_limits,
     store_balances_and_delete_quarantined,
 )
-from worker.flow.intake import IntakeRequest, IntakeResult, OnWaiting, accept_job, accept_jobs_unless_account_locked
+from worker.flow.intake import (
+    IntakeRequest,
+    IntakeResult,
+    OnWaiting,
+    RefusedJob,
+    accept_job,
+    accept_jobs_unless_account_locked,
+)
 from worker.flow.invoicing import (
     AppliedReconciliation,
     Invoice,
@@ -65,10 +72,12 @@ from worker.flow.maintenance import (
 from worker.flow.operations import (
     cancel_by_task,
     claim_deliveries,
+    count_failed_delivery,
     delete_quarantined,
     end_hold,
     fail_waiting_as_cancelled_with_fee_share,
     mark_delivered,
+    mark_undeliverable,
     redeliver,
     renew_claims_near_end,
 )
@@ -93,6 +102,7 @@ __all__ = [
     "Invoice",
     "OnWaiting",
     "RefreshCall",
+    "RefusedJob",
     "accept_job",
     "accept_jobs_unless_account_locked",
     "apply_balance",
@@ -103,6 +113,7 @@ __all__ = [
     "claim_deliveries",
     "claim_overdue_deliveries",
     "compare_invoice",
+    "count_failed_delivery",
     "delete_dead_letters",
     "delete_quarantined",
     "delete_requeued_dead_letter",
@@ -113,6 +124,7 @@ __all__ = [
     "log_and_count_skipped_call",
     "make_call_unless_claim_is_old",
     "mark_delivered",
+    "mark_undeliverable",
     "parse_invoice_file",
     "poll_balance_and_resolve_payments",
     "prune_dead_letters_beyond_limits",

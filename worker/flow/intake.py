@@ -1,13 +1,14 @@
 """Accept jobs: store their payments, and join each to a stored balance or to a refresh of its account."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 from worker.correlation.store import JoinRequest, JoinResult
-from worker.errors import FailureReason, PaymentNotReady
+from worker.errors import FailureReason, InvalidJob, PaymentNotReady
+from worker.flow.callback_report import count_and_log_callbacks_without_queue
 from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.intake_decision import (
     AlreadyResolved,
@@ -15,9 +16,11 @@ from worker.flow.intake_decision import (
     Decision,
     IntakeRequest,
     New,
+    Registering,
     RepetitionInputs,
     StillWaiting,
     decide_new_repeated_or_conflicting,
+    find_tasks_of_other_payments,
 )
 from worker.ledger import funds_holds, outcome_deliveries, payments
 from worker.ledger.engine import Tx, transaction
@@ -30,6 +33,7 @@ __all__ = [
     "IntakeRequest",
     "IntakeResult",
     "OnWaiting",
+    "RefusedJob",
     "accept_job",
     "accept_jobs_unless_account_locked",
     "join_request",
@@ -46,6 +50,14 @@ class IntakeResult:
     """The payment, or None if it was resolved before."""
     refresh_id: str | None = None
     """The refresh that serves the payment. None if a stored balance does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusedJob:
+    """A job of a batch that is refused. Nothing of it is stored."""
+
+    error: InvalidJob | PaymentNotReady
+    """What `accept_job` raises for the job."""
 
 
 class OnWaiting(Protocol):
@@ -66,46 +78,88 @@ def accept_job(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> In
 
     Raises:
         PaymentNotReady: `conflict`, the payment id was used for a different job.
+        InvalidJob: the task's id was used for another payment.
     """
-    with transaction(rt.engine) as tx:
-        lock_accounts(tx, [request.job.account_id])
-        return _accept(rt, tx, [request], on_waiting)[0]
+    try:
+        with transaction(rt.engine) as tx:
+            lock_accounts(tx, [request.job.account_id])
+            [result] = _accept(rt, tx, [request], on_waiting)
+    except _TaskIdsUsed as used:
+        raise _task_id_error(used.first_payments[0]) from None
+    if isinstance(result, RefusedJob):
+        raise result.error
+    return result
 
 
 def accept_jobs_unless_account_locked(
     rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting
-) -> list[IntakeResult | None]:
+) -> list[IntakeResult | RefusedJob | None]:
     """Accept jobs in one transaction. The result of a job is None if another transaction has locked its account.
 
-    Calls `on_waiting` before the commit, while the accounts are locked.
-
-    Raises:
-        PaymentNotReady: `conflict`, a payment id was used for a different job. No job of the batch is accepted.
+    Calls `on_waiting` before the commit, while the accounts are locked. A refused job changes no result of the others.
     """
-    with transaction(rt.engine) as tx:
-        locked = try_lock_accounts(tx, {request.job.account_id for request in requests})
-        accepted = [request for request in requests if request.job.account_id in locked]
-        results = iter(_accept(rt, tx, accepted, on_waiting))
-        return [next(results) if request.job.account_id in locked else None for request in requests]
+    try:
+        with transaction(rt.engine) as tx:
+            locked = try_lock_accounts(tx, {request.job.account_id for request in requests})
+            positions = [position for position, request in enumerate(requests) if request.job.account_id in locked]
+            results = _accept(rt, tx, [requests[position] for position in positions], on_waiting)
+    except _TaskIdsUsed as used:
+        refused = {positions[index]: payment_id for index, payment_id in used.first_payments.items()}
+        others = [request for position, request in enumerate(requests) if position not in refused]
+        rest = iter(accept_jobs_unless_account_locked(rt, others, on_waiting))
+        return [
+            RefusedJob(error=_task_id_error(refused[position])) if position in refused else next(rest)
+            for position in range(len(requests))
+        ]
+    by_position = dict(zip(positions, results, strict=True))
+    return [by_position.get(position) for position in range(len(requests))]
 
 
-def _accept(rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: OnWaiting) -> list[IntakeResult]:
+class _TaskIdsUsed(Exception):
+    """Ends a transaction: tasks of these jobs are registered for other payments.
+
+    The payments of the jobs are inserted by then. So the transaction is repeated without the jobs, as if they had never
+    been sent. That is rare, and the usual transaction needs no statement for it.
+    """
+
+    def __init__(self, first_payments: Mapping[int, str]) -> None:
+        super().__init__(first_payments)
+        self.first_payments = first_payments
+        """By position of the job, the payment for which its task was registered first."""
+
+
+def _task_id_error(first_payment_id: str) -> InvalidJob:
+    detail = f'the task id was already used for the payment "{first_payment_id}"'
+    return InvalidJob(f"{detail}; send each payment in a task of its own")
+
+
+def _accept(
+    rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: OnWaiting
+) -> list[IntakeResult | RefusedJob]:
     """Accept jobs. Their accounts must be locked until the commit.
 
     1. Insert the payments. The same statement finds out which ones are new.
     2. Load and lock the payments that are not new, if there are any.
-    3. Decide what each job is. A conflict ends the transaction.
-    4. Register the tasks for their outcomes.
+    3. Decide what each job is.
+    4. Register the tasks for their outcomes. A task of another payment ends the transaction.
     5. Join the waiting payments to balances or refreshes. Transactions that apply balances lock the accounts too: a
        balance that was applied earlier is found here, and one that is applied later finds the payments in the ledger.
-    6. Call `on_waiting`.
+    6. Call `on_waiting`, and report new jobs whose callbacks name no queue.
+
+    Raises:
+        _TaskIdsUsed: tasks are registered for other payments.
     """
     now = rt.clock()
     decisions = decide_new_repeated_or_conflicting(_insert_or_lock_known_payments(tx, requests, now))
-    _raise_first_conflict(decisions)
-    _register_tasks_and_schedule_redelivery(tx, requests, decisions)
+    registered = _register_tasks_and_schedule_redelivery(tx, requests, decisions)
+    if used := find_tasks_of_other_payments(requests, decisions, registered):
+        raise _TaskIdsUsed(used)
     results = _join(rt, requests, decisions)
-    on_waiting([result for result in results if result.waiting is not None])
+    on_waiting([result for result in results if isinstance(result, IntakeResult) and result.waiting is not None])
+    count_and_log_callbacks_without_queue(
+        rt,
+        [request for request, decision in zip(requests, decisions, strict=True) if isinstance(decision, New)],
+    )
     return results
 
 
@@ -123,18 +177,13 @@ def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], no
     return RepetitionInputs(requests=requests, inserted=inserted, known=known, claimed_until=now + REDELIVER_AFTER)
 
 
-def _raise_first_conflict(decisions: Sequence[Decision]) -> None:
-    for decision in decisions:
-        if isinstance(decision, Conflict):
-            fields = ", ".join(decision.fields)
-            detail = f"payment_id was already used for a different job; these fields differ: {fields}"
-            raise PaymentNotReady(FailureReason.CONFLICT, detail)
-
-
 def _register_tasks_and_schedule_redelivery(
     tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]
-) -> None:
-    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are claimed."""
+) -> Mapping[str, str]:
+    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are claimed.
+
+    Return the payments of the tasks that were registered already.
+    """
     deliveries = [
         NewDelivery(
             payment_id=request.job.payment_id,
@@ -142,9 +191,9 @@ def _register_tasks_and_schedule_redelivery(
             due_at=decision.delivery.claimed_until if isinstance(decision, AlreadyResolved) else None,
         )
         for request, decision in zip(requests, decisions, strict=True)
-        if isinstance(decision, New | StillWaiting | AlreadyResolved)
+        if isinstance(decision, Registering)
     ]
-    outcome_deliveries.register_deliveries(tx, deliveries)
+    registered = outcome_deliveries.register_deliveries(tx, deliveries)
     funds_holds.reopen_holds(
         tx,
         {
@@ -153,9 +202,12 @@ def _register_tasks_and_schedule_redelivery(
             if isinstance(decision, AlreadyResolved)
         },
     )
+    return registered
 
 
-def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]) -> list[IntakeResult]:
+def _join(
+    rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]
+) -> list[IntakeResult | RefusedJob]:
     """Join the waiting payments to balances or refreshes. Return the results of all requests."""
     waiting = [decision.payment for decision in decisions if isinstance(decision, New | StillWaiting)]
     joined = iter(
@@ -166,7 +218,7 @@ def _join(rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[De
     return [
         _waiting_result_with_apply_or_call(request, decision.payment, next(joined))
         if isinstance(decision, New | StillWaiting)
-        else _resolved_result(request, decision)
+        else _resolved_or_refused_result(request, decision)
         for request, decision in zip(requests, decisions, strict=True)
     ]
 
@@ -183,7 +235,11 @@ def _waiting_result_with_apply_or_call(
     return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment, refresh_id=joined.id)
 
 
-def _resolved_result(request: IntakeRequest, decision: Decision) -> IntakeResult:
+def _resolved_or_refused_result(request: IntakeRequest, decision: Decision) -> IntakeResult | RefusedJob:
+    if isinstance(decision, Conflict):
+        fields = ", ".join(decision.fields)
+        detail = f"payment_id was already used for a different job; these fields differ: {fields}"
+        return RefusedJob(error=PaymentNotReady(FailureReason.CONFLICT, detail))
     deliveries = [decision.delivery] if isinstance(decision, AlreadyResolved) else []
     return IntakeResult(task_id=request.task_id, follow_up=FollowUp(deliveries=deliveries))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import KnownPayment, WaitingPayment
-from worker.rules.job import Job
+from worker.rules.job import Job, is_same_json
 from worker.rules.states import PaymentState
 
 
@@ -78,6 +78,8 @@ class Conflict:
 
 
 Decision = New | StillWaiting | AlreadyResolved | DuplicateAfterResolution | Conflict
+Registering = New | StillWaiting | AlreadyResolved
+"""Decisions that register the job's task for the outcome of its payment."""
 
 
 def decide_new_repeated_or_conflicting(inputs: RepetitionInputs) -> list[Decision]:
@@ -100,6 +102,22 @@ def decide_new_repeated_or_conflicting(inputs: RepetitionInputs) -> list[Decisio
             resolved_tasks.add(request.task_id)
         decisions.append(decision)
     return decisions
+
+
+def find_tasks_of_other_payments(
+    requests: Sequence[IntakeRequest], decisions: Sequence[Decision], registered: Mapping[str, str]
+) -> dict[int, str]:
+    """Return the positions of jobs whose task is registered for another payment, with that payment's id.
+
+    A task gets one outcome: a second payment of the task would be released without a word. `registered` has the
+    payments by task. A job whose task is registered for the job's own payment is a repetition, and stays.
+    """
+    return {
+        position: registered[request.task_id]
+        for position, (request, decision) in enumerate(zip(requests, decisions, strict=True))
+        if isinstance(decision, Registering)
+        and registered.get(request.task_id, request.job.payment_id) != request.job.payment_id
+    }
 
 
 def _known_or_just_inserted_payment(inputs: RepetitionInputs, payment_id: str) -> KnownPayment:
@@ -132,4 +150,9 @@ def _decide_repeated(
 
 
 def _differing_fields(stored: Job, repeated: Job) -> list[str]:
-    return [name for name in Job.model_fields if getattr(stored, name) != getattr(repeated, name)]
+    """Return the fields in which the jobs differ in meaning. A default that is written out is no difference."""
+    return [
+        name
+        for name in Job.model_fields
+        if not is_same_json(stored.effective_value(name), repeated.effective_value(name))
+    ]

@@ -11,6 +11,9 @@ from worker.ledger.engine import transaction
 from worker.ledger.outcome_deliveries import MIN_CLAIM_LEFT, OutcomeDelivery
 from worker.runtime import Runtime
 
+MAX_FAILED_TRIES = 5
+"""Deliveries of an outcome, one every 10 s, that may fail although the stores respond."""
+
 
 def fail_waiting_as_cancelled_with_fee_share(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
     """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are."""
@@ -50,6 +53,18 @@ def mark_delivered(rt: Runtime, delivered_at_by_task: Mapping[str, datetime]) ->
     with transaction(rt.engine) as tx:
         funds_holds.start_hold_countdown(tx, delivered_at_by_task, rt.settings.funds_hold_s)
         outcome_deliveries.mark_delivered(tx, delivered_at_by_task)
+
+
+def count_failed_delivery(rt: Runtime, task_id: str) -> bool:
+    """Count a delivery that failed although the stores responded. Return whether it was the last try."""
+    with transaction(rt.engine) as tx:
+        return outcome_deliveries.count_failed_try(tx, task_id) >= MAX_FAILED_TRIES
+
+
+def mark_undeliverable(rt: Runtime, task_id: str, reason: str) -> None:
+    """Give up the delivery of this task's outcome. Its payment, and its funds hold, stay as they are."""
+    with transaction(rt.engine) as tx:
+        outcome_deliveries.mark_undeliverable(tx, task_id, reason)
 
 
 def end_hold(rt: Runtime, payment_id: str) -> bool:

@@ -41,6 +41,8 @@ class Backlog:
     """Earliest deadline of the waiting payments."""
     undelivered: CountAndOldest
     """Outcomes that are not delivered; age from `resolved_at`."""
+    undeliverable_count: int
+    """Outcomes whose delivery was given up."""
     unapplied: CountAndOldest
     """Balances that are not applied; age from `received_at`."""
 
@@ -82,6 +84,7 @@ def backlog(tx: Tx) -> Backlog:
         },
         first_deadline=tx.scalar(select(func.min(payment.deadline)).where(IS_WAITING)),
         undelivered=_count_and_oldest(tx, undelivered),
+        undeliverable_count=tx.scalar(select(func.count()).where(delivery.undeliverable.is_not(None))) or 0,
         unapplied=_count_and_oldest(
             tx, select(func.count(), func.min(balance.received_at)).where(balance.due_at.is_not(None))
         ),

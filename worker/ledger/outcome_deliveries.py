@@ -5,7 +5,7 @@ outcome. A process renews a claim before it ends, if `due_at` is still what the 
 is lost and the process does not deliver. So an outcome is delivered once, unless a process stops or a store fails.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -50,8 +50,12 @@ class OutcomeDelivery:
     """End of the claim, equal to the stored `due_at` while no other process has claimed the outcome."""
 
 
-def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
-    """Register tasks for outcomes. A task that is registered already keeps its first continuation."""
+def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> Mapping[str, str]:
+    """Register tasks for outcomes. A task that is registered already keeps its payment and its first continuation.
+
+    Return the payments of the tasks that were registered already, or that are given more than once. If another
+    transaction registers one of the tasks, this waits for it.
+    """
     rows = [
         {
             "task_id": new.continuation["id"],
@@ -61,7 +65,13 @@ def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
         }
         for new in sorted(deliveries, key=lambda new: str(new.continuation["id"]))
     ]
-    bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id")
+    inserted = bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id")
+    return {} if len(inserted) == len(rows) else _payments_by_task(tx, {row["task_id"] for row in rows})
+
+
+def _payments_by_task(tx: Tx, task_ids: Collection[str]) -> Mapping[str, str]:
+    query = select(delivery.task_id, delivery.payment_id).where(any_of(delivery.task_id, "task_ids"))
+    return {row.task_id: row.payment_id for row in tx.execute(query, {"task_ids": list(task_ids)})}
 
 
 MAKE_DUE = (
@@ -146,8 +156,21 @@ def mark_delivered(tx: Tx, delivered_at_by_task: Mapping[str, datetime]) -> None
     bulk_update(tx, OUTCOME_DELIVERY, rows, key="task_id")
 
 
+def count_failed_try(tx: Tx, task_id: str) -> int:
+    """Count a failed delivery of this task's outcome. Return the number of failures since it became due."""
+    query = update(OUTCOME_DELIVERY).where(delivery.task_id == task_id).values(failed_tries=delivery.failed_tries + 1)
+    return int(tx.scalars(query.returning(delivery.failed_tries)).one())
+
+
+def mark_undeliverable(tx: Tx, task_id: str, reason: str) -> None:
+    """Give up the delivery of this task's outcome. It is not due any more."""
+    query = update(OUTCOME_DELIVERY).where(delivery.task_id == task_id)
+    tx.execute(query.values(due_at=None, undeliverable=reason))
+
+
 def make_outcome_due_again(tx: Tx, payment_id: str, now: datetime) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it."""
     resolved = select(payment.payment_id).where(payment.payment_id == payment_id, payment.resolved_at.is_not(None))
-    query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(resolved)).values(due_at=now)
+    query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(resolved))
+    query = query.values(due_at=now, failed_tries=0, undeliverable=None)
     return sorted(tx.scalars(query.returning(delivery.task_id)))

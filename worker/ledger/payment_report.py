@@ -12,11 +12,13 @@ from typing import Any
 
 from sqlalchemy import Select, func, select
 
+from config.task_queues import TASK_QUEUES
 from worker.ledger import refreshes
 from worker.ledger.balance_report import BalanceLine, RejectedBalanceLine, payment_balances
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
-from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.rules.callbacks import Callback, callbacks_of
 from worker.rules.funds import HOLD_OPEN
 from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import PaymentState
@@ -86,6 +88,10 @@ class DeliveryLine:
     task_id: str
     delivered_at: datetime | None
     """None until the outcome is delivered."""
+    undeliverable: str | None
+    """Why the delivery was given up. None otherwise."""
+    callbacks: list[Callback]
+    """Tasks that the delivery sends, of both outcomes: errbacks if the payment fails, all others if it is released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +216,12 @@ def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[FeeTot
     return totals
 
 
-def payment_timeline(tx: Tx, payment_id: str, *, clock_skew: timedelta, default_hold_s: int) -> PaymentTimeline | None:
+def payment_timeline(
+    tx: Tx, payment_id: str, *, clock_skew: timedelta, default_hold_s: int, callback_queue: str
+) -> PaymentTimeline | None:
     """Return all that the ledger has about a payment; None if it has no such payment.
 
-    `clock_skew` and `default_hold_s` are those by which the workers decide.
+    `clock_skew`, `default_hold_s` and the `callback_queue` of callbacks that name none are those of the workers.
     """
     row = tx.execute(select(PAYMENT).where(payment.payment_id == payment_id)).one_or_none()
     if row is None:
@@ -233,7 +241,7 @@ def payment_timeline(tx: Tx, payment_id: str, *, clock_skew: timedelta, default_
         rejected_balances=found.rejected,
         unattributed_balances=found.unattributed,
         funds_hold=_funds_hold_line(row, default_hold_s),
-        deliveries=_delivery_lines(tx, payment_id),
+        deliveries=_delivery_lines(tx, payment_id, callback_queue),
     )
 
 
@@ -290,13 +298,27 @@ def _funds_hold_line(row: Row[Any], default_hold_s: int) -> FundsHoldLine | None
     return FundsHoldLine(until=until, after_delivery_s=row.job.get("hold_s", default_hold_s))
 
 
-def _delivery_lines(tx: Tx, payment_id: str) -> list[DeliveryLine]:
+def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str) -> list[DeliveryLine]:
     query = (
-        select(delivery.task_id, delivery.delivered_at)
+        select(delivery.task_id, delivery.delivered_at, delivery.undeliverable, delivery.continuation)
         .where(delivery.payment_id == payment_id)
         .order_by(delivery.delivered_at, delivery.task_id)
     )
-    return [DeliveryLine(**row) for row in tx.execute(query).mappings()]
+    return [
+        DeliveryLine(
+            task_id=row.task_id,
+            delivered_at=row.delivered_at,
+            undeliverable=row.undeliverable,
+            callbacks=callbacks_of(row.continuation, task_queues=TASK_QUEUES, default_queue=callback_queue),
+        )
+        for row in tx.execute(query)
+    ]
+
+
+def recent_continuations(tx: Tx, resolved_after: datetime, limit: int) -> list[dict[str, Any]]:
+    """Return the continuations of up to `limit` tasks whose payment is waiting, or was resolved after this time."""
+    query = select(delivery.continuation).join_from(OUTCOME_DELIVERY, PAYMENT)
+    return list(tx.scalars(query.where(IS_WAITING | (payment.resolved_at > resolved_after)).limit(limit)))
 
 
 def call_counts_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, Counter[EntryState]]:

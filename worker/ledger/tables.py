@@ -119,6 +119,7 @@ class OutcomeDeliveryRow(SQLModel, table=True):
     __table_args__ = (
         Index("outcome_delivery_payment", "payment_id"),
         _partial_index("outcome_delivery_due_at", "due_at", where="due_at IS NOT NULL"),
+        _partial_index("outcome_delivery_undeliverable", "task_id", where="undeliverable IS NOT NULL"),
     )
 
     task_id: str = Field(primary_key=True, sa_type=Text)
@@ -131,6 +132,10 @@ class OutcomeDeliveryRow(SQLModel, table=True):
     """When the sweep delivers the outcome. Null while the payment waits, and after the delivery."""
     delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When the outcome was delivered last. Null before."""
+    failed_tries: int = Field(default=0, sa_column_kwargs={"server_default": sql("0")})
+    """Deliveries that failed although broker and result backend responded."""
+    undeliverable: str | None = Field(default=None, sa_type=Text)
+    """Why the outcome is not delivered any more, after several such failures. Null otherwise."""
 
 
 class RefreshRow(SQLModel, table=True):

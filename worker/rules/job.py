@@ -89,6 +89,13 @@ class Job(ContractModel):
         """The funds check that applies, with the default resolved."""
         return self.funds_check or ("disabled" if self.amount is None else "required")
 
+    def effective_value(self, field: str) -> Any:
+        """Return the value of a field, with a default that the job itself determines.
+
+        The default of `hold_s` is a setting. It may change before the outcome is delivered, so it is not resolved.
+        """
+        return self.effective_funds_check if field == "funds_check" else getattr(self, field)
+
     @property
     def reads_account(self) -> bool:
         """Whether the account is read before its call: the funds check needs its facts, and the profile shows them."""
@@ -129,6 +136,20 @@ def _is_nested_deeper(value: Any, max_levels: int) -> bool:
     return children is not None and (
         max_levels == 0 or any(_is_nested_deeper(child, max_levels - 1) for child in children)
     )
+
+
+def is_same_json(left: Any, right: Any) -> bool:
+    """Whether two values are the same in JSON. For Python `True == 1`, for JSON it is not.
+
+    JSON has one type of number, so 1 and 1.0 are the same: a sender in JavaScript writes both as 1.
+    """
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(is_same_json(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(is_same_json, left, right))
+    return bool(left == right)
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
