@@ -16,7 +16,8 @@ import uvloop
 
 from benchmarks.webhook_throughput import FORGED_SECRET, body
 from tests.webhook.conftest import SECRET, sign
-from webhook.endpoint import PATH, app
+from webhook.endpoint import app
+from webhook.paths import PATH
 
 STEPS = 10
 

@@ -21,7 +21,7 @@ from benchmarks.webhook_server import EMPTY_RESPONSE
 from demo.processes import Processes, assign_free_port, responds
 from tests.support.databases import migrate
 from tests.webhook.conftest import SECRET, sign
-from webhook.endpoint import PATH
+from webhook.paths import PATH
 
 CONNECTIONS = 16
 FORGED_SECRET = "whsec_of_a_forger"  # noqa: S105 - signs forged deliveries

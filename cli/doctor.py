@@ -26,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     doctor_provider_checks.check_circuit_breaker,
     doctor_provider_checks.check_webhook_secrets,
     doctor_provider_checks.check_web_accepts_signed_delivery,
+    doctor_provider_checks.check_public_webhook_address,
     doctor_provider_checks.check_subscription,
     doctor_provider_checks.check_fee_caps_and_missing_balances,
     doctor_checks.check_dead_letters,

@@ -1,14 +1,13 @@
 """Checks of `payready doctor` about the provider: API key and price, calls, webhook, subscription, fee caps."""
 
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, utc_time_text
+from cli.webhook_probe import find_problem_by_test_delivery
 from config.settings import DEMO_SECRET_PREFIX
-from webhook import signature
+from webhook.paths import PATH
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import CallFailed, CallRejected
 from worker.ledger import balance_report, metrics_queries, schema
@@ -30,7 +29,6 @@ MISSING_WARNING_RATIO = 0.1
 """Share of calls without a balance that is a warning."""
 MISSING_ERROR_RATIO = 0.5
 """Share of calls without a balance that is an error."""
-HTTP_TIMEOUT_S = 3
 _MISSING_BALANCES_FIX = (
     "fix `webhook` and `subscription` above, if they fail; else search the log of `web` for `webhook.delivery`: "
     "result=mismatch is a wrong PAYREADY_WEBHOOK_SECRETS, result=stale a wrong clock; "
@@ -44,11 +42,6 @@ _REJECTION_FIXES: Mapping[RejectionReason, str] = {
     "too_old": "see the times in `payready payment show`; if `at` is the bank's time, set "
     "PAYREADY_REFRESH_BALANCE_TIME=arrival, else compare the clocks",
     "after_deadline": "raise `timeout_s` in the jobs above the delay of the balances",
-}
-_OTHER_STATUS_FIX = "check the proxy in front of `web`, and the log of `web`"
-_STATUS_FIXES = {
-    401: "`web` runs with different secrets, or its clock is wrong: restart it, compare the clocks",
-    503: "the database is unavailable, or `web` cannot reach it",
 }
 
 
@@ -154,22 +147,31 @@ def rejected_balances_results(counts: Mapping[RejectionReason, int]) -> Iterator
 
 
 def check_web_accepts_signed_delivery(context: CheckContext) -> Iterator[CheckResult]:
-    """Send `web` a signed delivery without events: it must respond 2xx, so it is reachable and has these secrets."""
+    """Send `web` a signed delivery without events: it must respond 204, so it is reachable and has these secrets."""
     if not context.settings.webhook_secrets:
-        return  # check_secrets reports it
-    body, url = b'{"eventTypes":[],"events":[]}', f"{context.web_url.rstrip('/')}/webhooks/quiltt"
-    headers = signature.sign(body, context.settings.webhook_secrets[0].get_secret_value(), context.rt.clock())
-    request = urllib.request.Request(url, body, {**headers, "Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S):  # noqa: S310 - the operator's own address
-            yield ok("webhook", f"{url} accepts a delivery signed with the first secret")
-    except urllib.error.HTTPError as rejected:
-        rejected.close()
-        message = f"{url} responds {rejected.code} to a signed delivery"
-        yield error("webhook", message, _STATUS_FIXES.get(rejected.code, _OTHER_STATUS_FIX))
-    except OSError as unreachable:
-        message = f"no response at {context.web_url}: {getattr(unreachable, 'reason', unreachable)}"
-        yield warning("webhook", message, "start the role `web`, or give its address with --web")
+        return  # check_webhook_secrets reports it
+    url = f"{context.web_url.rstrip('/')}{PATH}"
+    problem = find_problem_by_test_delivery(url, context.settings, context.rt.clock())
+    if problem is None:
+        yield ok("webhook", f"{url} accepts a delivery signed with the first secret")
+    elif problem.is_unreachable_from_here:
+        yield warning("webhook", problem.message, "start the role `web`, or give its address with --web")
+    else:
+        yield error("webhook", problem.message, problem.fix)
+
+
+def check_public_webhook_address(context: CheckContext) -> Iterator[CheckResult]:
+    """Send the same to the address to which the provider delivers: the proxy in front may change path or body."""
+    url = context.settings.webhook_url
+    if url is None or not context.settings.webhook_secrets:
+        return  # check_subscription and check_webhook_secrets report it
+    problem = find_problem_by_test_delivery(url, context.settings, context.rt.clock())
+    if problem is None:
+        yield ok("webhook address", f"{url} accepts a delivery signed with the first secret")
+    elif problem.is_unreachable_from_here:
+        yield warning("webhook address", problem.message, problem.fix)
+    else:
+        yield error("webhook address", problem.message, problem.fix)
 
 
 def check_subscription(context: CheckContext) -> Iterator[CheckResult]:

@@ -86,10 +86,8 @@ def _with_diagrams(page: str) -> str:
 
 
 def _with_webhook_tables(page: str) -> str:
-    tables = {"results": webhook_results_table(), "results of events": webhook_event_results_table()}
-    for name, table in tables.items():
-        page = _with_part(page, name, "worker/metrics.py", table)
-    return page
+    page = _with_part(page, "results", "worker/webhook_results.py", webhook_results_table())
+    return _with_part(page, "results of events", "worker/metrics.py", webhook_event_results_table())
 
 
 def _with_part(page: str, name: str, source: str, part: str) -> str:

@@ -68,6 +68,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "refresh_call.not_priced": "A call was not made, because its price is unknown; `error` gives the reason.",
     "role.started": "A role started. Addresses are logged without credentials.",
     "task_events.publish_failed": "Events for Flower could not be published.",
+    "webhook.connection_closed": "`web` closed a connection because of a limit; `reason` is a label of "
+    "`payready_webhook_connections_closed_total`. Sampled: `suppressed` counts the lines that were left out before.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",
     "webhook.follow_up_failed": "A delivery was committed, but its follow-up tasks failed. `payments.sweep` finds the "
     "work.",
@@ -106,6 +108,7 @@ COMPUTED_EVENTS: Mapping[str, EventWithComputedFields] = {
             "invalid_json",
             "error",
             "age_s",
+            "difference",
         ),
     ),
 }

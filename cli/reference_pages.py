@@ -23,6 +23,7 @@ from worker import metrics
 from worker.ledger import tables
 from worker.ledger.column_types import postgresql_type
 from worker.metric_types import Label, MetricDefinition
+from worker.webhook_results import DELIVERY_RESULTS
 
 PACKAGES = ("config", "tasks", "webhook", "worker")
 """Packages that log events."""
@@ -199,9 +200,7 @@ def webhook_event_results_table() -> str:
 
 def webhook_results_table() -> str:
     """Return the table of webhook delivery results for `webhook-responses.md`."""
-    rows = [
-        f"| `{name}` | {result.status} | {_cell(result.meaning)} |" for name, result in metrics.DELIVERY_RESULTS.items()
-    ]
+    rows = [f"| `{name}` | {result.status} | {_cell(result.meaning)} |" for name, result in DELIVERY_RESULTS.items()]
     return _table("| result | status | meaning |", rows)
 
 

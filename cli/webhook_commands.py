@@ -10,6 +10,7 @@ import typer
 
 from cli import celery_client, render
 from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
+from cli.webhook_probe import find_problem_by_test_delivery
 from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
@@ -184,13 +185,18 @@ class SubscribeAction(StrEnum):
 
 @webhooks_app.command("status")
 def subscription_status(as_json: AsJson = False) -> None:
-    """Check the subscription: it must be enabled and have all required event types. Exit status 1 if not."""
+    """Check the subscription and its address. Exit status 1 if there is a problem.
+
+    The subscription must be enabled and have all required event types. The address must respond to a test delivery
+    without events as `web` does.
+    """
     with _subscriptions_client_and_url_or_exit() as (provider, url):
         subscribed = provider.list_all()
-    ours, problems = (
-        subscriptions.filter_by_url_fewest_problems_first(subscribed, url),
-        subscriptions.find_problems_of_best_subscription(subscribed, url),
-    )
+        unlike_web = find_problem_by_test_delivery(url, settings(), runtime.utc_now())
+    ours = subscriptions.filter_by_url_fewest_problems_first(subscribed, url)
+    problems = subscriptions.find_problems_of_best_subscription(subscribed, url)
+    if unlike_web is not None:
+        problems.append(f"{unlike_web.message}: {unlike_web.fix}")
     if as_json:
         listed = [subscription.model_dump() for subscription in ours]
         typer.echo(render.as_json({"url": url, "problems": problems, "subscriptions": listed}))
@@ -199,7 +205,7 @@ def subscription_status(as_json: AsJson = False) -> None:
             state = "disabled" if subscription.disabled else "enabled"
             types = render.count_text(len(subscription.event_types), "event type")
             typer.echo(f"{subscription.id}: {state}, {types}")
-        typer.echo("\n".join(problems) if problems else f"{url} receives all required event types")
+        typer.echo("\n".join(problems) if problems else f"{url} responds, and receives all required event types")
     if problems:
         raise typer.Exit(EXIT_FAILED)
 

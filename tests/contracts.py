@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from webhook.endpoint import PATH
+from webhook.paths import PATH
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER
 from worker.errors import FailureReason
 from worker.quiltt.messages import BALANCE_CREATED, Balance

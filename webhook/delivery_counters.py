@@ -11,21 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from config.log_config import get_logger
+from webhook.log_sampling import LogSampler
 from worker import metrics
 
 log = get_logger(__name__)
-
-LOG_INTERVAL_S = 1.0
-"""Minimum time between two lines with the same result."""
 
 
 class DeliveryCounters:
     """Counters of deliveries and of their events, by result."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._logged_at: dict[str, float] = {}
-        self._suppressed: dict[str, int] = {}
+        self._sampler = LogSampler(clock)
         self._counters = functools.cache(metrics.WEBHOOK_DELIVERIES.labels)
         self._routine = metrics.WEBHOOK_DELIVERIES.labels("routine")
         self._routine_events = metrics.WEBHOOK_EVENTS.labels("routine")
@@ -40,12 +36,9 @@ class DeliveryCounters:
     def count_delivery_and_log_sampled(self, result: str, *, level: int = logging.WARNING, **fields: Any) -> None:
         """Count one delivery. Log it with `fields`, unless a line with this result was logged in the last second."""
         self._counters(result).inc()
-        now, suppressed = self._clock(), self._suppressed.get(result, 0)
-        if now - self._logged_at.get(result, float("-inf")) < LOG_INTERVAL_S:
-            self._suppressed[result] = suppressed + 1
-            return
-        self._logged_at[result], self._suppressed[result] = now, 0
-        log.log(level, "webhook.delivery", result=result, suppressed=suppressed, **fields)
+        suppressed = self._sampler.take_suppressed_count(result)
+        if suppressed is not None:
+            log.log(level, "webhook.delivery", result=result, suppressed=suppressed, **fields)
 
     def count_events(self, **counts: int) -> None:
         """Count the events of a delivery by result."""

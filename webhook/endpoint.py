@@ -4,8 +4,8 @@ It verifies the signature of the raw bytes, commits what concerns payready, and 
 
     204  no event concerns payready, or all that do are committed    400  signed, but a part is not JSON
     401  no valid signature of Quiltt                                408  the body is too slow
-    413  the body is too large                                       415  the content type is not JSON
-    503  not committed: Quiltt retries
+    404  the path is not exactly the webhook's                       413  the body is too large
+    415  the content type is not JSON                                503  not committed: Quiltt retries
 
 Deliveries bypass Starlette: most are routine, and should cost little more than their HTTP request.
 """
@@ -19,10 +19,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from anyio import to_thread
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from config.log_config import get_logger
 from config.settings import settings
@@ -30,6 +29,7 @@ from webhook import events, signature
 from webhook.body import DeliveryRejected, Message, Receive, read_body
 from webhook.delivery_counters import DeliveryCounters
 from webhook.events import InvalidDelivery, ParsedDelivery
+from webhook.paths import PATH, difference_from_path
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused, TimestampOutOfTolerance
 from webhook.wiring import group_committer, readiness
 from worker.ledger.engine import DATABASE_UNAVAILABLE
@@ -38,7 +38,6 @@ from worker.runtime import utc_now
 log = get_logger(__name__)
 delivery_counters = DeliveryCounters()
 
-PATH = "/webhooks/quiltt"
 MAX_INLINE_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, so that they do not block the event loop."""
 MAX_LOGGED_REASONS = 3
@@ -50,6 +49,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 async def app(scope: Message, receive: Receive, send: Send) -> None:
     """Handle a request: a delivery here, any other request in Starlette."""
     if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+        _count_and_log_if_path_is_nearly_the_webhook(scope)
         await _other_routes(scope, receive, send)
         return
     try:
@@ -60,6 +60,14 @@ async def app(scope: Message, receive: Receive, send: Send) -> None:
         _count_unavailable(error)
     await send(_START[status])
     await send(_END)
+
+
+def _count_and_log_if_path_is_nearly_the_webhook(scope: Message) -> None:
+    """Count a request with a path that was probably meant to be the webhook's, such as one with a slash at its end."""
+    if scope["type"] == "http" and scope["path"] != PATH:
+        difference = difference_from_path(scope["path"], scope["headers"])
+        if difference is not None:
+            delivery_counters.count_delivery_and_log_sampled("wrong_path", status=404, difference=difference)
 
 
 def _make_response_start(status: int) -> Message:
@@ -200,11 +208,12 @@ async def _unreachable_post_route(_: Request) -> Response:
     return Response(status_code=405)
 
 
-_other_routes = Starlette(
+_other_routes = Router(
     routes=[
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route(PATH, _unreachable_post_route, methods=["POST"]),
-    ]
+    ],
+    redirect_slashes=False,  # Quiltt follows no redirect: an almost correct path must not seem to work
 )
 """All requests that are no deliveries."""

@@ -3,18 +3,17 @@
 Each role is one process with threads, so the default registry is enough; Prometheus sums the replicas. Names begin with
 `payready_`. Label values are bounded: never an account and never a payment.
 
-`METRICS` lists all definitions, and `DELIVERY_RESULTS` the results of webhook deliveries. The reference pages are
-generated from them. Declared label values exist at 0 from the start, because Prometheus does not see the first step of
-a counter that begins with it.
+`METRICS` lists all definitions, and the reference pages are generated from them. Declared label values exist at 0 from
+the start, because Prometheus does not see the first step of a counter that begins with it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from worker.metric_types import ExpiringValue, Kind, Label, MetricDefinition, Source
+from worker.webhook_results import CONNECTION_CLOSED_REASONS, DELIVERY_RESULTS
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # no dashboard uses these extra samples
 
@@ -22,41 +21,6 @@ DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120
 SUBSCRIPTION_CHECK_TTL_S = 180.0
 """A result of the subscription check expires after this time, because another worker may have made the next check."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class DeliveryResult:
-    """How a webhook delivery ended."""
-
-    status: int
-    """HTTP status of the response."""
-    meaning: str
-
-
-def _result(status: int, meaning: str) -> DeliveryResult:
-    return DeliveryResult(status=status, meaning=meaning)
-
-
-DELIVERY_RESULTS: Mapping[str, DeliveryResult] = {
-    "balance": _result(204, "at least one REFRESH balance; committed"),
-    "routine": _result(204, "no event that payready uses"),
-    "connection": _result(204, "connection or profile events only, no REFRESH balance; committed"),
-    "quarantined": _result(
-        204, "at least one event that cannot be parsed; it is quarantined, the others are committed"
-    ),
-    "stale": _result(401, "valid signature, but its timestamp is outside the tolerance"),
-    "mismatch": _result(401, "the signature matches none of the webhook secrets"),
-    "missing": _result(401, "no signature header or no timestamp header"),
-    "malformed": _result(401, "a signature or timestamp header of the wrong form"),
-    "no_secret": _result(401, "no webhook secret is configured, so every delivery is rejected"),
-    "content_type": _result(415, "the content type is not JSON"),
-    "too_large": _result(413, "the body exceeds the size limit"),
-    "invalid_envelope": _result(400, "signed, but not a list of events; nothing is stored"),
-    "invalid_json": _result(400, "signed, but an event is not JSON and not storable; its other events are committed"),
-    "client_disconnected": _result(400, "the client disconnected before the end of the body"),
-    "body_timeout": _result(408, "the body was not complete in time"),
-    "unavailable": _result(503, "not committed: the database is unavailable, or an internal error; Quiltt retries"),
-}
-"""Values of the label `result` of `payready_webhook_deliveries_total`. Each delivery is counted once."""
 
 _definitions: list[MetricDefinition] = []
 
@@ -220,6 +184,11 @@ WEBHOOK_EVENTS = _counter(
             "invalid_json": "not JSON and not storable",
         },
     ),
+)
+WEBHOOK_CONNECTIONS_CLOSED = _counter(
+    "payready_webhook_connections_closed_total",
+    "Connections that `web` closed because of a limit, by reason.",
+    Label(name="reason", values=CONNECTION_CLOSED_REASONS),
 )
 
 

@@ -17,6 +17,7 @@ from worker.metrics_server import start_metrics_server
 from worker.rules.fee_caps import CapKind
 from worker.rules.pricing import EntryState
 from worker.rules.states import ACTIVE_STATES, PaymentState, RefreshState
+from worker.webhook_results import DELIVERY_RESULTS
 
 
 def label_values(name: str, label: str) -> set[str]:
@@ -56,7 +57,7 @@ def test_declared_label_values_are_those_of_the_rules(name: str, label: str, val
 
 def test_every_signature_refusal_is_a_delivery_result_with_status_401() -> None:
     refusals = {refusal.reason for refusal in subclasses(signature.SignatureRefused)}
-    unauthorized = {name for name, result in metrics.DELIVERY_RESULTS.items() if result.status == 401}
+    unauthorized = {name for name, result in DELIVERY_RESULTS.items() if result.status == 401}
     assert refusals == unauthorized
 
 

@@ -1,5 +1,6 @@
 """Limits of connections, with raw sockets: a slow or invalid client is disconnected, and the next one is served."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
+from prometheus_client import REGISTRY
 
 from demo.processes import responds
 from tests.support.simulator import eventually
@@ -43,9 +45,9 @@ def chunks(count: int) -> bytes:
 
 INVALID: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     "no HTTP": ((b"\x16\x03\x01\x02\x00" * 20,), b"400"),
-    "endless header": ((START + b"X: ", *[b"y" * 4096] * (2 * MAX_HEADER_BYTES // 4096)), b""),
-    "endless headers": ((START, *[b"X-Y: z\r\n" * 512] * 32), b""),
-    "endless URL": ((b"POST /", *[b"a" * 4096] * 32), b""),
+    "endless header": ((START + b"X: ", *[b"y" * 4096] * (2 * MAX_HEADER_BYTES // 4096)), b"431"),
+    "endless headers": ((START, *[b"X-Y: z\r\n" * 512] * 32), b"431"),
+    "endless URL": ((b"POST /", *[b"a" * 4096] * 32), b"431"),
     "two lengths": ((START + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",), b"400"),
     "length and chunks": ((START + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",), b"400"),
     "negative length": ((START + b"Content-Length: -5\r\n\r\n",), b"400"),
@@ -117,6 +119,21 @@ def test_client_that_reads_no_responses_is_disconnected(monkeypatch: pytest.Monk
         assert responds(f"{url}/healthz")
         assert eventually(lambda: not server.server_state.connections)
         assert eventually(lambda: not server.server_state.tasks)
+    assert REGISTRY.get_sample_value("payready_webhook_connections_closed_total", {"reason": "unread_response"})
+
+
+def test_request_in_progress_is_not_closed_by_a_slow_next_header(
+    short_timeouts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of the next header section begins anew after the response."""
+
+    async def slow_readiness() -> bool:
+        await asyncio.sleep(3 * limited_connection.HEADER_TIMEOUT_S)
+        return True
+
+    monkeypatch.setattr(endpoint, "readiness", slow_readiness)
+    response = send_raw(short_timeouts, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n" + START)
+    assert response.startswith(b"HTTP/1.1 200")
 
 
 def test_invalid_requests_are_not_logged(web: Endpoint) -> None:
@@ -124,6 +141,7 @@ def test_invalid_requests_are_not_logged(web: Endpoint) -> None:
     for invalid in (
         b"\x16\x03\x01\x02\x00\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, close\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n",
     ):
         assert b"HTTP/1.1 4" in send_raw(web.url, invalid)
     assert web.send(b"", {}) == 401, "a rejected delivery is logged"
