@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 
 from cli.celery_client import CeleryUnavailable
+from config.escaping import escape_unprintable
 from config.settings import ConfigurationError, settings
 from demo.processes import StartOrExitError
 from worker.errors import CallFailed, InvalidJob, error_summary
 from worker.ledger.engine import (
     DATABASE_UNAVAILABLE,
     Engine,
+    NoDatabaseFile,
     NotMigrated,
     Tx,
     open_engine,
@@ -48,6 +50,8 @@ def report_errors() -> Iterator[None]:
         yield
     except EXPECTED_ERRORS as error:
         fail(str(error))
+    except NoDatabaseFile as error:
+        fail(f"{error}; correct the setting, or create it with the role `release`: alembic upgrade head")
     except NotMigrated:
         fail("the database is behind this release; run the role `release`: alembic upgrade head")
     except DATABASE_UNAVAILABLE as error:
@@ -55,9 +59,15 @@ def report_errors() -> Iterator[None]:
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:
-    """Print an error and exit."""
-    typer.echo(f"payready: {message.strip()}", err=True)
+    """Print an error and exit. Its further lines are indented, and control characters are escaped."""
+    escaped = escape_unprintable(message.strip(), keep="\n")
+    typer.echo("payready: " + escaped.replace("\n", "\n    "), err=True)
     raise typer.Exit(status)
+
+
+def echo_line(text: str) -> None:
+    """Print one line. Its values may be from outside: a terminal obeys none of them."""
+    typer.echo(escape_unprintable(text))
 
 
 def stdout_console_for_terminal_or_log() -> Console:

@@ -9,12 +9,13 @@ import typer
 from cli import render
 from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
 from cli.message_requeue import MessageSender, NotRequeueable, open_message_sender, parse_envelope
+from config.escaping import escape_unprintable
 from config.settings import settings
 from worker import flow, runtime
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetter
 from worker.ledger.engine import read_snapshot
-from worker.rules.unhandled_messages import DeadLetterReason, printable_text
+from worker.rules.unhandled_messages import DeadLetterReason
 from worker.runtime import Runtime
 
 app = typer.Typer(no_args_is_help=True, help="Messages of payready's queues that no worker can process.")
@@ -65,9 +66,11 @@ def show_dead_letter(
     typer.echo(f"{letter.dead_letter_id}, stored {render.utc_time_text(letter.stored_at)}{times}")
     typer.echo(f"queue {letter.queue}, task {letter.task_name or 'unknown'}, task id {letter.task_id or 'unknown'}")
     typer.echo(f"{letter.reason}: {letter.detail}\n")
-    typer.echo(f"message, {_size_text(letter)}:\n{printable_text(message)}")
+    typer.echo(f"message, {_size_text(letter)}:")
+    typer.echo(escape_unprintable(message, keep="\n"))
     if body is not None:
-        typer.echo(f"\nbody, decoded:\n{printable_text(body)}")
+        typer.echo("\nbody, decoded:")
+        typer.echo(escape_unprintable(body, keep="\n"))
 
 
 def _size_text(letter: DeadLetter) -> str:

@@ -45,10 +45,16 @@ def run_checks(settings: Settings, rt: Runtime, flower_url: str, web_url: str | 
         settings=settings,
         rt=rt,
         flower_url=flower_url,
-        web_url=web_url or f"http://127.0.0.1:{settings.webhook_port}",
+        web_url=web_url or local_web_url(settings),
     )
     for check in CHECKS:
         yield from run_check(check, context, CHECK_TIMEOUT_S)
+
+
+def local_web_url(settings: Settings) -> str:
+    """Return the URL of `web` on this host."""
+    host = "127.0.0.1" if settings.webhook_host in ("0.0.0.0", "::") else settings.webhook_host  # noqa: S104 - all addresses
+    return f"http://[{host}]:{settings.webhook_port}" if ":" in host else f"http://{host}:{settings.webhook_port}"
 
 
 def run_check(check: Check, context: CheckContext, timeout_s: float) -> Iterator[CheckResult]:

@@ -17,7 +17,7 @@ from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger import dead_letters, metrics_queries, payment_report, schema
-from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
+from worker.ledger.engine import DATABASE_UNAVAILABLE, NoDatabaseFile, read_snapshot
 from worker.rules.callbacks import callbacks_of
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
@@ -54,6 +54,9 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
     try:
         with read_snapshot(context.rt.engine) as tx:
             current, required = schema.current_revision(tx), schema.required_revision()
+    except NoDatabaseFile as missing:
+        yield error("database", str(missing), "correct the setting, or run the role `release`: alembic upgrade head")
+        return
     except DATABASE_UNAVAILABLE as unavailable:
         yield error("database", error_summary(unavailable), "start it, or correct PAYREADY_DATABASE_URL")
         return

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import count_text, new_table, styled_state, utc_time_text
+from cli.render import count_text, literal_text, new_table, styled_state, utc_time_text
 from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
 from worker.rules.decimals import amount_text, amount_with_currency_text, decimal_text
@@ -65,7 +65,7 @@ def limited_statement_table(
 ) -> RenderableType:
     """Return a statement as a table with one row for each line, and the totals below."""
     if not lines:
-        return Group(Text(title, "bold"), Text("no calls"))
+        return Group(literal_text(title, "bold"), Text("no calls"))
     head_columns = ("price list", "price") if by == "price" else (by,)
     saved_column = () if by == "price" else ("saved",)
     table = new_table(
@@ -82,7 +82,7 @@ def limited_statement_table(
         amounts = (amount_text(amount, line.currency) for amount in (line.posted_amount, line.pending_amount))
         saved = () if line.saved is None else (amount_text(line.saved.by_sharing + line.saved.by_reuse, line.currency),)
         table.add_row(*head, *counts, *amounts, line.currency, *saved)
-    return Group(table, *_omitted_rows_remark(len(lines)), *(Text(text) for text in _total_lines(sums)))
+    return Group(table, *_omitted_rows_remark(len(lines)), *(literal_text(text) for text in _total_lines(sums)))
 
 
 def _total_lines(sums: Mapping[str, StatementTotal]) -> Iterator[str]:
@@ -152,7 +152,7 @@ def limited_reconciliation_tables(found: Reconciliation, title: str, currency: s
     on_invoice = amount_with_currency_text(sum((match.line.amount for match in found.matched), Decimal(0)), currency)
     matches = count_text(len(found.matched), "match", "matches")
     parts: list[RenderableType] = [
-        Text(title, "bold"),
+        literal_text(title, "bold"),
         Text(f"{matches}: {on_invoice} on the invoice, {in_ledger} in the ledger"),
     ]
     for difference, plural, differing in (
@@ -212,7 +212,7 @@ def _limited_call_table(calls: Sequence[LedgerCall], currency: str) -> Renderabl
 def limited_pending_table(calls: Sequence[PendingCall], title: str) -> RenderableType:
     """Return pending calls as a table."""
     if not calls:
-        return Group(Text(title, "bold"), Text("none"))
+        return Group(literal_text(title, "bold"), Text("none"))
     table = new_table("call", "account", "time", "price", "", "last error", title=title, right=["price"])
     for call in calls[:MAX_ROWS]:
         price = amount_text(call.price, call.currency)

@@ -22,7 +22,15 @@ from cli import (
     run_dev_stack,
     webhook_commands,
 )
-from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
+from cli.command_line import (
+    EXIT_FAILED,
+    AsJson,
+    echo_line,
+    fail,
+    query_or_exit,
+    report_errors,
+    stdout_console_for_terminal_or_log,
+)
 from config.settings import settings
 from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
@@ -156,7 +164,10 @@ def enqueue_payment(
             outcome = celery_client.enqueue_job_and_wait(settings(), job)
         except PaymentNotReady as not_ready:
             _print_not_ready_and_exit(job.payment_id, not_ready, as_json=as_json)
-        typer.echo(render.as_json(outcome) if as_json else render_payments.released_text(outcome))
+        if as_json:
+            typer.echo(render.as_json(outcome))
+        else:
+            echo_line(render_payments.released_text(outcome))
 
 
 def _parse_metadata(text: str | None) -> Any:
@@ -170,7 +181,7 @@ def _print_enqueued(payment_id: str, task_id: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "task_id": task_id}))
     else:
-        typer.echo(f"{payment_id}: enqueued as task {task_id}. Next: payready payment show {payment_id}")
+        echo_line(f"{payment_id}: enqueued as task {task_id}. Next: payready payment show {payment_id}")
 
 
 def _print_not_ready_and_exit(payment_id: str, error: PaymentNotReady, *, as_json: bool) -> NoReturn:
@@ -225,7 +236,7 @@ def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "cancelled": cancelled}))
     elif cancelled:
-        typer.echo(f"{payment_id}: cancelled")
+        echo_line(f"{payment_id}: cancelled")
     if not cancelled:
         fail(f"{payment_id} was not cancelled: it is already resolved, or unknown")
 
@@ -241,7 +252,7 @@ def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
         fail(f"{payment_id} has no outcome to deliver: it is waiting, or unknown")
     elif not as_json:
         tasks = "task" if len(task_ids) == 1 else "tasks"
-        typer.echo(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
+        echo_line(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
 
 
 @payment_app.command("end-hold")
@@ -252,7 +263,7 @@ def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "ended": ended}))
     elif ended:
-        typer.echo(f"{payment_id}: funds hold ended. Balances from before now are still reduced by its amount")
+        echo_line(f"{payment_id}: funds hold ended. Balances from before now are still reduced by its amount")
     if not ended:
         fail(f"{payment_id} has no funds hold to end: it is not released, has no amount, or its hold has ended")
 

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from config.escaping import escape_unprintable
 from worker.ledger.payment_report import PaymentLine
 from worker.rules.decimals import amount_text, decimal_text
 
@@ -60,6 +61,11 @@ def count_text(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def literal_text(text: str, style: str = "") -> Text:
+    """Return a text that a terminal shows and does not obey: markup and control characters are literal."""
+    return Text(escape_unprintable(text), style)
+
+
 def styled_state(state: str) -> Text:
     """Return a state with its colour."""
     return Text(state, STATE_STYLES.get(state, ""))
@@ -74,20 +80,25 @@ COLUMN_GAP = 2
 
 
 class _FoldingTable(Table):
-    """A table that never cuts a cell. Text in cells is not parsed as markup: it may be from outside.
+    """A table that never cuts a cell. Text in cells and title is literal: it may be from outside.
 
     If the terminal is too narrow even with wrapped names, each row is printed as a list of its cells.
     """
 
     def __init__(self, title: str | None) -> None:
         super().__init__(
-            box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim"
+            box=None,
+            pad_edge=False,
+            title=None if title is None else literal_text(title),
+            title_justify="left",
+            title_style="bold",
+            header_style="dim",
         )
         self._rows_of_text: list[tuple[Text, ...]] = []
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row. Strings are literal text."""
-        texts = tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        texts = tuple(literal_text(cell) if isinstance(cell, str) else cell for cell in cells)
         self._rows_of_text.append(texts)
         super().add_row(*texts, **options)
 

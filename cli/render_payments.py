@@ -14,6 +14,7 @@ from cli.render import (
     AMOUNT_FIELDS,
     count_text,
     fee_or_reused_text,
+    literal_text,
     new_table,
     styled_state,
     utc_time_text,
@@ -61,8 +62,8 @@ def released_text(outcome: Mapping[str, Any]) -> str:
 def check_result_text(result: CheckResult) -> Text:
     """Return a check result as one line, and the fix as a second one."""
     mark, style = _SEVERITY_MARKS[result.severity]
-    text = Text().append(mark, f"bold {style}").append(f"{result.check}: {result.message}")
-    return text.append(f"\n    {result.fix}", style) if result.fix else text
+    text = Text().append(mark, f"bold {style}").append(literal_text(f"{result.check}: {result.message}"))
+    return text.append("\n    ").append(literal_text(result.fix, style)) if result.fix else text
 
 
 # --- one payment ------------------------------------------------------------------------------------------------------
@@ -84,10 +85,11 @@ def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType
     table.columns[-1].no_wrap = False
     for event in sorted(_unsorted_timeline_events(timeline), key=lambda event: event.at):
         table.add_row(f"{(event.at - line.requested_at).total_seconds():.3f} s", event.name, event.detail)
-    head = Text.assemble((line.payment_id, "bold"), "  ", line.account_id, "  ", styled_state(line.state.value))
+    account_id = literal_text(line.account_id)
+    head = Text.assemble(literal_text(line.payment_id, "bold"), "  ", account_id, "  ", styled_state(line.state.value))
     if line.verdict_or_reason:
-        head.append(f": {line.verdict_or_reason}")
-    facts = [Text(fact) for fact in _explanation_lines(timeline, now)]
+        head.append(literal_text(f": {line.verdict_or_reason}"))
+    facts = [literal_text(fact) for fact in _explanation_lines(timeline, now)]
     requested = Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim")
     return Group(head, requested, Text(), table, Text(), *facts)
 

@@ -9,8 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from cli import celery_client, render
-from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
+from cli.command_line import (
+    EXIT_FAILED,
+    AsJson,
+    echo_line,
+    fail,
+    query_or_exit,
+    report_errors,
+    stdout_console_for_terminal_or_log,
+)
 from cli.webhook_probe import find_problem_by_test_delivery
+from config.escaping import escape_unprintable
 from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
@@ -19,7 +28,6 @@ from worker.ledger.engine import read_snapshot
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
-from worker.rules.unhandled_messages import printable_text
 from worker.runtime import Runtime
 
 quarantine_app = typer.Typer(
@@ -73,8 +81,8 @@ def show_quarantined(quarantine_id: QuarantineId, as_json: AsJson = False) -> No
     if as_json:
         typer.echo(render.as_json({**_summary(event), "event": event.event.decode(errors="backslashreplace")}))
     else:
-        typer.echo(f"{event.quarantine_id}, received {render.utc_time_text(event.received_at)}: {event.reason}\n")
-        typer.echo(printable_text(event.event.decode(errors="backslashreplace")))
+        echo_line(f"{event.quarantine_id}, received {render.utc_time_text(event.received_at)}: {event.reason}")
+        typer.echo("\n" + escape_unprintable(event.event.decode(errors="backslashreplace"), keep="\n"))
 
 
 @quarantine_app.command("replay")
@@ -204,8 +212,9 @@ def subscription_status(as_json: AsJson = False) -> None:
         for subscription in ours:
             state = "disabled" if subscription.disabled else "enabled"
             types = render.count_text(len(subscription.event_types), "event type")
-            typer.echo(f"{subscription.id}: {state}, {types}")
-        typer.echo("\n".join(problems) if problems else f"{url} responds, and receives all required event types")
+            echo_line(f"{subscription.id}: {state}, {types}")
+        for line in problems or [f"{url} responds, and receives all required event types"]:
+            echo_line(line)
     if problems:
         raise typer.Exit(EXIT_FAILED)
 
@@ -229,7 +238,7 @@ def subscribe(
     if as_json:
         typer.echo(render.as_json({"action": action, "subscription": subscription.model_dump()}))
     else:
-        typer.echo(f"{subscription.id}: {action.value}")
+        echo_line(f"{subscription.id}: {action.value}")
         if action == SubscribeAction.CREATED:
             typer.echo("Copy its secret from the provider's dashboard to PAYREADY_WEBHOOK_SECRETS and restart `web`.")
 
@@ -253,7 +262,7 @@ def unsubscribe(
     if as_json:
         typer.echo(render.as_json({"action": action, "id": subscription.id}))
     else:
-        typer.echo(f"{subscription.id}: {action}")
+        echo_line(f"{subscription.id}: {action}")
 
 
 @contextmanager

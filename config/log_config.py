@@ -5,6 +5,7 @@ and the amounts of payments and balances are never logged; fees are. Lines of li
 are truncated.
 """
 
+import io
 import logging
 import re
 import sys
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import structlog
 
+from config.escaping import escape_unprintable
 from config.settings import Settings
 
 WARNING_LEVEL_LOGGERS = (
@@ -87,6 +89,19 @@ def _truncate_to_first_line_without_headers(record: logging.LogRecord) -> bool:
     return True
 
 
+def _escape_values(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape the values of an event for a terminal. JSON does it by itself."""
+    return {name: escape_unprintable(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _write_indented_traceback(output: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Write a plain traceback. Its lines are indented: the text of an exception must not look like another event."""
+    plain = io.StringIO()
+    structlog.dev.plain_traceback(plain, exc_info)
+    lines = escape_unprintable(plain.getvalue(), keep="\n").strip("\n").split("\n")
+    output.write("".join(f"\n    {line}" for line in lines))
+
+
 def configure_logging(settings: Settings) -> None:
     """Send all log lines to standard error through one formatter."""
     renderers: list[structlog.typing.Processor] = (
@@ -94,7 +109,8 @@ def configure_logging(settings: Settings) -> None:
         if settings.env == "production"
         # Plain tracebacks: rendering all local variables takes seconds in every thread during an outage.
         else [
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+            _escape_values,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_write_indented_traceback),
         ]
     )
     handler = logging.StreamHandler()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -56,6 +57,20 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _require_visible_ascii(value: str | SecretStr) -> str | SecretStr:
+    # A space or a control character in an API key breaks the header of each request.
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if not re.fullmatch("[!-~]*", text):
+        raise ValueError("must have only visible ASCII characters, without spaces")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_require_visible_ascii)]
+"""A URL or the name of a host."""
+HttpUrl = Annotated[Address, Field(pattern=HTTP_URL_PATTERN)]
+Secret = Annotated[SecretStr, AfterValidator(_require_visible_ascii)]
+
+
 class Settings(BaseModel):
     """Everything a deployment may choose. Durations are in seconds: their names end in `_s`."""
 
@@ -65,10 +80,10 @@ class Settings(BaseModel):
     """`production` refuses demo secrets and the example price list, and logs JSON. `development` refuses API keys whose
     calls are billed."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
+    redis_url: Address = Field("redis://127.0.0.1:6379/0", repr=False)
     """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
     `PAYREADY_RESULT_BACKEND_URL` is set."""
-    broker_url: str | None = Field(None, repr=False)
+    broker_url: Address | None = Field(None, repr=False)
     """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`: Redis (`redis://`, `rediss://`) or
     RabbitMQ (`amqp://`, `amqps://`)."""
     broker_priority_steps: Annotated[tuple[int, ...], BeforeValidator(_split)] = (0, 3, 6, 9)
@@ -80,7 +95,7 @@ class Settings(BaseModel):
     broker_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
     """Prefix of all names of the broker on Redis: kombu's `global_keyprefix`. All apps on the broker must have the
     same."""
-    result_backend_url: str | None = Field(None, repr=False)
+    result_backend_url: Address | None = Field(None, repr=False)
     """Address of Celery's result backend, if it is not Redis at `PAYREADY_REDIS_URL`."""
     result_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
     """Prefix of all keys of the result backend: `global_keyprefix` of Celery's `result_backend_transport_options`. All
@@ -88,11 +103,11 @@ class Settings(BaseModel):
     database_url: str = Field("sqlite:///payready.db", repr=False)
     """`sqlite:///file` or `postgresql://user:password@host/name`."""
 
-    quiltt_api_url: str = Field("https://api.quiltt.io", pattern=HTTP_URL_PATTERN)
+    quiltt_api_url: HttpUrl = "https://api.quiltt.io"
     """Base URL of Quiltt's Platform API."""
-    quiltt_auth_url: str = Field("https://auth.quiltt.io", pattern=HTTP_URL_PATTERN)
+    quiltt_auth_url: HttpUrl = "https://auth.quiltt.io"
     """Base URL of Quiltt's Auth API. It reports the API key's mode, which decides the price of a call."""
-    quiltt_api_key: SecretStr = SecretStr("demo-api-key")
+    quiltt_api_key: Secret = SecretStr("demo-api-key")
     """Quiltt's API key secret. Required in production."""
     allow_production_key: bool = False
     """Allow a development deployment to use an API key of Quiltt's PRODUCTION mode, whose calls are billed."""
@@ -117,13 +132,13 @@ class Settings(BaseModel):
     allow_sync_balances: bool = False
     """Allow a polled balance of source SYNC that is younger than the call to release a payment."""
 
-    webhook_secrets: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
+    webhook_secrets: Annotated[tuple[Secret, ...], BeforeValidator(_split)] = ()
     """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is rejected."""
     webhook_tolerance_s: int = Field(300, ge=1, le=3600)
     """Maximum difference between a delivery's timestamp and our clock, in both directions."""
-    webhook_url: str | None = Field(None, pattern=r"^https://[^\s]+$")
+    webhook_url: Annotated[Address, Field(pattern="^https://.")] | None = None
     """Public address of the webhook endpoint, to which Quiltt delivers. Without it the subscription is not checked."""
-    webhook_host: str = "127.0.0.1"
+    webhook_host: Address = "127.0.0.1"
     """Address on which the webhook endpoint listens."""
     webhook_port: int = Field(8000, ge=0, le=65535)
     """Port on which the webhook endpoint listens."""
@@ -164,7 +179,7 @@ class Settings(BaseModel):
     """Maximum connections of a process to PostgreSQL. With fewer than its threads need, threads wait up to 30 s."""
     metrics_port: int = Field(0, ge=0, le=65535)
     """Port for `/metrics`, `/healthz` and `/readyz` of a role, one per process of a host. 0 disables it."""
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Address = "127.0.0.1"
     """Address on which `PAYREADY_METRICS_PORT` listens. Do not expose it outside the deployment."""
     tracing_enabled: bool = False
     """Export OpenTelemetry traces, configured by `OTEL_*` variables. Requires `requirements-otel.txt`."""
@@ -206,7 +221,8 @@ class Settings(BaseModel):
         """Maximum duration of a provider call.
 
         Four of its waits have the connect timeout: for a free connection of ours, for httpx' pool, for the connection
-        and for the write. The read timeout limits each read, so a response that arrives in small parts may take longer.
+        and for the write. The read timeout limits each read, so a head that arrives in small parts may take longer. A
+        body gets about a second more.
         """
         return timedelta(seconds=4 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s)
 
@@ -291,6 +307,8 @@ def _require_real(name: str, secret: SecretStr) -> None:
 def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
     """Build the settings from `environ`.
 
+    Space around a value is ignored: a file with a secret usually ends with a newline.
+
     Raises:
         ConfigurationError: a `PAYREADY_*` variable is unknown or has a bad value, or a secret is missing.
     """
@@ -300,7 +318,11 @@ def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
         raise ConfigurationError(
             f"{unknown[0]} is not a setting of payready; docs/reference/configuration.md lists the settings"
         )
-    values = {name[len(ENV_PREFIX) :].lower(): environ[name] for name in known if environ.get(name)}
+    given = {name: value for name in sorted(known) if (value := environ.get(name, "").strip())}
+    for name, value in given.items():
+        if not value.isprintable():
+            raise ConfigurationError(f"{name}: must have no line break or other control character")
+    values = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in given.items()}
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

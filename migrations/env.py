@@ -10,7 +10,7 @@ from worker.ledger.engine import lift_limits_for_migrations, open_engine
 from worker.ledger.tables import PAYMENT
 
 try:
-    engine = open_engine(settings().database_url, connections=1)
+    engine = open_engine(settings().database_url, connections=1, may_create_file=True)
 except ConfigurationError as error:
     sys.exit(f"payready cannot start: {error}")
 if context.config.cmd_opts is not None:  # on the command line, not within another process

@@ -14,7 +14,7 @@ from config.celery_config import celery_settings
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start, replace_log_context
 from config.settings import ConfigurationError, Settings, settings
-from tasks import tracing
+from tasks import result_store, tracing
 
 
 def _set_up_process_and_make_app() -> Celery:
@@ -44,6 +44,7 @@ def _make_app(settings: Settings) -> Celery:
     )
     app.conf.update(celery_settings(settings))
     app.steps["consumer"].add("tasks.consumer_step:QueueConsumers")
+    result_store.store_no_tracebacks(app)
     return app
 
 

@@ -17,7 +17,7 @@ from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import InvalidJob, PaymentNotReady, error_summary
 from worker.flow import IntakeRequest, IntakeResult, OnWaiting
 from worker.ledger.engine import DATABASE_UNAVAILABLE
-from worker.rules.job import parse_job
+from worker.rules.job import parse_job, parse_payment_id
 from worker.runtime import runtime
 
 log = get_logger(__name__)
@@ -29,12 +29,16 @@ log = get_logger(__name__)
     ignore_result=False,
     throws=(InvalidJob, PaymentNotReady),  # expected results: Celery logs no traceback
 )
-def accept_payment_and_suspend_task(self: Task, job: dict[str, Any] | None = None, /, **arguments: Any) -> None:
+def accept_payment_and_suspend_task(
+    self: Task, job: dict[str, Any] | None = None, /, *superfluous: Any, **arguments: Any
+) -> None:
     """Accept a payment job, and suspend the task until the payment is resolved.
 
     The job is passed as keyword arguments, or as a mapping by the previous task of a chain. Job and outcome are
     described in `docs/reference/job-and-outcome.md`.
     """
+    if superfluous:
+        raise InvalidJob("more than one positional argument; pass the job as one mapping or as keyword arguments")
     try:
         request = parse_request(job, arguments, suspension.assign_task_ids_and_make_continuation(self.request))
         result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
@@ -97,18 +101,24 @@ def deliver_undelivered_outcomes(task_ids: Sequence[str]) -> None:
     deliver_and_mark_within_time_budget(flow.claim_deliveries(runtime(), task_ids))
 
 
-@app.task(name="payments.end_hold", ignore_result=False)
-def end_hold(payment_id: str) -> bool:
+@app.task(name="payments.end_hold", ignore_result=False, throws=(InvalidJob,))
+def end_hold(payment_id: Any = None, /, *superfluous: Any, **arguments: Any) -> bool:
     """End the funds hold of a released payment. Return False if it has none, or it ended before.
 
     Send it when the debit shows in the balance of the account, or will not be made.
     """
-    return flow.end_hold(runtime(), payment_id)
+    return flow.end_hold(runtime(), _parse_payment_id(payment_id, superfluous, arguments))
 
 
-@app.task(name="payments.cancel", ignore_result=False)
-def cancel(payment_id: str) -> bool:
+def _parse_payment_id(first: Any, superfluous: Sequence[Any], keyword: Mapping[str, Any]) -> str:
+    """Parse the arguments of a task. Celery logs a `TypeError` with a traceback, an `InvalidJob` without."""
+    return parse_payment_id([*([] if first is None else [first]), *superfluous], keyword)
+
+
+@app.task(name="payments.cancel", ignore_result=False, throws=(InvalidJob,))
+def cancel(payment_id: Any = None, /, *superfluous: Any, **arguments: Any) -> bool:
     """Fail a waiting payment as cancelled. Return False if it is resolved already or unknown."""
-    follow_up = flow.fail_waiting_as_cancelled_with_fee_share(runtime(), [payment_id])
+    payment = _parse_payment_id(payment_id, superfluous, arguments)
+    follow_up = flow.fail_waiting_as_cancelled_with_fee_share(runtime(), [payment])
     dispatch(follow_up)
     return bool(follow_up.deliveries)

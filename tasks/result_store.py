@@ -1,12 +1,38 @@
-"""Batched writes to Celery's result backend."""
+"""Writes to Celery's result backend: in batches, and without tracebacks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 from celery import Celery
+from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
+
+
+class _WithoutTracebacks:
+    """A mixin for result backends: an error is stored with its type and message, without the paths of our source."""
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, _traceback: Any = None, request: Any = None, **options: Any
+    ) -> Any:
+        options.pop("traceback", None)
+        return super().store_result(task_id, result, state, None, request, **options)  # type: ignore[misc]
+
+
+def store_no_tracebacks(app: Celery) -> None:
+    """Make the app's result backend store no traceback: the results are for the payments service.
+
+    This covers all that Celery stores: failed tasks, their chains, and the bodies of failed chords.
+    """
+    backend, url = by_url(app.conf.result_backend, app.loader)
+    # Celery passes the URL only to a backend that it has found by this URL.
+    app.backend_cls = type(backend.__name__, (_WithoutTracebacks, backend), {"__init__": partialmethod(_init, url)})
+
+
+def _init(backend: Any, found_url: str | None, *args: Any, **options: Any) -> None:
+    super(type(backend), backend).__init__(*args, **{**options, "url": found_url})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """The role `web`: `python -m webhook` serves the endpoint. A proxy in front terminates TLS."""
 
+import contextlib
 import signal
+import socket
 import sys
 from typing import Any
 
@@ -8,7 +10,7 @@ import uvicorn
 
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start
-from config.settings import ConfigurationError, settings
+from config.settings import ConfigurationError, Settings, settings
 from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
 
@@ -23,6 +25,17 @@ SERVER: dict[str, Any] = {
     "timeout_graceful_shutdown": 10,
     "limit_concurrency": 1000,  # connections; times the body limit this bounds the memory; more get 503
 }
+
+
+def _open_listeners_of_both_families_if_wildcard(settings: Settings) -> list[socket.socket] | None:
+    """Return a listener for IPv4 and IPv6 if the address is `::`, else None: uvicorn would open one for IPv6 only."""
+    if settings.webhook_host != "::":
+        return None
+    try:
+        address = (settings.webhook_host, settings.webhook_port)
+        return [socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True)]
+    except OSError as error:
+        sys.exit(f"payready cannot start: PAYREADY_WEBHOOK_HOST and PAYREADY_WEBHOOK_PORT: {error}")
 
 
 def serve_then_finish_follow_ups() -> None:
@@ -45,7 +58,9 @@ def serve_then_finish_follow_ups() -> None:
     # would end the process before the follow-ups have run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
-        uvicorn.run(app, host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
+        config = uvicorn.Config(app, host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(_open_listeners_of_both_families_if_wildcard(chosen))
     finally:
         group_committer.shut_down_after_follow_ups()
 

@@ -45,7 +45,7 @@ class FailureReason(StrEnum):
 
 
 class InvalidJob(Exception):
-    """The job breaks its contract. Nothing was stored and no call was made: correct the job and send it again."""
+    """The job, or an argument of another task, breaks its contract. Nothing was stored. Correct it and send again."""
 
 
 class PaymentNotReady(Exception):

@@ -1,5 +1,6 @@
 """The HTTP server of `/metrics`, `/healthz` and `/readyz`, one per process."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -20,6 +21,10 @@ IDLE_CONNECTION_TIMEOUT_S = 10
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        super().__init__(address, handler)
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -104,7 +104,7 @@ class LedgerBuilder:
 def ledger(request: pytest.FixtureRequest, tmp_path: Path, postgres_server: Postgres) -> Iterator[LedgerBuilder]:
     """Create an empty ledger."""
     url = f"sqlite:///{tmp_path}/ledger.db" if request.param == "sqlite" else postgres_server.database()
-    engine = open_engine(url, connections=10)
+    engine = open_engine(url, connections=10, may_create_file=True)
     SQLModel.metadata.create_all(engine)
     yield LedgerBuilder(url, engine)
     engine.dispose()

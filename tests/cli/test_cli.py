@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -281,9 +282,11 @@ def test_invalid_month_is_rejected(run: Run, month: str) -> None:
 
 def test_error_names_misspelt_setting_and_missing_database(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator knows what to change."""
-    monkeypatch.setenv("PAYREADY_DATABASE_URL", "sqlite:////nowhere/at/all.db")
+    monkeypatch.setenv("PAYREADY_DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     said = run("payment", "list").stderr
-    assert "the database did not respond: OperationalError: unable to open database file; check" in said
+    assert re.search(
+        "the database did not respond: OperationalError: .*; check PAYREADY_DATABASE_URL, or try again", said
+    )
     monkeypatch.setenv("PAYREADY_DATABASE_URI", "x")
     assert "PAYREADY_DATABASE_URI is not a setting of payready" in run("payment", "list").stderr
 
@@ -292,9 +295,47 @@ def test_error_of_database_without_tables_names_the_role_release(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The address is right, so the error does not mention it."""
+    (tmp_path / "new.db").touch()
     monkeypatch.setenv("PAYREADY_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
     said = run("payment", "list").stderr
     assert said == "payready: the database is behind this release; run the role `release`: alembic upgrade head\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "payment show pay_1",
+        "payment list",
+        "payment redeliver pay_1",
+        "payment end-hold pay_1",
+        "fees statement",
+        "fees statement --by payment",
+        "fees pending",
+        "fees reconcile invoice.csv --month 2026-11 --currency USD",
+        "fees reconcile invoice.csv --month 2026-10 --currency USD --apply",
+        "quarantine list",
+        "quarantine show qua_1",
+        "quarantine replay --all",
+        "quarantine delete qua_1",
+    ],
+)
+def test_command_in_an_empty_folder_creates_no_database(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """It names the file, the setting, and the role that creates the database."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PAYREADY_DATABASE_URL", raising=False)
+    for module in ("main", "command_line", "webhook_commands", "fee_commands"):
+        monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
+    month = "2026-10" if "--apply" in command else "2026-11"
+    (tmp_path / "invoice.csv").write_text(f"account_id,date,amount\nacct_a,{month}-22,0.10\n")
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"payready: there is no database at {tmp_path}/payready.db (PAYREADY_DATABASE_URL); "
+        "correct the setting, or create it with the role `release`: alembic upgrade head\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["invoice.csv"]
 
 
 def test_error_of_broker_names_the_settings_of_its_address(run: Run) -> None:

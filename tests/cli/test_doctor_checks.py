@@ -147,3 +147,17 @@ def test_doctor_runs_all_checks_despite_invalid_addresses(
         "web accepts signed delivery",
         "flower requires login",
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("10.0.0.7", "http://10.0.0.7:8000"),
+    ],
+)
+def test_doctor_looks_for_web_at_the_address_of_the_settings(host: str, url: str) -> None:
+    assert doctor.local_web_url(Settings(webhook_host=host)) == url

@@ -1,11 +1,10 @@
 """Commands about quarantined events and the webhook subscription."""
 
 import json
+import socket
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import SecretStr
 from redis import Redis
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from config.settings import settings
 from tests.cli.conftest import NOON, LedgerBuilder
+from tests.support.raw_server import raw_server, respond
 from tests.support.simulator import Simulator
 from worker import metrics, runtime
 from worker.errors import CallFailed
@@ -200,19 +200,17 @@ def test_unreachable_provider_is_an_error_and_gauge_is_nan(
     assert "PAYREADY_WEBHOOK_URL" in run("webhooks", "unsubscribe").stderr
 
 
-def _always(response: httpx.Response, _: httpx.Request) -> httpx.Response:
-    return response
-
-
-def test_undocumented_response_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "serve", [respond(200, body=b'{"data":[]}'), respond(500), respond(200, body=b"<html>"), respond(204)]
+)
+def test_undocumented_response_is_an_error(serve: Callable[[socket.socket], None]) -> None:
     """No response is taken for a subscription without validation."""
-    for response in (httpx.Response(200, json={"data": []}), httpx.Response(500), httpx.Response(200, text="<html>")):
-        quarantined_event = SubscriptionsClient("http://x", SecretStr("k"), connect_timeout_s=1, read_timeout_s=1)
-        quarantined_event._http_client = httpx.Client(
-            transport=httpx.MockTransport(partial(_always, response)), base_url="http://x"
-        )
-        with pytest.raises(CallFailed, match="not documented"), quarantined_event:
-            quarantined_event.list_all()
+    with (
+        raw_server(serve) as server,
+        SubscriptionsClient(server.url, SecretStr("k"), connect_timeout_s=1, read_timeout_s=1) as client,
+        pytest.raises(CallFailed, match="not documented"),
+    ):
+        client.list_all()
 
 
 def test_subscription_without_https_is_a_problem() -> None:

@@ -3,6 +3,7 @@
 import threading
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from worker.ledger.engine import (
     _DISABLED_PLANS,
     DATABASE_UNAVAILABLE,
     Engine,
+    NoDatabaseFile,
     open_engine,
     ping,
     read_snapshot,
@@ -160,6 +162,15 @@ def test_unreachable_database_raises_database_unavailable() -> None:
         with pytest.raises(DATABASE_UNAVAILABLE):
             ping(engine)
         engine.dispose()
+
+
+def test_only_release_creates_the_file_of_a_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/new.db"
+    with pytest.raises(NoDatabaseFile, match=f"^there is no database at {tmp_path}/new.db "):
+        ping(open_engine(url, connections=1))
+    assert not (tmp_path / "new.db").exists()
+    ping(open_engine(url, connections=1, may_create_file=True))
+    ping(open_engine(url, connections=1))
 
 
 def test_durability_settings_of_both_databases(engine: Engine) -> None:

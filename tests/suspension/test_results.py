@@ -1,5 +1,6 @@
 """The result of a payment is a Celery result, and the task can be revoked like one."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -184,6 +185,66 @@ def test_invalid_job_fails_like_any_task(
     assert raised_by(result.parent.results[0]) == exception
     eventually(lambda: notes() == ["body-errback", "errback", "x"])
     eventually(lambda: type(result.result).__name__ == "ChordError")
+
+
+@pytest.mark.parametrize("options", [{}, {"expires": 3600}], ids=["batch", "default strategy"])
+@pytest.mark.parametrize("payment", [_unknown_field, _no_mapping, _conflict])
+def test_result_of_a_refused_job_has_no_traceback(
+    service: Celery, kit: Kit, key: Callable[[Any], bytes], payment: Callable[[Kit], Signature], options: dict[str, Any]
+) -> None:
+    """It has the type and the message of the error, and no path of our source."""
+    body = kit.note("body", link_error=kit.note("body-errback"))
+    result = chord([payment(kit).set(**options), kit.note("x")], body, app=kit.app).apply_async()
+    refused = result.parent.results[0]
+    name, _ = raised_by(refused)
+    eventually(lambda: type(result.result).__name__ == "ChordError")
+    stored = service.backend.client.get(key(refused))
+    assert json.loads(stored)["traceback"] is None
+    assert b".py" not in stored
+    assert json.loads(stored)["result"]["exc_type"] == name
+
+
+@pytest.mark.parametrize("task", ["payments.cancel", "payments.end_hold"])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((12,), {}, "payment_id: must be 1 to 128 printable ASCII characters without spaces"),
+        (("pay 1",), {}, "payment_id: must be 1 to 128 printable ASCII characters without spaces"),
+        ((["pay_1"],), {}, "payment_id: must be 1 to 128 printable ASCII characters without spaces"),
+        ((), {}, "payment_id: is missing"),
+        ((None,), {}, "payment_id: is missing"),
+        (("pay_1", "pay_2"), {}, "payment_id: must be the only argument"),
+        (("pay_1",), {"payment_id": "pay_1"}, "payment_id: must be the only argument"),
+        ((), {"payment": "pay_1"}, "payment: is not an argument of this task, only payment_id is"),
+    ],
+)
+def test_wrong_argument_fails_with_its_name(
+    payready: System, kit: Kit, task: str, args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    """The caller gets the error, and the log of the worker has no traceback."""
+    log = payready.processes.log_of("worker")
+    logged = log.read_text()
+    result = kit.app.send_task(task, args, kwargs, queue="payments")
+    assert raised_by(result) == ("InvalidJob", (message,))
+    assert "Traceback" not in log.read_text().removeprefix(logged)
+
+
+@pytest.mark.parametrize("options", [{}, {"expires": 3600}], ids=["batch", "default strategy"])
+def test_superfluous_positional_argument_of_a_job_is_refused(payready: System, kit: Kit, options: Any) -> None:
+    log = payready.processes.log_of("worker")
+    logged = log.read_text()
+    result = kit.app.send_task("payments.initiate", (kit.job(), kit.job()), queue="payments", **options)
+    name, (message,) = raised_by(result)
+    assert (name, message.partition(";")[0]) == ("InvalidJob", "more than one positional argument")
+    assert "Traceback" not in log.read_text().removeprefix(logged)
+
+
+@pytest.mark.parametrize("arguments", [{"args": ("{}",)}, {"kwargs": {"payment_id": "{}"}}])
+def test_payment_id_of_cancel_may_be_positional_or_named(kit: Kit, arguments: dict[str, Any]) -> None:
+    result = kit.pay().apply_async()
+    eventually(lambda: is_waiting(result))
+    filled = json.loads(json.dumps(arguments).replace("{}", kit.payments[0]))
+    assert kit.app.send_task("payments.cancel", queue="payments", **filled).get(timeout=15) is True
 
 
 def test_every_task_of_a_payment_gets_the_outcome(payready: System, kit: Kit, notes: Callable[[], list[str]]) -> None:

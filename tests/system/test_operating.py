@@ -185,11 +185,12 @@ def test_doctor_reports_no_error_on_a_working_system(production: ProductionSyste
 
 def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp_path: Path) -> None:
     """One error does not hide another."""
+    (tmp_path / "empty.db").touch()
     assert production.errors(
         PAYREADY_ENV="development",
         PAYREADY_WEBHOOK_SECRETS="",
         PAYREADY_QUILTT_API_KEY="another",
-        PAYREADY_DATABASE_URL=f"sqlite:///{tmp_path}/new.db",
+        PAYREADY_DATABASE_URL=f"sqlite:///{tmp_path}/empty.db",
         PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
@@ -200,6 +201,9 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
         "webhook secrets": "none is set: `web` rejects every delivery",
     }
+    errors = production.errors(PAYREADY_DATABASE_URL=f"sqlite:///{tmp_path}/new.db")
+    assert errors == {"database": f"there is no database at {tmp_path}/new.db (PAYREADY_DATABASE_URL)"}
+    assert not (tmp_path / "new.db").exists()
     errors = production.errors(
         PAYREADY_DATABASE_URL="postgresql://u@127.0.0.1:1/x",
         PAYREADY_QUILTT_AUTH_URL="http://127.0.0.1:1",

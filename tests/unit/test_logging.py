@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 from unittest.mock import MagicMock
 
 import pytest
 
-from config.log_config import configure_logging, payready_version
+from config.log_config import configure_logging, get_logger, payready_version
 from config.settings import Settings
 from demo.processes import ROOT
 from tasks import balance_tasks
@@ -31,6 +33,46 @@ def test_beat_without_broker_logs_one_line(capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr().err
     assert "Message Error: refused" in output
     assert "a stack" not in output
+
+
+FORGED = "x\r\n2026-01-01T00:00:00.000000Z [info     ] forged\x1b[2J\u2028\x85\x00"
+
+
+def _log_exception() -> None:
+    error = ValueError(FORGED)
+    get_logger("ours").error("odd.event", exc_info=(type(error), error, None))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: get_logger("ours").warning("odd.event", error=FORGED, count=1),
+        lambda: get_logger("ours").warning(FORGED),
+        lambda: get_logger("ours").warning(
+            "odd.event", items=[FORGED], by_name={"a": FORGED}, error=ValueError(FORGED)
+        ),
+        lambda: logging.getLogger("theirs").warning("odd %s", FORGED),
+        _log_exception,
+    ],
+)
+@pytest.mark.parametrize("env", ["development", "production"])
+def test_value_with_line_breaks_forges_no_line(
+    capsys: pytest.CaptureFixture[str], write: Callable[[], None], env: Literal["development", "production"]
+) -> None:
+    """In development a line that continues an event is indented. No terminal obeys a value."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    try:
+        configure_logging(Settings.model_construct(env=env))
+        write()
+    finally:
+        root.handlers, root.level = handlers, level
+    output = capsys.readouterr().err
+    assert "forged" in output
+    assert output.replace("\n", "").isprintable()
+    first, *continued = output.removesuffix("\n").split("\n")
+    assert first
+    assert all(line.startswith("    ") for line in continued)
 
 
 def test_version_is_known_if_payready_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

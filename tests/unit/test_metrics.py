@@ -100,3 +100,15 @@ def test_metrics_server_serves_metrics_health_and_readiness() -> None:
     assert get("/readyz") == 200
     assert port is not None
     assert start_metrics_server("127.0.0.1", port) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "clients"), [("::1", ["[::1]"]), ("::", ["[::1]", "127.0.0.1"]), ("0.0.0.0", ["127.0.0.1"])]
+)
+def test_metrics_server_listens_on_ipv6_addresses(host: str, clients: list[str]) -> None:
+    """`::` accepts both families, so that a check at 127.0.0.1 still works."""
+    port = start_metrics_server(host, 0)
+    assert port is not None
+    for client in clients:
+        with urllib.request.urlopen(f"http://{client}:{port}/healthz", timeout=5) as response:
+            assert response.status == 200

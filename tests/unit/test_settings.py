@@ -237,3 +237,47 @@ def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
     """Payready's own workers would discard the callbacks, whose tasks they do not know."""
     with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments"})
+
+
+SECRETS_AND_ADDRESSES = {
+    "PAYREADY_QUILTT_API_KEY": "qk_hunter2",
+    "PAYREADY_WEBHOOK_SECRETS": "whsec_hunter2",
+    "PAYREADY_QUILTT_API_URL": "https://hunter2",
+    "PAYREADY_QUILTT_AUTH_URL": "https://hunter2",
+    "PAYREADY_WEBHOOK_URL": "https://hunter2/webhooks/quiltt",
+    "PAYREADY_WEBHOOK_HOST": "hunter2",
+    "PAYREADY_METRICS_HOST": "hunter2",
+    "PAYREADY_REDIS_URL": "redis://:hunter2@r",
+    "PAYREADY_BROKER_URL": "amqp://u:hunter2@r",
+    "PAYREADY_RESULT_BACKEND_URL": "redis://:hunter2@r",
+}
+NO_CONTROL_CHARACTER = "have no line break or other control character"
+
+
+@pytest.mark.parametrize("name", [*SECRETS_AND_ADDRESSES, "PAYREADY_DATABASE_URL", "PAYREADY_PRICE_LIST_FILE"])
+@pytest.mark.parametrize("space", ["\n", "\r\n", " ", "\t", "\u00a0"])
+def test_space_around_a_value_is_ignored(name: str, space: str) -> None:
+    """A file with a secret usually ends with a newline."""
+    value = SECRETS_AND_ADDRESSES.get(name, "sqlite:///hunter2")
+    assert load_rejecting_unknown({name: f"{space}{value}{space}"}) == load_rejecting_unknown({name: value})
+
+
+@pytest.mark.parametrize("name", SECRETS_AND_ADDRESSES)
+@pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\x7f", " ", "\u00e9", "\u2028", "\udcff"])
+def test_secret_or_address_with_a_space_or_unusual_character_is_refused(name: str, character: str) -> None:
+    """Such an API key would fail each call with an error of the HTTP client, or forge a header."""
+    value = SECRETS_AND_ADDRESSES[name].replace("hunter2", f"hunter2{character}x")
+    with pytest.raises(ConfigurationError) as error_info:
+        load_rejecting_unknown({name: value})
+    rule = "have only visible ASCII characters, without spaces" if character.isprintable() else NO_CONTROL_CHARACTER
+    assert str(error_info.value) == f"{name}: must {rule}"
+
+
+@pytest.mark.parametrize("name", ["PAYREADY_DATABASE_URL", "PAYREADY_PRICE_LIST_FILE", "PAYREADY_ENV"])
+def test_control_character_is_refused_in_every_setting(name: str) -> None:
+    """The name of a file may have other characters than ASCII, and spaces."""
+    with pytest.raises(ConfigurationError) as error_info:
+        load_rejecting_unknown({name: "sqlite:///hunter2\nx"})
+    assert str(error_info.value) == f"{name}: must {NO_CONTROL_CHARACTER}"
+    url = "sqlite:////é t/x.db"
+    assert load_rejecting_unknown({"PAYREADY_DATABASE_URL": url}).database_url == url

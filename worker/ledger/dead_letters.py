@@ -9,10 +9,11 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from config.escaping import escape_unprintable
 from worker.ledger.engine import Row, Tx
 from worker.ledger.retention import RetainedTable, RetentionLimits
 from worker.ledger.tables import DEAD_LETTER
-from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage, printable_text
+from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 
 letter = DEAD_LETTER.c
 LIMITS = RetentionLimits()
@@ -94,7 +95,7 @@ def _columns(message: UnhandledMessage, now: datetime) -> dict[str, Any]:
 
 def bounded_text(text: str) -> str:
     """Return the text on one line, without control characters, cut to `MAX_TEXT_LENGTH`."""
-    return printable_text(text[:MAX_TEXT_LENGTH]).replace("\n", " ")[:MAX_TEXT_LENGTH]
+    return escape_unprintable(text[:MAX_TEXT_LENGTH])[:MAX_TEXT_LENGTH]
 
 
 def _upsert(tx: Tx) -> Any:

@@ -1,10 +1,11 @@
 """Connections to the database: one engine per process, and short transactions."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 __all__ = [
     "DATABASE_UNAVAILABLE",
     "Engine",
+    "NoDatabaseFile",
     "NotMigrated",
     "Row",
     "Tx",
@@ -36,7 +38,14 @@ class NotMigrated(Exception):
         super().__init__(self.__doc__)
 
 
-DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated)
+class NoDatabaseFile(Exception):
+    """The file of an SQLite database does not exist. Only the role `release` creates it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"there is no database at {path} (PAYREADY_DATABASE_URL)")
+
+
+DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated, NoDatabaseFile)
 """Errors of a database that cannot be reached, does not respond in time, or is not migrated yet."""
 _DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
 """Plan types that are off in transactions, whose statements find rows by key. Otherwise PostgreSQL scans a small table
@@ -60,8 +69,12 @@ MAX_WAIT_S = 30
 """Maximum wait of a writer for another one on SQLite, and of a thread for a connection of the pool."""
 
 
-def open_engine(url: str, *, connections: int) -> Engine:
-    """Return an engine for `sqlite:///file` or `postgresql://...`. It opens connections at their first use."""
+def open_engine(url: str, *, connections: int, may_create_file: bool = False) -> Engine:
+    """Return an engine for `sqlite:///file` or `postgresql://...`. It opens connections at their first use.
+
+    `may_create_file`: a connection creates the file of an SQLite database. Otherwise it raises `NoDatabaseFile`, so
+    that a wrong address leaves no empty database behind.
+    """
     if url.startswith("sqlite"):
         engine = create_engine(
             url,
@@ -71,6 +84,8 @@ def open_engine(url: str, *, connections: int) -> Engine:
             hide_parameters=True,  # error texts must not show a payment's data
         )
         event.listen(engine, "handle_error", _raise_not_migrated)
+        if not may_create_file:
+            event.listen(engine, "do_connect", _raise_if_file_is_missing)
         event.listen(engine, "connect", _set_sqlite_pragmas_and_manual_begin)
         event.listen(engine, "begin", _begin_sqlite_immediate_unless_read_only)
         return engine
@@ -96,6 +111,12 @@ def _raise_not_migrated(context: ExceptionContext) -> None:
     is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
     if is_missing or re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
         raise NotMigrated
+
+
+def _raise_if_file_is_missing(_dialect: object, _record: object, arguments: Sequence[str], _keywords: object) -> None:
+    path = Path(arguments[0]).absolute()
+    if not path.exists():
+        raise NoDatabaseFile(path)
 
 
 def _stamp_last_use(_connection: object, record: Any) -> None:

@@ -4,13 +4,14 @@ import json
 import threading
 import time
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from worker import metrics
 from worker.errors import CallNotSent, CallResultUnknown, ConnectionPoolExhausted
+from worker.quiltt import bounded_responses
 from worker.quiltt.messages import PolledAccount
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected, refresh_error
 from worker.rules.pricing import ACCEPTED_STATUS
@@ -52,6 +53,7 @@ class QuilttClient:
         self._introspect_url = auth_url.rstrip("/") + "/v1/introspect/api_key"
         self._api_key = api_key
         self._headers = httpx.Headers({"Authorization": f"Bearer {api_key.get_secret_value()}"})  # hidden in its repr
+        self._read_timeout_s = read_timeout_s
         self._timeout = httpx.Timeout(connect_timeout_s, read=read_timeout_s)
         self._ssl_context = httpx.create_ssl_context(trust_env=False)
         self._http_client = httpx.Client(
@@ -90,15 +92,20 @@ class QuilttClient:
             transport = self._pop_idle_or_new_transport()
             # With the extension `target` httpx parses no URL per account.
             target = self._api_base.raw_path.rstrip(b"/") + path.encode()
-            extensions = {"timeout": self._timeout.as_dict(), "target": target}
+            timeouts = self._timeout.as_dict()
+            extensions = {"timeout": timeouts, "target": target}
             request = httpx.Request("POST", self._api_base, headers=self._headers, extensions=extensions)
             try:
                 response = transport.handle_request(request)
-                response.read()
+                # The status is the result. Whatever its body is, a call with 202 was accepted and billed.
+                is_reusable = bounded_responses.try_discard_body(response, timeouts)
             except BaseException:
                 transport.close()
                 raise
-            self._idle_transports.append(transport)  # last in, first out: few connections stay in use
+            if is_reusable:
+                self._idle_transports.append(transport)  # last in, first out: few connections stay in use
+            else:
+                transport.close()
         finally:
             self._free_connections.release()
         return response
@@ -120,7 +127,7 @@ class QuilttClient:
         request = {"query": ACCOUNT_BALANCE_QUERY, "variables": {"id": account_id}}
         login = httpx.BasicAuth(profile_id, self._api_key.get_secret_value())
         try:
-            response = self._http_client.post(self._graphql_url, json=request, auth=login)
+            response = self._post(self._graphql_url, json=request, auth=login)
         except httpx.RequestError as error:
             raise CallNotSent(f"the balance poll failed: {error_class_as_words(error)}") from error
         try:
@@ -139,7 +146,7 @@ class QuilttClient:
             CallRejected: the provider does not accept the key.
         """
         try:
-            response = self._http_client.post(self._introspect_url)
+            response = self._post(self._introspect_url)
         except httpx.RequestError as error:
             raise CallNotSent(f"the API key could not be checked: {error_class_as_words(error)}") from error
         raise_if_key_rejected(response)
@@ -149,6 +156,9 @@ class QuilttClient:
             raise CallNotSent(
                 f"the API key could not be checked: HTTP {response.status_code} without a valid body"
             ) from None
+
+    def _post(self, url: str, **options: Any) -> httpx.Response:
+        return bounded_responses.request(self._http_client, "POST", url, body_timeout_s=self._read_timeout_s, **options)
 
     def close(self) -> None:
         """Close all connections."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, Valid
 from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed, CallNotSent
+from worker.quiltt import bounded_responses
 from worker.quiltt.messages import REQUIRED_EVENT_TYPES
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected
 
@@ -68,6 +69,7 @@ class SubscriptionsClient:
     """
 
     def __init__(self, api_url: str, api_key: SecretStr, *, connect_timeout_s: float, read_timeout_s: float) -> None:
+        self._read_timeout_s = read_timeout_s
         self._http_client = httpx.Client(
             base_url=api_url.rstrip("/") + "/v1/webhooks",
             headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
@@ -120,7 +122,9 @@ class SubscriptionsClient:
 
     def _request(self, method: str, path: str, fields: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            response = self._http_client.request(method, path, json=fields)
+            response = bounded_responses.request(
+                self._http_client, method, path, body_timeout_s=self._read_timeout_s, json=fields
+            )
         except httpx.RequestError as error:
             raise CallNotSent(f"webhook subscriptions could not be requested: {error_class_as_words(error)}") from error
         raise_if_key_rejected(response)

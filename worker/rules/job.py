@@ -6,12 +6,12 @@ only the currency: any other may be private.
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from worker.errors import InvalidJob
 from worker.rules.decimals import WIDE_CONTEXT, BoundedDecimalString, DecimalString, minor_unit_digits
@@ -53,10 +53,13 @@ class Buffer(ContractModel):
     fixed: Annotated[BoundedDecimalString, Field(ge=0), _BELOW_MAX_AMOUNT] = Decimal(0)
 
 
+PaymentId = Annotated[str, Field(min_length=1, max_length=MAX_PAYMENT_ID_CHARS, pattern=r"^[!-~]+$")]
+
+
 class Job(ContractModel):
     """The keyword arguments of `payments.initiate`."""
 
-    payment_id: Annotated[str, Field(min_length=1, max_length=MAX_PAYMENT_ID_CHARS, pattern=r"^[!-~]+$")]
+    payment_id: PaymentId
     """The payments service's own id, and the idempotency key of the job. Printable ASCII without spaces."""
     account_id: QuilttId
     profile_id: QuilttId | None = None
@@ -169,6 +172,27 @@ def parse_job(arguments: Mapping[str, Any], *, required_currency: str) -> Job:
     if problems_of_new := list(_problems_of_new_job(job, required_currency)):
         raise InvalidJob("; ".join(problems_of_new))
     return job
+
+
+def parse_payment_id(positional: Sequence[Any], keyword: Mapping[str, Any]) -> str:
+    """Parse the arguments of a task whose only argument is the id of a payment.
+
+    Raises:
+        InvalidJob: the argument is missing, superfluous or wrong. The message names it and its rule.
+    """
+    for name in keyword:
+        if name != "payment_id":
+            raise InvalidJob(f"{name[:MAX_REPORTED_NAME_CHARS]}: is not an argument of this task, only payment_id is")
+    given = [*positional, *keyword.values()]
+    if len(given) != 1:
+        raise InvalidJob("payment_id: must be the only argument" if given else "payment_id: is missing")
+    try:
+        return _PAYMENT_ID.validate_python(given[0])
+    except ValidationError:
+        raise InvalidJob(f"payment_id: {_FIELD_RULES['payment_id']}") from None
+
+
+_PAYMENT_ID = TypeAdapter[str](PaymentId)
 
 
 def _problems_of_new_job(job: Job, currency: str) -> Iterator[str]:

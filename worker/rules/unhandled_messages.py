@@ -33,11 +33,3 @@ class UnhandledMessage:
     """Id of its task, if it can be read."""
     task_name: str | None = None
     """Name of its task, if it can be read."""
-
-
-def printable_text(text: str) -> str:
-    """Return the text with control characters and surrogates escaped, except newlines.
-
-    A terminal or a log does not obey it, and every database stores it.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
