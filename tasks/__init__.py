@@ -1,1 +1,1 @@
-"""Celery: tasks, batch strategies, suspension, dispatch and the broker transport. `worker.flow` has the use cases."""
+"""Celery: tasks, the consumer of the queues, suspension and dispatch. `worker.flow` has the use cases."""

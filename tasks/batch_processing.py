@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tasks.event_publisher import EventPublisher
 from tasks.message_source import MessageSource
-from tasks.messages import TaskMessage
+from tasks.task_messages import TaskMessage
 
 _EVENT_FIELDS = {
     "name": "task",

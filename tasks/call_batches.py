@@ -15,7 +15,7 @@ from tasks.batching import MicroBatcher
 from tasks.celery_handover import CeleryHandover
 from tasks.dispatch import dispatch
 from tasks.message_source import MessageSource
-from tasks.messages import TaskMessage
+from tasks.task_messages import TaskMessage
 from worker import flow
 from worker.flow import CallResult, Claim, FailedCall, RefreshCall
 from worker.runtime import runtime

@@ -16,7 +16,7 @@ from typing import Any
 from config.log_config import get_logger
 from tasks.batch_processing import PoolCapacity
 from tasks.message_source import MessageSource
-from tasks.messages import TaskMessage
+from tasks.task_messages import TaskMessage
 
 log = get_logger(__name__)
 

@@ -6,7 +6,7 @@ thread, which
 
 1. fetches what lies in the queue from a `MessageSource`: this is the batch. A message that comes alone is processed at
    once;
-2. reads each message (`tasks.messages`), and stores what is no task message as a dead letter;
+2. reads each message (`tasks.task_messages`), and stores what is no task message as a dead letter;
 3. passes the messages of `payments.initiate` and `balances.refresh` to their `BatchProcessor`, and all others to Celery
    (`tasks.celery_handover`), which runs them in the worker's pool;
 4. acknowledges a message when its work is done. If the worker is killed before, another worker fetches it.
@@ -31,8 +31,8 @@ from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
 from tasks.dispatch import BROKER_UNAVAILABLE
 from tasks.message_source import BrokerUnavailable, MessageSource
-from tasks.messages import FetchedMessage, TaskMessage, UnusableMessage, read_message
 from tasks.retries import report_retry
+from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_message
 from worker import flow, metrics
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
@@ -119,8 +119,8 @@ class QueueConsumer:
     def _next_batch(self) -> list[TaskMessage]:
         """Return the messages of the next batch, after waiting for one of them."""
         limit = self._fetch_limit_after_wait()
+        self._keep_waiting_messages()  # before the fetch: an error after it would lose what was fetched
         fetched = self._source.fetch(limit, CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S)
-        self._keep_waiting_messages()
         contended, self._contended = self._contended, []
         return [*contended, *self._read_or_store_dead_letters(fetched)]
 

@@ -11,8 +11,8 @@ from tasks.batch_processing import MessageFinisher
 from tasks.celery_handover import CeleryHandover
 from tasks.dispatch import dispatch
 from tasks.message_source import MessageSource
-from tasks.messages import TaskMessage
 from tasks.payment_tasks import make_waiting_result_writer, parse_request
+from tasks.task_messages import TaskMessage
 from worker import flow
 from worker.errors import InvalidJob
 from worker.flow import FollowUp, IntakeRequest, IntakeResult, RefusedJob

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tasks.messages import FetchedMessage
+from tasks.task_messages import FetchedMessage
 
 
 class BrokerUnavailable(Exception):

@@ -22,7 +22,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from config.log_config import get_logger
 from tasks.message_source import BrokerUnavailable
-from tasks.messages import FetchedMessage
+from tasks.task_messages import FetchedMessage
 from worker.errors import error_summary
 
 log = get_logger(__name__)

@@ -20,8 +20,8 @@ from config.settings import Settings
 from demo.processes import assign_free_port
 from tasks.broker_lists import priority_lists
 from tasks.message_source import BrokerUnavailable
-from tasks.messages import FetchedMessage
 from tasks.redis_source import RedisSource, unacked_keys
+from tasks.task_messages import FetchedMessage
 from tests.support.simulator import eventually
 
 OPTIONS = celery_settings(Settings())["broker_transport_options"]

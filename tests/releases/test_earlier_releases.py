@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from redis import Redis
 from config.celery_config import celery_settings
 from config.settings import Settings
 from demo.processes import ROOT
+from tasks.redis_source import unacked_keys
 from tests.releases.__main__ import SETTINGS
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
@@ -82,9 +84,14 @@ def restore(running: System, left: dict[str, Any]) -> None:
         for queue, messages in left["queues"].items():
             for message in messages:
                 client.rpush(queue, message)
-        for stored in left["unacknowledged"].values():  # as a worker that is stopped gives its messages back
-            message, _, queue = json.loads(stored)
-            client.rpush(queue, json.dumps(message))
+        for name, unacknowledged in left["unacknowledged"].items():
+            if isinstance(unacknowledged, str):  # of 0.2.0: as a worker that is stopped gives its messages back
+                message, _, queue = json.loads(unacknowledged)
+                client.rpush(queue, json.dumps(message))
+            else:
+                key, index, _ = unacked_keys(name, "")
+                client.hset(key, mapping=unacknowledged)
+                client.zadd(index, dict.fromkeys(unacknowledged, time.time() - 60))
         for key, fields in left["correlation"].items():
             client.hset(key, mapping=fields)
 

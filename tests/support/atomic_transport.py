@@ -7,9 +7,10 @@ the two commands, the message is lost, and a test could not distinguish that fro
 import time
 from typing import Any
 
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 FETCH = """
 for i = 3, #KEYS do
@@ -28,7 +29,14 @@ end
 POLL_INTERVAL_S = 0.02
 
 
+class _QoS(redis.QoS):
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Track a message, which the fetch has stored already. A full Redis would refuse to store it again."""
+        virtual.QoS.append(self, message, delivery_tag)
+
+
 class _Channel(redis.Channel):
+    QoS = _QoS
     _was_empty = False
 
     def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002 - kombu prescribes the signature
@@ -51,7 +59,10 @@ class _Channel(redis.Channel):
         """
         try:
             fetched = self.client.connection.read_response()
-        except (*self.connection_errors, self.ResponseError):
+        except self.ResponseError as error:  # a Redis that is read-only or full: Celery connects again
+            self.client.connection.disconnect()
+            raise RedisConnectionError(str(error)) from error
+        except self.connection_errors:
             self.client.connection.disconnect()
             raise
         finally:

@@ -8,7 +8,7 @@ from celery.concurrency.thread import TaskPool
 
 from tasks.batch_processing import MessageFinisher, PoolCapacity
 from tasks.call_batches import CallBatchProcessor
-from tasks.messages import FetchedMessage, TaskMessage
+from tasks.task_messages import FetchedMessage, TaskMessage
 from worker.flow import RefreshCall
 
 

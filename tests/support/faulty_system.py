@@ -168,20 +168,15 @@ class FaultySystem:
 
     def _initiate(self, task_id: str, job: dict[str, Any]) -> None:
         payment_tasks.accept_payment_and_suspend_task.push_request(
-            id=task_id, args=(task_id, job), task=payment_tasks.accept_payment_and_suspend_task.name
+            id=task_id,
+            args=(task_id, job),
+            task=payment_tasks.accept_payment_and_suspend_task.name,
+            delivery_info={"redelivered": False},
         )
         try:
             payment_tasks.accept_payment_and_suspend_task.run(**job)
         finally:
             payment_tasks.accept_payment_and_suspend_task.pop_request()
-
-    def retry(self, **_: Any) -> None:
-        """Replace `initiate.retry`."""
-        try:
-            arguments = payment_tasks.accept_payment_and_suspend_task.request.args
-            self.enqueue(None, dispatch.TaskMessage(name="payments.initiate", arguments=arguments))
-        except BrokerUnavailable as error:
-            raise Reject(error, requeue=False) from error
 
     def resume(self, _app: Any, continuation: dict[str, Any], outcome: Any) -> None:
         """Replace `resume_with_result` and `resume_with_error`: send the callbacks, then write the result."""
@@ -287,7 +282,6 @@ def build_faulty_system(
         patch.setattr(suspension, "finish_without_callbacks", system.finish_without_callbacks)
         patch.setattr(suspension, "store_waiting_state", lambda *_: operations.before_operation("redis", "WAITING"))
         patch.setattr(dispatch, "delivered_marks", system.delivered_marks)
-        patch.setattr(payment_tasks.accept_payment_and_suspend_task, "retry", system.retry)
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))
         patch.setattr(client, "execute_command", watched)
         try:

@@ -112,7 +112,10 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
     (accepted, *_) = [line for line in production.log("refresh") if line["event"] == "refresh_call.accepted"]
     assert accepted["account_id"] == "acct_prompt01"
     assert accepted["refresh_id"]
-    eventually(lambda: [line for line in production.log("worker") if "unheard_of" in line["event"]])
+    (dead,) = eventually(
+        lambda: [line for line in production.log("worker") if line["event"] == "message.dead_lettered"]
+    )
+    assert (dead["queue"], dead["reason"]) == ("payments", "unknown_task")
     for role in (*ROLES, "flower"):
         assert [line["role"] for line in production.log(role) if line["event"] == "role.started"] == [role]
         text = payready.processes.log_of(role).read_text()
@@ -252,7 +255,7 @@ def test_doctor_finds_problems_that_no_setting_shows(production: ProductionSyste
     errors.pop("balances", None)  # of the test before
     assert errors == {
         "redis": "maxmemory-policy is allkeys-lru",
-        "workers": "no worker consumes the queue refreshes",
+        "workers": "no worker consumes the queue polls",  # nor `refreshes`: the last error of a check
         "beat": "no tick within 1.5 s",
         "flower": "requires no login",
     }
