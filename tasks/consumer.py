@@ -29,14 +29,11 @@ from typing import Any
 from config.log_config import get_logger
 from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
-from tasks.dispatch import BROKER_UNAVAILABLE
 from tasks.message_source import BrokerUnavailable, MessageSource
-from tasks.retries import report_retry
 from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_message
+from tasks.unavailability import STORE_UNAVAILABLE, report_retry
 from worker import flow, metrics
-from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
-from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 from worker.runtime import runtime
 
@@ -54,7 +51,6 @@ CONTENDED_WAIT_S = 0.025
 """Time until messages of locked accounts are processed again, unless other messages come before."""
 KEEP_INTERVAL_S = 2.0
 """Interval at which messages that take longer are kept: below the shortest visibility timeout."""
-STORE_UNAVAILABLE = (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE)
 
 
 class QueueConsumer:

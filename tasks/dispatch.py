@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from celery.utils import uuid
-from kombu.exceptions import BatchPublishError, OperationalError, SerializationError
+from kombu.exceptions import SerializationError
 from kombu.exceptions import SerializerNotInstalled as NotInstalled
 
 from config.log_config import get_logger, log_context
@@ -16,15 +16,13 @@ from tasks import suspension, tracing
 from tasks.app import app
 from tasks.batching import MicroBatcher, start_after
 from tasks.suspension import FinishedTask
+from tasks.unavailability import log_failure
 from worker import flow
 from worker.errors import PaymentNotReady, error_summary
 from worker.flow import FollowUp
 from worker.ledger.outcome_deliveries import REDELIVER_AFTER, OutcomeDelivery
 from worker.rules.states import PaymentState
 from worker.runtime import runtime
-
-BROKER_UNAVAILABLE = (OperationalError, BatchPublishError, OSError)
-"""Errors that mean that the broker is unavailable."""
 
 UNSENDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SerializationError, NotInstalled)
 """Errors of a callback that cannot be sent, while broker and result backend respond."""
@@ -209,8 +207,8 @@ def _try_resume_and_log(delivery: OutcomeDelivery) -> bool:
         except UNSENDABLE as error:
             _count_failure_and_give_up_after_last_try(delivery, error)
             return False
-        except Exception:
-            log.exception("outcome.delivery_failed", count=1)
+        except Exception as error:  # noqa: BLE001 - the sweep delivers the outcome again
+            log_failure(log, "outcome.delivery_failed", error, count=1)
             return False
         log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
         return True
@@ -226,16 +224,16 @@ def _count_failure_and_give_up_after_last_try(delivery: OutcomeDelivery, error: 
             log.error("outcome.undeliverable", error=reason)
         else:
             log.warning("outcome.delivery_failed", count=1, error=reason)
-    except Exception:
-        log.exception("outcome.delivery_failed", count=1)
+    except Exception as unexpected:  # noqa: BLE001 - the sweep delivers the outcome again
+        log_failure(log, "outcome.delivery_failed", unexpected, count=1)
 
 
 def _try_deliver_results_without_callbacks(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
     """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
         suspension.finish_without_callbacks(app, [_finished_task(delivery) for delivery in deliveries])
-    except Exception:
-        log.exception("outcome.delivery_failed", count=len(deliveries))
+    except Exception as error:  # noqa: BLE001 - the sweep delivers the outcomes again
+        log_failure(log, "outcome.delivery_failed", error, count=len(deliveries))
         return None
     delivered_at = runtime().clock()
     for delivery in deliveries:

@@ -10,13 +10,11 @@ from celery.worker.state import revoked
 from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
-from tasks.dispatch import BROKER_UNAVAILABLE, deliver_and_mark_within_time_budget, dispatch
-from tasks.retries import report_retry
+from tasks.dispatch import deliver_and_mark_within_time_budget, dispatch
+from tasks.unavailability import STORE_UNAVAILABLE, log_failure, report_retry
 from worker import flow
-from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import InvalidJob, PaymentNotReady, error_summary
 from worker.flow import IntakeRequest, IntakeResult, OnWaiting
-from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.rules.job import parse_job, parse_payment_id
 from worker.runtime import runtime
 
@@ -42,15 +40,15 @@ def accept_payment_and_suspend_task(
     try:
         request = parse_request(job, arguments, suspension.assign_task_ids_and_make_continuation(self.request))
         result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
-    except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE, *BROKER_UNAVAILABLE) as error:
+    except STORE_UNAVAILABLE as error:
         report_retry(self.name, self.request.id, error, is_first=not self.request.delivery_info["redelivered"])
         raise Reject(error_summary(error), requeue=True) from error  # the consumer hands it over again
     try:
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
             dispatch(flow.cancel_by_task(runtime(), [self.request.id]))
-    except Exception:  # the payment is committed, so the sweep repeats whatever failed
-        log.exception("follow_up.dispatch_failed", recovery="sweep")
+    except Exception as error:  # noqa: BLE001 - the payment is committed, so the sweep repeats whatever failed
+        log_failure(log, "follow_up.dispatch_failed", error, recovery="sweep")
     raise Ignore
 
 
