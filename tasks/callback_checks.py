@@ -82,7 +82,7 @@ def _is_malformed(signature: Any) -> bool:
     if any(not isinstance(value, types[name]) for name in types if (value := signature.get(name)) is not None):
         return True
     kind = signature.get("subtask_type")
-    if kind is not None and kind not in Signature.TYPES:
+    if kind is not None and (not isinstance(kind, str) or kind not in Signature.TYPES):
         return True
     arguments, options = signature.get("kwargs") or {}, signature.get("options") or {}
     parts = [arguments.get(name) for name in _PARTS.get(str(kind), ())]

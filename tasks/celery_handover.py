@@ -3,6 +3,8 @@
 A message goes to Celery's strategy of its task, in the thread of the event loop, as if Celery had fetched it. Celery
 knows about ETA, expiry, revocation and task events. It acknowledges or rejects the message through `_Channel`.
 
+A message that its strategy refuses is a dead letter. The event loop goes on: an error in it would end the worker.
+
 Celery forgets messages that have not started yet when it loses its own connection to the broker. As they come from
 another connection, they are handed over again.
 """
@@ -13,12 +15,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from config.log_config import get_logger
 from tasks.batch_processing import PoolCapacity
 from tasks.message_source import MessageSource
-from tasks.task_messages import TaskMessage
-
-log = get_logger(__name__)
+from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage
+from tasks.unavailability import STORE_UNAVAILABLE, report_retry
+from worker.rules.unhandled_messages import DeadLetterReason
 
 REQUEUE_DELAY_S = 2.0
 """Time until a message that its task rejected, to be requeued, is handed over again."""
@@ -34,6 +35,8 @@ class _HandedMessage:
     """Whether it counts as a used thread of the pool. A message that waits for its ETA does not."""
     is_rejected: bool = False
     """Whether its task rejected it because a store was unavailable, so that it is handed over again."""
+    refusal: UnusableMessage | None = None
+    """Why Celery's strategy refused it."""
 
     @property
     def is_kept(self) -> bool:
@@ -68,7 +71,7 @@ class CeleryHandover:
         Tasks that are running meanwhile run twice: all of payready's tasks may.
         """
         with self._lock:
-            handed = list(self._handed.values())
+            handed = [each for each in self._handed.values() if each.refusal is None]
         for each in handed:
             self._consumer.call_soon(self._pass_to_strategy, each)
 
@@ -94,7 +97,41 @@ class CeleryHandover:
                 del self._handed[key]
         return [tag for _, tag in keys]
 
+    def take_refused(self, queue: str) -> list[tuple[FetchedMessage, UnusableMessage]]:
+        """Return a queue's messages that Celery refused, with the reason, and forget them."""
+        with self._lock:
+            refused = [
+                (key, each.message.fetched, each.refusal)
+                for key, each in self._handed.items()
+                if key[0] == queue and each.refusal
+            ]
+            for key, _, _ in refused:
+                del self._handed[key]
+        return [(fetched, refusal) for _, fetched, refusal in refused]
+
     def _pass_to_strategy(self, handed: _HandedMessage) -> None:
+        unavailable = (*STORE_UNAVAILABLE, *self._consumer.connection_errors)
+        try:
+            self._call_strategy(handed)
+        except unavailable as error:  # Celery stores the result of an expired task
+            message = handed.message
+            report_retry(message.task_name, message.task_id, error, is_first=not handed.is_rejected)
+            self.hand_over_later(handed)
+        except Exception as error:  # noqa: BLE001 - Celery documents none
+            self._refuse(handed, error)
+
+    def _refuse(self, handed: _HandedMessage, error: Exception) -> None:
+        """Leave a message to the consumer of its queue, which stores it as a dead letter."""
+        message = handed.message
+        detail = f"the message: Celery does not accept it ({type(error).__name__})"
+        handed.refusal = UnusableMessage(
+            DeadLetterReason.UNREADABLE, detail, task_id=message.task_id, task_name=message.task_name
+        )
+        if handed.uses_capacity:
+            handed.uses_capacity = False
+            self._capacity.release(1)
+
+    def _call_strategy(self, handed: _HandedMessage) -> None:
         message = handed.message
         kombu_message = message.as_kombu_message(_Channel(self, handed))
         strategy = self._consumer.strategies[message.task_name]

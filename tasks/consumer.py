@@ -30,7 +30,7 @@ from config.log_config import get_logger
 from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
 from tasks.message_source import BrokerUnavailable, MessageSource
-from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_message
+from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_message, read_task_id_and_name
 from tasks.unavailability import STORE_UNAVAILABLE, report_retry
 from worker import flow, metrics
 from worker.errors import error_summary
@@ -147,36 +147,40 @@ class QueueConsumer:
                 self._source.keep(tags, are_retried=are_retried)
 
     def _read_or_store_dead_letters(self, fetched: Sequence[FetchedMessage]) -> list[TaskMessage]:
-        """Read messages. Store those that are dead letters, and acknowledge these."""
-        readable, dead = list[TaskMessage](), list[UnhandledMessage]()
-        dead_tags = list[Any]()
+        """Read messages. Store those that are dead letters, also those that Celery refused, and acknowledge these."""
+        readable, unusable = list[TaskMessage](), self._handover.take_refused(self.queue)
         for each in fetched:
             try:
                 readable.append(self._read(each))
             except UnusableMessage as error:
-                dead.append(
-                    UnhandledMessage(
-                        queue=self.queue,
-                        reason=error.reason,
-                        detail=error.detail,
-                        task_id=error.task_id,
-                        task_name=error.task_name,
-                        message=each.text,
-                    )
-                )
-                dead_tags.append(each.tag)
-        if dead and self._run_when_stores_available(lambda: flow.store_dead_letters(runtime(), dead), dead_tags, []):
-            self._source.acknowledge(dead_tags)
+                unusable.append((each, error))
+        if unusable:
+            self._store_dead_letters(unusable)
         return readable
 
-    def _read(self, fetched: FetchedMessage) -> TaskMessage:
-        message = read_message(fetched, queue=self.queue, task_names=self._task_names)
-        if fetched.deliveries > MAX_DELIVERIES:
-            detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
-            raise UnusableMessage(
-                DeadLetterReason.WORKER_DIED, detail, task_id=message.task_id, task_name=message.task_name
+    def _store_dead_letters(self, unusable: Sequence[tuple[FetchedMessage, UnusableMessage]]) -> None:
+        """Store messages as dead letters, and acknowledge them."""
+        dead = [
+            UnhandledMessage(
+                queue=self.queue,
+                reason=error.reason,
+                detail=error.detail,
+                task_id=error.task_id,
+                task_name=error.task_name,
+                message=fetched.text,
             )
-        return message
+            for fetched, error in unusable
+        ]
+        tags = [fetched.tag for fetched, _ in unusable]
+        if self._run_when_stores_available(lambda: flow.store_dead_letters(runtime(), dead), tags, []):
+            self._source.acknowledge(tags)
+
+    def _read(self, fetched: FetchedMessage) -> TaskMessage:
+        if fetched.deliveries > MAX_DELIVERIES:  # without reading its body: the workers may have died of that
+            detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
+            task_id, task_name = read_task_id_and_name(fetched.text)
+            raise UnusableMessage(DeadLetterReason.WORKER_DIED, detail, task_id=task_id, task_name=task_name)
+        return read_message(fetched, queue=self.queue, task_names=self._task_names)
 
     def _process(self, messages: Sequence[TaskMessage]) -> None:
         """Process messages that were delivered before one by one, then all others of a task in one batch."""

@@ -88,7 +88,14 @@ class RabbitMQSource:
             self._received.clear()  # RabbitMQ sends them again
             self._channel = self._connection.default_channel
             self._channel.basic_qos(0, self._max_unacked, a_global=False)
-            Consumer(self._channel, [self._queue], on_message=self._on_message, no_ack=False).consume()
+            Consumer(
+                self._channel,
+                [self._queue],
+                on_message=self._on_message,
+                # kombu decompresses the body before. What it cannot decompress becomes a dead letter when it is read.
+                on_decode_error=lambda message, _: self._on_message(message),
+                no_ack=False,
+            ).consume()
         return self._connection
 
     def _on_message(self, message: Message) -> None:

@@ -27,6 +27,8 @@ from worker.rules.unhandled_messages import DeadLetterReason
 JSON_CONTENT = "application/json"
 MAX_ID_CHARS = 255
 """Maximum length of an id of a task, also in the database."""
+MAX_NESTING = 200
+"""Maximum depth of a message. Python encodes less deep JSON the deeper a function is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ def _check_time(value: str | None) -> str | None:
             parsed.timestamp()  # year 1 has none in some zones
     except (ValueError, OverflowError):
         raise ValueError("must be an ISO 8601 time") from None
-    return value
+    return value or None
 
 
 _Time = Annotated[str | None, AfterValidator(_check_time)]
@@ -183,6 +185,8 @@ class _Properties(_Part):
 
 
 _PROPERTIES = ("reply_to", "correlation_id", "priority")
+_EMBED = tuple(_Embed.model_fields)
+"""No other field: each becomes a field of Celery's request."""
 
 
 class _Envelope(_Part):
@@ -214,6 +218,9 @@ def read_message(fetched: FetchedMessage, *, queue: str, task_names: Collection[
         _Arguments.model_validate(arguments)
     except ValidationError as error:
         raise UnusableMessage(DeadLetterReason.UNREADABLE, _problem_text(error)) from None
+    if _is_too_deep([headers, arguments]):
+        detail = f"the message: must not be nested deeper than {MAX_NESTING} levels"
+        raise UnusableMessage(DeadLetterReason.UNREADABLE, detail, task_id=task.id, task_name=task.task)
     if task.task not in task_names:
         detail = "headers.task: no task of payready has this name"
         raise UnusableMessage(DeadLetterReason.UNKNOWN_TASK, detail, task_id=task.id, task_name=task.task)
@@ -223,11 +230,21 @@ def read_message(fetched: FetchedMessage, *, queue: str, task_names: Collection[
         task_id=task.id,
         args=arguments["args"],
         kwargs=arguments["kwargs"],
-        embed=arguments["embed"],
-        headers={**headers, "retries": task.retries},
+        embed={name: arguments["embed"].get(name) for name in _EMBED},
+        headers={**headers, "retries": task.retries, "eta": task.eta, "expires": task.expires},
         properties={name: getattr(envelope.properties, name) for name in _PROPERTIES},
         queue=queue,
     )
+
+
+def read_task_id_and_name(text: bytes) -> tuple[str | None, str | None]:
+    """Return the id and the name of a message's task from its headers, without its body. None if it has none there."""
+    try:
+        headers = _Envelope.model_validate(_load_json(text)).headers
+    except (ValidationError, UnusableMessage):
+        return None, None
+    task_id, task_name = headers.get("id"), headers.get("task")
+    return task_id if isinstance(task_id, str) else None, task_name if isinstance(task_name, str) else None
 
 
 def _load_json(text: bytes) -> Any:
@@ -269,9 +286,22 @@ def _headers_and_arguments(envelope: _Envelope, body: Any) -> tuple[Mapping[str,
     return {**headers, "group": body.get("taskset") or body.get("group"), **envelope.headers}, arguments
 
 
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING):
+        containers = [
+            each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
+        ]
+        if not containers:
+            return False
+        level = [child for container in containers for child in container]
+    return True
+
+
 def _problem_text(error: ValidationError) -> str:
     """Return the first problem: the field and what is wrong with it, without its value."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in problem["loc"]) or "the message"
     scope = {"_TaskHeaders": "headers.", "_Arguments": "body."}.get(error.title, "")
-    return f"{scope}{place}: {problem['msg'][:200]}"
+    text = "must be a JSON object" if problem["type"] == "model_type" else problem["msg"]
+    return f"{scope}{place}: {text[:200]}"

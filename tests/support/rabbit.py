@@ -47,7 +47,12 @@ class RabbitMQ:
     @property
     def url(self) -> str:
         """URL of the broker."""
-        return f"amqp://guest:guest@127.0.0.1:{self._port}//"
+        return f"amqp://guest:guest@{self.address}//"
+
+    @property
+    def address(self) -> str:
+        """Host and port of the broker."""
+        return f"127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Start the server and wait until it listens."""

@@ -67,6 +67,7 @@ def test_callback_that_can_never_be_sent_is_refused(field: str, options: dict[st
         {"task": "ledger.paid", "args": "text"},
         {"task": "ledger.paid", "kwargs": []},
         {"task": "ledger.paid", "subtask_type": "nonsense"},
+        {"task": "ledger.paid", "subtask_type": []},
         {"task": "celery.group", "subtask_type": "group", "kwargs": {"tasks": "text"}},
         {"task": "celery.chord", "subtask_type": "chord", "kwargs": {"header": [None], "body": callback()}},
     ],
