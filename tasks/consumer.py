@@ -78,6 +78,8 @@ class QueueConsumer:
         self._stopping = threading.Event()
         self._contended: list[TaskMessage] = []
         """Messages of locked accounts, for the next batch."""
+        self._fetched_tags: list[Any] = []
+        """Tags of the messages of the last fetch."""
         self._kept_at = time.monotonic()
         self._is_broker_available = True
         self._thread = threading.Thread(target=self._run, name=f"consumer of {queue}", daemon=True)
@@ -102,7 +104,7 @@ class QueueConsumer:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._process(self._next_batch())
+                self._fetch_and_process()
                 self._log_broker_change(is_available=True)
             except BrokerUnavailable as error:
                 self._log_broker_change(is_available=False, error=str(error))
@@ -112,13 +114,18 @@ class QueueConsumer:
                 self._stopping.wait(RETRY_DELAY_S)
         self._give_back([message.fetched.tag for message in self._contended])
 
-    def _next_batch(self) -> list[TaskMessage]:
-        """Return the messages of the next batch, after waiting for one of them."""
+    def _fetch_and_process(self) -> None:
+        """Process the next messages, after waiting for one of them. Store as dead letters those that cannot be read."""
         limit = self._fetch_limit_after_wait()
-        self._keep_waiting_messages()  # before the fetch: an error after it would lose what was fetched
+        if time.monotonic() - self._kept_at >= KEEP_INTERVAL_S:
+            self._keep_handed_over()  # before the fetch: an error after it would lose what was fetched
         fetched = self._source.fetch(limit, CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S)
         contended, self._contended = self._contended, []
-        return [*contended, *self._read_or_store_dead_letters(fetched)]
+        self._fetched_tags = [*(message.fetched.tag for message in contended), *(each.tag for each in fetched)]
+        readable, unusable = self._read_all(fetched)
+        self._process([*contended, *readable])
+        if unusable := [*self._handover.take_refused(self.queue), *unusable]:
+            self._store_dead_letters(unusable)
 
     def _fetch_limit_after_wait(self) -> int:
         """Return how many messages may be fetched. If it is 0, wait: for a free thread, or because of a pause."""
@@ -137,26 +144,24 @@ class QueueConsumer:
     def _needs_pool(self) -> bool:
         return not self._processors or any(processor.uses_pool for processor in self._processors.values())
 
-    def _keep_waiting_messages(self) -> None:
+    def _keep_handed_over(self) -> None:
         """Keep messages that Celery holds until their ETA, or until their store is available."""
-        if time.monotonic() - self._kept_at < KEEP_INTERVAL_S:
-            return
         self._kept_at = time.monotonic()
         for are_retried in (False, True):
             if tags := self._handover.kept_tags(self.queue, are_retried=are_retried):
                 self._source.keep(tags, are_retried=are_retried)
 
-    def _read_or_store_dead_letters(self, fetched: Sequence[FetchedMessage]) -> list[TaskMessage]:
-        """Read messages. Store those that are dead letters, also those that Celery refused, and acknowledge these."""
-        readable, unusable = list[TaskMessage](), self._handover.take_refused(self.queue)
+    def _read_all(
+        self, fetched: Sequence[FetchedMessage]
+    ) -> tuple[list[TaskMessage], list[tuple[FetchedMessage, UnusableMessage]]]:
+        """Return the messages that can be read, and all others with the reason."""
+        readable, unusable = list[TaskMessage](), list[tuple[FetchedMessage, UnusableMessage]]()
         for each in fetched:
             try:
                 readable.append(self._read(each))
             except UnusableMessage as error:
                 unusable.append((each, error))
-        if unusable:
-            self._store_dead_letters(unusable)
-        return readable
+        return readable, unusable
 
     def _store_dead_letters(self, unusable: Sequence[tuple[FetchedMessage, UnusableMessage]]) -> None:
         """Store messages as dead letters, and acknowledge them."""
@@ -222,16 +227,18 @@ class QueueConsumer:
                 for message in retried:
                     report_retry(message.task_name, message.task_id, error, is_first=is_first_try)
                 is_first_try = False
-                self._keep(tags)
+                self._keep_all()
                 if self._stopping.wait(RETRY_DELAY_S):
                     self._give_back(tags)
                     return False
             else:
                 return True
 
-    def _keep(self, tags: Sequence[Any]) -> None:
+    def _keep_all(self) -> None:
+        """Keep all messages of the last fetch, also those whose turn has not come, and those that Celery holds."""
         try:
-            self._source.keep(tags, are_retried=True)
+            self._source.keep(self._fetched_tags, are_retried=True)
+            self._keep_handed_over()
         except BrokerUnavailable as error:  # another worker may get the messages too
             self._log_broker_change(is_available=False, error=str(error))
 

@@ -170,6 +170,10 @@ class _TaskHeaders(_Part):
     stamped_headers: list[str] | None = None
 
 
+_RESERVED_HEADERS = {*dir(Context), "compression"} - _TaskHeaders.model_fields.keys()
+"""Headers that would replace fields and methods of Celery's request, and `compression`: the body is decompressed."""
+
+
 class _Embed(_Part):
     callbacks: _Signatures = None
     errbacks: _Signatures = None
@@ -231,7 +235,7 @@ def read_message(fetched: FetchedMessage, *, queue: str, task_names: Collection[
         args=arguments["args"],
         kwargs=arguments["kwargs"],
         embed={name: arguments["embed"].get(name) for name in _EMBED},
-        headers={**headers, "retries": task.retries, "eta": task.eta, "expires": task.expires},
+        headers={**_without_reserved(headers), "retries": task.retries, "eta": task.eta, "expires": task.expires},
         properties={name: getattr(envelope.properties, name) for name in _PROPERTIES},
         queue=queue,
     )
@@ -284,6 +288,10 @@ def _headers_and_arguments(envelope: _Envelope, body: Any) -> tuple[Mapping[str,
     names = ("id", "task", "root_id", "parent_id", "eta", "expires", "retries", "timelimit")
     headers = {name: body[name] for name in names if name in body}
     return {**headers, "group": body.get("taskset") or body.get("group"), **envelope.headers}, arguments
+
+
+def _without_reserved(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in headers.items() if name not in _RESERVED_HEADERS}
 
 
 def _is_too_deep(value: Any) -> bool:

@@ -138,7 +138,7 @@ def test_idle_worker_gets_a_message_at_once(open_source: OpenSource, redis: Redi
     source = open_source()
     with ThreadPoolExecutor(1) as pool:
         for text in ("first", "second"):
-            fetching = pool.submit(source.fetch, 10, LONG_S)
+            fetching = pool.submit(_fetch_first, source)
             wait_until_idle(redis)
             publish(redis, text)
             assert texts(fetching.result(timeout=LONG_S / 3)) == [text]
@@ -211,7 +211,7 @@ def test_invalidation_in_the_read_buffer_is_handled(
 ) -> None:
     """A message arrives between the empty fetch and the reading of its response: both are read together."""
     source = open_source()
-    assert source.fetch(10, 0) == []
+    source.fetch(0, 0)  # connects
     send = source._connection.send_command
 
     def publish_after_fetch(*command: Any) -> None:
@@ -222,7 +222,7 @@ def test_invalidation_in_the_read_buffer_is_handled(
 
     monkeypatch.setattr(source._connection, "send_command", publish_after_fetch)
     start = time.monotonic()
-    assert texts(source.fetch(10, LONG_S)) == ["meanwhile"]
+    assert texts(_fetch_first(source)) == ["meanwhile"]
     assert time.monotonic() - start < LONG_S / 3
 
 
@@ -259,7 +259,7 @@ def test_redis_without_client_tracking_is_polled(
 
 
 def _fetch_first(source: RedisSource) -> list[FetchedMessage]:
-    while not (fetched := source.fetch(10, 1)):
+    while not (fetched := source.fetch(10, LONG_S)):
         pass
     return fetched
 
@@ -369,7 +369,7 @@ def test_source_connects_again_after_a_restart(open_source: OpenSource, tmp_path
         with ThreadPoolExecutor(1) as pool, Redis.from_url(url, decode_responses=True) as client:
             assert texts(source.fetch(1, 0)) == ["b"]
             assert client.hlen(UNACKED) == 1
-            fetching = pool.submit(source.fetch, 1, LONG_S)
+            fetching = pool.submit(_fetch_first, source)
             wait_until_idle(client)
             publish(client, "c")
             assert texts(fetching.result(timeout=LONG_S / 3)) == ["c"]

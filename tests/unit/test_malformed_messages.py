@@ -74,7 +74,11 @@ def test_usable_message_is_accepted_by_celery(shape: str) -> None:
     handover.hand_over(source, [message])
     assert handover.take_refused("payments") == []
     assert started or handover.kept_tags("payments", are_retried=True)  # no Redis stores the result of an expired task
-    assert message.as_request_context("worker@test").id == message.task_id
+    request = message.as_request_context("worker@test")
+    assert (request.id, request.get("id"), request.delivery_info["routing_key"]) == (message.task_id,) * 2 + (
+        "payments",
+    )
+    assert not message.as_kombu_message(None).errors
 
 
 def test_message_that_the_strategy_refuses_is_a_dead_letter() -> None:
