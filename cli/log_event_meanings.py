@@ -44,6 +44,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "again.",
     "message.dead_lettered": "A message cannot be processed. It was stored as a dead letter, and is acknowledged; see "
     "`payready dead-letters show`.",
+    "message.unreadable": "An unexpected error occurred while a message was read. It is stored as a dead letter.",
     "messages.ack_failed": "Messages could not be acknowledged. The broker redelivers them.",
     "messages.give_back_failed": "A worker that stops could not return messages to their queue. The broker redelivers "
     "them after the visibility timeout.",

@@ -60,8 +60,10 @@ class CeleryHandover:
             is_due = message.eta is None or message.eta <= now
             handed = _HandedMessage(message=message, source=source, uses_capacity=is_due)
             with self._lock:
+                earlier = self._handed.get(_key(message))
                 self._handed[_key(message)] = handed
-            if is_due:
+            has_capacity = earlier is not None and earlier.uses_capacity  # Celery did not acknowledge it in time
+            if is_due and not has_capacity:
                 self._capacity.take(1)
             self._consumer.call_soon(self._pass_to_strategy, handed)
 

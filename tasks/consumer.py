@@ -161,6 +161,10 @@ class QueueConsumer:
                 readable.append(self._read(each))
             except UnusableMessage as error:
                 unusable.append((each, error))
+            except Exception as error:
+                log.exception("message.unreadable", queue=self.queue)
+                detail = f"the message: an unexpected error occurred ({type(error).__name__})"
+                unusable.append((each, UnusableMessage(DeadLetterReason.UNREADABLE, detail)))
         return readable, unusable
 
     def _store_dead_letters(self, unusable: Sequence[tuple[FetchedMessage, UnusableMessage]]) -> None:

@@ -4,11 +4,11 @@ import json
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kombu import Connection, Consumer, Queue
-from kombu.message import Message
+from amqp.basic_message import Message
+from kombu import Connection, Queue
 
 from config.log_config import get_logger
 from tasks.message_source import BrokerUnavailable
@@ -88,19 +88,14 @@ class RabbitMQSource:
             self._received.clear()  # RabbitMQ sends them again
             self._channel = self._connection.default_channel
             self._channel.basic_qos(0, self._max_unacked, a_global=False)
-            Consumer(
-                self._channel,
-                [self._queue],
-                on_message=self._on_message,
-                # kombu decompresses the body before. What it cannot decompress becomes a dead letter when it is read.
-                on_decode_error=lambda message, _: self._on_message(message),
-                no_ack=False,
-            ).consume()
+            self._queue(self._channel).declare()
+            # With the client of AMQP itself: kombu would decompress bodies, without a limit.
+            self._channel.basic_consume(self._queue.name, callback=self._on_message)
         return self._connection
 
     def _on_message(self, message: Message) -> None:
         tag = (self._connections, message.delivery_tag)
-        deliveries = _delivery_count(message) + 1
+        deliveries = 1 + _earlier_deliveries(message)
         self._received.append(FetchedMessage(tag=tag, deliveries=deliveries, text=_as_stored_by_kombu(message)))
 
     def _receive(self, connection: Connection, timeout_s: float) -> bool:
@@ -132,24 +127,26 @@ class RabbitMQSource:
                 log.debug("broker.close_failed", error=error_summary(error))
 
 
-def _delivery_count(message: Message) -> int:
+def _earlier_deliveries(message: Message) -> int:
     """Return how often a quorum queue has delivered the message before."""
-    count = (message.headers or {}).get("x-delivery-count", 0)
+    count = _headers(message).get("x-delivery-count", 0)
     return count if isinstance(count, int) else 0
+
+
+def _headers(message: Message) -> Mapping[str, Any]:
+    headers: Mapping[str, Any] = message.properties.get("application_headers") or {}
+    return headers
 
 
 def _as_stored_by_kombu(message: Message) -> bytes:
     """Return a message in the form in which kombu's Redis transport stores messages."""
     properties = {name: message.properties.get(name) for name in _KEPT_PROPERTIES}
     body = message.body.encode() if isinstance(message.body, str) else bytes(message.body or b"")
-    headers = dict(message.headers or {})
-    if not message.errors:  # kombu has decompressed the body
-        headers.pop("compression", None)
     stored = {
         "body": b64encode(body).decode(),
-        "content-type": message.content_type,
-        "content-encoding": message.content_encoding,
-        "headers": headers,
+        "content-type": message.properties.get("content_type"),
+        "content-encoding": message.properties.get("content_encoding"),
+        "headers": _headers(message),
         "properties": {**properties, "body_encoding": "base64"},
     }
     return json.dumps(stored, default=str).encode()

@@ -6,9 +6,12 @@ documented, and both become a message of version 2.
 """
 
 import binascii
+import bz2
 import json
+import lzma
+import zlib
 from base64 import b64decode
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import time
@@ -16,7 +19,6 @@ from typing import Annotated, Any
 
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601
-from kombu.compression import decompress
 from kombu.message import Message
 from kombu.serialization import loads
 from kombu.utils import json as kombu_json
@@ -27,6 +29,14 @@ from worker.rules.unhandled_messages import DeadLetterReason
 JSON_CONTENT = "application/json"
 MAX_ID_CHARS = 255
 """Maximum length of an id of a task, also in the database."""
+MAX_BODY_BYTES = 16 * 1024 * 1024
+"""Maximum size of a decompressed body."""
+_DECOMPRESSORS: Mapping[str, Callable[[], Any]] = {
+    "application/x-gzip": zlib.decompressobj,
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "application/x-lzma": lzma.LZMADecompressor,
+}
+"""By the name of the compression in a message, those of kombu that need no further package."""
 MAX_NESTING = 200
 """Maximum depth of a message. Python encodes less deep JSON the deeper a function is called."""
 
@@ -265,14 +275,23 @@ def _decode_body(envelope: _Envelope) -> Any:
     compression = envelope.headers.get("compression")
     is_base64 = envelope.properties.body_encoding == "base64"
     try:
-        body = b64decode(envelope.body, validate=True) if is_base64 else envelope.body
+        body = b64decode(envelope.body, validate=True) if is_base64 else envelope.body.encode()
     except (binascii.Error, ValueError):
         raise UnusableMessage(DeadLetterReason.UNREADABLE, "body: is not base64") from None
     try:
-        content = decompress(body, compression) if compression else body
+        content = _decompress(compression, body) if compression else body
         return loads(content, JSON_CONTENT, envelope.content_encoding or "utf-8", accept={JSON_CONTENT})
     except Exception:  # noqa: BLE001 - each codec and each compression has errors of its own
         raise UnusableMessage(DeadLetterReason.UNREADABLE, "body: cannot be decoded as JSON") from None
+
+
+def _decompress(compression: Any, body: bytes) -> bytes:
+    """Return the decompressed body. kombu would decompress it without a limit."""
+    decompressor = _DECOMPRESSORS[compression]()
+    content: bytes = decompressor.decompress(body, MAX_BODY_BYTES)
+    if not decompressor.eof:
+        raise ValueError("the body is too large or cut off")
+    return content
 
 
 def _headers_and_arguments(envelope: _Envelope, body: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

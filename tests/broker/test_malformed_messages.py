@@ -21,6 +21,9 @@ pytestmark = pytest.mark.slow
 SERVED_WITHIN_S = 5
 """A second, and what else runs on this machine. Each retry, reconnect or redelivery of a message takes longer."""
 
+PROCESSED_IN_BATCHES = ("refresh of NUL", "refresh of lone surrogates", "refresh of long ids")
+"""Calls for which `refresh` stores no result, unless another message of their batch fails."""
+
 
 @pytest.fixture(scope="module")
 def on_redis(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres) -> Iterator[System]:
@@ -94,8 +97,8 @@ def publish(server: RabbitMQ, queue: str, message: Message) -> None:
 
 def assert_malformed_messages_are_handled(payready: System, queue: str, push: Callable[[Sequence[bytes]], int]) -> None:
     """Push all malformed messages, and behind them a good job. `push` returns how many became unusable by that."""
-    task_ids = {read(text).task_id for text in USABLE.values()}
-    assert len(task_ids) == len(USABLE)
+    task_ids = {read(text).task_id for shape, text in USABLE.items() if shape not in PROCESSED_IN_BATCHES}
+    assert len(task_ids) == len(USABLE) - len(PROCESSED_IN_BATCHES)
     with Redis.from_url(payready.redis_url) as redis:
         for key in redis.scan_iter("celery-task-meta-*"):
             redis.delete(key)
@@ -115,5 +118,5 @@ def assert_malformed_messages_are_handled(payready: System, queue: str, push: Ca
         return sum(state in ("SUCCESS", "FAILURE", "REVOKED") for state in states)
 
     wait_until(lambda: count_dead_letters() >= len(UNUSABLE) + spoilt, 10, "the unusable messages are dead letters")
-    wait_until(lambda: count_results() >= len(USABLE) - spoilt, 10, "the other messages have a result")
-    assert (count_dead_letters(), count_results()) == (len(UNUSABLE) + spoilt, len(USABLE) - spoilt)
+    wait_until(lambda: count_results() >= len(task_ids) - spoilt, 10, "the other messages have a result")
+    assert (count_dead_letters(), count_results()) == (len(UNUSABLE) + spoilt, len(task_ids) - spoilt)

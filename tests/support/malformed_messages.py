@@ -4,7 +4,9 @@ Each mapping has a message by the name of its shape, in the form in which kombu'
 with `body`, `content-type`, `headers` and `properties`. `publish_on_rabbitmq` sends the same messages through RabbitMQ.
 """
 
+import bz2
 import json
+import lzma
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
@@ -140,6 +142,9 @@ _ENVELOPES = {
     "correlation id a number": message(properties={"correlation_id": 1}),
     "compression unknown": message(headers={"compression": "application/x-unknown"}),
     "compression a list": message(headers={"compression": ["gzip"]}),
+    "compressed body of 64 MiB": message(
+        zlib.compress(b" " * (64 * 1024 * 1024)), headers={"compression": "application/x-gzip"}
+    ),
     "compressed garbage": message(b"no zlib", headers={"compression": "application/x-gzip"}),
     "compressed text": message(zlib.compress(b"no JSON"), headers={"compression": "application/x-gzip"}),
     "compressed body that is cut": message(
@@ -308,6 +313,12 @@ _HARMLESS_ENVELOPES = {
     "duplicate keys": message(headers={"id": "duplicate"}).replace(b'{"body"', b'{"body": 1, "headers": 2, "body"'),
     "unknown fields": message(headers={"id": "unknown-fields"}, x={"y": [None]}),
     "embed with other fields": message(b'[[], {}, {"hostname": 1, "self": 2}]', headers={"id": "embed"}),
+    "body compressed by bzip2": message(
+        bz2.compress(NO_ARGUMENTS), headers={"id": "bzip2", "compression": "application/x-bz2"}
+    ),
+    "body compressed by lzma": message(
+        lzma.compress(NO_ARGUMENTS), headers={"id": "lzma", "compression": "application/x-lzma"}
+    ),
     "compressed body": message(
         zlib.compress(NO_ARGUMENTS), headers={"id": "compressed", "compression": "application/x-gzip"}
     ),

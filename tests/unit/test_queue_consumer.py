@@ -31,7 +31,7 @@ def message(tag: str, *, deliveries: int = 1, body: str = "[[], {}, {}]") -> Fet
 
 
 class ScriptedSource(FakeSource):
-    """It returns these messages once, and records what is kept and given back. Its first `keep` fails if told so."""
+    """It returns these messages once, and records what is kept and given back. Its first `keep` may fail."""
 
     def __init__(self, *messages: FetchedMessage, first_keep_fails: bool = False) -> None:
         super().__init__()
