@@ -41,7 +41,6 @@ DEMO_LOGIN = "demo:demo"
 SHARED_CELERY_SETTINGS = (
     "task_acks_late",
     "task_reject_on_worker_lost",
-    "worker_prefetch_multiplier",
     "task_default_queue",
     "result_expires",
     "timezone",
