@@ -16,8 +16,9 @@ from tasks.celery_handover import CeleryHandover
 from tasks.dispatch import dispatch
 from tasks.message_source import MessageSource
 from tasks.task_messages import TaskMessage
-from tasks.unavailability import log_failure
+from tasks.unavailability import traceback_of_unexpected
 from worker import flow
+from worker.errors import error_summary
 from worker.flow import CallResult, Claim, FailedCall, RefreshCall
 from worker.runtime import runtime
 
@@ -84,8 +85,14 @@ class CallBatchProcessor:
             self._start_call_or_record_skipped(claim, by_call.pop(call))
         try:
             dispatch(claims.follow_up)
-        except Exception as error:  # noqa: BLE001 - the claims are committed, so the sweep repeats whatever failed
-            log_failure(log, "follow_up.dispatch_failed", error, count=len(by_call), recovery="sweep")
+        except Exception as error:  # the claims are committed, so the sweep repeats whatever failed
+            log.error(
+                "follow_up.dispatch_failed",
+                count=len(by_call),
+                recovery="sweep",
+                error=error_summary(error),
+                exc_info=traceback_of_unexpected(error),
+            )
         self._finish_as_succeeded(list(by_call.values()))
         return contended
 

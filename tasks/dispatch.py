@@ -16,7 +16,7 @@ from tasks import suspension, tracing
 from tasks.app import app
 from tasks.batching import MicroBatcher, start_after
 from tasks.suspension import FinishedTask
-from tasks.unavailability import log_failure
+from tasks.unavailability import traceback_of_unexpected
 from worker import flow
 from worker.errors import PaymentNotReady, error_summary
 from worker.flow import FollowUp
@@ -207,8 +207,10 @@ def _try_resume_and_log(delivery: OutcomeDelivery) -> bool:
         except UNSENDABLE as error:
             _count_failure_and_give_up_after_last_try(delivery, error)
             return False
-        except Exception as error:  # noqa: BLE001 - the sweep delivers the outcome again
-            log_failure(log, "outcome.delivery_failed", error, count=1)
+        except Exception as error:  # the sweep delivers the outcome again
+            log.error(
+                "outcome.delivery_failed", count=1, error=error_summary(error), exc_info=traceback_of_unexpected(error)
+            )
             return False
         log.info("outcome.delivered", state=str(delivery.state), reason=delivery.outcome.get("reason"))
         return True
@@ -224,16 +226,26 @@ def _count_failure_and_give_up_after_last_try(delivery: OutcomeDelivery, error: 
             log.error("outcome.undeliverable", error=reason)
         else:
             log.warning("outcome.delivery_failed", count=1, error=reason)
-    except Exception as unexpected:  # noqa: BLE001 - the sweep delivers the outcome again
-        log_failure(log, "outcome.delivery_failed", unexpected, count=1)
+    except Exception as unexpected:  # the sweep delivers the outcome again
+        log.error(
+            "outcome.delivery_failed",
+            count=1,
+            error=error_summary(unexpected),
+            exc_info=traceback_of_unexpected(unexpected),
+        )
 
 
 def _try_deliver_results_without_callbacks(deliveries: Sequence[OutcomeDelivery]) -> datetime | None:
     """Store the results of tasks without callbacks. Return when they were delivered, or None if this failed."""
     try:
         suspension.finish_without_callbacks(app, [_finished_task(delivery) for delivery in deliveries])
-    except Exception as error:  # noqa: BLE001 - the sweep delivers the outcomes again
-        log_failure(log, "outcome.delivery_failed", error, count=len(deliveries))
+    except Exception as error:  # the sweep delivers the outcomes again
+        log.error(
+            "outcome.delivery_failed",
+            count=len(deliveries),
+            error=error_summary(error),
+            exc_info=traceback_of_unexpected(error),
+        )
         return None
     delivered_at = runtime().clock()
     for delivery in deliveries:

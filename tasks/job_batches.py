@@ -13,9 +13,9 @@ from tasks.dispatch import dispatch
 from tasks.message_source import MessageSource
 from tasks.payment_tasks import make_waiting_result_writer, parse_request
 from tasks.task_messages import TaskMessage
-from tasks.unavailability import log_failure
+from tasks.unavailability import traceback_of_unexpected
 from worker import flow
-from worker.errors import InvalidJob
+from worker.errors import InvalidJob, error_summary
 from worker.flow import FollowUp, IntakeRequest, IntakeResult, RefusedJob
 from worker.runtime import runtime
 
@@ -72,5 +72,11 @@ class JobBatchProcessor:
             revoked_ids = [message.task_id for message in started if message.task_id in revoked]
             if revoked_ids:  # revoked during the intake, when there was no payment to cancel yet
                 dispatch(flow.cancel_by_task(runtime(), revoked_ids))
-        except Exception as error:  # noqa: BLE001 - the payments are committed, so the sweep repeats whatever failed
-            log_failure(log, "follow_up.dispatch_failed", error, count=len(started), recovery="sweep")
+        except Exception as error:  # the payments are committed, so the sweep repeats whatever failed
+            log.error(
+                "follow_up.dispatch_failed",
+                count=len(started),
+                recovery="sweep",
+                error=error_summary(error),
+                exc_info=traceback_of_unexpected(error),
+            )

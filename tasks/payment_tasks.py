@@ -11,7 +11,7 @@ from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
 from tasks.dispatch import deliver_and_mark_within_time_budget, dispatch
-from tasks.unavailability import STORE_UNAVAILABLE, log_failure, report_retry
+from tasks.unavailability import STORE_UNAVAILABLE, report_retry, traceback_of_unexpected
 from worker import flow
 from worker.errors import InvalidJob, PaymentNotReady, error_summary
 from worker.flow import IntakeRequest, IntakeResult, OnWaiting
@@ -47,8 +47,13 @@ def accept_payment_and_suspend_task(
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
             dispatch(flow.cancel_by_task(runtime(), [self.request.id]))
-    except Exception as error:  # noqa: BLE001 - the payment is committed, so the sweep repeats whatever failed
-        log_failure(log, "follow_up.dispatch_failed", error, recovery="sweep")
+    except Exception as error:  # the payment is committed, so the sweep repeats whatever failed
+        log.error(
+            "follow_up.dispatch_failed",
+            recovery="sweep",
+            error=error_summary(error),
+            exc_info=traceback_of_unexpected(error),
+        )
     raise Ignore
 
 

@@ -1,7 +1,5 @@
 """What happens while the database, Redis or the broker is unavailable: tasks are tried again, and logs stay short."""
 
-from typing import Any
-
 from kombu.exceptions import BatchPublishError, OperationalError
 
 from config.log_config import get_logger
@@ -24,9 +22,6 @@ def report_retry(task_name: str, task_id: str, error: BaseException, *, is_first
         log.warning("task.retried", task=task_name, task_id=task_id, reason=error_summary(error))
 
 
-def log_failure(failure_log: Any, event: str, error: Exception, **fields: Any) -> None:
-    """Log a failure: in one line if a store is unavailable, otherwise as an error with its traceback."""
-    if isinstance(error, STORE_UNAVAILABLE):
-        failure_log.warning(event, error=error_summary(error), **fields)
-    else:
-        failure_log.error(event, exc_info=error, **fields)
+def traceback_of_unexpected(error: Exception) -> Exception | None:
+    """Return the error if a log needs its traceback, or None if it means that a store is unavailable."""
+    return None if isinstance(error, STORE_UNAVAILABLE) else error

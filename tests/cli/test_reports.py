@@ -21,7 +21,11 @@ from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
 
 NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
-DECIDED_BY: dict[str, Any] = {"clock_skew": timedelta(seconds=5), "default_hold_s": 86_400}
+DECIDED_BY: dict[str, Any] = {
+    "clock_skew": timedelta(seconds=5),
+    "default_hold_s": 86_400,
+    "callback_queue": "celery",
+}
 _numbers = itertools.count()
 
 

@@ -130,9 +130,9 @@ INVALID = [
     ({"PAYREADY_BROKER_PRIORITY_STEPS": "0,x"}, "PAYREADY_BROKER_PRIORITY_STEPS: "),
     *(
         ({"PAYREADY_BROKER_PRIORITY_SEPARATOR": separator}, "PAYREADY_BROKER_PRIORITY_SEPARATOR: must have a character")
-        for separator in (" ", ":\n", "\\x06\\x16", "m", "-", "3", ".")
+        for separator in (": :", "\\x06\\x16", "m", "-", "3", ".")
     ),
-    *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("svc: ", "svc:\n")),
+    *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("s vc:", "svc\\n:")),
     ({"PAYREADY_RESULT_KEY_PREFIX": "a b"}, "PAYREADY_RESULT_KEY_PREFIX: "),
     *(
         ({"PAYREADY_BROKER_URL": url}, "PAYREADY_BROKER_URL must begin with one of redis://, rediss://, amqp://, amqps")
