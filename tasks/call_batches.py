@@ -25,7 +25,7 @@ from worker.runtime import runtime
 log = get_logger(__name__)
 
 MAX_RECORD_BATCH_SIZE = 100
-RECORD_INTERVAL_S = 0.25
+RECORD_INTERVAL_S = 0.5
 """Minimum time between transactions that record accepted calls, unless a batch is full. No payment depends on it: a
 balance that arrives earlier posts the fee of its call itself."""
 

@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from tasks import dispatch, payment_tasks, suspension
 from tasks.batching import MicroBatcher
+from tasks.sending import NewMessage
 from tasks.suspension import FinishedTask
 from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, intake_request
@@ -51,7 +52,7 @@ class Deliveries:
     payready: InProcessSystem
     received: list[str] = field(default_factory=list)
     """The task of each delivery."""
-    messages: list[dispatch.TaskMessage] = field(default_factory=list)
+    messages: list[NewMessage] = field(default_factory=list)
     during: Callable[[], None] = lambda: None
 
     def resume(self, _app: Any, saved: dict[str, Any], _outcome: Any) -> None:
@@ -117,7 +118,7 @@ def deliveries(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> De
         monkeypatch.setattr(module, "runtime", lambda: payready.rt)
     monkeypatch.setattr(suspension, "resume_with_result", delivering.resume)
     monkeypatch.setattr(suspension, "finish_without_callbacks", delivering.finish_without_callbacks)
-    monkeypatch.setattr(dispatch, "_enqueue", delivering.messages.extend)
+    monkeypatch.setattr(dispatch, "send_messages", lambda _, messages: delivering.messages.extend(messages))
     marks = MicroBatcher[tuple[str, datetime]](lambda marks: flow.mark_delivered(payready.rt, dict(marks)), max_size=99)
     monkeypatch.setattr(dispatch, "delivered_marks", marks)
     return delivering
@@ -135,7 +136,7 @@ def _deliver_for_web(deliveries: Deliveries) -> list[str]:
     deliveries.take_half_a_second_with_a_sweep()
     dispatch.dispatch_leaving_callbacks_to_workers(follow_up)
     for message in deliveries.messages:
-        assert message.name == "outcomes.deliver"
+        assert message.task_name == "outcomes.deliver"
         payment_tasks.deliver_undelivered_outcomes.run(*message.arguments)
         payment_tasks.deliver_undelivered_outcomes.run(*message.arguments)  # the broker delivers the message twice
     return task_ids(follow_up)

@@ -22,6 +22,7 @@ from sqlalchemy.exc import OperationalError as LedgerUnavailable
 from tasks import balance_tasks, dispatch, maintenance_tasks, payment_tasks, suspension
 from tasks.batching import MicroBatcher
 from tasks.dispatch import dispatch as dispatch_follow_up
+from tasks.sending import NewMessage
 from tasks.suspension import FinishedTask
 from tests.support.fault_injection import Operations, ProcessKilled
 from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_control
@@ -135,11 +136,12 @@ class FaultySystem:
 
     # --- Celery's part ---
 
-    def enqueue(self, _producer: Any, message: dispatch.TaskMessage, *, declare_queue: bool = True) -> None:  # noqa: ARG002 - as replaced
-        """Replace `dispatch._send_message`."""
-        self.operations.before_operation("broker", f"enqueue {message.name}")
-        ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
-        self.queue.append((message.name, message.arguments, ready_at))
+    def enqueue(self, _: Any, messages: Sequence[NewMessage]) -> None:
+        """Replace `dispatch.send_messages`."""
+        for message in messages:
+            self.operations.before_operation("broker", f"enqueue {message.task_name}")
+            ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
+            self.queue.append((message.task_name, message.arguments, ready_at))
 
     def _run_tasks(self) -> None:
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
@@ -276,7 +278,7 @@ def build_faulty_system(
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
                 patch.setattr(module, "runtime", lambda: system.rt)
         patch.setattr(calling, "RECORD_RETRY_DELAYS_S", (0, 0))
-        patch.setattr(dispatch, "_send_message", system.enqueue)
+        patch.setattr(dispatch, "send_messages", system.enqueue)
         patch.setattr(suspension, "resume_with_result", system.resume)
         patch.setattr(suspension, "resume_with_error", system.resume)
         patch.setattr(suspension, "finish_without_callbacks", system.finish_without_callbacks)
