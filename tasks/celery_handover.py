@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from celery.bootsteps import RUN
+
 from tasks.batch_processing import PoolCapacity
 from tasks.message_source import MessageSource
 from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage
@@ -112,6 +114,8 @@ class CeleryHandover:
         return [(fetched, refusal) for _, fetched, refusal in refused]
 
     def _pass_to_strategy(self, handed: _HandedMessage) -> None:
+        if self._consumer.blueprint.state != RUN:  # the worker stops, and gives the message back
+            return
         unavailable = (*STORE_UNAVAILABLE, *self._consumer.connection_errors)
         try:
             self._call_strategy(handed)
@@ -135,7 +139,7 @@ class CeleryHandover:
 
     def _call_strategy(self, handed: _HandedMessage) -> None:
         message = handed.message
-        kombu_message = message.as_kombu_message(_Channel(self, handed))
+        kombu_message = message.as_kombu_message(_Channel(self, handed), is_redelivered=handed.is_rejected)
         strategy = self._consumer.strategies[message.task_name]
         strategy(
             kombu_message,

@@ -131,6 +131,7 @@ class QueueConsumer:
         """Return how many messages may be fetched. If it is 0, wait: for a free thread, or because of a pause."""
         wait_s = CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S
         if self._is_paused():
+            self._give_back([])
             self._stopping.wait(wait_s)
             return 0
         if self._needs_pool():
@@ -247,8 +248,6 @@ class QueueConsumer:
             self._log_broker_change(is_available=False, error=str(error))
 
     def _give_back(self, tags: Sequence[Any]) -> None:
-        if not tags:
-            return
         try:
             self._source.give_back(tags)
         except BrokerUnavailable as error:  # the broker redelivers them after the visibility timeout

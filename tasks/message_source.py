@@ -27,7 +27,10 @@ class MessageSource(Protocol):
         """Acknowledge messages with the next fetch. Any thread may call this, and it does not wait."""
 
     def give_back(self, tags: Sequence[Any]) -> None:
-        """Return messages to the front of the queue, for any worker."""
+        """Return messages to the front of the queue, for any worker, also those that the broker has sent ahead.
+
+        The broker sends no more until the next fetch with a limit above 0.
+        """
 
     def keep(self, tags: Sequence[Any], *, are_retried: bool) -> None:
         """Keep messages that take longer, so that the broker gives them to no other worker.

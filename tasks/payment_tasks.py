@@ -42,7 +42,7 @@ def accept_payment_and_suspend_task(
         result = flow.accept_job(runtime(), request, make_waiting_result_writer([request]))
     except STORE_UNAVAILABLE as error:
         report_retry(self.name, self.request.id, error, is_first=not self.request.delivery_info["redelivered"])
-        raise Reject(error_summary(error), requeue=True) from error  # the consumer hands it over again
+        raise Reject(error_summary(error), requeue=True) from None  # Celery would log a traceback at each retry
     try:
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet

@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery
 
 from config.celery_config import QUEUES
+from tasks.redis_source import unacked_keys
 from worker import metrics
 from worker.metric_types import MetricSample
 
@@ -21,11 +22,15 @@ class QueueMetrics:
 
     Messages have no timestamp, so each collection samples the newest message of a list. While a sampled message is in
     the list, every message before it is at least as old as the sample. The age of the oldest message is therefore the
-    age of the oldest sample in the list, exact to the time between two collections. For brokers other than Redis only
-    lengths are known.
+    age of the oldest sample in the list, exact to the time between two collections.
+
+    Messages that a worker tries again, because a store is unavailable, count from their first retry. Messages that wait
+    for their ETA do not count. For brokers other than Redis only lengths are known.
+
+    `clock` returns seconds since the epoch, as the workers' clocks do.
     """
 
-    def __init__(self, app: Celery, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, app: Celery, clock: Callable[[], float] = time.time) -> None:
         self._app = app
         self._clock = clock
         self._samples: dict[str, deque[tuple[float, bytes]]] = {}
@@ -46,7 +51,13 @@ class QueueMetrics:
         lists = (channel._q_for_pri(name, step) for step in channel.priority_steps)  # noqa: SLF001
         # kombu's client prefixes the keys of the commands that kombu uses: LPOS and LINDEX are not among them.
         keys = [f"{channel.global_keyprefix}{queue_list}" for queue_list in lists]
-        return max(self._sample_list_and_estimate_age(channel.client, key) for key in keys)
+        ages = [self._sample_list_and_estimate_age(channel.client, key) for key in keys]
+        return max(*ages, self._age_of_oldest_retry(channel.client, name))
+
+    def _age_of_oldest_retry(self, client: Any, name: str) -> float:
+        _, _, retried_key = unacked_keys(name, key_prefix="")  # kombu's client prefixes the key of ZRANGE
+        oldest = client.zrange(retried_key, 0, 0, withscores=True)
+        return max(0.0, self._clock() - oldest[0][1]) if oldest else 0.0
 
     def _sample_list_and_estimate_age(self, client: Any, key: str) -> float:
         now, samples = self._clock(), self._samples.setdefault(key, deque())
@@ -58,7 +69,7 @@ class QueueMetrics:
             samples.append((now, newest))
         if len(samples) > MAX_SAMPLES:
             self._samples[key] = deque(list(samples)[::2])
-        return now - samples[0][0] if samples else 0.0
+        return max(0.0, now - samples[0][0]) if samples else 0.0
 
 
 def lengths_by_queue(app: Celery) -> dict[str, int]:

@@ -33,6 +33,8 @@ class RabbitMQSource:
         self._connection: Connection | None = None
         self._connections = 0
         self._channel: Any = None
+        self._consumer_tag: str | None = None
+        """None while RabbitMQ sends no messages."""
         self._received = deque[FetchedMessage]()
         self._acknowledged = deque[Tag]()
 
@@ -42,7 +44,9 @@ class RabbitMQSource:
             connection = self._connect()
             deadline = time.monotonic() + wait_s
             self._send_acknowledgements()
-            connection.heartbeat_check()
+            self._check_heartbeat(connection)
+            if limit:
+                self._consume()
             while limit and not self._received and (left_s := deadline - time.monotonic()) > 0:
                 self._receive(connection, min(left_s, ACK_INTERVAL_S))
                 self._send_acknowledgements()
@@ -57,19 +61,24 @@ class RabbitMQSource:
         self._acknowledged.extend(tags)
 
     def give_back(self, tags: Sequence[Tag]) -> None:
-        """Return messages to the queue."""
+        """Cancel the consumer, and return messages to the queue, also those that RabbitMQ has sent ahead."""
+        if self._connection is None:
+            return  # RabbitMQ has returned them
         try:
-            self._connect()
-            for number, tag in reversed(tags):
+            if self._consumer_tag is not None:
+                self._channel.basic_cancel(self._consumer_tag)
+                self._consumer_tag = None
+            for number, tag in reversed([*tags, *(message.tag for message in self._received)]):
                 if number == self._connections:
                     self._channel.basic_reject(tag, requeue=True)
+            self._received.clear()
         except Exception as error:
             raise self._disconnect(error) from error
 
     def keep(self, tags: Sequence[Tag], *, are_retried: bool) -> None:  # noqa: ARG002 - for Redis
         """Keep the connection alive. RabbitMQ gives messages to another worker only if it is lost."""
         try:
-            self._connect().heartbeat_check()
+            self._check_heartbeat(self._connect())
         except Exception as error:
             raise self._disconnect(error) from error
 
@@ -89,9 +98,17 @@ class RabbitMQSource:
             self._channel = self._connection.default_channel
             self._channel.basic_qos(0, self._max_unacked, a_global=False)
             self._queue(self._channel).declare()
-            # With the client of AMQP itself: kombu would decompress bodies, without a limit.
-            self._channel.basic_consume(self._queue.name, callback=self._on_message)
         return self._connection
+
+    def _consume(self) -> None:
+        if self._consumer_tag is None:
+            # With the client of AMQP itself: kombu would decompress bodies, without a limit.
+            self._consumer_tag = self._channel.basic_consume(self._queue.name, callback=self._on_message)
+
+    def _check_heartbeat(self, connection: Connection) -> None:
+        """Send a heartbeat if it is time. Also read: RabbitMQ's own heartbeats count only when they are read."""
+        self._receive(connection, NO_WAIT_S)
+        connection.heartbeat_check()
 
     def _on_message(self, message: Message) -> None:
         tag = (self._connections, message.delivery_tag)
@@ -119,7 +136,7 @@ class RabbitMQSource:
         return BrokerUnavailable(error_summary(error))
 
     def _close_connection(self) -> None:
-        connection, self._connection, self._channel = self._connection, None, None
+        connection, self._connection, self._channel, self._consumer_tag = self._connection, None, None, None
         if connection is not None:
             try:
                 connection.close()

@@ -82,7 +82,9 @@ class RedisSource:
         self._acknowledged.extend(tags)
 
     def give_back(self, tags: Sequence[str]) -> None:
-        """Return messages to the front of their lists."""
+        """Return messages to the front of their lists. Redis sends none ahead."""
+        if not tags:
+            return
         try:
             self._redis.eval(_GIVE_BACK, len(self._keys), *self._keys, *tags)
         except (RedisError, OSError) as error:

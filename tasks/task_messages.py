@@ -100,14 +100,18 @@ class TaskMessage:
             reply_to=self.properties.get("reply_to"),
         )
 
-    def as_kombu_message(self, channel: Any) -> Message:
-        """Return the message for Celery. Celery acknowledges or rejects it through `channel`."""
+    def as_kombu_message(self, channel: Any, *, is_redelivered: bool = False) -> Message:
+        """Return the message for Celery. Celery acknowledges or rejects it through `channel`.
+
+        `is_redelivered`: this worker has given it to Celery before.
+        """
+        info = self._delivery_info
         return Message(
             body=kombu_json.dumps([self.args, self.kwargs, self.embed]).encode(),
             delivery_tag=self.fetched.tag,
             content_type=JSON_CONTENT,
             content_encoding="utf-8",
-            delivery_info=self._delivery_info,
+            delivery_info={**info, "redelivered": info["redelivered"] or is_redelivered},
             properties=dict(self.properties),
             headers=dict(self.headers),
             accept={JSON_CONTENT},

@@ -272,10 +272,12 @@ BURST_USED_RATIO = _from_redis(
 REDIS_MEMORY_USED_RATIO = _from_redis(
     "payready_redis_memory_used_ratio", "Used share of Redis' maxmemory (0 to 1); 0 without a limit."
 )
-_QUEUE = Label(name="queue", meaning="`payments`, `balances`, `maintenance` or `refreshes`")
+_QUEUE = Label(name="queue", meaning="`payments`, `refreshes`, `polls`, `balances` or `maintenance`")
 QUEUE_MESSAGES = _from_broker("payready_queue_messages", "Messages that no worker has fetched.", _QUEUE)
 QUEUE_OLDEST_SECONDS = _from_broker(
-    "payready_queue_oldest_seconds", "Age of the oldest message that no worker has fetched.", _QUEUE
+    "payready_queue_oldest_seconds",
+    "Age of the oldest message that no worker has fetched, or that a worker tries again since a store was unavailable.",
+    _QUEUE,
 )
 
 METRICS: tuple[MetricDefinition, ...] = tuple(_definitions)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 from celery import Celery
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
@@ -200,6 +201,12 @@ class System:
                 accepted[account_id], **{s: by_state[s] for s in ("posted", "pending", "void")}
             )
         return totals
+
+    def metric(self, role: str, sample: str) -> float:
+        """Return the value of a sample of a role's metrics, named with its labels; 0 if it does not exist."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_ports[role]}/metrics").raise_for_status().text
+        lines = (line.rsplit(" ", 1) for line in text.splitlines())
+        return next((float(value) for name, value in lines if name == sample), 0.0)
 
     def footprint(self, role: str) -> Footprint:
         """Return the current resources of a role's process."""

@@ -1,5 +1,6 @@
 """Queue length and age with a real Valkey."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,9 @@ from celery import Celery
 
 from config.celery_config import celery_settings
 from config.settings import Settings
+from tasks.broker_lists import priority_lists
 from tasks.queue_metrics import MAX_SAMPLES, QueueMetrics
+from tasks.redis_source import RedisSource
 
 LengthAndAge = tuple[float, float]
 
@@ -87,6 +90,31 @@ def test_every_list_is_measured_with_broker_options(valkey_url: str, options: di
         assert queue.collect() == (4, 0)
         queue.take(2)
         assert queue.collect() == (2, 10)
+
+
+@pytest.mark.parametrize("prefix", ["", "svc:"])
+def test_retried_message_counts_from_its_first_retry(valkey_url: str, prefix: str) -> None:
+    """Until it is acknowledged. A message that waits for its ETA is kept too, and does not count."""
+    chosen = Settings(redis_url=valkey_url, broker_key_prefix=prefix)
+    lists = priority_lists("payments", chosen.broker_priority_steps, chosen.broker_priority_separator, prefix)
+    source = RedisSource(valkey_url, "payments", lists=lists, key_prefix=prefix, visibility_timeout_s=3600)
+    with Celery("queue", set_as_current=False) as app:
+        app.conf.update(celery_settings(chosen))
+        queue = MeasuredQueue(app)
+        queue.now = time.time()
+        queue.put()
+        [message] = source.fetch(10, 0)
+        source.keep([message.tag], are_retried=False)
+        assert queue.collect() == (0, 0)
+        source.keep([message.tag], are_retried=True)
+        queue.now = time.time()
+        assert queue.collect(after_s=100)[1] == pytest.approx(100, abs=1)
+        source.keep([message.tag], are_retried=True)
+        assert queue.collect(after_s=100)[1] == pytest.approx(200, abs=1)
+        source.acknowledge([message.tag])
+        source.fetch(0, 0)
+        assert queue.collect() == (0, 0)
+    source.close()
 
 
 def test_samples_of_an_unread_queue_are_bounded(queue: MeasuredQueue) -> None:
