@@ -24,13 +24,14 @@ The queues are those of `celery worker --queues`. `celery control cancel_consume
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from config.log_config import get_logger
 from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
 from tasks.message_source import BrokerUnavailable, MessageSource
-from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_message, read_task_id_and_name
+from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_known_headers, read_message
 from tasks.unavailability import STORE_UNAVAILABLE, report_retry
 from worker import flow, metrics
 from worker.errors import error_summary
@@ -187,9 +188,12 @@ class QueueConsumer:
 
     def _read(self, fetched: FetchedMessage) -> TaskMessage:
         if fetched.deliveries > MAX_DELIVERIES:  # without reading its body: the workers may have died of that
-            detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
-            task_id, task_name = read_task_id_and_name(fetched.text)
-            raise UnusableMessage(DeadLetterReason.WORKER_DIED, detail, task_id=task_id, task_name=task_name)
+            headers = read_known_headers(fetched.text)
+            if not headers.is_waiting_for_eta(datetime.now(UTC)):  # such a message was only held
+                detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
+                raise UnusableMessage(
+                    DeadLetterReason.WORKER_DIED, detail, task_id=headers.task_id, task_name=headers.task_name
+                )
         return read_message(fetched, queue=self.queue, task_names=self._task_names)
 
     def _process(self, messages: Sequence[TaskMessage]) -> None:
@@ -201,6 +205,7 @@ class QueueConsumer:
                 self._handover.hand_over(self._source, [message])
             elif message.fetched.deliveries > 1:
                 self._process_batch(self._processors[message.task_name], [message])
+                self._source.fetch(0, 0)  # acknowledges it, before the next one may end the worker
             else:
                 batched.setdefault(message.task_name, []).append(message)
         for task_name, batch in batched.items():

@@ -1,6 +1,6 @@
 -- Acknowledge messages, and fetch up to n messages of one queue, in one atomic step.
 -- A fetched message is in the hash of unacknowledged messages until it is acknowledged, so a killed worker loses none.
--- Messages whose worker has died are fetched first.
+-- A message whose worker has died is fetched first, and alone.
 --
 -- KEYS[1]   unacknowledged messages: hash of tag to "<deliveries>\n<list>\n<message>"
 -- KEYS[2]   their tags: sorted set by the time (s) at which they were fetched or renewed
@@ -12,7 +12,7 @@
 -- ARGV[4]   prefix of new tags, unique to this fetch
 -- ARGV[5..] tags to acknowledge
 --
--- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n, the lists are empty. Redis then sends an
+-- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n and new, the lists are empty. Redis then sends an
 -- invalidation message to a connection with CLIENT TRACKING when one of the lists changes.
 
 local unacked, index, retried = KEYS[1], KEYS[2], KEYS[3]
@@ -37,13 +37,16 @@ for i = 5, #ARGV do
   redis.call('HDEL', unacked, ARGV[i])
 end
 
-for _, tag in ipairs(limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(' .. ARGV[2], 'LIMIT', 0, limit) or {}) do
+-- One at a time: if the message is what its worker died of, no other message is counted as delivered with it.
+local expired = limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(' .. ARGV[2], 'LIMIT', 0, 1) or {}
+for _, tag in ipairs(expired) do
   -- A full Redis refuses ZADD and HSET, unless the script has written before. So each write starts with a removal.
   redis.call('ZREM', index, tag)
   local stored = redis.call('HGET', unacked, tag)
   if stored then
     local deliveries, list, message = string.match(stored, '^(%d+)\n([^\n]*)\n(.*)$')
     give(tag, tonumber(deliveries) + 1, list, message)
+    return fetched
   end
 end
 

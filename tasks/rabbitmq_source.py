@@ -20,6 +20,9 @@ log = get_logger(__name__)
 ACK_INTERVAL_S = 0.1
 """Maximum time for which acknowledgements wait while the queue is empty. RabbitMQ sends no more than it knows free."""
 NO_WAIT_S = 0.001
+RETURNS_PER_DELIVERY = 3
+"""RabbitMQ counts each return of a message, also by a stop, and of a message that it has only sent ahead. So a return
+counts as a third of a delivery to a worker that died."""
 _KEPT_PROPERTIES = ("priority", "reply_to", "correlation_id")
 Tag = tuple[int, Any]
 """Number of the connection, and the delivery tag. A tag is valid on the connection of its message only."""
@@ -112,7 +115,7 @@ class RabbitMQSource:
 
     def _on_message(self, message: Message) -> None:
         tag = (self._connections, message.delivery_tag)
-        deliveries = 1 + _earlier_deliveries(message)
+        deliveries = 1 + _times_returned(message) // RETURNS_PER_DELIVERY
         self._received.append(FetchedMessage(tag=tag, deliveries=deliveries, text=_as_stored_by_kombu(message)))
 
     def _receive(self, connection: Connection, timeout_s: float) -> bool:
@@ -144,8 +147,8 @@ class RabbitMQSource:
                 log.debug("broker.close_failed", error=error_summary(error))
 
 
-def _earlier_deliveries(message: Message) -> int:
-    """Return how often a quorum queue has delivered the message before."""
+def _times_returned(message: Message) -> int:
+    """Return how often a quorum queue has sent the message before."""
     count = _headers(message).get("x-delivery-count", 0)
     return count if isinstance(count, int) else 0
 

@@ -115,11 +115,13 @@ class RedisSource:
         reply = self._evaluate(connection, (len(self._keys), *self._keys, *arguments))
         for _ in acknowledged:  # other threads only append
             self._acknowledged.popleft()
-        self._is_empty = len(reply) // 3 < limit
-        return [
+        fetched = [
             FetchedMessage(tag=tag.decode(), deliveries=deliveries, text=text)
             for tag, deliveries, text in zip(reply[0::3], reply[1::3], reply[2::3], strict=True)
         ]
+        is_redelivered = any(message.deliveries > 1 for message in fetched)  # it comes alone
+        self._is_empty = len(fetched) < limit and not is_redelivered
+        return fetched
 
     def _evaluate(self, connection: Any, arguments: Sequence[Any]) -> Any:
         connection.send_command("EVALSHA", self._digest, *arguments)

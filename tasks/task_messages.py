@@ -255,14 +255,26 @@ def read_message(fetched: FetchedMessage, *, queue: str, task_names: Collection[
     )
 
 
-def read_task_id_and_name(text: bytes) -> tuple[str | None, str | None]:
-    """Return the id and the name of a message's task from its headers, without its body. None if it has none there."""
+@dataclass(frozen=True, kw_only=True)
+class KnownHeaders:
+    """What the headers of a message say about its task. None if they do not say it."""
+
+    task_id: str | None = None
+    task_name: str | None = None
+    eta: datetime | None = None
+
+    def is_waiting_for_eta(self, now: datetime) -> bool:
+        """Return whether the task must not run yet."""
+        return self.eta is not None and self.eta > now
+
+
+def read_known_headers(text: bytes) -> KnownHeaders:
+    """Return what the headers of a message say, without reading its body."""
     try:
-        headers = _Envelope.model_validate(_load_json(text)).headers
+        headers = _TaskHeaders.model_validate(_Envelope.model_validate(_load_json(text)).headers)
     except (ValidationError, UnusableMessage):
-        return None, None
-    task_id, task_name = headers.get("id"), headers.get("task")
-    return task_id if isinstance(task_id, str) else None, task_name if isinstance(task_name, str) else None
+        return KnownHeaders()
+    return KnownHeaders(task_id=headers.id, task_name=headers.task, eta=_parse_time(headers.eta))
 
 
 def _load_json(text: bytes) -> Any:

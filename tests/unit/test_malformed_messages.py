@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from celery.bootsteps import RUN
 from celery.worker.strategy import default as default_strategy
 
 from tasks.app import app
@@ -36,6 +37,7 @@ def celery_consumer(started: list[Any]) -> Any:
     consumer: Any = SimpleNamespace(
         app=app,
         hostname="worker@test",
+        blueprint=SimpleNamespace(state=RUN),
         connection_errors=(),
         event_dispatcher=None,
         pool=pool,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,12 +20,14 @@ from worker import flow, metrics
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 
 
-def message(tag: str, *, deliveries: int = 1, body: str = "[[], {}, {}]") -> FetchedMessage:
+def message(
+    tag: str, *, deliveries: int = 1, body: str = "[[], {}, {}]", eta: datetime | None = None
+) -> FetchedMessage:
     """Return a message of the batched task."""
     stored = {
         "body": body,
         "content-type": "application/json",
-        "headers": {"id": f"task of {tag}", "task": "payments.initiate"},
+        "headers": {"id": f"task of {tag}", "task": "payments.initiate", "eta": eta and eta.isoformat()},
         "properties": {},
     }
     return FetchedMessage(tag=tag, deliveries=deliveries, text=json.dumps(stored).encode())
@@ -38,10 +41,12 @@ class ScriptedSource(FakeSource):
         self.messages = list(messages)
         self.kept: list[list[str]] = []
         self.given_back: list[str] = []
+        self.fetch_limits: list[int] = []
         self.first_keep_fails = first_keep_fails
 
     def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
         """Return the messages, once."""
+        self.fetch_limits.append(limit)
         fetched, self.messages = self.messages, super().fetch(limit, wait_s)
         return fetched
 
@@ -172,6 +177,7 @@ def test_redelivered_messages_are_processed_alone(start: Callable[..., QueueCons
     start(source, processor)
     assert processor.done.wait(10)
     assert processor.batches == [["b"], ["d"], ["a", "c"]]
+    assert source.fetch_limits[1:3] == [0, 0], "each is acknowledged before the next may end the worker"
 
 
 def test_message_that_killed_its_workers_is_a_dead_letter(
@@ -194,6 +200,15 @@ def test_message_that_killed_its_workers_is_a_dead_letter(
     assert [(each.reason, each.task_id) for each in stored] == [(DeadLetterReason.WORKER_DIED, "task of dead")]
     assert processor.batches == [["a"]]
     assert source.acknowledged == ["dead"]
+
+
+def test_message_that_waits_for_its_eta_is_no_dead_letter(start: Callable[..., QueueConsumer]) -> None:
+    """Its workers have only held it."""
+    held = message("held", deliveries=MAX_DELIVERIES + 9, eta=datetime.now(UTC) + timedelta(hours=1))
+    handover, is_handed_over = idle_handover(), Event()
+    handover.hand_over.side_effect = lambda *_: is_handed_over.set()
+    start(ScriptedSource(held), ScriptedProcessor(), handover)
+    assert is_handed_over.wait(10)
 
 
 def test_error_while_a_dead_letter_is_stored_affects_no_other_message(
