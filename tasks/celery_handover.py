@@ -152,10 +152,10 @@ class CeleryHandover:
     def acknowledge(self, handed: _HandedMessage) -> None:
         """Acknowledge a message."""
         with self._lock:
-            is_known = self._handed.pop(_key(handed.message), None) is not None
-        if is_known:
+            current = self._handed.pop(_key(handed.message), None)  # another one if it was delivered again
+        if current is not None:
             handed.source.acknowledge([handed.message.fetched.tag])
-            if handed.uses_capacity:
+            if current.uses_capacity:
                 self._capacity.release(1)
 
     def hand_over_later(self, handed: _HandedMessage) -> None:

@@ -46,17 +46,20 @@ class QueueConsumers(StartStopStep):
 
     def stop(self, consumer: Any) -> None:
         """Stop the consumers if the worker stops. Celery calls this also when it has lost its connection."""
-        if consumer.blueprint.state != CLOSE:
-            return
+        if consumer.blueprint.state == CLOSE:
+            self._stop()
+
+    def shutdown(self, _: Any) -> None:
+        """Acknowledge what the pool has finished since the stop."""
+        self._stop()  # Celery skips `stop` if it was not fully started
+        for each in self._consumers:
+            each.close()
+
+    def _stop(self) -> None:
         for each in self._consumers:
             each.request_stop()
         for each in self._consumers:
             each.join()
-
-    def shutdown(self, _: Any) -> None:
-        """Acknowledge what the pool has finished since the stop."""
-        for each in self._consumers:
-            each.close()
 
 
 def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, capacity: PoolCapacity) -> QueueConsumer:

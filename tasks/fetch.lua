@@ -6,17 +6,20 @@
 -- KEYS[2]   their tags: sorted set by the time (s) at which they were fetched or renewed
 -- KEYS[3]   tags of messages that are being retried: sorted set by the time (s) of the first retry
 -- KEYS[4..] lists of the queue, in order of priority
--- ARGV[1]   current time (s) by the worker's clock
--- ARGV[2]   a message that was fetched or renewed before this time (s) is fetched again
--- ARGV[3]   n
--- ARGV[4]   prefix of new tags, unique to this fetch
--- ARGV[5..] tags to acknowledge
+-- ARGV[1]   visibility timeout (s): a message that was fetched or renewed before it is fetched again
+-- ARGV[2]   n
+-- ARGV[3]   prefix of new tags, unique to this fetch
+-- ARGV[4..] tags to acknowledge
+--
+-- All times are by the clock of Redis, as those of the workers may differ.
 --
 -- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n and new, the lists are empty. Redis then sends an
 -- invalidation message to a connection with CLIENT TRACKING when one of the lists changes.
 
 local unacked, index, retried = KEYS[1], KEYS[2], KEYS[3]
-local limit = tonumber(ARGV[3])
+local limit = tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
 local fetched = {}
 
 local function count()
@@ -24,21 +27,21 @@ local function count()
 end
 
 local function give(tag, deliveries, list, message)
-  redis.call('ZADD', index, ARGV[1], tag)
+  redis.call('ZADD', index, now, tag)
   redis.call('HSET', unacked, tag, deliveries .. '\n' .. list .. '\n' .. message)
   fetched[#fetched + 1] = tag
   fetched[#fetched + 1] = deliveries
   fetched[#fetched + 1] = message
 end
 
-for i = 5, #ARGV do
+for i = 4, #ARGV do
   redis.call('ZREM', index, ARGV[i])
   redis.call('ZREM', retried, ARGV[i])
   redis.call('HDEL', unacked, ARGV[i])
 end
 
 -- One at a time: if the message is what its worker died of, no other message is counted as delivered with it.
-local expired = limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(' .. ARGV[2], 'LIMIT', 0, 1) or {}
+local expired = limit > 0 and redis.call('ZRANGEBYSCORE', index, '-inf', '(' .. now - ARGV[1], 'LIMIT', 0, 1) or {}
 for _, tag in ipairs(expired) do
   -- A full Redis refuses ZADD and HSET, unless the script has written before. So each write starts with a removal.
   redis.call('ZREM', index, tag)
@@ -53,7 +56,7 @@ end
 for i = 4, #KEYS do
   if redis.call('LLEN', KEYS[i]) > 0 and count() < limit then
     for number, message in ipairs(redis.call('RPOP', KEYS[i], limit - count())) do
-      give(ARGV[4] .. ':' .. i .. ':' .. number, 1, KEYS[i], message)
+      give(ARGV[3] .. ':' .. i .. ':' .. number, 1, KEYS[i], message)
     end
   end
   -- Redis tracks a key that a read-only command reads, until the key changes: also by RPOP.

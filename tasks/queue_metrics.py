@@ -26,11 +26,9 @@ class QueueMetrics:
 
     Messages that a worker tries again, because a store is unavailable, count from their first retry. Messages that wait
     for their ETA do not count. For brokers other than Redis only lengths are known.
-
-    `clock` returns seconds since the epoch, as the workers' clocks do.
     """
 
-    def __init__(self, app: Celery, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, app: Celery, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._clock = clock
         self._samples: dict[str, deque[tuple[float, bytes]]] = {}
@@ -57,7 +55,10 @@ class QueueMetrics:
     def _age_of_oldest_retry(self, client: Any, name: str) -> float:
         _, _, retried_key = unacked_keys(name, key_prefix="")  # kombu's client prefixes the key of ZRANGE
         oldest = client.zrange(retried_key, 0, 0, withscores=True)
-        return max(0.0, self._clock() - oldest[0][1]) if oldest else 0.0
+        if not oldest:
+            return 0.0
+        seconds, microseconds = client.time()  # the workers take their times from Redis too
+        return float(seconds + microseconds / 1_000_000 - oldest[0][1])
 
     def _sample_list_and_estimate_age(self, client: Any, key: str) -> float:
         now, samples = self._clock(), self._samples.setdefault(key, deque())
@@ -69,7 +70,7 @@ class QueueMetrics:
             samples.append((now, newest))
         if len(samples) > MAX_SAMPLES:
             self._samples[key] = deque(list(samples)[::2])
-        return max(0.0, now - samples[0][0]) if samples else 0.0
+        return now - samples[0][0] if samples else 0.0
 
 
 def lengths_by_queue(app: Celery) -> dict[str, int]:

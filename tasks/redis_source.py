@@ -30,9 +30,16 @@ log = get_logger(__name__)
 POLL_INTERVAL_S = 0.1
 """Interval between fetches if Redis does not support `CLIENT TRACKING`."""
 SOCKET_TIMEOUT_S = 10
+MAX_TAGS = 500
+"""Maximum number of tags of one script."""
 _FETCH = files(__package__).joinpath("fetch.lua").read_text()
 _KEEP = files(__package__).joinpath("keep.lua").read_text()
 _GIVE_BACK = files(__package__).joinpath("give_back.lua").read_text()
+
+
+def _batches(tags: Sequence[str]) -> list[Sequence[str]]:
+    """Return the tags in parts, because Redis serves no other client while a script runs."""
+    return [tags[start : start + MAX_TAGS] for start in range(0, len(tags), MAX_TAGS)]
 
 
 def unacked_keys(queue: str, key_prefix: str) -> tuple[str, str, str]:
@@ -86,7 +93,8 @@ class RedisSource:
         if not tags:
             return
         try:
-            self._redis.eval(_GIVE_BACK, len(self._keys), *self._keys, *tags)
+            for some in reversed(_batches(tags)):
+                self._redis.eval(_GIVE_BACK, len(self._keys), *self._keys, *some)
         except (RedisError, OSError) as error:
             raise self._disconnect(error) from error
 
@@ -94,7 +102,8 @@ class RedisSource:
         """Start the visibility timeout of messages anew."""
         _, *indexes = self._unacked_keys
         try:
-            self._redis.eval(_KEEP, len(indexes), *indexes, time.time(), int(are_retried), *tags)
+            for some in _batches(tags):
+                self._redis.eval(_KEEP, len(indexes), *indexes, int(are_retried), *some)
         except (RedisError, OSError) as error:
             raise self._disconnect(error) from error
 
@@ -110,8 +119,8 @@ class RedisSource:
         connection = self._connect()
         acknowledged = list(self._acknowledged)
         self._fetches += 1
-        now = time.time()
-        arguments = (now, now - self._visibility_timeout_s, limit, f"{self._tag_prefix}:{self._fetches}", *acknowledged)
+        new_tags = f"{self._tag_prefix}:{self._fetches}"
+        arguments = (self._visibility_timeout_s, limit, new_tags, *acknowledged)
         reply = self._evaluate(connection, (len(self._keys), *self._keys, *arguments))
         for _ in acknowledged:  # other threads only append
             self._acknowledged.popleft()
