@@ -30,6 +30,7 @@ from typing import Any
 from config.log_config import get_logger
 from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
+from tasks.consumer_progress import report_progress
 from tasks.message_source import BrokerUnavailable, MessageSource
 from tasks.task_messages import FetchedMessage, TaskMessage, UnusableMessage, read_known_headers, read_message
 from tasks.unavailability import STORE_UNAVAILABLE, report_retry
@@ -50,15 +51,15 @@ RETRY_DELAY_S = 1.0
 """Time between tries while a store or the broker is unavailable."""
 CONTENDED_WAIT_S = 0.025
 """Time until messages of locked accounts are processed again, unless other messages come before."""
-KEEP_INTERVAL_S = 2.0
-"""Interval at which messages that take longer are kept: below the shortest visibility timeout."""
+LOG_INTERVAL_S = 60.0
+"""Interval at which an unavailable broker is logged again."""
 
 
 class QueueConsumer:
     """The thread of one queue.
 
     `processors`: by name of their task. `is_paused`: returns whether the queue is paused. `is_revoked`: returns whether
-    the task with an id is revoked.
+    the task with an id is revoked. `keep_interval_s`: interval at which messages that wait in the worker are kept.
     """
 
     def __init__(
@@ -72,17 +73,18 @@ class QueueConsumer:
         task_names: Collection[str],
         is_paused: Callable[[], bool],
         is_revoked: Callable[[str], bool],
+        keep_interval_s: float,
     ) -> None:
         self.queue, self._source, self._processors = queue, source, processors
         self._capacity, self._handover, self._task_names = capacity, handover, task_names
-        self._is_paused, self._is_revoked = is_paused, is_revoked
+        self._is_paused, self._is_revoked, self._keep_interval_s = is_paused, is_revoked, keep_interval_s
         self._stopping = threading.Event()
         self._contended: list[TaskMessage] = []
         """Messages of locked accounts, for the next batch."""
         self._fetched_tags: list[Any] = []
         """Tags of the messages of the last fetch."""
         self._kept_at = time.monotonic()
-        self._is_broker_available = True
+        self._is_broker_available, self._broker_logged_at = True, float("-inf")
         self._thread = threading.Thread(target=self._run, name=f"consumer of {queue}", daemon=True)
 
     def start(self) -> None:
@@ -106,9 +108,10 @@ class QueueConsumer:
         while not self._stopping.is_set():
             try:
                 self._fetch_and_process()
-                self._log_broker_change(is_available=True)
+                self._report_broker(is_available=True)
+                report_progress(self.queue)
             except BrokerUnavailable as error:
-                self._log_broker_change(is_available=False, error=str(error))
+                self._report_broker(is_available=False, error=str(error))
                 self._stopping.wait(RETRY_DELAY_S)
             except Exception:  # the broker delivers the messages again
                 log.exception("consumer.failed", queue=self.queue)
@@ -118,7 +121,7 @@ class QueueConsumer:
     def _fetch_and_process(self) -> None:
         """Process the next messages, after waiting for one of them. Store as dead letters those that cannot be read."""
         limit = self._fetch_limit_after_wait()
-        if time.monotonic() - self._kept_at >= KEEP_INTERVAL_S:
+        if time.monotonic() - self._kept_at >= self._keep_interval_s:
             self._keep_handed_over()  # before the fetch: an error after it would lose what was fetched
         fetched = self._source.fetch(limit, CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S)
         contended, self._contended = self._contended, []
@@ -237,6 +240,7 @@ class QueueConsumer:
                 for message in retried:
                     report_retry(message.task_name, message.task_id, error, is_first=is_first_try)
                 is_first_try = False
+                report_progress(self.queue)
                 self._keep_all()
                 if self._stopping.wait(RETRY_DELAY_S):
                     self._give_back(tags)
@@ -250,7 +254,7 @@ class QueueConsumer:
             self._source.keep(self._fetched_tags, are_retried=True)
             self._keep_handed_over()
         except BrokerUnavailable as error:  # another worker may get the messages too
-            self._log_broker_change(is_available=False, error=str(error))
+            self._report_broker(is_available=False, error=str(error))
 
     def _give_back(self, tags: Sequence[Any]) -> None:
         try:
@@ -258,12 +262,12 @@ class QueueConsumer:
         except BrokerUnavailable as error:  # the broker redelivers them after the visibility timeout
             log.warning("messages.give_back_failed", queue=self.queue, count=len(tags), error=str(error))
 
-    def _log_broker_change(self, *, is_available: bool, error: str | None = None) -> None:
-        """Log when the broker becomes unavailable, and when it is available again."""
-        if is_available == self._is_broker_available:
-            return
-        self._is_broker_available = is_available
+    def _report_broker(self, *, is_available: bool, error: str | None = None) -> None:
+        """Log when the broker becomes unavailable, each minute while it is, and when it is available again."""
+        was_available, self._is_broker_available = self._is_broker_available, is_available
         if is_available:
-            log.info("broker.available", queue=self.queue)
-        else:
+            if not was_available:
+                log.info("broker.available", queue=self.queue)
+        elif was_available or time.monotonic() - self._broker_logged_at >= LOG_INTERVAL_S:
+            self._broker_logged_at = time.monotonic()
             log.warning("broker.unavailable", queue=self.queue, error=error)

@@ -74,6 +74,7 @@ def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, ca
         task_names=consumer.app.tasks,
         is_paused=lambda: queue not in {each.name for each in consumer.task_consumer.queues},
         is_revoked=revoked.__contains__,
+        keep_interval_s=settings().visibility_timeout_s / 4,
     )
 
 

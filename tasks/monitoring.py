@@ -8,14 +8,15 @@ from celery.signals import beat_init, heartbeat_sent, worker_init
 
 from config.settings import settings
 from tasks.app import app
+from tasks.consumer_progress import longest_time_without_progress_s
 from tasks.queue_metrics import QueueMetrics
 from worker import metrics_server
 from worker.ledger_metrics import LedgerCollector, redis_metrics
 from worker.metrics_collector import register_collector
 from worker.runtime import runtime
 
-HEARTBEAT_TIMEOUT_S = 30.0
-"""Without a heartbeat for this time the worker counts as disconnected from its broker."""
+PROGRESS_TIMEOUT_S = 30.0
+"""A worker without a heartbeat, or with a consumer without a fetch, for this time is not ready."""
 
 _last_heartbeat_at = float("-inf")
 
@@ -26,16 +27,15 @@ def _on_heartbeat(**_: Any) -> None:
     _last_heartbeat_at = time.monotonic()
 
 
-def _has_recent_heartbeat() -> bool:
-    return time.monotonic() - _last_heartbeat_at < HEARTBEAT_TIMEOUT_S
+def _is_working() -> bool:
+    has_heartbeat = time.monotonic() - _last_heartbeat_at < PROGRESS_TIMEOUT_S
+    return has_heartbeat and longest_time_without_progress_s() < PROGRESS_TIMEOUT_S
 
 
 @worker_init.connect
 def _start_worker_metrics_and_readiness(**_: Any) -> None:
     if settings().metrics_port:
-        metrics_server.start_metrics_server(
-            settings().metrics_host, settings().metrics_port, is_ready=_has_recent_heartbeat
-        )
+        metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port, is_ready=_is_working)
 
 
 @beat_init.connect

@@ -114,6 +114,7 @@ def test_message_that_its_workers_died_of_is_not_read_again(monkeypatch: pytest.
         task_names=app.tasks,
         is_paused=lambda: False,
         is_revoked=lambda _: False,
+        keep_interval_s=60,
     )
     consumer.start()
     [letter] = dead.get(timeout=10)

@@ -85,7 +85,6 @@ class ScriptedProcessor:
 def start(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., QueueConsumer]:
     """Return a function that starts a consumer. It is stopped at the end of the test."""
     monkeypatch.setattr(consumer, "RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr(consumer, "KEEP_INTERVAL_S", 0)
     monkeypatch.setattr(consumer, "runtime", lambda: None)
 
     def started(source: FakeSource, processor: ScriptedProcessor, handover: MagicMock | None = None) -> QueueConsumer:
@@ -98,6 +97,7 @@ def start(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Ca
             task_names=("payments.initiate",),
             is_paused=lambda: False,
             is_revoked=lambda _: False,
+            keep_interval_s=0,
         )
         running.start()
         request.addfinalizer(running.join)
@@ -155,6 +155,38 @@ def test_messages_are_given_back_if_the_worker_stops_while_a_store_is_unavailabl
     running.request_stop()
     running.join()
     assert source.given_back == ["redelivered", "b"]
+
+
+class UnavailableSource(FakeSource):
+    """Its broker is away for some fetches."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures, self.is_back = failures, Event()
+
+    def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
+        """Fail, or return nothing."""
+        self.failures -= 1
+        if self.failures >= 0:
+            raise BrokerUnavailable("read-only")
+        if self.failures < -1:
+            self.is_back.set()
+        return super().fetch(limit, wait_s)
+
+
+def test_unavailable_broker_is_logged_and_is_no_progress(
+    start: Callable[..., QueueConsumer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker is not ready then. The log has one line when it begins and one when it ends."""
+    caplog.set_level("INFO")
+    progress = list[tuple[str, int]]()
+    source = UnavailableSource(failures=5)
+    monkeypatch.setattr(consumer, "report_progress", lambda queue: progress.append((queue, source.failures)))
+    start(source, ScriptedProcessor())
+    assert source.is_back.wait(10)
+    assert progress[0] == ("payments", -1)
+    events = [record.msg["event"] for record in caplog.records if isinstance(record.msg, dict)]
+    assert events == ["broker.unavailable", "broker.available"]
 
 
 def test_batch_that_fails_is_handed_over_to_celery(start: Callable[..., QueueConsumer]) -> None:
