@@ -129,3 +129,20 @@ def test_full_redis_under_load(own_system: System) -> None:
         redis.config_set("maxmemory", 0)
         time.sleep(1)
     _outcomes_after_faults(own_system, sender, sent)
+
+
+def test_broker_that_refuses_its_clients_or_is_slow(own_system: System) -> None:
+    """For some seconds it wants a password that nobody has, then it does not respond."""
+    redis = Redis.from_url(own_system.redis_url)
+    sent = jobs("prompt", 200, 100, timeout_s=120, max_balance_age_s=3600)
+    sender = Sender(own_system, sent, interval_s=0.05)
+    sender.start()
+    for _ in range(2):
+        redis.config_set("requirepass", "unknown")
+        with Redis.from_url(own_system.redis_url, password="unknown") as allowed:
+            allowed.client_kill_filter(_type="normal", skipme=True)
+            time.sleep(3)  # the length of the fault
+            allowed.config_set("requirepass", "")
+        redis.client_pause(3000, all=True)
+        time.sleep(4)
+    _outcomes_after_faults(own_system, sender, sent)
