@@ -13,7 +13,7 @@ from tasks.batching import MicroBatcher, start_after
 
 log = get_logger(__name__)
 
-EVENT_DELAY_S = 0.5
+EVENT_DELAY_S = 1.0
 """Time for which events are collected. A batch costs a tenth of single events."""
 MAX_EVENT_BATCH_SIZE = 500
 
