@@ -15,12 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cli.celery_client import CeleryUnavailable, connected_celery_app, report_unavailable
 from config.settings import Settings
+from tasks.rabbitmq_source import HEADERS_OF_BROKER
 from worker.errors import error_summary
 
 PERSISTENT = 2
 """AMQP's delivery mode of a message that is written to disk."""
-HEADERS_OF_BROKER = frozenset(("x-delivery-count", "x-acquired-count", "x-death"))
-"""Headers that RabbitMQ adds: the deliveries before do not count for a requeued message."""
 _UNENCODABLE = (FrameSyntaxError, struct.error, TypeError, ValueError)
 """Errors of the AMQP client for headers that AMQP has no form for. They occur before anything is sent."""
 

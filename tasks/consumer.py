@@ -115,6 +115,7 @@ class QueueConsumer:
                 self._stopping.wait(RETRY_DELAY_S)
             except Exception:  # the broker delivers the messages again
                 log.exception("consumer.failed", queue=self.queue)
+                self._source.abandon()
                 self._stopping.wait(RETRY_DELAY_S)
         self._give_back([message.fetched.tag for message in self._contended])
 

@@ -14,6 +14,7 @@ from tasks.broker_lists import priority_lists
 from tasks.call_batches import CallBatchProcessor
 from tasks.celery_handover import CeleryHandover
 from tasks.consumer import MAX_BATCH_SIZE, QueueConsumer
+from tasks.delivery_counter import DeliveryCounter
 from tasks.job_batches import JobBatchProcessor
 from tasks.message_source import MessageSource
 from tasks.rabbitmq_source import RabbitMQSource
@@ -79,9 +80,14 @@ def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, ca
 
 
 def _make_source(app: Celery, queue: str, *, max_unacked: int) -> MessageSource:
-    if settings().effective_broker_url.startswith("amqp"):
-        return RabbitMQSource(app.connection_for_read, app.amqp.queues[queue], max_unacked=max_unacked)
     chosen = settings()
+    if chosen.effective_broker_url.startswith("amqp"):
+        return RabbitMQSource(
+            lambda: app.connection_for_read(heartbeat=app.conf.broker_heartbeat),
+            app.amqp.queues[queue],
+            max_unacked=max_unacked,
+            counter=DeliveryCounter(chosen.redis_url, queue),
+        )
     prefix = chosen.broker_key_prefix
     return RedisSource(
         chosen.effective_broker_url,

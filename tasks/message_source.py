@@ -14,7 +14,7 @@ class MessageSource(Protocol):
     """One queue of the broker. All methods but `acknowledge` are called by one thread.
 
     Raises:
-        BrokerUnavailable: by all methods but `acknowledge` and `close`. The next call connects again.
+        BrokerUnavailable: by all methods but `acknowledge`, `abandon` and `close`. The next call connects again.
     """
 
     def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
@@ -36,6 +36,12 @@ class MessageSource(Protocol):
         """Keep messages that take longer, so that the broker gives them to no other worker.
 
         `are_retried`: they are processed again, because a store was unavailable. The age of the queue includes them.
+        """
+
+    def abandon(self) -> None:
+        """Leave all unacknowledged messages to the broker, which delivers them again. The next call connects again.
+
+        For an unexpected error: whether it processed a message is unknown.
         """
 
     def close(self) -> None:

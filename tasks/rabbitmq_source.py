@@ -1,18 +1,29 @@
-"""Messages of one queue of RabbitMQ, on a connection of its own."""
+"""Messages of one queue of RabbitMQ, on a connection of its own.
+
+RabbitMQ delivers the messages of a lost connection again, and it marks them. Such a message may be what its worker died
+of, so it is fetched alone, and `tasks.delivery_counter` counts its deliveries.
+
+RabbitMQ closes a connection from which it has read nothing for the heartbeat interval: 60 s, unless its configuration
+says otherwise. Each call of `fetch` and `keep` sends and reads heartbeats. If a batch takes longer than the interval,
+the connection may be lost: RabbitMQ then delivers its messages again, also to other workers.
+"""
 
 import json
 import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from amqp.basic_message import Message
 from kombu import Connection, Queue
 
 from config.log_config import get_logger
+from tasks.delivery_counter import REDELIVERED, DeliveryCounter
 from tasks.message_source import BrokerUnavailable
-from tasks.task_messages import FetchedMessage
+from tasks.task_messages import FetchedMessage, read_known_headers
 from worker.errors import error_summary
 
 log = get_logger(__name__)
@@ -20,36 +31,45 @@ log = get_logger(__name__)
 ACK_INTERVAL_S = 0.1
 """Maximum time for which acknowledgements wait while the queue is empty. RabbitMQ sends no more than it knows free."""
 NO_WAIT_S = 0.001
-RETURNS_PER_DELIVERY = 3
-"""RabbitMQ counts each return of a message, also by a stop, and of a message that it has only sent ahead. So a return
-counts as a third of a delivery to a worker that died."""
+HEADERS_OF_BROKER = frozenset(("x-delivery-count", "x-acquired-count", "x-death"))
+"""Headers that RabbitMQ adds to a message. They differ between its deliveries."""
 _KEPT_PROPERTIES = ("priority", "reply_to", "correlation_id")
 Tag = tuple[int, Any]
 """Number of the connection, and the delivery tag. A tag is valid on the connection of its message only."""
 
 
 class RabbitMQSource:
-    """A `MessageSource` of a queue of RabbitMQ. RabbitMQ sends up to `max_unacked` messages ahead."""
+    """A `MessageSource` of a queue of RabbitMQ. RabbitMQ sends up to `max_unacked` messages ahead.
 
-    def __init__(self, connect: Callable[[], Connection], queue: Queue, *, max_unacked: int) -> None:
-        self._connect_new, self._queue, self._max_unacked = connect, queue, max_unacked
+    This window belongs to a subscription: it is full when so many of its messages are unacknowledged. Messages that
+    wait for their ETA stay in it for hours. So a new subscription replaces one whose window leaves no room for a batch.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Connection], queue: Queue, *, max_unacked: int, counter: DeliveryCounter
+    ) -> None:
+        self._connect_new, self._queue, self._max_unacked, self._counter = connect, queue, max_unacked, counter
         self._connection: Connection | None = None
         self._connections = 0
         self._channel: Any = None
         self._consumer_tag: str | None = None
         """None while RabbitMQ sends no messages."""
+        self._window = set[Tag]()
+        """Unacknowledged messages of the subscription."""
         self._received = deque[FetchedMessage]()
+        self._counter_keys = dict[Tag, str]()
+        """Of the fetched messages whose deliveries are counted."""
         self._acknowledged = deque[Tag]()
 
     def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
-        """Return messages that RabbitMQ has sent."""
+        """Return messages that RabbitMQ has sent, in their order. A redelivered message comes alone."""
         try:
             connection = self._connect()
             deadline = time.monotonic() + wait_s
             self._send_acknowledgements()
             self._check_heartbeat(connection)
             if limit:
-                self._consume()
+                self._consume(limit)
             while limit and not self._received and (left_s := deadline - time.monotonic()) > 0:
                 self._receive(connection, min(left_s, ACK_INTERVAL_S))
                 self._send_acknowledgements()
@@ -57,7 +77,7 @@ class RabbitMQSource:
                 pass
         except Exception as error:
             raise self._disconnect(error) from error
-        return [self._received.popleft() for _ in range(min(limit, len(self._received)))]
+        return self._take_received(limit)
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         """Acknowledge messages with the next fetch."""
@@ -68,13 +88,12 @@ class RabbitMQSource:
         if self._connection is None:
             return  # RabbitMQ has returned them
         try:
-            if self._consumer_tag is not None:
-                self._channel.basic_cancel(self._consumer_tag)
-                self._consumer_tag = None
+            self._cancel()
             for number, tag in reversed([*tags, *(message.tag for message in self._received)]):
                 if number == self._connections:
                     self._channel.basic_reject(tag, requeue=True)
             self._received.clear()
+            self._forget_counts(tags)
         except Exception as error:
             raise self._disconnect(error) from error
 
@@ -85,12 +104,19 @@ class RabbitMQSource:
         except Exception as error:
             raise self._disconnect(error) from error
 
+    def abandon(self) -> None:
+        """Close the connection, so that RabbitMQ delivers its messages again. Their counts remain."""
+        self._counter_keys.clear()
+        self._close_connection()
+
     def close(self) -> None:
         """Send the remaining acknowledgements, and close the connection. RabbitMQ gives all others to other workers."""
         try:
             self._send_acknowledgements()
         except Exception as error:  # noqa: BLE001 - the messages will be processed once more
             log.warning("messages.ack_failed", queue=self._queue.name, error=error_summary(error))
+        self._forget_counts(list(self._counter_keys))
+        self._counter.close()
         self._close_connection()
 
     def _connect(self) -> Connection:
@@ -103,10 +129,19 @@ class RabbitMQSource:
             self._queue(self._channel).declare()
         return self._connection
 
-    def _consume(self) -> None:
+    def _consume(self, limit: int) -> None:
+        """Subscribe to the queue, and again if the window is too full for `limit` messages."""
+        if not self._received and len(self._window) + limit > self._max_unacked:
+            self._cancel()  # the messages of the window can still be acknowledged
         if self._consumer_tag is None:
+            self._window.clear()
             # With the client of AMQP itself: kombu would decompress bodies, without a limit.
             self._consumer_tag = self._channel.basic_consume(self._queue.name, callback=self._on_message)
+
+    def _cancel(self) -> None:
+        if self._consumer_tag is not None:
+            self._channel.basic_cancel(self._consumer_tag)
+            self._consumer_tag = None
 
     def _check_heartbeat(self, connection: Connection) -> None:
         """Send a heartbeat if it is time. Also read: RabbitMQ's own heartbeats count only when they are read."""
@@ -115,8 +150,27 @@ class RabbitMQSource:
 
     def _on_message(self, message: Message) -> None:
         tag = (self._connections, message.delivery_tag)
-        deliveries = 1 + _times_returned(message) // RETURNS_PER_DELIVERY
+        deliveries = REDELIVERED if _is_redelivered(message) else 1
+        self._window.add(tag)
         self._received.append(FetchedMessage(tag=tag, deliveries=deliveries, text=_as_stored_by_kombu(message)))
+
+    def _take_received(self, limit: int) -> list[FetchedMessage]:
+        taken = list[FetchedMessage]()
+        while self._received and len(taken) < limit:
+            if self._received[0].deliveries < REDELIVERED:
+                taken.append(self._received.popleft())
+            else:
+                return taken or [self._count_delivery(self._received.popleft())]
+        return taken
+
+    def _count_delivery(self, message: FetchedMessage) -> FetchedMessage:
+        if read_known_headers(message.text).is_waiting_for_eta(datetime.now(UTC)):
+            return message  # a worker only holds it
+        key = self._counter_keys[message.tag] = self._counter.key(message.text)
+        return replace(message, deliveries=self._counter.count(key))
+
+    def _forget_counts(self, tags: Sequence[Tag]) -> None:
+        self._counter.forget([self._counter_keys.pop(tag) for tag in tags if tag in self._counter_keys])
 
     def _receive(self, connection: Connection, timeout_s: float) -> bool:
         """Wait for a message or another event. Return whether one came."""
@@ -127,14 +181,21 @@ class RabbitMQSource:
         return True
 
     def _send_acknowledgements(self) -> None:
+        sent = list[Tag]()
         while self._acknowledged:
             number, tag = self._acknowledged[0]
             if number == self._connections and self._channel is not None:
                 self._channel.basic_ack(tag)
-            self._acknowledged.popleft()
+            sent.append(self._acknowledged.popleft())
+        self._window.difference_update(sent)
+        self._forget_counts(sent)
 
     def _disconnect(self, error: Exception) -> BrokerUnavailable:
-        """Close the connection. Return the error to raise: a refused declaration of the queue may be mended too."""
+        """Close the connection. Return the error to raise: a refused declaration of the queue may be mended too.
+
+        The worker has not died, so the counts of its messages are deleted.
+        """
+        self._forget_counts(list(self._counter_keys))
         self._close_connection()
         return BrokerUnavailable(error_summary(error))
 
@@ -147,15 +208,14 @@ class RabbitMQSource:
                 log.debug("broker.close_failed", error=error_summary(error))
 
 
-def _times_returned(message: Message) -> int:
-    """Return how often a quorum queue has sent the message before."""
-    count = _headers(message).get("x-delivery-count", 0)
-    return count if isinstance(count, int) else 0
+def _is_redelivered(message: Message) -> bool:
+    return bool(message.delivery_info.get("redelivered"))
 
 
 def _headers(message: Message) -> Mapping[str, Any]:
+    """Return the headers that the sender wrote: they identify the message at each delivery."""
     headers: Mapping[str, Any] = message.properties.get("application_headers") or {}
-    return headers
+    return {name: value for name, value in headers.items() if name not in HEADERS_OF_BROKER}
 
 
 def _as_stored_by_kombu(message: Message) -> bytes:

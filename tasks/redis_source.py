@@ -107,6 +107,9 @@ class RedisSource:
         except (RedisError, OSError) as error:
             raise self._disconnect(error) from error
 
+    def abandon(self) -> None:
+        """Do nothing: Redis keeps the messages until their visibility timeout."""
+
     def close(self) -> None:
         """Send the remaining acknowledgements, and close the connections."""
         try:

@@ -32,6 +32,9 @@ class FakeSource:
     def keep(self, tags: Sequence[str], *, are_retried: bool) -> None:
         """Do nothing."""
 
+    def abandon(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -132,7 +132,7 @@ def test_full_redis_under_load(own_system: System) -> None:
 
 
 def test_broker_that_refuses_its_clients_or_is_slow(own_system: System) -> None:
-    """For some seconds it wants a password that nobody has, then it does not respond."""
+    """For some seconds it wants a password that no client has, then it does not respond."""
     redis = Redis.from_url(own_system.redis_url)
     sent = jobs("prompt", 200, 100, timeout_s=120, max_balance_age_s=3600)
     sender = Sender(own_system, sent, interval_s=0.05)

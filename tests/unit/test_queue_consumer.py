@@ -202,6 +202,18 @@ def test_batch_that_fails_is_handed_over_to_celery(start: Callable[..., QueueCon
     assert counter._value.get() == before + 1
 
 
+def test_unexpected_error_leaves_the_fetched_messages_to_the_broker(
+    start: Callable[..., QueueConsumer],
+) -> None:
+    """Otherwise RabbitMQ would keep them for this worker as long as the connection lives."""
+    handover, source = idle_handover(), ScriptedSource(message("a"))
+    handover.hand_over.side_effect = ValueError("a bug")
+    abandoned = Event()
+    source.abandon = abandoned.set  # type: ignore[method-assign]
+    start(source, ScriptedProcessor(raise_error(ValueError())), handover)
+    assert abandoned.wait(10)
+
+
 def test_redelivered_messages_are_processed_alone(start: Callable[..., QueueConsumer]) -> None:
     """One of them may have killed its worker, with all others of its batch."""
     source = ScriptedSource(message("a"), message("b", deliveries=2), message("c"), message("d", deliveries=3))
