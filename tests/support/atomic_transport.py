@@ -77,6 +77,16 @@ class _Channel(redis.Channel):
         self.connection._deliver(loads(bytes_to_str(message)), queue)
         return True
 
+    def close(self) -> None:
+        """Close the channel, also on a lost connection: the first try fails if it still has something to read.
+
+        Celery would try again without a connection, for the unacknowledged messages, and then end the worker.
+        """
+        try:
+            super().close()
+        except self.connection_errors:
+            super().close()
+
 
 class AtomicTransport(redis.Transport):
     """Kombu's Redis transport with the atomic fetch."""
