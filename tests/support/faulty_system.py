@@ -19,9 +19,10 @@ from redis.exceptions import ConnectionError as RedisUnavailable
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError as LedgerUnavailable
 
+from config.settings import Settings
 from tasks import balance_tasks, dispatch, maintenance_tasks, payment_tasks, suspension
 from tasks.batching import MicroBatcher
-from tasks.dispatch import dispatch as dispatch_follow_up
+from tasks.dispatch import dispatch_leaving_callbacks_to_workers
 from tasks.sending import NewMessage
 from tasks.suspension import FinishedTask
 from tests.support.fault_injection import Operations, ProcessKilled
@@ -82,14 +83,21 @@ class FaultySystem:
     """Environment of a scenario. `outcomes`, the provider and the ledger show whether the invariants are kept."""
 
     def __init__(
-        self, scenario: Scenario, ledger: Ledger, correlation: CorrelationStore, operations: Operations
+        self,
+        scenario: Scenario,
+        ledger: Ledger,
+        correlation: CorrelationStore,
+        operations: Operations,
+        settings: Settings,
     ) -> None:
-        self.scenario, self.operations = scenario, operations
+        self.scenario, self.operations, self._settings = scenario, operations, settings
         self._ledger, self._correlation = ledger, correlation
         self.clock = Clock()
         self.provider = ScenarioProvider(scenario, operations, self.clock)
         self.queue: list[tuple[str, Any, datetime]] = []
         """Name and arguments of each message, and the time from which it is due."""
+        self.started: list[tuple[str, Any, datetime]] = []
+        """Name and arguments of each task that a process started, and when."""
         self.outcomes: dict[str, list[Any]] = defaultdict(list)
         self._stored_balances: set[str] = set()
         self.delivered_marks = MicroBatcher[tuple[str, datetime]](
@@ -104,12 +112,12 @@ class FaultySystem:
         self._ledger.operations = self.operations
         redis = self._correlation._redis
         return Runtime(
-            settings=SETTINGS,
+            settings=self._settings,
             engine=self._ledger.engine,
             correlation=self._correlation,
             redis_server=RedisServer(redis),
-            admission=admission_control(redis, SETTINGS),
-            poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=SETTINGS.balance_polls_per_s),
+            admission=admission_control(redis, self._settings),
+            poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=self._settings.balance_polls_per_s),
             provider=cast(QuilttClient, self.provider),
             price_list=parse_price_list(PRICES),
             clock=self.clock,
@@ -119,10 +127,14 @@ class FaultySystem:
         self.rt.engine.dispose()
         self.operations.is_killed = False
         if self.operations.fault_mode == "killed, and Redis emptied":
-            self._correlation._redis.flushdb()
-            # The payments service sends unaccepted jobs again. payready must recover all other messages by itself.
-            self.queue = [message for message in self.queue if message[0] in ("payments.initiate", "payments.cancel")]
+            self.empty_redis()
         self.rt = self._start()
+
+    def empty_redis(self) -> None:
+        """Empty Redis, which is the broker too."""
+        self._correlation._redis.flushdb()
+        # The payments service sends unaccepted jobs again. payready must recover all other messages by itself.
+        self.queue = [message for message in self.queue if message[0] in ("payments.initiate", "payments.cancel")]
 
     def _run(self, act: Callable[[], Any]) -> bool:
         """Run `act` in the process. Return False if the process was killed."""
@@ -143,7 +155,8 @@ class FaultySystem:
             ready_at = self.clock.now + timedelta(seconds=message.countdown_s or 0)
             self.queue.append((message.task_name, message.arguments, ready_at))
 
-    def _run_tasks(self) -> None:
+    def run_tasks(self) -> None:
+        """Run the messages that are due, and those that they enqueue."""
         while ready := [message for message in self.queue if message[2] <= self.clock.now]:
             name, args, _ = message = ready[0]
             if self._run(lambda name=name, args=args: self._task(name, args)):  # type: ignore[misc]
@@ -153,6 +166,7 @@ class FaultySystem:
                 self.queue.append(message)  # redelivered after the messages that were queued before
 
     def _task(self, name: str, args: Any) -> None:
+        self.started.append((name, args, self.clock.now))
         try:
             if name == "payments.initiate":
                 self._initiate(*args)
@@ -168,11 +182,12 @@ class FaultySystem:
             if name == "payments.initiate":
                 self.outcomes[args[0]].append(repr(error))
 
-    def _initiate(self, task_id: str, job: dict[str, Any]) -> None:
+    def _initiate(self, task_id: str, job: dict[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> None:
         payment_tasks.accept_payment_and_suspend_task.push_request(
             id=task_id,
             args=(task_id, job),
             task=payment_tasks.accept_payment_and_suspend_task.name,
+            callbacks=list(callbacks),
             delivery_info={"redelivered": False},
         )
         try:
@@ -196,18 +211,23 @@ class FaultySystem:
 
     def _deliver_webhooks(self) -> None:
         for webhook in [due for due in self.provider.webhooks if due[0] <= self.clock.now]:
-            accepted = self._run(lambda balance=webhook[1]: self._webhook(balance))  # type: ignore[misc]
+            accepted = self.deliver_webhook([webhook[1]])
             if accepted and webhook[1].id in self._stored_balances:
                 self.provider.webhooks.remove(webhook)
 
-    def _webhook(self, balance: Balance) -> None:
+    def deliver_webhook(self, balances: Sequence[Balance]) -> bool:
+        """Deliver these balances in one request. Return False if the process was killed."""
+        return self._run(lambda: self._webhook(balances))
+
+    def _webhook(self, balances: Sequence[Balance]) -> None:
+        ids = {balance.id for balance in balances}
         try:
-            received = BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance)
-            dispatch_follow_up(flow.ingest_events_and_resolve_payments(self.rt, [received]))
+            received = [BalanceWithEventId(event_id=f"evt_{balance.id}", balance=balance) for balance in balances]
+            dispatch_leaving_callbacks_to_workers(flow.ingest_events_and_resolve_payments(self.rt, received))
         except (LedgerUnavailable, RedisUnavailable, BrokerUnavailable):
-            self._stored_balances.discard(balance.id)  # 503: the provider retries
+            self._stored_balances -= ids  # 503: the provider retries
         else:
-            self._stored_balances.add(balance.id)
+            self._stored_balances |= ids
 
     # --- time ---
 
@@ -234,10 +254,14 @@ class FaultySystem:
 
     def _pass_time(self) -> None:
         self._deliver_webhooks()
-        self._run_tasks()
+        self.run_tasks()
+        self.run_maintenance()
+        self.run_tasks()
+
+    def run_maintenance(self) -> None:
+        """Run the periodic tasks. What they enqueue stays in the queue."""
         for name in ("payments.expire", "payments.sweep"):
             self._run(lambda name=name: self._task(name, ()))  # type: ignore[misc]
-        self._run_tasks()
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         """Return the rows of a query on the ledger."""
@@ -253,7 +277,9 @@ TASKS: dict[str, Callable[..., Any]] = {
     "balances.poll": balance_tasks.poll_balance_and_fail_unsupported_accounts.run,
     "accounts.read": balance_tasks.read_account_and_enqueue_call.run,
     "balances.apply": payment_tasks.apply_balance.run,
+    "outcomes.deliver": payment_tasks.deliver_undelivered_outcomes.run,
     "payments.cancel": payment_tasks.cancel.run,
+    "payments.end_hold": payment_tasks.end_hold.run,
     "payments.expire": maintenance_tasks.expire_or_check_due_payments.run,
     "payments.sweep": maintenance_tasks.sweep.run,
 }
@@ -261,12 +287,16 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def build_faulty_system(
-    scenario: Scenario, ledger: Ledger, correlation: CorrelationStore, operations: Operations
+    scenario: Scenario,
+    ledger: Ledger,
+    correlation: CorrelationStore,
+    operations: Operations,
+    settings: Settings = SETTINGS,
 ) -> Iterator[FaultySystem]:
     """Build a system with an empty Redis, and run payready's tasks on it."""
     client: Any = correlation._redis
     client.flushdb()
-    system = FaultySystem(scenario, ledger, correlation, operations)
+    system = FaultySystem(scenario, ledger, correlation, operations, settings)
     execute = client.execute_command
 
     def watched(*command: Any, **options: Any) -> Any:

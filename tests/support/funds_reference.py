@@ -15,6 +15,8 @@ class ReferenceBalance:
     available: Decimal | None
     called_at: datetime | None
     """Time of the call whose amounts it may show, if there is one."""
+    is_refresh: bool = True
+    """Whether a refresh call caused it. Another one can fail any payment, but releases only some."""
 
     @property
     def as_of(self) -> datetime:
@@ -56,3 +58,24 @@ def may_be_released(
     deciding = [*ordered[:1], *in_time[:1]]
     left = [available_after_holds(balance, holds, skew) for balance in deciding]
     return bool(in_time) and all(funds is not None and funds >= amount for funds in left)
+
+
+def covers_amounts_since(
+    amounts: Sequence[Decimal], balance: ReferenceBalance, holds: Sequence[ReferenceHold], skew: timedelta
+) -> bool:
+    """Return whether a balance covers these amounts together, beside all that is deducted from it."""
+    left = available_after_holds(balance, holds, skew)
+    return left is not None and left >= sum(amounts)
+
+
+def may_be_deciding(
+    deadline: datetime, balances: Sequence[ReferenceBalance]
+) -> tuple[ReferenceBalance, list[ReferenceBalance]]:
+    """Return the newest balance, which must cover a payment, and those of which one must cover it too.
+
+    These are the newest refreshed balance that arrived by the deadline, and all that are newer and arrived by it.
+    """
+    ordered = newest_first(balances)
+    in_time = [balance for balance in ordered if balance.received_at <= deadline]
+    newest_refreshed = next((place for place, balance in enumerate(in_time) if balance.is_refresh), len(in_time))
+    return ordered[0], in_time[: newest_refreshed + 1]
