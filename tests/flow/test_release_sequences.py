@@ -278,7 +278,7 @@ class ReleaseSequence:
         self, failed: Sequence[dict[str, Any]], account: str, held: Sequence[dict[str, Any]]
     ) -> None:
         """Payments fail only if a balance does not cover them, beside the holds that the ledger has."""
-        balances = self._as_old_as_possible(self._balances(account))
+        balances = self._as_old_as_possible(account, self._balances(account))
         ends = {row["payment_id"]: _time(row["hold_until"]) for row in held}
         holds = [
             ReferenceHold(amount=self.payments[payment_id].amount, until=None if end == HOLD_OPEN else end)
@@ -309,11 +309,13 @@ class ReleaseSequence:
         ]
 
     def _calls(self, account: str) -> list[datetime]:
-        return self.payready.provider.accepted_by_account[account]
+        """Return the times of all calls that may have been made: a killed process may not have sent its call."""
+        rows = self.payready.rows("SELECT account_id, called_at FROM fee_entry")
+        return [_time(row["called_at"]) for row in rows if row["account_id"] == account]
 
-    def _as_old_as_possible(self, balances: Sequence[ReferenceBalance]) -> list[ReferenceBalance]:
+    def _as_old_as_possible(self, account: str, balances: Sequence[ReferenceBalance]) -> list[ReferenceBalance]:
         """Return the balances, each with the first call that can have caused it."""
-        first_call = min(self.payready.provider.attempts, default=None)
+        first_call = min(self._calls(account), default=None)
         return [replace(balance, called_at=first_call) for balance in balances]
 
     def _observe(self, resolved: Sequence[dict[str, Any]]) -> None:

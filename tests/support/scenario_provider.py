@@ -1,6 +1,5 @@
 """A scenario of jobs and provider responses, and the simulated provider that plays it."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -34,7 +33,6 @@ class ScenarioProvider:
         """Times of all calls."""
         self.accepted: list[datetime] = []
         """Times of the accepted calls, which the provider bills."""
-        self.accepted_by_account: dict[str, list[datetime]] = defaultdict(list)
         self.shown: Balance | None = None
         """Balance that a poll returns."""
         self.webhooks: list[tuple[datetime, Balance]] = []
@@ -57,7 +55,6 @@ class ScenarioProvider:
             self._operations.before_operation("response", "to the call")
             raise response
         self.accepted.append(self._clock.now)
-        self.accepted_by_account[account_id].append(self._clock.now)
         at = self._clock.now + timedelta(seconds=2)
         if response == "unsent":
             self.shown = self._balance(account_id, at)
