@@ -47,9 +47,9 @@ times_dated = st.sampled_from([0, 0, 0, -1, -3, -8, -40, 600])
 amounts_available = st.sampled_from(["100.00", "100.00", "100.25", "77.00", "40.00", None])
 job_arguments = (
     accounts,
-    st.sampled_from(["60.00", "60.00", "30.00", "50.00", "80.00", "100.00"]),
-    st.sampled_from([300, 30, 2, 0]),
-    st.sampled_from([300, 300, 20, 2]),
+    st.sampled_from(["60.00", "60.00", "80.00", "40.00"]),
+    st.sampled_from([300, 300, 30, 0]),
+    st.sampled_from([300, 300, 300, 20]),
     st.sampled_from([None, 0, 7]),
     st.booleans(),
 )
@@ -62,28 +62,19 @@ webhooks = st.tuples(
     st.lists(reported, min_size=1, max_size=2),
     st.sampled_from([False, False, True]),
 )
-works, waits = st.tuples(st.just("work")), st.tuples(st.just("wait"), st.sampled_from([0.4, 1, 3, 5, 6, 12, 70]))
-faults = st.tuples(st.just("fault"), st.integers(0, 40), st.sampled_from(FAULT_MODES))
+waits = st.tuples(st.just("wait"), st.sampled_from([1, 3, 6, 12, 12, 30, 70]))
 ends_of_holds = st.tuples(st.just("end_hold"), indexes)
-steps = st.one_of(
-    jobs,
-    served_jobs,
-    served_jobs,
-    webhooks,
-    webhooks,
-    works,
-    works,
-    waits,
-    waits,
-    faults,
-    ends_of_holds,
-    st.tuples(st.just("maintenance")),
-    st.tuples(st.just("lose_redis")),
+frequent = st.one_of(jobs, served_jobs, served_jobs, webhooks, st.just(("work",)), waits, ends_of_holds)
+rare = st.one_of(
+    st.tuples(st.just("fault"), st.integers(0, 40), st.sampled_from(FAULT_MODES)),
     st.tuples(st.just("repeat_job"), indexes),
     st.tuples(st.just("repeat_webhook"), indexes),
     st.tuples(st.just("apply"), indexes),
+    st.sampled_from([("maintenance",), ("lose_redis",)]),
 )
-responses = st.lists(st.sampled_from(["silence", "silence", "lost", RateLimited("rate limit", None)]), max_size=4)
+steps = st.one_of(frequent, frequent, frequent, rare)
+sequences = st.lists(steps, min_size=20, max_size=40)
+responses = st.lists(st.sampled_from(["silence", "silence", "lost", RateLimited("rate limit", None)]), max_size=2)
 
 
 @dataclass(kw_only=True)
@@ -301,7 +292,7 @@ class ReleaseSequence:
                 at=balance.at,
                 received_at=received_at,
                 available=balance.available,
-                called_at=max((at for at in calls if at <= balance.at + SKEW), default=None) if balance.is_refresh else None,
+                called_at=_last_call(calls, balance) if balance.is_refresh else None,
                 is_refresh=balance.is_refresh,
             )
             for balance_id, (balance, received_at) in self.sent.items()
@@ -309,9 +300,13 @@ class ReleaseSequence:
         ]
 
     def _calls(self, account: str) -> list[datetime]:
-        """Return the times of all calls that may have been made: a killed process may not have sent its call."""
-        rows = self.payready.rows("SELECT account_id, called_at FROM fee_entry")
-        return [_time(row["called_at"]) for row in rows if row["account_id"] == account]
+        """Return the times of the calls that may have caused a balance.
+
+        They are taken from the fee entries, because a process that was killed may not have sent its call.
+        """
+        query = "SELECT call_id, called_at, state FROM fee_entry WHERE account_id = '{}' ORDER BY entry_id"
+        last_entries = {row["call_id"]: row for row in self.payready.rows(query.format(account))}
+        return [_time(row["called_at"]) for row in last_entries.values() if row["state"] != "void"]
 
     def _as_old_as_possible(self, account: str, balances: Sequence[ReferenceBalance]) -> list[ReferenceBalance]:
         """Return the balances, each with the first call that can have caused it."""
@@ -335,6 +330,10 @@ class ReleaseSequence:
             if name == "payments.end_hold":
                 self.payments[arguments[0]].ends_asked_at.append(now)
         self.started = len(self.payready.started)
+
+
+def _last_call(calls: Sequence[datetime], balance: Balance) -> datetime | None:
+    return max((at for at in calls if at <= balance.at + SKEW), default=None)
 
 
 def _time(value: str | datetime) -> datetime:
@@ -367,15 +366,15 @@ def check_sequence(databases: Databases, valkey_url: str) -> Iterator[CheckSeque
 
 
 SETTINGS_OF_EXAMPLES = settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    phases=[Phase.explicit, Phase.generate] if __import__("os").environ.get("NO_SHRINK") else [Phase.explicit, Phase.generate, Phase.shrink],
 )
 
 
 @SETTINGS_OF_EXAMPLES
-@given(sequence=st.lists(steps, min_size=10, max_size=40), responses=responses)
+@given(sequence=sequences, responses=responses)
 def test_tasks_release_what_the_reference_permits(
     check_sequence: CheckSequence, sequence: list[Step], responses: list[str | CallFailed]
 ) -> None:
@@ -385,7 +384,7 @@ def test_tasks_release_what_the_reference_permits(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @settings(SETTINGS_OF_EXAMPLES, max_examples=400)
-@given(sequence=st.lists(steps, min_size=10, max_size=50), responses=responses)
+@given(sequence=sequences, responses=responses)
 def test_tasks_release_what_the_reference_permits_in_many_sequences(
     check_sequence: CheckSequence, sequence: list[Step], responses: list[str | CallFailed]
 ) -> None:
