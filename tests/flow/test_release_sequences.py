@@ -38,8 +38,17 @@ ACCOUNTS = ("acct_a", "acct_b")
 DEFAULT_HOLD_S = 60
 SHORT_HOLDS = SETTINGS.model_copy(update={"funds_hold_s": DEFAULT_HOLD_S})
 SKEW = SETTINGS.clock_skew
-CALLBACK = {"task": "shop.pay", "args": [], "kwargs": {}, "options": {}, "subtask_type": None, "immutable": False}
+CALLBACK: dict[str, Any] = {
+    "task": "shop.pay",
+    "args": [],
+    "kwargs": {},
+    "options": {},
+    "subtask_type": None,
+    "immutable": False,
+}
 Step = tuple[Any, ...]
+RUNNING_STEPS = ("work", "webhook", "repeat_webhook", "end_hold", "maintenance")
+"""Steps in which a process runs. The others only prepare them, or are made of them."""
 
 indexes = st.integers(0, 5)
 accounts = st.sampled_from(["acct_a", "acct_a", "acct_a", "acct_b"])
@@ -129,7 +138,8 @@ class ReleaseSequence:
         self.payready.clock.advance(0.001)
         name, *values = step
         getattr(self, name)(*values)
-        self._check()
+        if name in RUNNING_STEPS:
+            self._check()
 
     # --- the steps ---
 
@@ -371,7 +381,7 @@ def check_sequence(databases: Databases, valkey_url: str) -> Iterator[CheckSeque
 
 
 SETTINGS_OF_EXAMPLES = settings(
-    max_examples=200,
+    max_examples=150,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.shrink],
@@ -388,7 +398,7 @@ def test_tasks_release_what_the_reference_permits(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(SETTINGS_OF_EXAMPLES, max_examples=400)
+@settings(SETTINGS_OF_EXAMPLES, max_examples=350)
 @given(sequence=sequences, responses=responses)
 def test_tasks_release_what_the_reference_permits_in_many_sequences(
     check_sequence: CheckSequence, sequence: list[Step], responses: list[str | CallFailed]
