@@ -13,6 +13,8 @@ from config.celery_config import QUEUES
 from config.settings import load_rejecting_unknown
 from tests.support.system import SERVICE_QUEUE, eventually, system
 
+pytestmark = pytest.mark.slow
+
 PRIORITY = 5
 """With kombu's default steps it is in the list of priority 3."""
 STEPS = {"PAYREADY_BROKER_PRIORITY_STEPS": "0,1,2,3,4,5,6,7,8,9"}

@@ -12,6 +12,8 @@ from tests.support import foreign_messages as foreign
 from tests.support.foreign_messages import ForeignMessage
 from tests.support.system import System, eventually, system
 
+pytestmark = pytest.mark.slow
+
 CLIENTS: dict[str, Callable[..., ForeignMessage]] = {
     "celery.node": foreign.celery_node,
     "celery.node 1": partial(foreign.celery_node, protocol=1),

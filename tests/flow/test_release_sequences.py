@@ -381,7 +381,7 @@ def check_sequence(databases: Databases, valkey_url: str) -> Iterator[CheckSeque
 
 
 SETTINGS_OF_EXAMPLES = settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.shrink],

@@ -99,9 +99,9 @@ def test_repeated_failovers_under_load(own_system: System) -> None:
     sender.start()
     for _ in range(FAILOVERS):
         replicas.become_read_only()
-        time.sleep(chance.uniform(0.5, 3.0))  # the length of the fault
+        time.sleep(chance.uniform(0.3, 2.0))  # the length of the fault
         replicas.become_writable()
-        time.sleep(chance.uniform(0.2, 1.0))
+        time.sleep(chance.uniform(0.2, 0.6))
     _outcomes_after_faults(own_system, sender, sent)
 
 

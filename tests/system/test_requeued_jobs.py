@@ -18,6 +18,8 @@ from worker.ledger import dead_letters
 from worker.ledger.engine import transaction
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(
     params=["redis", pytest.param("rabbitmq", marks=pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON))]

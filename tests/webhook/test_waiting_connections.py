@@ -67,6 +67,7 @@ def open_count(clients: list[socket.socket]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peers", [1, 500], ids=["one peer", "many peers"])
 @pytest.mark.parametrize("sent", [b"", HALF_HEAD, NO_BODY], ids=["idle", "half a head", "no body"])
 def test_deliveries_pass_while_2000_connections_wait(web: Endpoint, balance_id: str, sent: bytes, peers: int) -> None:
