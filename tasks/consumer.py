@@ -15,7 +15,7 @@ If the database or Redis is unavailable, the thread keeps its batch and tries ag
 connects again. So only a stop ends a worker.
 
 A message that `MAX_DELIVERIES` workers did not acknowledge is a dead letter too: they died. From its second delivery
-on, a message is processed alone, so that it takes no other message with it.
+on, a message is fetched and processed alone, so that no other message counts as delivered to a worker that it ends.
 
 The queues are those of `celery worker --queues`. `celery control cancel_consumer QUEUE` pauses a queue, and
 `add_consumer` resumes it.
@@ -82,7 +82,7 @@ class QueueConsumer:
         self._contended: list[TaskMessage] = []
         """Messages of locked accounts, for the next batch."""
         self._fetched_tags: list[Any] = []
-        """Tags of the messages of the last fetch."""
+        """Tags of the messages of the last batch that were not handed over to Celery."""
         self._kept_at = time.monotonic()
         self._is_broker_available, self._broker_logged_at = True, float("-inf")
         self._thread = threading.Thread(target=self._run, name=f"consumer of {queue}", daemon=True)
@@ -136,7 +136,7 @@ class QueueConsumer:
         """Return how many messages may be fetched. If it is 0, wait: for a free thread, or because of a pause."""
         wait_s = CONTENDED_WAIT_S if self._contended else FETCH_WAIT_S
         if self._is_paused():
-            self._give_back([])
+            self._give_back([])  # what RabbitMQ has sent ahead
             self._stopping.wait(wait_s)
             return 0
         if self._needs_pool():
@@ -207,6 +207,7 @@ class QueueConsumer:
             is_special = not message.is_plain or self._is_revoked(message.task_id)
             if message.task_name not in self._processors or is_special:
                 self._handover.hand_over(self._source, [message])
+                self._fetched_tags.remove(message.fetched.tag)
             elif message.fetched.deliveries > 1:
                 self._process_batch(self._processors[message.task_name], [message])
                 self._source.fetch(0, 0)  # acknowledges it, before the next one may end the worker
@@ -250,7 +251,7 @@ class QueueConsumer:
                 return True
 
     def _keep_all(self) -> None:
-        """Keep all messages of the last fetch, also those whose turn has not come, and those that Celery holds."""
+        """Keep all messages of the last batch, also those whose turn has not come, and those that Celery holds."""
         try:
             self._source.keep(self._fetched_tags, are_retried=True)
             self._keep_handed_over()

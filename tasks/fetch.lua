@@ -13,8 +13,8 @@
 --
 -- All times are by the clock of Redis, as those of the workers may differ.
 --
--- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n and new, the lists are empty. Redis then sends an
--- invalidation message to a connection with CLIENT TRACKING when one of the lists changes.
+-- Returns {tag, deliveries, message, tag, ...}. If these are fewer than n and new, the lists are empty. Redis then
+-- sends an invalidation message to a connection with CLIENT TRACKING when one of the lists changes.
 
 local unacked, index, retried = KEYS[1], KEYS[2], KEYS[3]
 local limit = tonumber(ARGV[2])

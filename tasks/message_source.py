@@ -18,9 +18,10 @@ class MessageSource(Protocol):
     """
 
     def fetch(self, limit: int, wait_s: float) -> list[FetchedMessage]:
-        """Return up to `limit` messages, and those of dead workers first. Without messages wait up to `wait_s` for one.
+        """Return up to `limit` messages. Without messages wait up to `wait_s` for one.
 
-        Acknowledge the messages of earlier `acknowledge` calls, also if `limit` is 0.
+        A message whose worker has died comes alone. Messages of earlier `acknowledge` calls are acknowledged, also if
+        `limit` is 0.
         """
 
     def acknowledge(self, tags: Sequence[Any]) -> None:

@@ -144,6 +144,15 @@ def test_all_fetched_messages_are_kept_while_a_store_is_unavailable(start: Calla
     assert source.kept == [["redelivered", "b", "c"]] * 3
 
 
+def test_message_that_waits_for_its_eta_does_not_count_as_retried(start: Callable[..., QueueConsumer]) -> None:
+    """Although it was fetched with a message that is. The age of the queue would include it for hours."""
+    source = ScriptedSource(message("later", eta=datetime.now(UTC) + timedelta(hours=1)), message("a"))
+    processor = ScriptedProcessor(raise_error(UNAVAILABLE), lambda _: None)
+    start(source, processor)
+    assert processor.done.wait(10)
+    assert source.kept == [["a"]]
+
+
 def test_messages_are_given_back_if_the_worker_stops_while_a_store_is_unavailable(
     start: Callable[..., QueueConsumer],
 ) -> None:
