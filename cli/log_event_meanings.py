@@ -38,7 +38,6 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "broker.available": "A worker reads its queue from the broker again.",
     "broker.unavailable": "A worker cannot read its queue from the broker. It tries again each second.",
     "broker.polled": "The broker does not support `CLIENT TRACKING`, so the worker asks for messages at an interval.",
-    "broker.close_failed": "A connection to the broker could not be closed, because it was lost.",
     "consumer.failed": "A consumer met an unexpected error. The messages that it had fetched are delivered again.",
     "maintenance.skipped": "A maintenance task did nothing, because the database is unavailable. The next tick tries "
     "again.",

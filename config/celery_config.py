@@ -10,6 +10,8 @@ from config.task_queues import TASK_QUEUES
 QUEUES = ("payments", "refreshes", "polls", "balances", "maintenance")
 _QUORUM = {"x-queue-type": "quorum"}
 """RabbitMQ replicates a quorum queue, and confirms a message when most replicas have it on disk."""
+_AMQP_TIMEOUT_S = 5
+"""Timeout of each operation on RabbitMQ, below the 30 s at which it sends heartbeats to an idle connection."""
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:
@@ -74,7 +76,12 @@ def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, 
 
 def _transport_options(settings: Settings) -> dict[str, Any]:
     if settings.effective_broker_url.startswith("amqp"):
-        return {"confirm_publish": True}  # the broker confirms each message, or publishing raises an error
+        return {
+            "confirm_publish": True,  # the broker confirms each message, or publishing raises an error
+            # Without them an operation waits for ever if the broker does not respond, and so does the end of a worker.
+            "read_timeout": _AMQP_TIMEOUT_S,
+            "write_timeout": _AMQP_TIMEOUT_S,
+        }
     return {
         # The names of the lists. Another app finds our messages, and we find its messages, only with the same options.
         "priority_steps": list(settings.broker_priority_steps),

@@ -34,6 +34,7 @@ def _make_app(settings: Settings) -> Celery:
     app = Celery(
         "payready",
         amqp="tasks.idle_consumer:DeclaringAMQP",
+        events="tasks.event_dispatcher:EventLoopEvents",
         include=[
             "tasks.payment_tasks",
             "tasks.balance_tasks",

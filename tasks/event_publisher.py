@@ -56,7 +56,7 @@ class EventPublisher:
                 self._publish_as(hostname, host_events, producer)
 
     def _publish_as(self, hostname: str | None, events: Sequence[_TaskEvent], producer: Any) -> None:
-        buffer_options = {"buffer_group": {"task"}, "buffer_limit": len(events) + 1, "buffer_while_offline": False}
+        buffer_options = {"buffer_group": {"task"}, "buffer_while_offline": False}
         dispatcher = self._app.events.Dispatcher(channel=producer.channel, hostname=hostname, **buffer_options)
         for event in events:
             dispatcher.send(event.type, **event.fields)

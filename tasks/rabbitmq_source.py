@@ -107,7 +107,7 @@ class RabbitMQSource:
     def abandon(self) -> None:
         """Close the connection, so that RabbitMQ delivers its messages again. Their counts remain."""
         self._counter_keys.clear()
-        self._close_connection()
+        self._drop_connection()
 
     def close(self) -> None:
         """Send the remaining acknowledgements, and close the connection. RabbitMQ gives all others to other workers."""
@@ -117,7 +117,9 @@ class RabbitMQSource:
             log.warning("messages.ack_failed", queue=self._queue.name, error=error_summary(error))
         self._forget_counts(list(self._counter_keys))
         self._counter.close()
-        self._close_connection()
+        if self._connection is not None:
+            self._connection.close()  # unlike a closed socket, this waits until RabbitMQ has read the acknowledgements
+        self._drop_connection()
 
     def _connect(self) -> Connection:
         if self._connection is None:
@@ -196,16 +198,14 @@ class RabbitMQSource:
         The worker has not died, so the counts of its messages are deleted.
         """
         self._forget_counts(list(self._counter_keys))
-        self._close_connection()
+        self._drop_connection()
         return BrokerUnavailable(error_summary(error))
 
-    def _close_connection(self) -> None:
+    def _drop_connection(self) -> None:
+        """Close the socket. RabbitMQ might not respond to a request to close the connection."""
         connection, self._connection, self._channel, self._consumer_tag = self._connection, None, None, None
         if connection is not None:
-            try:
-                connection.close()
-            except Exception as error:  # noqa: BLE001 - it is lost already
-                log.debug("broker.close_failed", error=error_summary(error))
+            connection.collect()
 
 
 def _is_redelivered(message: Message) -> bool:

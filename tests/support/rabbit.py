@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -81,6 +82,17 @@ class RabbitMQ:
             os.killpg(self._process.pid, 9)
             self._process.wait()
             self._process = None
+
+    @contextmanager
+    def while_frozen(self) -> Iterator[None]:
+        """Freeze the server for the duration of the block. Clients get neither a response nor an error."""
+        if self._process is None:
+            raise ProcessLookupError("the server is stopped")
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Stop the server and the port mapper that it started."""

@@ -47,7 +47,7 @@ def test_rabbitmq_has_quorum_queues_and_publisher_confirms() -> None:
     """Queues of callbacks are quorum queues too, because the first process that uses a queue declares it."""
     assert parse_url("amqp://b")["transport"] == "amqp"
     settings = celery_settings(Settings(broker_url="amqp://b"))
-    assert settings["broker_transport_options"] == {"confirm_publish": True}
+    assert settings["broker_transport_options"]["confirm_publish"] is True
     assert [queue.queue_arguments for queue in settings["task_queues"]] == [{"x-queue-type": "quorum"}] * len(QUEUES)
     assert settings["task_create_missing_queue_type"] == "quorum"
 
