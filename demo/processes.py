@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 15
 """Time between SIGTERM and SIGKILL."""
+HANG_TIMEOUT_S = 40
+"""Time after which a process that a signal should end counts as hung."""
 POLL_S = 0.05
 PORTS = range(20_000, 32_000)
 """Range of free ports, below the ephemeral ports: no outgoing connection takes one before its server binds it."""
 LOG_TAIL_CHARS = 2000
 """Characters from the end of a log that an error message quotes."""
+STACKS_CHARS = 30_000
+"""The same for a hung process, which has logged the stacks of its threads."""
 
 
 class StartOrExitError(Exception):
@@ -77,7 +81,8 @@ class Processes:
         self._check = check
         binaries = str(Path(sys.executable).parent)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PAYREADY_")}
-        self._environ = {**inherited, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", **environ}
+        path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
+        self._environ = {**inherited, "PATH": path, "PYTHONFAULTHANDLER": "1", **environ}  # for `_abort_hung_process`
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._valkeys: list[Any] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,22 +178,42 @@ class Processes:
 
     def _exited_error_unless_interrupted(self, name: str, process: subprocess.Popen[bytes]) -> StartOrExitError:
         self._check()  # before it had its own process group, our signal may have reached it too
-        log = self.log_of(name)
-        log_tail = log.read_text(errors="replace")[-LOG_TAIL_CHARS:].rstrip()
-        tail = f":\n{log_tail}" if log_tail else ""
-        return StartOrExitError(f"{name} exited with status {process.returncode}, see {log}{tail}")
+        tail = self._end_of_log(name, LOG_TAIL_CHARS)
+        return StartOrExitError(f"{name} exited with status {process.returncode}, see {self.log_of(name)}{tail}")
+
+    def _end_of_log(self, name: str, chars: int) -> str:
+        tail = self.log_of(name).read_text(errors="replace")[-chars:].rstrip()
+        return f":\n{tail}" if tail else ""
 
     def stop_running_process(self, name: str, how: signal.Signals) -> None:
         """Send a signal to a process group, and wait until the process has exited.
 
         Raises:
-            StartOrExitError: the process had exited before.
+            StartOrExitError: the process had exited before, or it did not exit within `HANG_TIMEOUT_S`. Then the
+                message has the stacks of its threads.
         """
         process = self._running.pop(name)
         if process.poll() is not None:
             raise self._exited_error_unless_interrupted(name, process)
-        _signal(process, how)
-        process.wait()
+        try:
+            _signal(process, how)
+            process.wait(HANG_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise self._abort_hung_process(name, process, how) from None
+        finally:
+            if process.returncode is None:  # the wait was interrupted
+                self._running[name] = process
+
+    def _abort_hung_process(self, name: str, process: subprocess.Popen[bytes], how: signal.Signals) -> StartOrExitError:
+        """Make a Python process log its stacks and exit. Return the error to raise."""
+        _signal(process, signal.SIGABRT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+        tail = self._end_of_log(name, STACKS_CHARS)
+        return StartOrExitError(f"{name} did not exit within {HANG_TIMEOUT_S} s of {how.name}{tail}")
 
     def stop(self) -> None:
         """Stop every process: SIGTERM, then SIGKILL after `STOP_TIMEOUT_S`."""

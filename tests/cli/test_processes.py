@@ -57,6 +57,36 @@ def test_error_names_process_that_does_not_start_and_its_log(tmp_path: Path) -> 
             processes.run("migration", "false")
 
 
+def test_hung_process_is_aborted_and_its_stacks_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ignores SIGTERM does not make its test wait for ever."""
+    monkeypatch.setattr("demo.processes.HANG_TIMEOUT_S", 0.3)
+    code = "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.sigwait([10])"
+    with Processes(tmp_path, {}) as processes:
+        process = processes.start("role", f"{sys.executable} -c '{code}'")
+        processes.wait_for("role", lambda: processes.log_of("role").read_text() == "1\n")
+        with pytest.raises(StartOrExitError, match=r"(?s)role did not exit within 0\.3 s of SIGTERM.*File .*line 1 in"):
+            processes.stop_running_process("role", signal.SIGTERM)
+        assert process.returncode == -signal.SIGABRT
+        processes.check_all_running()
+
+
+def test_process_is_stopped_with_all_others_if_the_wait_for_its_end_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by the timeout of a test."""
+    with Processes(tmp_path, {}) as processes:
+        process = processes.start("role", "sleep 60")
+        monkeypatch.setattr(process, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            processes.stop_running_process("role", signal.SIGCONT)
+        monkeypatch.undo()
+    assert process.returncode == -signal.SIGTERM
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_check_finds_process_that_exited(tmp_path: Path) -> None:
     """The error has its name and the end of its log."""
     with Processes(tmp_path, {}) as processes:
