@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 from amqp import Message
 from celery import Celery
 from kombu import Exchange, Queue
@@ -162,6 +163,7 @@ def frozen_worker(payready: System) -> Iterator[None]:
         worker.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.long
 def test_job_of_each_client_has_one_outcome(payready_on_each_broker: System, postgres_server: Postgres) -> None:
     """The database is stopped while jobs arrive, and it is frozen while the worker that has fetched jobs is killed."""
     payready = payready_on_each_broker

@@ -20,6 +20,7 @@ from tests.broker.conftest import OLDEST_S, RETRIES, VISIBILITY_TIMEOUT_S, retri
 from tests.support.servers import Postgres
 from tests.support.system import System, eventually, wait_until
 
+pytestmark = pytest.mark.slow
 UNACKED = unacked_keys("payments", "")[0]
 WORKER_QUEUES = {"payments", "balances", "maintenance"}
 _numbers = itertools.count(1)

@@ -115,6 +115,7 @@ def test_admission_fails_open_without_redis(payready: InProcessSystem) -> None:
         assert called_payments(payready) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_overload_still_releases_payments_in_time(make_system: MakeSystem, databases: Databases) -> None:
     """Six payments a second, four calls a second, a balance after 5 s: four of six payments can be released."""
     seconds = 90 if databases.is_sqlite else 60

@@ -290,7 +290,7 @@ def test_rules_release_what_the_reference_permits(sequence: list[Step]) -> None:
     check_sequence(sequence)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @settings(max_examples=8000, deadline=None)
 @given(sequence=st.lists(steps, min_size=10, max_size=60))

@@ -396,7 +396,7 @@ def test_tasks_release_what_the_reference_permits(
     check_sequence(sequence, responses)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @settings(SETTINGS_OF_EXAMPLES, max_examples=350)
 @given(sequence=sequences, responses=responses)

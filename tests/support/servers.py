@@ -33,8 +33,9 @@ class Postgres:
         self._user = "nobody" if os.geteuid() == 0 else None
         package = PACKAGE
         if self._user:
-            package = Path(shutil.copytree(PACKAGE, folder / PACKAGE.name))
-            shutil.copytree(PACKAGE.with_suffix(".libs"), folder / f"{PACKAGE.name}.libs")
+            package = Path(shutil.copytree(PACKAGE, folder / PACKAGE.name, copy_function=_link_or_copy))
+            libraries = PACKAGE.with_suffix(".libs")
+            shutil.copytree(libraries, folder / libraries.name, copy_function=_link_or_copy)
             folder.chmod(0o755)
             (folder / "data").mkdir(mode=0o700)
             os.chown(folder / "data", pwd.getpwnam(self._user).pw_uid, -1)
@@ -115,6 +116,14 @@ class Postgres:
         name = f"test_{os.urandom(6).hex()}"
         self._execute(f"CREATE DATABASE {name}")
         return self._url(name)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Link a file, which takes less time than to copy it, or copy it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def _outcomes_after_faults(running: System, sender: Sender, sent: list[dict[str,
     assert_ledger_matches_provider(running, calls_per_account=1)
 
 
+@pytest.mark.long
 def test_repeated_failovers_under_load(own_system: System) -> None:
     """The broker is read-only for some seconds, 20 times. No role ends, and no job is lost or done twice."""
     chance = random.Random(SEED)
@@ -120,6 +121,7 @@ def test_roles_that_start_during_a_failover_take_up_work(own_system: System) -> 
     assert_one_outcome_each(own_system, {str(job["payment_id"]) for job in sent})
 
 
+@pytest.mark.long
 def test_full_redis_under_load(own_system: System) -> None:
     """Redis reaches its memory limit and is freed, several times; roles start meanwhile too."""
     redis = Redis.from_url(own_system.redis_url)

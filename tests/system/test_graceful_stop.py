@@ -4,6 +4,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.servers import Postgres
 from tests.support.system import system, wait_until
 
@@ -11,6 +13,7 @@ GRACE_S = 30
 """Grace period that `docs/howto/monitor.md` requires of a deployment."""
 
 
+@pytest.mark.slow
 def test_call_in_flight_is_recorded_and_later_calls_are_left_to_other_workers(
     tmp_path: Path, postgres_server: Postgres
 ) -> None:

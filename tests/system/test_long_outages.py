@@ -29,7 +29,7 @@ DELIVERED_AFTER_S = 45
 SETTINGS = {"PAYREADY_VISIBILITY_TIMEOUT_S": "7", "PAYREADY_REFRESH_WINDOW_S": "120"}
 """Messages are redelivered during the outage. The window is longer than the outage, so no second call is made."""
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 Outage = Callable[[System, Postgres], AbstractContextManager[None]]
 Check = Callable[[System], None]

@@ -16,6 +16,7 @@ from demo.processes import ROOT, Processes, assign_free_port, procfile, responds
 from tests.support.servers import Postgres
 from tests.support.system import API_KEY, ROLES, SECRET, System, eventually, system, wait_until
 
+pytestmark = pytest.mark.slow
 LOGIN = "ops:a-login-of-the-tests"
 REFUSED = "Error 111 connecting to 127.0.0.1:1. Connection refused."
 PRODUCTION = {"PAYREADY_ENV": "production", "PYTHONWARNINGS": "ignore"}

@@ -45,6 +45,7 @@ def _are_accepted(system: System, count: int) -> bool:
     return bool(system.rows("SELECT count(*) AS n FROM payment")[0]["n"] >= count)
 
 
+@pytest.mark.long
 def test_repeated_broker_restarts_fail_no_job_of_busy_workers(own_system: System) -> None:
     """No worker exits, no job is lost, and every outcome is delivered."""
     restart_after = (50, 150, 250, 350)
