@@ -45,9 +45,9 @@ def test_result_of_payment_has_key_prefix_of_service(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "transport_options"),
     [
-        (STEPS, {"priority_steps": list(range(10))}),
-        (SEPARATOR, {"sep": ":"}),
-        (PREFIX, {"global_keyprefix": "svc:"}),
+        pytest.param(STEPS, {"priority_steps": list(range(10))}, marks=pytest.mark.long),
+        pytest.param(SEPARATOR, {"sep": ":"}, marks=pytest.mark.long),
+        pytest.param(PREFIX, {"global_keyprefix": "svc:"}, marks=pytest.mark.long),
         ({**STEPS, **SEPARATOR, **PREFIX}, {"priority_steps": list(range(10)), "sep": ":", "global_keyprefix": "svc:"}),
     ],
     ids=["steps", "separator", "prefix", "all"],

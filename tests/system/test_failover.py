@@ -138,6 +138,7 @@ def test_full_redis_under_load(own_system: System) -> None:
     _outcomes_after_faults(own_system, sender, sent)
 
 
+@pytest.mark.long
 def test_broker_that_refuses_its_clients_or_is_slow(own_system: System) -> None:
     """For some seconds it wants a password that no client has, then it does not respond."""
     redis = Redis.from_url(own_system.redis_url)

@@ -54,7 +54,7 @@ def mixed_jobs(payments: int, accounts: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("load_system", "payments", "accounts"),
-    [pytest.param("postgresql", 2000, 500, marks=pytest.mark.long), ("sqlite", 300, 100)],
+    [pytest.param("postgresql", 2000, 500, marks=[pytest.mark.long, pytest.mark.timeout(300)]), ("sqlite", 300, 100)],
     indirect=["load_system"],
     ids=["2000 on postgresql", "300 on sqlite"],
 )
