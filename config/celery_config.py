@@ -67,11 +67,11 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
 
 def _tick_schedule_with_expiry(task: str) -> dict[str, Any]:
     # A tick that waited for a worker for 5 s is obsolete: the next tick does its work.
-    return {"task": task, "schedule": MAINTENANCE_INTERVAL_S, "options": {"expires": 5.0}}
+    return {"task": task, "schedule": MAINTENANCE_INTERVAL_S, "options": {"expires": 5.0, "ignore_result": True}}
 
 
 def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, Any]:
-    return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2}}
+    return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2, "ignore_result": True}}
 
 
 def _transport_options(settings: Settings) -> dict[str, Any]:

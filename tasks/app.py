@@ -74,10 +74,23 @@ def _log_beat_start(**_: Any) -> None:
 
 @import_modules.connect  # Flower has no signal of its own
 def _log_flower_start(**_: Any) -> None:
-    """Log the start of Flower, which imports the tasks within its own command. Other roles import them before."""
-    command = click.get_current_context(silent=True)
-    if command is not None and command.info_name == "flower":
+    if _command_name() == "flower":
         log_start(settings(), "flower")
+
+
+@import_modules.connect
+def _include_only_needed_modules(**_: Any) -> None:
+    """Save memory in `beat`, which sends tasks by name, and in Flower, which learns of them by events."""
+    app.conf.include = _NEEDED_MODULES.get(_command_name(), app.conf.include)
+
+
+_NEEDED_MODULES: Mapping[str | None, Sequence[str]] = {"beat": ["tasks.monitoring"], "flower": []}
+
+
+def _command_name() -> str | None:
+    """Return the name of Celery's command that imports the tasks, or None if none does: other roles import them."""
+    command = click.get_current_context(silent=True)
+    return command.info_name if command is not None else None
 
 
 @task_prerun.connect

@@ -78,7 +78,10 @@ def production(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgr
     flower = assign_free_port()
     price_list = shutil.copy(ROOT / "config" / "price_list.toml", folder)
     with system(folder, postgres_server.database(), PAYREADY_PRICE_LIST_FILE=str(price_list), **PRODUCTION) as payready:
-        payready.processes.start("flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN)
+        process = payready.processes.start(
+            "flower", procfile()["flower"], FLOWER_PORT=str(flower), FLOWER_BASIC_AUTH=LOGIN
+        )
+        payready.pids["flower"] = process.pid
         flower_url = f"http://127.0.0.1:{flower}"
         payready.processes.wait_for("flower", lambda: responds(f"{flower_url}/healthcheck"))
         yield ProductionSystem(payready, flower_url)
@@ -121,6 +124,12 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
         assert [line["role"] for line in production.log(role) if line["event"] == "role.started"] == [role]
         text = payready.processes.log_of(role).read_text()
         assert not [secret for secret in (API_KEY, SECRET, LOGIN, "27.31", "Jo Doe") if secret in text], role
+
+
+def test_flower_loads_no_ledger(production: ProductionSystem) -> None:
+    """It needs none, and is smaller without."""
+    memory_map = Path(f"/proc/{production.payready.pids['flower']}/maps").read_text()
+    assert "psycopg" not in memory_map
 
 
 def test_callback_without_a_queue_is_reported(production: ProductionSystem) -> None:

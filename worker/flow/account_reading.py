@@ -25,7 +25,7 @@ def read_account_and_call_if_needed(rt: Runtime, account_id: str, profile_id: st
     read a moment ago is not read again: messages may arrive twice.
     """
     with transaction(rt.engine) as tx:
-        stored = accounts.find(tx, [account_id]).get(account_id)
+        stored = accounts.find(tx, [account_id]).result().get(account_id)
     now = rt.clock()
     is_current = stored is not None and not stored.is_read_due(now, requested_at=now)
     facts = stored if stored is not None and is_current else _read_facts(rt, account_id, profile_id, stored)
@@ -33,7 +33,7 @@ def read_account_and_call_if_needed(rt: Runtime, account_id: str, profile_id: st
         lock_accounts(tx, [account_id])
         if not is_current:
             accounts.store(tx, facts)
-        waiting = payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
+        waiting = payments.lock_waiting_by_account(tx, [account_id]).result().get(account_id, [])
         unsupported = unsupported_payments(waiting, facts)
         deliveries = fail_unsupported_payments(rt, tx, unsupported)
         if len(unsupported) == len(waiting):

@@ -70,7 +70,7 @@ def find_attributions(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta)
         return []
     accounts = [balance.account_id for balance in records]
     answered_since = min(balance.as_of for balance in records) - MAX_BALANCE_DELAY
-    for refresh in refreshes.find_answerable_or_requested(tx, accounts, answered_since):
+    for refresh in refreshes.find_answerable_or_requested(tx, accounts, answered_since).result():
         by_account[refresh.account_id].append(refresh)
     return [
         AttributedBalance(

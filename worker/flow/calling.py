@@ -165,7 +165,7 @@ def _record_accepted_and_return_contended(
         if wait_for_locks:
             lock_accounts(tx, locked)
         else:
-            locked = try_lock_accounts(tx, locked)
+            locked = try_lock_accounts(tx, locked).result()
         recorded = [result for result in accepted if result.claim.refresh.account_id in locked]
         transitions = [(result.claim.refresh, window_end_after_claim(rt, result.claim.refresh)) for result in recorded]
         refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, transitions)

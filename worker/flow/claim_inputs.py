@@ -35,14 +35,14 @@ def load_claim_inputs_and_lock_payments(
     if not calls:
         return LoadedClaims()
     account_ids = {call.account_id for call in calls}
-    records = refreshes.find_in_flight_or_by_id(tx, account_ids, [call.refresh_id for call in calls])
+    records = refreshes.find_in_flight_or_by_id(tx, account_ids, [call.refresh_id for call in calls]).result()
     by_id = {record.refresh_id: record for record in records}
     in_flight = {record.account_id: record for record in records if record.state in IN_FLIGHT_STATES}
     in_time = {
         account_id: [payment for payment in of_account if payment.deadline > now]
-        for account_id, of_account in payments.lock_waiting_by_account(tx, account_ids).items()
+        for account_id, of_account in payments.lock_waiting_by_account(tx, account_ids).result().items()
     }
-    facts = accounts.find(tx, accounts_with_needed_facts(in_time))
+    facts = accounts.find(tx, accounts_with_needed_facts(in_time)).result()
     unsupported = [
         payment
         for account_id, of_account in in_time.items()

@@ -139,7 +139,7 @@ def _claim_in_transaction(
         if wait_for_locks:
             lock_accounts(tx, locked)
         else:
-            locked = try_lock_accounts(tx, locked)
+            locked = try_lock_accounts(tx, locked).result()
         terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
         loaded = load_claim_inputs_and_lock_payments(
             tx, [call for call in calls if call.account_id in locked], terms.now, rt.settings.clock_skew
@@ -231,7 +231,7 @@ def _persist_claims(tx: Tx, claims: Sequence[Claim], stored: Mapping[str, Refres
     A claim is not written if another transaction has claimed or changed its refresh since it was loaded.
     """
     new_refreshes = [claim.refresh for claim in claims if stored[claim.refresh.refresh_id] is None]
-    inserted = refreshes.insert_refreshes(tx, new_refreshes)
+    inserted = refreshes.insert_refreshes(tx, new_refreshes).result()
     updated = {
         claim.refresh.refresh_id
         for claim in claims

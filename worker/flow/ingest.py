@@ -74,10 +74,12 @@ def _store_and_apply_newest_by_account_or_only_store(rt: Runtime, records: Seque
     newest_by_account = {record.account_id: record for record in sorted(records, key=lambda record: record.age_rank)}
     try:
         with transaction(rt.engine) as tx:
-            locked = try_lock_accounts(tx, newest_by_account)
+            locked = try_lock_accounts(tx, newest_by_account).result()
             to_apply = [record for record in newest_by_account.values() if record.account_id in locked]
             attributed = find_attributions(tx, to_apply, rt.settings.clock_skew)
-            new_ids = balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
+            new_ids = balances.insert_balances(
+                tx, [*(balance.applied_record for balance in attributed), *records]
+            ).result()
             new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
             result = add_to_correlation_and_resolve_payments(rt, tx, new)
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE) as error:

@@ -100,7 +100,7 @@ def accept_jobs_unless_account_locked(
     """
     try:
         with transaction(rt.engine) as tx:
-            locked = try_lock_accounts(tx, {request.job.account_id for request in requests})
+            locked = try_lock_accounts(tx, {request.job.account_id for request in requests}).result()
             positions = [position for position, request in enumerate(requests) if request.job.account_id in locked]
             results = _accept(rt, tx, [requests[position] for position in positions], on_waiting)
     except _TaskIdsUsed as used:

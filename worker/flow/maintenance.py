@@ -85,7 +85,7 @@ def _load_check_inputs(rt: Runtime, tx: Tx, due: Sequence[WaitingPayment], now: 
     return CheckInputs(
         due=due,
         serving=refresh_by_payment(rt, tx, due),
-        arrived=balances.received_since(tx, {payment.account_id for payment in overdue}, since),
+        arrived=balances.received_since(tx, {payment.account_id for payment in overdue}, since).result(),
         clock_skew=skew,
     )
 

@@ -9,6 +9,7 @@ from worker.flow.follow_up import FollowUp
 from worker.flow.ingest import ingest_events_and_resolve_payments
 from worker.ledger import accounts, payments
 from worker.ledger.engine import transaction
+from worker.ledger.locks import lock_accounts
 from worker.quiltt.messages import BalanceWithEventId, PolledAccount, parse_polled_balance
 from worker.runtime import Runtime
 
@@ -40,6 +41,7 @@ def _store_facts_and_fail_unsupported_payments(rt: Runtime, account_id: str, acc
     """Store the account's facts. Fail the payments that no balance of such an account can release."""
     facts = facts_of(rt, account_id, account)
     with transaction(rt.engine) as tx:
+        lock_accounts(tx, [account_id])
         accounts.store(tx, facts)
-        waiting = payments.lock_waiting_by_account(tx, [account_id]).get(account_id, [])
+        waiting = payments.lock_waiting_by_account(tx, [account_id]).result().get(account_id, [])
         return FollowUp(deliveries=fail_unsupported_payments(rt, tx, unsupported_payments(waiting, facts)))

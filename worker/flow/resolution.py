@@ -92,13 +92,13 @@ def apply_balance(rt: Runtime, balance_id: str) -> FollowUp:
     Applying it again resolves the payments that were requested since and that accept its age.
     """
     with transaction(rt.engine) as tx:
-        found = balances.find(tx, [balance_id])
+        found = balances.find(tx, [balance_id]).result()
     if not found:
         log.warning("balance.not_found", balance_id=balance_id)
         return FollowUp()
     with transaction(rt.engine) as tx:
         lock_accounts(tx, [found[balance_id].account_id])
-        records = balances.find(tx, [balance_id])  # another transaction may have applied it before the lock
+        records = balances.find(tx, [balance_id]).result()  # another transaction may have applied it before the lock
         attributed = find_attributions(tx, list(records.values()), rt.settings.clock_skew)
         balances.mark_applied_with_refresh(tx, [balance.applied_record for balance in attributed])
         result = add_to_correlation_and_resolve_payments(rt, tx, attributed)
@@ -134,7 +134,7 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
     """Load the inputs of the decisions. Lock the waiting payments of the accounts."""
     skew = rt.settings.clock_skew
     calls = _calls_by_refresh(tx, attributed)
-    waiting = payments.lock_waiting_by_account(tx, [balance.balance.account_id for balance in attributed])
+    waiting = payments.lock_waiting_by_account(tx, [balance.balance.account_id for balance in attributed]).result()
     useful = [
         balance
         for balance in attributed
@@ -147,18 +147,15 @@ def _load_inputs(rt: Runtime, tx: Tx, attributed: Sequence[AttributedBalance]) -
     ]
     useful_waiting = {balance.balance.account_id: waiting[balance.balance.account_id] for balance in useful}
     known = _known_balances(tx, useful, skew)
-    held_after = {
-        account_id: min(balance.funds_as_of for balance in of_account) - skew
-        for account_id, of_account in known.items()
-    }
+    oldest_funds = [balance.funds_as_of for of_account in known.values() for balance in of_account]
     return ApplyInputs(
         balances=attributed,
         waiting=waiting,
         calls=calls,
-        sharers=fee_sharers.count_fee_sharers_by_final_state(tx, newly_attributed),
+        sharers=fee_sharers.count_fee_sharers_by_final_state(tx, newly_attributed).result(),
         known=known,
-        held=funds_holds.held_amounts_after(tx, held_after),
-        facts=accounts.find(tx, accounts_with_needed_facts(useful_waiting)),
+        held=funds_holds.held_amounts_after(tx, list(known), min(oldest_funds) - skew).result() if oldest_funds else {},
+        facts=accounts.find(tx, accounts_with_needed_facts(useful_waiting)).result(),
         clock_skew=skew,
         answered_call_state=rt.price_list.final_state(ACCEPTED_STATUS),
         default_currency=rt.price_list.currency,
@@ -170,7 +167,7 @@ def _known_balances(tx: Tx, attributed: Sequence[AttributedBalance], skew: timed
     if not attributed:
         return {}
     oldest = min(balance.balance.dated_at for balance in attributed)
-    stored = balances.received_since(tx, [balance.balance.account_id for balance in attributed], oldest)
+    stored = balances.received_since(tx, [balance.balance.account_id for balance in attributed], oldest).result()
     return {
         balance.balance.account_id: [
             KnownBalance(record=record, called_at=_call_time(tx, record, balance, skew))
@@ -199,7 +196,7 @@ def _calls_by_refresh(tx: Tx, attributed: Sequence[AttributedBalance]) -> dict[s
     }
     calls: dict[str, list[CallEntry]] = defaultdict(list)
     if refresh_ids:
-        for call in fee_entries.calls_of_refreshes(tx, refresh_ids):
+        for call in fee_entries.calls_of_refreshes(tx, refresh_ids).result():
             calls[call.refresh_id].append(call)
     return calls
 
@@ -261,7 +258,7 @@ def reject_refresh_and_fail_payments(
         tx, refresh, RefreshEvent.REJECT, None, **call_columns_without_this_call(refresh), last_error=detail
     ):
         return FollowUp()  # the refresh has changed since it was loaded, for instance because a balance answered it
-    waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).get(refresh.account_id, [])
+    waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).result().get(refresh.account_id, [])
     called_id = refresh_id_if_called(refresh)
     resolutions = [failed_resolution(payment, reason, detail, now, called_id) for payment in waiting]
     deliveries = payments.resolve(tx, resolutions, now)

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from worker.ledger.bulk import any_of
-from worker.ledger.engine import Tx
+from worker.ledger.engine import Reply, Rows, Tx
 from worker.ledger.tables import ACCOUNT
 from worker.rules.account_facts import FACTS_LIFETIME, AccountFacts
 
@@ -15,11 +15,14 @@ _SELECT_FACTS = select(account.account_id, account.kind, account.currency, accou
 _BY_ID = _SELECT_FACTS.where(any_of(account.account_id, "account_ids"))
 
 
-def find(tx: Tx, account_ids: Collection[str]) -> dict[str, AccountFacts]:
+def find(tx: Tx, account_ids: Collection[str]) -> Reply[dict[str, AccountFacts]]:
     """Return the stored facts of these accounts, by account id, however old they are."""
     if not account_ids:
-        return {}
-    rows = tx.execute(_BY_ID, {"account_ids": sorted(account_ids)})
+        return Reply.known({})
+    return tx.send(_BY_ID, {"account_ids": sorted(account_ids)}, read=_facts_by_account)
+
+
+def _facts_by_account(rows: Rows) -> dict[str, AccountFacts]:
     return {row.account_id: AccountFacts(**row._asdict()) for row in rows}
 
 

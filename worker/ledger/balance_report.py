@@ -70,8 +70,8 @@ class PaymentBalances:
 
 def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_skew: timedelta) -> PaymentBalances:
     """Return the balances that concern a payment. `refresh_id` is the refresh that serves or served it."""
-    resolving = balances.find(tx, [payment.balance_id]).get(payment.balance_id) if payment.balance_id else None
-    since_request = balances.received_since(tx, [payment.account_id], payment.requested_at)
+    resolving = balances.find(tx, [payment.balance_id]).result().get(payment.balance_id) if payment.balance_id else None
+    since_request = balances.received_since(tx, [payment.account_id], payment.requested_at).result()
     arrived = sorted(since_request.get(payment.account_id, ()), key=lambda record: record.received_at)
     during = [record for record in arrived if payment.resolved_at is None or record.received_at <= payment.resolved_at]
     unapplied = [record for record in during if record.due_at is not None]

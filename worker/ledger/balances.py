@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import bindparam, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
-from worker.ledger.engine import Row, Tx
+from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.tables import BALANCE
 from worker.quiltt.messages import REFRESH_SOURCE, Balance
 
@@ -101,7 +101,7 @@ def new_unapplied_record(
     )
 
 
-def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
+def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> Reply[set[str]]:
     """Insert balances. Return the ids of the new ones.
 
     A balance that is stored already stays as it is. Of two records with one id the first is stored.
@@ -110,18 +110,24 @@ def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> set[str]:
     return bulk_insert_or_ignore(tx, BALANCE, [rows[key] for key in sorted(rows)], returning="balance_id")
 
 
-def find(tx: Tx, balance_ids: Collection[str]) -> dict[str, BalanceRecord]:
+def find(tx: Tx, balance_ids: Collection[str]) -> Reply[dict[str, BalanceRecord]]:
     """Return the stored balances among these, by id."""
-    rows = tx.execute(_BY_ID, {"balance_ids": list(balance_ids)})
-    return {row.balance_id: _record(row) for row in rows}
+    return tx.send(
+        _BY_ID, {"balance_ids": list(balance_ids)}, read=lambda rows: {row.balance_id: _record(row) for row in rows}
+    )
 
 
-def received_since(tx: Tx, account_ids: Collection[str], since: datetime) -> dict[str, list[BalanceRecord]]:
+def received_since(tx: Tx, account_ids: Collection[str], since: datetime) -> Reply[dict[str, list[BalanceRecord]]]:
     """Return each account's stored balances that were received at `since` or later, the newest first."""
+    if not account_ids:
+        return Reply.known({})
+    return tx.send(_RECEIVED_SINCE, {"account_ids": list(account_ids), "since": since}, read=_newest_first_by_account)
+
+
+def _newest_first_by_account(rows: Rows) -> dict[str, list[BalanceRecord]]:
     by_account: dict[str, list[BalanceRecord]] = defaultdict(list)
-    if account_ids:
-        for row in tx.execute(_RECEIVED_SINCE, {"account_ids": list(account_ids), "since": since}):
-            by_account[row.account_id].append(_record(row))
+    for row in rows:
+        by_account[row.account_id].append(_record(row))
     for records in by_account.values():
         records.sort(key=lambda record: record.age_rank, reverse=True)
     return by_account
@@ -133,7 +139,7 @@ def newest_refresh_balance_by_account(
     """Return each account's newest balance with source REFRESH, if it is believed as of `min_as_of` or later."""
     newest = {
         account_id: next((record for record in records if record.is_refresh), None)
-        for account_id, records in received_since(tx, account_ids, min_as_of).items()
+        for account_id, records in received_since(tx, account_ids, min_as_of).result().items()
     }
     return {
         account_id: record for account_id, record in newest.items() if record is not None and record.as_of >= min_as_of

@@ -19,16 +19,17 @@ from sqlalchemy import (
     Text,
     TextClause,
     bindparam,
+    insert,
     text,
     update,
 )
-from sqlalchemy import Connection as Tx
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from worker.ledger.column_types import NAIVE_TIME_ERROR, postgresql_type
+from worker.ledger.transactions import Reply, Rows, Tx
 
 
 class _AnyOf(FunctionElement[bool]):
@@ -58,21 +59,48 @@ def any_of(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
     return _AnyOf(column, bindparam(parameter, type_=ARRAY(Text)))
 
 
-def bulk_insert_or_ignore(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, returning: str) -> set[Any]:
+def bulk_insert(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows. All must have the same columns.
+
+    Raises:
+        IntegrityError: a row conflicts with a unique index. It is raised when the statement was sent.
+    """
+    if not rows:
+        return
+    if rows_json := _as_safe_json(tx, rows):
+        tx.send(_insert_from_json(table, tuple(rows[0])), {"rows": rows_json}, read=len)
+    else:
+        tx.execute(insert(table), list(rows))
+
+
+def bulk_insert_or_ignore(
+    tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, returning: str
+) -> Reply[set[Any]]:
     """Insert rows, except those that conflict with a unique index. Return the `key` values of the inserted rows.
 
     All rows must have the same columns.
     """
     if not rows:
-        return set()
-    if tx.dialect.name == "postgresql":
-        rows_json = json.dumps(rows, default=_json_value)
-        if not _UNSAFE_IN_JSON.search(rows_json):
-            return set(tx.scalars(_insert_or_ignore_from_json(table, tuple(rows[0]), returning), {"rows": rows_json}))
+        return Reply.known(set())
+    if rows_json := _as_safe_json(tx, rows):
+        statement = _insert_or_ignore_from_json(table, tuple(rows[0]), returning)
+        return tx.send(statement, {"rows": rows_json}, read=_first_values)
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).on_conflict_do_nothing().returning(table.c[returning])
+    ignoring = dialect.insert(table).on_conflict_do_nothing().returning(table.c[returning])
     # Passed as parameters, the rows share one compiled statement; SQLAlchemy splits them as the database requires.
-    return set(tx.scalars(statement, list(rows)))
+    return Reply.known(set(tx.scalars(ignoring, list(rows))))
+
+
+def _as_safe_json(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return rows as JSON, or None if the database cannot read them from it."""
+    if tx.dialect.name != "postgresql":
+        return None
+    rows_json = json.dumps(rows, default=_json_value)
+    return None if _UNSAFE_IN_JSON.search(rows_json) else rows_json
+
+
+def _first_values(rows: Rows) -> set[Any]:
+    return {row[0] for row in rows}
 
 
 _UNSAFE_IN_JSON = re.compile(r"\\u(0000|d[89a-f])")
@@ -80,30 +108,34 @@ _UNSAFE_IN_JSON = re.compile(r"\\u(0000|d[89a-f])")
 
 
 @cache
-def _insert_or_ignore_from_json(table: Table, columns: tuple[str, ...], returning: str) -> TextClause:
+def _insert_from_json(table: Table, columns: tuple[str, ...], after: str = "") -> TextClause:
     """Return a statement that inserts any number of rows from one parameter. It costs half of one with many."""
     names = ", ".join(f'"{column}"' for column in columns)
     return text(
         f"INSERT INTO {table.name} ({names}) "  # noqa: S608 - names of our own tables and columns
-        f"SELECT {names} FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) "
-        f'ON CONFLICT DO NOTHING RETURNING "{returning}"'
+        f"SELECT {names} FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) {after}"
     )
 
 
-def bulk_update(tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], *, key: str) -> set[Any]:
+@cache
+def _insert_or_ignore_from_json(table: Table, columns: tuple[str, ...], returning: str) -> TextClause:
+    return _insert_from_json(table, columns, f'ON CONFLICT DO NOTHING RETURNING "{returning}"')
+
+
+def bulk_update(
+    tx: Tx, table: Table, new_and_expected_values: Sequence[Mapping[str, Any]], *, key: str
+) -> Reply[set[Any]]:
     """Update the row with the `key` of each given row, if its columns still have the expected old values.
 
     Return the `key` values of the updated rows. A value named `was_x` is the expected old value of the column x. All
     rows must have the same names.
     """
     if not new_and_expected_values:
-        return set()
-    if tx.dialect.name == "postgresql":
-        rows_json = json.dumps(new_and_expected_values, default=_json_value)
-        if not _UNSAFE_IN_JSON.search(rows_json):
-            statement = _update_from_json(table, tuple(new_and_expected_values[0]), key)
-            return set(tx.scalars(statement, {"rows": rows_json}))
-    return _update_one_by_one(tx, table, new_and_expected_values, key)
+        return Reply.known(set())
+    if rows_json := _as_safe_json(tx, new_and_expected_values):
+        statement = _update_from_json(table, tuple(new_and_expected_values[0]), key)
+        return tx.send(statement, {"rows": rows_json}, read=_first_values)
+    return Reply.known(_update_one_by_one(tx, table, new_and_expected_values, key))
 
 
 def _update_one_by_one(

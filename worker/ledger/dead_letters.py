@@ -134,7 +134,7 @@ def find_letter(tx: Tx, dead_letter_id: str) -> DeadLetter | None:
 
 def count(tx: Tx) -> int:
     """Return the number of dead letters."""
-    return tx.execute(select(func.count()).select_from(DEAD_LETTER)).scalar_one()
+    return int(tx.scalar(select(func.count()).select_from(DEAD_LETTER)))
 
 
 def delete_letters(tx: Tx, dead_letter_ids: Sequence[str]) -> int:

@@ -9,19 +9,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from psycopg.errors import UndefinedColumn, UndefinedTable
-from sqlalchemy import Connection as Tx
-from sqlalchemy import Engine, Row, create_engine, event, text
+from sqlalchemy import Connection, Engine, Row, create_engine, event, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from worker.ledger.transactions import NotMigrated, Reply, Rows, Tx, raise_if_not_migrated
 
 __all__ = [
     "DATABASE_UNAVAILABLE",
     "Engine",
     "NoDatabaseFile",
     "NotMigrated",
+    "Reply",
     "Row",
+    "Rows",
     "Tx",
     "lift_limits_for_migrations",
     "open_engine",
@@ -29,13 +31,6 @@ __all__ = [
     "read_snapshot",
     "transaction",
 ]
-
-
-class NotMigrated(Exception):
-    """The database is behind this release: run the role `release` (alembic upgrade head)."""
-
-    def __init__(self) -> None:
-        super().__init__(self.__doc__)
 
 
 class NoDatabaseFile(Exception):
@@ -108,8 +103,8 @@ def open_engine(url: str, *, connections: int, may_create_file: bool = False) ->
 def _raise_not_migrated(context: ExceptionContext) -> None:
     """Raise `NotMigrated` for a missing table or column: the next migration creates it."""
     error = context.original_exception
-    is_missing = isinstance(error, UndefinedTable | UndefinedColumn)
-    if is_missing or re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
+    raise_if_not_migrated(error)
+    if re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
         raise NotMigrated
 
 
@@ -138,7 +133,7 @@ def _set_sqlite_pragmas_and_manual_begin(connection: Any, _record: object) -> No
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_sqlite_immediate_unless_read_only(connection: Tx) -> None:
+def _begin_sqlite_immediate_unless_read_only(connection: Connection) -> None:
     # A transaction that reads first and then writes would fail at once, without a wait, if another one wrote.
     connection.exec_driver_sql(
         "BEGIN" if _READ_ONLY_OPTION in connection.get_execution_options() else "BEGIN IMMEDIATE"
@@ -148,8 +143,10 @@ def _begin_sqlite_immediate_unless_read_only(connection: Tx) -> None:
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Tx]:
     """Open a transaction. It is committed at the end of the block, and rolled back by any exception."""
-    with engine.begin() as tx:
+    with engine.begin() as connection:
+        tx = Tx(connection)
         yield tx
+        tx.commit_with_queue()
 
 
 @contextmanager
@@ -161,13 +158,13 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
     with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(_ENABLE_ALL_PLANS)
-        yield connection
+        yield Tx(connection)
 
 
 _ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))
 
 
-def lift_limits_for_migrations(connection: Tx) -> None:
+def lift_limits_for_migrations(connection: Connection) -> None:
     """Allow long statements and all plan types on this connection to PostgreSQL, until it is closed.
 
     A migration may scan or index a large table. The limit of waits for locks stays: a waiting migration blocks workers.

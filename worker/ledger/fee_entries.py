@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import select
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore
-from worker.ledger.engine import Row, Tx
+from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.tables import FEE_ENTRY
 from worker.rules.pricing import ACCEPTED_STATUS, EntryState, Price
 
@@ -78,7 +78,7 @@ def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> None:
     insert_final_rows(tx, [entry_row(final.call, final.state, final.evidence, now) for final in entries])
 
 
-def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> Reply[set[str]]:
     """Insert final entries, except for calls that have one already. Return the ids of the calls that got one."""
     if tx.dialect.name == "sqlite":
         # SQLite's trigger rejects a second final entry before ON CONFLICT DO NOTHING applies. It has no other writer.
@@ -94,9 +94,9 @@ def entry_row(call: CallEntry, state: EntryState, evidence: dict[str, Any], now:
     return {**vars(call), "state": state, "evidence": evidence, "recorded_at": now}
 
 
-def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> list[CallEntry]:
+def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> Reply[list[CallEntry]]:
     """Return the calls of these refreshes, each in its final state if it has one, else pending."""
-    return _latest_calls(tx.execute(_OF_REFRESHES, {"refresh_ids": list(refresh_ids)}))
+    return tx.send(_OF_REFRESHES, {"refresh_ids": list(refresh_ids)}, read=_latest_calls)
 
 
 _OF_REFRESHES = select(FEE_ENTRY).where(any_of(entry.refresh_id, "refresh_ids"))

@@ -7,20 +7,24 @@ from datetime import datetime, timedelta
 from sqlalchemy import bindparam, select, update
 
 from worker.ledger.bulk import any_of, bulk_update
-from worker.ledger.engine import Tx
+from worker.ledger.engine import Reply, Rows, Tx
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.funds import HOLD_OPEN, HeldAmount
 
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 
 
-def held_amounts_after(tx: Tx, after: Mapping[str, datetime]) -> Mapping[str, list[HeldAmount]]:
-    """Return the amounts of each account whose hold ends later than the time given for it."""
+def held_amounts_after(tx: Tx, account_ids: Collection[str], after: datetime) -> Reply[Mapping[str, list[HeldAmount]]]:
+    """Return the amounts of each account whose hold ends later than this."""
+    if not account_ids:
+        return Reply.known({})
+    return tx.send(_HELD_AFTER, {"account_ids": sorted(account_ids), "after": after}, read=_held_by_account)
+
+
+def _held_by_account(rows: Rows) -> Mapping[str, list[HeldAmount]]:
     held: dict[str, list[HeldAmount]] = defaultdict(list)
-    if after:
-        for row in tx.execute(_HELD_AFTER, {"account_ids": list(after), "after": min(after.values())}):
-            if row.hold_until > after[row.account_id]:
-                held[row.account_id].append(HeldAmount(amount=row.amount, until=row.hold_until))
+    for row in rows:
+        held[row.account_id].append(HeldAmount(amount=row.amount, until=row.hold_until))
     return held
 
 

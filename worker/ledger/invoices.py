@@ -95,4 +95,4 @@ def _post_or_void_pending_by_invoice(
         for call in calls
         if call.state == EntryState.PENDING
     ]
-    return len(insert_final_rows(tx, finals))
+    return len(insert_final_rows(tx, finals).result())

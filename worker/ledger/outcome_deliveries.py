@@ -65,7 +65,7 @@ def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> Mapping[st
         }
         for new in sorted(deliveries, key=lambda new: str(new.continuation["id"]))
     ]
-    inserted = bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id")
+    inserted = bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id").result()
     return {} if len(inserted) == len(rows) else _payments_by_task(tx, {row["task_id"] for row in rows})
 
 
@@ -135,7 +135,7 @@ def renew_claims(tx: Tx, deliveries: Sequence[OutcomeDelivery], now: datetime) -
         {"task_id": claimed.task_id, "due_at": claimed_until, "was_due_at": claimed.claimed_until}
         for claimed in sorted(deliveries, key=lambda claimed: claimed.task_id)
     ]
-    renewed = bulk_update(tx, OUTCOME_DELIVERY, rows, key="task_id")
+    renewed = bulk_update(tx, OUTCOME_DELIVERY, rows, key="task_id").result()
     return [replace(claimed, claimed_until=claimed_until) for claimed in deliveries if claimed.task_id in renewed]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
-from worker.ledger.engine import Row, Tx
+from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.fee_sharers import count_fee_sharers_by_final_state
+from worker.ledger.locks import any_locked_account, locked_account_parameters
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
@@ -82,7 +83,7 @@ def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, Wai
         new.setdefault(job.payment_id, _new_payment(job, now + index * REQUEST_SPACING))
     inserted = bulk_insert_or_ignore(
         tx, PAYMENT, [_payment_row(new[payment_id]) for payment_id in sorted(new)], returning="payment_id"
-    )
+    ).result()
     return {payment_id: inserted_payment for payment_id, inserted_payment in new.items() if payment_id in inserted}
 
 
@@ -164,14 +165,20 @@ _SELECT_PAYMENTS = select(
 _LOCK_PAYMENTS = _SELECT_PAYMENTS.order_by(payment.payment_id).with_for_update()
 """Every transaction locks rows in this order, so that no two of them can deadlock."""
 _LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
-_LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_of(payment.account_id, "account_ids"))
+_LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_locked_account(payment.account_id))
 
 
-def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Mapping[str, list[WaitingPayment]]:
-    """Lock the accounts' waiting payments until the transaction ends. Return them in the order of their requests."""
+def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Reply[Mapping[str, list[WaitingPayment]]]:
+    """Lock the waiting payments of the accounts that this transaction has locked, until it ends.
+
+    Return them in the order of their requests.
+    """
+    return tx.send(_LOCK_WAITING_BY_ACCOUNT, locked_account_parameters(account_ids), read=_by_account)
+
+
+def _by_account(rows: Rows) -> Mapping[str, list[WaitingPayment]]:
     by_account: dict[str, list[WaitingPayment]] = defaultdict(list)
-    locked = _waiting_payments(tx.execute(_LOCK_WAITING_BY_ACCOUNT, {"account_ids": list(account_ids)}))
-    for waiting in sorted(locked, key=lambda waiting: (waiting.requested_at, waiting.payment_id)):
+    for waiting in sorted(_waiting_payments(rows), key=lambda waiting: (waiting.requested_at, waiting.payment_id)):
         by_account[waiting.account_id].append(waiting)
     return by_account
 
@@ -299,7 +306,7 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[Ou
         return []
     claimed_until = now + REDELIVER_AFTER
     rows = [_resolved_row(resolution) for resolution in _without_closed_shares(tx, resolutions)]
-    updated = bulk_update(tx, PAYMENT, rows, key="payment_id")
+    updated = bulk_update(tx, PAYMENT, rows, key="payment_id").result()
     resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
     return [
         OutcomeDelivery(
@@ -323,7 +330,7 @@ def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Re
         for resolution in resolutions
         if resolution.state == PaymentState.FAILED and resolution.balance_id is None and resolution.refresh_id
     }
-    sharers = count_fee_sharers_by_final_state(tx, set(refresh_by_payment.values()))
+    sharers = count_fee_sharers_by_final_state(tx, set(refresh_by_payment.values())).result()
     shared = {refresh_id for refresh_id, by_state in sharers.items() if PaymentState.RELEASED in by_state}
     return [
         replace(resolution, reused=True) if refresh_by_payment.get(resolution.payment_id) in shared else resolution

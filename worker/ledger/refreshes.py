@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
-from worker.ledger.engine import Row, Tx
+from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.tables import IS_WAITING, PAYMENT, REFRESH, state_in
 from worker.rules.states import (
     IN_FLIGHT_STATES,
@@ -92,10 +92,12 @@ def requested_refresh(tx: Tx, account_id: str) -> RefreshRecord | None:
     return next(iter(_find_refreshes(tx, *conditions, limit=1)), None)
 
 
-def find_in_flight_or_by_id(tx: Tx, account_ids: Collection[str], refresh_ids: Collection[str]) -> list[RefreshRecord]:
+def find_in_flight_or_by_id(
+    tx: Tx, account_ids: Collection[str], refresh_ids: Collection[str]
+) -> Reply[list[RefreshRecord]]:
     """Return these refreshes, if they are in the ledger, and the refreshes in flight of these accounts."""
     ids = {"account_ids": list(account_ids), "refresh_ids": list(refresh_ids)}
-    return _records(tx.execute(_FOR_CLAIM, ids))
+    return tx.send(_FOR_CLAIM, ids, read=_records)
 
 
 _FOR_CLAIM = _SELECT_REFRESHES.where(
@@ -103,14 +105,16 @@ _FOR_CLAIM = _SELECT_REFRESHES.where(
 ).order_by(BY_CALL_TIME)
 
 
-def find_answerable_or_requested(tx: Tx, account_ids: Collection[str], answered_since: datetime) -> list[RefreshRecord]:
+def find_answerable_or_requested(
+    tx: Tx, account_ids: Collection[str], answered_since: datetime
+) -> Reply[list[RefreshRecord]]:
     """Return refreshes of the accounts that a balance may answer, and requested ones. The last called is first.
 
     Includes answered refreshes that were called twice, because each of the calls may produce a balance, or that were
     called at `answered_since` or later, because a call may produce more than one balance.
     """
     values = {"account_ids": list(account_ids), "answered_since": answered_since}
-    return _records(tx.execute(_AWAITING_BALANCE, values))
+    return tx.send(_AWAITING_BALANCE, values, read=_records)
 
 
 _AWAITING_BALANCE = _SELECT_REFRESHES.where(
@@ -153,7 +157,7 @@ def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime
     return nearest.correlate(REFRESH).scalar_subquery()
 
 
-def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> set[str]:
+def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> Reply[set[str]]:
     """Insert new refreshes. Return the ids of those that were inserted: no row conflicts with them."""
     return bulk_insert_or_ignore(tx, REFRESH, [vars(record) for record in records], returning="refresh_id")
 
@@ -183,7 +187,7 @@ def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datet
 
 def transition_all_and_clear_errors(
     tx: Tx, event: RefreshEvent, transitions: Sequence[tuple[RefreshRecord, datetime | None]]
-) -> set[str]:
+) -> Reply[set[str]]:
     """Apply `event` to refreshes that allow it, each with its new `due_at`, and clear their last errors.
 
     Return the ids of the updated refreshes: those that did not change since the caller read them.
