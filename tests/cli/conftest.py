@@ -67,7 +67,7 @@ class LedgerBuilder:
                 due_at=at,
             )
             refreshes.insert_refreshes(tx, [refresh])
-            call_id = f"call_{refresh_id}_{len(fee_entries.calls_of_refreshes(tx, [refresh_id]))}"
+            call_id = f"call_{refresh_id}_{len(fee_entries.calls_of_refreshes(tx, [refresh_id]).result())}"
             call = fee_entries.new_call(call_id, refresh_id, account_id, price, at)
             fee_entries.open_entries(tx, [call])
             if end is not None:

@@ -83,7 +83,7 @@ def _share_of(payready: InProcessSystem, payment_id: str) -> Decimal:
         id=row["refresh_id"],
     )
     with transaction(payready.engine) as tx:
-        calls = fee_entries.calls_of_refreshes(tx, [row["refresh_id"]])
+        calls = fee_entries.calls_of_refreshes(tx, [row["refresh_id"]]).result()
     total = sum((call.price for call in calls if call.state != EntryState.VOID), Decimal(0))
     index = [sharer["payment_id"] for sharer in sharers].index(payment_id)
     share = split_share(total, len(sharers), index)

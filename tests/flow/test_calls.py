@@ -231,7 +231,7 @@ def test_database_rejects_a_second_refresh_in_flight(payready: InProcessSystem) 
     with transaction(payready.engine) as tx:
         numbered = ((1, RefreshState.ACCEPTED), (2, RefreshState.UNCERTAIN), (3, RefreshState.REQUESTED))
         flights = [RefreshRecord(refresh_id=f"ref_{n}", account_id=A, state=state) for n, state in numbered]
-        assert refreshes.insert_refreshes(tx, flights) == {"ref_1", "ref_3"}
+        assert refreshes.insert_refreshes(tx, flights).result() == {"ref_1", "ref_3"}
         waiting = refreshes.find(tx, "ref_3")
         assert waiting is not None
     with pytest.raises(IntegrityError), transaction(payready.engine) as tx:

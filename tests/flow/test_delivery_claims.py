@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event
 
 from tasks import dispatch, payment_tasks, suspension
 from tasks.batching import MicroBatcher
@@ -17,6 +16,7 @@ from tasks.sending import NewMessage
 from tasks.suspension import FinishedTask
 from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, intake_request
+from tests.support.statements import collected_statements
 from worker import flow
 from worker.flow import FollowUp, operations
 from worker.ledger import outcome_deliveries, payments
@@ -227,17 +227,14 @@ def test_outcome_of_a_failed_delivery_is_swept_when_its_claim_ends(deliveries: D
 def test_fast_delivery_makes_no_statement_before_its_mark(deliveries: Deliveries) -> None:
     """A claim costs nothing while it is young."""
     follow_up = deliveries.resolve(continuation)
-    statements: list[str] = []
-    event.listen(
-        deliveries.payready.engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
-    )
-    dispatch.dispatch(follow_up)
-    by_dispatch = len(statements)
-    statements.clear()
-    flow.mark_delivered(
-        deliveries.payready.rt, {delivery.task_id: deliveries.payready.clock.now for delivery in follow_up.deliveries}
-    )
-    assert by_dispatch == len(statements) > 0
+    with collected_statements(deliveries.payready.engine) as by_dispatch:
+        dispatch.dispatch(follow_up)
+    with collected_statements(deliveries.payready.engine) as by_mark:
+        flow.mark_delivered(
+            deliveries.payready.rt,
+            {delivery.task_id: deliveries.payready.clock.now for delivery in follow_up.deliveries},
+        )
+    assert len(by_dispatch) == len(by_mark) > 0
 
 
 def test_threads_deliver_each_outcome_once(

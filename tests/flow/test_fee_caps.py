@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from config.settings import Settings
 from tests.support.concurrency import run_concurrently
@@ -16,6 +17,7 @@ from tests.support.in_process import SETTINGS, InProcessSystem
 from worker import flow, metrics
 from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureReason
 from worker.ledger.cap_usage import CapUsageCounter
+from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_spending
 
 A = "acct_caps"
@@ -199,12 +201,13 @@ def test_concurrent_replicas_do_not_exceed_the_cap(payready: InProcessSystem) ->
 
 def test_claim_without_a_fee_cap_takes_no_spending_lock(payready: InProcessSystem) -> None:
     """A transaction with the spending lock does not block the claim."""
-    with payready.engine.connect() as other:
+    with ExitStack() as stack:
         if payready.engine.dialect.name == "postgresql":
+            other = stack.enter_context(transaction(payready.engine))
             lock_spending(other)
+            other.execute(text("SELECT 1"))  # sends the lock
         capped(payready, call_cap_per_account_per_day=5)
         assert pay(payready, 1) == "waiting"
-        other.rollback()
 
 
 def test_cap_of_zero_stops_all_calls(payready: InProcessSystem) -> None:

@@ -110,7 +110,7 @@ def test_second_final_entry_of_a_call_is_rejected(payready: InProcessSystem, sec
     payready.run_tasks()
     refresh_id = payready.rows("SELECT refresh_id FROM fee_entry")[0]["refresh_id"]
     with transaction(payready.engine) as tx:
-        [call] = fee_entries.calls_of_refreshes(tx, [refresh_id])
+        [call] = fee_entries.calls_of_refreshes(tx, [refresh_id]).result()
         assert call.state == EntryState.POSTED
         fee_entries.post_or_void(tx, [FinalEntry(call=call, state=second, evidence={})], START)
     assert payready.fees(A) == ["1 pending", "1 posted"]

@@ -59,13 +59,13 @@ def test_bulk_update_changes_rows_with_expected_old_values(engine: Engine, conte
             {"payment_id": "p9", **values, **new},
             {"payment_id": "p1", **values, **new},
         ]
-        assert bulk_update(tx, PAYMENT, rows, key="payment_id") == {"p1"}
+        assert bulk_update(tx, PAYMENT, rows, key="payment_id").result() == {"p1"}
     with transaction(engine) as tx:
         found = {row.payment_id: row for row in tx.execute(select(PAYMENT))}
         assert [found[name].state for name in names] == ["released", "waiting", "waiting"]
         assert found["p1"].outcome == values["outcome"]
         assert (found["p1"].resolved_at, str(found["p1"].amount), found["p1"].reused) == (START, "0.30", True)
-        assert bulk_update(tx, PAYMENT, [], key="payment_id") == set()
+        assert bulk_update(tx, PAYMENT, [], key="payment_id").result() == set()
 
 
 def test_exception_rolls_back_transaction(engine: Engine) -> None:
@@ -97,10 +97,10 @@ def test_bulk_insert_returns_keys_of_new_rows_only(engine: Engine) -> None:
     row = {"event": b"{}", "reason": "x", "received_at": START}
     rows = [{"quarantine_id": key, **row} for key in ("a", "b", "a")]
     with transaction(engine) as tx:
-        assert bulk_insert_or_ignore(tx, QUARANTINE, rows, returning="quarantine_id") == {"a", "b"}
-        assert bulk_insert_or_ignore(
-            tx, QUARANTINE, [*rows, {"quarantine_id": "c", **row}], returning="quarantine_id"
-        ) == {"c"}
+        first = bulk_insert_or_ignore(tx, QUARANTINE, rows, returning="quarantine_id")
+        rows.append({"quarantine_id": "c", **row})
+        second = bulk_insert_or_ignore(tx, QUARANTINE, rows, returning="quarantine_id")
+        assert (first.result(), second.result()) == ({"a", "b"}, {"c"})
         assert len(tx.execute(select(QUARANTINE)).all()) == 3
 
 
@@ -124,12 +124,12 @@ def test_times_and_amounts_are_stored_exactly(engine: Engine, at: datetime, amou
     """To the microsecond in any time zone, and to the last digit."""
     record = {"id": "bal_1", "accountId": "acct_1", "at": at.isoformat(), "source": "REFRESH"}
     balance = Balance.model_validate({**record, "available": amount, "current": None, "limit": Decimal(0)})
-    with engine.connect() as tx:
+    with transaction(engine) as tx:
         balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, START, believe_arrival=False)])
-        row = balances.find(tx, ["bal_1"])["bal_1"]
+        row = balances.find(tx, ["bal_1"]).result()["bal_1"]
         assert (row.at, row.available, row.current, row.limit) == (at, amount, None, Decimal(0))
         assert row.at.utcoffset() == timedelta(0)
-        tx.rollback()
+        tx.execute(text("ROLLBACK"))
 
 
 def test_lock_accounts_waits_for_other_transaction(engine: Engine) -> None:
@@ -141,14 +141,15 @@ def test_lock_accounts_waits_for_other_transaction(engine: Engine) -> None:
         assert locked.wait(5)
         with transaction(engine) as tx:
             lock_accounts(tx, ["acct_1"])
-            order.append("second")
             assert payments.lock_waiting(tx, ["p1"])
+            order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
     with transaction(engine) as tx:
         lock_accounts(tx, ["acct_2", "acct_1"])
         payments.insert_payments(tx, [JOB], START)
+        tx.execute(text("SELECT 1"))  # after all others
         locked.set()
         thread.join(0.1)
         order.append("first")
@@ -190,7 +191,7 @@ def test_amounts_are_never_floats(engine: Engine) -> None:
     """They are text on SQLite, whose numbers are floats, and NUMERIC on PostgreSQL."""
     types = {column.name: str(column.type.dialect_impl(engine.dialect)) for column in BALANCE.c}
     assert "FLOAT" not in str(types).upper()
-    with engine.connect() as tx:
+    with transaction(engine) as tx:
         balance = {"id": "bal_1", "accountId": "acct_1", "at": START.isoformat(), "source": "REFRESH"}
         amounts = {"available": Decimal("0.1"), "current": None, "limit": None}
         balances.insert_balances(
@@ -203,7 +204,6 @@ def test_amounts_are_never_floats(engine: Engine) -> None:
         )
         stored = tx.scalar(text("SELECT available FROM balance"))
         assert isinstance(stored, str if engine.dialect.name == "sqlite" else Decimal)
-        tx.rollback()
 
 
 def test_idle_connection_closed_by_server_is_replaced(

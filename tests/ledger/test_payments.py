@@ -75,11 +75,8 @@ def test_waiting_payments_are_sorted_by_request_time(engine: Engine) -> None:
     with transaction(engine) as tx:
         for payment_id, seconds in (("a", 2), ("b", 0), ("c", 1)):
             record(tx, payment_id, seconds=seconds)
-        assert [waiting.payment_id for waiting in payments.lock_waiting_by_account(tx, ["acct_1"])["acct_1"]] == [
-            "b",
-            "c",
-            "a",
-        ]
+        waiting = payments.lock_waiting_by_account(tx, ["acct_1"]).result()
+    assert [payment.payment_id for payment in waiting["acct_1"]] == ["b", "c", "a"]
 
 
 def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:

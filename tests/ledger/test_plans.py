@@ -8,10 +8,11 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import insert, text
 
 from tests.support.databases import Databases
 from tests.support.in_process import START
+from tests.support.statements import collected_statements
 from worker.ledger import (
     accounts,
     balance_report,
@@ -144,7 +145,7 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "waiting payments of an account": (lambda tx: payments.lock_waiting_by_account(tx, [A]), {"payment_waiting"}),
     "demand of an account": (lambda tx: payments.balance_time_bounds_of_waiting(tx, A), {"payment_waiting"}),
     "held amounts": (
-        lambda tx: funds_holds.held_amounts_after(tx, {A: END - timedelta(seconds=900)}),
+        lambda tx: funds_holds.held_amounts_after(tx, [A], END - timedelta(seconds=900)),
         {"payment_hold"},
     ),
     "sharers of a refresh": (lambda tx: fee_sharers.count_fee_sharers_by_final_state(tx, ["r7"]), {"payment_sharers"}),
@@ -235,7 +236,7 @@ UPDATES: dict[str, Callable[[Tx], Any]] = {
 @pytest.mark.parametrize("name", UPDATES)
 def test_refresh_is_updated_by_primary_key(engine: Engine, name: str) -> None:
     """Not by an index of all requested or in-flight refreshes: they are many when calls are delayed."""
-    [plan] = _plans(engine, UPDATES[name], "UPDATE", explained=engine.connect())
+    [plan] = _plans(engine, UPDATES[name], "UPDATE", explained=transaction(engine))
     assert re.search(r"refresh_pkey|sqlite_autoindex_refresh_1", plan), plan
 
 
@@ -264,7 +265,7 @@ BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
         "refresh_pkey",
     ),
     "balances": (
-        lambda tx: balances.mark_applied_with_refresh(tx, list(balances.find(tx, ["b7"]).values())),
+        lambda tx: balances.mark_applied_with_refresh(tx, list(balances.find(tx, ["b7"]).result().values())),
         "balance_pkey",
     ),
 }
@@ -276,7 +277,7 @@ def test_rows_of_batch_are_updated_by_primary_key(engine: Engine, name: str) -> 
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite updates them one by one")
     write, key = BATCH_UPDATES[name]
-    [plan, *_] = _plans(engine, write, "UPDATE", explained=engine.connect())
+    [plan, *_] = _plans(engine, write, "UPDATE", explained=transaction(engine))
     assert "Hash" not in plan
     assert set(re.findall(r"Scan using (\w+)|Scan on (\w+_\w+)", plan)) == {(key, ""), ("", "json_to_recordset")}, plan
 
@@ -285,21 +286,13 @@ def _plans(
     engine: Engine, run: Callable[[Tx], Any], kind: str = "SELECT", *, explained: AbstractContextManager[Tx]
 ) -> list[str]:
     """Return the plans of the statements of this kind that `run` executes. `explained` opens the session to plan in."""
-    statements: list[tuple[str, Any]] = []
-
-    def record(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.startswith(kind):
-            statements.append((statement, parameters))
-
-    event.listen(engine, "before_cursor_execute", record)
-    try:
-        with engine.connect() as tx:
-            run(tx)
-            tx.rollback()
-    finally:
-        event.remove(engine, "before_cursor_execute", record)
+    with collected_statements(engine) as statements, engine.connect() as connection, Tx.commit_at_end(connection) as tx:
+        run(tx)
+        tx.execute(text("ROLLBACK"))  # after the statements whose replies are not needed
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with explained as tx:
         return [
-            "\n".join(str(row[-1]) for row in tx.exec_driver_sql(explain + sql, given)) for sql, given in statements
+            "\n".join(str(row[-1]) for row in tx.connection.exec_driver_sql(explain + sql, given))
+            for sql, given in statements
+            if sql.startswith(kind)
         ]

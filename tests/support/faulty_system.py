@@ -5,6 +5,7 @@ the payments service and the clock. `FaultySystem.run` runs a scenario. At the s
 A new process then continues, as in production.
 """
 
+import sqlite3
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, cast
 
+import psycopg
 import pytest
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError as BrokerUnavailable
+from psycopg.pq import TransactionStatus
 from redis.exceptions import ConnectionError as RedisUnavailable
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError as LedgerUnavailable
@@ -28,6 +31,7 @@ from tasks.suspension import FinishedTask
 from tests.support.fault_injection import Operations, ProcessKilled
 from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_control
 from tests.support.scenario_provider import Scenario, ScenarioProvider
+from tests.support.statements import observe_statements
 from worker import flow
 from worker import runtime as production
 from worker.correlation.admission import RateLimiter
@@ -64,19 +68,32 @@ class Ledger:
         self.engine: Engine = open_engine(url, connections=1)
         if self.engine.dialect.name == "sqlite":  # the end of a simulated process loses no unsynced writes
             event.listen(self.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
-        event.listen(self.engine, "before_cursor_execute", self._executes)
+        observe_statements(self.engine, self._before_statement)
         self._commit = self.engine.dialect.do_commit
         self.engine.dialect.do_commit = self._commits  # type: ignore[assignment,method-assign]
 
-    def _executes(self, *arguments: Any) -> None:
-        statement = str(arguments[2])
+    def _before_statement(self, statement: str, _: Any) -> None:
+        if statement == "COMMIT":
+            self._before_commit()
+            return
         writes = statement.startswith(("INSERT", "UPDATE"))
         self.operations.before_operation("sql", statement[:40], changes=writes, is_visible=False)
 
-    def _commits(self, connection: Any) -> None:
+    def _before_commit(self) -> None:
         self.operations.before_operation("sql", "COMMIT", changes=False)
-        self._commit(connection)
+
+    def _commits(self, connection: Any) -> None:
+        """Commit, unless the transaction has sent its COMMIT together with its last statements."""
+        if _has_open_transaction(connection.driver_connection):
+            self._before_commit()
+            self._commit(connection)
         self.operations.before_operation("sql", "committed", changes=False)
+
+
+def _has_open_transaction(connection: sqlite3.Connection | psycopg.Connection) -> bool:
+    if isinstance(connection, sqlite3.Connection):
+        return connection.in_transaction
+    return connection.info.transaction_status != TransactionStatus.IDLE
 
 
 class FaultySystem:

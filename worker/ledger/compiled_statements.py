@@ -26,6 +26,7 @@ class CompiledStatement:
         self._dialect = dialect
         self.text: str = compiled.string
         self._constants: Mapping[str, Any] = compiled.construct_params(_check=False)
+        self._required = {parameter.key for parameter in compiled.binds.values() if parameter.required}
         self._converters = {
             name: converter
             for name, parameter in compiled.binds.items()
@@ -37,7 +38,13 @@ class CompiledStatement:
         self._read_row: Callable[[Sequence[Any]], Any] | None = None
 
     def parameters(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return all parameters as psycopg takes them: the given ones, and the constants of the statement."""
+        """Return all parameters as psycopg takes them: the given ones, and the constants of the statement.
+
+        Raises:
+            TypeError: a required parameter is missing, or one is given that the statement does not have.
+        """
+        if given.keys() != self._required:
+            raise TypeError(f"parameters {sorted(given)} are given, {sorted(self._required)} are required")
         values = {**self._constants, **given}
         return {
             name: converter(value) if (converter := self._converters.get(name)) else value

@@ -143,10 +143,13 @@ def _begin_sqlite_immediate_unless_read_only(connection: Connection) -> None:
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Tx]:
     """Open a transaction. It is committed at the end of the block, and rolled back by any exception."""
-    with engine.begin() as connection:
-        tx = Tx(connection)
+    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}  # `Tx` sends BEGIN
+    with (
+        engine.connect().execution_options(**options) as connection,
+        connection.begin(),
+        Tx.commit_at_end(connection) as tx,
+    ):
         yield tx
-        tx.commit_with_queue()
 
 
 @contextmanager
@@ -158,7 +161,8 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
     with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(_ENABLE_ALL_PLANS)
-        yield Tx(connection)
+        with Tx.commit_at_end(connection) as tx:
+            yield tx
 
 
 _ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))

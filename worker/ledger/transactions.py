@@ -5,14 +5,16 @@ case loads what it needs in one round trip, and persists what it decided in anot
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
 import psycopg
 from psycopg.errors import UndefinedColumn, UndefinedTable
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, CursorResult, Dialect, Executable, Row, ScalarResult
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from worker.ledger.compiled_statements import CompiledStatement, compile_once
 
@@ -29,55 +31,63 @@ class NotMigrated(Exception):
 
 
 class Reply(Generic[T]):
-    """What a sent statement returns."""
+    """The value that a sent statement returns."""
 
-    def __init__(self, fetch: Callable[[], None]) -> None:
-        self._fetch = fetch
-        self._values: list[T] = []
-        """The value, once it has arrived."""
+    def __init__(self, read: Callable[[], T]) -> None:
+        self._read = cache(read)
 
     @classmethod
     def known(cls, value: T) -> "Reply[T]":
-        """Return a reply that has arrived."""
-        reply = cls(lambda: None)
-        reply.set_result(value)
-        return reply
-
-    def set_result(self, value: T) -> None:
-        """Set the value that has arrived."""
-        self._values = [value]
+        """Return a reply that needs no statement."""
+        return cls(lambda: value)
 
     def result(self) -> T:
         """Return the value. If it has not arrived, send all statements that are not sent yet, and wait for it."""
-        if not self._values:
-            self._fetch()
-        [value] = self._values
-        return value
+        return self._read()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Queued:
-    """A statement to send to PostgreSQL."""
+@dataclass(kw_only=True)
+class _Sent:
+    """A statement for PostgreSQL, and its rows when they have arrived."""
 
     statement: CompiledStatement
     parameters: Mapping[str, Any]
-    on_rows: Callable[[Rows], None]
+    rows: Rows | None = None
 
 
 class Tx:
     """An open transaction on a connection.
 
-    PostgreSQL receives statements in the order in which they were given. SQLite needs no round trips: it executes each
-    statement at once.
+    PostgreSQL executes statements in the order in which they were given. SQLite needs no round trips, so it executes
+    each statement at once.
+
+    The pipeline stays open from the first statement on: psycopg's end of a pipeline would turn off
+    `idle_in_transaction_session_timeout`, because it sends a Flush after the Sync. The connection is in autocommit
+    mode, because psycopg would wait for the response to its own BEGIN.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._queue: list[_Queued] = []
+        self._queue: list[_Sent] = []
+        self._pipeline: psycopg.Pipeline | None = None
+        self._end_of_pipeline = ExitStack()
+
+    @classmethod
+    @contextmanager
+    def commit_at_end(cls, connection: Connection) -> Iterator["Tx"]:
+        """Open a transaction. Its remaining statements are sent together with COMMIT at the end of the block."""
+        tx = cls(connection)
+        with tx._end_of_pipeline:
+            yield tx
+            tx._send_queue_and_leave_pipeline(with_commit=True)
 
     @property
     def connection(self) -> Connection:
-        """The connection, for tools that need one."""
+        """The connection, for tools that need one. The statements given before are sent."""
+        if self.dialect.name == "postgresql":
+            self._send_queue_and_leave_pipeline()
+            with self._errors_of_sqlalchemy():
+                self._begin_if_not_begun()
         return self._connection
 
     @property
@@ -94,26 +104,21 @@ class Tx:
     ) -> Reply[T]:
         """Send a statement with the next one whose reply is needed, or with the COMMIT.
 
-        `read` makes the value of the reply from the rows. The statement must be one of a module, because it is compiled
-        once and kept, and its conditions on several values must be those of `any_of`.
+        `read` makes the value of the reply from the rows, at its first use. The statement must be one of a module,
+        because it is compiled once and kept, and its conditions on several values must be those of `any_of`. Errors of
+        the statement are raised when it is sent.
         """
         if self.dialect.name != "postgresql":
-            return Reply.known(read(_all_rows(self._connection.execute(statement, dict(parameters)))))
-        reply = Reply[T](self._send_queue)
+            rows = _all_rows(self._connection.execute(statement, dict(parameters)))
+            return Reply(lambda: read(rows))
         compiled = compile_once(statement, self.dialect)
-        self._queue.append(
-            _Queued(
-                statement=compiled,
-                parameters=compiled.parameters(parameters),
-                on_rows=lambda rows: reply.set_result(read(rows)),
-            )
-        )
-        return reply
+        sent = _Sent(statement=compiled, parameters=compiled.parameters(parameters))
+        self._queue.append(sent)
+        return Reply(lambda: read(self._rows_of(sent)))
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[*tuple[Any, ...]]:
         """Execute a statement at once, in a round trip of its own."""
-        self._send_queue()
-        return self._connection.execute(statement, parameters)
+        return self.connection.execute(statement, parameters)
 
     def scalars(self, statement: Executable, parameters: Any = None) -> ScalarResult[Any]:
         """Execute a statement at once, and return the values of its first column."""
@@ -123,39 +128,81 @@ class Tx:
         """Execute a statement at once, and return the first value of its first row, or None."""
         return self.execute(statement, parameters).scalar()
 
-    def commit_with_queue(self) -> None:
-        """Send the remaining statements and the COMMIT in one round trip, unless there are none."""
-        if self._queue:
-            self._send_queue(ends_with_commit=True)
+    def _rows_of(self, sent: _Sent) -> Rows:
+        if sent.rows is None:
+            self._send_queue()
+        if sent.rows is None:
+            raise InvalidRequestError("the statement has no rows: it failed, or one before it")
+        return sent.rows
 
-    def _send_queue(self, *, ends_with_commit: bool = False) -> None:
-        queue, self._queue = self._queue, []
-        if not queue:
+    @property
+    def _driver(self) -> Any:
+        return self._connection.connection.driver_connection
+
+    def _send_queue(self) -> None:
+        """Send the statements of the queue, and wait for their rows."""
+        with self._errors_of_sqlalchemy():
+            pipeline = self._enter_pipeline()
+            sent = self._pass_queue_to_driver()
+            pipeline.sync()
+            _receive_rows(sent)
+
+    def _send_queue_and_leave_pipeline(self, *, with_commit: bool = False) -> None:
+        """Send the statements of the queue, wait for their rows, and leave the pipeline."""
+        if not (self._queue or self._pipeline):
             return
-        driver: Any = self._connection.connection.driver_connection
-        with self._errors_of_sqlalchemy(driver):
-            with driver.pipeline():
-                cursors = [driver.execute(queued.statement.text, queued.parameters) for queued in queue]
-                if ends_with_commit:
-                    driver.execute("COMMIT", prepare=False)
-            rows = [queued.statement.rows(cursor) for queued, cursor in zip(queue, cursors, strict=True)]
-        for queued, of_statement in zip(queue, rows, strict=True):
-            queued.on_rows(of_statement)
+        with self._errors_of_sqlalchemy():
+            self._enter_pipeline()
+            sent = self._pass_queue_to_driver()
+            if with_commit:
+                self._driver.execute("COMMIT", prepare=False)
+            self._leave_pipeline()
+            _receive_rows(sent)
+
+    def _enter_pipeline(self) -> psycopg.Pipeline:
+        if self._pipeline is None:
+            self._pipeline = self._end_of_pipeline.enter_context(self._driver.pipeline())
+            self._begin_if_not_begun()
+        return self._pipeline
+
+    def _leave_pipeline(self) -> None:
+        self._pipeline = None
+        self._end_of_pipeline.close()
+
+    def _begin_if_not_begun(self) -> None:
+        if self._driver.autocommit and self._driver.info.transaction_status == TransactionStatus.IDLE:
+            self._driver.execute("BEGIN", prepare=False)
+
+    def _pass_queue_to_driver(self) -> list[tuple[_Sent, psycopg.Cursor[Any]]]:
+        queue, self._queue = self._queue, []
+        return [(sent, self._driver.execute(sent.statement.text, sent.parameters)) for sent in queue]
 
     @contextmanager
-    def _errors_of_sqlalchemy(self, driver: Any) -> Iterator[None]:
-        """Raise errors of psycopg as SQLAlchemy raises them, without parameters. Close a lost connection."""
-        dialect = self.dialect
+    def _errors_of_sqlalchemy(self) -> Iterator[None]:
+        """Raise errors of psycopg as SQLAlchemy raises them, without parameters."""
+        dialect, driver = self.dialect, self._driver
         try:
             yield
         except psycopg.Error as error:
+            with suppress(psycopg.Error):  # responses to the statements after the one that failed
+                self._leave_pipeline()
             raise_if_not_migrated(error)
             is_lost = dialect.is_disconnect(cast(Any, error), driver, None)  # SQLAlchemy types an error of any driver
             if is_lost:
-                self._connection.invalidate(error)
+                self._replace_pooled_connections()
             raise DBAPIError.instance(
                 None, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=is_lost, dialect=dialect
             ) from error
+
+    def _replace_pooled_connections(self) -> None:
+        """Use the lost connection, so that SQLAlchemy notices. The others are probably lost too, as at a restart."""
+        with suppress(DBAPIError):
+            self._connection.exec_driver_sql("SELECT 1")
+
+
+def _receive_rows(sent: Sequence[tuple[_Sent, psycopg.Cursor[Any]]]) -> None:
+    for statement, cursor in sent:
+        statement.rows = statement.statement.rows(cursor)
 
 
 def raise_if_not_migrated(error: BaseException | None) -> None:
