@@ -51,6 +51,8 @@ def raise_invalid_callbacks(request: Context) -> None:
 
 def _problems(field: str, signatures: Any) -> Iterator[str]:
     """Yield what is wrong with the signatures in a field of the request."""
+    if not signatures:
+        return
     if form_problem := _form_problem(field, signatures):
         yield form_problem
         return

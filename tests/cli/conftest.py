@@ -39,7 +39,8 @@ class LedgerBuilder:
     def payment(self, payment_id: str, account_id: str, at: datetime = NOON, **job: Any) -> None:
         """Insert a waiting payment with one task."""
         with transaction(self.engine) as tx:
-            payments.insert_payments(tx, [Job(payment_id=payment_id, account_id=account_id, **job)], at)
+            new = payments.new_payment(Job(payment_id=payment_id, account_id=account_id, **job), at)
+            payments.insert_payments(tx, [new])
             task = NewDelivery(payment_id=payment_id, continuation={"id": f"task-{payment_id}"}, due_at=None)
             outcome_deliveries.register_deliveries(tx, [task])
 

@@ -277,7 +277,10 @@ def test_all_payments_with_the_given_ids_are_found(ledger: LedgerBuilder) -> Non
     """They are more than a list has by default. Unknown ids are ignored."""
     ids = [f"pay_{number:03}" for number in range(101)]
     with transaction(ledger.engine) as tx:
-        payments.insert_payments(tx, [Job(payment_id=payment_id, account_id="acct_a") for payment_id in ids], NOON)
+        jobs = [Job(payment_id=payment_id, account_id="acct_a") for payment_id in ids]
+        payments.insert_payments(
+            tx, [payments.new_payment(job, NOON + timedelta(seconds=second)) for second, job in enumerate(jobs)]
+        )
         found = payment_report.find_payments(tx, [*ids[::-1], "pay_unknown"])
         assert len(payment_report.list_payments(tx)) == 100
     assert [line.payment_id for line in found] == ids[::-1]

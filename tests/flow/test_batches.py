@@ -9,13 +9,15 @@ from unittest.mock import Mock
 import pytest
 from redis import RedisError
 
+from tests.support.concurrency import ROUNDS, run_concurrently
 from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, MakeSystem, intake_request
 from tests.support.simulator import eventually
-from worker import flow
-from worker.flow import IntakeResult, RefusedJob, ingest
+from worker import flow, metrics
+from worker.errors import InvalidJob, PaymentNotReady
+from worker.flow import IntakeRequest, IntakeResult, RefusedJob, ingest
 from worker.ledger import balances, payments
-from worker.ledger.engine import transaction
+from worker.ledger.engine import Tx, transaction
 from worker.ledger.locks import lock_accounts
 from worker.quiltt.messages import Balance, BalanceWithEventId
 
@@ -67,6 +69,107 @@ def test_refused_job_leaves_the_rest_of_its_batch_accepted(
     assert waiting == [task_id for _, task_id in taken]
     stored = payready.rows("SELECT payment_id, task_id FROM outcome_delivery WHERE task_id != 't0' ORDER BY payment_id")
     assert [(row["payment_id"], row["task_id"]) for row in stored] == taken
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        ({"payment_id": "p1", "account_id": "acct_2", "task_id": "t2"}, PaymentNotReady),
+        ({"payment_id": "p2", "account_id": "acct_2", "task_id": "t1"}, InvalidJob),
+    ],
+    ids=["one payment id, two accounts", "one task id, two payments"],
+)
+def test_of_concurrent_jobs_with_one_id_one_is_refused(
+    payready: InProcessSystem, databases: Databases, other: dict[str, str], error: type[Exception]
+) -> None:
+    """It is decided after the first job is committed, so it stores no state `WAITING`, which might hide an outcome."""
+    if databases.is_sqlite:
+        pytest.skip("SQLite has one writer at a time")
+    refused_waiting = list[str]()
+    refused = intake_request(
+        {"payment_id": other["payment_id"], "account_id": other["account_id"]}, {"id": other["task_id"]}
+    )
+
+    def accept_refused() -> list[Any]:
+        return flow.accept_jobs_unless_account_locked(
+            payready.rt, [refused], lambda results: refused_waiting.extend(result.task_id for result in results)
+        )
+
+    while_first_is_accepted = list[Any]()
+    first = intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1"})
+    flow.accept_job(payready.rt, first, lambda _: while_first_is_accepted.extend(accept_refused()))
+    assert while_first_is_accepted == [None], "the job was not left for later"
+    [afterwards] = accept_refused()
+    assert isinstance(afterwards, RefusedJob)
+    assert isinstance(afterwards.error, error)
+    assert refused_waiting == []
+    assert payready.account_hash("acct_2").requested is None
+    stored = payready.rows("SELECT payment_id, task_id FROM outcome_delivery")
+    assert stored == [{"payment_id": "p1", "task_id": "t1"}]
+
+
+def test_job_waits_for_another_one_with_its_payment_id(payready: InProcessSystem, databases: Databases) -> None:
+    """A job that comes alone waits, on another account too. Then it is a conflict."""
+    if databases.is_sqlite:
+        pytest.skip("SQLite has one writer at a time")
+    errors = list[Exception]()
+
+    def accept_second() -> None:
+        try:
+            payready.initiate("p1", "acct_2", task_id="t2")
+        except PaymentNotReady as error:
+            errors.append(error)
+
+    second = Thread(target=accept_second)
+
+    def start_second(_: object) -> None:
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+
+    flow.accept_job(
+        payready.rt, intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1"}), start_second
+    )
+    second.join()
+    detail = "payment_id was already used for a different job; these fields differ: account_id"
+    assert [error.args for error in errors] == [("conflict", detail)]
+
+
+def test_concurrent_jobs_that_share_ids_in_opposite_order_do_not_deadlock(payready: InProcessSystem) -> None:
+    """Each thread's jobs use the accounts, payments and tasks of the others. All get a result."""
+    for number in range(ROUNDS):
+        jobs = [
+            intake_request({"payment_id": f"p{number}_{p}", "account_id": f"acct_{a}"}, {"id": f"t{number}_{t}"})
+            for p, a, t in ("123", "231", "312", "132", "213", "321")
+        ]
+
+        def accept(request: IntakeRequest) -> str:
+            try:
+                flow.accept_job(payready.rt, request, lambda _: None)
+            except (InvalidJob, PaymentNotReady):
+                return "refused"
+            return "accepted"
+
+        results = run_concurrently(*(lambda job=job: accept(job) for job in jobs))
+        stored = payready.rows("SELECT payment_id FROM outcome_delivery WHERE task_id LIKE :of", of=f"t{number}_%")
+        assert results.count("accepted") == len(stored) == len({row["payment_id"] for row in stored}) > 0
+
+
+def test_callbacks_without_queue_are_counted_after_the_commit(
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose commit fails is processed again. It is counted once."""
+    callback = {"task": "shop.paid", "args": [], "kwargs": {}, "options": {}}
+    request = intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1", "callbacks": [callback]})
+    count = metrics.JOBS_WITHOUT_CALLBACK_QUEUE._value.get
+    before = count()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tx, "commit_with_queue", Mock(side_effect=ConnectionError))
+        with pytest.raises(ConnectionError):
+            flow.accept_job(payready.rt, request, lambda _: None)
+    assert count() == before
+    flow.accept_job(payready.rt, request, lambda _: None)
+    assert count() == before + 1
 
 
 def test_funds_cover_the_first_job_of_a_batch(payready: InProcessSystem) -> None:
@@ -167,7 +270,7 @@ def test_concurrent_copies_of_a_delivery_are_stored_without_a_deadlock(
         return thread
 
     with transaction(payready.engine) as tx:
-        payments.lock_payments_with_registered_tasks(tx, ["pay_a"], [])
+        payments.lock_waiting(tx, ["pay_a"])
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
             processes = [process()]
@@ -201,11 +304,11 @@ def test_repeated_jobs_are_locked_in_one_order(payready: InProcessSystem, databa
     accept_batch(payready, *jobs)
     repetition = Thread(target=accept_batch, args=(payready, *jobs))
     with transaction(payready.engine) as tx:
-        payments.lock_payments_with_registered_tasks(tx, ["pay_1"], [])
+        payments.lock_waiting(tx, ["pay_1"])
         repetition.start()
         repetition.join(0.5)
         assert repetition.is_alive()
-        payments.lock_payments_with_registered_tasks(tx, ["pay_2"], [])
+        payments.lock_waiting(tx, ["pay_2"])
     repetition.join()
     payready.run_tasks()
     assert payready.provider.calls == ["acct_2", "acct_1"]

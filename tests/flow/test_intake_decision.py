@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 
 from worker.flow.intake_decision import (
+    REQUEST_SPACING,
     AlreadyResolved,
     Conflict,
     Decision,
     DuplicateAfterResolution,
+    IntakeInputs,
     IntakeRequest,
     New,
-    RepetitionInputs,
     StillWaiting,
-    decide_new_repeated_or_conflicting,
-    find_tasks_of_other_payments,
+    TaskOfOtherPayment,
+    decide_new_repeated_or_refused,
 )
 from worker.ledger.outcome_deliveries import OutcomeDelivery
-from worker.ledger.payments import KnownPayment, WaitingPayment
+from worker.ledger.payments import KnownPayment, WaitingPayment, new_payment
 from worker.rules.job import Job, parse_job
 from worker.rules.states import PaymentState
 
@@ -46,12 +47,14 @@ PAYMENT = WaitingPayment(
     min_balance_at=NOW - timedelta(seconds=30),
     deadline=NOW + timedelta(seconds=120),
 )
-WAITING = KnownPayment(payment=PAYMENT, state=PaymentState.WAITING, outcome=None, task_ids=frozenset({"task_1"}))
+WAITING = KnownPayment(payment=PAYMENT, state=PaymentState.WAITING, outcome=None)
+SECOND = NOW + REQUEST_SPACING
+"""When the second job of a batch is requested."""
 CLAIMED_UNTIL = NOW + timedelta(seconds=10)
 RESOLVED = replace(WAITING, state=PaymentState.FAILED, outcome=OUTCOME)
 
 
-def resolved_for(task_id: str) -> AlreadyResolved:
+def resolved_for(task_id: str, claimed_until: datetime = CLAIMED_UNTIL) -> AlreadyResolved:
     """Return the decision that delivers the stored outcome to this task."""
     return AlreadyResolved(
         delivery=OutcomeDelivery(
@@ -59,41 +62,41 @@ def resolved_for(task_id: str) -> AlreadyResolved:
             continuation={"id": task_id},
             state=PaymentState.FAILED,
             outcome=OUTCOME,
-            claimed_until=CLAIMED_UNTIL,
+            claimed_until=claimed_until,
         )
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Requests, the payments in the ledger, and the expected decisions."""
+    """Requests, the payments and the registered tasks in the ledger, and the expected decisions."""
 
     requests: list[IntakeRequest]
-    inserted: dict[str, WaitingPayment] = field(default_factory=dict)
     known: dict[str, KnownPayment] = field(default_factory=dict)
+    registered: dict[str, str] = field(default_factory=dict)
     expected: list[Decision]
 
 
 EXAMPLES = {
     "no request": Example(requests=[], expected=[]),
-    "new payment": Example(requests=[request()], inserted={"pay_1": PAYMENT}, expected=[New(payment=PAYMENT)]),
+    "new payment": Example(requests=[request()], expected=[New(payment=PAYMENT)]),
     "two tasks for one new payment in a batch": Example(
         requests=[request("task_1"), request("task_2")],
-        inserted={"pay_1": PAYMENT},
         expected=[New(payment=PAYMENT), StillWaiting(payment=PAYMENT)],
     ),
     "message of a new payment received twice in a batch": Example(
         requests=[request(), request()],
-        inserted={"pay_1": PAYMENT},
         expected=[New(payment=PAYMENT), StillWaiting(payment=PAYMENT)],
     ),
     "conflict within a batch": Example(
         requests=[request(), request("task_2", amount="26.00")],
-        inserted={"pay_1": PAYMENT},
         expected=[New(payment=PAYMENT), Conflict(fields=["amount"])],
     ),
     "repeated while it is waiting, same task": Example(
-        requests=[request()], known={"pay_1": WAITING}, expected=[StillWaiting(payment=PAYMENT)]
+        requests=[request()],
+        known={"pay_1": WAITING},
+        registered={"task_1": "pay_1"},
+        expected=[StillWaiting(payment=PAYMENT)],
     ),
     "repeated while it is waiting, other task": Example(
         requests=[request("task_2")], known={"pay_1": WAITING}, expected=[StillWaiting(payment=PAYMENT)]
@@ -102,12 +105,19 @@ EXAMPLES = {
         requests=[request("task_2")], known={"pay_1": RESOLVED}, expected=[resolved_for("task_2")]
     ),
     "repeated after it is resolved, same task": Example(
-        requests=[request("task_1")], known={"pay_1": RESOLVED}, expected=[DuplicateAfterResolution()]
+        requests=[request("task_1")],
+        known={"pay_1": RESOLVED},
+        registered={"task_1": "pay_1"},
+        expected=[DuplicateAfterResolution()],
     ),
     "message of a resolved payment received twice in a batch": Example(
         requests=[request("task_2"), request("task_2"), request("task_3")],
         known={"pay_1": RESOLVED},
-        expected=[resolved_for("task_2"), DuplicateAfterResolution(), resolved_for("task_3")],
+        expected=[
+            resolved_for("task_2"),
+            DuplicateAfterResolution(),
+            resolved_for("task_3", CLAIMED_UNTIL + 2 * REQUEST_SPACING),
+        ],
     ),
     "conflict of one field": Example(
         requests=[request(timeout_s=60)], known={"pay_1": WAITING}, expected=[Conflict(fields=["timeout_s"])]
@@ -126,6 +136,41 @@ EXAMPLES = {
         requests=[request(funds_check="required", buffer={"multiplier": "1"}, amount="25", include_overdraft=False)],
         known={"pay_1": WAITING},
         expected=[StillWaiting(payment=PAYMENT)],
+    ),
+    "task of another payment": Example(
+        requests=[request()], registered={"task_1": "pay_0"}, expected=[TaskOfOtherPayment(payment_id="pay_0")]
+    ),
+    "task of another payment, repeated while it is waiting": Example(
+        requests=[request()],
+        known={"pay_1": WAITING},
+        registered={"task_1": "pay_0"},
+        expected=[TaskOfOtherPayment(payment_id="pay_0")],
+    ),
+    "task of another payment, repeated after it is resolved": Example(
+        requests=[request()],
+        known={"pay_1": RESOLVED},
+        registered={"task_1": "pay_0"},
+        expected=[TaskOfOtherPayment(payment_id="pay_0")],
+    ),
+    "task of another payment in a batch": Example(
+        requests=[request(), request(payment_id="pay_2")],
+        expected=[New(payment=PAYMENT), TaskOfOtherPayment(payment_id="pay_1")],
+    ),
+    "conflict, and task of another payment": Example(
+        requests=[request(amount="26.00")],
+        known={"pay_1": WAITING},
+        registered={"task_1": "pay_0"},
+        expected=[Conflict(fields=["amount"])],
+    ),
+    "a conflict uses no task id": Example(
+        requests=[request(amount="26.00"), request(payment_id="pay_2")],
+        known={"pay_1": WAITING},
+        expected=[Conflict(fields=["amount"]), New(payment=new_payment(job(payment_id="pay_2"), SECOND))],
+    ),
+    "a job with the task of another payment uses no payment id": Example(
+        requests=[request(account_id="acct_2"), request("task_2")],
+        registered={"task_1": "pay_0"},
+        expected=[TaskOfOtherPayment(payment_id="pay_0"), New(payment=new_payment(job(), SECOND))],
     ),
     "other funds check": Example(
         requests=[request(funds_check="enabled")],
@@ -158,34 +203,23 @@ EXAMPLES = {
 def test_metadata_is_compared_as_json(stored: dict[str, Any], repeated: dict[str, Any], *, is_same: bool) -> None:
     """True is no number. 1 and 1.0 are one number: JavaScript writes both as 1."""
     known = replace(WAITING, payment=replace(PAYMENT, job=job(metadata=stored)))
-    inputs = RepetitionInputs(
-        requests=[request(metadata=repeated)], inserted={}, known={"pay_1": known}, claimed_until=CLAIMED_UNTIL
-    )
-    [decision] = decide_new_repeated_or_conflicting(inputs)
+    inputs = IntakeInputs(requests=[request(metadata=repeated)], known={"pay_1": known}, payment_by_task={}, now=NOW)
+    [decision] = decide_new_repeated_or_refused(inputs)
     assert decision == (StillWaiting(payment=known.payment) if is_same else Conflict(fields=["metadata"]))
 
 
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 def test_intake_decides_on_each_job(example: Example) -> None:
-    inputs = RepetitionInputs(
-        requests=example.requests, inserted=example.inserted, known=example.known, claimed_until=CLAIMED_UNTIL
+    inputs = IntakeInputs(requests=example.requests, known=example.known, payment_by_task=example.registered, now=NOW)
+    assert decide_new_repeated_or_refused(inputs) == example.expected
+
+
+def test_new_payments_keep_the_order_of_their_batch() -> None:
+    """The funds cover the payment that was requested first."""
+    requests = [request(f"task_{name}", payment_id=f"pay_{name}") for name in "ba"]
+    first, second = decide_new_repeated_or_refused(
+        IntakeInputs(requests=requests, known={}, payment_by_task={}, now=NOW)
     )
-    assert decide_new_repeated_or_conflicting(inputs) == example.expected
-
-
-@pytest.mark.parametrize(
-    ("decision", "registered", "expected"),
-    [
-        (New(payment=PAYMENT), {}, {}),
-        (New(payment=PAYMENT), {"task_1": "pay_1"}, {}),
-        (New(payment=PAYMENT), {"task_1": "pay_0"}, {0: "pay_0"}),
-        (StillWaiting(payment=PAYMENT), {"task_1": "pay_0"}, {0: "pay_0"}),
-        (resolved_for("task_1"), {"task_1": "pay_0"}, {0: "pay_0"}),
-        (Conflict(fields=["amount"]), {"task_1": "pay_0"}, {}),
-    ],
-)
-def test_task_of_another_payment_is_found(
-    decision: Decision, registered: dict[str, str], expected: dict[int, str]
-) -> None:
-    """A job that registers no task, as in a conflict, uses no task id."""
-    assert find_tasks_of_other_payments([request()], [decision], registered) == expected
+    assert isinstance(first, New)
+    assert isinstance(second, New)
+    assert NOW == first.payment.requested_at < second.payment.requested_at

@@ -57,7 +57,7 @@ def test_ledger_rejects_a_time_without_a_zone(payready: InProcessSystem) -> None
     """Nothing is written."""
     job = parse_job({"payment_id": "p1", "account_id": A}, required_currency="USD")
     with pytest.raises((StatementError, ValueError), match="without a time zone"), transaction(payready.engine) as tx:
-        payments.insert_payments(tx, [job], datetime(2026, 1, 1))  # noqa: DTZ001 - the value under test
+        payments.insert_payments(tx, [payments.new_payment(job, datetime(2026, 1, 1))])  # noqa: DTZ001 - the value under test
     assert payready.rows("SELECT * FROM payment") == []
 
 

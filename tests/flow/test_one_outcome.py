@@ -80,6 +80,17 @@ def test_duplicate_job_is_one_payment_with_two_deliveries(payready: InProcessSys
     assert len(payready.delivered["t1"]) == 1
 
 
+def test_job_with_texts_that_json_cannot_carry_is_accepted_once(payready: InProcessSystem) -> None:
+    """PostgreSQL cannot convert NUL and lone surrogates from JSON, so they are inserted by another statement."""
+    for _ in range(2):
+        payready.initiate("p1", A, task_id="t1", metadata={"text": "\x00 \ud800"})
+    payready.run_tasks()
+    payready.balance(A)
+    payready.run_tasks()
+    assert payready.outcome("p1")["metadata"] == {"text": "\x00 \ud800"}
+    assert len(payready.delivered["t1"]) == 1
+
+
 def test_duplicate_job_after_the_resolution_gets_the_same_outcome(payready: InProcessSystem) -> None:
     """It is delivered at once, without another call."""
     payready.initiate("p1", A, task_id="t1", amount="250.00")

@@ -45,7 +45,7 @@ def test_bulk_update_changes_rows_with_expected_old_values(engine: Engine, conte
     names = ["p1", "p2", "p3"]
     jobs = [JOB.model_copy(update={"payment_id": name, "amount": Decimal("0.10")}) for name in names]
     with transaction(engine) as tx:
-        payments.insert_payments(tx, jobs, START)
+        payments.insert_payments(tx, [payments.new_payment(job, START) for job in jobs])
         values = {
             "was_state": "waiting",
             "state": "released",
@@ -72,7 +72,7 @@ def test_exception_rolls_back_transaction(engine: Engine) -> None:
 
     def fail_half_way() -> None:
         with transaction(engine) as tx:
-            payments.insert_payments(tx, [JOB], START)
+            payments.insert_payments(tx, [payments.new_payment(JOB, START)])
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -107,7 +107,7 @@ def test_bulk_insert_returns_keys_of_new_rows_only(engine: Engine) -> None:
 def test_job_is_stored_exactly(engine: Engine) -> None:
     """Also texts with NUL and lone surrogates."""
     with transaction(engine) as tx:
-        payments.insert_payments(tx, [JOB], START)
+        payments.insert_payments(tx, [payments.new_payment(JOB, START)])
         [waiting] = payments.lock_waiting(tx, ["p1"])
     assert waiting.job == JOB
     assert waiting.deadline == START + timedelta(seconds=120)
@@ -148,7 +148,7 @@ def test_lock_accounts_waits_for_other_transaction(engine: Engine) -> None:
     thread.start()
     with transaction(engine) as tx:
         lock_accounts(tx, ["acct_2", "acct_1"])
-        payments.insert_payments(tx, [JOB], START)
+        payments.insert_payments(tx, [payments.new_payment(JOB, START)])
         tx.execute(text("SELECT 1"))  # after all others
         locked.set()
         thread.join(0.1)

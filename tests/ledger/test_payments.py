@@ -3,10 +3,12 @@
 from datetime import timedelta
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from tests.support.in_process import START
 from worker.ledger import outcome_deliveries, payments
 from worker.ledger.engine import Engine, Tx, transaction
+from worker.ledger.locks import JobIds
 from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import Resolution
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
@@ -19,7 +21,7 @@ def record(tx: Tx, payment_id: str, *, seconds: float = 0, **more: str) -> None:
     job = parse_job(
         {"payment_id": payment_id, "account_id": "acct_1", "timeout_s": 60, **more}, required_currency="USD"
     )
-    assert set(payments.insert_payments(tx, [job], START + timedelta(seconds=seconds))) == {payment_id}
+    payments.insert_payments(tx, [payments.new_payment(job, START + timedelta(seconds=seconds))])
     register(tx, payment_id, f"task_{payment_id}")
 
 
@@ -39,7 +41,8 @@ def test_payment_gets_the_state_of_the_transition_table(engine: Engine, event: P
     with transaction(engine) as tx:
         record(tx, "p1")
         [due] = payments.resolve(tx, [resolution("p1", event)], START)
-        [stored] = payments.lock_payments_with_registered_tasks(tx, ["p1"], []).values()
+        ids = JobIds(account_id="acct_1", payment_id="p1", task_id="task_p1")
+        [stored] = payments.lock_payments_of_jobs(tx, [ids]).result().values()
     assert due.state == stored.state == PAYMENT_TRANSITIONS[PaymentState.WAITING, event]
 
 
@@ -64,8 +67,10 @@ def test_second_resolution_changes_and_delivers_nothing(engine: Engine) -> None:
 def test_payment_is_inserted_once(engine: Engine) -> None:
     job = parse_job({"payment_id": "p1", "account_id": "acct_1"}, required_currency="USD")
     with transaction(engine) as tx:
-        assert set(payments.insert_payments(tx, [job, job], START)) == {"p1"}
-        assert not payments.insert_payments(tx, [job], START + timedelta(seconds=9))
+        payments.insert_payments(tx, [payments.new_payment(job, START)])
+    with pytest.raises(IntegrityError), transaction(engine) as tx:
+        payments.insert_payments(tx, [payments.new_payment(job, START + timedelta(seconds=9))])
+    with transaction(engine) as tx:
         [waiting] = payments.lock_waiting(tx, ["p1"])
     assert waiting.requested_at == START
 

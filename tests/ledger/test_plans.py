@@ -27,6 +27,7 @@ from worker.ledger import (
     refreshes,
 )
 from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
+from worker.ledger.locks import JobIds
 from worker.ledger.outcome_deliveries import OutcomeDelivery
 from worker.ledger.payments import Resolution
 from worker.ledger.refreshes import RefreshRecord
@@ -150,8 +151,12 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     ),
     "sharers of a refresh": (lambda tx: fee_sharers.count_fee_sharers_by_final_state(tx, ["r7"]), {"payment_sharers"}),
     "known payment by id": (
-        lambda tx: payments.lock_payments_with_registered_tasks(tx, ["p7"], ["t7"]),
+        lambda tx: payments.lock_payments_of_jobs(tx, [JobIds(account_id=A, payment_id="p7", task_id="t7")]),
         {"payment_pkey", "sqlite_autoindex_payment_1"},
+    ),
+    "payment of a registered task": (
+        lambda tx: outcome_deliveries.payment_by_registered_task(tx, ["t7"]),
+        {"outcome_delivery_pkey", "sqlite_autoindex_outcome_delivery_1"},
     ),
     "waiting payment by id": (
         lambda tx: payments.lock_waiting(tx, ["p7"]),

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Protocol
 
 from worker.correlation.store import JoinRequest, JoinResult
@@ -11,21 +10,21 @@ from worker.errors import FailureReason, InvalidJob, PaymentNotReady
 from worker.flow.callback_report import count_and_log_callbacks_without_queue
 from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.intake_decision import (
+    Accepted,
     AlreadyResolved,
     Conflict,
     Decision,
+    IntakeInputs,
     IntakeRequest,
     New,
-    Registering,
-    RepetitionInputs,
     StillWaiting,
-    decide_new_repeated_or_conflicting,
-    find_tasks_of_other_payments,
+    TaskOfOtherPayment,
+    decide_new_repeated_or_refused,
 )
 from worker.ledger import funds_holds, outcome_deliveries, payments
-from worker.ledger.engine import Tx, transaction
-from worker.ledger.locks import lock_accounts, try_lock_accounts
-from worker.ledger.outcome_deliveries import REDELIVER_AFTER, NewDelivery
+from worker.ledger.engine import Reply, Tx, transaction
+from worker.ledger.locks import JobIds, lock_accounts_and_ids_of_jobs, try_lock_accounts_and_ids_of_jobs
+from worker.ledger.outcome_deliveries import NewDelivery
 from worker.ledger.payments import WaitingPayment
 from worker.runtime import Runtime
 
@@ -80,12 +79,9 @@ def accept_job(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> In
         PaymentNotReady: `conflict`, the payment id was used for a different job.
         InvalidJob: the task's id was used for another payment.
     """
-    try:
-        with transaction(rt.engine) as tx:
-            lock_accounts(tx, [request.job.account_id])
-            [result] = _accept(rt, tx, [request], on_waiting)
-    except _TaskIdsUsed as used:
-        raise _task_id_error(used.first_payments[0]) from None
+    [result] = _accept(rt, [request], on_waiting, wait_for_locks=True)
+    if result is None:
+        raise AssertionError("the transaction waits for its locks")
     if isinstance(result, RefusedJob):
         raise result.error
     return result
@@ -96,113 +92,82 @@ def accept_jobs_unless_account_locked(
 ) -> list[IntakeResult | RefusedJob | None]:
     """Accept jobs in one transaction. The result of a job is None if another transaction has locked its account.
 
-    Calls `on_waiting` before the commit, while the accounts are locked. A refused job changes no result of the others.
+    It is None too if another transaction accepts a job with the payment id or the task id. Calls `on_waiting` before
+    the commit, while the accounts are locked. A refused job changes no result of the others.
     """
-    try:
-        with transaction(rt.engine) as tx:
-            locked = try_lock_accounts(tx, {request.job.account_id for request in requests}).result()
-            positions = [position for position, request in enumerate(requests) if request.job.account_id in locked]
-            results = _accept(rt, tx, [requests[position] for position in positions], on_waiting)
-    except _TaskIdsUsed as used:
-        refused = {positions[index]: payment_id for index, payment_id in used.first_payments.items()}
-        others = [request for position, request in enumerate(requests) if position not in refused]
-        rest = iter(accept_jobs_unless_account_locked(rt, others, on_waiting))
-        return [
-            RefusedJob(error=_task_id_error(refused[position])) if position in refused else next(rest)
-            for position in range(len(requests))
-        ]
-    by_position = dict(zip(positions, results, strict=True))
-    return [by_position.get(position) for position in range(len(requests))]
-
-
-class _TaskIdsUsed(Exception):
-    """Ends a transaction: tasks of these jobs are registered for other payments.
-
-    The payments of the jobs are inserted by then. So the transaction is repeated without the jobs, as if they had never
-    been sent. That is rare, and the usual transaction needs no statement for it.
-    """
-
-    def __init__(self, first_payments: Mapping[int, str]) -> None:
-        super().__init__(first_payments)
-        self.first_payments = first_payments
-        """By position of the job, the payment for which its task was registered first."""
-
-
-def _task_id_error(first_payment_id: str) -> InvalidJob:
-    detail = f'the task id was already used for the payment "{first_payment_id}"'
-    return InvalidJob(f"{detail}; send each payment in a task of its own")
+    return _accept(rt, requests, on_waiting, wait_for_locks=False) if requests else []
 
 
 def _accept(
-    rt: Runtime, tx: Tx, requests: Sequence[IntakeRequest], on_waiting: OnWaiting
-) -> list[IntakeResult | RefusedJob]:
-    """Accept jobs. Their accounts must be locked until the commit.
+    rt: Runtime, requests: Sequence[IntakeRequest], on_waiting: OnWaiting, *, wait_for_locks: bool
+) -> list[IntakeResult | RefusedJob | None]:
+    """Accept jobs, in two round trips to the database.
 
-    1. Insert the payments. The same statement finds out which ones are new.
-    2. Load and lock the payments that are not new, if there are any.
-    3. Decide what each job is.
-    4. Register the tasks for their outcomes. A task of another payment ends the transaction.
-    5. Join the waiting payments to balances or refreshes. Transactions that apply balances lock the accounts too: a
+    1. Lock the accounts and the ids of the jobs. Load, and lock, the payments that are stored with the ids. Load the
+       tasks that are registered.
+    2. Decide what each job is.
+    3. Join the waiting payments to balances or refreshes. Transactions that apply balances lock the accounts too: a
        balance that was applied earlier is found here, and one that is applied later finds the payments in the ledger.
-    6. Call `on_waiting`, and report new jobs whose callbacks name no queue.
-
-    Raises:
-        _TaskIdsUsed: tasks are registered for other payments.
+    4. Call `on_waiting`.
+    5. Insert the payments, register the tasks for their outcomes, and commit.
+    6. Report new jobs whose callbacks name no queue.
     """
-    now = rt.clock()
-    decisions = decide_new_repeated_or_conflicting(_insert_or_lock_known_payments(tx, requests, now))
-    registered = _register_tasks_and_schedule_redelivery(tx, requests, decisions)
-    if used := find_tasks_of_other_payments(requests, decisions, registered):
-        raise _TaskIdsUsed(used)
-    results = _join(rt, requests, decisions)
-    on_waiting([result for result in results if isinstance(result, IntakeResult) and result.waiting is not None])
-    count_and_log_callbacks_without_queue(
-        rt,
-        [request for request, decision in zip(requests, decisions, strict=True) if isinstance(decision, New)],
-    )
-    return results
-
-
-def _insert_or_lock_known_payments(tx: Tx, requests: Sequence[IntakeRequest], now: datetime) -> RepetitionInputs:
-    """Insert the payments of new jobs. Load and lock the payments of repeated jobs."""
-    inserted = payments.insert_payments(tx, [request.job for request in requests], now)
-    repeated = [request for request in requests if request.job.payment_id not in inserted]
-    known = (
-        payments.lock_payments_with_registered_tasks(
-            tx, {request.job.payment_id for request in repeated}, {request.task_id for request in repeated}
+    with transaction(rt.engine) as tx:
+        ids = [request.ids for request in requests]
+        are_locked = _lock(tx, ids, wait_for_locks=wait_for_locks)
+        known = payments.lock_payments_of_jobs(tx, ids)
+        payment_by_task = outcome_deliveries.payment_by_registered_task(tx, {job.task_id for job in ids})
+        locked = [request for request, is_locked in zip(requests, are_locked.result(), strict=True) if is_locked]
+        decisions = decide_new_repeated_or_refused(
+            IntakeInputs(
+                requests=locked, known=known.result(), payment_by_task=payment_by_task.result(), now=rt.clock()
+            )
         )
-        if repeated
-        else {}
-    )
-    return RepetitionInputs(requests=requests, inserted=inserted, known=known, claimed_until=now + REDELIVER_AFTER)
+        results = _join(rt, locked, decisions)
+        on_waiting([result for result in results if isinstance(result, IntakeResult) and result.waiting is not None])
+        _persist(tx, locked, decisions, payment_by_task.result())
+    new = [request for request, decision in zip(locked, decisions, strict=True) if isinstance(decision, New)]
+    count_and_log_callbacks_without_queue(rt, new)
+    of_locked = iter(results)
+    return [next(of_locked) if is_locked else None for is_locked in are_locked.result()]
 
 
-def _register_tasks_and_schedule_redelivery(
-    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]
-) -> Mapping[str, str]:
-    """Register the tasks of waiting and of resolved payments. Outcomes that exist already are claimed.
+def _lock(tx: Tx, ids: Sequence[JobIds], *, wait_for_locks: bool) -> Reply[list[bool]]:
+    """Lock the accounts and the ids of jobs. Return for each job whether it was locked.
 
-    Return the payments of the tasks that were registered already.
+    With the ids locked, no other transaction stores the payment for another account, or registers the task for another
+    payment. So nothing that is decided here is refused later by a unique index.
     """
-    deliveries = [
-        NewDelivery(
-            payment_id=request.job.payment_id,
-            continuation=request.continuation,
-            due_at=decision.delivery.claimed_until if isinstance(decision, AlreadyResolved) else None,
-        )
-        for request, decision in zip(requests, decisions, strict=True)
-        if isinstance(decision, Registering)
-    ]
-    registered = outcome_deliveries.register_deliveries(tx, deliveries)
-    funds_holds.reopen_holds(
-        tx,
-        {
-            request.job.payment_id
-            for request, decision in zip(requests, decisions, strict=True)
-            if isinstance(decision, AlreadyResolved)
-        },
+    if not wait_for_locks:
+        return try_lock_accounts_and_ids_of_jobs(tx, ids)
+    lock_accounts_and_ids_of_jobs(tx, ids)
+    return Reply.known([True] * len(ids))
+
+
+def _persist(
+    tx: Tx, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], payment_by_task: Mapping[str, str]
+) -> None:
+    """Insert new payments, and register the tasks of waiting and of resolved payments. Outcomes that exist are claimed.
+
+    A task that is registered already keeps its first continuation.
+    """
+    decided = list(zip(requests, decisions, strict=True))
+    payments.insert_payments(tx, [decision.payment for decision in decisions if isinstance(decision, New)])
+    deliveries: dict[str, NewDelivery] = {}
+    for request, decision in decided:
+        if isinstance(decision, Accepted) and request.task_id not in payment_by_task:
+            deliveries.setdefault(request.task_id, _new_delivery(request, decision))
+    outcome_deliveries.register_deliveries(tx, list(deliveries.values()))
+    resolved = {request.job.payment_id for request, decision in decided if isinstance(decision, AlreadyResolved)}
+    funds_holds.reopen_holds(tx, resolved)
+
+
+def _new_delivery(request: IntakeRequest, decision: Accepted) -> NewDelivery:
+    return NewDelivery(
+        payment_id=request.job.payment_id,
+        continuation=request.continuation,
+        due_at=decision.delivery.claimed_until if isinstance(decision, AlreadyResolved) else None,
     )
-    return registered
 
 
 def _join(
@@ -240,6 +205,9 @@ def _resolved_or_refused_result(request: IntakeRequest, decision: Decision) -> I
         fields = ", ".join(decision.fields)
         detail = f"payment_id was already used for a different job; these fields differ: {fields}"
         return RefusedJob(error=PaymentNotReady(FailureReason.CONFLICT, detail))
+    if isinstance(decision, TaskOfOtherPayment):
+        detail = f'the task id was already used for the payment "{decision.payment_id}"'
+        return RefusedJob(error=InvalidJob(f"{detail}; send each payment in a task of its own"))
     deliveries = [decision.delivery] if isinstance(decision, AlreadyResolved) else []
     return IntakeResult(task_id=request.task_id, follow_up=FollowUp(deliveries=deliveries))
 

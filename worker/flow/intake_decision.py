@@ -1,17 +1,21 @@
-"""The decision what a job is: new, repeated, resolved already, or in conflict. Pure: no I/O, no clock.
+"""The decision what a job is: new, repeated, resolved already, or refused. Pure: no I/O, no clock.
 
-`worker.flow.intake` loads the inputs, calls `decide_new_repeated_or_conflicting`, and persists the decisions.
+`worker.flow.intake` loads the inputs, calls `decide_new_repeated_or_refused`, and persists the decisions.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from worker.ledger.outcome_deliveries import OutcomeDelivery
-from worker.ledger.payments import KnownPayment, WaitingPayment
+from worker.ledger.locks import JobIds
+from worker.ledger.outcome_deliveries import REDELIVER_AFTER, OutcomeDelivery
+from worker.ledger.payments import KnownPayment, WaitingPayment, new_payment
 from worker.rules.job import Job, is_same_json
 from worker.rules.states import PaymentState
+
+REQUEST_SPACING = timedelta(microseconds=1)
+"""Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +30,22 @@ class IntakeRequest:
         """Id of the task."""
         return str(self.continuation["id"])
 
+    @property
+    def ids(self) -> JobIds:
+        """The ids to lock."""
+        return JobIds(account_id=self.job.account_id, payment_id=self.job.payment_id, task_id=self.task_id)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RepetitionInputs:
-    """All that the decisions on jobs need. The accounts are locked."""
+class IntakeInputs:
+    """All that the decisions on jobs need. The accounts and the ids of the jobs are locked."""
 
     requests: Sequence[IntakeRequest]
-    inserted: Mapping[str, WaitingPayment]
-    """By payment id, the payments that this transaction has inserted."""
     known: Mapping[str, KnownPayment]
-    """By payment id, the payments that were stored before. They are locked."""
-    claimed_until: datetime
-    """Until when this process has the claim of outcomes that exist already."""
+    """By payment id, the payments that are stored already. They are locked."""
+    payment_by_task: Mapping[str, str]
+    """By task id, the payments of the tasks that are registered already."""
+    now: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,66 +85,56 @@ class Conflict:
     """Names of the fields that differ."""
 
 
-Decision = New | StillWaiting | AlreadyResolved | DuplicateAfterResolution | Conflict
-Registering = New | StillWaiting | AlreadyResolved
-"""Decisions that register the job's task for the outcome of its payment."""
+@dataclass(frozen=True, kw_only=True)
+class TaskOfOtherPayment:
+    """The job's task is registered for another payment.
+
+    A task gets one outcome: a second payment of the task would be released without a word.
+    """
+
+    payment_id: str
+    """The payment for which the task is registered."""
 
 
-def decide_new_repeated_or_conflicting(inputs: RepetitionInputs) -> list[Decision]:
-    """Decide on each request, in their order.
+Accepted = New | StillWaiting | AlreadyResolved
+"""Decisions that register the job's task for the outcome of its payment, unless it is registered for it already."""
+Decision = Accepted | DuplicateAfterResolution | Conflict | TaskOfOtherPayment
 
-    The first request for an inserted payment is `New`. Every other request is compared with the job that is stored.
+
+def decide_new_repeated_or_refused(inputs: IntakeInputs) -> list[Decision]:
+    """Decide on each request, in their order, as if the requests before it had been persisted.
+
+    A refused request leaves nothing behind: its payment id and its task id are free for the requests after it.
     """
     decisions: list[Decision] = []
-    seen_payments: set[str] = set()
-    resolved_tasks: set[str] = set()
-    for request in inputs.requests:
-        payment_id = request.job.payment_id
-        if payment_id in inputs.inserted and payment_id not in seen_payments:
-            decision: Decision = New(payment=inputs.inserted[payment_id])
-        else:
-            stored = _known_or_just_inserted_payment(inputs, payment_id)
-            decision = _decide_repeated(request, stored, resolved_tasks, inputs.claimed_until)
-        seen_payments.add(payment_id)
-        if isinstance(decision, AlreadyResolved):
-            resolved_tasks.add(request.task_id)
+    known, payment_by_task = dict(inputs.known), dict(inputs.payment_by_task)
+    for position, request in enumerate(inputs.requests):
+        requested_at = inputs.now + position * REQUEST_SPACING
+        stored = known.get(request.job.payment_id)
+        decision = _decide(request, stored, payment_by_task.get(request.task_id), requested_at)
+        if isinstance(decision, Accepted):
+            payment_by_task[request.task_id] = request.job.payment_id
+        if isinstance(decision, New):
+            known[request.job.payment_id] = KnownPayment(
+                payment=decision.payment, state=PaymentState.WAITING, outcome=None
+            )
         decisions.append(decision)
     return decisions
 
 
-def find_tasks_of_other_payments(
-    requests: Sequence[IntakeRequest], decisions: Sequence[Decision], registered: Mapping[str, str]
-) -> dict[int, str]:
-    """Return the positions of jobs whose task is registered for another payment, with that payment's id.
-
-    A task gets one outcome: a second payment of the task would be released without a word. `registered` has the
-    payments by task. A job whose task is registered for the job's own payment is a repetition, and stays.
-    """
-    return {
-        position: registered[request.task_id]
-        for position, (request, decision) in enumerate(zip(requests, decisions, strict=True))
-        if isinstance(decision, Registering)
-        and registered.get(request.task_id, request.job.payment_id) != request.job.payment_id
-    }
-
-
-def _known_or_just_inserted_payment(inputs: RepetitionInputs, payment_id: str) -> KnownPayment:
-    if payment_id not in inputs.inserted:
-        return inputs.known[payment_id]
-    return KnownPayment(
-        payment=inputs.inserted[payment_id], state=PaymentState.WAITING, outcome=None, task_ids=frozenset()
-    )
-
-
-def _decide_repeated(
-    request: IntakeRequest, stored: KnownPayment, resolved_tasks: set[str], claimed_until: datetime
+def _decide(
+    request: IntakeRequest, stored: KnownPayment | None, payment_of_task: str | None, requested_at: datetime
 ) -> Decision:
-    """Decide on a request for a stored payment. `resolved_tasks` got its outcome earlier in this batch."""
-    if differing := _differing_fields(stored.payment.job, request.job):
+    """Decide on a request, by the payment stored with its id and the payment that its task is registered for."""
+    if stored and (differing := _differing_fields(stored.payment.job, request.job)):
         return Conflict(fields=differing)
+    if payment_of_task not in (None, request.job.payment_id):
+        return TaskOfOtherPayment(payment_id=payment_of_task)
+    if stored is None:
+        return New(payment=new_payment(request.job, requested_at))
     if stored.outcome is None:
         return StillWaiting(payment=stored.payment)
-    if request.task_id in stored.task_ids or request.task_id in resolved_tasks:
+    if payment_of_task is not None:
         return DuplicateAfterResolution()
     return AlreadyResolved(
         delivery=OutcomeDelivery(
@@ -144,7 +142,7 @@ def _decide_repeated(
             continuation=request.continuation,
             state=stored.state,
             outcome=stored.outcome,
-            claimed_until=claimed_until,
+            claimed_until=requested_at + REDELIVER_AFTER,
         )
     )
 

@@ -71,7 +71,7 @@ def reopen_holds(tx: Tx, payment_ids: Collection[str]) -> None:
     A hold that was ended opens too. An amount that is deducted for too long is safer than one that is spent twice.
     """
     if payment_ids:
-        tx.execute(_REOPEN, {"payment_ids": sorted(payment_ids)})
+        tx.send(_REOPEN, {"payment_ids": sorted(payment_ids)}, read=len)
 
 
 _REOPEN = (

@@ -12,8 +12,8 @@ from typing import Any
 
 from sqlalchemy import bindparam, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
-from worker.ledger.engine import Tx
+from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.engine import Reply, Rows, Tx
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
 
@@ -50,12 +50,8 @@ class OutcomeDelivery:
     """End of the claim, equal to the stored `due_at` while no other process has claimed the outcome."""
 
 
-def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> Mapping[str, str]:
-    """Register tasks for outcomes. A task that is registered already keeps its payment and its first continuation.
-
-    Return the payments of the tasks that were registered already, or that are given more than once. If another
-    transaction registers one of the tasks, this waits for it.
-    """
+def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
+    """Register tasks for outcomes. None of them may be registered already."""
     rows = [
         {
             "task_id": new.continuation["id"],
@@ -63,15 +59,21 @@ def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> Mapping[st
             "continuation": new.continuation,
             "due_at": new.due_at,
         }
-        for new in sorted(deliveries, key=lambda new: str(new.continuation["id"]))
+        for new in deliveries
     ]
-    inserted = bulk_insert_or_ignore(tx, OUTCOME_DELIVERY, rows, returning="task_id").result()
-    return {} if len(inserted) == len(rows) else _payments_by_task(tx, {row["task_id"] for row in rows})
+    bulk_insert(tx, OUTCOME_DELIVERY, rows)
 
 
-def _payments_by_task(tx: Tx, task_ids: Collection[str]) -> Mapping[str, str]:
-    query = select(delivery.task_id, delivery.payment_id).where(any_of(delivery.task_id, "task_ids"))
-    return {row.task_id: row.payment_id for row in tx.execute(query, {"task_ids": list(task_ids)})}
+def payment_by_registered_task(tx: Tx, task_ids: Collection[str]) -> Reply[Mapping[str, str]]:
+    """Return the payments that these tasks are registered for. Unknown tasks are left out."""
+    return tx.send(_PAYMENTS_OF_TASKS, {"task_ids": list(task_ids)}, read=_payment_by_task)
+
+
+def _payment_by_task(rows: Rows) -> Mapping[str, str]:
+    return {row.task_id: row.payment_id for row in rows}
+
+
+_PAYMENTS_OF_TASKS = select(delivery.task_id, delivery.payment_id).where(any_of(delivery.task_id, "task_ids"))
 
 
 MAKE_DUE = (

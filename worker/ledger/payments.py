@@ -8,10 +8,16 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, func, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.fee_sharers import count_fee_sharers_by_final_state
-from worker.ledger.locks import any_locked_account, locked_account_parameters
+from worker.ledger.locks import (
+    JobIds,
+    any_locked_account,
+    any_payment_of_locked_job,
+    locked_account_parameters,
+    locked_job_parameters,
+)
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
@@ -21,8 +27,6 @@ from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 FIRST_CHECK_AFTER = timedelta(seconds=5)
 """Time after which maintenance checks that a refresh exists for a new payment."""
-REQUEST_SPACING = timedelta(microseconds=1)
-"""Time between the requests of a batch's payments: `requested_at` keeps the order of the batch."""
 IDS_PER_STATEMENT = 500
 """Maximum ids in one statement: databases limit the number of parameters."""
 
@@ -48,8 +52,6 @@ class KnownPayment:
     state: PaymentState
     outcome: dict[str, Any] | None
     """The outcome, once the payment is resolved."""
-    task_ids: frozenset[str]
-    """Tasks that are registered for the outcome, as far as `lock_payments_with_registered_tasks` was asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +75,8 @@ class Resolution:
         return PAYMENT_TRANSITIONS[PaymentState.WAITING, self.event]
 
 
-def insert_payments(tx: Tx, jobs: Sequence[Job], now: datetime) -> dict[str, WaitingPayment]:
-    """Insert the payments of these jobs as waiting, `REQUEST_SPACING` apart. Return the new ones by their ids.
-
-    A payment that is stored already stays as it is. Of several jobs for one payment the first is stored.
-    """
-    new: dict[str, WaitingPayment] = {}
-    for index, job in enumerate(jobs):
-        new.setdefault(job.payment_id, _new_payment(job, now + index * REQUEST_SPACING))
-    inserted = bulk_insert_or_ignore(
-        tx, PAYMENT, [_payment_row(new[payment_id]) for payment_id in sorted(new)], returning="payment_id"
-    ).result()
-    return {payment_id: inserted_payment for payment_id, inserted_payment in new.items() if payment_id in inserted}
-
-
-def _new_payment(job: Job, requested_at: datetime) -> WaitingPayment:
+def new_payment(job: Job, requested_at: datetime) -> WaitingPayment:
+    """Return the payment of a job that is accepted at this time."""
     return WaitingPayment(
         payment_id=job.payment_id,
         account_id=job.account_id,
@@ -96,6 +85,11 @@ def _new_payment(job: Job, requested_at: datetime) -> WaitingPayment:
         min_balance_at=job.min_balance_at(requested_at),
         deadline=requested_at + timedelta(seconds=job.timeout_s),
     )
+
+
+def insert_payments(tx: Tx, new: Sequence[WaitingPayment]) -> None:
+    """Insert payments as waiting. None of them may be stored already."""
+    bulk_insert(tx, PAYMENT, [_payment_row(waiting) for waiting in new])
 
 
 def _payment_row(new: WaitingPayment) -> dict[str, Any]:
@@ -116,31 +110,18 @@ def _payment_row(new: WaitingPayment) -> dict[str, Any]:
     }
 
 
-def lock_payments_with_registered_tasks(
-    tx: Tx, payment_ids: Collection[str], among_task_ids: Collection[str]
-) -> Mapping[str, KnownPayment]:
-    """Lock payments in any state until the transaction ends, so that none is resolved meanwhile. Return them by id.
+def lock_payments_of_jobs(tx: Tx, jobs: Sequence[JobIds]) -> Reply[Mapping[str, KnownPayment]]:
+    """Lock the stored payments of jobs whose accounts this transaction has locked, so that none is resolved meanwhile.
 
-    With each payment, return which of these tasks are registered for its outcome.
+    Return them by id, in any state. A stored payment may belong to another account than the job.
     """
-    registered = (delivery.payment_id == payment.payment_id) & delivery.task_id.in_(among_task_ids)
-    query = (
-        select(PAYMENT, delivery.task_id)
-        .join_from(PAYMENT, OUTCOME_DELIVERY, registered, isouter=True)
-        .where(payment.payment_id.in_(payment_ids))
-        .order_by(payment.payment_id)
-    )
-    rows: dict[str, list[Row[Any]]] = defaultdict(list)
-    for row in tx.execute(query.with_for_update(of=PAYMENT)):
-        rows[row.payment_id].append(row)
+    return tx.send(_LOCK_PAYMENTS_OF_JOBS, locked_job_parameters(jobs), read=_known_payments)
+
+
+def _known_payments(rows: Rows) -> Mapping[str, KnownPayment]:
     return {
-        payment_id: KnownPayment(
-            payment=_waiting_payment(of_payment[0]),
-            state=PaymentState(of_payment[0].state),
-            outcome=of_payment[0].outcome,
-            task_ids=frozenset(row.task_id for row in of_payment if row.task_id is not None),
-        )
-        for payment_id, of_payment in rows.items()
+        row.payment_id: KnownPayment(payment=_waiting_payment(row), state=PaymentState(row.state), outcome=row.outcome)
+        for row in rows
     }
 
 
@@ -164,6 +145,9 @@ _SELECT_PAYMENTS = select(
 )
 _LOCK_PAYMENTS = _SELECT_PAYMENTS.order_by(payment.payment_id).with_for_update()
 """Every transaction locks rows in this order, so that no two of them can deadlock."""
+_LOCK_PAYMENTS_OF_JOBS = _LOCK_PAYMENTS.add_columns(payment.state, payment.outcome).where(
+    any_payment_of_locked_job(payment.payment_id)
+)
 _LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
 _LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_locked_account(payment.account_id))
 
