@@ -58,9 +58,9 @@ for i = 4, #KEYS do
     for number, message in ipairs(redis.call('RPOP', KEYS[i], limit - count())) do
       give(ARGV[3] .. ':' .. i .. ':' .. number, 1, KEYS[i], message)
     end
+    -- Redis tracks a key that a read-only command reads, until the key changes: also by RPOP.
+    redis.call('LLEN', KEYS[i])
   end
-  -- Redis tracks a key that a read-only command reads, until the key changes: also by RPOP.
-  redis.call('LLEN', KEYS[i])
 end
 
 return fetched

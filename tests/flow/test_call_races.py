@@ -107,7 +107,7 @@ def test_sweep_with_an_outdated_refresh_makes_no_third_call(payready: InProcessS
     payready.run_tasks()
     payready.clock.advance(15)
     with transaction(payready.engine) as tx:
-        [outdated] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10)
+        [outdated] = refreshes.find_due_in_flight_or_unneeded(tx, payready.clock.now, 10).result()
     payready.run_maintenance()
     assert payready.provider.calls == [A, A]
     payready.clock.advance(1)

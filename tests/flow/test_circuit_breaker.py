@@ -2,13 +2,20 @@
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Any, Literal, cast
 
 import pytest
 
 from tests.support.admission import ADMITTED, FAILURE, LIMITS, UNCHANGED, called_payments, fail_until_open, opened_until
 from tests.support.databases import Databases
-from tests.support.in_process import SETTINGS, START, InProcessSystem, MakeSystem, in_process_system
+from tests.support.in_process import (
+    SETTINGS,
+    START,
+    InProcessSystem,
+    MakeSystem,
+    admission_control,
+    in_process_system,
+)
 from worker import flow
 from worker.correlation.admission import (
     DELAYED_CALLS_FIRST,
@@ -19,6 +26,7 @@ from worker.correlation.admission import (
     AdmissionStatus,
     Denied,
 )
+from worker.correlation.redis_client import create_client
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.ledger import fee_entries
 
@@ -107,6 +115,60 @@ def test_breaker_counts_consecutive_failures_and_a_rejection_is_none(payready: I
     payready.initiate("p", "acct_p")
     payready.run_tasks()
     assert called_payments(payready)[-1] == "p"
+
+
+def test_success_of_usual_call_is_not_sent_to_redis(payready: InProcessSystem) -> None:
+    """It would change nothing: the breaker is closed and has counted no failure."""
+    payready.initiate("first", "acct_first", timeout_s=60)
+    payready.run_tasks()  # loads the scripts
+    payready.clock.advance(1)
+    payready.initiate("a", "acct_a", timeout_s=60)
+    before = scripts_run(payready)
+    payready.run_tasks()
+    assert called_payments(payready) == ["first", "a"]
+    assert scripts_run(payready) - before == 2, "admit.lua and mark_called.lua"
+
+
+def scripts_run(payready: InProcessSystem) -> int:
+    """Return how many scripts Redis has run."""
+    statistics = cast(dict[str, dict[str, int]], payready.rt.correlation._redis.info("commandstats"))
+    return statistics["cmdstat_evalsha"]["calls"]
+
+
+def test_replica_that_admits_after_a_failure_of_another_one_resets_the_count(
+    admission: AdmissionControl, valkey_url: str
+) -> None:
+    """Only a replica that has seen no failure leaves out its successes."""
+    with create_client(valkey_url) as redis:
+        other = admission_control(redis, LIMITS)
+        assert other.admit_calls_or_probe(START, 1, has_slot=True) == ADMITTED
+        for _ in range(2):
+            admission.apply_result_to_breaker_and_limiter("failed", START, START)
+        assert other.admit_calls_or_probe(START, 1, has_slot=True) == ADMITTED
+        other.apply_result_to_breaker_and_limiter("ok", START, START)
+        for _ in range(2):
+            assert admission.apply_result_to_breaker_and_limiter("failed", START, START) == UNCHANGED
+        admission.apply_result_to_breaker_and_limiter("ok", START, START)
+        for _ in range(2):
+            assert admission.apply_result_to_breaker_and_limiter("failed", START, START) == UNCHANGED
+
+
+def test_failure_during_an_admission_is_reset_by_the_next_success(
+    admission: AdmissionControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure is counted after Redis has admitted the call, and before this process knows of the admission."""
+    admit = admission._admit
+
+    def admit_and_fail(keys: list[str], arguments: list[Any]) -> Any:
+        reply = admit(keys, arguments)
+        admission.apply_result_to_breaker_and_limiter("failed", START, START)
+        return reply
+
+    monkeypatch.setattr(admission, "_admit", admit_and_fail)
+    assert admission.admit_calls_or_probe(START, 1, has_slot=True) == ADMITTED
+    admission.apply_result_to_breaker_and_limiter("ok", START, START)
+    for _ in range(2):
+        assert admission.apply_result_to_breaker_and_limiter("failed", START, START) == UNCHANGED
 
 
 def test_late_failure_does_not_prolong_the_open_breaker(admission: AdmissionControl) -> None:

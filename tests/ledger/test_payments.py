@@ -55,7 +55,7 @@ def test_second_resolution_changes_and_delivers_nothing(engine: Engine) -> None:
         second = [resolution(payment_id, PaymentEvent.EXPIRED) for payment_id in ("p1", "p2")]
         late = START + timedelta(seconds=1)
         assert [due.task_id for due in payments.resolve(tx, second, late)] == ["task_p2"]
-        [first, other] = outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10)
+        [first, other] = outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10).result()
     assert (first.task_id, first.state, first.outcome["event"]) == (
         "task_p1",
         PaymentState.RELEASED,
@@ -88,18 +88,19 @@ def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:
     """A claimed delivery is not claimed again before `REDELIVER_AFTER`."""
     with transaction(engine) as tx:
         record(tx, "p1")
-        assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10) == []
+        assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10).result() == []
         [due] = payments.resolve(tx, [resolution("p1")], START)
         assert (due.task_id, due.state) == ("task_p1", PaymentState.RELEASED)
-        assert outcome_deliveries.claim_overdue(tx, START, 10) == []
+        assert outcome_deliveries.claim_overdue(tx, START, 10).result() == []
         late = START + outcome_deliveries.REDELIVER_AFTER
-        assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 10)] == ["task_p1"]
-        assert outcome_deliveries.claim_overdue(tx, late, 10) == []
+        assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 10).result()] == ["task_p1"]
+        assert outcome_deliveries.claim_overdue(tx, late, 10).result() == []
         assert [
-            due.task_id for due in outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10)
+            due.task_id
+            for due in outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10).result()
         ] == ["task_p1"]
         outcome_deliveries.mark_delivered(tx, {"task_p1": late})
-        assert outcome_deliveries.claim_overdue(tx, late + timedelta(days=1), 10) == []
+        assert outcome_deliveries.claim_overdue(tx, late + timedelta(days=1), 10).result() == []
 
 
 def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
@@ -113,8 +114,8 @@ def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
         assert {due.claimed_until for due in claimed} == {START + claim}
         renewed = outcome_deliveries.renew_claims(tx, claimed, START + claim / 2)
         assert [due.claimed_until for due in renewed] == [START + claim * 1.5] * 4
-        assert outcome_deliveries.claim_overdue(tx, START + claim, 10) == []
-        [by_sweep] = outcome_deliveries.claim_overdue(tx, START + claim * 2, 1)
+        assert outcome_deliveries.claim_overdue(tx, START + claim, 10).result() == []
+        [by_sweep] = outcome_deliveries.claim_overdue(tx, START + claim * 2, 1).result()
         left = [due.task_id for due in renewed if due.task_id != by_sweep.task_id]
         outcome_deliveries.mark_delivered(tx, {left[0]: START})
         outcome_deliveries.make_outcome_due_again(tx, left[1].removeprefix("task_"), START)
@@ -126,11 +127,11 @@ def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
 def test_waiting_payment_is_due_for_check_after_request_and_at_next_check(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
-        assert payments.lock_due(tx, START + timedelta(seconds=4), 10) == []
-        assert len(payments.lock_due(tx, START + payments.FIRST_CHECK_AFTER, 10)) == 1
+        assert payments.lock_due(tx, START + timedelta(seconds=4), 10).result() == []
+        assert len(payments.lock_due(tx, START + payments.FIRST_CHECK_AFTER, 10).result()) == 1
         payments.set_next_checks_of_locked(tx, {"p1": START + timedelta(seconds=60)})
-        assert payments.lock_due(tx, START + timedelta(seconds=59), 10) == []
-        assert len(payments.lock_due(tx, START + timedelta(seconds=60), 10)) == 1
+        assert payments.lock_due(tx, START + timedelta(seconds=59), 10).result() == []
+        assert len(payments.lock_due(tx, START + timedelta(seconds=60), 10).result()) == 1
 
 
 def test_payment_is_found_by_each_of_its_tasks(engine: Engine) -> None:
@@ -160,7 +161,7 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
         payments.lock_payments_of_updates(tx, updates)
-        unlocked = payments.lock_due(other, START + timedelta(days=1), 100)
+        unlocked = payments.lock_due(other, START + timedelta(days=1), 100).result()
         assert [waiting.payment_id for waiting in unlocked] == ["other"]
 
 
@@ -171,9 +172,10 @@ def test_delivery_claimed_by_sweep_is_not_claimed_by_task(engine: Engine) -> Non
         record(tx, "p2")
         payments.resolve(tx, [resolution(payment_id) for payment_id in ("p1", "p2")], START)
         late = START + outcome_deliveries.REDELIVER_AFTER
-        assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 1)] == ["task_p1"]
+        assert [due.task_id for due in outcome_deliveries.claim_overdue(tx, late, 1).result()] == ["task_p1"]
         assert [
-            due.task_id for due in outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late)
+            due.task_id
+            for due in outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late).result()
         ] == ["task_p2"]
-        assert outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late) == []
-        assert outcome_deliveries.claim_overdue(tx, late, 10) == []
+        assert outcome_deliveries.claim_undelivered_and_unclaimed(tx, ["task_p1", "task_p2"], late).result() == []
+        assert outcome_deliveries.claim_overdue(tx, late, 10).result() == []

@@ -6,6 +6,7 @@ the calls. All state in Redis may be lost: the provider rejects excess calls wit
 circuit breaker again.
 """
 
+import itertools
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -100,6 +101,9 @@ class CircuitBreaker:
 
     Open for `OPEN_DURATION`, then half-open: one probe is admitted. Each failed probe doubles the time up to
     `MAX_OPEN_DURATION`. A probe without a result after `probe_timeout` is replaced by another one.
+
+    A success changes nothing while the breaker is closed and has counted no failure. It is recorded only if this
+    process has counted a failure, or if its last admission found one.
     """
 
     def __init__(self, redis: Redis, name: str, *, failure_threshold: int, probe_timeout: timedelta) -> None:
@@ -107,9 +111,21 @@ class CircuitBreaker:
         self.failure_threshold = failure_threshold
         self.probe_timeout = probe_timeout
         self._record_result = LuaScript(redis, "record_result")
+        self._failure_numbers = itertools.count(1)
+        self.last_failure = 0
+        """Number of the last failure that this process has counted."""
+        self._seen_without_failures_after: int | None = None
+
+    def note_admission(self, *, has_failures: bool, last_failure_before: int) -> None:
+        """Note whether an admission found failures. `last_failure_before`: `last_failure` when it was requested."""
+        self._seen_without_failures_after = None if has_failures else last_failure_before
 
     def record_result(self, status: Literal["ok", "failed"], claimed_at: datetime, ended_at: datetime) -> BreakerChange:
         """Record a call's result. A call from before the last opening neither opens nor closes the breaker."""
+        if status == "failed":
+            self.last_failure = next(self._failure_numbers)
+        elif self._seen_without_failures_after == self.last_failure:
+            return BreakerChange(kind="unchanged")
         durations = [duration_us(OPEN_DURATION), duration_us(MAX_OPEN_DURATION)]
         args = [status, epoch_us(ended_at), self.failure_threshold, *durations, epoch_us(claimed_at)]
         kind, open_until = self._record_result([self.key], args)
@@ -137,7 +153,9 @@ class AdmissionControl:
         limiter, breaker = self.limiter, self.breaker
         rate: list[Any] = [duration_us(limiter.interval), limiter.burst_size, int(has_slot)]
         durations = [duration_us(breaker.probe_timeout), duration_us(DELAYED_CALLS_FIRST)]
-        granted, reason, until = self._admit([limiter.key], [epoch_us(now), *rate, *durations, max_count])
+        last_failure = breaker.last_failure
+        granted, reason, until, has_failures = self._admit([limiter.key], [epoch_us(now), *rate, *durations, max_count])
+        breaker.note_admission(has_failures=bool(has_failures), last_failure_before=last_failure)
         denied = None if int(granted) == max_count else Denied(reason=reason, until=from_epoch_us(until))
         return Admission(granted=int(granted), denied=denied)
 

@@ -18,7 +18,8 @@
 -- ARGV[6]  how long delayed calls go first (µs)
 -- ARGV[7]  requested number of calls
 --
--- Returns {granted number, reason why not all: "rate_limited" | "circuit_open" | "half_open" | "", retry time (µs)}.
+-- Returns {granted number, reason why not all: "rate_limited" | "circuit_open" | "half_open" | "", retry time (µs),
+-- 1 if the circuit breaker is not closed or has counted failures, else 0}.
 -- A time more than 61 s ahead was written by a wrong clock. It is ignored: no valid time is more than 60 s ahead.
 
 local now, interval = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -34,15 +35,16 @@ end
 
 local requested = tonumber(ARGV[7])
 local granted, reason, retry_at = requested, '', now
+local has_failures = redis.call('HEXISTS', KEYS[1], 'failures')
 
 -- circuit breaker
 local open_until = time_of('open_until')
 if open_until > now then
-  return {0, 'circuit_open', integer(open_until)}
+  return {0, 'circuit_open', integer(open_until), has_failures}
 end
 if open_until > 0 then -- half-open: one probe at a time
   if time_of('probe_until') > now then
-    return {0, 'half_open', integer(now + 1000000)}
+    return {0, 'half_open', integer(now + 1000000), has_failures}
   end
   granted, reason, retry_at = 1, 'half_open', now + 1000000
 end
@@ -50,7 +52,7 @@ end
 -- rate limiter (GCRA)
 if ARGV[4] ~= '1' then
   if time_of('delayed_first_until') > now then
-    return {0, 'rate_limited', ARGV[1]} -- payments.sweep schedules delayed calls, most urgent first
+    return {0, 'rate_limited', ARGV[1], has_failures} -- payments.sweep schedules delayed calls, most urgent first
   end
   local tat = math.max(time_of('tat'), now)
   local latest = now + (tonumber(ARGV[3]) - 1) * interval -- arrival time of the last call of a full burst
@@ -65,4 +67,4 @@ end
 if open_until > 0 and granted > 0 then
   redis.call('HSET', KEYS[1], 'probe_until', integer(now + tonumber(ARGV[5])))
 end
-return {granted, reason, integer(retry_at)}
+return {granted, reason, integer(retry_at), has_failures}

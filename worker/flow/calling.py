@@ -230,7 +230,7 @@ def _capped_retry_at(error: RateLimited, now: datetime) -> datetime:
 
 
 def _report_accepted(rt: Runtime, ended_at: datetime) -> None:
-    """Report to the circuit breaker that calls were accepted, and log if that closes it."""
+    """Report to the circuit breaker that calls were accepted, if that may change it. Log if it closes the breaker."""
     _log_and_count_breaker_change(
         rt.admission.apply_result_to_breaker_and_limiter("ok", None, ended_at), last_error=None
     )

@@ -57,7 +57,7 @@ def expire_poll_or_rejoin_due_payments(rt: Runtime) -> CheckResult:
     """
     now = rt.clock()
     with transaction(rt.engine) as tx:
-        due = payments.lock_due(tx, now, MAINTENANCE_BATCH_SIZE)
+        due = payments.lock_due(tx, now, MAINTENANCE_BATCH_SIZE).result()
         if not due:
             return CheckResult()
         inputs = _load_check_inputs(rt, tx, due, now)
@@ -150,8 +150,8 @@ def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
         # One more than there are slots in a second: the limiter then knows whether delayed calls remain.
         callable_refreshes = refreshes.find_callable_by_deadline(tx, now, min_deadline, rt.settings.calls_per_s + 1)
         unapplied = balances.claim_overdue_unapplied(tx, now, MAINTENANCE_BATCH_SIZE)
-    follow_up = FollowUp(balances_to_apply=unapplied)
-    for refresh in due:
+    follow_up = FollowUp(balances_to_apply=unapplied.result())
+    for refresh in due.result():
         try:
             follow_up = follow_up.plus(_abandon_retry_or_end_due_refresh(rt, refresh, now))
         except DATABASE_UNAVAILABLE as error:  # the wait for the account's lock timed out
@@ -161,8 +161,8 @@ def sweep_refreshes_and_balances(rt: Runtime) -> FollowUp:
                 refresh_id=refresh.refresh_id,
                 error=type(error).__name__,
             )
-    if callable_refreshes:
-        follow_up = follow_up.plus(FollowUp(calls=_reserve_slots_and_schedule_calls(rt, callable_refreshes)))
+    if requested := callable_refreshes.result():
+        follow_up = follow_up.plus(FollowUp(calls=_reserve_slots_and_schedule_calls(rt, requested)))
     return follow_up
 
 
@@ -224,4 +224,5 @@ def _can_retry_once_before_last_deadline(tx: Tx, refresh: RefreshRecord, now: da
 def claim_overdue_deliveries(rt: Runtime, limit: int) -> list[OutcomeDelivery]:
     """Claim up to `limit` outcomes whose delivery was lost. For a while only the caller delivers them."""
     with transaction(rt.engine) as tx:
-        return outcome_deliveries.claim_overdue(tx, rt.clock(), limit)
+        claimed = outcome_deliveries.claim_overdue(tx, rt.clock(), limit)
+    return claimed.result()

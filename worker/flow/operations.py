@@ -33,7 +33,8 @@ def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:
 def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelivery]:
     """Claim the undelivered outcomes of these tasks. For a while only the caller delivers them."""
     with transaction(rt.engine) as tx:
-        return outcome_deliveries.claim_undelivered_and_unclaimed(tx, task_ids, rt.clock())
+        claimed = outcome_deliveries.claim_undelivered_and_unclaimed(tx, task_ids, rt.clock())
+    return claimed.result()
 
 
 def renew_claims_near_end(rt: Runtime, deliveries: Sequence[OutcomeDelivery]) -> list[OutcomeDelivery]:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Integer, bindparam, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
@@ -158,10 +158,23 @@ def mark_rejected(tx: Tx, reasons: Mapping[str, RejectionReason]) -> None:
     bulk_update(tx, BALANCE, rows, key="balance_id")
 
 
-def claim_overdue_unapplied(tx: Tx, now: datetime, limit: int) -> list[str]:
+def claim_overdue_unapplied(tx: Tx, now: datetime, limit: int) -> Reply[list[str]]:
     """Claim up to `limit` balances whose application is overdue, for three times `REAPPLY_AFTER`."""
-    query = select(balance.balance_id).where(balance.due_at <= now).order_by(balance.due_at).limit(limit)
-    claimed = list(tx.scalars(query.with_for_update(skip_locked=True)))
-    if claimed:
-        tx.execute(update(BALANCE).where(balance.balance_id.in_(claimed)).values(due_at=now + 3 * REAPPLY_AFTER))
-    return claimed
+    values = {"now": now, "max_count": limit, "claimed_until": now + 3 * REAPPLY_AFTER}
+    return tx.send(_CLAIM_OVERDUE, values, read=lambda rows: [row.balance_id for row in rows])
+
+
+_overdue = (
+    select(balance.balance_id)
+    .where(balance.due_at <= bindparam("now"))
+    .order_by(balance.due_at)
+    .limit(bindparam("max_count", type_=Integer))
+    .with_for_update(skip_locked=True)
+    .cte("overdue")
+)
+_CLAIM_OVERDUE = (
+    update(BALANCE)
+    .where(balance.balance_id.in_(select(_overdue.c.balance_id)))
+    .values(due_at=bindparam("claimed_until"))
+    .returning(balance.balance_id)
+)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Column, Integer, Label, bindparam, literal_column, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
 from worker.ledger.engine import Reply, Rows, Tx
@@ -85,46 +85,74 @@ MAKE_DUE = (
 """Makes the outcomes of these payments due, and returns their tasks."""
 
 
-def claim_overdue(tx: Tx, now: datetime, limit: int) -> list[OutcomeDelivery]:
+def claim_overdue(tx: Tx, now: datetime, limit: int) -> Reply[list[OutcomeDelivery]]:
     """Claim up to `limit` outcomes whose delivery is overdue, the oldest first, for `REDELIVER_AFTER`."""
-    query = select(delivery.task_id).where(delivery.due_at <= now).order_by(delivery.due_at).limit(limit)
-    task_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
-    return _claim_deliveries(tx, task_ids, now)
+    values = {"now": now, "max_count": limit, "claimed_until": now + REDELIVER_AFTER}
+    return tx.send(_CLAIM_OVERDUE, values, read=_claimed_deliveries)
 
 
-def claim_undelivered_and_unclaimed(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
+def claim_undelivered_and_unclaimed(tx: Tx, task_ids: Sequence[str], now: datetime) -> Reply[list[OutcomeDelivery]]:
     """Claim the undelivered outcomes of these tasks. Skip outcomes that were claimed since they were resolved."""
-    query = select(delivery.task_id, delivery.due_at, payment.resolved_at).join_from(OUTCOME_DELIVERY, PAYMENT)
-    # `due_at` is not a condition of the statement: PostgreSQL may scan the partial index of all due outcomes.
-    query = query.where(any_of(delivery.task_id, "task_ids")).order_by(delivery.task_id)
-    rows = tx.execute(query.with_for_update(of=OUTCOME_DELIVERY, skip_locked=True), {"task_ids": list(task_ids)})
-    due = [row.task_id for row in rows if row.due_at and row.due_at <= row.resolved_at + REDELIVER_AFTER]
-    return _claim_deliveries(tx, due, now)
+    due = tx.send(_LOCK_BY_TASK, {"task_ids": list(task_ids)}, read=_tasks_without_later_claim).result()
+    if not due:
+        return Reply.known([])
+    values = {"task_ids": due, "claimed_until": now + REDELIVER_AFTER}
+    return tx.send(_CLAIM_BY_TASK, values, read=_claimed_deliveries)
 
 
-def _claim_deliveries(tx: Tx, task_ids: Sequence[str], now: datetime) -> list[OutcomeDelivery]:
-    """Claim these outcomes: for `REDELIVER_AFTER` only the caller delivers them."""
-    if not task_ids:
-        return []
-    claimed_until = now + REDELIVER_AFTER
-    is_claimed, values = any_of(delivery.task_id, "task_ids"), {"task_ids": list(task_ids)}
-    tx.execute(update(OUTCOME_DELIVERY).where(is_claimed).values(due_at=claimed_until), values)
-    rows = tx.execute(
-        select(delivery.task_id, delivery.continuation, payment.state, payment.outcome)
-        .join_from(OUTCOME_DELIVERY, PAYMENT)
-        .where(is_claimed),
-        values,
-    )
+def _tasks_without_later_claim(rows: Rows) -> list[str]:
+    return [row.task_id for row in rows if row.due_at and row.due_at <= row.resolved_at + REDELIVER_AFTER]
+
+
+def _claimed_deliveries(rows: Rows) -> list[OutcomeDelivery]:
     return [
         OutcomeDelivery(
             task_id=row.task_id,
             continuation=row.continuation,
             state=PaymentState(row.state),
             outcome=row.outcome,
-            claimed_until=claimed_until,
+            claimed_until=row.due_at,
         )
-        for row in rows
+        for row in sorted(rows, key=lambda row: str(row.task_id))
     ]
+
+
+def _of_payment(column: Column[Any]) -> Label[Any]:
+    """Return the column of the outcome's payment, to return it from an update of the outcome."""
+    # SQLAlchemy writes no table names after SQLite's RETURNING, and `payment_id` alone would be the payment's own.
+    of_payment = payment.payment_id == literal_column("outcome_delivery.payment_id")
+    return select(column).where(of_payment).scalar_subquery().label(column.name)
+
+
+# `due_at` is not a condition: PostgreSQL may scan the partial index of all due outcomes.
+_LOCK_BY_TASK = (
+    select(delivery.task_id, delivery.due_at, payment.resolved_at)
+    .join_from(OUTCOME_DELIVERY, PAYMENT)
+    .where(any_of(delivery.task_id, "task_ids"))
+    .order_by(delivery.task_id)
+    .with_for_update(of=OUTCOME_DELIVERY, skip_locked=True)
+)
+_CLAIM = (
+    update(OUTCOME_DELIVERY)
+    .values(due_at=bindparam("claimed_until"))
+    .returning(
+        delivery.task_id,
+        delivery.continuation,
+        delivery.due_at,
+        _of_payment(payment.state),
+        _of_payment(payment.outcome),
+    )
+)
+_CLAIM_BY_TASK = _CLAIM.where(any_of(delivery.task_id, "task_ids"))
+_overdue = (
+    select(delivery.task_id)
+    .where(delivery.due_at <= bindparam("now"))
+    .order_by(delivery.due_at)
+    .limit(bindparam("max_count", type_=Integer))
+    .with_for_update(skip_locked=True)
+    .cte("overdue")
+)
+_CLAIM_OVERDUE = _CLAIM.where(delivery.task_id.in_(select(_overdue.c.task_id)))
 
 
 def renew_claims(tx: Tx, deliveries: Sequence[OutcomeDelivery], now: datetime) -> list[OutcomeDelivery]:

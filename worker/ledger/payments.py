@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, func, select, update
+from sqlalchemy import Column, ColumnElement, Integer, bindparam, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
@@ -235,14 +235,17 @@ def _lock_waiting_where(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingP
     return _waiting_payments(tx.execute(_LOCK_WAITING.where(condition)))
 
 
-def lock_due(tx: Tx, now: datetime, limit: int) -> list[WaitingPayment]:
+def lock_due(tx: Tx, now: datetime, limit: int) -> Reply[list[WaitingPayment]]:
     """Lock up to `limit` waiting payments whose next check is due (`SKIP LOCKED`), and return them."""
-    due = (
-        _SELECT_PAYMENTS.where(payment.resolved_at.is_(None), payment.due_at <= now)
-        .order_by(payment.due_at)
-        .limit(limit)
-    )
-    return _waiting_payments(tx.execute(due.with_for_update(skip_locked=True)))
+    return tx.send(_LOCK_DUE, {"now": now, "max_count": limit}, read=_waiting_payments)
+
+
+_LOCK_DUE = (
+    _SELECT_PAYMENTS.where(payment.resolved_at.is_(None), payment.due_at <= bindparam("now"))
+    .order_by(payment.due_at)
+    .limit(bindparam("max_count", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
 
 
 def set_next_checks_of_locked(tx: Tx, next_checks: Mapping[str, datetime]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Integer,
     ScalarSelect,
     and_,
     bindparam,
@@ -134,27 +135,33 @@ def find_requested_or_called_since(tx: Tx, account_ids: Sequence[str], since: da
     return _find_refreshes(tx, refresh.account_id.in_(account_ids), called)
 
 
-def find_due_in_flight_or_unneeded(tx: Tx, now: datetime, limit: int) -> list[RefreshRecord]:
+def find_due_in_flight_or_unneeded(tx: Tx, now: datetime, limit: int) -> Reply[list[RefreshRecord]]:
     """Return in-flight refreshes whose `due_at` has passed, and requested refreshes without a waiting payment."""
-    is_unneeded = (refresh.state == RefreshState.REQUESTED) & _nearest_deadline().is_(None)
-    return _find_refreshes(tx, refresh.due_at <= now, IS_IN_FLIGHT | is_unneeded, order=refresh.due_at, limit=limit)
+    return tx.send(_DUE_IN_FLIGHT_OR_UNNEEDED, {"now": now, "max_count": limit}, read=_records)
 
 
-def find_callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: int) -> list[RefreshRecord]:
+def find_callable_by_deadline(tx: Tx, now: datetime, min_deadline: datetime, limit: int) -> Reply[list[RefreshRecord]]:
     """Return requested refreshes whose call is due, earliest deadline of a waiting payment first (EDF).
 
     Deadlines before `min_deadline` do not count. The balance would arrive too late for them, so the fee would be
     wasted, and the call would delay calls of other accounts.
     """
-    deadline = _nearest_deadline(PAYMENT.c.deadline >= min_deadline)
-    conditions = (refresh.due_at <= now, refresh.state == RefreshState.REQUESTED, deadline.is_not(None))
-    return _find_refreshes(tx, *conditions, order=deadline, limit=limit)
+    return tx.send(_CALLABLE_BY_DEADLINE, {"now": now, "min_deadline": min_deadline, "max_count": limit}, read=_records)
 
 
 def _nearest_deadline(*conditions: ColumnElement[bool]) -> ScalarSelect[datetime]:
     of_account = PAYMENT.c.account_id == refresh.account_id
     nearest = select(func.min(PAYMENT.c.deadline)).where(of_account, IS_WAITING, *conditions)
     return nearest.correlate(REFRESH).scalar_subquery()
+
+
+_IS_REQUESTED = state_in(refresh.state, {RefreshState.REQUESTED})
+_DUE = _SELECT_REFRESHES.where(refresh.due_at <= bindparam("now")).limit(bindparam("max_count", type_=Integer))
+_DUE_IN_FLIGHT_OR_UNNEEDED = _DUE.where(IS_IN_FLIGHT | (_IS_REQUESTED & _nearest_deadline().is_(None))).order_by(
+    refresh.due_at
+)
+_nearest_in_time = _nearest_deadline(PAYMENT.c.deadline >= bindparam("min_deadline"))
+_CALLABLE_BY_DEADLINE = _DUE.where(_IS_REQUESTED, _nearest_in_time.is_not(None)).order_by(_nearest_in_time)
 
 
 def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> Reply[set[str]]:
