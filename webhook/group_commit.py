@@ -1,16 +1,17 @@
 """Group commit for webhook deliveries: concurrent deliveries share one transaction.
 
-The follow-up actions run in another thread after the commit, so the responses do not wait for them.
+The follow-up actions run in the thread of the commit, after it. The responses do not wait for them.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from config.log_config import get_logger
-from tasks.batching import DrainLoop, MicroBatcher
+from tasks.batching import MicroBatcher
 from webhook.events import ParsedDelivery
 from worker.flow import FollowUp
 
@@ -40,7 +41,7 @@ class GroupCommitter:
 
     If `commit` raises one of `unavailable_errors` and `is_available()` is false, the whole batch fails. Otherwise the
     batch is bisected to find the delivery that cannot be stored. `on_committed` is called with the follow-ups of the
-    commits, in another thread.
+    commits, in the thread of one of them.
     """
 
     def __init__(
@@ -53,17 +54,13 @@ class GroupCommitter:
     ) -> None:
         self._commit = commit
         self._on_committed = on_committed
-        self._follow_ups = MicroBatcher(
-            self._follow_up,
-            max_size=FOLLOW_UP_CAPACITY,
-            capacity=FOLLOW_UP_CAPACITY,
-            executor=self._run_in_thread_or_inline,
-        )
+        self._follow_ups = MicroBatcher(self._follow_up, max_size=FOLLOW_UP_CAPACITY, capacity=FOLLOW_UP_CAPACITY)
         self._unavailable_errors = unavailable_errors
         self._is_available = is_available
         self._pending: list[PendingDelivery] = []
         self._free_committers = MAX_CONCURRENT_COMMITS
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop has weak references only
+        # One thread more than commits: follow-ups of all commits run in one thread at a time.
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT_COMMITS + 1, "group-commit")
 
     async def commit(self, delivery: ParsedDelivery) -> None:
@@ -120,16 +117,26 @@ class GroupCommitter:
         return last_error
 
     async def _try_commit_in_thread(self, deliveries: Sequence[ParsedDelivery]) -> Exception | None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._commit_and_queue_follow_up, deliveries
-            )
-        except Exception as error:  # noqa: BLE001 - the caller decides which deliveries fail
-            return error
-        return None
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[Exception | None] = loop.create_future()
+        self._threads.submit(self._commit_then_follow_up, deliveries, finished, loop)
+        return await finished
 
-    def _commit_and_queue_follow_up(self, deliveries: Sequence[ParsedDelivery]) -> None:
-        self._follow_ups.add_up_to_capacity(self._commit(deliveries))
+    def _commit_then_follow_up(
+        self,
+        deliveries: Sequence[ParsedDelivery],
+        finished: asyncio.Future[Exception | None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Commit, finish the future, and then run the follow-up, unless another thread runs follow-ups."""
+        error, follow_ups = None, []
+        try:
+            follow_ups = [self._commit(deliveries)]
+        except Exception as commit_error:  # noqa: BLE001 - the caller decides which deliveries fail
+            error = commit_error
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the process ends
+            loop.call_soon_threadsafe(_set_result_unless_done, finished, error)
+        self._follow_ups.add_up_to_capacity(*follow_ups)
 
     async def _should_bisect_after_ping(self, error: Exception, until: float) -> bool:
         """Return whether a delivery caused the error, and there is time to find it."""
@@ -139,17 +146,16 @@ class GroupCommitter:
             return True
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._is_available)
 
-    def _run_in_thread_or_inline(self, drain: DrainLoop) -> None:
-        try:
-            self._threads.submit(drain)
-        except RuntimeError:  # the process ends and accepts no work any more: run in this thread
-            drain()
-
     def _follow_up(self, follow_ups: Sequence[FollowUp]) -> None:
         try:
             self._on_committed(follow_ups)
         except Exception as error:  # noqa: BLE001 - the data is committed, so the sweep repeats the follow-up
             log.warning("webhook.follow_up_failed", recovery="sweep", error=type(error).__name__)
+
+
+def _set_result_unless_done(future: asyncio.Future[Exception | None], error: Exception | None) -> None:
+    if not future.done():  # it is cancelled when the loop ends
+        future.set_result(error)
 
 
 def _complete(batch: Sequence[PendingDelivery], error: Exception | None) -> None:

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from redis import RedisError
+from sqlalchemy import text
 
 from tests.support.concurrency import ROUNDS, run_concurrently
 from tests.support.databases import Databases
@@ -232,6 +233,7 @@ def test_balance_that_another_transaction_stores_is_applied_once(
     )
     with transaction(payready.engine) as tx:
         balances.insert_balances(tx, [balances.new_unapplied_record("evt_1", balance, now, believe_arrival=False)])
+        tx.execute(text("SELECT 1"))  # sends the insert
         receiving.start()
         receiving.join(1)
         assert receiving.is_alive()
@@ -251,10 +253,36 @@ def refresh_balance(payready: InProcessSystem, account_id: str, balance_id: str)
     return BalanceWithEventId(event_id=f"evt_{balance_id}", balance=Balance.model_validate(record))
 
 
+def test_error_at_the_commit_loses_no_balance(payready: InProcessSystem, databases: Databases) -> None:
+    """A deferred constraint fails the COMMIT of the payment's release, which arrives with all writes."""
+    if databases.is_sqlite:
+        pytest.skip("SQLite has no deferred triggers")
+    payready.initiate("pay_1", "acct_1")
+    payready.run_tasks()
+    with payready.engine.begin() as connection:
+        connection.exec_driver_sql(_FAIL_AT_COMMIT)
+    follow_up = flow.ingest_events_and_resolve_payments(payready.rt, [refresh_balance(payready, "acct_1", "bal_1")])
+    assert follow_up.balances_to_apply == ["bal_1"]
+    assert follow_up.deliveries == []
+    assert payready.payment("pay_1")["state"] == "waiting"
+    with payready.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER fail_at_commit ON payment")
+    payready.queue.add(follow_up)
+    payready.run_tasks()
+    assert payready.state_or_reason("pay_1") == "released"
+
+
+_FAIL_AT_COMMIT = """
+    CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'failed at the COMMIT'; END $$;
+    CREATE CONSTRAINT TRIGGER fail_at_commit AFTER UPDATE ON payment
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fail();
+"""
+
+
 def test_concurrent_copies_of_a_delivery_are_stored_without_a_deadlock(
     payready: InProcessSystem, databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two processes lock one of its accounts each: neither may wait for rows that the other has written."""
+    """Two processes lock one of its accounts each, and each stores the balance that the other one applies."""
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     for name in "ab":
@@ -262,21 +290,26 @@ def test_concurrent_copies_of_a_delivery_are_stored_without_a_deadlock(
     payready.run_tasks()
     events = [refresh_balance(payready, f"acct_{name}", f"bal_{name}") for name in "ab"]
 
-    def process() -> Thread:
-        thread = Thread(target=lambda: payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, events)))
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        return thread
+    def ingest() -> None:
+        payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, events))
 
     with transaction(payready.engine) as tx:
         payments.lock_waiting(tx, ["pay_a"])
+        tx.execute(text("SELECT 1"))  # sends the lock
+        first = Thread(target=ingest)
         with transaction(payready.engine) as other:
             lock_accounts(other, ["acct_b"])
-            processes = [process()]
-        processes.append(process())
-    for thread in processes:
-        thread.join()
+            other.execute(text("SELECT 1"))  # sends the lock
+            first.start()
+            first.join(0.3)
+        assert first.is_alive()
+        ingest()
+        assert [row["due_at"] is None for row in payready.rows("SELECT due_at FROM balance ORDER BY balance_id")] == [
+            False,
+            True,
+        ]
+    first.join()
+    assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]
     payready.run_tasks()
     assert [payready.state_or_reason(f"pay_{name}") for name in "ab"] == ["released", "released"]
     assert [row["due_at"] for row in payready.rows("SELECT due_at FROM balance")] == [None, None]

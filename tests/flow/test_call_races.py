@@ -78,6 +78,7 @@ def test_call_result_is_not_recorded_during_an_apply(
 
     def read_slowly(*arguments: Any) -> Any:
         found = original(*arguments)
+        found.result()
         reading.set()
         recorded.wait(0.3)  # times out: the account lock blocks the recording
         return found

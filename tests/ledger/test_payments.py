@@ -40,7 +40,7 @@ def resolution(payment_id: str, event: PaymentEvent = PaymentEvent.FUNDS_SUFFICI
 def test_payment_gets_the_state_of_the_transition_table(engine: Engine, event: PaymentEvent) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
-        [due] = payments.resolve(tx, [resolution("p1", event)], START)
+        [due] = payments.resolve(tx, [resolution("p1", event)], START).result()
         ids = JobIds(account_id="acct_1", payment_id="p1", task_id="task_p1")
         [stored] = payments.lock_payments_of_jobs(tx, [ids]).result().values()
     assert due.state == stored.state == PAYMENT_TRANSITIONS[PaymentState.WAITING, event]
@@ -51,10 +51,10 @@ def test_second_resolution_changes_and_delivers_nothing(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         record(tx, "p2")
-        assert len(payments.resolve(tx, [resolution("p1")], START)) == 1
+        assert len(payments.resolve(tx, [resolution("p1")], START).result()) == 1
         second = [resolution(payment_id, PaymentEvent.EXPIRED) for payment_id in ("p1", "p2")]
         late = START + timedelta(seconds=1)
-        assert [due.task_id for due in payments.resolve(tx, second, late)] == ["task_p2"]
+        assert [due.task_id for due in payments.resolve(tx, second, late).result()] == ["task_p2"]
         [first, other] = outcome_deliveries.claim_overdue(tx, late + outcome_deliveries.REDELIVER_AFTER, 10).result()
     assert (first.task_id, first.state, first.outcome["event"]) == (
         "task_p1",
@@ -89,7 +89,7 @@ def test_outcome_is_due_until_marked_delivered(engine: Engine) -> None:
     with transaction(engine) as tx:
         record(tx, "p1")
         assert outcome_deliveries.claim_overdue(tx, START + timedelta(days=1), 10).result() == []
-        [due] = payments.resolve(tx, [resolution("p1")], START)
+        [due] = payments.resolve(tx, [resolution("p1")], START).result()
         assert (due.task_id, due.state) == ("task_p1", PaymentState.RELEASED)
         assert outcome_deliveries.claim_overdue(tx, START, 10).result() == []
         late = START + outcome_deliveries.REDELIVER_AFTER
@@ -110,7 +110,7 @@ def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
         for payment_id in ("p1", "p2", "p3", "p4"):
             record(tx, payment_id)
         resolutions = [resolution(payment_id) for payment_id in ("p1", "p2", "p3", "p4")]
-        claimed = payments.resolve(tx, resolutions, START)
+        claimed = payments.resolve(tx, resolutions, START).result()
         assert {due.claimed_until for due in claimed} == {START + claim}
         renewed = outcome_deliveries.renew_claims(tx, claimed, START + claim / 2)
         assert [due.claimed_until for due in renewed] == [START + claim * 1.5] * 4

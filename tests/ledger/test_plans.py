@@ -191,6 +191,18 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: refreshes.reschedule_requested_skip_locked(tx, [REQUESTED], END),
         {"refresh_pkey", "sqlite_autoindex_refresh_1"},
     ),
+    "calls of answerable refreshes": (
+        lambda tx: fee_entries.calls_of_answerable_refreshes(tx, [A], END - timedelta(hours=1)),
+        {"fee_entry_refresh"},
+    ),
+    "sharers of answerable refreshes": (
+        lambda tx: fee_sharers.count_fee_sharers_of_answerable_refreshes(tx, [A], END - timedelta(hours=1)),
+        {"payment_sharers"},
+    ),
+    "received balances and newer ones": (
+        lambda tx: balances.find_or_received_since(tx, ["b7"], [A], END - timedelta(seconds=60)),
+        {"balance_received"},
+    ),
     "calls of a refresh": (lambda tx: fee_entries.calls_of_refreshes(tx, ["r7"]), {"fee_entry_refresh"}),
     "fees of a day": (
         lambda tx: cap_usage.total_non_void_fees(tx, "USD", END - timedelta(seconds=60)),
@@ -252,17 +264,6 @@ def test_refresh_is_updated_by_primary_key(engine: Engine, name: str) -> None:
 NEXT_CHECKS = {f"p{PAST + number}": END for number in range(NOW)}
 CLAIMED = OutcomeDelivery(task_id="t7", continuation={}, state=PaymentState.FAILED, outcome={}, claimed_until=END)
 BATCH_UPDATES: dict[str, tuple[Callable[[Tx], Any], str]] = {
-    "outcomes": (
-        lambda tx: payments.resolve(
-            tx,
-            [
-                Resolution(payment_id=payment_id, event=PaymentEvent.EXPIRED, outcome={}, resolved_at=END)
-                for payment_id in NEXT_CHECKS
-            ],
-            END,
-        ),
-        "payment_pkey",
-    ),
     "next checks": (lambda tx: payments.set_next_checks_of_locked(tx, NEXT_CHECKS), "payment_pkey"),
     "deliveries": (lambda tx: outcome_deliveries.mark_delivered(tx, {"t7": END}), "outcome_delivery_pkey"),
     "claims of deliveries": (
@@ -289,6 +290,25 @@ def test_rows_of_batch_are_updated_by_primary_key(engine: Engine, name: str) -> 
     [plan, *_] = _plans(engine, write, "UPDATE", explained=transaction(engine))
     assert "Hash" not in plan
     assert set(re.findall(r"Scan using (\w+)|Scan on (\w+_\w+)", plan)) == {(key, ""), ("", "json_to_recordset")}, plan
+
+
+def test_resolution_finds_payments_by_primary_key_and_their_deliveries_by_payment(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite updates them one by one")
+    resolutions = [
+        Resolution(payment_id=payment_id, event=PaymentEvent.EXPIRED, outcome={}, resolved_at=END)
+        for payment_id in NEXT_CHECKS
+    ]
+    [plan] = _plans(
+        engine, lambda tx: payments.resolve(tx, resolutions, END), "WITH updated", explained=transaction(engine)
+    )
+    assert "Hash" not in plan
+    assert set(re.findall(r"(?:Index Scan using|Index Scan on|Scan on) (\w+)", plan)) == {
+        "payment_pkey",
+        "json_to_recordset",
+        "outcome_delivery_payment",
+        "updated",
+    }, plan
 
 
 def _plans(

@@ -46,4 +46,4 @@ def fail_unsupported_payments(rt: Runtime, tx: Tx, unsupported: Sequence[Unsuppo
         )
         for failing in unsupported
     ]
-    return payments.resolve(tx, resolutions, now)
+    return payments.resolve(tx, resolutions, now).result()

@@ -1,7 +1,6 @@
 """Attribution: which refresh a balance, or a payment without a balance, belongs to."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -63,32 +62,18 @@ class AttributedBalance:
         return replace(self.balance, due_at=None, refresh_id=refresh_id)
 
 
-def find_attributions(tx: Tx, records: Sequence[BalanceRecord], skew: timedelta) -> list[AttributedBalance]:
-    """Attribute balances, one for each account, to refreshes. The accounts must be locked."""
-    by_account: Mapping[str, list[RefreshRecord]] = defaultdict(list)
-    if not records:
-        return []
-    accounts = [balance.account_id for balance in records]
-    answered_since = min(balance.as_of for balance in records) - MAX_BALANCE_DELAY
-    for refresh in refreshes.find_answerable_or_requested(tx, accounts, answered_since).result():
-        by_account[refresh.account_id].append(refresh)
-    return [
-        AttributedBalance(
-            balance=balance,
-            attribution=_keep_or_choose_attribution(
-                balance, by_account[balance.account_id], _previously_attributed_refresh(tx, balance), skew
-            ),
-            account_refreshes=by_account[balance.account_id],
-        )
-        for balance in records
-    ]
-
-
-def _previously_attributed_refresh(tx: Tx, balance: BalanceRecord) -> RefreshRecord | None:
-    """Return the refresh that a REFRESH balance was attributed to before. None for other sources."""
-    if balance.refresh_id is None or not balance.is_refresh:
-        return None
-    return refreshes.find(tx, balance.refresh_id)
+def attribute_balance(
+    balance: BalanceRecord,
+    account_refreshes: Sequence[RefreshRecord],
+    already_attributed_to: RefreshRecord | None,
+    skew: timedelta,
+) -> AttributedBalance:
+    """Attribute a balance to a refresh. `already_attributed_to`: the refresh that it was attributed to before."""
+    return AttributedBalance(
+        balance=balance,
+        attribution=_keep_or_choose_attribution(balance, account_refreshes, already_attributed_to, skew),
+        account_refreshes=account_refreshes,
+    )
 
 
 def _keep_or_choose_attribution(

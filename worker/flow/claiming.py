@@ -291,7 +291,7 @@ def _delay_call_and_fail_payments(tx: Tx, refresh: RefreshRecord, delay: DelayAn
         for payment in delay.failing
     ]
     _count_and_delay_call(tx, refresh, delay.denied, delay.detail)
-    return FollowUp(deliveries=payments.resolve(tx, resolutions, now))
+    return FollowUp(deliveries=payments.resolve(tx, resolutions, now).result())
 
 
 def _count_and_delay_call(tx: Tx, refresh: RefreshRecord, denied: Denied, last_error: str | None) -> None:

@@ -1,12 +1,13 @@
 """Ingest events of the provider: store balances and apply them, quarantine events, apply connection updates."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from config.log_config import get_logger
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import FailureReason, error_summary
-from worker.flow.attribution import find_attributions
+from worker.flow.attribution import AttributedBalance, attribute_balance
+from worker.flow.balance_inputs import LedgerReplies, by_account_id, send_loads_of_locked
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import add_to_correlation_and_resolve_payments, fail_payments_with_fee_share
 from worker.ledger import balances, payments, quarantine
@@ -66,22 +67,22 @@ def _store_and_apply_newest_by_account_or_only_store(rt: Runtime, records: Seque
 
     Only the newest balance of each account is applied, if it is new and no other transaction has locked the account.
 
-    1. Try to lock the accounts, and attribute the newest balance of each.
-    2. Insert all balances in one statement: two transactions that insert the same balances must not deadlock.
-    3. Resolve waiting payments with the attributed balances that the statement inserted.
+    1. Try to lock the accounts, and load what the ledger has of them.
+    2. Attribute the newest balance of each locked account, if it is not stored yet.
+    3. Insert all balances in one statement: two transactions that insert the same balances must not deadlock.
+    4. Resolve waiting payments with the attributed balances.
     """
     records = list({record.balance_id: record for record in records}.values())
     newest_by_account = {record.account_id: record for record in sorted(records, key=lambda record: record.age_rank)}
     try:
         with transaction(rt.engine) as tx:
-            locked = try_lock_accounts(tx, newest_by_account).result()
-            to_apply = [record for record in newest_by_account.values() if record.account_id in locked]
-            attributed = find_attributions(tx, to_apply, rt.settings.clock_skew)
-            new_ids = balances.insert_balances(
-                tx, [*(balance.applied_record for balance in attributed), *records]
-            ).result()
-            new = [balance for balance in attributed if balance.balance.balance_id in new_ids]
-            result = add_to_correlation_and_resolve_payments(rt, tx, new)
+            locked = try_lock_accounts(tx, newest_by_account)
+            replies = send_loads_of_locked(
+                tx, list(newest_by_account.values()), records, clock_skew=rt.settings.clock_skew, now=rt.clock()
+            )
+            attributed = _attribute_new_of_locked(rt, newest_by_account, locked.result(), replies)
+            balances.insert_balances(tx, [*(balance.applied_record for balance in attributed), *records])
+            result = add_to_correlation_and_resolve_payments(rt, tx, attributed, replies)
     except (*DATABASE_UNAVAILABLE, *REDIS_UNAVAILABLE) as error:
         log.warning("balance.apply_postponed", count=len(records), error=error_summary(error))
         return _store_for_later_apply(rt, records)
@@ -91,6 +92,21 @@ def _store_and_apply_newest_by_account_or_only_store(rt: Runtime, records: Seque
     result.observe()
     not_applied = [record.balance_id for record in records if record.balance_id not in result.balance_ids]
     return result.follow_up.plus(FollowUp(balances_to_apply=not_applied))
+
+
+def _attribute_new_of_locked(
+    rt: Runtime,
+    newest_by_account: Mapping[str, BalanceRecord],
+    locked: Collection[str],
+    replies: LedgerReplies,
+) -> list[AttributedBalance]:
+    stored_ids = {record.balance_id for record in replies.stored.result()}
+    account_refreshes = by_account_id(replies.refreshes.result())
+    return [
+        attribute_balance(record, account_refreshes.get(account_id, ()), None, rt.settings.clock_skew)
+        for account_id, record in newest_by_account.items()
+        if account_id in locked and record.balance_id not in stored_ids
+    ]
 
 
 def _store_for_later_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> FollowUp:

@@ -71,7 +71,7 @@ def expire_poll_or_rejoin_due_payments(rt: Runtime) -> CheckResult:
             now,
         )
         payments.set_next_checks_of_locked(tx, plan.next_checks)
-    follow_up = FollowUp(deliveries=deliveries, balances_to_apply=plan.balances_to_apply)
+    follow_up = FollowUp(deliveries=deliveries.result(), balances_to_apply=plan.balances_to_apply)
     if plan.to_poll:
         follow_up = follow_up.plus(_reserve_poll_slots_and_postpone_checks_of_polled(rt, plan.to_poll, now))
     for payment in plan.to_rejoin:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Integer, bindparam, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert_or_update, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.tables import BALANCE
 from worker.quiltt.messages import REFRESH_SOURCE, Balance
@@ -68,9 +68,9 @@ _COLUMNS = tuple(field.name for field in fields(BalanceRecord))
 _SELECT_BALANCES = select(*(balance[name] for name in _COLUMNS))
 _BY_ID = _SELECT_BALANCES.where(any_of(balance.balance_id, "balance_ids"))
 # Searches for balances by `as_of` use the arrival, which is never earlier and has an index.
-_RECEIVED_SINCE = _SELECT_BALANCES.where(
-    any_of(balance.account_id, "account_ids"), balance.received_at >= bindparam("since")
-)
+_WAS_RECEIVED_SINCE = any_of(balance.account_id, "account_ids") & (balance.received_at >= bindparam("since"))
+_RECEIVED_SINCE = _SELECT_BALANCES.where(_WAS_RECEIVED_SINCE)
+_BY_ID_OR_RECEIVED_SINCE = _SELECT_BALANCES.where(any_of(balance.balance_id, "balance_ids") | _WAS_RECEIVED_SINCE)
 
 
 def _record(row: Row[Any]) -> BalanceRecord:
@@ -101,13 +101,21 @@ def new_unapplied_record(
     )
 
 
-def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> Reply[set[str]]:
-    """Insert balances. Return the ids of the new ones.
+def insert_balances(tx: Tx, records: Sequence[BalanceRecord]) -> None:
+    """Insert balances in the order of their ids, so that two transactions with the same ones do not deadlock.
 
-    A balance that is stored already stays as it is. Of two records with one id the first is stored.
+    A balance that is stored already stays as it is, but an applied one is marked as applied, with its refresh: another
+    transaction may have stored it since the caller looked for it. Of two records with one id the first is stored.
     """
     rows = {record.balance_id: vars(record) for record in reversed(records)}
-    return bulk_insert_or_ignore(tx, BALANCE, [rows[key] for key in sorted(rows)], returning="balance_id")
+    bulk_insert_or_update(
+        tx,
+        BALANCE,
+        [rows[balance_id] for balance_id in sorted(rows)],
+        key="balance_id",
+        updated=("due_at", "refresh_id"),
+        if_null="due_at",
+    )
 
 
 def find(tx: Tx, balance_ids: Collection[str]) -> Reply[dict[str, BalanceRecord]]:
@@ -115,6 +123,14 @@ def find(tx: Tx, balance_ids: Collection[str]) -> Reply[dict[str, BalanceRecord]
     return tx.send(
         _BY_ID, {"balance_ids": list(balance_ids)}, read=lambda rows: {row.balance_id: _record(row) for row in rows}
     )
+
+
+def find_or_received_since(
+    tx: Tx, balance_ids: Collection[str], account_ids: Collection[str], since: datetime
+) -> Reply[list[BalanceRecord]]:
+    """Return the stored balances among these, and those of these accounts that were received at `since` or later."""
+    values = {"balance_ids": list(balance_ids), "account_ids": list(account_ids), "since": since}
+    return tx.send(_BY_ID_OR_RECEIVED_SINCE, values, read=lambda rows: [_record(row) for row in rows])
 
 
 def received_since(tx: Tx, account_ids: Collection[str], since: datetime) -> Reply[dict[str, list[BalanceRecord]]]:

@@ -5,19 +5,21 @@ PostgreSQL then parses and plans each statement once. Rows are sent as JSON, if 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     ARRAY,
     Column,
     ColumnElement,
+    Select,
     Table,
     Text,
     TextClause,
+    Update,
     bindparam,
     insert,
     text,
@@ -30,6 +32,8 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from worker.ledger.column_types import NAIVE_TIME_ERROR, postgresql_type
 from worker.ledger.transactions import Reply, Rows, Tx
+
+T = TypeVar("T")
 
 
 class _AnyOf(FunctionElement[bool]):
@@ -57,6 +61,27 @@ def any_of(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
     The statement is the same for any list of values, so PostgreSQL prepares it once.
     """
     return _AnyOf(column, bindparam(parameter, type_=ARRAY(Text)))
+
+
+class _AnySelected(FunctionElement[bool]):
+    inherit_cache = True
+
+
+@compiles(_AnySelected)
+def _compile_any_selected_postgresql(element: _AnySelected, compiler: SQLCompiler, **options: Any) -> str:
+    column, values = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"{column} = ANY (ARRAY{values})"  # with IN, PostgreSQL may join from a scan of the whole outer table
+
+
+@compiles(_AnySelected, "sqlite")
+def _compile_any_selected_sqlite(element: _AnySelected, compiler: SQLCompiler, **options: Any) -> str:
+    column, values = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"{column} IN {values}"
+
+
+def any_selected(column: ColumnElement[str], values: Select[Any]) -> ColumnElement[bool]:
+    """Return the condition that the column is one of the values of a select, which is executed first."""
+    return _AnySelected(column, values.scalar_subquery())
 
 
 def bulk_insert(tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -89,6 +114,30 @@ def bulk_insert_or_ignore(
     ignoring = dialect.insert(table).on_conflict_do_nothing().returning(table.c[returning])
     # Passed as parameters, the rows share one compiled statement; SQLAlchemy splits them as the database requires.
     return Reply.known(set(tx.scalars(ignoring, list(rows))))
+
+
+def bulk_insert_or_update(
+    tx: Tx, table: Table, rows: Sequence[Mapping[str, Any]], *, key: str, updated: Sequence[str], if_null: str
+) -> None:
+    """Insert rows. A stored row with the same `key` gets the `updated` columns of a given row whose `if_null` is null.
+
+    Other stored rows stay as they are. All rows must have the same columns.
+    """
+    if not rows:
+        return
+    if rows_json := _as_safe_json(tx, rows):
+        values = ", ".join(f'"{name}" = excluded."{name}"' for name in updated)
+        after = f'ON CONFLICT ("{key}") DO UPDATE SET {values} WHERE excluded."{if_null}" IS NULL'
+        tx.send(_insert_from_json(table, tuple(rows[0]), after), {"rows": rows_json}, read=len)
+        return
+    statement = (postgresql if tx.dialect.name == "postgresql" else sqlite).insert(table)
+    new = statement.excluded
+    tx.execute(
+        statement.on_conflict_do_update(
+            index_elements=[key], set_={name: new[name] for name in updated}, where=new[if_null].is_(None)
+        ),
+        list(rows),
+    )
 
 
 def _as_safe_json(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -136,6 +185,45 @@ def bulk_update(
         statement = _update_from_json(table, tuple(new_and_expected_values[0]), key)
         return tx.send(statement, {"rows": rows_json}, read=_first_values)
     return Reply.known(_update_one_by_one(tx, table, new_and_expected_values, key))
+
+
+def bulk_update_and_referring(
+    tx: Tx,
+    table: Table,
+    new_and_expected_values: Sequence[Mapping[str, Any]],
+    *,
+    key: str,
+    referring: Update,
+    reference: ColumnElement[str],
+    parameters: Mapping[str, Any],
+    read: Callable[[Rows], T],
+) -> Reply[T]:
+    """Update rows like `bulk_update`, and the rows of another table whose `reference` is the key of an updated row.
+
+    `referring` is the update of the other table, a constant of a module, with its `parameters`. `read` makes the
+    reply from the rows that it returns.
+
+    PostgreSQL gets one statement for both. It finds referring rows as they were when it started. So the rows must be
+    locked before, if transactions that insert a referring row lock the row that it refers to.
+    """
+    if rows_json := _as_safe_json(tx, new_and_expected_values):
+        statement = _update_referring_to_updated(referring, reference, table, tuple(new_and_expected_values[0]), key)
+        return tx.send(statement, {"rows": rows_json, **parameters}, read=read)
+    updated = _update_one_by_one(tx, table, new_and_expected_values, key)
+    return tx.send(_update_referring_to_keys(referring, reference), {"keys": list(updated), **parameters}, read=read)
+
+
+@cache
+def _update_referring_to_updated(
+    referring: Update, reference: ColumnElement[str], table: Table, names: tuple[str, ...], key: str
+) -> Update:
+    updated = _update_from_json(table, names, key).columns(table.c[key]).cte("updated")
+    return referring.where(reference == updated.c[key])
+
+
+@cache
+def _update_referring_to_keys(referring: Update, reference: ColumnElement[str]) -> Update:
+    return referring.where(any_of(reference, "keys"))
 
 
 def _update_one_by_one(

@@ -11,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import select
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore
+from worker.ledger.bulk import any_of, any_selected, bulk_insert_or_ignore
 from worker.ledger.engine import Reply, Row, Tx
+from worker.ledger.refreshes import CALLED_SINCE_AND_ANSWERABLE
 from worker.ledger.tables import FEE_ENTRY
 from worker.rules.pricing import ACCEPTED_STATUS, EntryState, Price
 
@@ -100,6 +101,17 @@ def calls_of_refreshes(tx: Tx, refresh_ids: Collection[str]) -> Reply[list[CallE
 
 
 _OF_REFRESHES = select(FEE_ENTRY).where(any_of(entry.refresh_id, "refresh_ids"))
+
+
+def calls_of_answerable_refreshes(
+    tx: Tx, account_ids: Collection[str], called_since: datetime
+) -> Reply[list[CallEntry]]:
+    """Return the calls of the accounts' refreshes `CALLED_SINCE_AND_ANSWERABLE`, each in its latest state."""
+    values = {"account_ids": list(account_ids), "called_since": called_since}
+    return tx.send(_OF_ANSWERABLE_REFRESHES, values, read=_latest_calls)
+
+
+_OF_ANSWERABLE_REFRESHES = select(FEE_ENTRY).where(any_selected(entry.refresh_id, CALLED_SINCE_AND_ANSWERABLE))
 
 
 def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallEntry]]:

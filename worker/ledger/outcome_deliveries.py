@@ -78,11 +78,10 @@ _PAYMENTS_OF_TASKS = select(delivery.task_id, delivery.payment_id).where(any_of(
 
 MAKE_DUE = (
     update(OUTCOME_DELIVERY)
-    .where(any_of(delivery.payment_id, "payment_ids"))
     .values(due_at=bindparam("at"))
     .returning(delivery.task_id, delivery.payment_id, delivery.continuation)
 )
-"""Makes the outcomes of these payments due, and returns their tasks."""
+"""Makes outcomes due, and returns their tasks."""
 
 
 def claim_overdue(tx: Tx, now: datetime, limit: int) -> Reply[list[OutcomeDelivery]]:

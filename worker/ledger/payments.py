@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Integer, bindparam, func, select, update
 
-from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert, bulk_update, bulk_update_and_referring
 from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.fee_sharers import count_fee_sharers_by_final_state
 from worker.ledger.locks import (
@@ -283,28 +283,39 @@ def balance_time_bounds_of_waiting(tx: Tx, account_id: str) -> BalanceTimeBounds
     return BalanceTimeBounds(min_balance_at=min_balance_at, last_deadline=deadline) if deadline is not None else None
 
 
-def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> list[OutcomeDelivery]:
-    """Resolve waiting payments. Return the deliveries of their outcomes, which the caller must dispatch.
+def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> Reply[list[OutcomeDelivery]]:
+    """Resolve locked waiting payments. Return the deliveries of their outcomes, which the caller must dispatch.
 
     A payment that another transaction has resolved keeps its outcome, and gets no delivery. The caller has the claim of
     the deliveries for `REDELIVER_AFTER` from now. Then maintenance repeats each that is not marked as delivered.
     """
     if not resolutions:
-        return []
+        return Reply.known([])
     claimed_until = now + REDELIVER_AFTER
-    rows = [_resolved_row(resolution) for resolution in _without_closed_shares(tx, resolutions)]
-    updated = bulk_update(tx, PAYMENT, rows, key="payment_id").result()
-    resolved = {resolution.payment_id: resolution for resolution in resolutions if resolution.payment_id in updated}
-    return [
-        OutcomeDelivery(
-            task_id=row.task_id,
-            continuation=row.continuation,
-            state=resolved[row.payment_id].state,
-            outcome=resolved[row.payment_id].outcome,
-            claimed_until=claimed_until,
-        )
-        for row in tx.execute(MAKE_DUE, {"payment_ids": list(resolved), "at": claimed_until})
-    ]
+    by_payment = {resolution.payment_id: resolution for resolution in resolutions}
+
+    def read_deliveries(rows: Rows) -> list[OutcomeDelivery]:
+        return [
+            OutcomeDelivery(
+                task_id=row.task_id,
+                continuation=row.continuation,
+                state=by_payment[row.payment_id].state,
+                outcome=by_payment[row.payment_id].outcome,
+                claimed_until=claimed_until,
+            )
+            for row in rows
+        ]
+
+    return bulk_update_and_referring(
+        tx,
+        PAYMENT,
+        [_resolved_row(resolution) for resolution in _without_closed_shares(tx, resolutions)],
+        key="payment_id",
+        referring=MAKE_DUE,
+        reference=delivery.payment_id,
+        parameters={"at": claimed_until},
+        read=read_deliveries,
+    )
 
 
 def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Resolution]:

@@ -129,6 +129,14 @@ _AWAITING_BALANCE = _SELECT_REFRESHES.where(
 ).order_by(refresh.called_at.desc().nulls_last())
 
 
+CALLED_SINCE_AND_ANSWERABLE = select(refresh.refresh_id).where(
+    any_of(refresh.account_id, "account_ids"),
+    refresh.called_at >= bindparam("called_since"),
+    CAN_BE_ANSWERED | (state_in(refresh.state, {RefreshState.ANSWERED}) & (refresh.call_count > 1)),
+)
+"""Ids of the refreshes of accounts that were called at `called_since` or later, and may be answered by a balance."""
+
+
 def find_requested_or_called_since(tx: Tx, account_ids: Sequence[str], since: datetime) -> list[RefreshRecord]:
     """Return refreshes of these accounts that are requested, or called since then. The first called is first."""
     called = or_(refresh.state == RefreshState.REQUESTED, refresh.called_at >= since)
