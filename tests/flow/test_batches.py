@@ -19,7 +19,7 @@ from worker.errors import InvalidJob, PaymentNotReady
 from worker.flow import IntakeRequest, IntakeResult, RefusedJob, ingest
 from worker.ledger import balances, payments
 from worker.ledger.engine import Tx, transaction
-from worker.ledger.locks import lock_accounts
+from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.quiltt.messages import Balance, BalanceWithEventId
 
 
@@ -356,7 +356,7 @@ def test_result_of_a_locked_account_blocks_no_other_result(payready: InProcessSy
     results = [flow.make_call_unless_claim_is_old(payready.rt, claim) for claim in claims.claims]
     recording = Thread(target=flow.report_and_record_results, args=(payready.rt, results))
     with transaction(payready.engine) as tx:
-        lock_accounts(tx, ["acct_0"])
+        assert try_lock_accounts(tx, ["acct_0"]).result()
         recording.start()
         eventually(lambda: payready.fees("acct_1") == ["1 pending", "1 posted"])
         assert payready.fees("acct_0") == ["1 pending"]

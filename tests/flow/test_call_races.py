@@ -200,9 +200,9 @@ def test_sweep_does_not_wait_for_a_refresh_being_claimed(payready: InProcessSyst
 
     with ThreadPoolExecutor(1) as pool:
         with transaction(payready.engine) as claiming:
-            assert refreshes.transition(claiming, second, RefreshEvent.CLAIM, now)
+            assert refreshes.transition(claiming, second, RefreshEvent.CLAIM, now).result()
             swept = pool.submit(sweep)
             wait([swept], 0.5)
-            assert refreshes.transition(claiming, first, RefreshEvent.CLAIM, now)
+            assert refreshes.transition(claiming, first, RefreshEvent.CLAIM, now).result()
         swept.result()
     assert payready.refreshes("a1") == payready.refreshes("a2") == ["calling"]

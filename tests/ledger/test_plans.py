@@ -185,6 +185,10 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         lambda tx: balances.newest_refresh_balance_by_account(tx, [A], END - timedelta(seconds=60)),
         {"balance_received"},
     ),
+    "newest balance for a claim": (
+        lambda tx: balances.newest_refresh_balance_for_waiting(tx, [A], timedelta(seconds=5)),
+        {"balance_received"},
+    ),
     "due refreshes": (lambda tx: refreshes.find_due_in_flight_or_unneeded(tx, END, 500), {"refresh_due_at"}),
     "refresh by id": (lambda tx: refreshes.find(tx, "r7"), {"refresh_pkey", "sqlite_autoindex_refresh_1"}),
     "rescheduled refreshes": (

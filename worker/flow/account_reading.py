@@ -71,5 +71,5 @@ def _read_account(rt: Runtime, account_id: str, profile_id: str) -> PolledAccoun
 def _abandon_requested_refresh(rt: Runtime, tx: Tx, account_id: str, refresh_id: str) -> None:
     """Abandon the refresh that no payment needs. One that was called meanwhile stays in flight."""
     refresh = refreshes.find(tx, refresh_id)
-    if refresh is None or refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None):
+    if refresh is None or refreshes.transition(tx, refresh, RefreshEvent.ABANDON, None).result():
         clear_refresh_best_effort(rt, account_id, refresh_id)

@@ -26,7 +26,7 @@ class AccountInputs:
     in_flight: RefreshRecord | None = None
     """The refresh in flight."""
     newest_balance: BalanceRecord | None = None
-    """The newest REFRESH balance, if all waiting payments accept a balance from before their requests."""
+    """The newest REFRESH balance, if it is not too old for each of the waiting payments."""
     facts: AccountFacts | None = None
     """The stored account facts, if the job of a waiting payment reads them."""
 

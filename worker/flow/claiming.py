@@ -1,7 +1,7 @@
 """Claim refresh calls: reserve the right to make each call, and open its fee entry, before it is made."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -28,7 +28,7 @@ from worker.flow.claim_decision import (
     after_decision,
     decide_claim,
 )
-from worker.flow.claim_inputs import LoadedClaims, load_claim_inputs_and_lock_payments
+from worker.flow.claim_inputs import LoadedClaims, lock_and_load_claim_inputs
 from worker.flow.correlation_rebuild import clear_refresh_best_effort, rebuild_correlation
 from worker.flow.fee_cap_check import claim_or_reject_by_caps
 from worker.flow.follow_up import AccountRead, FollowUp, RefreshCall
@@ -36,9 +36,8 @@ from worker.flow.resolution import reject_refresh_and_fail_payments
 from worker.flow.resolution_decision import failed_resolution
 from worker.flow.unpriced_calls import defer_or_reject_unpriced_calls
 from worker.ledger import fee_entries, payments, refreshes
-from worker.ledger.engine import Tx, transaction
+from worker.ledger.engine import Reply, Tx, transaction
 from worker.ledger.fee_entries import CallEntry
-from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules.pricing import Price
 from worker.rules.states import RefreshEvent
@@ -73,8 +72,15 @@ class _ClaimTerms:
     price: Price
     admission: Admission
     has_slot: bool
-    now: datetime
-    """Time of the decisions and claims, after the accounts were locked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DecidedCall:
+    """A decision, and the call that it claims."""
+
+    inputs: ClaimInputs
+    decision: Decision
+    claim: Claim | None = None
 
 
 def claim_delay_or_reject_calls(
@@ -96,9 +102,10 @@ def claim_delay_or_reject_calls(
         return ClaimBatch(follow_up=defer_or_reject_unpriced_calls(rt, calls, error))
     admitted_at = rt.clock()
     admission = _acquire_slots_or_fail_open(rt, len(calls), has_slot=has_slot)
+    terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot)
     batch = ClaimBatch()
     try:
-        batch = _claim_in_transaction(rt, calls, price, admission, has_slot=has_slot, wait_for_locks=wait_for_locks)
+        batch = _load_decide_and_persist(rt, calls, terms, wait_for_locks=wait_for_locks)
     finally:
         if admission.granted > len(batch.claims):
             unused = admission.granted - len(batch.claims)
@@ -124,78 +131,88 @@ def _called_refresh(refresh: RefreshRecord) -> CalledRefresh:
     return CalledRefresh(account_id=refresh.account_id, refresh_id=refresh.refresh_id, called_at=refresh.called_at)
 
 
-def _claim_in_transaction(
-    rt: Runtime,
-    calls: Sequence[RefreshCall],
-    price: Price,
-    admission: Admission,
-    *,
-    has_slot: bool,
-    wait_for_locks: bool,
+def _load_decide_and_persist(
+    rt: Runtime, calls: Sequence[RefreshCall], terms: _ClaimTerms, *, wait_for_locks: bool
 ) -> ClaimBatch:
-    """Lock the accounts, decide on their calls and write the decisions, in one transaction."""
+    """Lock the accounts, decide on their calls and write the decisions, in one transaction.
+
+    It has two round trips if all calls are new claims, without fee caps and account facts.
+    """
     with transaction(rt.engine) as tx:
-        locked = {call.account_id for call in calls}
-        if wait_for_locks:
-            lock_accounts(tx, locked)
-        else:
-            locked = try_lock_accounts(tx, locked).result()
-        terms = _ClaimTerms(price=price, admission=admission, has_slot=has_slot, now=rt.clock())
-        loaded = load_claim_inputs_and_lock_payments(
-            tx, [call for call in calls if call.account_id in locked], terms.now, rt.settings.clock_skew
-        )
-        batch = _decide_persist_and_rebuild_correlation(rt, tx, loaded, terms)
-    return replace(batch, contended=[call for call in calls if call.account_id not in locked])
+        loaded = lock_and_load_claim_inputs(rt, tx, calls, wait_for_locks=wait_for_locks)
+        decided = _decide_in_order(rt, tx, loaded, terms)
+        return _persist_and_rebuild_correlation(rt, tx, loaded, decided)
 
 
-def _decide_persist_and_rebuild_correlation(
-    rt: Runtime, tx: Tx, loaded: LoadedClaims, terms: _ClaimTerms
-) -> ClaimBatch:
-    """Decide on the calls in their order, and write the decisions.
+# --- decide -----------------------------------------------------------------------------------------------------------
 
-    1. Fail the payments that no balance can release. No decision sees them.
-    2. Decide on a call. The decision sees what earlier decisions of the batch did to its account.
-    3. Persist the decision at once, unless it is a claim.
-    4. Persist all claims together.
-    5. Rebuild the correlation state of accounts where it is out of date.
+
+def _decide_in_order(rt: Runtime, tx: Tx, loaded: LoadedClaims, terms: _ClaimTerms) -> list[_DecidedCall]:
+    """Decide on each call. The decision sees what earlier decisions of the batch will do to its account.
+
+    Writes nothing: `tx` is for the fee caps.
     """
     accounts = {inputs.account_id: inputs.account for inputs in loaded.inputs}
-    claims: list[Claim] = []
-    outdated: dict[str, None] = {}  # a set that keeps the order
-    follow_up = FollowUp(deliveries=fail_unsupported_payments(rt, tx, loaded.unsupported))
+    decided: list[_DecidedCall] = []
     for stored in loaded.inputs:
         inputs = replace(stored, account=accounts[stored.account_id])
-        decision = _decide(rt, tx, inputs, terms, unwritten=[claim.call for claim in claims])
-        if isinstance(decision, ClaimCall):
-            claims.append(_new_claim(decision.refresh, terms))
-        elif isinstance(decision, NotNeeded | Abandon | QueueBehindInFlight):
-            outdated[inputs.account_id] = None
-        follow_up = follow_up.plus(_persist_unless_claim(rt, tx, inputs, decision, terms.now))
+        unwritten = [earlier.claim.call for earlier in decided if earlier.claim is not None]
+        decision = _decide(rt, tx, inputs, terms, unwritten=unwritten, now=loaded.now)
+        claim = _new_claim(decision.refresh, terms.price, loaded.now) if isinstance(decision, ClaimCall) else None
+        decided.append(_DecidedCall(inputs=inputs, decision=decision, claim=claim))
         accounts[inputs.account_id] = after_decision(inputs.account, decision)
-    persisted = _persist_claims(tx, claims, {inputs.refresh_id: inputs.refresh for inputs in loaded.inputs})
-    for account_id in outdated:
-        rebuild_correlation(rt, tx, account_id)
-    return ClaimBatch(claims=persisted, follow_up=follow_up)
+    return decided
 
 
 def _decide(
-    rt: Runtime, tx: Tx, inputs: ClaimInputs, terms: _ClaimTerms, *, unwritten: Sequence[CallEntry]
+    rt: Runtime, tx: Tx, inputs: ClaimInputs, terms: _ClaimTerms, *, unwritten: Sequence[CallEntry], now: datetime
 ) -> Decision:
-    """Decide on a call. Each of the `unwritten` calls that this transaction has claimed used one slot."""
+    """Decide on a call. Each of the `unwritten` calls that this transaction claims used one slot."""
     decision = decide_claim(
         inputs,
-        now=terms.now,
+        now=now,
         has_slot=terms.has_slot,
         denied=terms.admission.denied if len(unwritten) >= terms.admission.granted else None,
         clock_skew=rt.settings.clock_skew,
         max_call_duration=rt.settings.max_call_and_record_duration,
     )
     if isinstance(decision, ClaimCall) and rt.fee_caps.has_any:
-        return claim_or_reject_by_caps(rt, tx, decision, price=terms.price, unwritten=unwritten, now=terms.now)
+        return claim_or_reject_by_caps(rt, tx, decision, price=terms.price, unwritten=unwritten, now=now)
     return decision
 
 
+def _new_claim(refresh: RefreshRecord, price: Price, now: datetime) -> Claim:
+    call_id = f"call_{uuid.uuid4().hex}"
+    return Claim(
+        refresh=refresh, call=fee_entries.new_call(call_id, refresh.refresh_id, refresh.account_id, price, now)
+    )
+
+
 # --- persist ----------------------------------------------------------------------------------------------------------
+
+
+def _persist_and_rebuild_correlation(
+    rt: Runtime, tx: Tx, loaded: LoadedClaims, decided: Sequence[_DecidedCall]
+) -> ClaimBatch:
+    """Write the decisions.
+
+    1. Fail the payments that no balance can release. They share the fee of an earlier call, not of one claimed now.
+    2. Write all decisions but claims, in their order.
+    3. Write all claims together.
+    4. Rebuild the correlation state of accounts where it is out of date.
+    """
+    follow_up = FollowUp(deliveries=fail_unsupported_payments(rt, tx, loaded.unsupported))
+    for each in decided:
+        follow_up = follow_up.plus(_persist_unless_claim(rt, tx, each.inputs, each.decision, loaded.now))
+    claims = _persist_claims(tx, decided)
+    outdated = {  # a dict is a set that keeps the order
+        each.inputs.account_id: None
+        for each in decided
+        if isinstance(each.decision, NotNeeded | Abandon | QueueBehindInFlight)
+    }
+    for account_id in outdated:
+        rebuild_correlation(rt, tx, account_id)
+    return ClaimBatch(claims=claims, follow_up=follow_up, contended=loaded.contended)
 
 
 def _persist_unless_claim(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: Decision, now: datetime) -> FollowUp:
@@ -225,24 +242,32 @@ def _persist_unless_claim(rt: Runtime, tx: Tx, inputs: ClaimInputs, decision: De
     return FollowUp()
 
 
-def _persist_claims(tx: Tx, claims: Sequence[Claim], stored: Mapping[str, RefreshRecord | None]) -> Sequence[Claim]:
+def _persist_claims(tx: Tx, decided: Sequence[_DecidedCall]) -> Sequence[Claim]:
     """Write claims and their pending fee entries. Return the claims that were written.
 
-    A claim is not written if another transaction has claimed or changed its refresh since it was loaded.
+    A claim of a stored refresh is not written if another transaction has changed the refresh since it was loaded.
+
+    Raises:
+        IntegrityError: a new refresh is in the ledger already. Every transaction that inserts one for an account locks
+            the account, so only a message that names the refresh of another account can cause this. Nothing is written
+            then, and the task of each message claims its call alone.
     """
-    new_refreshes = [claim.refresh for claim in claims if stored[claim.refresh.refresh_id] is None]
-    inserted = refreshes.insert_refreshes(tx, new_refreshes).result()
-    updated = {
-        claim.refresh.refresh_id
-        for claim in claims
-        if (refresh := stored[claim.refresh.refresh_id]) is not None and _claim_stored(tx, refresh, claim.refresh)
-    }
-    persisted = [claim for claim in claims if claim.refresh.refresh_id in inserted | updated]
-    fee_entries.open_entries(tx, [claim.call for claim in persisted])
-    return persisted
+    claims: list[Claim] = []
+    updates: list[tuple[Claim, Reply[set[str]]]] = []
+    for each in decided:
+        if each.claim is None:
+            continue
+        if each.inputs.refresh is None:
+            claims.append(each.claim)
+        else:
+            updates.append((each.claim, _claim_stored(tx, each.inputs.refresh, each.claim.refresh)))
+    refreshes.insert_claimed(tx, [claim.refresh for claim in claims])
+    claims += [claim for claim, updated in updates if updated.result()]
+    fee_entries.open_entries(tx, [claim.call for claim in claims])
+    return claims
 
 
-def _claim_stored(tx: Tx, stored: RefreshRecord, claimed: RefreshRecord) -> bool:
+def _claim_stored(tx: Tx, stored: RefreshRecord, claimed: RefreshRecord) -> Reply[set[str]]:
     return refreshes.transition(
         tx,
         stored,
@@ -253,12 +278,6 @@ def _claim_stored(tx: Tx, stored: RefreshRecord, claimed: RefreshRecord) -> bool
         claimed_at=claimed.claimed_at,
         not_before=claimed.not_before,
     )
-
-
-def _new_claim(refresh: RefreshRecord, terms: _ClaimTerms) -> Claim:
-    call_id = f"call_{uuid.uuid4().hex}"
-    call = fee_entries.new_call(call_id, refresh.refresh_id, refresh.account_id, terms.price, terms.now)
-    return Claim(refresh=refresh, call=call)
 
 
 def _abandon(tx: Tx, refresh: RefreshRecord | None) -> None:

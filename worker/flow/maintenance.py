@@ -204,7 +204,7 @@ def _abandon_retry_or_end_due_refresh(rt: Runtime, refresh: RefreshRecord, now: 
             refreshes.transition(tx, refresh, RefreshEvent.RESULT_LOST, due_at, last_error=last_error)
             return FollowUp()
         if refresh.state == RefreshState.UNCERTAIN and _can_retry_once_before_last_deadline(tx, refresh, now):
-            is_retried = refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY)
+            is_retried = refreshes.transition(tx, refresh, RefreshEvent.RETRY, now + CALL_ENQUEUE_RETRY).result()
             return FollowUp(calls=[call_of(refresh)] if is_retried else [])
         if now < window_end_after_claim(rt, refresh):
             refreshes.reschedule_if_unchanged(tx, refresh, window_end_after_claim(rt, refresh))

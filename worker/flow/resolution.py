@@ -192,9 +192,10 @@ def reject_refresh_and_fail_payments(
 
     The account must be locked.
     """
-    if not refreshes.transition(
+    rejected = refreshes.transition(
         tx, refresh, RefreshEvent.REJECT, None, **call_columns_without_this_call(refresh), last_error=detail
-    ):
+    )
+    if not rejected.result():
         return FollowUp()  # the refresh has changed since it was loaded, for instance because a balance answered it
     waiting = payments.lock_waiting_by_account(tx, [refresh.account_id]).result().get(refresh.account_id, [])
     called_id = refresh_id_if_called(refresh)

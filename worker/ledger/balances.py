@@ -7,11 +7,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import Integer, bindparam, select, update
+from sqlalchemy import Integer, Interval, bindparam, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_update, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
-from worker.ledger.tables import BALANCE
+from worker.ledger.tables import BALANCE, IS_WAITING, PAYMENT
 from worker.quiltt.messages import REFRESH_SOURCE, Balance
 
 balance = BALANCE.c
@@ -153,12 +153,51 @@ def newest_refresh_balance_by_account(
     tx: Tx, account_ids: Collection[str], min_as_of: datetime
 ) -> dict[str, BalanceRecord]:
     """Return each account's newest balance with source REFRESH, if it is believed as of `min_as_of` or later."""
-    newest = {
-        account_id: next((record for record in records if record.is_refresh), None)
-        for account_id, records in received_since(tx, account_ids, min_as_of).result().items()
-    }
+    newest = _newest_refresh_balances(received_since(tx, account_ids, min_as_of).result())
+    return {account_id: record for account_id, record in newest.items() if record.as_of >= min_as_of}
+
+
+def newest_refresh_balance_for_waiting(
+    tx: Tx, account_ids: Collection[str], clock_skew: timedelta
+) -> Reply[dict[str, BalanceRecord]]:
+    """Return each account's newest balance with source REFRESH that a waiting payment of the account may accept.
+
+    It was received at the earliest `min_balance_at` of the account's waiting payments, or at most `clock_skew` before.
+    """
+    ids = {"account_ids": list(account_ids)}
+    if tx.dialect.name == "sqlite":  # it cannot subtract from a time, and needs no single statement
+        earliest = {row.account_id: row.min_balance_at for row in tx.execute(_EARLIEST_OF_WAITING, ids)}
+        since = min(earliest.values(), default=None)
+        stored = received_since(tx, earliest, since - clock_skew).result() if since is not None else {}
+        received = {
+            account_id: [record for record in records if record.received_at >= earliest[account_id] - clock_skew]
+            for account_id, records in stored.items()
+        }
+        return Reply.known(_newest_refresh_balances(received))
+    return tx.send(
+        _RECEIVED_FOR_WAITING,
+        {**ids, "clock_skew": clock_skew},
+        read=lambda rows: _newest_refresh_balances(_newest_first_by_account(rows)),
+    )
+
+
+_EARLIEST_OF_WAITING = (
+    select(PAYMENT.c.account_id, func.min(PAYMENT.c.min_balance_at).label("min_balance_at"))
+    .where(any_of(PAYMENT.c.account_id, "account_ids"), IS_WAITING)
+    .group_by(PAYMENT.c.account_id)
+)
+_OF_WAITING = _EARLIEST_OF_WAITING.subquery("of_waiting").c
+_RECEIVED_FOR_WAITING = _SELECT_BALANCES.where(
+    balance.account_id == _OF_WAITING.account_id,
+    balance.received_at >= _OF_WAITING.min_balance_at - bindparam("clock_skew", type_=Interval),
+)
+
+
+def _newest_refresh_balances(newest_first: Mapping[str, Sequence[BalanceRecord]]) -> dict[str, BalanceRecord]:
     return {
-        account_id: record for account_id, record in newest.items() if record is not None and record.as_of >= min_as_of
+        account_id: newest
+        for account_id, records in newest_first.items()
+        if (newest := next((record for record in records if record.is_refresh), None)) is not None
     }
 
 

@@ -53,7 +53,7 @@ class CompiledStatement:
 
     def rows(self, cursor: Cursor[Any]) -> list[Any]:
         """Return the rows of an executed cursor, as named tuples with the values of the ledger's column types."""
-        if cursor.description is None:
+        if cursor.rownumber is None:  # no rows; `description` would make an object of each column
             return []
         if self._read_row is None:
             self._read_row = self._row_reader(cursor)

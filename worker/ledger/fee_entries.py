@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from worker.ledger.bulk import any_of, any_selected, bulk_insert_or_ignore
+from worker.ledger.bulk import any_of, any_selected, bulk_insert, bulk_insert_or_ignore
 from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.refreshes import CALLED_SINCE_AND_ANSWERABLE
 from worker.ledger.tables import FEE_ENTRY
@@ -70,8 +70,7 @@ def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: 
 
 def open_entries(tx: Tx, calls: Sequence[CallEntry]) -> None:
     """Insert the pending entries of calls that are about to be made."""
-    rows = [entry_row(call, EntryState.PENDING, {}, call.called_at) for call in calls]
-    bulk_insert_or_ignore(tx, FEE_ENTRY, rows, returning="call_id")
+    bulk_insert(tx, FEE_ENTRY, [entry_row(call, EntryState.PENDING, {}, call.called_at) for call in calls])
 
 
 def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> None:

@@ -9,7 +9,6 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     ScalarSelect,
-    and_,
     bindparam,
     func,
     or_,
@@ -17,7 +16,7 @@ from sqlalchemy import (
     update,
 )
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore, bulk_update
+from worker.ledger.bulk import any_of, bulk_insert, bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.tables import IS_WAITING, PAYMENT, REFRESH, state_in
 from worker.rules.states import (
@@ -177,27 +176,37 @@ def insert_refreshes(tx: Tx, records: Sequence[RefreshRecord]) -> Reply[set[str]
     return bulk_insert_or_ignore(tx, REFRESH, [vars(record) for record in records], returning="refresh_id")
 
 
-def _is_unchanged(record: RefreshRecord) -> ColumnElement[bool]:
-    # The state alone is not enough: a refresh that is called twice is in the same state twice.
-    return and_(
-        refresh.refresh_id == record.refresh_id,
-        _state_is(record.state),
-        refresh.claimed_at.is_not_distinct_from(record.claimed_at),
-    )
+def insert_claimed(tx: Tx, records: Sequence[RefreshRecord]) -> None:
+    """Insert new refreshes whose calls are claimed.
+
+    Raises:
+        IntegrityError: a refresh is stored already, or another one of its account is in flight. It is raised when the
+            statement was sent.
+    """
+    bulk_insert(tx, REFRESH, [vars(record) for record in records])
 
 
-def _state_is(state: RefreshState) -> ColumnElement[bool]:
-    # Unlike the predicates of the partial indexes: else PostgreSQL may scan all refreshes in one of them.
-    return refresh.state.is_not_distinct_from(state)
+def transition(
+    tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datetime | None, **values: Any
+) -> Reply[set[str]]:
+    """Apply `event` to the refresh, if it allows the event and did not change since the caller read it.
 
-
-def transition(tx: Tx, record: RefreshRecord, event: RefreshEvent, due_at: datetime | None, **values: Any) -> bool:
-    """Apply `event` to the refresh. Return False if it changed since the caller read it, or allows no such event."""
+    Return the ids of the updated refreshes: its id or none.
+    """
     state = next_state(REFRESH_TRANSITIONS, record.state, event)
     if state is None:
-        return False
-    result = tx.execute(update(REFRESH).where(_is_unchanged(record)).values(state=state, due_at=due_at, **values))
-    return bool(result.rowcount == 1)
+        return Reply.known(set())
+    return _update_if_unchanged(tx, record, state=state, due_at=due_at, **values)
+
+
+def _update_if_unchanged(tx: Tx, record: RefreshRecord, **values: Any) -> Reply[set[str]]:
+    return bulk_update(tx, REFRESH, [{**_unchanged(record), **values}], key="refresh_id")
+
+
+def _unchanged(record: RefreshRecord) -> dict[str, Any]:
+    """Return the columns by which `bulk_update` finds the refresh, unless it changed."""
+    # The state alone is not enough: a refresh that is called twice is in the same state twice.
+    return {"refresh_id": record.refresh_id, "was_state": record.state, "was_claimed_at": record.claimed_at}
 
 
 def transition_all_and_clear_errors(
@@ -208,14 +217,7 @@ def transition_all_and_clear_errors(
     Return the ids of the updated refreshes: those that did not change since the caller read them.
     """
     rows = [
-        {
-            "refresh_id": record.refresh_id,
-            "was_state": record.state,
-            "was_claimed_at": record.claimed_at,  # as in `_is_unchanged`
-            "state": state,
-            "due_at": due_at,
-            "last_error": None,
-        }
+        {**_unchanged(record), "state": state, "due_at": due_at, "last_error": None}
         for record, due_at in transitions
         if (state := next_state(REFRESH_TRANSITIONS, record.state, event))
     ]
@@ -224,25 +226,20 @@ def transition_all_and_clear_errors(
 
 def reschedule_if_unchanged(tx: Tx, record: RefreshRecord, due_at: datetime) -> None:
     """Set when maintenance next processes the refresh, unless it changed since the caller read it."""
-    tx.execute(update(REFRESH).where(_is_unchanged(record)).values(due_at=due_at))
+    _update_if_unchanged(tx, record, due_at=due_at)
 
 
 def defer_if_unchanged(tx: Tx, record: RefreshRecord, not_before: datetime, last_error: str) -> None:
     """Defer the call of a requested refresh until `not_before`, because it could not be made. Counts as a deferral."""
-    tx.execute(
-        update(REFRESH)
-        .where(_is_unchanged(record))
-        .values(
-            not_before=not_before, due_at=not_before, deferral_count=record.deferral_count + 1, last_error=last_error
-        )
+    deferral_count = record.deferral_count + 1
+    _update_if_unchanged(
+        tx, record, not_before=not_before, due_at=not_before, deferral_count=deferral_count, last_error=last_error
     )
 
 
 def delay_if_unchanged(tx: Tx, record: RefreshRecord, until: datetime, last_error: str | None) -> None:
     """Delay the call of a requested refresh until admission control may admit it. Does not count as a deferral."""
-    tx.execute(
-        update(REFRESH).where(_is_unchanged(record)).values(not_before=until, due_at=until, last_error=last_error)
-    )
+    _update_if_unchanged(tx, record, not_before=until, due_at=until, last_error=last_error)
 
 
 def reschedule_requested_skip_locked(tx: Tx, records: Sequence[RefreshRecord], due_at: datetime) -> None:
@@ -250,8 +247,11 @@ def reschedule_requested_skip_locked(tx: Tx, records: Sequence[RefreshRecord], d
 
     Skips locked rows: the transaction that locked them is processing them.
     """
-    is_requested = refresh.refresh_id.in_([record.refresh_id for record in records]), _state_is(RefreshState.REQUESTED)
-    locked_ids = list(tx.scalars(select(refresh.refresh_id).where(*is_requested).with_for_update(skip_locked=True)))
+    ids = [record.refresh_id for record in records]
+    # Unlike the predicates of the partial indexes: else PostgreSQL may scan all refreshes in one of them.
+    is_requested = refresh.state.is_not_distinct_from(RefreshState.REQUESTED)
+    query = select(refresh.refresh_id).where(refresh.refresh_id.in_(ids), is_requested)
+    locked_ids = list(tx.scalars(query.with_for_update(skip_locked=True)))
     tx.execute(update(REFRESH).where(refresh.refresh_id.in_(locked_ids)).values(due_at=due_at))
 
 
