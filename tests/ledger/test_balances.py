@@ -46,7 +46,7 @@ def test_newest_balance_for_a_claim_is_not_too_old_for_each_waiting_payment_of_i
         for account_id, age_s in ages.items():
             for suffix, max_age_s in (("a", age_s), ("b", 0)):
                 job = Job(payment_id=f"pay_{account_id}_{suffix}", account_id=account_id, max_balance_age_s=max_age_s)
-                payments.insert_payments(tx, [job], START)
+                payments.insert_payments(tx, [payments.new_payment(job, START)])
         balances.insert_balances(tx, [*stored.values(), received("acct_several", START - moment)])
     with transaction(engine) as tx:
         newest = balances.newest_refresh_balance_for_waiting(tx, [*ages, "acct_idle"], SKEW).result()

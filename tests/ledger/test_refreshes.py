@@ -32,5 +32,5 @@ def test_transitions_return_only_refreshes_that_are_unchanged_and_allow_the_even
         transitions = [(read, START) for read in (stored[0], reclaimed, answered)]
         accepted = refreshes.transition_all_and_clear_errors(tx, RefreshEvent.ACCEPT, transitions).result()
         states = {number: record.state for number in range(3) if (record := refreshes.find(tx, f"ref_{number}"))}
-    assert accepted.result() == {"ref_0"}
+    assert accepted == {"ref_0"}
     assert states == {0: RefreshState.ACCEPTED, 1: RefreshState.CALLING, 2: RefreshState.CALLING}
