@@ -6,7 +6,7 @@ from alembic import context
 
 from config.log_config import configure_logging, log_start
 from config.settings import ConfigurationError, settings
-from worker.ledger.engine import lift_limits_for_migrations, open_engine
+from worker.ledger.engine import connect_for_migrations, open_engine
 from worker.ledger.tables import PAYMENT
 
 try:
@@ -16,8 +16,7 @@ except ConfigurationError as error:
 if context.config.cmd_opts is not None:  # on the command line, not within another process
     configure_logging(settings())
     log_start(settings(), "release")
-with engine.connect() as connection:
-    lift_limits_for_migrations(connection)
+with connect_for_migrations(engine) as connection:
     context.configure(connection=connection, target_metadata=PAYMENT.metadata, compare_type=True)
     with context.begin_transaction():
         context.run_migrations()

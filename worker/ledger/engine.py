@@ -25,7 +25,7 @@ __all__ = [
     "Row",
     "Rows",
     "Tx",
-    "lift_limits_for_migrations",
+    "connect_for_migrations",
     "open_engine",
     "ping",
     "read_snapshot",
@@ -91,6 +91,7 @@ def open_engine(url: str, *, connections: int, may_create_file: bool = False) ->
         max_overflow=0,
         pool_timeout=MAX_WAIT_S,
         pool_use_lifo=True,  # uses few connections often, not all of them rarely
+        isolation_level="AUTOCOMMIT",  # `Tx` sends BEGIN
         hide_parameters=True,
         connect_args=POSTGRES_CONNECT_ARGS,
     )
@@ -143,12 +144,7 @@ def _begin_sqlite_immediate_unless_read_only(connection: Connection) -> None:
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Tx]:
     """Open a transaction. It is committed at the end of the block, and rolled back by any exception."""
-    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}  # `Tx` sends BEGIN
-    with (
-        engine.connect().execution_options(**options) as connection,
-        connection.begin(),
-        Tx.commit_at_end(connection) as tx,
-    ):
+    with engine.begin() as connection, Tx.commit_at_end(connection) as tx:
         yield tx
 
 
@@ -168,14 +164,18 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
 _ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))
 
 
-def lift_limits_for_migrations(connection: Connection) -> None:
-    """Allow long statements and all plan types on this connection to PostgreSQL, until it is closed.
+@contextmanager
+def connect_for_migrations(engine: Engine) -> Iterator[Connection]:
+    """Open a connection with transactions of its own, and on PostgreSQL with long statements and all plan types.
 
     A migration may scan or index a large table. The limit of waits for locks stays: a waiting migration blocks workers.
     """
-    if connection.dialect.name == "postgresql":
-        connection.execute(_LIFT_LIMITS)
-        connection.commit()
+    with engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(_LIFT_LIMITS)
+            connection.commit()
+            connection = connection.execution_options(isolation_level="READ COMMITTED")
+        yield connection
 
 
 _LIFT_LIMITS = text(
