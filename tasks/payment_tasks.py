@@ -13,8 +13,10 @@ from tasks.app import app
 from tasks.dispatch import deliver_and_mark_within_time_budget, dispatch
 from tasks.unavailability import STORE_UNAVAILABLE, report_retry, traceback_of_unexpected
 from worker import flow
+from worker.correlation.redis_client import RedisCommand
 from worker.errors import InvalidJob, PaymentNotReady, error_summary
-from worker.flow import IntakeRequest, IntakeResult, OnWaiting
+from worker.flow import IntakeRequest, OnWaiting
+from worker.ledger.payments import WaitingPayment
 from worker.rules.job import parse_job, parse_payment_id
 from worker.runtime import runtime
 
@@ -70,24 +72,16 @@ def parse_request(positional_job: Any, keyword_job: Mapping[str, Any], continuat
 
 
 def make_waiting_result_writer(requests: Sequence[IntakeRequest]) -> OnWaiting:
-    """Return a function that stores the state `WAITING` for the tasks of these requests.
-
-    Tasks that ignore their result are skipped.
-    """
+    """Return a function for `OnWaiting`. It skips tasks that ignore their result."""
     without_result = {request.continuation["id"] for request in requests if request.continuation.get("ignore_result")}
 
-    def announce(results: Sequence[IntakeResult]) -> None:
-        waiting = {
-            result.task_id: {
-                "account_id": result.waiting.account_id,
-                "refresh_id": result.refresh_id,
-                "deadline": result.waiting.deadline.isoformat(),
-            }
-            for result in results
-            if result.waiting and result.task_id not in without_result
+    def announce(waiting: Mapping[str, WaitingPayment]) -> Sequence[RedisCommand]:
+        details = {
+            task_id: {"account_id": payment.account_id, "deadline": payment.deadline.isoformat()}
+            for task_id, payment in waiting.items()
+            if task_id not in without_result
         }
-        if waiting:
-            suspension.store_waiting_state(app, waiting)
+        return suspension.store_waiting_state_or_return_commands(app, details)
 
     return announce
 

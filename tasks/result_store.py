@@ -10,6 +10,8 @@ from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 
+from worker.correlation.redis_client import RedisCommand
+
 
 class _WithoutTracebacks:
     """A mixin for result backends: an error is stored with its type and message, without the paths of our source."""
@@ -58,13 +60,27 @@ def store_results(app: Celery, results: Sequence[TaskResult]) -> None:
             backend.store_result(result.task_id, result.value, result.state, request=_result_request(result))
         return
     with backend.client.pipeline(transaction=False) as pipeline:
-        for result in results:
-            encoded = backend.encode_result(result.value, result.state)
-            meta = backend._get_result_meta(encoded, result.state, None, _result_request(result))  # noqa: SLF001 - see above
-            key, value = backend.get_key_for_task(result.task_id), backend.encode({**meta, "task_id": result.task_id})
-            pipeline.set(key, value, ex=backend.expires or None)
-            pipeline.publish(key, value)
+        for command in commands_to_store(app, results):
+            pipeline.execute_command(*command)
         pipeline.execute()
+
+
+def is_at(app: Celery, url: str) -> bool:
+    """Return whether the results are stored in the Redis at this address."""
+    return isinstance(app.backend, RedisBackend) and app.conf.result_backend == url
+
+
+def commands_to_store(app: Celery, results: Sequence[TaskResult]) -> list[RedisCommand]:
+    """Return the commands that store results in the Redis backend, as `store_results` does."""
+    commands: list[RedisCommand] = []
+    backend = app.backend
+    expiry = ("EX", backend.expires) if backend.expires else ()
+    for result in results:
+        encoded = backend.encode_result(result.value, result.state)
+        meta = backend._get_result_meta(encoded, result.state, None, _result_request(result))  # noqa: SLF001 - see `store_results`
+        key, value = backend.get_key_for_task(result.task_id), backend.encode({**meta, "task_id": result.task_id})
+        commands += [("SET", key, value, *expiry), ("PUBLISH", key, value)]
+    return commands
 
 
 def _result_request(result: TaskResult) -> Context:

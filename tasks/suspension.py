@@ -38,10 +38,12 @@ from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
 
+from config.settings import settings
 from tasks import result_store, tracing
 from tasks.callback_checks import raise_invalid_callbacks
 from tasks.event_publisher import EventPublisher
 from tasks.result_store import TaskResult
+from worker.correlation.redis_client import RedisCommand
 from worker.rules.callbacks import CALLBACK_FIELDS
 
 VERSION = 1
@@ -105,10 +107,16 @@ def _assign_task_ids(signatures: Any) -> None:
             _assign_task_ids(options.get(callbacks))
 
 
-def store_waiting_state(app: Celery, waiting: Mapping[str, Any]) -> None:
-    """Store the state `WAITING` as the result of suspended tasks, with the given details by task id."""
+def store_waiting_state_or_return_commands(app: Celery, waiting: Mapping[str, Any]) -> list[RedisCommand]:
+    """Store the state `WAITING` as the result of suspended tasks, with the given details by task id.
+
+    If the results are in the Redis of the correlation store, return the commands that store them there instead.
+    """
     results = [TaskResult(task_id=task_id, state=WAITING, value=details) for task_id, details in waiting.items()]
+    if result_store.is_at(app, settings().redis_url):
+        return result_store.commands_to_store(app, results)
     result_store.store_results(app, results)
+    return []
 
 
 def resume_with_result(app: Celery, continuation: dict[str, Any], result: Any) -> None:

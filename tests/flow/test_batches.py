@@ -1,5 +1,6 @@
 """Batches: each item of a batch is processed as if it were alone."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from threading import Thread
@@ -15,10 +16,11 @@ from tests.support.databases import Databases
 from tests.support.in_process import InProcessSystem, MakeSystem, intake_request
 from tests.support.simulator import eventually
 from worker import flow, metrics
+from worker.correlation.redis_client import RedisCommand
 from worker.errors import InvalidJob, PaymentNotReady
-from worker.flow import IntakeRequest, IntakeResult, RefusedJob, ingest
+from worker.flow import IntakeRequest, IntakeResult, OnWaiting, RefusedJob, ingest
 from worker.ledger import balances, payments
-from worker.ledger.engine import Tx, transaction
+from worker.ledger.engine import transaction
 from worker.ledger.locks import lock_accounts, try_lock_accounts
 from worker.quiltt.messages import Balance, BalanceWithEventId
 
@@ -26,7 +28,7 @@ from worker.quiltt.messages import Balance, BalanceWithEventId
 def accept_batch(payready: InProcessSystem, *jobs: dict[str, Any]) -> None:
     """Accept jobs in one batch, and enqueue their follow-ups."""
     requests = [intake_request(job, {"id": f"task_{job['payment_id']}"}) for job in jobs]
-    for accepted in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: None):
+    for accepted in flow.accept_jobs_unless_account_locked(payready.rt, requests, lambda _: []):
         assert isinstance(accepted, IntakeResult)
         payready.queue.add(accepted.follow_up)
 
@@ -57,9 +59,7 @@ def test_refused_job_leaves_the_rest_of_its_batch_accepted(
         for payment_id, account_id, task_id in jobs
     ]
     waiting = list[str]()
-    results = flow.accept_jobs_unless_account_locked(
-        payready.rt, requests, lambda announced: waiting.extend(result.task_id for result in announced)
-    )
+    results = flow.accept_jobs_unless_account_locked(payready.rt, requests, collector(waiting))
     assert [type(result.error).__name__ for result in results if isinstance(result, RefusedJob)] == [error]
     taken = [
         (request.job.payment_id, request.task_id)
@@ -70,6 +70,16 @@ def test_refused_job_leaves_the_rest_of_its_batch_accepted(
     assert waiting == [task_id for _, task_id in taken]
     stored = payready.rows("SELECT payment_id, task_id FROM outcome_delivery WHERE task_id != 't0' ORDER BY payment_id")
     assert [(row["payment_id"], row["task_id"]) for row in stored] == taken
+
+
+def collector(task_ids: list[str]) -> OnWaiting:
+    """Return a function that appends the ids of the waiting tasks."""
+
+    def collect(waiting: Mapping[str, object]) -> list[RedisCommand]:
+        task_ids.extend(waiting)
+        return []
+
+    return collect
 
 
 @pytest.mark.parametrize(
@@ -92,13 +102,16 @@ def test_of_concurrent_jobs_with_one_id_one_is_refused(
     )
 
     def accept_refused() -> list[Any]:
-        return flow.accept_jobs_unless_account_locked(
-            payready.rt, [refused], lambda results: refused_waiting.extend(result.task_id for result in results)
-        )
+        return flow.accept_jobs_unless_account_locked(payready.rt, [refused], collector(refused_waiting))
 
     while_first_is_accepted = list[Any]()
     first = intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1"})
-    flow.accept_job(payready.rt, first, lambda _: while_first_is_accepted.extend(accept_refused()))
+
+    def accept_other(_: object) -> list[RedisCommand]:
+        while_first_is_accepted.extend(accept_refused())
+        return []
+
+    flow.accept_job(payready.rt, first, accept_other)
     assert while_first_is_accepted == [None], "the job was not left for later"
     [afterwards] = accept_refused()
     assert isinstance(afterwards, RefusedJob)
@@ -123,10 +136,11 @@ def test_job_waits_for_another_one_with_its_payment_id(payready: InProcessSystem
 
     second = Thread(target=accept_second)
 
-    def start_second(_: object) -> None:
+    def start_second(_: object) -> list[RedisCommand]:
         second.start()
         second.join(0.3)
         assert second.is_alive()
+        return []
 
     flow.accept_job(
         payready.rt, intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1"}), start_second
@@ -146,7 +160,7 @@ def test_concurrent_jobs_that_share_ids_in_opposite_order_do_not_deadlock(payrea
 
         def accept(request: IntakeRequest) -> str:
             try:
-                flow.accept_job(payready.rt, request, lambda _: None)
+                flow.accept_job(payready.rt, request, lambda _: [])
             except (InvalidJob, PaymentNotReady):
                 return "refused"
             return "accepted"
@@ -159,17 +173,17 @@ def test_concurrent_jobs_that_share_ids_in_opposite_order_do_not_deadlock(payrea
 def test_callbacks_without_queue_are_counted_after_the_commit(
     payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job whose commit fails is processed again. It is counted once."""
+    """A job whose transaction fails is processed again. It is counted once."""
     callback = {"task": "shop.paid", "args": [], "kwargs": {}, "options": {}}
     request = intake_request({"payment_id": "p1", "account_id": "acct_1"}, {"id": "t1", "callbacks": [callback]})
     count = metrics.JOBS_WITHOUT_CALLBACK_QUEUE._value.get
     before = count()
     with monkeypatch.context() as patch:
-        patch.setattr(Tx, "commit_with_queue", Mock(side_effect=ConnectionError))
+        patch.setattr(payments, "insert_payments", Mock(side_effect=ConnectionError))
         with pytest.raises(ConnectionError):
-            flow.accept_job(payready.rt, request, lambda _: None)
+            flow.accept_job(payready.rt, request, lambda _: [])
     assert count() == before
-    flow.accept_job(payready.rt, request, lambda _: None)
+    flow.accept_job(payready.rt, request, lambda _: [])
     assert count() == before + 1
 
 

@@ -95,7 +95,7 @@ class Deliveries:
             flow.accept_job(
                 self.payready.rt,
                 intake_request({"payment_id": payment_id, "account_id": ACCOUNT}, make_continuation(task_id)),
-                lambda _: None,
+                lambda _: [],
             )
             for payment_id, task_id in jobs.items()
         ]

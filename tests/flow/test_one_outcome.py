@@ -1,7 +1,7 @@
 """Invariant 1: a payment has exactly one outcome, whatever repeats and in whatever order."""
 
 from threading import Barrier, Thread
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -123,7 +123,7 @@ def test_same_payment_id_with_another_job_is_a_conflict(payready: InProcessSyste
     payready.initiate("p1", A, task_id="t1", amount="25.00")
     job = {"payment_id": "p1", "account_id": A, "amount": "25.00", **other}
     with pytest.raises(PaymentNotReady) as error_info:
-        flow.accept_job(payready.rt, intake_request(job, {"id": "t2"}), lambda _: None)
+        flow.accept_job(payready.rt, intake_request(job, {"id": "t2"}), lambda _: [])
     assert error_info.value.reason == FailureReason.CONFLICT
     payready.run_tasks()
     payready.balance(A)
@@ -186,7 +186,7 @@ def test_payment_cancelled_before_its_call_costs_nothing(payready: InProcessSyst
 def test_announcement_runs_before_the_payment_can_be_resolved(payready: InProcessSystem) -> None:
     """The callback runs while the account is locked: its failure leaves no payment."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> NoReturn:
         raise ConnectionError
 
     job = {"payment_id": "p1", "account_id": A}

@@ -171,7 +171,7 @@ class ConcurrentWorkers:
         for payment_id, account_id in jobs:
             job = {"payment_id": payment_id, "account_id": account_id, "amount": "10.00"}
             arrived = intake_request(job, {"id": f"task_{payment_id}"})
-            self.add(flow.accept_job(self.payready.rt, arrived, lambda _: None).follow_up)
+            self.add(flow.accept_job(self.payready.rt, arrived, lambda _: []).follow_up)
 
     def work(self) -> None:
         """Process follow-ups."""

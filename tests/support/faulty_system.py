@@ -35,7 +35,7 @@ from tests.support.statements import observe_statements
 from worker import flow
 from worker import runtime as production
 from worker.correlation.admission import RateLimiter
-from worker.correlation.redis_client import RedisServer
+from worker.correlation.redis_client import RedisCommand, RedisServer
 from worker.correlation.store import CorrelationStore
 from worker.errors import InvalidJob, PaymentNotReady
 from worker.flow import calling
@@ -320,6 +320,10 @@ def build_faulty_system(
         operations.before_operation("redis", str(command[0]))
         return execute(*command, **options)
 
+    def store_waiting_state(*_: object) -> list[RedisCommand]:
+        operations.before_operation("redis", "WAITING")
+        return []
+
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("tasks.") and getattr(module, "runtime", None) is production.runtime:
@@ -329,7 +333,7 @@ def build_faulty_system(
         patch.setattr(suspension, "resume_with_result", system.resume)
         patch.setattr(suspension, "resume_with_error", system.resume)
         patch.setattr(suspension, "finish_without_callbacks", system.finish_without_callbacks)
-        patch.setattr(suspension, "store_waiting_state", lambda *_: operations.before_operation("redis", "WAITING"))
+        patch.setattr(suspension, "store_waiting_state_or_return_commands", store_waiting_state)
         patch.setattr(dispatch, "delivered_marks", system.delivered_marks)
         patch.setattr(client, "flushdb", lambda: execute("FLUSHDB"))
         patch.setattr(client, "execute_command", watched)

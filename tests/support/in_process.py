@@ -153,7 +153,7 @@ class InProcessSystem:
         """Accept a job and enqueue its follow-up."""
         arguments = {"payment_id": payment_id, "account_id": account_id, **job}
         continuation = {"id": task_id or f"task_{next(self._numbers)}"}
-        result = flow.accept_job(self.rt, intake_request(arguments, continuation), lambda _: None)
+        result = flow.accept_job(self.rt, intake_request(arguments, continuation), lambda _: [])
         self.queue.add(result.follow_up)
         return result
 

@@ -17,6 +17,7 @@ from tests.support.system import System, wait_until
 from tests.suspension.primitive_kit import FAILED, RELEASED, Kit, Outcome, Primitive
 from tests.suspension.primitives import PRIMITIVES
 from tests.suspension.service import RECEIVED
+from worker.ledger.engine import transaction
 
 _numbers = itertools.count(1)
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -149,10 +150,10 @@ def kill_between_resolution_and_delivery(system: System, run: Run) -> None:
     """Start a worker after the payments are resolved, and kill it when it claims the deliveries."""
     waiting = "SELECT payment_id FROM payment WHERE payment_id LIKE :run AND state = 'waiting'"
     wait_until(lambda: not system.rows(waiting, run=f"{run.name}/%"), TIMEOUT_S, "the payments are resolved")
-    is_claiming = "wait_event_type = 'Lock' AND query LIKE 'SELECT outcome_delivery.task_id%'"
+    is_claiming = "wait_event_type = 'Lock' AND query LIKE '%outcome_delivery%'"
     blocked = f"SELECT 1 FROM pg_stat_activity WHERE {is_claiming}"
-    with system.engine.connect() as table:
-        table.execute(text("LOCK TABLE outcome_delivery IN ACCESS EXCLUSIVE MODE"))
+    with transaction(system.engine) as tx:
+        tx.execute(text("LOCK TABLE outcome_delivery IN ACCESS EXCLUSIVE MODE"))
         system.processes.start("worker", procfile()["worker"])
         wait_until(lambda: bool(system.rows(blocked)), TIMEOUT_S, "the worker claims deliveries")
         system.kill("worker")

@@ -16,6 +16,8 @@ REDIS_UNAVAILABLE = (RedisError,)
 """Raised when Redis cannot be reached or does not respond in time."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 T = TypeVar("T")
+RedisCommand = tuple[Any, ...]
+"""A command of Redis: its name and its arguments."""
 
 log = get_logger(__name__)
 
@@ -66,22 +68,27 @@ class LuaScript:
         """Run the script once."""
         return self.run_many([(keys, arguments)])[0]
 
-    def run_many(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
-        """Run the script several times, in this order, in one round trip. A call is its keys and arguments."""
+    def run_many(self, calls: Sequence[tuple[list[str], list[Any]]], then: Sequence[RedisCommand] = ()) -> list[Any]:
+        """Run the script several times, in this order, and then other commands, in one round trip.
+
+        A call is its keys and arguments. Return the replies of the calls.
+        """
         try:
-            return self._evaluate(calls)
+            return self._evaluate(calls, then)
         except NoScriptError:  # Redis was restarted or flushed, and lost its scripts
             self._redis.script_load(self._source)
-            return self._evaluate(calls)
+            return self._evaluate(calls, then)
 
-    def _evaluate(self, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
-        if len(calls) == 1:
+    def _evaluate(self, calls: Sequence[tuple[list[str], list[Any]]], then: Sequence[RedisCommand]) -> list[Any]:
+        if len(calls) == 1 and not then:
             [(keys, arguments)] = calls
             return [self._redis.evalsha(self._digest, len(keys), *keys, *arguments)]
         with self._redis.pipeline(transaction=False) as pipeline:
             for keys, arguments in calls:
                 pipeline.evalsha(self._digest, len(keys), *keys, *arguments)
-            return pipeline.execute()
+            for command in then:
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py does not type it
+            return pipeline.execute()[: len(calls)]
 
 
 def duration_us(duration: timedelta) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from redis import Redis
 
-from worker.correlation.redis_client import LuaScript, duration_us, epoch_us
+from worker.correlation.redis_client import LuaScript, RedisCommand, duration_us, epoch_us
 
 ACCOUNT_TTL_S = 2 * 3600
 """Time to live of an account's key after its last use. Longer than any refresh is in flight."""
@@ -91,10 +91,15 @@ class CorrelationStore:
         self._clear_refresh = LuaScript(redis, "clear_refresh")
         self._restore_account = LuaScript(redis, "restore_account")
 
-    def reuse_balance_or_join_refresh(self, requests: Sequence[JoinRequest]) -> list[JoinResult]:
-        """Join each payment to a balance or a refresh of its account, in this order."""
+    def reuse_balance_or_join_refresh(
+        self, requests: Sequence[JoinRequest], then: Sequence[RedisCommand] = ()
+    ) -> list[JoinResult]:
+        """Join each payment to a balance or a refresh of its account, in this order.
+
+        The commands of `then` are executed after it, in the same round trip.
+        """
         calls = [([_account_key(request.account_id)], request.script_args()) for request in requests]
-        return [JoinResult(kind=kind, id=found) for kind, found in self._join.run_many(calls)]
+        return [JoinResult(kind=kind, id=found) for kind, found in self._join.run_many(calls, then)]
 
     def move_requested_to_in_flight(self, refreshes: Sequence[CalledRefresh]) -> None:
         """Set refreshes in flight instead of requested, just before their calls are made."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from worker.correlation.redis_client import RedisCommand
 from worker.correlation.store import JoinRequest, JoinResult
 from worker.errors import FailureReason, InvalidJob, PaymentNotReady
 from worker.flow.callback_report import count_and_log_callbacks_without_queue
@@ -60,7 +61,7 @@ class RefusedJob:
 
 
 class OnWaiting(Protocol):
-    """Called before the commit, while the accounts are locked, with the results of all waiting payments.
+    """Called before the commit, while the accounts are locked, with all waiting payments.
 
     It stores the state `WAITING` of the payments' tasks. At this point no balance can resolve the payments, so
     `WAITING` never overwrites an outcome. Called after the commit, it might: a balance may resolve a payment at once.
@@ -68,8 +69,11 @@ class OnWaiting(Protocol):
     nothing is committed.
     """
 
-    def __call__(self, results: Sequence[IntakeResult], /) -> None:
-        """Store that these payments are waiting."""
+    def __call__(self, waiting: Mapping[str, WaitingPayment], /) -> Sequence[RedisCommand]:
+        """Store that these payments, by task id, are waiting, or return the commands that store it.
+
+        The commands are for the Redis of the correlation store, which executes them in the round trip of the join.
+        """
 
 
 def accept_job(rt: Runtime, request: IntakeRequest, on_waiting: OnWaiting) -> IntakeResult:
@@ -106,11 +110,11 @@ def _accept(
     1. Lock the accounts and the ids of the jobs. Load, and lock, the payments that are stored with the ids. Load the
        tasks that are registered.
     2. Decide what each job is.
-    3. Join the waiting payments to balances or refreshes. Transactions that apply balances lock the accounts too: a
-       balance that was applied earlier is found here, and one that is applied later finds the payments in the ledger.
-    4. Call `on_waiting`.
-    5. Insert the payments, register the tasks for their outcomes, and commit.
-    6. Report new jobs whose callbacks name no queue.
+    3. Join the waiting payments to balances or refreshes, and store the state `WAITING`. Transactions that apply
+       balances lock the accounts too: a balance that was applied earlier is found here, and one that is applied later
+       finds the payments in the ledger.
+    4. Insert the payments, register the tasks for their outcomes, and commit.
+    5. Report new jobs whose callbacks name no queue.
     """
     with transaction(rt.engine) as tx:
         ids = [request.ids for request in requests]
@@ -123,8 +127,7 @@ def _accept(
                 requests=locked, known=known.result(), payment_by_task=payment_by_task.result(), now=rt.clock()
             )
         )
-        results = _join(rt, locked, decisions)
-        on_waiting([result for result in results if isinstance(result, IntakeResult) and result.waiting is not None])
+        results = _join(rt, locked, decisions, on_waiting)
         _persist(tx, locked, decisions, payment_by_task.result())
     new = [request for request, decision in zip(locked, decisions, strict=True) if isinstance(decision, New)]
     count_and_log_callbacks_without_queue(rt, new)
@@ -171,21 +174,31 @@ def _new_delivery(request: IntakeRequest, decision: Accepted) -> NewDelivery:
 
 
 def _join(
-    rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision]
+    rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], on_waiting: OnWaiting
 ) -> list[IntakeResult | RefusedJob]:
     """Join the waiting payments to balances or refreshes. Return the results of all requests."""
-    waiting = [decision.payment for decision in decisions if isinstance(decision, New | StillWaiting)]
-    joined = iter(
-        rt.correlation.reuse_balance_or_join_refresh([join_request(rt, payment) for payment in waiting])
-        if waiting
-        else []
-    )
+    joined = iter(_join_waiting(rt, requests, decisions, on_waiting))
     return [
         _waiting_result_with_apply_or_call(request, decision.payment, next(joined))
         if isinstance(decision, New | StillWaiting)
         else _resolved_or_refused_result(request, decision)
         for request, decision in zip(requests, decisions, strict=True)
     ]
+
+
+def _join_waiting(
+    rt: Runtime, requests: Sequence[IntakeRequest], decisions: Sequence[Decision], on_waiting: OnWaiting
+) -> list[JoinResult]:
+    waiting = [
+        (request.task_id, decision.payment)
+        for request, decision in zip(requests, decisions, strict=True)
+        if isinstance(decision, New | StillWaiting)
+    ]
+    if not waiting:
+        return []
+    return rt.correlation.reuse_balance_or_join_refresh(
+        [join_request(rt, payment) for _, payment in waiting], then=on_waiting(dict(waiting))
+    )
 
 
 def _waiting_result_with_apply_or_call(

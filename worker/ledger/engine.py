@@ -174,7 +174,7 @@ def connect_for_migrations(engine: Engine) -> Iterator[Connection]:
         if connection.dialect.name == "postgresql":
             connection.execute(_LIFT_LIMITS)
             connection.commit()
-            connection = connection.execution_options(isolation_level="READ COMMITTED")
+            connection.execution_options(isolation_level="READ COMMITTED")  # changes the connection itself
         yield connection
 
 
