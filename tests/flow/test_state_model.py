@@ -18,7 +18,7 @@ LONG_WINDOW = SETTINGS.model_copy(update={"refresh_window_s": 3600})
 
 
 class Model:
-    """Model of one account. Times are seconds. A call is made if a payment is waiting and no call is in flight."""
+    """Model of one account. Times are seconds. A call is made if a payment waits in time and no call is in flight."""
 
     def __init__(self) -> None:
         self.now, self.called, self.newest, self.calls = 0.0, None, None, 0
@@ -37,8 +37,9 @@ class Model:
     def event(self, at: float) -> None:
         answered = self.called if self.called is not None and at >= self.called - SKEW else None
         self.newest = at if self.newest is None else max(at, self.newest)
-        for payment_id, (requested_at, age, _) in list(self.waiting.items()):
-            if at >= requested_at - age - SKEW and (age or (answered is not None and answered >= requested_at)):
+        for payment_id, (requested_at, age, deadline) in list(self.waiting.items()):
+            is_answer = answered is not None and answered >= requested_at
+            if at >= requested_at - age - SKEW and (age or is_answer) and self.now <= deadline:
                 self._resolve(payment_id, "released")
         self.called = None if answered is not None else self.called
         self._call()
@@ -54,7 +55,8 @@ class Model:
         self.results[payment_id] = result
 
     def _call(self) -> None:
-        if self.waiting and self.called is None:
+        in_time = [deadline for _, _, deadline in self.waiting.values() if deadline > self.now]
+        if in_time and self.called is None:
             self.called, self.calls = self.now, self.calls + 1
 
 
