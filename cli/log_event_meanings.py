@@ -19,7 +19,7 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "balance.rejected": "A REFRESH balance resolved no payment that its call was made for; `reason` is `too_old` or "
     "`after_deadline`.",
     "balance_poll.failed": "A balance poll failed. The payment still waits for its webhook.",
-    "batch.failed": "A micro-batch raised an unexpected error. Its items were not processed.",
+    "batch.failed": "A micro-batch failed. Its items were not processed; maintenance repeats the work.",
     "batch.fallback": "A batch failed, so Celery's default strategy processes its messages one by one.",
     "call_result.record_retry": "A call result could not be recorded, because the database is unavailable. The worker "
     "retries.",

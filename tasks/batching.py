@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from config.log_config import get_logger
+from tasks.unavailability import traceback_of_unexpected
+from worker.errors import error_summary
 
 log = get_logger(__name__)
 Item = TypeVar("Item")
@@ -66,8 +68,13 @@ class MicroBatcher(Generic[Item]):
                 self._started_at = time.monotonic()
                 try:
                     self._process(batch)
-                except Exception:
-                    log.exception("batch.failed", size=len(batch))
+                except Exception as error:
+                    log.error(
+                        "batch.failed",
+                        size=len(batch),
+                        error=error_summary(error),
+                        exc_info=traceback_of_unexpected(error),
+                    )
         except BaseException:  # a normal end has reset the flag in _take_batch_after_interval_or_mark_idle
             with self._lock:
                 self._is_running = False
