@@ -19,9 +19,9 @@ class EventLoopDispatcher(EventDispatcher):
     """
 
     def __init__(self, connection: Any = None, *args: Any, **options: Any) -> None:
-        if connection is not None:  # of this dispatcher only
-            connection.connection.confirm_publish = False  # nothing depends on events
         super().__init__(connection, *args, **options, buffer_limit=math.inf)
+        if connection is not None and self.channel is None:  # of this dispatcher only, not of the pool of producers
+            connection.connection.confirm_publish = False  # nothing depends on events
 
     def _publish(self, *args: Any, **options: Any) -> None:
         """Publish an event. If that fails, buffer it until the worker has connected again.

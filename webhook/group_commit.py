@@ -134,6 +134,8 @@ class GroupCommitter:
             follow_ups = [self._commit(deliveries)]
         except Exception as commit_error:  # noqa: BLE001 - the caller decides which deliveries fail
             error = commit_error
+        except BaseException as panic:  # noqa: BLE001 - of a library in Rust. Without a result the committer is lost
+            error = RuntimeError(f"the commit ended with {type(panic).__name__}")
         with contextlib.suppress(RuntimeError):  # the loop has ended: the process ends
             loop.call_soon_threadsafe(_set_result_unless_done, finished, error)
         self._follow_ups.add_up_to_capacity(*follow_ups)

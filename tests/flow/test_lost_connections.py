@@ -2,13 +2,17 @@
 
 import itertools
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from tests.support.in_process import InProcessSystem, TaskQueue
+from tests.support.databases import Databases
+from tests.support.in_process import START, InProcessSystem, TaskQueue
 from worker import flow
+from worker.ledger import payments
+from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
 A, B = "acct_a", "acct_b"
@@ -154,6 +158,44 @@ def test_updates_of_one_delivery_apply_in_order_of_their_times(
     )
     payready.run_tasks()
     assert payready.state_or_reason("p1") == state
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        AccountMoved(account_id=A, connection_id="conn_2", at=START),
+        ConnectionLost(connection_id="conn_1", detail="consent expired", at=START),
+    ],
+)
+def test_update_does_not_deadlock_over_a_payment_that_is_stored_meanwhile(
+    payready: InProcessSystem, databases: Databases, monkeypatch: pytest.MonkeyPatch, update: ConnectionUpdate
+) -> None:
+    """Another transaction locks the new payment, and then waits for one that the update has locked."""
+    if databases.is_sqlite:
+        pytest.skip("SQLite has one writer at a time")
+    payready.initiate("p2", A, connection_id="conn_1")
+    lock_payments, errors = payments.lock_payments_of_updates, list[Exception]()
+
+    def lock_all() -> None:
+        try:
+            with transaction(payready.engine) as tx:
+                payments.lock_waiting(tx, ["p1", "p2"])
+        except DATABASE_UNAVAILABLE as error:
+            errors.append(error)
+
+    other = threading.Thread(target=lock_all)
+
+    def lock_then_store_and_lock_another(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
+        lock_payments(tx, updates)
+        payready.initiate("p1", A, connection_id="conn_1")
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+
+    monkeypatch.setattr(payments, "lock_payments_of_updates", lock_then_store_and_lock_another)
+    flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update])
+    other.join()
+    assert not errors
 
 
 def test_payment_of_a_connection_lost_during_the_call_shares_its_fee(payready: InProcessSystem) -> None:

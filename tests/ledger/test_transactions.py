@@ -397,6 +397,24 @@ def test_session_that_is_terminated_during_a_pipeline_is_an_unavailable_database
     assert stored(postgresql) == []
 
 
+def test_connection_that_cannot_leave_its_pipeline_is_replaced(
+    postgresql: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot if a session has ended during a pipeline, and libpq has not noticed the end of the connection."""
+
+    def cannot_exit(pipeline: psycopg.Pipeline, *_: object) -> None:
+        pipeline.level -= 1
+        raise psycopg.OperationalError("cannot exit pipeline mode while busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(psycopg.Pipeline, "_exit", cannot_exit)
+        with pytest.raises(DBAPIError, match="division by zero"), transaction(postgresql) as tx:
+            tx.send(_FAIL, {"given": "1"}, read=len).result()
+    with transaction(postgresql) as tx:
+        add(tx, "a")
+    assert stored(postgresql) == ["a"]
+
+
 def test_idle_transaction_that_the_server_ends_is_an_unavailable_database(postgresql: Engine) -> None:
     with pytest.raises(DATABASE_UNAVAILABLE), transaction(postgresql) as tx:
         tx.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20ms'"))

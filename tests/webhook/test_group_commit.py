@@ -10,7 +10,7 @@ import pytest
 from tests.support.simulator import eventually
 from webhook import group_commit as module
 from webhook.events import ParsedDelivery
-from webhook.group_commit import MAX_BATCH_SIZE, GroupCommitter
+from webhook.group_commit import MAX_BATCH_SIZE, MAX_CONCURRENT_COMMITS, GroupCommitter
 
 
 def deliveries(count: int) -> list[ParsedDelivery]:
@@ -169,6 +169,30 @@ def test_error_of_the_availability_check_fails_the_batch() -> None:
                 ParsedDelivery()
             )
         )
+
+
+def test_panic_of_a_library_fails_its_delivery_and_costs_no_committer() -> None:
+    """Libraries in Rust raise panics, which are no `Exception`."""
+
+    class Panic(BaseException):
+        pass
+
+    def commit(batch: Sequence[ParsedDelivery]) -> None:
+        if batch[0].event_count < MAX_CONCURRENT_COMMITS:
+            raise Panic
+
+    async def run() -> list[str]:
+        committer = new_committer(commit)
+        errors = []
+        for delivery in deliveries(MAX_CONCURRENT_COMMITS + 1):
+            try:
+                await committer.commit(delivery)
+            except RuntimeError as error:
+                errors.append(str(error))
+        return errors
+
+    errors = asyncio.run(asyncio.wait_for(run(), 5))
+    assert errors == ["the commit ended with Panic"] * MAX_CONCURRENT_COMMITS
 
 
 def test_commit_does_not_wait_for_follow_ups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def lock_payments_of_updates(tx: Tx, updates: Sequence[ConnectionUpdate]) -> Non
     """Lock the waiting payments of all these connections, profiles and accounts.
 
     They are locked in the order of their ids, as in every transaction. The updates can then be applied one by one, in
-    any order, without a deadlock.
+    any order, without a deadlock: payments that are stored meanwhile are locked only if that needs no wait.
     """
     lost = [update for update in updates if isinstance(update, ConnectionLost)]
     moved = [update for update in updates if isinstance(update, AccountMoved)]
@@ -209,16 +209,20 @@ def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, max_requested_at: datetime) -> list[WaitingPayment]:
-    """Lock the waiting payments of a connection or profile that were requested by this time, and return them."""
+    """Lock the waiting payments of a connection or profile that were requested by this time, and return them.
+
+    Call `lock_payments_of_updates` before.
+    """
     by_connection, by_profile = payment.connection_id == lost.connection_id, payment.profile_id == lost.profile_id
     is_affected = by_profile if lost.connection_id is None else by_connection
-    return _lock_waiting_where(tx, is_affected & (payment.requested_at <= max_requested_at))
+    return _lock_waiting_skip_locked(tx, is_affected & (payment.requested_at <= max_requested_at))
 
 
 def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requested_at: datetime) -> None:
     """Set the new connection of the account's waiting payments that were requested by this time.
 
-    Payments that know of a later move, or that name no connection, stay as they are.
+    Payments that know of a later move, or that name no connection, stay as they are. Call `lock_payments_of_updates`
+    before.
     """
     is_newer = payment.connection_as_of.is_(None) | (payment.connection_as_of < moved.at)
     is_affected = (
@@ -226,13 +230,13 @@ def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requeste
         & payment.connection_id.is_not(None)
         & (payment.requested_at <= max_requested_at)
     )
-    ids = [waiting.payment_id for waiting in _lock_waiting_where(tx, is_affected & is_newer)]
+    ids = [waiting.payment_id for waiting in _lock_waiting_skip_locked(tx, is_affected & is_newer)]
     values = {"connection_id": moved.connection_id, "connection_as_of": moved.at}
     tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(**values))
 
 
-def _lock_waiting_where(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingPayment]:
-    return _waiting_payments(tx.execute(_LOCK_WAITING.where(condition)))
+def _lock_waiting_skip_locked(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingPayment]:
+    return _waiting_payments(tx.execute(_LOCK_WAITING.where(condition).with_for_update(skip_locked=True)))
 
 
 def lock_due(tx: Tx, now: datetime, limit: int) -> Reply[list[WaitingPayment]]:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import psycopg
 from psycopg.errors import UndefinedColumn, UndefinedTable
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 from sqlalchemy import Connection, CursorResult, Dialect, Executable, Row, ScalarResult
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
@@ -210,6 +210,8 @@ class Tx:
         except psycopg.Error as error:
             with suppress(psycopg.Error):  # responses to the statements after the one that failed
                 self._leave_pipeline()
+            if driver.info.pipeline_status != PipelineStatus.OFF:  # the session has ended, but not yet its socket
+                driver.close()  # otherwise a ROLLBACK would fail, and its error would hide this one
             raise_if_not_migrated(error)
             is_lost = dialect.is_disconnect(cast(Any, error), driver, None)  # SQLAlchemy types an error of any driver
             if is_lost:
