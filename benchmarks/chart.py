@@ -8,6 +8,7 @@ from pathlib import Path
 
 ENGINE_NAMES = {
     "payready": "payready",
+    "payready_before": "payready, before 0013",
     "restate": "Restate",
     "celery_block": "Celery, a task that blocks",
     "celery_poll": "Celery, a task that polls",
