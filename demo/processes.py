@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -237,7 +238,8 @@ class Processes:
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, number)
+        with suppress(ProcessLookupError):  # another signal ended it before it had a group of its own
+            os.killpg(process.pid, number)
 
 
 def responds(url: str) -> bool:
