@@ -13,12 +13,10 @@ from config.log_config import get_logger, log_context
 from tasks.batch_processing import MessageFinisher, PoolCapacity
 from tasks.batching import MicroBatcher
 from tasks.celery_handover import CeleryHandover
-from tasks.dispatch import dispatch
+from tasks.dispatch import dispatch, leave_failures_to_sweep
 from tasks.message_source import MessageSource
 from tasks.task_messages import TaskMessage
-from tasks.unavailability import traceback_of_unexpected
 from worker import flow
-from worker.errors import error_summary
 from worker.flow import CallResult, Claim, FailedCall, RefreshCall
 from worker.runtime import runtime
 
@@ -83,16 +81,8 @@ class CallBatchProcessor:
         for claim in claims.claims:
             call = RefreshCall(account_id=claim.refresh.account_id, refresh_id=claim.refresh.refresh_id)
             self._start_call_or_record_skipped(claim, by_call.pop(call))
-        try:
+        with leave_failures_to_sweep(len(by_call)):
             dispatch(claims.follow_up)
-        except Exception as error:  # the claims are committed, so the sweep repeats whatever failed
-            log.error(
-                "follow_up.dispatch_failed",
-                count=len(by_call),
-                recovery="sweep",
-                error=error_summary(error),
-                exc_info=traceback_of_unexpected(error),
-            )
         self._finish_as_succeeded(list(by_call.values()))
         return contended
 

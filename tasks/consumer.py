@@ -151,7 +151,7 @@ class QueueConsumer:
         return not self._processors or any(processor.uses_pool for processor in self._processors.values())
 
     def _keep_handed_over(self) -> None:
-        """Keep messages that Celery holds until their ETA, or until their store is available."""
+        """Keep messages that Celery has until their ETA, or until their store is available."""
         self._kept_at = time.monotonic()
         for are_retried in (False, True):
             if tags := self._handover.kept_tags(self.queue, are_retried=are_retried):
@@ -193,7 +193,7 @@ class QueueConsumer:
     def _read(self, fetched: FetchedMessage) -> TaskMessage:
         if fetched.deliveries > MAX_DELIVERIES:  # without reading its body: the workers may have died of that
             headers = read_known_headers(fetched.text)
-            if not headers.is_waiting_for_eta(datetime.now(UTC)):  # such a message was only held
+            if not headers.is_waiting_for_eta(datetime.now(UTC)):  # such a message only waited
                 detail = f"{MAX_DELIVERIES} workers in a row died while they worked on the message"
                 raise UnusableMessage(
                     DeadLetterReason.WORKER_DIED, detail, task_id=headers.task_id, task_name=headers.task_name
@@ -251,7 +251,7 @@ class QueueConsumer:
                 return True
 
     def _keep_all(self) -> None:
-        """Keep all messages of the last batch, also those whose turn has not come, and those that Celery holds."""
+        """Keep all messages of the last batch, also those whose turn has not come, and those that Celery has."""
         try:
             self._source.keep(self._fetched_tags, are_retried=True)
             self._keep_handed_over()

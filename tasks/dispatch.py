@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
 
 from kombu.exceptions import SerializationError
@@ -42,6 +42,24 @@ def dispatch(follow_up: FollowUp) -> None:
     send_messages(app, list(_messages_except_deliveries(follow_up)))
     if follow_up.deliveries:
         deliver_and_mark_within_time_budget(follow_up.deliveries)
+
+
+@contextmanager
+def leave_failures_to_sweep(count: int) -> Iterator[None]:
+    """Log an error of the block, which dispatches what follows from the commit of `count` messages.
+
+    The commit has stored the same work as due, so the sweep repeats whatever failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.error(
+            "follow_up.dispatch_failed",
+            count=count,
+            recovery="sweep",
+            error=error_summary(error),
+            exc_info=traceback_of_unexpected(error),
+        )
 
 
 def dispatch_leaving_callbacks_to_workers(follow_up: FollowUp) -> None:

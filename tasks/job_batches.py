@@ -9,13 +9,12 @@ from config.log_config import get_logger
 from tasks import suspension
 from tasks.batch_processing import MessageFinisher
 from tasks.celery_handover import CeleryHandover
-from tasks.dispatch import dispatch
+from tasks.dispatch import dispatch, leave_failures_to_sweep
 from tasks.message_source import MessageSource
 from tasks.payment_tasks import make_waiting_result_writer, parse_request
 from tasks.task_messages import TaskMessage
-from tasks.unavailability import traceback_of_unexpected
 from worker import flow
-from worker.errors import InvalidJob, error_summary
+from worker.errors import InvalidJob
 from worker.flow import FollowUp, IntakeRequest, IntakeResult, RefusedJob
 from worker.runtime import runtime
 
@@ -67,16 +66,8 @@ class JobBatchProcessor:
         merged = FollowUp()
         for follow_up in follow_ups:
             merged = merged.plus(follow_up)
-        try:
+        with leave_failures_to_sweep(len(started)):
             dispatch(merged)
             revoked_ids = [message.task_id for message in started if message.task_id in revoked]
             if revoked_ids:  # revoked during the intake, when there was no payment to cancel yet
                 dispatch(flow.cancel_by_task(runtime(), revoked_ids))
-        except Exception as error:  # the payments are committed, so the sweep repeats whatever failed
-            log.error(
-                "follow_up.dispatch_failed",
-                count=len(started),
-                recovery="sweep",
-                error=error_summary(error),
-                exc_info=traceback_of_unexpected(error),
-            )

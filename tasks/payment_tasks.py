@@ -10,8 +10,8 @@ from celery.worker.state import revoked
 from config.log_config import get_logger
 from tasks import suspension
 from tasks.app import app
-from tasks.dispatch import deliver_and_mark_within_time_budget, dispatch
-from tasks.unavailability import STORE_UNAVAILABLE, report_retry, traceback_of_unexpected
+from tasks.dispatch import deliver_and_mark_within_time_budget, dispatch, leave_failures_to_sweep
+from tasks.unavailability import STORE_UNAVAILABLE, report_retry
 from worker import flow
 from worker.correlation.redis_client import RedisCommand
 from worker.errors import InvalidJob, PaymentNotReady, error_summary
@@ -45,17 +45,10 @@ def accept_payment_and_suspend_task(
     except STORE_UNAVAILABLE as error:
         report_retry(self.name, self.request.id, error, is_first=not self.request.delivery_info["redelivered"])
         raise Reject(error_summary(error), requeue=True) from None  # Celery would log a traceback at each retry
-    try:
+    with leave_failures_to_sweep(1):
         dispatch(result.follow_up)
         if self.request.id in revoked:  # revoked during the intake, when there was no payment to cancel yet
             dispatch(flow.cancel_by_task(runtime(), [self.request.id]))
-    except Exception as error:  # the payment is committed, so the sweep repeats whatever failed
-        log.error(
-            "follow_up.dispatch_failed",
-            recovery="sweep",
-            error=error_summary(error),
-            exc_info=traceback_of_unexpected(error),
-        )
     raise Ignore
 
 

@@ -167,7 +167,7 @@ class RabbitMQSource:
 
     def _count_delivery(self, message: FetchedMessage) -> FetchedMessage:
         if read_known_headers(message.text).is_waiting_for_eta(datetime.now(UTC)):
-            return message  # a worker only holds it
+            return message  # it only waits in a worker
         key = self._counter_keys[message.tag] = self._counter.key(message.text)
         return replace(message, deliveries=self._counter.count(key))
 

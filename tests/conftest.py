@@ -46,7 +46,7 @@ LONGEST_FILES = (
     "test_outages",
     "test_load",
     "test_crash_at_every_step",
-    "test_held_jobs",
+    "test_eta_jobs",
     "test_primitives",
     "test_graceful_stop",
     "system/",

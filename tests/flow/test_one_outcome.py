@@ -15,7 +15,7 @@ A = "acct_one"
 def test_balance_releases_a_waiting_payment(payready: InProcessSystem) -> None:
     """The test covers the job, one call, the balance and the outcome."""
     intake_result = payready.initiate("p1", A, amount="25.00", metadata={"order": 7})
-    assert intake_result.waiting is not None
+    assert intake_result.refresh_id is not None
     payready.run_tasks()
     assert payready.provider.calls == [A]
     assert payready.state_or_reason("p1") == "waiting"
@@ -98,7 +98,7 @@ def test_duplicate_job_after_the_resolution_gets_the_same_outcome(payready: InPr
     payready.balance(A)
     payready.run_tasks()
     intake_result = payready.initiate("p1", A, task_id="t2", amount="250.00")
-    assert intake_result.waiting is None
+    assert len(intake_result.follow_up.deliveries) == 1
     payready.run_tasks()
     assert payready.delivered["t2"] == payready.delivered["t1"]
     assert payready.delivered["t2"][0][1]["reason"] == "insufficient_funds"

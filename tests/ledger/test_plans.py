@@ -329,7 +329,7 @@ def _plans(
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with explained as tx:
         return [
-            "\n".join(str(row[-1]) for row in tx.connection.exec_driver_sql(explain + sql, given))
+            "\n".join(str(row[-1]) for row in tx.connection_after_queue().exec_driver_sql(explain + sql, given))
             for sql, given in statements
             if sql.startswith(kind)
         ]

@@ -4,7 +4,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timedelta, timezone
 from enum import StrEnum
 from typing import Any
@@ -28,7 +28,7 @@ from sqlalchemy.exc import (
 from tests.support.concurrency import run_concurrently
 from tests.support.databases import Databases
 from tests.support.in_process import START
-from tests.support.round_trips import CountingProxy, counting_proxy
+from tests.support.round_trips import CountingProxy
 from tests.support.statements import collected_statements
 from worker.ledger.bulk import any_of
 from worker.ledger.column_types import ExactDecimal, Json, UtcTime
@@ -197,7 +197,7 @@ def test_prepared_statements_of_many_transactions(engine: Engine) -> None:
 def counted(postgresql: Engine) -> Iterator[tuple[Engine, CountingProxy]]:
     """Open the database through a proxy that counts round trips."""
     url = postgresql.url.render_as_string(hide_password=False)
-    with counting_proxy(postgresql.url.port or 0) as proxy:
+    with closing(CountingProxy(postgresql.url.port or 0)) as proxy:
         engine = open_engine(proxy.through(url.replace("postgresql+psycopg", "postgresql")), connections=1)
         with transaction(engine) as tx:
             tx.scalar(_ONE)

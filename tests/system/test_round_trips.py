@@ -12,14 +12,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pytest
 
 from tasks import redis_source
-from tests.support.round_trips import CountingProxy, RoundTrip, counting_proxy
+from tests.support.round_trips import CountingProxy, RoundTrip
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 
@@ -29,7 +29,7 @@ ROLES = ("web", "worker", "refresh")
 SQL_BUDGET, REDIS_BUDGET = 10, 8
 """Round trips for a plain payment that comes alone, from its job to the mark of its delivered outcome."""
 BATCH_SIZE = 50
-SQL_BUDGET_IN_BATCH, REDIS_BUDGET_IN_BATCH = 3, 1
+SQL_BUDGET_IN_BATCH, REDIS_BUDGET_IN_BATCH = 2, 1
 """Round trips for each payment of a batch."""
 TIMES_ALONE = 5
 _FETCH_DIGEST = hashlib.sha1(redis_source._FETCH.encode(), usedforsecurity=False).hexdigest().encode()
@@ -165,7 +165,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres)
         pairs = []
         for role in ROLES:
             sql, redis = (
-                stack.enter_context(counting_proxy(urlsplit(url).port or 0))
+                stack.enter_context(closing(CountingProxy(urlsplit(url).port or 0)))
                 for url in (database_url, payready.redis_url)
             )
             pairs += [Counted(role, "sql", sql), Counted(role, "redis", redis)]

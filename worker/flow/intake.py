@@ -44,12 +44,9 @@ __all__ = [
 class IntakeResult:
     """Result of accepting a job."""
 
-    task_id: str
     follow_up: FollowUp
-    waiting: WaitingPayment | None = None
-    """The payment, or None if it was resolved before."""
     refresh_id: str | None = None
-    """The refresh that serves the payment. None if a stored balance does."""
+    """The refresh that serves the payment. None if a stored balance does, or if the payment was resolved before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +176,10 @@ def _join(
     """Join the waiting payments to balances or refreshes. Return the results of all requests."""
     joined = iter(_join_waiting(rt, requests, decisions, on_waiting))
     return [
-        _waiting_result_with_apply_or_call(request, decision.payment, next(joined))
+        _waiting_result_with_apply_or_call(decision.payment, next(joined))
         if isinstance(decision, New | StillWaiting)
-        else _resolved_or_refused_result(request, decision)
-        for request, decision in zip(requests, decisions, strict=True)
+        else _resolved_or_refused_result(decision)
+        for decision in decisions
     ]
 
 
@@ -201,19 +198,17 @@ def _join_waiting(
     )
 
 
-def _waiting_result_with_apply_or_call(
-    request: IntakeRequest, payment: WaitingPayment, joined: JoinResult
-) -> IntakeResult:
+def _waiting_result_with_apply_or_call(payment: WaitingPayment, joined: JoinResult) -> IntakeResult:
     """Return the result of a waiting payment: apply the balance it joined, or call the refresh if it leads it."""
     if joined.kind == "balance":
         follow_up = FollowUp(balances_to_apply=[joined.id])
-        return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment)
+        return IntakeResult(follow_up=follow_up)
     call = RefreshCall(account_id=payment.account_id, refresh_id=joined.id)
     follow_up = FollowUp(calls=[call] if joined.kind == "leader" else [])
-    return IntakeResult(task_id=request.task_id, follow_up=follow_up, waiting=payment, refresh_id=joined.id)
+    return IntakeResult(follow_up=follow_up, refresh_id=joined.id)
 
 
-def _resolved_or_refused_result(request: IntakeRequest, decision: Decision) -> IntakeResult | RefusedJob:
+def _resolved_or_refused_result(decision: Decision) -> IntakeResult | RefusedJob:
     if isinstance(decision, Conflict):
         fields = ", ".join(decision.fields)
         detail = f"payment_id was already used for a different job; these fields differ: {fields}"
@@ -222,7 +217,7 @@ def _resolved_or_refused_result(request: IntakeRequest, decision: Decision) -> I
         detail = f'the task id was already used for the payment "{decision.payment_id}"'
         return RefusedJob(error=InvalidJob(f"{detail}; send each payment in a task of its own"))
     deliveries = [decision.delivery] if isinstance(decision, AlreadyResolved) else []
-    return IntakeResult(task_id=request.task_id, follow_up=FollowUp(deliveries=deliveries))
+    return IntakeResult(follow_up=FollowUp(deliveries=deliveries))
 
 
 def join_request(rt: Runtime, payment: WaitingPayment) -> JoinRequest:

@@ -19,7 +19,7 @@ def required_revision() -> str | None:
 
 def current_revision(tx: Tx) -> str | None:
     """Return the revision of this database; None if it was never migrated."""
-    return MigrationContext.configure(tx.connection).get_current_revision()
+    return MigrationContext.configure(tx.connection_after_queue()).get_current_revision()
 
 
 def server_time(tx: Tx) -> datetime | None:

@@ -81,9 +81,8 @@ class Tx:
             yield tx
             tx._send_queue_and_leave_pipeline(with_commit=True)
 
-    @property
-    def connection(self) -> Connection:
-        """The connection, for tools that need one. The statements given before are sent."""
+    def connection_after_queue(self) -> Connection:
+        """Send the statements given before, and return the connection for statements of other tools."""
         if self.dialect.name == "postgresql":
             self._send_queue_and_leave_pipeline()
             with self._errors_of_sqlalchemy():
@@ -118,7 +117,7 @@ class Tx:
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[*tuple[Any, ...]]:
         """Execute a statement at once, in a round trip of its own."""
-        return self.connection.execute(statement, parameters)
+        return self.connection_after_queue().execute(statement, parameters)
 
     def scalars(self, statement: Executable, parameters: Any = None) -> ScalarResult[Any]:
         """Execute a statement at once, and return the values of its first column."""

@@ -1,4 +1,4 @@
-"""Jobs that Celery holds or drops: with an ETA, expired or revoked. And queues that remote control pauses."""
+"""Jobs that Celery keeps or drops: with an ETA, expired or revoked. And queues that remote control pauses."""
 
 import itertools
 import signal
@@ -46,16 +46,16 @@ def initiate(payready: System, **options: Any) -> tuple[str, "AsyncResult[Any]"]
     return payment_id, payready.initiate(payment_id, f"acct_prompt{number:06d}", timeout_s=60, options=options)
 
 
-def initiate_held(payready: System, countdown_s: float) -> tuple[str, "AsyncResult[Any]", datetime]:
-    """Enqueue a job, and wait until a worker holds it until its ETA."""
+def initiate_with_eta(payready: System, countdown_s: float) -> tuple[str, "AsyncResult[Any]", datetime]:
+    """Enqueue a job, and wait until a worker keeps it until its ETA."""
     eta = datetime.now(UTC) + timedelta(seconds=countdown_s)
     payment_id, job = initiate(payready, eta=eta)
-    wait_until(lambda: is_held(payready, job.id), 10, "a worker holds the job")
+    wait_until(lambda: is_scheduled(payready, job.id), 10, "a worker keeps the job")
     return payment_id, job, eta
 
 
-def is_held(payready: System, task_id: str) -> bool:
-    """Return whether a worker holds a job until its ETA, as `celery inspect scheduled` prints it."""
+def is_scheduled(payready: System, task_id: str) -> bool:
+    """Return whether a worker keeps a job until its ETA, as `celery inspect scheduled` prints it."""
     scheduled = payready.service.control.inspect(timeout=1).scheduled() or {}
     return any(entry["request"]["id"] == task_id for entries in scheduled.values() for entry in entries)
 
@@ -131,23 +131,23 @@ def second_worker(payready: System) -> Iterator[None]:
         payready.kill("second", signal_number=signal.SIGTERM)
 
 
-def test_held_job_survives_lost_connections_and_no_second_worker_gets_it(payready: System, redis: Redis) -> None:
+def test_eta_job_survives_lost_connections_and_no_second_worker_gets_it(payready: System, redis: Redis) -> None:
     """The countdown is longer than the visibility timeout."""
     with second_worker(payready):
-        payment_id, job, eta = initiate_held(payready, 2 * VISIBILITY_TIMEOUT_S + 2)
+        payment_id, job, eta = initiate_with_eta(payready, 2 * VISIBILITY_TIMEOUT_S + 2)
         disconnect_worker(payready, redis)
         fetched = datetime.now(UTC)
         age = timedelta(seconds=VISIBILITY_TIMEOUT_S + 2)
         wait_until(lambda: datetime.now(UTC) - fetched > age, 20, "the visibility timeout is over")
         assert deliveries(redis) == [1]
-        assert is_held(payready, job.id)
+        assert is_scheduled(payready, job.id)
         assert payready.metric("beat", OLDEST_S) == 0, "a job that waits for its ETA is not late"
         assert_runs_once_at(payready, payment_id, job, eta)
 
 
-def test_held_job_is_kept_while_the_database_is_away(payready: System, redis: Redis, postgres_server: Postgres) -> None:
-    """The worker that holds it retries another job. A second worker waits for jobs."""
-    payment_id, job, eta = initiate_held(payready, 2 * VISIBILITY_TIMEOUT_S + 8)
+def test_eta_job_is_kept_while_the_database_is_away(payready: System, redis: Redis, postgres_server: Postgres) -> None:
+    """The worker that keeps it retries another job. A second worker waits for jobs."""
+    payment_id, job, eta = initiate_with_eta(payready, 2 * VISIBILITY_TIMEOUT_S + 8)
     with postgres_server.while_stopped():
         _, other = initiate(payready)
         wait_until(lambda: len(deliveries(redis)) == 2, 10, "the worker retries a job")
@@ -159,20 +159,20 @@ def test_held_job_is_kept_while_the_database_is_away(payready: System, redis: Re
     assert_runs_once_at(payready, payment_id, job, eta)
 
 
-def test_held_job_survives_a_killed_worker(payready: System) -> None:
-    payment_id, job, eta = initiate_held(payready, 2 * VISIBILITY_TIMEOUT_S + 4)
+def test_eta_job_survives_a_killed_worker(payready: System) -> None:
+    payment_id, job, eta = initiate_with_eta(payready, 2 * VISIBILITY_TIMEOUT_S + 4)
     payready.kill("worker")
     payready.start("worker")
     assert_runs_once_at(payready, payment_id, job, eta)
 
 
-def test_held_job_is_in_its_queue_after_a_graceful_stop(payready: System) -> None:
+def test_eta_job_is_in_its_queue_after_a_graceful_stop(payready: System) -> None:
     """At once, not only after the visibility timeout."""
-    payment_id, job, eta = initiate_held(payready, 2 * VISIBILITY_TIMEOUT_S)
+    payment_id, job, eta = initiate_with_eta(payready, 2 * VISIBILITY_TIMEOUT_S)
     payready.kill("worker", signal_number=signal.SIGTERM)
     assert waiting_in_queue(payready) == 1
     payready.start("worker")
-    wait_until(lambda: is_held(payready, job.id), 5, "the new worker holds the job")
+    wait_until(lambda: is_scheduled(payready, job.id), 5, "the new worker keeps the job")
     assert_runs_once_at(payready, payment_id, job, eta)
 
 
@@ -204,12 +204,12 @@ def test_job_that_celery_has_is_retried_with_one_line(payready: System, postgres
 
 
 def test_job_that_expired_or_was_revoked_starts_no_payment(payready: System) -> None:
-    """Revoked before its arrival, or while a worker holds it."""
+    """Revoked before its arrival, or while a worker keeps it."""
     expired = initiate(payready, expires=datetime.now(UTC) - timedelta(seconds=1))
-    _, held, _ = initiate_held(payready, 3)
-    payready.service.control.revoke(["revoked-before", held.id], reply=True, timeout=2)
+    _, scheduled, _ = initiate_with_eta(payready, 3)
+    payready.service.control.revoke(["revoked-before", scheduled.id], reply=True, timeout=2)
     revoked = initiate(payready, task_id="revoked-before")
-    for _, job in (expired, revoked, ("", held)):
+    for _, job in (expired, revoked, ("", scheduled)):
         with pytest.raises(TaskRevokedError):
             job.get(timeout=15)
     accepted = initiate(payready, expires=600)
