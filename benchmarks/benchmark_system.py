@@ -58,7 +58,9 @@ class BenchmarkSystem:
         """Return the ids of new accounts."""
         return [f"acct_{scenario}{next(_numbers):07d}" for _ in range(count)]
 
-    def enqueue(self, accounts: list[str], *, per_second: float | None = None, timeout_s: int = 120) -> list[str]:
+    def enqueue(
+        self, accounts: list[str], *, per_second: float | None = None, timeout_s: int = 120, amount: str = "25.00"
+    ) -> list[str]:
         """Enqueue a payment on each account, in one burst unless a rate is given. Return the payment ids."""
         ids = [f"pay_{next(_numbers):07d}" for _ in accounts]
         start = time.monotonic()
@@ -66,7 +68,7 @@ class BenchmarkSystem:
             for number, (payment_id, account_id) in enumerate(zip(ids, accounts, strict=True)):
                 if per_second:
                     time.sleep(max(0.0, start + number / per_second - time.monotonic()))
-                job = {"payment_id": payment_id, "account_id": account_id, "amount": "25.00", "timeout_s": timeout_s}
+                job = {"payment_id": payment_id, "account_id": account_id, "amount": amount, "timeout_s": timeout_s}
                 self.app.send_task("payments.initiate", kwargs=job, queue="payments", producer=producer)
         return ids
 

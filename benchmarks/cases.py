@@ -52,9 +52,12 @@ def paced(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements
 
 
 def hot_accounts(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
-    """Measure a burst on ten accounts, whose payments share one call and its fee per account."""
+    """Measure a burst on ten accounts, whose payments share one call and its fee per account.
+
+    Its amounts are small, because the funds of an account must suffice for all of its payments.
+    """
     accounts = benchmark.accounts(10)
-    ids, measurements = _run_to_end(benchmark, [accounts[number % 10] for number in range(sizes.hot)])
+    ids, measurements = _run_to_end(benchmark, [accounts[number % 10] for number in range(sizes.hot)], amount="1.00")
     calls = sum(len(benchmark.system.simulator.calls(account)) for account in accounts)
     return {"payments_per_s": round(len(ids) / benchmark.duration_s(ids), 1), "calls": calls, **measurements}
 

@@ -80,11 +80,17 @@ def _log_flower_start(**_: Any) -> None:
 
 @import_modules.connect
 def _include_only_needed_modules(**_: Any) -> None:
-    """Save memory in `beat`, which sends tasks by name, and in Flower, which learns of them by events."""
+    """Save memory in `beat`, which sends tasks by name, and in Flower, which learns of them by events.
+
+    `beat` needs the ledger only to export its metrics.
+    """
     app.conf.include = _NEEDED_MODULES.get(_command_name(), app.conf.include)
 
 
-_NEEDED_MODULES: Mapping[str | None, Sequence[str]] = {"beat": ["tasks.monitoring"], "flower": []}
+_NEEDED_MODULES: Mapping[str | None, Sequence[str]] = {
+    "beat": ["tasks.monitoring"] if settings().metrics_port else [],
+    "flower": [],
+}
 
 
 def _command_name() -> str | None:
