@@ -1,7 +1,7 @@
 """A Celery client for the command line. It sends tasks by name, as a payments service does."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +137,7 @@ class WorkerInfo:
 
 
 def responding_workers(settings: Settings) -> list[WorkerInfo]:
-    """Return the workers of all apps on the broker that respond within 1 s.
+    """Return the workers that respond within 1 s, of all apps on the broker that share this deployment's instance.
 
     Raises:
         CeleryUnavailable: there is no broker.
@@ -151,12 +151,13 @@ def responding_workers(settings: Settings) -> list[WorkerInfo]:
 
 def responding_payready_workers(settings: Settings) -> list[WorkerInfo]:
     """Return payready's workers among `responding_workers`."""
-    return [worker for worker in responding_workers(settings) if is_payready_worker(worker.name, worker.queues)]
+    own_queues = {f"{settings.name_prefix}{queue}" for queue in QUEUES}
+    return [worker for worker in responding_workers(settings) if is_payready_worker(worker, own_queues)]
 
 
-def is_payready_worker(name: str, queues: frozenset[str]) -> bool:
-    """Return whether a worker has the name of a role of payready and consumes a queue of payready."""
-    return name.partition("@")[0] in WORKER_ROLES and not queues.isdisjoint(QUEUES)
+def is_payready_worker(worker: WorkerInfo, own_queues: Collection[str]) -> bool:
+    """Return whether a worker has the name of a role of payready and consumes a queue of this deployment."""
+    return worker.name.partition("@")[0] in WORKER_ROLES and not worker.queues.isdisjoint(own_queues)
 
 
 def wait_and_count_ticks(settings: Settings, workers: Sequence[WorkerInfo]) -> int:
@@ -184,7 +185,7 @@ def queue_lengths(settings: Settings) -> dict[str, int]:
         CeleryUnavailable: there is no broker.
     """
     with connected_celery_app(settings) as app, report_unavailable():
-        return lengths_by_queue(app)
+        return lengths_by_queue(app, name_prefix=settings.name_prefix)
 
 
 def search_idle_lists(settings: Settings) -> ListSearch:
@@ -195,9 +196,12 @@ def search_idle_lists(settings: Settings) -> ListSearch:
     """
     prefix = settings.broker_key_prefix
     steps, separator = settings.broker_priority_steps, settings.broker_priority_separator
-    known = {key for queue in QUEUES for key in priority_lists(queue, steps, separator, prefix)}
-    for worker in responding_workers(settings):
-        known.update(lists_read(worker, prefix))
+    queues = [f"{settings.name_prefix}{queue}" for queue in QUEUES]
+    known = {key for queue in queues for key in priority_lists(queue, steps, separator, prefix)}
+    without_instance = settings.model_copy(update={"instance": None})
+    for each in [settings, without_instance] if settings.instance else [settings]:
+        for worker in responding_workers(each):  # of payments services, which have Celery's default exchange
+            known.update(lists_read(worker, prefix))
     unprefixed = settings.model_copy(update={"broker_key_prefix": ""})
     with connected_celery_app(unprefixed) as app, report_unavailable():
         return search_idle_lists_of_app(app, known)

@@ -101,16 +101,18 @@ def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
 
 def _check_queues_and_beat(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
     """Yield an error for each queue without a worker, the result on `beat`, and a warning for each long queue."""
+    prefix = context.settings.name_prefix
     consumed = frozenset[str]().union(*(worker.queues for worker in workers))
     for queue in QUEUES:
-        if queue not in consumed:
-            yield error("workers", f"no worker consumes the queue {queue}", f"start the role `{_role_of_queue(queue)}`")
-    if "maintenance" in consumed:
+        if f"{prefix}{queue}" not in consumed:
+            message = f"no worker consumes the queue {prefix}{queue}"
+            yield error("workers", message, f"start the role `{_role_of_queue(queue)}`")
+    if f"{prefix}maintenance" in consumed:
         yield _check_beat(context, workers)
     for queue, length in celery_client.queue_lengths(context.settings).items():
         if length > LONG_QUEUE:
             waiting = f"{count_text(length, 'message')} in the queue {queue}"
-            yield warning("queues", waiting, f"add replicas of `{_role_of_queue(queue)}`")
+            yield warning("queues", waiting, f"add replicas of `{_role_of_queue(queue.removeprefix(prefix))}`")
 
 
 def _role_of_queue(queue: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 from cli import celery_client
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
@@ -17,8 +17,23 @@ CHECK = "unread lists"
 MAX_RESULTS = 20
 MAX_SHOWN_CHARACTERS = 80
 """Maximum characters of a list's name that are shown: other apps choose the names."""
-_LIST = re.compile(rf"(?P<prefix>.*?)(?P<queue>{'|'.join(QUEUES)})((?P<separator>\D+)(?P<step>\d))?", re.DOTALL)
+_LIST = re.compile(
+    r"(?P<prefix>.*?)(?P<instance>([a-z0-9-]{1,32}\.)?)"
+    rf"(?P<queue>{'|'.join(QUEUES)})((?P<separator>\D+)(?P<step>\d))?",
+    re.DOTALL,
+)
 _GUIDE = "see docs/howto/integrate-a-payments-service.md#agree-on-broker-options"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ListName:
+    """The parts of the name of a list that has the name of a queue of payready."""
+
+    prefix: str
+    instance_prefix: str
+    queue: str
+    separator: str | None
+    step: str | None
 
 
 def check_unread_lists(context: CheckContext) -> Iterator[CheckResult]:
@@ -50,7 +65,10 @@ def _results_of_list(context: CheckContext, idle: IdleList) -> Iterator[CheckRes
     content = f"{count_text(idle.length, 'message')} in the list {_shown(idle.key)}"
     if ours:
         message = f"{content}, which no worker of payready reads: {', '.join(sorted(ours))}"
-        yield error(CHECK, message, fix_of_misplaced_jobs(context.settings, idle.key))
+        name = _parse_list_name(context.settings, idle.key)
+        is_own = name is None or name.instance_prefix == context.settings.name_prefix
+        # The workers of another instance do not respond to this one.
+        yield (error if is_own else warning)(CHECK, message, fix_of_misplaced_jobs(context.settings, idle.key))
     elif _sent_by_payready(context, idle):
         yield warning(
             CHECK,
@@ -71,19 +89,44 @@ def _sent_by_payready(context: CheckContext, idle: IdleList) -> bool:
 
 def fix_of_misplaced_jobs(settings: Settings, key: str) -> str:
     """Return which setting, or which option of the sender, makes payready read the jobs of a list."""
-    name = _LIST.fullmatch(key)
+    name = _parse_list_name(settings, key)
     if name is None:
-        return 'the sender named another queue: send the jobs with queue="payments", and move these with LMOVE'
+        queue = f"{settings.name_prefix}payments"
+        return f'the sender named another queue: send the jobs with queue="{queue}", and move these with LMOVE'
     differences = [
-        _difference("global_keyprefix", name["prefix"], "BROKER_KEY_PREFIX", settings.broker_key_prefix),
-        _difference("sep", name["separator"], "BROKER_PRIORITY_SEPARATOR", settings.broker_priority_separator),
-        _step_difference(name["step"], settings),
+        _queue_difference(name, settings),
+        _difference("global_keyprefix", name.prefix, "BROKER_KEY_PREFIX", settings.broker_key_prefix),
+        _difference("sep", name.separator, "BROKER_PRIORITY_SEPARATOR", settings.broker_priority_separator),
+        _step_difference(name.step, settings),
     ]
     named = " and ".join(difference for difference in differences if difference)
     return f"probably the sender has {named}: use the same on both sides, unless another payready reads it; {_GUIDE}"
 
 
-def _difference(option: str, theirs: Any, setting: str, ours: str) -> str | None:
+def _parse_list_name(settings: Settings, key: str) -> _ListName | None:
+    """Return the parts of a list's name, or None if it has the name of no queue of payready."""
+    known_prefix = settings.broker_key_prefix if key.startswith(settings.broker_key_prefix) else ""
+    name = _LIST.fullmatch(key.removeprefix(known_prefix))
+    if name is None:
+        return None
+    return _ListName(
+        prefix=f"{known_prefix}{name['prefix']}",
+        instance_prefix=name["instance"],
+        queue=name["queue"],
+        separator=name["separator"],
+        step=name["step"],
+    )
+
+
+def _queue_difference(name: _ListName, settings: Settings) -> str | None:
+    if name.instance_prefix == settings.name_prefix:
+        return None
+    ours = f"{settings.name_prefix}{name.queue}"
+    setting = f"PAYREADY_INSTANCE is {settings.instance}" if settings.instance else "PAYREADY_INSTANCE is not set"
+    return f'queue="{name.instance_prefix}{name.queue}", and {setting}, so that the queue is "{ours}"'
+
+
+def _difference(option: str, theirs: str | None, setting: str, ours: str) -> str | None:
     if theirs is None or theirs == ours:
         return None
     return f"{option}={_shown(theirs)!r}, and PAYREADY_{setting} is {_shown(ours)!r}".replace("\\\\", "\\")

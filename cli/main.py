@@ -202,6 +202,7 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
             clock_skew=settings().clock_skew,
             default_hold_s=settings().funds_hold_s,
             callback_queue=settings().effective_callback_queue,
+            name_prefix=settings().name_prefix,
         )
     )
     if timeline is None:

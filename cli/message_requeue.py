@@ -81,14 +81,18 @@ class MessageSender:
     _app: Celery
     _connection: Any
     _channel: Any
+    _name_prefix: str
 
     def send(self, queue: str, message: bytes) -> None:
-        """Send a stored message to a queue of payready. On Redis it is sent byte for byte, whatever its form.
+        """Send a stored message to a queue of payready, named without the instance.
+
+        On Redis it is sent byte for byte, whatever its form.
 
         Raises:
             NotRequeueable: RabbitMQ cannot carry the message.
             CeleryUnavailable: the broker did not accept it.
         """
+        queue = f"{self._name_prefix}{queue}"
         if isinstance(self._channel, RedisChannel):
             with self._report_not_accepted(), self._channel.conn_or_acquire() as client:
                 client.lpush(queue, message)
@@ -133,4 +137,4 @@ def open_message_sender(settings: Settings) -> Iterator[MessageSender]:
     with connected_celery_app(settings) as app, app.connection_for_write() as connection:
         with report_unavailable():
             channel = connection.channel()
-        yield MessageSender(app, connection, channel)
+        yield MessageSender(app, connection, channel, settings.name_prefix)

@@ -139,7 +139,9 @@ def tasks_page() -> str:
         "Only `payments.initiate`, `payments.cancel` and `payments.end_hold` are contracts with the payments service: "
         "[job and outcome](job-and-outcome.md).\n"
         "All other tasks are internal.\n\n"
-        f"## Tasks\n\n{tasks}\n## Queues\n\n{queues}"
+        f"## Tasks\n\n{tasks}\n## Queues\n\n"
+        "With `PAYREADY_INSTANCE=NAME` each queue is `NAME.QUEUE` on the broker.\n\n"
+        f"{queues}"
     )
 
 
@@ -166,7 +168,8 @@ def metrics_page() -> str:
         f"{HEAD}# Metrics\n\n"
         "Each role exports metrics on `PAYREADY_METRICS_PORT`.\n"
         "Prometheus adds up the values that each process counts.\n"
-        "`beat` exports the values that it reads from the database, the broker and Redis.\n\n"
+        "`beat` exports the values that it reads from the database, the broker and Redis.\n"
+        "`worker` and `refresh` export those of admission control, which belong to the API key.\n\n"
         f"{_table('| metric | type | source | labels | meaning |', rows)}"
     )
 

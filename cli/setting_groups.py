@@ -11,7 +11,7 @@ RESOLVING = "`web`, `worker`, `refresh`"
 ALL_BUT_FLOWER = "`web`, `worker`, `refresh`, `beat`"
 
 SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
-    "Deployment": {"env": ALL},
+    "Deployment": {"env": ALL, "instance": ALL},
     "Stores and broker": {
         "redis_url": ALL,
         "broker_url": ALL,
@@ -41,7 +41,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "uncertain_grace_s": WORKERS,
     },
     "Flow control": {
-        "calls_per_s": "`worker`, `refresh`, `beat`",
+        "calls_per_s": WORKERS,
         "min_time_left_for_call_s": "`worker`",
         "circuit_breaker_failures": "`refresh`",
     },

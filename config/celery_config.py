@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from config.settings import MAINTENANCE_INTERVAL_S, Settings
 from config.task_queues import TASK_QUEUES
@@ -17,6 +17,7 @@ _AMQP_TIMEOUT_S = 5
 def celery_settings(settings: Settings) -> dict[str, Any]:
     """Return Celery's configuration for this deployment. A test checks the keys against Celery's own list."""
     is_rabbitmq = settings.effective_broker_url.startswith("amqp")
+    prefix = settings.name_prefix
     return {
         "broker_url": settings.effective_broker_url,
         "result_backend": settings.effective_result_backend_url,
@@ -35,12 +36,16 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "timezone": "UTC",
         "enable_utc": True,
         # One queue per kind of work, so that roles scale separately.
-        "task_queues": [Queue(name, queue_arguments=_QUORUM if is_rabbitmq else None) for name in QUEUES],
+        "task_queues": [_queue(f"{prefix}{name}", is_rabbitmq=is_rabbitmq) for name in QUEUES],
         "task_create_missing_queue_type": "quorum" if is_rabbitmq else "classic",
         # Not a queue of payready: each of its tasks has a route. A callback that names no queue goes here.
         "task_default_queue": settings.effective_callback_queue,
         "task_create_missing_queues": True,  # a callback goes to any queue that the payments service names
-        "task_routes": {name: {"queue": queue} for name, queue in TASK_QUEUES.items()},
+        "task_routes": {name: {"queue": f"{prefix}{queue}"} for name, queue in TASK_QUEUES.items()},
+        # Remote control and events of its own: with a shared exchange each deployment would receive those of all.
+        "control_exchange": f"{prefix}celery",
+        "event_exchange": f"{prefix}celeryev",
+        "event_queue_prefix": f"{prefix}celeryev",
         # Redelivery: a message is acknowledged after its task, and is redelivered when its worker died.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
@@ -63,6 +68,12 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "prune quarantine": _schedule_expiring_at_half_interval("quarantine.prune", 600.0),
         },
     }
+
+
+def _queue(name: str, *, is_rabbitmq: bool) -> Queue:
+    # An exchange of its own, as Celery makes for the queues of others. With Celery's default exchange all queues would
+    # be bound to it with the key `celery`, and each would get the messages that are published there.
+    return Queue(name, Exchange(name), routing_key=name, queue_arguments=_QUORUM if is_rabbitmq else None)
 
 
 def _tick_schedule_with_expiry(task: str) -> dict[str, Any]:
@@ -90,9 +101,9 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         # Celery fetches no task message here (`tasks.consumer` does), but kombu still restores unacknowledged messages.
         # With keys of our own it finds none. With kombu's default keys it would find those of other Celery apps on this
         # Redis, which may stay unacknowledged for longer (those with a countdown), and they would run twice.
-        "unacked_key": "payready-unacked",
-        "unacked_index_key": "payready-unacked-index",
-        "unacked_mutex_key": "payready-unacked-mutex",
+        "unacked_key": f"{settings.name_prefix}payready-unacked",
+        "unacked_index_key": f"{settings.name_prefix}payready-unacked-index",
+        "unacked_mutex_key": f"{settings.name_prefix}payready-unacked-mutex",
         "max_connections": 256,
         "socket_timeout": 10,
         "socket_connect_timeout": 5,

@@ -149,6 +149,7 @@ def log_start(settings: Settings, role: str) -> None:
         role=role,
         version=payready_version(),
         env=settings.env,
+        instance=settings.instance,
         broker=without_credentials_and_query(settings.effective_broker_url),
         redis=without_credentials_and_query(settings.redis_url),
         database=without_credentials_and_query(settings.database_url),

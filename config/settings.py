@@ -65,9 +65,16 @@ def _require_visible_ascii(value: str | SecretStr) -> str | SecretStr:
     return value
 
 
+def _require_instance_name(value: str) -> str:
+    if not re.fullmatch("[a-z0-9-]{1,32}", value):
+        raise ValueError("must be 1 to 32 characters of a-z, 0-9 and -, such as live")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_require_visible_ascii)]
 """A URL or the name of a host."""
 HttpUrl = Annotated[Address, Field(pattern=HTTP_URL_PATTERN)]
+InstanceName = Annotated[str, AfterValidator(_require_instance_name)]
 Secret = Annotated[SecretStr, AfterValidator(_require_visible_ascii)]
 
 
@@ -79,6 +86,9 @@ class Settings(BaseModel):
     env: Literal["development", "production"] = "development"
     """`production` refuses demo secrets and the example price list, and logs JSON. `development` refuses API keys whose
     calls are billed."""
+    instance: InstanceName | None = None
+    """Name of this deployment, if several share a Redis or a RabbitMQ: 1 to 32 characters of `a-z`, `0-9` and `-`. With
+    `live` the queue `payments` is `live.payments`. Keys and exchanges begin with `live.` too, but not the results."""
 
     redis_url: Address = Field("redis://127.0.0.1:6379/0", repr=False)
     """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
@@ -187,6 +197,11 @@ class Settings(BaseModel):
     """Lowest level that is logged."""
 
     @property
+    def name_prefix(self) -> str:
+        """Prefix of the names of this deployment's queues, exchanges and keys."""
+        return f"{self.instance}." if self.instance else ""
+
+    @property
     def effective_broker_url(self) -> str:
         """Address of the broker."""
         return self.broker_url or self.redis_url
@@ -268,7 +283,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _callback_queue_is_none_of_payready(self) -> Self:
-        if self.callback_queue in TASK_QUEUES.values():
+        if self.callback_queue in {f"{self.name_prefix}{queue}" for queue in TASK_QUEUES.values()}:
             raise ValueError(
                 f"{ENV_PREFIX}CALLBACK_QUEUE must be a queue of the payments service: "
                 f"payready's own workers consume {self.callback_queue}"

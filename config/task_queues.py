@@ -1,4 +1,4 @@
-"""The queue of each of payready's tasks."""
+"""The queue of each of payready's tasks. On the broker its name begins with the instance, if there is one."""
 
 from collections.abc import Mapping
 

@@ -25,6 +25,8 @@ from celery.states import READY_STATES
 from demo.demo_plan import DEMO_JOBS, DemoJob
 
 QUEUE = "svc"
+PAYREADY_QUEUE = "payments"
+"""With `PAYREADY_INSTANCE=NAME` in payready it is `NAME.payments`."""
 POLL_S = 0.1
 CANCEL_AFTER_S = 3.0
 """Delay from the state `WAITING` to the cancellation."""
@@ -38,7 +40,7 @@ def send_job_with_joining_jobs(job: DemoJob) -> None:
     result = app.send_task(
         "payments.initiate",
         kwargs={"payment_id": job.payment_id, "account_id": job.account_id, **job.job},
-        queue="payments",
+        queue=PAYREADY_QUEUE,
         link=app.signature("ledger.execute_ach", kwargs={"job": job.name}, queue=QUEUE),
         link_error=app.signature("ledger.not_ready", kwargs={"job": job.name}, queue=QUEUE),
     )
@@ -55,7 +57,7 @@ def _send_joining_and_cancel_when_waiting(result: AsyncResult, job: DemoJob, joi
         send_job_with_joining_jobs(other)
     if job.is_cancelled:
         time.sleep(CANCEL_AFTER_S)
-        app.send_task("payments.cancel", (job.payment_id,), queue="payments")
+        app.send_task("payments.cancel", (job.payment_id,), queue=PAYREADY_QUEUE)
 
 
 @app.task(name="ledger.execute_ach", bind=True)  # type: ignore[untyped-decorator]

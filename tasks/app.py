@@ -64,7 +64,7 @@ def _freeze_gc_after_start(**_: Any) -> None:
 @worker_ready.connect
 def _log_worker_start(sender: Any, **_: Any) -> None:
     queues = {queue.name for queue in sender.task_consumer.queues}
-    log_start(settings(), "refresh" if "refreshes" in queues else "worker")
+    log_start(settings(), "refresh" if f"{settings().name_prefix}refreshes" in queues else "worker")
 
 
 @beat_init.connect

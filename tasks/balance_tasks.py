@@ -6,6 +6,7 @@ from typing import Any
 from celery.signals import worker_ready
 
 from config.log_config import get_logger
+from config.settings import settings
 from tasks.app import app
 from tasks.dispatch import dispatch
 from worker import flow
@@ -36,7 +37,8 @@ def read_account_and_enqueue_call(account_id: str, profile_id: str, refresh_id: 
 @worker_ready.connect
 def _prefetch_key_mode_in_refresh_role(sender: Any, **_: Any) -> None:
     """Detect the mode of the API key, which sets the price of calls, before the first call."""
-    if any(queue.name == "refreshes" for queue in sender.task_consumer.queues):
+    refreshes = f"{settings().name_prefix}refreshes"
+    if any(queue.name == refreshes for queue in sender.task_consumer.queues):
         threading.Thread(target=_detect_and_log_key_mode, daemon=True).start()
 
 

@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from config.log_config import get_logger
+from config.settings import settings
 from tasks.batch_processing import BatchProcessor, PoolCapacity
 from tasks.celery_handover import CeleryHandover
 from tasks.consumer_progress import report_progress
@@ -177,7 +178,7 @@ class QueueConsumer:
         """Store messages as dead letters, and acknowledge them."""
         dead = [
             UnhandledMessage(
-                queue=self.queue,
+                queue=self.queue.removeprefix(settings().name_prefix),
                 reason=error.reason,
                 detail=error.detail,
                 task_id=error.task_id,

@@ -81,19 +81,20 @@ def _make_queue_consumer(consumer: Any, queue: str, handover: CeleryHandover, ca
 
 def _make_source(app: Celery, queue: str, *, max_unacked: int) -> MessageSource:
     chosen = settings()
+    instance_prefix = chosen.name_prefix
     if chosen.effective_broker_url.startswith("amqp"):
         return RabbitMQSource(
             lambda: app.connection_for_read(heartbeat=app.conf.broker_heartbeat),
             app.amqp.queues[queue],
             max_unacked=max_unacked,
-            counter=DeliveryCounter(chosen.redis_url, queue),
+            counter=DeliveryCounter(chosen.redis_url, queue, key_prefix=instance_prefix),
         )
     prefix = chosen.broker_key_prefix
     return RedisSource(
         chosen.effective_broker_url,
-        queue,
+        queue.removeprefix(instance_prefix),
         lists=priority_lists(queue, chosen.broker_priority_steps, chosen.broker_priority_separator, prefix),
-        key_prefix=prefix,
+        key_prefix=f"{prefix}{instance_prefix}",
         visibility_timeout_s=chosen.visibility_timeout_s,
     )
 
@@ -109,9 +110,10 @@ def _make_processors(
     """Return the processors of a queue, by task. With tracing there is none, because a trace belongs to one task."""
     if tracing.is_enabled() or not isinstance(pool, TaskPool):
         return {}
-    if queue == "payments":
+    kind = queue.removeprefix(settings().name_prefix)
+    if kind == "payments":
         return {"payments.initiate": JobBatchProcessor(source, finisher, handover)}
-    if queue == "refreshes":
+    if kind == "refreshes":
         calls = CallBatchProcessor(source, finisher, handover, pool=pool.executor, capacity=capacity)
         return {"balances.refresh": calls}
     return {}

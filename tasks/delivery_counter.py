@@ -27,8 +27,8 @@ class DeliveryCounter:
     counts as delivered twice: it is processed alone, and never becomes a dead letter.
     """
 
-    def __init__(self, url: str, queue: str) -> None:
-        self._queue = queue
+    def __init__(self, url: str, queue: str, *, key_prefix: str = "") -> None:
+        self._queue, self._key_prefix = queue, key_prefix
         self._redis = Redis.from_url(
             url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), retries=1)
         )
@@ -36,7 +36,7 @@ class DeliveryCounter:
     def key(self, text: bytes) -> str:
         """Return the Redis key of a message's count."""
         digest = hashlib.sha256(self._queue.encode() + b"\n" + text).hexdigest()
-        return f"payready:deliveries:{digest}"
+        return f"{self._key_prefix}payready:deliveries:{digest}"
 
     def count(self, key: str) -> int:
         """Count a delivery of a redelivered message. Return how many were counted, at least `REDELIVERED`."""

@@ -1,7 +1,12 @@
 """Celery's own consumer of the queues, without consumption: the messages are left to `tasks.consumer`."""
 
-from celery.app.amqp import AMQP
+from collections.abc import Sequence
+
+from celery.app.amqp import AMQP, Queues
 from kombu import Consumer
+
+from config.celery_config import QUEUES
+from config.settings import settings
 
 
 class IdleConsumer(Consumer):
@@ -11,7 +16,17 @@ class IdleConsumer(Consumer):
         """Consume nothing."""
 
 
+class InstanceQueues(Queues):
+    """The queues of this deployment. A worker selects them by their names in the `Procfile`, without the instance."""
+
+    def select(self, include: Sequence[str]) -> None:
+        """Select the queues that a worker consumes."""
+        prefix = settings().name_prefix
+        super().select([f"{prefix}{name}" if name in QUEUES else name for name in include])
+
+
 class DeclaringAMQP(AMQP):
     """Celery's API of the broker with the idle consumer."""
 
     Consumer = IdleConsumer
+    queues_cls = InstanceQueues

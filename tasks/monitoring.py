@@ -1,4 +1,7 @@
-"""Metrics of the Celery roles: each exports its counters, and `beat` also collects from database, Redis and broker."""
+"""Metrics of the Celery roles: each exports its counters.
+
+`beat` also collects from database, Redis and broker, and the workers from admission control.
+"""
 
 import time
 from functools import partial
@@ -11,7 +14,7 @@ from tasks.app import app
 from tasks.consumer_progress import longest_time_without_progress_s
 from tasks.queue_metrics import QueueMetrics
 from worker import metrics_server
-from worker.ledger_metrics import LedgerCollector, redis_metrics
+from worker.ledger_metrics import LedgerCollector, admission_metrics, redis_metrics
 from worker.metrics_collector import register_collector
 from worker.runtime import runtime
 
@@ -35,6 +38,7 @@ def _is_working() -> bool:
 @worker_init.connect
 def _start_worker_metrics_and_readiness(**_: Any) -> None:
     if settings().metrics_port:
+        register_collector("admission", lambda: admission_metrics(runtime()))
         metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port, is_ready=_is_working)
 
 
@@ -43,5 +47,5 @@ def _start_beat_metrics_with_collectors(**_: Any) -> None:
     if settings().metrics_port:
         register_collector("database", LedgerCollector(runtime()))
         register_collector("redis", partial(redis_metrics, runtime()))
-        register_collector("broker", QueueMetrics(app))
+        register_collector("broker", QueueMetrics(app, name_prefix=settings().name_prefix))
         metrics_server.start_metrics_server(settings().metrics_host, settings().metrics_port)

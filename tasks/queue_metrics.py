@@ -18,7 +18,7 @@ MAX_SAMPLES = 500
 
 
 class QueueMetrics:
-    """Collector of queue lengths and ages.
+    """Collector of queue lengths and ages, by the names of the queues without `name_prefix`.
 
     Messages have no timestamp, so each collection samples the newest message of a list. While a sampled message is in
     the list, every message before it is at least as old as the sample. The age of the oldest message is therefore the
@@ -28,15 +28,17 @@ class QueueMetrics:
     for their ETA do not count. For brokers other than Redis only lengths are known.
     """
 
-    def __init__(self, app: Celery, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app = app
+    def __init__(self, app: Celery, *, name_prefix: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._name_prefix = app, name_prefix
         self._clock = clock
         self._samples: dict[str, deque[tuple[float, bytes]]] = {}
 
     def __call__(self) -> Iterator[MetricSample]:
         """Collect lengths and ages. Raise the error of the broker's client if the broker is unavailable."""
         with _channel(self._app) as (connection, channel):
-            counts = {(name,): float(_queue_length(connection, channel, name)) for name in QUEUES}
+            counts = {
+                (name,): float(_queue_length(connection, channel, f"{self._name_prefix}{name}")) for name in QUEUES
+            }
             ages = (
                 {(name,): self._sample_and_estimate_oldest_age(channel, name) for name in QUEUES}
                 if _is_redis(channel)
@@ -46,14 +48,15 @@ class QueueMetrics:
         yield metrics.QUEUE_OLDEST_SECONDS.sample(ages)
 
     def _sample_and_estimate_oldest_age(self, channel: Any, name: str) -> float:
-        lists = (channel._q_for_pri(name, step) for step in channel.priority_steps)  # noqa: SLF001
+        queue = f"{self._name_prefix}{name}"
+        lists = (channel._q_for_pri(queue, step) for step in channel.priority_steps)  # noqa: SLF001
         # kombu's client prefixes the keys of the commands that kombu uses: LPOS and LINDEX are not among them.
         keys = [f"{channel.global_keyprefix}{queue_list}" for queue_list in lists]
         ages = [self._sample_list_and_estimate_age(channel.client, key) for key in keys]
         return max(*ages, self._age_of_oldest_retry(channel.client, name))
 
     def _age_of_oldest_retry(self, client: Any, name: str) -> float:
-        _, _, retried_key = unacked_keys(name, key_prefix="")  # kombu's client prefixes the key of ZRANGE
+        _, _, retried_key = unacked_keys(name, self._name_prefix)  # kombu's client adds its prefix to the key of ZRANGE
         oldest = client.zrange(retried_key, 0, 0, withscores=True)
         if not oldest:
             return 0.0
@@ -73,10 +76,14 @@ class QueueMetrics:
         return now - samples[0][0] if samples else 0.0
 
 
-def lengths_by_queue(app: Celery) -> dict[str, int]:
-    """Return the length of each queue. Raise the error of the broker's client if the broker is unavailable."""
+def lengths_by_queue(app: Celery, *, name_prefix: str) -> dict[str, int]:
+    """Return the length of each queue, by its name on the broker.
+
+    Raise the error of the broker's client if the broker is unavailable.
+    """
     with _channel(app) as (connection, channel):
-        return {name: _queue_length(connection, channel, name) for name in QUEUES}
+        names = [f"{name_prefix}{name}" for name in QUEUES]
+        return {name: _queue_length(connection, channel, name) for name in names}
 
 
 @contextmanager

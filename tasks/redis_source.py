@@ -43,7 +43,10 @@ def _batches(tags: Sequence[str]) -> list[Sequence[str]]:
 
 
 def unacked_keys(queue: str, key_prefix: str) -> tuple[str, str, str]:
-    """Return the keys of a queue's unacknowledged messages, of their index, and of the index of retried messages."""
+    """Return the keys of a queue's unacknowledged messages, of their index, and of the index of retried messages.
+
+    `queue` is the name without the instance, which the prefix ends with.
+    """
     key = f"{key_prefix}payready-unacked:{queue}"
     return key, f"{key}:index", f"{key}:retried"
 

@@ -31,8 +31,8 @@ class NewMessage:
 
     @property
     def queue(self) -> str:
-        """The queue of the task."""
-        return TASK_QUEUES[self.task_name]
+        """Name of the task's queue on the broker."""
+        return f"{settings().name_prefix}{TASK_QUEUES[self.task_name]}"
 
 
 def send_messages(app: Celery, messages: Sequence[NewMessage]) -> None:

@@ -1,4 +1,4 @@
-"""Metrics read from the ledger and from Redis. One role, `beat`, exports them for all."""
+"""Metrics read from the ledger and from Redis. One role, `beat`, exports those that need no API key for all."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -128,11 +128,15 @@ def _used_ratio(amount: Decimal, cap: Decimal) -> float:
 
 
 def redis_metrics(rt: Runtime) -> Iterator[MetricSample]:
-    """Yield the state of admission control and the memory use of Redis. Raise one of `REDIS_UNAVAILABLE`."""
+    """Yield the memory use of Redis. Raise one of `REDIS_UNAVAILABLE`."""
+    yield metrics.REDIS_MEMORY_USED_RATIO.sample({(): rt.redis_server.memory_used_ratio()})
+
+
+def admission_metrics(rt: Runtime) -> Iterator[MetricSample]:
+    """Yield the state of the API key's admission control. Raise one of `REDIS_UNAVAILABLE`."""
     status = rt.admission.status(rt.clock())
     yield metrics.CIRCUIT_BREAKER_OPEN.sample({(): float(status.open_until is not None)})
     yield metrics.BURST_USED_RATIO.sample({(): status.burst_used_ratio})
-    yield metrics.REDIS_MEMORY_USED_RATIO.sample({(): rt.redis_server.memory_used_ratio()})
 
 
 def _backlog_samples(backlog: Backlog, now: datetime) -> Iterator[MetricSample]:

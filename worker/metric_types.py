@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
-Source = Literal["database", "redis", "broker"]
+Source = Literal["database", "redis", "broker", "admission"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class MetricDefinition:
     help_text: str
     labels: tuple[Label, ...] = ()
     source: Source | None = None
-    """The system that `beat` reads the value from on a scrape; None if each process counts it."""
+    """What the value is read from on a scrape; None if each process counts it. `beat` reads it, but for the `admission`
+    control of an API key: the workers read that, because `beat` has no API key."""
 
     def sample(self, values: Mapping[Any, float]) -> "MetricSample":
         """Return a sample with one value per tuple of label values."""

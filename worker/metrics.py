@@ -53,6 +53,7 @@ def _define_collected(source: Source, name: str, help_text: str, *labels: Label)
 _from_database = partial(_define_collected, "database")
 _from_redis = partial(_define_collected, "redis")
 _from_broker = partial(_define_collected, "broker")
+_from_admission = partial(_define_collected, "admission")
 
 _CAP = {
     "day": "fees of all calls of a day (UTC)",
@@ -203,14 +204,14 @@ _subscription_problems = _define(
 )
 Gauge(_subscription_problems.name, _subscription_problems.help_text).set_function(SUBSCRIPTION_PROBLEMS)
 
-# --- metrics that `beat` collects from other systems ------------------------------------------------------------------
+# --- metrics that `beat` and the workers collect from other systems ---------------------------------------------------
 
 UP: Mapping[Source, MetricDefinition] = {
     "database": _from_database("payready_database_up", "1 if the SQL database responded, else 0."),
     "redis": _from_redis("payready_redis_up", "1 if Redis responded, else 0."),
     "broker": _from_broker("payready_broker_up", "1 if the broker responded, else 0."),
 }
-"""By source. While one is 0, the other metrics of that source are missing."""
+"""By source. While one is 0, the other metrics of that source are missing. Admission control is in Redis."""
 
 REFRESH_STATE = Label(
     name="refresh",
@@ -265,9 +266,12 @@ FEE_CAP_USED_RATIO = _from_database(
     "Used share of a fee cap (0 to 1). A cap that is not set is missing.",
     Label(name="cap", values={cap: meaning for cap, meaning in _CAP.items() if cap != "account"}),
 )
-CIRCUIT_BREAKER_OPEN = _from_redis("payready_circuit_breaker_open", "1 while the circuit breaker is open.")
-BURST_USED_RATIO = _from_redis(
-    "payready_rate_limiter_burst_used_ratio", "Used share of the rate limiter's burst (0 to 1)."
+CIRCUIT_BREAKER_OPEN = _from_admission(
+    "payready_circuit_breaker_open", "1 while the circuit breaker is open. Use the maximum over all workers."
+)
+BURST_USED_RATIO = _from_admission(
+    "payready_rate_limiter_burst_used_ratio",
+    "Used share of the rate limiter's burst (0 to 1). Use the maximum over all workers.",
 )
 REDIS_MEMORY_USED_RATIO = _from_redis(
     "payready_redis_memory_used_ratio", "Used share of Redis' maxmemory (0 to 1); 0 without a limit."

@@ -1,4 +1,4 @@
-"""Collectors: metrics that `beat` reads from the database, Redis and the broker when Prometheus scrapes it."""
+"""Collectors: metrics that `beat` and the workers read from other systems when Prometheus scrapes them."""
 
 import threading
 import time
@@ -22,8 +22,8 @@ CACHE_TTL_S = 5.0
 class CachedQueryCollector(Collector):
     """Values read from another system on a scrape, at most once per `CACHE_TTL_S`.
 
-    `payready_<source>_up` is 1 if the query succeeded. If it failed, all other samples are left out: old values would
-    mislead.
+    `payready_<source>_up`, if the source has it, is 1 if the query succeeded. If it failed, all other samples are left
+    out: old values would mislead.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CachedQueryCollector(Collector):
         except Exception as error:  # noqa: BLE001 - any failure means that the source is down
             log.warning("metrics.collect_failed", source=self._source, error=error_summary(error))
             samples, up = [], 0.0
-        return [UP[self._source].sample({(): up}), *samples]
+        return [*([UP[self._source].sample({(): up})] if self._source in UP else []), *samples]
 
 
 def _metric_family(sample: MetricSample) -> Metric:

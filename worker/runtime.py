@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
-from worker.correlation.admission import AdmissionControl, RateLimiter
+from worker.correlation.admission import AdmissionControl, RateLimiter, api_key_digest
 from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed, CallNotPriced, CallRejected, FailureReason
@@ -116,17 +116,21 @@ def build_runtime(settings: Settings) -> Runtime:
         max_connections=settings.quiltt_max_connections,
     )
     redis = create_client(settings.redis_url)
+    key_digest = api_key_digest(settings.quiltt_api_key.get_secret_value())
     return Runtime(
         settings=settings,
         engine=open_engine(settings.database_url, connections=settings.database_connections),
-        correlation=CorrelationStore(redis),
+        correlation=CorrelationStore(redis, key_prefix=settings.name_prefix),
         admission=AdmissionControl(
             redis,
+            key_digest,
             calls_per_s=settings.calls_per_s,
             failure_threshold=settings.circuit_breaker_failures,
             probe_timeout=settings.max_call_and_record_duration,
         ),
-        poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
+        poll_limiter=RateLimiter(
+            redis, f"payready:poll_limiter:{key_digest}", requests_per_s=settings.balance_polls_per_s
+        ),
         redis_server=RedisServer(redis),
         provider=provider,
         price_list=parse_price_list(settings.price_list_file.read_text()),

@@ -80,6 +80,18 @@ def remaining(ledger: LedgerBuilder) -> list[str]:
         return dead_letters.ids_after(tx, after_id="", reason=None, limit=100)
 
 
+def test_requeue_sends_to_the_queue_of_the_instance(
+    run: Run, ledger: LedgerBuilder, redis: "Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stored name has no instance, so a dead letter outlives a change of the instance."""
+    monkeypatch.setenv("PAYREADY_INSTANCE", "live")
+    redis.delete("live.payments")
+    [dead_letter_id] = store(ledger, READABLE)
+    assert run("requeue", dead_letter_id).exit_code == 0
+    assert redis.lrange("live.payments", 0, -1) == [READABLE.message]
+    redis.delete("live.payments")
+
+
 def test_list_has_short_printable_lines(run: Run, ledger: LedgerBuilder) -> None:
     """It has nothing of the message."""
     assert "no dead letters" in run("list").stdout

@@ -8,10 +8,11 @@ import pytest
 from pydantic import SecretStr
 
 from cli import doctor
-from cli.celery_client import is_payready_worker
+from cli.celery_client import WorkerInfo, is_payready_worker
 from cli.doctor_checks import ClockSample, callbacks_result, clock_result
 from cli.doctor_provider_checks import balances_result, rejected_balances_results
 from cli.doctor_results import CheckContext, CheckResult, Severity, ok
+from config.celery_config import QUEUES
 from config.settings import Settings
 from worker.runtime import build_runtime
 
@@ -30,7 +31,8 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 )
 def test_doctor_skips_workers_of_other_apps(name: str, queues: set[str], expected: bool) -> None:  # noqa: FBT001
     """A worker of payready has a role's name and consumes one of payready's queues."""
-    assert is_payready_worker(name, frozenset(queues)) is expected
+    worker = WorkerInfo(name=name, queues=frozenset(queues), settings={})
+    assert is_payready_worker(worker, QUEUES) is expected
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,15 @@ def test_doctor_finds_jobs_without_the_prefix_of_payready(redis: Redis) -> None:
     assert (severity, message.split(",")[0]) == (Severity.ERROR, "1 message in the list payments")
 
 
+def test_doctor_only_warns_of_jobs_in_the_queue_of_another_instance(redis: Redis) -> None:
+    """Another deployment may read it: its workers do not respond to this one."""
+    doctor = Doctor(redis, instance="live")
+    for queue in ("payments", "live.payments", "test.payments"):
+        doctor.send("payments.initiate", queue)
+    found = [(severity, message.split(",")[0]) for severity, message in doctor.results()]
+    assert found == [(Severity.WARNING, f"1 message in the list {key}") for key in ("payments", "test.payments")]
+
+
 def test_doctor_finds_jobs_in_the_default_queue(redis: Redis) -> None:
     """A sender forgot the queue. The messages of another app before and after it do not hide it."""
     doctor = Doctor(redis)
@@ -205,7 +214,24 @@ def test_many_lists_of_other_apps_do_not_hide_jobs(redis: Redis, monkeypatch: py
         ("payments\x06\x167", "has priority_steps with 7, and PAYREADY_BROKER_PRIORITY_STEPS is 0,3,6,9: "),
         ("svc:refreshes", "has global_keyprefix='svc:', and PAYREADY_BROKER_KEY_PREFIX is '': "),
         ("celery", 'send the jobs with queue="payments"'),
+        (
+            "test.payments",
+            'has queue="test.payments", and PAYREADY_INSTANCE is not set, so that the queue is "payments": ',
+        ),
     ],
 )
 def test_fix_names_the_setting_that_differs(key: str, part: str) -> None:
     assert part in fix_of_misplaced_jobs(Settings(), key)
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("svc.payments", 'has queue="payments", and PAYREADY_INSTANCE is live, so that the queue is "live.payments": '),
+        ("svc.live.payments:5", "has sep=':', "),
+        ("live.payments", "has global_keyprefix='', and PAYREADY_BROKER_KEY_PREFIX is 'svc.': "),
+        ("celery", 'send the jobs with queue="live.payments"'),
+    ],
+)
+def test_fix_names_the_queue_of_the_instance(key: str, part: str) -> None:
+    assert part in fix_of_misplaced_jobs(Settings(instance="live", broker_key_prefix="svc."), key)

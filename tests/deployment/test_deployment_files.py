@@ -125,6 +125,17 @@ def test_kubernetes_runs_every_role_confined() -> None:
     assert str(settings.price_list_file.parent) == "/prices"
 
 
+def test_keda_reads_the_queues_of_the_role() -> None:
+    """Each list is a queue that the role consumes, with the instance of `settings.env`."""
+    lines = (DEPLOY / "kubernetes" / "settings.env").read_text().split()
+    prefix = f"{instance}." if (instance := dict(line.split("=", 1) for line in lines).get("PAYREADY_INSTANCE")) else ""
+    scaled = {item["metadata"]["name"]: item["spec"] for item in _objects() if item["kind"] == "ScaledObject"}
+    for role in ("worker", "refresh"):
+        lists = {each["metadata"]["listName"] for each in scaled[role]["triggers"] if each["type"] == "redis"}
+        queues = set(procfile()[role].partition("--queues ")[2].split()[0].split(",")) - {"maintenance"}
+        assert lists == {f"{prefix}{queue}" for queue in queues}
+
+
 def test_image_has_exactly_the_production_packages() -> None:
     """All packages but the simulator."""
     dockerfile = (ROOT / "Dockerfile").read_text()

@@ -22,7 +22,7 @@ from worker.correlation.admission import (
     Denied,
 )
 
-KEY = "payready:admission"
+KEY = "payready:admission:test"
 SECOND = timedelta(seconds=1)
 PER_S, BURST, FAILURES = 8, 2, 2
 INTERVAL, PROBE_LIMIT = SECOND / PER_S, timedelta(seconds=40)
@@ -121,7 +121,7 @@ class ModelComparisonMachine(RuleBasedStateMachine):
         self.model, self.now = Model(), START
         self.redis.flushall()
         self.admission = AdmissionControl(
-            self.redis, calls_per_s=PER_S, failure_threshold=FAILURES, probe_timeout=PROBE_LIMIT
+            self.redis, "test", calls_per_s=PER_S, failure_threshold=FAILURES, probe_timeout=PROBE_LIMIT
         )
         self.admitted_calls: list[datetime] = []
         """Admission times of the calls without a result."""

@@ -167,6 +167,16 @@ def test_keys_have_a_hash_tag_and_a_time_to_live(store: CorrelationStore, redis:
         assert ACCOUNT_TTL_S - 5 <= redis.ttl(redis.keys()[0]) <= ACCOUNT_TTL_S
 
 
+def test_ledgers_with_equal_account_ids_share_no_key(redis: "Redis") -> None:
+    """With a shared key the second payment would join a refresh that is in another ledger."""
+    stores = [CorrelationStore(redis, key_prefix=prefix) for prefix in ("", "live.", "test.")]
+    for store in stores:
+        assert join(store, "r1").kind == "leader"
+        store.move_requested_to_in_flight([called("r1", 0)])
+        store.add_balances_and_clear_answered_refreshes([new_balance("b1", 0)], SKEW)
+    assert sorted(redis.keys()) == [f"live.payready:{{{A}}}", f"payready:{{{A}}}", f"test.payready:{{{A}}}"]
+
+
 def test_clear_and_restore_of_nothing_create_no_key(store: CorrelationStore, redis: "Redis") -> None:
     """A key without a time to live would stay for ever."""
     store.clear_requested_or_in_flight_refresh(A, "r1")

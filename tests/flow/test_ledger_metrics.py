@@ -9,7 +9,7 @@ import pytest
 from tests.support.in_process import InProcessSystem
 from worker import flow
 from worker.errors import CallResultUnknown
-from worker.ledger_metrics import WRITE_LAG, LedgerCollector, redis_metrics
+from worker.ledger_metrics import WRITE_LAG, LedgerCollector, admission_metrics
 from worker.metric_types import ExpiringValue, Label, MetricDefinition, MetricSample
 from worker.metrics import BALANCE_TO_RESOLUTION_SECONDS, CALL_TO_BALANCE_SECONDS
 from worker.metrics_collector import CachedQueryCollector
@@ -199,7 +199,7 @@ def test_circuit_breaker_metric_is_1_while_it_is_open(payready: InProcessSystem)
     """The used burst of the rate limiter is exported, too."""
 
     def exported() -> dict[str, float]:
-        return {sample.name: sample.values[()] for sample in redis_metrics(payready.rt)}
+        return {sample.name: sample.values[()] for sample in admission_metrics(payready.rt)}
 
     assert exported()["payready_circuit_breaker_open"] == exported()["payready_rate_limiter_burst_used_ratio"] == 0
     for _ in range(payready.rt.settings.circuit_breaker_failures):

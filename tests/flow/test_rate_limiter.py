@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 from redis import Redis
 
 from demo.processes import ROOT
@@ -17,6 +18,7 @@ from worker import flow
 from worker.correlation.admission import MAX_CLOCK_ERROR, MAX_OPEN_DURATION, AdmissionControl
 from worker.correlation.redis_client import duration_us
 from worker.errors import RateLimited
+from worker.runtime import Runtime, build_runtime
 
 
 @pytest.fixture
@@ -79,6 +81,31 @@ def test_one_second_has_at_most_a_quarter_more_calls(valkey_url: str, steps: lis
                 sent.append(now)
         for start in sent:
             assert sum(start <= at < start + timedelta(seconds=1) for at in sent) <= 25
+
+
+def test_deployments_with_one_api_key_share_its_limits(valkey_url: str) -> None:
+    """The provider limits the requests of a key, and fails for all deployments that use it."""
+
+    def start(instance: str | None, api_key: str) -> Runtime:
+        settings = LIMITS.model_copy(
+            update={"instance": instance, "quiltt_api_key": SecretStr(api_key), "redis_url": valkey_url}
+        )
+        return build_runtime(settings)
+
+    with Redis.from_url(valkey_url, decode_responses=True) as redis:
+        redis.flushdb()
+        live, test, other_key = start("live", "key_1"), start("test", "key_1"), start("live", "key_2")
+        assert live.admission.admit_calls_or_probe(START, 1, has_slot=False).granted == 1
+        assert test.admission.admit_calls_or_probe(START, 1, has_slot=False).granted == 0
+        assert other_key.admission.admit_calls_or_probe(START, 1, has_slot=False).granted == 1
+        for _ in range(LIMITS.circuit_breaker_failures):
+            live.admission.apply_result_to_breaker_and_limiter("failed", START, START)
+        assert test.admission.status(START).open_until is not None
+        assert other_key.admission.status(START).open_until is None
+        assert live.poll_limiter.key == test.poll_limiter.key != other_key.poll_limiter.key
+        assert not any("key_1" in key for key in redis.scan_iter())
+        for runtime in (live, test, other_key):
+            runtime.engine.dispose()
 
 
 def test_rate_limited_response_stops_all_calls_until_its_reset(payready: InProcessSystem) -> None:

@@ -303,7 +303,7 @@ MakeSystem = Callable[..., AbstractContextManager[InProcessSystem]]
 def admission_control(redis: Any, settings: Settings) -> AdmissionControl:
     """Return an admission control with the limits of these settings."""
     limits = {"calls_per_s": settings.calls_per_s, "failure_threshold": settings.circuit_breaker_failures}
-    return AdmissionControl(redis, probe_timeout=settings.max_call_and_record_duration, **limits)
+    return AdmissionControl(redis, "test", probe_timeout=settings.max_call_and_record_duration, **limits)
 
 
 @contextmanager

@@ -85,8 +85,10 @@ class System:
         valkey: ValkeyServer,
         broker_url: str,
         transport_options: Mapping[str, Any],
+        name_prefix: str = "",
     ) -> None:
         self.processes = processes
+        self._name_prefix = name_prefix
         self.valkey = valkey
         self.pids: dict[str, int] = {}
         """Process ids by role, of the last start."""
@@ -99,6 +101,7 @@ class System:
         self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
         self.service.conf.broker_transport_options = dict(transport_options)
+        self.service.conf.control_exchange = f"{name_prefix}celery"
         if broker_url.startswith("amqp"):
             self.service.conf.update(ON_RABBITMQ)
 
@@ -140,7 +143,9 @@ class System:
         """Enqueue a job as the payments service does. `options` go to Celery, all other arguments into the job."""
         options = job.pop("options", {})
         arguments = {"payment_id": payment_id, "account_id": account_id, "timeout_s": 20, **job}
-        return self.service.send_task("payments.initiate", kwargs=arguments, queue="payments", **options)
+        return self.service.send_task(
+            "payments.initiate", kwargs=arguments, queue=f"{self._name_prefix}payments", **options
+        )
 
     def callbacks(self, payment_id: str) -> dict[str, Any]:
         """Return the `link` and `link_error` options for the payments service's callbacks."""
@@ -283,14 +288,15 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
 def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iterator[System]:
     """Run payready on this database, with its own Valkey and simulator, for the duration of the block.
 
-    Valkey is the broker, unless `PAYREADY_BROKER_URL` names another. `SERVICE_TRANSPORT_OPTIONS` are the payments
-    service's, in JSON.
+    Valkey is the broker, unless `PAYREADY_BROKER_URL` names another; `PAYREADY_REDIS_URL` replaces both.
+    `SERVICE_TRANSPORT_OPTIONS` are the payments service's, in JSON.
 
     Raises:
         StartOrExitError: A process did not start, or ended by itself.
     """
     valkey_port, web_port = assign_free_port(), assign_free_port()
-    redis_url = f"redis://127.0.0.1:{valkey_port}/0"
+    redis_url = environ.get("PAYREADY_REDIS_URL", f"redis://127.0.0.1:{valkey_port}/0")
+    name_prefix = f"{environ['PAYREADY_INSTANCE']}." if environ.get("PAYREADY_INSTANCE") else ""
     with Simulator(f"http://127.0.0.1:{web_port}/webhooks/quiltt", secret=SECRET, api_key=API_KEY) as simulator:
         settings = {
             "PAYREADY_REDIS_URL": redis_url,
@@ -308,7 +314,9 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             processes.run("release", procfile()["release"])
             broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
             options = json.loads(settings.get("SERVICE_TRANSPORT_OPTIONS", "{}"))
-            running = System(processes, database_url, redis_url, web_port, simulator, valkey, broker_url, options)
+            running = System(
+                processes, database_url, redis_url, web_port, simulator, valkey, broker_url, options, name_prefix
+            )
             running.start(*(roles or ROLES))
             _running_systems.running.append(processes)
             try:

@@ -33,11 +33,14 @@ class ProductionSystem:
         """Return the URL of a role's metrics port."""
         return f"http://127.0.0.1:{self.payready.metrics_ports[role]}/{page}"
 
+    def metrics(self, role: str) -> dict[str, str]:
+        """Return the values of a role's samples, by name and labels."""
+        with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as response:
+            return dict(re.findall(r"^(\S+) (\S+)$", response.read().decode(), re.MULTILINE))
+
     def metric(self, role: str, sample: str) -> float:
         """Return a role's sample by name and labels; 0 if there is none."""
-        with urllib.request.urlopen(self.url(role, "metrics"), timeout=10) as response:
-            samples = dict(re.findall(r"^(\S+) (\S+)$", response.read().decode(), re.MULTILINE))
-        return float(samples.get(sample, 0))
+        return float(self.metrics(role).get(sample, 0))
 
     def log(self, role: str) -> list[dict[str, Any]]:
         """Return a role's log. Each line is a JSON event."""
@@ -103,6 +106,8 @@ def test_payment_appears_in_logs_and_metrics(production: ProductionSystem) -> No
     assert production.metric("web", "payready_call_to_balance_seconds_count") == 1
     assert eventually(lambda: production.metric("beat", 'payready_waiting_payments{refresh="accepted"}'))
     assert production.metric("beat", "payready_database_up") == production.metric("beat", "payready_broker_up") == 1
+    with_limits = {role for role in ROLES if "payready_circuit_breaker_open" in production.metrics(role)}
+    assert with_limits == {"worker", "refresh"}, "the limits belong to the API key, which only these roles have"
     assert all(responds(production.url(role, "readyz")) for role in ROLES)
 
     (delivered,) = eventually(lambda: [line for line in production.log("web") if line["event"] == "outcome.delivered"])

@@ -3,14 +3,17 @@
 import inspect
 
 import pytest
+from celery import Celery
 from celery.app.defaults import NAMESPACES, flatten
 from celery.backends import redis
 from celery.beat import ScheduleEntry
+from kombu import Exchange, Queue
 from kombu.transport.redis import Channel
 from kombu.utils.url import parse_url
 
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
+from tasks import idle_consumer
 from tasks.tracing import UNTRACED_TASKS
 
 KNOWN = dict(flatten(NAMESPACES))
@@ -88,3 +91,45 @@ def test_callback_queue_is_the_default_queue() -> None:
     """Without it, callbacks that name no queue go to Celery's own default."""
     assert SETTINGS["task_default_queue"] == "celery"
     assert celery_settings(Settings(callback_queue="svc"))["task_default_queue"] == "svc"
+
+
+def test_instance_prefixes_every_name_on_the_broker() -> None:
+    """Without an instance the names are Celery's own."""
+    names = ("control_exchange", "event_exchange", "event_queue_prefix")
+    assert [SETTINGS[name] for name in names] == [KNOWN[name].default for name in names]
+    live = celery_settings(Settings(instance="live"))
+    assert [live[name] for name in names] == [f"live.{KNOWN[name].default}" for name in names]
+    assert [queue.name for queue in live["task_queues"]] == [f"live.{name}" for name in QUEUES]
+    assert {route["queue"] for route in live["task_routes"].values()} == {f"live.{name}" for name in QUEUES}
+    keys = ("unacked_key", "unacked_index_key", "unacked_mutex_key")
+    assert all(live["broker_transport_options"][key].startswith("live.payready-unacked") for key in keys)
+
+
+def test_worker_selects_the_queues_of_its_instance_by_their_names_in_the_procfile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name in a callback's options is not changed: it may be another deployment's."""
+    monkeypatch.setattr(idle_consumer, "settings", lambda: Settings(instance="live"))
+    app = Celery("payready", amqp="tasks.idle_consumer:DeclaringAMQP", set_as_current=False)
+    app.conf.update(celery_settings(Settings(instance="live")))
+    app.amqp.queues.select(["payments", "balances"])
+    assert list(app.amqp.queues.consume_from) == ["live.payments", "live.balances"]
+    assert app.amqp.router.route({"queue": "payments"}, "payments.initiate")["queue"].name == "payments"
+    assert app.amqp.router.route({}, "payments.initiate")["queue"].name == "live.payments"
+    app.close()
+
+
+def test_message_for_the_default_exchange_of_celery_reaches_no_queue_of_payready(valkey_url: str) -> None:
+    """Another app may publish to it. A queue that is bound to it would get a copy."""
+    app = Celery("payready", broker=valkey_url, set_as_current=False)
+    app.conf.update(celery_settings(Settings(redis_url=valkey_url)))
+    with app.connection_for_write() as connection, connection.default_channel.client as redis:
+        redis.flushdb()
+        for queue in app.amqp.queues.values():
+            queue(connection.default_channel).declare()
+        producer = connection.Producer()
+        producer.publish(
+            {}, exchange="celery", routing_key="celery", declare=[Queue("celery", Exchange("celery"), "celery")]
+        )
+        assert [redis.llen(name) for name in ("celery", *QUEUES)] == [1, *[0] * len(QUEUES)]
+    app.close()

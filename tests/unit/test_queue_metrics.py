@@ -21,7 +21,7 @@ class MeasuredQueue:
 
     def __init__(self, app: Celery) -> None:
         self.app, self.now = app, 0.0
-        self._queues = QueueMetrics(app, clock=lambda: self.now)
+        self._queues = QueueMetrics(app, name_prefix="", clock=lambda: self.now)
         with app.connection_for_write() as connection:
             self._client = connection.default_channel.client
             connection.default_channel.queue_purge("payments")

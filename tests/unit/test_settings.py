@@ -135,6 +135,10 @@ INVALID = [
     *(({"PAYREADY_BROKER_KEY_PREFIX": prefix}, "PAYREADY_BROKER_KEY_PREFIX: ") for prefix in ("s vc:", "svc\\n:")),
     ({"PAYREADY_RESULT_KEY_PREFIX": "a b"}, "PAYREADY_RESULT_KEY_PREFIX: "),
     *(
+        ({"PAYREADY_INSTANCE": name}, "PAYREADY_INSTANCE: must be 1 to 32 characters of a-z, 0-9 and -, such as live")
+        for name in ("Live", "live.eu", "live_eu", "x" * 33)
+    ),
+    *(
         ({"PAYREADY_BROKER_URL": url}, "PAYREADY_BROKER_URL must begin with one of redis://, rediss://, amqp://, amqps")
         for url in ("sqs://key:secret@", "sentinel://b", "b:6379", "AMQP://b")
     ),
@@ -237,6 +241,9 @@ def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
     """Payready's own workers would discard the callbacks, whose tasks they do not know."""
     with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments"})
+    with pytest.raises(ConfigurationError, match=r"payready's own workers consume live\.payments"):
+        load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "live.payments", "PAYREADY_INSTANCE": "live"})
+    assert load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments", "PAYREADY_INSTANCE": "live"}).callback_queue
 
 
 SECRETS_AND_ADDRESSES = {

@@ -4,8 +4,12 @@ The rate limiter keeps calls below the provider's limit. The circuit breaker sto
 Delayed calls get slots by earliest deadline first (EDF): the ledger knows the deadlines, and `payments.sweep` schedules
 the calls. All state in Redis may be lost: the provider rejects excess calls with 429, and failing calls open the
 circuit breaker again.
+
+The state belongs to an API key: the provider counts the requests of a key, and fails for all that use it. So several
+deployments with one key and one Redis share it, whatever their instances.
 """
 
+import hashlib
 import itertools
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,6 +28,11 @@ MAX_CLOCK_ERROR = timedelta(seconds=1)
 too: their constant 61000000 is this sum in microseconds, as a test checks."""
 
 CallStatus = Literal["ok", "failed", "rate_limited"]
+
+
+def api_key_digest(api_key: str) -> str:
+    """Return a short digest of an API key, for the names of keys in Redis."""
+    return hashlib.blake2b(api_key.encode(), digest_size=6, person=b"payready limits").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +78,8 @@ class AdmissionStatus:
 class RateLimiter:
     """A GCRA rate limiter over all replicas. Its operations raise `REDIS_UNAVAILABLE`."""
 
-    def __init__(self, redis: Redis, name: str, *, requests_per_s: int) -> None:
-        self.key = f"payready:{name}"
+    def __init__(self, redis: Redis, key: str, *, requests_per_s: int) -> None:
+        self.key = key
         self.requests_per_s = requests_per_s
         # A quarter of a second's calls: with 20 calls/s no second sees more than Quiltt's limit of 25.
         self.burst_size = max(1, requests_per_s // 4)
@@ -106,8 +115,8 @@ class CircuitBreaker:
     process has counted a failure, or if its last admission found one.
     """
 
-    def __init__(self, redis: Redis, name: str, *, failure_threshold: int, probe_timeout: timedelta) -> None:
-        self.key = f"payready:{name}"
+    def __init__(self, redis: Redis, key: str, *, failure_threshold: int, probe_timeout: timedelta) -> None:
+        self.key = key
         self.failure_threshold = failure_threshold
         self.probe_timeout = probe_timeout
         self._record_result = LuaScript(redis, "record_result")
@@ -133,17 +142,18 @@ class CircuitBreaker:
 
 
 class AdmissionControl:
-    """Decides how many provider calls may be made now. Each operation is one Lua script.
+    """Decides how many provider calls may be made now with an API key. Each operation is one Lua script.
 
     Rate limiter and circuit breaker share one Redis hash, so that `admit` asks both in one atomic step. `admit.lua`
     documents the hash. All operations raise `REDIS_UNAVAILABLE`.
     """
 
-    def __init__(self, redis: Redis, *, calls_per_s: int, failure_threshold: int, probe_timeout: timedelta) -> None:
-        self.limiter = RateLimiter(redis, "admission", requests_per_s=calls_per_s)
-        self.breaker = CircuitBreaker(
-            redis, "admission", failure_threshold=failure_threshold, probe_timeout=probe_timeout
-        )
+    def __init__(
+        self, redis: Redis, key_digest: str, *, calls_per_s: int, failure_threshold: int, probe_timeout: timedelta
+    ) -> None:
+        key = f"payready:admission:{key_digest}"
+        self.limiter = RateLimiter(redis, key, requests_per_s=calls_per_s)
+        self.breaker = CircuitBreaker(redis, key, failure_threshold=failure_threshold, probe_timeout=probe_timeout)
         self._redis = redis
         self._admit = LuaScript(redis, "admit")
         self._refund = LuaScript(redis, "refund")

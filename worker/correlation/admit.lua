@@ -1,6 +1,6 @@
 -- Admission control for provider calls: a circuit breaker and a rate limiter (GCRA, generic cell rate algorithm).
 --
--- KEYS[1]  payready:admission   hash:
+-- KEYS[1]  payready:admission:{digest of the API key}   hash:
 --   rate limiter
 --     tat                  theoretical arrival time (µs): the burst is used up to here; each call adds one interval
 --     delayed_first_until  until then (µs) only delayed calls get slots

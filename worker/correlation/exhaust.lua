@@ -1,6 +1,6 @@
 -- Rate limiter (GCRA): use up all slots until a time, because the provider returned 429.
 --
--- KEYS[1]  payready:admission, see admit.lua
+-- KEYS[1]  payready:admission:{digest}, see admit.lua
 -- ARGV[1]  when the call ended (µs)
 -- ARGV[2]  new theoretical arrival time (µs); an earlier one than the stored one changes nothing
 

@@ -1,6 +1,6 @@
 -- Request coalescing: a payment joins a refresh of its account, or becomes the leader of a new one.
 --
--- KEYS[1]  payready:{account}   hash:
+-- KEYS[1]  payready:{account}, after the prefix of the instance   hash:
 --   in_flight   id of the refresh that was called and is not answered yet
 --   called_at   when it was called (µs)
 --   requested   id of the refresh that is requested and not called yet

@@ -1,6 +1,6 @@
 -- Circuit breaker: record the result of a provider call.
 --
--- KEYS[1]  payready:admission, see admit.lua
+-- KEYS[1]  payready:admission:{digest}, see admit.lua
 -- ARGV[1]  "ok" | "failed"
 -- ARGV[2]  when the call ended (µs): now, or a moment ago
 -- ARGV[3]  consecutive failures that open the circuit breaker

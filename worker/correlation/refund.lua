@@ -1,6 +1,6 @@
 -- Return the slots of admitted calls that are not made.
 --
--- KEYS[1]  payready:admission, see admit.lua
+-- KEYS[1]  payready:admission:{digest}, see admit.lua
 -- ARGV[1]  interval between calls, times the number of these calls (µs)
 -- ARGV[2]  when they were admitted (µs); a call admitted before the circuit breaker opened is not its probe
 

@@ -1,6 +1,7 @@
 -- Rate limiter (GCRA): reserve slots within the next second, for delayed calls or for balance polls.
 --
--- KEYS[1]  payready:admission, see admit.lua; or payready:poll_limiter, which has only the fields of the rate limiter
+-- KEYS[1]  payready:admission:{digest}, see admit.lua; or payready:poll_limiter:{digest}, which has only the fields of
+--          the rate limiter
 -- ARGV[1]  now (µs)
 -- ARGV[2]  requested number of slots
 -- ARGV[3]  interval between calls (µs)

@@ -81,10 +81,13 @@ class AccountState:
 
 
 class CorrelationStore:
-    """The operations of the store. Each is one Lua script, which documents its key. All raise `REDIS_UNAVAILABLE`."""
+    """The operations of the store. Each is one Lua script, which documents its key. All raise `REDIS_UNAVAILABLE`.
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
+    `key_prefix` separates the ledgers that share a Redis: their accounts may have the same ids.
+    """
+
+    def __init__(self, redis: Redis, *, key_prefix: str = "") -> None:
+        self._redis, self._key_prefix = redis, key_prefix
         self._join = LuaScript(redis, "join")
         self._mark_called = LuaScript(redis, "mark_called")
         self._add_balance = LuaScript(redis, "add_balance")
@@ -98,13 +101,13 @@ class CorrelationStore:
 
         The commands of `then` are executed after it, in the same round trip.
         """
-        calls = [([_account_key(request.account_id)], request.script_args()) for request in requests]
+        calls = [([self._account_key(request.account_id)], request.script_args()) for request in requests]
         return [JoinResult(kind=kind, id=found) for kind, found in self._join.run_many(calls, then)]
 
     def move_requested_to_in_flight(self, refreshes: Sequence[CalledRefresh]) -> None:
         """Set refreshes in flight instead of requested, just before their calls are made."""
         calls = [
-            ([_account_key(called.account_id)], [called.refresh_id, epoch_us(called.called_at), ACCOUNT_TTL_S])
+            ([self._account_key(called.account_id)], [called.refresh_id, epoch_us(called.called_at), ACCOUNT_TTL_S])
             for called in refreshes
         ]
         self._mark_called.run_many(calls)
@@ -114,14 +117,17 @@ class CorrelationStore:
     ) -> None:
         """Keep the newest REFRESH balances; clear the refreshes they answer. Call it before they resolve payments."""
         calls = [
-            ([_account_key(new.account_id)], [new.balance_id, epoch_us(new.at), duration_us(clock_skew), ACCOUNT_TTL_S])
+            (
+                [self._account_key(new.account_id)],
+                [new.balance_id, epoch_us(new.at), duration_us(clock_skew), ACCOUNT_TTL_S],
+            )
             for new in balances
         ]
         self._add_balance.run_many(calls)
 
     def clear_requested_or_in_flight_refresh(self, account_id: str, refresh_id: str) -> None:
         """Forget a refresh that no balance will answer, if it is still stored as requested or in flight."""
-        self._clear_refresh([_account_key(account_id)], [refresh_id])
+        self._clear_refresh([self._account_key(account_id)], [refresh_id])
 
     def restore_account(self, account_id: str, state: AccountState) -> None:
         """Replace the stored state of the account with the ledger's state."""
@@ -129,8 +135,8 @@ class CorrelationStore:
         newest = state.newest_balance
         balance = ["", ""] if newest is None else [newest.balance_id, epoch_us(newest.at)]
         fields = [state.in_flight or "", called_at, state.requested or "", *balance]
-        self._restore_account([_account_key(account_id)], [*fields, ACCOUNT_TTL_S])
+        self._restore_account([self._account_key(account_id)], [*fields, ACCOUNT_TTL_S])
 
-
-def _account_key(account_id: str) -> str:
-    return f"payready:{{{account_id}}}"  # the braces keep an account's keys on one node of a cluster
+    def _account_key(self, account_id: str) -> str:
+        # The braces keep an account's keys on one node of a cluster.
+        return f"{self._key_prefix}payready:{{{account_id}}}"

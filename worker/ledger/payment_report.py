@@ -217,11 +217,12 @@ def _refresh_totals(tx: Tx, refresh_ids: Sequence[str]) -> dict[str, list[FeeTot
 
 
 def payment_timeline(
-    tx: Tx, payment_id: str, *, clock_skew: timedelta, default_hold_s: int, callback_queue: str
+    tx: Tx, payment_id: str, *, clock_skew: timedelta, default_hold_s: int, callback_queue: str, name_prefix: str = ""
 ) -> PaymentTimeline | None:
     """Return all that the ledger has about a payment; None if it has no such payment.
 
     `clock_skew`, `default_hold_s` and the `callback_queue` of callbacks that name none are those of the workers.
+    So is `name_prefix`, with which the names of payready's own queues begin.
     """
     row = tx.execute(select(PAYMENT).where(payment.payment_id == payment_id)).one_or_none()
     if row is None:
@@ -241,7 +242,7 @@ def payment_timeline(
         rejected_balances=found.rejected,
         unattributed_balances=found.unattributed,
         funds_hold=_funds_hold_line(row, default_hold_s),
-        deliveries=_delivery_lines(tx, payment_id, callback_queue),
+        deliveries=_delivery_lines(tx, payment_id, callback_queue, name_prefix),
     )
 
 
@@ -298,7 +299,8 @@ def _funds_hold_line(row: Row[Any], default_hold_s: int) -> FundsHoldLine | None
     return FundsHoldLine(until=until, after_delivery_s=row.job.get("hold_s", default_hold_s))
 
 
-def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str) -> list[DeliveryLine]:
+def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str, name_prefix: str) -> list[DeliveryLine]:
+    task_queues = {task: f"{name_prefix}{queue}" for task, queue in TASK_QUEUES.items()}
     query = (
         select(delivery.task_id, delivery.delivered_at, delivery.undeliverable, delivery.continuation)
         .where(delivery.payment_id == payment_id)
@@ -309,7 +311,7 @@ def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str) -> list[Delive
             task_id=row.task_id,
             delivered_at=row.delivered_at,
             undeliverable=row.undeliverable,
-            callbacks=callbacks_of(row.continuation, task_queues=TASK_QUEUES, default_queue=callback_queue),
+            callbacks=callbacks_of(row.continuation, task_queues=task_queues, default_queue=callback_queue),
         )
         for row in tx.execute(query)
     ]

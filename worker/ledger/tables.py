@@ -312,7 +312,7 @@ class DeadLetterRow(SQLModel, table=True):
     dead_letter_id: str = Field(primary_key=True, sa_type=Text)
     """A digest of queue and message, so that storing the message again adds no row."""
     queue: str = Field(sa_type=Text)
-    """The queue that the message was fetched from."""
+    """The queue that the message was fetched from, without the name of the instance."""
     reason: str = Field(sa_type=Text)
     """`unreadable`, `unknown_task` or `worker_died`."""
     detail: str = Field(sa_type=Text)
