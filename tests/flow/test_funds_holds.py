@@ -38,8 +38,9 @@ def judge_and_deliver(
 
 
 def calculation(payready: InProcessSystem, payment_id: str) -> dict[str, Any]:
-    """Return the stored funds calculation of a payment."""
-    stored = payready.payment(payment_id)["funds_calculation"]
+    """Return the stored funds calculation of a payment: that of a released one is in its outcome."""
+    row = payready.payment(payment_id)
+    stored = row["funds_calculation"] or payready.outcome(payment_id)["funds_calculation"]
     return dict(json.loads(stored) if isinstance(stored, str) else stored)
 
 

@@ -12,6 +12,7 @@ FOLDERS = {
     "cli",
     "config",
     "demo",
+    "deploy",
     "migrations",
     "simulator",
     "tasks",

@@ -276,7 +276,6 @@ def _released(
         refresh_id=refresh_id,
         reused=not fee.shared_by,
         balance_id=record.balance_id,
-        funds_calculation=judgement.check.funds_calculation,
         hold_until=HOLD_OPEN if payment.job.amount is not None else None,
     )
 

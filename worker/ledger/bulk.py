@@ -144,7 +144,8 @@ def _as_safe_json(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Return rows as JSON, or None if the database cannot read them from it."""
     if tx.dialect.name != "postgresql":
         return None
-    rows_json = json.dumps(rows, default=_json_value)
+    # PostgreSQL stores values of type JSON as they are written, so spaces would be stored too.
+    rows_json = json.dumps(rows, default=_json_value, separators=(",", ":"))
     return None if _UNSAFE_IN_JSON.search(rows_json) else rows_json
 
 

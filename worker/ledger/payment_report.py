@@ -234,7 +234,7 @@ def payment_timeline(
         payment=_payment_line(row, fees),
         job=row.job,
         outcome=row.outcome,
-        funds_calculation=_with_old_and_new_names(row.funds_calculation),
+        funds_calculation=_funds_calculation_with_old_and_new_names(row),
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
         balance=found.resolving,
@@ -284,7 +284,8 @@ _NEW_NAMES = {
 """Fields of a funds calculation that version 0.2.0 stored and printed under another name. To be removed in 0.4.0."""
 
 
-def _with_old_and_new_names(calculation: dict[str, Any] | None) -> dict[str, Any] | None:
+def _funds_calculation_with_old_and_new_names(row: Row[Any]) -> dict[str, Any] | None:
+    calculation = row.funds_calculation or (row.outcome or {}).get("funds_calculation")
     if calculation is None:
         return None
     new = {new: calculation[old] for old, new in _NEW_NAMES.items() if old in calculation}

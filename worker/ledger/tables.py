@@ -105,7 +105,7 @@ class PaymentRow(SQLModel, table=True):
     balance_id: str | None = Field(default=None, sa_type=Text)
     """The balance that resolved the payment. Null if it failed without one."""
     funds_calculation: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    """Inputs and result of the funds check."""
+    """Inputs and result of the funds check of a failed payment. Those of a released payment are in its outcome."""
     hold_until: datetime | None = Field(default=None, sa_type=UtcTime)
     """End of the funds hold of a released payment. `HOLD_OPEN` until the outcome is delivered. Null without a hold."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
