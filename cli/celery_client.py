@@ -29,7 +29,7 @@ TICK_OBSERVATION_S = 1.5
 """Longer than the interval between two ticks of `beat`."""
 WORKER_ROLES = frozenset(("worker", "refresh"))
 """Roles that are Celery workers. A worker's name is `ROLE@HOST`."""
-_BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
+BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
 """Errors without a broker or a result backend. Celery raises RuntimeError after its last attempt."""
 
 
@@ -68,7 +68,7 @@ def report_unavailable() -> Iterator[None]:
         raise NoWorkerResponse(
             "timed out waiting for a worker; the task stays queued. Start the role `worker`."
         ) from None
-    except _BROKER_ERRORS as error:
+    except BROKER_ERRORS as error:
         raise CeleryUnavailable(
             f"cannot reach the broker or the result backend: {str(error).rstrip('.')}. Check PAYREADY_BROKER_URL and "
             "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set."
@@ -216,20 +216,6 @@ def lists_read(worker: WorkerInfo, prefix: str) -> Iterator[str]:
         steps = range(MAX_PRIORITY + 1)  # a `range` arrives as text
     for queue in worker.queues:
         yield from priority_lists(queue, steps, options.get("sep", Channel.sep), prefix)
-
-
-def check_result_backend(settings: Settings) -> None:
-    """Read from the result backend.
-
-    Raises:
-        CeleryUnavailable: it does not respond.
-    """
-    with Celery("payready-cli", set_as_current=False) as app:
-        app.conf.update(celery_settings(settings))
-        try:
-            app.backend.get_task_meta("payready-doctor")
-        except _BROKER_ERRORS as error:
-            raise CeleryUnavailable(str(error)) from None
 
 
 def enqueue_apply(settings: Settings, balance_ids: Sequence[str]) -> None:

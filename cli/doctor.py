@@ -1,7 +1,7 @@
 """`payready doctor`: check every dependency, and print each result with a fix.
 
-Each check is one function that yields results. A check that raises, or does not finish in time, yields an error, and
-the others still run.
+Each check is one function that yields results. All checks run at once, each in a thread. A check that raises, or does
+not finish in time, yields an error, and the results of the others are still printed.
 """
 
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
 
-from cli import doctor_checks, doctor_provider_checks, doctor_queue_checks
+from cli import doctor_checks, doctor_provider_checks, doctor_queue_checks, doctor_server_checks
 from cli.doctor_results import Check, CheckContext, CheckResult, error
 from config.settings import Settings
 from worker.errors import error_summary
 from worker.runtime import Runtime
 
 CHECKS: tuple[Check, ...] = (
-    doctor_checks.check_database,
-    doctor_checks.check_redis_memory_and_persistence,
+    doctor_server_checks.check_database,
+    doctor_server_checks.check_redis_memory_and_persistence,
     doctor_checks.check_broker_and_workers,
     doctor_queue_checks.check_unread_lists,
-    doctor_checks.check_result_backend,
+    doctor_server_checks.check_result_backend,
     doctor_checks.check_clocks,
     doctor_provider_checks.check_api_key_mode_and_price,
     doctor_provider_checks.check_circuit_breaker,
@@ -35,20 +35,24 @@ CHECKS: tuple[Check, ...] = (
     doctor_checks.check_flower_requires_login,
 )
 """All checks in the order of their output: a dependency before the checks that need it."""
-CHECK_TIMEOUT_S = 30.0
-"""Longer than the timeouts of a check's requests together. It ends a check whose response arrives byte by byte."""
+TIME_LIMIT_S = 12.0
+"""Time for all checks together. With the start of the process the doctor ends within 20 s, whatever hangs."""
 
 
-def run_checks(settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None) -> Iterator[CheckResult]:
-    """Run every check. Results are yielded as soon as they are known."""
+def run_checks(
+    settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None, time_limit_s: float = TIME_LIMIT_S
+) -> Iterator[CheckResult]:
+    """Run every check. Results are yielded in the order of `CHECKS`, as soon as they are known."""
     context = CheckContext(
         settings=settings,
         rt=rt,
         flower_url=flower_url,
         web_url=web_url or local_web_url(settings),
     )
-    for check in CHECKS:
-        yield from run_check(check, context, CHECK_TIMEOUT_S)
+    running = [RunningCheck(check, context) for check in CHECKS]
+    deadline = monotonic() + time_limit_s
+    for check in running:
+        yield from check.results_until(deadline, time_limit_s)
 
 
 def local_web_url(settings: Settings) -> str:
@@ -57,29 +61,35 @@ def local_web_url(settings: Settings) -> str:
     return f"http://[{host}]:{settings.webhook_port}" if ":" in host else f"http://{host}:{settings.webhook_port}"
 
 
-def run_check(check: Check, context: CheckContext, timeout_s: float) -> Iterator[CheckResult]:
-    """Run one check in a thread. Yield its results, and an error if it raises or does not finish in time."""
-    name = check.__name__.removeprefix("check_").replace("_", " ")
-    results = SimpleQueue[CheckResult | None]()
-    Thread(target=_put_results, args=(check, context, name, results), daemon=True).start()
-    deadline = monotonic() + timeout_s
-    while True:
+class RunningCheck:
+    """A check that runs in a thread of its own. A thread that hangs does not delay the end of the process."""
+
+    def __init__(self, check: Check, context: CheckContext) -> None:
+        self._check, self._context = check, context
+        self._name = check.__name__.removeprefix("check_").replace("_", " ")
+        self._results = SimpleQueue[CheckResult | None]()
+        Thread(target=self._put_results, daemon=True).start()
+
+    def results_until(self, deadline: float, time_limit_s: float) -> Iterator[CheckResult]:
+        """Yield the results, and an error if the check raises or does not finish by the deadline."""
+        while True:
+            try:
+                result = self._results.get(timeout=max(0.0, deadline - monotonic()))
+            except Empty:
+                message = f"the check did not finish within {time_limit_s:g} s"
+                yield error(self._name, message, "check the network of this host, and the servers that do not respond")
+                return
+            if result is None:
+                return
+            yield result
+
+    def _put_results(self) -> None:
+        """Put the results of the check into the queue, then None."""
         try:
-            result = results.get(timeout=max(0.0, deadline - monotonic()))
-        except Empty:
-            yield error(name, f"the check did not finish within {timeout_s:g} s", "check the network of this host")
-            return
-        if result is None:
-            return
-        yield result
-
-
-def _put_results(check: Check, context: CheckContext, name: str, results: SimpleQueue[CheckResult | None]) -> None:
-    """Put the results of a check into the queue, then None."""
-    try:
-        for result in check(context):
-            results.put(result)
-    except Exception as crash:  # noqa: BLE001 - whatever it is, the other checks must run
-        message = f"the check crashed: {error_summary(crash)}"
-        results.put(error(name, message, "correct the option or setting that the error names, else report the error"))
-    results.put(None)
+            for result in self._check(self._context):
+                self._results.put(result)
+        except Exception as crash:  # noqa: BLE001 - whatever it is, the other checks must run
+            message = f"the check crashed: {error_summary(crash)}"
+            fix = "correct the option or setting that the error names, else report the error"
+            self._results.put(error(self._name, message, fix))
+        self._results.put(None)

@@ -1,4 +1,4 @@
-"""Checks of `payready doctor`: database, Redis, broker and workers, clocks, maintenance, Flower."""
+"""Checks of `payready doctor`: broker and workers, clocks, maintenance, Flower."""
 
 import base64
 import urllib.error
@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from cli import celery_client
+from cli import celery_client, server_probes
 from cli.celery_client import WorkerInfo
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, utc_time_text
 from config.celery_config import QUEUES, celery_settings
 from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
-from worker.errors import error_summary
 from worker.ledger import dead_letters, metrics_queries, payment_report, schema
-from worker.ledger.engine import DATABASE_UNAVAILABLE, NoDatabaseFile, read_snapshot
+from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 from worker.rules.callbacks import callbacks_of
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
@@ -29,7 +28,6 @@ CLOCK_SAMPLES = 3
 MAX_BACKLOG_AGE = timedelta(seconds=15)
 """A payment that waits longer than this after its deadline shows that maintenance does not run."""
 MAX_DELIVERY_AGE = timedelta(seconds=60)
-MEMORY_WARNING_RATIO = 0.9
 LONG_QUEUE = 1000
 """Messages. With more, the workers are too slow."""
 CALLBACKS_LOOKBACK = timedelta(hours=1)
@@ -48,55 +46,17 @@ SHARED_CELERY_SETTINGS = (
 """Celery settings that must be equal in all roles. Otherwise messages are lost or processed twice."""
 
 
-def check_database(context: CheckContext) -> Iterator[CheckResult]:
-    """Check that the database responds and has the schema of this release."""
-    try:
-        with read_snapshot(context.rt.engine) as tx:
-            current, required = schema.current_revision(tx), schema.required_revision()
-    except NoDatabaseFile as missing:
-        yield error("database", str(missing), "correct the setting, or run the role `release`: alembic upgrade head")
-        return
-    except DATABASE_UNAVAILABLE as unavailable:
-        yield error("database", error_summary(unavailable), "start it, or correct PAYREADY_DATABASE_URL")
-        return
-    if current == required:
-        yield ok("database", f"responds, at revision {current}")
-    else:
-        state = f"at revision {current}" if current else "never migrated"
-        fix = "run the role `release`: alembic upgrade head"
-        yield error("database", f"{state}; this release needs {required}", fix)
-
-
-def check_redis_memory_and_persistence(context: CheckContext) -> Iterator[CheckResult]:
-    """Check that Redis responds, has free memory and does not lose data."""
-    try:
-        info = context.rt.redis_server.info()
-        used_ratio = context.rt.redis_server.memory_used_ratio()
-    except REDIS_UNAVAILABLE as unavailable:
-        yield error("redis", str(unavailable), "start it, or correct PAYREADY_REDIS_URL")
-        return
-    yield ok("redis", f"responds, version {info.get('valkey_version') or info.get('redis_version')}")
-    if used_ratio >= MEMORY_WARNING_RATIO:
-        yield error("redis", f"{used_ratio:.0%} of maxmemory is used", "raise maxmemory, or find the queue that grows")
-    policy = info.get("maxmemory_policy", "unknown")
-    if policy != "noeviction":
-        fix = "set maxmemory-policy noeviction: eviction deletes queued messages"
-        yield error("redis", f"maxmemory-policy is {policy}", fix)
-    if not info.get("aof_enabled"):
-        yield warning("redis", "no append-only file", "set appendonly yes: a restart loses queued jobs")
-    elif info.get("aof_last_write_status", "ok") != "ok":
-        yield error("redis", "cannot write its append-only file", "check the disk of Redis")
-
-
 def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the broker responds, each queue has a worker, and all workers have the same settings."""
     try:
         workers = celery_client.responding_payready_workers(context.settings)
-        yield ok("broker", f"responds; {count_text(len(workers), 'worker')} of payready connected")
+        described = server_probes.describe_broker(context.settings)
+        yield ok("broker", f"{described}; {count_text(len(workers), 'worker')} of payready connected")
         yield from _check_queues_and_beat(context, workers)
         yield from _check_shared_celery_settings(context, workers)
     except celery_client.CeleryUnavailable as unavailable:
-        yield error("broker", str(unavailable), "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
+        message = server_probes.no_response_text(context.settings.effective_broker_url, str(unavailable))
+        yield error("broker", message, "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
 
 
 def _check_queues_and_beat(context: CheckContext, workers: Sequence[WorkerInfo]) -> Iterator[CheckResult]:
@@ -151,16 +111,6 @@ def check_dead_letters(context: CheckContext) -> Iterator[CheckResult]:
             f"from the queue {letter.queue}: {letter.reason} ({letter.detail})"
         )
         yield warning("dead letters", message, "run `payready dead-letters list`, then `requeue` or `delete` them")
-
-
-def check_result_backend(context: CheckContext) -> Iterator[CheckResult]:
-    """Check that the result backend responds."""
-    try:
-        celery_client.check_result_backend(context.settings)
-    except celery_client.CeleryUnavailable as unavailable:
-        yield error("result backend", str(unavailable), "start it, or correct PAYREADY_RESULT_BACKEND_URL")
-    else:
-        yield ok("result backend", "responds")
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------

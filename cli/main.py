@@ -15,6 +15,7 @@ from cli import (
     dead_letter_commands,
     doctor,
     doctor_results,
+    failover_commands,
     fee_commands,
     render,
     render_payments,
@@ -52,6 +53,7 @@ app.add_typer(fee_commands.app, name="fees")
 app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(webhook_commands.quarantine_app, name="quarantine")
 app.add_typer(webhook_commands.webhooks_app, name="webhooks")
+app.command("reconcile-after-failover")(failover_commands.reconcile_after_failover)
 
 T = TypeVar("T")
 PaymentId = Annotated[str, typer.Argument(help="The payment's id, as its job has it.")]

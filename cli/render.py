@@ -61,6 +61,11 @@ def count_text(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def milliseconds_text(seconds: float) -> str:
+    """Return a short duration, such as `0.4 ms`."""
+    return f"{seconds * 1000:.1f} ms"
+
+
 def literal_text(text: str, style: str = "") -> Text:
     """Return a text that a terminal shows and does not obey: markup and control characters are literal."""
     return Text(escape_unprintable(text), style)

@@ -197,10 +197,10 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(_: Request) -> Response:
-    """Respond with 200 if the database is available, so that deliveries can be committed, else with 503."""
-    if await readiness():
-        return PlainTextResponse("ready")
-    return PlainTextResponse("not ready: the database is unavailable", status_code=503)
+    """Respond with 200 if the database accepts writes, so that deliveries can be committed, else with 503."""
+    if problem := await readiness.find_problem():
+        return PlainTextResponse(f"not ready: {problem}", status_code=503)
+    return PlainTextResponse("ready")
 
 
 async def _unreachable_post_route(_: Request) -> Response:

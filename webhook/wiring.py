@@ -9,7 +9,8 @@ from webhook.group_commit import GroupCommitter
 from webhook.readiness import SharedReadinessCheck
 from worker import flow
 from worker.flow import FollowUp
-from worker.ledger.engine import DATABASE_UNAVAILABLE, ping
+from worker.ledger.engine import DATABASE_UNAVAILABLE
+from worker.ledger.server_state import find_write_problem
 from worker.runtime import runtime
 
 
@@ -27,18 +28,18 @@ def _dispatch(follow_ups: Sequence[FollowUp]) -> None:
     dispatch_leaving_callbacks_to_workers(merged)
 
 
-def _is_database_available() -> bool:
+def _find_database_problem() -> str | None:
+    """Return why events cannot be committed now, or None if they can."""
     try:
-        ping(runtime().engine)
+        return find_write_problem(runtime().engine)
     except DATABASE_UNAVAILABLE:
-        return False
-    return True
+        return "the database is unavailable"
 
 
 # Register payready's tasks: `web` stores results as the suspended task, and Celery needs the task object for that.
 celery.loader.import_default_modules()
 
 group_committer = GroupCommitter(
-    _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=_is_database_available
+    _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=lambda: _find_database_problem() is None
 )
-readiness = SharedReadinessCheck(_is_database_available)
+readiness = SharedReadinessCheck(_find_database_problem)

@@ -1,19 +1,23 @@
 """Decisions of `payready doctor` that need no servers."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from threading import Event
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from cli import doctor
+from cli import doctor, server_probes
 from cli.celery_client import WorkerInfo, is_payready_worker
 from cli.doctor_checks import ClockSample, callbacks_result, clock_result
 from cli.doctor_provider_checks import balances_result, rejected_balances_results
-from cli.doctor_results import CheckContext, CheckResult, Severity, ok
+from cli.doctor_results import Check, CheckContext, CheckResult, Severity, ok
+from cli.doctor_server_checks import pooler_results, replication_results
 from config.celery_config import QUEUES
 from config.settings import Settings
+from worker.ledger.server_state import DatabaseServer
 from worker.runtime import build_runtime
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -112,12 +116,17 @@ def test_doctor_reports_check_that_raises_as_error(context: CheckContext) -> Non
         yield ok("a", "responds")
         raise ValueError("unknown url type: 'foo'")
 
-    found = list(doctor.run_check(check_first_thing, context, timeout_s=5))
+    found = _results_of(context, check_first_thing, time_limit_s=5)
     assert [(result.check, result.severity) for result in found] == [
         ("a", Severity.OK),
         ("first thing", Severity.ERROR),
     ]
     assert found[1].message == "the check crashed: ValueError: unknown url type: 'foo'"
+
+
+def _results_of(context: CheckContext, check: Check, *, time_limit_s: float) -> list[CheckResult]:
+    running = doctor.RunningCheck(check, context)
+    return list(running.results_until(time.monotonic() + time_limit_s, time_limit_s))
 
 
 def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
@@ -128,7 +137,7 @@ def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
         yield ok("a", "responds")
         released.wait()
 
-    found = list(doctor.run_check(check_slow_thing, context, timeout_s=0.2))
+    found = _results_of(context, check_slow_thing, time_limit_s=0.2)
     released.set()
     assert [(result.check, result.message) for result in found] == [
         ("a", "responds"),
@@ -163,3 +172,72 @@ def test_doctor_runs_all_checks_despite_invalid_addresses(
 )
 def test_doctor_looks_for_web_at_the_address_of_the_settings(host: str, url: str) -> None:
     assert doctor.local_web_url(Settings(webhook_host=host)) == url
+
+
+def _server(**fields: Any) -> DatabaseServer:
+    return DatabaseServer(product="PostgreSQL 18.0", address="db:5432", round_trip_s=0.001, **fields)
+
+
+def test_doctor_warns_of_asynchronous_replication() -> None:
+    """Without a standby there is nothing to lose, and no result."""
+    assert list(replication_results(_server())) == []
+    [found] = replication_results(_server(standby_count=1))
+    assert found.severity == Severity.WARNING
+    assert found.message.startswith("1 standby, asynchronous: a failover may lose the last commits.")
+    [found] = replication_results(_server(standby_count=2, is_replication_synchronous=True))
+    assert (found.severity, found.message) == (Severity.OK, "2 standbys, synchronous")
+
+
+def test_doctor_reports_a_pooler_that_the_settings_do_not_name() -> None:
+    assert list(pooler_results(_server(), mode="none")) == []
+    assert list(pooler_results(_server(is_behind_pooler=True), mode="transaction")) == []
+    [found] = pooler_results(_server(is_behind_pooler=True), mode="none")
+    assert (found.severity, found.fix) == (Severity.ERROR, "set PAYREADY_DATABASE_POOLER=transaction")
+
+
+@pytest.mark.parametrize(
+    ("fields", "role"),
+    [
+        ({}, "primary"),
+        ({"is_standby": True, "is_read_only": True}, "standby, read-only"),
+        ({"is_read_only": True}, "read-only"),
+        ({"is_behind_pooler": True}, "primary, behind a pooler"),
+    ],
+)
+def test_role_of_a_database_server(fields: dict[str, bool], role: str) -> None:
+    assert _server(**fields).role == role
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://127.0.0.1:6379/0", "127.0.0.1:6379/0"),
+        ("rediss://user:p%40ss@redis.example:6380/1?ssl_keyfile=/k&password=secret", "redis.example:6380/1"),
+        ("amqp://guest:guest@127.0.0.1:5672//", "127.0.0.1:5672"),
+        ("sentinel://:secret@h1:26379,h2:26379/0?master=m&sentinel_password=other", "h1:26379,h2:26379/0"),
+        ("redis+socket:///run/redis.sock?virtual_host=0", "/run/redis.sock"),
+        ("postgresql://u:secret@h1:1,h2:2/db?password=secret", "h1:1,h2:2/db"),
+        ("postgresql:///db?host=/run/postgresql", "/db"),
+        ("redis://:with@sign@h:1/0", "h:1/0"),
+    ],
+)
+def test_address_has_no_credentials(url: str, address: str) -> None:
+    assert server_probes.address_without_credentials(url) == address
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        ({"redis_version": "7.4.1", "role": "master"}, "Redis 7.4.1 at h:1, primary, 1.0 ms"),
+        (
+            {"redis_version": "7.2.4", "valkey_version": "8.1.0", "role": "slave"},
+            "Valkey 8.1.0 at h:1, read-only replica, 1.0 ms",
+        ),
+        (
+            {"redis_version": "7.4.1", "role": "slave", "slave_read_only": 0, "redis_mode": "cluster"},
+            "Redis 7.4.1 at h:1, replica, cluster, 1.0 ms",
+        ),
+    ],
+)
+def test_description_of_a_redis_server(info: dict[str, Any], text: str) -> None:
+    assert server_probes.redis_description("redis://h:1", info, 0.001) == text

@@ -20,11 +20,11 @@ from worker.ledger.engine import (
     Engine,
     NoDatabaseFile,
     open_engine,
-    ping,
     read_snapshot,
     transaction,
 )
 from worker.ledger.locks import lock_accounts
+from worker.ledger.server_state import find_write_problem
 from worker.ledger.tables import BALANCE, PAYMENT, QUARANTINE
 from worker.quiltt.messages import MAX_AMOUNT_DECIMAL_PLACES, Balance
 from worker.rules.job import parse_job
@@ -161,17 +161,17 @@ def test_unreachable_database_raises_database_unavailable() -> None:
     for url in ("postgresql://payready@127.0.0.1:1/x", "sqlite:////nowhere/at/all.db"):
         engine = open_engine(url, connections=10)
         with pytest.raises(DATABASE_UNAVAILABLE):
-            ping(engine)
+            find_write_problem(engine)
         engine.dispose()
 
 
 def test_only_release_creates_the_file_of_a_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/new.db"
     with pytest.raises(NoDatabaseFile, match=f"^there is no database at {tmp_path}/new.db "):
-        ping(open_engine(url, connections=1))
+        find_write_problem(open_engine(url, connections=1))
     assert not (tmp_path / "new.db").exists()
-    ping(open_engine(url, connections=1, may_create_file=True))
-    ping(open_engine(url, connections=1))
+    find_write_problem(open_engine(url, connections=1, may_create_file=True))
+    find_write_problem(open_engine(url, connections=1))
 
 
 def test_durability_settings_of_both_databases(engine: Engine) -> None:
@@ -214,7 +214,7 @@ def test_idle_connection_closed_by_server_is_replaced(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> :own_pid"
     )
     with engine.connect() as first:
-        ping(engine)  # on a second connection
+        find_write_problem(engine)  # on a second connection
         own_pid = first.scalar(text("SELECT pg_backend_pid()"))
         assert first.execute(text(others), {"own_pid": own_pid}).scalars().all() == [True]
     monkeypatch.setattr("worker.ledger.engine.PING_AFTER_IDLE_S", 0)

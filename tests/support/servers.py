@@ -23,9 +23,12 @@ PACKAGE = Path(
 
 
 class Postgres:
-    """PostgreSQL server with temporary databases. It can be stopped and started again."""
+    """PostgreSQL server with temporary databases. It can be stopped and started again.
 
-    def __init__(self, folder: Path) -> None:
+    With a `primary`, it is a hot standby of that server.
+    """
+
+    def __init__(self, folder: Path, primary: "Postgres | None" = None) -> None:
         self._home = folder
         self._port = assign_free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,7 +43,11 @@ class Postgres:
             (folder / "data").mkdir(mode=0o700)
             os.chown(folder / "data", pwd.getpwnam(self._user).pw_uid, -1)
         self._binaries = package / "pginstall" / "bin"
-        self._call("initdb", "--auth=trust", "--encoding=utf8", "--username=payready", "--no-sync")
+        if primary is None:
+            self._call("initdb", "--auth=trust", "--encoding=utf8", "--username=payready", "--no-sync")
+        else:
+            source = ("--host=127.0.0.1", f"--port={primary.port}", "--username=payready")
+            self._call("pg_basebackup", *source, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self.start()
 
     def _command(self, program: str, *options: str) -> list[str]:
@@ -68,6 +75,11 @@ class Postgres:
                 return
 
     @property
+    def port(self) -> int:
+        """Port on the loopback interface."""
+        return self._port
+
+    @property
     def pid(self) -> int:
         """Process id of the postmaster, which accepts connections."""
         if self._process is None:
@@ -81,6 +93,19 @@ class Postgres:
             self._process.wait()
             self._process = None
 
+    def kill(self) -> None:
+        """Kill all server processes, as the loss of their host would. What was not sent to a standby is lost."""
+        pids = self._stop_all_processes()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def promote(self) -> None:
+        """Make a standby a primary, and wait until it accepts writes."""
+        self._call("pg_ctl", "promote", "--wait")
+
     @contextmanager
     def while_stopped(self) -> Iterator[None]:
         """Stop the server for the duration of the block. Connections are refused."""
@@ -93,16 +118,20 @@ class Postgres:
     @contextmanager
     def while_frozen(self) -> Iterator[None]:
         """Freeze all server processes for the duration of the block. Clients get neither a response nor an error."""
-        pids = [self.pid]
-        os.kill(self.pid, signal.SIGSTOP)  # it cannot fork after this
+        pids = self._stop_all_processes()
         try:
-            pids += [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
-            for pid in pids[1:]:
-                os.kill(pid, signal.SIGSTOP)
             yield
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+
+    def _stop_all_processes(self) -> list[int]:
+        os.kill(self.pid, signal.SIGSTOP)  # it cannot fork after this
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        pids = [self.pid, *map(int, children)]
+        for pid in pids[1:]:
+            os.kill(pid, signal.SIGSTOP)
+        return pids
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=5) as connection:

@@ -19,6 +19,7 @@ from webhook import endpoint, limited_connection
 from webhook.__main__ import SERVER
 from webhook.events import MAX_BODY_BYTES
 from webhook.limited_connection import MAX_HEADER_BYTES
+from webhook.readiness import SharedReadinessCheck
 
 START = b"POST /webhooks/quiltt HTTP/1.1\r\nHost: x\r\n"
 
@@ -127,11 +128,10 @@ def test_request_in_progress_is_not_closed_by_a_slow_next_header(
 ) -> None:
     """The time of the next header section begins anew after the response."""
 
-    async def slow_readiness() -> bool:
+    async def find_no_problem_slowly(_: SharedReadinessCheck) -> None:
         await asyncio.sleep(3 * limited_connection.HEADER_TIMEOUT_S)
-        return True
 
-    monkeypatch.setattr(endpoint, "readiness", slow_readiness)
+    monkeypatch.setattr(SharedReadinessCheck, "find_problem", find_no_problem_slowly)
     response = send_raw(short_timeouts, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n" + START)
     assert response.startswith(b"HTTP/1.1 200")
 

@@ -12,24 +12,24 @@ def test_concurrent_requests_share_one_check_per_second() -> None:
     """One of them is cancelled before the result."""
     now, checks = [0.0], [0]
 
-    def check() -> bool:
+    def check() -> str | None:
         checks[0] += 1
         time.sleep(0.02)
-        return checks[0] == 1
+        return None if checks[0] == 1 else "the database is unavailable"
 
     ready = SharedReadinessCheck(check, lambda: now[0])
 
     async def send_requests() -> None:
-        cancelled = asyncio.create_task(ready())
-        others = [asyncio.create_task(ready()) for _ in range(100)]
+        cancelled = asyncio.create_task(ready.find_problem())
+        others = [asyncio.create_task(ready.find_problem()) for _ in range(100)]
         await asyncio.sleep(0)
         cancelled.cancel()
-        assert set(await asyncio.gather(*others)) == {True}
+        assert set(await asyncio.gather(*others)) == {None}
         now[0] = CHECK_INTERVAL_S - 0.01
-        assert await ready()
+        assert await ready.find_problem() is None
         assert checks == [1]
         now[0] = CHECK_INTERVAL_S
-        assert set(await asyncio.gather(*(ready() for _ in range(100)))) == {False}
+        assert set(await asyncio.gather(*(ready.find_problem() for _ in range(100)))) == {"the database is unavailable"}
         assert checks == [2]
 
     asyncio.run(send_requests())
@@ -39,7 +39,7 @@ def test_slow_check_is_not_started_twice() -> None:
     """A database that does not respond blocks one thread, not one per request."""
     now, checks = [0.0], [0]
 
-    def check() -> bool:
+    def check() -> str | None:
         checks[0] += 1
         time.sleep(0.05)
         raise ValueError
@@ -47,10 +47,10 @@ def test_slow_check_is_not_started_twice() -> None:
     ready = SharedReadinessCheck(check, lambda: now[0])
 
     async def send_requests() -> None:
-        first = asyncio.create_task(ready())
+        first = asyncio.create_task(ready.find_problem())
         await asyncio.sleep(0)
         now[0] = 100
-        for request in (first, asyncio.create_task(ready())):
+        for request in (first, asyncio.create_task(ready.find_problem())):
             with pytest.raises(ValueError):
                 await request
         assert checks == [1]

@@ -5,17 +5,19 @@ are not stored here: the ledger has them, and a second list could disagree. Losi
 is claimed in the ledger, which refuses a second call in flight, and `restore_account` copies the ledger's state back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from redis import Redis
 
-from worker.correlation.redis_client import LuaScript, RedisCommand, duration_us, epoch_us
+from worker.correlation.redis_client import LuaScript, RedisCommand, duration_us, epoch_us, from_epoch_us
 
 ACCOUNT_TTL_S = 2 * 3600
 """Time to live of an account's key after its last use. Longer than any refresh is in flight."""
+SCAN_COUNT = 1000
+"""Keys of one SCAN, which takes about 1 ms of the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,14 @@ class AccountState:
     """The newest REFRESH balance."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredAccount:
+    """An account with its state in the store."""
+
+    account_id: str
+    state: AccountState
+
+
 class CorrelationStore:
     """The operations of the store. Each is one Lua script, which documents its key. All raise `REDIS_UNAVAILABLE`.
 
@@ -137,6 +147,30 @@ class CorrelationStore:
         fields = [state.in_flight or "", called_at, state.requested or "", *balance]
         self._restore_account([self._account_key(account_id)], [*fields, ACCOUNT_TTL_S])
 
+    def stored_accounts(self) -> Iterator[StoredAccount]:
+        """Yield all accounts of the store, while it changes: an account may be missing or be yielded twice."""
+        pattern = self._account_key("*")
+        prefix, suffix = pattern.split("*")
+        for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT):
+            account_id = key.removeprefix(prefix).removesuffix(suffix)
+            fields = cast(dict[str, str], self._redis.hgetall(key))
+            yield StoredAccount(account_id=account_id, state=_parse_state(account_id, fields))
+
     def _account_key(self, account_id: str) -> str:
         # The braces keep an account's keys on one node of a cluster.
         return f"{self._key_prefix}payready:{{{account_id}}}"
+
+
+def _parse_state(account_id: str, fields: Mapping[str, str]) -> AccountState:
+    called_at, balance_at = fields.get("called_at"), fields.get("balance_at")
+    balance = (
+        NewRefreshBalance(account_id=account_id, balance_id=fields["balance"], at=from_epoch_us(balance_at))
+        if balance_at
+        else None
+    )
+    return AccountState(
+        in_flight=fields.get("in_flight"),
+        called_at=from_epoch_us(called_at) if called_at else None,
+        requested=fields.get("requested"),
+        newest_balance=balance,
+    )

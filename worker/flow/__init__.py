@@ -10,6 +10,7 @@
     `maintenance`  expire_poll_or_rejoin_due_payments, sweep_refreshes_and_balances: deadlines, and work that was lost
     `dead_lettering` store_dead_letters: keep messages that no worker can process
     `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
+    `failover_reconciliation` find_losses, close_losses: repair a ledger that lost commits in a failover
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
 
 Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
@@ -36,6 +37,7 @@ from worker.flow.dead_lettering import (
     prune_dead_letters_beyond_limits,
     store_dead_letters,
 )
+from worker.flow.failover_reconciliation import close_losses, find_losses
 from worker.flow.follow_up import (
     CALL_ENQUEUE_RETRY,
     MAINTENANCE_BATCH_SIZE,
@@ -112,6 +114,7 @@ __all__ = [
     "claim_delay_or_reject_calls",
     "claim_deliveries",
     "claim_overdue_deliveries",
+    "close_losses",
     "compare_invoice",
     "count_failed_delivery",
     "delete_dead_letters",
@@ -120,6 +123,7 @@ __all__ = [
     "end_hold",
     "expire_poll_or_rejoin_due_payments",
     "fail_waiting_as_cancelled_with_fee_share",
+    "find_losses",
     "ingest_events_and_resolve_payments",
     "log_and_count_skipped_call",
     "make_call_unless_claim_is_old",

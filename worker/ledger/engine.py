@@ -27,7 +27,6 @@ __all__ = [
     "Tx",
     "connect_for_migrations",
     "open_engine",
-    "ping",
     "read_snapshot",
     "transaction",
 ]
@@ -182,9 +181,3 @@ _LIFT_LIMITS = text(
     "SELECT set_config('statement_timeout', '0', false), "
     + ", ".join(f"set_config('{name}', 'on', false)" for name in _DISABLED_PLANS)
 )
-
-
-def ping(engine: Engine) -> None:
-    """Run an empty query. Raise one of `DATABASE_UNAVAILABLE` if the database does not respond."""
-    with engine.connect() as connection:
-        connection.execute(text("SELECT 1"))
