@@ -80,7 +80,7 @@ class Payready(Base):  # type: ignore[misc]
             "PAYREADY_QUILTT_API_URL": self.cfg.stub_url,
             "PAYREADY_QUILTT_AUTH_URL": f"http://127.0.0.1:{self._auth.server_address[1]}",
             "PAYREADY_QUILTT_API_KEY": self.cfg.api_key,
-            "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret,
+            "PAYREADY_WEBHOOK_SECRETS": "only-web-has-the-real-one",
             "PAYREADY_WEBHOOK_PORT": str(self.port),
             "PAYREADY_PRICE_LIST_FILE": str(shutil.copy(self.root / "config" / "price_list.toml", self.workdir)),
             "PAYREADY_CALLS_PER_S": "10000",  # the stub has no limit, and the other engines do not limit calls
@@ -96,7 +96,12 @@ class Payready(Base):  # type: ignore[misc]
         for role, command in commands.items():
             for number in range(int(options.get(role, 1))):
                 line = command.replace("@%h", f"{number}@%h")
-                process = self.spawn(f"{role}{number}", ["/bin/sh", "-c", f"exec {line}"], env=environ, cwd=self.root)
+                process = self.spawn(
+                    f"{role}{number}",
+                    ["/bin/sh", "-c", f"exec {line}"],
+                    env=self._environ(role, environ),
+                    cwd=self.root,
+                )
                 self.names[process.pid] = role
         wait_port(self.port)
         workers = sum(int(options.get(role, 1)) for role, line in commands.items() if " worker " in line)
@@ -105,6 +110,12 @@ class Payready(Base):  # type: ignore[misc]
             while http_json("GET", self.port, "/readyz")[0] != 200 or len(app.control.ping(timeout=1)) < workers:  # noqa: PLR2004
                 if time.monotonic() > end:
                     raise RuntimeError(f"the workers are not ready, see {self.workdir}")
+
+    def _environ(self, role: str, environ: dict[str, str]) -> dict[str, str]:
+        if role != "web":
+            return environ
+        # Production refuses the harness's webhook secret, which is too short.
+        return {**environ, "PAYREADY_ENV": "development", "PAYREADY_WEBHOOK_SECRETS": self.cfg.secret}
 
     def stop(self) -> None:
         """Stop all processes."""

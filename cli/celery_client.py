@@ -13,7 +13,9 @@ from kombu.exceptions import OperationalError
 from kombu.transport.redis import PRIORITY_STEPS, Channel
 
 from config.celery_config import QUEUES, celery_settings
-from config.settings import MAX_PRIORITY, Settings
+from config.role_settings import require_in_production
+from config.setting_types import MAX_PRIORITY
+from config.settings import Settings
 from tasks.broker_lists import ListSearch, priority_lists
 from tasks.broker_lists import search_idle_lists as search_idle_lists_of_app
 from tasks.queue_metrics import lengths_by_queue
@@ -47,7 +49,9 @@ def connected_celery_app(settings: Settings) -> Iterator[Celery]:
 
     Raises:
         CeleryUnavailable: there is no broker.
+        ConfigurationError: production has no address of Redis.
     """
+    require_in_production(settings, "redis_url")
     with Celery("payready-cli", set_as_current=False) as app:
         app.conf.update(celery_settings(settings))
         with report_unavailable(), app.connection_for_write() as connection:

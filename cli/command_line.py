@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cli.celery_client import CeleryUnavailable
 from config.escaping import escape_unprintable
+from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
 from demo.processes import StartOrExitError
 from worker.errors import CallFailed, InvalidJob, error_summary
@@ -85,6 +86,7 @@ def query_or_exit(read: Callable[[Tx], T]) -> T:
 def engine_or_exit() -> Iterator[Engine]:
     """Open an engine for the ledger. Print an expected error of the block and exit."""
     with report_errors():
+        require_in_production(settings(), "database_url")
         engine = open_engine(settings().database_url, connections=1)
         try:
             yield engine

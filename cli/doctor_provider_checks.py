@@ -6,7 +6,8 @@ from datetime import timedelta
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, utc_time_text
 from cli.webhook_probe import find_problem_by_test_delivery
-from config.settings import DEMO_SECRET_PREFIX
+from config.production_rules import DEMO_SECRET_PREFIX
+from config.role_settings import is_set
 from webhook.paths import PATH
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import CallFailed, CallRejected
@@ -48,6 +49,10 @@ _REJECTION_FIXES: Mapping[RejectionReason, str] = {
 def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the provider accepts the API key, its environment is the intended one, and its calls have a price."""
     settings, rt = context.settings, context.rt
+    if _lacks_api_key(context):
+        fix = "run the doctor with the settings of `refresh`, which has PAYREADY_QUILTT_API_KEY"
+        yield warning("api key", "not checked: it is not set here", fix)
+        return
     try:
         mode = rt.provider.introspect_api_key()
     except CallRejected as rejected:
@@ -56,7 +61,8 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
         )
         return
     except CallFailed as failure:
-        yield error("api key", str(failure), "check that this host can reach PAYREADY_QUILTT_AUTH_URL")
+        via = " through PAYREADY_QUILTT_PROXY_URL" if settings.quiltt_proxy_url else ""
+        yield error("api key", str(failure), f"check that this host can reach PAYREADY_QUILTT_AUTH_URL{via}")
         return
     yield ok("api key", f"accepted, mode {mode}")
     if not settings.permits_api_key_mode(mode):
@@ -66,6 +72,11 @@ def check_api_key_mode_and_price(context: CheckContext) -> Iterator[CheckResult]
     elif mode != "PRODUCTION" and settings.env == "production":
         yield warning("api key", f"its mode is {mode}, but PAYREADY_ENV is production", "set PAYREADY_QUILTT_API_KEY")
     yield from _check_price_known(context, mode)
+
+
+def _lacks_api_key(context: CheckContext) -> bool:
+    """Return whether this environment is of a production role that gets no API key."""
+    return context.settings.env == "production" and not is_set(context.settings, "quiltt_api_key")
 
 
 def _check_price_known(context: CheckContext, mode: str) -> Iterator[CheckResult]:
@@ -180,6 +191,8 @@ def check_subscription(context: CheckContext) -> Iterator[CheckResult]:
     if url is None:
         yield warning("subscription", "not checked", "set PAYREADY_WEBHOOK_URL to the public address of `web`")
         return
+    if _lacks_api_key(context):
+        return  # check_api_key_mode_and_price reports it
     try:
         with subscriptions_client(context.settings) as provider:
             problems = subscriptions.find_problems_of_best_subscription(provider.list_all(), url)
@@ -195,7 +208,10 @@ def check_subscription(context: CheckContext) -> Iterator[CheckResult]:
 def check_webhook_secrets(context: CheckContext) -> Iterator[CheckResult]:
     """Check that webhook secrets are set, and none is the demo's."""
     secrets = [secret.get_secret_value() for secret in context.settings.webhook_secrets]
-    if not secrets:
+    if not secrets and context.settings.env == "production":  # `web` does not start without
+        fix = "run the doctor with the settings of `web`, which has PAYREADY_WEBHOOK_SECRETS"
+        yield warning("webhook secrets", "not checked: none is set here", fix)
+    elif not secrets:
         fix = "set PAYREADY_WEBHOOK_SECRETS, restart `web`"
         yield error("webhook secrets", "none is set: `web` rejects every delivery", fix)
     elif any(secret.startswith(DEMO_SECRET_PREFIX) for secret in secrets):

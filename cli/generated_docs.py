@@ -26,7 +26,8 @@ from cli.reference_pages import (
     webhook_results_table,
 )
 from cli.setting_groups import SETTING_GROUPS
-from config.settings import ENV_PREFIX, Settings
+from config.setting_types import variable_name
+from config.settings import Settings
 from demo.processes import ROOT
 from worker.rules.states import PAYMENT_TRANSITIONS, REFRESH_TRANSITIONS, PaymentState, RefreshState
 
@@ -138,7 +139,7 @@ def _other_variables_section() -> str:
 def _setting_row(name: str, roles: str) -> str:
     field = Settings.model_fields[name]
     return (
-        f"| `{ENV_PREFIX}{name.upper()}` | {_default(field)} | {_type_and_constraints(field)} | {roles} | "
+        f"| `{variable_name(name)}` | {_default(field)} | {_type_and_constraints(field)} | {roles} | "
         f"{_description(field)} |\n"
     )
 
@@ -146,7 +147,7 @@ def _setting_row(name: str, roles: str) -> str:
 def env_example() -> str:
     """Return the example environment file."""
     blocks = (
-        f"\n# {_description(field)}\n#{ENV_PREFIX}{name.upper()}={_plain_default(field)}\n"
+        f"\n# {_description(field)}\n#{variable_name(name)}={_plain_default(field)}\n"
         for name, field in Settings.model_fields.items()
     )
     others = (f"\n# {meaning}\n#{name}={default}\n" for name, (default, meaning) in OTHER_VARIABLES.items())

@@ -32,6 +32,7 @@ from cli.command_line import (
     report_errors,
     stdout_console_for_terminal_or_log,
 )
+from config.role_settings import require_in_production
 from config.settings import settings
 from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
@@ -275,6 +276,7 @@ def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
 def _runtime_or_exit() -> Iterator[Runtime]:
     """Build a runtime for one use case. Print an expected error of the block and exit."""
     with report_errors():
+        require_in_production(settings(), "database_url", "redis_url")
         rt = build_runtime(settings())
         try:
             yield rt

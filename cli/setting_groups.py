@@ -27,6 +27,8 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "quiltt_api_url": WORKERS,
         "quiltt_auth_url": "`refresh`",
         "quiltt_api_key": WORKERS,
+        "quiltt_proxy_url": WORKERS,
+        "quiltt_ca_file": WORKERS,
         "allow_production_key": "`refresh`",
         "quiltt_connect_timeout_s": WORKERS,
         "quiltt_read_timeout_s": WORKERS,

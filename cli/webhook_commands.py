@@ -20,6 +20,7 @@ from cli.command_line import (
 )
 from cli.webhook_probe import find_problem_by_test_delivery
 from config.escaping import escape_unprintable
+from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
 from webhook import events
 from worker import flow, runtime
@@ -271,6 +272,7 @@ def _subscriptions_client_and_url_or_exit() -> Iterator[tuple[SubscriptionsClien
         url = settings().webhook_url
         if url is None:
             raise ConfigurationError("set PAYREADY_WEBHOOK_URL to the public https address of the webhook endpoint")
+        require_in_production(settings(), "quiltt_api_key")
         with runtime.subscriptions_client(settings()) as provider:
             yield provider, url
 

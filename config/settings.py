@@ -1,81 +1,50 @@
 """Settings: one frozen object, built from `PAYREADY_*` environment variables.
 
-This module is the only reader of the environment. An unknown variable, a bad value or a missing secret stops the start
-with one sentence that says what to do.
+This module is the only reader of the environment. An unknown variable or a bad value stops the start with one sentence
+that says what to do. `config.role_settings` states what each role must have.
 """
 
 import functools
 import os
-import re
 from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from config import production_rules
+from config.database_addresses import DatabaseUrl
+from config.setting_types import (
+    ENV_PREFIX,
+    Address,
+    CallbackQueue,
+    CertificateFile,
+    HttpUrl,
+    PrioritySeparator,
+    PrioritySteps,
+    ProxyUrl,
+    Secret,
+    Secrets,
+    variable_name,
 )
+from config.task_queues import DEFAULT_CALLBACK_QUEUE
 
-from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
-
-ENV_PREFIX = "PAYREADY_"
-DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
-"""Secrets that start with this are for demonstrations. Production refuses them."""
-EXAMPLE_PRICE_LIST = Path(__file__).with_name("price_list.toml").resolve()
-"""The shipped price list. Its price of a production call is invented, so production refuses it."""
-HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
-"""A base URL to which paths are appended. Without a scheme no request could be sent, and each call's result would be
-unknown."""
-
-
+PLATFORM_PORT = "PORT"
+"""Variable by which a platform, such as Heroku, states the port of the role `web`."""
 BROKER_SCHEMES = ("redis://", "rediss://", "amqp://", "amqps://")
 """Beginnings of the addresses of brokers from which payready can fetch messages."""
 MAINTENANCE_INTERVAL_S = 1.0
 """Time between two runs of maintenance: `beat` sends its tasks in this interval."""
 MAX_CLAIM_AGE_S = 5
 """Maximum time from a claim to its call. A call with an older claim is not made."""
-MAX_PRIORITY = 9
-"""Highest priority of a message on Redis."""
 RECORD_BUDGET_S = 10
 """Time that a worker has to record a call's result, including its retries while the database is unavailable."""
 
 
 class ConfigurationError(Exception):
     """The environment does not describe a deployment that may start. The message says what to change."""
-
-
-def _split(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _require_visible_ascii(value: str | SecretStr) -> str | SecretStr:
-    # A space or a control character in an API key breaks the header of each request.
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if not re.fullmatch("[!-~]*", text):
-        raise ValueError("must have only visible ASCII characters, without spaces")
-    return value
-
-
-def _require_instance_name(value: str) -> str:
-    if not re.fullmatch("[a-z0-9-]{1,32}", value):
-        raise ValueError("must be 1 to 32 characters of a-z, 0-9 and -, such as live")
-    return value
-
-
-Address = Annotated[str, AfterValidator(_require_visible_ascii)]
-"""A URL or the name of a host."""
-HttpUrl = Annotated[Address, Field(pattern=HTTP_URL_PATTERN)]
-InstanceName = Annotated[str, AfterValidator(_require_instance_name)]
-Secret = Annotated[SecretStr, AfterValidator(_require_visible_ascii)]
 
 
 class Settings(BaseModel):
@@ -96,10 +65,10 @@ class Settings(BaseModel):
     broker_url: Address | None = Field(None, repr=False)
     """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`: Redis (`redis://`, `rediss://`) or
     RabbitMQ (`amqp://`, `amqps://`)."""
-    broker_priority_steps: Annotated[tuple[int, ...], BeforeValidator(_split)] = (0, 3, 6, 9)
+    broker_priority_steps: PrioritySteps = (0, 3, 6, 9)
     """Priorities with a list of their own on Redis: kombu's `priority_steps`, such as `0,1,2`. All apps on the broker
     must have the same steps."""
-    broker_priority_separator: str = "\x06\x16"
+    broker_priority_separator: PrioritySeparator = "\x06\x16"
     """Text between a queue's name and a priority in the name of a list on Redis: kombu's `sep`. All apps on the broker
     must have the same. By default it is kombu's own, the control characters 6 and 22."""
     broker_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
@@ -110,15 +79,22 @@ class Settings(BaseModel):
     result_key_prefix: str = Field("", pattern=r"^[^\s\\]*$")
     """Prefix of all keys of the result backend: `global_keyprefix` of Celery's `result_backend_transport_options`. All
     apps that read or store the same results must have the same."""
-    database_url: str = Field("sqlite:///payready.db", repr=False)
-    """`sqlite:///file` or `postgresql://user:password@host/name`."""
+    database_url: DatabaseUrl = Field("sqlite:///payready.db", repr=False)
+    """Address of the ledger: `postgresql://user:password@host:port/name`, with options of libpq after a `?`, or
+    `sqlite:///file` for roles on one host. Several hosts are separated by commas; a socket is `?host=/folder`."""
 
     quiltt_api_url: HttpUrl = "https://api.quiltt.io"
     """Base URL of Quiltt's Platform API."""
     quiltt_auth_url: HttpUrl = "https://auth.quiltt.io"
     """Base URL of Quiltt's Auth API. It reports the API key's mode, which decides the price of a call."""
     quiltt_api_key: Secret = SecretStr("demo-api-key")
-    """Quiltt's API key secret. Required in production."""
+    """Quiltt's API key secret. In production `worker` and `refresh` require it; no other role needs it."""
+    quiltt_proxy_url: ProxyUrl | None = Field(None, repr=False)
+    """Proxy for all requests to Quiltt: `http://user:password@host:port`. It must support CONNECT, and sees no request.
+    The variables `HTTPS_PROXY` and `ALL_PROXY` have no effect."""
+    quiltt_ca_file: CertificateFile | None = None
+    """PEM file of the certificate authorities that may certify Quiltt, in place of the public ones: for a gateway or a
+    proxy with a private authority."""
     allow_production_key: bool = False
     """Allow a development deployment to use an API key of Quiltt's PRODUCTION mode, whose calls are billed."""
     quiltt_connect_timeout_s: float = Field(5, gt=0, le=60)
@@ -142,8 +118,9 @@ class Settings(BaseModel):
     allow_sync_balances: bool = False
     """Allow a polled balance of source SYNC that is younger than the call to release a payment."""
 
-    webhook_secrets: Annotated[tuple[Secret, ...], BeforeValidator(_split)] = ()
-    """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is rejected."""
+    webhook_secrets: Secrets = ()
+    """The current webhook secret and, during a rotation, the previous one. Without one, every delivery is rejected. In
+    production `web` requires it, with at least 16 characters; no other role needs it."""
     webhook_tolerance_s: int = Field(300, ge=1, le=3600)
     """Maximum difference between a delivery's timestamp and our clock, in both directions."""
     webhook_url: Annotated[Address, Field(pattern="^https://.")] | None = None
@@ -151,7 +128,8 @@ class Settings(BaseModel):
     webhook_host: Address = "127.0.0.1"
     """Address on which the webhook endpoint listens."""
     webhook_port: int = Field(8000, ge=0, le=65535)
-    """Port on which the webhook endpoint listens."""
+    """Port on which the webhook endpoint listens. If it is not set, `PORT` counts, which platforms such as Heroku
+    set."""
 
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
     """Currency of the accounts. Quiltt's balance events do not state one."""
@@ -168,7 +146,7 @@ class Settings(BaseModel):
     """Time for which a call counts as in flight. In this time the account is not called again."""
     uncertain_grace_s: int = Field(15, ge=1, le=3600)
     """Time to wait for the event of a call whose result is unknown, before at most one more call."""
-    price_list_file: Path = EXAMPLE_PRICE_LIST
+    price_list_file: Path = production_rules.EXAMPLE_PRICE_LIST
     """The price list: price of a call by mode of the API key and by day. Production refuses the shipped example."""
     fee_cap_per_day: Decimal | None = Field(None, ge=0, max_digits=20, decimal_places=6)
     """Maximum total fee of a day (UTC), in the price list's currency. Beyond it payments that need a call fail with
@@ -180,7 +158,7 @@ class Settings(BaseModel):
 
     visibility_timeout_s: int = Field(120, ge=5, le=3600)
     """Time after which Redis gives an unacknowledged message to another worker: the delay after a worker's death."""
-    callback_queue: str | None = Field(None, pattern=r"^[!-~]{1,200}$")
+    callback_queue: CallbackQueue | None = None
     """Queue of the payments service. It gets callbacks, and next tasks of a chain, that name no queue. Without it they
     go to `celery`, Celery's default queue, and jobs that have such a callback are logged and counted."""
     result_expires_s: int = Field(86_400, ge=60)
@@ -236,10 +214,12 @@ class Settings(BaseModel):
         """Maximum duration of a provider call.
 
         Four of its waits have the connect timeout: for a free connection of ours, for httpx' pool, for the connection
-        and for the write. The read timeout limits each read, so a head that arrives in small parts may take longer. A
+        and for the write. A proxy adds three: to write the request for a tunnel, to read the response, and for TLS
+        with the provider. The read timeout limits each read, so a head that arrives in small parts may take longer. A
         body gets about a second more.
         """
-        return timedelta(seconds=4 * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s)
+        waits = 7 if self.quiltt_proxy_url else 4
+        return timedelta(seconds=waits * self.quiltt_connect_timeout_s + self.quiltt_read_timeout_s)
 
     @property
     def max_call_and_record_duration(self) -> timedelta:
@@ -263,24 +243,6 @@ class Settings(BaseModel):
             )
         return self
 
-    @field_validator("broker_priority_steps")
-    @classmethod
-    def _priority_steps_begin_at_0_and_ascend(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if not steps or steps[0] != 0 or steps[-1] > MAX_PRIORITY or list(steps) != sorted(set(steps)):
-            raise ValueError(f"must be ascending numbers from 0 to {MAX_PRIORITY} that begin with 0, such as 0,3,6,9")
-        return steps
-
-    @field_validator("broker_priority_separator")
-    @classmethod
-    def _priority_separator_occurs_in_no_queue_name(cls, separator: str) -> str:
-        # Otherwise kombu finds another queue in the name of a list: with the separator "m", `payments` is `pay`.
-        if re.search(r"[\s\\]", separator) or re.fullmatch(r"[\w.@-]*", separator):
-            raise ValueError(
-                "must have a character that no queue name has, such as a colon, and no space or backslash; "
-                "leave it unset for kombu's default"
-            )
-        return separator
-
     @model_validator(mode="after")
     def _callback_queue_is_none_of_payready(self) -> Self:
         if self.callback_queue in {f"{self.name_prefix}{queue}" for queue in TASK_QUEUES.values()}:
@@ -295,28 +257,25 @@ class Settings(BaseModel):
         return mode != "PRODUCTION" or self.env == "production" or self.allow_production_key
 
     @model_validator(mode="after")
-    def _production_needs_real_secrets(self) -> Self:
-        if self.env == "production":
-            _require_real("QUILTT_API_KEY", self.quiltt_api_key)
-            if not self.webhook_secrets:
-                raise ValueError(f"{ENV_PREFIX}WEBHOOK_SECRETS must be set in production")
-            for secret in self.webhook_secrets:
-                _require_real("WEBHOOK_SECRETS", secret)
+    def _proxy_cannot_read_requests(self) -> Self:
+        # A proxy receives an http request itself, and may respond in the provider's place: the bill would be wrong.
+        if self.quiltt_proxy_url:
+            for name in ("quiltt_api_url", "quiltt_auth_url"):
+                if not getattr(self, name).startswith("https://"):
+                    raise ValueError(f"{variable_name(name)} must begin with https:// to be reached through a proxy")
         return self
 
     @model_validator(mode="after")
-    def _production_needs_its_own_price_list(self) -> Self:
-        # Fee entries are append-only: an invented price cannot be corrected later.
-        if self.env == "production" and self.price_list_file.resolve() == EXAMPLE_PRICE_LIST:
-            raise ValueError(
-                f"{ENV_PREFIX}PRICE_LIST_FILE must be set in production, to a price list with your contract's prices"
-            )
+    def _production_has_no_demo_values(self) -> Self:
+        if self.env == "production":
+            if "quiltt_api_key" in self.model_fields_set:  # `role_settings` requires it of the roles that use it
+                production_rules.refuse_demo_secret("quiltt_api_key", self.quiltt_api_key)
+            for secret in self.webhook_secrets:
+                production_rules.refuse_demo_or_short_secret("webhook_secrets", secret)
+            production_rules.refuse_http_unless_loopback("quiltt_api_url", self.quiltt_api_url)
+            production_rules.refuse_http_unless_loopback("quiltt_auth_url", self.quiltt_auth_url)
+            production_rules.refuse_example_price_list("price_list_file", self.price_list_file)
         return self
-
-
-def _require_real(name: str, secret: SecretStr) -> None:
-    if secret.get_secret_value().startswith(DEMO_SECRET_PREFIX):
-        raise ValueError(f"{ENV_PREFIX}{name} must be set in production, and not to a demo value")
 
 
 def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
@@ -325,29 +284,30 @@ def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
     Space around a value is ignored: a file with a secret usually ends with a newline.
 
     Raises:
-        ConfigurationError: a `PAYREADY_*` variable is unknown or has a bad value, or a secret is missing.
+        ConfigurationError: a `PAYREADY_*` variable is unknown or has a bad value.
     """
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
+    variables = {name: variable_name(name) for name in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in variables.values())
     if unknown:
         raise ConfigurationError(
             f"{unknown[0]} is not a setting of payready; docs/reference/configuration.md lists the settings"
         )
-    given = {name: value for name in sorted(known) if (value := environ.get(name, "").strip())}
-    for name, value in given.items():
+    if not environ.get(variables["webhook_port"], "").strip():
+        variables["webhook_port"] = PLATFORM_PORT
+    values = {name: value for name, variable in variables.items() if (value := environ.get(variable, "").strip())}
+    for name, value in values.items():
         if not value.isprintable():
-            raise ConfigurationError(f"{name}: must have no line break or other control character")
-    values = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in given.items()}
+            raise ConfigurationError(f"{variables[name]}: must have no line break or other control character")
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigurationError(_first_error(error)) from None
+        raise ConfigurationError(_first_error(error, variables)) from None
 
 
-def _first_error(error: ValidationError) -> str:
+def _first_error(error: ValidationError, variables: Mapping[str, str]) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    return f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: {message}" if first["loc"] else message
+    return f"{variables[str(first['loc'][0])]}: {message}" if first["loc"] else message
 
 
 @functools.cache

@@ -5,11 +5,13 @@ import sys
 from alembic import context
 
 from config.log_config import configure_logging, log_start
+from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, settings
 from worker.ledger.engine import connect_for_migrations, open_engine
 from worker.ledger.tables import PAYMENT
 
 try:
+    require_settings_of_role(settings(), "release")
     engine = open_engine(settings().database_url, connections=1, may_create_file=True)
 except ConfigurationError as error:
     sys.exit(f"payready cannot start: {error}")

@@ -13,6 +13,7 @@ from celery.signals import beat_init, import_modules, setup_logging, task_postru
 from config.celery_config import celery_settings
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start, replace_log_context
+from config.role_settings import Role, require_settings_of_role
 from config.settings import ConfigurationError, Settings, settings
 from tasks import result_store, tracing
 
@@ -47,6 +48,20 @@ def _make_app(settings: Settings) -> Celery:
     app.steps["consumer"].add("tasks.consumer_step:QueueConsumers")
     result_store.store_no_tracebacks(app)
     return app
+
+
+@import_modules.connect  # all of Celery's roles send it before they connect
+def _require_settings_of_role(**_: Any) -> None:
+    role = _ROLES_OF_COMMANDS.get(_command_name())
+    if role is not None:
+        try:
+            require_settings_of_role(settings(), role)
+        except ConfigurationError as error:
+            sys.exit(f"payready cannot start: {error}")
+
+
+_ROLES_OF_COMMANDS: Mapping[str | None, Role] = {"worker": "worker", "beat": "beat", "flower": "flower"}
+"""The command `worker` also runs the role `refresh`, which needs the same settings."""
 
 
 @import_modules.connect  # Flower does not send `setup_logging`

@@ -10,6 +10,7 @@ import uvicorn
 
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start
+from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, Settings, settings
 from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
@@ -43,6 +44,7 @@ def serve_then_finish_follow_ups() -> None:
     raise_gc_thresholds()
     try:
         chosen = settings()
+        require_settings_of_role(chosen, "web")
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     configure_logging(chosen)

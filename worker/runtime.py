@@ -114,6 +114,8 @@ def build_runtime(settings: Settings) -> Runtime:
         connect_timeout_s=settings.quiltt_connect_timeout_s,
         read_timeout_s=settings.quiltt_read_timeout_s,
         max_connections=settings.quiltt_max_connections,
+        proxy_url=settings.quiltt_proxy_url,
+        ca_file=settings.quiltt_ca_file,
     )
     redis = create_client(settings.redis_url)
     key_digest = api_key_digest(settings.quiltt_api_key.get_secret_value())
@@ -144,6 +146,8 @@ def subscriptions_client(settings: Settings) -> SubscriptionsClient:
         settings.quiltt_api_key,
         connect_timeout_s=settings.quiltt_connect_timeout_s,
         read_timeout_s=settings.quiltt_read_timeout_s,
+        proxy_url=settings.quiltt_proxy_url,
+        ca_file=settings.quiltt_ca_file,
     )
 
 

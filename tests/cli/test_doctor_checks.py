@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pydantic import SecretStr
@@ -12,11 +14,17 @@ from pydantic import SecretStr
 from cli import doctor, server_probes
 from cli.celery_client import WorkerInfo, is_payready_worker
 from cli.doctor_checks import ClockSample, callbacks_result, clock_result
-from cli.doctor_provider_checks import balances_result, rejected_balances_results
+from cli.doctor_provider_checks import (
+    balances_result,
+    check_api_key_mode_and_price,
+    check_subscription,
+    check_webhook_secrets,
+    rejected_balances_results,
+)
 from cli.doctor_results import Check, CheckContext, CheckResult, Severity, ok
 from cli.doctor_server_checks import pooler_results, replication_results
 from config.celery_config import QUEUES
-from config.settings import Settings
+from config.settings import Settings, load_rejecting_unknown
 from worker.ledger.server_state import DatabaseServer
 from worker.runtime import build_runtime
 
@@ -143,6 +151,23 @@ def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
         ("a", "responds"),
         ("slow thing", "the check did not finish within 0.2 s"),
     ]
+
+
+def test_doctor_reports_secrets_of_other_roles_as_not_checked(context: CheckContext) -> None:
+    """In production a role has no other secrets. Without the API key the doctor asks Quiltt nothing."""
+    environ = {"PAYREADY_ENV": "production", "PAYREADY_PRICE_LIST_FILE": "/x", "PAYREADY_WEBHOOK_URL": "https://web"}
+    changed = replace(context, settings=load_rejecting_unknown(environ), rt=Mock())
+    checks = (check_api_key_mode_and_price, check_webhook_secrets, check_subscription)
+    found = [result for check in checks for result in check(changed)]
+    assert [(result.check, result.severity, result.message) for result in found] == [
+        ("api key", Severity.WARNING, "not checked: it is not set here"),
+        ("webhook secrets", Severity.WARNING, "not checked: none is set here"),
+    ]
+    (development,) = check_webhook_secrets(context)
+    assert (development.severity, development.message) == (
+        Severity.ERROR,
+        "none is set: `web` rejects every delivery",
+    )
 
 
 def test_doctor_runs_all_checks_despite_invalid_addresses(

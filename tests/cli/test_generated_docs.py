@@ -9,7 +9,8 @@ from cli.generated_docs import generated_files, state_diagram
 from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
 from cli.reference_pages import _events_of, log_events, schema_page
 from cli.setting_groups import SETTING_GROUPS
-from config.settings import ENV_PREFIX, Settings, load_rejecting_unknown
+from config.setting_types import ENV_PREFIX
+from config.settings import Settings, load_rejecting_unknown
 from demo.processes import ROOT
 from worker.ledger.tables import ALL_TABLES
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentState

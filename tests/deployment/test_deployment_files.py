@@ -152,7 +152,7 @@ def test_kubernetes_runs_every_role_confined() -> None:
         "PAYREADY_DATABASE_URL": "postgresql://payready@postgres/payready",
         "PAYREADY_REDIS_URL": "redis://valkey:6379/0",
         "PAYREADY_QUILTT_API_KEY": "an-api-key-of-the-test",
-        "PAYREADY_WEBHOOK_SECRETS": "a-secret-of-the-test",
+        "PAYREADY_WEBHOOK_SECRETS": "a-secret-of-16-characters",
     }
     settings = load_rejecting_unknown({**_kubernetes_settings(), **secrets})
     assert str(settings.price_list_file.parent) == "/prices"

@@ -1,5 +1,6 @@
 """Connections, locks and bulk statements on both databases."""
 
+import os
 import threading
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -172,6 +173,20 @@ def test_only_release_creates_the_file_of_a_database(tmp_path: Path) -> None:
     assert not (tmp_path / "new.db").exists()
     find_write_problem(open_engine(url, connections=1, may_create_file=True))
     find_write_problem(open_engine(url, connections=1))
+
+
+def test_only_the_owner_can_read_a_database_file(tmp_path: Path) -> None:
+    """Under any umask. The log and its index, which exist while a connection is open, have its mode."""
+    before = os.umask(0)
+    try:
+        engine = open_engine(f"sqlite:///{tmp_path}/new.db", connections=1, may_create_file=True)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE t (x)"))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        engine.dispose()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("new.db", "new.db-wal", "new.db-shm"), 0o600)
 
 
 def test_durability_settings_of_both_databases(engine: Engine) -> None:

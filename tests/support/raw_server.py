@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tests.support.tls_proxy import Certificate, server_context
+
 
 class RawServer:
     """A TCP server that calls `serve` for each request, and records the requests."""
 
-    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+    def __init__(self, serve: Callable[[socket.socket], None], certificate: Certificate | None = None) -> None:
         self._serve = serve
+        self._tls = server_context(certificate) if certificate else None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.requests: list[bytes] = []
         self.connections = 0
@@ -21,7 +24,8 @@ class RawServer:
     @property
     def url(self) -> str:
         """URL of the server."""
-        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        port = self.listener.getsockname()[1]
+        return f"https://localhost:{port}" if self._tls else f"http://127.0.0.1:{port}"
 
     def _accept(self) -> None:
         while True:
@@ -33,6 +37,11 @@ class RawServer:
             threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
 
     def _serve_connection(self, connection: socket.socket) -> None:
+        if self._tls:
+            try:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            except OSError:  # the client refuses the certificate
+                return
         with connection:
             while request := self._read_request(connection):
                 self.requests.append(request)
@@ -58,9 +67,9 @@ def _is_complete(request: bytes) -> bool:
 
 
 @contextmanager
-def raw_server(serve: Callable[[socket.socket], None]) -> Iterator[RawServer]:
-    """Run a server for the duration of the block."""
-    server = RawServer(serve)
+def raw_server(serve: Callable[[socket.socket], None], certificate: Certificate | None = None) -> Iterator[RawServer]:
+    """Run a server for the duration of the block, with TLS if it has a certificate."""
+    server = RawServer(serve, certificate)
     try:
         yield server
     finally:

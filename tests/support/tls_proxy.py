@@ -30,6 +30,13 @@ def make_certificate(folder: Path) -> Certificate:
     return certificate
 
 
+def server_context(certificate: Certificate) -> SSLContext:
+    """Return the TLS context of a server with this certificate."""
+    context = SSLContext(PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.file, certificate.key)
+    return context
+
+
 @contextmanager
 def tls_proxy(certificate: Certificate, backend_url: str, path: Callable[[str], str]) -> Iterator[str]:
     """Forward POST requests to the backend, with the path that `path` returns. Return the proxy's URL."""
@@ -39,21 +46,19 @@ def tls_proxy(certificate: Certificate, backend_url: str, path: Callable[[str], 
             body = self.rfile.read(int(self.headers["Content-Length"]))
             forwarded = urllib.request.Request(backend_url + path(self.path), body, dict(self.headers))
             try:
-                with urllib.request.urlopen(forwarded, timeout=5) as response:
-                    status = response.status
+                response = urllib.request.urlopen(forwarded, timeout=5)
             except urllib.error.HTTPError as rejected:
-                rejected.close()
-                status = rejected.code
-            self.send_response(status)
-            self.end_headers()
+                response = rejected
+            with response:
+                self.send_response(response.status)
+                self.end_headers()
+                self.wfile.write(response.read())
 
         def log_message(self, *_: object) -> None:
             """Log nothing."""
 
-    context = SSLContext(PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.file, certificate.key)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = server_context(certificate).wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

@@ -250,7 +250,7 @@ def test_doctor_reports_why_balances_are_missing(production: ProductionSystem) -
     old = "state = 'pending' AND called_at < now() - interval '1.5 s'"
     eventually(lambda: payready.rows(f"SELECT count(*) AS calls FROM fee_entry WHERE {old}")[0]["calls"] == 6)
     assert production.errors(
-        PAYREADY_WEBHOOK_SECRETS="another-secret",
+        PAYREADY_WEBHOOK_SECRETS="another-secret-of-the-tests",
         PAYREADY_WEBHOOK_URL="https://pay.example/webhooks/quiltt",
         PAYREADY_REFRESH_WINDOW_S="1",
         PAYREADY_FEE_CAP_PER_DAY="0.1",

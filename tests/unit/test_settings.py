@@ -18,7 +18,7 @@ from worker.flow.calling import MAX_CLAIM_AGE, RECORD_RETRY_DELAYS_S
 PRODUCTION = {
     "PAYREADY_ENV": "production",
     "PAYREADY_QUILTT_API_KEY": "qk_real",
-    "PAYREADY_WEBHOOK_SECRETS": "whsec_new, whsec_old",
+    "PAYREADY_WEBHOOK_SECRETS": "whsec_of_this_year, whsec_of_last_year",
     "PAYREADY_PRICE_LIST_FILE": "/prices/price_list.toml",
 }
 
@@ -38,8 +38,8 @@ def test_load_reads_each_agreed_name() -> None:
             **PRODUCTION,
             "PAYREADY_REDIS_URL": "redis://r/1",
             "PAYREADY_DATABASE_URL": "postgresql://d/e",
-            "PAYREADY_QUILTT_API_URL": "http://api",
-            "PAYREADY_QUILTT_AUTH_URL": "http://auth",
+            "PAYREADY_QUILTT_API_URL": "https://api",
+            "PAYREADY_QUILTT_AUTH_URL": "https://auth",
             "PAYREADY_WEBHOOK_HOST": "0.0.0.0",
             "PAYREADY_WEBHOOK_PORT": "8080",
             "HOME": "/x",
@@ -47,9 +47,12 @@ def test_load_reads_each_agreed_name() -> None:
     )
     assert settings.env == "production"
     assert (settings.redis_url, settings.database_url) == ("redis://r/1", "postgresql://d/e")
-    assert (settings.quiltt_api_url, settings.quiltt_auth_url) == ("http://api", "http://auth")
+    assert (settings.quiltt_api_url, settings.quiltt_auth_url) == ("https://api", "https://auth")
     assert settings.quiltt_api_key.get_secret_value() == "qk_real"
-    assert [secret.get_secret_value() for secret in settings.webhook_secrets] == ["whsec_new", "whsec_old"]
+    assert [secret.get_secret_value() for secret in settings.webhook_secrets] == [
+        "whsec_of_this_year",
+        "whsec_of_last_year",
+    ]
     assert (settings.webhook_host, settings.webhook_port) == ("0.0.0.0", 8080)
 
 
@@ -66,6 +69,31 @@ def test_broker_and_result_backend_default_to_redis() -> None:
 def test_empty_variable_counts_as_unset() -> None:
     """Compose files pass empty variables."""
     assert load_rejecting_unknown({"PAYREADY_WEBHOOK_PORT": ""}) == load_rejecting_unknown({})
+
+
+def test_port_of_the_platform_is_the_default_of_the_webhook_port() -> None:
+    """Heroku and other platforms state it as `PORT`."""
+    assert load_rejecting_unknown({"PORT": "5000"}).webhook_port == 5000
+    assert load_rejecting_unknown({"PORT": "5000", "PAYREADY_WEBHOOK_PORT": ""}).webhook_port == 5000
+    assert load_rejecting_unknown({"PORT": "5000", "PAYREADY_WEBHOOK_PORT": "8001"}).webhook_port == 8001
+    assert load_rejecting_unknown({"PORT": "x", "PAYREADY_WEBHOOK_PORT": "8001"}).webhook_port == 8001
+    assert load_rejecting_unknown({"PORT": ""}).webhook_port == 8000
+    with pytest.raises(ConfigurationError, match=r"^PORT: Input should be a valid integer"):
+        load_rejecting_unknown({"PORT": "http"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "[::1]", "localhost"])
+def test_production_accepts_http_on_loopback(host: str) -> None:
+    """For a stub of Quiltt on this machine."""
+    url = f"http://{host}:8080/quiltt"
+    environ = {**PRODUCTION, "PAYREADY_QUILTT_API_URL": url, "PAYREADY_QUILTT_AUTH_URL": url}
+    assert load_rejecting_unknown(environ).quiltt_api_url == url
+
+
+def test_tunnel_of_a_proxy_counts_in_the_call_duration() -> None:
+    """Maintenance must not consider a call lost that still waits for its tunnel."""
+    settings = load_rejecting_unknown({"PAYREADY_QUILTT_PROXY_URL": "http://proxy:3128"})
+    assert settings.max_call_duration == timedelta(seconds=7 * 5 + 20)
 
 
 def test_call_and_record_duration_leaves_time_for_all_retries() -> None:
@@ -147,11 +175,47 @@ INVALID = [
     ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
     ({"PAYREADY_QUILTT_AUTH_URL": "https://auth.quiltt.io?v=1"}, "PAYREADY_QUILTT_AUTH_URL: String should match"),
-    ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": ""}, "PAYREADY_QUILTT_API_KEY must be set in production"),
+    *(
+        ({"PAYREADY_QUILTT_API_URL": url}, "PAYREADY_QUILTT_API_URL: must have a host, and a port from 1 to 65535")
+        for url in ("https://:8080", "https://api:0", "https://api:65536", "https://api:x", "https://[api")
+    ),
+    ({"PAYREADY_QUILTT_PROXY_URL": "proxy:3128"}, "PAYREADY_QUILTT_PROXY_URL: String should match"),
+    ({"PAYREADY_QUILTT_PROXY_URL": "socks5://proxy:1080"}, "PAYREADY_QUILTT_PROXY_URL: String should match"),
+    ({"PAYREADY_QUILTT_PROXY_URL": "http://proxy:3128/x"}, "PAYREADY_QUILTT_PROXY_URL: must have no path: write http"),
+    *(
+        (
+            {"PAYREADY_QUILTT_PROXY_URL": "http://proxy:3128", name: "http://127.0.0.1:1"},
+            f"{name} must begin with https:// to be reached through a proxy",
+        )
+        for name in ("PAYREADY_QUILTT_API_URL", "PAYREADY_QUILTT_AUTH_URL")
+    ),
+    *(
+        (
+            {"PAYREADY_QUILTT_CA_FILE": file},
+            "PAYREADY_QUILTT_CA_FILE: must name a readable file with certificates in PEM",
+        )
+        for file in ("/nowhere/at/all.pem", __file__, str(ROOT))
+    ),
+    (
+        {**PRODUCTION, "PAYREADY_QUILTT_API_URL": "http://api"},
+        "PAYREADY_QUILTT_API_URL must begin with https:// in prod",
+    ),
+    (
+        {**PRODUCTION, "PAYREADY_QUILTT_AUTH_URL": "http://10.0.0.1"},
+        "PAYREADY_QUILTT_AUTH_URL must begin with https:// ",
+    ),
+    *(
+        (
+            {**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": secrets},
+            "PAYREADY_WEBHOOK_SECRETS must have at least 16 characters",
+        )
+        for secrets in ("x", "fifteen_chars_x", "sixteen_chars_xx,short")
+    ),
     ({**PRODUCTION, "PAYREADY_QUILTT_API_KEY": "demo-api-key"}, "PAYREADY_QUILTT_API_KEY must be set in production"),
-    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": ""}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
-    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": " , "}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
-    ({**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": "good,demo-x"}, "PAYREADY_WEBHOOK_SECRETS must be set in production"),
+    (
+        {**PRODUCTION, "PAYREADY_WEBHOOK_SECRETS": "sixteen_chars_xx,demo-x"},
+        "PAYREADY_WEBHOOK_SECRETS must be set in production, and not to a demo value",
+    ),
     ({**PRODUCTION, "PAYREADY_PRICE_LIST_FILE": ""}, "PAYREADY_PRICE_LIST_FILE must be set in production"),
     (
         {**PRODUCTION, "PAYREADY_PRICE_LIST_FILE": os.path.relpath(ROOT / "config" / "price_list.toml")},
@@ -189,6 +253,7 @@ def test_repr_of_settings_has_no_secret() -> None:
             "PAYREADY_BROKER_URL": f"amqp://u:{secret}@b",
             "PAYREADY_RESULT_BACKEND_URL": f"redis://:{secret}@q",
             "PAYREADY_DATABASE_URL": f"postgresql://u:{secret}@d/e",
+            "PAYREADY_QUILTT_PROXY_URL": f"http://u:{secret}@proxy:3128",
         }
     )
     assert secret not in repr(settings)
@@ -239,7 +304,7 @@ def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_
 
 def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
     """Payready's own workers would discard the callbacks, whose tasks they do not know."""
-    with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):
+    with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE: must be a queue of the payments service"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments"})
     with pytest.raises(ConfigurationError, match=r"payready's own workers consume live\.payments"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "live.payments", "PAYREADY_INSTANCE": "live"})
@@ -251,6 +316,7 @@ SECRETS_AND_ADDRESSES = {
     "PAYREADY_WEBHOOK_SECRETS": "whsec_hunter2",
     "PAYREADY_QUILTT_API_URL": "https://hunter2",
     "PAYREADY_QUILTT_AUTH_URL": "https://hunter2",
+    "PAYREADY_QUILTT_PROXY_URL": "http://hunter2",
     "PAYREADY_WEBHOOK_URL": "https://hunter2/webhooks/quiltt",
     "PAYREADY_WEBHOOK_HOST": "hunter2",
     "PAYREADY_METRICS_HOST": "hunter2",

@@ -62,6 +62,18 @@ def test_web_listens_on_ipv6_addresses(tmp_path: Path, host: str, clients: list[
     assert web.returncode in (0, -signal.SIGTERM)
 
 
+def test_web_listens_on_the_port_of_the_platform(tmp_path: Path) -> None:
+    """A platform such as Heroku states it as `PORT`, and ends a process that listens on another."""
+    port = assign_free_port()
+    environ = {**os.environ, "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db", "PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-m", "webhook"], cwd=ROOT, env=environ) as web:
+        try:
+            wait_until(partial(is_alive, f"http://127.0.0.1:{port}/healthz"), 15, "web responds at PORT")
+        finally:
+            web.terminate()
+    assert web.returncode in (0, -signal.SIGTERM)
+
+
 def is_alive(url: str) -> bool:
     """Return whether the address responds with 200."""
     try:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -78,8 +78,7 @@ def open_engine(url: str, *, connections: int, may_create_file: bool = False) ->
             hide_parameters=True,  # error texts must not show a payment's data
         )
         event.listen(engine, "handle_error", _raise_not_migrated)
-        if not may_create_file:
-            event.listen(engine, "do_connect", _raise_if_file_is_missing)
+        event.listen(engine, "do_connect", _create_private_file if may_create_file else _raise_if_file_is_missing)
         event.listen(engine, "connect", _set_sqlite_pragmas_and_manual_begin)
         event.listen(engine, "begin", _begin_sqlite_immediate_unless_read_only)
         return engine
@@ -106,6 +105,12 @@ def _raise_not_migrated(context: ExceptionContext) -> None:
     raise_if_not_migrated(error)
     if re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
         raise NotMigrated
+
+
+def _create_private_file(_dialect: object, _record: object, arguments: Sequence[str], _keywords: object) -> None:
+    """Create a missing file that only its owner can read. SQLite gives the files beside it the same mode."""
+    with suppress(OSError):  # it exists, or SQLite reports why it cannot be opened
+        Path(arguments[0]).touch(mode=0o600, exist_ok=False)
 
 
 def _raise_if_file_is_missing(_dialect: object, _record: object, arguments: Sequence[str], _keywords: object) -> None:

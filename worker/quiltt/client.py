@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -12,6 +13,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from worker import metrics
 from worker.errors import CallNotSent, CallResultUnknown, ConnectionPoolExhausted
 from worker.quiltt import bounded_responses
+from worker.quiltt.connecting import TunnelObserver, proxy_or_none, trusted_certificates
 from worker.quiltt.messages import PolledAccount
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected, refresh_error
 from worker.rules.pricing import ACCEPTED_STATUS
@@ -47,6 +49,8 @@ class QuilttClient:
         connect_timeout_s: float,
         read_timeout_s: float,
         max_connections: int,
+        proxy_url: str | None = None,
+        ca_file: Path | None = None,
     ) -> None:
         self._api_base = httpx.URL(api_url)
         self._graphql_url = api_url.rstrip("/") + "/v1/graphql"
@@ -55,12 +59,14 @@ class QuilttClient:
         self._headers = httpx.Headers({"Authorization": f"Bearer {api_key.get_secret_value()}"})  # hidden in its repr
         self._read_timeout_s = read_timeout_s
         self._timeout = httpx.Timeout(connect_timeout_s, read=read_timeout_s)
-        self._ssl_context = httpx.create_ssl_context(trust_env=False)
+        self._ssl_context = trusted_certificates(ca_file)
+        self._proxy = proxy_or_none(proxy_url, self._ssl_context)
         self._http_client = httpx.Client(
             headers=self._headers,
             timeout=self._timeout,
             follow_redirects=False,
             verify=self._ssl_context,
+            proxy=self._proxy,
             trust_env=False,  # use no proxy from the environment for calls that cost a fee
         )
         self._idle_transports: list[httpx.HTTPTransport] = []
@@ -90,13 +96,9 @@ class QuilttClient:
             raise ConnectionPoolExhausted("no connection of our own pool was free")
         try:
             transport = self._pop_idle_or_new_transport()
-            # With the extension `target` httpx parses no URL per account.
-            target = self._api_base.raw_path.rstrip(b"/") + path.encode()
             timeouts = self._timeout.as_dict()
-            extensions = {"timeout": timeouts, "target": target}
-            request = httpx.Request("POST", self._api_base, headers=self._headers, extensions=extensions)
             try:
-                response = transport.handle_request(request)
+                response = self._send(transport, path, timeouts)
                 # The status is the result. Whatever its body is, a call with 202 was accepted and billed.
                 is_reusable = bounded_responses.try_discard_body(response, timeouts)
             except BaseException:
@@ -110,11 +112,29 @@ class QuilttClient:
             self._free_connections.release()
         return response
 
+    def _send(self, transport: httpx.HTTPTransport, path: str, timeouts: dict[str, float | None]) -> httpx.Response:
+        target = self._api_base.raw_path.rstrip(b"/") + path.encode()
+        if self._proxy is None:
+            # With the extension `target` httpx parses no URL per account.
+            extensions = {"timeout": timeouts, "target": target}
+            return transport.handle_request(
+                httpx.Request("POST", self._api_base, headers=self._headers, extensions=extensions)
+            )
+        # Not here: `target` would also replace the provider's host in the request for a tunnel.
+        url, tunnel = self._api_base.copy_with(raw_path=target), TunnelObserver(timeouts)
+        request = httpx.Request("POST", url, headers=self._headers, extensions={"timeout": timeouts, "trace": tunnel})
+        try:
+            return transport.handle_request(request)
+        except httpx.RequestError as error:
+            if tunnel.is_open:
+                raise
+            raise CallNotSent(f"no tunnel through the proxy: {error_class_as_words(error)}") from error
+
     def _pop_idle_or_new_transport(self) -> httpx.HTTPTransport:
         try:
             return self._idle_transports.pop()
         except IndexError:
-            return httpx.HTTPTransport(verify=self._ssl_context, limits=_SINGLE_CONNECTION)
+            return httpx.HTTPTransport(verify=self._ssl_context, limits=_SINGLE_CONNECTION, proxy=self._proxy)
 
     def poll_account(self, account_id: str, profile_id: str) -> PolledAccount | None:
         """Read an account and its newest balance by GraphQL, free of charge.

@@ -5,6 +5,7 @@ it.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import httpx
@@ -14,6 +15,7 @@ from config.log_config import get_logger
 from worker import metrics
 from worker.errors import CallFailed, CallNotSent
 from worker.quiltt import bounded_responses
+from worker.quiltt.connecting import proxy_or_none, trusted_certificates
 from worker.quiltt.messages import REQUIRED_EVENT_TYPES
 from worker.quiltt.responses import error_class_as_words, raise_if_key_rejected
 
@@ -68,13 +70,25 @@ class SubscriptionsClient:
     and `CallFailed` for a response that is not documented.
     """
 
-    def __init__(self, api_url: str, api_key: SecretStr, *, connect_timeout_s: float, read_timeout_s: float) -> None:
+    def __init__(
+        self,
+        api_url: str,
+        api_key: SecretStr,
+        *,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        proxy_url: str | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
+        ssl_context = trusted_certificates(ca_file)
         self._read_timeout_s = read_timeout_s
         self._http_client = httpx.Client(
             base_url=api_url.rstrip("/") + "/v1/webhooks",
             headers={"Authorization": f"Bearer {api_key.get_secret_value()}"},
             timeout=httpx.Timeout(connect_timeout_s, read=read_timeout_s),
             follow_redirects=False,
+            verify=ssl_context,
+            proxy=proxy_or_none(proxy_url, ssl_context),
             trust_env=False,
         )
 
