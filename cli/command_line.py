@@ -20,6 +20,7 @@ from worker.ledger.engine import (
     NoDatabaseFile,
     NotMigrated,
     Tx,
+    UnconfiguredPooler,
     open_engine,
     read_snapshot,
 )
@@ -39,6 +40,7 @@ EXPECTED_ERRORS = (
     PriceListError,
     CallFailed,
     CeleryUnavailable,
+    UnconfiguredPooler,
     OSError,
 )
 """Errors of the input or of a dependency: printed as one sentence, without a traceback."""
@@ -87,7 +89,7 @@ def engine_or_exit() -> Iterator[Engine]:
     """Open an engine for the ledger. Print an expected error of the block and exit."""
     with report_errors():
         require_in_production(settings(), "database_url")
-        engine = open_engine(settings().database_url, connections=1)
+        engine = open_engine(settings().database_url, connections=1, pooler=settings().database_pooler)
         try:
             yield engine
         finally:

@@ -43,7 +43,7 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
     if current != required:
         state = f"at revision {current}" if current else "never migrated"
         yield error("database", f"{state}; this release needs {required}", _MIGRATE)
-    yield from pooler_results(server, mode=getattr(context.settings, "database_pooler", "none"))
+    yield from pooler_results(server, mode=context.settings.database_pooler)
     yield from replication_results(server)
 
 

@@ -22,6 +22,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "result_key_prefix": ALL,
         "database_url": ALL_BUT_FLOWER,
         "database_connections": ALL_BUT_FLOWER,
+        "database_pooler": ALL_BUT_FLOWER,
     },
     "Quiltt": {
         "quiltt_api_url": WORKERS,

@@ -22,6 +22,7 @@ from config.setting_types import (
     CallbackQueue,
     CertificateFile,
     HttpUrl,
+    InstanceName,
     PrioritySeparator,
     PrioritySteps,
     ProxyUrl,
@@ -29,7 +30,7 @@ from config.setting_types import (
     Secrets,
     variable_name,
 )
-from config.task_queues import DEFAULT_CALLBACK_QUEUE
+from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
 
 PLATFORM_PORT = "PORT"
 """Variable by which a platform, such as Heroku, states the port of the role `web`."""
@@ -165,6 +166,9 @@ class Settings(BaseModel):
     """Time for which an outcome can be read from the result backend."""
     database_connections: int = Field(40, ge=1, le=200)
     """Maximum connections of a process to PostgreSQL. With fewer than its threads need, threads wait up to 30 s."""
+    database_pooler: Literal["none", "transaction"] = "none"
+    """`transaction`: a pooler such as PgBouncer is between payready and PostgreSQL. Transactions then use no prepared
+    statements, and no settings of the session."""
     metrics_port: int = Field(0, ge=0, le=65535)
     """Port for `/metrics`, `/healthz` and `/readyz` of a role, one per process of a host. 0 disables it."""
     metrics_host: Address = "127.0.0.1"

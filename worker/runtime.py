@@ -121,7 +121,9 @@ def build_runtime(settings: Settings) -> Runtime:
     key_digest = api_key_digest(settings.quiltt_api_key.get_secret_value())
     return Runtime(
         settings=settings,
-        engine=open_engine(settings.database_url, connections=settings.database_connections),
+        engine=open_engine(
+            settings.database_url, connections=settings.database_connections, pooler=settings.database_pooler
+        ),
         correlation=CorrelationStore(redis, key_prefix=settings.name_prefix),
         admission=AdmissionControl(
             redis,

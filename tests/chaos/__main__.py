@@ -4,6 +4,7 @@
     --payments N    number of payments; the run ends when they have ended
     --faults N      number of faults, spread over the payments
     --rabbitmq      use RabbitMQ from the system's package as the broker, with quorum queues; it is killed too
+    --pooler        put PgBouncer from the system's package in front of PostgreSQL; it is killed too
     --judge         only check the recorded observations in the folder again
     --folder PATH   folder for the logs and the observations
 
@@ -28,7 +29,15 @@ from typing import Any
 
 from demo.processes import StartOrExitError
 from tests.chaos.bank_transfers import BankTransfers, CallbackLog
-from tests.chaos.chaos_plan import FAULT_KINDS, RABBITMQ_FAULT_KINDS, SKEW_S, ChaosPlan, Fault, draw_plan
+from tests.chaos.chaos_plan import (
+    FAULT_KINDS,
+    POOLER_FAULT_KINDS,
+    RABBITMQ_FAULT_KINDS,
+    SKEW_S,
+    ChaosPlan,
+    Fault,
+    draw_plan,
+)
 from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.fault_injector import FaultInjector
 from tests.chaos.invariants import Observed, read, violations
@@ -172,7 +181,11 @@ def main() -> int:
     """Draw the plan, run it, check the invariants and print the report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # raises, so that all processes are stopped
     options = _options()
-    kinds = RABBITMQ_FAULT_KINDS if options.rabbitmq else FAULT_KINDS
+    kinds = {
+        **FAULT_KINDS,
+        **(RABBITMQ_FAULT_KINDS if options.rabbitmq else {}),
+        **(POOLER_FAULT_KINDS if options.pooler else {}),
+    }
     plan = draw_plan(options.seed, options.payments, options.faults, kinds)
     print(
         f"chaos test {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True
@@ -184,7 +197,7 @@ def main() -> int:
     start = time.monotonic()
     with ExitStack() as stack:
         broker = stack.enter_context(rabbitmq(options.folder / "rabbitmq")) if options.rabbitmq else None
-        system = stack.enter_context(chaos_system(options.folder, plan, broker))
+        system = stack.enter_context(chaos_system(options.folder, plan, broker, with_pooler=options.pooler))
         chaos_test = ChaosTest(system, plan)
         try:
             chaos_test.run()
@@ -210,6 +223,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--judge", action="store_true")
     parser.add_argument("--rabbitmq", action="store_true")
+    parser.add_argument("--pooler", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-chaos-"))
@@ -254,8 +268,9 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
 def _repeat_command(chaos_test: ChaosTest) -> str:
     """Return the options that repeat the whole run."""
     payments = len({sending.payment_id for sending in chaos_test.plan.jobs})
-    broker = "--rabbitmq " if chaos_test.system.is_on_rabbitmq else ""
-    return f"{broker}--seed {chaos_test.plan.seed} --payments {payments} --faults {len(chaos_test.plan.faults)}"
+    servers = "--rabbitmq " if chaos_test.system.is_on_rabbitmq else ""
+    servers += "--pooler " if chaos_test.system.pooler else ""
+    return f"{servers}--seed {chaos_test.plan.seed} --payments {payments} --faults {len(chaos_test.plan.faults)}"
 
 
 if __name__ == "__main__":

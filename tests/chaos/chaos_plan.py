@@ -66,8 +66,10 @@ FAULT_KINDS = {
 }
 """Faults, in percent. `kill` is SIGKILL, `restart` SIGTERM, `pause` SIGSTOP; these three target `REPLICAS`."""
 
-RABBITMQ_FAULT_KINDS = FAULT_KINDS | {"rabbitmq killed": 8}
-"""Faults of a run with RabbitMQ as the broker."""
+RABBITMQ_FAULT_KINDS = {"rabbitmq killed": 8}
+"""Further faults of a run with RabbitMQ as the broker."""
+POOLER_FAULT_KINDS = {"pooler killed": 8}
+"""Further faults of a run with PgBouncer in front of PostgreSQL."""
 
 SKEW_S = 1.0
 """Maximum deviation of a role's clock. Two clocks differ by at most the allowed 2 s."""

@@ -4,7 +4,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.support.rabbit import RabbitMQ
 from tests.support.servers import Postgres, postgres
 from tests.support.simulator import Simulator
 from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE
+from tests.topologies.pgbouncer import PgBouncer, pgbouncer
 from worker.ledger.engine import open_engine
 
 SETTINGS = {
@@ -37,6 +38,8 @@ SETTINGS = {
 """Settings that make rare events frequent. Rate limit and circuit breaker are as in production."""
 CLOCK = Path(__file__).parent / "clock"
 WAIT_TIMEOUT_S = 120.0
+POOLER_OPTIONS = {"server_login_retry": 1}
+"""By default PgBouncer refuses all clients for 15 s after PostgreSQL was unavailable once."""
 QUEUES_WRITTEN_S = 10.0
 """Time after which RabbitMQ has persisted a new quorum queue. RabbitMQ has no operation to query this."""
 
@@ -51,12 +54,18 @@ class ChaosSystem:
         valkey: EmbeddedValkey,
         simulator: Simulator,
         rabbitmq: RabbitMQ | None,
-        environ: dict[str, str],
+        pooler: PgBouncer | None,
+        environ: dict[str, Any],
     ) -> None:
         self.processes, self.postgres, self.simulator = processes, server, simulator
         self.valkey = valkey
         self.redis_url = environ["PAYREADY_REDIS_URL"]
-        self.engine: Engine = open_engine(environ["PAYREADY_DATABASE_URL"], connections=10)
+        self.pooler = pooler
+        self.engine: Engine = open_engine(
+            environ["PAYREADY_DATABASE_URL"],
+            connections=10,
+            pooler=environ.get("PAYREADY_DATABASE_POOLER", "none"),
+        )
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
         """Locked while messages are sent, and while no message may be sent."""
@@ -182,17 +191,27 @@ class ChaosSystem:
 
 
 @contextmanager
-def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) -> Iterator[ChaosSystem]:
-    """Run the whole system for the duration of the block. The broker is Redis unless `broker` is given."""
+def chaos_system(
+    folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None, *, with_pooler: bool = False
+) -> Iterator[ChaosSystem]:
+    """Run the whole system for the duration of the block. The broker is Redis unless `broker` is given.
+
+    `with_pooler`: PgBouncer is between the roles and PostgreSQL.
+    """
     valkey_port, web_port = assign_free_port(), assign_free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
     options = ["--seed", str(plan.seed)]
     webhook = f"http://127.0.0.1:{web_port}/webhooks/quiltt"
-    with postgres() as server, Simulator(webhook, secret=SECRET, api_key=API_KEY, options=options) as simulator:
+    with ExitStack() as stack:
+        server = stack.enter_context(postgres())
+        simulator = stack.enter_context(Simulator(webhook, secret=SECRET, api_key=API_KEY, options=options))
+        database_url = server.database()
+        pooler = stack.enter_context(pgbouncer(database_url, **POOLER_OPTIONS)) if with_pooler else None
         simulator.put("bank", **plan.bank_accounts)
         environ = {
             "PAYREADY_REDIS_URL": redis_url,
-            "PAYREADY_DATABASE_URL": server.database(),
+            "PAYREADY_DATABASE_URL": pooler.url if pooler else database_url,
+            **({"PAYREADY_DATABASE_POOLER": "transaction"} if pooler else {}),
             "PAYREADY_QUILTT_API_URL": simulator.url,
             "PAYREADY_QUILTT_AUTH_URL": simulator.url,
             "PAYREADY_QUILTT_API_KEY": API_KEY,
@@ -208,7 +227,7 @@ def chaos_system(folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None) 
             valkey.start()
             try:
                 processes.run("release", procfile()["release"])
-                system = ChaosSystem(processes, server, valkey, simulator, broker, environ)
+                system = ChaosSystem(processes, server, valkey, simulator, broker, pooler, environ)
                 log = {
                     "SERVICE_URL": system.broker,
                     "SERVICE_RESULTS": redis_url,

@@ -33,7 +33,8 @@ class FaultInjector:
     def __init__(self, system: ChaosSystem) -> None:
         self._system = system
         self._targets = {
-            name: threading.Lock() for name in (*REPLICAS, "valkey", "postgres", "rabbitmq", "beat2", "provider")
+            name: threading.Lock()
+            for name in (*REPLICAS, "valkey", "postgres", "pooler", "rabbitmq", "beat2", "provider")
         }
 
     def inject(self, fault: Fault) -> None:
@@ -46,6 +47,7 @@ class FaultInjector:
             "valkey killed": self._valkey_restarts,
             "rabbitmq killed": self._rabbitmq_killed,
             "postgres crashes": self._postgres_crashes,
+            "pooler killed": self._pooler_killed,
             "redis emptied": self._empty_redis,
             "provider refuses": self._provider_rejects,
             "webhooks paused": self._pause_webhooks,
@@ -109,6 +111,14 @@ class FaultInjector:
             self._system.postgres.stop()
             time.sleep(fault.seconds)
             self._system.postgres.start()
+
+    def _pooler_killed(self, fault: Fault) -> None:
+        if self._system.pooler is None:
+            raise TypeError("PostgreSQL has no pooler")
+        with self._targets["pooler"]:
+            self._system.pooler.kill()
+            time.sleep(fault.seconds)
+            self._system.pooler.start()
 
     def _empty_redis(self, _: Fault) -> None:
         """Empty Redis at a time when it contains no message that only the payments service could send again."""

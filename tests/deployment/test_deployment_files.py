@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from config.settings import ENV_PREFIX, load_rejecting_unknown
+from config.setting_types import ENV_PREFIX
+from config.settings import load_rejecting_unknown
 from demo.processes import ROOT, procfile
 from tests.support.role_secrets import SECRETS, secrets_of
 

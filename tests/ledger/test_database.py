@@ -16,7 +16,6 @@ from tests.support.servers import Postgres
 from worker.ledger import balances, payments
 from worker.ledger.bulk import bulk_insert_or_ignore, bulk_update
 from worker.ledger.engine import (
-    _DISABLED_PLANS,
     DATABASE_UNAVAILABLE,
     Engine,
     NoDatabaseFile,
@@ -25,6 +24,7 @@ from worker.ledger.engine import (
     transaction,
 )
 from worker.ledger.locks import lock_accounts
+from worker.ledger.postgres_connections import PLAN_TYPES
 from worker.ledger.server_state import find_write_problem
 from worker.ledger.tables import BALANCE, PAYMENT, QUARANTINE
 from worker.quiltt.messages import MAX_AMOUNT_DECIMAL_PLACES, Balance
@@ -244,6 +244,6 @@ def test_read_only_enables_all_plans_for_its_own_transaction_only(postgres_serve
     try:
         for open_transaction, setting in ((transaction, "off"), (read_snapshot, "on"), (transaction, "off")):
             with open_transaction(engine) as tx:
-                assert [tx.scalar(text(f"SHOW {name}")) for name in _DISABLED_PLANS] == [setting] * len(_DISABLED_PLANS)
+                assert [tx.scalar(text(f"SHOW {name}")) for name in PLAN_TYPES] == [setting] * len(PLAN_TYPES)
     finally:
         engine.dispose()

@@ -78,9 +78,12 @@ def test_migrations_can_be_reversed_and_repeated(empty: str) -> None:
     assert differences(empty) == []
 
 
-def test_migrations_have_no_statement_timeout(postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pooler", ["none", "transaction"])
+def test_migrations_have_no_statement_timeout(
+    postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch, pooler: Any
+) -> None:
     """An index of a large table takes longer than a worker's statement may. Waits for locks stay limited."""
-    settings = Settings(database_url=postgres_server.database())
+    settings = Settings(database_url=postgres_server.database(), database_pooler=pooler)
     monkeypatch.setattr("config.settings.settings", lambda: settings)
     found: list[list[str]] = []
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timedelta, timezone
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -28,11 +29,20 @@ from sqlalchemy.exc import (
 from tests.support.concurrency import run_concurrently
 from tests.support.databases import Databases
 from tests.support.in_process import START
-from tests.support.round_trips import CountingProxy
+from tests.support.round_trips import CountingProxy, RoundTrip
 from tests.support.statements import collected_statements
 from worker.ledger.bulk import any_of
 from worker.ledger.column_types import ExactDecimal, Json, UtcTime
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, NotMigrated, Rows, Tx, open_engine, transaction
+from worker.ledger.engine import (
+    DATABASE_UNAVAILABLE,
+    Engine,
+    NotMigrated,
+    Rows,
+    Tx,
+    open_engine,
+    read_snapshot,
+    transaction,
+)
 
 
 class Color(StrEnum):
@@ -70,16 +80,22 @@ _EXPANDING = select(VALUES.c.id).where(VALUES.c.id.in_(bindparam("ids", expandin
 
 
 @pytest.fixture
-def engine(databases: Databases) -> Iterator[Engine]:
-    """Open a database with an empty table `every_type`."""
+def address(databases: Databases) -> Iterator[str]:
+    """Return the URL of a database."""
     with databases.create() as address:
-        engine = open_engine(address, connections=5)
-        with engine.begin() as connection:
-            VALUES.metadata.create_all(connection)
-        yield engine
-        with engine.begin() as connection:
-            VALUES.metadata.drop_all(connection)
-        engine.dispose()
+        yield address
+
+
+@pytest.fixture
+def engine(address: str) -> Iterator[Engine]:
+    """Open the database with an empty table `every_type`."""
+    engine = open_engine(address, connections=5)
+    with engine.begin() as connection:
+        VALUES.metadata.create_all(connection)
+    yield engine
+    with engine.begin() as connection:
+        VALUES.metadata.drop_all(connection)
+    engine.dispose()
 
 
 @pytest.fixture
@@ -193,12 +209,12 @@ def test_prepared_statements_of_many_transactions(engine: Engine) -> None:
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def counted(postgresql: Engine) -> Iterator[tuple[Engine, CountingProxy]]:
-    """Open the database through a proxy that counts round trips."""
-    url = postgresql.url.render_as_string(hide_password=False)
-    with closing(CountingProxy(postgresql.url.port or 0)) as proxy:
-        engine = open_engine(proxy.through(url.replace("postgresql+psycopg", "postgresql")), connections=1)
+@pytest.fixture(params=["none", "transaction"])
+def counted(request: pytest.FixtureRequest, postgresql: Engine, address: str) -> Iterator[tuple[Engine, CountingProxy]]:
+    """Open the database through a proxy that counts round trips, with and without a pooler in front of it."""
+    assert postgresql.dialect.name == "postgresql"
+    with closing(CountingProxy(urlsplit(address).port or 0)) as proxy:
+        engine = open_engine(proxy.through(address), connections=1, pooler=request.param)
         with transaction(engine) as tx:
             tx.scalar(_ONE)
         yield engine, proxy
@@ -227,6 +243,55 @@ def test_reads_and_writes_are_two_round_trips(counted: tuple[Engine, CountingPro
         assert count(proxy, lambda executed=executed: use_case(0, 4, f"b{executed}")) == 1  # type: ignore[misc]
         assert count(proxy, lambda: use_case(5, 0, "")) == 2, "COMMIT is sent alone"
         assert count(proxy, lambda: use_case(0, 0, "")) == 0
+
+
+def message_types(trip: RoundTrip) -> str:
+    """Return the types of the messages of PostgreSQL's protocol in a request."""
+    request, at, found = bytes(trip.request), 0, ""
+    while at < len(request):
+        found += chr(request[at])
+        at += 1 + int.from_bytes(request[at + 1 : at + 5])
+    return found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_request_of_a_pipeline_ends_with_a_sync(counted: tuple[Engine, CountingProxy], *, fails: bool) -> None:
+    """Without a Flush after it. PgBouncer would reserve a server connection for that, until the next transaction."""
+    engine, proxy = counted
+    before = len(proxy.round_trips)
+    with suppress(DBAPIError), transaction(engine) as tx:
+        add(tx, "a")
+        tx.send(_ALL, read=ids).result()
+        add(tx, "b")
+        if fails:
+            tx.send(_FAIL, {"given": "1"}, read=len)
+    types = [message_types(trip) for trip in proxy.round_trips[before:]]
+    pipelines = [found for found in types if "Q" not in found]
+    assert len(pipelines) == 2
+    assert all(found.endswith("S") and "H" not in found for found in pipelines), types
+
+
+def test_statement_of_sqlalchemy_is_one_round_trip_after_begin(counted: tuple[Engine, CountingProxy]) -> None:
+    """The settings of the transaction travel with BEGIN."""
+    engine, proxy = counted
+
+    def use_case() -> None:
+        with transaction(engine) as tx:
+            tx.scalar(_ONE)
+
+    for _ in range(3):
+        assert count(proxy, use_case) == 3, "BEGIN, the statement, COMMIT"
+
+
+def test_snapshot_is_settings_and_statements(counted: tuple[Engine, CountingProxy]) -> None:
+    engine, proxy = counted
+
+    def use_case() -> None:
+        with read_snapshot(engine) as tx:
+            tx.send(_ONE, read=len).result()
+
+    use_case()
+    assert count(proxy, use_case) == 4, "BEGIN, the settings, the statement, COMMIT"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -362,11 +427,12 @@ def test_terminated_session_is_an_unavailable_database(postgresql: Engine, sends
 
 
 @pytest.mark.parametrize("sends", ["a statement of SQLAlchemy", "with the COMMIT"])
-def test_terminated_session_of_a_pooled_connection_is_an_unavailable_database(postgresql: Engine, sends: str) -> None:
+def test_terminated_session_of_a_pooled_connection_is_an_unavailable_database(
+    postgresql: Engine, address: str, sends: str
+) -> None:
     with transaction(postgresql) as tx:
         pid = tx.send(_BACKEND, read=lambda rows: int(rows[0][0])).result()
-    url = postgresql.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, autocommit=True) as other:
+    with psycopg.connect(address, autocommit=True) as other:
         other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
     with pytest.raises(DATABASE_UNAVAILABLE), transaction(postgresql) as tx:
         if sends == "with the COMMIT":
@@ -426,7 +492,7 @@ def test_idle_transaction_that_the_server_ends_is_an_unavailable_database(postgr
     assert stored(postgresql) == []
 
 
-def test_all_pooled_connections_are_replaced_after_the_first_error(postgresql: Engine) -> None:
+def test_all_pooled_connections_are_replaced_after_the_first_error(postgresql: Engine, address: str) -> None:
     """They are probably lost together, as at a restart of the server."""
     with ExitStack() as stack:
         for _ in range(3):
@@ -435,8 +501,7 @@ def test_all_pooled_connections_are_replaced_after_the_first_error(postgresql: E
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
-    url = postgresql.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, autocommit=True) as other:
+    with psycopg.connect(address, autocommit=True) as other:
         assert other.execute(end_sessions).fetchall() == [(True,)] * 3
     with pytest.raises(DATABASE_UNAVAILABLE), transaction(postgresql) as tx:
         add(tx, "a")

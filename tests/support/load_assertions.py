@@ -1,6 +1,9 @@
 """Many payments, and the assertions on their outcomes and fees after the faults of a test."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
 
 from tests.support.system import System
 
@@ -34,3 +37,19 @@ def assert_ledger_matches_provider(running: System, *, calls_per_account: int) -
     totals = running.fee_totals()
     assert {account_id: total for account_id, total in totals.items() if not total.match} == {}
     assert max(total.accepted for total in totals.values()) <= calls_per_account
+
+
+def assert_shares_add_up(running: System) -> None:
+    """Assert that the shares of the payments of a refresh add up to its fees exactly, and that calls were shared."""
+    prices: dict[str, Decimal] = defaultdict(Decimal)
+    for row in running.rows("SELECT refresh_id, price FROM fee_entry WHERE state = 'posted'"):
+        prices[row["refresh_id"]] += Decimal(row["price"])
+    refreshes = {row["payment_id"]: row["refresh_id"] for row in running.rows("SELECT * FROM payment")}
+    outcomes_by_refresh: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for payment_id, (line,) in running.ended_payments().items():
+        if line["task"] == "ledger.execute_ach" and line["args"][0]["fee"]["state"] != "reused":
+            outcomes_by_refresh[refreshes[payment_id]].append(line["args"][0])
+    assert sum(len(outcomes) > 1 for outcomes in outcomes_by_refresh.values()) > 0, "no call was shared"
+    for refresh_id, outcomes in outcomes_by_refresh.items():
+        assert sum(Decimal(outcome["fee"]["amount"]) for outcome in outcomes) == prices[refresh_id]
+        assert {outcome["shared_by"] for outcome in outcomes} == {len(outcomes)}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from cli.setting_groups import ALL, SETTING_GROUPS
-from config.settings import ENV_PREFIX
+from config.setting_types import ENV_PREFIX
 
 _SETTINGS = ("database_url", "redis_url", "quiltt_api_key", "webhook_secrets")
 SECRETS = tuple(f"{ENV_PREFIX}{name.upper()}" for name in _SETTINGS)

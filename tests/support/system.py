@@ -86,6 +86,7 @@ class System:
         broker_url: str,
         transport_options: Mapping[str, Any],
         name_prefix: str = "",
+        pooler: Any = "none",
     ) -> None:
         self.processes = processes
         self._name_prefix = name_prefix
@@ -97,7 +98,7 @@ class System:
         self.web_url = f"http://127.0.0.1:{web_port}"
         self.simulator = simulator
         self._service_log = processes.folder / "service.jsonl"
-        self.engine: Engine = open_engine(database_url, connections=10)
+        self.engine: Engine = open_engine(database_url, connections=10, pooler=pooler)
         self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
         self.service.conf.update(accept_content=["json"], task_ignore_result=False)
         self.service.conf.broker_transport_options = dict(transport_options)
@@ -314,8 +315,18 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
             processes.run("release", procfile()["release"])
             broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
             options = json.loads(settings.get("SERVICE_TRANSPORT_OPTIONS", "{}"))
+            pooler = settings.get("PAYREADY_DATABASE_POOLER", "none")
             running = System(
-                processes, database_url, redis_url, web_port, simulator, valkey, broker_url, options, name_prefix
+                processes,
+                database_url,
+                redis_url,
+                web_port,
+                simulator,
+                valkey,
+                broker_url,
+                options,
+                name_prefix,
+                pooler,
             )
             running.start(*(roles or ROLES))
             _running_systems.running.append(processes)

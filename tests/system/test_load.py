@@ -1,13 +1,13 @@
 """Many concurrent payments through the real processes: exact fees, and bounded resources."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.load_assertions import assert_shares_add_up
 from tests.support.servers import Postgres
 from tests.support.system import System, system, wait_until
 
@@ -93,22 +93,7 @@ def test_each_of_many_payments_has_one_outcome_and_each_call_one_posted_fee(
     assert wrong == {}
     called_too_often = {a: totals for a, totals in totals_by_account.items() if totals.accepted > 1}
     assert called_too_often == {}
-    assert_shares_add_up(load_system, rows, released)
-
-
-def assert_shares_add_up(running: System, rows: dict[str, Any], released: dict[str, Any]) -> None:
-    """Assert that the shares of the payments of a refresh add up to its fees exactly."""
-    prices: dict[str, Decimal] = defaultdict(Decimal)
-    for row in running.rows("SELECT refresh_id, price FROM fee_entry WHERE state = 'posted'"):
-        prices[row["refresh_id"]] += Decimal(row["price"])
-    outcomes_by_refresh: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for payment_id, outcome in released.items():
-        if outcome["fee"]["state"] != "reused":
-            outcomes_by_refresh[rows[payment_id]["refresh_id"]].append(outcome)
-    assert sum(len(outcomes) > 1 for outcomes in outcomes_by_refresh.values()) > 0, "no call was shared"
-    for refresh_id, outcomes in outcomes_by_refresh.items():
-        assert sum(Decimal(outcome["fee"]["amount"]) for outcome in outcomes) == prices[refresh_id]
-        assert {outcome["shared_by"] for outcome in outcomes} == {len(outcomes)}
+    assert_shares_add_up(load_system)
 
 
 @pytest.mark.parametrize("load_system", ["postgresql"], indirect=True)

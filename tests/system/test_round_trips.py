@@ -33,6 +33,7 @@ SQL_BUDGET_IN_BATCH, REDIS_BUDGET_IN_BATCH = 2, 1
 """Round trips for each payment of a batch."""
 TIMES_ALONE = 5
 _FETCH_DIGEST = hashlib.sha1(redis_source._FETCH.encode(), usedforsecurity=False).hexdigest().encode()
+_CHECK_OF_A_NEW_CONNECTION = "SELECT pg_backend_pid()"
 _SETUP = re.compile(rb"PING|HELLO|CLIENT|AUTH|SELECT|SCRIPT|SUBSCRIBE|UNSUBSCRIBE|PSUBSCRIBE|INFO|COMMAND")
 
 
@@ -68,7 +69,7 @@ def _describe_sql(trip: RoundTrip, prepared: dict[tuple[int, str], str]) -> str:
         elif kind == b"Q":
             found.append(body[0].decode())
         at = end
-    return " + ".join(_short(statement) for statement in found)
+    return " + ".join(_short(statement) for statement in found if statement != _CHECK_OF_A_NEW_CONNECTION)
 
 
 def _short(statement: str) -> str:

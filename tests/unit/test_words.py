@@ -30,7 +30,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("CONTRIBUTING.md", "Never *who*, *those* or an indefinite pronoun."): "the rule itself",
     (
         "tests/support/servers.py",
-        'self._user = "nobody" if os.geteuid() == 0 else None',
+        'SERVER_USER = "nobody" if os.geteuid() == 0 else None',
     ): "the name of a Unix user",
 }
 """Exact lines that may have a banned word, by file and stripped line, with the reason."""

@@ -9,12 +9,31 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event, text
+from sqlalchemy import Connection, Engine, Row, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.ledger.transactions import NotMigrated, Reply, Rows, Tx, raise_if_not_migrated
+from worker.ledger.postgres_connections import (
+    ENABLE_ALL_PLANS,
+    MIGRATION_SETTINGS,
+    SETTINGS,
+    Pooler,
+    PostgresConnections,
+    UnconfiguredPooler,
+    close_and_raise_if_pooled,
+    connections_to,
+    raise_if_pooler,
+    statement_that_sets,
+)
+from worker.ledger.transactions import (
+    TRANSACTION_SETTINGS_OPTION,
+    NotMigrated,
+    Reply,
+    Rows,
+    Tx,
+    raise_if_not_migrated,
+)
 
 __all__ = [
     "DATABASE_UNAVAILABLE",
@@ -25,6 +44,7 @@ __all__ = [
     "Row",
     "Rows",
     "Tx",
+    "UnconfiguredPooler",
     "connect_for_migrations",
     "open_engine",
     "read_snapshot",
@@ -39,23 +59,17 @@ class NoDatabaseFile(Exception):
         super().__init__(f"there is no database at {path} (PAYREADY_DATABASE_URL)")
 
 
-DATABASE_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout, NotMigrated, NoDatabaseFile)
+DATABASE_UNAVAILABLE = (
+    OperationalError,
+    InterfaceError,
+    InternalError,
+    PoolTimeout,
+    NotMigrated,
+    NoDatabaseFile,
+    UnconfiguredPooler,
+)
 """Errors of a database that cannot be reached, does not respond in time, or is not migrated yet."""
-_DISABLED_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
-"""Plan types that are off in transactions, whose statements find rows by key. Otherwise PostgreSQL scans a small table
-sequentially, and keeps that plan while the table grows, until it analyzes it. `read_snapshot` turns them
-on for reports."""
-POSTGRES_CONNECT_ARGS = {
-    "connect_timeout": 5,
-    "application_name": "payready",
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 20_000,
-    "options": "-c timezone=UTC -c lock_timeout=5s -c statement_timeout=15s -c idle_in_transaction_session_timeout=30s"
-    + "".join(f" -c {name}=off" for name in _DISABLED_PLANS),
-}
-"""Every wait is limited: for the lock of a frozen host, for a statement, and for a lost host."""
+_ENABLE_ALL_PLANS = statement_that_sets(ENABLE_ALL_PLANS)
 _READ_ONLY_OPTION = "payready_read_only"
 PING_AFTER_IDLE_S = 5
 """A connection that was idle for longer is pinged before it is used again."""
@@ -63,46 +77,65 @@ MAX_WAIT_S = 30
 """Maximum wait of a writer for another one on SQLite, and of a thread for a connection of the pool."""
 
 
-def open_engine(url: str, *, connections: int, may_create_file: bool = False) -> Engine:
+def open_engine(
+    url: str, *, connections: int, pooler: Pooler = "none", may_create_file: bool = False, for_migrations: bool = False
+) -> Engine:
     """Return an engine for `sqlite:///file` or `postgresql://...`. It opens connections at their first use.
 
-    `may_create_file`: a connection creates the file of an SQLite database. Otherwise it raises `NoDatabaseFile`, so
-    that a wrong address leaves no empty database behind.
+    `pooler`: `transaction` if a pooler is between payready and PostgreSQL. `may_create_file`: a connection creates the
+    file of an SQLite database. Otherwise it raises `NoDatabaseFile`, so that a wrong address leaves no empty database
+    behind. `for_migrations`: statements may take long.
+
+    Raises:
+        ConfigurationError: libpq cannot read the address.
     """
     if url.startswith("sqlite"):
-        engine = create_engine(
-            url,
-            connect_args={"timeout": MAX_WAIT_S},
-            pool_size=connections,
-            pool_timeout=MAX_WAIT_S,
-            hide_parameters=True,  # error texts must not show a payment's data
-        )
-        event.listen(engine, "handle_error", _raise_not_migrated)
-        event.listen(engine, "do_connect", _create_private_file if may_create_file else _raise_if_file_is_missing)
-        event.listen(engine, "connect", _set_sqlite_pragmas_and_manual_begin)
-        event.listen(engine, "begin", _begin_sqlite_immediate_unless_read_only)
-        return engine
-    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        return _open_sqlite(url, connections, may_create_file=may_create_file)
+    settings = MIGRATION_SETTINGS if for_migrations else SETTINGS
+    return _open_postgresql(connections_to(url, settings, pooler=pooler), connections, pooler)
+
+
+def _open_sqlite(url: str, connections: int, *, may_create_file: bool) -> Engine:
     engine = create_engine(
         url,
+        connect_args={"timeout": MAX_WAIT_S},
+        pool_size=connections,
+        pool_timeout=MAX_WAIT_S,
+        hide_parameters=True,  # error texts must not show a payment's data
+    )
+    event.listen(engine, "handle_error", _raise_known_cause)
+    event.listen(engine, "do_connect", _create_private_file if may_create_file else _raise_if_file_is_missing)
+    event.listen(engine, "connect", _set_sqlite_pragmas_and_manual_begin)
+    event.listen(engine, "begin", _begin_sqlite_immediate_unless_read_only)
+    return engine
+
+
+def _open_postgresql(common: PostgresConnections, connections: int, pooler: Pooler) -> Engine:
+    engine = create_engine(
+        "postgresql+psycopg://",
         pool_size=connections,
         max_overflow=0,
         pool_timeout=MAX_WAIT_S,
         pool_use_lifo=True,  # uses few connections often, not all of them rarely
         isolation_level="AUTOCOMMIT",  # `Tx` sends BEGIN
         hide_parameters=True,
-        connect_args=POSTGRES_CONNECT_ARGS,
+        connect_args=common.arguments,
+        execution_options={TRANSACTION_SETTINGS_OPTION: common.transaction_settings},
     )
-    event.listen(engine, "handle_error", _raise_not_migrated)
+    event.listen(engine, "handle_error", _raise_known_cause)
+    if pooler == "none":
+        event.listen(engine, "connect", _raise_if_pooled)
+    event.listen(engine, "begin", _apply_settings_unless_tx_begins)
     event.listen(engine, "checkin", _stamp_last_use)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine))
     return engine
 
 
-def _raise_not_migrated(context: ExceptionContext) -> None:
-    """Raise `NotMigrated` for a missing table or column: the next migration creates it."""
+def _raise_known_cause(context: ExceptionContext) -> None:
+    """Raise `NotMigrated` for a missing table or column, and `UnconfiguredPooler` if a pooler refused a session."""
     error = context.original_exception
     raise_if_not_migrated(error)
+    raise_if_pooler(error)
     if re.search("no such (table|column)|has no column", str(error)):  # SQLite has only texts
         raise NotMigrated
 
@@ -117,6 +150,10 @@ def _raise_if_file_is_missing(_dialect: object, _record: object, arguments: Sequ
     path = Path(arguments[0]).absolute()
     if not path.exists():
         raise NoDatabaseFile(path)
+
+
+def _raise_if_pooled(connection: Any, _record: object) -> None:
+    close_and_raise_if_pooled(connection)
 
 
 def _stamp_last_use(_connection: object, record: Any) -> None:
@@ -145,6 +182,16 @@ def _begin_sqlite_immediate_unless_read_only(connection: Connection) -> None:
     )
 
 
+def _apply_settings_unless_tx_begins(connection: Connection) -> None:
+    """Apply the settings of a transaction that the driver begins. `Tx` begins those in autocommit mode."""
+    options = connection.get_execution_options()
+    statements = [options[TRANSACTION_SETTINGS_OPTION], _ENABLE_ALL_PLANS if _READ_ONLY_OPTION in options else ""]
+    driver: Any = connection.connection.driver_connection
+    if any(statements) and not driver.autocommit:
+        # Without parameters psycopg sends several statements as they are, in one round trip.
+        connection.exec_driver_sql("; ".join(filter(None, statements)), execution_options={"no_parameters": True})
+
+
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Tx]:
     """Open a transaction. It is committed at the end of the block, and rolled back by any exception."""
@@ -158,31 +205,18 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
     options = (
         {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     )
-    with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(_ENABLE_ALL_PLANS)
-        with Tx.commit_at_end(connection) as tx:
-            yield tx
-
-
-_ENABLE_ALL_PLANS = text("SELECT " + ", ".join(f"set_config('{name}', 'on', true)" for name in _DISABLED_PLANS))
+    with (
+        engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection,
+        connection.begin(),
+        Tx.commit_at_end(connection) as tx,
+    ):
+        yield tx
 
 
 @contextmanager
 def connect_for_migrations(engine: Engine) -> Iterator[Connection]:
-    """Open a connection with transactions of its own, and on PostgreSQL with long statements and all plan types.
-
-    A migration may scan or index a large table. The limit of waits for locks stays: a waiting migration blocks workers.
-    """
+    """Open a connection with transactions of its own. The engine must be one for migrations."""
     with engine.connect() as connection:
         if connection.dialect.name == "postgresql":
-            connection.execute(_LIFT_LIMITS)
-            connection.commit()
             connection.execution_options(isolation_level="READ COMMITTED")  # changes the connection itself
         yield connection
-
-
-_LIFT_LIMITS = text(
-    "SELECT set_config('statement_timeout', '0', false), "
-    + ", ".join(f"set_config('{name}', 'on', false)" for name in _DISABLED_PLANS)
-)

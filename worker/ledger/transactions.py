@@ -7,7 +7,7 @@ case loads what it needs in one round trip, and persists what it decided in anot
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar, cast
 
 import psycopg
@@ -21,6 +21,8 @@ from worker.ledger.compiled_statements import CompiledStatement, compile_once
 T = TypeVar("T")
 Rows = Sequence[Row[*tuple[Any, ...]]]
 _NOTHING: Mapping[str, Any] = {}
+TRANSACTION_SETTINGS_OPTION = "payready_transaction_settings"
+"""Execution option of a connection to PostgreSQL: a statement at the begin of each transaction, or an empty text."""
 
 
 class NotMigrated(Exception):
@@ -61,8 +63,7 @@ class Tx:
     PostgreSQL executes statements in the order in which they were given. SQLite needs no round trips, so it executes
     each statement at once.
 
-    The pipeline stays open from the first statement on: psycopg's end of a pipeline would turn off
-    `idle_in_transaction_session_timeout`, because it sends a Flush after the Sync. The connection is in autocommit
+    The pipeline stays open from the first statement on, and is left with the COMMIT. The connection is in autocommit
     mode, because psycopg would wait for the response to its own BEGIN.
     """
 
@@ -161,6 +162,7 @@ class Tx:
     def _enter_pipeline(self) -> psycopg.Pipeline:
         if self._pipeline is None:
             self._pipeline = self._end_of_pipeline.enter_context(self._driver.pipeline())
+            self._pipeline.__dict__["_exit_gen"] = partial(_end_with_sync_alone, self._pipeline)
             self._begin_if_not_begun()
         return self._pipeline
 
@@ -170,7 +172,11 @@ class Tx:
 
     def _begin_if_not_begun(self) -> None:
         if self._driver.autocommit and self._driver.info.transaction_status == TransactionStatus.IDLE:
-            self._execute_and_keep_cursor("BEGIN")
+            settings = self._connection.get_execution_options()[TRANSACTION_SETTINGS_OPTION]
+            texts = ["BEGIN", settings] if settings else ["BEGIN"]
+            # Outside a pipeline, psycopg sends a text without parameters as it is, in one round trip.
+            for text in texts if self._pipeline else ["; ".join(texts)]:
+                self._execute_and_keep_cursor(text)
 
     def _pass_queue_to_driver(self) -> list[tuple[_Sent, psycopg.Cursor[Any]]]:
         queue, self._queue = self._queue, []
@@ -223,6 +229,19 @@ class Tx:
         """Use the lost connection, so that SQLAlchemy notices. The others are probably lost too, as at a restart."""
         with suppress(DBAPIError):
             self._connection.exec_driver_sql("SELECT 1")
+
+
+def _end_with_sync_alone(pipeline: Any) -> Iterator[Any]:
+    """End a pipeline as psycopg does, without its superfluous Flush after the Sync.
+
+    PgBouncer gives a client whose transaction has ended a server connection for the Flush, and does not take it back
+    until the client's next transaction. PostgreSQL turns off `idle_in_transaction_session_timeout` at a Flush.
+    """
+    try:
+        pipeline._enqueue_sync()  # noqa: SLF001 - see above
+        yield from pipeline._communicate_gen()  # noqa: SLF001
+    finally:
+        yield from pipeline._fetch_gen(flush=False)  # noqa: SLF001
 
 
 def raise_if_not_migrated(error: BaseException | None) -> None:
