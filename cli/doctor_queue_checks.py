@@ -8,6 +8,7 @@ from cli import celery_client
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text
 from config.celery_config import QUEUES, celery_settings
+from config.redis_addresses import is_redis_address
 from config.settings import Settings
 from tasks.broker_lists import IdleList, ListSearch
 from worker.ledger import outcome_deliveries
@@ -38,7 +39,7 @@ class _ListName:
 
 def check_unread_lists(context: CheckContext) -> Iterator[CheckResult]:
     """Check that no jobs and no callbacks of payready are in lists that no worker reads."""
-    if not context.settings.effective_broker_url.startswith(("redis", "sentinel")):
+    if not is_redis_address(context.settings.effective_broker_url):
         return
     try:
         search = celery_client.search_idle_lists(context.settings)

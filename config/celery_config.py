@@ -4,6 +4,7 @@ from typing import Any
 
 from kombu import Exchange, Queue
 
+from config.redis_addresses import RedisAddress, is_redis_address, parse_redis_address
 from config.settings import MAINTENANCE_INTERVAL_S, Settings
 from config.task_queues import TASK_QUEUES
 
@@ -13,14 +14,21 @@ _QUORUM = {"x-queue-type": "quorum"}
 _AMQP_TIMEOUT_S = 5
 """Timeout of each operation on RabbitMQ, below the 30 s at which it sends heartbeats to an idle connection."""
 
+_CONNECT_TIMEOUT_S = 5
+"""Timeout for a connection to Redis, or for a response of a Sentinel."""
+
 
 def celery_settings(settings: Settings) -> dict[str, Any]:
     """Return Celery's configuration for this deployment. A test checks the keys against Celery's own list."""
     is_rabbitmq = settings.effective_broker_url.startswith("amqp")
     prefix = settings.name_prefix
+    broker = _redis_address_or_none(settings.effective_broker_url)
+    results = _redis_address_or_none(settings.effective_result_backend_url)
     return {
-        "broker_url": settings.effective_broker_url,
-        "result_backend": settings.effective_result_backend_url,
+        "broker_url": broker.celery_url if broker else settings.effective_broker_url,
+        "broker_use_ssl": dict(broker.tls) if broker and broker.tls else False,
+        "result_backend": results.celery_url if results else settings.effective_result_backend_url,
+        "redis_backend_use_ssl": dict(results.tls) if results and results.tls else None,
         "result_expires": settings.result_expires_s,
         # At least a day for a chord: each payment of its header may wait for an hour.
         "result_chord_expires": max(settings.result_expires_s, 86_400),
@@ -28,6 +36,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "result_backend_transport_options": {
             "retry_policy": {"max_retries": 2, "interval_max": 0.5},
             "global_keyprefix": settings.result_key_prefix,
+            **_sentinel_options(results),
         },
         "task_ignore_result": True,  # only tasks for the payments service have results
         "task_serializer": "json",
@@ -53,10 +62,12 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # reconnect without limit
         "broker_channel_error_retry": True,  # also to a broker that is read-only, full or loading
-        "broker_transport_options": _transport_options(settings),
+        "broker_transport_options": _transport_options(settings, broker),
         "redis_socket_timeout": 10,
-        "redis_socket_connect_timeout": 5,
-        "redis_socket_keepalive": True,
+        "redis_socket_connect_timeout": _CONNECT_TIMEOUT_S,
+        "redis_socket_keepalive": not (
+            results and results.kind == "socket"
+        ),  # redis-py's Unix socket has no such option
         "redis_backend_health_check_interval": 15,
         # Flower distinguishes a waiting payment from a queued one by task events.
         "worker_send_task_events": True,
@@ -85,8 +96,22 @@ def _schedule_expiring_at_half_interval(task: str, seconds: float) -> dict[str, 
     return {"task": task, "schedule": seconds, "options": {"expires": seconds / 2, "ignore_result": True}}
 
 
-def _transport_options(settings: Settings) -> dict[str, Any]:
-    if settings.effective_broker_url.startswith("amqp"):
+def _redis_address_or_none(url: str) -> RedisAddress | None:
+    return parse_redis_address(url) if is_redis_address(url) else None
+
+
+def _sentinel_options(address: RedisAddress | None) -> dict[str, Any]:
+    """Return the options with which kombu and Celery find the master."""
+    if address is None or address.kind != "sentinel":
+        return {}
+    return {
+        "master_name": address.master_name,
+        "sentinel_kwargs": address.sentinel_options(timeout_s=_CONNECT_TIMEOUT_S),
+    }
+
+
+def _transport_options(settings: Settings, broker: RedisAddress | None) -> dict[str, Any]:
+    if broker is None:
         return {
             "confirm_publish": True,  # the broker confirms each message, or publishing raises an error
             # Without them an operation waits for ever if the broker does not respond, and so does the end of a worker.
@@ -106,7 +131,8 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         "unacked_mutex_key": f"{settings.name_prefix}payready-unacked-mutex",
         "max_connections": 256,
         "socket_timeout": 10,
-        "socket_connect_timeout": 5,
+        "socket_connect_timeout": _CONNECT_TIMEOUT_S,
         "socket_keepalive": True,
         "health_check_interval": 15,
+        **_sentinel_options(broker),
     }

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 from config import production_rules
 from config.database_addresses import DatabaseUrl
+from config.redis_addresses import require_usable_addresses
 from config.setting_types import (
     ENV_PREFIX,
     Address,
@@ -34,8 +35,6 @@ from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
 
 PLATFORM_PORT = "PORT"
 """Variable by which a platform, such as Heroku, states the port of the role `web`."""
-BROKER_SCHEMES = ("redis://", "rediss://", "amqp://", "amqps://")
-"""Beginnings of the addresses of brokers from which payready can fetch messages."""
 MAINTENANCE_INTERVAL_S = 1.0
 """Time between two runs of maintenance: `beat` sends its tasks in this interval."""
 MAX_CLAIM_AGE_S = 5
@@ -61,10 +60,11 @@ class Settings(BaseModel):
     `live` the queue `payments` is `live.payments`. Keys and exchanges begin with `live.` too, but not the results."""
 
     redis_url: Address = Field("redis://127.0.0.1:6379/0", repr=False)
-    """Address of the correlation store. Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
+    """Address of the correlation store: Redis, with TLS, a Unix socket, Sentinels, or a cluster
+    (docs/howto/use-redis-topologies.md). Also of the broker and the result backend, unless `PAYREADY_BROKER_URL` or
     `PAYREADY_RESULT_BACKEND_URL` is set."""
     broker_url: Address | None = Field(None, repr=False)
-    """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`: Redis (`redis://`, `rediss://`) or
+    """Address of Celery's broker, if it is not Redis at `PAYREADY_REDIS_URL`: another Redis that is no cluster, or
     RabbitMQ (`amqp://`, `amqps://`)."""
     broker_priority_steps: PrioritySteps = (0, 3, 6, 9)
     """Priorities with a list of their own on Redis: kombu's `priority_steps`, such as `0,1,2`. All apps on the broker
@@ -231,10 +231,13 @@ class Settings(BaseModel):
         return timedelta(seconds=MAX_CLAIM_AGE_S + RECORD_BUDGET_S) + self.max_call_duration
 
     @model_validator(mode="after")
-    def _broker_is_redis_or_rabbitmq(self) -> Self:
-        if not self.effective_broker_url.startswith(BROKER_SCHEMES):
-            name = "BROKER_URL" if self.broker_url else "REDIS_URL"
-            raise ValueError(f"{ENV_PREFIX}{name} must begin with one of {', '.join(BROKER_SCHEMES)}")
+    def _redis_addresses_are_usable(self) -> Self:
+        require_usable_addresses(
+            prefix=ENV_PREFIX,
+            redis_url=self.redis_url,
+            broker_url=self.broker_url,
+            results_url=self.result_backend_url,
+        )
         return self
 
     @model_validator(mode="after")

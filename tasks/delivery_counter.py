@@ -7,11 +7,10 @@ returns of a message that was only sent ahead.
 import hashlib
 from collections.abc import Collection
 
-from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.correlation.redis_client import best_effort
+from worker.correlation.redis_client import best_effort, open_redis
 
 REDELIVERED = 2
 """Lowest number of deliveries of a redelivered message."""
@@ -29,9 +28,8 @@ class DeliveryCounter:
 
     def __init__(self, url: str, queue: str, *, key_prefix: str = "") -> None:
         self._queue, self._key_prefix = queue, key_prefix
-        self._redis = Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), retries=1)
-        )
+        retry = Retry(NoBackoff(), retries=1)
+        self._redis = open_redis(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=retry)
 
     def key(self, text: bytes) -> str:
         """Return the Redis key of a message's count."""

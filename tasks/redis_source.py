@@ -17,12 +17,13 @@ from importlib.resources import files
 from typing import Any, cast
 from uuid import uuid4
 
-from redis import Redis, RedisError
+from redis import RedisError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from config.log_config import get_logger
 from tasks.message_source import BrokerUnavailable
 from tasks.task_messages import FetchedMessage
+from worker.correlation.redis_client import open_redis
 from worker.errors import error_summary
 
 log = get_logger(__name__)
@@ -62,13 +63,7 @@ class RedisSource:
         self, url: str, queue: str, *, lists: Sequence[str], key_prefix: str, visibility_timeout_s: float
     ) -> None:
         self._queue, self._visibility_timeout_s = queue, visibility_timeout_s
-        self._redis = Redis.from_url(
-            url,
-            protocol=3,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=5,
-            socket_keepalive=True,
-        )
+        self._redis = open_redis(url, protocol=3, socket_timeout=SOCKET_TIMEOUT_S)
         self._connection: Any = None
         self._is_tracking = False
         self._is_empty = False

@@ -10,6 +10,7 @@ from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 
+from config.settings import settings
 from worker.correlation.redis_client import RedisCommand
 
 
@@ -65,9 +66,10 @@ def store_results(app: Celery, results: Sequence[TaskResult]) -> None:
         pipeline.execute()
 
 
-def is_at(app: Celery, url: str) -> bool:
-    """Return whether the results are stored in the Redis at this address."""
-    return isinstance(app.backend, RedisBackend) and app.conf.result_backend == url
+def is_at_correlation_store(app: Celery) -> bool:
+    """Return whether the results are stored in the Redis of the correlation store."""
+    chosen = settings()
+    return isinstance(app.backend, RedisBackend) and chosen.effective_result_backend_url == chosen.redis_url
 
 
 def commands_to_store(app: Celery, results: Sequence[TaskResult]) -> list[RedisCommand]:

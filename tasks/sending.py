@@ -16,9 +16,11 @@ from celery import Celery
 from celery.utils import uuid
 from redis import Redis
 
+from config.redis_addresses import is_redis_address
 from config.settings import settings
 from config.task_queues import TASK_QUEUES
 from tasks import tracing
+from worker.correlation.redis_client import open_redis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def send_messages(app: Celery, messages: Sequence[NewMessage]) -> None:
     """
     if not messages:
         return
-    if settings().effective_broker_url.startswith("redis") and not tracing.is_enabled():
+    if is_redis_address(settings().effective_broker_url) and not tracing.is_enabled():
         _push(app, messages)
     else:
         _publish(app, messages)
@@ -58,9 +60,7 @@ def _push(app: Celery, messages: Sequence[NewMessage]) -> None:
 
 @functools.cache
 def _redis() -> Redis:
-    return Redis.from_url(
-        settings().effective_broker_url, socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True
-    )
+    return open_redis(settings().effective_broker_url)
 
 
 def stored_message(app: Celery, message: NewMessage) -> str:

@@ -38,7 +38,6 @@ from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils import json as kombu_json
 
-from config.settings import settings
 from tasks import result_store, tracing
 from tasks.callback_checks import raise_invalid_callbacks
 from tasks.event_publisher import EventPublisher
@@ -113,7 +112,7 @@ def store_waiting_state_or_return_commands(app: Celery, waiting: Mapping[str, An
     If the results are in the Redis of the correlation store, return the commands that store them there instead.
     """
     results = [TaskResult(task_id=task_id, state=WAITING, value=details) for task_id, details in waiting.items()]
-    if result_store.is_at(app, settings().redis_url):
+    if result_store.is_at_correlation_store(app):
         return result_store.commands_to_store(app, results)
     result_store.store_results(app, results)
     return []

@@ -1,7 +1,8 @@
 """Payments service of the tests: a Celery worker that shares only addresses with payready.
 
 It reads its broker from `SERVICE_URL` and appends a JSON line to the file `SERVICE_LOG` for each task it runs.
-`SERVICE_TRANSPORT_OPTIONS` has kombu's options that differ from the defaults, in JSON.
+`SERVICE_TRANSPORT_OPTIONS` has kombu's options that differ from the defaults, and `SERVICE_CONF` Celery's settings,
+in JSON.
 """
 
 import json
@@ -33,6 +34,12 @@ ON_RABBITMQ: dict[str, Any] = {
 }
 """Settings that `docs/howto/integrate-a-payments-service.md` requires. Without them the queue declarations differ."""
 
+TRANSPORT: dict[str, Any] = {
+    "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
+    "unacked_restore_throttle": 1,  # kombu's default is 100 s
+    "unacked_mutex_expire": 10,
+    **TRANSPORT_OPTIONS,
+}
 app = Celery("payments-service", broker=BROKER, backend=RESULTS)
 app.conf.update(
     task_default_queue=QUEUE,
@@ -41,13 +48,10 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_channel_error_retry=True,  # connect again also to a broker that is read-only or full
-    broker_transport_options={
-        "visibility_timeout": int(os.environ.get("SERVICE_VISIBILITY_S", "10")),
-        "unacked_restore_throttle": 1,  # kombu's default is 100 s
-        "unacked_mutex_expire": 10,
-        **TRANSPORT_OPTIONS,
-    },
 )
+CONF: dict[str, Any] = json.loads(os.environ.get("SERVICE_CONF", "{}"))
+app.conf.update(CONF)
+app.conf.broker_transport_options = {**TRANSPORT, **CONF.get("broker_transport_options", {})}
 if IS_RABBITMQ:
     app.conf.update(ON_RABBITMQ)
 

