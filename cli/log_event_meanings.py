@@ -71,6 +71,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "webhook.connection_closed": "`web` closed a connection because of a limit; `reason` is a label of "
     "`payready_webhook_connections_closed_total`. Sampled: `suppressed` counts the lines that were left out before.",
     "webhook.delivery": "A webhook delivery. Sampled: `suppressed` counts the lines that were left out before.",
+    "webhook.drain_started": "`web` received SIGTERM. It serves requests for `drain_s` more, is not ready, and closes "
+    "each connection with its response.",
     "webhook.follow_up_failed": "A delivery was committed, but its follow-up tasks failed. `payments.sweep` finds the "
     "work.",
     "webhook.internal_error": "A delivery raised an unexpected error. The response is 503, and Quiltt retries.",

@@ -59,6 +59,7 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "webhook_url": "`worker`",
         "webhook_host": "`web`",
         "webhook_port": "`web`",
+        "drain_s": "`web`",
     },
     "Fees": {
         "price_list_file": ALL_BUT_FLOWER,

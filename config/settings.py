@@ -131,6 +131,9 @@ class Settings(BaseModel):
     webhook_port: int = Field(8000, ge=0, le=65535)
     """Port on which the webhook endpoint listens. If it is not set, `PORT` counts, which platforms such as Heroku
     set."""
+    drain_s: int = Field(5, ge=0, le=600)
+    """Time for which `web` still serves requests after SIGTERM. `/readyz` then returns 503, and each response closes
+    its connection, so that proxies choose another process."""
 
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
     """Currency of the accounts. Quiltt's balance events do not state one."""

@@ -82,6 +82,7 @@ def start_sqlite_dev_stack(
         "PAYREADY_QUILTT_API_KEY": API_KEY,
         "PAYREADY_WEBHOOK_SECRETS": WEBHOOK_SECRET,
         "PAYREADY_WEBHOOK_PORT": str(web),
+        "PAYREADY_DRAIN_S": "0",
         **(settings or {}),
     }
     with Processes(folder, environ, check_interrupts) as processes:

@@ -99,7 +99,7 @@ def openapi() -> dict[str, Any]:
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     alive = {"summary": "Liveness of the process.", "responses": {"200": {"description": "The process runs.", **text}}}
     ready = {
-        "summary": "Readiness: the database is available, so deliveries can be stored.",
+        "summary": "Readiness: the process does not stop, and the database is available, so deliveries can be stored.",
         "responses": {"200": {"description": "Available.", **text}, "503": {"description": "Unavailable.", **text}},
     }
     return {

@@ -12,6 +12,7 @@ from config.garbage_collection import collect_and_freeze_objects, raise_gc_thres
 from config.log_config import configure_logging, log_start
 from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, Settings, settings
+from webhook.draining import DrainingServer
 from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
 
@@ -24,6 +25,9 @@ SERVER: dict[str, Any] = {
     "server_header": False,
     "log_config": None,
     "timeout_graceful_shutdown": 10,
+    # Longer than the idle time of proxies, Google's 600 s being the longest: a proxy that reuses a connection just as
+    # `web` closes it loses a request. `MAX_IDLE_CONNECTIONS` bounds the number of idle connections.
+    "timeout_keep_alive": 620,
     "limit_concurrency": 1000,  # connections; times the body limit this bounds the memory; more get 503
 }
 
@@ -40,7 +44,7 @@ def _open_listeners_of_both_families_if_wildcard(settings: Settings) -> list[soc
 
 
 def serve_then_finish_follow_ups() -> None:
-    """Serve until SIGTERM, then finish open requests and their follow-ups."""
+    """Serve until SIGTERM, then drain, and finish open requests and their follow-ups."""
     raise_gc_thresholds()
     try:
         chosen = settings()
@@ -53,7 +57,7 @@ def serve_then_finish_follow_ups() -> None:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
     # After logging is configured, and before the garbage collector is frozen.
     from webhook.endpoint import app  # noqa: PLC0415
-    from webhook.wiring import group_committer  # noqa: PLC0415
+    from webhook.wiring import draining, group_committer  # noqa: PLC0415
 
     collect_and_freeze_objects()
     # SIGTERM may arrive before uvicorn handles it, and uvicorn raises it again after its shutdown. The default action
@@ -61,9 +65,11 @@ def serve_then_finish_follow_ups() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         config = uvicorn.Config(app, host=chosen.webhook_host, port=chosen.webhook_port, **SERVER)
+        server = DrainingServer(config, draining, drain_s=chosen.drain_s)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(_open_listeners_of_both_families_if_wildcard(chosen))
+            server.run(_open_listeners_of_both_families_if_wildcard(chosen))
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
         group_committer.shut_down_after_follow_ups()
 
 

@@ -31,7 +31,7 @@ from webhook.delivery_counters import DeliveryCounters
 from webhook.events import InvalidDelivery, ParsedDelivery
 from webhook.paths import PATH, difference_from_path
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused, TimestampOutOfTolerance
-from webhook.wiring import group_committer, readiness
+from webhook.wiring import draining, group_committer, readiness
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.runtime import utc_now
 
@@ -197,8 +197,9 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(_: Request) -> Response:
-    """Respond with 200 if the database accepts writes, so that deliveries can be committed, else with 503."""
-    if problem := await readiness.find_problem():
+    """Respond with 503 if the process drains, or if the database accepts no writes, so that no delivery is committed."""
+    problem = "the process is about to stop" if draining.is_set() else await readiness.find_problem()
+    if problem:
         return PlainTextResponse(f"not ready: {problem}", status_code=503)
     return PlainTextResponse("ready")
 

@@ -28,7 +28,7 @@ from worker import metrics
 log = get_logger(__name__)
 
 HEADER_TIMEOUT_S = 10
-"""Maximum time for a header section. On an idle keep-alive connection uvicorn's own shorter timeout applies."""
+"""Maximum time for a header section. It begins with the connection, or with the first byte after a response."""
 MAX_HEADER_BYTES = 32 * 1024
 """Maximum size of the URL and the headers. A proxy in front has a smaller limit."""
 MAX_HEADERS = 100
@@ -106,6 +106,8 @@ class LimitedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse bytes until the connection closes."""
         self._unset_keepalive_if_required()
+        if self._head_timer is None and not self._is_response_due():
+            self._start_header_timer()
         for start in range(0, len(data), PARSED_BYTES):
             self._parse_and_check_size(memoryview(data)[start : start + PARSED_BYTES])
             if self.transport.is_closing():
@@ -164,9 +166,9 @@ class LimitedConnection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Start the timer of the next header section, even if the body of this request is incomplete."""
+        """Start the timer of the next header section, if a part of it has arrived during this request."""
         super().on_response_complete()
-        if self.cycle.response_complete and self._head_timer is None and not self.transport.is_closing():
+        if self._is_reading_head and self._head_timer is None and not self.transport.is_closing():
             self._start_header_timer()
         self._update_what_it_waits_for()
 
@@ -198,6 +200,19 @@ class LimitedConnection(HttpToolsProtocol):
         self._head_timer = None
         if not self._is_response_due():
             self._count_and_log_closed("header_timeout")
+            self.transport.close()
+
+    # --- the stop of the process --------------------------------------------------------------------------------------
+
+    def close_after_response(self) -> None:
+        """Close the connection with the response to its request, if it has one in progress."""
+        if self._is_response_due():
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Close the connection. If a request is in progress or has begun to arrive, its response does that."""
+        has_begun_head = self._is_reading_head and self.scope is not None
+        if not (self._is_response_due() or has_begun_head or self.has_unread_bytes()):
             self.transport.close()
 
     # --- upgrade offers -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The objects that the endpoint shares between requests. They are built when this module is imported."""
 
+import threading
 from collections.abc import Sequence
 
 from tasks.app import app as celery
@@ -43,3 +44,5 @@ group_committer = GroupCommitter(
     _commit, _dispatch, unavailable_errors=DATABASE_UNAVAILABLE, is_available=lambda: _find_database_problem() is None
 )
 readiness = SharedReadinessCheck(_find_database_problem)
+draining = threading.Event()
+"""Set when the process begins to drain: it is not ready any more."""

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from config.setting_types import ENV_PREFIX
-from config.settings import load_rejecting_unknown
+from config.settings import Settings, load_rejecting_unknown
 from demo.processes import ROOT, procfile
 from tests.support.role_secrets import SECRETS, secrets_of
 
@@ -208,6 +208,22 @@ def test_compose_fits_the_connections_of_its_postgresql() -> None:
     replicas = sum(services[role].get("deploy", {}).get("replicas", 1) for role in ("web", "worker", "refresh", "beat"))
     default = load_rejecting_unknown({}).database_connections
     assert default * replicas + 2 + 3 <= limit
+
+
+def test_web_may_drain_and_finish_before_it_is_killed() -> None:
+    """Compose, Kubernetes and the documented systemd unit. `docs/howto/configure-the-proxy.md` states the 25 s."""
+    least_s = Settings.model_fields["drain_s"].default + 25
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["web"]
+    assert int(compose["stop_grace_period"].removesuffix("s")) >= least_s
+    (pod,) = (
+        item["spec"]["template"]["spec"]
+        for item in _objects()
+        if item["kind"] == "Deployment" and item["metadata"]["name"] == "web"
+    )
+    assert pod["terminationGracePeriodSeconds"] >= least_s
+    assert "lifecycle" not in pod["containers"][0], "`web` drains itself"
+    (unit,) = re.findall(r"TimeoutStopSec=(\d+)", (ROOT / "docs" / "howto" / "deploy-procfile.md").read_text())
+    assert int(unit) >= least_s
 
 
 def test_image_has_exactly_the_production_packages() -> None:

@@ -36,6 +36,7 @@ FAST_SETTINGS = {
     "PAYREADY_MIN_TIME_LEFT_FOR_CALL_S": "1",
     "PAYREADY_CALLS_PER_S": "1000",
     "PAYREADY_CIRCUIT_BREAKER_FAILURES": "1000",
+    "PAYREADY_DRAIN_S": "0",
 }
 """Settings with shorter times than in production, and without limits that would affect unrelated tests."""
 ON_RABBITMQ: Mapping[str, Any] = {

@@ -137,7 +137,9 @@ def test_correlation_store_works_on_a_cluster(tmp_path: Path) -> None:
             store.clear_requested_or_in_flight_refresh("acct_1", "ref_acct_1")
             store.restore_account("acct_2", AccountState())
             assert _join(store, ["acct_2"]) == ["leader"]
-            admission = AdmissionControl(redis, "digest", calls_per_s=20, failure_threshold=2, probe_timeout=timedelta(seconds=9))
+            admission = AdmissionControl(
+                redis, "digest", calls_per_s=20, failure_threshold=2, probe_timeout=timedelta(seconds=9)
+            )
             assert admission.admit_calls_or_probe(NOW, 3, has_slot=False).granted == 3
             assert admission.status(NOW).open_until is None
             assert abs(RedisServer(redis).time() - datetime.now(UTC)) < timedelta(seconds=60)

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,13 @@ def sign(body: bytes, timestamp: str, secret: str) -> str:
     return base64.b64encode(hmac.digest(secret.encode(), b"1" + timestamp.encode() + body, hashlib.sha256)).decode()
 
 
+def sign_headers(body: bytes, *, secret: str = SECRET, age_s: int = 0, signed: bytes | None = None) -> dict[str, str]:
+    """Return the headers that the provider would send with the body."""
+    timestamp = str(int(time.time()) - age_s)
+    signature = sign(body if signed is None else signed, timestamp, secret)
+    return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
+
+
 @dataclass
 class Endpoint:
     """A running endpoint, a client that sends deliveries, and access to the stored data."""
@@ -41,15 +49,14 @@ class Endpoint:
     engine: Engine
     redis: Redis
     log: Path
+    process: "subprocess.Popen[bytes]"
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=15))
 
     def headers(
         self, body: bytes, *, secret: str = SECRET, age_s: int = 0, signed: bytes | None = None
     ) -> dict[str, str]:
         """Return the headers that the provider would send with the body."""
-        timestamp = str(int(time.time()) - age_s)
-        signature = sign(body if signed is None else signed, timestamp, secret)
-        return {"Quiltt-Timestamp": timestamp, "Quiltt-Signature": signature}
+        return sign_headers(body, secret=secret, age_s=age_s, signed=signed)
 
     def send(
         self, body: bytes, headers: Mapping[str, str] | None = None, *, content_type: str | None = None, **options: Any
@@ -87,17 +94,19 @@ def endpoint(folder: Path, database_url: str, redis_url: str, **environ: str) ->
         "PAYREADY_REDIS_URL": redis_url,
         "PAYREADY_WEBHOOK_SECRETS": f"{SECRET},{OLD_SECRET}",
         "PAYREADY_WEBHOOK_PORT": str(port),
+        "PAYREADY_DRAIN_S": "0",
         **environ,
     }
     url = f"http://127.0.0.1:{port}"
     with Processes(folder, settings) as processes:
-        processes.start("web", procfile()["web"])
+        process = processes.start("web", procfile()["web"])
         processes.wait_for("web", lambda: responds(f"{url}/healthz"))
         running = Endpoint(
             url,
             open_engine(database_url, connections=10),
             Redis.from_url(redis_url, decode_responses=True),
             processes.log_of("web"),
+            process,
         )
         try:
             yield running

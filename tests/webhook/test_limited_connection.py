@@ -162,6 +162,18 @@ def test_slow_client_is_disconnected(short_timeouts: str) -> None:
     assert responds(f"{short_timeouts}/healthz")
 
 
+def test_kept_connection_may_be_idle_for_longer_than_a_header_section(short_timeouts: str) -> None:
+    """A proxy that reuses a connection just as `web` closes it loses a request."""
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    host, port = short_timeouts.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3 * limited_connection.HEADER_TIMEOUT_S) as client:
+        for _ in range(2):
+            client.sendall(request)
+            assert b"200 OK" in client.recv(65_536)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+
+
 @pytest.mark.parametrize(
     ("announced", "more"), [(b"", b"\r\n"), (b"Content-Length: 100000\r\n", b"x")], ids=["blank line", "body"]
 )

@@ -27,13 +27,14 @@ web.serve_then_finish_follow_ups()
 """
 
 
-@pytest.mark.parametrize("moment", ["webhook.__main__:collect_and_freeze_objects", "uvicorn:Server"])
+@pytest.mark.parametrize("moment", ["webhook.__main__:collect_and_freeze_objects", "uvicorn:Config"])
 def test_sigterm_during_start_ends_the_process(tmp_path: Path, moment: str) -> None:
     """Before `web` or uvicorn handles signals. A lost signal would leave `web` running until SIGKILL."""
     environ = {
         **os.environ,
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
         "PAYREADY_WEBHOOK_PORT": str(assign_free_port()),
+        "PAYREADY_DRAIN_S": "0",
     }
     command = [sys.executable, "-c", SEND_SIGTERM_DURING_START, moment]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=20)
@@ -52,6 +53,7 @@ def test_web_listens_on_ipv6_addresses(tmp_path: Path, host: str, clients: list[
         "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/payready.db",
         "PAYREADY_WEBHOOK_HOST": host,
         "PAYREADY_WEBHOOK_PORT": str(port),
+        "PAYREADY_DRAIN_S": "0",
     }
     with subprocess.Popen([sys.executable, "-m", "webhook"], cwd=ROOT, env=environ) as web:
         try:
