@@ -4,7 +4,7 @@ import csv
 import re
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli import fee_tables, render
-from cli.command_line import AsJson, engine_or_exit, query_or_exit, stdout_console_for_terminal_or_log
+from cli.command_line import AsJson, engine_or_exit, fail, query_or_exit, stdout_console_for_terminal_or_log
 from cli.render import count_text
 from config.settings import settings
 from worker import flow
 from worker.flow import Invoice
-from worker.ledger import fee_calls, fee_statement
+from worker.ledger import archived_months, fee_calls, fee_statement
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import PaymentShare, StatementLine
 from worker.ledger.invoices import InvoiceApplication
+from worker.rules.archive_manifest import Month, month_of, parse_month
 from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoicePeriod
 from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import Reconciliation
@@ -46,42 +47,45 @@ def fees_statement(
     """Print the fees of a month's calls, and the savings by sharing and reuse."""
     if as_json and as_csv:
         raise typer.BadParameter("give only one of them", param_hint="--json / --csv")
-    since, until = _parse_month(month)
+    of = _parse_month(month)
     print_lines = _print_shares if by == "payment" else partial(_print_statement, group=by or "price")
-    query_or_exit(lambda tx: print_lines(tx, since, until, as_json=as_json, as_csv=as_csv))
+    query_or_exit(lambda tx: print_lines(tx, of, as_json=as_json, as_csv=as_csv))
 
 
-def _print_statement(
-    tx: Tx, since: datetime, until: datetime, *, group: fee_statement.GroupBy, as_json: bool, as_csv: bool
-) -> None:
-    lines = fee_statement.statement_lines(tx, since, until, group)
-    saved = fee_statement.savings_by_currency(tx, since, until) if group == "price" else {}
+def _print_statement(tx: Tx, month: Month, *, group: fee_statement.GroupBy, as_json: bool, as_csv: bool) -> None:
+    lines = archived_months.month_statement(tx, month, group)
+    saved = archived_months.month_savings(tx, month) if group == "price" else {}
     totals = fee_tables.totals_by_currency(lines, saved)
     if as_csv:
         _write_csv(lines, group)
     elif as_json:
-        statement = {"month": f"{since:%Y-%m}", "by": group, "lines": lines, "totals": totals}
+        statement = {"month": month.name, "by": group, "lines": lines, "totals": totals}
         typer.echo(render.as_json(statement))
     else:
         stdout_console_for_terminal_or_log().print(
-            fee_tables.limited_statement_table(lines, totals, _calls_of_month_title(since), group), highlight=False
+            fee_tables.limited_statement_table(lines, totals, _calls_of_month_title(month), group), highlight=False
         )
 
 
-def _print_shares(tx: Tx, since: datetime, until: datetime, *, as_json: bool, as_csv: bool) -> None:
-    shares = fee_statement.payment_shares_and_unshared_fees(tx, since, until)
+def _print_shares(tx: Tx, month: Month, *, as_json: bool, as_csv: bool) -> None:
+    if archived := archived_months.find(tx, month.name):
+        fail(
+            f"{month.name} is archived: its payments are in {archived.folder}; restore them into another database to "
+            "print their shares"
+        )
+    shares = fee_statement.payment_shares_and_unshared_fees(tx, month.since, month.until)
     if as_csv:
         _write_csv(shares, "payment")
     elif as_json:
-        typer.echo(render.as_json({"month": f"{since:%Y-%m}", "by": "payment", "lines": list(shares)}))
+        typer.echo(render.as_json({"month": month.name, "by": "payment", "lines": list(shares)}))
     else:
         stdout_console_for_terminal_or_log().print(
-            fee_tables.limited_share_table(shares, _calls_of_month_title(since)), highlight=False
+            fee_tables.limited_share_table(shares, _calls_of_month_title(month)), highlight=False
         )
 
 
-def _calls_of_month_title(since: datetime) -> str:
-    return f"Calls of {since:%Y-%m} (UTC)"
+def _calls_of_month_title(month: Month) -> str:
+    return f"Calls of {month.name} (UTC)"
 
 
 def _write_csv(lines: Iterable[StatementLine | PaymentShare], by: str) -> None:
@@ -90,15 +94,11 @@ def _write_csv(lines: Iterable[StatementLine | PaymentShare], by: str) -> None:
     writer.writerows(fee_tables.csv_row(line, by) for line in lines)
 
 
-def _parse_month(text: str | None) -> tuple[datetime, datetime]:
-    if text is None:
-        text = f"{utc_now():%Y-%m}"
-    match = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
-    if match is None or int(match[1]) in (0, 9999):
+def _parse_month(text: str | None) -> Month:
+    month = month_of(utc_now()) if text is None else parse_month(text)
+    if month is None:
         raise typer.BadParameter("must be a month such as 2026-11", param_hint="--month")
-    year, month = int(match[1]), int(match[2])
-    following = (year + 1, 1) if month == 12 else (year, month + 1)  # noqa: PLR2004 - December
-    return datetime(year, month, 1, tzinfo=UTC), datetime(*following, 1, tzinfo=UTC)
+    return month
 
 
 @app.command("reconcile")
@@ -129,7 +129,7 @@ def fees_reconcile(
     Without --apply the command changes nothing. With it, pending calls that the invoice charges are posted, and other
     pending calls are voided. Applying an invoice twice changes nothing more. Only calls in its currency are compared.
     """
-    since, until = _parse_month(month)
+    period = _parse_month(month)
     columns = InvoiceColumns(
         account=account_column, at=date_column, amount=amount_column, number=number_column, currency=currency_column
     )
@@ -138,7 +138,7 @@ def fees_reconcile(
             invoice.name,
             invoice.read_bytes(),
             columns,
-            InvoicePeriod(since=since, until=until, tolerance=timedelta(seconds=tolerance_s)),
+            InvoicePeriod(since=period.since, until=period.until, tolerance=timedelta(seconds=tolerance_s)),
             currency=_parse_currency_or_price_list_default(currency),
             total=_parse_total(total),
         )

@@ -57,6 +57,8 @@ LOG_EVENT_MEANINGS: Mapping[str, str] = {
     "outcome.undeliverable": "A callback could not be sent several times, though the broker responds. The task's "
     "result is stored, its callbacks are not sent. `payready payment redeliver` tries again.",
     "quarantine.pruned": "The oldest quarantined events were deleted: the quarantine is full, or they are too old.",
+    "retention.skipped": "Old rows of `table` were not deleted, because the database role may not delete them. Grant "
+    "DELETE on the table, or delete them with another role.",
     "rate_limiter.unavailable": "Redis is unavailable, so calls are made without rate limiting. The provider enforces "
     "its own limit.",
     "redis.unavailable": "Redis did not respond to `operation`. This costs only speed.",

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from cli import (
+    archive_commands,
     celery_client,
     dead_letter_commands,
     doctor,
@@ -37,7 +38,7 @@ from config.settings import settings
 from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
 from worker.errors import PaymentNotReady
-from worker.ledger import payment_report
+from worker.ledger import archived_months, payment_report
 from worker.rules.job import FundsCheck, Job, parse_job
 from worker.rules.states import PaymentState
 from worker.runtime import Runtime, build_runtime, utc_now
@@ -51,6 +52,7 @@ app = typer.Typer(
 payment_app = typer.Typer(no_args_is_help=True, help="Payments: enqueue, show, list, cancel, redeliver, end-hold.")
 app.add_typer(payment_app, name="payment")
 app.add_typer(fee_commands.app, name="fees")
+app.add_typer(archive_commands.app, name="archive")
 app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(webhook_commands.quarantine_app, name="quarantine")
 app.add_typer(webhook_commands.webhooks_app, name="webhooks")
@@ -209,13 +211,20 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
         )
     )
     if timeline is None:
-        fail(f"no payment {payment_id} in the ledger")
+        fail(_missing_payment_text(payment_id))
     elif as_json:
         typer.echo(render.as_json(timeline))
     else:
         stdout_console_for_terminal_or_log().print(
             render_payments.payment_timeline(timeline, utc_now()), highlight=False, soft_wrap=True
         )
+
+
+def _missing_payment_text(payment_id: str) -> str:
+    archived = query_or_exit(lambda tx: archived_months.month_with_payment(tx, payment_id))
+    if archived is None:
+        return f"no payment {payment_id} in the ledger"
+    return f"{payment_id} is archived: its rows are in {archived.folder}"
 
 
 @payment_app.command("list")

@@ -20,7 +20,7 @@ from config.settings import Settings
 from demo.processes import ROOT, procfile
 from tasks.app import app as celery_app
 from worker import metrics
-from worker.ledger import tables
+from worker.ledger import archive_tables, tables
 from worker.ledger.column_types import postgresql_type
 from worker.metric_types import Label, MetricDefinition
 from worker.webhook_results import DELIVERY_RESULTS
@@ -74,6 +74,8 @@ def cli_page() -> str:
 
 def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
     if hasattr(command, "commands"):
+        if command.invoke_without_command:
+            yield path, command
         for name, child in command.commands.items():
             yield from _commands(f"{path} {name}", child)
     else:
@@ -295,7 +297,8 @@ def schema_page() -> str:
 
 def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield for each table its attribute docstrings, and its class docstring under the empty name."""
-    for node in ast.parse(inspect.getsource(tables)).body:
+    sources = (inspect.getsource(module) for module in (tables, archive_tables))
+    for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
         texts, name = {"": _first_line(ast.get_docstring(node))}, ""

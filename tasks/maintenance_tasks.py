@@ -12,6 +12,7 @@ from tasks.dispatch import dispatch, redeliver_overdue_outcomes
 from worker import flow
 from worker.errors import error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE
+from worker.ledger.retention import DeleteNotPermitted
 from worker.quiltt import subscriptions
 from worker.runtime import runtime, subscriptions_client
 
@@ -49,8 +50,11 @@ def check_subscription() -> None:
 @app.task(name="quarantine.prune", send_events=False)
 def prune_quarantine() -> None:
     """Delete quarantined events and dead letters beyond the limits of age, number and bytes."""
-    flow.prune_quarantine_beyond_limits(runtime())
-    flow.prune_dead_letters_beyond_limits(runtime())
+    for prune in (flow.prune_quarantine_beyond_limits, flow.prune_dead_letters_beyond_limits):
+        try:
+            prune(runtime())
+        except DeleteNotPermitted as error:
+            log.warning("retention.skipped", table=error.table, reason="delete_not_permitted")
 
 
 @contextmanager

@@ -197,7 +197,7 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(_: Request) -> Response:
-    """Respond with 503 if the process drains, or if the database accepts no writes, so that no delivery is committed."""
+    """Respond with 503 if the process drains, or if the database accepts no writes: a delivery needs both."""
     problem = "the process is about to stop" if draining.is_set() else await readiness.find_problem()
     if problem:
         return PlainTextResponse(f"not ready: {problem}", status_code=503)

@@ -12,6 +12,7 @@
     `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
     `failover_reconciliation` find_losses, close_losses: repair a ledger that lost commits in a failover
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
+    `archiving`    archive_months_before, verify_archive, restore_month: closed months in files
 
 Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
 `FollowUp`, for the caller to dispatch. All functions except `make_call_unless_claim_is_old` can be repeated. A request
@@ -20,6 +21,13 @@ transaction wins. Functions that process a batch and need account locks skip acc
 """
 
 from worker.flow.account_reading import read_account_and_call_if_needed
+from worker.flow.archiving import (
+    MonthArchive,
+    VerifiedMonth,
+    archive_months_before,
+    restore_month,
+    verify_archive,
+)
 from worker.flow.calling import (
     MAX_CLAIM_AGE,
     AcceptedCall,
@@ -102,13 +110,16 @@ __all__ = [
     "IntakeRequest",
     "IntakeResult",
     "Invoice",
+    "MonthArchive",
     "OnWaiting",
     "RefreshCall",
     "RefusedJob",
+    "VerifiedMonth",
     "accept_job",
     "accept_jobs_unless_account_locked",
     "apply_balance",
     "apply_invoice",
+    "archive_months_before",
     "cancel_by_task",
     "claim_and_call",
     "claim_delay_or_reject_calls",
@@ -137,7 +148,9 @@ __all__ = [
     "redeliver",
     "renew_claims_near_end",
     "report_and_record_results",
+    "restore_month",
     "store_balances_and_delete_quarantined",
     "store_dead_letters",
     "sweep_refreshes_and_balances",
+    "verify_archive",
 ]

@@ -13,6 +13,7 @@ from worker.flow.follow_up import FollowUp, RefreshCall
 from worker.flow.intake_decision import (
     Accepted,
     AlreadyResolved,
+    Archived,
     Conflict,
     Decision,
     IntakeInputs,
@@ -22,7 +23,7 @@ from worker.flow.intake_decision import (
     TaskOfOtherPayment,
     decide_new_repeated_or_refused,
 )
-from worker.ledger import funds_holds, outcome_deliveries, payments
+from worker.ledger import archived_months, funds_holds, outcome_deliveries, payments
 from worker.ledger.engine import Reply, Tx, transaction
 from worker.ledger.locks import JobIds, lock_accounts_and_ids_of_jobs, try_lock_accounts_and_ids_of_jobs
 from worker.ledger.outcome_deliveries import NewDelivery
@@ -105,7 +106,7 @@ def _accept(
     """Accept jobs, in two round trips to the database.
 
     1. Lock the accounts and the ids of the jobs. Load, and lock, the payments that are stored with the ids. Load the
-       tasks that are registered.
+       tasks that are registered, and the payments that are archived.
     2. Decide what each job is.
     3. Join the waiting payments to balances or refreshes, and store the state `WAITING`. Transactions that apply
        balances lock the accounts too: a balance that was applied earlier is found here, and one that is applied later
@@ -118,10 +119,15 @@ def _accept(
         are_locked = _lock(tx, ids, wait_for_locks=wait_for_locks)
         known = payments.lock_payments_of_jobs(tx, ids)
         payment_by_task = outcome_deliveries.payment_by_registered_task(tx, {job.task_id for job in ids})
+        archived = archived_months.months_of_archived_payments(tx, {job.payment_id for job in ids})
         locked = [request for request, is_locked in zip(requests, are_locked.result(), strict=True) if is_locked]
         decisions = decide_new_repeated_or_refused(
             IntakeInputs(
-                requests=locked, known=known.result(), payment_by_task=payment_by_task.result(), now=rt.clock()
+                requests=locked,
+                known=known.result(),
+                payment_by_task=payment_by_task.result(),
+                archived=archived.result(),
+                now=rt.clock(),
             )
         )
         results = _join(rt, locked, decisions, on_waiting)
@@ -212,6 +218,9 @@ def _resolved_or_refused_result(decision: Decision) -> IntakeResult | RefusedJob
     if isinstance(decision, Conflict):
         fields = ", ".join(decision.fields)
         detail = f"payment_id was already used for a different job; these fields differ: {fields}"
+        return RefusedJob(error=PaymentNotReady(FailureReason.CONFLICT, detail))
+    if isinstance(decision, Archived):
+        detail = f"payment_id was already used: its payment was resolved, and archived with {decision.month}"
         return RefusedJob(error=PaymentNotReady(FailureReason.CONFLICT, detail))
     if isinstance(decision, TaskOfOtherPayment):
         detail = f'the task id was already used for the payment "{decision.payment_id}"'

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -46,6 +46,8 @@ class IntakeInputs:
     payment_by_task: Mapping[str, str]
     """By task id, the payments of the tasks that are registered already."""
     now: datetime
+    archived: Mapping[str, str] = field(default_factory=dict)
+    """By payment id, the months of the payments that were archived and removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,17 @@ class TaskOfOtherPayment:
     """The payment for which the task is registered."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Archived:
+    """The job's payment was resolved and removed from the ledger. It must not be paid again."""
+
+    month: str
+    """The archived month, as YYYY-MM."""
+
+
 Accepted = New | StillWaiting | AlreadyResolved
 """Decisions that register the job's task for the outcome of its payment, unless it is registered for it already."""
-Decision = Accepted | DuplicateAfterResolution | Conflict | TaskOfOtherPayment
+Decision = Accepted | DuplicateAfterResolution | Conflict | TaskOfOtherPayment | Archived
 
 
 def decide_new_repeated_or_refused(inputs: IntakeInputs) -> list[Decision]:
@@ -111,6 +121,10 @@ def decide_new_repeated_or_refused(inputs: IntakeInputs) -> list[Decision]:
     for position, request in enumerate(inputs.requests):
         requested_at = inputs.now + position * REQUEST_SPACING
         stored = known.get(request.job.payment_id)
+        archived = inputs.archived.get(request.job.payment_id)
+        if stored is None and archived is not None:
+            decisions.append(Archived(month=archived))
+            continue
         decision = _decide(request, stored, payment_by_task.get(request.task_id), requested_at)
         if isinstance(decision, Accepted):
             payment_by_task[request.task_id] = request.job.payment_id

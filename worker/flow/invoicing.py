@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from worker.ledger import fee_calls, invoices
+from worker.ledger import archived_months, fee_calls, invoices
 from worker.ledger.engine import Engine, Tx, read_snapshot, transaction
 from worker.ledger.invoices import InvoiceApplication, InvoiceEvidence
 from worker.ledger.locks import lock_invoices
@@ -99,6 +99,11 @@ def apply_invoice(engine: Engine, invoice: Invoice, now: datetime) -> AppliedRec
 
 def _reconcile_with_ledger(tx: Tx, invoice: Invoice) -> Reconciliation:
     period = invoice.period
+    if archived_months.find(tx, f"{period.since:%Y-%m}") is not None:
+        raise InvoiceError(
+            f"{period.since:%Y-%m} is archived, so its calls are not in the ledger; restore it into another database, "
+            "and compare the invoice there"
+        )
     calls = fee_calls.ledger_calls(
         tx, invoice.currency, period.since - period.tolerance, period.until + period.tolerance
     )

@@ -4,9 +4,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, delete, func, or_, select
+from sqlalchemy import ColumnElement, Table, delete, func, or_, select, text
 
 from worker.ledger.engine import Tx
+
+
+class DeleteNotPermitted(Exception):
+    """The database role of this process may not delete rows of a table. Nothing was deleted."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__(f"the database role may not delete rows of {table}")
+        self.table = table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,13 @@ class RetainedTable:
     content: ColumnElement[Any]
 
     def delete_oldest_beyond(self, tx: Tx, limits: RetentionLimits, now: datetime) -> int:
-        """Delete the oldest rows beyond the limits. Return how many were deleted."""
+        """Delete the oldest rows beyond the limits. Return how many were deleted.
+
+        Raises:
+            DeleteNotPermitted: the database role has no right to delete them.
+        """
+        if tx.dialect.name == "postgresql" and not tx.scalar(_MAY_DELETE, {"table": self.table.name}):
+            raise DeleteNotPermitted(self.table.name)
         order = (self.stored_at.desc(), self.key)
         number = func.row_number().over(order_by=order).label("number")
         size = func.sum(func.length(self.content)).over(order_by=order).label("size")
@@ -40,3 +54,6 @@ class RetainedTable:
             ranked.c.size > limits.max_bytes,
         )
         return tx.execute(delete(self.table).where(self.key.in_(select(ranked.c.key).where(beyond)))).rowcount
+
+
+_MAY_DELETE = text("SELECT has_table_privilege(CAST(:table AS text), 'DELETE')")

@@ -17,7 +17,6 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    Table,
     Text,
     UniqueConstraint,
     literal_column,
@@ -25,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy import text as sql
 from sqlmodel import Field, SQLModel
 
+from worker.ledger.archive_tables import ARCHIVE_TABLES, table_of
 from worker.ledger.column_types import ExactDecimal, Json, UtcTime
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
@@ -331,19 +331,16 @@ class DeadLetterRow(SQLModel, table=True):
     """The first 256 KiB of the message as the broker had it. The bytes need not be text."""
 
 
-def _table_of(model: type[SQLModel]) -> Table:
-    return SQLModel.metadata.tables[str(model.__tablename__)]
-
-
 # Queries use the tables: to a type checker their columns are expressions, but the attributes of a model are values.
-PAYMENT = _table_of(PaymentRow)
-OUTCOME_DELIVERY = _table_of(OutcomeDeliveryRow)
-REFRESH = _table_of(RefreshRow)
-FEE_ENTRY = _table_of(FeeEntryRow)
-INVOICE = _table_of(InvoiceRow)
-BALANCE = _table_of(BalanceRow)
-ACCOUNT = _table_of(AccountRow)
-QUARANTINE = _table_of(QuarantineRow)
-DEAD_LETTER = _table_of(DeadLetterRow)
+PAYMENT = table_of(PaymentRow)
+OUTCOME_DELIVERY = table_of(OutcomeDeliveryRow)
+REFRESH = table_of(RefreshRow)
+FEE_ENTRY = table_of(FeeEntryRow)
+INVOICE = table_of(InvoiceRow)
+BALANCE = table_of(BalanceRow)
+ACCOUNT = table_of(AccountRow)
+QUARANTINE = table_of(QuarantineRow)
+DEAD_LETTER = table_of(DeadLetterRow)
 IS_WAITING = state_in(PAYMENT.c.state, {PaymentState.WAITING})
-ALL_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE, DEAD_LETTER)
+_FLOW_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE, DEAD_LETTER)
+ALL_TABLES = (*_FLOW_TABLES, *ARCHIVE_TABLES)
