@@ -355,6 +355,39 @@ def test_damaged_file_is_found_before_any_row_is_removed(
         flow.restore_month(november.engine, tmp_path, "2026-11")
 
 
+MANIFEST_DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "not UTF-8": (lambda _: b"\xff\xfe", r"2026-11/manifest\.json is damaged"),
+    "no mapping": (lambda _: [], r"2026-11/manifest\.json is damaged"),
+    "a later format": (lambda values: {**values, "format": 2}, r"2026-11/manifest\.json has the format 2"),
+    "another month": (lambda values: {**values, "month": "2026-10"}, r"2026-11/manifest\.json is not that of 2026-11"),
+    "a file is not listed": (
+        lambda values: {**values, "files": {name: of for name, of in values["files"].items() if name != "balance"}},
+        r"2026-11/manifest\.json is not that of 2026-11",
+    ),
+    "a later schema": (lambda values: {**values, "schema_revision": "9999"}, "schema revision 9999"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFEST_DAMAGES)
+def test_month_with_another_manifest_is_not_restored(
+    november: InProcessSystem, databases: Databases, tmp_path: Path, damage: str
+) -> None:
+    november.clock.now = AFTER_NOVEMBER
+    _archive(november, tmp_path)
+    manifest = tmp_path / "2026-11" / "manifest.json"
+    change, message = MANIFEST_DAMAGES[damage]
+    changed = change(json.loads(manifest.read_text()))
+    manifest.write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+    with databases.create() as address:
+        other = open_engine(address, connections=1)
+        with pytest.raises(ArchiveError, match=message):
+            flow.restore_month(other, tmp_path, "2026-11")
+        assert set(_counts(other).values()) == {0}
+        other.dispose()
+    [error] = flow.verify_archive(november.engine, tmp_path)
+    assert isinstance(error, ArchiveError)
+
+
 def test_verify_finds_files_that_differ_from_the_statement(november: InProcessSystem, tmp_path: Path) -> None:
     """Even if their manifest was made anew."""
     november.clock.now = AFTER_NOVEMBER
@@ -385,6 +418,26 @@ def test_second_archive_command_in_the_same_folder_is_refused(november: InProces
     ):
         _archive(november, tmp_path)
     assert _archive(november, tmp_path)
+
+
+def test_second_archive_command_with_another_folder_is_refused(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both copy the month. The first one to record it removes its rows; the other one leaves no copy behind."""
+    rows, statements = _counts(november.engine), _statements(november.engine)
+    november.clock.now = AFTER_NOVEMBER
+
+    def archive_to_first_folder(*_: object) -> None:
+        monkeypatch.undo()
+        [archived] = _archive(november, tmp_path / "first")
+        assert archived.rows == rows
+
+    monkeypatch.setattr(archiving, "_check", archive_to_first_folder)
+    with pytest.raises(ArchiveError, match="another command has archived 2026-11 meanwhile"):
+        _archive(november, tmp_path / "second")
+    assert [path.name for path in (tmp_path / "second").iterdir()] == [".lock"]
+    assert set(_counts(november.engine).values()) == {0}
+    assert _statements(november.engine) == statements
 
 
 PERMISSION = "INSERT INTO archive_removal (month) VALUES ('2026-11')"

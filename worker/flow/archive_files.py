@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -50,11 +51,17 @@ def create_partial_folder(folder: Path, month: str) -> Path:
         raise ArchiveError(
             f"{month_folder(folder, month)} exists, but the ledger has not archived {month}; move the folder away"
         )
+    delete_partial_folder(folder, month)
+    partial = partial_folder(folder, month)
+    partial.mkdir(mode=0o700)
+    return partial
+
+
+def delete_partial_folder(folder: Path, month: str) -> None:
+    """Delete the files of a month that the ledger has not recorded, if there are any."""
     partial = partial_folder(folder, month)
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(mode=0o700)
-    return partial
 
 
 def name_partial_folder(folder: Path, month: str) -> None:
@@ -94,9 +101,10 @@ def read_manifest(folder: Path) -> Manifest:
         ArchiveError: there is none, or it cannot be read.
     """
     try:
-        return parse_manifest((folder / MANIFEST).read_text())
+        data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise ArchiveError(f"{folder} has no {MANIFEST}, so it is no archive of a month") from None
+    return parse_manifest(folder / MANIFEST, data)
 
 
 def read_rows(folder: Path, table: str) -> Iterator[dict[str, Any]]:
@@ -110,7 +118,7 @@ def read_rows(folder: Path, table: str) -> Iterator[dict[str, Any]]:
         with gzip.open(path, "rb") as lines:
             for line in lines:
                 yield json.loads(line)
-    except (EOFError, ValueError, gzip.BadGzipFile):
+    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error):
         raise ArchiveError(f"{path} is damaged; restore it from its backup") from None
 
 

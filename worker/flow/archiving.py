@@ -138,7 +138,12 @@ def _copy_check_and_record(engine: Engine, month: Month, folder: Path, clock: Ca
         removed_at=None,
     )
     with transaction(engine) as tx:
-        archived_months.record_month(tx, archived, statement)
+        is_recorded = archived_months.record_month(tx, archived, statement)
+    if not is_recorded:
+        archive_files.delete_partial_folder(folder, month.name)
+        raise ArchiveError(
+            f"another command has archived {month.name} meanwhile; give this one again when it has ended"
+        )
     return archived
 
 
@@ -182,6 +187,8 @@ def _check(
     folder: Path, month: Month, manifest: Manifest, statement: dict[GroupBy, list[StatementLine]] | None
 ) -> None:
     """Check the files of a month against their manifest, and against the statement if there is one."""
+    if manifest.month != month.name or manifest.files.keys() != archive_rows.ARCHIVE_FILES.keys():
+        raise ArchiveError(f"{folder / archive_files.MANIFEST} is not that of {month.name}; restore it from its backup")
     sums = FeeSums(month=month)
 
     def add_entry(table: str, row: dict[str, Any]) -> None:
@@ -317,11 +324,12 @@ def restore_month(engine: Engine, folder: Path, name: str) -> dict[str, int]:
     Restoring a month again inserts nothing.
 
     Raises:
-        ArchiveError: the files are damaged. Nothing is inserted.
+        ArchiveError: the files are damaged, or have rows of a later schema. Nothing is inserted.
     """
-    month_folder = archive_files.month_folder(folder, name)
+    month, month_folder = _month_named(name), archive_files.month_folder(folder, name)
     manifest = archive_files.read_manifest(month_folder)
-    _check(month_folder, _month_named(name), manifest, None)
+    _check(month_folder, month, manifest, None)
+    _raise_if_schema_is_later(engine, manifest, month_folder)
     inserted = dict[str, int]()
     for table_name, table in archive_rows.ARCHIVE_FILES.items():
         rows = (archive_rows.values_from_json(table, row) for row in archive_files.read_rows(month_folder, table_name))
@@ -330,3 +338,12 @@ def restore_month(engine: Engine, folder: Path, name: str) -> dict[str, int]:
             with transaction(engine) as tx:
                 inserted[table_name] += archive_rows.insert_missing(tx, table, chunk)
     return inserted
+
+
+def _raise_if_schema_is_later(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    """Raise ArchiveError if the files may have columns that the database does not have."""
+    with read_snapshot(engine) as tx:
+        revision = str(schema.current_revision(tx))
+    if manifest.schema_revision > revision:  # revisions are numbers of four digits
+        newer = f"{folder} has the schema revision {manifest.schema_revision}, and the database {revision}"
+        raise ArchiveError(f"{newer}; run the role `release` of the newer release: alembic upgrade head")

@@ -47,17 +47,15 @@ def find(tx: Tx, month: str) -> ArchivedMonth | None:
     return ArchivedMonth(**row._asdict()) if row else None
 
 
-def record_month(tx: Tx, archived: ArchivedMonth, statement: Mapping[GroupBy, Sequence[StatementLine]]) -> None:
-    """Record that a month is archived, with its final statement.
-
-    Raises:
-        IntegrityError: it is recorded already. It is raised when the statement was sent.
-    """
-    bulk_insert(tx, ARCHIVED_MONTH, [vars(archived)])
+def record_month(tx: Tx, archived: ArchivedMonth, statement: Mapping[GroupBy, Sequence[StatementLine]]) -> bool:
+    """Record that a month is archived, with its final statement. Return False if it was recorded already."""
+    if not bulk_insert_or_ignore(tx, ARCHIVED_MONTH, [vars(archived)], returning="month").result():
+        return False
     for grouped_by, lines in statement.items():
         rows = [_line_row(archived.month, grouped_by, number, each) for number, each in enumerate(lines, 1)]
         for start in range(0, len(rows), _LINES_PER_STATEMENT):
             bulk_insert(tx, ARCHIVED_STATEMENT_LINE, rows[start : start + _LINES_PER_STATEMENT])
+    return True
 
 
 def _line_row(month: str, grouped_by: GroupBy, number: int, of: StatementLine) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from worker.rules.decimals import decimal_text
@@ -103,16 +104,16 @@ class Manifest:
         return {"format": FORMAT, **asdict(self), "copied_at": self.copied_at.isoformat(), "files": files}
 
 
-def parse_manifest(text: str) -> Manifest:
-    """Return the manifest that a file has.
+def parse_manifest(path: Path, data: bytes) -> Manifest:
+    """Return the manifest that a file has. Its path is for the error.
 
     Raises:
         ArchiveError: it is no manifest, or one of a later version.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(data)
         if values["format"] != FORMAT:
-            raise ArchiveError(f"manifest.json has the format {values['format']}; this version reads format {FORMAT}")
+            raise ArchiveError(f"{path} has the format {values['format']}; this version reads format {FORMAT}")
         return Manifest(
             month=values["month"],
             copied_at=datetime.fromisoformat(values["copied_at"]),
@@ -121,7 +122,7 @@ def parse_manifest(text: str) -> Manifest:
             fees=values["fees"],
         )
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ArchiveError("manifest.json is damaged; restore the folder from its backup") from None
+        raise ArchiveError(f"{path} is damaged; restore the folder from its backup") from None
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
