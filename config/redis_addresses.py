@@ -204,6 +204,19 @@ def _check(name: str, url: str, use: str | None = None) -> None:
         raise ValueError(f"{name} {error}") from None
     if use and address.kind == "cluster":
         raise ValueError(f"{name} must name a server or Sentinels: Celery cannot use a Redis Cluster as {use}")
+    if not _has_readable_files(address.tls or {}):
+        raise ValueError(f"{name} must name readable files in PEM format as ssl_ca_certs, ssl_certfile and ssl_keyfile")
+
+
+def _has_readable_files(tls: Mapping[str, Any]) -> bool:
+    """Return whether TLS can be set up. Without this check a role would start, and never connect."""
+    try:
+        context = ssl.create_default_context(cafile=tls.get("ssl_ca_certs"))
+        if "ssl_certfile" in tls:
+            context.load_cert_chain(tls["ssl_certfile"], tls["ssl_keyfile"])
+    except OSError:  # `SSLError` is one
+        return False
+    return True
 
 
 def _is_of_another_system(use: str, url: str) -> bool:

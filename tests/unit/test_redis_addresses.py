@@ -8,6 +8,7 @@ from celery import Celery
 from redis import Redis, SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool
 
+from config import redis_addresses
 from config.celery_config import celery_settings
 from config.redis_addresses import AddressError, parse_redis_address
 from config.settings import ConfigurationError, load_rejecting_unknown
@@ -20,9 +21,10 @@ CREDENTIALS = (
 
 
 @pytest.fixture(autouse=True)
-def _no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make kombu's channels without a server: they send a PING when they are made."""
+def _no_connection_and_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make kombu's channels without a server, to which they send a PING, and without the files for TLS."""
     monkeypatch.setattr(Redis, "ping", lambda _: True)
+    monkeypatch.setattr(redis_addresses, "_has_readable_files", lambda _: True)
 
 
 def _celery(address: str) -> Celery:

@@ -349,3 +349,15 @@ def test_control_character_is_refused_in_every_setting(name: str) -> None:
     assert str(error_info.value) == f"{name}: must {NO_CONTROL_CHARACTER}"
     url = "sqlite:////é t/x.db"
     assert load_rejecting_unknown({"PAYREADY_DATABASE_URL": url}).database_url == url
+
+
+@pytest.mark.parametrize(
+    "options", ["ssl_ca_certs=/hunter2", "ssl_ca_certs={file}", "ssl_certfile={file}&ssl_keyfile={file}"]
+)
+@pytest.mark.parametrize("name", ["REDIS_URL", "BROKER_URL", "RESULT_BACKEND_URL"])
+def test_unreadable_file_for_tls_stops_the_start(name: str, options: str) -> None:
+    """A missing file, or one of another format. Otherwise the roles would start, and never connect."""
+    with pytest.raises(ConfigurationError) as error_info:
+        load_rejecting_unknown({f"PAYREADY_{name}": f"rediss://h?{options.format(file=__file__)}"})
+    assert str(error_info.value).startswith(f"PAYREADY_{name} must name readable files in PEM format")
+    assert "hunter2" not in str(error_info.value)
