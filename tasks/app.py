@@ -95,17 +95,12 @@ def _log_flower_start(**_: Any) -> None:
 
 @import_modules.connect
 def _include_only_needed_modules(**_: Any) -> None:
-    """Save memory in `beat`, which sends tasks by name, and in Flower, which learns of them by events.
-
-    `beat` needs the ledger only to export its metrics.
-    """
-    app.conf.include = _NEEDED_MODULES.get(_command_name(), app.conf.include)
-
-
-_NEEDED_MODULES: Mapping[str | None, Sequence[str]] = {
-    "beat": ["tasks.monitoring"] if settings().metrics_port else [],
-    "flower": [],
-}
+    """Save memory in `beat`, which sends tasks by name, and in Flower, which learns of them by events."""
+    command = _command_name()
+    if command == "beat":
+        app.conf.include = ["tasks.monitoring"] if settings().metrics_port else []  # metrics need the ledger
+    elif command == "flower":
+        app.conf.include = []
 
 
 def _command_name() -> str | None:

@@ -161,8 +161,8 @@ def test_kubernetes_runs_every_role_confined() -> None:
 
 def test_keda_reads_the_queues_of_the_role() -> None:
     """Each list is a queue that the role consumes, with the instance of `settings.env`."""
-    lines = (DEPLOY / "kubernetes" / "settings.env").read_text().split()
-    prefix = f"{instance}." if (instance := dict(line.split("=", 1) for line in lines).get("PAYREADY_INSTANCE")) else ""
+    instance = _kubernetes_settings().get("PAYREADY_INSTANCE")
+    prefix = f"{instance}." if instance else ""
     scaled = {item["metadata"]["name"]: item["spec"] for item in _objects() if item["kind"] == "ScaledObject"}
     for role in ("worker", "refresh"):
         lists = {each["metadata"]["listName"] for each in scaled[role]["triggers"] if each["type"] == "redis"}

@@ -299,7 +299,9 @@ def test_resolution_has_balance_refresh_and_calculation() -> None:
     ).resolutions
     for resolution in (released, failed):
         assert (resolution.balance_id, resolution.refresh_id, resolution.resolved_at) == ("bal_1", "ref_1", NOW)
-        assert resolution.funds_calculation is not None
+    assert failed.funds_calculation is not None
+    assert released.funds_calculation is None, "it is in the outcome"
+    assert "funds_calculation" in released.outcome
     assert released.outcome["metadata"] == {"order": 7}
     assert released.outcome["waited_ms"] == 5000
     assert failed.outcome == {

@@ -299,7 +299,7 @@ def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_
 
 def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
     """Payready's own workers would discard the callbacks, whose tasks they do not know."""
-    with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE: must be a queue of the payments service"):
+    with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "payments"})
     with pytest.raises(ConfigurationError, match=r"payready's own workers consume live\.payments"):
         load_rejecting_unknown({"PAYREADY_CALLBACK_QUEUE": "live.payments", "PAYREADY_INSTANCE": "live"})

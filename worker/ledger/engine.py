@@ -205,12 +205,10 @@ def read_snapshot(engine: Engine) -> Iterator[Tx]:
     options = (
         {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     )
-    with (
-        engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection,
-        connection.begin(),
-        Tx.commit_at_end(connection) as tx,
-    ):
-        yield tx
+    with engine.connect().execution_options(**{_READ_ONLY_OPTION: True}, **options) as connection:
+        connection.begin()  # ended by a rollback: a snapshot of SQLite could write
+        with Tx.commit_at_end(connection) as tx:
+            yield tx
 
 
 @contextmanager
