@@ -1,4 +1,4 @@
-"""Shared parts of all commands: error reports, the console, transactions on the ledger."""
+"""Shared parts of all commands: error reports, the console, transactions on the ledger, the runtime."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from worker.ledger.engine import (
 )
 from worker.rules.invoice_file import InvoiceError
 from worker.rules.pricing import PriceListError
+from worker.runtime import Runtime, build_runtime
 
 T = TypeVar("T")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -94,3 +95,15 @@ def engine_or_exit() -> Iterator[Engine]:
             yield engine
         finally:
             engine.dispose()
+
+
+@contextmanager
+def runtime_or_exit() -> Iterator[Runtime]:
+    """Build a runtime for one command. Print an expected error of the block and exit."""
+    with report_errors():
+        require_in_production(settings(), "database_url", "redis_url")
+        rt = build_runtime(settings())
+        try:
+            yield rt
+        finally:
+            rt.engine.dispose()

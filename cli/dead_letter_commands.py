@@ -1,17 +1,23 @@
 """Commands about dead letters: messages that no worker can process."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from cli import render
-from cli.command_line import EXIT_FAILED, AsJson, fail, query_or_exit, report_errors, stdout_console_for_terminal_or_log
+from cli.command_line import (
+    EXIT_FAILED,
+    AsJson,
+    fail,
+    query_or_exit,
+    runtime_or_exit,
+    stdout_console_for_terminal_or_log,
+)
 from cli.message_requeue import MessageSender, NotRequeueable, open_message_sender, parse_envelope
 from config.escaping import escape_unprintable
 from config.settings import settings
-from worker import flow, runtime
+from worker import flow
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetter
 from worker.ledger.engine import read_snapshot
@@ -102,7 +108,7 @@ def requeue_dead_letters(
     if bool(ids) == (all_of_reason is not None):
         raise typer.BadParameter("give either ids of dead letters or --all-of-reason")
     requeued, refused = 0, list[dict[str, str]]()
-    with _runtime_or_exit() as rt, open_message_sender(settings()) as sender:
+    with runtime_or_exit() as rt, open_message_sender(settings()) as sender:
         for dead_letter_id in ids or _every_id(rt, all_of_reason):
             try:
                 _send_then_delete(rt, sender, dead_letter_id)
@@ -142,7 +148,7 @@ def delete_dead_letters(
     """Delete dead letters permanently. With --all, ask for confirmation first."""
     if bool(ids) == all_letters:
         raise typer.BadParameter("give either ids of dead letters or --all")
-    with _runtime_or_exit() as rt:
+    with runtime_or_exit() as rt:
         if all_letters and not yes:
             typer.confirm("Delete all dead letters permanently?", abort=True, err=True)
         selected: Iterable[str] = _every_id(rt, None) if all_letters else ids or []
@@ -153,17 +159,6 @@ def delete_dead_letters(
         typer.echo(f"deleted {render.count_text(deleted, 'dead letter')}")
     if ids and deleted < len(set(ids)):
         fail(f"{render.count_text(len(set(ids)) - deleted, 'id')} did not exist")
-
-
-@contextmanager
-def _runtime_or_exit() -> Iterator[Runtime]:
-    """Build a runtime. Print an expected error of the block and exit."""
-    with report_errors():
-        rt = runtime.build_runtime(settings())
-        try:
-            yield rt
-        finally:
-            rt.engine.dispose()
 
 
 def _every_id(rt: Runtime, reason: DeadLetterReason | None) -> Iterator[str]:

@@ -11,15 +11,13 @@ from cli.render import count_text, milliseconds_text
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger import schema
-from worker.ledger.engine import DATABASE_UNAVAILABLE, NoDatabaseFile, read_snapshot
+from worker.ledger.engine import DATABASE_UNAVAILABLE, NoDatabaseFile, UnconfiguredPooler, read_snapshot
 from worker.ledger.server_state import DatabaseServer, read_server
 
 MEMORY_WARNING_RATIO = 0.9
 _FIX_OF_READ_ONLY = "give PAYREADY_DATABASE_URL the primary's address, or all addresses of the cluster"
 _MIGRATE = "run the role `release`: alembic upgrade head"
 _GUIDE = "docs/howto/recover-after-failover.md"
-_OPTIONS_REFUSED = "unsupported startup parameter"
-"""Part of the error of a PgBouncer that gets the startup parameter `options`."""
 
 
 def check_database(context: CheckContext) -> Iterator[CheckResult]:
@@ -31,9 +29,14 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
     except NoDatabaseFile as missing:
         yield error("database", str(missing), f"correct the setting, or {_MIGRATE}")
         return
+    except UnconfiguredPooler:
+        address = server_probes.address_without_credentials(context.settings.database_url)
+        message = f"{address} is a connection pooler: statements would reach sessions of other clients"
+        yield error("database", message, "set PAYREADY_DATABASE_POOLER=transaction")
+        return
     except DATABASE_UNAVAILABLE as unavailable:
         message = server_probes.no_response_text(context.settings.database_url, error_summary(unavailable))
-        yield error("database", message, _fix_of_unavailable_database(unavailable))
+        yield error("database", message, "start it, or correct PAYREADY_DATABASE_URL")
         return
     described = f"{server.product} at {server.address}, {server.role}, {milliseconds_text(server.round_trip_s)}"
     if server.is_read_only:
@@ -43,21 +46,7 @@ def check_database(context: CheckContext) -> Iterator[CheckResult]:
     if current != required:
         state = f"at revision {current}" if current else "never migrated"
         yield error("database", f"{state}; this release needs {required}", _MIGRATE)
-    yield from pooler_results(server, mode=context.settings.database_pooler)
     yield from replication_results(server)
-
-
-def _fix_of_unavailable_database(unavailable: Exception) -> str:
-    if _OPTIONS_REFUSED in str(unavailable):
-        return "set PAYREADY_DATABASE_POOLER=transaction: the address is a pooler's"
-    return "start it, or correct PAYREADY_DATABASE_URL"
-
-
-def pooler_results(server: DatabaseServer, *, mode: str) -> Iterator[CheckResult]:
-    """Report a pooler that the settings do not name: an error, because it shares sessions between clients."""
-    if server.is_behind_pooler and mode == "none":
-        message = "a pooler is between payready and the database: statements may reach sessions of other clients"
-        yield error("pooler", message, "set PAYREADY_DATABASE_POOLER=transaction")
 
 
 def replication_results(server: DatabaseServer) -> Iterator[CheckResult]:

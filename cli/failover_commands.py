@@ -11,16 +11,16 @@ from celery import Celery
 
 from cli import render
 from cli.celery_client import CeleryUnavailable, report_unavailable
-from cli.command_line import EXIT_FAILED, AsJson, echo_line, report_errors
+from cli.command_line import EXIT_FAILED, AsJson, echo_line, runtime_or_exit
 from cli.render import count_text
 from config.celery_config import celery_settings
-from config.settings import Settings, settings
+from config.settings import Settings
 from tasks import stored_results
 from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.correlation.store import ACCOUNT_TTL_S
 from worker.flow.failover_findings import Finding, FindingKind, StoredResult
-from worker.runtime import build_runtime, utc_now
+from worker.runtime import utc_now
 
 
 def reconcile_after_failover(
@@ -40,8 +40,7 @@ def reconcile_after_failover(
     fee entry get a pending one, and tasks that would wait for ever fail. Exit status 1 if something is left to do.
     """
     start = since.replace(tzinfo=UTC) if since else utc_now() - timedelta(seconds=ACCOUNT_TTL_S)
-    with report_errors(), _results_app(settings()) as app:
-        rt = build_runtime(settings())
+    with runtime_or_exit() as rt, _results_app(rt.settings) as app:
         try:
             results = _read_results(app, as_json=as_json)
             found = flow.find_losses(rt, results, start)
@@ -49,8 +48,6 @@ def reconcile_after_failover(
                 found = _close(app, flow.close_losses(rt, found, results))
         except REDIS_UNAVAILABLE as error:
             raise CeleryUnavailable(f"Redis did not respond: {error}; check PAYREADY_REDIS_URL") from None
-        finally:
-            rt.engine.dispose()
     if as_json:
         typer.echo(render.as_json(found))
     else:

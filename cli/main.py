@@ -2,8 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -31,6 +30,7 @@ from cli.command_line import (
     fail,
     query_or_exit,
     report_errors,
+    runtime_or_exit,
     stdout_console_for_terminal_or_log,
 )
 from config.role_settings import require_in_production
@@ -41,7 +41,7 @@ from worker.errors import PaymentNotReady
 from worker.ledger import archived_months, payment_report
 from worker.rules.job import FundsCheck, Job, parse_job
 from worker.rules.states import PaymentState
-from worker.runtime import Runtime, build_runtime, utc_now
+from worker.runtime import build_runtime, utc_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,6 +104,8 @@ def doctor_command(
 ) -> None:
     """Check all dependencies and print how to fix problems. Exit status 1 if a check fails."""
     with report_errors():
+        require_in_production(settings(), "database_url", "redis_url")
+        # The runtime is not closed: a check that hangs still uses it.
         results = doctor.run_checks(settings(), build_runtime(settings()), flower, web)
         found = list(results if as_json else map(_print_check_result, results))
         if as_json:
@@ -257,7 +259,7 @@ def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
 @payment_app.command("redeliver")
 def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     """Deliver the outcome of a resolved payment again, with the same task ids."""
-    with _runtime_or_exit() as rt:
+    with runtime_or_exit() as rt:
         task_ids = flow.redeliver(rt, payment_id)
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
@@ -271,7 +273,7 @@ def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
 @payment_app.command("end-hold")
 def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
     """End the funds hold of a released payment: its debit shows in the balance, or will not be made."""
-    with _runtime_or_exit() as rt:
+    with runtime_or_exit() as rt:
         ended = flow.end_hold(rt, payment_id)
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "ended": ended}))
@@ -279,18 +281,6 @@ def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
         echo_line(f"{payment_id}: funds hold ended. Balances from before now are still reduced by its amount")
     if not ended:
         fail(f"{payment_id} has no funds hold to end: it is not released, has no amount, or its hold has ended")
-
-
-@contextmanager
-def _runtime_or_exit() -> Iterator[Runtime]:
-    """Build a runtime for one use case. Print an expected error of the block and exit."""
-    with report_errors():
-        require_in_production(settings(), "database_url", "redis_url")
-        rt = build_runtime(settings())
-        try:
-            yield rt
-        finally:
-            rt.engine.dispose()
 
 
 if __name__ == "__main__":

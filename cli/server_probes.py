@@ -1,6 +1,5 @@
 """The servers behind the broker's and the result backend's addresses: product, address, role and round trip."""
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from celery.backends.redis import RedisBackend
 
 from cli.celery_client import BROKER_ERRORS, CeleryUnavailable, connected_celery_app, report_unavailable
 from cli.render import milliseconds_text
+from config.addresses import without_credentials_and_query
 from config.celery_config import celery_settings
 from config.settings import Settings
 
@@ -82,5 +82,5 @@ def no_response_text(url: str, problem: str) -> str:
 
 
 def address_without_credentials(url: str) -> str:
-    """Return an address without its user, its password and its options, which may have passwords too."""
-    return re.sub(r"^[^:]+://([^/]*@)?", "", url).partition("?")[0].rstrip("/")
+    """Return an address without its scheme, its user, its password and its options, which may have passwords too."""
+    return without_credentials_and_query(url).partition("://")[2].rstrip("/")

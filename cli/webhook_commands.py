@@ -16,6 +16,7 @@ from cli.command_line import (
     fail,
     query_or_exit,
     report_errors,
+    runtime_or_exit,
     stdout_console_for_terminal_or_log,
 )
 from cli.webhook_probe import find_problem_by_test_delivery
@@ -133,12 +134,8 @@ def _selected_events(
     """Open a runtime, and iterate over the events with these ids or over all."""
     if bool(ids) == all_events:
         raise typer.BadParameter("give either the ids of events or --all")
-    with report_errors():
-        rt = runtime.build_runtime(settings())
-        try:
-            yield rt, _every_event(rt) if all_events else _events_by_id_or_exit(rt, ids or [])
-        finally:
-            rt.engine.dispose()
+    with runtime_or_exit() as rt:
+        yield rt, _every_event(rt) if all_events else _events_by_id_or_exit(rt, ids or [])
 
 
 def _events_by_id_or_exit(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:

@@ -69,6 +69,7 @@ _TEXTS = frozenset(
         "gssdelegation",
     )
 )
+_PORTS = "must have for its option port one port, or one for each host, separated by commas"
 LIBPQ_OPTIONS = _TEXTS | _NUMBERS | _CHOICES.keys()
 """Options of libpq that an address may have after its question mark. A test compares them with libpq's own list."""
 
@@ -90,6 +91,35 @@ def normalise_database_url(url: str) -> str:
     if scheme in _POSTGRESQL_SCHEMES and "://" in url:
         return f"postgresql://{_checked_postgresql(rest)}"
     raise ValueError("must begin with postgresql:// or sqlite:///, such as postgresql://user:password@host:5432/name")
+
+
+def require_options_that_transactions_can_set(url: str) -> None:
+    """Raise `ValueError` if the `options` of a normalised address are more than settings."""
+    for option in url.partition("?")[2].split("&"):
+        name, _, value = option.partition("=")
+        if name == "options":
+            settings_in_options(unquote(value))
+
+
+def settings_in_options(options: str) -> dict[str, str]:
+    """Return the settings of `-c name=value -cname=value --name=value`. A backslash escapes a space, as in libpq.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
+    found, rest = {}, iter(words)
+    for word in rest:
+        assignment = re.fullmatch(
+            r"(?:-c|--)([\w.-]+)=(.*)", f"-c{next(rest, '')}" if word == "-c" else word, re.DOTALL
+        )
+        if assignment is None:
+            raise ValueError(
+                "PAYREADY_DATABASE_URL: with PAYREADY_DATABASE_POOLER=transaction, `options` may only have settings "
+                "such as -csearch_path=name"
+            )
+        found[assignment[1].replace("-", "_")] = assignment[2]
+    return found
 
 
 DatabaseUrl = Annotated[str, AfterValidator(normalise_database_url)]
@@ -114,7 +144,7 @@ def _checked_postgresql(rest: str) -> str:
             "must be postgresql://user:password@host:port/name, or several host:port separated by commas, with other "
             "characters of user, password and name percent-encoded, such as %40 for @"
         )
-    return f"{before}?{_checked_options(query)}" if query else before
+    return f"{before}?{_checked_options(query, hosts)}" if query else before
 
 
 def _is_host_and_port(text: str) -> bool:
@@ -122,7 +152,7 @@ def _is_host_and_port(text: str) -> bool:
     return found is not None and (not found["port"] or 0 < int(found["port"]) <= _MAX_PORT)
 
 
-def _checked_options(query: str) -> str:
+def _checked_options(query: str, hosts: str) -> str:
     options: dict[str, str] = {}
     for position, option in enumerate(query.split("&"), start=1):
         name, equals, value = option.partition("=")
@@ -140,6 +170,9 @@ def _checked_options(query: str) -> str:
             raise ValueError(f"must have {name} once; write several hosts as postgresql://host1:port1,host2:port2/name")
         _check_option(name, unquote(value))
         options[name] = value.replace("=", "%3D")  # libpq accepts no second one: `options=-csearch_path=pay`
+    ports = options.get("port", "").count(",") + 1
+    if ports not in (1, unquote(options.get("hostaddr") or options.get("host") or hosts).count(",") + 1):
+        raise ValueError(_PORTS)
     return "&".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -149,6 +182,6 @@ def _check_option(name: str, value: str) -> None:
     if name in _NUMBERS and not re.fullmatch(r"\d{1,9}", value):
         raise ValueError(f"must have a whole number for its option {name}")
     if name == "port" and not re.fullmatch(r"\d{1,5}(,\d{1,5})*", value):
-        raise ValueError("must have for its option port one port, or one for each host, separated by commas")
+        raise ValueError(_PORTS)
     if name == "host" and not all(map(_HOST_OPTION.fullmatch, value.split(","))):
         raise ValueError("must have no port in its option host; write postgresql://host1:port1,host2:port2/name")

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import structlog
 
+from config.addresses import without_credentials_and_query
 from config.escaping import escape_unprintable
 from config.settings import Settings
 
@@ -154,13 +154,3 @@ def log_start(settings: Settings, role: str) -> None:
         redis=without_credentials_and_query(settings.redis_url),
         database=without_credentials_and_query(settings.database_url),
     )
-
-
-def without_credentials_and_query(url: str) -> str:
-    """Return scheme, host, port and path of a URL. Everything that may be a secret is left out.
-
-    A user, a password and the query string are dropped: PostgreSQL and Redis accept passwords in all three.
-    """
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"

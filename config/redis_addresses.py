@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-AMQP_SCHEMES = ("amqp", "amqps")
+from config.addresses import (
+    AMQP_SCHEMES,
+    require_percent_encoded_credentials,
+    require_usable_amqp_addresses,
+)
+
 _DEFAULT_PORTS = {"server": 6379, "sentinel": 26379, "cluster": 6379}
 _VERIFICATIONS = {
     "required": ssl.CERT_REQUIRED,
@@ -189,8 +194,18 @@ def require_usable_addresses(*, prefix: str, redis_url: str, broker_url: str | N
             raise ValueError(
                 f"{prefix}{name} must be set: {prefix}REDIS_URL names a Redis Cluster, which Celery cannot use as {use}"
             )
-        if url is not None and not _is_of_another_system(use, url):
-            _check(f"{prefix}{name}", url, use=use)
+        if url is not None:
+            _check_use(f"{prefix}{name}", url, use)
+
+
+def _check_use(name: str, url: str, use: str) -> None:
+    scheme = _scheme_name(url)
+    if use == "broker" and scheme in AMQP_SCHEMES:
+        require_usable_amqp_addresses(name, url)
+    elif use == "result backend" and scheme is not None and scheme not in _SCHEMES:  # another backend of Celery
+        require_percent_encoded_credentials(name, url)
+    else:
+        _check(name, url, use=use)
 
 
 def _check(name: str, url: str, use: str | None = None) -> None:
@@ -217,12 +232,6 @@ def _has_readable_files(tls: Mapping[str, Any]) -> bool:
     except OSError:  # `SSLError` is one
         return False
     return True
-
-
-def _is_of_another_system(use: str, url: str) -> bool:
-    """Return whether the address is RabbitMQ's, or of another result backend of Celery."""
-    scheme = _scheme_name(url)
-    return scheme in AMQP_SCHEMES if use == "broker" else scheme is not None and scheme not in _SCHEMES
 
 
 def _scheme_name(url: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from config import production_rules
-from config.database_addresses import DatabaseUrl
+from config.database_addresses import DatabaseUrl, require_options_that_transactions_can_set
 from config.redis_addresses import require_usable_addresses
 from config.setting_types import (
     ENV_PREFIX,
@@ -241,6 +241,12 @@ class Settings(BaseModel):
             broker_url=self.broker_url,
             results_url=self.result_backend_url,
         )
+        return self
+
+    @model_validator(mode="after")
+    def _transactions_can_set_options(self) -> Self:
+        if self.database_pooler == "transaction":
+            require_options_that_transactions_can_set(self.database_url)
         return self
 
     @model_validator(mode="after")

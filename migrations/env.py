@@ -1,13 +1,15 @@
 """Alembic environment: migrates the database of the settings."""
 
 import sys
+from contextlib import ExitStack
 
 from alembic import context
 
 from config.log_config import configure_logging, log_start
 from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, settings
-from worker.ledger.engine import UnconfiguredPooler, connect_for_migrations, open_engine
+from worker.errors import error_summary
+from worker.ledger.engine import DATABASE_UNAVAILABLE, UnconfiguredPooler, connect_for_migrations, open_engine
 from worker.ledger.tables import PAYMENT
 
 try:
@@ -24,12 +26,17 @@ except ConfigurationError as error:
 if context.config.cmd_opts is not None:  # on the command line, not within another process
     configure_logging(settings())
     log_start(settings(), "release")
-try:
-    with connect_for_migrations(engine) as connection:
-        context.configure(connection=connection, target_metadata=PAYMENT.metadata, compare_type=True)
-        with context.begin_transaction():
-            context.run_migrations()
-        connection.commit()
-except UnconfiguredPooler as error:
-    sys.exit(f"payready cannot start: {error}")
-engine.dispose()
+with ExitStack() as stack:
+    stack.callback(engine.dispose)
+    try:
+        connection = stack.enter_context(connect_for_migrations(engine))
+    except UnconfiguredPooler as error:
+        sys.exit(f"payready cannot start: {error}")
+    except DATABASE_UNAVAILABLE as error:
+        sys.exit(
+            f"payready cannot start: the database did not respond: {error_summary(error)}; check PAYREADY_DATABASE_URL"
+        )
+    context.configure(connection=connection, target_metadata=PAYMENT.metadata, compare_type=True)
+    with context.begin_transaction():
+        context.run_migrations()
+    connection.commit()

@@ -9,8 +9,9 @@ from celery import Celery
 from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
+from celery.exceptions import ImproperlyConfigured
 
-from config.settings import settings
+from config.settings import ConfigurationError, settings
 from worker.correlation.redis_client import RedisCommand
 
 
@@ -28,8 +29,17 @@ def store_no_tracebacks(app: Celery) -> None:
     """Make the app's result backend store no traceback: the results are for the payments service.
 
     This covers all that Celery stores: failed tasks, their chains, and the bodies of failed chords.
+
+    Raises:
+        ConfigurationError: Celery has no such result backend.
     """
-    backend, url = by_url(app.conf.result_backend, app.loader)
+    try:
+        backend, url = by_url(app.conf.result_backend, app.loader)
+    except (ImportError, ImproperlyConfigured):
+        raise ConfigurationError(
+            "PAYREADY_RESULT_BACKEND_URL names no result backend of Celery; write redis://user:password@host:6379/0, "
+            "or leave it unset for PAYREADY_REDIS_URL"
+        ) from None
     # Celery passes the URL only to a backend that it has found by this URL.
     app.backend_cls = type(backend.__name__, (_WithoutTracebacks, backend), {"__init__": partialmethod(_init, url)})
 

@@ -15,7 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from cli import render
+from cli.command_line import EXIT_FAILED
 from cli.main import app
+from config.production_rules import EXAMPLE_PRICE_LIST
 from config.settings import settings
 from tests.cli.conftest import NOON, LedgerBuilder
 from worker.rules.pricing import Price
@@ -336,6 +338,29 @@ def test_command_in_an_empty_folder_creates_no_database(
         "correct the setting, or create it with the role `release`: alembic upgrade head\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["invoice.csv"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "doctor",
+        "reconcile-after-failover",
+        "payment redeliver p",
+        "quarantine replay --all",
+        "dead-letters delete --all --yes",
+    ],
+)
+def test_command_in_production_uses_no_default_address(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """A command on the demo's database and Redis would find nothing to do, whatever happened."""
+    (tmp_path / "prices.toml").write_bytes(EXAMPLE_PRICE_LIST.read_bytes())
+    monkeypatch.setenv("PAYREADY_ENV", "production")
+    monkeypatch.setenv("PAYREADY_PRICE_LIST_FILE", str(tmp_path / "prices.toml"))
+    monkeypatch.delenv("PAYREADY_DATABASE_URL")
+    completed = run(*command.split())
+    assert completed.exit_code == EXIT_FAILED
+    assert completed.stderr.startswith("payready: PAYREADY_DATABASE_URL must be set in production, to")
 
 
 def test_error_of_broker_names_the_settings_of_its_address(run: Run) -> None:

@@ -22,7 +22,7 @@ from cli.doctor_provider_checks import (
     rejected_balances_results,
 )
 from cli.doctor_results import Check, CheckContext, CheckResult, Severity, ok
-from cli.doctor_server_checks import pooler_results, replication_results
+from cli.doctor_server_checks import replication_results
 from config.celery_config import QUEUES
 from config.settings import Settings, load_rejecting_unknown
 from worker.ledger.server_state import DatabaseServer
@@ -211,13 +211,6 @@ def test_doctor_warns_of_asynchronous_replication() -> None:
     assert found.message.startswith("1 standby, asynchronous: a failover may lose the last commits.")
     [found] = replication_results(_server(standby_count=2, is_replication_synchronous=True))
     assert (found.severity, found.message) == (Severity.OK, "2 standbys, synchronous")
-
-
-def test_doctor_reports_a_pooler_that_the_settings_do_not_name() -> None:
-    assert list(pooler_results(_server(), mode="none")) == []
-    assert list(pooler_results(_server(is_behind_pooler=True), mode="transaction")) == []
-    [found] = pooler_results(_server(is_behind_pooler=True), mode="none")
-    assert (found.severity, found.fix) == (Severity.ERROR, "set PAYREADY_DATABASE_POOLER=transaction")
 
 
 @pytest.mark.parametrize(

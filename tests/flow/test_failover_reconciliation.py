@@ -140,6 +140,21 @@ def test_delivered_outcome_becomes_the_outcome_of_the_ledger(
     assert FindingKind.LOST_RESOLUTION not in kinds(close(payready, first))
 
 
+def test_payment_that_a_role_resolves_meanwhile_is_not_closed(payready: InProcessSystem, tmp_path: Path) -> None:
+    """The next run shows the contradiction."""
+    payready.initiate("p1", A, amount="5.00")
+    payready.run_tasks()
+    with lost_commits(payready, tmp_path):
+        payready.balance(A, "100")
+        payready.run_tasks()
+    first = result_of(payready, "task_1")
+    found = flow.find_losses(payready.rt, [first], SINCE)
+    payready.pass_time(200)  # the payment expires
+    closed = flow.close_losses(payready.rt, found, [first])
+    assert [finding.is_closed for finding in closed if finding.kind == FindingKind.LOST_RESOLUTION] == [False]
+    assert FindingKind.CONTRADICTION in kinds(flow.find_losses(payready.rt, [first], SINCE))
+
+
 def test_delivered_release_keeps_its_funds_hold(payready: InProcessSystem, tmp_path: Path) -> None:
     """A later payment is judged on what is left."""
     payready.initiate("p1", A, amount="60.00")
@@ -226,6 +241,15 @@ def test_provider_shows_a_balance_that_no_store_has(payready: InProcessSystem, t
     closed = flow.close_losses(payready.rt, found, [])
     assert [finding.is_closed for finding in closed] == [True, True]
     assert payready.fees(A) == ["1 pending", "1 posted"]
+
+
+def test_older_balance_at_the_provider_is_not_reported(payready: InProcessSystem, tmp_path: Path) -> None:
+    """It may be archived."""
+    payready.initiate("p1", A, profile_id="p_1", timeout_s=600)
+    with lost_commits(payready, tmp_path):
+        payready.run_tasks()
+    payready.provider.accounts[A] = polled("bal_77", SINCE - timedelta(days=40))
+    assert kinds(flow.find_losses(payready.rt, [], SINCE)) == [FindingKind.LOST_CALL]
 
 
 def test_losses_before_the_given_time_are_not_reported(payready: InProcessSystem, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Migrations create the declared tables, and can be reversed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,21 @@ def test_migrations_have_no_statement_timeout(
     finally:
         event.remove(Engine, "before_cursor_execute", read_limits)
     assert found == [["0", "5s", "on"]]
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:hunter2@127.0.0.1:1/x", "sqlite:////dev/null/x.db"])
+def test_release_without_a_database_exits_with_one_sentence(url: str) -> None:
+    """Not with a traceback. The init containers of Kubernetes run Alembic until the database responds."""
+    completed = subprocess.run(
+        ["alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env={"PATH": str(Path(sys.executable).parent), "PAYREADY_DATABASE_URL": url},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert completed.returncode == 1
+    last = completed.stderr[completed.stderr.index("payready cannot start") :]
+    assert re.fullmatch(r"payready cannot start: the database did not respond: .*; check PAYREADY_DATABASE_URL\n", last)
+    assert "Traceback" not in completed.stderr

@@ -78,11 +78,6 @@ def test_transaction_applies_options_of_the_address(options: str, expected: str)
     assert common.transaction_settings.count("lock_timeout") == 1
 
 
-def test_other_options_are_refused_with_a_transaction_pooler() -> None:
-    with pytest.raises(ConfigurationError, match=r"`options` may only have settings such as -c search_path=name$"):
-        connections_to(f"{ADDRESS}?options=project%3Dx", SETTINGS, pooler="transaction")
-
-
 @pytest.mark.parametrize("end", ["%zz", "?prepare_threshold=0", "?sslmode"])
 def test_error_of_an_address_quotes_no_password(end: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^PAYREADY_DATABASE_URL: libpq cannot read the address; ") as raised:

@@ -138,15 +138,21 @@ def test_release_without_the_setting_says_what_to_set(postgres_server: Postgres,
         assert connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
 
 
-def test_doctor_without_the_setting_says_what_to_set(tmp_path: Path, postgres_server: Postgres) -> None:
+@pytest.mark.parametrize("options", [{}, IGNORING_OPTIONS], ids=["refuses options", "ignores options"])
+def test_doctor_without_the_setting_says_what_to_set(postgres_server: Postgres, options: dict[str, Any]) -> None:
+    """It does not propose to start the server, which runs."""
     direct = postgres_server.database()
     alembic(direct, "upgrade", "head")
-    with pgbouncer(direct, **IGNORING_OPTIONS) as pooler:
+    with pgbouncer(direct, **options) as pooler:
         variables = {"PATH": str(Path(sys.executable).parent), "PAYREADY_DATABASE_URL": pooler.url}
         completed = subprocess.run(
             ["payready", "doctor"], cwd=ROOT, env=variables, check=False, capture_output=True, text=True, timeout=60
         )
-    assert "set PAYREADY_DATABASE_POOLER=transaction" in " ".join(completed.stdout.split())
+        address = pooler.url.partition("@")[2]
+    assert (
+        f"✗ database: {address} is a connection pooler: statements would reach sessions of other clients\n"
+        "    set PAYREADY_DATABASE_POOLER=transaction\n"
+    ) in completed.stdout
 
 
 def test_lost_pooler_is_an_unavailable_database(pooled: PgBouncer) -> None:

@@ -105,6 +105,9 @@ REFUSED = {
     "postgresql://h/db?client_encoding=latin1": "must have for its option client_encoding one of: utf8",
     "postgresql://h/db?connect_timeout=hunter2": "must have a whole number for its option connect_timeout",
     "postgresql://h/db?port=hunter2": "must have for its option port one port",
+    "postgresql://h/db?port=1,2": "must have for its option port one port, or one for each host",
+    "postgresql://h1,h2/db?port=1,2,3": "must have for its option port one port, or one for each host",
+    "postgresql://h/db?host=h1,h2&port=1,2,3": "must have for its option port one port, or one for each host",
     "postgresql:///db?host=h1:1": "must have no port in its option host; write postgresql://host1:port1,",
     "postgresql:///db?host=h1&host=h2": "must have host once; write several hosts as postgresql://host1:port1,",
 }
@@ -119,6 +122,16 @@ def test_refused_address_gets_one_sentence_without_its_parts(url: str, sentence:
     assert message.startswith(f"PAYREADY_DATABASE_URL: {sentence}")
     assert "hunter2" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("options", ["hunter2", "-c%20hunter2", "-c+search_path=pay", "-csearch_path=pay%20hunter2"])
+def test_options_that_transactions_cannot_set_stop_the_start(options: str) -> None:
+    """Behind a pooler. Otherwise the roles start, and no job can be stored."""
+    url = f"postgresql://h/db?options={options}"
+    load_rejecting_unknown({"PAYREADY_DATABASE_URL": url})
+    with pytest.raises(ConfigurationError, match="`options` may only have settings") as error_info:
+        load_rejecting_unknown({"PAYREADY_DATABASE_URL": url, "PAYREADY_DATABASE_POOLER": "transaction"})
+    assert "hunter2" not in str(error_info.value)
 
 
 def test_options_are_known_to_libpq() -> None:

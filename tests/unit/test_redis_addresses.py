@@ -9,6 +9,7 @@ from redis import Redis, SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool
 
 from config import redis_addresses
+from config.addresses import without_credentials_and_query
 from config.celery_config import celery_settings
 from config.redis_addresses import AddressError, parse_redis_address
 from config.settings import ConfigurationError, load_rejecting_unknown
@@ -190,3 +191,49 @@ def test_unusable_combination_is_refused(environ: dict[str, str], sentence: str)
 def test_cluster_with_another_broker_and_result_backend_is_accepted(results: str) -> None:
     addresses = {"REDIS_URL": CLUSTER, "BROKER_URL": "amqp://b", "RESULT_BACKEND_URL": results}
     load_rejecting_unknown({f"PAYREADY_{name}": value for name, value in addresses.items()})
+
+
+AMQP = "must be amqp://user:password@host:port/name"
+INVALID_OTHER_ADDRESSES = [
+    ("BROKER_URL", "amqp://", AMQP),
+    ("BROKER_URL", "amqp://h:hunter2//", AMQP),
+    ("BROKER_URL", "amqp://u:hunter2[@h", AMQP),
+    ("BROKER_URL", "amqp://h:0", AMQP),
+    ("BROKER_URL", "amqp://h1;redis://:hunter2@h2", AMQP),
+    ("BROKER_URL", "amqp://u:hunter2;x@h", AMQP),
+    ("BROKER_URL", "amqp://u:hunter2/x@h", "must have no @ after the host; percent-encode"),
+    ("BROKER_URL", "amqps://h1;amqps://u:hunter2?x@h2", "must have no @ after the host; percent-encode"),
+    ("BROKER_URL", "amqp://u:hunter2#x@h", "must have no @ after the host; percent-encode"),
+    ("RESULT_BACKEND_URL", "db+postgresql://u:hunter2/x@h/d", "must have no @ after the host; percent-encode"),
+]
+
+
+@pytest.mark.parametrize(("name", "address", "sentence"), INVALID_OTHER_ADDRESSES)
+def test_invalid_address_of_another_system_stops_the_start(name: str, address: str, sentence: str) -> None:
+    """Otherwise a traceback, or the line `role.started`, has a part of the password."""
+    with pytest.raises(ConfigurationError) as error_info:
+        load_rejecting_unknown({f"PAYREADY_{name}": address})
+    assert str(error_info.value).startswith(f"PAYREADY_{name} {sentence}")
+    assert "hunter2" not in str(error_info.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["amqp://guest:guest@h:5672//", "amqps://u:p%2F@h/name?ssl_ca_certs=/c", "amqp://h1;amqp://h2"]
+)
+def test_address_of_rabbitmq_is_accepted(url: str) -> None:
+    assert load_rejecting_unknown({"PAYREADY_BROKER_URL": url}).effective_broker_url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://u:hunter2@h1:5672//;amqp://u:hunter2@h2:5672//", "amqp://h1:5672//;amqp://h2:5672//"),
+        ("redis://:hunter2;x@h:1/0", "redis://h:1/0"),
+        ("redis://:hunter2@x@h:1/0", "redis://h:1/0"),
+        ("postgresql://u:hunter2@h1,h2:2/db?password=hunter2@x", "postgresql://h1,h2:2/db"),
+        ("postgresql:///db?host=@socket&password=hunter2", "postgresql:///db"),
+        ("sqlite:////folder/a@b.db", "sqlite:////folder/a@b.db"),
+    ],
+)
+def test_address_is_shown_without_credentials(url: str, shown: str) -> None:
+    assert without_credentials_and_query(url) == shown

@@ -297,6 +297,29 @@ def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_
     assert not (tmp_path / "x.db").exists()
 
 
+@pytest.mark.parametrize("url", ["nonsense://hunter2", "amqp://u:hunter2@h", "mysql://u:hunter2@h/x"])
+def test_worker_with_an_unknown_result_backend_exits_with_one_sentence(url: str, tmp_path: Path) -> None:
+    """Not with a traceback of an import."""
+    process = subprocess.run(
+        ["/bin/sh", "-c", f"exec {ROLES['worker']}"],
+        cwd=ROOT,
+        env={
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PAYREADY_DATABASE_URL": f"sqlite:///{tmp_path}/x.db",
+            "PAYREADY_RESULT_BACKEND_URL": url,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode not in (0, None)
+    assert process.stderr.strip() == (
+        "payready cannot start: PAYREADY_RESULT_BACKEND_URL names no result backend of Celery; "
+        "write redis://user:password@host:6379/0, or leave it unset for PAYREADY_REDIS_URL"
+    )
+
+
 def test_callback_queue_must_not_be_a_queue_of_payready() -> None:
     """Payready's own workers would discard the callbacks, whose tasks they do not know."""
     with pytest.raises(ConfigurationError, match="PAYREADY_CALLBACK_QUEUE must be a queue of the payments service"):

@@ -63,7 +63,7 @@ def find_losses(rt: Runtime, results: Sequence[StoredResult], since: datetime) -
     recent = [result for result in results if result.at >= since]
     found = [*findings_of_results(recent, ledger, rt.clock()), *findings_of_accounts(accounts, ledger, since)]
     known = {finding.balance_id for finding in found}
-    return found + [each for each in _find_balances_at_provider(rt, found) if each.balance_id not in known]
+    return found + [each for each in _find_balances_at_provider(rt, found, since) if each.balance_id not in known]
 
 
 def _load_ledger_view(tx: Tx, results: Sequence[StoredResult], accounts: Mapping[str, AccountState]) -> LedgerView:
@@ -77,8 +77,10 @@ def _load_ledger_view(tx: Tx, results: Sequence[StoredResult], accounts: Mapping
     )
 
 
-def _find_balances_at_provider(rt: Runtime, found: Sequence[Finding]) -> Iterator[Finding]:
-    """Read the newest balances of the accounts without a fee entry, free of charge, and yield those the ledger lacks.
+def _find_balances_at_provider(rt: Runtime, found: Sequence[Finding], since: datetime) -> Iterator[Finding]:
+    """Read the newest balances of accounts with a lost call, free of charge, and yield those the ledger lacks.
+
+    An older balance than `since` may be archived.
 
     Only an account whose profile a payment names can be read.
     """
@@ -90,7 +92,7 @@ def _find_balances_at_provider(rt: Runtime, found: Sequence[Finding]) -> Iterato
             balance = parse_polled_balance(rt.provider.poll_account(account_id, profile_id), account_id)
         except (CallFailed, ValueError):
             continue  # the report has the call without this evidence
-        if balance is None or not balance.is_refresh:
+        if balance is None or not balance.is_refresh or balance.at < since:
             continue
         with read_snapshot(rt.engine) as tx:
             is_stored = bool(failover_queries.stored_balances(tx, {balance.id}))
@@ -129,13 +131,15 @@ _KINDS_OF_ACCOUNTS = {FindingKind.LOST_CALL, FindingKind.LOST_BALANCE}
 
 
 def _resolve_as_delivered(rt: Runtime, finding: Finding, result: StoredResult) -> Finding:
-    """Resolve the payment with the outcome that its task has. The sweep delivers it again, with the same task ids."""
+    """Resolve the payment with the outcome that its task has. The sweep delivers it again, with the same task ids.
+
+    It is not closed if a running role has resolved the payment meanwhile, perhaps otherwise: the next run finds that.
+    """
     now = rt.clock()
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, [str(finding.payment_id)])
-        resolutions = [_resolution(payment, result) for payment in waiting]
-        payments.resolve(tx, resolutions, now)
-    return replace(finding, is_closed=True)
+        payments.resolve(tx, [_resolution(payment, result) for payment in waiting], now)
+    return replace(finding, is_closed=bool(waiting))
 
 
 def _resolution(payment: WaitingPayment, result: StoredResult) -> Resolution:

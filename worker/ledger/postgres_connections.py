@@ -12,6 +12,7 @@ from typing import Any, Literal
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from config.database_addresses import settings_in_options
 from config.settings import ConfigurationError
 
 Pooler = Literal["none", "transaction"]
@@ -58,14 +59,15 @@ def connections_to(url: str, settings: Mapping[str, str], *, pooler: Pooler) -> 
     writes.
 
     Raises:
-        ConfigurationError: libpq cannot read the address, or transactions cannot set its `options`.
+        ConfigurationError: libpq cannot read the address.
+        ValueError: transactions cannot set its `options`. `Settings` refuses such an address.
     """
     given = _parse(url)
     arguments = {**_several_hosts(given), **_DEFAULTS, **given}
     options = str(arguments.pop("options", ""))
     if pooler == "transaction":
         arguments["prepare_threshold"] = None  # a prepared statement stays in a session that others use next
-        statement = statement_that_sets({**settings, **_settings_in(options)})
+        statement = statement_that_sets({**settings, **settings_in_options(options)})
         return PostgresConnections(arguments=arguments, transaction_settings=statement)
     ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
     arguments["options"] = f"{ours} {options}".rstrip()
@@ -86,23 +88,6 @@ def _parse(url: str) -> dict[str, Any]:
 def _several_hosts(given: Mapping[str, Any]) -> dict[str, str]:
     hosts = str(given.get("host") or given.get("hostaddr") or "")
     return {"target_session_attrs": "read-write"} if "," in hosts else {}
-
-
-def _settings_in(options: str) -> dict[str, str]:
-    """Return the settings of `-c name=value -cname=value --name=value`. A backslash escapes a space, as in libpq."""
-    words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
-    found, rest = {}, iter(words)
-    for word in rest:
-        assignment = re.fullmatch(
-            r"(?:-c|--)([\w.-]+)=(.*)", f"-c{next(rest, '')}" if word == "-c" else word, re.DOTALL
-        )
-        if assignment is None:
-            raise ConfigurationError(
-                "PAYREADY_DATABASE_URL: with PAYREADY_DATABASE_POOLER=transaction, `options` may only have settings "
-                "such as -c search_path=name"
-            )
-        found[assignment[1].replace("-", "_")] = assignment[2]
-    return found
 
 
 def statement_that_sets(settings: Mapping[str, str]) -> str:
