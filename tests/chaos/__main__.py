@@ -5,6 +5,8 @@
     --faults N      number of faults, spread over the payments
     --rabbitmq      use RabbitMQ from the system's package as the broker, with quorum queues; it is killed too
     --pooler        put PgBouncer from the system's package in front of PostgreSQL; it is killed too
+    --sentinel      use Valkey with two replicas and three Sentinels; masters are killed and replaced
+    --postgres-failover  use PostgreSQL with a synchronous standby; primaries are killed and standbys promoted
     --judge         only check the recorded observations in the folder again
     --folder PATH   folder for the logs and the observations
 
@@ -22,26 +24,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from demo.processes import StartOrExitError
 from tests.chaos.bank_transfers import BankTransfers, CallbackLog
-from tests.chaos.chaos_plan import (
-    FAULT_KINDS,
-    POOLER_FAULT_KINDS,
-    RABBITMQ_FAULT_KINDS,
-    SKEW_S,
-    ChaosPlan,
-    Fault,
-    draw_plan,
-)
+from tests.chaos.chaos_plan import SKEW_S, ChaosPlan, Fault, Topology, draw_plan
 from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.fault_injector import FaultInjector
 from tests.chaos.invariants import Observed, read, violations
-from tests.support.rabbit import rabbitmq
+from tests.chaos.resending import Resender
 
 SEND_BATCH_SIZE = 20
 """Messages per batch."""
@@ -55,8 +48,9 @@ LIVENESS_INVARIANT = "no process ends except by a fault"
 class ChaosTest:
     """One run of the chaos test."""
 
-    def __init__(self, system: ChaosSystem, plan: ChaosPlan) -> None:
-        self.system, self.plan = system, plan
+    def __init__(self, system: ChaosSystem, plan: ChaosPlan, topology: Topology) -> None:
+        self.system, self.plan, self.topology = system, plan, topology
+        self.resender = Resender(system)
         self._faults = FaultInjector(system)
         self.sent_at: dict[str, float] = {}
         self.callback_lines: list[dict[str, Any]] = []
@@ -113,6 +107,7 @@ class ChaosTest:
             return 0  # the batch is sent again, so messages that arrived are duplicated
         for sending in batch:
             self.sent_at.setdefault(sending.payment_id, now)
+        self.resender.track(batch, now)
         return len(batch)
 
     def _inject(self, fault: Fault) -> None:
@@ -133,6 +128,9 @@ class ChaosTest:
         lines = self._log.new_lines()
         self.callback_lines += lines
         self._ended |= {line["args"][-1] for line in lines}
+        self.resender.receive(lines)
+        if self.topology.loses_messages:
+            self.resender.send_overdue(time.time())
 
     def _wait_for(self, what: str, probe: Callable[[], Any]) -> None:
         deadline = time.monotonic() + COMPLETION_TIMEOUT_S
@@ -145,7 +143,7 @@ class ChaosTest:
 
     def _all_are_delivered(self) -> bool:
         self._listen()
-        return len(self._ended) == len(self.sent_at)
+        return len(self._ended) == len(self.sent_at) and not self.resender.pending
 
     def _webhooks_are_through(self) -> bool:
         return bool(self.system.simulator.summary()["webhooks_pending"] == 0)
@@ -174,6 +172,7 @@ class ChaosTest:
             log["calls"],
             log["deliveries"],
             self.system.bank_debits(),
+            dict(self.resender.tasks),
         )
 
 
@@ -181,12 +180,8 @@ def main() -> int:
     """Draw the plan, run it, check the invariants and print the report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # raises, so that all processes are stopped
     options = _options()
-    kinds = {
-        **FAULT_KINDS,
-        **(RABBITMQ_FAULT_KINDS if options.rabbitmq else {}),
-        **(POOLER_FAULT_KINDS if options.pooler else {}),
-    }
-    plan = draw_plan(options.seed, options.payments, options.faults, kinds)
+    topology = Topology(**{field.name: getattr(options, field.name) for field in fields(Topology)})
+    plan = draw_plan(options.seed, options.payments, options.faults, topology.fault_kinds)
     print(
         f"chaos test {plan.seed}: {options.payments} payments, {options.faults} faults, in {options.folder}", flush=True
     )
@@ -195,10 +190,8 @@ def main() -> int:
         print("\n".join(f"{len(details):4d} violations: {name} {details[:3] or ''}" for name, details in found.items()))
         return int(any(found.values()))
     start = time.monotonic()
-    with ExitStack() as stack:
-        broker = stack.enter_context(rabbitmq(options.folder / "rabbitmq")) if options.rabbitmq else None
-        system = stack.enter_context(chaos_system(options.folder, plan, broker, with_pooler=options.pooler))
-        chaos_test = ChaosTest(system, plan)
+    with chaos_system(options.folder, plan, topology) as system:
+        chaos_test = ChaosTest(system, plan, topology)
         try:
             chaos_test.run()
         finally:
@@ -224,8 +217,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--judge", action="store_true")
     parser.add_argument("--rabbitmq", action="store_true")
     parser.add_argument("--pooler", action="store_true")
+    parser.add_argument("--sentinel", action="store_true")
+    parser.add_argument("--postgres-failover", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
+    if options.pooler and options.postgres_failover:
+        parser.error("choose --pooler or --postgres-failover: PgBouncer connects to one server")
     options.folder = options.folder or Path(tempfile.mkdtemp(prefix="payready-chaos-"))
     if not options.judge and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(
@@ -256,6 +253,9 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
         f"faults {chaos_test.fault_counts.total()}: "
         + ", ".join(f"{n} {kind}" for kind, n in chaos_test.fault_counts.most_common())
     )
+    if chaos_test.topology.loses_messages:
+        again = ", ".join(f"{n} {kind}" for kind, n in chaos_test.resender.counts.most_common())
+        print(f"jobs sent again {chaos_test.resender.counts.total()}: {again}")
     for name, details in found.items():
         print(f"{len(details):4d} violations: {name}")
         for line in details[:10]:
@@ -268,8 +268,7 @@ def _report(chaos_test: ChaosTest, observed: Observed, found: dict[str, list[str
 def _repeat_command(chaos_test: ChaosTest) -> str:
     """Return the options that repeat the whole run."""
     payments = len({sending.payment_id for sending in chaos_test.plan.jobs})
-    servers = "--rabbitmq " if chaos_test.system.is_on_rabbitmq else ""
-    servers += "--pooler " if chaos_test.system.pooler else ""
+    servers = " ".join((*chaos_test.topology.options, ""))
     return f"{servers}--seed {chaos_test.plan.seed} --payments {payments} --faults {len(chaos_test.plan.faults)}"
 
 

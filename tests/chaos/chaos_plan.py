@@ -66,13 +66,46 @@ FAULT_KINDS = {
 }
 """Faults, in percent. `kill` is SIGKILL, `restart` SIGTERM, `pause` SIGSTOP; these three target `REPLICAS`."""
 
-RABBITMQ_FAULT_KINDS = {"rabbitmq killed": 8}
-"""Further faults of a run with RabbitMQ as the broker."""
-POOLER_FAULT_KINDS = {"pooler killed": 8}
-"""Further faults of a run with PgBouncer in front of PostgreSQL."""
+TOPOLOGY_FAULT_KINDS = {
+    "rabbitmq": {"rabbitmq killed": 8},
+    "pooler": {"pooler killed": 8},
+    "sentinel": {"redis failover": 20, "sentinel killed": 3},
+    "postgres_failover": {"postgres failover": 20, "standby killed": 3},
+}
+"""Further faults by field of `Topology`."""
 
 SKEW_S = 1.0
 """Maximum deviation of a role's clock. Two clocks differ by at most the allowed 2 s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Servers of a run. The default is one PostgreSQL and one Valkey for broker, results and correlation store."""
+
+    rabbitmq: bool = False
+    """RabbitMQ is the broker."""
+    pooler: bool = False
+    """PgBouncer is in front of PostgreSQL."""
+    sentinel: bool = False
+    """Valkey has two replicas, and three Sentinels."""
+    postgres_failover: bool = False
+    """PostgreSQL has a synchronous standby."""
+
+    @property
+    def fault_kinds(self) -> dict[str, int]:
+        """Kinds of faults with their weights."""
+        further = [TOPOLOGY_FAULT_KINDS[name] for name, is_used in vars(self).items() if is_used]
+        return {kind: weight for kinds in (FAULT_KINDS, *further) for kind, weight in kinds.items()}
+
+    @property
+    def loses_messages(self) -> bool:
+        """Whether a failover may lose messages, because Redis replicates asynchronously."""
+        return self.sentinel
+
+    @property
+    def options(self) -> list[str]:
+        """Options of the command line that choose this topology."""
+        return [f"--{name.replace('_', '-')}" for name, is_used in vars(self).items() if is_used]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """System under a chaos test: all processes on this machine, with several replicas per role and a clock per replica."""
 
+import json
 import subprocess
 import threading
 import time
@@ -16,14 +17,11 @@ from redis import RedisError
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from demo.embedded_valkey import EmbeddedValkey
 from demo.processes import Processes, StartOrExitError, assign_free_port, procfile
-from tests.chaos.chaos_plan import DEFAULT_HOLD_S, REPLICAS, ChaosPlan, PlannedJob
-from tests.support.rabbit import RabbitMQ
-from tests.support.servers import Postgres, postgres
+from tests.chaos.chaos_plan import DEFAULT_HOLD_S, REPLICAS, ChaosPlan, PlannedJob, Topology
+from tests.chaos.chaos_servers import ChaosServers, chaos_servers
 from tests.support.simulator import Simulator
-from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE
-from tests.topologies.pgbouncer import PgBouncer, pgbouncer
+from tests.support.system import API_KEY, FAST_SETTINGS, ON_RABBITMQ, SECRET, SERVICE, SERVICE_QUEUE, service_conf
 from worker.ledger.engine import open_engine
 
 SETTINGS = {
@@ -38,8 +36,6 @@ SETTINGS = {
 """Settings that make rare events frequent. Rate limit and circuit breaker are as in production."""
 CLOCK = Path(__file__).parent / "clock"
 WAIT_TIMEOUT_S = 120.0
-POOLER_OPTIONS = {"server_login_retry": 1}
-"""By default PgBouncer refuses all clients for 15 s after PostgreSQL was unavailable once."""
 QUEUES_WRITTEN_S = 10.0
 """Time after which RabbitMQ has persisted a new quorum queue. RabbitMQ has no operation to query this."""
 
@@ -50,36 +46,27 @@ class ChaosSystem:
     def __init__(
         self,
         processes: Processes,
-        server: Postgres,
-        valkey: EmbeddedValkey,
+        servers: ChaosServers,
         simulator: Simulator,
-        rabbitmq: RabbitMQ | None,
-        pooler: PgBouncer | None,
         environ: dict[str, Any],
     ) -> None:
-        self.processes, self.postgres, self.simulator = processes, server, simulator
-        self.valkey = valkey
-        self.redis_url = environ["PAYREADY_REDIS_URL"]
-        self.pooler = pooler
+        self.processes, self.servers, self.simulator = processes, servers, simulator
         self.engine: Engine = open_engine(
-            environ["PAYREADY_DATABASE_URL"],
-            connections=10,
-            pooler=environ.get("PAYREADY_DATABASE_POOLER", "none"),
+            environ["PAYREADY_DATABASE_URL"], connections=10, pooler=environ["PAYREADY_DATABASE_POOLER"]
         )
         self.web_url = f"http://127.0.0.1:{environ['PAYREADY_WEBHOOK_PORT']}"
         self.sending = threading.Lock()
         """Locked while messages are sent, and while no message may be sent."""
         self.unexpected_exits: list[StartOrExitError] = []
         """Errors of processes that had ended by themselves before a fault could stop them."""
-        self.broker = environ.get("PAYREADY_BROKER_URL", self.redis_url)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         """Newest process of each replica."""
-        self.rabbitmq = rabbitmq
-        self._service = Celery("sender", broker=self.broker, set_as_current=False)
+        self._service_conf = service_conf(environ)
         timeouts = {"socket_timeout": 2, "socket_connect_timeout": 2}
-        self._service.conf.update(
-            {"task_ignore_result": False, **(ON_RABBITMQ if rabbitmq else {"broker_transport_options": timeouts})}
-        )
+        options = {**self._service_conf["broker_transport_options"], **timeouts}
+        self._service = Celery("sender", set_as_current=False)
+        self._service.conf.update({**self._service_conf, "task_ignore_result": False})
+        self._service.conf.update(ON_RABBITMQ if servers.rabbitmq else {"broker_transport_options": options})
 
     # --- the payments service ---
 
@@ -120,6 +107,17 @@ class ChaosSystem:
         return True
 
     # --- the roles ---
+
+    def start_service(self) -> None:
+        """Start the worker of the payments service."""
+        environ = {
+            "SERVICE_URL": self._service_conf["broker_url"],
+            "SERVICE_RESULTS": self._service_conf["result_backend"],
+            "SERVICE_CONF": json.dumps(self._service_conf),
+            "SERVICE_LOG": str(self.service_log),
+            "SERVICE_VISIBILITY_S": "10",
+        }
+        self.processes.start("service", SERVICE, **environ)
 
     def start(self, replica: str, skew_s: float = 0) -> None:
         """Start a replica of a role, with its clock deviating by `skew_s`."""
@@ -180,67 +178,37 @@ class ChaosSystem:
         return dict(response.raise_for_status().json())
 
     @property
-    def is_on_rabbitmq(self) -> bool:
-        """Whether the broker is RabbitMQ."""
-        return self.rabbitmq is not None
-
-    @property
     def service_log(self) -> Path:
         """Log file of the payments service's callbacks."""
         return self.processes.folder / "service.jsonl"
 
 
 @contextmanager
-def chaos_system(
-    folder: Path, plan: ChaosPlan, broker: RabbitMQ | None = None, *, with_pooler: bool = False
-) -> Iterator[ChaosSystem]:
-    """Run the whole system for the duration of the block. The broker is Redis unless `broker` is given.
-
-    `with_pooler`: PgBouncer is between the roles and PostgreSQL.
-    """
-    valkey_port, web_port = assign_free_port(), assign_free_port()
-    redis_url = f"redis://127.0.0.1:{valkey_port}/0"
+def chaos_system(folder: Path, plan: ChaosPlan, topology: Topology) -> Iterator[ChaosSystem]:
+    """Run the whole system for the duration of the block."""
+    web_port = assign_free_port()
     options = ["--seed", str(plan.seed)]
     webhook = f"http://127.0.0.1:{web_port}/webhooks/quiltt"
     with ExitStack() as stack:
-        server = stack.enter_context(postgres())
+        servers = stack.enter_context(chaos_servers(folder, topology))
         simulator = stack.enter_context(Simulator(webhook, secret=SECRET, api_key=API_KEY, options=options))
-        database_url = server.database()
-        pooler = stack.enter_context(pgbouncer(database_url, **POOLER_OPTIONS)) if with_pooler else None
         simulator.put("bank", **plan.bank_accounts)
         environ = {
-            "PAYREADY_REDIS_URL": redis_url,
-            "PAYREADY_DATABASE_URL": pooler.url if pooler else database_url,
-            **({"PAYREADY_DATABASE_POOLER": "transaction"} if pooler else {}),
             "PAYREADY_QUILTT_API_URL": simulator.url,
             "PAYREADY_QUILTT_AUTH_URL": simulator.url,
             "PAYREADY_QUILTT_API_KEY": API_KEY,
             "PAYREADY_WEBHOOK_SECRETS": SECRET,
             "PAYREADY_WEBHOOK_PORT": str(web_port),
-            **({"PAYREADY_BROKER_URL": broker.url} if broker else {}),
+            **servers.environ,
             **SETTINGS,
         }
-        # A killed server has written every acknowledged command. With `everysec` it would not write during a sync.
-        config = {"appendonly": "yes", "appendfsync": "no", "save": ""}
-        valkey = EmbeddedValkey(port=valkey_port, data_dir=folder / "valkey", persist=True, config=config)
-        with Processes(folder, environ) as processes:
-            valkey.start()
-            try:
-                processes.run("release", procfile()["release"])
-                system = ChaosSystem(processes, server, valkey, simulator, broker, pooler, environ)
-                log = {
-                    "SERVICE_URL": system.broker,
-                    "SERVICE_RESULTS": redis_url,
-                    "SERVICE_LOG": str(system.service_log),
-                    "SERVICE_VISIBILITY_S": "10",
-                }
-                processes.start("service", SERVICE, **log)
-                for replica in REPLICAS:
-                    system.start(replica, plan.clocks[replica])
-                if broker:
-                    system.wait_for_queues()
-                yield system
-                system.engine.dispose()
-            finally:
-                processes.stop()
-                valkey.stop()
+        processes = stack.enter_context(Processes(folder, environ))
+        processes.run("release", procfile()["release"])
+        system = ChaosSystem(processes, servers, simulator, environ)
+        system.start_service()
+        for replica in REPLICAS:
+            system.start(replica, plan.clocks[replica])
+        if servers.rabbitmq:
+            system.wait_for_queues()
+        yield system
+        system.engine.dispose()

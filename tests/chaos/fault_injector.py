@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from redis import Redis, RedisError
+from redis import RedisError
 
 from demo.processes import procfile
 from tests.chaos.chaos_plan import REPLICAS, Fault
@@ -31,10 +31,10 @@ class FaultInjector:
     """Injector of faults. Faults run in threads; a lock per target serialises them."""
 
     def __init__(self, system: ChaosSystem) -> None:
-        self._system = system
+        self._system, self._servers = system, system.servers
         self._targets = {
             name: threading.Lock()
-            for name in (*REPLICAS, "valkey", "postgres", "pooler", "rabbitmq", "beat2", "provider")
+            for name in (*REPLICAS, "valkey", "sentinel", "postgres", "pooler", "rabbitmq", "beat2", "provider")
         }
 
     def inject(self, fault: Fault) -> None:
@@ -45,8 +45,12 @@ class FaultInjector:
             "pause": self._pause,
             "valkey restarts": self._valkey_restarts,
             "valkey killed": self._valkey_restarts,
+            "redis failover": self._redis_fails_over,
+            "sentinel killed": self._sentinel_killed,
             "rabbitmq killed": self._rabbitmq_killed,
             "postgres crashes": self._postgres_crashes,
+            "postgres failover": self._postgres_fails_over,
+            "standby killed": self._standby_killed,
             "pooler killed": self._pooler_killed,
             "redis emptied": self._empty_redis,
             "provider refuses": self._provider_rejects,
@@ -72,53 +76,89 @@ class FaultInjector:
 
     def _pause(self, fault: Fault) -> None:
         with self._targets[fault.target]:
-            pid = {"valkey": self._valkey_pid, "postgres": self._postgres_pid}.get(fault.target, self._pid)(fault)
+            pid = self._pid(fault.target)
             # The process and not its group: PostgreSQL's processes share the group, the other targets have one process.
             os.kill(pid, signal.SIGSTOP)
             try:
                 time.sleep(fault.seconds)
             finally:
                 os.kill(pid, signal.SIGCONT)
+            if fault.target == "valkey":
+                self._servers.wait_for_replicas()
 
-    def _pid(self, fault: Fault) -> int:
-        return self._system.running[fault.target].pid
-
-    def _valkey_pid(self, _: Fault) -> int:
-        return int(self._system.valkey._process.pid)
-
-    def _postgres_pid(self, _: Fault) -> int:
-        return self._system.postgres.pid
+    def _pid(self, target: str) -> int:
+        if target == "postgres":
+            return self._servers.postgres.pid
+        return self._servers.redis.pid if target == "valkey" else self._system.running[target].pid
 
     def _valkey_restarts(self, fault: Fault) -> None:
         with self._targets["valkey"]:
+            server = self._servers.redis
             if fault.kind == "valkey killed":
-                self._system.valkey._process.kill()
-                self._system.valkey._process.wait()
-            self._system.valkey.stop()
+                server.kill()
+            else:
+                server.stop()
             time.sleep(fault.seconds)
-            self._system.valkey.start()
+            server.start()
+            self._servers.wait_for_replicas()
+
+    def _redis_fails_over(self, fault: Fault) -> None:
+        """Kill the master until the Sentinels have replaced it. It returns as a replica."""
+        with self._targets["valkey"]:
+            killed = self._servers.sentinels.kill_master()
+            time.sleep(fault.seconds)
+            killed.start()
+            self._servers.wait_for_replicas()
+
+    def _sentinel_killed(self, fault: Fault) -> None:
+        """Kill the last Sentinel: two others remain, which is the quorum."""
+        with self._targets["sentinel"]:
+            sentinel = self._servers.sentinels.sentinels[-1]
+            sentinel.kill()
+            time.sleep(fault.seconds)
+            sentinel.start()
 
     def _rabbitmq_killed(self, fault: Fault) -> None:
-        if self._system.rabbitmq is None:
+        if self._servers.rabbitmq is None:
             raise TypeError("the broker is not RabbitMQ")
         with self._targets["rabbitmq"]:
-            self._system.rabbitmq.kill()
+            self._servers.rabbitmq.kill()
             time.sleep(fault.seconds)
-            self._system.rabbitmq.start()
+            self._servers.rabbitmq.start()
 
     def _postgres_crashes(self, fault: Fault) -> None:
         with self._targets["postgres"]:
-            self._system.postgres.stop()
+            server = self._servers.postgres
+            server.stop()
             time.sleep(fault.seconds)
-            self._system.postgres.start()
+            server.start()
+            self._servers.wait_for_standby()
+
+    def _postgres_fails_over(self, fault: Fault) -> None:
+        """Kill the primary and promote its standby. The killed server becomes the standby of the promoted one."""
+        pair = self._servers.postgres_pair
+        with self._targets["postgres"]:
+            pair.primary.kill()
+            time.sleep(fault.seconds)
+            pair.standby.promote()
+            pair.rejoin()
+
+    def _standby_killed(self, fault: Fault) -> None:
+        """Kill the standby. Until it returns, PostgreSQL acknowledges no commit."""
+        pair = self._servers.postgres_pair
+        with self._targets["postgres"]:
+            pair.standby.kill()
+            time.sleep(fault.seconds)
+            pair.standby.start()
+            pair.wait_until_synchronous()
 
     def _pooler_killed(self, fault: Fault) -> None:
-        if self._system.pooler is None:
+        if self._servers.pooler is None:
             raise TypeError("PostgreSQL has no pooler")
         with self._targets["pooler"]:
-            self._system.pooler.kill()
+            self._servers.pooler.kill()
             time.sleep(fault.seconds)
-            self._system.pooler.start()
+            self._servers.pooler.start()
 
     def _empty_redis(self, _: Fault) -> None:
         """Empty Redis at a time when it contains no message that only the payments service could send again."""
@@ -127,8 +167,8 @@ class FaultInjector:
             while time.monotonic() < deadline:
                 self._system.check_all_running()  # the sending thread waits for this lock and does not check
                 try:
-                    with Redis.from_url(self._system.redis_url, socket_timeout=2) as client:
-                        if self._system.rabbitmq:  # the queues are elsewhere
+                    with self._servers.redis.client() as client:
+                        if self._servers.rabbitmq:  # the queues are elsewhere
                             client.flushall()
                             return
                         if client.eval(FLUSH_WHEN_REPLACEABLE, 0):

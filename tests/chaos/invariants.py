@@ -6,7 +6,7 @@ The observations are the callbacks at the payments service, the calls and delive
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -55,6 +55,8 @@ class Observed:
     deliveries: Sequence[Row]
     debits: Sequence[Row]
     """Debits at the simulator's bank."""
+    resent_tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Further tasks of jobs that the payments service sent again without an outcome, by task id of the plan."""
 
 
 def read(text: str) -> Observed:
@@ -75,7 +77,10 @@ def violations(plan: ChaosPlan, observed: Observed) -> dict[str, list[str]]:
 
 
 def _one_outcome(plan: ChaosPlan, observed: Observed) -> Iterator[str]:
-    """Each message has one callback, which may run repeatedly. All callbacks of a payment have the same outcome."""
+    """Each message has one callback, which may run repeatedly. All callbacks of a payment have the same outcome.
+
+    A message that was sent again has a callback in one of its tasks at least: the others may be lost in a failover.
+    """
     callbacks: dict[str, set[str]] = defaultdict(set)
     outcomes: dict[str, set[str]] = defaultdict(set)
     for line in observed.delivered_results:
@@ -84,13 +89,19 @@ def _one_outcome(plan: ChaosPlan, observed: Observed) -> Iterator[str]:
         outcomes[payment_id].add(
             repr((line["task"], line["args"][0] if line["task"] == CALLBACK_TASKS["released"] else None))
         )
-    for sending in plan.jobs:
-        if sending.job is not None and len(callbacks[sending.task_id]) != 1:
-            yield f"{sending.payment_id}: task {sending.task_id} has {len(callbacks[sending.task_id])} callbacks"
+    tasks = {
+        sending.task_id: [sending.task_id, *observed.resent_tasks.get(sending.task_id, ())]
+        for sending in plan.jobs
+        if sending.job is not None
+    }
+    for task_id, same_job in tasks.items():
+        counts = [len(callbacks[each]) for each in same_job]
+        if max(counts) != 1:
+            yield f"task {task_id} has {max(counts)} callbacks"
     for payment_id, different_outcomes in outcomes.items():
         if len(different_outcomes) > 1:
             yield f"{payment_id}: has several outcomes: {sorted(different_outcomes)}"
-    for task_id in callbacks.keys() - {sending.task_id for sending in plan.jobs}:
+    for task_id in callbacks.keys() - {each for same_job in tasks.values() for each in same_job}:
         yield f"{task_id}: has a callback but was never sent"
 
 
@@ -119,7 +130,7 @@ def _every_payment_resolved(plan: ChaosPlan, observed: Observed) -> Iterator[str
             continue
         # The time of payready's delivery. The payments service determines how long the callback then waits.
         late_s = (delivery["delivered_at"] - known[delivery["payment_id"]]["deadline"]).total_seconds()
-        was_repeated = delivery["task_id"].endswith("-again")
+        was_repeated = "-again" in delivery["task_id"] or "-resent" in delivery["task_id"]
         if late_s > MAX_LATE_S and not was_repeated:
             yield f"{delivery['payment_id']}: its outcome was delivered {late_s:.0f} s after its deadline"
 

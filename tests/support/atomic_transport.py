@@ -92,3 +92,13 @@ class AtomicTransport(redis.Transport):
     """Kombu's Redis transport with the atomic fetch."""
 
     Channel = _Channel
+
+
+class _SentinelChannel(_Channel, redis.SentinelChannel):
+    """Channel to the master that Sentinels name."""
+
+
+class AtomicSentinelTransport(redis.SentinelTransport):
+    """Kombu's transport for Sentinels with the atomic fetch."""
+
+    Channel = _SentinelChannel

@@ -46,9 +46,17 @@ class Postgres:
         self._binaries = package / "pginstall" / "bin"
         if primary is None:
             self._call("initdb", "--auth=trust", "--encoding=utf8", "--username=payready", "--no-sync")
+            self.start()
         else:
-            source = ("--host=127.0.0.1", f"--port={primary.port}", "--username=payready")
-            self._call("pg_basebackup", *source, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
+            self.start_as_standby(primary)
+
+    def start_as_standby(self, primary: "Postgres") -> None:
+        """Replace the data of this server, which does not run, by a copy of the primary, and start as its standby."""
+        data = self._home / "data"
+        for path in data.iterdir() if data.exists() else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        source = ("--host=127.0.0.1", f"--port={primary.port}", "--username=payready")
+        self._call("pg_basebackup", *source, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self.start()
 
     def _command(self, program: str, *options: str) -> list[str]:

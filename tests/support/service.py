@@ -22,6 +22,7 @@ if not TRANSPORT_OPTIONS:
     # Kombu's own transport can lose a message when Redis restarts. A test could not distinguish that from payready's
     # loss.
     TRANSPORT_ALIASES["redis"] = "tests.support.atomic_transport:AtomicTransport"
+    TRANSPORT_ALIASES["sentinel"] = "tests.support.atomic_transport:AtomicSentinelTransport"
 
 BROKER, RESULTS = os.environ["SERVICE_URL"], os.environ.get("SERVICE_RESULTS", os.environ["SERVICE_URL"])
 IS_RABBITMQ = BROKER.startswith("amqp")

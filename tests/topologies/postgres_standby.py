@@ -39,6 +39,10 @@ class PostgresPair:
         """Acknowledge a commit only when the standby has it. The standby itself, once promoted, waits for none."""
         self.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
         self.execute("SELECT pg_reload_conf()")
+        self.wait_until_synchronous()
+
+    def wait_until_synchronous(self) -> None:
+        """Wait until the standby acknowledges commits."""
         eventually(lambda: self.execute("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
     def stop_replication(self) -> None:
@@ -61,6 +65,12 @@ class PostgresPair:
         """Kill the primary, and promote the standby."""
         self.primary.kill()
         self.standby.promote()
+
+    def rejoin(self) -> None:
+        """Make the killed primary the synchronous standby of the promoted server, by a new base backup."""
+        self.primary, self.standby = self.standby, self.primary
+        self.standby.start_as_standby(self.primary)
+        self.replicate_synchronously()
 
 
 @contextmanager

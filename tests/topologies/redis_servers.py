@@ -68,9 +68,23 @@ class RedisServerProcess:
         except RedisError:
             return False
 
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        if self._process is None:
+            raise ProcessLookupError("the server is stopped")
+        return self._process.pid
+
     def kill(self) -> None:
         """Kill the server, as a crash would."""
         self.signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Ask the server to end, and wait until it has written its data and ended."""
+        self.signal(signal.SIGTERM)
         if self._process is not None:
             self._process.wait()
             self._process = None
@@ -134,11 +148,11 @@ class SentinelProcess(RedisServerProcess):
 class SentinelServers:
     """Three servers, one of which is the master, and three Sentinels that watch them."""
 
-    def __init__(self, folder: Path, password: str, url_password: str, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, password: str, url_password: str, stack: ExitStack, *more: str) -> None:
         self._url_password = url_password
         self._unused_port = assign_free_port()  # kombu compares only the first host of two addresses
         options = ["--requirepass", password, "--masterauth", password, "--appendonly", "yes"]
-        options += ["--min-replicas-to-write", "1", "--repl-diskless-sync-delay", "0"]
+        options += ["--min-replicas-to-write", "1", "--repl-diskless-sync-delay", "0", *more]
         self.servers = [RedisServerProcess(folder / f"server{n}", *options, password=password) for n in range(3)]
         for number, server in enumerate(self.servers):
             stack.enter_context(server)
@@ -197,10 +211,13 @@ class SentinelServers:
 
 
 @contextmanager
-def sentinel_servers(folder: Path, password: str, url_password: str) -> Iterator[SentinelServers]:
-    """Run servers and Sentinels for the duration of the block. `url_password` is the password percent-encoded."""
+def sentinel_servers(folder: Path, password: str, url_password: str, *more: str) -> Iterator[SentinelServers]:
+    """Run servers and Sentinels for the duration of the block.
+
+    `url_password` is the password percent-encoded, and `more` are further options of the servers.
+    """
     with ExitStack() as stack:
-        yield SentinelServers(folder, password, url_password, stack)
+        yield SentinelServers(folder, password, url_password, stack, *more)
 
 
 @contextmanager
@@ -234,7 +251,7 @@ def _command(server: RedisServerProcess, *command: object) -> Any:
         return cast(Any, client).execute_command(*command)
 
 
-def _wait(probe: Any, what: str, timeout_s: float = 30) -> None:
+def _wait(probe: Any, what: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not _is_true(probe):
         if time.monotonic() > deadline:
