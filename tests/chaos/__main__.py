@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from demo.processes import StartOrExitError
@@ -35,6 +36,7 @@ from tests.chaos.chaos_system import ChaosSystem, chaos_system
 from tests.chaos.fault_injector import FaultInjector
 from tests.chaos.invariants import Observed, read, violations
 from tests.chaos.resending import Resender
+from worker.ledger.payment_json import outcome_of_row
 
 SEND_BATCH_SIZE = 20
 """Messages per batch."""
@@ -164,7 +166,7 @@ class ChaosTest:
         return Observed(
             self.sent_at,
             self.callback_lines,
-            payments,
+            [_with_whole_outcome(row) for row in payments],
             deliveries,
             refreshes,
             entries,
@@ -174,6 +176,11 @@ class ChaosTest:
             self.system.bank_debits(),
             dict(self.resender.tasks),
         )
+
+
+def _with_whole_outcome(row: dict[str, Any]) -> dict[str, Any]:
+    stored: Any = SimpleNamespace(**row)
+    return {**row, "outcome": outcome_of_row(stored)}
 
 
 def main() -> int:

@@ -67,7 +67,7 @@ def test_database_rejects_an_entry_that_replaces_another(payready: InProcessSyst
         ):
             assert_rejected(payready, statement, "append-only")
     else:
-        on_conflict = " ON CONFLICT (call_id, state) DO UPDATE SET price = 9"
+        on_conflict = " ON CONFLICT (call_id) WHERE state = 'pending' DO UPDATE SET price = 9"
         assert_rejected(payready, "INSERT " + entry_like("pending") + on_conflict, "append-only")
 
 

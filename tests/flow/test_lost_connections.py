@@ -11,7 +11,7 @@ import pytest
 from tests.support.databases import Databases
 from tests.support.in_process import START, InProcessSystem, TaskQueue
 from worker import flow
-from worker.ledger import payments
+from worker.ledger import payment_connections, payments
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 
@@ -174,7 +174,7 @@ def test_update_does_not_deadlock_over_a_payment_that_is_stored_meanwhile(
     if databases.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
     payready.initiate("p2", A, connection_id="conn_1")
-    lock_payments, errors = payments.lock_payments_of_updates, list[Exception]()
+    lock_payments, errors = payment_connections.lock_payments_of_updates, list[Exception]()
 
     def lock_all() -> None:
         try:
@@ -192,7 +192,7 @@ def test_update_does_not_deadlock_over_a_payment_that_is_stored_meanwhile(
         other.join(0.3)
         assert other.is_alive()
 
-    monkeypatch.setattr(payments, "lock_payments_of_updates", lock_then_store_and_lock_another)
+    monkeypatch.setattr(payment_connections, "lock_payments_of_updates", lock_then_store_and_lock_another)
     flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[update])
     other.join()
     assert not errors

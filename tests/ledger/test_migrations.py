@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,32 @@ from sqlalchemy import Engine, event, text
 from config.settings import Settings
 from demo.processes import ROOT
 from tests.migrations_in_step import alembic, differences
+from tests.support.in_process import START
 from tests.support.servers import Postgres
-from worker.ledger.engine import open_engine
+from worker.ledger.column_types import Json
+from worker.ledger.engine import open_engine, transaction
+from worker.ledger.outcome_deliveries import NewDelivery, register_deliveries
+from worker.ledger.payments import Resolution, insert_payments, new_payment, resolve
 from worker.ledger.tables import PAYMENT
+from worker.rules.job import Job
+from worker.rules.states import PaymentEvent
 
 pytestmark = pytest.mark.slow
+WHOLE: dict[str, Any] = {
+    "payment_id": "p1",
+    "state": "released",
+    "verdict": "not_requested",
+    "funds_calculation": None,
+    "balance": {"id": "b1", "at": "2026-11-22T12:00:00Z", "source": "REFRESH", "available": "1", "limit": None},
+    "requested_at": "2026-11-22T12:00:00Z",
+    "resolved_at": "2026-11-22T12:00:00Z",
+    "waited_ms": 0,
+    "refresh_id": None,
+    "shared_by": 1,
+    "fee": {"amount": "0.10", "currency": "USD", "state": "posted"},
+    "metadata": {"order": 1},
+}
+"""The outcome of a payment."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -77,6 +99,35 @@ def test_migrations_can_be_reversed_and_repeated(empty: str) -> None:
     for command in (("upgrade", "head"), ("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
         alembic(empty, *command)
     assert differences(empty) == []
+
+
+def test_downgrade_writes_rows_whole_for_the_version_before(empty: str) -> None:
+    """It reads the job, the outcome and the continuation from one column each."""
+    alembic(empty, "upgrade", "head")
+    engine = open_engine(empty, connections=10)
+    job = Job(payment_id="p1", account_id="acct_1", amount=Decimal("25.00"), metadata={"order": 1})
+    continuation = {"version": 1, "id": "t1", "task": "payments.initiate", "root_id": "t1", "stamps": {}, "priority": 0}
+    with transaction(engine) as tx:
+        waiting = new_payment(job, START)
+        insert_payments(tx, [waiting])
+        register_deliveries(tx, [NewDelivery(payment_id="p1", continuation=continuation, due_at=None)])
+        columns: dict[str, Any] = {"resolved_at": START, "balance_id": "b1", "payment": waiting}
+        released = Resolution(payment_id="p1", event=PaymentEvent.FUNDS_SUFFICIENT, outcome=WHOLE, **columns)
+        resolve(tx, [released], START)
+    query = text("SELECT job, outcome, continuation FROM payment JOIN outcome_delivery USING (payment_id)").columns(
+        job=Json, outcome=Json, continuation=Json
+    )
+    with engine.connect() as connection:
+        assert "payment_id" not in connection.execute(query).one().outcome
+    alembic(empty, "downgrade", "0006")
+    with engine.connect() as connection:
+        stored = connection.execute(query).one()
+    assert stored.job == {"payment_id": "p1", "account_id": "acct_1", "amount": "25.00", "metadata": {"order": 1}}
+    assert stored.outcome == WHOLE
+    assert stored.continuation == continuation
+    alembic(empty, "upgrade", "head")
+    assert differences(empty) == []
+    engine.dispose()
 
 
 @pytest.mark.parametrize("pooler", ["none", "transaction"])

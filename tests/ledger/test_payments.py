@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from tests.support.in_process import START
-from worker.ledger import outcome_deliveries, payments
+from worker.ledger import outcome_deliveries, payment_connections, payments
 from worker.ledger.engine import Engine, Tx, transaction
 from worker.ledger.locks import JobIds
 from worker.ledger.outcome_deliveries import NewDelivery
@@ -146,8 +146,8 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
     """Also if they need several statements. So no two transactions deadlock."""
     if engine.dialect.name == "sqlite":
         return  # it has one writer at a time
-    monkeypatch.setattr(payments, "IDS_PER_STATEMENT", 5)
-    numbers = range(2 * payments.IDS_PER_STATEMENT + 2)
+    monkeypatch.setattr(payment_connections, "IDS_PER_STATEMENT", 5)
+    numbers = range(2 * payment_connections.IDS_PER_STATEMENT + 2)
     updates: list[ConnectionUpdate] = [
         AccountMoved(account_id=f"acct_a{n}", connection_id="conn_x", at=START) for n in numbers
     ]
@@ -160,7 +160,7 @@ def test_all_payments_of_connection_updates_are_locked(engine: Engine, monkeypat
             record(tx, f"p{n}", profile_id=f"p_{n}")
         record(tx, "other", connection_id="conn_other", profile_id="p_other")
     with transaction(engine) as tx, transaction(engine) as other:
-        payments.lock_payments_of_updates(tx, updates)
+        payment_connections.lock_payments_of_updates(tx, updates)
         unlocked = payments.lock_due(other, START + timedelta(days=1), 100).result()
         assert [waiting.payment_id for waiting in unlocked] == ["other"]
 

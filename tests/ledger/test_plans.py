@@ -208,6 +208,10 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
         {"balance_received"},
     ),
     "calls of a refresh": (lambda tx: fee_entries.calls_of_refreshes(tx, ["r7"]), {"fee_entry_refresh"}),
+    "calls by id": (
+        lambda tx: next(fee_entries.calls_in_batches(tx, ["c7"])),
+        {"fee_entry_pending"},
+    ),
     "fees of a day": (
         lambda tx: cap_usage.total_non_void_fees(tx, "USD", END - timedelta(seconds=60)),
         {"fee_entry_called_at"},

@@ -17,6 +17,7 @@ from tests.support.system import System, wait_until
 from tests.suspension.primitive_kit import FAILED, RELEASED, Kit, Outcome, Primitive
 from tests.suspension.primitives import PRIMITIVES
 from tests.suspension.service import RECEIVED
+from worker.ledger.compact_json import full_continuation
 from worker.ledger.engine import transaction
 
 _numbers = itertools.count(1)
@@ -83,7 +84,10 @@ class Run:
         """Return the outcome deliveries of this run."""
         columns = "task_id, payment_id, continuation, due_at, delivered_at"
         query = f"SELECT {columns} FROM outcome_delivery WHERE payment_id LIKE :run"
-        return self.system.rows(query, run=f"{self.name}/%")
+        return [
+            {**row, "continuation": full_continuation(row["continuation"], row["task_id"])}
+            for row in self.system.rows(query, run=f"{self.name}/%")
+        ]
 
     def wait_until_all_are_waiting(self) -> None:
         """Wait until every payment that starts without another one is waiting."""

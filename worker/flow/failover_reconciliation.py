@@ -151,6 +151,7 @@ def _resolution(payment: WaitingPayment, result: StoredResult) -> Resolution:
         payment_id=payment.payment_id,
         event=PaymentEvent.FUNDS_SUFFICIENT,
         outcome=dict(result.outcome),
+        payment=payment,
         resolved_at=outcome.resolved_at,
         refresh_id=outcome.refresh_id,
         reused=not outcome.shared_by,

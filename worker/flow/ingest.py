@@ -10,7 +10,7 @@ from worker.flow.attribution import AttributedBalance, attribute_balance
 from worker.flow.balance_inputs import LedgerReplies, by_account_id, send_loads_of_locked
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import add_to_correlation_and_resolve_payments, fail_payments_with_fee_share
-from worker.ledger import balances, payments, quarantine
+from worker.ledger import balances, payment_connections, quarantine
 from worker.ledger.balances import BalanceRecord
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, transaction
 from worker.ledger.locks import try_lock_accounts
@@ -117,11 +117,13 @@ def _store_for_later_apply(rt: Runtime, records: Sequence[BalanceRecord]) -> Fol
 
 def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[ConnectionUpdate]) -> FollowUp:
     """Apply connection updates in the order in which they occurred."""
-    payments.lock_payments_of_updates(tx, updates)
+    payment_connections.lock_payments_of_updates(tx, updates)
     follow_up = FollowUp()
     for update in sorted(updates, key=lambda update: update.at):
         if isinstance(update, AccountMoved):
-            payments.set_connection_of_waiting_if_newer(tx, update, max_requested_at=update.at + rt.settings.clock_skew)
+            payment_connections.set_connection_of_waiting_if_newer(
+                tx, update, max_requested_at=update.at + rt.settings.clock_skew
+            )
         else:
             follow_up = follow_up.plus(_fail_payments_requested_before_loss(rt, tx, update))
     return follow_up
@@ -130,7 +132,7 @@ def _move_or_fail_affected_payments(rt: Runtime, tx: Tx, updates: Sequence[Conne
 def _fail_payments_requested_before_loss(rt: Runtime, tx: Tx, lost: ConnectionLost) -> FollowUp:
     """Fail the payments of a lost connection or profile that were requested before it was lost."""
     requested_by = lost.at + rt.settings.clock_skew
-    waiting = payments.lock_waiting_by_connection(tx, lost, max_requested_at=requested_by)
+    waiting = payment_connections.lock_waiting_by_connection(tx, lost, max_requested_at=requested_by)
     return FollowUp(
         deliveries=fail_payments_with_fee_share(rt, tx, waiting, FailureReason.CONNECTION_LOST, lost.detail)
     )

@@ -272,6 +272,7 @@ def _released(
         payment_id=payment.payment_id,
         event=PaymentEvent.FUNDS_SUFFICIENT,
         outcome=outcome.model_dump(mode="json"),
+        payment=payment,
         resolved_at=now,
         refresh_id=refresh_id,
         reused=not fee.shared_by,

@@ -12,10 +12,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Table, func, select, text, union
 
-from worker.ledger.bulk import any_of, bulk_insert_or_ignore
+from worker.ledger.bulk import bulk_insert_or_ignore
 from worker.ledger.column_types import ExactDecimal, UtcTime
 from worker.ledger.engine import Tx
-from worker.ledger.tables import BALANCE, FEE_ENTRY, IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.ledger.fee_entries import of_calls
+from worker.ledger.tables import BALANCE, FEE_ENTRY, IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH, state_in
 from worker.rules.decimals import decimal_text
 from worker.rules.pricing import EntryState
 from worker.rules.states import ACTIVE_STATES
@@ -56,7 +57,9 @@ def oldest_time(tx: Tx) -> datetime | None:
 def find_obstacles(tx: Tx, until: datetime) -> Obstacles:
     """Return what can still change the statement of the months before `until`."""
     final = FEE_ENTRY.alias("final").c
-    has_final = select(final.call_id).where(final.call_id == entry.call_id, final.state != EntryState.PENDING.value)
+    has_final = select(final.call_id).where(
+        final.call_id == entry.call_id, ~state_in(final.state, {EntryState.PENDING})
+    )
     pending = select(entry.call_id).where(
         entry.called_at < until, entry.state == EntryState.PENDING.value, ~has_final.exists()
     )
@@ -163,4 +166,4 @@ def _insert_missing_entries(tx: Tx, rows: list[dict[str, Any]]) -> int:
     return len(missing)
 
 
-_STATES = select(entry.call_id, entry.state).where(any_of(entry.call_id, "call_ids"))
+_STATES = select(entry.call_id, entry.state).where(of_calls("call_ids"))

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from worker.ledger.engine import Tx
 from worker.ledger.fee_entries import CallEntry
 from worker.ledger.locks import lock_spending
-from worker.ledger.tables import FEE_ENTRY
+from worker.ledger.tables import FEE_ENTRY, state_in
 from worker.rules.fee_caps import CapKind, CapUsage, FeeCaps, start_of_day, start_of_month
 from worker.rules.pricing import EntryState, Price
 
@@ -25,12 +25,13 @@ MAX_CLOCK_LAG = timedelta(hours=1)
 COUNT_WEIGHT: Mapping[EntryState, int] = {EntryState.PENDING: 1, EntryState.POSTED: 0, EntryState.VOID: -1}
 """What an entry adds to the number of calls that may have to be paid. Each call has a pending entry, and at most one
 final entry: a void entry cancels the pending one, a posted entry confirms it."""
+_COUNTS = ~state_in(entry.state, {EntryState.POSTED})
 
 
 def total_non_void_fees(tx: Tx, currency: str, since: datetime, until: datetime | None = None) -> Decimal:
     """Return the posted and pending fees of calls made from `since` to before `until`."""
     query = select(entry.state, entry.price, func.count().label("entries")).group_by(entry.state, entry.price)
-    query = query.where(entry.called_at >= since, entry.currency == currency)
+    query = query.where(entry.called_at >= since, entry.currency == currency, _COUNTS)
     if until is not None:
         query = query.where(entry.called_at < until)
     rows = tx.execute(query)
@@ -40,7 +41,7 @@ def total_non_void_fees(tx: Tx, currency: str, since: datetime, until: datetime 
 def count_non_void_calls(tx: Tx, account_id: str, since: datetime) -> int:
     """Return the number of an account's posted and pending calls made at or after `since`."""
     query = select(entry.state, func.count().label("entries")).group_by(entry.state)
-    rows = tx.execute(query.where(entry.account_id == account_id, entry.called_at >= since))
+    rows = tx.execute(query.where(entry.account_id == account_id, entry.called_at >= since, _COUNTS))
     return sum(row.entries * COUNT_WEIGHT[EntryState(row.state)] for row in rows)
 
 

@@ -11,17 +11,18 @@ from typing import Any
 from sqlalchemy import Select, func, select, text
 
 from worker.ledger.engine import Tx
-from worker.ledger.tables import FEE_ENTRY, REFRESH
+from worker.ledger.tables import FEE_ENTRY, REFRESH, state_in
 from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import LedgerCall
 
 PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("pending_entry"), FEE_ENTRY.alias("final_entry")
 CALL_STATE = func.coalesce(FINAL_ENTRY.c.state, EntryState.PENDING.value).label("state")
 CALLS = PENDING_ENTRY.outerjoin(
-    FINAL_ENTRY, (FINAL_ENTRY.c.call_id == PENDING_ENTRY.c.call_id) & (FINAL_ENTRY.c.state != EntryState.PENDING.value)
+    FINAL_ENTRY,
+    (FINAL_ENTRY.c.call_id == PENDING_ENTRY.c.call_id) & ~state_in(FINAL_ENTRY.c.state, {EntryState.PENDING}),
 )
 """One row per call, together with `IS_PENDING_ENTRY`: its pending entry, and its final entry or nulls."""
-IS_PENDING_ENTRY = PENDING_ENTRY.c.state == EntryState.PENDING.value
+IS_PENDING_ENTRY = state_in(PENDING_ENTRY.c.state, {EntryState.PENDING})
 
 
 def raise_limits_for_report(tx: Tx) -> None:

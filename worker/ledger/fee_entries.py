@@ -9,12 +9,12 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 
 from worker.ledger.bulk import any_of, any_selected, bulk_insert, bulk_insert_or_ignore
 from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.refreshes import CALLED_SINCE_AND_ANSWERABLE
-from worker.ledger.tables import FEE_ENTRY
+from worker.ledger.tables import FEE_ENTRY, state_in
 from worker.rules.pricing import ACCEPTED_STATUS, EntryState, Price
 
 entry = FEE_ENTRY.c
@@ -83,7 +83,7 @@ def insert_final_rows(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> Reply[set[st
     if tx.dialect.name == "sqlite":
         # SQLite's trigger rejects a second final entry before ON CONFLICT DO NOTHING applies. It has no other writer.
         call_ids = [row["call_id"] for row in rows]
-        is_final = entry.call_id.in_(call_ids), entry.state != EntryState.PENDING.value
+        is_final = entry.call_id.in_(call_ids), ~state_in(entry.state, {EntryState.PENDING})
         final_call_ids = set(tx.scalars(select(entry.call_id).where(*is_final)))
         rows = [row for row in rows if row["call_id"] not in final_call_ids]
     return bulk_insert_or_ignore(tx, FEE_ENTRY, rows, returning="call_id")
@@ -113,6 +113,12 @@ def calls_of_answerable_refreshes(
 _OF_ANSWERABLE_REFRESHES = select(FEE_ENTRY).where(any_selected(entry.refresh_id, CALLED_SINCE_AND_ANSWERABLE))
 
 
+def of_calls(parameter: str) -> ColumnElement[bool]:
+    """Return the condition that an entry is one of these calls, in the form of the two indexes on `call_id`."""
+    is_one, is_pending = any_of(entry.call_id, parameter), state_in(entry.state, {EntryState.PENDING})
+    return (is_one & is_pending) | (is_one & ~is_pending)
+
+
 def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallEntry]]:
     """Yield these calls in their latest states, up to `CALLS_PER_STATEMENT` at a time."""
     for start in range(0, len(call_ids), CALLS_PER_STATEMENT):
@@ -120,7 +126,7 @@ def calls_in_batches(tx: Tx, call_ids: Sequence[str]) -> Iterator[list[CallEntry
         yield _latest_calls(tx.execute(_BY_ID, {"call_ids": chunk}))
 
 
-_BY_ID = select(FEE_ENTRY).where(any_of(entry.call_id, "call_ids"))
+_BY_ID = select(FEE_ENTRY).where(of_calls("call_ids"))
 
 
 def _latest_calls(rows: Iterable[Row[Any]]) -> list[CallEntry]:

@@ -13,7 +13,9 @@ from typing import Any
 from sqlalchemy import Column, Integer, Label, bindparam, literal_column, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
+from worker.ledger.compact_json import compact_continuation, full_continuation
 from worker.ledger.engine import Reply, Rows, Tx
+from worker.ledger.payment_json import OUTCOME_COLUMNS, outcome_of_row
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
 
@@ -56,7 +58,7 @@ def register_deliveries(tx: Tx, deliveries: Sequence[NewDelivery]) -> None:
         {
             "task_id": new.continuation["id"],
             "payment_id": new.payment_id,
-            "continuation": new.continuation,
+            "continuation": compact_continuation(new.continuation),
             "due_at": new.due_at,
         }
         for new in deliveries
@@ -107,9 +109,9 @@ def _claimed_deliveries(rows: Rows) -> list[OutcomeDelivery]:
     return [
         OutcomeDelivery(
             task_id=row.task_id,
-            continuation=row.continuation,
+            continuation=full_continuation(row.continuation, row.task_id),
             state=PaymentState(row.state),
-            outcome=row.outcome,
+            outcome=outcome_of_row(row) or {},
             claimed_until=row.due_at,
         )
         for row in sorted(rows, key=lambda row: str(row.task_id))
@@ -136,10 +138,10 @@ _CLAIM = (
     .values(due_at=bindparam("claimed_until"))
     .returning(
         delivery.task_id,
+        delivery.payment_id,
         delivery.continuation,
         delivery.due_at,
-        _of_payment(payment.state),
-        _of_payment(payment.outcome),
+        *(_of_payment(column) for column in (payment.state, *OUTCOME_COLUMNS)),
     )
 )
 _CLAIM_BY_TASK = _CLAIM.where(any_of(delivery.task_id, "task_ids"))

@@ -15,8 +15,10 @@ from sqlalchemy import Select, func, select
 from config.task_queues import TASK_QUEUES
 from worker.ledger import refreshes
 from worker.ledger.balance_report import BalanceLine, RejectedBalanceLine, payment_balances
+from worker.ledger.compact_json import full_continuation
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
+from worker.ledger.payment_json import job_of_row, outcome_of_row
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.rules.callbacks import Callback, callbacks_of
 from worker.rules.funds import HOLD_OPEN
@@ -164,7 +166,7 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
         payment_id=row.payment_id,
         account_id=row.account_id,
         state=PaymentState(row.state),
-        verdict=(row.outcome or {}).get("verdict"),
+        verdict=(outcome_of_row(row) or {}).get("verdict"),
         reason=row.reason,
         amount=row.amount,
         requested_at=row.requested_at,
@@ -232,8 +234,8 @@ def payment_timeline(
     found = payment_balances(tx, row, refresh_id, clock_skew)
     return PaymentTimeline(
         payment=_payment_line(row, fees),
-        job=row.job,
-        outcome=row.outcome,
+        job=job_of_row(row),
+        outcome=outcome_of_row(row),
         funds_calculation=_funds_calculation_with_old_and_new_names(row),
         refresh=_refresh_line(tx, refresh_id),
         calls=_call_lines(tx, refresh_id),
@@ -285,7 +287,7 @@ _NEW_NAMES = {
 
 
 def _funds_calculation_with_old_and_new_names(row: Row[Any]) -> dict[str, Any] | None:
-    calculation = row.funds_calculation or (row.outcome or {}).get("funds_calculation")
+    calculation = row.funds_calculation or (outcome_of_row(row) or {}).get("funds_calculation")
     if calculation is None:
         return None
     new = {new: calculation[old] for old, new in _NEW_NAMES.items() if old in calculation}
@@ -312,7 +314,9 @@ def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str, name_prefix: s
             task_id=row.task_id,
             delivered_at=row.delivered_at,
             undeliverable=row.undeliverable,
-            callbacks=callbacks_of(row.continuation, task_queues=task_queues, default_queue=callback_queue),
+            callbacks=callbacks_of(
+                full_continuation(row.continuation, row.task_id), task_queues=task_queues, default_queue=callback_queue
+            ),
         )
         for row in tx.execute(query)
     ]
@@ -320,8 +324,9 @@ def _delivery_lines(tx: Tx, payment_id: str, callback_queue: str, name_prefix: s
 
 def recent_continuations(tx: Tx, resolved_after: datetime, limit: int) -> list[dict[str, Any]]:
     """Return the continuations of up to `limit` tasks whose payment is waiting, or was resolved after this time."""
-    query = select(delivery.continuation).join_from(OUTCOME_DELIVERY, PAYMENT)
-    return list(tx.scalars(query.where(IS_WAITING | (payment.resolved_at > resolved_after)).limit(limit)))
+    query = select(delivery.task_id, delivery.continuation).join_from(OUTCOME_DELIVERY, PAYMENT)
+    rows = tx.execute(query.where(IS_WAITING | (payment.resolved_at > resolved_after)).limit(limit))
+    return [full_continuation(row.continuation, row.task_id) for row in rows]
 
 
 def call_counts_by_account(tx: Tx, account_ids: Sequence[str]) -> dict[str, Counter[EntryState]]:

@@ -1,14 +1,15 @@
 """Queries on the table `payment`."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Integer, bindparam, func, select, update
+from sqlalchemy import Integer, bindparam, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update, bulk_update_and_referring
+from worker.ledger.compact_json import OutcomeColumns, compact_job, compact_outcome, full_continuation
 from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.fee_sharers import count_fee_sharers_by_final_state
 from worker.ledger.locks import (
@@ -19,16 +20,14 @@ from worker.ledger.locks import (
     locked_job_parameters,
 )
 from worker.ledger.outcome_deliveries import MAKE_DUE, REDELIVER_AFTER, OutcomeDelivery
+from worker.ledger.payment_json import job_of_row, outcome_of_row
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
-from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
 from worker.rules.job import Job, parse_stored_job_ignoring_unknown
 from worker.rules.states import PAYMENT_TRANSITIONS, PaymentEvent, PaymentState
 
 payment, delivery = PAYMENT.c, OUTCOME_DELIVERY.c
 FIRST_CHECK_AFTER = timedelta(seconds=5)
 """Time after which maintenance checks that a refresh exists for a new payment."""
-IDS_PER_STATEMENT = 500
-"""Maximum ids in one statement: databases limit the number of parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,8 @@ class Resolution:
     event: PaymentEvent
     outcome: dict[str, Any]
     resolved_at: datetime
+    payment: WaitingPayment | None = None
+    """The payment that is released. Its outcome is stored without what its row has. Not needed if it fails."""
     reason: str | None = None
     refresh_id: str | None = None
     reused: bool = False
@@ -98,7 +99,12 @@ def _payment_row(new: WaitingPayment) -> dict[str, Any]:
         "payment_id": new.payment_id,
         "account_id": new.account_id,
         "state": PaymentState.WAITING,
-        "job": new.job.model_dump(mode="json", exclude_defaults=True),
+        "job": compact_job(
+            new.job.model_dump(mode="json", exclude_defaults=True),
+            payment_id=new.payment_id,
+            account_id=new.account_id,
+            amount=new.job.amount,
+        ),
         "connection_id": new.job.connection_id,
         "profile_id": new.job.profile_id,
         "amount": new.job.amount,
@@ -120,7 +126,9 @@ def lock_payments_of_jobs(tx: Tx, jobs: Sequence[JobIds]) -> Reply[Mapping[str, 
 
 def _known_payments(rows: Rows) -> Mapping[str, KnownPayment]:
     return {
-        row.payment_id: KnownPayment(payment=_waiting_payment(row), state=PaymentState(row.state), outcome=row.outcome)
+        row.payment_id: KnownPayment(
+            payment=_waiting_payment(row), state=PaymentState(row.state), outcome=outcome_of_row(row)
+        )
         for row in rows
     }
 
@@ -129,27 +137,34 @@ def _waiting_payment(row: Row[Any]) -> WaitingPayment:
     return WaitingPayment(
         payment_id=row.payment_id,
         account_id=row.account_id,
-        job=parse_stored_job_ignoring_unknown(row.job),
+        job=parse_stored_job_ignoring_unknown(job_of_row(row)),
         requested_at=row.requested_at,
         min_balance_at=row.min_balance_at,
         deadline=row.deadline,
     )
 
 
-def _waiting_payments(rows: Iterable[Row[Any]]) -> list[WaitingPayment]:
+def waiting_payments(rows: Iterable[Row[Any]]) -> list[WaitingPayment]:
+    """Return the payments that were selected as `LOCK_WAITING` selects them."""
     return [_waiting_payment(row) for row in rows]
 
 
 _SELECT_PAYMENTS = select(
-    payment.payment_id, payment.account_id, payment.job, payment.requested_at, payment.min_balance_at, payment.deadline
+    payment.payment_id,
+    payment.account_id,
+    payment.amount,
+    payment.job,
+    payment.requested_at,
+    payment.min_balance_at,
+    payment.deadline,
 )
 _LOCK_PAYMENTS = _SELECT_PAYMENTS.order_by(payment.payment_id).with_for_update()
 """Every transaction locks rows in this order, so that no two of them can deadlock."""
-_LOCK_PAYMENTS_OF_JOBS = _LOCK_PAYMENTS.add_columns(payment.state, payment.outcome).where(
-    any_payment_of_locked_job(payment.payment_id)
-)
-_LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
-_LOCK_WAITING_BY_ACCOUNT = _LOCK_WAITING.where(any_locked_account(payment.account_id))
+_LOCK_PAYMENTS_OF_JOBS = _LOCK_PAYMENTS.add_columns(
+    payment.state, payment.outcome, payment.resolved_at, payment.refresh_id, payment.balance_id
+).where(any_payment_of_locked_job(payment.payment_id))
+LOCK_WAITING = _LOCK_PAYMENTS.where(IS_WAITING)
+_LOCK_WAITING_BY_ACCOUNT = LOCK_WAITING.where(any_locked_account(payment.account_id))
 
 
 def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Reply[Mapping[str, list[WaitingPayment]]]:
@@ -162,14 +177,14 @@ def lock_waiting_by_account(tx: Tx, account_ids: Collection[str]) -> Reply[Mappi
 
 def _by_account(rows: Rows) -> Mapping[str, list[WaitingPayment]]:
     by_account: dict[str, list[WaitingPayment]] = defaultdict(list)
-    for waiting in sorted(_waiting_payments(rows), key=lambda waiting: (waiting.requested_at, waiting.payment_id)):
+    for waiting in sorted(waiting_payments(rows), key=lambda waiting: (waiting.requested_at, waiting.payment_id)):
         by_account[waiting.account_id].append(waiting)
     return by_account
 
 
 def lock_waiting(tx: Tx, payment_ids: Sequence[str]) -> list[WaitingPayment]:
     """Lock those of the payments that are waiting until the transaction ends, and return them."""
-    return _waiting_payments(tx.execute(_LOCK_WAITING_BY_ID, {"payment_ids": list(payment_ids)}))
+    return waiting_payments(tx.execute(_LOCK_WAITING_BY_ID, {"payment_ids": list(payment_ids)}))
 
 
 _LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
@@ -178,70 +193,9 @@ _LOCK_WAITING_BY_ID = _LOCK_PAYMENTS.where(
 """The state is a bind parameter here: with a literal, PostgreSQL may scan a partial index of all waiting payments."""
 
 
-def lock_payments_of_updates(tx: Tx, updates: Sequence[ConnectionUpdate]) -> None:
-    """Lock the waiting payments of all these connections, profiles and accounts.
-
-    They are locked in the order of their ids, as in every transaction. The updates can then be applied one by one, in
-    any order, without a deadlock: payments that are stored meanwhile are locked only if that needs no wait.
-    """
-    lost = [update for update in updates if isinstance(update, ConnectionLost)]
-    moved = [update for update in updates if isinstance(update, AccountMoved)]
-    payment_ids = {
-        *_waiting_ids(tx, payment.connection_id, {update.connection_id for update in lost}),
-        *_waiting_ids(tx, payment.profile_id, {update.profile_id for update in lost}),
-        *_waiting_ids(tx, payment.account_id, {update.account_id for update in moved}),
-    }
-    for chunk in _sorted_chunks(payment_ids):
-        lock_waiting(tx, chunk)
-
-
-def _waiting_ids(tx: Tx, column: Column[Any], values: Iterable[str | None]) -> Iterator[str]:
-    """Yield the ids of the waiting payments with one of these values in the column. None is no value."""
-    for chunk in _sorted_chunks(value for value in values if value is not None):
-        yield from tx.scalars(select(payment.payment_id).where(column.in_(chunk), IS_WAITING))
-
-
-def _sorted_chunks(ids: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield the sorted ids in chunks of at most `IDS_PER_STATEMENT`."""
-    ordered = sorted(ids)
-    for start in range(0, len(ordered), IDS_PER_STATEMENT):
-        yield ordered[start : start + IDS_PER_STATEMENT]
-
-
-def lock_waiting_by_connection(tx: Tx, lost: ConnectionLost, max_requested_at: datetime) -> list[WaitingPayment]:
-    """Lock the waiting payments of a connection or profile that were requested by this time, and return them.
-
-    Call `lock_payments_of_updates` before.
-    """
-    by_connection, by_profile = payment.connection_id == lost.connection_id, payment.profile_id == lost.profile_id
-    is_affected = by_profile if lost.connection_id is None else by_connection
-    return _lock_waiting_skip_locked(tx, is_affected & (payment.requested_at <= max_requested_at))
-
-
-def set_connection_of_waiting_if_newer(tx: Tx, moved: AccountMoved, max_requested_at: datetime) -> None:
-    """Set the new connection of the account's waiting payments that were requested by this time.
-
-    Payments that know of a later move, or that name no connection, stay as they are. Call `lock_payments_of_updates`
-    before.
-    """
-    is_newer = payment.connection_as_of.is_(None) | (payment.connection_as_of < moved.at)
-    is_affected = (
-        (payment.account_id == moved.account_id)
-        & payment.connection_id.is_not(None)
-        & (payment.requested_at <= max_requested_at)
-    )
-    ids = [waiting.payment_id for waiting in _lock_waiting_skip_locked(tx, is_affected & is_newer)]
-    values = {"connection_id": moved.connection_id, "connection_as_of": moved.at}
-    tx.execute(update(PAYMENT).where(payment.payment_id.in_(ids)).values(**values))
-
-
-def _lock_waiting_skip_locked(tx: Tx, condition: ColumnElement[bool]) -> list[WaitingPayment]:
-    return _waiting_payments(tx.execute(_LOCK_WAITING.where(condition).with_for_update(skip_locked=True)))
-
-
 def lock_due(tx: Tx, now: datetime, limit: int) -> Reply[list[WaitingPayment]]:
     """Lock up to `limit` waiting payments whose next check is due (`SKIP LOCKED`), and return them."""
-    return tx.send(_LOCK_DUE, {"now": now, "max_count": limit}, read=_waiting_payments)
+    return tx.send(_LOCK_DUE, {"now": now, "max_count": limit}, read=waiting_payments)
 
 
 _LOCK_DUE = (
@@ -302,7 +256,7 @@ def resolve(tx: Tx, resolutions: Sequence[Resolution], now: datetime) -> Reply[l
         return [
             OutcomeDelivery(
                 task_id=row.task_id,
-                continuation=row.continuation,
+                continuation=full_continuation(row.continuation, row.task_id),
                 state=by_payment[row.payment_id].state,
                 outcome=by_payment[row.payment_id].outcome,
                 claimed_until=claimed_until,
@@ -341,5 +295,21 @@ def _without_closed_shares(tx: Tx, resolutions: Sequence[Resolution]) -> list[Re
 
 
 def _resolved_row(resolution: Resolution) -> dict[str, Any]:
-    columns = {name: value for name, value in vars(resolution).items() if name != "event"}
-    return {**columns, "state": resolution.state, "was_state": PaymentState.WAITING}
+    columns = {name: value for name, value in vars(resolution).items() if name not in ("event", "payment")}
+    stored = {"outcome": _stored_outcome(resolution), "state": resolution.state}
+    return {**columns, **stored, "was_state": PaymentState.WAITING}
+
+
+def _stored_outcome(resolution: Resolution) -> dict[str, Any]:
+    if resolution.payment is None:
+        return resolution.outcome
+    columns = OutcomeColumns(
+        payment_id=resolution.payment_id,
+        amount=resolution.payment.job.amount,
+        requested_at=resolution.payment.requested_at,
+        resolved_at=resolution.resolved_at,
+        refresh_id=resolution.refresh_id,
+        balance_id=resolution.balance_id,
+        metadata=resolution.payment.job.model_dump(mode="json", include={"metadata"})["metadata"],
+    )
+    return compact_outcome(resolution.outcome, columns)

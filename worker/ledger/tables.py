@@ -18,7 +18,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     Text,
-    UniqueConstraint,
     literal_column,
 )
 from sqlalchemy import text as sql
@@ -76,7 +75,7 @@ class PaymentRow(SQLModel, table=True):
     state: str = Field(sa_type=Text)
     """`waiting`, `released` or `failed`."""
     job: dict[str, Any] = Field(sa_type=Json)
-    """The job as received, without defaults."""
+    """The job as received, without defaults, and without `payment_id`, `account_id` and `amount`: columns have them."""
     connection_id: str | None = Field(default=None, sa_type=Text)
     """The account's connection at the provider, if the job names it. A later event may change it."""
     connection_as_of: datetime | None = Field(default=None, sa_type=UtcTime)
@@ -109,7 +108,8 @@ class PaymentRow(SQLModel, table=True):
     hold_until: datetime | None = Field(default=None, sa_type=UtcTime)
     """End of the funds hold of a released payment. `HOLD_OPEN` until the outcome is delivered. Null without a hold."""
     outcome: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    """The outcome, the same for every task of this payment and every delivery."""
+    """The outcome, the same for every task of this payment and every delivery. That of a released payment lacks what
+    other columns have and what is usual, such as the verdict `sufficient`; `payready payment show` has all of it."""
 
 
 class OutcomeDeliveryRow(SQLModel, table=True):
@@ -127,7 +127,8 @@ class OutcomeDeliveryRow(SQLModel, table=True):
     payment_id: str = Field(sa_type=Text, sa_column_args=[ForeignKey("payment.payment_id")])
     """The payment whose outcome the task gets."""
     continuation: dict[str, Any] = Field(sa_type=Json)
-    """What Celery needs to finish the suspended task: its request, callbacks, chain, chord and group."""
+    """What Celery needs to finish the suspended task: its request, callbacks, chain, chord and group. Its id and usual
+    values are left out."""
     due_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """When the sweep delivers the outcome. Null while the payment waits, and after the delivery."""
     delivered_at: datetime | None = Field(default=None, sa_type=UtcTime)
@@ -179,12 +180,13 @@ class FeeEntryRow(SQLModel, table=True):
     __tablename__ = "fee_entry"
     __table_args__ = (
         CheckConstraint(f"state IN ({_quoted_states(*EntryState)})", name="fee_entry_state"),
-        UniqueConstraint("call_id", "state", name="fee_entry_once"),
+        _partial_index("fee_entry_pending", "call_id", where="state = 'pending'", unique=True),
         _partial_index("fee_entry_final", "call_id", where="state <> 'pending'", unique=True),
         Index("fee_entry_refresh", "refresh_id"),
         Index("fee_entry_recorded_at", "recorded_at"),
         Index("fee_entry_called_at", "called_at"),
-        Index("fee_entry_account", "account_id", "called_at"),
+        # Posted entries confirm their pending ones, and are not counted: `cap_usage.COUNT_WEIGHT`.
+        _partial_index("fee_entry_account", "account_id", "called_at", where="state <> 'posted'"),
     )
 
     entry_id: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
