@@ -30,7 +30,7 @@ SQL_BUDGET, REDIS_BUDGET = 10, 8
 """Round trips for a plain payment that comes alone, from its job to the mark of its delivered outcome."""
 BATCH_SIZE = 50
 SQL_BUDGET_IN_BATCH, REDIS_BUDGET_IN_BATCH = 3, 2
-"""Round trips for each payment of a batch. A busy machine forms smaller batches: 1.3 of both were seen at a load of 16."""
+"""Round trips for each payment of a batch. A busy machine forms smaller batches: 1.3 of both were seen at load 16."""
 TIMES_ALONE = 5
 _FETCH_DIGEST = hashlib.sha1(redis_source._FETCH.encode(), usedforsecurity=False).hexdigest().encode()
 _CHECK_OF_A_NEW_CONNECTION = "SELECT pg_backend_pid()"
