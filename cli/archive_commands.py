@@ -40,15 +40,20 @@ def archive_months(
     if context.invoked_subcommand is not None:
         return
     until = _parse_first_day(before)
-    done = list[MonthArchive]()
+    results = list[MonthArchive | ArchiveError]()
     with _engine_or_exit() as engine:
-        for archived in flow.archive_months_before(engine, until, to, clock=utc_now):
-            done.append(archived)
-            if not as_json:
-                _print_archived(archived)
-    if as_json:
-        typer.echo(render.as_json([_archived_json(archived) for archived in done]))
-    elif not done:
+        try:
+            for archived in flow.archive_months_before(engine, until, to, clock=utc_now):
+                results.append(archived)
+                if not as_json:
+                    _print_archived(archived)
+        except ArchiveError as error:
+            results.append(error)
+            raise
+        finally:  # also after an error: the rows of these months are removed
+            if as_json:
+                typer.echo(render.as_json([_archived_json(result) for result in results]))
+    if not results and not as_json:
         typer.echo("there is no month to archive")
 
 
@@ -72,8 +77,10 @@ def _rows_text(rows: dict[str, int]) -> str:
     return ", ".join(f"{table} {count}" for table, count in rows.items())
 
 
-def _archived_json(archived: MonthArchive) -> dict[str, Any]:
-    return {**vars(archived), "folder": str(archived.folder), "kept": dict(archived.kept)}
+def _archived_json(result: MonthArchive | ArchiveError) -> dict[str, Any]:
+    if isinstance(result, ArchiveError):
+        return {"error": str(result)}
+    return {**vars(result), "folder": str(result.folder), "kept": dict(result.kept), "error": None}
 
 
 @app.command("verify")

@@ -88,13 +88,23 @@ def query_or_exit(read: Callable[[Tx], T]) -> T:
 @contextmanager
 def engine_or_exit() -> Iterator[Engine]:
     """Open an engine for the ledger. Print an expected error of the block and exit."""
-    with report_errors():
-        require_in_production(settings(), "database_url")
-        engine = open_engine(settings().database_url, connections=1, pooler=settings().database_pooler)
-        try:
-            yield engine
-        finally:
-            engine.dispose()
+    with report_errors(), ledger_engine() as engine:
+        yield engine
+
+
+@contextmanager
+def ledger_engine() -> Iterator[Engine]:
+    """Open an engine for the ledger.
+
+    Raises:
+        ConfigurationError: production has no address of the database.
+    """
+    require_in_production(settings(), "database_url")
+    engine = open_engine(settings().database_url, connections=1, pooler=settings().database_pooler)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 @contextmanager

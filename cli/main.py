@@ -28,17 +28,19 @@ from cli.command_line import (
     AsJson,
     echo_line,
     fail,
+    ledger_engine,
     query_or_exit,
     report_errors,
     runtime_or_exit,
     stdout_console_for_terminal_or_log,
 )
 from config.role_settings import require_in_production
-from config.settings import settings
+from config.settings import ConfigurationError, settings
 from demo.interrupts import Interrupted, Interrupts, interrupts
 from worker import flow
 from worker.errors import PaymentNotReady
 from worker.ledger import archived_months, payment_report
+from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 from worker.rules.job import FundsCheck, Job, parse_job
 from worker.rules.states import PaymentState
 from worker.runtime import build_runtime, utc_now
@@ -213,7 +215,7 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
         )
     )
     if timeline is None:
-        fail(_missing_payment_text(payment_id))
+        fail(_archived_text(payment_id) or f"no payment {payment_id} in the ledger")
     elif as_json:
         typer.echo(render.as_json(timeline))
     else:
@@ -222,11 +224,16 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
         )
 
 
-def _missing_payment_text(payment_id: str) -> str:
-    archived = query_or_exit(lambda tx: archived_months.month_with_payment(tx, payment_id))
+def _archived_text(payment_id: str) -> str | None:
+    """Return when a payment was archived, and where its rows are. None if it was not, or if there is no ledger here."""
+    try:
+        with ledger_engine() as engine, read_snapshot(engine) as tx:
+            archived = archived_months.month_with_payment(tx, payment_id)
+    except (ConfigurationError, *DATABASE_UNAVAILABLE):
+        return None
     if archived is None:
-        return f"no payment {payment_id} in the ledger"
-    return f"{payment_id} is archived: its rows are in {archived.folder}"
+        return None
+    return f"{payment_id} was archived on {render.utc_time_text(archived.copied_at)}, with {archived.folder}"
 
 
 @payment_app.command("list")
@@ -253,7 +260,7 @@ def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     elif cancelled:
         echo_line(f"{payment_id}: cancelled")
     if not cancelled:
-        fail(f"{payment_id} was not cancelled: it is already resolved, or unknown")
+        fail(_archived_text(payment_id) or f"{payment_id} was not cancelled: it is already resolved, or unknown")
 
 
 @payment_app.command("redeliver")
@@ -264,7 +271,7 @@ def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
     if not task_ids:
-        fail(f"{payment_id} has no outcome to deliver: it is waiting, or unknown")
+        fail(_archived_text(payment_id) or f"{payment_id} has no outcome to deliver: it is waiting, or unknown")
     elif not as_json:
         tasks = "task" if len(task_ids) == 1 else "tasks"
         echo_line(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
@@ -280,7 +287,8 @@ def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:
     elif ended:
         echo_line(f"{payment_id}: funds hold ended. Balances from before now are still reduced by its amount")
     if not ended:
-        fail(f"{payment_id} has no funds hold to end: it is not released, has no amount, or its hold has ended")
+        no_hold = f"{payment_id} has no funds hold to end: it is not released, has no amount, or its hold has ended"
+        fail(_archived_text(payment_id) or no_hold)
 
 
 if __name__ == "__main__":

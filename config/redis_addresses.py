@@ -25,6 +25,7 @@ from config.addresses import (
     require_usable_amqp_addresses,
 )
 
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<name>[\w.-]+))(?::(?P<port>\d{1,5}))?", re.ASCII)
 _DEFAULT_PORTS = {"server": 6379, "sentinel": 26379, "cluster": 6379}
 _VERIFICATIONS = {
     "required": ssl.CERT_REQUIRED,
@@ -77,7 +78,7 @@ class Host:
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{quote(self.name)}:{self.port}"
+        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +263,10 @@ def _parse_hosts(text: str, default_port: int, kind: Kind) -> tuple[Host, ...]:
 
 
 def _parse_host(text: str, default_port: int) -> Host:
-    found = re.fullmatch(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<name>[^\[\]:]+))(?::(?P<port>\d{1,5}))?", text)
+    found = _HOST_AND_PORT.fullmatch(text)
     if not found or int(found["port"] or 1) not in range(1, 65536):
         raise AddressError("must have a host, and a port from 1 to 65535; percent-encode special characters")
-    return Host(name=found["ipv6"] or unquote(found["name"]), port=int(found["port"] or default_port))
+    return Host(name=found["ipv6"] or found["name"], port=int(found["port"] or default_port))
 
 
 def _parse_socket_path(host: str, path: str) -> str:

@@ -20,6 +20,7 @@ from demo.processes import ROOT
 from tests.cli.conftest import LedgerBuilder
 from tests.support.databases import Databases
 from tests.support.system import wait_until
+from worker.flow import MonthArchive
 from worker.ledger.engine import open_engine
 from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState
@@ -27,6 +28,7 @@ from worker.rules.states import PaymentState
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)
 NICKEL = Price(per_call=Decimal("0.050000"), currency="USD", price_list="2026-09-11")
 Run = Callable[..., Any]
+ARCHIVED_AT = "2026-10-20 00:00:00Z"
 TABLES = ("payment", "outcome_delivery", "refresh", "fee_entry", "balance")
 
 
@@ -86,7 +88,10 @@ def test_archive_prints_files_and_removed_payments_and_statements_stay(run: Run,
     result = run("fees", "statement", "--month", "2026-09", "--by", "payment")
     assert (result.exit_code, f"its payments are in {tmp_path}/2026-09;" in result.output) == (1, True)
     result = run("payment", "show", "pay_1")
-    assert (result.exit_code, f"pay_1 is archived: its rows are in {tmp_path}/2026-09" in result.output) == (1, True)
+    assert (result.exit_code, f"pay_1 was archived on {ARCHIVED_AT}, with {tmp_path}/2026-09" in result.output) == (
+        1,
+        True,
+    )
     assert "no payment pay_x in the ledger" in run("payment", "show", "pay_x").output
     result = run("archive", "verify", tmp_path)
     assert (result.exit_code, "2026-09: complete, refresh 2" in result.output) == (0, True)
@@ -95,6 +100,49 @@ def test_archive_prints_files_and_removed_payments_and_statements_stay(run: Run,
     result = run("archive", "restore", tmp_path, "--month", "2026-09", "--json")
     assert json.loads(result.output)["inserted"]["payment"] == 5
     assert "pay_1" in run("payment", "show", "pay_1").output
+
+
+def test_json_has_the_months_that_were_archived_before_one_is_refused(run: Run, tmp_path: Path) -> None:
+    result = run("archive", "--before", "2026-11-01", "--to", tmp_path, "--json")
+    assert result.exit_code == 1
+    done, refused = json.loads(result.stdout)
+    assert (done["month"], done["error"], done["removed_payments"]) == ("2026-09", None, 5)
+    assert refused["error"].startswith("2026-10 can be archived from 2026-11-08")
+    assert result.stderr == f"payready: {refused['error']}\n"
+
+
+def test_json_has_the_months_that_were_archived_before_the_disk_is_full(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def archive_one_month(*_: object, **__: object) -> Iterator[MonthArchive]:
+        yield MonthArchive(month="2026-09", folder=tmp_path, rows={}, removed_payments=5)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cli.archive_commands.flow.archive_months_before", archive_one_month)
+    result = run("archive", "--before", "2026-11-01", "--to", tmp_path, "--json")
+    assert result.exit_code == 1
+    assert [month["month"] for month in json.loads(result.stdout)] == ["2026-09"]
+    assert "No space left on device" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["redeliver", "end-hold", "cancel"])
+def test_command_on_an_archived_payment_says_when_it_was_archived(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("cli.main.celery_client.cancel", lambda *_: False)
+    run("archive", "--before", "2026-10-01", "--to", tmp_path)
+    result = run("payment", command, "pay_1", "--json")
+    assert result.exit_code == 1
+    assert result.stderr == f"payready: pay_1 was archived on {ARCHIVED_AT}, with {tmp_path}/2026-09\n"
+    assert "unknown" in run("payment", "redeliver", "pay_x").stderr
+
+
+def test_cancel_needs_no_access_to_the_ledger(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker cancels. Without the ledger, the command cannot say whether the payment is archived."""
+    monkeypatch.setattr("cli.main.celery_client.cancel", lambda *_: False)
+    monkeypatch.setenv("PAYREADY_DATABASE_URL", f"sqlite:///{tmp_path}/none.db")
+    result = run("payment", "cancel", "pay_1")
+    assert result.stderr == "payready: pay_1 was not cancelled: it is already resolved, or unknown\n"
 
 
 def test_verify_fails_for_a_damaged_file(run: Run, tmp_path: Path) -> None:

@@ -15,18 +15,20 @@ from tests.support.databases import Databases
 from tests.support.in_process import PRICES, InProcessSystem
 from worker import flow
 from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureReason, PaymentNotReady
-from worker.flow import MonthArchive, VerifiedMonth, archive_files, archiving
-from worker.ledger import archive_removal, archived_months
-from worker.ledger.engine import Engine, open_engine, read_snapshot
+from worker.flow import MonthArchive, VerifiedMonth, archive_files, archive_verification, archiving
+from worker.ledger import archive_removal, archived_months, funds_holds
+from worker.ledger.engine import Engine, open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import payment_shares_and_unshared_fees, statement_lines
 from worker.rules.archive_manifest import ArchiveError, Month, month_of
 from worker.rules.invoice_file import InvoiceColumns, InvoiceError, InvoicePeriod
 from worker.rules.pricing import parse_price_list
 
 NOVEMBER, DECEMBER = (month_of(datetime(2026, month, 1, tzinfo=UTC)) for month in (11, 12))
+JANUARY = DECEMBER.following
 END_OF_NOVEMBER = DECEMBER.since
 AFTER_NOVEMBER = datetime(2026, 12, 9, 12, tzinfo=UTC)
 AFTER_DECEMBER = datetime(2027, 1, 9, 12, tzinfo=UTC)
+AFTER_JANUARY = datetime(2027, 2, 9, 12, tzinfo=UTC)
 TABLES = ("payment", "outcome_delivery", "refresh", "fee_entry", "balance")
 
 
@@ -102,6 +104,22 @@ def _statements(engine: Engine, month: Month = NOVEMBER) -> dict[str, Any]:
 
 def _raise(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def _interrupt_before_removal(payready: InProcessSystem, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(archiving, "_remove_rows", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            _archive(payready, folder)
+
+
+def _execute(payready: InProcessSystem, statement: str) -> None:
+    with payready.engine.begin() as connection:
+        connection.execute(text(statement))
+
+
+def _file_rows(folder: Path, month: str, table: str) -> list[dict[str, Any]]:
+    return list(archive_files.read_rows(folder / month, table))
 
 
 def test_archived_month_has_the_same_statement_and_no_rows(november: InProcessSystem, tmp_path: Path) -> None:
@@ -260,10 +278,7 @@ def test_payment_that_changes_after_the_copy_stays(
 ) -> None:
     """An operator redelivers an outcome between the copy and the removal: the row differs from its copy."""
     november.clock.now = AFTER_NOVEMBER
-    monkeypatch.setattr(archiving, "_remove_rows", _raise)
-    with pytest.raises(KeyboardInterrupt):
-        _archive(november, tmp_path)
-    monkeypatch.undo()
+    _interrupt_before_removal(november, tmp_path, monkeypatch)
     flow.redeliver(november.rt, "rejected")
     november.clock.advance(20)
     november.run_maintenance()
@@ -273,10 +288,106 @@ def test_payment_that_changes_after_the_copy_stays(
     assert archived.removed_payments == 9
 
 
+def test_balance_that_is_applied_after_the_copy_stays(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files have it as unapplied. The archive of the next month has it as it is in the ledger."""
+    _execute(november, "UPDATE balance SET due_at = received_at WHERE account_id = 'acct_shared'")
+    november.clock.now = AFTER_NOVEMBER
+    _interrupt_before_removal(november, tmp_path, monkeypatch)
+    _execute(november, "UPDATE balance SET due_at = NULL")
+    _archive(november, tmp_path)
+    assert [row["account_id"] for row in november.rows("SELECT account_id FROM balance")] == ["acct_shared"]
+    november.clock.now = AFTER_DECEMBER
+    _pay(november, "december", payments=1)
+    _archive(november, tmp_path, DECEMBER.until)
+    assert [row["account_id"] for row in november.rows("SELECT account_id FROM balance")] == ["acct_december"]
+    assert [row["due_at"] for row in _file_rows(tmp_path, "2026-12", "balance")] == [None]
+
+
+def test_refresh_that_changes_after_the_copy_stays(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A late balance answers it."""
+    _execute(november, "UPDATE refresh SET state = 'unanswered' WHERE account_id = 'acct_later'")
+    november.clock.now = AFTER_NOVEMBER
+    _interrupt_before_removal(november, tmp_path, monkeypatch)
+    _execute(november, "UPDATE refresh SET state = 'answered' WHERE account_id = 'acct_later'")
+    [archived] = _archive(november, tmp_path)
+    assert archived.kept == {"changed lately": 1}
+    assert [row["state"] for row in november.rows("SELECT state FROM refresh")] == ["answered"]
+
+
+def test_undeliverable_outcome_counts_as_delivered_after_thirty_days(november: InProcessSystem, tmp_path: Path) -> None:
+    """A funds hold keeps its payment until an operator ends it."""
+    tasks = "SELECT task_id FROM outcome_delivery WHERE payment_id IN ('rejected', 'shared-1')"
+    _execute(november, f"UPDATE outcome_delivery SET undeliverable = 'no callback' WHERE task_id IN ({tasks})")
+    with transaction(november.engine) as tx:
+        funds_holds.reopen_holds(tx, ["shared-1"])
+    november.clock.now = AFTER_NOVEMBER
+    [archived] = _archive(november, tmp_path)
+    assert archived.kept == {"outcome undeliverable": 2}
+    november.clock.now = AFTER_DECEMBER
+    [archived] = _archive(november, tmp_path, DECEMBER.until)
+    assert archived.kept == {"funds hold not ended": 1}
+    assert archived.removed_payments == 1
+    assert flow.end_hold(november.rt, "shared-1")
+    november.clock.now = AFTER_JANUARY
+    [archived] = _archive(november, tmp_path, JANUARY.until)
+    assert not archived.kept
+    assert set(_counts(november.engine).values()) == {0}
+
+
+def test_outcome_that_is_given_up_after_the_copy_keeps_its_payment(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_rejected = "WHERE payment_id = 'rejected'"
+    _execute(november, f"UPDATE outcome_delivery SET due_at = delivered_at, delivered_at = NULL {of_rejected}")
+    november.clock.now = AFTER_DECEMBER
+    _interrupt_before_removal(november, tmp_path, monkeypatch)
+    _execute(november, f"UPDATE outcome_delivery SET due_at = NULL, undeliverable = 'no callback' {of_rejected}")
+    [archived] = _archive(november, tmp_path)
+    assert archived.kept == {"outcome undeliverable": 1}
+
+
+def test_verify_names_the_files_that_an_interrupted_archive_left(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another folder was given the next time: nothing else would ever delete them."""
+    november.clock.now = AFTER_NOVEMBER
+    first, second = tmp_path / "first", tmp_path / "second"
+    with monkeypatch.context() as patch:
+        patch.setattr(archive_files, "write_manifest", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            _archive(november, first)
+    [error] = flow.verify_archive(november.engine, first)
+    assert str(error) == (
+        f"{first}/2026-11.partial is incomplete, and may have payment data; delete it, unless an archive command runs"
+    )
+    _archive(november, second)
+    errors = [str(error) for error in flow.verify_archive(november.engine, first)]
+    assert any(error.startswith(f"{first}/2026-11.partial is incomplete") for error in errors)
+    assert [type(result) for result in flow.verify_archive(november.engine, second)] == [VerifiedMonth]
+
+
+def test_verify_does_not_ask_to_delete_the_files_of_a_recorded_month(
+    november: InProcessSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command was interrupted before it gave the folder its final name. It continues with these files."""
+    november.clock.now = AFTER_NOVEMBER
+    with monkeypatch.context() as patch:
+        patch.setattr(archive_files, "name_partial_folder", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            _archive(november, tmp_path)
+    [error] = flow.verify_archive(november.engine, tmp_path)
+    assert str(error) == f"the archive of 2026-11 in {tmp_path} was interrupted; give its command again"
+    assert _archive(november, tmp_path)
+
+
 INTERRUPTED = [
     (archiving, "statement_lines"),
     (archive_files, "write_manifest"),
-    (archiving, "_check"),
+    (archive_verification, "check_month"),
     (archived_months, "record_month"),
     (archive_files, "name_partial_folder"),
     (archive_removal, "delete_refreshes"),
@@ -340,10 +451,7 @@ def test_damaged_file_is_found_before_any_row_is_removed(
 ) -> None:
     """Verify reports it, restore inserts nothing, and an interrupted archive does not continue."""
     november.clock.now = AFTER_NOVEMBER
-    monkeypatch.setattr(archiving, "_remove_rows", _raise)
-    with pytest.raises(KeyboardInterrupt):
-        _archive(november, tmp_path)
-    monkeypatch.undo()
+    _interrupt_before_removal(november, tmp_path, monkeypatch)
     before = _counts(november.engine)
     DAMAGES[damage](tmp_path / "2026-11" / "payment.jsonl.gz")
     with pytest.raises(ArchiveError, match=r"payment\.jsonl\.gz"):
@@ -432,7 +540,7 @@ def test_second_archive_command_with_another_folder_is_refused(
         [archived] = _archive(november, tmp_path / "first")
         assert archived.rows == rows
 
-    monkeypatch.setattr(archiving, "_check", archive_to_first_folder)
+    monkeypatch.setattr(archive_verification, "check_month", archive_to_first_folder)
     with pytest.raises(ArchiveError, match="another command has archived 2026-11 meanwhile"):
         _archive(november, tmp_path / "second")
     assert [path.name for path in (tmp_path / "second").iterdir()] == [".lock"]

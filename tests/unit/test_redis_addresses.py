@@ -125,6 +125,8 @@ INVALID_ADDRESSES = [
     ("redis://", "must have a host, and a port from 1 to 65535"),
     ("redis://hunter2:port", "must have a host, and a port from 1 to 65535"),
     ("redis://h:0", "must have a host, and a port from 1 to 65535"),
+    ("redis://h%20/0", "must have a host, and a port from 1 to 65535"),
+    ("sentinel://h1,/0?master=m", "must have a host, and a port from 1 to 65535"),
     ("redis://h:65536", "must have a host, and a port from 1 to 65535"),
     ("redis://[hunter2", "is no valid URL; percent-encode special characters in the password"),
     ("redis://:hun#ter2@h", "has a # that is not percent-encoded; write %23"),
@@ -153,6 +155,13 @@ def test_invalid_address_stops_the_start_with_one_sentence(name: str, address: s
     assert str(error_info.value).startswith(f"PAYREADY_{name} {sentence}")
     assert "hunter2" not in str(error_info.value)
     assert "ter2" not in str(error_info.value)
+
+
+@pytest.mark.parametrize("hosts", ["h ", "h%20", "h\u00a0", "h1, h2", "h\u0661", "h:\u0661"])
+def test_host_has_only_the_characters_of_a_name(hosts: str) -> None:
+    """The settings refuse most other characters before. The parser does not depend on it."""
+    with pytest.raises(AddressError, match="must have a host"):
+        parse_redis_address(f"sentinel://{hosts}/0?master=m")
 
 
 def test_parser_raises_only_its_own_error() -> None:

@@ -12,7 +12,8 @@
     `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
     `failover_reconciliation` find_losses, close_losses: repair a ledger that lost commits in a failover
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
-    `archiving`    archive_months_before, verify_archive, restore_month: closed months in files
+    `archiving`    archive_months_before: closed months in files
+    `archive_verification` verify_archive, restore_month: read these files again
 
 Functions in this package never enqueue tasks or deliver outcomes. What is to be done after the commit is returned as a
 `FollowUp`, for the caller to dispatch. All functions except `make_call_unless_claim_is_old` can be repeated. A request
@@ -21,13 +22,8 @@ transaction wins. Functions that process a batch and need account locks skip acc
 """
 
 from worker.flow.account_reading import read_account_and_call_if_needed
-from worker.flow.archiving import (
-    MonthArchive,
-    VerifiedMonth,
-    archive_months_before,
-    restore_month,
-    verify_archive,
-)
+from worker.flow.archive_verification import VerifiedMonth, restore_month, verify_archive
+from worker.flow.archiving import MonthArchive, archive_months_before
 from worker.flow.calling import (
     MAX_CLAIM_AGE,
     AcceptedCall,

@@ -12,7 +12,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from worker.rules.archive_manifest import ArchiveError, FileSummary, Manifest, file_name, parse_manifest
+from worker.rules.archive_manifest import ArchiveError, FileSummary, Manifest, file_name, parse_manifest, parse_month
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
@@ -55,6 +55,12 @@ def create_partial_folder(folder: Path, month: str) -> Path:
     partial = partial_folder(folder, month)
     partial.mkdir(mode=0o700)
     return partial
+
+
+def partial_months(folder: Path) -> set[str]:
+    """Return the months whose archive is not complete in this folder: it runs, or was interrupted."""
+    names = (path.name.removesuffix(_PARTIAL) for path in folder.glob(f"*{_PARTIAL}"))
+    return {name for name in names if parse_month(name)}
 
 
 def delete_partial_folder(folder: Path, month: str) -> None:

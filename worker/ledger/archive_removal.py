@@ -26,7 +26,9 @@ class PaymentToRemove:
     resolved_at: datetime | None
     hold_until: datetime | None
     delivered_at: list[datetime | None] = field(default_factory=list)
-    """When each task got the outcome; None for one that did not."""
+    """When each task got the outcome; None for one that is still to get it."""
+    undeliverable_tasks: list[str] = field(default_factory=list)
+    """Tasks whose delivery was given up."""
 
 
 @dataclass(kw_only=True)
@@ -88,8 +90,11 @@ def _lock_payments(tx: Tx, query: Any, ids: dict[str, Any]) -> list[tuple[Any, P
         for row in rows
     }
     for row in tx.execute(_DELIVERIES, {"ids": list(by_id)}) if by_id else ():
-        is_delivered = row.due_at is None and row.undeliverable is None
-        by_id[row.payment_id].delivered_at.append(row.delivered_at if is_delivered else None)
+        locked = by_id[row.payment_id]
+        if row.undeliverable is not None:
+            locked.undeliverable_tasks.append(row.task_id)
+        else:
+            locked.delivered_at.append(row.delivered_at if row.due_at is None else None)
     return [(row, by_id[row.payment_id]) for row in rows]
 
 
@@ -97,9 +102,9 @@ _REFRESHES = select(refresh.refresh_id, refresh.state).where(any_of(refresh.refr
 _ENTRIES = select(entry.refresh_id, entry.state, entry.called_at, entry.recorded_at).where(
     any_of(entry.refresh_id, "ids")
 )
-_DELIVERIES = select(delivery.payment_id, delivery.due_at, delivery.delivered_at, delivery.undeliverable).where(
-    any_of(delivery.payment_id, "ids")
-)
+_DELIVERIES = select(
+    delivery.payment_id, delivery.task_id, delivery.due_at, delivery.delivered_at, delivery.undeliverable
+).where(any_of(delivery.payment_id, "ids"))
 _LOCK = (
     select(payment.payment_id, payment.refresh_id, payment.resolved_at, payment.hold_until)
     .order_by(payment.payment_id)
