@@ -38,6 +38,11 @@ BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
 class CeleryUnavailable(Exception):
     """The broker or the result backend did not respond; the message says what to check."""
 
+    def __init__(self, message: str, problem: str | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem or message
+        """What its client reports, without what to check."""
+
 
 class NoWorkerResponse(CeleryUnavailable):
     """No worker finished a task in time. The task stays queued."""
@@ -73,9 +78,11 @@ def report_unavailable() -> Iterator[None]:
             "timed out waiting for a worker; the task stays queued. Start the role `worker`."
         ) from None
     except BROKER_ERRORS as error:
+        problem = str(error).rstrip(".")
         raise CeleryUnavailable(
-            f"cannot reach the broker or the result backend: {str(error).rstrip('.')}. Check PAYREADY_BROKER_URL and "
-            "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set."
+            f"cannot reach the broker or the result backend: {problem}. Check PAYREADY_BROKER_URL and "
+            "PAYREADY_RESULT_BACKEND_URL, or PAYREADY_REDIS_URL if they are not set.",
+            problem,
         ) from None
 
 

@@ -4,55 +4,81 @@ Each check is one function that yields results. All checks run at once, each in 
 not finish in time, yields an error, and the results of the others are still printed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
+from typing import Literal
 
-from cli import doctor_checks, doctor_provider_checks, doctor_queue_checks, doctor_server_checks
+from cli import (
+    STARTED_AT,
+    doctor_checks,
+    doctor_provider_checks,
+    doctor_queue_checks,
+    doctor_server_checks,
+    server_probes,
+)
 from cli.doctor_results import Check, CheckContext, CheckResult, error
 from config.settings import Settings
 from worker.errors import error_summary
 from worker.runtime import Runtime
 
-CHECKS: tuple[Check, ...] = (
-    doctor_server_checks.check_database,
-    doctor_server_checks.check_redis_memory_and_persistence,
-    doctor_checks.check_broker_and_workers,
-    doctor_queue_checks.check_unread_lists,
-    doctor_server_checks.check_result_backend,
-    doctor_checks.check_clocks,
-    doctor_provider_checks.check_api_key_mode_and_price,
-    doctor_provider_checks.check_circuit_breaker,
-    doctor_provider_checks.check_webhook_secrets,
-    doctor_provider_checks.check_web_accepts_signed_delivery,
-    doctor_provider_checks.check_public_webhook_address,
-    doctor_provider_checks.check_subscription,
-    doctor_provider_checks.check_fee_caps_and_missing_balances,
-    doctor_checks.check_dead_letters,
-    doctor_checks.check_overdue_payments_and_deliveries,
-    doctor_checks.check_callbacks_name_a_queue,
-    doctor_checks.check_flower_requires_login,
-)
-"""All checks in the order of their output: a dependency before the checks that need it."""
+Server = Literal[
+    "the database",
+    "Redis",
+    "the broker",
+    "the result backend",
+    "Quiltt's Auth API",
+    "Quiltt's Platform API",
+    "`web`",
+    "the public address",
+    "Flower",
+]
+CHECKS: Mapping[Check, Sequence[Server]] = {
+    doctor_server_checks.check_database: ("the database",),
+    doctor_server_checks.check_redis_memory_and_persistence: ("Redis",),
+    doctor_checks.check_broker_and_workers: ("the broker",),
+    doctor_queue_checks.check_unread_lists: ("the broker", "the database"),
+    doctor_server_checks.check_result_backend: ("the result backend",),
+    doctor_checks.check_clocks: ("the database", "Redis"),
+    doctor_provider_checks.check_api_key_mode_and_price: ("Quiltt's Auth API", "the database"),
+    doctor_provider_checks.check_circuit_breaker: ("Redis",),
+    doctor_provider_checks.check_webhook_secrets: (),
+    doctor_provider_checks.check_web_accepts_signed_delivery: ("`web`",),
+    doctor_provider_checks.check_public_webhook_address: ("the public address",),
+    doctor_provider_checks.check_subscription: ("Quiltt's Platform API",),
+    doctor_provider_checks.check_fee_caps_and_missing_balances: ("the database",),
+    doctor_checks.check_dead_letters: ("the database",),
+    doctor_checks.check_overdue_payments_and_deliveries: ("the database",),
+    doctor_checks.check_callbacks_name_a_queue: ("the database",),
+    doctor_checks.check_flower_requires_login: ("Flower",),
+}
+"""All checks with the servers that they use, in the order of their output: a dependency before the checks that need it.
+"""
 TIME_LIMIT_S = 12.0
-"""Time for all checks together. With the start of the process the doctor ends within 20 s, whatever hangs."""
+"""Time for all checks together."""
+END_AFTER_START_S = 18.0
+"""Time from the start of the process at which the checks end, also if the imports took long. The doctor ends within
+20 s, whatever hangs."""
 
 
 def run_checks(
-    settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None, time_limit_s: float = TIME_LIMIT_S
+    settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None, started_at: float = STARTED_AT
 ) -> Iterator[CheckResult]:
-    """Run every check. Results are yielded in the order of `CHECKS`, as soon as they are known."""
+    """Run every check. Results are yielded in the order of `CHECKS`, as soon as they are known.
+
+    `started_at`: time of the monotonic clock at the start of the process.
+    """
     context = CheckContext(
         settings=settings,
         rt=rt,
         flower_url=flower_url,
         web_url=web_url or local_web_url(settings),
     )
-    running = [RunningCheck(check, context) for check in CHECKS]
-    deadline = monotonic() + time_limit_s
+    deadline = min(monotonic() + TIME_LIMIT_S, started_at + END_AFTER_START_S)
+    running = [RunningCheck(check, context, servers) for check, servers in CHECKS.items()]
     for check in running:
-        yield from check.results_until(deadline, time_limit_s)
+        yield from check.results_until(deadline)
 
 
 def local_web_url(settings: Settings) -> str:
@@ -64,24 +90,30 @@ def local_web_url(settings: Settings) -> str:
 class RunningCheck:
     """A check that runs in a thread of its own. A thread that hangs does not delay the end of the process."""
 
-    def __init__(self, check: Check, context: CheckContext) -> None:
-        self._check, self._context = check, context
+    def __init__(self, check: Check, context: CheckContext, servers: Sequence[Server]) -> None:
+        self._check, self._context, self._servers = check, context, servers
         self._name = check.__name__.removeprefix("check_").replace("_", " ")
+        self._started_at = monotonic()
         self._results = SimpleQueue[CheckResult | None]()
         Thread(target=self._put_results, daemon=True).start()
 
-    def results_until(self, deadline: float, time_limit_s: float) -> Iterator[CheckResult]:
+    def results_until(self, deadline: float) -> Iterator[CheckResult]:
         """Yield the results, and an error if the check raises or does not finish by the deadline."""
         while True:
             try:
                 result = self._results.get(timeout=max(0.0, deadline - monotonic()))
             except Empty:
-                message = f"the check did not finish within {time_limit_s:g} s"
-                yield error(self._name, message, "check the network of this host, and the servers that do not respond")
+                yield self._unfinished(deadline - self._started_at)
                 return
             if result is None:
                 return
             yield result
+
+    def _unfinished(self, limit_s: float) -> CheckResult:
+        names = " and ".join(f"{server} at {_address(self._context, server)}" for server in self._servers)
+        message = f"the check did not finish within {max(0.0, limit_s):.1f} s"
+        fix = "check the network and the load of this host, and the servers that do not respond"
+        return error(self._name, f"{message}; it uses {names}" if names else message, fix)
 
     def _put_results(self) -> None:
         """Put the results of the check into the queue, then None."""
@@ -93,3 +125,20 @@ class RunningCheck:
             fix = "correct the option or setting that the error names, else report the error"
             self._results.put(error(self._name, message, fix))
         self._results.put(None)
+
+
+def _address(context: CheckContext, server: Server) -> str:
+    """Return the addresses of a server, without credentials."""
+    settings = context.settings
+    urls: Mapping[Server, str | None] = {
+        "the database": settings.database_url,
+        "Redis": settings.redis_url,
+        "the broker": settings.effective_broker_url,
+        "the result backend": settings.effective_result_backend_url,
+        "Quiltt's Auth API": settings.quiltt_auth_url,
+        "Quiltt's Platform API": settings.quiltt_api_url,
+        "`web`": context.web_url,
+        "the public address": settings.webhook_url,
+        "Flower": context.flower_url,
+    }
+    return server_probes.address_without_credentials(urls[server] or "")

@@ -55,7 +55,7 @@ def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
         yield from _check_queues_and_beat(context, workers)
         yield from _check_shared_celery_settings(context, workers)
     except celery_client.CeleryUnavailable as unavailable:
-        message = server_probes.no_response_text(context.settings.effective_broker_url, str(unavailable))
+        message = server_probes.no_response_text(context.settings.effective_broker_url, unavailable.problem)
         yield error("broker", message, "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
 
 

@@ -8,6 +8,7 @@ from cli import server_probes
 from cli.celery_client import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, milliseconds_text
+from config.settings import ConfigurationError
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger import schema
@@ -103,8 +104,10 @@ def check_result_backend(context: CheckContext) -> Iterator[CheckResult]:
     """Check that the result backend responds."""
     try:
         described = server_probes.describe_result_backend(context.settings)
+    except ConfigurationError as unusable:
+        yield error("result backend", str(unusable), "correct the setting, or install the package")
     except CeleryUnavailable as unavailable:
-        message = server_probes.no_response_text(context.settings.effective_result_backend_url, str(unavailable))
+        message = server_probes.no_response_text(context.settings.effective_result_backend_url, unavailable.problem)
         yield error("result backend", message, "start it, or correct PAYREADY_RESULT_BACKEND_URL")
     else:
         yield ok("result backend", described)

@@ -12,6 +12,8 @@ from cli.render import milliseconds_text
 from config.addresses import without_credentials_and_query
 from config.celery_config import celery_settings
 from config.settings import Settings
+from tasks.result_store import require_usable_result_backend
+from worker.errors import error_summary
 
 
 def describe_broker(settings: Settings) -> str:
@@ -38,16 +40,28 @@ def describe_result_backend(settings: Settings) -> str:
 
     Raises:
         CeleryUnavailable: it does not respond.
+        ConfigurationError: Celery cannot use it here.
     """
     with Celery("payready-cli", set_as_current=False) as app:
-        app.conf.update(celery_settings(settings))
+        app.conf.update(celery_settings(settings), database_create_tables_at_setup=False)
+        require_usable_result_backend(app)
         try:
-            app.backend.get_task_meta("payready-doctor")
+            _read_from(app.backend)
             if isinstance(app.backend, RedisBackend):
                 return _describe_redis(settings.effective_result_backend_url, app.backend.client)
         except BROKER_ERRORS as error:
-            raise CeleryUnavailable(str(error)) from None
-        return "responds"
+            raise CeleryUnavailable(str(error).rstrip(".")) from None
+        except Exception as error:  # noqa: BLE001 - each kind of result backend has errors of its own
+            raise CeleryUnavailable(error_summary(error)) from None
+        return f"responds at {address_without_credentials(settings.effective_result_backend_url)}"
+
+
+def _read_from(backend: Any) -> None:
+    sessions = getattr(backend, "session_manager", None)
+    if sessions is None:
+        backend.get_task_meta("payready-doctor")
+    else:  # of a database: Celery would try for 10 s to create its tables
+        sessions.get_engine(backend.url).connect().close()
 
 
 def _describe_redis(url: str, client: Any) -> str:

@@ -12,6 +12,9 @@ ENV_PREFIX = "PAYREADY_"
 HTTP_URL_PATTERN = r"^https?://[^\s?#]+$"
 """A base URL to which paths are appended. Without a scheme no request could be sent, and each call's result would be
 unknown."""
+_KOMBU_REPLIES = "reply"
+"""With this instance the exchange of remote control would be `reply.celery.pidbox`. That is the exchange of the replies
+in a deployment without an instance."""
 MAX_PRIORITY = 9
 """Highest priority of a message on Redis."""
 
@@ -78,6 +81,8 @@ def _require_that_no_queue_name_has_it(separator: str) -> str:
 def _require_instance_name(value: str) -> str:
     if not re.fullmatch("[a-z0-9-]{1,32}", value):
         raise ValueError("must be 1 to 32 characters of a-z, 0-9 and -, such as live")
+    if value == _KOMBU_REPLIES:
+        raise ValueError(f"must be another name than {value}, such as live: names of kombu begin with it")
     return value
 
 

@@ -6,6 +6,7 @@ that says what to do. `config.role_settings` states what each role must have.
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
@@ -308,7 +309,7 @@ def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
         raise ConfigurationError(
             f"{unknown[0]} is not a setting of payready; docs/reference/configuration.md lists the settings"
         )
-    if not environ.get(variables["webhook_port"], "").strip():
+    if _is_port(_platform_port(environ)):  # else `web` refuses it: no other role reads it
         variables["webhook_port"] = PLATFORM_PORT
     values = {name: value for name, variable in variables.items() if (value := environ.get(variable, "").strip())}
     for name, value in values.items():
@@ -318,6 +319,22 @@ def load_rejecting_unknown(environ: Mapping[str, str]) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise ConfigurationError(_first_error(error, variables)) from None
+
+
+def require_usable_platform_port(environ: Mapping[str, str]) -> None:
+    """Raise `ConfigurationError` if the platform states the port of `web`, and it is none."""
+    if _platform_port(environ) and not _is_port(_platform_port(environ)):
+        raise ConfigurationError(f"{PLATFORM_PORT}: must be a number from 0 to 65535")
+
+
+def _platform_port(environ: Mapping[str, str]) -> str:
+    """Return `PORT`, or an empty text if our own setting counts."""
+    own_port = environ.get(variable_name("webhook_port"), "").strip()
+    return "" if own_port else environ.get(PLATFORM_PORT, "").strip()
+
+
+def _is_port(text: str) -> bool:
+    return bool(re.fullmatch("[0-9]{1,5}", text)) and int(text) in range(65_536)
 
 
 def _first_error(error: ValidationError, variables: Mapping[str, str]) -> str:

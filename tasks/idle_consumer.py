@@ -19,10 +19,20 @@ class IdleConsumer(Consumer):
 class InstanceQueues(Queues):
     """The queues of this deployment. A worker selects them by their names in the `Procfile`, without the instance."""
 
-    def select(self, include: Sequence[str]) -> None:
+    def select(self, include: Sequence[str] | None) -> None:
         """Select the queues that a worker consumes."""
-        prefix = settings().name_prefix
-        super().select([f"{prefix}{name}" if name in QUEUES else name for name in include])
+        super().select(_with_instance(include))
+
+    def deselect(self, exclude: Sequence[str] | None) -> None:
+        """Exclude queues from those that a worker consumes."""
+        super().deselect(_with_instance(exclude))
+
+
+def _with_instance(names: Sequence[str] | None) -> list[str]:
+    """Return the names of the queues. Celery passes None without the option."""
+    if names is None:
+        return []
+    return [f"{settings().name_prefix}{name}" if name in QUEUES else name for name in names]
 
 
 class DeclaringAMQP(AMQP):

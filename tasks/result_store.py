@@ -31,21 +31,52 @@ def store_no_tracebacks(app: Celery) -> None:
     This covers all that Celery stores: failed tasks, their chains, and the bodies of failed chords.
 
     Raises:
-        ConfigurationError: Celery has no such result backend.
+        ConfigurationError: Celery has no such result backend, or cannot use it here.
     """
-    try:
-        backend, url = by_url(app.conf.result_backend, app.loader)
-    except (ImportError, ImproperlyConfigured):
-        raise ConfigurationError(
-            "PAYREADY_RESULT_BACKEND_URL names no result backend of Celery; write redis://user:password@host:6379/0, "
-            "or leave it unset for PAYREADY_REDIS_URL"
-        ) from None
+    backend, url = _find_backend(app)
     # Celery passes the URL only to a backend that it has found by this URL.
     app.backend_cls = type(backend.__name__, (_WithoutTracebacks, backend), {"__init__": partialmethod(_init, url)})
 
 
 def _init(backend: Any, found_url: str | None, *args: Any, **options: Any) -> None:
     super(type(backend), backend).__init__(*args, **{**options, "url": found_url})
+
+
+def require_usable_result_backend(app: Celery) -> None:
+    """Raise `ConfigurationError` if Celery has no such result backend, or cannot use it here. Nothing connects."""
+    _find_backend(app)
+
+
+def _find_backend(app: Celery) -> tuple[type[Any], str | None]:
+    try:
+        backend, url = by_url(app.conf.result_backend, app.loader)
+    except (ImportError, ImproperlyConfigured):
+        raise ConfigurationError(_unusable("names no result backend of Celery")) from None
+    try:
+        _import_its_packages(app, backend, url)
+    except (ImportError, ImproperlyConfigured, ValueError):
+        problem = "names a result backend whose Python package is not installed, or has another form"
+        raise ConfigurationError(_unusable(problem)) from None
+    return backend, url
+
+
+def _import_its_packages(app: Celery, backend: type[Any], url: str | None) -> None:
+    """Raise an error if the address has another form, or a package is missing. Otherwise the first result would."""
+    if issubclass(backend, RedisBackend):
+        return  # `Settings` has checked the address
+    if backend.__name__ == "DatabaseBackend":  # an instance of it connects
+        from worker.ledger.engine import import_driver  # noqa: PLC0415 - `beat` has no use for it otherwise
+
+        import_driver(str(url))
+    else:
+        backend(app=app, url=url)
+
+
+def _unusable(problem: str) -> str:
+    return (
+        f"PAYREADY_RESULT_BACKEND_URL {problem}; write redis://user:password@host:6379/0, "
+        "or leave it unset for PAYREADY_REDIS_URL"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

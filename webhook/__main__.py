@@ -1,6 +1,7 @@
 """The role `web`: `python -m webhook` serves the endpoint. A proxy in front terminates TLS."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ import uvicorn
 from config.garbage_collection import collect_and_freeze_objects, raise_gc_thresholds
 from config.log_config import configure_logging, log_start
 from config.role_settings import require_settings_of_role
-from config.settings import ConfigurationError, Settings, settings
+from config.settings import ConfigurationError, Settings, require_usable_platform_port, settings
 from webhook.draining import DrainingServer
 from webhook.limited_connection import LimitedConnection
 from worker import metrics_server
@@ -49,6 +50,7 @@ def serve_then_finish_follow_ups() -> None:
     try:
         chosen = settings()
         require_settings_of_role(chosen, "web")
+        require_usable_platform_port(os.environ)
     except ConfigurationError as error:
         sys.exit(f"payready cannot start: {error}")
     configure_logging(chosen)

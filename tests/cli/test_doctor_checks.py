@@ -1,9 +1,13 @@
 """Decisions of `payready doctor` that need no servers."""
 
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Event
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +17,7 @@ from pydantic import SecretStr
 
 from cli import doctor, server_probes
 from cli.celery_client import WorkerInfo, is_payready_worker
-from cli.doctor_checks import ClockSample, callbacks_result, clock_result
+from cli.doctor_checks import ClockSample, callbacks_result, check_broker_and_workers, clock_result
 from cli.doctor_provider_checks import (
     balances_result,
     check_api_key_mode_and_price,
@@ -22,9 +26,10 @@ from cli.doctor_provider_checks import (
     rejected_balances_results,
 )
 from cli.doctor_results import Check, CheckContext, CheckResult, Severity, ok
-from cli.doctor_server_checks import replication_results
+from cli.doctor_server_checks import check_result_backend, replication_results
 from config.celery_config import QUEUES
 from config.settings import Settings, load_rejecting_unknown
+from demo.processes import ROOT
 from worker.ledger.server_state import DatabaseServer
 from worker.runtime import build_runtime
 
@@ -117,6 +122,38 @@ def test_clock_that_cannot_be_compared_is_a_warning(context: CheckContext) -> No
     )
 
 
+def test_doctor_says_once_what_to_do_about_a_missing_broker(context: CheckContext) -> None:
+    """The message has the error of the client, and the fix names the settings."""
+    settings = Settings(redis_url="redis://:hunter2@127.0.0.1:1/0")
+    for check in (check_broker_and_workers, check_result_backend):
+        [found] = check(replace(context, settings=settings))
+        refused = "127.0.0.1:1/0 does not respond: Error 111 connecting to 127.0.0.1:1. Connection refused"
+        assert (found.severity, found.message) == (Severity.ERROR, refused)
+        assert found.fix.startswith("start it, or correct PAYREADY_")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("db+postgresql+psycopg://u:hunter2@127.0.0.1:1/results", "127.0.0.1:1/results does not respond: "),
+        ("db+sqlite:////no/such/folder/results.db", "//no/such/folder/results.db does not respond: "),
+        ("mongodb://u:hunter2@h", "PAYREADY_RESULT_BACKEND_URL names a result backend whose Python package is "),
+    ],
+)
+def test_doctor_names_a_result_backend_of_another_kind(context: CheckContext, url: str, message: str) -> None:
+    """The check does not crash, whatever its client raises."""
+    [found] = check_result_backend(replace(context, settings=Settings(result_backend_url=url)))
+    assert (found.severity, found.message[: len(message)]) == (Severity.ERROR, message)
+    assert "hunter2" not in found.message
+    assert "\n" not in found.message
+
+
+def test_doctor_describes_a_result_backend_of_another_kind(context: CheckContext, tmp_path: Path) -> None:
+    url = f"db+sqlite:///{tmp_path}/results.db"
+    [found] = check_result_backend(replace(context, settings=Settings(result_backend_url=url)))
+    assert (found.severity, found.message) == (Severity.OK, f"responds at /{tmp_path}/results.db")
+
+
 def test_doctor_reports_check_that_raises_as_error(context: CheckContext) -> None:
     """Results before the error remain."""
 
@@ -133,8 +170,8 @@ def test_doctor_reports_check_that_raises_as_error(context: CheckContext) -> Non
 
 
 def _results_of(context: CheckContext, check: Check, *, time_limit_s: float) -> list[CheckResult]:
-    running = doctor.RunningCheck(check, context)
-    return list(running.results_until(time.monotonic() + time_limit_s, time_limit_s))
+    running = doctor.RunningCheck(check, context, ["the database", "Redis"])
+    return list(running.results_until(time.monotonic() + time_limit_s))
 
 
 def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
@@ -145,12 +182,38 @@ def test_doctor_ends_check_that_hangs(context: CheckContext) -> None:
         yield ok("a", "responds")
         released.wait()
 
-    found = _results_of(context, check_slow_thing, time_limit_s=0.2)
+    settings = Settings(database_url="postgresql://u:hunter2@h1:1,h2:2/x", redis_url="redis://:hunter2@r:3/0")
+    found = _results_of(replace(context, settings=settings), check_slow_thing, time_limit_s=0.2)
     released.set()
-    assert [(result.check, result.message) for result in found] == [
-        ("a", "responds"),
-        ("slow thing", "the check did not finish within 0.2 s"),
-    ]
+    unfinished = "the check did not finish within 0.2 s; it uses the database at h1:1,h2:2/x and Redis at r:3/0"
+    assert [(result.check, result.message) for result in found] == [("a", "responds"), ("slow thing", unfinished)]
+
+
+def test_doctor_counts_its_limit_from_the_start_of_the_process(
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host with much load the imports take seconds. The limit of the checks is then shorter."""
+    released = Event()
+
+    def check_slow_thing(_: CheckContext) -> Iterator[CheckResult]:
+        released.wait()
+        yield ok("a", "responds")
+
+    monkeypatch.setattr(doctor, "CHECKS", {check_slow_thing: ()})
+    for start_up_s, least_s, most_s in ((doctor.END_AFTER_START_S - 0.3, 0.0, 0.3), (100, 0, 0)):
+        started_at = time.monotonic() - start_up_s
+        [found] = doctor.run_checks(context.settings, context.rt, "", started_at=started_at)
+        limit_s = float(found.message.removeprefix("the check did not finish within ").removesuffix(" s"))
+        assert least_s <= limit_s <= most_s
+    released.set()
+
+
+def test_start_of_the_process_is_before_the_imports() -> None:
+    """They are most of the time until the first check."""
+    code = """from time import monotonic; before = monotonic(); import cli.main; after = monotonic(); import cli
+print((cli.STARTED_AT - before) / (after - before))"""
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(completed.stdout) < 0.1
 
 
 def test_doctor_reports_secrets_of_other_roles_as_not_checked(context: CheckContext) -> None:
@@ -174,8 +237,8 @@ def test_doctor_runs_all_checks_despite_invalid_addresses(
     monkeypatch: pytest.MonkeyPatch, context: CheckContext
 ) -> None:
     """An address without a scheme makes the request raise ValueError."""
-    checks = [check for check in doctor.CHECKS if "web" in check.__name__ or "flower" in check.__name__]
-    monkeypatch.setattr(doctor, "CHECKS", tuple(checks))
+    checks = {check: doctor.CHECKS[check] for check in doctor.CHECKS if re.search("web|flower", check.__name__)}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
     settings = context.settings.model_copy(update={"webhook_secrets": [SecretStr("s")]})
     found = list(doctor.run_checks(settings, context.rt, "http://[", web_url="foo"))
     assert [result.check for result in found] == [

@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from sqlalchemy import bindparam, text
 
-from demo.processes import ROOT
+from demo.processes import ROOT, Processes, assign_free_port, procfile
 from tests.migrations_in_step import alembic
 from tests.support.load_assertions import (
     assert_ledger_matches_provider,
@@ -22,8 +24,9 @@ from tests.support.load_assertions import (
     jobs,
 )
 from tests.support.servers import Postgres
-from tests.support.system import ROLES, system, wait_until
+from tests.support.system import ROLES, eventually, system, wait_until
 from tests.topologies.pgbouncer import SERVER, UNAVAILABLE_REASON, PgBouncer, pgbouncer
+from webhook.readiness import CHECK_INTERVAL_S
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Engine, UnconfiguredPooler, open_engine, transaction
 from worker.ledger.server_state import find_write_problem
 
@@ -32,6 +35,8 @@ pytestmark = [pytest.mark.topology, pytest.mark.skipif(SERVER is None, reason=UN
 WITH_POOLER = {"PAYREADY_DATABASE_POOLER": "transaction"}
 IGNORING_OPTIONS: dict[str, Any] = {"ignore_startup_parameters": "options"}
 SERVER_CONNECTIONS = 10
+MAX_RESPONSE_S = 5
+"""Time in which `/readyz` responds, whatever hangs."""
 UNCONFIGURED = "A connection pooler is in front of PostgreSQL: set PAYREADY_DATABASE_POOLER=transaction."
 
 
@@ -183,3 +188,33 @@ def test_transaction_that_waits_too_long_for_a_server_is_an_unavailable_database
             tx.send(one, read=len).result()
             with pytest.raises(DATABASE_UNAVAILABLE, match="query_wait_timeout"), transaction(second) as late:
                 late.send(one, read=len).result()
+
+
+def test_web_is_not_ready_within_5_s_while_no_server_is_free(postgres_server: Postgres, tmp_path: Path) -> None:
+    """PgBouncer lets the check wait for 120 s. Afterwards `web` is ready again."""
+    direct, port = postgres_server.database(), assign_free_port()
+    alembic(direct, "upgrade", "head")
+    with ExitStack() as stack:
+        pooler = stack.enter_context(pgbouncer(direct, connections=1))
+        environ = {"PAYREADY_DATABASE_URL": pooler.url, "PAYREADY_WEBHOOK_PORT": str(port), "PAYREADY_DRAIN_S": "0"}
+        processes = stack.enter_context(Processes(tmp_path, {**environ, **WITH_POOLER}))
+        processes.start("web", procfile()["web"])
+        url = f"http://127.0.0.1:{port}/readyz"
+        assert eventually(lambda: _response(url) == (200, "ready"))
+        other = open_pooled(stack, pooler)
+        with transaction(other) as tx:
+            tx.send(text("SELECT 1 AS one"), read=len).result()
+            time.sleep(CHECK_INTERVAL_S)  # the last result does not count any more
+            for limit_s in (MAX_RESPONSE_S, 1):
+                started_at = time.monotonic()
+                assert _response(url) == (503, "not ready: the database does not respond")
+                assert time.monotonic() - started_at < limit_s
+        assert eventually(lambda: _response(url) == (200, "ready"))
+
+
+def _response(url: str) -> tuple[int, str] | None:
+    try:
+        response = httpx.get(url, timeout=60)
+    except httpx.ConnectError:
+        return None
+    return response.status_code, response.text

@@ -15,7 +15,6 @@ import httpx
 import pytest
 from redis import Redis
 
-from cli import doctor as doctor_command
 from demo.processes import ROOT, assign_free_port, procfile
 from tests.support.load_assertions import assert_ledger_matches_provider, assert_one_outcome_each, have_outcomes, jobs
 from tests.support.system import ROLES, System, eventually, system, wait_until
@@ -29,7 +28,7 @@ pytestmark = [
 ]
 
 DOCTOR_LIMIT_S = 20
-"""Time in which the doctor ends on a machine that starts a process within 2 s."""
+"""Time in which the doctor ends, also on a host with much load."""
 
 
 @pytest.fixture
@@ -65,14 +64,10 @@ def command(running: System, *arguments: str, **environ: str) -> Any:
 def doctor(running: System, **environ: str) -> dict[str, list[str]]:
     """Return the results of the doctor by check, and assert that it ends in time."""
     start = time.monotonic()
-    help_command, environ_of_roles = ["payready", "doctor", "--help"], running.processes._environ
-    subprocess.run(help_command, cwd=ROOT, env=environ_of_roles, check=True, capture_output=True, timeout=60)
-    start_up_s = time.monotonic() - start
-    start = time.monotonic()
     found: dict[str, list[str]] = {}
     for result in command(running, "doctor", **environ):
         found.setdefault(result["check"], []).append(f"{result['severity']}: {result['message']}")
-    assert time.monotonic() - start < max(DOCTOR_LIMIT_S, doctor_command.TIME_LIMIT_S + 3 * start_up_s)
+    assert time.monotonic() - start < DOCTOR_LIMIT_S
     return found
 
 

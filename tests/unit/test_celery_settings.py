@@ -112,7 +112,11 @@ def test_worker_selects_the_queues_of_its_instance_by_their_names_in_the_procfil
     monkeypatch.setattr(idle_consumer, "settings", lambda: Settings(instance="live"))
     app = Celery("payready", amqp="tasks.idle_consumer:DeclaringAMQP", set_as_current=False)
     app.conf.update(celery_settings(Settings(instance="live")))
-    app.amqp.queues.select(["payments", "balances"])
+    app.amqp.queues.select(None)
+    app.amqp.queues.deselect(None)
+    assert list(app.amqp.queues.consume_from) == [f"live.{name}" for name in QUEUES]
+    app.amqp.queues.select(["payments", "balances", "polls"])
+    app.amqp.queues.deselect(["polls", "other"])
     assert list(app.amqp.queues.consume_from) == ["live.payments", "live.balances"]
     assert app.amqp.router.route({"queue": "payments"}, "payments.initiate")["queue"].name == "payments"
     assert app.amqp.router.route({}, "payments.initiate")["queue"].name == "live.payments"

@@ -11,7 +11,12 @@ import pytest
 from kombu.transport.redis import Channel
 
 from config.celery_config import celery_settings
-from config.settings import RECORD_BUDGET_S, ConfigurationError, load_rejecting_unknown
+from config.settings import (
+    RECORD_BUDGET_S,
+    ConfigurationError,
+    load_rejecting_unknown,
+    require_usable_platform_port,
+)
 from demo.processes import ROOT, procfile
 from worker.flow.calling import MAX_CLAIM_AGE, RECORD_RETRY_DELAYS_S
 
@@ -78,8 +83,16 @@ def test_port_of_the_platform_is_the_default_of_the_webhook_port() -> None:
     assert load_rejecting_unknown({"PORT": "5000", "PAYREADY_WEBHOOK_PORT": "8001"}).webhook_port == 8001
     assert load_rejecting_unknown({"PORT": "x", "PAYREADY_WEBHOOK_PORT": "8001"}).webhook_port == 8001
     assert load_rejecting_unknown({"PORT": ""}).webhook_port == 8000
-    with pytest.raises(ConfigurationError, match=r"^PORT: Input should be a valid integer"):
-        load_rejecting_unknown({"PORT": "http"})
+
+
+@pytest.mark.parametrize("port", ["http", "65536", "-1", "8000\n1", "\u0661"])
+def test_only_web_refuses_an_unusable_port_of_the_platform(port: str) -> None:
+    """Other roles do not read it."""
+    assert load_rejecting_unknown({"PORT": port}).webhook_port == 8000
+    with pytest.raises(ConfigurationError, match=r"^PORT: must be a number from 0 to 65535$"):
+        require_usable_platform_port({"PORT": port})
+    require_usable_platform_port({"PORT": port, "PAYREADY_WEBHOOK_PORT": "8001"})
+    require_usable_platform_port({"PORT": " 5000\n"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "[::1]", "localhost"])
@@ -297,8 +310,23 @@ def test_role_exits_with_one_sentence_for_an_invalid_environment(role: str, tmp_
     assert not (tmp_path / "x.db").exists()
 
 
-@pytest.mark.parametrize("url", ["nonsense://hunter2", "amqp://u:hunter2@h", "mysql://u:hunter2@h/x"])
-def test_worker_with_an_unknown_result_backend_exits_with_one_sentence(url: str, tmp_path: Path) -> None:
+UNKNOWN_RESULT_BACKEND = "names no result backend of Celery"
+RESULT_BACKEND_WITHOUT_PACKAGE = "names a result backend whose Python package is not installed, or has another form"
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("nonsense://hunter2", UNKNOWN_RESULT_BACKEND),
+        ("amqp://u:hunter2@h", UNKNOWN_RESULT_BACKEND),
+        ("mysql://u:hunter2@h/x", UNKNOWN_RESULT_BACKEND),
+        ("db+nonsense://u:hunter2@h", RESULT_BACKEND_WITHOUT_PACKAGE),
+        ("db+mysql://u:hunter2@h/x", RESULT_BACKEND_WITHOUT_PACKAGE),
+        ("db+://hunter2", RESULT_BACKEND_WITHOUT_PACKAGE),
+        ("mongodb://u:hunter2@h", RESULT_BACKEND_WITHOUT_PACKAGE),
+    ],
+)
+def test_worker_with_an_unusable_result_backend_exits_with_one_sentence(url: str, problem: str, tmp_path: Path) -> None:
     """Not with a traceback of an import."""
     process = subprocess.run(
         ["/bin/sh", "-c", f"exec {ROLES['worker']}"],
@@ -315,9 +343,15 @@ def test_worker_with_an_unknown_result_backend_exits_with_one_sentence(url: str,
     )
     assert process.returncode not in (0, None)
     assert process.stderr.strip() == (
-        "payready cannot start: PAYREADY_RESULT_BACKEND_URL names no result backend of Celery; "
+        f"payready cannot start: PAYREADY_RESULT_BACKEND_URL {problem}; "
         "write redis://user:password@host:6379/0, or leave it unset for PAYREADY_REDIS_URL"
     )
+
+
+def test_instance_must_not_share_the_reply_exchange_of_a_deployment_without_one() -> None:
+    """With `reply` the exchange of remote control is `reply.celery.pidbox`, to which kombu sends replies."""
+    with pytest.raises(ConfigurationError, match=r"^PAYREADY_INSTANCE: must be another name than reply, such as live"):
+        load_rejecting_unknown({"PAYREADY_INSTANCE": "reply"})
 
 
 def test_callback_queue_must_not_be_a_queue_of_payready() -> None:

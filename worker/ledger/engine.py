@@ -9,9 +9,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event
+from sqlalchemy import Connection, Engine, Row, create_engine, event, make_url
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from worker.ledger.postgres_connections import (
@@ -46,6 +46,7 @@ __all__ = [
     "Tx",
     "UnconfiguredPooler",
     "connect_for_migrations",
+    "import_driver",
     "open_engine",
     "read_snapshot",
     "transaction",
@@ -93,6 +94,19 @@ def open_engine(
         return _open_sqlite(url, connections, may_create_file=may_create_file)
     settings = MIGRATION_SETTINGS if for_migrations else SETTINGS
     return _open_postgresql(connections_to(url, settings, pooler=pooler), connections, pooler)
+
+
+def import_driver(url: str) -> None:
+    """Import the driver that SQLAlchemy has for an address of any database. Nothing connects.
+
+    Raises:
+        ImportError: the driver is not installed.
+        ValueError: the address has another form, or SQLAlchemy does not know the database.
+    """
+    try:
+        make_url(url).get_dialect().import_dbapi()
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 def _open_sqlite(url: str, connections: int, *, may_create_file: bool) -> Engine:
