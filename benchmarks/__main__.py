@@ -32,6 +32,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--hot", type=int, default=1000, help="hot_accounts: payments on ten accounts")
     parser.add_argument("--waiting", type=int, default=5000, help="idle_waiting: number of payments")
     parser.add_argument("--entries", type=int, default=1_000_000, help="statement: number of fee entries")
+    parser.add_argument("--lines", type=int, default=1_000_000, help="reconcile: number of calls of the month")
     parser.add_argument("--payments", type=int, default=1_000_000, help="retention: number of payments")
     parser.add_argument("--webhook-rounds", type=int, default=5, help="webhook: alternating rounds of each handler")
     parser.add_argument(

@@ -1,6 +1,10 @@
 """Benchmark cases: each is a function of a warm system and the sizes from the command line."""
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +15,7 @@ from typing import Any
 from benchmarks import process_stats, seed_data
 from benchmarks.benchmark_system import ROLES, BenchmarkSystem
 from benchmarks.ledger_stats import growth_each, read_ledger_stats
-from worker.ledger import cap_usage, fee_calls, fee_statement
+from worker.ledger import cap_usage, fee_calls, fee_statement, payment_shares
 from worker.ledger.engine import Tx, read_snapshot
 
 Measurements = dict[str, Any]
@@ -177,7 +181,7 @@ def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurem
         ),
         "by_day": lambda tx: fee_statement.statement_lines(tx, since, until, "day"),
         "by_account": lambda tx: fee_statement.statement_lines(tx, since, until, "account"),
-        "by_payment": lambda tx: sum(1 for _ in fee_statement.payment_shares_and_unshared_fees(tx, since, until)),
+        "by_payment": lambda tx: sum(1 for _ in payment_shares.payment_shares_and_unshared_fees(tx, since, until)),
         "pending_calls": lambda tx: fee_calls.pending_calls(tx, until),
         "cap_of_a_month": lambda tx: cap_usage.total_non_void_fees(tx, "USD", since, until),
         "cap_of_a_day": lambda tx: cap_usage.total_non_void_fees(tx, "USD", until - timedelta(days=1), until),
@@ -187,6 +191,17 @@ def statement(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurem
         "entries": entries,
         **{f"{name}_s": _median_query_time(benchmark, query) for name, query in queries.items()},
     }
+
+
+def reconcile(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
+    """Measure the reconciliation of a month's invoice by call with the ledger, in a process of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        seed_data.insert_calls_and_write_invoice(benchmark.system.engine, sizes.lines, file)
+        file.flush()
+        url = benchmark.system.engine.url.set(drivername="postgresql")
+        address = url.render_as_string(hide_password=False)
+        command = [sys.executable, "-m", "benchmarks.reconcile_month", address, file.name]
+        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))  # noqa: S603
 
 
 def _median_query_time(benchmark: BenchmarkSystem, query: Callable[[Tx], Any]) -> float:
@@ -212,4 +227,5 @@ CASES: Mapping[str, Callable[[BenchmarkSystem, argparse.Namespace], Measurements
     "restart": restart,
     "sizing": sizing,
     "statement": statement,
+    "reconcile": reconcile,
 }

@@ -1,5 +1,7 @@
 """Seed data: a month of calls with the payments that they served, and waiting payments."""
 
+from typing import IO
+
 from sqlalchemy import Engine, text
 
 from worker.ledger.engine import transaction
@@ -57,6 +59,27 @@ def insert_history(engine: Engine, entries: int, *, first: int = 0) -> None:
         for statement in FILL_STATEMENTS:
             tx.execute(text(statement), {"accounts": max(1, calls // 20)})
     vacuum(engine)
+
+
+def insert_calls_and_write_invoice(engine: Engine, calls: int, file: IO[str]) -> None:
+    """Insert a month of calls with a fee entry each, and write the invoice that charges the posted and pending ones."""
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        tx.execute(text(HISTORY_START), {"first": 0, "calls": calls})
+        for statement in FILL_STATEMENTS[:2]:
+            tx.execute(text(statement), {"accounts": max(1, calls // 20)})
+    vacuum(engine)
+    file.write("account_id,date,amount\n")
+    with transaction(engine) as tx:
+        tx.execute(text("SET LOCAL statement_timeout = 0"))
+        rows = tx.execute(text(CHARGED_CALLS).execution_options(yield_per=10_000))
+        file.writelines(f"{row.account_id},{row.called_at:%Y-%m-%dT%H:%M:%SZ},0.10\n" for row in rows)
+
+
+CHARGED_CALLS = """SELECT account_id, called_at FROM fee_entry pending
+    WHERE state = 'pending' AND account_id LIKE 'acct_past%' AND NOT EXISTS
+    (SELECT FROM fee_entry void WHERE void.call_id = pending.call_id AND void.state = 'void') ORDER BY called_at"""
+"""Without the calls that the benchmark's system made itself, which are not of that month."""
 
 
 def insert_waiting(engine: Engine, count: int, *, first: int = 0) -> None:

@@ -24,7 +24,7 @@ from worker.ledger.engine import (
     open_engine,
     read_snapshot,
 )
-from worker.rules.invoice_file import InvoiceError
+from worker.rules.invoice_lines import InvoiceError
 from worker.rules.pricing import PriceListError
 from worker.runtime import Runtime, build_runtime
 

@@ -1,113 +1,46 @@
 """`payready fees`: statements, reconciliation with the provider's invoice, pending calls."""
 
-import csv
 import re
-import sys
-from collections.abc import Iterable
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from cli import fee_tables, render
-from cli.command_line import AsJson, engine_or_exit, fail, query_or_exit, stdout_console_for_terminal_or_log
+from cli.command_line import AsJson, engine_or_exit, query_or_exit, stdout_console_for_terminal_or_log
 from cli.render import count_text
+from cli.statement_commands import fees_statement
 from config.settings import settings
 from worker import flow
 from worker.flow import Invoice
-from worker.ledger import archived_months, fee_calls, fee_statement
-from worker.ledger.engine import Tx
-from worker.ledger.fee_statement import PaymentShare, StatementLine
+from worker.ledger import fee_calls
 from worker.ledger.invoices import InvoiceApplication
-from worker.rules.archive_manifest import Month, month_of, parse_month
-from worker.rules.invoice_file import AMOUNT_PATTERN, InvoiceColumns, InvoicePeriod
+from worker.rules.archive_manifest import parse_month
+from worker.rules.invoice_lines import InvoicePeriod
+from worker.rules.invoice_reading import ReadingOptions, Role
 from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import Reconciliation
 from worker.runtime import utc_now
 
+AMOUNT_PATTERN = r"[0-9]{1,15}(\.[0-9]{1,15})?"
+
 app = typer.Typer(no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, pending calls.")
 
 
-StatementGroup = Literal["account", "day", "payment"]
-"""Groups of a statement's lines. Without one, a line is a price."""
-
-
-@app.command("statement")
-def fees_statement(
-    month: Annotated[str | None, typer.Option(help="Month as YYYY-MM, in UTC. Default: this month.")] = None,
-    by: Annotated[
-        StatementGroup | None, typer.Option(help="One line per account, day or payment. Default: per price.")
-    ] = None,
-    as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
-) -> None:
-    """Print the fees of a month's calls, and the savings by sharing and reuse."""
-    if as_json and as_csv:
-        raise typer.BadParameter("give only one of them", param_hint="--json / --csv")
-    of = _parse_month(month)
-    print_lines = _print_shares if by == "payment" else partial(_print_statement, group=by or "price")
-    query_or_exit(lambda tx: print_lines(tx, of, as_json=as_json, as_csv=as_csv))
-
-
-def _print_statement(tx: Tx, month: Month, *, group: fee_statement.GroupBy, as_json: bool, as_csv: bool) -> None:
-    lines = archived_months.month_statement(tx, month, group)
-    saved = archived_months.month_savings(tx, month) if group == "price" else {}
-    totals = fee_tables.totals_by_currency(lines, saved)
-    if as_csv:
-        _write_csv(lines, group)
-    elif as_json:
-        statement = {"month": month.name, "by": group, "lines": lines, "totals": totals}
-        typer.echo(render.as_json(statement))
-    else:
-        stdout_console_for_terminal_or_log().print(
-            fee_tables.limited_statement_table(lines, totals, _calls_of_month_title(month), group), highlight=False
-        )
-
-
-def _print_shares(tx: Tx, month: Month, *, as_json: bool, as_csv: bool) -> None:
-    if archived := archived_months.find(tx, month.name):
-        fail(
-            f"{month.name} is archived: its payments are in {archived.folder}; restore them into another database to "
-            "print their shares"
-        )
-    shares = fee_statement.payment_shares_and_unshared_fees(tx, month.since, month.until)
-    if as_csv:
-        _write_csv(shares, "payment")
-    elif as_json:
-        typer.echo(render.as_json({"month": month.name, "by": "payment", "lines": list(shares)}))
-    else:
-        stdout_console_for_terminal_or_log().print(
-            fee_tables.limited_share_table(shares, _calls_of_month_title(month)), highlight=False
-        )
-
-
-def _calls_of_month_title(month: Month) -> str:
-    return f"Calls of {month.name} (UTC)"
-
-
-def _write_csv(lines: Iterable[StatementLine | PaymentShare], by: str) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(fee_tables.CSV_COLUMNS[by])
-    writer.writerows(fee_tables.csv_row(line, by) for line in lines)
-
-
-def _parse_month(text: str | None) -> Month:
-    month = month_of(utc_now()) if text is None else parse_month(text)
-    if month is None:
-        raise typer.BadParameter("must be a month such as 2026-11", param_hint="--month")
-    return month
+app.command("statement")(fees_statement)
 
 
 @app.command("reconcile")
 def fees_reconcile(
     invoice: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The provider's invoice, as CSV.")],
     month: Annotated[str, typer.Option(help="Month of the invoice, as YYYY-MM.")],
-    account_column: Annotated[str, typer.Option(help="Column with the account's id.")] = "account_id",
-    date_column: Annotated[str, typer.Option(help="Column with the call's day, or its time with a zone.")] = "date",
-    amount_column: Annotated[str, typer.Option(help="Column with the amount.")] = "amount",
+    account_column: Annotated[str | None, typer.Option(help="Column with the account's id.")] = None,
+    date_column: Annotated[
+        str | None, typer.Option(help="Column with the call's day, or its time with a zone.")
+    ] = None,
+    amount_column: Annotated[str | None, typer.Option(help="Column with the amount.")] = None,
     number_column: Annotated[str | None, typer.Option(help="Column with the provider's number of the line.")] = None,
     currency_column: Annotated[
         str | None, typer.Option(help="Column with the currency. All lines must have the same.")
@@ -129,15 +62,22 @@ def fees_reconcile(
     Without --apply the command changes nothing. With it, pending calls that the invoice charges are posted, and other
     pending calls are voided. Applying an invoice twice changes nothing more. Only calls in its currency are compared.
     """
-    period = _parse_month(month)
-    columns = InvoiceColumns(
-        account=account_column, at=date_column, amount=amount_column, number=number_column, currency=currency_column
-    )
+    period = parse_month(month)
+    if period is None:
+        raise typer.BadParameter("must be a month such as 2026-11", param_hint="--month")
+    columns = {
+        Role.ACCOUNT: account_column,
+        Role.DATE: date_column,
+        Role.AMOUNT: amount_column,
+        Role.NUMBER: number_column,
+        Role.CURRENCY: currency_column,
+    }
+    options = ReadingOptions(columns={role: name for role, name in columns.items() if name is not None})
     with engine_or_exit() as engine:
         parsed = flow.parse_invoice_file(
             invoice.name,
             invoice.read_bytes(),
-            columns,
+            options,
             InvoicePeriod(since=period.since, until=period.until, tolerance=timedelta(seconds=tolerance_s)),
             currency=_parse_currency_or_price_list_default(currency),
             total=_parse_total(total),

@@ -139,6 +139,15 @@ def new_table(*columns: str, right: Iterable[str] = (), title: str | None = None
     return table
 
 
+MAX_ROWS = 100
+"""Maximum number of rows of a table. JSON and CSV have all rows."""
+
+
+def omitted_rows_remark(total_rows: int) -> list[Text]:
+    """Return a remark on the rows that a table of at most `MAX_ROWS` rows omits, if it omits any."""
+    return [Text(f"... and {total_rows - MAX_ROWS} more: use --csv or --json", "dim")] if total_rows > MAX_ROWS else []
+
+
 def fee_or_reused_text(line: PaymentLine) -> str:
     """Return a payment's fee share and its state, or `reused`, for a table."""
     if line.reused:

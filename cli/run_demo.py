@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from cli import fee_tables, render_demo
+from cli import render_demo, statement_tables
 from demo.demo_checks import BacklogCounts, DemoCheck, Observed, all_callbacks_ran_and_no_backlog, run_checks
 from demo.demo_plan import DEMO_JOBS, DEMO_TIMINGS, EXPECTED_CALLS
 from demo.dev_stack import DevStack, start_sqlite_dev_stack
@@ -158,7 +158,9 @@ def _check_and_print_report(console: Console, engine: Engine, observed: Observed
     checks = run_checks(DEMO_JOBS, EXPECTED_CALLS, observed)
     console.print()
     console.print(
-        fee_tables.limited_statement_table(lines, fee_tables.totals_by_currency(lines, saved), "Fee statement")
+        statement_tables.limited_statement_table(
+            lines, statement_tables.totals_by_currency(lines, saved), ["Fee statement"]
+        )
     )
     console.print()
     console.print(render_demo.check_lines(checks))

@@ -26,7 +26,7 @@ from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState
 
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)
-NICKEL = Price(per_call=Decimal("0.050000"), currency="USD", price_list="2026-09-11")
+NICKEL = Price(per_call=Decimal("0.050000"), currency="USD", price_list="2026-09-11", mode="TEST")
 Run = Callable[..., Any]
 ARCHIVED_AT = "2026-10-20 00:00:00Z"
 TABLES = ("payment", "outcome_delivery", "refresh", "fee_entry", "balance")
@@ -61,7 +61,7 @@ def run(september: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
     for module in ("main", "command_line"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
-    for module in ("fee_commands", "archive_commands"):
+    for module in ("statement_commands", "archive_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 10, 20, tzinfo=UTC))
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
 
@@ -79,6 +79,7 @@ def test_archive_prints_files_and_removed_payments_and_statements_stay(run: Run,
     """In every group and form. Only the statement by payment is in the files."""
     before = _statements(run)
     assert "saved: 0.05 USD" not in before["--by", "day"]
+    assert all("TEST" in output for output in before.values())
     result = run("archive", "--before", "2026-10-01", "--to", tmp_path)
     assert result.output.splitlines() == [
         f"2026-09: refresh 2, fee_entry 4, payment 5, outcome_delivery 5, balance 1 in {tmp_path}/2026-09",

@@ -8,13 +8,15 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from cli import fee_tables, render
+from cli import fee_tables, render, statement_tables
 from tests.cli.conftest import NOON
 from worker.ledger.fee_calls import PendingCall
-from worker.ledger.fee_statement import PaymentShare, Savings, StatementLine
-from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.ledger.fee_statement import Savings, StatementLine
+from worker.ledger.payment_shares import PaymentShare
+from worker.rules.call_matching import LedgerCall, LineMatch
+from worker.rules.invoice_lines import InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
-from worker.rules.reconciliation import LedgerCall, LineMatch, Reconciliation
+from worker.rules.reconciliation import Reconciliation
 
 LONG = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 PAYMENT = "payment-" + "0123456789" * 4
@@ -69,8 +71,8 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
         saved=saved,
     )
     output = printed(
-        fee_tables.limited_statement_table(
-            [line], fee_tables.totals_by_currency([line], {}), "Calls of 2026-11 (UTC)", by
+        statement_tables.limited_statement_table(
+            [line], statement_tables.totals_by_currency([line], {}), ["Calls of 2026-11"], by
         ),
         width,
     )
@@ -85,7 +87,7 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
 def test_share_and_pending_tables_show_amounts_uncut(width: int) -> None:
     """Amounts, counts, states and times do not wrap; names do."""
     share = _share(payment_id=PAYMENT, account_id=LONG, shared_by=12, state="pending")
-    output = printed(fee_tables.limited_share_table([share], "Calls"), width)
+    output = printed(statement_tables.limited_share_table([share], ["Calls"]), width)
     assert {"1234567.654321", "98765.432109", "12", "pending"} <= set(output.split())
     call = PendingCall(
         call_id="call_" + "0" * 32,
@@ -109,6 +111,7 @@ def test_reconciliation_shows_amounts_uncut(width: int) -> None:
     charge = InvoiceLine(row=123456, number="17", account_id=LONG, since=NOON, until=NOON, amount=PENDING)
     found = Reconciliation(
         period=InvoicePeriod(since=NOON, until=NOON, tolerance=timedelta(0)),
+        currency="USD",
         matched=[LineMatch(line=charge, call=call)],
         unmatched_calls=[edge],
         unmatched_lines=[charge],
@@ -125,7 +128,7 @@ def test_reconciliation_shows_amounts_uncut(width: int) -> None:
 def test_text_from_outside_is_no_markup(width: int) -> None:
     """A name in brackets is printed literally."""
     share = _share(payment_id="[red]p1[/red]", account_id="[/]", shared_by=1, state="posted")
-    output = printed(fee_tables.limited_share_table([share], "Calls"), width)
+    output = printed(statement_tables.limited_share_table([share], ["Calls"]), width)
     assert "[red]p1[/red]" in without_spaces(output)
     assert "[/]" in output
     table = render.new_table("account")

@@ -15,6 +15,7 @@ from tests.cli.conftest import DIME, NOON, LedgerBuilder
 from worker.ledger import fee_calls, fee_statement, payment_report, payments
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
+from worker.ledger.payment_shares import payment_shares_and_unshared_fees
 from worker.ledger.tables import PAYMENT
 from worker.rules.job import Job
 from worker.rules.pricing import EntryState, Price, split_share
@@ -166,7 +167,7 @@ def test_statement_shows_savings_by_account_and_day(history: LedgerBuilder) -> N
 def test_statement_by_payment_adds_up_to_the_calls_and_has_each_fee_share(history: LedgerBuilder) -> None:
     """A payment with a reused balance owes nothing. A call that no resolved payment shares has its own line."""
     with read_snapshot(history.engine) as tx:
-        shares = list(fee_statement.payment_shares_and_unshared_fees(tx, NOVEMBER, NOON + timedelta(days=1)))
+        shares = list(payment_shares_and_unshared_fees(tx, NOVEMBER, NOON + timedelta(days=1)))
         fees = payment_report.fee_shares_by_payment(tx, ["ref_a", "ref_b"])
         lines = fee_statement.statement_lines(tx, NOVEMBER, NOON + timedelta(days=1), "price")
     by_payment = {share.payment_id: share for share in shares}
@@ -199,9 +200,7 @@ def test_shares_computed_by_the_database_equal_those_of_the_rules(
         ledger.resolve(f"p{number}_{mark}", PaymentState.FAILED, end, reason="timeout", refresh_id=f"ref_{mark}")
     with read_snapshot(ledger.engine) as tx:
         shares = [
-            s
-            for s in fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(1))
-            if s.refresh_id == f"ref_{mark}"
+            s for s in payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(1)) if s.refresh_id == f"ref_{mark}"
         ]
     assert [s.fee for s in shares] == [split_share(sum(prices, Decimal(0)), sharers, index) for index in range(sharers)]
 
@@ -234,8 +233,7 @@ def test_refresh_with_calls_in_two_months_is_shared_once(
     with read_snapshot(ledger.engine) as tx:
         shares = payment_report.fee_shares_by_payment(tx, [refresh_id])
         months = [
-            list(fee_statement.payment_shares_and_unshared_fees(tx, *span))
-            for span in ((NOVEMBER, MONTH_END), (MONTH_END, JANUARY))
+            list(payment_shares_and_unshared_fees(tx, *span)) for span in ((NOVEMBER, MONTH_END), (MONTH_END, JANUARY))
         ]
         lines = [
             fee_statement.statement_lines(tx, *span, "account")
@@ -253,6 +251,26 @@ def test_refresh_with_calls_in_two_months_is_shared_once(
     by_account = [line.saved for month_lines in lines for line in month_lines if line.key == account_id and line.saved]
     assert saved == [savings.by_reuse for savings in by_account if savings.by_reuse]
     assert len(saved) == (1 if shares[f"p0_{mark}"].total else 0)
+
+
+@pytest.mark.parametrize("apart", [timedelta(seconds=20), timedelta(days=6), timedelta(days=8), timedelta(days=25)])
+def test_shares_are_exact_however_far_apart_the_calls_are(ledger: LedgerBuilder, apart: timedelta) -> None:
+    """A refresh has a call in each of two months. Both together are 0.20, which three payments share exactly."""
+    at = MONTH_END + timedelta(seconds=10)
+    for called_at in (at - apart, at):
+        ledger.call("ref_1", "acct_1", EntryState.POSTED, called_at)
+    for number in range(4):
+        ledger.payment(f"p{number}", "acct_1", at)
+        end_at = at + timedelta(seconds=number)
+        ledger.resolve(f"p{number}", PaymentState.RELEASED, end_at, refresh_id="ref_1", reused=number == 3)
+    months = ((NOVEMBER, MONTH_END), (MONTH_END, JANUARY))
+    with read_snapshot(ledger.engine) as tx:
+        shares = [share for month in months for share in payment_shares_and_unshared_fees(tx, *month)]
+        savings = [fee_statement.savings_by_currency(tx, *month).get("USD", Savings()) for month in months]
+    fees = {f"p{n}": sum(share.fee for share in shares if share.payment_id == f"p{n}") for n in range(3)}
+    assert fees == {f"p{n}": split_share(Decimal("0.20"), 3, n) for n in range(3)}
+    assert [share.saved for share in shares if share.payment_id == "p3"] == [Decimal("0.1"), Decimal(0)]
+    assert [(each.shared, each.reused, each.by_reuse) for each in savings] == [(2, 1, Decimal("0.1")), (0, 0, 0)]
 
 
 def test_pending_calls_are_listed_oldest_first(history: LedgerBuilder) -> None:
@@ -291,7 +309,7 @@ def test_reports_of_an_empty_ledger_are_empty(ledger: LedgerBuilder) -> None:
         assert payment_report.list_payments(tx) == []
         assert payment_report.find_payments(tx, []) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
-        assert list(fee_statement.payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
+        assert list(payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
 
 
 def test_reader_blocks_no_writer(ledger: LedgerBuilder) -> None:

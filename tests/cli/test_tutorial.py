@@ -12,7 +12,7 @@ import pytest
 import typer
 from rich.console import Console, RenderableType
 
-from cli import fee_tables, main, render_payments, run_dev_stack
+from cli import main, render_payments, run_dev_stack, statement_tables
 from demo.demo_plan import DEMO_JOBS
 from demo.dev_stack import FLOWER_LOGIN, DevStack
 from demo.processes import ROOT
@@ -30,6 +30,7 @@ from worker.ledger.payment_report import (
     RefreshLine,
 )
 from worker.rules.pricing import EntryState
+from worker.rules.statement_period import parse_period
 from worker.rules.states import PaymentState
 
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
@@ -215,8 +216,11 @@ def test_tutorial_quotes_fee_statement() -> None:
         posted_amount=4 * DIME,
         pending_amount=Decimal(0),
     )
-    totals = fee_tables.totals_by_currency([line], {"USD": Savings(shared=1, by_sharing=DIME)})
-    table = fee_tables.limited_statement_table([line], totals, "Calls of 2026-11 (UTC)")
+    totals = statement_tables.totals_by_currency([line], {"USD": Savings(shared=1, by_sharing=DIME)})
+    november = parse_period("2026-11")
+    assert november is not None
+    head = statement_tables.head_lines(november, {"TEST": 4}, is_over=False)
+    table = statement_tables.limited_statement_table([line], totals, head)
     assert printed(table) == quoted("Calls of 2026-11")
 
 

@@ -18,9 +18,11 @@ from worker.errors import CallNotSent, CallRejected, CallResultUnknown, FailureR
 from worker.flow import MonthArchive, VerifiedMonth, archive_files, archive_verification, archiving
 from worker.ledger import archive_removal, archived_months, funds_holds
 from worker.ledger.engine import Engine, open_engine, read_snapshot, transaction
-from worker.ledger.fee_statement import payment_shares_and_unshared_fees, statement_lines
+from worker.ledger.fee_statement import statement_lines
+from worker.ledger.payment_shares import payment_shares_and_unshared_fees
 from worker.rules.archive_manifest import ArchiveError, Month, month_of
-from worker.rules.invoice_file import InvoiceColumns, InvoiceError, InvoicePeriod
+from worker.rules.invoice_lines import InvoiceError, InvoicePeriod
+from worker.rules.invoice_reading import ReadingOptions
 from worker.rules.pricing import parse_price_list
 
 NOVEMBER, DECEMBER = (month_of(datetime(2026, month, 1, tzinfo=UTC)) for month in (11, 12))
@@ -577,10 +579,9 @@ def test_database_rejects_a_delete_of_fee_entries_outside_of_an_archive(
 
 def test_invoice_of_an_archived_month_is_refused(november: InProcessSystem, tmp_path: Path) -> None:
     """Its calls are not in the ledger: all lines would be unmatched."""
-    columns = InvoiceColumns(account="account", at="day", amount="fee", number=None, currency=None)
     period = InvoicePeriod(since=NOVEMBER.since, until=NOVEMBER.until, tolerance=timedelta(0))
     data = b"account,day,fee\nacct_shared,2026-11-22,0.10\n"
-    invoice = flow.parse_invoice_file("a.csv", data, columns, period, currency="USD", total=None)
+    invoice = flow.parse_invoice_file("a.csv", data, ReadingOptions(), period, currency="USD", total=None)
     november.clock.now = AFTER_NOVEMBER
     assert len(flow.compare_invoice(november.engine, invoice).matched) == 1
     _archive(november, tmp_path)

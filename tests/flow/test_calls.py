@@ -12,7 +12,7 @@ from tests.support.in_process import PRICES, START, InProcessSystem
 from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.flow import CALL_ENQUEUE_RETRY
-from worker.ledger import refreshes
+from worker.ledger import fee_statement, refreshes
 from worker.ledger.engine import transaction
 from worker.ledger.refreshes import RefreshRecord
 from worker.rules import states
@@ -236,6 +236,15 @@ def test_database_rejects_a_second_refresh_in_flight(payready: InProcessSystem) 
         assert waiting is not None
     with pytest.raises(IntegrityError), transaction(payready.engine) as tx:
         refreshes.transition(tx, waiting, states.RefreshEvent.CLAIM, None)
+
+
+def test_entry_of_a_call_records_the_mode_of_the_api_key(payready: InProcessSystem) -> None:
+    """The statement names it: a call in another mode than PRODUCTION is not billed."""
+    payready.initiate("p1", A)
+    payready.run_tasks()
+    with transaction(payready.engine) as tx:
+        modes = fee_statement.calls_by_mode(tx, START - timedelta(days=1), START + timedelta(days=1))
+    assert modes == {payready.rt.fetch_allowed_api_key_mode_once(): 1}
 
 
 def test_call_is_deferred_while_its_price_is_unknown(payready: InProcessSystem) -> None:

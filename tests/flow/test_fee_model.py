@@ -15,7 +15,7 @@ from worker.flow import attribution
 from worker.ledger import fee_calls, fee_statement, invoices
 from worker.ledger.engine import transaction
 from worker.ledger.invoices import InvoiceEvidence
-from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.rules.invoice_lines import InvoiceLine, InvoicePeriod
 from worker.rules.pricing import parse_price_list
 from worker.rules.reconciliation import reconcile
 
@@ -130,8 +130,9 @@ def _resolve_by_invoice_and_assert_equal_sums(payready: InProcessSystem, provide
         for row, (account, at) in enumerate(provider.accepted)
     ]
     with transaction(payready.engine) as tx:
-        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period, ())
-        evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD")
+        calls = fee_calls.ledger_calls(tx, "USD", period.since, period.until)
+        found = reconcile(charges, calls, period, (), currency="USD")
+        evidence = InvoiceEvidence(name="i", digest="x", period="2026-11", currency="USD", read_as={}, assumptions=())
         invoices.apply_invoice_to_pending_calls(tx, found, evidence, payready.clock.now)
         lines = fee_statement.statement_lines(tx, period.since, period.until, "price")
     assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])

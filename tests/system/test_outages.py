@@ -17,9 +17,9 @@ from tests.support.load_assertions import (
 )
 from tests.support.servers import Postgres
 from tests.support.system import ROLES, System, system, wait_until
-from worker.ledger import fee_calls, fee_statement, invoices
+from worker.ledger import fee_calls, fee_statement, invoices, payment_shares
 from worker.ledger.engine import transaction
-from worker.rules.invoice_file import InvoiceLine, InvoicePeriod
+from worker.rules.invoice_lines import InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import reconcile
 
@@ -134,14 +134,17 @@ def assert_ledger_equals_provider_log(running: System) -> None:
         since=now - timedelta(hours=1), until=now + timedelta(hours=1), tolerance=timedelta(seconds=5)
     )
     with transaction(running.engine) as tx:
-        found = reconcile(charges, fee_calls.ledger_calls(tx, "USD", period.since, period.until), period, ())
+        calls = fee_calls.ledger_calls(tx, "USD", period.since, period.until)
+        found = reconcile(charges, calls, period, (), currency="USD")
         assert (found.unmatched_lines, found.charged_though_void, found.price_differences) == ([], [], [])
         assert {call.state for call in found.unmatched_calls} <= {EntryState.PENDING}
         assert found.to_post, "no call was pending, so the faults had no effect"
-        evidence = invoices.InvoiceEvidence(name="log", digest="", period="now", currency="USD")
+        evidence = invoices.InvoiceEvidence(
+            name="log", digest="", period="now", currency="USD", read_as={}, assumptions=()
+        )
         invoices.apply_invoice_to_pending_calls(tx, found, evidence, now)
     with transaction(running.engine) as tx:
         (line,) = fee_statement.statement_lines(tx, period.since, period.until, "price")
         assert (line.posted_amount, line.pending) == (len(charges) * PRICE, 0)
-        shares = list(fee_statement.payment_shares_and_unshared_fees(tx, period.since, period.until))
+        shares = list(payment_shares.payment_shares_and_unshared_fees(tx, period.since, period.until))
         assert sum(share.fee for share in shares) == line.posted_amount

@@ -12,6 +12,7 @@
     `operations`   fail_waiting_as_cancelled_with_fee_share, end_hold, redeliver: what users and operators ask for
     `failover_reconciliation` find_losses, close_losses: repair a ledger that lost commits in a failover
     `invoicing`    compare_invoice, apply_invoice: post or void pending calls by the provider's invoice
+                   compare_aggregated_invoice, apply_aggregated_invoice: the same by counts and amounts
     `archiving`    archive_months_before: closed months in files
     `archive_verification` verify_archive, restore_month: read these files again
 
@@ -64,9 +65,12 @@ from worker.flow.intake import (
     accept_jobs_unless_account_locked,
 )
 from worker.flow.invoicing import (
+    AppliedAggregatedReconciliation,
     AppliedReconciliation,
     Invoice,
+    apply_aggregated_invoice,
     apply_invoice,
+    compare_aggregated_invoice,
     compare_invoice,
     parse_invoice_file,
 )
@@ -96,6 +100,7 @@ __all__ = [
     "MAX_CLAIM_AGE",
     "AcceptedCall",
     "AccountRead",
+    "AppliedAggregatedReconciliation",
     "AppliedReconciliation",
     "BalancePoll",
     "CallResult",
@@ -113,6 +118,7 @@ __all__ = [
     "VerifiedMonth",
     "accept_job",
     "accept_jobs_unless_account_locked",
+    "apply_aggregated_invoice",
     "apply_balance",
     "apply_invoice",
     "archive_months_before",
@@ -122,6 +128,7 @@ __all__ = [
     "claim_deliveries",
     "claim_overdue_deliveries",
     "close_losses",
+    "compare_aggregated_invoice",
     "compare_invoice",
     "count_failed_delivery",
     "delete_dead_letters",

@@ -1,5 +1,6 @@
 """Queries on archived months: their statements, and the payments that were removed."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -10,7 +11,14 @@ from sqlalchemy import select, update
 from worker.ledger.archive_tables import ARCHIVED_MONTH, ARCHIVED_PAYMENT, ARCHIVED_STATEMENT_LINE
 from worker.ledger.bulk import any_of, bulk_insert, bulk_insert_or_ignore
 from worker.ledger.engine import Reply, Rows, Tx
-from worker.ledger.fee_statement import GroupBy, Savings, StatementLine, savings_by_currency, statement_lines
+from worker.ledger.fee_statement import (
+    GroupBy,
+    Savings,
+    StatementLine,
+    calls_by_mode,
+    savings_by_currency,
+    statement_lines,
+)
 from worker.rules.archive_manifest import CallCounts, FeeGroup, Month
 from worker.rules.decimals import decimal_text
 
@@ -102,6 +110,17 @@ def month_savings(tx: Tx, month: Month) -> dict[str, Savings]:
         if each.saved is not None:
             sums[each.currency] = sums.get(each.currency, Savings()).plus(each.saved)
     return sums
+
+
+def month_calls_by_mode(tx: Tx, month: Month) -> Counter[str]:
+    """Return how many calls of a month were made in each mode of the API key."""
+    archived = find(tx, month.name)
+    if archived is None:
+        return calls_by_mode(tx, month.since, month.until)
+    modes: Counter[str] = Counter()
+    for of_currency in archived.manifest["fees"].values():
+        modes.update(of_currency["modes"])
+    return modes
 
 
 def _stored_lines(tx: Tx, month: str, by: GroupBy) -> list[StatementLine]:

@@ -85,7 +85,7 @@ _PROFILES_OF_ACCOUNTS = (
 
 def insert_lost_pending_entry(tx: Tx, call: CallEntry, now: datetime) -> None:
     """Insert the pending entry of a call that was made before now, and whose entry was lost."""
-    bulk_insert(tx, FEE_ENTRY, [entry_row(call, EntryState.PENDING, {}, now)])
+    bulk_insert(tx, FEE_ENTRY, [entry_row(call, EntryState.PENDING, call.evidence, now)])
 
 
 def _rows_in_chunks(tx: Tx, statement: Any, ids: Collection[str]) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from sqlalchemy import Select, func, select, text
 
 from worker.ledger.engine import Tx
 from worker.ledger.tables import FEE_ENTRY, REFRESH, state_in
+from worker.rules.call_matching import LedgerCall
 from worker.rules.pricing import EntryState
-from worker.rules.reconciliation import LedgerCall
 
 PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("pending_entry"), FEE_ENTRY.alias("final_entry")
 CALL_STATE = func.coalesce(FINAL_ENTRY.c.state, EntryState.PENDING.value).label("state")
@@ -29,6 +29,8 @@ def raise_limits_for_report(tx: Tx) -> None:
     """Raise PostgreSQL's memory and time limits for this transaction: a report may read over a million entries."""
     if tx.dialect.name == "postgresql":
         tx.execute(text("SET LOCAL work_mem = '128MB'"))
+        # A report reads all rows of a cursor. By default, PostgreSQL plans for a tenth of them.
+        tx.execute(text("SET LOCAL cursor_tuple_fraction = 1"))
         tx.execute(text("SET LOCAL statement_timeout = '5min'"))
         # The caller may be slow between two rows: it writes a file, or matches an invoice.
         tx.execute(text("SET LOCAL idle_in_transaction_session_timeout = '10min'"))
@@ -67,20 +69,26 @@ def pending_calls(tx: Tx, before: datetime) -> list[PendingCall]:
 
 
 def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:
-    """Return the calls in this currency made from `since` to before `until`, with their present states."""
+    """Return the calls in this currency made from `since` to before `until`, with their present states.
+
+    A month may have a million calls. So the rows are fetched in parts, and calls share equal values.
+    """
     raise_limits_for_report(tx)
     pending = PENDING_ENTRY.c
-    query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price)
+    invoice = FINAL_ENTRY.c.evidence["name"].as_string().label("invoice")  # only an invoice has a name
+    query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price, invoice)
     query = query.select_from(CALLS).where(
         IS_PENDING_ENTRY, pending.currency == currency, pending.called_at >= since, pending.called_at < until
     )
+    known: dict[Any, Any] = {}
     return [
         LedgerCall(
             call_id=row.call_id,
-            account_id=row.account_id,
+            account_id=known.setdefault(row.account_id, row.account_id),
             at=row.called_at,
             state=EntryState(row.state),
-            price=row.price,
+            price=known.setdefault(row.price, row.price),
+            invoice=known.setdefault(row.invoice, row.invoice),
         )
-        for row in tx.execute(query)
+        for row in tx.execute(query.execution_options(yield_per=10_000))
     ]

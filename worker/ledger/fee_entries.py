@@ -15,7 +15,7 @@ from worker.ledger.bulk import any_of, any_selected, bulk_insert, bulk_insert_or
 from worker.ledger.engine import Reply, Row, Tx
 from worker.ledger.refreshes import CALLED_SINCE_AND_ANSWERABLE
 from worker.ledger.tables import FEE_ENTRY, state_in
-from worker.rules.pricing import ACCEPTED_STATUS, EntryState, Price
+from worker.rules.pricing import ACCEPTED_STATUS, MODE, EntryState, Price
 
 entry = FEE_ENTRY.c
 CALLS_PER_STATEMENT = 500
@@ -35,6 +35,7 @@ class CallEntry:
     price_list: str
     called_at: datetime
     evidence: dict[str, Any]
+    """What proved the final entry. Of a pending entry, the mode of the API key."""
 
     @property
     def may_be_accepted_by_status_or_state(self) -> bool:
@@ -64,13 +65,13 @@ def new_call(call_id: str, refresh_id: str, account_id: str, price: Price, now: 
         currency=price.currency,
         price_list=price.price_list,
         called_at=now,
-        evidence={},
+        evidence={} if price.mode is None else {MODE: price.mode},
     )
 
 
 def open_entries(tx: Tx, calls: Sequence[CallEntry]) -> None:
     """Insert the pending entries of calls that are about to be made."""
-    bulk_insert(tx, FEE_ENTRY, [entry_row(call, EntryState.PENDING, {}, call.called_at) for call in calls])
+    bulk_insert(tx, FEE_ENTRY, [entry_row(call, EntryState.PENDING, call.evidence, call.called_at) for call in calls])
 
 
 def post_or_void(tx: Tx, entries: Sequence[FinalEntry], now: datetime) -> None:

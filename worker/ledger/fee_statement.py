@@ -5,13 +5,16 @@ SQLite, which has no exact numbers. A call belongs to the period in which it was
 savings, whenever its payments were resolved.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Literal
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     Date,
@@ -29,7 +32,7 @@ from sqlalchemy import (
 from worker.ledger.engine import Row, Tx
 from worker.ledger.fee_calls import raise_limits_for_report
 from worker.ledger.tables import FEE_ENTRY, PAYMENT
-from worker.rules.pricing import FEE_UNIT, EntryState
+from worker.rules.pricing import FEE_UNIT, MODE, UNKNOWN_MODE, EntryState
 
 entry, payment = FEE_ENTRY.c, PAYMENT.c
 
@@ -49,6 +52,11 @@ class Savings:
     """Payments that a reused balance resolved."""
     by_reuse: Decimal = Decimal(0)
     """Fees if each payment that a reused balance resolved had had its own call."""
+
+    @property
+    def total(self) -> Decimal:
+        """All savings."""
+        return self.by_sharing + self.by_reuse
 
     def plus(self, other: "Savings") -> "Savings":
         """Return the sum of both."""
@@ -80,25 +88,23 @@ class StatementLine:
     saved: Savings | None = None
     """None in a statement by price: a payment may share calls of several prices."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PaymentShare:
-    """One payment's fee share of the calls of a period."""
-
-    payment_id: str | None
-    """None for calls that no resolved payment shares."""
-    account_id: str
-    refresh_id: str
-    shared_by: int
-    fee: Decimal
-    currency: str
-    state: str
-    """State of the fee: posted, pending or void; `reused` for a payment without a fee."""
-    saved: Decimal
-    """Fee without sharing and reuse, minus the fee."""
+    def plus(self, other: "StatementLine") -> "StatementLine":
+        """Return the sum of both, which have the same key, price and currency."""
+        saved = None if self.saved is None or other.saved is None else self.saved.plus(other.saved)
+        return replace(
+            self,
+            calls=self.calls + other.calls,
+            posted=self.posted + other.posted,
+            pending=self.pending + other.pending,
+            void=self.void + other.void,
+            posted_amount=self.posted_amount + other.posted_amount,
+            pending_amount=self.pending_amount + other.pending_amount,
+            saved=saved,
+        )
 
 
-def _to_units(price: ColumnElement[Any]) -> ColumnElement[int]:
+def to_units(price: ColumnElement[Any]) -> ColumnElement[int]:
+    """Return the price in units of `FEE_UNIT`."""
     return cast(func.round(price * literal(int(1 / FEE_UNIT), Integer)), BigInteger)
 
 
@@ -107,7 +113,9 @@ def _sum_where(value: ColumnElement[Any], *conditions: ColumnElement[bool]) -> C
     return cast(func.coalesce(total, 0), BigInteger)
 
 
-def _from_units(units: int) -> Decimal:
+@lru_cache(maxsize=4096)  # few amounts differ in a statement of a million payments
+def from_units(units: int) -> Decimal:
+    """Return the amount of these units of `FEE_UNIT`."""
     return units * FEE_UNIT
 
 
@@ -116,7 +124,7 @@ def _count_entries(state: EntryState, *conditions: ColumnElement[bool]) -> Colum
 
 
 def _sum_price_units(state: EntryState) -> ColumnElement[int]:
-    return _sum_where(_to_units(entry.price), entry.state == state.value)
+    return _sum_where(to_units(entry.price), entry.state == state.value)
 
 
 _PENDING, _POSTED, _VOID = EntryState.PENDING, EntryState.POSTED, EntryState.VOID
@@ -170,8 +178,8 @@ def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None)
         posted=row.posted,
         pending=row.calls - row.posted - row.void,
         void=row.void,
-        posted_amount=_from_units(row.posted_units),
-        pending_amount=_from_units(row.pending_units - row.posted_units - row.void_units),
+        posted_amount=from_units(row.posted_units),
+        pending_amount=from_units(row.pending_units - row.posted_units - row.void_units),
         saved=saved,
     )
 
@@ -184,29 +192,36 @@ def _payment_counts_of_shared_refreshes() -> Subquery:
     return query.having((sharers > 1) | (reused > 0)).subquery("payments_by_refresh")
 
 
-CALL_LOOKBACK = timedelta(days=7)
-"""A refresh with a call in the period may have had its first call this long before it. The shares of one with an even
-earlier call still sum exactly to its fees, but one unit may be assigned to another payment."""
+def sum_fee_units(entries: Any = entry) -> ColumnElement[int]:
+    """Return the sum of the fees of calls that are not void: a pending entry adds its price, a void one takes it back.
+
+    `entries` are the columns of the table of entries, or of an alias.
+    """
+    sign = case((entries.state == _PENDING.value, 1), (entries.state == _VOID.value, -1), else_=0)
+    return _sum_where(to_units(entries.price) * sign)
 
 
-def _refresh_costs_in_and_before(since: datetime, until: datetime) -> Select[Any]:
-    """Select the fees of each refresh in the period (`total`) and before it (`before`), without void calls."""
-    in_period, earlier = entry.called_at >= since, entry.called_at < since
-    # A pending entry adds the price, a void entry takes it back.
-    fee = _to_units(entry.price) * case((entry.state == _PENDING.value, 1), (entry.state == _VOID.value, -1), else_=0)
+def refresh_costs(since: datetime, until: datetime) -> Select[Any]:
+    """Select the fees of each refresh's calls in the period, in units (`total`), without void calls."""
     columns = (
         entry.refresh_id,
         entry.currency,
         func.min(entry.account_id).label("account_id"),
-        func.min(entry.called_at).filter(in_period).label("called_at"),
-        func.max(_to_units(entry.price)).filter(in_period).label("price"),
-        _sum_where(case((entry.state == _PENDING.value, 1), else_=-1), in_period).label("pending"),
-        _count_entries(_POSTED, in_period).label("posted"),
-        _sum_where(fee, in_period).label("total"),
-        _sum_where(fee, earlier).label("before"),
+        func.min(entry.called_at).label("called_at"),
+        func.max(to_units(entry.price)).label("price"),
+        _sum_where(case((entry.state == _PENDING.value, 1), else_=-1)).label("pending"),
+        _count_entries(_POSTED).label("posted"),
+        sum_fee_units().label("total"),
     )
-    query = select(*columns).where(_called_within(since - CALL_LOOKBACK, until))
-    return query.group_by(entry.refresh_id, entry.currency).having(func.max(entry.called_at) >= since)
+    return select(*columns).where(_called_within(since, until)).group_by(entry.refresh_id, entry.currency)
+
+
+def calls_by_mode(tx: Tx, since: datetime, until: datetime) -> Counter[str]:
+    """Return how many calls of the period were made in each mode of the API key, or in `UNKNOWN_MODE`."""
+    raise_limits_for_report(tx)
+    mode = entry.evidence[MODE].as_string().label("mode")
+    query = select(mode, func.count().label("calls")).where(_called_within(since, until), entry.state == _PENDING.value)
+    return Counter({row.mode or UNKNOWN_MODE: row.calls for row in tx.execute(query.group_by("mode"))})
 
 
 def savings_by_currency(tx: Tx, since: datetime, until: datetime) -> dict[str, Savings]:
@@ -215,17 +230,25 @@ def savings_by_currency(tx: Tx, since: datetime, until: datetime) -> dict[str, S
     return {currency: total for (_, currency), total in savings.items()}
 
 
+def _costs_of_shared_refreshes(since: datetime, until: datetime) -> CTE:
+    """Select the fees of refreshes of more than one payment in the period (`total`) and before it (`before`)."""
+    counts = _payment_counts_of_shared_refreshes()
+    costs = refresh_costs(since, until).join_from(FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id)
+    costs = costs.add_columns(counts.c.sharers, counts.c.reused).group_by(counts.c.sharers, counts.c.reused)
+    cost = costs.subquery("period_cost")
+    earlier = FEE_ENTRY.alias("earlier").c
+    of_refresh = (earlier.refresh_id == cost.c.refresh_id) & (earlier.currency == cost.c.currency)
+    before = select(sum_fee_units(earlier)).where(of_refresh, earlier.called_at < since).scalar_subquery()
+    # Materialized: else PostgreSQL computes `before` once for each of its uses.
+    return select(*cost.c, before.label("before")).cte("cost").prefix_with("MATERIALIZED")
+
+
 def _savings_by_key(
     tx: Tx, since: datetime, until: datetime, key_of: Callable[[Any], ColumnElement[Any]]
 ) -> dict[tuple[str, str], Savings]:
     """Return the savings by key and currency. `key_of` builds the key from the columns `account_id` and `called_at`."""
     raise_limits_for_report(tx)
-    counts = _payment_counts_of_shared_refreshes()
-    query = _refresh_costs_in_and_before(since, until).join_from(
-        FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id
-    )
-    query = query.add_columns(counts.c.sharers, counts.c.reused).group_by(counts.c.sharers, counts.c.reused)
-    cost = query.subquery("cost").c
+    cost = _costs_of_shared_refreshes(since, until).c
     key = key_of(cost)
     further_sharers = case((cost.sharers > 1, cost.sharers - 1), else_=0)
     # A refresh with calls in two periods: its payments are counted in the period of its first call with a fee.
@@ -242,108 +265,9 @@ def _savings_by_key(
     return {
         (str(row.key), row.currency): Savings(
             shared=row.shared,
-            by_sharing=_from_units(row.by_sharing),
+            by_sharing=from_units(row.by_sharing),
             reused=row.reused,
-            by_reuse=_from_units(row.by_reuse),
+            by_reuse=from_units(row.by_reuse),
         )
         for row in rows
     }
-
-
-def payment_shares_and_unshared_fees(tx: Tx, since: datetime, until: datetime) -> Iterator[PaymentShare]:
-    """Yield the fee share of each payment in the calls of the period, then the calls that no payment shares.
-
-    Together they sum exactly to the fees of the calls. The shares are those of `pricing.split_share`, computed by the
-    database. If a refresh has calls on both sides of a month's end, each month gets what its calls add: over both
-    months a payment owes exactly its share of all calls.
-    """
-    raise_limits_for_report(tx)
-    cost = _refresh_costs_in_and_before(since, until).subquery("cost")
-    rows = tx.execute(_payments_with_fee_shares(cost).execution_options(yield_per=5000))
-    for row in rows:
-        yield _reused_share(row) if row.reused else _paid_share(row)
-    sharer = select(payment.refresh_id).where(payment.refresh_id == cost.c.refresh_id, payment.reused.is_(False))
-    unshared = select(cost).where(~sharer.exists(), cost.c.total > 0).order_by(cost.c.account_id, cost.c.called_at)
-    for row in tx.execute(unshared):
-        yield _unshared_fee(row)
-
-
-def _payments_with_fee_shares(cost: Subquery) -> Select[Any]:
-    """Select the payments of the refreshes in `cost`, with the fee share of each in units."""
-    group = (cost.c.account_id, cost.c.refresh_id, payment.reused, cost.c.currency)
-    order = (payment.resolved_at, payment.requested_at, payment.payment_id)
-    place = func.row_number().over(partition_by=group, order_by=order) - 1
-    columns = [column for column in cost.c if column.name != "called_at"]
-    sharing = (
-        select(
-            payment.payment_id,
-            payment.reused,
-            payment.resolved_at,
-            payment.requested_at,
-            *columns,
-            cast(place, BigInteger).label("place"),
-            cast(func.count().over(partition_by=group), BigInteger).label("sharers"),
-        )
-        .join_from(cost, PAYMENT, payment.refresh_id == cost.c.refresh_id)
-        .subquery("sharing")
-    ).c
-
-    def share_of(units: ColumnElement[int]) -> ColumnElement[int]:
-        return units // sharing.sharers + case((sharing.place < units % sharing.sharers, 1), else_=0)
-
-    fee = share_of(sharing.before + sharing.total) - share_of(sharing.before)
-    # Sorted as the window function sorts, so that the database sorts once.
-    return select(*sharing, fee.label("fee")).order_by(
-        sharing.account_id,
-        sharing.refresh_id,
-        sharing.reused,
-        sharing.currency,
-        sharing.resolved_at,
-        sharing.requested_at,
-        sharing.payment_id,
-    )
-
-
-def _reused_share(row: Row[Any]) -> PaymentShare:
-    return PaymentShare(
-        payment_id=row.payment_id,
-        account_id=row.account_id,
-        refresh_id=row.refresh_id,
-        shared_by=0,
-        fee=Decimal(0),
-        currency=row.currency,
-        state="reused",
-        saved=_from_units(row.price if row.total and not row.before else 0),
-    )
-
-
-def _paid_share(row: Row[Any]) -> PaymentShare:
-    return PaymentShare(
-        payment_id=row.payment_id,
-        account_id=row.account_id,
-        refresh_id=row.refresh_id,
-        shared_by=row.sharers,
-        fee=_from_units(row.fee),
-        currency=row.currency,
-        state=_combined_fee_state(row),
-        saved=_from_units(row.total - row.fee),
-    )
-
-
-def _unshared_fee(row: Row[Any]) -> PaymentShare:
-    return PaymentShare(
-        payment_id=None,
-        account_id=row.account_id,
-        refresh_id=row.refresh_id,
-        shared_by=0,
-        fee=_from_units(row.total),
-        currency=row.currency,
-        state=_combined_fee_state(row),
-        saved=Decimal(0),
-    )
-
-
-def _combined_fee_state(row: Row[Any]) -> str:
-    if row.pending:
-        return EntryState.PENDING.value
-    return EntryState.POSTED.value if row.posted else EntryState.VOID.value

@@ -206,8 +206,8 @@ class FeeEntryRow(SQLModel, table=True):
     price_list: str = Field(sa_type=Text)
     """Version of the price list that has the price."""
     evidence: dict[str, Any] = Field(sa_type=Json)
-    """What proved a final entry: an HTTP status, that nothing was sent, a balance or an invoice line. Empty for a
-    pending entry."""
+    """What proved a final entry: an HTTP status, that nothing was sent, a balance or an invoice line. Of a pending
+    entry, the mode of the API key, which decided its price."""
     called_at: datetime = Field(sa_type=UtcTime)
     """Time of the call, the same in all its entries: sums over a period need no join."""
     recorded_at: datetime = Field(sa_type=UtcTime)
@@ -215,7 +215,7 @@ class FeeEntryRow(SQLModel, table=True):
 
 
 class InvoiceRow(SQLModel, table=True):
-    """An invoice that was applied. The reconciliation of a neighbouring month's invoice reads it."""
+    """An applied invoice of which the charged calls near its boundaries are known. Neighbouring months need them."""
 
     __tablename__ = "invoice"
 

@@ -6,7 +6,7 @@ SHA-256 of each file, and the sums of the fees.
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.rules.decimals import decimal_text
-from worker.rules.pricing import EntryState
+from worker.rules.pricing import MODE, UNKNOWN_MODE, EntryState
 
 FORMAT = 1
 """Version of the files' format. A later version must read all earlier ones."""
@@ -96,7 +96,7 @@ class Manifest:
     files: Mapping[str, FileSummary]
     """By table."""
     fees: Mapping[str, Mapping[str, Any]]
-    """Calls of the month by currency: `calls`, and the amounts `posted` and `void`."""
+    """Calls of the month by currency: `calls`, the amounts `posted` and `void`, and the calls by mode as `modes`."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values."""
@@ -153,6 +153,8 @@ class FeeSums:
     """Sums of the fee entries of a month, which the files and the statement must agree on."""
 
     month: Month
+    modes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """Calls by currency and mode of the API key."""
     by_group: dict[FeeGroup, CallCounts] = field(default_factory=lambda: defaultdict(CallCounts))
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -161,6 +163,8 @@ class FeeSums:
         if not self.month.since <= called_at < self.month.until:
             return
         price, currency = entry["price"], entry["currency"]
+        if entry["state"] == EntryState.PENDING:
+            self.modes[currency][entry["evidence"].get(MODE, UNKNOWN_MODE)] += 1
         for grouped_by, key, group_price in (
             ("price", entry["price_list"], decimal_text(price.normalize())),
             ("account", entry["account_id"], ""),
@@ -190,6 +194,7 @@ class FeeSums:
                 "calls": total.calls,
                 "posted": decimal_text(total.posted_amount.normalize()),
                 "void": decimal_text(total.void_amount.normalize()),
+                "modes": dict(sorted(self.modes[currency].items())),
             }
             for currency, total in sorted(sums.items())
         }

@@ -35,6 +35,11 @@ def minor_unit_digits(currency: str) -> int:
     return MINOR_UNIT_DIGITS.get(currency, DEFAULT_MINOR_UNIT_DIGITS)
 
 
+def smallest_unit(currency: str) -> Decimal:
+    """Return the currency's smallest unit, such as 0.01 for USD and 1 for JPY."""
+    return Decimal(1).scaleb(-minor_unit_digits(currency))
+
+
 def amount_text(amount: Decimal, currency: str) -> str:
     """Return an amount without its currency as text for people, such as `10.00`.
 

@@ -17,6 +17,10 @@ FEE_UNIT = Decimal("0.000001")
 """Smallest unit of a fee share."""
 ACCEPTED_STATUS = 202
 """HTTP status of a call that the provider accepted."""
+MODE = "mode"
+"""Field of a pending fee entry's evidence: the mode of the API key, which decided the price."""
+UNKNOWN_MODE = "unknown"
+"""Mode of calls whose mode is not recorded, such as those of version 0.2.0."""
 Billable = Literal[
     "accepted", "account_unsupported", "not_authorized", "connection_inactive", "account_not_found", "rate_limited"
 ]
@@ -51,6 +55,8 @@ class Price:
     per_call: Decimal
     currency: str
     price_list: str
+    mode: str | None = None
+    """Mode of the API key, which decided the price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,17 @@ class PriceList(BaseModel):
         if not lines:
             raise PriceListError(f"price list {self.version} has no price for mode {mode} on {day}; add one")
         latest = max(lines, key=lambda line: line.since)
-        return Price(per_call=latest.per_call, currency=self.currency, price_list=self.version)
+        return Price(per_call=latest.per_call, currency=self.currency, price_list=self.version, mode=mode)
+
+    @property
+    def modes_by_price(self) -> dict[Decimal, list[str]]:
+        """The modes that have each price, on any day."""
+        modes: dict[Decimal, list[str]] = {}
+        for line in self.price:
+            of_price = modes.setdefault(line.per_call, [])
+            if line.mode not in of_price:
+                of_price.append(line.mode)
+        return modes
 
     def final_state(self, status: int | None) -> EntryState:
         """Return the final state of a call's fee by the status of the response. None means that nothing was sent."""

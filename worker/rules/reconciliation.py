@@ -2,15 +2,9 @@
 
 Pure: lines and calls in, a `Reconciliation` out. The provider gives its calls no id that the ledger has, so a line and
 a call match by account and time. Often several matchings are possible; the number of charged calls of an account is the
-same in all of the largest. So per account a maximum bipartite matching of lines and calls is computed, with augmenting
-paths:
-
-1. Sort the account's calls: calls of the invoice's period first; then posted, pending, void; then by time.
-2. For each call in this order, search breadth-first for an augmenting path: a line that is free, or a line whose call
-   can be moved to another line, and so on.
-3. If there is a path, move each call on it one line further. No call loses its line. So an earlier call in the order
-   has priority, and the matching has the maximum size.
-4. Every call without a line is uncharged in every largest matching with these priorities.
+same in all of the largest. `call_matching` computes one. In it, calls of the invoice's period have priority, then
+posted calls, then pending and void ones, then earlier calls. Every call without a line is uncharged in every largest
+matching with these priorities.
 
 A pending call that is matched is posted; a pending call that no invoice can charge is void.
 
@@ -18,26 +12,16 @@ Clocks differ at a month's boundary: a call nearer to it than the tolerance may 
 one invoice charges it, the other cannot. If neither does, the invoice that is applied second voids it.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import groupby
+from operator import attrgetter
 
-from worker.rules.decimals import decimal_text
-from worker.rules.invoice_file import InvoiceError, InvoiceLine, InvoicePeriod
+from worker.rules.call_matching import LedgerCall, LineMatch, by_time, match_lines
+from worker.rules.decimals import decimal_text, smallest_unit
+from worker.rules.invoice_lines import InvoiceError, InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerCall:
-    """A call of the ledger, with the state of its last fee entry."""
-
-    call_id: str
-    account_id: str
-    at: datetime
-    state: EntryState
-    price: Decimal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +34,11 @@ class AppliedInvoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LineMatch:
-    """A line and the call that it charges."""
-
-    line: InvoiceLine
-    call: LedgerCall
-
-    @property
-    def price_differs(self) -> bool:
-        """Whether the line's amount differs from the ledger's price."""
-        return self.line.amount != self.call.price
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reconciliation:
     """The result of comparing an invoice with the ledger."""
 
     period: InvoicePeriod
+    currency: str
     matched: Sequence[LineMatch]
     unmatched_calls: Sequence[LedgerCall]
     """Pending and posted calls of the period that the invoice does not charge."""
@@ -76,6 +48,11 @@ class Reconciliation:
     """Pending calls that neither this invoice nor another one can charge."""
     deferred_calls: Sequence[LedgerCall]
     """Unmatched pending calls of the period that the neighbouring month's invoice may charge."""
+
+    @property
+    def has_differences(self) -> bool:
+        """Whether invoice and ledger differ in more than rounding and pending calls that the invoice charges."""
+        return bool(self.unmatched_lines or self.unmatched_calls or self.price_differences or self.charged_though_void)
 
     @property
     def missing_posted_calls_away_from_edges(self) -> list[LedgerCall]:
@@ -91,8 +68,13 @@ class Reconciliation:
 
     @property
     def price_differences(self) -> list[LineMatch]:
-        """Matches with an amount other than the ledger's price."""
-        return [match for match in self.matched if match.price_differs]
+        """Matches with an amount other than the ledger's price, even if that is rounded."""
+        return [match for match in self._with_other_amounts() if not self._is_rounded(match)]
+
+    @property
+    def rounded_amounts(self) -> list[LineMatch]:
+        """Matches with an amount that is the ledger's price, rounded to the smallest unit of the currency."""
+        return [match for match in self._with_other_amounts() if self._is_rounded(match)]
 
     @property
     def charged_though_void(self) -> list[LineMatch]:
@@ -104,9 +86,18 @@ class Reconciliation:
         """Matches whose call is pending."""
         return [match for match in self.matched if match.call.state == EntryState.PENDING]
 
+    def _with_other_amounts(self) -> Iterator[LineMatch]:
+        return (match for match in self.matched if match.price_differs)
+
+    def _is_rounded(self, match: LineMatch) -> bool:
+        unit = smallest_unit(self.currency)
+        has_no_parts_of_unit = match.line.amount % unit == 0
+        return has_no_parts_of_unit and abs(match.line.amount - match.call.price) < unit
+
 
 STATE_PRIORITY: Mapping[EntryState, int] = {EntryState.POSTED: 0, EntryState.PENDING: 1, EntryState.VOID: 2}
 """Calls with a lower number are matched first."""
+_by_account = attrgetter("account_id")
 
 
 def reconcile(
@@ -114,6 +105,8 @@ def reconcile(
     calls: Iterable[LedgerCall],
     period: InvoicePeriod,
     applied_invoices: Iterable[AppliedInvoice],
+    *,
+    currency: str,
 ) -> Reconciliation:
     """Match the invoice's lines to calls of its period, extended by the tolerance on both sides.
 
@@ -122,36 +115,32 @@ def reconcile(
         calls: the ledger's calls of the extended period.
         period: the period of the invoice.
         applied_invoices: all invoices applied earlier. Only those of the neighbouring months have an effect.
+        currency: the currency of the lines and of the calls.
     """
-    neighbours = [
-        other for other in applied_invoices if period.since == other.period.until or period.until == other.period.since
-    ]
-    # 1. Group by account: the lines, and the calls that no neighbour charges, in the order of their priority.
-    lines_by_account: dict[str, list[InvoiceLine]] = defaultdict(list)
-    for line in lines:
-        lines_by_account[line.account_id].append(line)
-    calls_by_account: dict[str, list[LedgerCall]] = defaultdict(list)
-    chargeable = (call for call in calls if not any(_must_belong_to(other, call) for other in neighbours))
-    for call in sorted(chargeable, key=lambda c: (not period.contains(c.at), STATE_PRIORITY[c.state], c.at, c.call_id)):
-        calls_by_account[call.account_id].append(call)
-    # 2. Match per account.
+
+    def priority(call: LedgerCall) -> int:
+        return STATE_PRIORITY[call.state] + (0 if period.contains(call.at) else len(STATE_PRIORITY))
+
+    neighbours = neighbours_of(period, applied_invoices)
     matched: list[LineMatch] = []
     unmatched_lines: list[InvoiceLine] = []
     uncharged: list[LedgerCall] = []
-    for account_id in sorted(lines_by_account.keys() | calls_by_account.keys()):
-        account_lines, account_calls = lines_by_account[account_id], calls_by_account[account_id]
-        matches = _match_lines(account_lines, account_calls, period.tolerance)
-        matched_rows = {match.line.row for match in matches}
-        matched_calls = {match.call.call_id for match in matches}
+    for account in _accounts(lines, calls_left_by(neighbours, calls)):
+        matches = match_lines(account.lines, account.calls, period.tolerance, priority)
         matched.extend(matches)
-        unmatched_lines.extend(line for line in account_lines if line.row not in matched_rows)
-        uncharged.extend(call for call in account_calls if call.call_id not in matched_calls)
-    # 3. Classify the calls without a line.
+        if len(matches) < len(account.lines):
+            rows = {match.line.row for match in matches}
+            unmatched_lines.extend(line for line in account.lines if line.row not in rows)
+        if len(matches) < len(account.calls):
+            call_ids = {match.call.call_id for match in matches}
+            free = (call for call in account.calls if call.call_id not in call_ids)
+            uncharged.extend(sorted(free, key=lambda call: (priority(call), *by_time(call))))
     to_void = [call for call in uncharged if _is_pending_and_unchargeable(call, period, neighbours)]
     void_ids = {call.call_id for call in to_void}
     in_period = [call for call in uncharged if period.contains(call.at)]
     return Reconciliation(
         period=period,
+        currency=currency,
         matched=matched,
         unmatched_calls=[call for call in in_period if call.state != EntryState.VOID],
         unmatched_lines=unmatched_lines,
@@ -162,9 +151,44 @@ def reconcile(
     )
 
 
-def _must_belong_to(invoice: AppliedInvoice, call: LedgerCall) -> bool:
-    """Return whether another invoice has the call: by its time, or because it charged it."""
-    return call.call_id in invoice.edge_calls or invoice.period.contains_away_from_boundaries(call.at)
+def neighbours_of(period: InvoicePeriod, applied_invoices: Iterable[AppliedInvoice]) -> list[AppliedInvoice]:
+    """Return the applied invoices of the periods before and after this one."""
+    return [
+        other for other in applied_invoices if period.since == other.period.until or period.until == other.period.since
+    ]
+
+
+def calls_left_by(neighbours: Sequence[AppliedInvoice], calls: Iterable[LedgerCall]) -> list[LedgerCall]:
+    """Return the calls that no neighbouring invoice has: neither by their time, nor because it charged them."""
+
+    def has(invoice: AppliedInvoice, call: LedgerCall) -> bool:
+        return call.call_id in invoice.edge_calls or invoice.period.contains_away_from_boundaries(call.at)
+
+    return [call for call in calls if not any(has(other, call) for other in neighbours)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Account:
+    lines: Sequence[InvoiceLine]
+    calls: Sequence[LedgerCall]
+
+
+def _accounts(lines: Iterable[InvoiceLine], calls: Iterable[LedgerCall]) -> Iterator[_Account]:
+    """Yield the lines and the calls of each account. Two sorted lists need less memory than a list per account."""
+    groups_of_lines = groupby(sorted(lines, key=_by_account), _by_account)
+    groups_of_calls = groupby(sorted(calls, key=_by_account), _by_account)
+    next_lines, next_calls = next(groups_of_lines, None), next(groups_of_calls, None)
+    while next_lines or next_calls:
+        account_id = min(group[0] for group in (next_lines, next_calls) if group)
+        account_lines: list[InvoiceLine] = []
+        account_calls: list[LedgerCall] = []
+        if next_lines and next_lines[0] == account_id:
+            account_lines.extend(next_lines[1])
+            next_lines = next(groups_of_lines, None)
+        if next_calls and next_calls[0] == account_id:
+            account_calls.extend(next_calls[1])
+            next_calls = next(groups_of_calls, None)
+        yield _Account(lines=account_lines, calls=account_calls)
 
 
 def _is_pending_and_unchargeable(call: LedgerCall, period: InvoicePeriod, neighbours: Sequence[AppliedInvoice]) -> bool:
@@ -177,18 +201,24 @@ def _is_pending_and_unchargeable(call: LedgerCall, period: InvoicePeriod, neighb
     )
 
 
-def check_total(lines: Sequence[InvoiceLine], total: Decimal) -> None:
-    """Compare the sum of the lines with the invoice's total.
+def check_total(charges: Sequence[Decimal], credited: Sequence[Decimal], total: Decimal, currency: str) -> None:
+    """Compare the sum of an invoice's charges, or of its charges and credits, with its total.
+
+    The provider may have rounded the total to the currency's smallest unit.
 
     Raises:
         InvoiceError: they differ.
     """
-    found = sum((line.amount for line in lines), Decimal(0))
-    if found != total:
-        raise InvoiceError(
-            f"the {len(lines)} lines add up to {decimal_text(found)}, but --total is {decimal_text(total)}; "
-            "the file may be truncated"
-        )
+    sum_of_charges = sum(charges, Decimal(0))
+    unit = smallest_unit(currency)
+    allowed = unit if total % unit == 0 else Decimal(0)
+    for found in (sum_of_charges, sum_of_charges + sum(credited, Decimal(0))):
+        if found == total or abs(found - total) < allowed:
+            return
+    raise InvoiceError(
+        f"the {len(charges)} lines add up to {decimal_text(sum_of_charges)}, but --total is {decimal_text(total)}; "
+        "the file may be truncated"
+    )
 
 
 def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
@@ -196,14 +226,16 @@ def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
 
     Args:
         result: the reconciliation of the file.
-        total_matches: the lines add up to the invoice's total. Then only a file without any match is rejected.
+        total_matches: the lines add up to the invoice's total. Then only a file without any match, or in contradiction
+            to an applied invoice, is rejected.
 
     Raises:
-        InvoiceError: the file may be truncated, repeat lines, or be another customer's.
+        InvoiceError: the file may be truncated, repeat lines, be another customer's, or contradict an applied invoice.
     """
     count = len(result.matched) + len(result.unmatched_lines)
     if not result.matched:
         raise InvoiceError(f"none of the {count} lines matches a call of the ledger; check that this is the right file")
+    _check_agrees_with_applied_invoices(result)
     if total_matches:
         return
     if len(result.unmatched_lines) >= len(result.matched):
@@ -221,53 +253,17 @@ def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
         )
 
 
-def _match_lines(lines: Sequence[InvoiceLine], calls: Sequence[LedgerCall], tolerance: timedelta) -> list[LineMatch]:
-    """Return a maximum matching of one account's lines and calls, in the order of the lines.
-
-    Calls are given by priority: a call has a line whenever all calls before it that have one can keep one.
-    """
-    matching = _Matching(lines, tolerance)
-    for call in calls:
-        matching.try_match(call)
-    return [
-        LineMatch(line=line, call=matching.call_by_row[line.row]) for line in lines if line.row in matching.call_by_row
-    ]
-
-
-class _Matching:
-    """A bipartite matching of lines and calls that grows by augmenting paths."""
-
-    def __init__(self, lines: Sequence[InvoiceLine], tolerance: timedelta) -> None:
-        self._lines = lines
-        self._tolerance = tolerance
-        self.call_by_row: dict[int, LedgerCall] = {}
-        self._row_by_call: dict[str, int] = {}
-
-    def try_match(self, call: LedgerCall) -> None:
-        """Match the call if there is an augmenting path from it. Search breadth-first."""
-        parent: dict[int, LedgerCall] = {}
-        queue = deque([call])
-        while queue:
-            current = queue.popleft()
-            for line in self._candidate_lines_best_first(current):
-                if line.row in parent:
-                    continue
-                parent[line.row] = current
-                if line.row not in self.call_by_row:
-                    self._augment(line.row, parent)
-                    return
-                queue.append(self.call_by_row[line.row])
-
-    def _candidate_lines_best_first(self, call: LedgerCall) -> list[InvoiceLine]:
-        """Return the lines that may charge this call, the most likely first."""
-        near = [line for line in self._lines if line.since - self._tolerance <= call.at <= line.until + self._tolerance]
-        return sorted(near, key=lambda line: (line.amount != call.price, abs(call.at - line.since), line.row))
-
-    def _augment(self, free_row: int, parent: Mapping[int, LedgerCall]) -> None:
-        """Move each call on the path one line further, from the free line back to the new call."""
-        row: int | None = free_row
-        while row is not None:
-            call = parent[row]
-            previous_row = self._row_by_call.get(call.call_id)
-            self.call_by_row[row], self._row_by_call[call.call_id] = call, row
-            row = previous_row
+def _check_agrees_with_applied_invoices(result: Reconciliation) -> None:
+    """Raise if the file charges a call that an invoice voided, or omits one that an invoice posted."""
+    for match in result.charged_though_void:
+        if match.call.invoice is not None:
+            raise InvoiceError(
+                f"line {match.line.row}: it charges call {match.call.call_id}, which the applied invoice "
+                f"{match.call.invoice!r} does not charge; find out which of the two files is right"
+            )
+    for call in result.missing_posted_calls_away_from_edges:
+        if call.invoice is not None:
+            raise InvoiceError(
+                f"the file does not charge call {call.call_id} of {call.account_id}, which the applied invoice "
+                f"{call.invoice!r} charges; find out which of the two files is right"
+            )

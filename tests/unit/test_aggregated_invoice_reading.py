@@ -1,0 +1,87 @@
+"""Reading of aggregated invoices: count x price for a month, a day, an account or a kind of call."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+
+from tests.support.invoice_files import NOVEMBER, read
+from worker.rules.invoice_lines import InvoiceError, Level
+from worker.rules.invoice_reading import NO_COLUMN, Role
+
+
+def day(number: int) -> datetime:
+    return datetime(2026, 11, number, tzinfo=UTC)
+
+
+def test_line_of_a_month_covers_the_period() -> None:
+    text = 'Description,Quantity,Unit price,Amount\nBalance refresh,"1,200",$0.10,$120.00\n'
+    text += "Discount,,,-20.00\nTotal,,,100.00\n"
+    content = read(text)
+    (line,) = content.aggregated_lines
+    assert (content.level, content.lines) == (Level.MONTH, [])
+    assert (line.row, line.label, line.account_id) == (2, "Balance refresh", None)
+    assert (line.count, line.unit_price, line.amount) == (1200, Decimal("0.10"), Decimal(120))
+    assert (line.since, line.until) == (NOVEMBER.since, NOVEMBER.until)
+    assert [credit.label for credit in content.credits] == ["Discount"]
+    assert content.totals[0].is_grand_total
+    assert content.first_lines == (line,)
+    assert "Each line charges the calls of one month." in content.assumptions
+
+
+@pytest.mark.parametrize(
+    "period", ["2026-11", "11/2026", "November 2026", "Nov 2026", "2026-11-01 - 2026-11-30", "2026-11-01/2026-11-30"]
+)
+def test_month_may_be_written_as_a_name_or_a_range(period: str) -> None:
+    content = read(f"Period;Calls;Fee\n{period};10;1.00\n")
+    (line,) = content.aggregated_lines
+    assert (content.level, line.since, line.until) == (Level.MONTH, NOVEMBER.since, NOVEMBER.until)
+
+
+def test_lines_of_days_accounts_and_kinds_have_their_level() -> None:
+    by_day = read("Day,Calls,Amount\n11/21/2026,10,1.00\n11/22/2026,5,0.50\nTotal,15,1.50\n")
+    assert (by_day.level, [line.since for line in by_day.aggregated_lines]) == (Level.DAY, [day(21), day(22)])
+    assert by_day.aggregated_lines[0].until == day(22)
+    by_account = read("Account;Usage;Cost\na;10;1,00\nb;5;0,50\n")
+    assert by_account.level == Level.ACCOUNT
+    assert [(line.account_id, line.count) for line in by_account.aggregated_lines] == [("a", 10), ("b", 5)]
+    by_kind = read("Product,Qty,Rate,Amount\nRefresh,10,0.10,1.00\nRefresh (test),5,0,0.00\n")
+    assert by_kind.level == Level.KIND
+    assert [line.label for line in by_kind.aggregated_lines] == ["Refresh", "Refresh (test)"]
+
+
+def test_count_is_derived_from_the_unit_price_if_it_has_no_column() -> None:
+    content = read("Month,Unit price,Amount\n2026-11,0.10,12.00\n")
+    assert content.aggregated_lines[0].count == 120
+    assert "The number of calls is the amount divided by the unit price (--count-column)." in content.assumptions
+    with pytest.raises(InvoiceError, match=r"line 2: the number of calls must be a whole number, but is 119\.9"):
+        read("Month,Unit price,Amount\n2026-11,0.10,11.99\n")
+
+
+def test_counts_of_one_with_account_and_date_are_an_invoice_by_call() -> None:
+    content = read("Account,Date,Qty,Price,Amount\na,2026-11-22T12:00:00Z,1,0.10,0.10\nb,2026-11-22,1,0.10,0.10\n")
+    assert content.level is None
+    assert [line.account_id for line in content.lines] == ["a", "b"]
+    assert "The invoice is by call, because each line charges one call." in content.assumptions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Month,Calls,Amount\n2026-11,1.5,1.00\n", "line 2: the number of calls must be a whole number, but is 1.5"),
+        ("Month,Calls,Amount\n2026-11,,1.00\n", "line 2: Calls is empty"),
+        ("Month,Calls,Amount\n2026-12,10,1.00\n", "line 2: 2026-12-01 is not in 2026-11; .* --date-column -"),
+        ("Day,Calls,Amount\n2026-11-22 12:00 UTC,10,1.00\n", "line 2: Day of several calls must be a day or a month"),
+        ("Month,Calls,Amount\n2026-13,10,1.00\n", "line 2: Month is not a date or time"),
+        ("Description,Amount\nRefreshes,1.00\n", "no column has the account, and none the number of calls"),
+    ],
+)
+def test_wrong_aggregated_line_is_rejected(text: str, message: str) -> None:
+    with pytest.raises(InvoiceError, match=message):
+        read(text)
+
+
+def test_date_of_the_invoice_can_be_ignored() -> None:
+    text = "Invoice date,Calls,Amount\n2026-12-03,10,1.00\n"
+    content = read(text, columns={Role.DATE: NO_COLUMN})
+    assert content.aggregated_lines[0].until - content.aggregated_lines[0].since == timedelta(days=30)
