@@ -12,6 +12,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 from kombu.transport.redis import PRIORITY_STEPS, Channel
 
+from cli.celery_errors import CeleryUnavailable
 from config.celery_config import QUEUES, celery_settings
 from config.role_settings import require_in_production
 from config.setting_types import MAX_PRIORITY
@@ -33,15 +34,6 @@ WORKER_ROLES = frozenset(("worker", "refresh"))
 """Roles that are Celery workers. A worker's name is `ROLE@HOST`."""
 BROKER_ERRORS = (OSError, OperationalError, *REDIS_UNAVAILABLE, RuntimeError)
 """Errors without a broker or a result backend. Celery raises RuntimeError after its last attempt."""
-
-
-class CeleryUnavailable(Exception):
-    """The broker or the result backend did not respond; the message says what to check."""
-
-    def __init__(self, message: str, problem: str | None = None) -> None:
-        super().__init__(message)
-        self.problem = problem or message
-        """What its client reports, without what to check."""
 
 
 class NoWorkerResponse(CeleryUnavailable):

@@ -1,4 +1,4 @@
-"""Shared parts of all commands: error reports, the console, transactions on the ledger, the runtime."""
+"""Shared parts of all commands: error reports, the console, transactions on the ledger."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,11 +8,10 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
-from cli.celery_client import CeleryUnavailable
+from cli.celery_errors import CeleryUnavailable
 from config.escaping import escape_unprintable
 from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
-from demo.processes import StartOrExitError
 from worker.errors import CallFailed, InvalidJob, error_summary
 from worker.ledger.engine import (
     DATABASE_UNAVAILABLE,
@@ -26,16 +25,18 @@ from worker.ledger.engine import (
 )
 from worker.rules.invoice_lines import InvoiceError
 from worker.rules.pricing import PriceListError
-from worker.runtime import Runtime, build_runtime
 
 T = TypeVar("T")
+PaymentId = Annotated[str, typer.Argument(help="The payment's id, as its job has it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 EXIT_FAILED = 1
-LOG_WIDTH = 160
+EXIT_NOT_READY = 3
+"""Exit status of `payment watch` and of `payment enqueue --wait` if the payment fails."""
+LOG_WIDTH = 240
 """Columns of a table that is printed to a file or a pipe."""
+
 EXPECTED_ERRORS = (
     ConfigurationError,
-    StartOrExitError,
     InvalidJob,
     InvoiceError,
     PriceListError,
@@ -48,11 +49,12 @@ EXPECTED_ERRORS = (
 
 
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """Print an expected error as one sentence and exit with status 1."""
+def report_errors(*expected: type[Exception]) -> Iterator[None]:
+    """Print an expected error as one sentence and exit with status 1. `expected` are those of one command only."""
+    all_expected: tuple[type[Exception], ...] = (*EXPECTED_ERRORS, *expected)
     try:
         yield
-    except EXPECTED_ERRORS as error:
+    except all_expected as error:
         fail(str(error))
     except NoDatabaseFile as error:
         fail(f"{error}; correct the setting, or create it with the role `release`: alembic upgrade head")
@@ -105,15 +107,3 @@ def ledger_engine() -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
-
-
-@contextmanager
-def runtime_or_exit() -> Iterator[Runtime]:
-    """Build a runtime for one command. Print an expected error of the block and exit."""
-    with report_errors():
-        require_in_production(settings(), "database_url", "redis_url")
-        rt = build_runtime(settings())
-        try:
-            yield rt
-        finally:
-            rt.engine.dispose()

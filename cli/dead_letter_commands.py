@@ -11,9 +11,9 @@ from cli.command_line import (
     AsJson,
     fail,
     query_or_exit,
-    runtime_or_exit,
     stdout_console_for_terminal_or_log,
 )
+from cli.command_runtime import runtime_or_exit
 from cli.message_requeue import MessageSender, NotRequeueable, open_message_sender, parse_envelope
 from config.escaping import escape_unprintable
 from config.settings import settings

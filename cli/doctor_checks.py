@@ -10,6 +10,7 @@ from typing import Any
 
 from cli import celery_client, server_probes
 from cli.celery_client import WorkerInfo
+from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, utc_time_text
 from config.celery_config import QUEUES, celery_settings
@@ -54,7 +55,7 @@ def check_broker_and_workers(context: CheckContext) -> Iterator[CheckResult]:
         yield ok("broker", f"{described}; {count_text(len(workers), 'worker')} of payready connected")
         yield from _check_queues_and_beat(context, workers)
         yield from _check_shared_celery_settings(context, workers)
-    except celery_client.CeleryUnavailable as unavailable:
+    except CeleryUnavailable as unavailable:
         message = server_probes.no_response_text(context.settings.effective_broker_url, unavailable.problem)
         yield error("broker", message, "start it, or correct PAYREADY_BROKER_URL or PAYREADY_REDIS_URL")
 

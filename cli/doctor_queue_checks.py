@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cli import celery_client
+from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text
 from config.celery_config import QUEUES, celery_settings
@@ -43,7 +44,7 @@ def check_unread_lists(context: CheckContext) -> Iterator[CheckResult]:
         return
     try:
         search = celery_client.search_idle_lists(context.settings)
-    except celery_client.CeleryUnavailable:
+    except CeleryUnavailable:
         return  # check_broker_and_workers reports it
     problems = [found for idle in search.idle_lists for found in _results_of_list(context, idle)]
     yield from problems[:MAX_RESULTS]

@@ -5,7 +5,7 @@ from time import monotonic
 from typing import Any
 
 from cli import server_probes
-from cli.celery_client import CeleryUnavailable
+from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import count_text, milliseconds_text
 from config.settings import ConfigurationError

@@ -10,8 +10,10 @@ import typer
 from celery import Celery
 
 from cli import render
-from cli.celery_client import CeleryUnavailable, report_unavailable
-from cli.command_line import EXIT_FAILED, AsJson, echo_line, runtime_or_exit
+from cli.celery_client import report_unavailable
+from cli.celery_errors import CeleryUnavailable
+from cli.command_line import EXIT_FAILED, AsJson, echo_line
+from cli.command_runtime import runtime_or_exit
 from cli.render import count_text
 from config.celery_config import celery_settings
 from config.settings import Settings

@@ -13,7 +13,8 @@ from celery import Celery
 from kombu.transport.redis import Channel as RedisChannel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cli.celery_client import CeleryUnavailable, connected_celery_app, report_unavailable
+from cli.celery_client import connected_celery_app, report_unavailable
+from cli.celery_errors import CeleryUnavailable
 from config.settings import Settings
 from tasks.rabbitmq_source import HEADERS_OF_BROKER
 from worker.errors import error_summary

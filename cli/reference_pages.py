@@ -11,9 +11,8 @@ from typing import Any
 
 import typer
 
-from cli.command_line import EXIT_FAILED
+from cli.command_line import EXIT_FAILED, EXIT_NOT_READY
 from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
-from cli.main import EXIT_NOT_READY
 from cli.main import app as cli_app
 from config.celery_config import QUEUES, celery_settings
 from config.settings import Settings
@@ -60,7 +59,7 @@ An option without a default is not set.
 | 0 | success |
 | {EXIT_FAILED} | failure: the error is on standard error, or a check failed |
 | 2 | wrong usage: an unknown command or option, or a wrong value |
-| {EXIT_NOT_READY} | `payment enqueue --wait`: the payment failed |
+| {EXIT_NOT_READY} | `payment watch`, `payment enqueue --wait`: the payment failed |
 | 128 + signal | `demo` or `up` was stopped by a signal before it was complete |
 """
 _VALUE_NAMES = {"str": "text", "int": "integer", "list[str]": "texts"}
@@ -68,7 +67,8 @@ _VALUE_NAMES = {"str": "text", "int": "integer", "list[str]": "texts"}
 
 def cli_page() -> str:
     """Return the page on the commands of `payready`, in the order of `--help`."""
-    root = typer.main.get_command(cli_app)
+    root: Any = typer.main.get_command(cli_app)
+    root.load_all()
     return "\n".join([CLI_HEAD, *(_command_section(path, command) for path, command in _commands("payready", root))])
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -39,6 +39,11 @@ STATE_STYLES = {
 def as_json(value: Any) -> str:
     """Return a report as JSON: amounts as strings, times in UTC."""
     return json.dumps(value, default=_json_value, indent=2)
+
+
+def as_json_line(value: Any) -> str:
+    """Return the same on one line."""
+    return json.dumps(value, default=_json_value)
 
 
 def _json_value(value: Any) -> Any:
@@ -122,14 +127,47 @@ class _FoldingTable(Table):
             yield from (record, Text())
 
     def _min_width(self) -> int:
-        total = COLUMN_GAP * (len(self.columns) - 1)
-        for number, column in enumerate(self.columns):
-            widest = max(cell_len(str(column.header)), *(row[number].cell_len for row in self._rows_of_text), 0)
-            total += widest if column.no_wrap else min(widest, MIN_FOLDED_WIDTH)
-        return total
+        folded = (
+            width if column.no_wrap else min(width, MIN_FOLDED_WIDTH)
+            for column, width in zip(self.columns, self._widths(), strict=True)
+        )
+        return sum(folded) + COLUMN_GAP * (len(self.columns) - 1)
+
+    def width_on_one_line(self) -> int:
+        """Return the width at which no cell wraps."""
+        return sum(self._widths()) + COLUMN_GAP * (len(self.columns) - 1)
+
+    def _widths(self) -> list[int]:
+        return [
+            max(cell_len(str(column.header)), *(row[number].cell_len for row in self._rows_of_text), 0)
+            for number, column in enumerate(self.columns)
+        ]
 
 
-def new_table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
+class TableOfOneLineRows:
+    """A table with one line a row: on a narrow terminal it shows the first columns only, and names the others."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Collection[str]) -> None:
+        """`columns` begins with the most important ones. At least two are shown, and wrap if they must."""
+        self._columns = columns
+        self._rows = rows
+        self._right = right
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table with as many columns as fit."""
+        for count in range(len(self._columns), 1, -1):
+            table = new_table(*self._columns[:count], right=self._right)
+            for row in self._rows:
+                table.add_row(*row[:count])
+            if table.width_on_one_line() <= options.max_width:
+                break
+        yield table
+        if count < len(self._columns):
+            hidden = ", ".join(self._columns[count:])
+            yield Text(f"not shown: {hidden}; use --json", "dim")
+
+
+def new_table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> _FoldingTable:
     """Create an empty table. Columns in `right` are right-aligned."""
     right_aligned = set(right)
     table = _FoldingTable(title)

@@ -1,5 +1,6 @@
 """Output about payments and check results, for people."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,9 +10,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.doctor_results import CheckResult, Severity
 from cli.render import (
     AMOUNT_FIELDS,
+    TableOfOneLineRows,
     count_text,
     fee_or_reused_text,
     literal_text,
@@ -23,33 +24,33 @@ from cli.render import (
 from worker.ledger.balance_report import BalanceLine
 from worker.ledger.payment_report import CallLine, DeliveryLine, FundsHoldLine, PaymentFee, PaymentLine, PaymentTimeline
 from worker.rules.decimals import amount_text, amount_with_currency_text
+from worker.rules.explanations import Explanation
 from worker.rules.states import PaymentState
 
-_SEVERITY_MARKS = {
-    Severity.OK: ("✓ ", "green"),
-    Severity.WARNING: ("! ", "yellow"),
-    Severity.ERROR: ("✗ ", "red"),
-}
+PAYMENT_COLUMNS = ("payment", "verdict or reason", "amount", "state", "waited", "requested", "account", "fee")
+"""Columns of a list of payments, the most important first."""
 
 
 def payment_table(lines: Sequence[PaymentLine], now: datetime) -> RenderableType:
-    """Return payments as a table."""
+    """Return payments as a table, each on one line."""
     if not lines:
         return Text("no payments")
-    table = new_table(
-        "payment", "account", "state", "verdict or reason", "waited", "fee", "requested", right=["waited"]
+    return TableOfOneLineRows(
+        PAYMENT_COLUMNS, [_payment_cells(line, now) for line in lines], right=("amount", "waited")
     )
-    for line in lines:
-        table.add_row(
-            line.payment_id,
-            line.account_id,
-            styled_state(line.state.value),
-            line.verdict_or_reason or "",
-            waited_text(line, now),
-            fee_or_reused_text(line),
-            utc_time_text(line.requested_at),
-        )
-    return table
+
+
+def _payment_cells(line: PaymentLine, now: datetime) -> Sequence[str | Text]:
+    return (
+        line.payment_id,
+        line.verdict_or_reason or "",
+        "" if line.amount is None else amount_with_currency_text(line.amount, line.currency),
+        styled_state(line.state.value),
+        waited_text(line, now),
+        utc_time_text(line.requested_at),
+        line.account_id,
+        fee_or_reused_text(line),
+    )
 
 
 def released_text(outcome: Mapping[str, Any]) -> str:
@@ -57,13 +58,6 @@ def released_text(outcome: Mapping[str, Any]) -> str:
     fee, waited_s = outcome["fee"], outcome["waited_ms"] / 1000
     price = amount_with_currency_text(Decimal(fee["amount"]), fee["currency"])
     return f"{outcome['payment_id']} released: {outcome['verdict']}, after {waited_s:.1f} s, fee {price} {fee['state']}"
-
-
-def check_result_text(result: CheckResult) -> Text:
-    """Return a check result as one line, and the fix as a second one."""
-    mark, style = _SEVERITY_MARKS[result.severity]
-    text = Text().append(mark, f"bold {style}").append(literal_text(f"{result.check}: {result.message}"))
-    return text.append("\n    ").append(literal_text(result.fix, style)) if result.fix else text
 
 
 # --- one payment ------------------------------------------------------------------------------------------------------
@@ -78,8 +72,8 @@ class TimelineEvent:
     detail: str
 
 
-def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType:
-    """Return the history of one payment: its state, its events in order of time, and facts about it."""
+def payment_timeline(timeline: PaymentTimeline, explained: Explanation, now: datetime) -> RenderableType:
+    """Return one payment: its state, its explanation, its events in order of time, and facts about it."""
     line = timeline.payment
     table = new_table("after", "event", "detail", right=["after"])
     table.columns[-1].no_wrap = False
@@ -91,7 +85,7 @@ def payment_timeline(timeline: PaymentTimeline, now: datetime) -> RenderableType
         head.append(literal_text(f": {line.verdict_or_reason}"))
     facts = [literal_text(fact) for fact in _explanation_lines(timeline, now)]
     requested = Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim")
-    return Group(head, requested, Text(), table, Text(), *facts)
+    return Group(head, requested, literal_text(explained.sentence, "bold"), Text(), table, Text(), *facts)
 
 
 def _unsorted_timeline_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
@@ -170,6 +164,8 @@ def _explanation_lines(timeline: PaymentTimeline, now: datetime) -> Iterator[str
         yield f"refresh {timeline.refresh.refresh_id}: {timeline.refresh.state}{last_error}"
     yield _fee_fact(timeline)
     yield from _delivery_texts(timeline)
+    for key, value in timeline.job.get("metadata", {}).items():
+        yield f"metadata {key}: {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _delivery_texts(timeline: PaymentTimeline) -> Iterator[str]:

@@ -7,7 +7,8 @@ from typing import Any
 from celery import Celery
 from celery.backends.redis import RedisBackend
 
-from cli.celery_client import BROKER_ERRORS, CeleryUnavailable, connected_celery_app, report_unavailable
+from cli.celery_client import BROKER_ERRORS, connected_celery_app, report_unavailable
+from cli.celery_errors import CeleryUnavailable
 from cli.render import milliseconds_text
 from config.addresses import without_credentials_and_query
 from config.celery_config import celery_settings

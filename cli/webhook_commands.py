@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import celery_client, render
+from cli.celery_errors import CeleryUnavailable
 from cli.command_line import (
     EXIT_FAILED,
     AsJson,
@@ -16,9 +17,9 @@ from cli.command_line import (
     fail,
     query_or_exit,
     report_errors,
-    runtime_or_exit,
     stdout_console_for_terminal_or_log,
 )
+from cli.command_runtime import runtime_or_exit
 from cli.webhook_probe import find_problem_by_test_delivery
 from config.escaping import escape_unprintable
 from config.role_settings import require_in_production
@@ -173,7 +174,7 @@ def _replay_only_balances(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
     follow_up = flow.store_balances_and_delete_quarantined(rt, event, parsed.balances)
     try:
         celery_client.enqueue_apply(settings(), follow_up.balances_to_apply)
-    except celery_client.CeleryUnavailable as error:
+    except CeleryUnavailable as error:
         typer.echo(f"payready: {error}; the balance is stored and the sweep will apply it", err=True)
     return ReplayResult.APPLIED if parsed.balances else ReplayResult.IRRELEVANT
 

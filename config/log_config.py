@@ -9,11 +9,8 @@ import io
 import logging
 import re
 import sys
-import tomllib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
@@ -21,6 +18,7 @@ import structlog
 from config.addresses import without_credentials_and_query
 from config.escaping import escape_unprintable
 from config.settings import Settings
+from config.version import payready_version
 
 WARNING_LEVEL_LOGGERS = (
     "httpx",
@@ -131,15 +129,6 @@ def configure_logging(settings: Settings) -> None:
     for name in WARNING_LEVEL_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns about each malformed request
-
-
-def payready_version() -> str:
-    """Return payready's version. In the image payready is no installed package, so `pyproject.toml` states it."""
-    try:
-        return version("payready")
-    except PackageNotFoundError:
-        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-        return str(project["version"])
 
 
 def log_start(settings: Settings, role: str) -> None:

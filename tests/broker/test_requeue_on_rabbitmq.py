@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from cli.celery_client import CeleryUnavailable
+from cli.celery_errors import CeleryUnavailable
 from cli.message_requeue import NotRequeueable, open_message_sender
 from config.celery_config import celery_settings
 from config.settings import Settings

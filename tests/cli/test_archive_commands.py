@@ -59,7 +59,7 @@ def run(september: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a command on the ledger on 2026-10-20."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", september.url)
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
-    for module in ("main", "command_line"):
+    for module in ("payment_actions", "payment_reports", "command_line", "command_runtime"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     for module in ("statement_commands", "archive_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 10, 20, tzinfo=UTC))
@@ -130,7 +130,7 @@ def test_json_has_the_months_that_were_archived_before_the_disk_is_full(
 def test_command_on_an_archived_payment_says_when_it_was_archived(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr("cli.main.celery_client.cancel", lambda *_: False)
+    monkeypatch.setattr("cli.payment_actions.celery_client.cancel", lambda *_: False)
     run("archive", "--before", "2026-10-01", "--to", tmp_path)
     result = run("payment", command, "pay_1", "--json")
     assert result.exit_code == 1
@@ -140,7 +140,7 @@ def test_command_on_an_archived_payment_says_when_it_was_archived(
 
 def test_cancel_needs_no_access_to_the_ledger(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker cancels. Without the ledger, the command cannot say whether the payment is archived."""
-    monkeypatch.setattr("cli.main.celery_client.cancel", lambda *_: False)
+    monkeypatch.setattr("cli.payment_actions.celery_client.cancel", lambda *_: False)
     monkeypatch.setenv("PAYREADY_DATABASE_URL", f"sqlite:///{tmp_path}/none.db")
     result = run("payment", "cancel", "pay_1")
     assert result.stderr == "payready: pay_1 was not cancelled: it is already resolved, or unknown\n"

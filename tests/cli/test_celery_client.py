@@ -10,7 +10,8 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from cli import celery_client
-from cli.celery_client import CeleryUnavailable, NoWorkerResponse
+from cli.celery_client import NoWorkerResponse
+from cli.celery_errors import CeleryUnavailable
 from cli.main import app
 from config.settings import Settings, settings
 from worker.rules.job import Job
@@ -86,7 +87,7 @@ def test_enqueued_job_has_currency_of_settings(valkey_url: str, monkeypatch: pyt
     """A job without a currency is in USD, which a deployment in EUR rejects."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", valkey_url)
     monkeypatch.setenv("PAYREADY_CURRENCY", "EUR")
-    for module in ("main", "command_line"):
+    for module in ("payment_actions", "payment_reports", "command_line", "command_runtime"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     with Redis.from_url(valkey_url) as redis:
         redis.delete("payments")

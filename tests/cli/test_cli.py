@@ -30,7 +30,7 @@ def run(history: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a command on a ledger with a history, without a broker."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", history.url)
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
-    for module in ("main", "command_line"):
+    for module in ("payment_actions", "payment_reports", "command_line", "command_runtime", "doctor_command"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     for module in ("fee_commands", "statement_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
@@ -86,7 +86,9 @@ def test_every_command_has_json_option() -> None:
                 else [(f"{prefix} {name}", command)]
             )
 
-    found = dict(commands(typer.main.get_command(app)))
+    root: Any = typer.main.get_command(app)
+    root.load_all()
+    found = dict(commands(root))
     assert len(found) > 15
     assert [
         name for name, command in found.items() if "--json" not in {o for p in command.params for o in p.opts}
@@ -331,7 +333,14 @@ def test_command_in_an_empty_folder_creates_no_database(
     """It names the file, the setting, and the role that creates the database."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PAYREADY_DATABASE_URL", raising=False)
-    for module in ("main", "command_line", "webhook_commands", "fee_commands"):
+    for module in (
+        "payment_actions",
+        "payment_reports",
+        "command_line",
+        "command_runtime",
+        "webhook_commands",
+        "fee_commands",
+    ):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     month = "2026-10" if "--apply" in command else "2026-11"
     (tmp_path / "invoice.csv").write_text(f"account_id,date,amount\nacct_a,{month}-22,0.10\n")

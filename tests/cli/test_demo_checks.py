@@ -40,6 +40,7 @@ def line(job: DemoJob, state: PaymentState, verdict_or_reason: str) -> PaymentLi
         verdict=verdict_or_reason if state == PaymentState.RELEASED else None,
         reason=verdict_or_reason if state == PaymentState.FAILED else None,
         amount=None,
+        currency="USD",
         requested_at=NOON,
         deadline=NOON,
         resolved_at=NOON,

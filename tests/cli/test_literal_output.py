@@ -8,13 +8,14 @@ import pytest
 import typer
 from rich.console import Console, RenderableType
 
-from cli import fee_tables, render_payments
+from cli import doctor_command, fee_tables, render_payments
 from cli.command_line import echo_line, fail
 from cli.doctor_results import error
 from cli.render import new_table
 from tests.cli.conftest import NOON, LedgerBuilder
 from worker.ledger import payment_report
 from worker.ledger.engine import read_snapshot
+from worker.ledger.payment_situation import explain_payment
 
 FORGED = "x\r\npay_2: released\x1b[2J\x07\x85\u2028[bold]"
 ESCAPED = r"x\r\npay_2: released\x1b[2J\x07\x85\u2028[bold]"
@@ -38,7 +39,7 @@ def test_cell_and_title_of_a_table_are_literal() -> None:
 
 def test_check_result_is_literal() -> None:
     """The name of a worker, for instance, is from outside."""
-    lines = printed(render_payments.check_result_text(error("celery", FORGED, FORGED))).splitlines()
+    lines = printed(doctor_command.check_result_text(error("celery", FORGED, FORGED))).splitlines()
     assert lines == [f"✗ celery: {ESCAPED}", f"    {ESCAPED}"]
 
 
@@ -49,8 +50,9 @@ def test_history_of_a_payment_is_literal(history: LedgerBuilder) -> None:
             tx, "pay_refused", clock_skew=timedelta(0), default_hold_s=0, callback_queue="celery"
         )
     assert timeline is not None
+    explained = explain_payment(timeline, NOON)
     line = replace(timeline.payment, reason=FORGED, account_id=FORGED)
-    output = printed(render_payments.payment_timeline(replace(timeline, payment=line), NOON))
+    output = printed(render_payments.payment_timeline(replace(timeline, payment=line), explained, NOON))
     assert output.count(ESCAPED) >= 3, output
     assert output.replace("\n", "").isprintable()
     assert "\npay_2: released" not in output

@@ -32,7 +32,7 @@ def run(ledger: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a command on the ledger, without a broker."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", ledger.url)
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
-    for module in ("main", "command_line"):
+    for module in ("payment_actions", "payment_reports", "command_line", "command_runtime"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 

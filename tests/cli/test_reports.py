@@ -15,6 +15,7 @@ from tests.cli.conftest import DIME, NOON, LedgerBuilder
 from worker.ledger import fee_calls, fee_statement, payment_report, payments
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import Savings, StatementLine
+from worker.ledger.payment_search import PaymentFilter, search_payments
 from worker.ledger.payment_shares import payment_shares_and_unshared_fees
 from worker.ledger.tables import PAYMENT
 from worker.rules.job import Job
@@ -49,9 +50,9 @@ def test_fee_shares_add_up_to_the_calls_that_are_not_void(history: LedgerBuilder
 def test_payments_are_listed_newest_first(history: LedgerBuilder) -> None:
     """A released payment has a verdict, a failed one a reason."""
     with read_snapshot(history.engine) as tx:
-        lines = payment_report.list_payments(tx)
-        waiting = payment_report.list_payments(tx, state="waiting")
-        two = payment_report.list_payments(tx, limit=2)
+        lines = search_payments(tx, PaymentFilter()).payments
+        waiting = search_payments(tx, PaymentFilter(state=PaymentState.WAITING)).payments
+        two = search_payments(tx, PaymentFilter(), limit=2).payments
     assert [(line.payment_id, line.verdict, line.reason) for line in lines] == [
         ("pay_waits", None, None),
         ("pay_refused", None, "account_not_found"),
@@ -292,7 +293,7 @@ def test_calls_are_counted_by_account_and_state(history: LedgerBuilder) -> None:
 
 
 def test_all_payments_with_the_given_ids_are_found(ledger: LedgerBuilder) -> None:
-    """They are more than a list has by default. Unknown ids are ignored."""
+    """Unknown ids are ignored."""
     ids = [f"pay_{number:03}" for number in range(101)]
     with transaction(ledger.engine) as tx:
         jobs = [Job(payment_id=payment_id, account_id="acct_a") for payment_id in ids]
@@ -300,13 +301,12 @@ def test_all_payments_with_the_given_ids_are_found(ledger: LedgerBuilder) -> Non
             tx, [payments.new_payment(job, NOON + timedelta(seconds=second)) for second, job in enumerate(jobs)]
         )
         found = payment_report.find_payments(tx, [*ids[::-1], "pay_unknown"])
-        assert len(payment_report.list_payments(tx)) == 100
     assert [line.payment_id for line in found] == ids[::-1]
 
 
 def test_reports_of_an_empty_ledger_are_empty(ledger: LedgerBuilder) -> None:
     with read_snapshot(ledger.engine) as tx:
-        assert payment_report.list_payments(tx) == []
+        assert search_payments(tx, PaymentFilter()).payments == []
         assert payment_report.find_payments(tx, []) == []
         assert fee_statement.statement_lines(tx, NOON, NOON + timedelta(days=1), "day") == []
         assert list(payment_shares_and_unshared_fees(tx, NOON, NOON + timedelta(days=1))) == []
@@ -316,11 +316,11 @@ def test_reader_blocks_no_writer(ledger: LedgerBuilder) -> None:
     """It sees the ledger as of its first query."""
     ledger.payment("pay_1", "acct_a")
     with read_snapshot(ledger.engine) as tx:
-        before = payment_report.list_payments(tx)
+        before = search_payments(tx, PaymentFilter())
         ledger.payment("pay_2", "acct_a")
-        assert payment_report.list_payments(tx) == before
+        assert search_payments(tx, PaymentFilter()) == before
     with read_snapshot(ledger.engine) as tx:
-        assert len(payment_report.list_payments(tx)) == 2
+        assert len(search_payments(tx, PaymentFilter()).payments) == 2
 
 
 def test_read_snapshot_commits_no_write(ledger: LedgerBuilder) -> None:

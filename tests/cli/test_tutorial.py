@@ -12,7 +12,7 @@ import pytest
 import typer
 from rich.console import Console, RenderableType
 
-from cli import main, render_payments, run_dev_stack, statement_tables
+from cli import payment_actions, render_payments, run_dev_stack, statement_tables
 from demo.demo_plan import DEMO_JOBS
 from demo.dev_stack import FLOWER_LOGIN, DevStack
 from demo.processes import ROOT
@@ -29,6 +29,7 @@ from worker.ledger.payment_report import (
     PaymentTimeline,
     RefreshLine,
 )
+from worker.ledger.payment_situation import explain_payment
 from worker.rules.pricing import EntryState
 from worker.rules.statement_period import parse_period
 from worker.rules.states import PaymentState
@@ -67,6 +68,11 @@ def printed(what: RenderableType) -> list[str]:
     return comparable_lines(file.getvalue())
 
 
+def printed_history(history: PaymentTimeline, now: datetime) -> list[str]:
+    """Return the output of `payment show` at this time."""
+    return printed(render_payments.payment_timeline(history, explain_payment(history, now), now))
+
+
 def seconds(after: float) -> datetime:
     """Return a time after the first job."""
     return NOON + timedelta(seconds=after)
@@ -81,7 +87,7 @@ def payment(payment_id: str, account_id: str, state: PaymentState, at: datetime,
         state=state,
         requested_at=at,
         deadline=at + timedelta(seconds=120),
-        **{**none, "reused": False, **fields},
+        **{**none, "currency": "USD", "reused": False, **fields},
     )
 
 
@@ -180,27 +186,28 @@ def test_tutorial_quotes_released_payment() -> None:
     fields = {"verdict": "sufficient", "resolved_at": seconds(3.1), "refresh_id": "ref_1", "fee": fee("0.100000", 1)}
     line = payment("pay_1", "acct_slow01", PaymentState.RELEASED, NOON, **fields)
     history = timeline(line, "25.00", available="500.00")
-    assert printed(render_payments.payment_timeline(history, seconds(5))) == quoted("pay_1  acct_slow01")
+    assert printed_history(history, seconds(5)) == quoted("pay_1  acct_slow01")
 
 
 def test_tutorial_quotes_failed_payment(capsys: pytest.CaptureFixture[str]) -> None:
     """The exit status is the one that the tutorial names."""
     error = PaymentNotReady(FailureReason.INSUFFICIENT_FUNDS, "needed 25.00 USD, available 1.00 USD")
     with pytest.raises(typer.Exit) as exited:
-        main._print_not_ready_and_exit("pay_2", error, as_json=False)
+        payment_actions._print_not_ready_and_exit("pay_2", error, as_json=False)
     assert comparable_lines(capsys.readouterr().err) == quoted("payready: pay_2")
     assert f"The exit status is {exited.value.exit_code}." in TUTORIAL
 
 
 def test_tutorial_quotes_payments_that_share_a_call() -> None:
     """Their list while they wait, and the facts about the second one."""
-    lines = [payment(f"pay_{number}", "acct_late01", PaymentState.WAITING, NOON) for number in (4, 3)]
-    assert printed(render_payments.payment_table(lines, seconds(5.5))) == quoted("payment  account")
+    waiting: dict[str, Any] = {"state": PaymentState.WAITING, "at": NOON, "amount": Decimal(300)}
+    lines = [payment(f"pay_{number}", "acct_late01", **waiting) for number in (4, 3)]
+    assert printed(render_payments.payment_table(lines, seconds(5.5))) == quoted("payment  verdict or reason")
     fields = {"reason": "insufficient_funds", "resolved_at": seconds(6), "refresh_id": "ref_1"}
     line = payment("pay_4", "acct_late01", PaymentState.FAILED, seconds(2.6), **fields, fee=fee("0.050000", 2))
     facts = quoted("needed 300.00 USD")
     history = timeline(line, "300.00", available="200.00", funds_held="300.00")
-    assert printed(render_payments.payment_timeline(history, seconds(7)))[-len(facts) :] == facts
+    assert printed_history(history, seconds(7))[-len(facts) :] == facts
 
 
 def test_tutorial_quotes_fee_statement() -> None:
@@ -224,7 +231,9 @@ def test_tutorial_quotes_fee_statement() -> None:
     assert printed(table) == quoted("Calls of 2026-11")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "Makefile", "CONTRIBUTING.md", "cli/main.py"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/tutorial.md", "Makefile", "CONTRIBUTING.md", "cli/main.py", "cli/stack_commands.py"]
+)
 def test_number_of_demo_jobs_is_stated_correctly(name: str) -> None:
     """Each page has the number of jobs, and of scenarios by the accounts' names."""
     scenarios = {job.account_id.rstrip("0123456789") for job in DEMO_JOBS}

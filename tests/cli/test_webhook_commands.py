@@ -47,7 +47,7 @@ ODD = b'{"type": "balance.created", "text": "\x1b[2J\xff", "x": NaN}'
 def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> Run:
     """Return a function that runs a command, with a broker."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", valkey_url)
-    for module in ("cli.webhook_commands", "cli.command_line"):
+    for module in ("cli.webhook_commands", "cli.command_line", "cli.command_runtime"):
         monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
     with Redis.from_url(valkey_url) as redis:
         redis.delete("balances")

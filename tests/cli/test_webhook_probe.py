@@ -126,7 +126,7 @@ def status(
                 "SSL_CERT_FILE": str(certificate.file),
             }.items():
                 monkeypatch.setenv(name, value)
-            for module in ("cli.webhook_commands", "cli.command_line"):
+            for module in ("cli.webhook_commands", "cli.command_line", "cli.command_runtime"):
                 monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
             assert CliRunner().invoke(app, ["webhooks", "subscribe"]).exit_code == 0
             return CliRunner().invoke(app, ["webhooks", "status", "--json"])

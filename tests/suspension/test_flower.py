@@ -1,5 +1,6 @@
 """Payments in a real Flower, as the Procfile starts it: started while they wait, then succeeded or failed."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,12 @@ def test_flower_shows_the_wait_as_runtime(payready: System, service: Celery, flo
     assert info(failed.id)["exception"].startswith("PaymentNotReady('timeout', 'no balance arrived within 2 s")
     names = {task["name"] for task in flower.get("/api/tasks?limit=10000").json().values()}
     assert not names & {"payments.expire", "payments.sweep"}  # two per second would displace payments from its memory
+
+
+def test_task_list_shows_the_arguments_of_each_task(flower: httpx.Client) -> None:
+    """They have the payment's id: people look for a payment, and not for a task."""
+    columns = re.findall(r'<th data-column="(\w+)"', flower.get("/tasks").text)
+    assert {"name", "uuid", "args", "kwargs", "state"} <= set(columns)
 
 
 @pytest.mark.parametrize(

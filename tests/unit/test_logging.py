@@ -14,8 +14,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from config.log_config import configure_logging, get_logger, payready_version
+from config.log_config import configure_logging, get_logger
 from config.settings import Settings
+from config.version import payready_version
 from demo.processes import ROOT
 from tasks import balance_tasks
 from worker.errors import CallFailed, CallNotSent, CallRejected, FailureReason
@@ -78,7 +79,7 @@ def test_value_with_line_breaks_forges_no_line(
 def test_version_is_known_if_payready_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the image payready is a directory on PYTHONPATH."""
     installed = payready_version()
-    monkeypatch.setattr("config.log_config.version", MagicMock(side_effect=PackageNotFoundError("payready")))
+    monkeypatch.setattr("config.version.version", MagicMock(side_effect=PackageNotFoundError("payready")))
     assert payready_version() == installed == version("payready")
 
 

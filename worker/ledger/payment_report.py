@@ -1,4 +1,4 @@
-"""Reports on payments: lists, the timeline of one payment, fee shares. Read-only.
+"""Reports on payments: the timeline of one payment, fee shares. Read-only.
 
 Sums of money are computed as price times count in Python: SQLite has no exact numbers.
 """
@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import func, select
 
 from config.task_queues import TASK_QUEUES
 from worker.ledger import refreshes
@@ -22,6 +22,7 @@ from worker.ledger.payment_json import job_of_row, outcome_of_row
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.rules.callbacks import Callback, callbacks_of
 from worker.rules.funds import HOLD_OPEN
+from worker.rules.job import Job
 from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import PaymentState
 
@@ -53,6 +54,8 @@ class PaymentLine:
     reason: str | None
     """Failure reason, if the payment failed."""
     amount: Decimal | None
+    currency: str
+    """ISO 4217 code of the amount."""
     requested_at: datetime
     deadline: datetime
     resolved_at: datetime | None
@@ -141,22 +144,10 @@ class PaymentTimeline:
     deliveries: list[DeliveryLine]
 
 
-def list_payments(tx: Tx, *, state: str | None = None, limit: int = 100) -> list[PaymentLine]:
-    """Return up to `limit` payments with their fee shares, the last requested first."""
-    query = _PAYMENTS_LAST_REQUESTED_FIRST.limit(limit)
-    return _payment_lines(tx, query if state is None else query.where(payment.state == state))
-
-
 def find_payments(tx: Tx, payment_ids: Collection[str]) -> list[PaymentLine]:
     """Return these payments with their fee shares, the last requested first. Unknown payments are missing."""
-    return _payment_lines(tx, _PAYMENTS_LAST_REQUESTED_FIRST.where(payment.payment_id.in_(payment_ids)))
-
-
-_PAYMENTS_LAST_REQUESTED_FIRST = select(PAYMENT).order_by(payment.requested_at.desc(), payment.payment_id)
-
-
-def _payment_lines(tx: Tx, query: Select[Any]) -> list[PaymentLine]:
-    rows = tx.execute(query).all()
+    query = select(PAYMENT).where(payment.payment_id.in_(payment_ids))
+    rows = tx.execute(query.order_by(payment.requested_at.desc(), payment.payment_id)).all()
     fees = fee_shares_by_payment(tx, {row.refresh_id for row in rows if row.refresh_id})
     return [_payment_line(row, fees) for row in rows]
 
@@ -169,6 +160,7 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
         verdict=(outcome_of_row(row) or {}).get("verdict"),
         reason=row.reason,
         amount=row.amount,
+        currency=row.job.get("currency", Job.model_fields["currency"].default),
         requested_at=row.requested_at,
         deadline=row.deadline,
         resolved_at=row.resolved_at,

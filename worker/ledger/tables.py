@@ -66,6 +66,8 @@ class PaymentRow(SQLModel, table=True):
         ),
         _partial_index("payment_sharers", "refresh_id", "reused", where="refresh_id IS NOT NULL"),
         _partial_index("payment_resolved", "resolved_at", where="resolved_at IS NOT NULL"),
+        Index("payment_requested", "requested_at"),
+        _partial_index("payment_without_hold", "account_id", where="resolved_at IS NOT NULL AND hold_until IS NULL"),
     )
 
     payment_id: str = Field(primary_key=True, sa_type=Text)
