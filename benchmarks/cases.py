@@ -198,9 +198,7 @@ def reconcile(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurem
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         seed_data.insert_calls_and_write_invoice(benchmark.system.engine, sizes.lines, file)
         file.flush()
-        url = benchmark.system.engine.url.set(drivername="postgresql")
-        address = url.render_as_string(hide_password=False)
-        command = [sys.executable, "-m", "benchmarks.reconcile_month", address, file.name]
+        command = [sys.executable, "-m", "benchmarks.reconcile_month", benchmark.system.database_url, file.name]
         return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))  # noqa: S603
 
 

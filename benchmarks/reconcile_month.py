@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cli.fee_tables import limited_reconciliation_tables
+from cli.reconciliation_output import limited_report_tables
+from cli.reconciliation_report import by_call_report
 from worker import flow
 from worker.ledger.engine import open_engine
 from worker.rules.invoice_lines import InvoicePeriod
@@ -33,7 +34,7 @@ def main(database_url: str, path: str) -> None:
     times.append(time.monotonic())
     found = flow.compare_invoice(open_engine(database_url, connections=1), invoice)
     times.append(time.monotonic())
-    Console(file=io.StringIO()).print(limited_reconciliation_tables(found, "Invoice", "USD"))
+    Console(file=io.StringIO()).print(limited_report_tables(by_call_report(invoice, found, None)))
     times.append(time.monotonic())
     names = ("read_s", "load_and_match_s", "report_s")
     measured = {name: round(times[n + 1] - times[n], 1) for n, name in enumerate(names)}

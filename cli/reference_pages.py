@@ -59,6 +59,7 @@ An option without a default is not set.
 | 0 | success |
 | {EXIT_FAILED} | failure: the error is on standard error, or a check failed |
 | 2 | wrong usage: an unknown command or option, or a wrong value |
+| 2 | `fees reconcile`: invoice and ledger differ; its wrong usage has status {EXIT_FAILED} |
 | {EXIT_NOT_READY} | `payment watch`, `payment enqueue --wait`: the payment failed |
 | 128 + signal | `demo` or `up` was stopped by a signal before it was complete |
 """

@@ -81,7 +81,10 @@ def styled_state(state: str) -> Text:
     return Text(state, STATE_STYLES.get(state, ""))
 
 
-FOLDED_COLUMNS = ("payment", "account", "call", "number", "price list", "last error", "verdict or reason", "reason")
+FOLDED_COLUMNS = (
+    *("payment", "account", "call", "number", "price list", "last error", "verdict or reason", "reason"),
+    *("description", "lines", "possible causes"),
+)
 """Columns that wrap on a narrow terminal. Amounts, counts, states and times are never cut or wrapped."""
 MIN_FOLDED_WIDTH = 8
 """Minimum width of a column that wraps, in characters."""

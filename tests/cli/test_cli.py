@@ -32,7 +32,7 @@ def run(history: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
     for module in ("payment_actions", "payment_reports", "command_line", "command_runtime", "doctor_command"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
-    for module in ("fee_commands", "statement_commands"):
+    for module in ("fee_commands", "statement_commands", "reconcile_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
@@ -246,7 +246,7 @@ def test_invoice_covers_only_calls_in_its_currency(run: Run, history: LedgerBuil
         ("call_ref_a_2", "posted"),
         ("call_ref_more_0", "void"),
     ]
-    assert reconcile(run, tmp_path, "--currency", "euro").exit_code == 2
+    assert reconcile(run, tmp_path, "--currency", "euro").exit_code == EXIT_FAILED
 
 
 def test_invoice_with_matching_total_is_applied_despite_missing_call(
@@ -258,7 +258,7 @@ def test_invoice_with_matching_total_is_applied_despite_missing_call(
     assert (result.exit_code, history.entries()) == (1, before)
     assert "the 3 lines add up to 0.32, but --total is 0.42" in result.stderr
     assert "1 pending call posted, 0 voided" in reconcile(run, tmp_path, "--apply", "--total", "0.32").output
-    assert reconcile(run, tmp_path, "--total", "0,32").exit_code == 2
+    assert reconcile(run, tmp_path, "--total", "0,32").exit_code == EXIT_FAILED
 
 
 def test_second_invoice_resolves_calls_at_month_boundary(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_command_in_an_empty_folder_creates_no_database(
         "command_line",
         "command_runtime",
         "webhook_commands",
-        "fee_commands",
+        "reconcile_commands",
     ):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
     month = "2026-10" if "--apply" in command else "2026-11"

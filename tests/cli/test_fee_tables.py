@@ -1,7 +1,6 @@
 """Tables on terminals of any width: amounts are never cut, and text from outside is no markup."""
 
 import re
-from datetime import timedelta
 from decimal import Decimal
 from io import StringIO
 
@@ -13,10 +12,6 @@ from tests.cli.conftest import NOON
 from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.payment_shares import PaymentShare
-from worker.rules.call_matching import LedgerCall, LineMatch
-from worker.rules.invoice_lines import InvoiceLine, InvoicePeriod
-from worker.rules.pricing import EntryState
-from worker.rules.reconciliation import Reconciliation
 
 LONG = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 PAYMENT = "payment-" + "0123456789" * 4
@@ -101,27 +96,6 @@ def test_share_and_pending_tables_show_amounts_uncut(width: int) -> None:
     output = printed(fee_tables.limited_pending_table([call], "Calls"), width)
     assert {"1234567.654321", "2026-11-22", "12:00:00Z", "USD"} <= set(output.split())
     assert "…" not in output
-
-
-@pytest.mark.parametrize("width", [40, 60, 160])
-def test_reconciliation_shows_amounts_uncut(width: int) -> None:
-    """It shows the amounts of invoice and ledger, and deferred calls."""
-    call = LedgerCall(call_id="call_" + "0" * 32, account_id=LONG, at=NOON, state=EntryState.VOID, price=POSTED)
-    edge = LedgerCall(call_id="call_edge", account_id=LONG, at=NOON, state=EntryState.PENDING, price=POSTED)
-    charge = InvoiceLine(row=123456, number="17", account_id=LONG, since=NOON, until=NOON, amount=PENDING)
-    found = Reconciliation(
-        period=InvoicePeriod(since=NOON, until=NOON, tolerance=timedelta(0)),
-        currency="USD",
-        matched=[LineMatch(line=charge, call=call)],
-        unmatched_calls=[edge],
-        unmatched_lines=[charge],
-        to_void=[],
-        deferred_calls=[edge],
-    )
-    output = printed(fee_tables.limited_reconciliation_tables(found, "Invoice", "USD"), width)
-    assert {"1234567.654321", "765432.123456", "123456", "void", "pending"} <= set(output.split())
-    assert "1 deferred call: pending at the month's boundary" in " ".join(output.split())
-    assert "unmatched call" not in output
 
 
 @pytest.mark.parametrize("width", [40, 160])

@@ -99,6 +99,7 @@ class System:
         self.web_url = f"http://127.0.0.1:{web_port}"
         self.simulator = simulator
         self._service_log = processes.folder / "service.jsonl"
+        self.database_url = database_url
         self.engine: Engine = open_engine(database_url, connections=10, pooler=pooler)
         self.service = Celery("payments-service", set_as_current=False)
         self.service.conf.update(service_conf, accept_content=["json"], task_ignore_result=False)

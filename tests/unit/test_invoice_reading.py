@@ -1,8 +1,10 @@
 """Reading of invoices by call from CSV files of any dialect."""
 
 import csv
+import encodings.aliases
 import io
 import re
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -379,3 +381,16 @@ def test_broken_file_raises_only_invoice_errors_of_one_printable_line(junk: byte
 def test_wrong_profile_is_rejected_with_the_reason(text: str, message: str) -> None:
     with pytest.raises(InvoiceError, match=message):
         parse_profile(text)
+
+
+@pytest.mark.parametrize("encoding", sorted({*encodings.aliases.aliases.values(), "idna", "punycode", "undefined"}))
+def test_any_encoding_that_python_knows_reads_the_file_or_is_rejected(encoding: str) -> None:
+    """Some of Python's codecs are no encodings of files, and some fail on any input."""
+    for text in (PLAIN, "Straße;\x1b\\\n" + PLAIN):
+        with suppress(InvoiceError):
+            assert len(read(text, encoding=encoding).lines) == 2
+
+
+def test_sheet_of_a_csv_file_is_rejected() -> None:
+    with pytest.raises(InvoiceError, match="the file is CSV, so it has no sheet 'November'; leave out --sheet"):
+        read(PLAIN, sheet="November")

@@ -94,9 +94,9 @@ class AggregatedReconciliation:
 
     @property
     def has_differences(self) -> bool:
-        """Whether invoice and ledger differ in more than rounding, pending calls and calls near a boundary."""
-        priced = any(call.price for call in self.calls_without_line)
-        return priced or not all(group.is_possible for group in self.groups)
+        """Whether they differ in more than rounding, pending calls, free calls and calls near a boundary."""
+        is_missing = any(call.state == EntryState.POSTED and call.price for call in self.calls_without_line)
+        return is_missing or not all(group.is_possible for group in self.groups)
 
 
 def reconcile_aggregated(

@@ -51,8 +51,9 @@ class Reconciliation:
 
     @property
     def has_differences(self) -> bool:
-        """Whether invoice and ledger differ in more than rounding and pending calls that the invoice charges."""
-        return bool(self.unmatched_lines or self.unmatched_calls or self.price_differences or self.charged_though_void)
+        """Whether invoice and ledger differ in more than rounding, pending calls and free calls."""
+        is_missing = any(call.state == EntryState.POSTED and call.price for call in self.unmatched_calls)
+        return bool(self.unmatched_lines or is_missing or self.price_differences or self.charged_though_void)
 
     @property
     def missing_posted_calls_away_from_edges(self) -> list[LedgerCall]:

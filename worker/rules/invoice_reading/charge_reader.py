@@ -325,7 +325,9 @@ class ChargeReader:
             return
         if cell_text(cells[at]).upper() != self._rules.currency:
             raise self._error(
-                row, f"{self._name(Role.CURRENCY)} is {quoted(cells[at])}, but the calls are in {self._rules.currency}"
+                row,
+                f"{self._name(Role.CURRENCY)} is {quoted(cells[at])}, but the calls are in {self._rules.currency} "
+                "(--currency)",
             )
 
     def _name(self, role: Role) -> str:

@@ -51,6 +51,8 @@ def csv_candidates(data: bytes, options: ReadingOptions, assumptions: list[str])
     Raises:
         InvoiceError: the file is no text, or not in the given encoding.
     """
+    if options.sheet is not None:
+        raise InvoiceError(f"the file is CSV, so it has no sheet {options.sheet!r}; leave out --sheet")
     encoding = _encoding(data, options.encoding, assumptions)
     return [CsvTable(data, encoding=encoding, delimiter=each) for each in _delimiters(data, encoding, options)]
 
@@ -71,10 +73,11 @@ def _delimiters(data: bytes, encoding: str, options: ReadingOptions) -> Sequence
 def _encoding(data: bytes, given: str | None, assumptions: list[str]) -> str:
     encoding = _known_encoding(given) if given is not None else _proposed_encoding(data)
     try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvoiceError(f"line {line}: not {encoding}; give the file's --encoding, such as cp1252") from None
+        text = io.TextIOWrapper(io.BytesIO(data), encoding=encoding, newline="").read()
+    except UnicodeError as error:  # without a position for a missing byte order mark
+        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        example = "shift_jis" if encoding == "cp1252" else "cp1252"
+        raise InvoiceError(f"line {line}: not {encoding}; give the file's --encoding, such as {example}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise InvoiceError(f"line {line}: a NUL character; the file is neither CSV nor xlsx, or has another --encoding")
@@ -84,14 +87,17 @@ def _encoding(data: bytes, given: str | None, assumptions: list[str]) -> str:
 
 
 def _known_encoding(name: str) -> str:
+    sample = "a,b\n" * SAMPLE_BYTES  # longer than a buffer: a codec such as punycode decodes only whole texts
     try:
-        known = codecs.lookup(name)
-        b"a".decode(name)
-    except (LookupError, UnicodeError, ValueError):
-        if not name.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
-            raise InvoiceError(f"--encoding must be one such as utf-8, cp1252 or utf-16: {name!r}") from None
+        encoded = io.BytesIO(sample.encode(name))
+        is_text = "".join(io.TextIOWrapper(encoded, encoding=name, errors="replace")) == sample
+    except (LookupError, ValueError):  # UnicodeError is a ValueError
+        is_text = False
+    if not is_text:
+        raise InvoiceError(f"--encoding must be one such as utf-8, cp1252 or utf-16: {name!r}")
+    known = codecs.lookup(name).name
     # A byte order mark is no part of the first column's name.
-    return "utf-8-sig" if known.name == "utf-8" else known.name
+    return "utf-8-sig" if known == "utf-8" else known
 
 
 def _proposed_encoding(data: bytes) -> str:

@@ -179,9 +179,10 @@ def _no_header_text(candidates: Sequence[RowTable], options: ReadingOptions) -> 
     if given:
         role, name = given[0]
         return f"the file has no column {quoted(name)} ({role.option}); line {-most[1]} has: {listed}"
+    delimiter = "--delimiter, " if most[0] == 1 else ""
     return (
-        "no line names the columns of an account, a date and an amount; give --header-row, --account-column, "
-        f"--date-column and --amount-column. Line {-most[1]} has: {listed}"
+        f"no line names the columns of an account, a date and an amount; give {delimiter}--header-row, "
+        f"--account-column, --date-column and --amount-column. Line {-most[1]} has: {listed}"
     )
 
 
