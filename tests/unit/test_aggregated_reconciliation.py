@@ -167,6 +167,15 @@ def test_complete_invoice_voids_pending_calls_of_accounts_without_line() -> None
     assert decided(compare(lines, calls, level=Level.ACCOUNT, is_complete=True)) == ([], ["c"], ["d"])
 
 
+def test_call_that_no_line_can_charge_is_not_free_while_invoice_and_ledger_differ() -> None:
+    """The provider charges 0.12 for calls that the ledger has at 0.10: their pending calls are no free ones."""
+    calls = [call("t", price=Decimal("0.05")), call("p", PENDING)]
+    lines = [line(1, unit_price=Decimal("0.05")), line(1, row=3, unit_price=Decimal("0.12"))]
+    found = compare(lines, calls, level=Level.KIND, is_complete=True)
+    assert found.has_differences
+    assert decided(found) == ([], [], ["p"])
+
+
 def test_kinds_are_distinguished_by_their_prices() -> None:
     calls = [call("a"), call("t", price=Decimal("0.05")), call("u", PENDING, price=Decimal("0.05"))]
     lines = [line(1), line(2, row=3, unit_price=Decimal("0.05"))]

@@ -95,8 +95,12 @@ class AggregatedReconciliation:
     @property
     def has_differences(self) -> bool:
         """Whether they differ in more than rounding, pending calls, free calls and calls near a boundary."""
-        is_missing = any(call.state == EntryState.POSTED and call.price for call in self.calls_without_line)
-        return is_missing or not all(group.is_possible for group in self.groups)
+        return _are_different(self.groups, self.calls_without_line)
+
+
+def _are_different(groups: Iterable[GroupComparison], calls_without_line: Iterable[LedgerCall]) -> bool:
+    is_missing = any(call.state == EntryState.POSTED and call.price for call in calls_without_line)
+    return is_missing or not all(group.is_possible for group in groups)
 
 
 def reconcile_aggregated(
@@ -120,7 +124,8 @@ def reconcile_aggregated(
         level: what one line covers.
         currency: the currency of the lines and of the calls.
         modes: the modes of each price of the price list, to explain differences.
-        is_complete: the lines add up to the invoice's total. Then a pending call that no line can charge is free.
+        is_complete: the lines add up to the invoice's total. Then a pending call that no line can charge is free,
+            unless they differ: a changed price or account id also makes a call that no line can charge.
 
     Raises:
         InvoiceError: lines overlap, so that a call would be charged twice.
@@ -167,7 +172,7 @@ class _Comparison:
         for run in runs:
             self._decide_run(run)
         without_line = [call for call in self._calls if self._is_without_line(call)]
-        if is_complete:
+        if is_complete and not _are_different(groups, without_line):
             for call in without_line:
                 if call.state == EntryState.PENDING and self._is_certainly_in_period(call):
                     self._to_void[call.call_id] = CallDecision(call=call, rows=())
