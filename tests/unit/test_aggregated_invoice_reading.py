@@ -85,3 +85,34 @@ def test_date_of_the_invoice_can_be_ignored() -> None:
     text = "Invoice date,Calls,Amount\n2026-12-03,10,1.00\n"
     content = read(text, columns={Role.DATE: NO_COLUMN})
     assert content.aggregated_lines[0].until - content.aggregated_lines[0].since == timedelta(days=30)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Date,Calls,Amount\n2026-11-03,2,0.20\nTotal,2,0.20\n",
+        "Month,Calls,Unit price,Amount\n2026-11,2,0.10,0.20\nTotal,,,0.20\n",
+        "Calls,Unit price,Amount\n2,0.10,0.20\nTotal,,0.20\n",
+    ],
+)
+def test_total_of_one_line_is_a_total_though_its_amount_is_known(text: str) -> None:
+    content = read(text)
+    assert [line.count for line in content.aggregated_lines] == [2]
+    assert content.totals[0].is_grand_total
+
+
+def test_midnight_beside_other_times_is_a_time_and_never_that_of_several_calls() -> None:
+    text = "Date,Account,Calls,Amount\n2026-11-05 12:00:00,a,1,0.10\n2026-11-06 00:00:00,a,{},0.10\n"
+    assert [line.until for line in read(text.format(1), time_zone="UTC").lines][1] == day(6)
+    with pytest.raises(InvoiceError, match="line 3: a day or a time 00:00, but other lines have other times"):
+        read(text.format(2), time_zone="UTC")
+
+
+def test_cut_off_amount_is_found_beside_counts() -> None:
+    with pytest.raises(InvoiceError, match="line 3: Amount has fewer decimals"):
+        read("Account,Calls,Amount\na,10,1.00\nb,10,1")
+
+
+def test_month_by_another_clock_names_the_option_that_widens_the_period() -> None:
+    with pytest.raises(InvoiceError, match=r"2026-11-01T04:00Z to 2026-12-01T05:00Z is not all in .*--tolerance-s"):
+        read("Month,Calls,Amount\n2026-11,2,0.20\n", time_zone="America/New_York")

@@ -4,6 +4,7 @@ import csv
 import encodings.aliases
 import io
 import re
+import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -394,3 +395,22 @@ def test_any_encoding_that_python_knows_reads_the_file_or_is_rejected(encoding: 
 def test_sheet_of_a_csv_file_is_rejected() -> None:
     with pytest.raises(InvoiceError, match="the file is CSV, so it has no sheet 'November'; leave out --sheet"):
         read(PLAIN, sheet="November")
+
+
+def test_name_of_a_column_that_is_too_long_is_rejected() -> None:
+    name = f"Amount ({'x' * 300})"
+    text = PLAIN.replace("Amount", name)
+    assert "no line names the columns" in error_of(text.encode())
+    with pytest.raises(InvoiceError, match="the name of the amount column has more than 200 characters"):
+        read(text, columns={Role.AMOUNT: name})
+
+
+@pytest.mark.parametrize(
+    "cell", ["(" * 130_000, f"abc:{'1' * 130_000}:", f"abc:{' ' * 130_000}x"], ids=["name", "amount", "spaces"]
+)
+def test_long_cell_is_read_in_linear_time(cell: str) -> None:
+    """These took minutes."""
+    started = time.process_time()
+    assert len(read(f"{cell}\n{PLAIN}").lines) == 2
+    assert "too long" in error_of(f'{PLAIN}"{cell}",2026-11-23,0.10\n'.encode())
+    assert time.process_time() - started < 2

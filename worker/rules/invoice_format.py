@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 XLSX = "xlsx"
 """The delimiter of a spreadsheet file."""
 
-ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+MAX_NAME_LENGTH = 200
+ColumnName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
 
 
 class DecimalStyle(StrEnum):

@@ -80,7 +80,7 @@ class ChargeReader:
             raise self._error(row, "the number of fields differs from the header; the file may be cut off")
         if self._kind_at is not None:
             self._kinds.add(cells[self._kind_at])
-        amount = self._amount(row, Role.AMOUNT, cells)
+        amount = self._amount(row, cells)
         self._check_currency(row, cells)
         if self._rules.is_aggregated:
             self._read_aggregated(row, cells, amount)
@@ -118,11 +118,7 @@ class ChargeReader:
     def _is_known(self, cells: Sequence[Cell]) -> bool:
         """Return whether the row is a charge with a known account and kind. Otherwise it may be another kind of row."""
         amount = self._amounts.get(cells[self._amount_at])
-        if (
-            amount is None
-            or amount < 0
-            or (self._account_at is not None and cells[self._account_at] not in self._accounts)
-        ):
+        if amount is None or amount < 0 or self._account_at is None or cells[self._account_at] not in self._accounts:
             return False
         return self._kind_at is None or cells[self._kind_at] in self._kinds
 
@@ -158,7 +154,7 @@ class ChargeReader:
     def _total_amount(self, row: int, cells: Sequence[Cell], texts: Sequence[str]) -> Decimal | None:
         """Return the amount of a total, which may be in another column if it is the only one of the row."""
         if texts[self._amount_at]:
-            return self._amount(row, Role.AMOUNT, cells)
+            return self._amount(row, cells)
         style = self._rules.styles.decimals
         others = [at for at, text in enumerate(texts) if isinstance(cells[at], Decimal) or parse_amount(style, text)]
         return self._parsed(row, Role.AMOUNT, cells[others[0]]) if len(others) == 1 else None
@@ -179,7 +175,7 @@ class ChargeReader:
     def _read_credit(self, row: int, cells: Sequence[Cell]) -> bool:
         if not cell_text(cells[self._amount_at]):
             return False
-        amount = self._amount(row, Role.AMOUNT, cells)
+        amount = self._amount(row, cells)
         if amount >= 0 or self._is_last_short:
             return False
         self._check_currency(row, cells)
@@ -228,7 +224,7 @@ class ChargeReader:
 
     def _count(self, row: int, cells: Sequence[Cell], unit_price: Decimal | None, amount: Decimal) -> int:
         if Role.COUNT in self._header.positions:
-            count = self._amount(row, Role.COUNT, cells)
+            count = self._parsed(row, Role.COUNT, cells[self._header.positions[Role.COUNT]])
         elif unit_price:
             count = amount / unit_price
         else:
@@ -286,19 +282,20 @@ class ChargeReader:
         hint = "check --month, --date-style and --time-zone"
         if self._rules.is_aggregated:
             hint += "; --date-column - if it is the invoice's own date"
-        elif span.since < self._rules.period.until and span.until > self._rules.period.since:
+        if span.since < self._rules.period.until and span.until > self._rules.period.since:
             hint = "use --tolerance-s 86400 if the provider's days are not UTC days"
+            return f"{span.since:%Y-%m-%dT%H:%MZ} to {span.until:%Y-%m-%dT%H:%MZ} is not all in {month}; {hint}"
         return f"{span.since:%Y-%m-%d} is not in {month}; {hint}"
 
     def _optional_amount(self, row: int, role: Role, cells: Sequence[Cell]) -> Decimal | None:
         at = self._header.positions.get(role)
-        return self._amount(row, role, cells) if at is not None and cell_text(cells[at]) else None
+        return self._parsed(row, role, cells[at]) if at is not None and cell_text(cells[at]) else None
 
-    def _amount(self, row: int, role: Role, cells: Sequence[Cell]) -> Decimal:
-        cell = cells[self._header.positions[role]]
+    def _amount(self, row: int, cells: Sequence[Cell]) -> Decimal:
+        cell = cells[self._amount_at]
         amount = self._amounts.get(cell)
         if amount is None:
-            amount = self._amounts[cell] = self._parsed(row, role, cell)
+            amount = self._amounts[cell] = self._parsed(row, Role.AMOUNT, cell)
             self._last_new_amount_row = row
         return amount
 

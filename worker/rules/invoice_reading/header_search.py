@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from worker.rules.invoice_format import InvoiceColumns
+from worker.rules.invoice_format import MAX_NAME_LENGTH, InvoiceColumns
 from worker.rules.invoice_lines import InvoiceError
 from worker.rules.invoice_reading.amount_text import currency_in_name
 from worker.rules.invoice_reading.reading_options import NO_COLUMN, ReadingOptions, Role
@@ -244,11 +244,15 @@ def _check_names(located: LocatedTable, positions: Mapping[Role, int]) -> None:
     for role, at in positions.items():
         if not located.names[at].isprintable():
             raise InvoiceError(f"line {located.row}: the name of the {_meaning(role)} column has a control character")
+        if len(located.names[at]) > MAX_NAME_LENGTH:
+            raise InvoiceError(
+                f"line {located.row}: the name of the {_meaning(role)} column has more than {MAX_NAME_LENGTH} characters"
+            )
 
 
 def _proposed(names: Sequence[str], role: Role, currency: str) -> list[str]:
     """Return the names with this meaning, of the most usual group that occurs. For some meanings the first suffices."""
-    plain = {name: _plain_name(name, currency) for name in names if name}
+    plain = {name: _plain_name(name, currency) for name in names if 0 < len(name) <= MAX_NAME_LENGTH}
     groups = KNOWN_NAMES[role]
     if role is Role.AMOUNT and _proposed(names, Role.COUNT, currency):
         groups = groups[:-1]  # beside a count, a price is that of one call

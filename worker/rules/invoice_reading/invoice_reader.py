@@ -131,15 +131,26 @@ def _check_unique_numbers(lines: Sequence[InvoiceLine], column: str) -> None:
 
 
 def _settle_midnights(rows: ReadRows, dates: DateReader, assumptions: list[str]) -> None:
-    """Read times 00:00 as times if the file has other times, else as days."""
+    """Read times 00:00 as times if the file has other times, else as days.
+
+    Raises:
+        InvoiceError: such a time is that of several calls.
+    """
     if not rows.zoneless_midnights:
         return
     if not dates.has_zoneless_times:
         assumptions.append("Times are days, because all are 00:00.")
         return
     for index in rows.zoneless_midnights:
-        line = rows.lines[index]
-        rows.lines[index] = dataclasses.replace(line, until=line.since)
+        if rows.lines:
+            rows.lines[index] = dataclasses.replace(rows.lines[index], until=rows.lines[index].since)
+        elif (line := rows.aggregated_lines[index]).count == 1:
+            rows.aggregated_lines[index] = dataclasses.replace(line, until=line.since)
+        else:
+            raise InvoiceError(
+                f"line {line.row}: a day or a time 00:00, but other lines have other times; several calls need a day "
+                "or a month, not a time"
+            )
 
 
 def _add_notes(notes: Sequence[str], assumptions: list[str]) -> None:

@@ -16,17 +16,19 @@ _TOTAL = (
 _LABEL = re.compile(
     rf"(?:(?P<sub>(?:{_SUBTOTAL})\b.*)|(?:{_TOTAL})(?: \([^)]*\)| in [a-z]{{3}}| [a-z]{{3}})?) ?:?", re.IGNORECASE
 )
+MAX_LABEL_LENGTH = 200
+"""A longer text is no label: the search in it could take minutes."""
 _LABEL_WITH_AMOUNT = re.compile(r"(?P<label>[^:]{3,40}):\s*(?P<amount>[^:]*[0-9][^:]*)")
 
 
 def is_total_label(text: str) -> bool:
     """Return whether a text names a total or a subtotal."""
-    return _LABEL.fullmatch(" ".join(text.split())) is not None
+    return len(text) <= MAX_LABEL_LENGTH and _LABEL.fullmatch(" ".join(text.split())) is not None
 
 
 def amount_beside_label(text: str) -> str | None:
     """Return the amount of a cell such as "Total: 12.50", or None."""
-    match = _LABEL_WITH_AMOUNT.fullmatch(text)
+    match = _LABEL_WITH_AMOUNT.fullmatch(text) if len(text) <= MAX_LABEL_LENGTH else None
     return match["amount"] if match and is_total_label(match["label"]) else None
 
 
