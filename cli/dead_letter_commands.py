@@ -21,6 +21,7 @@ from worker import flow
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetter
 from worker.ledger.engine import read_snapshot
+from worker.rules.decimals import count_text
 from worker.rules.unhandled_messages import DeadLetterReason
 from worker.runtime import Runtime
 
@@ -80,7 +81,7 @@ def show_dead_letter(
 
 
 def _size_text(letter: DeadLetter) -> str:
-    size = render.count_text(letter.size_bytes, "byte")
+    size = count_text(letter.size_bytes, "byte")
     return f"the first {len(letter.message)} of {size} (it cannot be requeued)" if letter.is_cut else size
 
 
@@ -118,7 +119,7 @@ def requeue_dead_letters(
     if as_json:
         typer.echo(render.as_json({"requeued": requeued, "refused": refused}))
     else:
-        typer.echo(f"requeued {render.count_text(requeued, 'message')}")
+        typer.echo(f"requeued {count_text(requeued, 'message')}")
         for line in refused:
             typer.echo(f"payready: {line['dead_letter_id']} was not requeued: {line['error']}", err=True)
     if refused:
@@ -132,7 +133,7 @@ def _send_then_delete(rt: Runtime, sender: MessageSender, dead_letter_id: str) -
     if letter is None:
         raise NotRequeueable("there is no such dead letter")
     if letter.is_cut:
-        kept = render.count_text(dead_letters.MAX_MESSAGE_BYTES, "byte")
+        kept = count_text(dead_letters.MAX_MESSAGE_BYTES, "byte")
         raise NotRequeueable(f"its message has {letter.size_bytes} bytes, and only the first {kept} are stored")
     sender.send(letter.queue, letter.message)
     flow.delete_requeued_dead_letter(rt, letter)
@@ -156,9 +157,9 @@ def delete_dead_letters(
     if as_json:
         typer.echo(render.as_json({"deleted": deleted}))
     else:
-        typer.echo(f"deleted {render.count_text(deleted, 'dead letter')}")
+        typer.echo(f"deleted {count_text(deleted, 'dead letter')}")
     if ids and deleted < len(set(ids)):
-        fail(f"{render.count_text(len(set(ids)) - deleted, 'id')} did not exist")
+        fail(f"{count_text(len(set(ids)) - deleted, 'id')} did not exist")
 
 
 def _every_id(rt: Runtime, reason: DeadLetterReason | None) -> Iterator[str]:

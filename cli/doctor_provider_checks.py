@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text, utc_time_text
+from cli.render import utc_time_text
 from cli.webhook_probe import find_problem_by_test_delivery
 from config.production_rules import DEMO_SECRET_PREFIX
 from config.role_settings import is_set
@@ -16,7 +16,7 @@ from worker.ledger.balances import RejectionReason
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger_metrics import used_ratios_of_set_day_and_month_caps
 from worker.quiltt import subscriptions
-from worker.rules.decimals import amount_with_currency_text
+from worker.rules.decimals import amount_with_currency_text, count_text
 from worker.rules.pricing import PriceListError
 from worker.rules.states import RefreshState
 from worker.runtime import subscriptions_client

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from cli import celery_client
 from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text
 from config.celery_config import QUEUES, celery_settings
 from config.redis_addresses import is_redis_address
 from config.settings import Settings
 from tasks.broker_lists import IdleList, ListSearch
 from worker.ledger import outcome_deliveries
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
+from worker.rules.decimals import count_text
 
 CHECK = "unread lists"
 MAX_RESULTS = 20

@@ -7,13 +7,14 @@ from typing import Any
 from cli import server_probes
 from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import count_text, milliseconds_text
+from cli.render import milliseconds_text
 from config.settings import ConfigurationError
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger import schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, NoDatabaseFile, UnconfiguredPooler, read_snapshot
 from worker.ledger.server_state import DatabaseServer, read_server
+from worker.rules.decimals import count_text
 
 MEMORY_WARNING_RATIO = 0.9
 _FIX_OF_READ_ONLY = "give PAYREADY_DATABASE_URL the primary's address, or all addresses of the cluster"

@@ -14,7 +14,6 @@ from cli.celery_client import report_unavailable
 from cli.celery_errors import CeleryUnavailable
 from cli.command_line import EXIT_FAILED, AsJson, echo_line
 from cli.command_runtime import runtime_or_exit
-from cli.render import count_text
 from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks import stored_results
@@ -22,6 +21,7 @@ from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.correlation.store import ACCOUNT_TTL_S
 from worker.flow.failover_findings import Finding, FindingKind, StoredResult
+from worker.rules.decimals import count_text
 from worker.runtime import utc_now
 
 

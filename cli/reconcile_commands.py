@@ -218,12 +218,12 @@ def _reconcile_by_call(engine: Engine, invoice: Invoice, *, apply: bool) -> _Res
 
 
 def _reconcile_aggregated(engine: Engine, invoice: Invoice, *, apply: bool) -> _Result:
-    application, modes = None, _price_list().modes_by_price
+    application = None
     if apply:
-        applied = flow.apply_aggregated_invoice(engine, invoice, modes, utc_now())
+        applied = flow.apply_aggregated_invoice(engine, invoice, utc_now())
         found, application = applied.reconciliation, applied.application
     else:
-        found = flow.compare_aggregated_invoice(engine, invoice, modes)
+        found = flow.compare_aggregated_invoice(engine, invoice)
     report = aggregated_report(invoice, found, application)
     return _Result(report=report, invoice=invoice, found=found, application=application)
 

@@ -6,12 +6,11 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from cli.render import count_text
 from worker.flow import Invoice
 from worker.ledger.invoices import InvoiceApplication
 from worker.rules.aggregated_reconciliation import AggregatedReconciliation, CallDecision, GroupComparison
 from worker.rules.call_matching import LedgerCall, LineMatch
-from worker.rules.decimals import amount_with_currency_text
+from worker.rules.decimals import amount_with_currency_text, count_text
 from worker.rules.invoice_format import InvoiceFormat
 from worker.rules.invoice_lines import AggregatedLine, CreditLine, InvoiceLine, TotalLine
 from worker.rules.reconciliation import Reconciliation

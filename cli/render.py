@@ -61,11 +61,6 @@ def utc_time_text(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
-def count_text(count: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun: `1 call`, `2 calls`."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
-
-
 def milliseconds_text(seconds: float) -> str:
     """Return a short duration, such as `0.4 ms`."""
     return f"{seconds * 1000:.1f} ms"

@@ -13,7 +13,6 @@ from rich.text import Text
 from cli.render import (
     AMOUNT_FIELDS,
     TableOfOneLineRows,
-    count_text,
     fee_or_reused_text,
     literal_text,
     new_table,
@@ -23,7 +22,7 @@ from cli.render import (
 )
 from worker.ledger.balance_report import BalanceLine
 from worker.ledger.payment_report import CallLine, DeliveryLine, FundsHoldLine, PaymentFee, PaymentLine, PaymentTimeline
-from worker.rules.decimals import amount_text, amount_with_currency_text
+from worker.rules.decimals import amount_text, amount_with_currency_text, count_text
 from worker.rules.explanations import Explanation
 from worker.rules.states import PaymentState
 

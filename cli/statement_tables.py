@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import MAX_ROWS, count_text, literal_text, new_table, omitted_rows_remark, styled_state
+from cli.render import MAX_ROWS, literal_text, new_table, omitted_rows_remark, styled_state
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.payment_shares import PaymentShare
 from worker.ledger.period_statement import PeriodStatement
-from worker.rules.decimals import amount_text, amount_with_currency_text
+from worker.rules.decimals import amount_text, amount_with_currency_text, count_text
 from worker.rules.pricing import UNKNOWN_MODE
 from worker.rules.statement_period import StatementPeriod
 

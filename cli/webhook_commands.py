@@ -31,6 +31,7 @@ from worker.ledger.engine import read_snapshot
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
+from worker.rules.decimals import count_text
 from worker.runtime import Runtime
 
 quarantine_app = typer.Typer(
@@ -116,7 +117,7 @@ def delete_quarantined(
         if all_events and not yes:
             typer.confirm("Delete all quarantined events permanently?", abort=True, err=True)
         deleted = sum(flow.delete_quarantined(rt, [event.quarantine_id]) for event in selected)
-    typer.echo(render.as_json({"deleted": deleted}) if as_json else f"deleted {render.count_text(deleted, 'event')}")
+    typer.echo(render.as_json({"deleted": deleted}) if as_json else f"deleted {count_text(deleted, 'event')}")
 
 
 def _summary(event: QuarantinedEvent) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def subscription_status(as_json: AsJson = False) -> None:
     else:
         for subscription in ours:
             state = "disabled" if subscription.disabled else "enabled"
-            types = render.count_text(len(subscription.event_types), "event type")
+            types = count_text(len(subscription.event_types), "event type")
             echo_line(f"{subscription.id}: {state}, {types}")
         for line in problems or [f"{url} responds, and receives all required event types"]:
             echo_line(line)

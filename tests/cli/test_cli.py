@@ -217,7 +217,7 @@ INVALID_INVOICES = [
     (INVOICE.replace("acct_a", "acct_y"), "2026-11", "none of the 3 lines matches a call of the ledger"),
     (INVOICE.replace("2026-11-22", "2026-12-02"), "2026-12", "2026-12 is not over"),
     (INVOICE.splitlines()[0], "2026-11", "no charges after its header"),
-    (INVOICE, "2026-11", "1 accepted calls are missing from the invoice"),
+    (INVOICE, "2026-11", "the invoice omits 1 accepted call"),
 ]
 
 

@@ -125,7 +125,7 @@ def test_aggregated_invoice_is_compared_by_counts(run: Run, count: int, status: 
     assert f"{count} call" in output
     if count == 4:
         assert "1 difference" in output
-        assert "1 calls are void in the ledger: the invoice may charge 1 of them" in output
+        assert "1 call void in the ledger, of which the invoice may charge 1" in output
     report = json.loads(run(text, "--json").output)
     (group,) = report["groups"]
     assert (report["level"], group["count"], group["posted"], group["pending"]) == ("month", count, 2, 1)

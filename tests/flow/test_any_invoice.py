@@ -211,7 +211,7 @@ def try_to_apply(ledger: LedgerBuilder, data: bytes) -> str:
         if is_by_call:
             flow.compare_invoice(ledger.engine, invoice)
         else:
-            flow.compare_aggregated_invoice(ledger.engine, invoice, {})
+            flow.compare_aggregated_invoice(ledger.engine, invoice)
     except InvoiceError as error:
         return str(error)
     finally:
@@ -220,7 +220,7 @@ def try_to_apply(ledger: LedgerBuilder, data: bytes) -> str:
         if is_by_call:
             flow.apply_invoice(ledger.engine, invoice, JANUARY)
         else:
-            flow.apply_aggregated_invoice(ledger.engine, invoice, {}, JANUARY)
+            flow.apply_aggregated_invoice(ledger.engine, invoice, JANUARY)
     except InvoiceError as error:
         assert ledger.entries() == before, "a rejected file writes nothing"
         return str(error)

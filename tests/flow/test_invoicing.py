@@ -28,12 +28,12 @@ LINES = b"account_id,date,amount\nacct_a,2026-11-22T12:00:00Z,0.10\n"
 
 @pytest.fixture
 def engine(databases: Databases) -> Iterator[Engine]:
-    """A ledger with two pending calls, of acct_a and acct_b."""
+    """A ledger with two pending calls, of acct_a and acct_b, in different modes."""
     with databases.create() as address:
         ledger = open_engine(address, connections=1)
         price = Price(per_call=Decimal("0.10"), currency="USD", price_list="2026-11-22")
         with transaction(ledger) as tx:
-            for name in ("a", "b"):
+            for name, mode in (("a", "PRODUCTION"), ("b", "SANDBOX")):
                 refresh = RefreshRecord(
                     refresh_id=f"ref_{name}",
                     account_id=f"acct_{name}",
@@ -43,7 +43,9 @@ def engine(databases: Databases) -> Iterator[Engine]:
                     due_at=NOON,
                 )
                 refreshes.insert_refreshes(tx, [refresh])
-                call = fee_entries.new_call(f"call_{name}", f"ref_{name}", f"acct_{name}", price, NOON)
+                call = fee_entries.new_call(
+                    f"call_{name}", f"ref_{name}", f"acct_{name}", replace(price, mode=mode), NOON
+                )
                 fee_entries.open_entries(tx, [call])
         yield ledger
         ledger.dispose()
@@ -131,22 +133,30 @@ def test_aggregated_invoice_decides_calls_once_with_line_level_and_assumptions_a
 ) -> None:
     """A comparison writes nothing. A second application changes nothing."""
     post_by_response(engine, "call_a")
-    found = flow.compare_aggregated_invoice(engine, monthly_invoice(count), {})
+    found = flow.compare_aggregated_invoice(engine, monthly_invoice(count))
     assert len(final_evidence(engine)) == 1
-    applied = flow.apply_aggregated_invoice(engine, monthly_invoice(count), {}, DECEMBER + timedelta(days=1))
+    applied = flow.apply_aggregated_invoice(engine, monthly_invoice(count), DECEMBER + timedelta(days=1))
     assert applied.reconciliation == found
     assert entry_states(engine)[3:] == [("call_b", state)]
     evidence = final_evidence(engine)[-1]
     assert (evidence["name"], evidence["level"], evidence["lines"]) == ("m.csv", "month", [2])
     assert evidence["assumptions"] == ["The month is UTC."]
     assert evidence["read_as"]["delimiter"] == ","
-    again = flow.apply_aggregated_invoice(engine, monthly_invoice(count), {}, DECEMBER + timedelta(days=2))
+    again = flow.apply_aggregated_invoice(engine, monthly_invoice(count), DECEMBER + timedelta(days=2))
     assert (again.application.posted, again.application.voided) == (0, 0)
     assert len(entry_states(engine)) == 4
 
 
+def test_recorded_mode_explains_calls_that_the_invoice_omits(engine: Engine) -> None:
+    post_by_response(engine, "call_a")
+    post_by_response(engine, "call_b")
+    (group,) = flow.compare_aggregated_invoice(engine, monthly_invoice(1)).groups
+    (cause,) = group.causes
+    assert cause.text == "1 call of the mode PRODUCTION or SANDBOX, which the invoice omits"
+
+
 def test_undecided_aggregated_invoice_leaves_calls_pending(engine: Engine) -> None:
-    applied = flow.apply_aggregated_invoice(engine, monthly_invoice(1), {}, DECEMBER + timedelta(days=1))
+    applied = flow.apply_aggregated_invoice(engine, monthly_invoice(1), DECEMBER + timedelta(days=1))
     assert len(applied.reconciliation.undecided_calls) == 2
     assert len(entry_states(engine)) == 2
 
@@ -156,15 +166,15 @@ def test_invoices_of_both_kinds_for_a_month_cannot_contradict(engine: Engine) ->
     later = DECEMBER + timedelta(days=1)
     flow.apply_invoice(engine, invoice(), later)
     with pytest.raises(InvoiceError, match=r"line 2: 2 calls contradict the applied invoice 'i\.csv'"):
-        flow.apply_aggregated_invoice(engine, monthly_invoice(2), {}, later)
-    assert not flow.apply_aggregated_invoice(engine, monthly_invoice(1), {}, later).reconciliation.has_differences
+        flow.apply_aggregated_invoice(engine, monthly_invoice(2), later)
+    assert not flow.apply_aggregated_invoice(engine, monthly_invoice(1), later).reconciliation.has_differences
 
 
 def test_invoice_by_call_is_rejected_if_it_contradicts_an_applied_count(engine: Engine) -> None:
     """The count charges only the call with a response; the invoice by call charges the other one."""
     later = DECEMBER + timedelta(days=1)
     post_by_response(engine, "call_b")
-    flow.apply_aggregated_invoice(engine, monthly_invoice(1), {}, later)
+    flow.apply_aggregated_invoice(engine, monthly_invoice(1), later)
     with pytest.raises(
         InvoiceError, match=r"line 2: it charges call call_a, which the applied invoice 'm\.csv' does not"
     ):
@@ -173,7 +183,7 @@ def test_invoice_by_call_is_rejected_if_it_contradicts_an_applied_count(engine: 
 
 def test_invoice_by_call_is_rejected_if_it_omits_a_call_of_an_applied_count(engine: Engine) -> None:
     later = DECEMBER + timedelta(days=1)
-    flow.apply_aggregated_invoice(engine, monthly_invoice(2), {}, later)
+    flow.apply_aggregated_invoice(engine, monthly_invoice(2), later)
     with pytest.raises(InvoiceError, match=r"not charge call call_b of acct_b, which the applied invoice 'm\.csv'"):
         flow.apply_invoice(engine, invoice(total=Decimal("0.10")), later)
 
@@ -182,4 +192,4 @@ def test_kind_of_invoice_and_command_must_agree(engine: Engine) -> None:
     with pytest.raises(InvoiceError, match="one line per month, not per call"):
         flow.compare_invoice(engine, monthly_invoice(1))
     with pytest.raises(InvoiceError, match="one line per call"):
-        flow.compare_aggregated_invoice(engine, invoice(), {})
+        flow.compare_aggregated_invoice(engine, invoice())

@@ -61,7 +61,6 @@ def compare(
         applied,
         level=level,
         currency=currency,
-        modes={PRICE: ["PRODUCTION"], Decimal(0): ["SANDBOX"], Decimal("0.05"): ["TEST"]},
         is_complete=is_complete,
     )
 
@@ -109,12 +108,26 @@ def test_amount_at_another_price_decides_nothing() -> None:
         (1, CALLS[:2], [CauseKind.NOT_ON_INVOICE]),
         (3, [*CALLS[:2], CALLS[4]], [CauseKind.VOID]),
         (3, CALLS[:4], [CauseKind.PENDING]),
-        (2, [*CALLS[:2], call("t", price=Decimal("0.05"))], [CauseKind.MODE]),
+        (2, [*CALLS[:2], call("t", mode="TEST")], [CauseKind.MODE]),
         (2, [*CALLS[:2], call("e", at=SINCE)], [CauseKind.BOUNDARY]),
     ],
 )
 def test_difference_has_its_cause(count: int, calls: list[LedgerCall], expected: list[CauseKind]) -> None:
     assert kinds(compare([line(count)], calls)) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "calls", "text"),
+    [
+        (3, CALLS[:3], "1 call with an unknown result, which the invoice may charge or not"),
+        (3, CALLS[:4], "2 calls with an unknown result, which the invoice may charge or not"),
+        (3, [*CALLS[:2], CALLS[4]], "1 call void in the ledger, of which the invoice may charge 1"),
+        (1, CALLS[:2], "the invoice omits 1 posted call, of another key, or on another invoice"),
+        (2, [*CALLS[:2], call("t", mode="TEST")], "1 call of the mode TEST, which the invoice omits"),
+    ],
+)
+def test_cause_is_a_text_with_the_right_number_of_its_noun(count: int, calls: list[LedgerCall], text: str) -> None:
+    assert compare([line(count)], calls).groups[0].causes[0].text == text
 
 
 def test_free_calls_are_not_expected_on_a_line_with_a_price() -> None:

@@ -19,7 +19,6 @@ from worker.rules.aggregated_reconciliation import (
     reconcile_aggregated,
 )
 from worker.rules.call_matching import LedgerCall
-from worker.rules.difference_causes import ModesByPrice
 from worker.rules.invoice_lines import InvoiceContent, InvoiceError, InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions, read_invoice
 from worker.rules.reconciliation import Reconciliation, check_plausible, check_total, reconcile
@@ -86,13 +85,10 @@ def compare_invoice(engine: Engine, invoice: Invoice) -> Reconciliation:
         return _reconcile_with_ledger(tx, invoice)
 
 
-def compare_aggregated_invoice(engine: Engine, invoice: Invoice, modes: ModesByPrice) -> AggregatedReconciliation:
-    """Compare an aggregated invoice with the calls of its period. Nothing is written.
-
-    `modes` are those of each price of the price list, to explain differences.
-    """
+def compare_aggregated_invoice(engine: Engine, invoice: Invoice) -> AggregatedReconciliation:
+    """Compare an aggregated invoice with the calls of its period. Nothing is written."""
     with read_snapshot(engine) as tx:
-        return _reconcile_aggregated_with_ledger(tx, invoice, modes)
+        return _reconcile_aggregated_with_ledger(tx, invoice)
 
 
 def apply_invoice(engine: Engine, invoice: Invoice, now: datetime) -> AppliedReconciliation:
@@ -112,9 +108,7 @@ def apply_invoice(engine: Engine, invoice: Invoice, now: datetime) -> AppliedRec
     return AppliedReconciliation(reconciliation=reconciliation, application=application)
 
 
-def apply_aggregated_invoice(
-    engine: Engine, invoice: Invoice, modes: ModesByPrice, now: datetime
-) -> AppliedAggregatedReconciliation:
+def apply_aggregated_invoice(engine: Engine, invoice: Invoice, now: datetime) -> AppliedAggregatedReconciliation:
     """Post and void the pending calls that the counts of an aggregated invoice decide, in one transaction.
 
     Applying an invoice again changes nothing.
@@ -125,7 +119,7 @@ def apply_aggregated_invoice(
     _check_period_is_over(invoice.period, now)
     with transaction(engine) as tx:
         lock_invoices(tx)
-        reconciliation = _reconcile_aggregated_with_ledger(tx, invoice, modes)
+        reconciliation = _reconcile_aggregated_with_ledger(tx, invoice)
         check_aggregated_plausible(reconciliation)
         application = invoices.apply_aggregated_invoice_to_pending_calls(tx, reconciliation, _evidence(invoice), now)
     return AppliedAggregatedReconciliation(reconciliation=reconciliation, application=application)
@@ -159,7 +153,7 @@ def _reconcile_with_ledger(tx: Tx, invoice: Invoice) -> Reconciliation:
     )
 
 
-def _reconcile_aggregated_with_ledger(tx: Tx, invoice: Invoice, modes: ModesByPrice) -> AggregatedReconciliation:
+def _reconcile_aggregated_with_ledger(tx: Tx, invoice: Invoice) -> AggregatedReconciliation:
     if invoice.content.level is None:
         raise InvoiceError("the invoice has one line per call")
     return reconcile_aggregated(
@@ -169,7 +163,6 @@ def _reconcile_aggregated_with_ledger(tx: Tx, invoice: Invoice, modes: ModesByPr
         invoices.applied_invoices(tx, invoice.currency),
         level=invoice.content.level,
         currency=invoice.currency,
-        modes=modes,
         is_complete=invoice.total_matches,
     )
 

@@ -13,7 +13,7 @@ from sqlalchemy import Select, func, select, text
 from worker.ledger.engine import Tx
 from worker.ledger.tables import FEE_ENTRY, REFRESH, state_in
 from worker.rules.call_matching import LedgerCall
-from worker.rules.pricing import EntryState
+from worker.rules.pricing import MODE, EntryState
 
 PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("pending_entry"), FEE_ENTRY.alias("final_entry")
 CALL_STATE = func.coalesce(FINAL_ENTRY.c.state, EntryState.PENDING.value).label("state")
@@ -76,7 +76,8 @@ def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> lis
     raise_limits_for_report(tx)
     pending = PENDING_ENTRY.c
     invoice = FINAL_ENTRY.c.evidence["name"].as_string().label("invoice")  # only an invoice has a name
-    query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price, invoice)
+    mode = pending.evidence[MODE].as_string().label("mode")
+    query = select(pending.call_id, pending.account_id, pending.called_at, CALL_STATE, pending.price, mode, invoice)
     query = query.select_from(CALLS).where(
         IS_PENDING_ENTRY, pending.currency == currency, pending.called_at >= since, pending.called_at < until
     )
@@ -88,6 +89,7 @@ def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> lis
             at=row.called_at,
             state=EntryState(row.state),
             price=known.setdefault(row.price, row.price),
+            mode=known.setdefault(row.mode, row.mode),
             invoice=known.setdefault(row.invoice, row.invoice),
         )
         for row in tx.execute(query.execution_options(yield_per=10_000))

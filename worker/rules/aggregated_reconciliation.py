@@ -20,7 +20,7 @@ from decimal import Decimal
 
 from worker.rules.call_matching import LedgerCall
 from worker.rules.decimals import smallest_unit
-from worker.rules.difference_causes import Cause, ModesByPrice, calculation_causes, difference_causes
+from worker.rules.difference_causes import Cause, calculation_causes, difference_causes
 from worker.rules.invoice_lines import AggregatedLine, InvoiceError, InvoicePeriod, Level
 from worker.rules.line_groups import Boundaries, LedgerCalls, LineGroup, Run, Scope, group_lines, sum_of_prices
 from worker.rules.pricing import EntryState
@@ -111,7 +111,6 @@ def reconcile_aggregated(
     *,
     level: Level,
     currency: str,
-    modes: ModesByPrice,
     is_complete: bool,
 ) -> AggregatedReconciliation:
     """Compare the groups of an invoice with the calls of its period, extended by the tolerance on both sides.
@@ -123,7 +122,6 @@ def reconcile_aggregated(
         applied_invoices: all invoices applied earlier. Only those of the neighbouring months have an effect.
         level: what one line covers.
         currency: the currency of the lines and of the calls.
-        modes: the modes of each price of the price list, to explain differences.
         is_complete: the lines add up to the invoice's total. Then a pending call that no line can charge is free,
             unless they differ: a changed price or account id also makes a call that no line can charge.
 
@@ -137,7 +135,6 @@ def reconcile_aggregated(
     return _Comparison(
         period=period,
         currency=currency,
-        modes=modes,
         calls=left,
         ledger=LedgerCalls(left, by_account=names_accounts),
         settled={b for b in (period.since, period.until) for n in neighbours if b in (n.period.since, n.period.until)},
@@ -152,12 +149,11 @@ class _Comparison:
         *,
         period: InvoicePeriod,
         currency: str,
-        modes: ModesByPrice,
         calls: Sequence[LedgerCall],
         ledger: LedgerCalls,
         settled: Boundaries,
     ) -> None:
-        self._period, self._currency, self._modes = period, currency, modes
+        self._period, self._currency = period, currency
         self._calls, self._ledger, self._settled = calls, ledger, settled
         self._unit = smallest_unit(currency)
         self._to_post: dict[str, CallDecision] = {}
@@ -209,7 +205,7 @@ class _Comparison:
             void=len(of_state[EntryState.VOID]),
             is_possible=self._is_possible(scope),
             causes=calculation_causes(scope, self._currency, self._unit)
-            + ([] if agree else difference_causes(scope, self._currency, self._unit, self._modes)),
+            + ([] if agree else difference_causes(scope, self._currency, self._unit)),
             decided_by=tuple({call.invoice: None for call in by_clock if call.invoice is not None}),
         )
 

@@ -33,6 +33,8 @@ class LedgerCall:
     at: datetime
     state: EntryState
     price: Decimal
+    mode: str | None = None
+    """Mode of the API key. None if it is not recorded."""
     invoice: str | None = None
     """Name of the invoice that posted or voided it. None if another evidence did, or if it is pending."""
 

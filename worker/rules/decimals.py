@@ -1,4 +1,4 @@
-"""Decimals: strings in JSON, exact `Decimal` values inside, and amounts as text for people."""
+"""Decimals: strings in JSON, exact `Decimal` values inside; amounts and counts as text for people."""
 
 import re
 from decimal import Context, Decimal
@@ -65,3 +65,8 @@ DecimalString = Annotated[
 """A decimal that is a string in JSON and a `Decimal` inside, never a float."""
 BoundedDecimalString = Annotated[DecimalString, Field(max_digits=38)]
 """A decimal of at most 38 digits."""
+
+
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: `1 call`, `2 calls`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

@@ -1,12 +1,11 @@
 """What could make a difference between a group of an aggregated invoice and the ledger. Pure."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 
-from worker.rules.decimals import amount_text
+from worker.rules.decimals import amount_text, count_text
 from worker.rules.line_groups import Scope, agrees, unit_price_of
 from worker.rules.pricing import EntryState
 
@@ -21,7 +20,7 @@ class CauseKind(StrEnum):
     VOID = "void"
     """Calls that the ledger has as free."""
     MODE = "mode"
-    """Calls at the price of another mode."""
+    """Calls of a mode of the API key that the invoice omits."""
     PRICE = "price"
     """Another price per call."""
     ROUNDING = "rounding"
@@ -45,20 +44,15 @@ class Cause:
     """One sentence for people."""
 
 
-ModesByPrice = Mapping[Decimal, Sequence[str]]
-"""The modes of the provider's environments that have a price."""
-
-
-def difference_causes(scope: Scope, currency: str, unit: Decimal, modes: ModesByPrice) -> list[Cause]:
+def difference_causes(scope: Scope, currency: str, unit: Decimal) -> list[Cause]:
     """Return what could make the difference between the lines and the posted calls of their time, the likeliest first.
 
     Args:
         scope: the lines and the calls that they may charge.
         currency: the currency of the amounts.
         unit: its smallest unit.
-        modes: the modes of each price of the price list.
     """
-    return _count_causes(scope, currency, modes) + _price_causes(scope, currency, unit)
+    return _count_causes(scope) + _price_causes(scope, currency, unit)
 
 
 def calculation_causes(scope: Scope, currency: str, unit: Decimal) -> list[Cause]:
@@ -75,12 +69,12 @@ def calculation_causes(scope: Scope, currency: str, unit: Decimal) -> list[Cause
     ]
 
 
-def _count_causes(scope: Scope, currency: str, modes: ModesByPrice) -> list[Cause]:
+def _count_causes(scope: Scope) -> list[Cause]:
     least, others = len(scope.surely_charged), len(scope.perhaps_charged)
     if scope.count > least + others:
         return _surplus_causes(scope, scope.count - least - others)
     if scope.count < least:
-        return [_deficit_cause(scope, least - scope.count, currency, modes)]
+        return [_deficit_cause(scope, least - scope.count)]
     causes = []
     pending = sum(call.state == EntryState.PENDING for call in scope.certain)
     if pending:
@@ -88,7 +82,7 @@ def _count_causes(scope: Scope, currency: str, modes: ModesByPrice) -> list[Caus
             Cause(
                 kind=CauseKind.PENDING,
                 calls=pending,
-                text=f"the results of {pending} calls are unknown: the invoice charges some, all or none of them",
+                text=f"{count_text(pending, 'call')} with an unknown result, which the invoice may charge or not",
             )
         )
     near = sum(call.state != EntryState.VOID for call in scope.uncertain)
@@ -97,8 +91,8 @@ def _count_causes(scope: Scope, currency: str, modes: ModesByPrice) -> list[Caus
             Cause(
                 kind=CauseKind.BOUNDARY,
                 calls=near,
-                text=f"{near} calls are within the tolerance of a boundary: the neighbouring line or invoice may "
-                "charge them",
+                text=f"{count_text(near, 'call')} within the tolerance of a boundary, which the neighbouring line or "
+                "invoice may charge",
             )
         )
     return causes
@@ -112,7 +106,8 @@ def _surplus_causes(scope: Scope, surplus: int) -> list[Cause]:
             Cause(
                 kind=CauseKind.VOID,
                 calls=min(void, surplus),
-                text=f"{void} calls are void in the ledger: the invoice may charge {min(void, surplus)} of them",
+                text=f"{count_text(void, 'call')} void in the ledger, of which the invoice may charge "
+                f"{min(void, surplus)}",
             )
         )
     if surplus > void:
@@ -120,25 +115,23 @@ def _surplus_causes(scope: Scope, surplus: int) -> list[Cause]:
             Cause(
                 kind=CauseKind.NOT_IN_LEDGER,
                 calls=surplus - void,
-                text=f"{surplus - void} calls are not in the ledger: another system uses the key, or they are of "
-                "another mode or kind",
+                text=f"{count_text(surplus - void, 'call')} not in the ledger: of another system that uses the key, or "
+                "of another mode or kind",
             )
         )
     return causes
 
 
-def _deficit_cause(scope: Scope, deficit: int, currency: str, modes: ModesByPrice) -> Cause:
-    charged_prices = {unit_price_of(line) for line in scope.lines}
-    at_price = Counter(call.price for call in scope.surely_charged)
-    for price, calls in at_price.items():
-        if calls == deficit and price in modes and price not in charged_prices:
-            price_text, names = amount_text(price, currency), " and ".join(modes[price])
-            text = f"{calls} calls have the price {price_text} of the mode {names}: the invoice omits this mode"
-            return Cause(kind=CauseKind.MODE, calls=calls, text=text)
+def _deficit_cause(scope: Scope, deficit: int) -> Cause:
+    of_mode = Counter(call.mode for call in scope.surely_charged)
+    omitted = [mode for mode, calls in of_mode.items() if mode is not None and calls == deficit]
+    if omitted and len(of_mode) > 1:
+        text = f"{count_text(deficit, 'call')} of the mode {' or '.join(omitted)}, which the invoice omits"
+        return Cause(kind=CauseKind.MODE, calls=deficit, text=text)
     return Cause(
         kind=CauseKind.NOT_ON_INVOICE,
         calls=deficit,
-        text=f"the invoice omits {deficit} posted calls: they are of another mode or key, or on another invoice",
+        text=f"the invoice omits {count_text(deficit, 'posted call')}, of another key, or on another invoice",
     )
 
 

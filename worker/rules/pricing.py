@@ -106,16 +106,6 @@ class PriceList(BaseModel):
         latest = max(lines, key=lambda line: line.since)
         return Price(per_call=latest.per_call, currency=self.currency, price_list=self.version, mode=mode)
 
-    @property
-    def modes_by_price(self) -> dict[Decimal, list[str]]:
-        """The modes that have each price, on any day."""
-        modes: dict[Decimal, list[str]] = {}
-        for line in self.price:
-            of_price = modes.setdefault(line.per_call, [])
-            if line.mode not in of_price:
-                of_price.append(line.mode)
-        return modes
-
     def final_state(self, status: int | None) -> EntryState:
         """Return the final state of a call's fee by the status of the response. None means that nothing was sent."""
         billed_statuses = {BILLABLE_STATUSES[result] for result in self.billable}

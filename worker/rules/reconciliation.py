@@ -19,7 +19,7 @@ from itertools import groupby
 from operator import attrgetter
 
 from worker.rules.call_matching import LedgerCall, LineMatch, by_time, match_lines
-from worker.rules.decimals import decimal_text, smallest_unit
+from worker.rules.decimals import count_text, decimal_text, smallest_unit
 from worker.rules.invoice_lines import InvoiceError, InvoiceLine, InvoicePeriod
 from worker.rules.pricing import EntryState
 
@@ -248,7 +248,7 @@ def check_plausible(result: Reconciliation, *, total_matches: bool) -> None:
         last_call = max(call.at for call in missing)
         last_line = max(match.line.until for match in result.matched)
         raise InvoiceError(
-            f"{len(missing)} accepted calls are missing from the invoice, the last made at "
+            f"the invoice omits {count_text(len(missing), 'accepted call')}, the last made at "
             f"{last_call:%Y-%m-%d %H:%M}Z; the last matched line is of {last_line:%Y-%m-%d %H:%M}Z. The file may be "
             "truncated. If it is complete, give the invoice's sum as --total"
         )

@@ -245,9 +245,7 @@ def _check_names(located: LocatedTable, positions: Mapping[Role, int]) -> None:
         if not located.names[at].isprintable():
             raise InvoiceError(f"line {located.row}: the name of the {_meaning(role)} column has a control character")
         if len(located.names[at]) > MAX_NAME_LENGTH:
-            raise InvoiceError(
-                f"line {located.row}: the name of the {_meaning(role)} column has more than {MAX_NAME_LENGTH} characters"
-            )
+            raise InvoiceError(f"line {located.row}: the name of the {_meaning(role)} column is too long")
 
 
 def _proposed(names: Sequence[str], role: Role, currency: str) -> list[str]:
