@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from cli import render
 from cli.command_line import EXIT_FAILED, AsJson, engine_or_exit, stdout_console_for_terminal_or_log
 from cli.reconciliation_output import limited_report_tables, report_html, write_report_csv
 from cli.reconciliation_report import ReconciliationReport, aggregated_report, by_call_report
+from config.escaping import escape_unprintable
 from config.settings import settings
 from worker import flow
 from worker.flow import Invoice
@@ -164,7 +166,7 @@ def fees_reconcile(
     _check_folder(save_profile, "--save-profile")
     with engine_or_exit() as engine:
         read = flow.parse_invoice_file(
-            invoice.name,
+            escape_unprintable(invoice.name),
             invoice.read_bytes(),
             options if profile is None else options.or_else(_options_of_file(profile)),
             period,
@@ -255,8 +257,12 @@ def _check_currency(text: str | None) -> None:
 
 def _check_folder(file: Path | None, option: str) -> None:
     """Find a file that cannot be written before the invoice is applied."""
-    if file is not None and not file.parent.is_dir():
-        raise typer.BadParameter("its folder does not exist", param_hint=option)
+    if file is None:
+        return
+    try:
+        TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise typer.BadParameter(f"no file can be written there: {error.strerror}", param_hint=option) from None
 
 
 def _parse_total(text: str | None) -> Decimal | None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -88,8 +89,9 @@ def test_profile_of_one_month_reads_the_next_without_options(run: Run, tmp_path:
     ("arguments", "message"),
     [
         (("--profile", "missing.toml"), "No such file"),
-        (("--html", "missing/a.html"), "its folder does not exist"),
-        (("--save-profile", "missing/a.toml"), "its folder does not exist"),
+        (("--html", "missing/a.html"), "no file can be written"),
+        (("--save-profile", "missing/a.toml"), "no file can be written"),
+        (("--html", "/proc/a.html"), "no file can be written"),
         (("--json", "--csv"), "give only one of them"),
         (("--no-such-option",), "No such option"),
         (("--tolerance-s", "-1"), "Invalid value"),
@@ -103,6 +105,14 @@ def test_wrong_usage_has_status_1_because_2_means_differences(
     result = run(BY_CALL, "--time-zone", "Europe/Berlin", "--apply", *arguments)
     assert (result.exit_code, message in " ".join(result.stderr.split())) == (1, True), result.stderr
     assert history.entries() == before
+
+
+def test_file_name_that_is_no_text_is_escaped(run: Run, history: LedgerBuilder, tmp_path: Path) -> None:
+    text = MONTHLY.format(3, "0.30", "0.30")
+    result = run(text, "--apply", "--html", tmp_path / "report.html", name=os.fsdecode(b"i\xff.csv"))
+    assert result.exit_code == 0, result.exception
+    assert "i\\udcff.csv" in (tmp_path / "report.html").read_text()
+    assert history.entries()[-1][2]["name"] == "i\\udcff.csv"
 
 
 def test_missing_or_broken_profile_and_invoice_are_one_sentence(run: Run, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_time_without_a_zone_needs_the_option() -> None:
         (("a", date(2026, 11, 22), 1e300), "line 2: Amount has too many digits: '10000"),
         (("a", date(2026, 11, 22), True), "line 2: Amount is not an amount"),
         (("a", date(2026, 11, 22), None), "line 2: Amount is empty"),
-        (("a", date(2026, 11, 22), "=1+1"), "line 2: Amount is empty"),
+        (("a", date(2026, 11, 22), "=1+1"), "line 2: Amount is empty; if it has a formula, save the file again"),
         (("a", date(2026, 11, 22), 0.1, "x"), "line 2: the number of fields differs"),
         (("a", date(2026, 10, 22), 0.1), "line 2: 2026-10-22 is not in 2026-11"),
     ],

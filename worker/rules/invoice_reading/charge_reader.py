@@ -306,7 +306,8 @@ class ChargeReader:
             return cell
         text, name, style = cell_text(cell), self._name(role), self._rules.styles.decimals
         if not text:
-            raise self._error(row, f"{name} is empty")
+            hint = "; if it has a formula, save the file again in a spreadsheet program"
+            raise self._error(row, f"{name} is empty{hint if self._rules.is_spreadsheet else ''}")
         parsed = parse_amount(style, text)
         if parsed is None:
             raise self._error(row, f"{name} is not an amount written as {style}: {quoted(text)} (--decimal-style)")
