@@ -116,3 +116,30 @@ def test_cut_off_amount_is_found_beside_counts() -> None:
 def test_month_by_another_clock_names_the_option_that_widens_the_period() -> None:
     with pytest.raises(InvoiceError, match=r"2026-11-01T04:00Z to 2026-12-01T05:00Z is not all in .*--tolerance-s"):
         read("Month,Calls,Amount\n2026-11,2,0.20\n", time_zone="America/New_York")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Description,Calls,Unit price,Amount\nRefresh,10,0.10,1.00\nVAT 19%,,,0.19\nTotal,,,1.19\n",
+        "Description;Calls;Amount\nRefresh;10;1,00\nSumme;;1,00\nzzgl. 19 % MwSt.;;0,19\nGesamtbetrag;;1,19\n",
+        "Account,Date,Amount\na,2026-11-22,1.00\nSubtotal,,1.00\nSales tax (19%):,,0.19\nTotal,,1.19\n",
+    ],
+)
+def test_tax_is_no_charge_and_part_of_a_total(text: str) -> None:
+    content = read(text)
+    assert [line.amount for line in content.first_lines] == [1]
+    assert content.credits == []
+    assert content.totals[-1].is_grand_total
+    (note,) = [sentence for sentence in content.assumptions if "tax" in sentence]
+    assert note.endswith(", 0.19.")
+
+
+def test_tax_that_contradicts_the_total_is_rejected() -> None:
+    with pytest.raises(InvoiceError, match=r"line 4: 'Total' is 1.29, but the file's lines add up to 1\.19"):
+        read("Description,Calls,Amount\nRefresh,10,1.00\nVAT 19%,,0.19\nTotal,,1.29\n")
+
+
+def test_tax_with_a_count_is_a_charge_like_others() -> None:
+    """It is no call of the ledger, so it becomes a difference."""
+    assert len(read("Description,Calls,Amount\nRefresh,10,1.00\nTax,1,0.19\n").aggregated_lines) == 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
+from worker.rules.decimals import decimal_text
 from worker.rules.invoice_lines import AggregatedLine, CreditLine, InvoiceError, InvoiceLine, InvoicePeriod
 from worker.rules.invoice_reading.amount_text import parse_amount
 from worker.rules.invoice_reading.date_text import DateReader, TimeSpan, ZonelessTimeError
@@ -12,7 +13,7 @@ from worker.rules.invoice_reading.header_search import Header
 from worker.rules.invoice_reading.reading_options import Role
 from worker.rules.invoice_reading.row_table import Cell, cell_text, label_text, quoted
 from worker.rules.invoice_reading.style_detection import Styles
-from worker.rules.invoice_reading.total_lines import TotalCheck, amount_beside_label, is_total_label
+from worker.rules.invoice_reading.total_lines import TotalCheck, amount_beside_label, is_tax_label, is_total_label
 
 MAX_ID_LENGTH = 200
 MAX_AMOUNT = Decimal(10) ** 15
@@ -123,7 +124,7 @@ class ChargeReader:
         return self._kind_at is None or cells[self._kind_at] in self._kinds
 
     def _read_special(self, row: int, cells: Sequence[Cell]) -> bool:
-        """Read an empty row, a repeated header, a total, a note or a credit. Return whether the row is one."""
+        """Read an empty row, a repeated header, a total, a tax, a note or a credit. Return whether the row is one."""
         texts = [cell_text(cell) for cell in cells]
         filled = [at for at, text in enumerate(texts) if text]
         if not filled:
@@ -132,7 +133,10 @@ class ChargeReader:
             self._note(row, "repeats the header")
             return True
         return (
-            self._read_total(row, cells, texts) or self._read_note(row, texts, filled) or self._read_credit(row, cells)
+            self._read_total(row, cells, texts)
+            or self._read_tax(row, cells, texts)
+            or self._read_note(row, texts, filled)
+            or self._read_credit(row, cells)
         )
 
     def _read_total(self, row: int, cells: Sequence[Cell], texts: Sequence[str]) -> bool:
@@ -159,12 +163,22 @@ class ChargeReader:
         others = [at for at, text in enumerate(texts) if isinstance(cells[at], Decimal) or parse_amount(style, text)]
         return self._parsed(row, Role.AMOUNT, cells[others[0]]) if len(others) == 1 else None
 
+    def _read_tax(self, row: int, cells: Sequence[Cell], texts: Sequence[str]) -> bool:
+        """Read a tax, which has no account, date and count of calls."""
+        label = next((text for text in texts if is_tax_label(text)), None)
+        roles = (Role.ACCOUNT, Role.DATE, Role.COUNT)
+        of_charge = {texts[at] for role, at in self._header.positions.items() if role in roles}
+        if label is None or not texts[self._amount_at] or of_charge - {"", label}:
+            return False
+        self.read_rows.totals.add_tax(amount := self._amount(row, cells))
+        self._note(row, f"is a tax: {quoted(label)}, {decimal_text(amount)}")
+        return True
+
     def _read_note(self, row: int, texts: Sequence[str], filled: Sequence[int]) -> bool:
         """Read a row that has one text only, and is no charge with an account alone."""
-        if len(filled) > 1 or filled[0] == self._amount_at:
-            return False
         text = texts[filled[0]]
-        if filled[0] == self._account_at and " " not in text:
+        is_account = filled[0] == self._account_at and " " not in text
+        if len(filled) > 1 or filled[0] == self._amount_at or is_account:
             return False
         self._note(row, f"is a note: {quoted(text)}")
         return True
