@@ -143,3 +143,10 @@ def test_tax_that_contradicts_the_total_is_rejected() -> None:
 def test_tax_with_a_count_is_a_charge_like_others() -> None:
     """It is no call of the ledger, so it becomes a difference."""
     assert len(read("Description,Calls,Amount\nRefresh,10,1.00\nTax,1,0.19\n").aggregated_lines) == 2
+
+
+def test_last_day_of_a_range_decides_the_date_style() -> None:
+    (line,) = read("Period,Calls,Amount\n11/01/2026 - 11/30/2026,2,0.20\n").aggregated_lines
+    assert (line.since, line.until) == (NOVEMBER.since, NOVEMBER.until)
+    with pytest.raises(InvoiceError, match="give --date-style"):
+        read("Period,Calls,Amount\n11/01/2026 - 11/02/2026,2,0.20\n")

@@ -414,3 +414,9 @@ def test_long_cell_is_read_in_linear_time(cell: str) -> None:
     assert len(read(f"{cell}\n{PLAIN}").lines) == 2
     assert "too long" in error_of(f'{PLAIN}"{cell}",2026-11-23,0.10\n'.encode())
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("name", ["Amount (cents)", "Fee [minor units]", "Amount in cents"])
+def test_amount_in_parts_of_a_currency_is_rejected(name: str) -> None:
+    with pytest.raises(InvoiceError, match=r"is in \w+, but the calls are in USD"):
+        read(PLAIN.replace("Amount", name), columns={Role.AMOUNT: name})

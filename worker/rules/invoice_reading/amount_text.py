@@ -17,6 +17,7 @@ _DOLLARS = "USD AUD CAD CLP COP HKD MXN NZD SGD TWD"
 _SIGNS = {"$": _DOLLARS, "US$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY CNY", "₹": "INR", "R$": "BRL"}
 _OTHER_CODES = "BHD CHF DKK KWD NOK PLN SEK"
 _CODES = frozenset(" ".join([*_SIGNS.values(), _OTHER_CODES]).split())
+_PARTS = ("cent", "cents", "ct", "cts", "pence", "¢", "minor")
 _MAX_LENGTH = 60
 
 
@@ -52,9 +53,9 @@ def parse_amount(style: DecimalStyle, text: str) -> ParsedAmount | None:
 
 
 def currency_in_name(name: str, currency: str) -> str | None:
-    """Return the currency that a column's name states, if it is another one."""
+    """Return the currency that a column's name states, if it is another one, or the part of one, such as cents."""
     for word in re.split(r"[\s()\[\]_/,:]+", name):
         codes = [word] if word in _CODES else _SIGNS.get(word, "").split()
-        if codes and currency not in codes:
+        if (codes and currency not in codes) or word.casefold() in _PARTS:
             return word
     return None

@@ -87,12 +87,14 @@ def _month_of_name(name: str) -> int:
     return next((number for number, full in enumerate(_MONTH_NAMES, 1) if full.startswith(name.lower())), 0)
 
 
-def day_text(text: str) -> str:
-    """Return the part of a date that a date style describes: the day without a time, of a range the first."""
+def day_texts(text: str) -> tuple[str, ...]:
+    """Return the parts of a date that a date style describes: the day without a time, or both days of a range."""
+    if len(text) > _MAX_LENGTH:
+        return ()
     if match := _TIME.fullmatch(text):
-        return match["date"]
+        return (match["date"],)
     match = _RANGE.fullmatch(text)
-    return match["first"] if match else text
+    return (match["first"], match["last"]) if match else (text,)
 
 
 class DateReader:

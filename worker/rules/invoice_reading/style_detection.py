@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 from worker.rules.invoice_format import DateStyle, DecimalStyle
 from worker.rules.invoice_lines import InvoiceError
 from worker.rules.invoice_reading.amount_text import parse_amount
-from worker.rules.invoice_reading.date_text import day_text, parse_day
+from worker.rules.invoice_reading.date_text import day_texts, parse_day
 from worker.rules.invoice_reading.header_search import Header
 from worker.rules.invoice_reading.reading_options import ReadingOptions, Role
 from worker.rules.invoice_reading.row_table import RowTable
@@ -75,7 +75,8 @@ def _narrow(
             if at < len(cells) and isinstance(text := cells[at], str):
                 decimals.narrow(row, text)
         if date_at is not None and date_at < len(cells) and isinstance(text := cells[date_at], str):
-            dates.narrow(row, day_text(text.strip()))
+            for day in day_texts(text.strip()):
+                dates.narrow(row, day)
 
 
 def _amount_value(style: DecimalStyle, text: str) -> Decimal | None:
