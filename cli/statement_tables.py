@@ -77,7 +77,7 @@ def _mode_lines(modes: Mapping[str, int]) -> Iterator[str]:
     yield f"Mode of the API key: {counts}"
     if BILLED_MODE not in modes and UNKNOWN_MODE not in modes:
         yield f"This is no bill: Quiltt bills calls of mode {BILLED_MODE} only."
-    elif len(modes) > 1:
+    elif modes.keys() - {BILLED_MODE, UNKNOWN_MODE}:
         yield f"Not all of it is a bill: Quiltt bills calls of mode {BILLED_MODE} only."
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cli.csv_output import safe_text, write_csv
 from cli.main import app
+from cli.statement_tables import head_lines
 from config.settings import settings
 from tests.cli.conftest import DIME, NOON, LedgerBuilder
 from worker.rules.pricing import EntryState, Price
@@ -202,3 +203,11 @@ def test_no_cell_begins_as_a_formula_however_the_file_is_split(text: str, separa
     for line in output.getvalue().splitlines()[1:]:
         cells = line.removeprefix("-0.100000,").split(separator)
         assert not any(cell.lstrip(' "').startswith(("=", "+", "-", "@")) for cell in cells)
+
+
+def test_statement_with_calls_of_unknown_mode_does_not_say_that_they_are_no_bill() -> None:
+    period = parse_period("2026-11")
+    assert period is not None
+    lines = head_lines(period, {"PRODUCTION": 1, "unknown": 2}, is_over=True)
+    assert lines[1:] == ["Mode of the API key: PRODUCTION (1 call), unknown (2 calls)"]
+    assert "Not all of it" in head_lines(period, {"TEST": 1, "unknown": 2}, is_over=True)[-1]
