@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from celery.app.amqp import AMQP, Queues
 from kombu import Consumer
+from kombu.utils.functional import maybe_list
 
 from config.celery_config import QUEUES
 from config.settings import settings
@@ -19,20 +20,18 @@ class IdleConsumer(Consumer):
 class InstanceQueues(Queues):
     """The queues of this deployment. A worker selects them by their names in the `Procfile`, without the instance."""
 
-    def select(self, include: Sequence[str] | None) -> None:
+    def select(self, include: Sequence[str] | str | None) -> None:
         """Select the queues that a worker consumes."""
         super().select(_with_instance(include))
 
-    def deselect(self, exclude: Sequence[str] | None) -> None:
+    def deselect(self, exclude: Sequence[str] | str | None) -> None:
         """Exclude queues from those that a worker consumes."""
         super().deselect(_with_instance(exclude))
 
 
-def _with_instance(names: Sequence[str] | None) -> list[str]:
-    """Return the names of the queues. Celery passes None without the option."""
-    if names is None:
-        return []
-    return [f"{settings().name_prefix}{name}" if name in QUEUES else name for name in names]
+def _with_instance(names: Sequence[str] | str | None) -> list[str]:
+    """Return the names of the queues. Celery passes None without the option, and one name in a remote control."""
+    return [f"{settings().name_prefix}{name}" if name in QUEUES else name for name in maybe_list(names) or ()]
 
 
 class DeclaringAMQP(AMQP):

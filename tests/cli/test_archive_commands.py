@@ -25,6 +25,8 @@ from worker.ledger.engine import open_engine
 from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)
 NICKEL = Price(per_call=Decimal("0.050000"), currency="USD", price_list="2026-09-11", mode="TEST")
 Run = Callable[..., Any]

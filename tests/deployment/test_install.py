@@ -9,6 +9,8 @@ import pytest
 
 from demo.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 FROM_HERE = ["--quiet", "--no-deps", "--no-build-isolation"]
 

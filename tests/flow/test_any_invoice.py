@@ -28,6 +28,8 @@ from worker.rules.invoice_reading import ReadingOptions
 from worker.rules.pricing import EntryState
 from worker.rules.reconciliation import Reconciliation
 
+pytestmark = pytest.mark.slow
+
 JANUARY = datetime(2027, 1, 2, tzinfo=UTC)
 CALLS: Sequence[tuple[str, int, EntryState | None]] = (
     ("acct_a", 3, EntryState.POSTED),

@@ -25,6 +25,8 @@ from worker.rules.invoice_lines import InvoiceError, InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions
 from worker.rules.pricing import parse_price_list
 
+pytestmark = pytest.mark.slow
+
 NOVEMBER, DECEMBER = (month_of(datetime(2026, month, 1, tzinfo=UTC)) for month in (11, 12))
 JANUARY = DECEMBER.following
 END_OF_NOVEMBER = DECEMBER.since

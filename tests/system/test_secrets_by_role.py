@@ -3,11 +3,15 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from demo.processes import ROOT, assign_free_port, procfile, responds
 from tests.support.connect_proxy import connect_proxy
 from tests.support.servers import Postgres
 from tests.support.system import API_KEY, SECRET, eventually, system
 from tests.support.tls_proxy import make_certificate, tls_proxy
+
+pytestmark = pytest.mark.slow
 
 NO_SECRETS = {"PAYREADY_QUILTT_API_KEY": "", "PAYREADY_WEBHOOK_SECRETS": ""}
 

@@ -118,6 +118,8 @@ def test_worker_selects_the_queues_of_its_instance_by_their_names_in_the_procfil
     app.amqp.queues.select(["payments", "balances", "polls"])
     app.amqp.queues.deselect(["polls", "other"])
     assert list(app.amqp.queues.consume_from) == ["live.payments", "live.balances"]
+    app.amqp.queues.deselect("balances")  # as the remote control `cancel_consumer` does
+    assert list(app.amqp.queues.consume_from) == ["live.payments"]
     assert app.amqp.router.route({"queue": "payments"}, "payments.initiate")["queue"].name == "payments"
     assert app.amqp.router.route({}, "payments.initiate")["queue"].name == "live.payments"
     app.close()

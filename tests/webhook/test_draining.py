@@ -14,6 +14,8 @@ from tests.support.databases import Databases
 from tests.support.simulator import eventually
 from tests.webhook.conftest import Endpoint, delivery, endpoint
 
+pytestmark = pytest.mark.slow
+
 LONG_DRAIN_S = 300
 
 
