@@ -25,10 +25,10 @@ from worker.flow import Invoice
 from worker.ledger.engine import Engine
 from worker.ledger.invoices import InvoiceApplication
 from worker.rules.aggregated_reconciliation import AggregatedReconciliation
-from worker.rules.archive_manifest import parse_month
 from worker.rules.invoice_format import DateStyle, DecimalStyle
 from worker.rules.invoice_lines import InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions, Role, options_of_profile, parse_profile, profile_text
+from worker.rules.months import parse_month
 from worker.rules.pricing import PriceList, parse_price_list
 from worker.rules.reconciliation import Reconciliation
 from worker.runtime import utc_now

@@ -15,7 +15,7 @@ from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import GroupBy
 from worker.ledger.payment_shares import payment_shares_and_unshared_fees
 from worker.ledger.period_statement import PeriodStatement
-from worker.rules.archive_manifest import month_of
+from worker.rules.months import month_of
 from worker.rules.statement_period import MAX_MONTHS, StatementPeriod, parse_period
 from worker.runtime import utc_now
 

@@ -1,4 +1,4 @@
-"""`payready payment list`, `show` and `watch`, and what holds for every command: `-h`, the version, few imports."""
+"""`payready payment list`, `show` and `watch`, and what is common to all commands: `-h`, the version, few imports."""
 
 import json
 import subprocess

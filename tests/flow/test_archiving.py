@@ -20,9 +20,10 @@ from worker.ledger import archive_removal, archived_months, funds_holds
 from worker.ledger.engine import Engine, open_engine, read_snapshot, transaction
 from worker.ledger.fee_statement import statement_lines
 from worker.ledger.payment_shares import payment_shares_and_unshared_fees
-from worker.rules.archive_manifest import ArchiveError, Month, month_of
+from worker.rules.archive_manifest import ArchiveError
 from worker.rules.invoice_lines import InvoiceError, InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions
+from worker.rules.months import Month, month_of
 from worker.rules.pricing import parse_price_list
 
 pytestmark = pytest.mark.slow

@@ -69,7 +69,7 @@ def test_same_calls_are_charged_as_by_one_search_per_call(lines: list[InvoiceLin
 def test_no_pair_of_matches_has_two_price_differences_that_a_swap_removes(
     lines: list[InvoiceLine], calls: list[LedgerCall]
 ) -> None:
-    """It holds for lines of one span, such as lines of a day."""
+    """This is true of lines of one span, such as lines of a day."""
     same_span = [line(charge.row, 0, 40, charge.amount) for charge in lines]
     matches = match_lines(same_span, calls, TOLERANCE, by_state)
     differing = [match for match in matches if match.price_differs]

@@ -12,7 +12,8 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from worker.rules.archive_manifest import ArchiveError, FileSummary, Manifest, file_name, parse_manifest, parse_month
+from worker.rules.archive_manifest import ArchiveError, FileSummary, Manifest, file_name, parse_manifest
+from worker.rules.months import parse_month
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"

@@ -12,15 +12,8 @@ from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.engine import Engine, read_snapshot, transaction
 from worker.ledger.fee_statement import GroupBy, StatementLine
 from worker.ledger.tables import FEE_ENTRY
-from worker.rules.archive_manifest import (
-    ArchiveError,
-    FeeSums,
-    Manifest,
-    Month,
-    differing_line,
-    month_of,
-    parse_month,
-)
+from worker.rules.archive_manifest import ArchiveError, FeeSums, Manifest, differing_line
+from worker.rules.months import Month, month_of, parse_month
 
 ROWS_PER_STEP = 500
 """Rows that one transaction inserts."""

@@ -32,10 +32,10 @@ from worker.rules.archive_manifest import (
     FeeSums,
     FileSummary,
     Manifest,
-    Month,
+    archivable_from,
     examples_text,
-    month_of,
 )
+from worker.rules.months import Month, month_of
 from worker.rules.times import utc_text
 
 ROWS_PER_STEP = 500
@@ -104,9 +104,9 @@ def _find_month(engine: Engine, month: str) -> ArchivedMonth | None:
 
 
 def _copy_check_and_record(engine: Engine, month: Month, folder: Path, clock: Callable[[], datetime]) -> ArchivedMonth:
-    if clock() < month.archivable_from:
+    if clock() < archivable_from(month):
         raise ArchiveError(
-            f"{month.name} can be archived from {utc_text(month.archivable_from)} on: a payment may still share a call"
+            f"{month.name} can be archived from {utc_text(archivable_from(month))} on: a payment may still share a call"
         )
     copy = archive_files.create_partial_folder(folder, month.name)
     copied_at = clock()

@@ -19,8 +19,9 @@ from worker.ledger.fee_statement import (
     savings_by_currency,
     statement_lines,
 )
-from worker.rules.archive_manifest import CallCounts, FeeGroup, Month
+from worker.rules.archive_manifest import CallCounts, FeeGroup
 from worker.rules.decimals import decimal_text
+from worker.rules.months import Month
 
 month_columns, line = ARCHIVED_MONTH.c, ARCHIVED_STATEMENT_LINE.c
 archived_payment = ARCHIVED_PAYMENT.c

@@ -5,7 +5,6 @@ SHA-256 of each file, and the sums of the fees.
 """
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.rules.decimals import decimal_text
+from worker.rules.months import Month
 from worker.rules.pricing import MODE, UNKNOWN_MODE, EntryState
 
 FORMAT = 1
@@ -31,43 +31,9 @@ class ArchiveError(Exception):
     """A month cannot be archived, or its files are damaged. The message says what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Month:
-    """A calendar month, in UTC."""
-
-    since: datetime
-    """Its first moment."""
-    until: datetime
-    """The first moment of the next month."""
-
-    @property
-    def name(self) -> str:
-        """The month as YYYY-MM."""
-        return f"{self.since:%Y-%m}"
-
-    @property
-    def following(self) -> "Month":
-        """The next month."""
-        return month_of(self.until)
-
-    @property
-    def archivable_from(self) -> datetime:
-        """When the month can be archived."""
-        return self.until + MIN_AGE
-
-
-def month_of(at: datetime) -> Month:
-    """Return the month with this moment."""
-    since = at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    return Month(since=since, until=(since + timedelta(days=32)).replace(day=1))
-
-
-def parse_month(text: str) -> Month | None:
-    """Return the month that is written as YYYY-MM, or None."""
-    match = re.fullmatch(r"([1-9][0-9]{3})-(0[1-9]|1[0-2])", text)
-    if match is None or match[1] == "9999":
-        return None
-    return month_of(datetime(int(match[1]), int(match[2]), 1, tzinfo=UTC))
+def archivable_from(month: Month) -> datetime:
+    """Return when a month can be archived."""
+    return month.until + MIN_AGE
 
 
 def file_name(table: str) -> str:

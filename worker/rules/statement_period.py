@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from worker.rules.archive_manifest import Month, month_of, parse_month
+from worker.rules.months import Month, month_of, parse_month
 
 MAX_MONTHS = 60
 """Maximum number of months of a period."""
