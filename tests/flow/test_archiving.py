@@ -213,7 +213,7 @@ def test_waiting_payment_keeps_its_month_from_being_archived(november: InProcess
     november.initiate("waits", "acct_waits", timeout_s=60)
     november.drop_tasks()
     november.clock.now = AFTER_NOVEMBER
-    with pytest.raises(ArchiveError, match=r"2026-11 has 1 waiting payments \(waits\)"):
+    with pytest.raises(ArchiveError, match=r"2026-11 has 1 waiting payment \(waits\)"):
         _archive(november, tmp_path)
 
 

@@ -35,6 +35,7 @@ from worker.rules.archive_manifest import (
     archivable_from,
     examples_text,
 )
+from worker.rules.decimals import count_text
 from worker.rules.months import Month, month_of
 from worker.rules.times import utc_text
 
@@ -139,12 +140,12 @@ def _raise_if_statement_may_change(tx: Tx, month: Month) -> None:
     found = archive_rows.find_obstacles(tx, month.until)
     if found.pending_calls:
         raise ArchiveError(
-            f"{month.name} has {len(found.pending_calls)} pending calls ({examples_text(found.pending_calls)}); apply "
-            "the invoice: payready fees reconcile --apply"
+            f"{month.name} has {count_text(len(found.pending_calls), 'pending call')} "
+            f"({examples_text(found.pending_calls)}); apply the invoice: payready fees reconcile --apply"
         )
     if found.waiting_payments:
         raise ArchiveError(
-            f"{month.name} has {len(found.waiting_payments)} waiting payments "
+            f"{month.name} has {count_text(len(found.waiting_payments), 'waiting payment')} "
             f"({examples_text(found.waiting_payments)}); start the roles, which resolve them"
         )
 
@@ -193,9 +194,8 @@ def _remove_rows(
     for ids in _id_chunks(folder, PAYMENT.name, "payment_id", without="refresh_id"):
         step = partial(_remove_payments, ids=ids, month=month, rules=rules, kept=kept)
         removed += _in_transaction_then_pause(engine, step, pause)
-    for ids in _id_chunks(
-        folder, BALANCE.name, "balance_id", without="due_at"
-    ):  # one applied later differs from its copy
+    # A balance that was applied after the copy differs from it.
+    for ids in _id_chunks(folder, BALANCE.name, "balance_id", without="due_at"):
         step = partial(archive_removal.delete_applied_balances, balance_ids=ids, received_before=rules.called_before)
         _in_transaction_then_pause(engine, step, pause)
     with transaction(engine) as tx:

@@ -1,6 +1,6 @@
 """One sentence about a payment: what happened, and which party must act now.
 
-The command line and the web page print it. The reasons are those of `docs/reference/failure-reasons.md`, and a test
+The command line prints it. The reasons are those of `docs/reference/failure-reasons.md`, and a test
 compares the two. All functions are pure: no I/O, no clock.
 """
 
