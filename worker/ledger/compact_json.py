@@ -5,6 +5,7 @@ an earlier version wrote has all values, and is read as it is. What is usual mus
 stored rows.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,7 +80,7 @@ def compact_outcome(outcome: Json, columns: OutcomeColumns) -> Json:
     if not _has_balance_and_fee(outcome):
         return outcome
     stored = _without(outcome, _usual_outcome(columns, outcome))
-    is_restored = is_same_json(full_outcome(stored, columns), outcome)
+    is_restored = json.dumps(full_outcome(stored, columns)) == json.dumps(outcome)
     return stored if is_restored else outcome
 
 
@@ -118,13 +119,21 @@ def _usual_outcome(columns: OutcomeColumns, outcome: Json) -> Json:
             "available_after_holds": available,
             "currency": currency,
         },
-        "balance": {"id": columns.balance_id, "source": "REFRESH", "limit": None},
+        # `None` keeps the place of a name, so that every delivery of an outcome is the same text.
+        "balance": {
+            "id": columns.balance_id,
+            "at": None,
+            "source": "REFRESH",
+            "available": None,
+            "current": None,
+            "limit": None,
+        },
         "requested_at": _time_text(columns.requested_at),
         "resolved_at": _time_text(columns.resolved_at),
         "waited_ms": max(0, waited_ms),
         "refresh_id": columns.refresh_id,
         "shared_by": 1,
-        "fee": {"state": "posted"},
+        "fee": {"amount": None, "currency": None, "state": "posted"},
         "metadata": columns.metadata,
     }
 
