@@ -14,7 +14,7 @@ from config.settings import Settings
 from tests.support.rabbit import SERVER, UNAVAILABLE_REASON, RabbitMQ, rabbitmq
 from tests.support.system import system, wait_until
 
-pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)]
 
 
 @pytest.fixture(scope="module")

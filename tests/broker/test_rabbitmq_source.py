@@ -25,7 +25,7 @@ from tasks.task_messages import FetchedMessage
 from tests.support.rabbit import SERVER, UNAVAILABLE_REASON, rabbitmq
 from tests.support.simulator import eventually
 
-pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)]
 HEARTBEAT_S = 1
 """RabbitMQ and its client close a connection from which they have read nothing for twice this time."""
 MAX_UNACKED = 10

@@ -19,6 +19,8 @@ from tasks import broker_lists
 from tests.cli.conftest import LedgerBuilder
 from worker.runtime import build_runtime
 
+pytestmark = pytest.mark.slow
+
 NONE_FOUND = [(Severity.OK, "no job and no callback is in a list that no worker reads")]
 JOB = {"payment_id": "pay_1", "account_id": "acct_a"}
 

@@ -22,7 +22,10 @@ from worker.errors import PaymentNotReady
 PAGE = (ROOT / "docs" / "howto" / "integrate-a-payments-service.md").read_text()
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery stores results with it
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Call to deprecated setex"),
+]  # Celery stores results with it
 
 
 @pytest.fixture(scope="module")

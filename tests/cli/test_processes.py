@@ -17,6 +17,8 @@ from demo.interrupts import Interrupted, interrupts
 from demo.processes import ROOT, Processes, StartOrExitError, assign_free_port, procfile, responds
 from tests.support.simulator import eventually
 
+pytestmark = pytest.mark.slow
+
 
 def processes_with(mark: str) -> list[str]:
     """Return the command lines of all processes with this text in their environment."""

@@ -22,6 +22,8 @@ from worker.correlation.admission import (
     Denied,
 )
 
+pytestmark = pytest.mark.slow
+
 KEY = "payready:admission:test"
 SECOND = timedelta(seconds=1)
 PER_S, BURST, FAILURES = 8, 2, 2

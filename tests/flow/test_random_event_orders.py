@@ -18,6 +18,8 @@ from worker import flow
 from worker.errors import CallFailed, CallNotSent, CallRejected, CallResultUnknown, FailureReason, RateLimited
 from worker.rules.states import MAX_UNCERTAIN_CALLS
 
+pytestmark = pytest.mark.slow
+
 ACCOUNTS = ("acct_a", "acct_b")
 RESULTS: list[int | CallFailed] = [
     202,

@@ -34,6 +34,8 @@ from worker.flow import ingest
 from worker.quiltt.messages import Balance
 from worker.rules.funds import HOLD_OPEN
 
+pytestmark = pytest.mark.slow
+
 ACCOUNTS = ("acct_a", "acct_b")
 DEFAULT_HOLD_S = 60
 SHORT_HOLDS = SETTINGS.model_copy(update={"funds_hold_s": DEFAULT_HOLD_S})

@@ -13,6 +13,8 @@ from tests.support.system import API_KEY, SECRET, System, eventually
 from tests.suspension.primitive_kit import Kit
 from tests.suspension.primitive_runs import new_account_id, send_balance
 
+pytestmark = pytest.mark.slow
+
 LOGIN = ("watcher", "flowers-of-the-tests")
 Info = Callable[[str], dict[str, Any]]
 

@@ -13,6 +13,8 @@ import pytest
 from demo.processes import ROOT, assign_free_port
 from tests.support.system import wait_until
 
+pytestmark = pytest.mark.slow
+
 SEND_SIGTERM_DURING_START = """
 import importlib, os, signal, sys
 from webhook import __main__ as web
