@@ -18,20 +18,29 @@ _INDEXES = {
 
 
 def upgrade() -> None:
+    schema = _schema_of_tables()
     with op.get_context().autocommit_block():
         for name, (column, condition) in _INDEXES.items():
             # An interrupted build leaves an index behind that no query uses.
-            op.drop_index(name, table_name="payment", if_exists=True, postgresql_concurrently=True)
+            op.drop_index(name, table_name="payment", schema=schema, if_exists=True, postgresql_concurrently=True)
             where = None if condition is None else sa.text(condition)
             op.create_index(
                 name,
                 "payment",
                 [column],
+                schema=schema,
                 unique=False,
                 postgresql_where=where,
                 sqlite_where=where,
                 postgresql_concurrently=True,
             )
+
+
+def _schema_of_tables() -> str | None:
+    """Return the schema by the search path. Behind a pooler, statements outside of a transaction have no search path."""
+    connection = op.get_bind()
+    is_postgresql = connection.dialect.name == "postgresql"
+    return connection.scalar(sa.text("SELECT current_schema()")) if is_postgresql else None
 
 
 def downgrade() -> None:
