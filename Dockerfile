@@ -12,6 +12,7 @@ RUN python -m venv --without-pip /venv \
 COPY pyproject.toml Procfile /app/
 COPY config /app/config
 COPY cli /app/cli
+COPY dashboard /app/dashboard
 COPY demo /app/demo
 COPY migrations /app/migrations
 COPY tasks /app/tasks

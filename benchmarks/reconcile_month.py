@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from cli.reconciliation_output import limited_report_tables
-from cli.reconciliation_report import by_call_report
 from worker import flow
 from worker.ledger.engine import open_engine
+from worker.reports.reconciliation_report import by_call_report
 from worker.rules.invoice_lines import InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions
 

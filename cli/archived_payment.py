@@ -1,10 +1,10 @@
 """Where an archived payment is, for the error of a command that does not find it."""
 
 from cli.command_line import ledger_engine
-from cli.render import utc_time_text
 from config.settings import ConfigurationError
 from worker.ledger import archived_months
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
+from worker.rules.times import utc_time_text
 
 
 def archived_text(payment_id: str) -> str | None:

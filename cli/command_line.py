@@ -8,10 +8,10 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
-from cli.celery_errors import CeleryUnavailable
 from config.escaping import escape_unprintable
 from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
+from tasks.celery_errors import CeleryUnavailable
 from worker.errors import CallFailed, InvalidJob, error_summary
 from worker.ledger.engine import (
     DATABASE_UNAVAILABLE,

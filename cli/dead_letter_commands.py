@@ -1,6 +1,6 @@
 """Commands about dead letters: messages that no worker can process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -14,23 +14,21 @@ from cli.command_line import (
     stdout_console_for_terminal_or_log,
 )
 from cli.command_runtime import runtime_or_exit
-from cli.message_requeue import MessageSender, NotRequeueable, open_message_sender, parse_envelope
 from config.escaping import escape_unprintable
 from config.settings import settings
+from tasks.message_requeue import NotRequeueable, decoded_message_and_body, open_message_sender, send_then_delete
 from worker import flow
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetter
-from worker.ledger.engine import read_snapshot
 from worker.rules.decimals import count_text
+from worker.rules.times import utc_time_text
 from worker.rules.unhandled_messages import DeadLetterReason
-from worker.runtime import Runtime
 
 app = typer.Typer(no_args_is_help=True, help="Messages of payready's queues that no worker can process.")
 
 DeadLetterIds = Annotated[
     list[str] | None, typer.Argument(help="Ids of dead letters, from `payready dead-letters list`.")
 ]
-PAGE_SIZE = 200
 
 
 @app.command("list")
@@ -45,7 +43,7 @@ def list_dead_letters(
         return
     table = render.new_table("dead letter", "stored", "queue", "bytes", "task", "reason", right=["bytes"])
     for letter in found:
-        stored_at = render.utc_time_text(letter.stored_at)
+        stored_at = utc_time_text(letter.stored_at)
         reason = f"{letter.reason}: {letter.detail}"
         table.add_row(
             letter.dead_letter_id, stored_at, letter.queue, str(letter.size_bytes), letter.task_name or "", reason
@@ -64,13 +62,13 @@ def show_dead_letter(
     letter = query_or_exit(lambda tx: dead_letters.find_letter(tx, dead_letter_id))
     if letter is None:
         fail(f"there is no dead letter {dead_letter_id}")
-    message, body = _decoded_message_and_body(letter)
+    message, body = decoded_message_and_body(letter)
     if as_json:
         summary = {name: value for name, value in vars(letter).items() if name != "message"}
         typer.echo(render.as_json({**summary, "is_cut": letter.is_cut, "message": message, "body": body}))
         return
     times = "" if letter.occurrences == 1 else f", {letter.occurrences} times"
-    typer.echo(f"{letter.dead_letter_id}, stored {render.utc_time_text(letter.stored_at)}{times}")
+    typer.echo(f"{letter.dead_letter_id}, stored {utc_time_text(letter.stored_at)}{times}")
     typer.echo(f"queue {letter.queue}, task {letter.task_name or 'unknown'}, task id {letter.task_id or 'unknown'}")
     typer.echo(f"{letter.reason}: {letter.detail}\n")
     typer.echo(f"message, {_size_text(letter)}:")
@@ -83,15 +81,6 @@ def show_dead_letter(
 def _size_text(letter: DeadLetter) -> str:
     size = count_text(letter.size_bytes, "byte")
     return f"the first {len(letter.message)} of {size} (it cannot be requeued)" if letter.is_cut else size
-
-
-def _decoded_message_and_body(letter: DeadLetter) -> tuple[str, str | None]:
-    """Return the message as text, and its body if that can be decoded."""
-    try:
-        body = parse_envelope(letter.message).decoded_body().decode(errors="backslashreplace")
-    except NotRequeueable:
-        body = None
-    return letter.message.decode(errors="backslashreplace"), body
 
 
 @app.command("requeue")
@@ -110,9 +99,9 @@ def requeue_dead_letters(
         raise typer.BadParameter("give either ids of dead letters or --all-of-reason")
     requeued, refused = 0, list[dict[str, str]]()
     with runtime_or_exit() as rt, open_message_sender(settings()) as sender:
-        for dead_letter_id in ids or _every_id(rt, all_of_reason):
+        for dead_letter_id in ids or flow.every_dead_letter_id(rt, all_of_reason):
             try:
-                _send_then_delete(rt, sender, dead_letter_id)
+                send_then_delete(rt, sender, dead_letter_id)
                 requeued += 1
             except NotRequeueable as error:
                 refused.append({"dead_letter_id": dead_letter_id, "error": str(error)})
@@ -124,19 +113,6 @@ def requeue_dead_letters(
             typer.echo(f"payready: {line['dead_letter_id']} was not requeued: {line['error']}", err=True)
     if refused:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _send_then_delete(rt: Runtime, sender: MessageSender, dead_letter_id: str) -> None:
-    """Send the message, then delete the dead letter: after an interruption between the two it is there twice."""
-    with read_snapshot(rt.engine) as tx:
-        letter = dead_letters.find_letter(tx, dead_letter_id)
-    if letter is None:
-        raise NotRequeueable("there is no such dead letter")
-    if letter.is_cut:
-        kept = count_text(dead_letters.MAX_MESSAGE_BYTES, "byte")
-        raise NotRequeueable(f"its message has {letter.size_bytes} bytes, and only the first {kept} are stored")
-    sender.send(letter.queue, letter.message)
-    flow.delete_requeued_dead_letter(rt, letter)
 
 
 @app.command("delete")
@@ -152,7 +128,7 @@ def delete_dead_letters(
     with runtime_or_exit() as rt:
         if all_letters and not yes:
             typer.confirm("Delete all dead letters permanently?", abort=True, err=True)
-        selected: Iterable[str] = _every_id(rt, None) if all_letters else ids or []
+        selected: Iterable[str] = flow.every_dead_letter_id(rt) if all_letters else ids or []
         deleted = sum(flow.delete_dead_letters(rt, [dead_letter_id]) for dead_letter_id in selected)
     if as_json:
         typer.echo(render.as_json({"deleted": deleted}))
@@ -160,16 +136,3 @@ def delete_dead_letters(
         typer.echo(f"deleted {count_text(deleted, 'dead letter')}")
     if ids and deleted < len(set(ids)):
         fail(f"{count_text(len(set(ids)) - deleted, 'id')} did not exist")
-
-
-def _every_id(rt: Runtime, reason: DeadLetterReason | None) -> Iterator[str]:
-    """Iterate in pages, in the order of the ids. A dead letter that is stored meanwhile is not visited twice."""
-    after_id = ""
-    while page := _page(rt, after_id, reason):
-        yield from page
-        after_id = page[-1]
-
-
-def _page(rt: Runtime, after_id: str, reason: DeadLetterReason | None) -> list[str]:
-    with read_snapshot(rt.engine) as tx:
-        return dead_letters.ids_after(tx, after_id=after_id, reason=reason, limit=PAGE_SIZE)

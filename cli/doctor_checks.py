@@ -10,16 +10,16 @@ from typing import Any
 
 from cli import celery_client, server_probes
 from cli.celery_client import WorkerInfo
-from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import utc_time_text
 from config.celery_config import QUEUES, celery_settings
 from config.task_queues import DEFAULT_CALLBACK_QUEUE, TASK_QUEUES
+from tasks.celery_errors import CeleryUnavailable
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.ledger import dead_letters, metrics_queries, payment_report, schema
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 from worker.rules.callbacks import callbacks_of
 from worker.rules.decimals import count_text
+from worker.rules.times import utc_time_text
 
 MIN_CLOCK_DRIFT = timedelta(seconds=1)
 """A smaller drift is not reported."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
-from cli.render import utc_time_text
 from cli.webhook_probe import find_problem_by_test_delivery
 from config.production_rules import DEMO_SECRET_PREFIX
 from config.role_settings import is_set
@@ -19,6 +18,7 @@ from worker.quiltt import subscriptions
 from worker.rules.decimals import amount_with_currency_text, count_text
 from worker.rules.pricing import PriceListError
 from worker.rules.states import RefreshState
+from worker.rules.times import utc_time_text
 from worker.runtime import subscriptions_client
 
 CAP_WARNING_RATIO = 0.9

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cli import celery_client
-from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from config.celery_config import QUEUES, celery_settings
 from config.redis_addresses import is_redis_address
 from config.settings import Settings
 from tasks.broker_lists import IdleList, ListSearch
+from tasks.celery_errors import CeleryUnavailable
 from worker.ledger import outcome_deliveries
 from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
 from worker.rules.decimals import count_text

@@ -5,10 +5,10 @@ from time import monotonic
 from typing import Any
 
 from cli import server_probes
-from cli.celery_errors import CeleryUnavailable
 from cli.doctor_results import CheckContext, CheckResult, error, ok, warning
 from cli.render import milliseconds_text
 from config.settings import ConfigurationError
+from tasks.celery_errors import CeleryUnavailable
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger import schema

@@ -10,13 +10,13 @@ import typer
 from celery import Celery
 
 from cli import render
-from cli.celery_client import report_unavailable
-from cli.celery_errors import CeleryUnavailable
 from cli.command_line import EXIT_FAILED, AsJson, echo_line
 from cli.command_runtime import runtime_or_exit
 from config.celery_config import celery_settings
 from config.settings import Settings
 from tasks import stored_results
+from tasks.celery_connection import report_unavailable
+from tasks.celery_errors import CeleryUnavailable
 from worker import flow
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.correlation.store import ACCOUNT_TTL_S

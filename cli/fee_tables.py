@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cli.render import MAX_ROWS, literal_text, new_table, omitted_rows_remark, utc_time_text
+from cli.render import MAX_ROWS, literal_text, new_table, omitted_rows_remark
 from worker.ledger.fee_calls import PendingCall
 from worker.rules.decimals import amount_text
+from worker.rules.times import utc_time_text
 
 
 def limited_pending_table(calls: Sequence[PendingCall], title: str) -> RenderableType:

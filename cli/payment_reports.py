@@ -1,9 +1,10 @@
 """Commands that read payments: show, list, watch. They import neither Celery nor the clients of Redis and Quiltt."""
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -27,9 +28,12 @@ from worker.ledger.engine import Tx, read_snapshot
 from worker.ledger.payment_report import PaymentTimeline
 from worker.ledger.payment_search import MAX_EXAMINED, PAGE_SIZE, PageKey, PaymentFilter, PaymentPage, search_payments
 from worker.ledger.payment_situation import explain_payment
+from worker.rules.decimals import parse_positive_decimal
 from worker.rules.explanations import Explanation
 from worker.rules.states import PaymentState
+from worker.rules.times import parse_utc_time, utc_time_text
 
+T = TypeVar("T")
 WATCH_INTERVAL_S = 0.5
 """Time between two reads of a watched payment."""
 
@@ -78,26 +82,21 @@ def _missing_payment_text(payment_id: str) -> str:
 # --- list -------------------------------------------------------------------------------------------------------------
 
 
-def _parse_time(text: str) -> datetime:
-    """Parse a time. Without a time zone it is in UTC."""
-    try:
-        at = datetime.fromisoformat(text)
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter("must be a day or a time, such as 2026-11-22 or 2026-11-22T12:00:00Z") from None
+def _parser(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a parser of an option, which reports a `ValueError` as wrong usage."""
+
+    def parse_option(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse_option
 
 
-def _parse_amount(text: str) -> Decimal:
-    if not (text.isascii() and text.replace(".", "", 1).isdecimal()):
-        raise typer.BadParameter("must be a decimal, such as 25.00")
-    return Decimal(text)
-
-
-def _parse_page_key(text: str) -> PageKey:
-    try:
-        return PageKey.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+_parse_amount = _parser(parse_positive_decimal)
+_parse_time = _parser(parse_utc_time)
+_parse_page_key = _parser(PageKey.parse)
 
 
 def list_payments(
@@ -106,11 +105,16 @@ def list_payments(
     account: Annotated[str | None, typer.Option(help="Only payments of this account.")] = None,
     task: Annotated[str | None, typer.Option(help="Only the payment whose outcome this Celery task gets.")] = None,
     amount: Annotated[
-        Decimal | None, typer.Option(parser=_parse_amount, metavar="DECIMAL", help="Only payments of this amount.")
+        Decimal | None,
+        typer.Option(parser=_parse_amount, metavar="DECIMAL", help="Only payments of this amount."),
     ] = None,
     since: Annotated[
         datetime | None,
-        typer.Option(parser=_parse_time, metavar="TIME", help="Only payments requested at this time or later, in UTC."),
+        typer.Option(
+            parser=_parse_time,
+            metavar="TIME",
+            help="Only payments requested at this time or later, in UTC.",
+        ),
     ] = None,
     until: Annotated[
         datetime | None,
@@ -165,7 +169,7 @@ def _print_how_to_continue(page: PaymentPage) -> None:
         return
     found = "more payments follow"
     if page.searched_back_to is not None:
-        found = f"searched back to {render.utc_time_text(page.searched_back_to)}"
+        found = f"searched back to {utc_time_text(page.searched_back_to)}"
     typer.echo(escape_unprintable(f"{found}; continue with --after {page.next_page}"), err=True)
 
 
@@ -201,4 +205,4 @@ def _print_watched(timeline: PaymentTimeline, explained: Explanation, *, as_json
         watched = {"at": now, "payment_id": line.payment_id, "state": line.state, "reason": line.reason}
         typer.echo(render.as_json_line(watched | _explanation_json(explained)))
     else:
-        echo_line(f"{render.utc_time_text(now)}  {line.state}  {explained.sentence}")
+        echo_line(f"{utc_time_text(now)}  {line.state}  {explained.sentence}")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Collection, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from config.escaping import escape_unprintable
 from worker.ledger.payment_report import PaymentLine
+from worker.rules import times
 from worker.rules.decimals import amount_text, decimal_text
 
 AMOUNT_FIELDS = (
@@ -26,6 +27,7 @@ AMOUNT_FIELDS = (
     "available_after_holds",
 )
 """Fields of a funds calculation that are amounts of money."""
+utc_time_text = times.utc_time_text
 STATE_STYLES = {
     "released": "green",
     "failed": "red",
@@ -54,11 +56,6 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     raise TypeError(f"{type(value).__name__} has no JSON")
-
-
-def utc_time_text(at: datetime) -> str:
-    """Return a time in UTC to the second, such as `2026-11-22 12:00:00Z`."""
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
 def milliseconds_text(seconds: float) -> str:

@@ -23,6 +23,7 @@ from demo.interrupts import Interrupts
 from demo.processes import ROOT, StartOrExitError
 from worker.ledger import fee_statement, metrics_queries, payment_report
 from worker.ledger.engine import Engine, open_engine, read_snapshot
+from worker.reports import statement_report
 from worker.runtime import utc_now
 
 SERVICE_COMMAND = (
@@ -159,7 +160,7 @@ def _check_and_print_report(console: Console, engine: Engine, observed: Observed
     console.print()
     console.print(
         statement_tables.limited_statement_table(
-            lines, statement_tables.totals_by_currency(lines, saved), ["Fee statement"]
+            lines, statement_report.totals_by_currency(lines, saved), ["Fee statement"]
         )
     )
     console.print()

@@ -7,12 +7,12 @@ from typing import Any
 from celery import Celery
 from celery.backends.redis import RedisBackend
 
-from cli.celery_client import BROKER_ERRORS, connected_celery_app, report_unavailable
-from cli.celery_errors import CeleryUnavailable
 from cli.render import milliseconds_text
 from config.addresses import without_credentials_and_query
 from config.celery_config import celery_settings
 from config.settings import Settings
+from tasks.celery_connection import BROKER_ERRORS, connected_celery_app, report_unavailable
+from tasks.celery_errors import CeleryUnavailable
 from tasks.result_store import require_usable_result_backend
 from worker.errors import error_summary
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 ALL = "all"
 WORKERS = "`worker`, `refresh`"
-RESOLVING = "`web`, `worker`, `refresh`"
-ALL_BUT_FLOWER = "`web`, `worker`, `refresh`, `beat`"
+RESOLVING = "`web`, `worker`, `refresh`, `dashboard`"
+ALL_BUT_FLOWER = "`web`, `worker`, `refresh`, `beat`, `dashboard`"
+DASHBOARD = "`dashboard`"
 
 SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
     "Deployment": {"env": ALL, "instance": ALL},
@@ -63,8 +64,8 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
     },
     "Fees": {
         "price_list_file": ALL_BUT_FLOWER,
-        "fee_cap_per_day": "`refresh`, `beat`",
-        "fee_cap_per_month": "`refresh`, `beat`",
+        "fee_cap_per_day": "`refresh`, `beat`, `dashboard`",
+        "fee_cap_per_month": "`refresh`, `beat`, `dashboard`",
         "call_cap_per_account_per_day": "`refresh`",
     },
     "Celery": {
@@ -72,10 +73,19 @@ SETTING_GROUPS: Mapping[str, Mapping[str, str]] = {
         "callback_queue": ALL_BUT_FLOWER,
         "result_expires_s": RESOLVING,
     },
+    "Dashboard": {
+        "dashboard_host": DASHBOARD,
+        "dashboard_port": DASHBOARD,
+        "dashboard_users": DASHBOARD,
+        "dashboard_users_file": DASHBOARD,
+        "dashboard_proxy_user_header": DASHBOARD,
+        "dashboard_proxy_addresses": DASHBOARD,
+        "dashboard_flower_url": DASHBOARD,
+    },
     "Observability": {
         "metrics_port": ALL_BUT_FLOWER,
         "metrics_host": ALL_BUT_FLOWER,
-        "tracing_enabled": ALL_BUT_FLOWER,
+        "tracing_enabled": "`web`, `worker`, `refresh`, `beat`",
         "log_level": ALL,
     },
 }

@@ -9,12 +9,13 @@ import typer
 
 from cli import render, statement_tables
 from cli.command_line import AsJson, fail, query_or_exit, stdout_console_for_terminal_or_log
-from cli.csv_output import write_csv
 from worker.ledger import period_statement
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import GroupBy
 from worker.ledger.payment_shares import payment_shares_and_unshared_fees
 from worker.ledger.period_statement import PeriodStatement
+from worker.reports import statement_report
+from worker.reports.csv_output import write_csv
 from worker.rules.months import month_of
 from worker.rules.statement_period import MAX_MONTHS, StatementPeriod, parse_period
 from worker.runtime import utc_now
@@ -69,7 +70,7 @@ def _print_statement(tx: Tx, *, period: StatementPeriod, by: GroupBy, form: Form
     before = period_statement.read_statement(tx, period.previous, by) if compare else None
     match form:
         case "csv":
-            write_csv(sys.stdout, statement_tables.CSV_COLUMNS[by], statement_tables.statement_csv_rows(statement))
+            write_csv(sys.stdout, statement_report.CSV_COLUMNS[by], statement_report.statement_csv_rows(statement))
         case "json":
             typer.echo(render.as_json(_statement_json(statement, before)))
         case "table":
@@ -103,8 +104,8 @@ def _statement_json(statement: PeriodStatement, before: PeriodStatement | None) 
     return report
 
 
-def _totals(statement: PeriodStatement) -> dict[str, statement_tables.StatementTotal]:
-    return statement_tables.totals_by_currency(statement.lines, statement.saved)
+def _totals(statement: PeriodStatement) -> dict[str, statement_report.StatementTotal]:
+    return statement_report.totals_by_currency(statement.lines, statement.saved)
 
 
 def _print_shares(tx: Tx, *, period: StatementPeriod, form: Form) -> None:
@@ -117,8 +118,8 @@ def _print_shares(tx: Tx, *, period: StatementPeriod, form: Form) -> None:
     shares = payment_shares_and_unshared_fees(tx, period.since, period.until)
     match form:
         case "csv":
-            rows = statement_tables.share_csv_rows(shares, period, modes)
-            write_csv(sys.stdout, statement_tables.CSV_COLUMNS["payment"], rows)
+            rows = statement_report.share_csv_rows(shares, period, modes)
+            write_csv(sys.stdout, statement_report.CSV_COLUMNS["payment"], rows)
         case "json":
             lines = [share._asdict() for share in shares]
             typer.echo(render.as_json({**_head_json(period, modes), "by": "payment", "lines": lines}))
@@ -128,7 +129,7 @@ def _print_shares(tx: Tx, *, period: StatementPeriod, form: Form) -> None:
 
 
 def _head(period: StatementPeriod, modes: Mapping[str, int]) -> list[str]:
-    return statement_tables.head_lines(period, modes, is_over=period.until <= utc_now())
+    return statement_report.head_lines(period, modes, is_over=period.until <= utc_now())
 
 
 def _head_json(period: StatementPeriod, modes: Mapping[str, int]) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _head_json(period: StatementPeriod, modes: Mapping[str, int]) -> dict[str, A
         "month": period.name,
         "since": period.since,
         "until": period.until,
-        "time_zone": statement_tables.TIME_ZONE,
+        "time_zone": statement_report.TIME_ZONE,
         "is_over": period.until <= utc_now(),
         "calls_by_mode": modes,
     }

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import celery_client, render
-from cli.celery_errors import CeleryUnavailable
+from cli import render
 from cli.command_line import (
     EXIT_FAILED,
     AsJson,
@@ -24,7 +23,7 @@ from cli.webhook_probe import find_problem_by_test_delivery
 from config.escaping import escape_unprintable
 from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
-from webhook import events
+from webhook.quarantine_replay import ReplayResult, replay_only_balances
 from worker import flow, runtime
 from worker.ledger import quarantine
 from worker.ledger.engine import read_snapshot
@@ -32,6 +31,7 @@ from worker.ledger.quarantine import QuarantinedEvent
 from worker.quiltt import subscriptions
 from worker.quiltt.subscriptions import Subscription, SubscriptionsClient
 from worker.rules.decimals import count_text
+from worker.rules.times import utc_time_text
 from worker.runtime import Runtime
 
 quarantine_app = typer.Typer(
@@ -42,18 +42,6 @@ webhooks_app = typer.Typer(no_args_is_help=True, help="The provider's subscripti
 QuarantineId = Annotated[str, typer.Argument(help="Id of an event, from `payready quarantine list`.")]
 QuarantineIds = Annotated[list[str] | None, typer.Argument(help="Ids of events, from `payready quarantine list`.")]
 AllEvents = Annotated[bool, typer.Option("--all", help="All events in quarantine.")]
-PAGE_SIZE = 200
-
-
-class ReplayResult(StrEnum):
-    """Result of parsing a quarantined event again."""
-
-    APPLIED = "applied"
-    """The event has balances: they are stored, and removed from quarantine."""
-    IRRELEVANT = "irrelevant"
-    """The event parses and has nothing for payready: removed."""
-    STILL_UNPARSEABLE = "still_unparseable"
-
 
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
@@ -70,7 +58,7 @@ def list_quarantined(
         return
     table = render.new_table("event", "received", "bytes", "reason", right=["bytes"])
     for event in found:
-        table.add_row(event.quarantine_id, render.utc_time_text(event.received_at), str(len(event.event)), event.reason)
+        table.add_row(event.quarantine_id, utc_time_text(event.received_at), str(len(event.event)), event.reason)
     stdout_console_for_terminal_or_log().print(
         table if found else "the quarantine is empty", highlight=False, markup=False
     )
@@ -85,7 +73,7 @@ def show_quarantined(quarantine_id: QuarantineId, as_json: AsJson = False) -> No
     if as_json:
         typer.echo(render.as_json({**_summary(event), "event": event.event.decode(errors="backslashreplace")}))
     else:
-        echo_line(f"{event.quarantine_id}, received {render.utc_time_text(event.received_at)}: {event.reason}")
+        echo_line(f"{event.quarantine_id}, received {utc_time_text(event.received_at)}: {event.reason}")
         typer.echo("\n" + escape_unprintable(event.event.decode(errors="backslashreplace"), keep="\n"))
 
 
@@ -98,7 +86,10 @@ def replay_quarantined(ids: QuarantineIds = None, all_events: AllEvents = False,
     counts = Counter(dict.fromkeys(ReplayResult, 0))
     with _selected_events(ids, all_events=all_events) as (rt, selected):
         for event in selected:
-            counts[_replay_only_balances(rt, event)] += 1
+            replay = replay_only_balances(rt, event)
+            counts[replay.result] += 1
+            if replay.problem is not None:
+                typer.echo(f"payready: {replay.problem}; the balance is stored and the sweep will apply it", err=True)
     if as_json:
         typer.echo(render.as_json({result.value: count for result, count in counts.items()}))
     else:
@@ -137,7 +128,7 @@ def _selected_events(
     if bool(ids) == all_events:
         raise typer.BadParameter("give either the ids of events or --all")
     with runtime_or_exit() as rt:
-        yield rt, _every_event(rt) if all_events else _events_by_id_or_exit(rt, ids or [])
+        yield rt, flow.every_quarantined_event(rt) if all_events else _events_by_id_or_exit(rt, ids or [])
 
 
 def _events_by_id_or_exit(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEvent]:
@@ -147,37 +138,6 @@ def _events_by_id_or_exit(rt: Runtime, ids: list[str]) -> Iterator[QuarantinedEv
         if event is None:
             fail(f"no event {quarantine_id} in quarantine")
         yield event
-
-
-def _every_event(rt: Runtime) -> Iterator[QuarantinedEvent]:
-    """Iterate in pages, so that the quarantine does not have to fit into memory."""
-    after_id = ""
-    while page := _page(rt, after_id):
-        yield from page
-        after_id = page[-1].quarantine_id
-
-
-def _page(rt: Runtime, after_id: str) -> list[QuarantinedEvent]:
-    with read_snapshot(rt.engine) as tx:
-        return quarantine.events_after(tx, after_id=after_id, limit=PAGE_SIZE)
-
-
-def _replay_only_balances(rt: Runtime, event: QuarantinedEvent) -> ReplayResult:
-    """Parse an event again.
-
-    If it parses, store and apply its balances, drop the rest, and remove it from quarantine.
-    """
-    try:
-        parsed = events.parse_quarantined(event.event, event.received_at)
-    except events.UnparseableEvent:
-        return ReplayResult.STILL_UNPARSEABLE
-    # Only balances are applied: a connection update of a quarantined delivery is out of date.
-    follow_up = flow.store_balances_and_delete_quarantined(rt, event, parsed.balances)
-    try:
-        celery_client.enqueue_apply(settings(), follow_up.balances_to_apply)
-    except CeleryUnavailable as error:
-        typer.echo(f"payready: {error}; the balance is stored and the sweep will apply it", err=True)
-    return ReplayResult.APPLIED if parsed.balances else ReplayResult.IRRELEVANT
 
 
 # --- subscription -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Literal
 from config.setting_types import variable_name
 from config.settings import ConfigurationError, Settings
 
-Role = Literal["release", "web", "worker", "refresh", "beat", "flower"]
+Role = Literal["release", "web", "worker", "refresh", "beat", "flower", "dashboard"]
 _VALUES: Mapping[str, str] = {
     "database_url": "the address of the ledger, such as postgresql://user:password@host/name",
     "redis_url": "the address of Redis, such as redis://user:password@host:6379/0",
@@ -31,7 +31,7 @@ def _needs(settings: Settings, role: Role) -> tuple[str, ...]:
             return ("database_url", "redis_url", "webhook_secrets")
         case "worker" | "refresh":
             return ("database_url", "redis_url", "quiltt_api_key")
-        case "beat":
+        case "beat" | "dashboard":
             return ("database_url", "redis_url")
         case "flower":  # it reads only the broker
             return () if settings.broker_url else ("redis_url",)

@@ -24,7 +24,8 @@ def variable_name(setting: str) -> str:
     return ENV_PREFIX + setting.upper()
 
 
-def _split(value: object) -> object:
+def split_at_commas(value: object) -> object:
+    """Return the parts of a text, without those that are empty. Another value stays."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -93,7 +94,9 @@ ProxyUrl = Annotated[HttpUrl, AfterValidator(_require_no_path)]
 CertificateFile = Annotated[Path, AfterValidator(_require_certificates)]
 InstanceName = Annotated[str, AfterValidator(_require_instance_name)]
 Secret = Annotated[SecretStr, AfterValidator(_require_visible_ascii)]
-Secrets = Annotated[tuple[Secret, ...], BeforeValidator(_split)]
-PrioritySteps = Annotated[tuple[int, ...], BeforeValidator(_split), AfterValidator(_require_steps_from_0_that_ascend)]
+Secrets = Annotated[tuple[Secret, ...], BeforeValidator(split_at_commas)]
+PrioritySteps = Annotated[
+    tuple[int, ...], BeforeValidator(split_at_commas), AfterValidator(_require_steps_from_0_that_ascend)
+]
 PrioritySeparator = Annotated[str, AfterValidator(_require_that_no_queue_name_has_it)]
 CallbackQueue = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]

@@ -13,9 +13,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from config import production_rules
+from config.dashboard_settings import DashboardSettings
 from config.database_addresses import DatabaseUrl, require_options_that_transactions_can_set
 from config.redis_addresses import require_usable_addresses
 from config.setting_types import (
@@ -48,10 +49,8 @@ class ConfigurationError(Exception):
     """The environment does not describe a deployment that may start. The message says what to change."""
 
 
-class Settings(BaseModel):
+class Settings(DashboardSettings):
     """Everything a deployment may choose. Durations are in seconds: their names end in `_s`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     env: Literal["development", "production"] = "development"
     """`production` refuses demo secrets and the example price list, and logs JSON. `development` refuses API keys whose

@@ -69,6 +69,11 @@ def dispatch_leaving_callbacks_to_workers(follow_up: FollowUp) -> None:
     deliver_and_mark_within_time_budget(result_only)
 
 
+def dispatch_leaving_deliveries_to_workers(follow_up: FollowUp) -> None:
+    """Dispatch from the dashboard, which writes no results: leave all outcomes to `outcomes.deliver`."""
+    send_messages(app, [*_messages_except_deliveries(follow_up), *_messages_to_deliver(follow_up.deliveries)])
+
+
 def _split_result_only(
     deliveries: Sequence[OutcomeDelivery],
 ) -> tuple[list[OutcomeDelivery], list[OutcomeDelivery]]:

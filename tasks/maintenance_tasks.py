@@ -32,7 +32,8 @@ def expire_or_check_due_payments() -> None:
 
 @app.task(name="payments.sweep", send_events=False)
 def sweep() -> None:
-    """Retry lost calls, balances and deliveries."""
+    """Retry lost calls, balances and deliveries. Announce the API key to the role `dashboard`."""
+    flow.announce_api_key(runtime())
     with _skip_if_database_unavailable():
         redeliver_overdue_outcomes()
         dispatch(flow.sweep_refreshes_and_balances(runtime()))

@@ -13,7 +13,7 @@ import asyncio
 import fcntl
 import termios
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import httptools
@@ -56,6 +56,8 @@ class HeaderSectionTooLarge(Exception):
 
 class LimitedConnection(HttpToolsProtocol):
     """One connection. It is closed when it exceeds a limit: with 431 for a header section, else without a response."""
+
+    max_request_bytes: ClassVar[int] = MAX_REQUEST_BYTES
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -125,8 +127,8 @@ class LimitedConnection(HttpToolsProtocol):
         if self._is_reading_head and self._request_bytes > MAX_HEADER_BYTES:
             self._is_head_too_large = True
             self.send_400_response("")
-        elif self._request_bytes > MAX_REQUEST_BYTES:
-            self._count_and_log_closed("request_too_large")
+        elif self._request_bytes > self.max_request_bytes:
+            self.count_and_log_closed("request_too_large")
             self.transport.close()
 
     def on_message_begin(self) -> None:
@@ -157,7 +159,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._is_reading_head = False
         self._stop_header_timer()
         if self.limit_concurrency and max(len(self.connections), len(self.tasks)) >= self.limit_concurrency:
-            self._count_and_log_closed("overloaded")  # uvicorn responds with 503
+            self.count_and_log_closed("overloaded")  # uvicorn responds with 503
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -175,7 +177,7 @@ class LimitedConnection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Close the connection. Respond with 400 or 431, unless responses to earlier requests are due."""
         if self._is_head_too_large:
-            self._count_and_log_closed("header_too_large")
+            self.count_and_log_closed("header_too_large")
         if self._is_response_due() and (self._is_reading_head or self.pipeline or not self.cycle.more_body):
             self.transport.close()  # the client would take the response for that to an earlier request
         elif self._is_head_too_large:
@@ -199,7 +201,7 @@ class LimitedConnection(HttpToolsProtocol):
         """Close the connection, unless an earlier request is in progress: then the timer starts again after it."""
         self._head_timer = None
         if not self._is_response_due():
-            self._count_and_log_closed("header_timeout")
+            self.count_and_log_closed("header_timeout")
             self.transport.close()
 
     # --- the stop of the process --------------------------------------------------------------------------------------
@@ -275,10 +277,11 @@ class LimitedConnection(HttpToolsProtocol):
             self._unfinished.discard(self)
 
     def _abort(self, reason: str) -> None:
-        self._count_and_log_closed(reason)
+        self.count_and_log_closed(reason)
         self.transport.abort()
 
-    def _count_and_log_closed(self, reason: str) -> None:
+    def count_and_log_closed(self, reason: str) -> None:
+        """Count and log that the connection is closed because it exceeds a limit."""
         metrics.WEBHOOK_CONNECTIONS_CLOSED.labels(reason).inc()
         suppressed = _log_sampler.take_suppressed_count(reason)
         if suppressed is not None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from config.settings import Settings, settings
-from worker.correlation.admission import AdmissionControl, RateLimiter, api_key_digest
+from worker.correlation.admission import AdmissionControl, AnnouncedAdmission, RateLimiter, api_key_digest
+from worker.correlation.dashboard_logins import DashboardSessions, LoginAttempts
 from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed, CallNotPriced, CallRejected, FailureReason
@@ -43,6 +44,7 @@ class Runtime:
     engine: Engine
     correlation: CorrelationStore
     admission: AdmissionControl
+    announced_admission: AnnouncedAdmission
     poll_limiter: RateLimiter
     redis_server: RedisServer
     provider: QuilttClient
@@ -119,18 +121,22 @@ def build_runtime(settings: Settings) -> Runtime:
     )
     redis = create_client(settings.redis_url)
     key_digest = api_key_digest(settings.quiltt_api_key.get_secret_value())
+    admission = AdmissionControl(
+        redis,
+        key_digest,
+        calls_per_s=settings.calls_per_s,
+        failure_threshold=settings.circuit_breaker_failures,
+        probe_timeout=settings.max_call_and_record_duration,
+    )
     return Runtime(
         settings=settings,
         engine=open_engine(
             settings.database_url, connections=settings.database_connections, pooler=settings.database_pooler
         ),
         correlation=CorrelationStore(redis, key_prefix=settings.name_prefix),
-        admission=AdmissionControl(
-            redis,
-            key_digest,
-            calls_per_s=settings.calls_per_s,
-            failure_threshold=settings.circuit_breaker_failures,
-            probe_timeout=settings.max_call_and_record_duration,
+        admission=admission,
+        announced_admission=AnnouncedAdmission(
+            redis, key_prefix=settings.name_prefix, burst_duration=admission.limiter.burst_duration
         ),
         poll_limiter=RateLimiter(
             redis, f"payready:poll_limiter:{key_digest}", requests_per_s=settings.balance_polls_per_s
@@ -151,6 +157,13 @@ def subscriptions_client(settings: Settings) -> SubscriptionsClient:
         proxy_url=settings.quiltt_proxy_url,
         ca_file=settings.quiltt_ca_file,
     )
+
+
+def build_dashboard_login_stores(settings: Settings) -> tuple[DashboardSessions, LoginAttempts]:
+    """Build the stores of the dashboard's sessions and failed logins. They connect at their first use."""
+    redis = create_client(settings.redis_url)
+    prefix = settings.name_prefix
+    return DashboardSessions(redis, key_prefix=prefix), LoginAttempts(redis, key_prefix=prefix)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def upgrade() -> None:
 
 
 def _schema_of_tables() -> str | None:
-    """Return the schema by the search path. Behind a pooler, statements outside of a transaction have no search path."""
+    """Return the schema by the search path. Behind a pooler, only statements in a transaction have it."""
     connection = op.get_bind()
     is_postgresql = connection.dialect.name == "postgresql"
     return connection.scalar(sa.text("SELECT current_schema()")) if is_postgresql else None

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from cli.celery_errors import CeleryUnavailable
-from cli.message_requeue import NotRequeueable, open_message_sender
 from config.celery_config import celery_settings
 from config.settings import Settings
+from tasks.celery_errors import CeleryUnavailable
+from tasks.message_requeue import NotRequeueable, open_message_sender
 from tests.support.rabbit import SERVER, UNAVAILABLE_REASON, RabbitMQ, rabbitmq
 
 pytestmark = pytest.mark.skipif(not SERVER.exists(), reason=UNAVAILABLE_REASON)

@@ -10,10 +10,10 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from cli import celery_client
-from cli.celery_client import NoWorkerResponse
-from cli.celery_errors import CeleryUnavailable
 from cli.main import app
 from config.settings import Settings, settings
+from tasks.celery_connection import NoWorkerResponse
+from tasks.celery_errors import CeleryUnavailable
 from worker.rules.job import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery stores results with it

@@ -10,11 +10,11 @@ import pytest
 from redis import Redis
 from typer.testing import CliRunner
 
-from cli import dead_letter_commands, message_requeue
 from cli.doctor_checks import check_dead_letters
 from cli.doctor_results import CheckContext, CheckResult, Severity
 from cli.main import app
 from config.settings import Settings, settings
+from tasks import message_requeue
 from tests.cli.conftest import NOON, LedgerBuilder
 from worker import flow
 from worker.ledger import dead_letters
@@ -173,7 +173,7 @@ def test_requeue_of_reason_sends_each_once(run: Run, ledger: LedgerBuilder, redi
     store(ledger, *(replace(READABLE, message=b"%d" % number) for number in range(5)))
     [other] = store(ledger, MALFORMED)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dead_letter_commands, "PAGE_SIZE", 2)
+        patched.setattr("worker.flow.dead_lettering.PAGE_SIZE", 2)
         result = run("requeue", "--all-of-reason", "worker_died")
     assert result.stdout == "requeued 5 messages\n"
     assert sorted(redis.lrange("payments", 0, -1)) == [b"0", b"1", b"2", b"3", b"4"]

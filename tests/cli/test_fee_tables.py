@@ -12,6 +12,7 @@ from tests.cli.conftest import NOON
 from worker.ledger.fee_calls import PendingCall
 from worker.ledger.fee_statement import Savings, StatementLine
 from worker.ledger.payment_shares import PaymentShare
+from worker.reports import statement_report
 
 LONG = "acct_12Hz9Dz7vEAuljYvhmPcvM9"
 PAYMENT = "payment-" + "0123456789" * 4
@@ -67,7 +68,7 @@ def test_statement_shows_amounts_and_counts_uncut(width: int, by: str) -> None:
     )
     output = printed(
         statement_tables.limited_statement_table(
-            [line], statement_tables.totals_by_currency([line], {}), ["Calls of 2026-11"], by
+            [line], statement_report.totals_by_currency([line], {}), ["Calls of 2026-11"], by
         ),
         width,
     )

@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli.csv_output import safe_text
 from cli.main import app
 from cli.reconcile_commands import EXIT_DIFFERENCES
-from cli.reconciliation_output import limited_report_tables, report_html
-from cli.reconciliation_report import CSV_COLUMNS, by_call_report
+from cli.reconciliation_output import limited_report_tables
 from config.escaping import escape_unprintable
 from config.settings import settings
 from demo.processes import ROOT
 from tests.cli.conftest import NOON, LedgerBuilder
 from tests.cli.test_fee_tables import LONG, printed
 from worker import flow
+from worker.reports.csv_output import safe_text
+from worker.reports.reconciliation_files import report_html
+from worker.reports.reconciliation_report import CSV_COLUMNS, by_call_report
 from worker.rules.call_matching import LedgerCall, LineMatch
 from worker.rules.invoice_format import InvoiceFormat
 from worker.rules.invoice_lines import InvoiceContent, InvoiceLine, InvoicePeriod
@@ -182,7 +183,7 @@ def test_csv_has_a_row_for_each_finding_and_no_formula(run: Run) -> None:
 def test_csv_of_any_invoice_has_the_columns_of_its_page(run: Run) -> None:
     """The page explains each finding, too."""
     page = (ROOT / "docs" / "reference" / "reconciliation-csv.md").read_text()
-    source = (ROOT / "cli" / "reconciliation_report.py").read_text()
+    source = (ROOT / "worker" / "reports" / "reconciliation_report.py").read_text()
     findings = set(re.findall(r'_section\(\s*"(\w+)"', source))
     assert len(findings) == 14
     explained = set(re.findall(r"`([^`]+)`", page))

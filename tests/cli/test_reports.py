@@ -254,6 +254,67 @@ def test_refresh_with_calls_in_two_months_is_shared_once(
     assert len(saved) == (1 if shares[f"p0_{mark}"].total else 0)
 
 
+currencies = st.sampled_from(["EUR", "USD"])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    refreshes=st.lists(
+        st.tuples(
+            st.lists(
+                st.tuples(prices, entry_states, times_near_month_end, st.sampled_from(["EUR", "USD"])), max_size=3
+            ),
+            st.lists(st.booleans(), max_size=4),
+        ),
+        max_size=5,
+    )
+)
+def test_statement_by_payment_follows_the_rules_on_any_ledger(
+    ledger: LedgerBuilder,
+    refreshes: list[tuple[list[tuple[Decimal, EntryState | None, datetime, str]], list[bool]]],
+) -> None:
+    """Refreshes have any calls and payments. The shares are those of a few lines of Python, in their order."""
+    mark = f"{next(_numbers)}"
+    expected: list[tuple[str, str | None, str, Decimal, str, Decimal]] = []
+    for place, (calls, reuses) in enumerate(refreshes):
+        refresh_id, account_id = f"ref_{mark}_{place}", f"acct_{mark}x{place}"
+        for price, end, at, currency in calls:
+            ledger.call(refresh_id, account_id, end, at, Price(per_call=price, currency=currency, price_list="x"))
+        for number, reused in enumerate(reuses if calls else []):
+            payment_id, at = f"p{number}_{mark}_{place}", MONTH_END + timedelta(hours=1, seconds=number)
+            ledger.payment(payment_id, account_id, MONTH_END)
+            ledger.resolve(payment_id, PaymentState.RELEASED, at, refresh_id=refresh_id, reused=reused)
+        for currency in ("EUR", "USD"):
+            of_currency = [call for call in calls if call[3] == currency]
+            earlier = [call for call in of_currency if call[2] < MONTH_END]
+            if later := [call for call in of_currency if call[2] >= MONTH_END]:
+                before, fee = (
+                    sum((c[0] for c in of if c[1] != EntryState.VOID), Decimal(0)) for of in (earlier, later)
+                )
+                ends = {call[1] for call in later}
+                state = "pending" if None in ends else "posted" if EntryState.POSTED in ends else "void"
+                saved_by_reuse = max(call[0] for call in later) if fee and not before else Decimal(0)
+                sharers = [number for number, reused in enumerate(reuses) if not reused]
+                for index, number in enumerate(sharers):
+                    shares = [split_share(total, len(sharers), index) for total in (before, before + fee)]
+                    share = shares[1] - shares[0]
+                    expected.append((refresh_id, f"p{number}_{mark}_{place}", currency, share, state, fee - share))
+                if not sharers and fee:
+                    expected.append((refresh_id, None, currency, fee, state, Decimal(0)))
+                expected += [
+                    (refresh_id, f"p{number}_{mark}_{place}", currency, Decimal(0), "reused", saved_by_reuse)
+                    for number, reused in enumerate(reuses)
+                    if reused
+                ]
+    with read_snapshot(ledger.engine) as tx:
+        found = [
+            (share.refresh_id, share.payment_id, share.currency, share.fee, share.state, share.saved)
+            for share in payment_shares_and_unshared_fees(tx, MONTH_END, JANUARY)
+            if share.account_id.startswith(f"acct_{mark}x")
+        ]
+    assert found == expected
+
+
 @pytest.mark.parametrize("apart", [timedelta(seconds=20), timedelta(days=6), timedelta(days=8), timedelta(days=25)])
 def test_shares_are_exact_however_far_apart_the_calls_are(ledger: LedgerBuilder, apart: timedelta) -> None:
     """A refresh has a call in each of two months. Both together are 0.20, which three payments share exactly."""

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cli.csv_output import safe_text, write_csv
 from cli.main import app
-from cli.statement_tables import head_lines
 from config.settings import settings
 from tests.cli.conftest import DIME, NOON, LedgerBuilder
+from worker.reports.csv_output import safe_text, write_csv
+from worker.reports.statement_report import head_lines
 from worker.rules.pricing import EntryState, Price
 from worker.rules.statement_period import parse_period
 from worker.rules.states import PaymentState

@@ -30,6 +30,7 @@ from worker.ledger.payment_report import (
     RefreshLine,
 )
 from worker.ledger.payment_situation import explain_payment
+from worker.reports import statement_report
 from worker.rules.pricing import EntryState
 from worker.rules.statement_period import parse_period
 from worker.rules.states import PaymentState
@@ -223,10 +224,10 @@ def test_tutorial_quotes_fee_statement() -> None:
         posted_amount=4 * DIME,
         pending_amount=Decimal(0),
     )
-    totals = statement_tables.totals_by_currency([line], {"USD": Savings(shared=1, by_sharing=DIME)})
+    totals = statement_report.totals_by_currency([line], {"USD": Savings(shared=1, by_sharing=DIME)})
     november = parse_period("2026-11")
     assert november is not None
-    head = statement_tables.head_lines(november, {"TEST": 4}, is_over=False)
+    head = statement_report.head_lines(november, {"TEST": 4}, is_over=False)
     table = statement_tables.limited_statement_table([line], totals, head)
     assert printed(table) == quoted("Calls of 2026-11")
 

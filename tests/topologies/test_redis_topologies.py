@@ -22,7 +22,7 @@ from tests.topologies.redis_servers import (
     cluster_servers,
     make_certificates,
 )
-from worker.correlation.admission import AdmissionControl
+from worker.correlation.admission import AdmissionControl, AnnouncedAdmission
 from worker.correlation.redis_client import REDIS_UNAVAILABLE, RedisServer, create_client, open_redis
 from worker.correlation.store import AccountState, CalledRefresh, CorrelationStore, JoinRequest, NewRefreshBalance
 
@@ -142,6 +142,9 @@ def test_correlation_store_works_on_a_cluster(tmp_path: Path) -> None:
             )
             assert admission.admit_calls_or_probe(NOW, 3, has_slot=False).granted == 3
             assert admission.status(NOW).open_until is None
+            announced = AnnouncedAdmission(redis, key_prefix="", burst_duration=admission.limiter.burst_duration)
+            announced.announce("digest", NOW)
+            assert announced.statuses(NOW) == [admission.status(NOW)]
             assert abs(RedisServer(redis).time() - datetime.now(UTC)) < timedelta(seconds=60)
             cast(Any, nodes[2].client()).config_set("maxmemory", "100mb")
             assert 0 < RedisServer(redis).memory_used_ratio() < 1
@@ -215,5 +218,8 @@ def test_roles_need_no_more_rights_than_documented(
         _assert_jobs_are_processed(payready)
         variables = " ".join(f"{name}={url}" for name, url in restricted.items())
         payready.processes.run("doctor", f"env {variables} payready doctor")
+        with create_client(users[0]) as redis:
+            announced = AnnouncedAdmission(redis, key_prefix="", burst_duration=timedelta(seconds=1))
+            assert announced.statuses(datetime.now(UTC))
         refused = {name: _refused(server, name) for server, name in zip(valkeys, rights, strict=True)}
     assert refused == {name: set() for name in rights}

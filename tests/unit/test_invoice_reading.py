@@ -137,7 +137,7 @@ def test_hour_that_clocks_repeat_covers_both_instants() -> None:
             "line 3: date is not a date or time written as YYYY-MM-DD: 'yesterday'; --date-style",
         ),
         ("acct_a,22.11.2026,0.10", "line 3: date is not a date or time written as YYYY-MM-DD: '22.11.2026'"),
-        ("acct_a,2026-W48-1,0.10", "line 3: date is not a date"),
+        ("acct_a,2026-W54-1,0.10", "line 3: date is not a date"),
         ("acct_a,,0.10", "line 3: date is empty"),
         ("acct_a,2026-11-22,free", "line 3: amount is not an amount written as 1,234.50: 'free'"),
         ('acct_a,2026-11-22,"0,10"', "line 3: amount is not an amount written as 1,234.50: '0,10' .--decimal-style"),

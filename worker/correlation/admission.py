@@ -11,13 +11,14 @@ deployments with one key and one Redis share it, whatever their instances.
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from redis import Redis
 
-from worker.correlation.redis_client import LuaScript, duration_us, epoch_us, from_epoch_us
+from worker.correlation.redis_client import EPOCH, LuaScript, duration_us, epoch_us, from_epoch_us
 
 DELAYED_CALLS_FIRST = timedelta(seconds=2)
 """After a call was delayed, only delayed calls get slots for this long: until the next sweep but one."""
@@ -27,7 +28,11 @@ MAX_CLOCK_ERROR = timedelta(seconds=1)
 """A stored time further ahead than `MAX_OPEN_DURATION` plus this was written by a wrong clock. The scripts ignore it,
 too: their constant 61000000 is this sum in microseconds, as a test checks."""
 
+ANNOUNCEMENT_TTL = timedelta(minutes=1)
+"""How long the announcement of an API key is valid. `payments.sweep` repeats it each second."""
+
 CallStatus = Literal["ok", "failed", "rate_limited"]
+BreakerState = Literal["closed", "open", "half_open"]
 
 
 def api_key_digest(api_key: str) -> str:
@@ -69,6 +74,7 @@ class BreakerChange:
 class AdmissionStatus:
     """State of admission control, for people and metrics."""
 
+    breaker: BreakerState
     open_until: datetime | None
     """None if the circuit breaker is closed or half-open."""
     burst_used_ratio: float
@@ -90,6 +96,11 @@ class RateLimiter:
     def interval(self) -> timedelta:
         """Time between two requests at the full rate."""
         return timedelta(seconds=1) / self.requests_per_s
+
+    @property
+    def burst_duration(self) -> timedelta:
+        """Time in which an unused burst comes back."""
+        return self.burst_size * self.interval
 
     def reserve_slots_of_next_second(self, now: datetime, max_count: int) -> list[timedelta]:
         """Reserve up to `max_count` slots in the next second; return their delays. If fewer, new calls wait 2 s."""
@@ -151,7 +162,8 @@ class AdmissionControl:
     def __init__(
         self, redis: Redis, key_digest: str, *, calls_per_s: int, failure_threshold: int, probe_timeout: timedelta
     ) -> None:
-        key = f"payready:admission:{key_digest}"
+        self.key_digest = key_digest
+        key = _admission_key(key_digest)
         self.limiter = RateLimiter(redis, key, requests_per_s=calls_per_s)
         self.breaker = CircuitBreaker(redis, key, failure_threshold=failure_threshold, probe_timeout=probe_timeout)
         self._redis = redis
@@ -193,17 +205,58 @@ class AdmissionControl:
 
     def status(self, now: datetime) -> AdmissionStatus:
         """Return the current state. Changes nothing."""
-        stored = self._redis.hmget(self.limiter.key, "tat", "open_until")
-        tat, open_until = (None if text is None else from_epoch_us(str(text)) for text in stored)
-        return AdmissionStatus(
-            open_until=open_until if _is_open(open_until, now) else None,
-            burst_used_ratio=_burst_used_ratio(tat, now, self.limiter.burst_size * self.limiter.interval),
-        )
+        return _read_status(self._redis, self.limiter.key, self.limiter.burst_duration, now)
 
 
-def _is_open(open_until: datetime | None, now: datetime) -> bool:
-    """Whether the stored time means that the circuit breaker is open. Times of a wrong clock do not count."""
-    return open_until is not None and now < open_until <= now + MAX_OPEN_DURATION + MAX_CLOCK_ERROR
+class AnnouncedAdmission:
+    """Admission control of the API keys that a deployment uses, for processes that do not have the key.
+
+    A process with the key announces the key's digest in one hash of the deployment. All operations raise
+    `REDIS_UNAVAILABLE`.
+
+    {prefix}payready:admission_keys   hash, expires `ANNOUNCEMENT_TTL` after the last announcement:
+      {digest of an API key}   when it was announced last (µs)
+    """
+
+    def __init__(self, redis: Redis, *, key_prefix: str, burst_duration: timedelta) -> None:
+        self.key = f"{key_prefix}payready:admission_keys"
+        self._redis = redis
+        self._burst_duration = burst_duration
+
+    def announce(self, key_digest: str, now: datetime) -> None:
+        """Announce that the deployment uses this API key."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.hset(self.key, key_digest, epoch_us(now))
+            pipeline.expire(self.key, ANNOUNCEMENT_TTL)
+            pipeline.execute()
+
+    def statuses(self, now: datetime) -> list[AdmissionStatus]:
+        """Return the state of each announced API key, in the order of the digests. Changes nothing."""
+        announced = cast(Mapping[str, str], self._redis.hgetall(self.key))
+        digests = sorted(digest for digest, at in announced.items() if now - from_epoch_us(at) <= ANNOUNCEMENT_TTL)
+        return [_read_status(self._redis, _admission_key(each), self._burst_duration, now) for each in digests]
+
+
+def _admission_key(key_digest: str) -> str:
+    return f"payready:admission:{key_digest}"
+
+
+def _read_status(redis: Redis, key: str, burst_duration: timedelta, now: datetime) -> AdmissionStatus:
+    stored = redis.hmget(key, "tat", "open_until")
+    tat, open_until = (None if text is None else from_epoch_us(str(text)) for text in stored)
+    breaker = _breaker_state(open_until, now)
+    return AdmissionStatus(
+        breaker=breaker,
+        open_until=open_until if breaker == "open" else None,
+        burst_used_ratio=_burst_used_ratio(tat, now, burst_duration),
+    )
+
+
+def _breaker_state(open_until: datetime | None, now: datetime) -> BreakerState:
+    """Return the state that the stored time means. Times of a wrong clock, and 0, mean that it is closed."""
+    if open_until is None or not EPOCH < open_until <= now + MAX_OPEN_DURATION + MAX_CLOCK_ERROR:
+        return "closed"
+    return "open" if now < open_until else "half_open"
 
 
 def _burst_used_ratio(tat: datetime | None, now: datetime, burst_duration: timedelta) -> float:

@@ -39,6 +39,7 @@ from worker.flow.claiming import Claim, ClaimBatch, claim_delay_or_reject_calls
 from worker.flow.dead_lettering import (
     delete_dead_letters,
     delete_requeued_dead_letter,
+    every_dead_letter_id,
     prune_dead_letters_beyond_limits,
     store_dead_letters,
 )
@@ -80,11 +81,13 @@ from worker.flow.maintenance import (
     sweep_refreshes_and_balances,
 )
 from worker.flow.operations import (
+    announce_api_key,
     cancel_by_task,
     claim_deliveries,
     count_failed_delivery,
     delete_quarantined,
     end_hold,
+    every_quarantined_event,
     fail_waiting_as_cancelled_with_fee_share,
     mark_delivered,
     mark_undeliverable,
@@ -118,6 +121,7 @@ __all__ = [
     "VerifiedMonth",
     "accept_job",
     "accept_jobs_unless_account_locked",
+    "announce_api_key",
     "apply_aggregated_invoice",
     "apply_balance",
     "apply_invoice",
@@ -135,6 +139,8 @@ __all__ = [
     "delete_quarantined",
     "delete_requeued_dead_letter",
     "end_hold",
+    "every_dead_letter_id",
+    "every_quarantined_event",
     "expire_poll_or_rejoin_due_payments",
     "fail_waiting_as_cancelled_with_fee_share",
     "find_losses",

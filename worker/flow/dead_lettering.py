@@ -1,16 +1,17 @@
 """Dead letters: store messages that no worker can process, and delete them on request or beyond limits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from config.log_config import get_logger
 from worker import metrics
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetterSummary
-from worker.ledger.engine import transaction
-from worker.rules.unhandled_messages import UnhandledMessage
+from worker.ledger.engine import read_snapshot, transaction
+from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
+PAGE_SIZE = 200
 
 
 def store_dead_letters(rt: Runtime, messages: Sequence[UnhandledMessage]) -> None:
@@ -55,3 +56,16 @@ def prune_dead_letters_beyond_limits(rt: Runtime) -> None:
         count = dead_letters.prune(tx, rt.clock())
     if count:
         log.error("dead_letters.pruned", count=count)
+
+
+def every_dead_letter_id(rt: Runtime, reason: DeadLetterReason | None = None) -> Iterator[str]:
+    """Iterate in pages, in the order of the ids. A dead letter that is stored meanwhile is not visited twice."""
+    after_id = ""
+    while page := _page(rt, after_id, reason):
+        yield from page
+        after_id = page[-1]
+
+
+def _page(rt: Runtime, after_id: str, reason: DeadLetterReason | None) -> list[str]:
+    with read_snapshot(rt.engine) as tx:
+        return dead_letters.ids_after(tx, after_id=after_id, reason=reason, limit=PAGE_SIZE)

@@ -1,16 +1,19 @@
 """Operations on request: cancel payments, claim, mark and repeat deliveries of outcomes, delete quarantined events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
+from worker.correlation.redis_client import best_effort
 from worker.errors import FailureReason
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import fail_payments_with_fee_share
 from worker.ledger import funds_holds, outcome_deliveries, payments, quarantine
-from worker.ledger.engine import transaction
+from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.outcome_deliveries import MIN_CLAIM_LEFT, OutcomeDelivery
+from worker.ledger.quarantine import QuarantinedEvent
 from worker.runtime import Runtime
 
+QUARANTINE_PAGE_SIZE = 200
 MAX_FAILED_TRIES = 5
 """Deliveries of an outcome, one every 10 s, that may fail although the stores respond."""
 
@@ -88,3 +91,21 @@ def delete_quarantined(rt: Runtime, quarantine_ids: Sequence[str]) -> int:
     """Delete quarantined events. Return how many were deleted."""
     with transaction(rt.engine) as tx:
         return quarantine.delete_events(tx, quarantine_ids)
+
+
+def announce_api_key(rt: Runtime) -> None:
+    """Announce this process's API key by its digest, for processes that show its limits and do not have the key."""
+    best_effort("announce_api_key", rt.announced_admission.announce, rt.admission.key_digest, rt.clock())
+
+
+def every_quarantined_event(rt: Runtime) -> Iterator[QuarantinedEvent]:
+    """Iterate in pages, so that the quarantine does not have to fit into memory."""
+    after_id = ""
+    while page := _page_of_quarantine(rt, after_id):
+        yield from page
+        after_id = page[-1].quarantine_id
+
+
+def _page_of_quarantine(rt: Runtime, after_id: str) -> list[QuarantinedEvent]:
+    with read_snapshot(rt.engine) as tx:
+        return quarantine.events_after(tx, after_id=after_id, limit=QUARANTINE_PAGE_SIZE)

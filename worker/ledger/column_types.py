@@ -11,6 +11,11 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 NAIVE_TIME_ERROR = "the ledger accepts no time without a time zone"
 
 
+def is_storable_text(text: str) -> bool:
+    """Whether the ledger can have a text. PostgreSQL rejects texts with NUL, and the drivers those without UTF-8."""
+    return "\0" not in text and text.encode(errors="ignore").decode() == text
+
+
 class UtcTime(TypeDecorator[datetime]):
     """An aware UTC time on every database. SQLite has no time zones, so it stores UTC without one."""
 

@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from config.escaping import escape_unprintable
 from worker.ledger.engine import Row, Tx
-from worker.ledger.retention import RetainedTable, RetentionLimits
+from worker.ledger.retention import Position, RetainedTable, RetentionLimits
 from worker.ledger.tables import DEAD_LETTER
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
 
@@ -112,9 +112,15 @@ def _upsert(tx: Tx) -> Any:
     )
 
 
-def newest(tx: Tx, limit: int) -> list[DeadLetterSummary]:
-    """Return the `limit` dead letters that were stored last."""
+def newest(
+    tx: Tx, limit: int, *, before: Position | None = None, reason: DeadLetterReason | None = None
+) -> list[DeadLetterSummary]:
+    """Return the `limit` dead letters that were stored last, of one reason or of all, and after a position if given."""
     query = _SUMMARY.order_by(letter.stored_at.desc(), letter.dead_letter_id).limit(limit)
+    if before is not None:
+        query = query.where(_RETAINED.is_after(before))
+    if reason is not None:
+        query = query.where(letter.reason == reason.value)
     return [DeadLetterSummary(**_fields(row)) for row in tx.execute(query)]
 
 

@@ -53,6 +53,16 @@ class PendingCall:
 def pending_calls(tx: Tx, before: datetime) -> list[PendingCall]:
     """Return the calls made before this time that are still pending, the oldest first."""
     raise_limits_for_report(tx)
+    return _pending_calls(tx, _pending_calls_query().where(PENDING_ENTRY.c.called_at < before))
+
+
+def pending_calls_within(tx: Tx, since: datetime, until: datetime, *, limit: int) -> list[PendingCall]:
+    """Return up to `limit` calls made from `since` to before `until` that are still pending, the oldest first."""
+    called_at = PENDING_ENTRY.c.called_at
+    return _pending_calls(tx, _pending_calls_query().where(called_at >= since, called_at < until).limit(limit))
+
+
+def _pending_calls_query() -> Select[Any]:
     pending = PENDING_ENTRY.c
     query: Select[Any] = select(
         pending.call_id,
@@ -63,9 +73,12 @@ def pending_calls(tx: Tx, before: datetime) -> list[PendingCall]:
         pending.currency,
         REFRESH.c.last_error,
     ).select_from(CALLS.join(REFRESH, REFRESH.c.refresh_id == pending.refresh_id))
-    query = query.where(IS_PENDING_ENTRY, FINAL_ENTRY.c.state.is_(None), pending.called_at < before)
-    rows = tx.execute(query.order_by(pending.called_at, pending.call_id))
-    return [PendingCall(**row) for row in rows.mappings()]
+    query = query.where(IS_PENDING_ENTRY, FINAL_ENTRY.c.state.is_(None))
+    return query.order_by(pending.called_at, pending.call_id)
+
+
+def _pending_calls(tx: Tx, query: Select[Any]) -> list[PendingCall]:
+    return [PendingCall(**row) for row in tx.execute(query).mappings()]
 
 
 def ledger_calls(tx: Tx, currency: str, since: datetime, until: datetime) -> list[LedgerCall]:

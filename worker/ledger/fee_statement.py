@@ -6,7 +6,7 @@ savings, whenever its payments were resolved.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -20,7 +20,6 @@ from sqlalchemy import (
     Date,
     Integer,
     Select,
-    Subquery,
     Text,
     case,
     cast,
@@ -128,7 +127,7 @@ def _sum_price_units(state: EntryState) -> ColumnElement[int]:
 
 
 _PENDING, _POSTED, _VOID = EntryState.PENDING, EntryState.POSTED, EntryState.VOID
-_TOTAL_COLUMNS = (
+TOTAL_COLUMNS = (
     _count_entries(_PENDING).label("calls"),
     _count_entries(_POSTED).label("posted"),
     _count_entries(_VOID).label("void"),
@@ -139,7 +138,8 @@ _TOTAL_COLUMNS = (
 """Each call has one pending entry and at most one final entry, so the pending calls are the difference."""
 
 
-def _called_within(since: datetime, until: datetime) -> ColumnElement[bool]:
+def called_within(since: datetime, until: datetime) -> ColumnElement[bool]:
+    """Return the condition that an entry is of a call made from `since` to before `until`."""
     return (entry.called_at >= since) & (entry.called_at < until)
 
 
@@ -153,23 +153,27 @@ def statement_lines(tx: Tx, since: datetime, until: datetime, by: GroupBy) -> li
     """Return the calls made from `since` to before `until`, grouped and sorted by price, account or day."""
     raise_limits_for_report(tx)
     if by == "price":
-        query = select(entry.price_list.label("key"), entry.price, entry.currency, *_TOTAL_COLUMNS)
+        query = select(entry.price_list.label("key"), entry.price, entry.currency, *TOTAL_COLUMNS)
         query = query.group_by(entry.price_list, entry.price, entry.currency).order_by(
             entry.currency, entry.price_list, entry.price
         )
-        return [_statement_line(row, row.price, None) for row in tx.execute(query.where(_called_within(since, until)))]
+        return [statement_line(row, row.price, None) for row in tx.execute(query.where(called_within(since, until)))]
 
-    def key_of(columns: Any) -> ColumnElement[Any]:
-        return columns.account_id if by == "account" else _utc_day(tx, columns.called_at)
-
+    key_of = key_of_group(tx, by)
     key = key_of(entry)
-    query = select(key.label("key"), entry.currency, *_TOTAL_COLUMNS).where(_called_within(since, until))
-    savings = _savings_by_key(tx, since, until, key_of)
+    query = select(key.label("key"), entry.currency, *TOTAL_COLUMNS).where(called_within(since, until))
+    savings = savings_by_key(tx, _costs_of_shared_refreshes(since, until), key_of)
     rows = tx.execute(query.group_by(key, entry.currency).order_by(key, entry.currency))
-    return [_statement_line(row, None, savings.get((str(row.key), row.currency), Savings())) for row in rows]
+    return [statement_line(row, None, savings.get((str(row.key), row.currency), Savings())) for row in rows]
 
 
-def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None) -> StatementLine:
+def key_of_group(tx: Tx, by: Literal["account", "day"]) -> Callable[[Any], ColumnElement[Any]]:
+    """Return a function that builds a line's key from the columns `account_id` and `called_at`."""
+    return lambda columns: columns.account_id if by == "account" else _utc_day(tx, columns.called_at)
+
+
+def statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None) -> StatementLine:
+    """Return a line from its key, its currency and `TOTAL_COLUMNS`."""
     return StatementLine(
         key=str(row.key),
         price=price,
@@ -184,12 +188,15 @@ def _statement_line(row: Row[Any], price: Decimal | None, saved: Savings | None)
     )
 
 
-def _payment_counts_of_shared_refreshes() -> Subquery:
-    """Select refreshes of more than one payment, with the numbers of sharers and of reusing payments."""
+def payment_counts_of_shared_refreshes(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """Select refreshes of more than one payment, with the numbers of sharers and of reusing payments.
+
+    `conditions` are on the payments.
+    """
     sharers, reused = func.count().filter(payment.reused.is_(False)), func.count().filter(payment.reused.is_(True))
     query = select(payment.refresh_id, sharers.label("sharers"), reused.label("reused"))
-    query = query.where(payment.refresh_id.is_not(None)).group_by(payment.refresh_id)
-    return query.having((sharers > 1) | (reused > 0)).subquery("payments_by_refresh")
+    query = query.where(payment.refresh_id.is_not(None), *conditions).group_by(payment.refresh_id)
+    return query.having((sharers > 1) | (reused > 0))
 
 
 def sum_fee_units(entries: Any = entry) -> ColumnElement[int]:
@@ -197,8 +204,8 @@ def sum_fee_units(entries: Any = entry) -> ColumnElement[int]:
 
     `entries` are the columns of the table of entries, or of an alias.
     """
-    sign = case((entries.state == _PENDING.value, 1), (entries.state == _VOID.value, -1), else_=0)
-    return _sum_where(to_units(entries.price) * sign)
+    units = to_units(entries.price)
+    return _sum_where(case((entries.state == _PENDING.value, units), (entries.state == _VOID.value, -units), else_=0))
 
 
 def refresh_costs(since: datetime, until: datetime) -> Select[Any]:
@@ -208,32 +215,60 @@ def refresh_costs(since: datetime, until: datetime) -> Select[Any]:
         entry.currency,
         func.min(entry.account_id).label("account_id"),
         func.min(entry.called_at).label("called_at"),
-        func.max(to_units(entry.price)).label("price"),
-        _sum_where(case((entry.state == _PENDING.value, 1), else_=-1)).label("pending"),
-        _count_entries(_POSTED).label("posted"),
+        # The pending entries have all prices: to convert those of the final ones too would take longer.
+        func.max(to_units(entry.price)).filter(entry.state == _PENDING.value).label("price"),
         sum_fee_units().label("total"),
     )
-    return select(*columns).where(_called_within(since, until)).group_by(entry.refresh_id, entry.currency)
+    return select(*columns).where(called_within(since, until)).group_by(entry.refresh_id, entry.currency)
+
+
+def refresh_fee_state() -> ColumnElement[str]:
+    """Return the state of the fee of a refresh's calls, for a query that groups its entries."""
+    pending = _sum_where(case((entry.state == _PENDING.value, 1), else_=-1))
+    states = ((pending > 0, _PENDING.value), (_count_entries(_POSTED) > 0, _POSTED.value))
+    return case(*states, else_=_VOID.value)
 
 
 def calls_by_mode(tx: Tx, since: datetime, until: datetime) -> Counter[str]:
     """Return how many calls of the period were made in each mode of the API key, or in `UNKNOWN_MODE`."""
     raise_limits_for_report(tx)
+    return count_calls_by_mode(tx, since, until)
+
+
+def count_calls_by_mode(tx: Tx, since: datetime, until: datetime) -> Counter[str]:
+    """Return the same, within the limits of the transaction."""
     mode = entry.evidence[MODE].as_string().label("mode")
-    query = select(mode, func.count().label("calls")).where(_called_within(since, until), entry.state == _PENDING.value)
+    query = select(mode, func.count().label("calls")).where(called_within(since, until), entry.state == _PENDING.value)
     return Counter({row.mode or UNKNOWN_MODE: row.calls for row in tx.execute(query.group_by("mode"))})
 
 
 def savings_by_currency(tx: Tx, since: datetime, until: datetime) -> dict[str, Savings]:
     """Return the savings on all calls of the period, by currency."""
-    savings = _savings_by_key(tx, since, until, lambda _: literal("", Text))
+    raise_limits_for_report(tx)
+    savings = savings_by_key(tx, _costs_of_shared_refreshes(since, until), no_key)
     return {currency: total for (_, currency), total in savings.items()}
+
+
+def no_key(_: Any) -> ColumnElement[Any]:
+    """Return the same key for all calls."""
+    return literal("", Text)
 
 
 def _costs_of_shared_refreshes(since: datetime, until: datetime) -> CTE:
     """Select the fees of refreshes of more than one payment in the period (`total`) and before it (`before`)."""
-    counts = _payment_counts_of_shared_refreshes()
-    costs = refresh_costs(since, until).join_from(FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id)
+    return costs_with_payment_counts(since, until, payment_counts_of_shared_refreshes())
+
+
+def costs_with_payment_counts(
+    since: datetime, until: datetime, payment_counts: Select[Any], *conditions: ColumnElement[bool]
+) -> CTE:
+    """Select the same for the refreshes of `payment_counts`. `conditions` are on the entries."""
+    counts = payment_counts.subquery("payments_by_refresh")
+    costs = (
+        refresh_costs(since, until)
+        .where(*conditions)
+        .join_from(FEE_ENTRY, counts, counts.c.refresh_id == entry.refresh_id)
+    )
     costs = costs.add_columns(counts.c.sharers, counts.c.reused).group_by(counts.c.sharers, counts.c.reused)
     cost = costs.subquery("period_cost")
     earlier = FEE_ENTRY.alias("earlier").c
@@ -243,12 +278,19 @@ def _costs_of_shared_refreshes(since: datetime, until: datetime) -> CTE:
     return select(*cost.c, before.label("before")).cte("cost").prefix_with("MATERIALIZED")
 
 
-def _savings_by_key(
-    tx: Tx, since: datetime, until: datetime, key_of: Callable[[Any], ColumnElement[Any]]
+def savings_by_key(
+    tx: Tx,
+    costs: CTE,
+    key_of: Callable[[Any], ColumnElement[Any]],
+    *,
+    first_call: tuple[datetime, datetime] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> dict[tuple[str, str], Savings]:
-    """Return the savings by key and currency. `key_of` builds the key from the columns `account_id` and `called_at`."""
-    raise_limits_for_report(tx)
-    cost = _costs_of_shared_refreshes(since, until).c
+    """Return the savings by key and currency. `key_of` builds the key from the columns `account_id` and `called_at`.
+
+    `first_call`: take only refreshes whose first call of the period is in this span. `parameters` are those of `costs`.
+    """
+    cost = costs.c
     key = key_of(cost)
     further_sharers = case((cost.sharers > 1, cost.sharers - 1), else_=0)
     # A refresh with calls in two periods: its payments are counted in the period of its first call with a fee.
@@ -261,7 +303,9 @@ def _savings_by_key(
         _sum_where(cost.reused * is_first).label("reused"),
         _sum_where(cost.reused * is_first * case((cost.total > 0, cost.price), else_=0)).label("by_reuse"),
     )
-    rows = tx.execute(query.group_by("key", cost.currency))
+    if first_call is not None:
+        query = query.where(cost.called_at >= first_call[0], cost.called_at < first_call[1])
+    rows = tx.execute(query.group_by("key", cost.currency), parameters)
     return {
         (str(row.key), row.currency): Savings(
             shared=row.shared,

@@ -71,7 +71,7 @@ def set_short_timeout(tx: Tx) -> None:
 def backlog(tx: Tx) -> Backlog:
     """Return the unfinished work as of now."""
     waiting = select(
-        _serving_or_unanswered_refresh_state().label("refresh"), func.count(), func.min(payment.requested_at)
+        serving_or_unanswered_refresh_state().label("refresh"), func.count(), func.min(payment.requested_at)
     ).where(IS_WAITING)
     undelivered = (
         select(func.count(), func.min(payment.resolved_at))
@@ -91,7 +91,7 @@ def backlog(tx: Tx) -> Backlog:
     )
 
 
-def _serving_or_unanswered_refresh_state() -> Any:
+def serving_or_unanswered_refresh_state() -> Any:
     """Return the state of the account's refresh in flight, else of a requested one, else of an unanswered one."""
     conditions = (
         (state_in(refresh.state, IN_FLIGHT_STATES),),

@@ -15,6 +15,7 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, Dialect, Float, Text, and_, case, cast, func, literal, or_, select, union_all
 
 from worker.errors import FailureReason
+from worker.ledger.column_types import is_storable_text
 from worker.ledger.engine import Row, Tx
 from worker.ledger.payment_report import PaymentLine, find_payments
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT
@@ -119,11 +120,11 @@ def search_payments(
 
 
 def _can_match(conditions: PaymentFilter, after: PageKey | None) -> bool:
-    """Whether a stored payment can match. PostgreSQL rejects texts with NUL, and the driver those without UTF-8."""
+    """Whether a stored payment can match."""
     texts = [conditions.payment_id, conditions.task_id, conditions.account_id, after and after.payment_id]
     texts += [*conditions.metadata.keys(), *conditions.metadata.values()]
     amount = conditions.amount
-    return all("\0" not in text and text.encode(errors="ignore").decode() == text for text in texts if text) and (
+    return all(is_storable_text(text) for text in texts if text) and (
         amount is None or (amount.is_finite() and abs(amount.adjusted()) < MAX_AMOUNT_EXPONENT)
     )
 

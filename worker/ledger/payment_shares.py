@@ -1,6 +1,6 @@
 """The statement by payment: the fee share of each payment in the calls of a period. Read-only."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from decimal import Decimal
 from itertools import groupby, islice
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, bindparam, select
 
 from worker.ledger.bulk import any_of
-from worker.ledger.engine import Row, Tx
+from worker.ledger.engine import Rows, Tx
 from worker.ledger.fee_calls import raise_limits_for_report
-from worker.ledger.fee_statement import from_units, refresh_costs, sum_fee_units
+from worker.ledger.fee_statement import from_units, refresh_costs, refresh_fee_state, sum_fee_units
 from worker.ledger.tables import FEE_ENTRY, PAYMENT
 
 entry, payment = FEE_ENTRY.c, PAYMENT.c
@@ -51,14 +51,19 @@ def payment_shares_and_unshared_fees(tx: Tx, since: datetime, until: datetime) -
     rows = tx.execute(_payments_with_costs(since, until).execution_options(yield_per=_ROWS_PER_FETCH))
     by_refresh = groupby(rows, key=_REFRESH_AND_CURRENCY)
     while refreshes := [list(of_refresh) for _, of_refresh in islice(by_refresh, _REFRESHES_PER_QUERY)]:
-        shared = {of_refresh[0].refresh_id for of_refresh in refreshes if len(of_refresh) > 1 or of_refresh[0].reused}
+        shared = {payments[0][0] for payments in refreshes if len(payments) > 1 or payments[0][-1]}
         before = _fee_units_before(tx, shared, since)
-        for of_refresh in refreshes:
-            yield from _shares_of_refresh(of_refresh, before.get(_REFRESH_AND_CURRENCY(of_refresh[0]), 0))
+        for payments in refreshes:
+            refresh_id, currency, account_id, _, total, state, payment_id, reused = payments[0]
+            if len(payments) == 1 and reused is False:  # most payments are so, and this is fast
+                yield PaymentShare(payment_id, account_id, refresh_id, 1, from_units(total), currency, state, _NOTHING)
+            else:
+                yield from _shares_of_refresh(payments, before.get((refresh_id, currency), 0))
 
 
 _REFRESH_AND_CURRENCY = itemgetter(0, 1)
 """Of a row of `_payments_with_costs`."""
+_NOTHING = from_units(0)
 
 
 def _payments_with_costs(since: datetime, until: datetime) -> Select[Any]:
@@ -66,9 +71,9 @@ def _payments_with_costs(since: datetime, until: datetime) -> Select[Any]:
 
     A refresh without payments has one row, without a payment.
     """
-    cost = refresh_costs(since, until).subquery("cost")
-    columns = [column for column in cost.c if column.name != "called_at"]
-    query = select(*columns, payment.payment_id, payment.reused).select_from(
+    cost = refresh_costs(since, until).add_columns(refresh_fee_state().label("state")).subquery("cost")
+    names = ("refresh_id", "currency", "account_id", "price", "total", "state")
+    query = select(*(cost.c[name] for name in names), payment.payment_id, payment.reused).select_from(
         cost.outerjoin(PAYMENT, payment.refresh_id == cost.c.refresh_id)
     )
     place = (payment.reused, payment.resolved_at, payment.requested_at, payment.payment_id)
@@ -94,27 +99,21 @@ _FEE_UNITS_BEFORE = (
 )
 
 
-def _shares_of_refresh(rows: Sequence[Row[Any]], before: int) -> Iterator[PaymentShare]:
+def _shares_of_refresh(rows: Rows, before: int) -> Iterator[PaymentShare]:
     """Yield the shares of a refresh's payments. `before` are its fees before the period, in units."""
-    refresh_id, currency, account_id, price, pending, posted, total, _, _ = tuple[Any, ...](rows[0])
-    state = "pending" if pending else "posted" if posted else "void"
-    sharers = [row.payment_id for row in rows if row.reused is False]
+    refresh_id, currency, account_id, price, total, state, _, _ = rows[0]
+    sharers = [payment_id for *_, payment_id, reused in rows if reused is False]
     count = len(sharers)
-
-    def share(payment_id: str | None, fee: int, state: str, saved: int, shared_by: int = 0) -> PaymentShare:
-        return PaymentShare(
-            payment_id, account_id, refresh_id, shared_by, from_units(fee), currency, state, from_units(saved)
-        )
-
     if not sharers and total > 0:
-        yield share(None, total, state, 0)
+        yield PaymentShare(None, account_id, refresh_id, 0, from_units(total), currency, state, _NOTHING)
     for place, payment_id in enumerate(sharers):
         fee = _share_units(before + total, count, place) - _share_units(before, count, place) if count > 1 else total
-        yield share(payment_id, fee, state, total - fee, count)
-    saved = price if total and not before else 0
+        saved = from_units(total - fee)
+        yield PaymentShare(payment_id, account_id, refresh_id, count, from_units(fee), currency, state, saved)
+    saved_by_reuse = from_units(price if total and not before else 0)
     for row in rows[count:]:
         if row.payment_id is not None:
-            yield share(row.payment_id, 0, "reused", saved)
+            yield PaymentShare(row.payment_id, account_id, refresh_id, 0, _NOTHING, currency, "reused", saved_by_reuse)
 
 
 def _share_units(total: int, count: int, place: int) -> int:

@@ -1,7 +1,7 @@
 """The statement of a period: the sum of the statements of its months, each from the ledger or from its archive."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +27,28 @@ class PeriodStatement:
 
 def read_statement(tx: Tx, period: StatementPeriod, by: GroupBy) -> PeriodStatement:
     """Return the statement of a period."""
-    lines: dict[tuple[Any, ...], StatementLine] = {}
+    lines: list[StatementLine] = []
     saved: dict[str, Savings] = {}
     for month in period.months:
-        for line in archived_months.month_statement(tx, month, by):
-            key = (line.currency, line.key, line.price) if by == "price" else (line.key, line.currency)
-            lines[key] = lines[key].plus(line) if key in lines else line
+        lines += archived_months.month_statement(tx, month, by)
         for currency, of_month in (archived_months.month_savings(tx, month) if by == "price" else {}).items():
             saved[currency] = saved.get(currency, Savings()).plus(of_month)
     return PeriodStatement(
         period=period,
         by=by,
-        lines=[lines[key] for key in sorted(lines)],
+        lines=merged_lines(lines, by),
         saved=saved,
         calls_by_mode=read_calls_by_mode(tx, period),
     )
+
+
+def merged_lines(lines: Iterable[StatementLine], by: GroupBy) -> list[StatementLine]:
+    """Add up lines of the same price, account or day, and sort them."""
+    merged: dict[tuple[Any, ...], StatementLine] = {}
+    for line in lines:
+        key = (line.currency, line.key, line.price) if by == "price" else (line.key, line.currency)
+        merged[key] = merged[key].plus(line) if key in merged else line
+    return [merged[key] for key in sorted(merged)]
 
 
 def read_calls_by_mode(tx: Tx, period: StatementPeriod) -> dict[str, int]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from worker.ledger.bulk import bulk_insert_or_ignore
 from worker.ledger.engine import Row, Tx
-from worker.ledger.retention import RetainedTable, RetentionLimits
+from worker.ledger.retention import Position, RetainedTable, RetentionLimits
 from worker.ledger.tables import QUARANTINE
 from worker.quiltt.messages import UnparsedEvent
 
@@ -29,6 +29,16 @@ class QuarantinedEvent:
     received_at: datetime
     reason: str
     event: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarantinedSummary:
+    """An event in quarantine without its content."""
+
+    quarantine_id: str
+    received_at: datetime
+    reason: str
+    size_bytes: int
 
 
 def insert_events(tx: Tx, events: Sequence[UnparsedEvent], now: datetime) -> None:
@@ -64,10 +74,25 @@ def newest_events(tx: Tx, limit: int) -> list[QuarantinedEvent]:
     return [_event_from_row(row) for row in tx.execute(query)]
 
 
+def newest_summaries(tx: Tx, limit: int, *, before: Position | None = None) -> list[QuarantinedSummary]:
+    """Return the `limit` events that were received last, without content, and after a position if given."""
+    size = func.length(quarantined.event).label("size_bytes")
+    query = select(quarantined.quarantine_id, quarantined.received_at, quarantined.reason, size)
+    if before is not None:
+        query = query.where(_RETAINED.is_after(before))
+    query = query.order_by(quarantined.received_at.desc(), quarantined.quarantine_id).limit(limit)
+    return [QuarantinedSummary(**row._asdict()) for row in tx.execute(query)]
+
+
 def find(tx: Tx, quarantine_id: str) -> QuarantinedEvent | None:
     """Return the event with this id."""
     row = tx.execute(select(QUARANTINE).where(quarantined.quarantine_id == quarantine_id)).one_or_none()
     return _event_from_row(row) if row else None
+
+
+def count(tx: Tx) -> int:
+    """Return the number of events in quarantine."""
+    return int(tx.scalar(select(func.count()).select_from(QUARANTINE)))
 
 
 def delete_events(tx: Tx, quarantine_ids: Sequence[str]) -> int:

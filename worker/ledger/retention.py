@@ -18,6 +18,14 @@ class DeleteNotPermitted(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place in the order of a table, the newest rows first."""
+
+    at: datetime
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetentionLimits:
     """Limits of a table. Beyond any of them the oldest rows are deleted."""
 
@@ -35,6 +43,11 @@ class RetainedTable:
     key: ColumnElement[Any]
     stored_at: ColumnElement[Any]
     content: ColumnElement[Any]
+
+    def is_after(self, position: Position) -> ColumnElement[bool]:
+        """Return the condition that a row comes after a position, the newest rows first."""
+        same_time = (self.stored_at == position.at) & (self.key > position.key)
+        return (self.stored_at <= position.at) & ((self.stored_at < position.at) | same_time)
 
     def delete_oldest_beyond(self, tx: Tx, limits: RetentionLimits, now: datetime) -> int:
         """Delete the oldest rows beyond the limits. Return how many were deleted.

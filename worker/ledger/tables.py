@@ -1,7 +1,6 @@
 """The tables. The migrations under `migrations/` create them; `make check` compares the two.
 
-Deadlines are rows, not timers: a row that must be processed at some time has it in `due_at`, with a partial index on
-these rows. `due_at` is null when nothing is due.
+Deadlines are rows, not timers: `due_at` is when a row must be processed, or null, and has a partial index.
 """
 
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from sqlalchemy import text as sql
 from sqlmodel import Field, SQLModel
 
 from worker.ledger.archive_tables import ARCHIVE_TABLES, table_of
+from worker.ledger.audit_tables import AUDIT_TABLES
 from worker.ledger.column_types import ExactDecimal, Json, UtcTime
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, PaymentState, RefreshState
@@ -347,4 +347,4 @@ QUARANTINE = table_of(QuarantineRow)
 DEAD_LETTER = table_of(DeadLetterRow)
 IS_WAITING = state_in(PAYMENT.c.state, {PaymentState.WAITING})
 _FLOW_TABLES = (PAYMENT, OUTCOME_DELIVERY, REFRESH, FEE_ENTRY, INVOICE, BALANCE, ACCOUNT, QUARANTINE, DEAD_LETTER)
-ALL_TABLES = (*_FLOW_TABLES, *ARCHIVE_TABLES)
+ALL_TABLES = (*_FLOW_TABLES, *ARCHIVE_TABLES, *AUDIT_TABLES)

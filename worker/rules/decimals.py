@@ -25,6 +25,17 @@ def _require_decimal_or_decimal_text(value: object) -> object:
     raise ValueError('must be a decimal in a string, such as "25.00"')
 
 
+def parse_positive_decimal(text: str) -> Decimal:
+    """Parse a decimal without sign and exponent, as people write an amount.
+
+    Raises:
+        ValueError: it is none. The message says what to write.
+    """
+    if not (text.isascii() and text.replace(".", "", 1).isdecimal()):
+        raise ValueError("must be a decimal, such as 25.00")
+    return Decimal(text)
+
+
 def decimal_text(value: Decimal) -> str:
     """Return a decimal as text without an exponent, as in the JSON that payready sends."""
     return format(value, "f")

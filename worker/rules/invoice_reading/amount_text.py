@@ -32,6 +32,10 @@ class ParsedAmount:
         """Return whether no sign is written, or only signs of this currency."""
         return all(sign == currency or currency in _SIGNS.get(sign, "").split() for sign in self.currency_signs)
 
+    def is_in_minor_units(self) -> bool:
+        """Return whether a sign such as ¢ makes it a number of cents or pence."""
+        return any(sign.casefold() in _PARTS for sign in self.currency_signs)
+
 
 def parse_amount(style: DecimalStyle, text: str) -> ParsedAmount | None:
     """Return an amount that is written in this style, or None.

@@ -9,6 +9,13 @@ from worker.rules.decimals import decimal_text
 from worker.rules.invoice_lines import AggregatedLine, CreditLine, InvoiceError, InvoiceLine, InvoicePeriod
 from worker.rules.invoice_reading.amount_text import parse_amount
 from worker.rules.invoice_reading.date_text import DateReader, TimeSpan, ZonelessTimeError
+from worker.rules.invoice_reading.error_texts import (
+    count_hint,
+    empty_amount_hint,
+    no_date_text,
+    other_currency_hint,
+    outside_text,
+)
 from worker.rules.invoice_reading.header_search import Header
 from worker.rules.invoice_reading.reading_options import Role
 from worker.rules.invoice_reading.row_table import Cell, cell_text, label_text, quoted
@@ -78,7 +85,8 @@ class ChargeReader:
         if (self._is_last_short or not self._is_known(cells)) and self._read_special(row, cells):
             return
         if self._is_last_short:
-            raise self._error(row, "the number of fields differs from the header; the file may be cut off")
+            hint = empty_amount_hint(is_spreadsheet=False)
+            raise self._error(row, f"the number of fields differs from the header; the file may be cut off; {hint}")
         if self._kind_at is not None:
             self._kinds.add(cells[self._kind_at])
         amount = self._amount(row, cells)
@@ -244,7 +252,7 @@ class ChargeReader:
         else:
             raise self._error(row, f"{self._name(Role.UNIT_PRICE)} is empty or 0, so the number of calls is unknown")
         if count < 0 or count != count.to_integral_value():
-            raise self._error(row, f"the number of calls must be a whole number, but is {count}; give --count-column")
+            raise self._error(row, f"the number of calls must be a whole number, but is {count}; {count_hint(count)}")
         return int(count)
 
     def _account(self, row: int, cells: Sequence[Cell]) -> str:
@@ -275,31 +283,12 @@ class ChargeReader:
                 row, f"{self._name(Role.DATE)} is a time without a zone: {quoted(cell)}; give --time-zone, such as UTC"
             ) from None
         if span is None:
-            raise self._error(row, self._no_date_text(cell))
+            raise self._error(row, no_date_text(self._name(Role.DATE), cell, self._rules.styles))
         if span.since < self._earliest or span.until > self._latest:
-            raise self._error(row, self._outside_text(span))
+            raise self._error(row, outside_text(span, self._rules.period, is_aggregated=self._rules.is_aggregated))
         if span.is_zoneless_midnight:
             self.read_rows.zoneless_midnights.append(index)
         return span
-
-    def _no_date_text(self, cell: Cell) -> str:
-        name = self._name(Role.DATE)
-        if not cell_text(cell):
-            return f"{name} is empty"
-        if isinstance(cell, Decimal):
-            return f"{name} is the number {cell}; format the spreadsheet's column as a date"
-        written = f" written as {self._rules.styles.dates}" if self._rules.styles.is_dates_decided else ""
-        return f"{name} is not a date or time{written}: {quoted(cell)}; --date-style names the style of all lines"
-
-    def _outside_text(self, span: TimeSpan) -> str:
-        month = f"{self._rules.period.since:%Y-%m}"
-        hint = "check --month, --date-style and --time-zone"
-        if self._rules.is_aggregated:
-            hint += "; --date-column - if it is the invoice's own date"
-        if span.since < self._rules.period.until and span.until > self._rules.period.since:
-            hint = "use --tolerance-s 86400 if the provider's days are not UTC days"
-            return f"{span.since:%Y-%m-%dT%H:%MZ} to {span.until:%Y-%m-%dT%H:%MZ} is not all in {month}; {hint}"
-        return f"{span.since:%Y-%m-%d} is not in {month}; {hint}"
 
     def _optional_amount(self, row: int, role: Role, cells: Sequence[Cell]) -> Decimal | None:
         at = self._header.positions.get(role)
@@ -320,15 +309,13 @@ class ChargeReader:
             return cell
         text, name, style = cell_text(cell), self._name(role), self._rules.styles.decimals
         if not text:
-            hint = "; if it has a formula, save the file again in a spreadsheet program"
-            raise self._error(row, f"{name} is empty{hint if self._rules.is_spreadsheet else ''}")
+            raise self._error(row, f"{name} is empty; {empty_amount_hint(is_spreadsheet=self._rules.is_spreadsheet)}")
         parsed = parse_amount(style, text)
         if parsed is None:
             raise self._error(row, f"{name} is not an amount written as {style}: {quoted(text)} (--decimal-style)")
         if not parsed.is_in(self._rules.currency):
-            raise self._error(
-                row, f"{name} is {quoted(text)}, but the calls are in {self._rules.currency} (--currency)"
-            )
+            hint = other_currency_hint(parsed, self._rules.currency)
+            raise self._error(row, f"{name} is {quoted(text)}, but the calls are in {hint}")
         return parsed.value
 
     def _check_currency(self, row: int, cells: Sequence[Cell]) -> None:

@@ -29,6 +29,9 @@ _STYLES = {
 _WHOLE_MONTHS = tuple(
     re.compile(pattern) for pattern in (f"{_YEAR}-{_MONTH}", f"{_MONTH}/{_YEAR}", rf"{_NAME},? {_YEAR}")
 )
+_ISO_WEEK_DAY = re.compile(r"[0-9]{4}-W[0-9]{2}-[1-7]")
+_EPOCH = re.compile(r"(?P<seconds>[0-9]{10})(?P<milliseconds>[0-9]{3})?")
+"""The length decides which of both it is: a time of this century has 10 or 13 digits."""
 _TIME = re.compile(
     r"(?P<date>.*?[0-9A-Za-z])(?:[ ,]+|(?<=[0-9])T)(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})"
     r"(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,6})[0-9]{0,3})?)?"
@@ -82,6 +85,14 @@ def parse_day(style: DateStyle, text: str) -> date | None:
         return None
 
 
+def _parse_iso_week_day(text: str) -> date | None:
+    """Return a day such as 2026-W48-1, a Monday, which can be read in one way only."""
+    try:
+        return date.fromisoformat(text) if _ISO_WEEK_DAY.fullmatch(text) else None
+    except ValueError:
+        return None
+
+
 def _month_of_name(name: str) -> int:
     """Return a month by its English name or the name's first letters; 0 if there is none."""
     return next((number for number, full in enumerate(_MONTH_NAMES, 1) if full.startswith(name.lower())), 0)
@@ -109,6 +120,8 @@ class DateReader:
         """Whether a day or a month was read, which depends on the zone."""
         self.has_zoneless_times = False
         """Whether a time without a zone was read, other than 00:00."""
+        self.has_epoch_times = False
+        """Whether a number of seconds or milliseconds since 1970 was read."""
         self._cache: dict[str, TimeSpan] = {}
 
     def read(self, text: str) -> TimeSpan | None:
@@ -139,7 +152,16 @@ class DateReader:
                 if at.tzinfo is not None:
                     at = at.astimezone(UTC)
                     return TimeSpan(since=at, until=at)
-        return self._read_time(text) or self._read_days(text)
+        return self._read_epoch(text) or self._read_time(text) or self._read_days(text)
+
+    def _read_epoch(self, text: str) -> TimeSpan | None:
+        match = _EPOCH.fullmatch(text)
+        if match is None:
+            return None
+        self.has_epoch_times = True
+        milliseconds = timedelta(milliseconds=int(match["milliseconds"] or 0))
+        at = datetime.fromtimestamp(int(match["seconds"]), UTC) + milliseconds
+        return TimeSpan(since=at, until=at)
 
     def _read_time(self, text: str) -> TimeSpan | None:
         match = _TIME.fullmatch(text)
@@ -182,7 +204,7 @@ class DateReader:
         return TimeSpan(since=first.since, until=last.until)
 
     def _read_day_or_month(self, text: str) -> TimeSpan | None:
-        if day := parse_day(self._style, text):
+        if day := parse_day(self._style, text) or _parse_iso_week_day(text):
             return self._span_of_days(day, day)
         for pattern in _WHOLE_MONTHS:
             if match := pattern.fullmatch(text):

@@ -67,6 +67,8 @@ def read_invoice(data: bytes, options: ReadingOptions, *, period: InvoicePeriod,
     _settle_midnights(rows, dates, assumptions)
     if zone.name == "UTC" and not zone.is_known and dates.has_days:
         assumptions.append("Days are UTC days (--time-zone).")
+    if dates.has_epoch_times:
+        assumptions.append("Times are seconds since 1970 if they have 10 digits, or milliseconds if they have 13.")
     _add_notes(rows.notes, assumptions)
     if located.table.ends_within_line() and not rows.totals.has_totals:
         assumptions.append("The file is complete, though its last line has no line end (--total proves it).")

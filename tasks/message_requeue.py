@@ -13,11 +13,17 @@ from celery import Celery
 from kombu.transport.redis import Channel as RedisChannel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cli.celery_client import connected_celery_app, report_unavailable
-from cli.celery_errors import CeleryUnavailable
 from config.settings import Settings
+from tasks.celery_connection import connected_celery_app, report_unavailable
+from tasks.celery_errors import CeleryUnavailable
 from tasks.rabbitmq_source import HEADERS_OF_BROKER
+from worker import flow
 from worker.errors import error_summary
+from worker.ledger import dead_letters
+from worker.ledger.dead_letters import DeadLetter
+from worker.ledger.engine import read_snapshot
+from worker.rules.decimals import count_text
+from worker.runtime import Runtime
 
 PERSISTENT = 2
 """AMQP's delivery mode of a message that is written to disk."""
@@ -139,3 +145,32 @@ def open_message_sender(settings: Settings) -> Iterator[MessageSender]:
         with report_unavailable():
             channel = connection.channel()
         yield MessageSender(app, connection, channel, settings.name_prefix)
+
+
+def decoded_message_and_body(letter: DeadLetter) -> tuple[str, str | None]:
+    """Return the message as text, and its body if that can be decoded."""
+    try:
+        body = parse_envelope(letter.message).decoded_body().decode(errors="backslashreplace")
+    except NotRequeueable:
+        body = None
+    return letter.message.decode(errors="backslashreplace"), body
+
+
+def send_then_delete(rt: Runtime, sender: MessageSender, dead_letter_id: str) -> None:
+    """Send the message of a dead letter, then delete the dead letter.
+
+    After an interruption between the two it is there twice.
+
+    Raises:
+        NotRequeueable: there is no such dead letter, or its message cannot be sent.
+        CeleryUnavailable: the broker did not accept the message.
+    """
+    with read_snapshot(rt.engine) as tx:
+        letter = dead_letters.find_letter(tx, dead_letter_id)
+    if letter is None:
+        raise NotRequeueable("there is no such dead letter")
+    if letter.is_cut:
+        kept = count_text(dead_letters.MAX_MESSAGE_BYTES, "byte")
+        raise NotRequeueable(f"its message has {letter.size_bytes} bytes, and only the first {kept} are stored")
+    sender.send(letter.queue, letter.message)
+    flow.delete_requeued_dead_letter(rt, letter)

@@ -1,0 +1,73 @@
+"""The role `dashboard`: `python -m dashboard` serves the pages. A proxy in front terminates TLS."""
+
+import contextlib
+import signal
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+
+from config.log_config import configure_logging, log_start
+from config.role_settings import require_settings_of_role
+from config.settings import ConfigurationError, Settings, settings
+from dashboard.application import Dashboard, build_app
+from dashboard.connections import DashboardConnection
+from worker import metrics_server
+from worker.runtime import build_runtime
+
+MAX_DATABASE_CONNECTIONS = 4
+"""People load few pages at a time. The other roles need the connections of the database."""
+SERVER: dict[str, Any] = {
+    "loop": "uvloop",
+    "http": DashboardConnection,
+    "ws": "none",
+    "lifespan": "on",
+    "access_log": False,
+    "server_header": False,
+    "log_config": None,
+    # uvicorn would accept the client's address from a header of any connection of this host.
+    # `dashboard.access.trusted_proxies` reads it.
+    "proxy_headers": False,
+    "timeout_graceful_shutdown": 5,  # the streams of live pages do not end by themselves
+    "timeout_keep_alive": 620,  # as `web`, for proxies
+    "limit_concurrency": 200,
+}
+
+
+def serve_until_sigterm() -> None:
+    """Serve until SIGTERM, then finish the requests in progress."""
+    try:
+        chosen = settings()
+        require_settings_of_role(chosen, "dashboard")
+        configure_logging(chosen)
+        app = _build(chosen)
+    except ConfigurationError as error:
+        sys.exit(f"payready cannot start: {error}")
+    log_start(chosen, "dashboard")
+    if chosen.metrics_port:
+        metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
+    # uvicorn raises the signal again after its shutdown. The default action would make that look like a crash.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, **SERVER)).run([_open_listener(chosen)])
+
+
+def _build(chosen: Settings) -> Dashboard:
+    connections = min(MAX_DATABASE_CONNECTIONS, chosen.database_connections)
+    return build_app(build_runtime(chosen.model_copy(update={"database_connections": connections})))
+
+
+def _open_listener(chosen: Settings) -> socket.socket:
+    """Return a listener. `::` listens on the addresses of both families."""
+    is_ipv6 = ":" in chosen.dashboard_host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    try:
+        address = (chosen.dashboard_host, chosen.dashboard_port)
+        return socket.create_server(address, family=family, dualstack_ipv6=is_ipv6 and chosen.dashboard_host == "::")
+    except OSError as error:
+        sys.exit(f"payready cannot start: PAYREADY_DASHBOARD_HOST and PAYREADY_DASHBOARD_PORT: {error}")
+
+
+if __name__ == "__main__":
+    serve_until_sigterm()

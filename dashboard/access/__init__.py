@@ -1,0 +1,1 @@
+"""Access control: users, sessions, the login, and the checks of each request."""

@@ -1,0 +1,159 @@
+"""Live updates of the page Now by server-sent events: one loop reads for all browsers, while one is connected."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from config.log_config import get_logger
+from dashboard.now_reading import NowReader
+from dashboard.page_rendering import render_fragment
+from worker.errors import error_summary
+from worker.ledger.engine import DATABASE_UNAVAILABLE
+
+log = get_logger(__name__)
+
+MAX_STREAMS = 50
+"""Browsers that are connected at once. Others load the page again from time to time."""
+WAKE_INTERVAL_S = 1.0
+"""How often a stream without news looks whether it must end."""
+PING_INTERVAL_S = 15.0
+SESSION_CHECK_INTERVAL_S = 60.0
+SEND_TIMEOUT_S = 10.0
+"""A browser that reads nothing for this time is disconnected."""
+RETRY_AFTER_FAILURE_S = 5.0
+PING = b": ping\n\n"
+END_OF_SESSION = b"event: ended\ndata: session\n\n"
+
+
+def event_message(name: str, text: str) -> bytes:
+    """Return a server-sent event. Each line of the text is a line of data."""
+    lines = "".join(f"data: {line}\n" for line in text.split("\n"))
+    return f"event: {name}\n{lines}\n".encode()
+
+
+class NowFeed:
+    """The last event, which each stream sends when it is new. A slow browser misses events, not the last one."""
+
+    def __init__(self, reader: NowReader) -> None:
+        self.reader = reader
+        self.stream_count = 0
+        self.version = 0
+        self.message = b""
+        self.is_closed = False
+        self._changed = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """End all streams within a second, as the process stops. A signal handler may call it."""
+        self.is_closed = True
+
+    def connect(self) -> None:
+        """Count a stream. The first one starts the loop."""
+        self.stream_count += 1
+        if self._loop is None or self._loop.done():
+            self._changed = asyncio.Event()
+            self._loop = asyncio.create_task(self._read_while_connected())
+
+    def disconnect(self) -> None:
+        """Count a stream that ended. The last one stops the loop."""
+        self.stream_count -= 1
+        if not self.stream_count and self._loop is not None:
+            self._loop.cancel()
+            self._loop = None
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return at the next event, or after this time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _read_while_connected(self) -> None:
+        while not self.is_closed:
+            pause_s = RETRY_AFTER_FAILURE_S
+            try:
+                self._publish(event_message("now", await run_in_threadpool(self._fragment)))
+                pause_s = self.reader.seconds_until_next_read
+            except DATABASE_UNAVAILABLE as error:
+                log.warning("dashboard.database_unavailable", error=error_summary(error))
+                self._publish(event_message("problem", "the ledger is unavailable"))
+            await asyncio.sleep(pause_s)
+
+    def _fragment(self) -> str:
+        return render_fragment("now_live.html", view=self.reader.view())
+
+    def _publish(self, message: bytes) -> None:
+        self.version += 1
+        self.message = message
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class NowStream(Response):
+    """The response of a stream. It ends with the browser, the session or the process."""
+
+    def __init__(self, feed: NowFeed, request: Request, is_session_valid: Callable[[Request], Awaitable[bool]]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers)
+        self._feed = feed
+        self._request = request
+        self._is_session_valid = is_session_valid
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the stream ends."""
+        if self._feed.stream_count >= MAX_STREAMS or self._feed.is_closed:
+            refusal = PlainTextResponse("too many live pages", 503, headers={"Retry-After": "30"})
+            await refusal(scope, receive, send)
+            return
+        self._feed.connect()
+        gone = asyncio.create_task(_wait_until_gone(receive))
+        sending = asyncio.create_task(self._send_events(send))
+        try:
+            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (gone, sending):
+                task.cancel()
+            await asyncio.gather(gone, sending, return_exceptions=True)
+            self._feed.disconnect()
+
+    async def _send_events(self, send: Send) -> None:
+        headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+        await _send_in_time(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        version, sent_at = 0, time.monotonic()
+        checked_at = sent_at
+        while not self._feed.is_closed:
+            now = time.monotonic()
+            if now - checked_at >= SESSION_CHECK_INTERVAL_S:
+                checked_at = now
+                if not await self._is_session_valid(self._request):
+                    await _send_in_time(send, _part(END_OF_SESSION))
+                    break
+            if self._feed.version != version:
+                version, sent_at = self._feed.version, now
+                await _send_in_time(send, _part(self._feed.message))
+            elif now - sent_at >= PING_INTERVAL_S:
+                sent_at = now
+                await _send_in_time(send, _part(PING))
+            else:
+                await self._feed.wait_for_change(WAKE_INTERVAL_S)
+        await _send_in_time(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _part(body: bytes) -> Mapping[str, object]:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+async def _send_in_time(send: Send, message: Mapping[str, object]) -> None:
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send(dict(message))
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,64 @@
+"""What pages read from a request: the runtime, the user, and the form of an action."""
+
+import secrets
+
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from dashboard.access.access_control import AccessControl
+from dashboard.access.users import User
+from worker.runtime import Runtime
+
+MAX_UPLOAD_BYTES = 64 * 1024 * 1024
+"""Maximum size of an uploaded invoice."""
+UPLOAD_FOLDER = "/fees/reconcile"
+"""The page with uploads, and those below it. Elsewhere a form has at most 64 KiB."""
+
+
+def runtime_of(request: Request) -> Runtime:
+    """Return the runtime of this process."""
+    runtime: Runtime = request.app.state.runtime
+    return runtime
+
+
+def access_of(request: Request) -> AccessControl:
+    """Return the access control of this process."""
+    access: AccessControl = request.app.state.access
+    return access
+
+
+def user_of(request: Request) -> User:
+    """Return the user that has logged in."""
+    user: User = request.state.user
+    return user
+
+
+async def is_session_valid(request: Request) -> bool:
+    """Return whether the session of a request is still valid. A stream asks once a minute."""
+    return user_of(request) is not None
+
+
+async def operator_form(request: Request) -> FormData:
+    """Return the form of an action, after the checks that each action needs.
+
+    Raises:
+        HTTPException: 403: the user is no operator, or the form was not made by a page of this session.
+    """
+    if not user_of(request).is_operator:
+        raise HTTPException(403, "only an operator may do this; you are logged in as a viewer")
+    return await session_form(request)
+
+
+async def session_form(request: Request) -> FormData:
+    """Return a form that any user may send.
+
+    Raises:
+        HTTPException: 403: the form was not made by a page of this session.
+    """
+    form = await request.form(max_files=1, max_part_size=MAX_UPLOAD_BYTES)
+    token, expected = form.get("csrf_token"), request.state.csrf_token
+    # Without a session there is no token, and an empty one must not equal it.
+    if not isinstance(token, str) or not expected or not secrets.compare_digest(token.encode(), expected.encode()):
+        raise HTTPException(403, "the form is of another session; load the page again, and repeat the action")
+    return form
