@@ -81,6 +81,18 @@ def stdout_console_for_terminal_or_log() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
+def parsed_option(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a parser of an option, which reports a `ValueError` as wrong usage."""
+
+    def parse_option(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse_option
+
+
 def query_or_exit(read: Callable[[Tx], T]) -> T:
     """Run `read` in a read-only transaction, on one snapshot of the ledger. Print an expected error and exit."""
     with engine_or_exit() as engine, read_snapshot(engine) as tx:

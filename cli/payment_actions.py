@@ -2,18 +2,23 @@
 
 import json
 import uuid
+from datetime import datetime
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cli import celery_client, render, render_payments
 from cli.archived_payment import archived_text
-from cli.command_line import EXIT_NOT_READY, AsJson, PaymentId, echo_line, fail, report_errors
+from cli.command_line import EXIT_NOT_READY, AsJson, PaymentId, echo_line, fail, parsed_option, report_errors
 from cli.command_runtime import runtime_or_exit
 from config.settings import settings
 from worker import flow
 from worker.errors import PaymentNotReady
+from worker.ledger.outcome_deliveries import ResolutionKey
+from worker.rules.decimals import count_text
 from worker.rules.job import FundsCheck, Job, parse_job
+from worker.rules.times import parse_utc_time
+from worker.runtime import Runtime
 
 
 def _job_default(field: str) -> Any:
@@ -102,10 +107,34 @@ def cancel_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
         fail(archived_text(payment_id) or f"{payment_id} was not cancelled: it is already resolved, or unknown")
 
 
-def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
-    """Deliver the outcome of a resolved payment again, with the same task ids."""
+def redeliver_payment(
+    payment_id: Annotated[str | None, typer.Argument(help="The payment's id, as its job has it.")] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(parser=parsed_option(parse_utc_time), metavar="TIME", help="All resolved at this time or later."),
+    ] = None,
+    until: Annotated[
+        datetime | None,
+        typer.Option(parser=parsed_option(parse_utc_time), metavar="TIME", help="With --since: only before this time."),
+    ] = None,
+    is_confirmed: Annotated[bool, typer.Option("--yes", help="With --since: do not ask first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Deliver the outcome of a resolved payment again, with the same task ids.
+
+    With --since: the outcomes of all payments that were resolved in this time, in steps. It asks first.
+    """
+    if (payment_id is None) == (since is None) or (until is not None and since is None):
+        raise typer.BadParameter("give the id of a payment, or --since TIME with or without --until TIME")
     with runtime_or_exit() as rt:
-        task_ids = flow.redeliver(rt, payment_id)
+        if since is not None:
+            _redeliver_all(rt, since, until or rt.clock(), is_confirmed=is_confirmed, as_json=as_json)
+        elif payment_id is not None:
+            _redeliver_one(rt, payment_id, as_json=as_json)
+
+
+def _redeliver_one(rt: Runtime, payment_id: str, *, as_json: bool) -> None:
+    task_ids = flow.redeliver(rt, payment_id)
     if as_json:
         typer.echo(render.as_json({"payment_id": payment_id, "tasks": task_ids}))
     if not task_ids:
@@ -113,6 +142,20 @@ def redeliver_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     elif not as_json:
         tasks = "task" if len(task_ids) == 1 else "tasks"
         echo_line(f"{payment_id}: redelivery scheduled for {tasks} {', '.join(task_ids)}")
+
+
+def _redeliver_all(rt: Runtime, since: datetime, until: datetime, *, is_confirmed: bool, as_json: bool) -> None:
+    period = f"from {render.utc_time_text(since)} until {render.utc_time_text(until)}"
+    if not is_confirmed:
+        typer.confirm(f"Deliver all outcomes of payments resolved {period} again?", abort=True, err=True)
+    payments, tasks, last = 0, 0, ResolutionKey(resolved_at=since, payment_id="")
+    while step := flow.redeliver_step(rt, last, until):
+        payments, tasks, last = payments + step.payments, tasks + step.tasks, step.last
+        typer.echo(f"redelivery scheduled up to {last.resolved_at.isoformat()}", err=True)
+    if as_json:
+        typer.echo(render.as_json({"payments": payments, "tasks": tasks}))
+    else:
+        echo_line(f"redelivery scheduled for {count_text(payments, 'payment')}, {count_text(tasks, 'task')}")
 
 
 def end_funds_hold(payment_id: PaymentId, as_json: AsJson = False) -> None:

@@ -1,10 +1,9 @@
 """Commands that read payments: show, list, watch. They import neither Celery nor the clients of Redis and Quiltt."""
 
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -17,6 +16,7 @@ from cli.command_line import (
     echo_line,
     engine_or_exit,
     fail,
+    parsed_option,
     query_or_exit,
     stdout_console_for_terminal_or_log,
 )
@@ -33,7 +33,6 @@ from worker.rules.explanations import Explanation
 from worker.rules.states import PaymentState
 from worker.rules.times import parse_utc_time, utc_time_text
 
-T = TypeVar("T")
 WATCH_INTERVAL_S = 0.5
 """Time between two reads of a watched payment."""
 
@@ -82,21 +81,9 @@ def _missing_payment_text(payment_id: str) -> str:
 # --- list -------------------------------------------------------------------------------------------------------------
 
 
-def _parser(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Return a parser of an option, which reports a `ValueError` as wrong usage."""
-
-    def parse_option(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return parse_option
-
-
-_parse_amount = _parser(parse_positive_decimal)
-_parse_time = _parser(parse_utc_time)
-_parse_page_key = _parser(PageKey.parse)
+_parse_amount = parsed_option(parse_positive_decimal)
+_parse_time = parsed_option(parse_utc_time)
+_parse_page_key = parsed_option(PageKey.parse)
 
 
 def list_payments(

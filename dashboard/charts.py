@@ -14,8 +14,8 @@ DEADLINE_PERCENT = 94.0
 SPANS_S = (60, 120, 300, 600, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600, 86400, 7 * 86400, 31 * 86400)
 """Spans that the picture of waiting payments can show."""
 TICKS_S = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
-MIN_TICK_DISTANCE_PERCENT = 13.0
-"""Minimum distance of two labels: on a screen of 390 pixels they do not touch."""
+MIN_TICK_DISTANCE_PERCENT, DEADLINE_LABEL_PERCENT = 13.0, 26.0
+"""Minimum distance of two labels, and of one from the deadline: on a screen of 390 pixels they do not touch."""
 MAX_OVERDUE_S = 60.0
 """Payments that are overdue for longer are at the right edge."""
 
@@ -50,7 +50,8 @@ class DeadlineScale:
         ticks = [Tick(percent=DEADLINE_PERCENT, label="deadline")]
         for left_s in TICKS_S:
             percent = self.percent(left_s)
-            if left_s <= self.span_s and ticks[-1].percent - percent >= MIN_TICK_DISTANCE_PERCENT:
+            distance = MIN_TICK_DISTANCE_PERCENT if len(ticks) > 1 else DEADLINE_LABEL_PERCENT
+            if left_s <= self.span_s and ticks[-1].percent - percent >= distance:
                 ticks.append(Tick(percent=percent, label=short_duration(left_s)))
         return ticks
 

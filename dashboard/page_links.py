@@ -34,4 +34,4 @@ def flower_task_url(settings: Settings, task_id: str) -> str | None:
     """Return the address of a task in Flower. None without `PAYREADY_DASHBOARD_FLOWER_URL`."""
     if settings.dashboard_flower_url is None or task_id in _DOT_SEGMENTS:
         return None
-    return f"{settings.dashboard_flower_url.rstrip('/')}/task/{quote(task_id, safe='', errors='replace')}"
+    return f"{str(settings.dashboard_flower_url).rstrip('/')}/task/{quote(task_id, safe='', errors='replace')}"

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from dashboard.page_links import flower_task_url, payment_action_path
 from dashboard.page_rendering import render
 from dashboard.page_requests import runtime_of
-from dashboard.pages.payment_actions import ACTIONS, RESULT_TEXTS, read_timeline
+from dashboard.pages.payment_action_page import ACTIONS, RESULT_TEXTS, read_timeline
 from dashboard.payment_chart import TimelinePicture, Wait, draw_timeline, offset_text
 from worker.ledger import archived_months
 from worker.ledger.balance_report import BalanceLine

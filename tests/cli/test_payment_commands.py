@@ -205,3 +205,20 @@ def test_command_imports_only_what_it_needs(arguments: str, forbidden: set[str])
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in completed.stderr.splitlines()}
     assert imported & {"typer"}
     assert imported & forbidden == set()
+
+
+def test_redeliver_since_asks_first_and_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.command_runtime.settings", settings.__wrapped__)
+    since = ["redeliver", "--since", "2026-11-22T12:00:08", "--until", "2026-11-22T13:00:00"]
+    assert run(*since).exit_code == 1
+    result = run(*since, "--yes")
+    assert result.stdout == "redelivery scheduled for 2 payments, 2 tasks\n"
+    assert "redelivery scheduled up to 2026-11-22T12:00:12+00:00" in result.stderr
+    assert json.loads(run(*since, "--yes", "--json").stdout) == {"payments": 2, "tasks": 2}
+
+
+@pytest.mark.parametrize("arguments", [[], ["pay_1", "--since", "2026-11-22"], ["pay_1", "--until", "2026-11-22"]])
+def test_redeliver_needs_a_payment_or_a_period(run: Run, arguments: list[str]) -> None:
+    result = run("redeliver", *arguments)
+    assert result.exit_code == 2
+    assert "give the id of a payment, or --since TIME" in " ".join(result.stderr.replace("│", " ").split())

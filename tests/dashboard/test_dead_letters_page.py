@@ -113,7 +113,7 @@ def test_requeued_letter_is_in_its_queue(operator: httpx.Client, runtime: Runtim
     stored, other = _store(runtime, _letter(), _letter(1))
     response = _confirm_and_post(operator, "/dead-letters/confirm/requeue", id=stored)
     assert response.status_code == 303
-    assert redis.lrange("payments", 0, -1) == [MESSAGE]
+    assert redis.lrange(f"{runtime.settings.name_prefix}payments", 0, -1) == [MESSAGE]
     assert _remaining(runtime) == [other]
     assert _audited(runtime) == [("dead_letter.requeue", stored, "changed 1")]
     assert "Requeued: 1." in operator.get(response.headers["location"]).text

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import httpx
 import pytest
+from pydantic import HttpUrl, SecretStr
 from redis import Redis
 
-from dashboard.application import build_app
 from dashboard.page_links import payment_path, payments_path
-from dashboard.pages.payment_actions import read_timeline
+from dashboard.pages.payment_action_page import read_timeline
 from dashboard.pages.payment_page import ACTOR_TEXTS
 from tasks import sending
-from tests.dashboard.conftest import serve
+from tests.dashboard.conftest import USERS
 from tests.support.databases import Databases
 from tests.support.failed_payments import MUST_ACT, NEEDED_SETTINGS, fail_for_each_reason, payment_id_of
 from tests.support.in_process import SETTINGS, InProcessSystem, in_process_system, intake_request
@@ -28,6 +28,7 @@ from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.payment_situation import explain_payment
 from worker.rules.explanations import Actor
+from worker.runtime import Runtime
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -47,7 +48,8 @@ TEXTS = ("<b>x</b>", "'\"", "a\u202eb", "\0", "\ud800", "ünï 😀", "{{7*7}}",
 @pytest.fixture
 def payready(databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessSystem]:
     """A system that the dashboard shows. Messages of the dashboard go to its Redis."""
-    settings = SETTINGS.model_copy(update={**NEEDED_SETTINGS, "redis_url": valkey_url})
+    users = {"dashboard_users": SecretStr(USERS), "dashboard_flower_url": HttpUrl("https://flower.example/f/")}
+    settings = SETTINGS.model_copy(update={**NEEDED_SETTINGS, **users, "redis_url": valkey_url})
     sending._redis.cache_clear()
     monkeypatch.setattr(sending, "settings", lambda: settings)
     with databases.create() as address, in_process_system(address, valkey_url, settings) as system:
@@ -56,10 +58,9 @@ def payready(databases: Databases, valkey_url: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def operator(payready: InProcessSystem) -> Iterator[httpx.Client]:
-    """A client of the dashboard of this system."""
-    with serve(build_app(payready.rt)) as url, httpx.Client(base_url=url) as client:
-        yield client
+def runtime(payready: InProcessSystem) -> Runtime:
+    """The runtime of the dashboard."""
+    return payready.rt
 
 
 class Page(HTMLParser):
@@ -276,7 +277,7 @@ def test_hostile_ids_and_metadata_are_shown_as_text(
     listed = page_of(operator.get("/payments"))
     page = page_of(operator.get(listed.links[payment_id]))
     assert f"Payment {payment_id}" in page.text
-    assert f"task {payment_id}" in page.text
+    assert page.links[f"task {payment_id}"] == f"https://flower.example/f/task/{quote(f'task {payment_id}', safe='')}"
     for shown in ("<b>x</b>", "a\\u202eb", "\\x00", "ünï 😀", "{{7*7}}", "y" * 500):
         assert shown in page.text
     assert "\u202e" not in page.text
@@ -334,6 +335,23 @@ def confirm(operator: httpx.Client, action: str, question: Page) -> Page:
     return page_of(operator.get(response.headers["location"]))
 
 
+def audited(payready: InProcessSystem) -> list[tuple[str, ...]]:
+    """Return user, action, subject and result of the audit's entries, the oldest first."""
+    rows = payready.rows("SELECT * FROM audit JOIN audit_result USING (audit_id) ORDER BY audit_id")
+    return [(row["user_name"], row["action"], row["subject"], row["result"]) for row in rows]
+
+
+def test_viewer_reads_and_does_not_act(payready: InProcessSystem, viewer: httpx.Client) -> None:
+    payready.initiate("p1", "acct_1")
+    page = page_of(viewer.get("/payments/p1"))
+    assert not [href for href in page.links.values() if href.startswith("/payment-actions")]
+    assert "only an operator" in page_of(viewer.get("/payment-actions/cancel?payment_id=p1"), 403).text
+    data = {"payment_id": "p1", "csrf_token": page.inputs["csrf_token"]}
+    assert viewer.post("/payment-actions/cancel", data=data).status_code == 403
+    assert payready.state_or_reason("p1") == "waiting"
+    assert audited(payready) == []
+
+
 def test_cancel_fails_the_payment_and_sends_its_delivery_to_a_worker(
     payready: InProcessSystem, operator: httpx.Client
 ) -> None:
@@ -345,6 +363,7 @@ def test_cancel_fails_the_payment_and_sends_its_delivery_to_a_worker(
         lists = [redis.lrange(key, 0, -1) for key in redis.scan_iter() if redis.type(key) == "list"]
         tasks = [json.loads(message)["headers"]["task"] for messages in lists for message in messages]
     assert tasks == ["outcomes.deliver"]
+    assert audited(payready) == [("olivia", "payment.cancel", "p1", "cancelled")]
     assert len(flow.claim_deliveries(payready.rt, ["t1"])) == 1
 
 
@@ -380,6 +399,7 @@ def test_redeliver_delivers_the_same_outcome_again(payready: InProcessSystem, op
     payready.run_maintenance()
     first, second = payready.delivered["task-p1"]
     assert first == second
+    assert audited(payready) == [("olivia", "payment.redeliver", "p1", "redelivery_scheduled")]
 
 
 def test_end_hold_ends_it_once(payready: InProcessSystem, operator: httpx.Client) -> None:
@@ -389,6 +409,7 @@ def test_end_hold_ends_it_once(payready: InProcessSystem, operator: httpx.Client
     assert payready.payment("p1")["hold_until"] is not None
     page = confirm(operator, "end-hold", question)
     assert "Nothing was ended: the funds hold has ended meanwhile." in page.text
+    assert [entry[-1] for entry in audited(payready)] == ["hold_ended", "no_hold"]
     assert "End the funds hold…" not in page.links
     assert "its funds hold has ended" in page_of(operator.get("/payment-actions/end-hold?payment_id=p1"), 409).text
 

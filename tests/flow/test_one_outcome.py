@@ -1,13 +1,16 @@
 """Invariant 1: a payment has exactly one outcome, whatever repeats and in whatever order."""
 
+from datetime import timedelta
 from threading import Barrier, Thread
 from typing import Any, NoReturn
 
 import pytest
 
-from tests.support.in_process import InProcessSystem, intake_request
+from tests.support.in_process import START, InProcessSystem, intake_request
 from worker import flow
 from worker.errors import FailureReason, InvalidJob, PaymentNotReady
+from worker.flow import operations
+from worker.ledger.outcome_deliveries import ResolutionKey
 
 A = "acct_one"
 
@@ -212,6 +215,31 @@ def test_redeliver_repeats_the_outcome_to_all_tasks(payready: InProcessSystem) -
     payready.run_maintenance()
     payready.run_maintenance()
     assert payready.delivered == {task: outcomes * 2 for task, outcomes in first.items()}
+
+
+def test_redelivery_of_a_period_repeats_its_outcomes_in_steps(
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Payments that wait, or were resolved before or after, are left alone. Those of one time are cut nowhere."""
+    monkeypatch.setattr(operations, "REDELIVERY_STEP", 2)
+    for seconds, names in ((0, ("before",)), (60, ("p1", "p2", "p3")), (120, ("p4",)), (180, ("after",))):
+        payready.clock.now = START + timedelta(seconds=seconds)
+        for name in names:
+            payready.initiate(name, "acct_a", task_id=f"task_{name}", max_balance_age_s=60)
+        payready.run_tasks()
+        payready.balance("acct_a")
+        payready.run_tasks()
+    payready.initiate("waits", "acct_b")
+    until, steps = START + timedelta(seconds=180), []
+    after = ResolutionKey(resolved_at=START + timedelta(seconds=60), payment_id="")
+    while step := flow.redeliver_step(payready.rt, after, until):
+        steps.append((step.payments, step.tasks))
+        after = step.last
+    assert steps == [(2, 2), (2, 2)]
+    payready.clock.advance(1)
+    payready.run_maintenance()
+    delivered = {task: len(outcomes) for task, outcomes in payready.delivered.items()}
+    assert delivered == {"task_before": 1, "task_after": 1} | {f"task_p{n}": 2 for n in (1, 2, 3, 4)}
 
 
 def test_message_redelivered_after_the_resolution_adds_no_delivery(payready: InProcessSystem) -> None:

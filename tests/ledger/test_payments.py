@@ -118,7 +118,7 @@ def test_claim_is_renewed_until_it_is_lost(engine: Engine) -> None:
         [by_sweep] = outcome_deliveries.claim_overdue(tx, START + claim * 2, 1).result()
         left = [due.task_id for due in renewed if due.task_id != by_sweep.task_id]
         outcome_deliveries.mark_delivered(tx, {left[0]: START})
-        outcome_deliveries.make_outcome_due_again(tx, left[1].removeprefix("task_"), START)
+        outcome_deliveries.make_outcomes_due_again(tx, [left[1].removeprefix("task_")], START)
         again = outcome_deliveries.renew_claims(tx, renewed, START + claim * 2)
         assert [due.task_id for due in again] == [left[2]]
         assert outcome_deliveries.renew_claims(tx, [by_sweep], START + claim * 2) == [by_sweep]

@@ -81,6 +81,7 @@ from worker.flow.maintenance import (
     sweep_refreshes_and_balances,
 )
 from worker.flow.operations import (
+    RedeliveryStep,
     announce_api_key,
     cancel_by_task,
     claim_deliveries,
@@ -92,6 +93,7 @@ from worker.flow.operations import (
     mark_delivered,
     mark_undeliverable,
     redeliver,
+    redeliver_step,
     renew_claims_near_end,
 )
 from worker.flow.polling import poll_balance_and_resolve_payments
@@ -116,6 +118,7 @@ __all__ = [
     "Invoice",
     "MonthArchive",
     "OnWaiting",
+    "RedeliveryStep",
     "RefreshCall",
     "RefusedJob",
     "VerifiedMonth",
@@ -155,6 +158,7 @@ __all__ = [
     "prune_quarantine_beyond_limits",
     "read_account_and_call_if_needed",
     "redeliver",
+    "redeliver_step",
     "renew_claims_near_end",
     "report_and_record_results",
     "restore_month",

@@ -1,6 +1,7 @@
 """Operations on request: cancel payments, claim, mark and repeat deliveries of outcomes, delete quarantined events."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from worker.correlation.redis_client import best_effort
@@ -8,14 +9,16 @@ from worker.errors import FailureReason
 from worker.flow.follow_up import FollowUp
 from worker.flow.resolution import fail_payments_with_fee_share
 from worker.ledger import funds_holds, outcome_deliveries, payments, quarantine
-from worker.ledger.engine import read_snapshot, transaction
-from worker.ledger.outcome_deliveries import MIN_CLAIM_LEFT, OutcomeDelivery
+from worker.ledger.engine import Tx, read_snapshot, transaction
+from worker.ledger.outcome_deliveries import MIN_CLAIM_LEFT, OutcomeDelivery, ResolutionKey
 from worker.ledger.quarantine import QuarantinedEvent
 from worker.runtime import Runtime
 
 QUARANTINE_PAGE_SIZE = 200
 MAX_FAILED_TRIES = 5
 """Deliveries of an outcome, one every 10 s, that may fail although the stores respond."""
+REDELIVERY_STEP = 200
+"""Outcomes that one transaction makes due again."""
 
 
 def fail_waiting_as_cancelled_with_fee_share(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
@@ -83,8 +86,33 @@ def end_hold(rt: Runtime, payment_id: str) -> bool:
 def redeliver(rt: Runtime, payment_id: str) -> list[str]:
     """Make a resolved payment's outcome due again. Return the tasks that get it: none if it is not resolved."""
     with transaction(rt.engine) as tx:
-        funds_holds.reopen_holds(tx, [payment_id])
-        return outcome_deliveries.make_outcome_due_again(tx, payment_id, rt.clock())
+        return _redeliver(rt, tx, [payment_id])
+
+
+def _redeliver(rt: Runtime, tx: Tx, payment_ids: Sequence[str]) -> list[str]:
+    funds_holds.reopen_holds(tx, payment_ids)
+    return outcome_deliveries.make_outcomes_due_again(tx, payment_ids, rt.clock())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedeliveryStep:
+    """What one step of a redelivery of many outcomes did."""
+
+    payments: int
+    tasks: int
+    last: ResolutionKey
+    """The next step begins after it."""
+
+
+def redeliver_step(rt: Runtime, after: ResolutionKey, until: datetime) -> RedeliveryStep | None:
+    """Make the next outcomes due again, up to `REDELIVERY_STEP` in one transaction. None if no more were resolved."""
+    with transaction(rt.engine) as tx:
+        keys = outcome_deliveries.resolutions_after(tx, after, until, REDELIVERY_STEP)
+        if not keys:
+            return None
+        payment_ids = [key.payment_id for key in keys]
+        outcome_deliveries.lock_payments(tx, payment_ids)
+        return RedeliveryStep(payments=len(keys), tasks=len(_redeliver(rt, tx, payment_ids)), last=keys[-1])
 
 
 def delete_quarantined(rt: Runtime, quarantine_ids: Sequence[str]) -> int:

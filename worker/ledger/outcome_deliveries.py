@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Column, Integer, Label, bindparam, literal_column, select, update
+from sqlalchemy import Column, Integer, Label, bindparam, literal_column, or_, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert, bulk_update
 from worker.ledger.compact_json import compact_continuation, full_continuation
@@ -199,9 +199,33 @@ def mark_undeliverable(tx: Tx, task_id: str, reason: str) -> None:
     tx.execute(query.values(due_at=None, undeliverable=reason))
 
 
-def make_outcome_due_again(tx: Tx, payment_id: str, now: datetime) -> list[str]:
-    """Make a resolved payment's outcome due again. Return the tasks that get it."""
-    resolved = select(payment.payment_id).where(payment.payment_id == payment_id, payment.resolved_at.is_not(None))
+def make_outcomes_due_again(tx: Tx, payment_ids: Collection[str], now: datetime) -> list[str]:
+    """Make the outcomes of resolved payments due again. Return the tasks that get them."""
+    resolved = select(payment.payment_id).where(payment.payment_id.in_(payment_ids), payment.resolved_at.is_not(None))
     query = update(OUTCOME_DELIVERY).where(delivery.payment_id.in_(resolved))
     query = query.values(due_at=now, failed_tries=0, undeliverable=None)
     return sorted(tx.scalars(query.returning(delivery.task_id)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionKey:
+    """The place of a payment in the order of resolutions."""
+
+    resolved_at: datetime
+    payment_id: str
+
+
+def resolutions_after(tx: Tx, after: ResolutionKey, until: datetime, limit: int) -> list[ResolutionKey]:
+    """Return the first payments that were resolved after this place and before `until`, in the order of resolutions."""
+    is_later = or_(payment.resolved_at > after.resolved_at, payment.payment_id > after.payment_id)
+    query = select(payment.resolved_at, payment.payment_id).where(
+        payment.resolved_at >= after.resolved_at, payment.resolved_at < until, is_later
+    )
+    rows = tx.execute(query.order_by(payment.resolved_at, payment.payment_id).limit(limit))
+    return [ResolutionKey(resolved_at=row.resolved_at, payment_id=row.payment_id) for row in rows]
+
+
+def lock_payments(tx: Tx, payment_ids: Collection[str]) -> None:
+    """Lock payments in the order in which the mark of a delivery locks them."""
+    query = select(payment.payment_id).where(payment.payment_id.in_(payment_ids))
+    tx.execute(query.order_by(payment.payment_id).with_for_update())

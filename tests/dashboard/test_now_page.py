@@ -1,0 +1,328 @@
+"""The page Now: the picture of waiting payments, its figures, what needs attention, and its live updates."""
+
+import itertools
+import re
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from html import unescape
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import insert, text
+
+from dashboard import now_feed
+from dashboard.application import build_app
+from dashboard.now_reading import NowReader
+from dashboard.slow_figures import SlowFigureReader
+from tests.dashboard.conftest import serve
+from worker import flow
+from worker.correlation.redis_client import create_client
+from worker.ledger import fee_calls
+from worker.ledger.engine import read_snapshot, transaction
+from worker.ledger.tables import FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
+from worker.ledger_metrics import LedgerCollector, used_ratios_of_set_day_and_month_caps
+from worker.rules.fee_caps import CapKind
+from worker.runtime import Runtime
+
+HOSTILE_IDS = (
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "pay\u202egnp.exe",
+    "../../etc/passwd",
+    "{{7*7}}",
+    "a\r\ndata: forged",
+    "x" * 500,
+)
+
+
+@pytest.fixture(autouse=True)
+def emptied_redis(valkey_url: str) -> None:
+    """Other tests announce API keys in the same Redis."""
+    with create_client(valkey_url) as redis:
+        redis.flushdb()
+
+
+def add_payments(runtime: Runtime, *rows: dict[str, Any]) -> None:
+    """Insert payments that wait for a minute, with these changes."""
+    now = datetime.now(UTC)
+    defaults = {
+        "account_id": "acct_1",
+        "state": "waiting",
+        "job": {},
+        "amount": None,
+        "requested_at": now,
+        "min_balance_at": now,
+        "deadline": now + timedelta(minutes=1),
+        "due_at": now,
+        "resolved_at": None,
+        "reason": None,
+        "reused": False,
+        "outcome": None,
+    }
+    with transaction(runtime.engine) as tx:
+        tx.execute(insert(PAYMENT), [{**defaults, **row} for row in rows])
+
+
+def resolved(payment_id: str, reason: str | None = None, *, minutes_ago: float = 1) -> dict[str, Any]:
+    """Return the changes of a resolved payment."""
+    at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+    state = "failed" if reason else "released"
+    return {"payment_id": payment_id, "state": state, "reason": reason, "resolved_at": at, "outcome": {}}
+
+
+def add_calls(runtime: Runtime, states: dict[str, str | None], called_at: datetime) -> None:
+    """Insert calls of 0.10 USD with these final states."""
+    with transaction(runtime.engine) as tx:
+        for call_id, state in states.items():
+            refresh_id = f"ref_{call_id}"
+            tx.execute(
+                insert(REFRESH).values(
+                    refresh_id=refresh_id, account_id="acct_1", state="answered", called_at=called_at
+                )
+            )
+            for entry_state in filter(None, ("pending", state)):
+                tx.execute(
+                    insert(FEE_ENTRY).values(
+                        call_id=call_id,
+                        refresh_id=refresh_id,
+                        account_id="acct_1",
+                        state=entry_state,
+                        price="0.10",
+                        currency=runtime.price_list.currency,
+                        price_list="x",
+                        evidence={},
+                        called_at=called_at,
+                        recorded_at=called_at,
+                    )
+                )
+
+
+def visible_text(html: str) -> str:
+    """Return the text of a page in one line."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
+
+
+def marks(html: str) -> list[float]:
+    """Return the horizontal positions of the marks."""
+    return [float(percent) for percent in re.findall(r'<circle cx="([\d.]+)%"', html)]
+
+
+def test_empty_ledger_needs_no_attention(operator: httpx.Client) -> None:
+    page = visible_text(operator.get("/").text)
+    assert "Nothing needs attention" in page
+    assert "No payment waits" in page
+    assert "No worker has announced its API key" in page
+
+
+def test_marks_are_in_the_order_of_deadlines_and_move(runtime: Runtime, operator: httpx.Client) -> None:
+    """The overdue payment is right of the deadline."""
+    now = datetime.now(UTC)
+    add_payments(
+        runtime,
+        {"payment_id": "late", "deadline": now - timedelta(seconds=5), "requested_at": now - timedelta(seconds=65)},
+        {"payment_id": "soon", "deadline": now + timedelta(seconds=10), "amount": 5},
+        {"payment_id": "calm", "deadline": now + timedelta(seconds=100)},
+    )
+    first = operator.get("/").text
+    late, soon, calm = marks(first)
+    assert late > 94 > soon > calm > 0
+    assert "5.00 USD" in first
+    time.sleep(1.1)  # the figures of a second are shared
+    assert all(after > before for before, after in zip((late, soon, calm), marks(operator.get("/").text), strict=True))
+
+
+def test_what_needs_attention_names_the_party_and_links_the_place(runtime: Runtime, operator: httpx.Client) -> None:
+    add_payments(
+        runtime,
+        {"payment_id": "late", "deadline": datetime.now(UTC) - timedelta(seconds=30)},
+        resolved("refused", "not_authorized"),
+        resolved("lost", minutes_ago=3),
+    )
+    with transaction(runtime.engine) as tx:
+        due = {"continuation": {}, "due_at": datetime.now(UTC), "payment_id": "lost"}
+        tx.execute(insert(OUTCOME_DELIVERY).values(task_id="t1", **due))
+        tx.execute(insert(OUTCOME_DELIVERY).values(task_id="t2", undeliverable="x", **{**due, "due_at": None}))
+    for _ in range(runtime.settings.circuit_breaker_failures):
+        runtime.admission.apply_result_to_breaker_and_limiter("failed", None, datetime.now(UTC))
+    flow.announce_api_key(runtime)
+    html = operator.get("/").text
+    page = visible_text(html)
+    assert "5 things need attention" in page
+    assert "we must act Payments wait past their deadline" in page
+    assert "Quiltt must act Calls to Quiltt fail, so the circuit breaker is open" in page
+    assert "1 outcome undeliverable" in page
+    assert "1 outcome not delivered" in page
+    assert "1 payment failed in the last hour with reason not_authorized: correct PAYREADY_QUILTT_API_KEY" in page
+    assert 'href="/payments?reason=not_authorized"' in html
+
+
+def test_figures_are_those_of_the_metrics(runtime: Runtime) -> None:
+    now = datetime.now(UTC)
+    add_payments(runtime, {"payment_id": "w1"}, {"payment_id": "w2"}, *(resolved(f"r{n}") for n in range(3)))
+    add_calls(runtime, {"posted": "posted", "void": "void", "open": None}, now)
+    runtime.settings = runtime.settings.model_copy(update={"fee_cap_per_day": 1, "fee_cap_per_month": 2})
+    collected = {sample.definition.name: sample.values for sample in LedgerCollector(runtime)()}
+    view = NowReader(runtime).view()
+    assert view.figures.backlog.waiting_count == sum(collected["payready_waiting_payments"].values()) == 2
+    assert view.figures.dead_letter_count == sum(collected["payready_stored_dead_letters"].values())
+    slow = SlowFigureReader(runtime)
+    slow.count()
+    with read_snapshot(runtime.engine) as tx:
+        ratios = used_ratios_of_set_day_and_month_caps(runtime, tx, now)
+    assert {use.cap: use.ratio for use in slow.latest().cap_uses} == ratios
+    assert set(ratios) == {CapKind.DAY, CapKind.MONTH}
+
+
+def test_unresolved_calls_are_those_of_the_command_line(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted in steps, and a call that is posted later is not counted any more."""
+    monkeypatch.setattr("worker.ledger.now_report.CALLS_PER_STEP", 1)
+    now = datetime.now(UTC)
+    for day in range(1, 4):
+        calls = {f"posted{day}": "posted", f"open{day}": None, f"void{day}": "void"}
+        add_calls(runtime, calls, now - timedelta(days=day, minutes=1))
+    add_calls(runtime, {"fresh": None}, now)
+    slow = SlowFigureReader(runtime)
+    slow.count()
+    with read_snapshot(runtime.engine) as tx:
+        listed = {call.call_id for call in fee_calls.pending_calls(tx, now - timedelta(hours=24))}
+    assert set(slow.latest().unresolved_at) == listed == {"open1", "open2", "open3"}
+    with transaction(runtime.engine) as tx:
+        tx.execute(
+            text(
+                "INSERT INTO fee_entry (call_id, refresh_id, account_id, state, price, currency, price_list, evidence,"
+                " called_at, recorded_at) SELECT call_id, refresh_id, account_id, 'posted', price, currency,"
+                " price_list, evidence, called_at, recorded_at FROM fee_entry WHERE call_id = 'open2'"
+            )
+        )
+    slow.count()
+    assert set(slow.latest().unresolved_at) == {"open1", "open3"}
+
+
+def test_more_payments_than_marks_are_counted_by_bars(
+    runtime: Runtime, operator: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashboard.now_reading.MAX_MARKS", 5)
+    now = datetime.now(UTC)
+    add_payments(
+        runtime, *({"payment_id": f"p{n}", "deadline": now + timedelta(seconds=20 + 10 * n)} for n in range(12))
+    )
+    html = operator.get("/").text
+    assert len(marks(html)) == 5
+    counts = [int(count) for count in re.findall(r"<title>(\d+) payments?: ", html)]
+    assert sum(counts) == 12
+    assert "count all 12 by time left" in visible_text(html)
+
+
+def test_outcomes_of_the_hour_are_counted_by_minute_and_reason(runtime: Runtime, operator: httpx.Client) -> None:
+    """A finished minute is read once; a later payment of the current minute is counted."""
+    add_payments(
+        runtime,
+        *(resolved(f"ok{n}", minutes_ago=10) for n in range(4)),
+        resolved("bad", "insufficient_funds", minutes_ago=10),
+        resolved("old", minutes_ago=70),
+    )
+    html = operator.get("/").text
+    page = visible_text(html)
+    assert "Resolved in the last hour: 5" in page
+    assert "4 released, 1 failed" in page
+    assert "failed insufficient_funds 1 20.0 % the payer must act" in page
+    assert "/payments?reason=insufficient_funds&amp;since=20" in html
+
+
+def test_hostile_ids_are_escaped_on_the_page_and_in_the_stream(runtime: Runtime, operator: httpx.Client) -> None:
+    add_payments(runtime, *({"payment_id": each} for each in HOSTILE_IDS))
+    html = operator.get("/").text
+    assert len(marks(html)) == len(HOSTILE_IDS)
+    with operator.stream("GET", "/now/events") as stream:
+        event = _next_event(stream.iter_lines())
+    for content in (html, event):
+        assert "<script>alert" not in content
+        assert "<img" not in content
+        assert "\u202e" not in content
+        assert "49" not in re.findall(r"<title>([^<]*) ·", content)
+    assert not any(line.startswith("data: forged") for line in event.split("\n"))
+
+
+def _next_event(lines: Iterator[str]) -> str:
+    found = []
+    for line in lines:
+        if not line and found:
+            break
+        if not line.startswith(":"):
+            found.append(line)
+    return "\n".join(found)
+
+
+def test_stream_sends_what_has_changed(runtime: Runtime, operator: httpx.Client) -> None:
+    with operator.stream("GET", "/now/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.iter_lines()
+        assert "No payment waits" in _next_event(lines)
+        add_payments(runtime, {"payment_id": "new"})
+        while "new" not in _next_event(lines):
+            pass
+
+
+def test_one_read_serves_all_streams_and_none_is_made_without_them(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[float] = []
+    read = NowReader._read
+    monkeypatch.setattr(NowReader, "_read", lambda reader: (reads.append(time.monotonic()), read(reader))[1])
+    app = build_app(runtime)
+    with serve(app) as url, httpx.Client(base_url=url) as client:
+        with client.stream("GET", "/now/events") as first, client.stream("GET", "/now/events") as second:
+            for stream in (first, second):
+                lines = stream.iter_lines()
+                assert "event: now" in _next_event(lines)
+                assert "event: now" in _next_event(lines)
+            assert app.state.now_feed.stream_count == 2
+        assert min(later - earlier for earlier, later in itertools.pairwise(reads)) > 0.9
+        wait_until_unused(app)
+        count = len(reads)
+        time.sleep(1.5)  # that nothing happens has no event
+        assert len(reads) == count
+
+
+def wait_until_unused(app: Any) -> None:
+    """Wait until no stream is connected."""
+    end = time.monotonic() + 10
+    while app.state.now_feed.stream_count:
+        assert time.monotonic() < end, "a stream of a gone browser is still connected"
+        time.sleep(0.01)
+
+
+def test_streams_end_when_the_process_stops(runtime: Runtime) -> None:
+    app = build_app(runtime)
+    with serve(app) as url, httpx.Client(base_url=url) as client, client.stream("GET", "/now/events") as stream:
+        lines = stream.iter_lines()
+        _next_event(lines)
+        threading.Thread(target=app.state.now_feed.close).start()
+        started = time.monotonic()
+        for _ in lines:
+            pass
+        assert time.monotonic() - started < 5
+
+
+def test_stream_ends_with_its_session(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def is_session_valid(_: object) -> bool:
+        return False
+
+    monkeypatch.setattr("dashboard.pages.now_page.is_session_valid", is_session_valid)
+    monkeypatch.setattr(now_feed, "SESSION_CHECK_INTERVAL_S", 0.0)
+    with serve(build_app(runtime)) as url, httpx.Client(base_url=url) as client:
+        assert "event: ended" in client.get("/now/events").text
+
+
+def test_too_many_streams_are_refused(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(now_feed, "MAX_STREAMS", 1)
+    with (
+        serve(build_app(runtime)) as url,
+        httpx.Client(base_url=url) as client,
+        client.stream("GET", "/now/events") as stream,
+    ):
+        _next_event(stream.iter_lines())
+        assert client.get("/now/events").status_code == 503
