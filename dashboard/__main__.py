@@ -4,6 +4,7 @@ import contextlib
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -13,6 +14,7 @@ from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, Settings, settings
 from dashboard.application import Dashboard, build_app
 from dashboard.connections import DashboardConnection
+from dashboard.now_feed import NowFeed
 from worker import metrics_server
 from worker.runtime import build_runtime
 
@@ -29,10 +31,23 @@ SERVER: dict[str, Any] = {
     # uvicorn would accept the client's address from a header of any connection of this host.
     # `dashboard.access.trusted_proxies` reads it.
     "proxy_headers": False,
-    "timeout_graceful_shutdown": 5,  # the streams of live pages do not end by themselves
+    "timeout_graceful_shutdown": 5,
     "timeout_keep_alive": 620,  # as `web`, for proxies
     "limit_concurrency": 200,
 }
+
+
+class DashboardServer(uvicorn.Server):
+    """The server. At a signal to stop, the streams of live pages end: they would not by themselves."""
+
+    def __init__(self, app: Dashboard) -> None:
+        super().__init__(uvicorn.Config(app, **SERVER))
+        self._feed: NowFeed = app.state.now_feed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self._feed.close()
+        super().handle_exit(sig, frame)
 
 
 def serve_until_sigterm() -> None:
@@ -50,7 +65,7 @@ def serve_until_sigterm() -> None:
     # uvicorn raises the signal again after its shutdown. The default action would make that look like a crash.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn.Config(app, **SERVER)).run([_open_listener(chosen)])
+        DashboardServer(app).run([_open_listener(chosen)])
 
 
 def _build(chosen: Settings) -> Dashboard:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -119,8 +119,10 @@ class NowStream(Response):
         finally:
             for task in (gone, sending):
                 task.cancel()
-            await asyncio.gather(gone, sending, return_exceptions=True)
+            _, problem = await asyncio.gather(gone, sending, return_exceptions=True)
             self._feed.disconnect()
+        if isinstance(problem, Exception) and not isinstance(problem, TimeoutError | OSError | ClientDisconnect):
+            raise problem
 
     async def _send_events(self, send: Send) -> None:
         headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]

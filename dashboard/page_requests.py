@@ -35,8 +35,8 @@ def user_of(request: Request) -> User:
 
 
 async def is_session_valid(request: Request) -> bool:
-    """Return whether the session of a request is still valid. A stream asks once a minute."""
-    return user_of(request) is not None
+    """Return whether the session of a request still has its user, in the same role. A stream asks once a minute."""
+    return await access_of(request).still_admits(request, user_of(request))
 
 
 async def operator_form(request: Request) -> FormData:

@@ -22,8 +22,10 @@ from worker.ledger import (
     fee_sharers,
     funds_holds,
     metrics_queries,
+    now_report,
     outcome_deliveries,
     payments,
+    provider_report,
     refreshes,
 )
 from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
@@ -238,6 +240,24 @@ FREQUENT_QUERIES: dict[str, tuple[Callable[[Tx], Any], set[str]]] = {
     "rejected balances": (
         lambda tx: balance_report.rejected_counts(tx, END - timedelta(hours=3)),
         {"balance_rejected"},
+    ),
+    "most urgent waiting payments": (
+        lambda tx: now_report.first_waiting_by_deadline(tx, 300),
+        {"payment_due_at", "payment_waiting"},
+    ),
+    "waiting payments by time left": (
+        lambda tx: now_report.waiting_counts_by_deadline(tx, [END, END + timedelta(seconds=60)]),
+        {"payment_due_at", "payment_waiting"},
+    ),
+    "first call": (now_report.first_call_at, {"fee_entry_called_at"}),
+    "a step of pending calls": (
+        lambda tx: now_report.pending_calls_of_next_step(tx, END - timedelta(seconds=60), END),
+        {"fee_entry_called_at"},
+    ),
+    "finished calls": (lambda tx: now_report.final_call_ids(tx, ["c7"]), {"fee_entry_final"}),
+    "sampled calls": (
+        lambda tx: provider_report.sample_calls(tx, END - timedelta(seconds=20), END),
+        {"fee_entry_pkey", "balance_received"},
     ),
     "due balances": (lambda tx: balances.claim_overdue_unapplied(tx, END, 500), {"balance_due_at"}),
 }
