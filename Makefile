@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # tests mostly wait, so there are more workers than cores
 
-.PHONY: help setup demo up test test-slow test-long test-topologies check chaos docs bench lock image-test clean
+.PHONY: help setup demo up test test-slow test-long test-topologies test-browser check chaos docs bench lock image-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,16 +27,19 @@ up: setup  ## run the same processes until Ctrl-C
 	$(BIN)/payready up
 
 test: setup  ## the test suite without slow and long tests, on a Valkey and a PostgreSQL that it starts itself
-	$(BIN)/python -m pytest -m "not slow and not long and not topology" $(PYTEST_PARALLEL)
+	$(BIN)/python -m pytest -m "not slow and not long and not topology and not browser" $(PYTEST_PARALLEL)
 
 test-slow: setup  ## slow tests that rarely fail: chaos, outages, load, a fault at each I/O operation
-	$(BIN)/python -m pytest -m "slow and not long and not topology" $(PYTEST_PARALLEL)
+	$(BIN)/python -m pytest -m "slow and not long and not topology and not browser" $(PYTEST_PARALLEL)
 
 test-long: setup  ## the longest tests, before a release: storms, fuzzers, long outages; CI does not run them
 	$(BIN)/python -m pytest -m long $(PYTEST_PARALLEL)
 
 test-topologies: setup  ## poolers, standbys, Sentinel, Cluster, proxies: real servers; CI does not run them
 	$(BIN)/python -m pytest -m topology
+
+test-browser: setup  ## the dashboard in a real Chromium; CI does not run it
+	$(BIN)/python -m pytest -m browser
 
 check: setup  ## check style, types, import contracts, and that migrations match the tables
 	$(BIN)/ruff check .

@@ -11,11 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import half_year, webhook_throughput
+from benchmarks import dashboard_pages, half_year, webhook_throughput
 from benchmarks.benchmark_system import benchmark_system
 from benchmarks.cases import CASES
 
-STANDALONE_CASES = {"webhook": webhook_throughput.measure, "retention": half_year.measure}
+STANDALONE_CASES = {
+    "webhook": webhook_throughput.measure,
+    "retention": half_year.measure,
+    "dashboard": dashboard_pages.measure,
+}
 """Cases that do not need the whole system."""
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
@@ -29,11 +33,13 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=2000, help="burst, sizing: number of payments")
     parser.add_argument("--rate", type=float, default=20, help="paced: payments per second")
     parser.add_argument("--seconds", type=float, default=20, help="paced: duration in seconds")
+    parser.add_argument("--readers", type=int, default=0, help="paced: number of browsers on the dashboard")
     parser.add_argument("--hot", type=int, default=1000, help="hot_accounts: payments on ten accounts")
     parser.add_argument("--waiting", type=int, default=5000, help="idle_waiting: number of payments")
     parser.add_argument("--entries", type=int, default=1_000_000, help="statement: number of fee entries")
     parser.add_argument("--lines", type=int, default=1_000_000, help="reconcile: number of calls of the month")
-    parser.add_argument("--payments", type=int, default=1_000_000, help="retention: number of payments")
+    parser.add_argument("--payments", type=int, default=1_000_000, help="retention, dashboard: number of payments")
+    parser.add_argument("--dashboard-waiting", type=int, default=10_000, help="dashboard: number of waiting payments")
     parser.add_argument("--webhook-rounds", type=int, default=5, help="webhook: alternating rounds of each handler")
     parser.add_argument(
         "--deliveries", type=int, default=1_000_000, help="webhook: deliveries of the memory measurement"

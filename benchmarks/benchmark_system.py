@@ -12,7 +12,8 @@ from typing import Any
 from celery import Celery
 from redis import Redis
 
-from demo.processes import assign_free_port, procfile
+from benchmarks.dashboard_client import login_settings
+from demo.processes import assign_free_port, procfile, responds
 from tests.support.servers import Postgres
 from tests.support.system import System, system
 
@@ -32,8 +33,9 @@ class DurablePostgres(Postgres):
 class BenchmarkSystem:
     """Running system, with the operations of the measurements."""
 
-    def __init__(self, running: System) -> None:
+    def __init__(self, running: System, dashboard_url: str) -> None:
         self.system = running
+        self.dashboard_url = dashboard_url
         self.redis: Redis = Redis.from_url(running.redis_url)
         self.app = Celery("payments-service", broker=running.redis_url, set_as_current=False)
 
@@ -141,7 +143,11 @@ def benchmark_system() -> Iterator[BenchmarkSystem]:
     """Start all roles of the Procfile and process 60 payments to warm them up."""
     with tempfile.TemporaryDirectory(prefix="payready-bench-") as folder, tempfile.TemporaryDirectory() as home:
         server = DurablePostgres(Path(home))
+        dashboard_port = assign_free_port()
+        dashboard_url = f"http://127.0.0.1:{dashboard_port}"
         environ = {
+            "PAYREADY_DASHBOARD_PORT": str(dashboard_port),
+            **login_settings(),
             "FLOWER_PORT": str(assign_free_port()),
             "FLOWER_BASIC_AUTH": "bench:bench",
             "PAYREADY_REFRESH_WINDOW_S": "60",
@@ -152,7 +158,8 @@ def benchmark_system() -> Iterator[BenchmarkSystem]:
         try:
             with system(Path(folder), server.database(), *ROLES, **environ) as running:
                 running.simulator.put("defaults", rate_limit_per_s=1_000_000)
-                benchmark = BenchmarkSystem(running)
+                running.processes.wait_for("dashboard", lambda: responds(f"{dashboard_url}/readyz"))
+                benchmark = BenchmarkSystem(running, dashboard_url)
                 benchmark.wait_until_resolved(benchmark.enqueue(benchmark.accounts(60)))
                 time.sleep(1)
                 yield benchmark

@@ -14,11 +14,14 @@ from typing import Any
 
 from benchmarks import process_stats, seed_data
 from benchmarks.benchmark_system import ROLES, BenchmarkSystem
+from benchmarks.dashboard_client import readers
 from benchmarks.ledger_stats import growth_each, read_ledger_stats
 from worker.ledger import cap_usage, fee_calls, fee_statement, payment_shares
 from worker.ledger.engine import Tx, read_snapshot
 
 Measurements = dict[str, Any]
+READ_PAGES = ("/", "/payments", "/provider", "/fees")
+"""Pages that a reader of the dashboard reads in turn."""
 TAIL_TIME_S = 1.0
 """Time after the last outcome in which CPU still counts, for acknowledgements and delivery marks."""
 
@@ -49,11 +52,12 @@ def burst(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements
 
 
 def paced(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:
-    """Measure payments at a steady rate, from the webhook to the outcome."""
-    ids, measurements = _run_to_end(
-        benchmark, benchmark.accounts(int(sizes.rate * sizes.seconds)), per_second=sizes.rate
-    )
-    return {"per_second": sizes.rate, **_quantiles(benchmark.wait_times(ids)), **measurements}
+    """Measure payments at a steady rate, from the webhook to the outcome, with readers of the dashboard if wanted."""
+    with readers(benchmark.dashboard_url, sizes.readers, READ_PAGES):
+        ids, measurements = _run_to_end(
+            benchmark, benchmark.accounts(int(sizes.rate * sizes.seconds)), per_second=sizes.rate
+        )
+    return {"per_second": sizes.rate, "readers": sizes.readers, **_quantiles(benchmark.wait_times(ids)), **measurements}
 
 
 def hot_accounts(benchmark: BenchmarkSystem, sizes: argparse.Namespace) -> Measurements:

@@ -13,6 +13,7 @@ ROLE_MARKERS = {
     "refresh": "refresh@",
     "beat": " beat",
     "flower": " flower",
+    "dashboard": "-m dashboard",
     "valkey": "valkey-server",
     "postgres": "postgres",
     "simulator": "-m simulator",

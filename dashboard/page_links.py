@@ -11,7 +11,7 @@ _DOT_SEGMENTS = (".", "..")
 
 def payment_path(payment_id: str) -> str:
     """Return the path of a payment's page."""
-    if payment_id in _DOT_SEGMENTS:
+    if payment_id in _DOT_SEGMENTS or "\n" in payment_id:  # a route's path has no line break
         return f"/payments/?{urlencode({'id': payment_id})}"
     return f"/payments/{quote(payment_id, safe='', errors='replace')}"
 
