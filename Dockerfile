@@ -36,11 +36,12 @@ ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     PAYREADY_ENV=production \
     PAYREADY_WEBHOOK_HOST=0.0.0.0 \
+    PAYREADY_DASHBOARD_HOST=0.0.0.0 \
     PAYREADY_METRICS_HOST=0.0.0.0 \
     PAYREADY_METRICS_PORT=9100
 USER 10001:10001
-EXPOSE 8000 9100 5555
+EXPOSE 8000 8080 9100 5555
 ENTRYPOINT ["role"]
 CMD ["web"]
-# For web, worker, refresh and beat. `release` and `flower` need another check, or none.
+# For web, worker, refresh, beat and dashboard. `release` and `flower` need another check, or none.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 CMD ["healthy", "9100", "/healthz"]

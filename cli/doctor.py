@@ -33,6 +33,7 @@ Server = Literal[
     "`web`",
     "the public address",
     "Flower",
+    "the dashboard",
 ]
 CHECKS: Mapping[Check, Sequence[Server]] = {
     doctor_server_checks.check_database: ("the database",),
@@ -52,6 +53,7 @@ CHECKS: Mapping[Check, Sequence[Server]] = {
     doctor_checks.check_overdue_payments_and_deliveries: ("the database",),
     doctor_checks.check_callbacks_name_a_queue: ("the database",),
     doctor_checks.check_flower_requires_login: ("Flower",),
+    doctor_checks.check_dashboard_is_ready: ("the dashboard",),
 }
 """All checks with the servers that they use, in the order of their output: a dependency before the checks that need it.
 """
@@ -63,7 +65,12 @@ END_AFTER_START_S = 18.0
 
 
 def run_checks(
-    settings: Settings, rt: Runtime, flower_url: str, web_url: str | None = None, started_at: float = STARTED_AT
+    settings: Settings,
+    rt: Runtime,
+    flower_url: str,
+    web_url: str | None = None,
+    dashboard_url: str | None = None,
+    started_at: float = STARTED_AT,
 ) -> Iterator[CheckResult]:
     """Run every check. Results are yielded in the order of `CHECKS`, as soon as they are known.
 
@@ -73,7 +80,8 @@ def run_checks(
         settings=settings,
         rt=rt,
         flower_url=flower_url,
-        web_url=web_url or local_web_url(settings),
+        web_url=web_url or local_url(settings.webhook_host, settings.webhook_port),
+        dashboard_url=dashboard_url or local_url(settings.dashboard_host, settings.dashboard_port),
     )
     deadline = min(monotonic() + TIME_LIMIT_S, started_at + END_AFTER_START_S)
     running = [RunningCheck(check, context, servers) for check, servers in CHECKS.items()]
@@ -81,10 +89,10 @@ def run_checks(
         yield from check.results_until(deadline)
 
 
-def local_web_url(settings: Settings) -> str:
-    """Return the URL of `web` on this host."""
-    host = "127.0.0.1" if settings.webhook_host in ("0.0.0.0", "::") else settings.webhook_host  # noqa: S104 - all addresses
-    return f"http://[{host}]:{settings.webhook_port}" if ":" in host else f"http://{host}:{settings.webhook_port}"
+def local_url(listens_on: str, port: int) -> str:
+    """Return the URL at which this host reaches its own server."""
+    host = "127.0.0.1" if listens_on in ("0.0.0.0", "::") else listens_on  # noqa: S104 - all addresses
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class RunningCheck:
@@ -140,5 +148,6 @@ def _address(context: CheckContext, server: Server) -> str:
         "`web`": context.web_url,
         "the public address": settings.webhook_url,
         "Flower": context.flower_url,
+        "the dashboard": context.dashboard_url,
     }
     return server_probes.address_without_credentials(urls[server] or "")

@@ -259,6 +259,21 @@ def check_flower_requires_login(context: CheckContext) -> Iterator[CheckResult]:
         yield warning("flower", message, "start the role `flower`, or give its address with --flower")
 
 
+def check_dashboard_is_ready(context: CheckContext) -> Iterator[CheckResult]:
+    """Check that the dashboard is ready: it can read the ledger and its sessions."""
+    url = f"{context.dashboard_url.rstrip('/')}/readyz"
+    try:
+        is_ready = _permits_access(url, None)
+    except OSError as unreachable:
+        message = f"does not respond at {context.dashboard_url}: {getattr(unreachable, 'reason', unreachable)}"
+        yield warning("dashboard", message, "start the role `dashboard`, or give its address with --dashboard")
+        return
+    if is_ready:
+        yield ok("dashboard", "is ready")
+    else:
+        yield warning("dashboard", "is not ready", f"{url} has the reason")
+
+
 def _permits_access(url: str, login: str | None) -> bool:
     """Return whether the URL responds 2xx to this login, or without one to None. Raise OSError if it is unreachable."""
     headers = {} if login is None else {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}

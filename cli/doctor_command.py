@@ -26,13 +26,16 @@ def doctor_command(
         str | None,
         typer.Option(help="URL of `web`, preferably the public one. Default: this host, at PAYREADY_WEBHOOK_PORT."),
     ] = None,
+    dashboard: Annotated[
+        str | None, typer.Option(help="URL of the dashboard. Default: this host, at PAYREADY_DASHBOARD_PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check all dependencies and print how to fix problems. Exit status 1 if a check fails."""
     with report_errors():
         require_in_production(settings(), "database_url", "redis_url")
         # The runtime is not closed: a check that hangs still uses it.
-        results = doctor.run_checks(settings(), build_runtime(settings()), flower, web)
+        results = doctor.run_checks(settings(), build_runtime(settings()), flower, web, dashboard)
         found = list(results if as_json else map(_print_check_result, results))
         if as_json:
             typer.echo(render.as_json(found))

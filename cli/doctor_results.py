@@ -36,6 +36,7 @@ class CheckContext:
     rt: Runtime
     flower_url: str
     web_url: str
+    dashboard_url: str
 
 
 Check = Callable[[CheckContext], Iterator[CheckResult]]

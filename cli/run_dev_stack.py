@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import render
-from demo.dev_stack import FLOWER_LOGIN, DevStack, PreferredPorts, start_sqlite_dev_stack
+from demo.dev_stack import DASHBOARD_LOGIN, FLOWER_LOGIN, DevStack, PreferredPorts, start_sqlite_dev_stack
 from demo.interrupts import Interrupted, Interrupts
 from demo.processes import ROOT, StartOrExitError
 
 RUN_FOLDER = ROOT / ".run" / "up"
-PORTS = PreferredPorts(web=8000, flower=5555, simulator=9900, valkey=6390)
+PORTS = PreferredPorts(web=8000, flower=5555, dashboard=8080, simulator=9900, valkey=6390)
 CHECK_INTERVAL_S = 0.5
 
 
@@ -60,6 +60,7 @@ def print_addresses_and_examples(console: Console, stack: DevStack, environ: Pat
     """Print the addresses of a stack, and commands to try. `environ` is the file with its settings."""
     table = Table(box=None, pad_edge=False, show_header=False)
     remarks = {
+        "dashboard": f"  login {DASHBOARD_LOGIN}",
         "flower": f"  login {FLOWER_LOGIN}",
         "simulator": "  (simulates Quiltt; scenarios: python -m simulator --list)",
     }
@@ -76,6 +77,7 @@ def print_addresses_and_examples(console: Console, stack: DevStack, environ: Pat
 def _addresses(stack: DevStack) -> dict[str, str]:
     return {
         "webhook_endpoint": f"{stack.web_url}/webhooks/quiltt",
+        "dashboard": stack.dashboard_url,
         "flower": stack.flower_url,
         "simulator": stack.simulator_url,
         "broker_and_results": stack.redis_url,

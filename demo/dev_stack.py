@@ -16,8 +16,12 @@ from demo.processes import Processes, assign_free_port, procfile, responds
 
 API_KEY, WEBHOOK_SECRET, FLOWER_LOGIN = "demo-api-key", "demo-webhook-secret", "demo:demo"
 """Not secret: every process listens on the loopback interface only, and production rejects the first two."""
+DASHBOARD_LOGIN = "demo:demo"
+DASHBOARD_USERS = (
+    "demo:operator:$argon2id$v=19$m=19456,t=1,p=1$3pPyj9N71dgnS0t3mQxwxQ$fKHSjYECcIFrSl/P01skz0DArEh7lXX4PuQDwDuzEWE"
+)
 WORKER_ROLES = ("worker", "refresh")
-METRICS_ROLES = ("web", *WORKER_ROLES, "beat")
+METRICS_ROLES = ("web", *WORKER_ROLES, "beat", "dashboard")
 """Roles that serve metrics, each on its own port."""
 
 
@@ -27,6 +31,7 @@ class PreferredPorts:
 
     web: int | None = None
     flower: int | None = None
+    dashboard: int | None = None
     simulator: int | None = None
     valkey: int | None = None
 
@@ -43,6 +48,7 @@ class DevStack:
     web_url: str
     simulator_url: str
     flower_url: str
+    dashboard_url: str
     metrics_urls: Mapping[str, str]
     """By role."""
 
@@ -69,8 +75,9 @@ def start_sqlite_dev_stack(
         StartOrExitError: a process did not start.
     """
     ports = ports or PreferredPorts()
-    web, simulator, flower, valkey = (
-        assign_free_port(preferred) for preferred in (ports.web, ports.simulator, ports.flower, ports.valkey)
+    web, simulator, flower, dashboard, valkey = (
+        assign_free_port(preferred)
+        for preferred in (ports.web, ports.simulator, ports.flower, ports.dashboard, ports.valkey)
     )
     redis_url, database_url = f"redis://127.0.0.1:{valkey}/0", f"sqlite:///{folder}/payready.db"
     simulator_url = f"http://127.0.0.1:{simulator}"
@@ -83,6 +90,9 @@ def start_sqlite_dev_stack(
         "PAYREADY_WEBHOOK_SECRETS": WEBHOOK_SECRET,
         "PAYREADY_WEBHOOK_PORT": str(web),
         "PAYREADY_DRAIN_S": "0",
+        "PAYREADY_DASHBOARD_PORT": str(dashboard),
+        "PAYREADY_DASHBOARD_USERS": DASHBOARD_USERS,
+        "PAYREADY_DASHBOARD_FLOWER_URL": f"http://127.0.0.1:{flower}",
         **(settings or {}),
     }
     with Processes(folder, environ, check_interrupts) as processes:
@@ -94,6 +104,7 @@ def start_sqlite_dev_stack(
             web_url=f"http://127.0.0.1:{web}",
             simulator_url=simulator_url,
             flower_url=f"http://127.0.0.1:{flower}",
+            dashboard_url=f"http://127.0.0.1:{dashboard}",
             metrics_urls={role: f"http://127.0.0.1:{assign_free_port()}/metrics" for role in METRICS_ROLES},
         )
         processes.valkey(valkey)
@@ -117,6 +128,7 @@ def _start_roles_and_wait_until_ready(stack: DevStack, flower: int) -> None:
             processes.start(role, command, **environ)
     processes.wait_for("simulator", lambda: responds(f"{stack.simulator_url}/healthz"))
     processes.wait_for("web", lambda: responds(f"{stack.web_url}/readyz"))
+    processes.wait_for("dashboard", lambda: responds(f"{stack.dashboard_url}/readyz"))
     processes.wait_for("flower", lambda: responds(f"{stack.flower_url}/healthcheck"))
     with probe_if_worker_has_responded(stack.redis_url) as is_connected:
         for role in WORKER_ROLES:

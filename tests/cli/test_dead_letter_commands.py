@@ -265,7 +265,7 @@ def test_doctor_warns_of_dead_letters(ledger: LedgerBuilder) -> None:
     """It names their number, the newest, and the command."""
     chosen = Settings(database_url=ledger.url)
     rt = build_runtime(chosen)
-    context = CheckContext(settings=chosen, rt=rt, flower_url="", web_url="")
+    context = CheckContext(settings=chosen, rt=rt, flower_url="", web_url="", dashboard_url="")
 
     def check() -> CheckResult:
         [result] = check_dead_letters(context)

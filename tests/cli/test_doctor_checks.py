@@ -108,8 +108,8 @@ def test_clock_drift_excludes_round_trip(server_s: float, round_trip_s: float, d
 def context() -> CheckContext:
     """Inputs of checks that use no server."""
     settings = Settings()
-    web_url = "http://127.0.0.1:1"
-    return CheckContext(settings=settings, rt=build_runtime(settings), flower_url="http://127.0.0.1:1", web_url=web_url)
+    urls = dict.fromkeys(("flower_url", "web_url", "dashboard_url"), "http://127.0.0.1:1")
+    return CheckContext(settings=settings, rt=build_runtime(settings), **urls)
 
 
 def test_clock_that_cannot_be_compared_is_a_warning(context: CheckContext) -> None:
@@ -237,14 +237,17 @@ def test_doctor_runs_all_checks_despite_invalid_addresses(
     monkeypatch: pytest.MonkeyPatch, context: CheckContext
 ) -> None:
     """An address without a scheme makes the request raise ValueError."""
-    checks = {check: doctor.CHECKS[check] for check in doctor.CHECKS if re.search("web|flower", check.__name__)}
+    checks = {
+        check: doctor.CHECKS[check] for check in doctor.CHECKS if re.search("web|flower|dashboard", check.__name__)
+    }
     monkeypatch.setattr(doctor, "CHECKS", checks)
     settings = context.settings.model_copy(update={"webhook_secrets": [SecretStr("s")]})
-    found = list(doctor.run_checks(settings, context.rt, "http://[", web_url="foo"))
+    found = list(doctor.run_checks(settings, context.rt, "http://[", web_url="foo", dashboard_url="bar"))
     assert [result.check for result in found] == [
         "webhook secrets",
         "web accepts signed delivery",
         "flower requires login",
+        "dashboard is ready",
     ]
 
 
@@ -259,7 +262,7 @@ def test_doctor_runs_all_checks_despite_invalid_addresses(
     ],
 )
 def test_doctor_looks_for_web_at_the_address_of_the_settings(host: str, url: str) -> None:
-    assert doctor.local_web_url(Settings(webhook_host=host)) == url
+    assert doctor.local_url(host, 8000) == url
 
 
 def _server(**fields: Any) -> DatabaseServer:

@@ -50,7 +50,7 @@ class Doctor:
     def results(self) -> list[tuple[Severity, str]]:
         """Run the check."""
         rt = build_runtime(self.settings)
-        context = CheckContext(settings=self.settings, rt=rt, flower_url="", web_url="")
+        context = CheckContext(settings=self.settings, rt=rt, flower_url="", web_url="", dashboard_url="")
         try:
             return [(result.severity, result.message) for result in check_unread_lists(context)]
         finally:

@@ -41,7 +41,7 @@ def test_procfile_returns_commands_by_role(tmp_path: Path) -> None:
     """A line is `role: command`; other lines are skipped."""
     (tmp_path / "Procfile").write_text("# a remark\nweb: python -m webhook\n\nbeat:  celery beat --x=${Y:-1}\n")
     assert procfile(tmp_path / "Procfile") == {"web": "python -m webhook", "beat": "celery beat --x=${Y:-1}"}
-    assert list(procfile()) == ["release", "web", "worker", "refresh", "beat", "flower"]
+    assert list(procfile()) == ["release", "web", "worker", "refresh", "beat", "dashboard", "flower"]
 
 
 def test_free_port_is_never_a_bound_one() -> None:
@@ -223,6 +223,7 @@ def test_up_prints_addresses_as_json_and_leaves_no_process(tmp_path: Path) -> No
         addresses = json.loads(output.read_text())
         assert responds(addresses["webhook_endpoint"].replace("/webhooks/quiltt", "/readyz"))
         assert responds(addresses["metrics_of_beat"])
+        assert responds(f"{addresses['dashboard']}/login")
         running.terminate()
         assert running.wait(20) == 0
     assert_no_process_is_left(mark)

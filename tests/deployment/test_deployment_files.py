@@ -11,6 +11,7 @@ import yaml
 
 from config.setting_types import ENV_PREFIX
 from config.settings import Settings, load_rejecting_unknown
+from dashboard.__main__ import MAX_DATABASE_CONNECTIONS
 from demo.processes import ROOT, procfile
 from tests.support.role_secrets import SECRETS, secrets_of
 
@@ -154,6 +155,7 @@ def test_kubernetes_runs_every_role_confined() -> None:
         "PAYREADY_REDIS_URL": "redis://valkey:6379/0",
         "PAYREADY_QUILTT_API_KEY": "an-api-key-of-the-test",
         "PAYREADY_WEBHOOK_SECRETS": "a-secret-of-16-characters",
+        "PAYREADY_DASHBOARD_USERS": "olivia:operator:-",
     }
     settings = load_rejecting_unknown({**_kubernetes_settings(), **secrets})
     assert str(settings.price_list_file.parent) == "/prices"
@@ -194,7 +196,8 @@ def _max_pods(role: str) -> int:
 def test_maxima_of_scaling_fit_the_connections_that_the_guide_asks_for() -> None:
     """Every pod may use its whole pool. `release` and the doctor have one each, and PostgreSQL reserves three."""
     connections = int(_kubernetes_settings()["PAYREADY_DATABASE_CONNECTIONS"])
-    needed = connections * sum(_max_pods(role) for role in ("web", "worker", "refresh", "beat")) + 2 + 3
+    needed = connections * sum(_max_pods(role) for role in ("web", "worker", "refresh", "beat"))
+    needed += MAX_DATABASE_CONNECTIONS * _max_pods("dashboard") + 2 + 3
     guide = (ROOT / "docs" / "howto" / "deploy-kubernetes.md").read_text()
     [asked] = re.findall(r"`max_connections` to at least (\d+)", guide)
     assert needed <= int(asked) < needed + 10
@@ -207,7 +210,7 @@ def test_compose_fits_the_connections_of_its_postgresql() -> None:
     [limit] = [int(option.split("=")[1]) for option in services["postgres"]["command"] if "max_connections" in option]
     replicas = sum(services[role].get("deploy", {}).get("replicas", 1) for role in ("web", "worker", "refresh", "beat"))
     default = load_rejecting_unknown({}).database_connections
-    assert default * replicas + 2 + 3 <= limit
+    assert default * replicas + MAX_DATABASE_CONNECTIONS + 2 + 3 <= limit
 
 
 def test_web_may_drain_and_finish_before_it_is_killed() -> None:
@@ -230,7 +233,7 @@ def test_image_has_exactly_the_production_packages() -> None:
     """All packages but the simulator."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     copied = set(re.findall(r"^COPY (\w+) /app/\w+$", dockerfile, re.MULTILINE))
-    assert copied == {"cli", "config", "demo", "migrations", "tasks", "webhook", "worker"}
+    assert copied == {"cli", "config", "dashboard", "demo", "migrations", "tasks", "webhook", "worker"}
     assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
     ignored = (ROOT / ".dockerignore").read_text()
     assert all(f"!{name}\n" in ignored for name in copied)

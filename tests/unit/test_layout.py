@@ -11,6 +11,7 @@ FOLDERS = {
     "benchmarks",
     "cli",
     "config",
+    "dashboard",
     "demo",
     "deploy",
     "migrations",

@@ -24,6 +24,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "worker": {**DATABASE, **REDIS, **API_KEY},
     "refresh": {**DATABASE, **REDIS, **API_KEY},
     "beat": {**DATABASE, **REDIS},
+    "dashboard": {**DATABASE, **REDIS},
     "flower": REDIS,
 }
 """The settings without which a role does not start in production: `test_secrets_by_role` starts each with no other."""
