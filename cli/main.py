@@ -83,6 +83,12 @@ class RootCommands(LazyGroup):
             attribute="app",
             summary="Archive closed months in files, check the files, restore a month.",
         ),
+        "dashboard-user": LazyCommand(
+            module="cli.dashboard_user_command",
+            attribute="dashboard_user",
+            summary="Print a line for PAYREADY_DASHBOARD_USERS or its file: "
+            "the name, the role, and a hash of the password.",
+        ),
         "dead-letters": LazyCommand(
             module="cli.dead_letter_commands",
             attribute="app",

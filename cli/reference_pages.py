@@ -19,7 +19,7 @@ from config.settings import Settings
 from demo.processes import ROOT, procfile
 from tasks.app import app as celery_app
 from worker import metrics
-from worker.ledger import archive_tables, tables
+from worker.ledger import archive_tables, audit_tables, tables
 from worker.ledger.column_types import postgresql_type
 from worker.metric_types import Label, MetricDefinition
 from worker.webhook_results import DELIVERY_RESULTS
@@ -298,7 +298,7 @@ def schema_page() -> str:
 
 def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield for each table its attribute docstrings, and its class docstring under the empty name."""
-    sources = (inspect.getsource(module) for module in (tables, archive_tables))
+    sources = (inspect.getsource(module) for module in (tables, audit_tables, archive_tables))
     for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
