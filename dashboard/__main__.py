@@ -13,7 +13,7 @@ from config.log_config import configure_logging, log_start
 from config.role_settings import require_settings_of_role
 from config.settings import ConfigurationError, Settings, settings
 from dashboard.application import Dashboard, build_app
-from dashboard.connections import DashboardConnection
+from dashboard.dashboard_connection import DashboardConnection
 from dashboard.now_feed import NowFeed
 from worker import metrics_server
 from worker.runtime import build_runtime

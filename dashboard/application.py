@@ -8,12 +8,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from config.log_config import get_logger
+from dashboard import health_checks
 from dashboard.access.access_control import AccessControl
 from dashboard.access.access_middleware import AccessMiddleware
 from dashboard.access.request_limits import RequestLimits
@@ -37,7 +38,6 @@ from dashboard.pages import (
     reconcile_page,
 )
 from dashboard.provider_reading import ProviderReader
-from dashboard.readiness import readyz, shared_check
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE
@@ -84,7 +84,11 @@ def build_app(runtime: Runtime) -> Dashboard:
     )
     app.requires_tls = access.is_production
     app.router.redirect_slashes = False  # it would redirect to the host that the client names
-    app.state.runtime, app.state.access, app.state.readiness = runtime, access, shared_check(runtime, sessions)
+    app.state.runtime, app.state.access, app.state.readiness = (
+        runtime,
+        access,
+        health_checks.shared_check(runtime, sessions),
+    )
     app.state.now_feed = NowFeed(NowReader(runtime))
     app.state.provider_reader = ProviderReader(runtime)
     app.state.fee_days = FeeDays(runtime)
@@ -101,8 +105,7 @@ async def _prepare(_: Starlette) -> AsyncIterator[None]:
 
 def _routes() -> Sequence[BaseRoute]:
     return [
-        Route("/healthz", _healthz),
-        Route("/readyz", readyz),
+        *health_checks.ROUTES,
         Mount("/static", StaticFiles(directory=FOLDER / "static"), name="static"),
         *login_page.ROUTES,
         *now_page.ROUTES,
@@ -116,11 +119,6 @@ def _routes() -> Sequence[BaseRoute]:
         *dead_letters_page.ROUTES,
         *quarantine_page.ROUTES,
     ]
-
-
-async def _healthz(_: Request) -> Response:
-    """Respond with 200: the process runs."""
-    return PlainTextResponse("ok")
 
 
 def _show_problem(request: Request, status_code: int, problem: str) -> Response:

@@ -1,5 +1,7 @@
 """What the lists of dead letters and quarantined events share: pages by key, and the selection of rows."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -8,8 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from worker.ledger.retention import Position
+from worker.rules.times import parse_utc_time
 
 PAGE_SIZE = 50
+_COUNT = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,15 @@ class Selection:
 
     @property
     def subject(self) -> str:
-        """Return the selection for the audit."""
-        return f"all with the reason {self.reason}" if self.reason else ", ".join(self.ids)
+        """Return the selection for the audit: an id, or how many."""
+        if self.reason:
+            return f"all with the reason {self.reason}"
+        return self.ids[0] if len(self.ids) == 1 else f"{len(self.ids)} selected"
+
+    @property
+    def detail(self) -> dict[str, str] | None:
+        """Return the ids of several rows for the audit, where the subject would be cut."""
+        return {"ids": ", ".join(self.ids)} if len(self.ids) > 1 else None
 
 
 def selection_of(form: FormData) -> Selection:
@@ -66,9 +77,15 @@ def parse_position(text: str | None) -> Position | None:
         return None
     time, _, key = text.partition(" ")
     try:
-        at = datetime.fromisoformat(time)
+        at = parse_utc_time(time)
     except ValueError:
         at = None
-    if at is None or at.tzinfo is None or "\0" in key:
+    if at is None or "\0" in key:
         raise HTTPException(400, "before must be the position of a row, as the link to the next page has it")
     return Position(at=at, key=key)
+
+
+def counts_of(request: Request, names: Iterable[str]) -> dict[str, int]:
+    """Return the numbers of these names that an action's redirect has. Other values are ignored."""
+    texts = {name: request.query_params.get(name, "") for name in names}
+    return {name: int(text) for name, text in texts.items() if _COUNT.fullmatch(text)}

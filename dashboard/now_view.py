@@ -20,7 +20,6 @@ from worker.rules.states import PaymentState, RefreshState
 
 MAX_MARKS = 300
 """How many waiting payments have a mark of their own, those with the earliest deadlines."""
-LISTED_PAYMENTS = 10
 STRIP_BARS = 47
 """Bars of the strip that counts all waiting payments: one each 2 % of the picture's width, up to the deadline."""
 SOON_S = 15.0
@@ -78,11 +77,6 @@ class Mark:
     kind: str
     left_s: float
     waited_s: float
-
-    @property
-    def state_label(self) -> str:
-        """What the payment waits for."""
-        return STATE_LABELS[self.payment.refresh]
 
 
 @dataclass(frozen=True, kw_only=True)

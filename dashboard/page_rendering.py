@@ -43,7 +43,7 @@ def render(request: Request, template: str, *, status_code: int = 200, **values:
         _environment()
         .get_template(template)
         .render(
-            path=request.url.path,
+            path=request.scope["path"],
             navigation=NAVIGATION,
             user=getattr(request.state, "user", None),
             csrf_token=getattr(request.state, "csrf_token", ""),
@@ -77,7 +77,6 @@ def _environment() -> Environment:
     )
     environment.filters.update(utc=utc_time_text, duration=duration_text, amount=amount_with_currency_text)
     environment.filters.update(payment_path=payment_path, short=short_duration, bin_label=bin_label)
-    environment.globals["version"] = payready_version()
     environment.globals.update(version=payready_version(), payments_path=payments_path)
     return environment
 

@@ -2,6 +2,7 @@
 
 import secrets
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -45,9 +46,18 @@ async def operator_form(request: Request) -> FormData:
     Raises:
         HTTPException: 403: the user is no operator, or the form was not made by a page of this session.
     """
+    require_operator(request)
+    return await session_form(request)
+
+
+def require_operator(request: Request) -> None:
+    """Check that the user may act.
+
+    Raises:
+        HTTPException: 403: the user is no operator.
+    """
     if not user_of(request).is_operator:
         raise HTTPException(403, "only an operator may do this; you are logged in as a viewer")
-    return await session_form(request)
 
 
 async def session_form(request: Request) -> FormData:
@@ -56,9 +66,22 @@ async def session_form(request: Request) -> FormData:
     Raises:
         HTTPException: 403: the form was not made by a page of this session.
     """
-    form = await request.form(max_files=1, max_part_size=MAX_UPLOAD_BYTES)
+    form = await read_form(request, max_files=1)
     token, expected = form.get("csrf_token"), request.state.csrf_token
     # Without a session there is no token, and an empty one must not equal it.
     if not isinstance(token, str) or not expected or not secrets.compare_digest(token.encode(), expected.encode()):
         raise HTTPException(403, "the form is of another session; load the page again, and repeat the action")
     return form
+
+
+async def read_form(request: Request, *, max_files: int) -> FormData:
+    """Return a form without any check of its sender.
+
+    Raises:
+        HTTPException: 400: it is no form, or not encoded as UTF-8, as browsers do it. Texts of other encodings, such as
+            UTF-7, can have characters that cannot be encoded again.
+    """
+    _, options = parse_options_header(request.headers.get("content-type"))
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise HTTPException(400, "the form must be encoded as UTF-8")
+    return await request.form(max_files=max_files)

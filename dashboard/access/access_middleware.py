@@ -50,7 +50,9 @@ class AccessMiddleware:
         """Set the user of a request. Return a response to a refused one, or the token of a session that has begun."""
         if request.method not in SAFE_METHODS and request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return self._show_problem(request, 403, "the form is of another site; open the dashboard itself")
-        if is_public(request.url.path):
+        if is_public(
+            request.scope["path"]
+        ):  # as routing reads it; `request.url` has the client's host, and is parsed anew
             return None
         is_stream = EVENT_STREAM in request.headers.get("accept", "")
         try:

@@ -3,7 +3,6 @@
 import asyncio
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_LOGIN_BYTES = 16 * 1024
@@ -24,11 +23,10 @@ class RequestLimits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] == "http":
-            receive = self._limited(Request(scope), receive)
+            receive = self._limited(scope["path"], receive)
         await self._app(scope, receive, send)
 
-    def _limited(self, request: Request, receive: Receive) -> Receive:
-        path = request.url.path
+    def _limited(self, path: str, receive: Receive) -> Receive:
         max_bytes, time_limit_s = MAX_LOGIN_BYTES if path == "/login" else MAX_FORM_BYTES, FORM_TIME_LIMIT_S
         if f"{path}/".startswith(f"{self._upload_folder}/"):
             max_bytes, time_limit_s = self._max_upload_bytes + MAX_FORM_BYTES, UPLOAD_TIME_LIMIT_S

@@ -1,7 +1,7 @@
 """What a proxy in front says about a request: the user that it has authenticated, and the address of the client.
 
-Anyone can send these headers, so they count only on a connection from an address of the settings. The name must be in
-exactly one header: with a second one, the client's own header has passed the proxy.
+Any client can send these headers, so they count only on a connection from an address of the settings. The name must be
+in exactly one header: with a second one, the client's own header has passed the proxy.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,9 +11,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from dashboard.auditing import audited
-from dashboard.list_pages import PAGE_SIZE, parse_position, path_id, position_text, selection_of
+from dashboard.list_pages import PAGE_SIZE, counts_of, parse_position, path_id, position_text, selection_of
 from dashboard.page_rendering import render
-from dashboard.page_requests import operator_form, runtime_of, user_of
+from dashboard.page_requests import operator_form, require_operator, runtime_of, user_of
 from tasks.celery_errors import CeleryUnavailable
 from tasks.message_requeue import NotRequeueable, decoded_message_and_body, open_message_sender, send_then_delete
 from worker import flow
@@ -43,14 +43,8 @@ def show_list(request: Request) -> Response:
         is_first_page=before is None,
         next_position=position_text(page[-1].stored_at, page[-1].dead_letter_id) if len(letters) > PAGE_SIZE else None,
         done=request.query_params.get("done"),
-        counts=_counts(request),
+        counts=counts_of(request, ("changed", "refused")),
     )
-
-
-def _counts(request: Request) -> dict[str, int]:
-    """Return the numbers that an action's redirect has. Other values are ignored."""
-    texts = {name: request.query_params.get(name, "") for name in ("changed", "refused")}
-    return {name: int(text) for name, text in texts.items() if text.isascii() and text.isdigit() and len(text) < 10}  # noqa: PLR2004 - digits
 
 
 def _reason_of(text: str | None) -> DeadLetterReason | None:
@@ -74,6 +68,7 @@ def show_letter(request: Request) -> Response:
 
 def confirm(request: Request) -> Response:
     """Say what an action will do, and ask."""
+    require_operator(request)
     action = _action_of(request)
     ids, reason = request.query_params.getlist("id"), _reason_of(request.query_params.get("reason") or None)
     if bool(ids) == (reason is not None):
@@ -123,6 +118,7 @@ def _act(request: Request, action: str, form: FormData) -> _Result:
         user_of(request),
         action=f"dead_letter.{action}",
         subject=selected.subject,
+        detail=selected.detail,
         do=lambda: (_requeue if action == "requeue" else _delete)(rt, ids),
     )
 

@@ -9,9 +9,8 @@ from dashboard.access.access_control import LoginFailure
 from dashboard.access.access_middleware import local_path
 from dashboard.access.session_cookie import clear_session_cookie, set_session_cookie
 from dashboard.page_rendering import render
-from dashboard.page_requests import access_of, session_form
+from dashboard.page_requests import access_of, read_form, session_form
 
-MAX_FIELDS = 10
 _STATUS = {LoginFailure.WRONG: 401, LoginFailure.LOCKED_OUT: 429, LoginFailure.BUSY: 503}
 
 
@@ -22,7 +21,7 @@ def show_login(request: Request) -> Response:
 
 async def log_in(request: Request) -> Response:
     """Begin a session, and show the page of `next`. A refused login shows the form with the reason."""
-    form = await request.form(max_files=0, max_fields=MAX_FIELDS)
+    form = await read_form(request, max_files=0)
     name, password, next_path = (form.get(field) for field in ("name", "password", "next"))
     if not (isinstance(name, str) and isinstance(password, str)):
         raise HTTPException(400, "the form must have a name and a password")

@@ -14,7 +14,7 @@ from config.settings import Settings
 from dashboard.auditing import audited
 from dashboard.page_links import payment_path
 from dashboard.page_rendering import render
-from dashboard.page_requests import operator_form, runtime_of, user_of
+from dashboard.page_requests import operator_form, require_operator, runtime_of, user_of
 from tasks.dispatch import dispatch_leaving_deliveries_to_workers, leave_failures_to_sweep
 from worker import flow
 from worker.ledger import payment_report
@@ -143,9 +143,8 @@ def _action_of(request: Request) -> PaymentAction:
 
 def ask_before_action(request: Request) -> Response:
     """Show what an action on a payment does, with the button that does it."""
+    require_operator(request)
     action, payment_id = _action_of(request), request.query_params.get("payment_id", "")
-    if not user_of(request).is_operator:
-        raise HTTPException(403, "only an operator may do this; you are logged in as a viewer")
     rt = runtime_of(request)
     now = rt.clock()
     timeline = _read_existing(rt, payment_id)

@@ -11,9 +11,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from dashboard.auditing import audited
-from dashboard.list_pages import PAGE_SIZE, parse_position, path_id, position_text, selection_of
+from dashboard.list_pages import PAGE_SIZE, counts_of, parse_position, path_id, position_text, selection_of
 from dashboard.page_rendering import render
-from dashboard.page_requests import operator_form, runtime_of, user_of
+from dashboard.page_requests import operator_form, require_operator, runtime_of, user_of
 from webhook.quarantine_replay import replay_only_balances
 from worker import flow
 from worker.ledger import quarantine
@@ -38,7 +38,7 @@ def show_list(request: Request) -> Response:
         events=page,
         is_first_page=before is None,
         next_position=position_text(page[-1].received_at, page[-1].quarantine_id) if len(events) > PAGE_SIZE else None,
-        results={name: text for name in RESULTS if (text := request.query_params.get(name, "")).isdigit()},
+        results=counts_of(request, RESULTS),
     )
 
 
@@ -55,6 +55,7 @@ def show_event(request: Request) -> Response:
 
 def confirm(request: Request) -> Response:
     """Say what an action will do, and ask."""
+    require_operator(request)
     action, ids = _action_of(request), request.query_params.getlist("id")
     if not ids:
         raise HTTPException(400, "select events")
@@ -86,6 +87,7 @@ def _act(request: Request, action: str, form: FormData) -> Counter[str]:
         user_of(request),
         action=f"quarantine.{action}",
         subject=selected.subject,
+        detail=selected.detail,
         do=lambda: (_replay if action == "replay" else _delete)(rt, selected.ids),
         result=lambda counts: ", ".join(f"{name} {count}" for name, count in counts.items()),
     )

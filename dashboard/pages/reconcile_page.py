@@ -3,14 +3,11 @@
 The file is never stored. To apply it, the user sends it again, and its digest must be that of the file that was shown.
 """
 
-import hashlib
 import io
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
-from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -46,19 +43,9 @@ class _Busy(Exception):
     """This process reads another invoice."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Upload:
-    name: str
-    data: bytes
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-
 def show_form(request: Request) -> Response:
     """Show the form of an invoice, and what the last one did."""
-    return _form_page(request, {}, applied=request.query_params.get("applied"))
+    return _form_page(request, {}, is_applied="applied" in request.query_params)
 
 
 async def reconcile(request: Request) -> Response:
@@ -70,36 +57,28 @@ async def reconcile(request: Request) -> Response:
         raise HTTPException(413, f"the file may have up to {MAX_UPLOAD_BYTES // 1024 // 1024} MiB")
     form = await operator_form(request)
     fields = {name: value for name, value in form.items() if isinstance(value, str)}
-    file = form.get("invoice")
     try:
-        upload = await _read_upload(file) if isinstance(file, UploadFile) else _Upload(name="", data=b"")
-    finally:
-        await form.close()
-    try:
-        return await run_in_threadpool(_answer, request, parse_invoice_form(fields), upload, fields)
+        return await run_in_threadpool(_answer, request, parse_invoice_form(fields), form.get("invoice"), fields)
     except (WrongField, InvoiceError) as error:
         return _form_page(request, fields, problem=str(error), status_code=400)
     except _Busy:
         return _form_page(request, fields, problem="Another invoice is being read; send it again.", status_code=503)
+    finally:
+        await form.close()
 
 
-async def _read_upload(file: UploadFile) -> _Upload:
-    if (file.size or 0) > MAX_UPLOAD_BYTES:
-        raise HTTPException(413, f"the file may have up to {MAX_UPLOAD_BYTES // 1024 // 1024} MiB")
-    name = escape_unprintable((file.filename or "invoice")[:MAX_FILE_NAME_LENGTH])
-    return _Upload(name=name, data=await file.read())
-
-
-def _answer(request: Request, form: InvoiceForm, upload: _Upload, fields: Mapping[str, str]) -> Response:
-    if not upload.data:
+def _answer(request: Request, form: InvoiceForm, file: UploadFile | str | None, fields: Mapping[str, str]) -> Response:
+    if not isinstance(file, UploadFile) or not file.size:
         raise WrongField("invoice: choose a file")
+    if file.size > MAX_UPLOAD_BYTES:
+        raise HTTPException(413, f"the file may have up to {MAX_UPLOAD_BYTES // 1024 // 1024} MiB")
     if not _one_invoice_at_a_time.acquire(blocking=False):
         raise _Busy
     try:
         rt = runtime_of(request)
         invoice = flow.parse_invoice_file(
-            upload.name,
-            upload.data,
+            escape_unprintable((file.filename or "invoice")[:MAX_FILE_NAME_LENGTH]),
+            file.file.read(),  # only now: other uploads are on disk, not in memory
             form.reading_options,
             form.period,
             currency=form.currency or rt.price_list.currency,
@@ -116,7 +95,7 @@ def _apply(request: Request, form: InvoiceForm, invoice: Invoice) -> Response:
     if invoice.digest != form.digest:
         raise WrongField("invoice: this is another file than the one that was compared; compare it first")
     rt = runtime_of(request)
-    report = audited(
+    audited(
         rt,
         user_of(request),
         action="invoice.apply",
@@ -126,7 +105,7 @@ def _apply(request: Request, form: InvoiceForm, invoice: Invoice) -> Response:
         result=lambda applied: applied.conclusion,
     )
     fee_days_of(request).forget()
-    return RedirectResponse("/fees/reconcile?" + urlencode({"applied": report.conclusion.split(";")[0][:200]}), 303)
+    return RedirectResponse("/fees/reconcile?applied", 303)
 
 
 def _report_response(
@@ -171,7 +150,7 @@ def _form_page(
     fields: Mapping[str, str],
     *,
     problem: str | None = None,
-    applied: str | None = None,
+    is_applied: bool = False,
     status_code: int = 200,
 ) -> Response:
     return render(
@@ -180,7 +159,7 @@ def _form_page(
         status_code=status_code,
         fields=fields,
         problem=problem,
-        has_applied=applied is not None,
+        is_applied=is_applied,
         decimal_styles=list(DecimalStyle),
         date_styles=list(DateStyle),
         currency=runtime_of(request).price_list.currency,

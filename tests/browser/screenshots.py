@@ -10,8 +10,9 @@ from playwright.sync_api import Browser, sync_playwright
 from demo.processes import ROOT, assign_free_port, responds
 from tests.browser.live_dashboard import OPERATOR, PASSWORD, Dashboard, live_dashboard
 from tests.browser.seeded_ledger import INSUFFICIENT
-from tests.browser.watched_browser import CHROMIUM, UNAVAILABLE_REASON, Scheme, watched
+from tests.browser.watched_browser import CHROMIUM, UNAVAILABLE_REASON, Scheme, WatchedContext, watched
 from tests.support.servers import postgres
+from tests.support.system import wait_until
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, MAX_HEIGHT = 1200, 1100
@@ -36,11 +37,7 @@ def take_pictures(browser: Browser, dashboard: Dashboard, flower_url: str) -> No
     for name, path, scheme in PICTURES:
         with watched(browser, dashboard.url, width=WIDTH, scheme=scheme) as window:
             window.log_in(OPERATOR, PASSWORD).emulate_media(reduced_motion="reduce")
-            page = window.open(path)
-            page.wait_for_function("() => !document.body.innerText.includes('still being read')")  # it reloads itself
-            height = min(MAX_HEIGHT, int(page.evaluate("document.documentElement.scrollHeight")))
-            page.set_viewport_size({"width": WIDTH, "height": height})
-            page.screenshot(path=IMAGES / f"{name}.png")
+            _write_picture(window, path, IMAGES / f"{name}.png")
     context = browser.new_context(
         viewport={"width": FLOWER_WIDTH, "height": 700},
         http_credentials={"username": FLOWER_USER, "password": FLOWER_PASSWORD, "origin": flower_url},
@@ -55,6 +52,14 @@ def take_pictures(browser: Browser, dashboard: Dashboard, flower_url: str) -> No
     )
     page.screenshot(path=IMAGES / "flower-tasks.png")
     context.close()
+
+
+def _write_picture(window: WatchedContext, path: str, file: Path) -> None:
+    wait_until(lambda: "still being read" not in window.open(path).content(), 30, "the page is complete")
+    page = window.open(path)
+    height = min(MAX_HEIGHT, int(page.evaluate("document.documentElement.scrollHeight")))
+    page.set_viewport_size({"width": WIDTH, "height": height})
+    page.screenshot(path=file)
 
 
 def main() -> None:

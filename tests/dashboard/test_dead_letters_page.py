@@ -9,6 +9,7 @@ import httpx
 import pytest
 from redis import Redis
 
+from dashboard.list_pages import PAGE_SIZE
 from worker.ledger import audit, dead_letters, quarantine
 from worker.ledger.engine import read_snapshot, transaction
 from worker.quiltt.messages import UnparsedEvent
@@ -137,6 +138,15 @@ def test_selected_letters_are_deleted(operator: httpx.Client, runtime: Runtime) 
     assert _remaining(runtime) == ids[2:]
     ((action, _, result),) = _audited(runtime)
     assert (action, result) == ("dead_letter.delete", "changed 2")
+
+
+def test_audit_has_each_id_of_a_full_page(operator: httpx.Client, runtime: Runtime) -> None:
+    ids = _store(runtime, *(_letter(number) for number in range(PAGE_SIZE)))
+    _confirm_and_post(operator, "/dead-letters/confirm/delete", id=ids)
+    with read_snapshot(runtime.engine) as tx:
+        [entry] = audit.newest_entries(tx, limit=2)
+    assert entry.subject == "50 selected"
+    assert entry.detail == {"ids": ", ".join(ids)}
 
 
 @pytest.mark.parametrize("kind", ["dead-letters", "quarantine"])

@@ -107,6 +107,7 @@ def test_another_file_than_the_shown_one_is_not_applied(
         ({"date_style": HOSTILE}, "date style: "),
         ({"encoding": HOSTILE}, "encoding"),
         ({"profile": "x = ["}, "the profile is not TOML"),
+        ({"profile": "x = " + "[" * 5000}, "the profile is not TOML"),
         ({"account_column": HOSTILE}, "column"),
     ],
 )
@@ -123,7 +124,12 @@ def test_wrong_field_is_named_and_the_others_are_kept(
 
 @pytest.mark.parametrize(
     ("data", "problem"),
-    [(b"", "choose a file"), (b"%PDF-1.7", "a PDF file"), (b"PK\x03\x04broken", ""), (b"\x00\xff" * 500, "")],
+    [
+        (b"", "choose a file"),
+        (b"%PDF-1.7", "a PDF file"),
+        (b"PK\x03\x04broken", ""),
+        (b"\x00\xff" * 500, ""),
+    ],
 )
 def test_hostile_file_is_refused_with_a_sentence(
     operator: httpx.Client, ledger: LedgerBuilder, data: bytes, problem: str
@@ -131,6 +137,14 @@ def test_hostile_file_is_refused_with_a_sentence(
     response = _upload(operator, data)
     assert response.status_code == 400
     assert problem in response.text.split('role="alert">')[1].split("</p>")[0]
+
+
+def test_file_with_a_line_of_many_columns_is_refused_without_reading_them(
+    operator: httpx.Client, ledger: LedgerBuilder
+) -> None:
+    response = _upload(operator, b"," * 100_000, delimiter=",")
+    assert response.status_code == 400
+    assert "more than 1000 columns" in response.text
 
 
 def test_hostile_names_and_texts_are_escaped(operator: httpx.Client, ledger: LedgerBuilder) -> None:

@@ -10,8 +10,9 @@ from cli.doctor_provider_checks import check_fee_caps_and_missing_balances
 from cli.doctor_results import CheckContext, CheckResult, Severity
 from tests.support.in_process import START, InProcessSystem
 from worker import metrics
-from worker.ledger import payment_report, schema
-from worker.ledger.engine import read_snapshot
+from worker.ledger import balances, payment_report, schema
+from worker.ledger.balance_report import MAX_BALANCES
+from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.payment_report import PaymentTimeline
 
 A = "acct_rejected"
@@ -100,3 +101,35 @@ def test_balance_that_releases_is_not_reported(
     assert delivered == replace(hold, until=payready.clock.now + timedelta(seconds=hold.after_delivery_s))
     assert timeline(payready, "p1").rejected_balances == []
     assert "rejected balances" not in diagnose()
+
+
+def test_report_on_a_payment_does_not_read_all_balances_of_its_account(
+    payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An account may get many balances after the payment, and while it waits. The last ones are read."""
+    payready.initiate("p1", A, timeout_s=60)
+    payready.run_tasks()
+    payready.pass_time(70)
+    late_id = payready.balance(A)
+    payready.run_tasks()
+    with transaction(payready.engine) as tx:
+        [late] = balances.find(tx, [late_id]).result().values()
+        copies = [
+            replace(
+                late,
+                balance_id=f"copy_{number}",
+                refresh_id=None,
+                received_at=(START if number % 2 else late.received_at) + timedelta(microseconds=number),
+            )
+            for number in range(600)
+        ]
+        balances.insert_balances(tx, copies)
+    read: list[object] = []
+    to_record = balances._record
+    monkeypatch.setattr(balances, "_record", lambda row: (read.append(row), to_record(row))[1])
+    found = timeline(payready, "p1")
+    assert len(read) == MAX_BALANCES
+    assert found.unattributed_balances[-1].balance_id == "copy_599"
+    assert [(line.balance.balance_id, line.reason) for line in found.rejected_balances if line.balance.refresh_id] == [
+        (late_id, "after_deadline")
+    ]

@@ -12,8 +12,8 @@ from worker.ledger.audit_tables import AUDIT, AUDIT_RESULT
 from worker.ledger.engine import Row, Tx
 
 action, result = AUDIT.c, AUDIT_RESULT.c
-MAX_TEXT_LENGTH = 500
-"""A longer subject, detail or result is cut."""
+MAX_TEXT_LENGTH, MAX_DETAIL_LENGTH = 500, 4000
+"""A longer subject or result is cut, and a longer value of a detail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,13 @@ def newest_entries(
     return [_entry(row) for row in tx.execute(query.order_by(action.audit_id.desc()).limit(limit))]
 
 
-def stored_text(text: str) -> str:
-    """Return the text as the audit has it: on one line, without control characters, cut to `MAX_TEXT_LENGTH`."""
-    return escape_unprintable(text[:MAX_TEXT_LENGTH])[:MAX_TEXT_LENGTH]
+def stored_text(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
+    """Return the text as the audit has it: on one line, without control characters, cut to a length."""
+    return escape_unprintable(text[:max_length])[:max_length]
 
 
 def _stored_value(value: Any) -> Any:
-    return value if isinstance(value, bool | int | None) else stored_text(str(value))
+    return value if isinstance(value, bool | int | None) else stored_text(str(value), MAX_DETAIL_LENGTH)
 
 
 def _entry(row: Row[Any]) -> AuditEntry:

@@ -18,6 +18,8 @@ from worker.rules.states import PaymentState, RefreshState
 from worker.rules.times import utc_text
 
 balance, refresh, entry = BALANCE.c, REFRESH.c, FEE_ENTRY.c
+MAX_BALANCES = 200
+"""Balances that a report on a payment reads. An account may get as many as the provider sends."""
 UNANSWERED_STATES = frozenset({RefreshState.ACCEPTED, RefreshState.UNANSWERED})
 """States of a refresh whose accepted call has brought no balance that answers it."""
 
@@ -56,7 +58,10 @@ class RejectedBalanceLine:
 
 @dataclass(frozen=True, kw_only=True)
 class PaymentBalances:
-    """The balances of a payment's account that concern the payment; each list is in the order of arrival."""
+    """The balances of a payment's account that concern the payment; each list is in the order of arrival.
+
+    They are among the last `MAX_BALANCES` that arrived while the payment waited.
+    """
 
     resolving: BalanceLine | None
     """The balance that resolved the payment."""
@@ -69,14 +74,19 @@ class PaymentBalances:
 
 
 def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_skew: timedelta) -> PaymentBalances:
-    """Return the balances that concern a payment. `refresh_id` is the refresh that serves or served it."""
+    """Return the balances that concern a payment. `refresh_id` is the refresh that serves or served it.
+
+    A late balance answers the call of a payment that failed without a balance before.
+    """
     resolving = balances.find(tx, [payment.balance_id]).result().get(payment.balance_id) if payment.balance_id else None
-    since_request = balances.received_since(tx, [payment.account_id], payment.requested_at).result()
-    arrived = sorted(since_request.get(payment.account_id, ()), key=lambda record: record.received_at)
+    late_refresh_id = refresh_id if payment.balance_id is None else None
+    arrived = balances.received_during_wait(
+        tx, payment.account_id, payment.requested_at, payment.resolved_at, late_refresh_id, MAX_BALANCES
+    )
     during = [record for record in arrived if payment.resolved_at is None or record.received_at <= payment.resolved_at]
     unapplied = [record for record in during if record.due_at is not None]
     applied = [record for record in during if record.due_at is None and record.is_refresh]
-    late = [record for record in arrived if record not in during and _is_late_answer(record, payment, refresh_id)]
+    late = [record for record in arrived[len(during) :] if record.is_refresh and record.received_at > payment.deadline]
     candidates = [record for record in [*applied, *late] if record.balance_id != payment.balance_id]
     return PaymentBalances(
         resolving=BalanceLine.from_record(resolving) if resolving else None,
@@ -88,12 +98,6 @@ def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_sk
 
 def _lines(records: Sequence[BalanceRecord]) -> list[BalanceLine]:
     return [BalanceLine.from_record(record) for record in records]
-
-
-def _is_late_answer(record: BalanceRecord, payment: Row[Any], refresh_id: str | None) -> bool:
-    """Whether the balance answers the call of a payment that failed without one before."""
-    is_of_refresh = refresh_id is not None and record.refresh_id == refresh_id
-    return record.is_refresh and is_of_refresh and payment.balance_id is None and record.received_at > payment.deadline
 
 
 def _rejected_line(

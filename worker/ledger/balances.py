@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import Integer, Interval, bindparam, func, select, update
+from sqlalchemy import Integer, Interval, bindparam, false, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_update, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
@@ -138,6 +138,21 @@ def received_since(tx: Tx, account_ids: Collection[str], since: datetime) -> Rep
     if not account_ids:
         return Reply.known({})
     return tx.send(_RECEIVED_SINCE, {"account_ids": list(account_ids), "since": since}, read=_newest_first_by_account)
+
+
+def received_during_wait(
+    tx: Tx, account_id: str, since: datetime, until: datetime | None, refresh_id: str | None, limit: int
+) -> list[BalanceRecord]:
+    """Return the newest `limit` balances of an account from `since` to `until`, and later ones of a refresh.
+
+    They are in the order of arrival. Without `until` the wait goes on.
+    """
+    query = _SELECT_BALANCES.where(balance.account_id == account_id, balance.received_at >= since)
+    if until is not None:
+        is_of_refresh = false() if refresh_id is None else balance.refresh_id == refresh_id
+        query = query.where((balance.received_at <= until) | is_of_refresh)
+    newest = tx.execute(query.order_by(balance.received_at.desc(), balance.balance_id.desc()).limit(limit))
+    return [_record(row) for row in newest][::-1]
 
 
 def _newest_first_by_account(rows: Rows) -> dict[str, list[BalanceRecord]]:

@@ -14,6 +14,8 @@ DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SEPARATOR_LINE = re.compile(r"sep=(.)\s*")
 """The first line by which Excel names the delimiter."""
 SAMPLE_BYTES = 4096
+MAX_COLUMNS = 1000
+"""A line with more is no line of an invoice. Reading millions of them would occupy the process."""
 
 
 class CsvTable:
@@ -33,6 +35,8 @@ class CsvTable:
         row = 1
         try:
             for cells in reader:
+                if len(cells) > MAX_COLUMNS:
+                    raise InvoiceError(f"line {row}: more than {MAX_COLUMNS} columns; the file is no invoice")
                 yield row, cells
                 row = reader.line_num + 1
         except csv.Error as error:

@@ -31,7 +31,7 @@ def parse_profile(text: str) -> InvoiceFormat:
     """
     try:
         return InvoiceFormat.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvoiceError(f"the profile is not TOML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,7 +1,8 @@
-"""The readiness of the dashboard: its pages need the ledger, and its sessions need Redis."""
+"""The health checks of the dashboard: its pages need the ledger, and its sessions need Redis."""
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from webhook.readiness import SharedReadinessCheck
 from worker.correlation.dashboard_logins import DashboardSessions
@@ -9,6 +10,11 @@ from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 from worker.ledger.server_state import find_write_problem
 from worker.runtime import Runtime
+
+
+async def healthz(_: Request) -> Response:
+    """Respond with 200: the process runs."""
+    return PlainTextResponse("ok")
 
 
 async def readyz(request: Request) -> Response:
@@ -31,3 +37,6 @@ def shared_check(runtime: Runtime, sessions: DashboardSessions) -> SharedReadine
             return "the database is unavailable"
 
     return SharedReadinessCheck(find_problem)
+
+
+ROUTES = [Route("/healthz", healthz), Route("/readyz", readyz)]
