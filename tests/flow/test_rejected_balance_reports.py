@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,12 @@ def test_report_on_a_payment_does_not_read_all_balances_of_its_account(
         balances.insert_balances(tx, copies)
     read: list[object] = []
     to_record = balances._record
-    monkeypatch.setattr(balances, "_record", lambda row: (read.append(row), to_record(row))[1])
+
+    def record(row: Any) -> balances.BalanceRecord:
+        read.append(row)
+        return to_record(row)
+
+    monkeypatch.setattr(balances, "_record", record)
     found = timeline(payready, "p1")
     assert len(read) == MAX_BALANCES
     assert found.unattributed_balances[-1].balance_id == "copy_599"

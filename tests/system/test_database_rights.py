@@ -14,7 +14,7 @@ from tests.support.servers import Postgres
 from tests.support.system import ROLES, system, wait_until
 
 pytestmark = pytest.mark.slow
-GRANTS, DELETE_GRANT = re.findall(
+GRANTS, DELETE_GRANT, _DASHBOARD_GRANTS = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs/howto/limit-database-rights.md").read_text(), re.DOTALL
 )
 
