@@ -33,7 +33,7 @@ SERVER: dict[str, Any] = {
     "proxy_headers": False,
     "timeout_graceful_shutdown": 5,
     "timeout_keep_alive": 620,  # as `web`, for proxies
-    "limit_concurrency": 200,
+    "limit_concurrency": 1000,  # more than `MAX_IDLE_CONNECTIONS`: idle connections must not occupy all
 }
 
 

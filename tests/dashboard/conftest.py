@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from starlette.types import ASGIApp
 
 from config.settings import Settings
+from dashboard.__main__ import SERVER
 from dashboard.application import build_app
 from tests.support.databases import Databases
 from worker.runtime import Runtime, build_runtime
@@ -91,10 +92,8 @@ def csrf_token_in(html: str) -> str:
 
 @contextmanager
 def serve(app: ASGIApp) -> Iterator[str]:
-    """Serve an application on a free port until the block ends. Yield its URL."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", proxy_headers=False)
-    )
+    """Serve an application as the role does, on a free port until the block ends. Yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **SERVER))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

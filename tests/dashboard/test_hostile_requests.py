@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,6 +13,7 @@ from starlette.routing import Route
 from dashboard.application import build_app
 from dashboard.pages import fees_page
 from tests.dashboard.conftest import csrf_token_in
+from webhook.limited_connection import MAX_IDLE_CONNECTIONS
 from worker.runtime import Runtime
 
 pytestmark = pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
@@ -102,6 +104,17 @@ def test_host_makes_no_path_public(dashboard_url: str, host: str) -> None:
         connection.sendall(request.encode())
         head = connection.makefile("rb").readline()
     assert head.split()[1] in (b"303", b"400")
+
+
+def test_idle_connections_lock_out_no_user(dashboard_url: str, anonymous: httpx.Client) -> None:
+    """The oldest of them are closed."""
+    address = urlsplit(dashboard_url)
+    with ExitStack() as idle:
+        for _ in range(MAX_IDLE_CONNECTIONS + 10):
+            connection = idle.enter_context(socket.create_connection((address.hostname, address.port), timeout=10))
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert anonymous.get("/login").status_code == 200
 
 
 @pytest.mark.parametrize("charset", ["undefined", "utf-7", "utf-8; charset=utf-7", "unicode_escape"])

@@ -207,7 +207,7 @@ def test_find_goes_to_the_payment_the_payment_of_the_task_or_the_account(
         "<x>": "/payments/%3Cx%3E",
         "\0": "/payments/%00",
         "": "/payments",
-        "a\r\nSet-Cookie: b": "/payments/a%0D%0ASet-Cookie%3A%20b",
+        "a\r\nSet-Cookie: b": "/payments/?id=a%0D%0ASet-Cookie%3A+b",
     }
     for text, target in cases.items():
         response = operator.get("/find", params={"q": text})

@@ -13,7 +13,8 @@ from tests.support.in_process import START, InProcessSystem
 from worker import metrics
 from worker.ledger import balances, payment_report, schema
 from worker.ledger.balance_report import MAX_BALANCES
-from worker.ledger.engine import read_snapshot, transaction
+from worker.ledger.balances import BalanceRecord
+from worker.ledger.engine import Row, read_snapshot, transaction
 from worker.ledger.payment_report import PaymentTimeline
 
 A = "acct_rejected"
@@ -44,7 +45,7 @@ def diagnose(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> Call
     """Return a function that runs the doctor's checks of balances, without the price list."""
     monkeypatch.setattr(schema, "current_revision", lambda _: schema.required_revision())
     monkeypatch.setattr("cli.doctor_provider_checks.used_ratios_of_set_day_and_month_caps", lambda *_: {})
-    context = CheckContext(settings=payready.rt.settings, rt=payready.rt, flower_url="", web_url="", dashboard_url="")
+    context = CheckContext(settings=payready.rt.settings, rt=payready.rt, flower_url="", web_url="")
     return lambda: {result.check: result for result in check_fee_caps_and_missing_balances(context)}
 
 
@@ -128,11 +129,11 @@ def test_report_on_a_payment_does_not_read_all_balances_of_its_account(
     read: list[object] = []
     to_record = balances._record
 
-    def record(row: Any) -> balances.BalanceRecord:
+    def note_and_convert(row: Row[Any]) -> BalanceRecord:
         read.append(row)
         return to_record(row)
 
-    monkeypatch.setattr(balances, "_record", record)
+    monkeypatch.setattr(balances, "_record", note_and_convert)
     found = timeline(payready, "p1")
     assert len(read) == MAX_BALANCES
     assert found.unattributed_balances[-1].balance_id == "copy_599"
