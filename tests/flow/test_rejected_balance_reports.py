@@ -45,7 +45,7 @@ def diagnose(payready: InProcessSystem, monkeypatch: pytest.MonkeyPatch) -> Call
     """Return a function that runs the doctor's checks of balances, without the price list."""
     monkeypatch.setattr(schema, "current_revision", lambda _: schema.required_revision())
     monkeypatch.setattr("cli.doctor_provider_checks.used_ratios_of_set_day_and_month_caps", lambda *_: {})
-    context = CheckContext(settings=payready.rt.settings, rt=payready.rt, flower_url="", web_url="")
+    context = CheckContext(settings=payready.rt.settings, rt=payready.rt, flower_url="", web_url="", dashboard_url="")
     return lambda: {result.check: result for result in check_fee_caps_and_missing_balances(context)}
 
 
