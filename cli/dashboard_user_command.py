@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cli.command_line import fail
+from cli import render
+from cli.command_line import AsJson, fail
 from dashboard.access.password_hashes import MIN_PASSWORD_CHARS, hash_password
 from dashboard.access.users import Role, is_user_name
 
@@ -13,6 +14,7 @@ from dashboard.access.users import Role, is_user_name
 def dashboard_user(
     name: Annotated[str, typer.Argument(help="Name of the user: visible ASCII characters without a colon.")],
     role: Annotated[Role, typer.Option(help="A viewer reads; an operator also acts.")] = Role.VIEWER,
+    as_json: AsJson = False,
 ) -> None:
     """Print a line for PAYREADY_DASHBOARD_USERS or its file: the name, the role, and a hash of the password.
 
@@ -23,7 +25,8 @@ def dashboard_user(
     password = _prompt_twice() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     if len(password) < MIN_PASSWORD_CHARS:
         fail(f"the password must have at least {MIN_PASSWORD_CHARS} characters")
-    typer.echo(f"{name}:{role}:{hash_password(password)}")
+    line = f"{name}:{role}:{hash_password(password)}"
+    typer.echo(render.as_json({"user": line}) if as_json else line)
 
 
 def _prompt_twice() -> str:

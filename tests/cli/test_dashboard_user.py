@@ -1,5 +1,6 @@
 """`payready dashboard-user` prints a line that the dashboard accepts as a user."""
 
+import json
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ def test_line_is_a_user_with_the_password() -> None:
     assert account.password_hash is not None
     assert verify_password(account.password_hash, PASSWORD)
     assert PASSWORD not in completed.stdout + completed.stderr
+    assert json.loads(run("olivia", "--json").stdout)["user"].startswith("olivia:viewer:$argon2id$")
 
 
 @pytest.mark.parametrize(

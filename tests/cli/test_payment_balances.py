@@ -18,6 +18,8 @@ from worker.rules.funds import HOLD_OPEN
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState, RefreshEvent
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Any]
 TEN = Decimal("10.00")
 

@@ -22,6 +22,8 @@ from worker.rules.job import Job
 from worker.rules.pricing import EntryState, Price, split_share
 from worker.rules.states import PaymentState
 
+pytestmark = pytest.mark.slow
+
 NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
 DECIDED_BY: dict[str, Any] = {
     "clock_skew": timedelta(seconds=5),

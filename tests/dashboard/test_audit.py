@@ -16,6 +16,8 @@ from worker.ledger import audit
 from worker.ledger.engine import open_engine, read_snapshot, transaction
 from worker.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 OLIVIA = User(name="olivia", role=Role.OPERATOR)
 HOSTILE = ["<script>alert(1)</script>", "' OR 1=1 --", "\u202egnp", "a\x00b", "../../etc", "x" * 600, "{{7*7}}", "a\nb"]
 

@@ -24,6 +24,8 @@ from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState
 from worker.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 TEST, EUROS = replace(DIME, mode="TEST"), Price(per_call=Decimal("0.25"), currency="EUR", price_list="2026-11-22")
 HOSTILE = "<script>alert(1)</script>\u202e'\"{{7*7}}" + "x" * 400

@@ -16,7 +16,7 @@ from tests.dashboard.conftest import csrf_token_in
 from webhook.limited_connection import MAX_IDLE_CONNECTIONS
 from worker.runtime import Runtime
 
-pytestmark = pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("databases", ["sqlite"], indirect=True)]
 PATH_PARAMETERS = {
     "{action}": "delete",
     "{dead_letter_id}": "x",

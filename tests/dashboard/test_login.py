@@ -34,7 +34,10 @@ from tests.dashboard.conftest import (
 from worker.correlation.dashboard_logins import AGE_LIMIT, IDLE_LIMIT, LOCKOUT
 from worker.runtime import Runtime
 
-pytestmark = pytest.mark.parametrize("databases", ["sqlite"], indirect=True)  # the ledger plays no part
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("databases", ["sqlite"], indirect=True),
+]  # the ledger plays no part
 COOKIE = "payready_session"
 WRONG, LOCKED_OUT = "the name or the password is wrong", "too many failed attempts; try again in 15 minutes"
 

@@ -31,6 +31,8 @@ from worker.ledger_metrics import LedgerCollector, used_ratios_of_set_day_and_mo
 from worker.rules.fee_caps import CapKind
 from worker.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 HOSTILE_IDS = (
     "<script>alert(1)</script>",
     "\"'><img src=x onerror=alert(1)>",

@@ -12,7 +12,10 @@ from dashboard.application import build_app
 from tests.dashboard.conftest import PASSWORD, USERS, csrf_token_in, logged_in, runtime_with, serve
 from worker.runtime import Runtime
 
-pytestmark = pytest.mark.parametrize("databases", ["sqlite"], indirect=True)  # the ledger plays no part
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("databases", ["sqlite"], indirect=True),
+]  # the ledger plays no part
 HEADER = "X-Forwarded-User"
 LISTED = f"{USERS} paula:operator:- *:viewer:-"
 

@@ -14,6 +14,8 @@ from worker.ledger.engine import read_snapshot
 from worker.rules.pricing import EntryState
 from worker.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 BY_CALL = b"""Account;Called at;Fee
 acct_a;22.11.2026 13:00:04;0,10

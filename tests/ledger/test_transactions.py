@@ -492,6 +492,13 @@ def test_idle_transaction_that_the_server_ends_is_an_unavailable_database(postgr
     assert stored(postgresql) == []
 
 
+def test_lost_connection_without_an_sqlstate_is_an_unavailable_database(postgresql: Engine) -> None:
+    """The errors of libpq itself are raised by psycopg as its general DatabaseError."""
+    with pytest.raises(DATABASE_UNAVAILABLE), transaction(postgresql) as tx, tx._errors_of_sqlalchemy():
+        tx._driver.close()
+        raise psycopg.DatabaseError("server closed the connection unexpectedly\ninvalid socket")
+
+
 def test_all_pooled_connections_are_replaced_after_the_first_error(postgresql: Engine, address: str) -> None:
     """They are probably lost together, as at a restart of the server."""
     with ExitStack() as stack:

@@ -219,10 +219,13 @@ class Tx:
                 driver.close()  # otherwise a ROLLBACK would fail, and its error would hide this one
             raise_if_not_migrated(error)
             is_lost = dialect.is_disconnect(cast(Any, error), driver, None)  # SQLAlchemy types an error of any driver
+            cause: psycopg.Error = error
             if is_lost:
                 self._replace_pooled_connections()
+                if type(error) is psycopg.DatabaseError:  # libpq's own errors, such as `invalid socket`
+                    cause = psycopg.OperationalError(str(error))
             raise DBAPIError.instance(
-                None, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=is_lost, dialect=dialect
+                None, None, cause, psycopg.Error, hide_parameters=True, connection_invalidated=is_lost, dialect=dialect
             ) from error
 
     def _replace_pooled_connections(self) -> None:
