@@ -200,7 +200,7 @@ def test_doctor_reports_no_error_on_a_working_system(production: ProductionSyste
     """The doctor reports each dependency as ok."""
     status, found = production.doctor()
     assert (status, {check: result for check, result in found.items() if result[0] == "error"}) == (0, {})
-    assert_matches(found["database"], r"PostgreSQL 1\d\.\d+ at 127\.0\.0\.1:\d+, primary, \d+\.\d ms, at revision 0008")
+    assert_matches(found["database"], r"PostgreSQL 1\d\.\d+ at 127\.0\.0\.1:\d+, primary, \d+\.\d ms, at revision 0009")
     assert_matches(found["redis"], VALKEY)
     assert_matches(found["broker"], f"{VALKEY}; 2 workers of payready connected")
     assert_matches(found["result backend"], VALKEY)
@@ -221,7 +221,7 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         PAYREADY_BROKER_URL="redis://127.0.0.1:1/0",
         PAYREADY_RESULT_BACKEND_URL="redis://127.0.0.1:1/0",
     ) == {
-        "database": "never migrated; this release needs 0008",
+        "database": "never migrated; this release needs 0009",
         "broker": f"127.0.0.1:1/0 does not respond: {REFUSED}",
         "result backend": f"127.0.0.1:1/0 does not respond: {REFUSED}",
         "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
