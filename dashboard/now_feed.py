@@ -83,6 +83,9 @@ class NowFeed:
             except DATABASE_UNAVAILABLE as error:
                 log.warning("dashboard.database_unavailable", error=error_summary(error))
                 self._publish(event_message("problem", "the ledger is unavailable"))
+            except Exception as error:  # the loop serves all browsers, also after an error
+                log.error("dashboard.internal_error", path="/now/events", exc_info=error)
+                self._publish(event_message("problem", "an error in the dashboard; its log has the cause"))
             await asyncio.sleep(pause_s)
 
     def _fragment(self) -> str:

@@ -11,7 +11,7 @@ from worker.ledger.balances import RejectionReason
 from worker.ledger.provider_report import CallSample, SampledCall
 from worker.rules.decimals import count_text
 from worker.rules.pricing import ACCEPTED_STATUS
-from worker.rules.states import IN_FLIGHT_STATES
+from worker.rules.states import IN_FLIGHT_STATES, RefreshState
 
 SPANS: Mapping[str, timedelta] = {
     "hour": timedelta(hours=1),
@@ -26,8 +26,11 @@ RESPONSES: Mapping[str, str] = {
     "rate_limited": "429: too many calls, repeated later",
     "not_sent": "nothing was sent, repeated later",
     "unknown": "the response was lost, so the call may have been accepted and billed",
+    "in_progress": "the response is awaited",
 }
-"""What each result of a call means. The results are those of `payready_provider_calls_total`."""
+"""What each result of a call means. The others than `in_progress` are those of `payready_provider_calls_total`."""
+MAY_BRING_BALANCE = frozenset({"accepted", "unknown"})
+"""Results of a call that its refresh's balance may come from. After the others, a refresh makes another call."""
 RATE_LIMITED_STATUS = 429
 
 
@@ -52,12 +55,15 @@ class SpanView:
         self.call_count = len(calls)
         self.total = figures.sample.total
         self.is_complete = figures.sample.is_complete
-        received = [(call, call.received_at) for call in calls if call.received_at is not None]
+        accepted = [call for call in calls if call_result(call) in MAY_BRING_BALANCE]
+        received = [(call, call.received_at) for call in accepted if call.received_at is not None]
         self.durations_s = sorted((at - call.called_at).total_seconds() for call, at in received)
         self.percentiles = {percent: percentile(self.durations_s, percent) for percent in PERCENTILES}
         self.polled_count = sum(call.is_polled for call, _ in received)
         self.balance_count = len(received)
-        self.without_balance_count = sum(_has_no_balance(call) for call in calls)
+        self.without_balance_count = sum(
+            call.received_at is None and call.refresh_state not in IN_FLIGHT_STATES for call in accepted
+        )
         results = Counter(call_result(call) for call in calls)
         self.responses = [(result, RESPONSES[result], results[result]) for result in RESPONSES if results[result]]
 
@@ -91,11 +97,5 @@ def call_result(call: SampledCall) -> str:
         return "not_sent"
     status = evidence.get("status")
     if status is None:
-        return "unknown"
+        return "in_progress" if call.refresh_state == RefreshState.CALLING else "unknown"
     return {ACCEPTED_STATUS: "accepted", RATE_LIMITED_STATUS: "rate_limited"}.get(status, "rejected")
-
-
-def _has_no_balance(call: SampledCall) -> bool:
-    """Whether the call was or may have been accepted, and its refresh ended without a balance."""
-    may_be_accepted = call_result(call) in ("accepted", "unknown")
-    return may_be_accepted and call.received_at is None and call.refresh_state not in IN_FLIGHT_STATES

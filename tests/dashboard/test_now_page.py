@@ -343,3 +343,19 @@ def test_browser_that_reads_nothing_is_disconnected(runtime: Runtime, monkeypatc
     with serve(app) as url, logged_in(url, "olivia") as client, client.stream("GET", "/now/events"):
         wait_until(lambda: app.state.now_feed.version > 1, 10, "events were published")
         wait_until(lambda: not app.state.now_feed.stream_count, 10, "the stream ended")
+
+
+def test_live_page_goes_on_after_an_error(
+    runtime: Runtime, operator: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that there was one. The loop serves all browsers."""
+    monkeypatch.setattr(now_feed, "RETRY_AFTER_FAILURE_S", 0.05)
+    with operator.stream("GET", "/now/events", timeout=5) as stream:
+        lines = stream.iter_lines()
+        assert "event: now" in _next_event(lines)
+        with monkeypatch.context() as failing:
+            failing.setattr(NowFeed, "_fragment", lambda _: 1 / 0)
+            while "an error in the dashboard" not in _next_event(lines):
+                pass
+        while "event: now" not in _next_event(lines):
+            pass

@@ -27,6 +27,7 @@ def add_call(
     balance_after_s: float | None = None,
     is_polled: bool = False,
     rejected: str | None = None,
+    state: str | None = None,
 ) -> None:
     """Insert a call made ten minutes ago, and its balance."""
     called_at = datetime.now(UTC) - timedelta(minutes=10)
@@ -41,7 +42,7 @@ def add_call(
         "recorded_at": called_at,
     }
     with transaction(runtime.engine) as tx:
-        state = "unanswered" if balance_after_s is None else "answered"
+        state = state or ("unanswered" if balance_after_s is None else "answered")
         tx.execute(insert(REFRESH).values(**ids, state=state, called_at=called_at))
         tx.execute(insert(FEE_ENTRY).values(**entry, state="pending", evidence={}))
         if final:
@@ -70,6 +71,23 @@ def test_page_shows_times_responses_and_lost_balances(runtime: Runtime, operator
     for result, count in {"accepted": 5, "rejected": 1, "rate_limited": 1, "not_sent": 1, "unknown": 1}.items():
         start = page.index(f"{result} ", page.index("Responses to calls"))
         assert f" {count} {100 * count / 9:.1f} %" in page[start : start + 120]
+
+
+def test_balance_of_a_repeated_call_is_not_that_of_the_first(runtime: Runtime, operator: httpx.Client) -> None:
+    """A refresh whose call was not accepted makes another call, which brings the balance."""
+    add_call(runtime, 1, ACCEPTED, balance_after_s=2)
+    add_call(runtime, 2, ("void", {"status": 429}), balance_after_s=200)
+    add_call(runtime, 3, ("void", {"not_sent": "refused"}), balance_after_s=200)
+    page = visible_text(operator.get("/provider").text)
+    assert "p99 2.0 s 2.0 s 2.0 s" in page
+    assert "found by polling 0 of 1 balances" in page
+
+
+def test_call_in_progress_has_no_lost_response(runtime: Runtime, operator: httpx.Client) -> None:
+    add_call(runtime, 1, None, state="calling")
+    page = visible_text(operator.get("/provider").text)
+    assert "in_progress the response is awaited 1 100.0 %" in page
+    assert "the response was lost" not in page
 
 
 def test_rejected_balances_are_those_of_the_report(runtime: Runtime, operator: httpx.Client) -> None:
