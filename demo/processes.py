@@ -1,5 +1,6 @@
 """Start the roles of the Procfile and their servers as processes on this machine, and stop them."""
 
+import fcntl
 import os
 import random
 import re
@@ -7,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -43,13 +46,30 @@ _assigned_ports: set[int] = set()
 def assign_free_port(preferred: int | None = None) -> int:
     """Return a free port of the loopback interface: the preferred one if it is free.
 
-    A port that was not preferred is never returned twice, because its first user may not have bound it yet.
+    A port that was not preferred is never returned twice, and no other process gets it before this one ends: its first
+    user may not have bound it yet, or may have stopped for a moment.
     """
     for port in [*([preferred] if preferred else []), *random.sample(PORTS, 50)]:
-        if (port == preferred or port not in _assigned_ports) and _is_free(port):
+        if (port == preferred or port not in _assigned_ports) and _lock_port(port) and _is_free(port):
             _assigned_ports.add(port)
             return port
     raise StartOrExitError(f"no free port found from {PORTS.start} to {PORTS.stop - 1}; end processes that use them")
+
+
+def _lock_port(port: int) -> bool:
+    """Lock a byte of a file that all processes of this user share. The kernel unlocks it when this one ends."""
+    try:
+        fcntl.lockf(_open_port_locks(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _open_port_locks() -> int:
+    """Return a file descriptor that stays open: closing it would unlock all ports."""
+    path = Path(tempfile.gettempdir()) / f"payready-ports-{os.geteuid()}"
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _is_free(port: int) -> bool:

@@ -54,6 +54,15 @@ def test_free_port_is_never_a_bound_one() -> None:
         assert assign_free_port(preferred) != preferred
 
 
+def test_assigned_port_is_not_given_to_another_process_before_it_is_bound() -> None:
+    """Also while its server is stopped. The port is free again when the process has ended."""
+    code = "from demo.processes import assign_free_port; print(assign_free_port({}))"
+    mine = assign_free_port()
+    other = subprocess.run([sys.executable, "-c", code.format(mine)], cwd=ROOT, capture_output=True, check=True).stdout
+    assert int(other) != mine
+    assert assign_free_port(int(other)) == int(other)
+
+
 def test_error_names_process_that_does_not_start_and_its_log(tmp_path: Path) -> None:
     """The message has the exit status, too."""
     with Processes(tmp_path, {}) as processes:
