@@ -29,7 +29,7 @@ from worker.ledger.payment_report import PaymentTimeline
 from worker.ledger.payment_search import MAX_EXAMINED, PAGE_SIZE, PageKey, PaymentFilter, PaymentPage, search_payments
 from worker.ledger.payment_situation import explain_payment
 from worker.rules.decimals import parse_positive_decimal
-from worker.rules.explanations import Explanation
+from worker.rules.payment_situations import Explanation
 from worker.rules.states import PaymentState
 from worker.rules.times import parse_utc_time, utc_time_text
 
@@ -71,7 +71,12 @@ def _timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
 
 
 def _explanation_json(explained: Explanation) -> dict[str, str]:
-    return {"sentence": explained.sentence, "must_act": explained.actor.value, "action": explained.action}
+    return {
+        "sentence": explained.sentence,
+        "must_act": explained.actor.value,
+        "action": explained.action,
+        "next_step": explained.next_step,
+    }
 
 
 def _missing_payment_text(payment_id: str) -> str:

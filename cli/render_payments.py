@@ -28,7 +28,7 @@ from worker.ledger.payment_history import (
 )
 from worker.ledger.payment_report import DeliveryLine, PaymentLine, PaymentTimeline
 from worker.rules.decimals import amount_text, amount_with_currency_text, count_text
-from worker.rules.explanations import Explanation
+from worker.rules.payment_situations import Explanation
 from worker.rules.states import PaymentState
 from worker.rules.times import utc_time_text
 
@@ -81,7 +81,10 @@ def payment_timeline(timeline: PaymentTimeline, explained: Explanation, now: dat
         head.append(literal_text(f": {line.verdict_or_reason}"))
     facts = [literal_text(fact) for fact in _explanation_lines(timeline, now)]
     requested = Text(f"requested {line.requested_at:%Y-%m-%d %H:%M:%S.%f}Z", "dim")
-    return Group(head, requested, literal_text(explained.sentence, "bold"), Text(), table, Text(), *facts)
+    explanation = [literal_text(explained.sentence, "bold")]
+    if explained.next_step:
+        explanation.append(literal_text(explained.next_step))
+    return Group(head, requested, *explanation, Text(), table, Text(), *facts)
 
 
 def _explanation_lines(timeline: PaymentTimeline, now: datetime) -> Iterator[str]:

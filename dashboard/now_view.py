@@ -14,8 +14,10 @@ from worker.errors import FailureReason
 from worker.ledger.metrics_queries import NO_REFRESH, Backlog
 from worker.ledger.now_report import WaitingPaymentLine
 from worker.rules.decimals import count_text
-from worker.rules.explanations import FAILURES, WAITING, Actor
+from worker.rules.explanations import WAITING
+from worker.rules.failure_explanations import FAILURES
 from worker.rules.fee_caps import WARNING_THRESHOLD, CapKind
+from worker.rules.payment_situations import Actor
 from worker.rules.states import PaymentState, RefreshState
 
 MAX_MARKS = 300

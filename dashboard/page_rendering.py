@@ -21,7 +21,7 @@ from dashboard.charts import short_duration
 from dashboard.page_links import payment_path, payments_path
 from dashboard.page_requests import runtime_of
 from dashboard.time_histograms import bin_label
-from worker.rules.decimals import amount_with_currency_text
+from worker.rules.decimals import amount_with_currency_text, count_text
 from worker.rules.times import utc_time_text
 
 FOLDER = Path(__file__).parent
@@ -76,7 +76,7 @@ def _environment() -> Environment:
         finalize=_printable,
     )
     environment.filters.update(utc=utc_time_text, duration=duration_text, amount=amount_with_currency_text)
-    environment.filters.update(payment_path=payment_path, short=short_duration, bin_label=bin_label)
+    environment.filters.update(payment_path=payment_path, short=short_duration, bin_label=bin_label, counted=count_text)
     environment.globals.update(version=payready_version(), payments_path=payments_path)
     return environment
 

@@ -41,7 +41,9 @@ class Wait:
     until: datetime
     """When it was resolved, or now."""
     called_at: datetime | None
-    """When the call that serves or served the payment was made."""
+    """When the first call was made that Quiltt accepted, or may have accepted."""
+    has_refused_call: bool
+    """Whether a call was made that Quiltt did not accept."""
     balance_at: datetime | None
     """When the balance arrived that resolved the payment."""
     delivered_at: datetime | None
@@ -49,6 +51,8 @@ class Wait:
     scale_until: datetime
     """End of what the scale must show: the resolution, or the deadline of a waiting payment."""
     is_waiting: bool
+    has_rejected_balance: bool
+    """Whether a balance arrived that could not resolve the payment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,7 @@ def _phases(scale: _Scale, wait: Wait) -> list[Phase]:
     called = min(max(wait.called_at, begin), end) if wait.called_at else end
     arrived = min(max(wait.balance_at, called), end) if wait.balance_at else end
     steps = [
-        ("before the call" if wait.called_at else "no call to Quiltt", "ours", begin, called),
+        (*_time_before_call(wait), begin, called),
         (f"at Quiltt{_missing_balance_text(wait)}", "quiltt", called, arrived),
         ("resolution", "ours", arrived, end),
     ]
@@ -187,10 +191,19 @@ def _phases(scale: _Scale, wait: Wait) -> list[Phase]:
     ]
 
 
+def _time_before_call(wait: Wait) -> tuple[str, str]:
+    """Return what the time without an accepted call is named, and the party that it depends on."""
+    if wait.called_at:
+        return "before the call", "ours"
+    return ("no call accepted by Quiltt", "quiltt") if wait.has_refused_call else ("no call to Quiltt", "ours")
+
+
 def _missing_balance_text(wait: Wait) -> str:
     if wait.balance_at:
         return ""
-    return ", no balance yet" if wait.is_waiting else ", no usable balance"
+    if wait.has_rejected_balance:
+        return ", no fresh balance"
+    return ", no balance yet" if wait.is_waiting else ", no balance arrived"
 
 
 def _ticks(scale: _Scale, zero: datetime) -> list[Tick]:

@@ -66,7 +66,8 @@ def read_timeline(tx: Tx, settings: Settings, payment_id: str) -> PaymentTimelin
 
 
 def _cancel(rt: Runtime, payment_id: str) -> str:
-    follow_up = flow.fail_waiting_as_cancelled_with_fee_share(rt, [payment_id])
+    detail = "an operator cancelled it on the dashboard"
+    follow_up = flow.fail_waiting_as_cancelled_with_fee_share(rt, [payment_id], detail=detail)
     with leave_failures_to_sweep(len(follow_up.deliveries)):
         dispatch_leaving_deliveries_to_workers(follow_up)
     return "cancelled" if follow_up.deliveries else "already_resolved"
@@ -109,10 +110,11 @@ ACTIONS: Mapping[str, PaymentAction] = {
         do=_cancel,
     ),
     "redeliver": PaymentAction(
-        title="Deliver the outcome again",
+        title="Redeliver the outcome",
         audit_name="payment.redeliver",
         consequences=(
             "Each task of the payment gets the same outcome once more, under the same task id.",
+            "A failed payment stays failed: this does not try it again.",
             "Its callbacks are sent again, with their task ids.",
             "The payments service must recognise the repetition. Otherwise it may pay twice.",
             "A funds hold is open again until the outcome is delivered.",

@@ -24,6 +24,7 @@ from worker.ledger.metrics_queries import set_short_timeout
 from worker.ledger.payment_history import (
     TimelineEvent,
     callbacks_of_outcome,
+    charge_text,
     deadline_event,
     evidence_text,
     fee_text,
@@ -34,8 +35,10 @@ from worker.ledger.payment_history import (
 from worker.ledger.payment_report import PaymentTimeline
 from worker.ledger.payment_situation import explain_payment
 from worker.rules.decimals import amount_with_currency_text, count_text
-from worker.rules.explanations import Actor
 from worker.rules.funds import EXACT_CONTEXT
+from worker.rules.job import parse_stored_job_ignoring_unknown
+from worker.rules.payment_situations import Actor
+from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
 
 ACTOR_TEXTS: Mapping[Actor, tuple[str, str]] = {
@@ -94,6 +97,7 @@ def show_payment(request: Request) -> Response:
             for name, action in ACTIONS.items()
             if action.obstacle(timeline, now) is None
         ],
+        metadata=timeline.job.get("metadata", {}),
         events=events,
         picture=_picture(timeline, events, now),
         offset=lambda at: offset_text(at - timeline.payment.requested_at),
@@ -102,6 +106,8 @@ def show_payment(request: Request) -> Response:
         fee=fee_text(timeline),
         hold=funds_hold_text(timeline, timeline.funds_hold, now) if timeline.funds_hold else None,
         evidence=evidence_text,
+        charge_text=charge_text,
+        funds_check=parse_stored_job_ignoring_unknown(timeline.job).effective_funds_check,
         callbacks=lambda delivery: callbacks_of_outcome(timeline.payment.state, delivery),
         outcome_of_callback=outcome_of_callback,
         flower_url=lambda task_id: flower_task_url(rt.settings, task_id),
@@ -122,11 +128,13 @@ def _picture(timeline: PaymentTimeline, events: list[TimelineEvent], now: dateti
     wait = Wait(
         requested_at=line.requested_at,
         until=line.resolved_at or now,
-        called_at=timeline.calls[0].called_at if timeline.calls else None,
+        called_at=next((call.called_at for call in timeline.calls if call.state != EntryState.VOID), None),
+        has_refused_call=any(call.state == EntryState.VOID for call in timeline.calls),
         balance_at=timeline.balance.received_at if timeline.balance else None,
         delivered_at=max(at for at in delivered if at) if delivered and all(delivered) else None,
         scale_until=line.resolved_at or max(now, line.deadline),
         is_waiting=line.state == PaymentState.WAITING,
+        has_rejected_balance=bool(timeline.rejected_balances),
     )
     return draw_timeline(events, wait)
 

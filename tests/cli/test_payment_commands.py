@@ -149,7 +149,7 @@ def test_watch_prints_each_change_until_the_payment_is_resolved(
     result = run("watch", "pay_waits", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(line["state"], line["reason"]) for line in lines] == [("waiting", None), ("failed", "cancelled")]
-    assert lines[1]["sentence"].endswith("cancelled it; no action is needed.")
+    assert lines[1]["sentence"].endswith("cancelled: the detail; no action is needed.")
     assert (result.exit_code, waits) == (3, [0.5, 0.5, 0.5])
     assert run("watch", "pay_1").exit_code == 0
     assert "no payment pay_unknown in the ledger" in run("watch", "pay_unknown").stderr

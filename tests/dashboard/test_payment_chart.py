@@ -25,10 +25,11 @@ def draw(*seconds: float, until: float = 10, deadline: float = 120, **wait: Any)
     times: dict[str, Any] = {"called_at": None, "balance_at": None, "delivered_at": None}
     times |= {name: at(second) for name, second in wait.items() if name.endswith("_at")}
     is_waiting = bool(wait.get("is_waiting"))
+    known: dict[str, Any] = {name: bool(wait.get(name)) for name in ("has_refused_call", "has_rejected_balance")}
     scale_until = at(max(until, deadline) if is_waiting else until)
     return draw_timeline(
         sorted(events, key=lambda each: each.at),
-        Wait(requested_at=NOON, until=at(until), scale_until=scale_until, is_waiting=is_waiting, **times),
+        Wait(requested_at=NOON, until=at(until), scale_until=scale_until, is_waiting=is_waiting, **known, **times),
     )
 
 
@@ -78,7 +79,12 @@ def test_phases_cover_the_wait_and_the_delivery() -> None:
     ("wait", "names"),
     [
         ({}, ["no call to Quiltt"]),
-        ({"called_at": 2}, ["before the call", "at Quiltt, no usable balance"]),
+        ({"has_refused_call": True}, ["no call accepted by Quiltt"]),
+        ({"called_at": 2}, ["before the call", "at Quiltt, no balance arrived"]),
+        (
+            {"called_at": 2, "has_rejected_balance": True},
+            ["before the call", "at Quiltt, no fresh balance"],
+        ),
         ({"called_at": 2, "is_waiting": True}, ["before the call", "at Quiltt, no balance yet"]),
         ({"called_at": -60, "balance_at": -50}, ["resolution"]),
         ({"called_at": 2, "balance_at": 3, "delivered_at": 90_000}, ["before the call", "at Quiltt", "resolution"]),

@@ -27,7 +27,7 @@ from worker.ledger import archived_months, payment_search
 from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.payment_situation import explain_payment
-from worker.rules.explanations import Actor
+from worker.rules.payment_situations import Actor
 from worker.runtime import Runtime
 
 HOSTILE = (
@@ -235,7 +235,7 @@ def test_page_of_a_failed_payment_names_reason_and_acting_party(
         assert explain_payment(timeline, payready.clock.now).sentence in page.text
         assert timeline.outcome is not None
         assert timeline.outcome["detail"] in page.text
-        assert f"order order of {reason}" in page.text
+        assert f"order (metadata) order of {reason}" in page.text
         assert f"failed {reason}" in page.text, "the timeline has the resolution"
 
 
@@ -260,7 +260,7 @@ def test_page_shows_calculation_balances_fee_and_callbacks(payready: InProcessSy
     assert "Left 73.00 USD" in page.text
     assert "resolved the payment" in page.text
     assert "bal_1" in page.text
-    assert "0.10 USD, posted" in page.text
+    assert "0.10 USD posted, charged by Quiltt" in page.text
     assert "link: shop.ship sent to queue shop as task cb-1" in page.text
     assert "shop.refund" not in page.text
     assert "25.00 USD until 2026-11-23 12:00:03Z" in page.text

@@ -55,7 +55,7 @@ def test_open_breaker_fails_payments_with_an_early_deadline(
     payready.run_tasks()
     assert called_payments(payready) == ["f0", "f1", "f2"]
     assert payready.state_or_reason("hurried") == "provider_unavailable"
-    detail = "provider calls fail; no call is made before 2026-11-22T12:00:07Z"
+    detail = "calls to Quiltt fail; no call is made before 2026-11-22T12:00:07Z"
     assert payready.outcome("hurried")["detail"] == detail
     assert payready.fees("acct_hurried") == []
     assert payready.state_or_reason("patient") == "waiting"

@@ -140,7 +140,7 @@ def claimed(**fields: Any) -> ClaimCall:
 
 LATER, EARLIER = NOW + SECOND, NOW - SECOND
 CALLED_ONCE = refresh(call_count=1, called_at=NOW - 20 * SECOND, claimed_at=NOW - 20 * SECOND, last_error="timeout")
-OPEN_ERROR = "provider calls fail; no call is made before 2026-11-22T12:00:05Z"
+OPEN_ERROR = "calls to Quiltt fail; no call is made before 2026-11-22T12:00:05Z"
 NO_AGE = payment(max_balance_age_s=0)
 SHORT = payment("pay_short", timeout_s=5)
 READER = payment(amount=Decimal(10), profile_id="p_1")

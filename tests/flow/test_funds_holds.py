@@ -243,8 +243,7 @@ def test_unknown_funds_name_what_is_held(payready: InProcessSystem) -> None:
     payready.clock.advance(30)
     assert judge_and_deliver(payready, "p2", "70.00", None) == "funds_unknown"
     assert payready.outcome("p2")["detail"] == (
-        "the provider does not know the available balance; 20.00 USD is held for 1 released payment until"
-        " 2026-11-22T12:10:00Z"
+        "the bank reports no available balance; 20.00 USD is held for 1 released payment until 2026-11-22T12:10:00Z"
     )
     assert calculation(payready, "p2")["held"] == "20.00"
 

@@ -42,7 +42,7 @@ def test_expiry_without_a_call_says_in_its_detail_that_none_was_made(payready: I
 @pytest.mark.parametrize(
     ("error", "detail"),
     [
-        (CallNotSent("no connection to the provider: connect error"), "no connection to the provider: connect error"),
+        (CallNotSent("no connection to Quiltt: connect error"), "no connection to Quiltt: connect error"),
         (RateLimited("the provider's rate limit is reached", None), "the provider's rate limit is reached"),
         (CallResultUnknown("the provider answered 500", 500), "the provider answered 500"),
     ],

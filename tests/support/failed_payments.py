@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
+
 from tests.support.in_process import InProcessSystem
 from worker import flow
-from worker.errors import CallNotSent, CallRejected, FailureReason
-from worker.quiltt.messages import PolledAccount
+from worker.errors import CallNotSent, FailureReason
+from worker.quiltt.messages import CONNECTION_LOST_EVENTS, PolledAccount
+from worker.quiltt.responses import refresh_error
 from worker.rules.connections import ConnectionLost
 
 NEEDED_SETTINGS = {"call_cap_per_account_per_day": 1}
@@ -41,21 +44,15 @@ def fail_for_each_reason(payready: InProcessSystem) -> None:
     def initiate(reason: FailureReason, **job: Any) -> None:
         metadata = {"order": f"order of {reason}"}
         payready.initiate(payment_id_of(reason), account(reason), amount="25.00", metadata=metadata, **job)
+        payready.clock.advance(0.04)
         payready.run_tasks()
 
-    rejections = {
-        FailureReason.ACCOUNT_NOT_FOUND: CallRejected(
-            404, FailureReason.ACCOUNT_NOT_FOUND, "the provider does not know the account"
-        ),
-        FailureReason.CONNECTION_INACTIVE: CallRejected(
-            403, FailureReason.CONNECTION_INACTIVE, "the account's connection is disconnected or in an error state"
-        ),
-        FailureReason.NOT_AUTHORIZED: CallRejected(
-            401, FailureReason.NOT_AUTHORIZED, "the provider does not accept our API key"
-        ),
-    }
-    for reason, rejection in rejections.items():
-        payready.provider.script[account(reason)] = [rejection]
+    for reason, status in {
+        FailureReason.ACCOUNT_NOT_FOUND: 404,
+        FailureReason.CONNECTION_INACTIVE: 403,
+        FailureReason.NOT_AUTHORIZED: 401,
+    }.items():
+        payready.provider.script[account(reason)] = [refresh_error(httpx.Response(status))]
         initiate(reason)
     unsupported = FailureReason.ACCOUNT_UNSUPPORTED
     payready.provider.accounts[account(unsupported)] = PolledAccount(kind="CREDIT", currencyCode="USD")
@@ -73,18 +70,22 @@ def fail_for_each_reason(payready: InProcessSystem) -> None:
     payready.clock.advance(60)
     initiate(FailureReason.FEE_CAP_REACHED, max_balance_age_s=0)
     initiate(FailureReason.CONNECTION_LOST, connection_id="conn_1")
+    payready.clock.advance(2)
     lost = ConnectionLost(
-        detail="the connection was disconnected: the user must connect again",
+        detail=CONNECTION_LOST_EVENTS["connection.disconnected"],
         at=payready.clock.now,
         connection_id="conn_1",
     )
     payready.queue.add(flow.ingest_events_and_resolve_payments(payready.rt, [], connection_updates=[lost]))
     initiate(FailureReason.CANCELLED)
+    payready.clock.advance(2)
     cancelled = [payment_id_of(FailureReason.CANCELLED)]
     payready.queue.add(flow.fail_waiting_as_cancelled_with_fee_share(payready.rt, cancelled))
     payready.run_tasks()
     unavailable = FailureReason.PROVIDER_UNAVAILABLE
-    payready.provider.script[account(unavailable)] = [CallNotSent("connection refused") for _ in range(99)]
+    payready.provider.script[account(unavailable)] = [
+        CallNotSent("no connection to Quiltt: connect error") for _ in range(99)
+    ]
     initiate(unavailable, timeout_s=20)
     initiate(FailureReason.TIMEOUT, timeout_s=20)
     payready.pass_time(21)

@@ -135,7 +135,7 @@ def test_revoked_or_cancelled_payment_fails_as_cancelled(
     payment = chord(header, body, app=kit.app).apply_async().parent.results[0]
     eventually(lambda: is_waiting(payment) and "x" in notes())
     cancel(kit, payment)
-    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the payments service cancelled the payment"))
+    assert raised_by(payment) == ("PaymentNotReady", ("cancelled", "the task payments.cancel was called"))
     eventually(lambda: notes() == ["body-errback", "errback", "x"])
     other = kit.pay("other").apply_async()
     eventually(lambda: is_waiting(other))

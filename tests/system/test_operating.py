@@ -224,7 +224,7 @@ def test_doctor_reports_each_broken_dependency(production: ProductionSystem, tmp
         "database": "never migrated; this release needs 0009",
         "broker": f"127.0.0.1:1/0 does not respond: {REFUSED}",
         "result backend": f"127.0.0.1:1/0 does not respond: {REFUSED}",
-        "api key": "the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)",
+        "api key": "Quiltt does not accept our API key (PAYREADY_QUILTT_API_KEY)",
         "webhook secrets": "none is set: `web` rejects every delivery",
     }
     errors = production.errors(PAYREADY_DATABASE_URL=f"sqlite:///{tmp_path}/new.db")

@@ -4,13 +4,17 @@ import itertools
 import re
 from typing import Any
 
+import httpx
 import pytest
 
 from demo.processes import ROOT
 from worker.errors import FailureReason
 from worker.quiltt.messages import CONNECTION_LOST_EVENTS
+from worker.quiltt.responses import refresh_error
 from worker.rules import explanations
-from worker.rules.explanations import Actor, PaymentSituation, explain
+from worker.rules.explanations import explain
+from worker.rules.failure_explanations import FAILURES, PAYMENT_IS_OVER
+from worker.rules.payment_situations import Actor, PaymentSituation
 from worker.rules.states import PaymentState, RefreshState
 
 WAITING, RELEASED, FAILED = PaymentState.WAITING, PaymentState.RELEASED, PaymentState.FAILED
@@ -22,7 +26,7 @@ def failed(reason: FailureReason, **known: Any) -> PaymentSituation:
 
 
 def test_every_failure_reason_waiting_state_and_verdict_is_explained() -> None:
-    assert set(explanations.FAILURES) == set(FailureReason)
+    assert set(FAILURES) == set(FailureReason)
     assert set(explanations.WAITING) == {None, *RefreshState}
     assert set(explanations.RELEASES) == {"sufficient", "unchecked", "not_requested"}
 
@@ -30,26 +34,31 @@ def test_every_failure_reason_waiting_state_and_verdict_is_explained() -> None:
 def test_page_on_failure_reasons_names_the_party_that_must_act() -> None:
     """Each reason's row has the actor of its explanation in the column *must act*."""
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \|$", REASONS_PAGE, re.MULTILINE)
-    assert dict(rows) == {reason.value: explanations.FAILURES[reason].actor.value for reason in FailureReason}
+    assert dict(rows) == {reason.value: FAILURES[reason].actor.value for reason in FailureReason}
 
 
 def test_every_explanation_is_one_sentence() -> None:
-    flags = ("is_deferred", "is_overdue", "has_unapplied_balance", "has_old_balance", "is_undelivered")
+    flags = (
+        *("is_deferred", "is_overdue", "has_unapplied_balance", "has_old_balance", "has_late_balance"),
+        *("is_undelivered", "is_undeliverable"),
+    )
     for chosen in itertools.product((False, True), repeat=len(flags)):
         known: dict[str, Any] = dict(zip(flags, chosen, strict=True))
         situations = [PaymentSituation(state=WAITING, refresh=refresh, **known) for refresh in (None, *RefreshState)]
         situations += [failed(reason, **known) for reason in FailureReason]
         situations += [PaymentSituation(state=RELEASED, verdict=verdict, **known) for verdict in explanations.RELEASES]
         for situation in situations:
-            sentence = explain(situation).sentence
-            assert re.fullmatch(r"(The|A) [^\n.]+; [^\n.]+\.", sentence), sentence
-            assert len(sentence.split()) <= 45, sentence
+            explained = explain(situation)
+            assert re.fullmatch(r"(The|A) [^\n.]+; [^\n.]+\.", explained.sentence), explained.sentence
+            assert len(explained.sentence.split()) <= 45, explained.sentence
+            assert re.fullmatch(r"([A-Z`].*\.)?", explained.next_step), explained.next_step
 
 
 @pytest.mark.parametrize(
     ("situation", "actor", "words"),
     [
-        (failed(FailureReason.TIMEOUT, refresh=RefreshState.UNANSWERED), Actor.US, "no fresh balance arrived"),
+        (failed(FailureReason.TIMEOUT, refresh=RefreshState.UNANSWERED), Actor.US, "Quiltt accepted its call, but no"),
+        (failed(FailureReason.TIMEOUT, refresh=RefreshState.REJECTED), Actor.US, "no fresh balance arrived"),
         (failed(FailureReason.TIMEOUT, refresh=RefreshState.REQUESTED), Actor.US, "no call to Quiltt was made"),
         (failed(FailureReason.TIMEOUT, refresh=None), Actor.US, "no call to Quiltt was made"),
         (
@@ -57,7 +66,16 @@ def test_every_explanation_is_one_sentence() -> None:
             Actor.US,
             "the balance that arrived was too old",
         ),
-        (failed(FailureReason.TIMEOUT, refresh=RefreshState.UNCERTAIN, has_pending_call=True), Actor.US, "is pending"),
+        (
+            failed(FailureReason.TIMEOUT, refresh=RefreshState.UNANSWERED, has_late_balance=True),
+            Actor.US,
+            "its balance arrived only after its deadline",
+        ),
+        (
+            failed(FailureReason.TIMEOUT, refresh=RefreshState.UNCERTAIN),
+            Actor.US,
+            "response to its call to Quiltt was lost",
+        ),
         (PaymentSituation(state=WAITING, refresh=RefreshState.ACCEPTED), Actor.QUILTT, "send the balance"),
         (PaymentSituation(state=WAITING, refresh=RefreshState.REQUESTED), Actor.NONE, "is not made yet"),
         (
@@ -102,3 +120,80 @@ def test_lost_connection_names_the_party_of_its_event(event: str, detail: str) -
     actors = {"repairable": Actor.PAYER, "disconnected": Actor.PAYER, "deleted": Actor.US}
     expected = actors.get(event.rpartition(".")[2], Actor.QUILTT)
     assert explain(failed(FailureReason.CONNECTION_LOST, detail=detail)).actor == expected
+
+
+def rejected_by(status: int) -> str:
+    return str(refresh_error(httpx.Response(status)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail", "cause", "actor"),
+    [
+        (
+            FailureReason.ACCOUNT_UNSUPPORTED,
+            rejected_by(400),
+            "Quiltt does not refresh accounts of this kind",
+            Actor.PAYER,
+        ),
+        (FailureReason.ACCOUNT_UNSUPPORTED, "the account is of kind LOAN", "the account is of kind LOAN", Actor.PAYER),
+        (FailureReason.NOT_AUTHORIZED, rejected_by(401), "Quiltt does not accept our API key", Actor.US),
+        (
+            FailureReason.NOT_AUTHORIZED,
+            "the API key is a production key; set PAYREADY_ALLOW_PRODUCTION_KEY to use it outside production",
+            "this deployment may not use its API key, which is a production key",
+            Actor.US,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            rejected_by(418),
+            "Quiltt rejected its call: Quiltt responded with HTTP 418, which is not documented",
+            Actor.QUILTT,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            rejected_by(503),
+            "the calls to Quiltt failed until its deadline: Quiltt responded with HTTP 503",
+            Actor.QUILTT,
+        ),
+        (
+            FailureReason.CONNECTION_LOST,
+            CONNECTION_LOST_EVENTS["connection.disconnected"],
+            "Quiltt reported during its wait: the connection was disconnected",
+            Actor.PAYER,
+        ),
+        (
+            FailureReason.CONNECTION_LOST,
+            CONNECTION_LOST_EVENTS["connection.synced.errored.institution"],
+            "Quiltt reported during its wait: the connection is in error: the institution fails",
+            Actor.QUILTT,
+        ),
+        (
+            FailureReason.CANCELLED,
+            "its Celery task was revoked",
+            "it was cancelled: its Celery task was revoked",
+            Actor.NONE,
+        ),
+    ],
+)
+def test_reason_with_several_causes_names_the_one_that_happened(
+    reason: FailureReason, detail: str, cause: str, actor: Actor
+) -> None:
+    explained = explain(failed(reason, detail=detail))
+    assert (explained.happened, explained.actor) == (f"The payment failed because {cause}", actor)
+
+
+def test_failed_payment_is_over_and_a_conflict_is_not_its_payment() -> None:
+    """The next step says so for each reason, and whether a new job is needed."""
+    for reason in FailureReason:
+        explained = explain(failed(reason))
+        assert explained.next_step.startswith(PAYMENT_IS_OVER) == (reason != FailureReason.CONFLICT)
+        assert "new payment id" in f"{explained.sentence} {explained.next_step}"
+
+
+def test_documents_that_next_steps_name_exist() -> None:
+    situations = [failed(reason) for reason in FailureReason] + [
+        failed(FailureReason.TIMEOUT, refresh=RefreshState.UNANSWERED)
+    ]
+    named = set(re.findall(r"docs/[\w/.-]+\.md", " ".join(explain(situation).next_step for situation in situations)))
+    assert len(named) >= 5
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []

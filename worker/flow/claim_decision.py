@@ -232,7 +232,7 @@ def _delay_failing_payments_if_circuit_open(waiting: Sequence[WaitingPayment], d
         return Delay(denied=denied)
     return DelayAndFail(
         denied=denied,
-        detail=f"provider calls fail; no call is made before {utc_text(denied.until)}",
+        detail=f"calls to Quiltt fail; no call is made before {utc_text(denied.until)}",
         failing=tuple(payment for payment in waiting if payment.deadline <= denied.until),
     )
 

@@ -9,8 +9,9 @@ from worker.flow.claim_decision import ClaimCall, RejectByCap
 from worker.ledger.engine import Tx
 from worker.ledger.fee_entries import CallEntry
 from worker.rules.decimals import decimal_text
-from worker.rules.fee_caps import CapDecision, decide_caps
+from worker.rules.fee_caps import CAP_REACHED, CapDecision, decide_caps, start_of_next_period
 from worker.rules.pricing import Price
+from worker.rules.times import utc_text
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
@@ -31,7 +32,8 @@ def claim_or_reject_by_caps(
     with log_context(account_id=account_id, refresh_id=claim.refresh.refresh_id):
         _report(rt, decision, account_id, now)
     if decision.exceeded is not None:
-        return RejectByCap(detail=f"fee cap reached: {decision.exceeded}")
+        begins = utc_text(start_of_next_period(decision.exceeded.cap, now))
+        return RejectByCap(detail=f"{CAP_REACHED}{decision.exceeded}; its next period begins at {begins}")
     return claim
 
 

@@ -19,13 +19,19 @@ MAX_FAILED_TRIES = 5
 """Deliveries of an outcome, one every 10 s, that may fail although the stores respond."""
 REDELIVERY_STEP = 200
 """Outcomes that one transaction makes due again."""
+CANCELLED_BY_TASK = "the task payments.cancel was called"
+"""Detail of a payment that the payments service, or a person with the command line, cancelled."""
 
 
-def fail_waiting_as_cancelled_with_fee_share(rt: Runtime, payment_ids: Sequence[str]) -> FollowUp:
-    """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are."""
+def fail_waiting_as_cancelled_with_fee_share(
+    rt: Runtime, payment_ids: Sequence[str], *, detail: str = CANCELLED_BY_TASK
+) -> FollowUp:
+    """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are.
+
+    `detail` is a clause that names the party which cancelled.
+    """
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, payment_ids)
-        detail = "the payments service cancelled the payment"
         return FollowUp(deliveries=fail_payments_with_fee_share(rt, tx, waiting, FailureReason.CANCELLED, detail))
 
 
@@ -33,7 +39,9 @@ def cancel_by_task(rt: Runtime, task_ids: Sequence[str]) -> FollowUp:
     """Cancel the waiting payments that these Celery tasks are registered for."""
     with transaction(rt.engine) as tx:
         payment_ids = outcome_deliveries.payments_of_tasks(tx, task_ids)
-    return fail_waiting_as_cancelled_with_fee_share(rt, payment_ids) if payment_ids else FollowUp()
+    if not payment_ids:
+        return FollowUp()
+    return fail_waiting_as_cancelled_with_fee_share(rt, payment_ids, detail="its Celery task was revoked")
 
 
 def claim_deliveries(rt: Runtime, task_ids: Sequence[str]) -> list[OutcomeDelivery]:

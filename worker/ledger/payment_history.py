@@ -1,6 +1,6 @@
 """The history of a payment for people: its events in order of time, and facts as text. It reads no tables itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -10,6 +10,7 @@ from worker.ledger.balance_report import BalanceLine
 from worker.ledger.payment_report import CallLine, DeliveryLine, FundsHoldLine, PaymentFee, PaymentTimeline
 from worker.rules.callbacks import Callback
 from worker.rules.decimals import amount_text, amount_with_currency_text, count_text
+from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
 from worker.rules.times import utc_time_text
 
@@ -52,11 +53,12 @@ def _unsorted_events(timeline: PaymentTimeline) -> Iterator[TimelineEvent]:
         detail = f"{call.call_id}, fee entry pending: {price}"
         yield TimelineEvent(at=call.called_at, kind=EventKind.CALL, name="call", detail=detail)
         if call.finalized_at:
-            detail = f"{call.call_id}, {evidence_text(call)}"
+            detail = f"{call.call_id}, {charge_text(call.state)}: {evidence_text(call)}"
             yield TimelineEvent(at=call.finalized_at, kind=EventKind.FEE, name=f"fee {call.state}", detail=detail)
     yield from _balance_events(timeline)
     if line.resolved_at:
-        detail = line.verdict_or_reason or ""
+        failure_detail = (timeline.outcome or {}).get("detail") if line.state == PaymentState.FAILED else None
+        detail = ": ".join(text for text in (line.verdict_or_reason, failure_detail) if text)
         yield TimelineEvent(at=line.resolved_at, kind=EventKind.RESOLUTION, name=line.state.value, detail=detail)
     else:
         yield deadline_event(timeline)
@@ -96,8 +98,9 @@ def _amount_and_timeout_text(timeline: PaymentTimeline) -> str:
 
 
 def evidence_text(call: CallLine) -> str:
-    """Return what proved the final fee entry of a call, such as `status 202`. Empty while the call is pending."""
-    return ", ".join(f"{key} {value}" for key, value in (call.evidence or {}).items())
+    """Return what proved the final fee entry of a call, such as `HTTP 202`. Empty while the call is pending."""
+    names = {"status": "HTTP", "not_sent": "not sent,"}
+    return ", ".join(f"{names.get(key, key)} {value}" for key, value in (call.evidence or {}).items())
 
 
 def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
@@ -113,20 +116,42 @@ def _balance_text(timeline: PaymentTimeline, balance: BalanceLine) -> str:
 # --- facts ------------------------------------------------------------------------------------------------------------
 
 
+def charge_text(state: EntryState) -> str:
+    """Return what the state of a call's fee means."""
+    return {
+        EntryState.PENDING: "not known yet whether Quiltt charges it",
+        EntryState.POSTED: "charged by Quiltt",
+        EntryState.VOID: "not charged by Quiltt",
+    }[state]
+
+
 def fee_text(timeline: PaymentTimeline) -> str:
-    """Return the payment's share of the fees of its calls."""
-    line = timeline.payment
+    """Return what the payment costs, its share of the fees of its calls, and why."""
+    line, call = timeline.payment, next(iter(timeline.calls), None)
     if line.reused:
-        call = next(iter(timeline.calls), None)
-        saved = f", saved {amount_with_currency_text(call.price, call.currency)}" if call else ""
-        return f"none, reused the balance of an earlier call{saved}"
+        saved = f", which saved {amount_with_currency_text(call.price, call.currency)}" if call else ""
+        return f"no fee: it reused the balance of an earlier call{saved}"
     if line.state == PaymentState.WAITING:
         return "known when the payment is resolved"
-    return "none" if line.fee is None else _share_text(line.fee)
+    if line.fee is None:
+        return "no fee: no call to Quiltt was made for it"
+    if line.fee.state == EntryState.VOID:
+        return f"no fee: {_free_calls_text(timeline.calls)}"
+    return _share_text(line.fee)
+
+
+def _free_calls_text(calls: Sequence[CallLine]) -> str:
+    """Return why Quiltt does not charge the calls of a refresh. The last one decided the refresh."""
+    evidence = (calls[-1].evidence or {}) if calls else {}
+    if "not_sent" in evidence:
+        return "no call reached Quiltt"
+    if "status" in evidence:
+        return f"Quiltt does not charge a call that it rejects (HTTP {evidence['status']})"
+    return "Quiltt does not charge the call"
 
 
 def _share_text(fee: PaymentFee) -> str:
-    amount = f"{amount_with_currency_text(fee.amount, fee.currency)}, {fee.state}"
+    amount = f"{amount_with_currency_text(fee.amount, fee.currency)} {fee.state}, {charge_text(fee.state)}"
     if fee.shared_by == 1:
         return amount
     total = amount_with_currency_text(fee.total, fee.currency)

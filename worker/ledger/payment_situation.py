@@ -4,8 +4,8 @@ from datetime import datetime, timedelta
 
 from worker.errors import FailureReason
 from worker.ledger.payment_report import PaymentTimeline
-from worker.rules.explanations import Explanation, PaymentSituation, explain
-from worker.rules.pricing import EntryState
+from worker.rules.explanations import explain
+from worker.rules.payment_situations import Explanation, PaymentSituation
 from worker.rules.states import PaymentState, RefreshState
 
 MAX_EXPIRY_DELAY = timedelta(seconds=10)
@@ -17,6 +17,7 @@ def explain_payment(timeline: PaymentTimeline, now: datetime) -> Explanation:
     line, refresh = timeline.payment, timeline.refresh
     undelivered = [delivery for delivery in timeline.deliveries if delivery.delivered_at is None]
     is_resolved = line.state != PaymentState.WAITING
+    rejections = {line.reason for line in timeline.rejected_balances}
     return explain(
         PaymentSituation(
             state=line.state,
@@ -27,10 +28,10 @@ def explain_payment(timeline: PaymentTimeline, now: datetime) -> Explanation:
             is_deferred=refresh is not None and refresh.deferral_count > 0 and refresh.last_error is not None,
             is_overdue=not is_resolved and now > line.deadline + MAX_EXPIRY_DELAY,
             has_unapplied_balance=bool(timeline.unapplied_balances),
-            has_old_balance=bool(timeline.rejected_balances),
+            has_old_balance="too_old" in rejections,
+            has_late_balance="after_deadline" in rejections,
             is_undelivered=is_resolved and any(not delivery.undeliverable for delivery in undelivered),
             is_undeliverable=any(delivery.undeliverable for delivery in undelivered),
             has_open_hold=timeline.funds_hold is not None and timeline.funds_hold.until is None,
-            has_pending_call=any(call.state == EntryState.PENDING for call in timeline.calls),
         )
     )

@@ -83,9 +83,9 @@ class QuilttClient:
             response = self._post_when_connection_free(f"/v1/accounts/{account_id}/balances/refresh")
             status = str(response.status_code)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise CallNotSent(f"no connection to the provider: {error_class_as_words(error)}") from error
+            raise CallNotSent(f"no connection to Quiltt: {error_class_as_words(error)}") from error
         except httpx.RequestError as error:
-            raise CallResultUnknown(f"no response from the provider: {error_class_as_words(error)}") from error
+            raise CallResultUnknown(f"no response from Quiltt: {error_class_as_words(error)}") from error
         finally:
             metrics.RESPONSE_SECONDS.labels(status).observe(time.monotonic() - start)
         if response.status_code != ACCEPTED_STATUS:

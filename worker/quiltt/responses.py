@@ -21,18 +21,18 @@ class _Rejection:
 
 
 _BAD_API_KEY = _Rejection(
-    reason=FailureReason.NOT_AUTHORIZED, detail="the provider does not accept our API key (PAYREADY_QUILTT_API_KEY)"
+    reason=FailureReason.NOT_AUTHORIZED, detail="Quiltt does not accept our API key (PAYREADY_QUILTT_API_KEY)"
 )
 _REJECTIONS: Mapping[int, _Rejection] = {
     httpx.codes.BAD_REQUEST: _Rejection(
-        reason=FailureReason.ACCOUNT_UNSUPPORTED, detail="the provider does not refresh accounts of this kind"
+        reason=FailureReason.ACCOUNT_UNSUPPORTED, detail="Quiltt does not refresh accounts of this kind"
     ),
     httpx.codes.UNAUTHORIZED: _BAD_API_KEY,
     httpx.codes.FORBIDDEN: _Rejection(
         reason=FailureReason.CONNECTION_INACTIVE, detail="the account's connection is disconnected or in an error state"
     ),
     httpx.codes.NOT_FOUND: _Rejection(
-        reason=FailureReason.ACCOUNT_NOT_FOUND, detail="the provider does not know the account"
+        reason=FailureReason.ACCOUNT_NOT_FOUND, detail="Quiltt does not know the account"
     ),
 }
 """Documented responses to a refresh call that reject it."""
@@ -42,16 +42,16 @@ def refresh_error(response: httpx.Response) -> CallFailed:
     """Return the error for a response to a refresh call other than 202."""
     status = response.status_code
     if status == httpx.codes.TOO_MANY_REQUESTS:
-        return RateLimited("the provider's rate limit is reached", _rate_limit_reset(response))
+        return RateLimited("Quiltt's rate limit is reached", _rate_limit_reset(response))
     if rejection := _REJECTIONS.get(status):
         return CallRejected(status, rejection.reason, rejection.detail)
     if response.is_client_error and status != httpx.codes.REQUEST_TIMEOUT:
         return CallRejected(
             status,
             FailureReason.PROVIDER_UNAVAILABLE,
-            f"the provider responded with HTTP {status}, which is not documented",
+            f"Quiltt responded with HTTP {status}, which is not documented",
         )
-    return CallResultUnknown(f"the provider responded with HTTP {status}", status)
+    return CallResultUnknown(f"Quiltt responded with HTTP {status}", status)
 
 
 def raise_if_key_rejected(response: httpx.Response) -> None:

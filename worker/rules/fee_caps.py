@@ -5,7 +5,7 @@ Pending and posted calls count, void calls do not: a cap limits what may have to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
@@ -13,6 +13,10 @@ from worker.rules.decimals import decimal_text
 
 WARNING_THRESHOLD = Decimal("0.8")
 """Share of a cap at which a warning is logged."""
+
+
+CAP_REACHED = "fee cap reached: "
+"""Begin of the detail of a payment that failed because of a cap."""
 
 
 class CapKind(StrEnum):
@@ -102,3 +106,10 @@ def start_of_day(now: datetime) -> datetime:
 def start_of_month(now: datetime) -> datetime:
     """Return the start of the month (UTC)."""
     return start_of_day(now).replace(day=1)
+
+
+def start_of_next_period(cap: CapKind, now: datetime) -> datetime:
+    """Return when the usage of the cap begins anew (UTC)."""
+    if cap == CapKind.MONTH:
+        return start_of_month(start_of_month(now) + timedelta(days=31))
+    return start_of_day(now) + timedelta(days=1)

@@ -106,7 +106,7 @@ def check_funds_if_requested(job: Job, funds: Funds) -> FundsCheckResult:
     if available is None:
         if job.effective_funds_check == "enabled":
             return FundsCheckResult.passed("unchecked", calculation)
-        detail = f"the provider does not know the available balance{_held_text(job, funds)}"
+        detail = f"the bank reports no available balance{_held_text(job, funds)}"
         return FundsCheckResult.failed(FailureReason.FUNDS_UNKNOWN, detail, calculation)
     if available < needed:
         needed_text = amount_with_currency_text(needed, job.currency)

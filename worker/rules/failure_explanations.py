@@ -1,0 +1,233 @@
+"""Why a payment failed, which party must act, and the next step, for each failure reason. Pure: no I/O, no clock.
+
+The reasons are those of `docs/reference/failure-reasons.md`, and a test compares the two. Where a reason has several
+causes, the outcome's detail says which it was.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from worker.errors import FailureReason
+from worker.rules.fee_caps import CAP_REACHED
+from worker.rules.payment_situations import Actor, Explanation, PaymentSituation
+from worker.rules.states import RefreshState
+
+PAYMENT_IS_OVER = "The payment was not released, so no money moves for it. A failed payment id cannot be tried again."
+"""What is true of every failed payment."""
+_NEW_JOB = "the payments service sends a new job with a new payment id"
+
+FAILURES: Mapping[FailureReason, Explanation] = {
+    FailureReason.TIMEOUT: Explanation(
+        happened="The payment failed because no fresh balance arrived by its deadline",
+        actor=Actor.US,
+        action="send a new job with a new payment id",
+        next_step="If that fails too, an operator follows docs/runbooks/payments-time-out.md, which finds the cause.",
+    ),
+    FailureReason.INSUFFICIENT_FUNDS: Explanation(
+        happened="The payment failed because the payer's available funds do not cover it",
+        actor=Actor.PAYER,
+        action="add funds to the account, or pay in another way",
+        next_step=f"When the funds are there, {_NEW_JOB}.",
+    ),
+    FailureReason.FUNDS_UNKNOWN: Explanation(
+        happened=(
+            "The payment failed because the bank reports no available amount, and its job has `funds_check: required`"
+        ),
+        actor=Actor.US,
+        action="decide whether to pay without a funds check",
+        next_step=(
+            f"If yes, {_NEW_JOB} and `funds_check: enabled`. That checks the funds where the bank reports them, and "
+            "releases the payment unchecked where it does not: the bank may then return the debit. "
+            f"If no, the payer chooses another account, and {_NEW_JOB} for it."
+        ),
+    ),
+    FailureReason.ACCOUNT_NOT_FOUND: Explanation(
+        happened="The payment failed because Quiltt does not know the account (HTTP 404)",
+        actor=Actor.US,
+        action="correct the account id",
+        next_step=(
+            "Compare it with the account's id at Quiltt: it may be misspelt, removed, or of another environment. "
+            f"Then {_NEW_JOB} and the right account id."
+        ),
+    ),
+    FailureReason.ACCOUNT_UNSUPPORTED: Explanation(
+        happened="The payment failed because the account cannot be checked",
+        actor=Actor.PAYER,
+        action="choose another account",
+        next_step=f"Then {_NEW_JOB} for that account. With this account it fails again.",
+    ),
+    FailureReason.CONNECTION_INACTIVE: Explanation(
+        happened="The payment failed because Quiltt reports that its bank connection does not work (HTTP 403)",
+        actor=Actor.PAYER,
+        action="connect the account again",
+        next_step=f"The payer does so where the account was connected first. After that, {_NEW_JOB}.",
+    ),
+    FailureReason.CONNECTION_LOST: Explanation(
+        happened="The payment failed because the bank connection of its account was lost while it waited",
+        actor=Actor.PAYER,
+        action="connect the account again",
+        next_step=f"The payer does so where the account was connected first. After that, {_NEW_JOB}.",
+    ),
+    FailureReason.NOT_AUTHORIZED: Explanation(
+        happened="The payment failed because Quiltt does not accept our API key",
+        actor=Actor.US,
+        action="replace PAYREADY_QUILTT_API_KEY",
+        next_step=(
+            f"All calls fail until then. An operator follows docs/runbooks/api-key-rejected.md. After that, {_NEW_JOB}."
+        ),
+    ),
+    FailureReason.PROVIDER_UNAVAILABLE: Explanation(
+        happened="The payment failed because the calls to Quiltt failed until its deadline",
+        actor=Actor.QUILTT,
+        action="accept calls again",
+        next_step=(
+            "The pages Now and Provider show whether calls succeed again. "
+            f"When they do, {_NEW_JOB}. If they do not, an operator follows docs/runbooks/provider-unavailable.md."
+        ),
+    ),
+    FailureReason.FEE_CAP_REACHED: Explanation(
+        happened="The payment failed because a fee cap left no room for one more call",
+        actor=Actor.US,
+        action="raise the fee cap, or wait for its next period",
+        next_step=f"An operator follows docs/runbooks/fee-cap-reached.md. When calls are allowed again, {_NEW_JOB}.",
+    ),
+    FailureReason.CONFLICT: Explanation(
+        happened="The job was rejected because its payment id was already used for another job",
+        actor=Actor.US,
+        action="send the job with a new payment id",
+        next_step="The payment of the earlier job is not changed.",
+    ),
+    FailureReason.CANCELLED: Explanation(
+        happened="The payment failed because it was cancelled",
+        actor=Actor.NONE,
+        next_step=f"To pay after all, {_NEW_JOB}.",
+    ),
+}
+"""The explanation of each failure reason without its detail."""
+
+
+def explain_failed(situation: PaymentSituation) -> Explanation:
+    """Return why this payment failed. Requires a situation with a reason."""
+    reason = FailureReason(situation.reason or "")
+    explained = FAILURES[reason]
+    if specify := _SPECIFIC.get(reason):
+        explained = specify(explained, situation)
+    if reason == FailureReason.CONFLICT:
+        return explained
+    return replace(explained, next_step=f"{PAYMENT_IS_OVER} {explained.next_step}")
+
+
+# --- reasons with several causes --------------------------------------------------------------------------------------
+
+
+def _timeout(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    if situation.has_old_balance:
+        return replace(explained, happened="The payment failed because the balance that arrived was too old for it")
+    if situation.has_late_balance:
+        return replace(explained, happened="The payment failed because its balance arrived only after its deadline")
+    if situation.refresh in (None, RefreshState.REQUESTED, RefreshState.ABANDONED):
+        return replace(
+            explained,
+            happened="The payment failed because no call to Quiltt was made by its deadline",
+            action="find out why no call was made",
+            next_step=(
+                "An operator looks at the rate limit, the circuit breaker and the roles on the page Now, and "
+                f"follows docs/runbooks/calls-not-made.md. When calls are made again, {_NEW_JOB}."
+            ),
+        )
+    if situation.refresh == RefreshState.UNCERTAIN:
+        cause = "the response to its call to Quiltt was lost, and no balance arrived by its deadline"
+        return replace(explained, happened=f"The payment failed because {cause}")
+    if situation.refresh in (RefreshState.ACCEPTED, RefreshState.UNANSWERED):
+        cause = "Quiltt accepted its call, but no balance arrived by its deadline"
+        return replace(explained, happened=f"The payment failed because {cause}")
+    return explained
+
+
+def _insufficient_funds(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    next_step = explained.next_step
+    if " held for " in situation.detail:
+        next_step += (
+            " Part of the balance is held for payments that were released before. If their debits show in the balance "
+            "already, an operator ends these funds holds."
+        )
+    return replace(explained, happened=_with_detail(explained.happened, situation.detail), next_step=next_step)
+
+
+def _account_unsupported(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    if not situation.detail:
+        return explained
+    return replace(explained, happened=f"The payment failed because {situation.detail}")
+
+
+def _lost_connection(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    """Return the party that the detail names: Quiltt's events say whether the user must act."""
+    detail = situation.detail
+    if not detail:
+        return explained
+    reported, _, _ = detail.partition(": the user must")
+    explained = replace(explained, happened=f"The payment failed because Quiltt reported during its wait: {reported}")
+    if "the user must" in detail:
+        return explained
+    if "deleted" in detail:
+        return replace(
+            explained,
+            actor=Actor.US,
+            action="ask the payer to connect an account again",
+            next_step=f"After that, {_NEW_JOB} for the account that is connected then.",
+        )
+    return replace(
+        explained,
+        actor=Actor.QUILTT,
+        action="restore the connection",
+        next_step=f"Quiltt shows the state of the connection. When it works again, {_NEW_JOB}.",
+    )
+
+
+def _not_authorized(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    if "PAYREADY_ALLOW_PRODUCTION_KEY" not in situation.detail:
+        return explained
+    return replace(
+        explained,
+        happened="The payment failed because this deployment may not use its API key, which is a production key",
+        action="set PAYREADY_QUILTT_API_KEY to a key of a test environment",
+        next_step=(
+            "Or set PAYREADY_ALLOW_PRODUCTION_KEY, if the deployment is meant to make calls that are billed. "
+            f"After that, {_NEW_JOB}."
+        ),
+    )
+
+
+def _provider_unavailable(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    detail = situation.detail
+    if "no call is made before" in detail:
+        happened = f"The payment failed because calls to Quiltt fail, and the circuit breaker stops them: {detail}"
+    elif "not documented" in detail:
+        happened = f"The payment failed because Quiltt rejected its call: {detail}"
+    else:
+        happened = _with_detail(explained.happened, detail)
+    return replace(explained, happened=happened)
+
+
+def _fee_cap_reached(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    return replace(explained, happened=_with_detail(explained.happened, situation.detail.removeprefix(CAP_REACHED)))
+
+
+def _cancelled(explained: Explanation, situation: PaymentSituation) -> Explanation:
+    return replace(explained, happened=_with_detail(explained.happened, situation.detail))
+
+
+def _with_detail(happened: str, detail: str) -> str:
+    return f"{happened}: {detail}" if detail else happened
+
+
+_SPECIFIC: Mapping[FailureReason, Callable[[Explanation, PaymentSituation], Explanation]] = {
+    FailureReason.TIMEOUT: _timeout,
+    FailureReason.INSUFFICIENT_FUNDS: _insufficient_funds,
+    FailureReason.ACCOUNT_UNSUPPORTED: _account_unsupported,
+    FailureReason.CONNECTION_LOST: _lost_connection,
+    FailureReason.NOT_AUTHORIZED: _not_authorized,
+    FailureReason.PROVIDER_UNAVAILABLE: _provider_unavailable,
+    FailureReason.FEE_CAP_REACHED: _fee_cap_reached,
+    FailureReason.CANCELLED: _cancelled,
+}
