@@ -194,7 +194,7 @@ def _balance_rows(timeline: PaymentTimeline) -> list[BalanceRow]:
         is_unattributed = timeline.balance.balance_id in rows
         rows[timeline.balance.balance_id] = BalanceRow(
             balance=timeline.balance,
-            effect="resolved the payment",
+            effect="decided the payment",
             detail=unattributed if is_unattributed else "",
         )
     return sorted(rows.values(), key=lambda row: row.balance.received_at)

@@ -43,10 +43,13 @@ def test_payment_show_prints_events_in_order_of_time(run: Run) -> None:
     steps = ["failed: insufficient_funds", "job accepted", "call_ref_a_0", "fee posted", "bal_a", "failed  "]
     assert [output.index(step) for step in steps] == sorted(output.index(step) for step in steps)
     assert "needed 25.00 USD; available 10.00 USD = 60.00 balance - 50.00 held for 2 payments" in output
-    assert "fee: 0.066666 USD, pending: share of 0.20 USD among 3 payments" in output
+    assert (
+        "fee: 0.066666 USD pending, not known yet whether Quiltt charges it: share of 0.20 USD among 3 payments"
+        in output
+    )
     assert "outcome not delivered yet: task-pay_3" in output
     output = run("payment", "show", "pay_reused").output
-    assert "fee: none, reused the balance of an earlier call, saved 0.10 USD" in output
+    assert "fee: none, because it reused the balance of an earlier call, which saved 0.10 USD" in output
 
 
 def test_payment_show_prints_balance_that_is_not_applied_yet(run: Run, history: LedgerBuilder) -> None:

@@ -258,9 +258,9 @@ def test_page_shows_calculation_balances_fee_and_callbacks(payready: InProcessSy
     assert "Available funds 100.00 USD" in page.text
     assert "Needed: amount x 1 + 2.00, the buffer of the job 27.00 USD" in page.text
     assert "Left 73.00 USD" in page.text
-    assert "resolved the payment" in page.text
+    assert "decided the payment" in page.text
     assert "bal_1" in page.text
-    assert "0.10 USD posted, charged by Quiltt" in page.text
+    assert "0.10 USD posted, charged to us by Quiltt" in page.text
     assert "link: shop.ship sent to queue shop as task cb-1" in page.text
     assert "shop.refund" not in page.text
     assert "25.00 USD until 2026-11-23 12:00:03Z" in page.text

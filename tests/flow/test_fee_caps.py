@@ -68,7 +68,7 @@ def test_daily_cap_fails_payments_of_further_calls(payready: InProcessSystem, ca
         assert payready.outcome(payment_id)["reason"] == "fee_cap_reached"
         detail = (
             "fee cap reached: 0.200000 of 0.2 USD per day used, and a call adds 0.100000; "
-            "its next period begins at 2026-11-23T00:00:00Z"
+            "the next period begins at 2026-11-23T00:00:00Z"
         )
         assert payready.outcome(payment_id)["detail"] == detail
         assert payready.payment(payment_id)["refresh_id"] is None, "it shares the fee of a call that was not made"

@@ -157,7 +157,7 @@ def test_cancelled_payment_stays_failed_after_a_balance(payready: InProcessSyste
     assert payready.outcome("p1") == {
         "payment_id": "p1",
         "reason": "cancelled",
-        "detail": "the task payments.cancel was called",
+        "detail": "payments.cancel was called, by the payments service or on the command line",
     }
     assert payready.payment("p1")["refresh_id"] == intake_result.refresh_id
     assert payready.fees(A) == ["1 pending", "1 posted"]

@@ -23,7 +23,7 @@ MUST_ACT: Mapping[FailureReason, str] = {
     FailureReason.CONNECTION_INACTIVE: "payer",
     FailureReason.CONNECTION_LOST: "payer",
     FailureReason.NOT_AUTHORIZED: "us",
-    FailureReason.PROVIDER_UNAVAILABLE: "Quiltt",
+    FailureReason.PROVIDER_UNAVAILABLE: "us",
     FailureReason.FEE_CAP_REACHED: "us",
     FailureReason.CANCELLED: "none",
 }

@@ -158,14 +158,23 @@ def rejected_by(status: int) -> str:
         (
             FailureReason.CONNECTION_LOST,
             CONNECTION_LOST_EVENTS["connection.disconnected"],
-            "Quiltt reported during its wait: the connection was disconnected",
+            "the account's bank connection was lost while the payment waited: the connection was disconnected",
             Actor.PAYER,
         ),
         (
             FailureReason.CONNECTION_LOST,
             CONNECTION_LOST_EVENTS["connection.synced.errored.institution"],
-            "Quiltt reported during its wait: the connection is in error: the institution fails",
+            (
+                "the account's bank connection was lost while the payment waited: "
+                "the connection is in error: the institution fails"
+            ),
             Actor.QUILTT,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            "no connection to Quiltt: connect error",
+            "the calls to Quiltt failed until its deadline: no connection to Quiltt: connect error",
+            Actor.US,
         ),
         (
             FailureReason.CANCELLED,
@@ -186,7 +195,7 @@ def test_failed_payment_is_over_and_a_conflict_is_not_its_payment() -> None:
     """The next step says so for each reason, and whether a new job is needed."""
     for reason in FailureReason:
         explained = explain(failed(reason))
-        assert explained.next_step.startswith(PAYMENT_IS_OVER) == (reason != FailureReason.CONFLICT)
+        assert explained.next_step.endswith(PAYMENT_IS_OVER) == (reason != FailureReason.CONFLICT)
         assert "new payment id" in f"{explained.sentence} {explained.next_step}"
 
 

@@ -33,7 +33,7 @@ def claim_or_reject_by_caps(
         _report(rt, decision, account_id, now)
     if decision.exceeded is not None:
         begins = utc_text(start_of_next_period(decision.exceeded.cap, now))
-        return RejectByCap(detail=f"{CAP_REACHED}{decision.exceeded}; its next period begins at {begins}")
+        return RejectByCap(detail=f"{CAP_REACHED}{decision.exceeded}; the next period begins at {begins}")
     return claim
 
 

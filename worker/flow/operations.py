@@ -19,7 +19,7 @@ MAX_FAILED_TRIES = 5
 """Deliveries of an outcome, one every 10 s, that may fail although the stores respond."""
 REDELIVERY_STEP = 200
 """Outcomes that one transaction makes due again."""
-CANCELLED_BY_TASK = "the task payments.cancel was called"
+CANCELLED_BY_TASK = "payments.cancel was called, by the payments service or on the command line"
 """Detail of a payment that the payments service, or a person with the command line, cancelled."""
 
 

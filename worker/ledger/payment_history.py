@@ -10,7 +10,7 @@ from worker.ledger.balance_report import BalanceLine
 from worker.ledger.payment_report import CallLine, DeliveryLine, FundsHoldLine, PaymentFee, PaymentTimeline
 from worker.rules.callbacks import Callback
 from worker.rules.decimals import amount_text, amount_with_currency_text, count_text
-from worker.rules.pricing import EntryState
+from worker.rules.pricing import ACCEPTED_STATUS, EntryState
 from worker.rules.states import PaymentState
 from worker.rules.times import utc_time_text
 
@@ -120,7 +120,7 @@ def charge_text(state: EntryState) -> str:
     """Return what the state of a call's fee means."""
     return {
         EntryState.PENDING: "not known yet whether Quiltt charges it",
-        EntryState.POSTED: "charged by Quiltt",
+        EntryState.POSTED: "charged to us by Quiltt",
         EntryState.VOID: "not charged by Quiltt",
     }[state]
 
@@ -130,14 +130,19 @@ def fee_text(timeline: PaymentTimeline) -> str:
     line, call = timeline.payment, next(iter(timeline.calls), None)
     if line.reused:
         saved = f", which saved {amount_with_currency_text(call.price, call.currency)}" if call else ""
-        return f"no fee: it reused the balance of an earlier call{saved}"
+        return f"none, because it reused the balance of an earlier call{saved}"
     if line.state == PaymentState.WAITING:
         return "known when the payment is resolved"
     if line.fee is None:
-        return "no fee: no call to Quiltt was made for it"
+        return "none, because no call to Quiltt was made for it"
     if line.fee.state == EntryState.VOID:
-        return f"no fee: {_free_calls_text(timeline.calls)}"
-    return _share_text(line.fee)
+        return f"none, because {_free_calls_text(timeline.calls)}"
+    is_accepted = line.fee.state == EntryState.POSTED and any(_was_accepted(call) for call in timeline.calls)
+    return _share_text(line.fee, ", which accepted the call" if is_accepted else "")
+
+
+def _was_accepted(call: CallLine) -> bool:
+    return (call.evidence or {}).get("status") == ACCEPTED_STATUS
 
 
 def _free_calls_text(calls: Sequence[CallLine]) -> str:
@@ -150,8 +155,8 @@ def _free_calls_text(calls: Sequence[CallLine]) -> str:
     return "Quiltt does not charge the call"
 
 
-def _share_text(fee: PaymentFee) -> str:
-    amount = f"{amount_with_currency_text(fee.amount, fee.currency)} {fee.state}, {charge_text(fee.state)}"
+def _share_text(fee: PaymentFee, cause: str) -> str:
+    amount = f"{amount_with_currency_text(fee.amount, fee.currency)} {fee.state}, {charge_text(fee.state)}{cause}"
     if fee.shared_by == 1:
         return amount
     total = amount_with_currency_text(fee.total, fee.currency)

@@ -20,11 +20,11 @@ from worker.rules.job import QuilttId
 
 BALANCE_CREATED = "balance.created"
 CONNECTION_LOST_EVENTS: Mapping[str, str] = {
-    "connection.synced.errored.repairable": "the connection is in error, repairable: the user must act",
+    "connection.synced.errored.repairable": "the connection is in error, repairable: the payer must act",
     "connection.synced.errored.institution": "the connection is in error: the institution fails",
     "connection.synced.errored.provider": "the connection is in error: the data provider fails",
     "connection.synced.errored.service": "the connection is in error: a service of Quiltt fails",
-    "connection.disconnected": "the connection was disconnected: the user must connect again",
+    "connection.disconnected": "the connection was disconnected: the payer must connect again",
     "profile.deleted": "the profile was deleted",
 }
 """Events after which no balance can arrive, with the detail for failed payments."""

@@ -12,33 +12,42 @@ from worker.rules.fee_caps import CAP_REACHED
 from worker.rules.payment_situations import Actor, Explanation, PaymentSituation
 from worker.rules.states import RefreshState
 
-PAYMENT_IS_OVER = "The payment was not released, so no money moves for it. A failed payment id cannot be tried again."
+PAYMENT_IS_OVER = "This payment was not released: no money moved for it, and its payment id cannot be used again."
 """What is true of every failed payment."""
-_NEW_JOB = "the payments service sends a new job with a new payment id"
+_NEW_JOB = "ask the payments service to send a new job with a new payment id"
+_RECONNECT = (
+    "The payer connects the account again in the product where it was connected first. "
+    f"When it is connected, {_NEW_JOB}."
+)
 
 FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.TIMEOUT: Explanation(
         happened="The payment failed because no fresh balance arrived by its deadline",
         actor=Actor.US,
-        action="send a new job with a new payment id",
-        next_step="If that fails too, an operator follows docs/runbooks/payments-time-out.md, which finds the cause.",
+        action="send a new job",
+        next_step=(
+            f"{_NEW_JOB[0].upper()}{_NEW_JOB[1:]}; it may cost a fee again. "
+            "If it fails too, ask an operator to follow docs/runbooks/payments-time-out.md, which finds the cause."
+        ),
     ),
     FailureReason.INSUFFICIENT_FUNDS: Explanation(
         happened="The payment failed because the payer's available funds do not cover it",
         actor=Actor.PAYER,
         action="add funds to the account, or pay in another way",
-        next_step=f"When the funds are there, {_NEW_JOB}.",
+        next_step=f"When the payer has added funds, {_NEW_JOB}. A payment in another way needs nothing from payready.",
     ),
     FailureReason.FUNDS_UNKNOWN: Explanation(
         happened=(
-            "The payment failed because the bank reports no available amount, and its job has `funds_check: required`"
+            "The payment failed because the bank reports no available balance, "
+            "and its job requires one (funds_check: required)"
         ),
         actor=Actor.US,
-        action="decide whether to pay without a funds check",
+        action="decide whether to pay without a known balance",
         next_step=(
-            f"If yes, {_NEW_JOB} and `funds_check: enabled`. That checks the funds where the bank reports them, and "
-            "releases the payment unchecked where it does not: the bank may then return the debit. "
-            f"If no, the payer chooses another account, and {_NEW_JOB} for it."
+            "The team of the payments service decides. "
+            f"If yes, {_NEW_JOB} and funds_check: enabled. It checks the balance if the bank reports one; if not, "
+            "it releases the payment unchecked, and the bank may return the debit. "
+            "If no, the payer chooses another account, and the new job is for that one."
         ),
     ),
     FailureReason.ACCOUNT_NOT_FOUND: Explanation(
@@ -46,34 +55,36 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         actor=Actor.US,
         action="correct the account id",
         next_step=(
-            "Compare it with the account's id at Quiltt: it may be misspelt, removed, or of another environment. "
-            f"Then {_NEW_JOB} and the right account id."
+            "Ask the payments service to compare the account id with those at Quiltt, of the same environment. "
+            "If it is wrong, ask for a new job with a new payment id and the right account id. "
+            "If the account was removed at Quiltt, the payer connects it again before that."
         ),
     ),
     FailureReason.ACCOUNT_UNSUPPORTED: Explanation(
         happened="The payment failed because the account cannot be checked",
         actor=Actor.PAYER,
         action="choose another account",
-        next_step=f"Then {_NEW_JOB} for that account. With this account it fails again.",
+        next_step=f"When the payer has chosen another account, {_NEW_JOB} for it. With this account it fails again.",
     ),
     FailureReason.CONNECTION_INACTIVE: Explanation(
-        happened="The payment failed because Quiltt reports that its bank connection does not work (HTTP 403)",
+        happened="The payment failed because Quiltt reports its bank connection as inactive (HTTP 403)",
         actor=Actor.PAYER,
         action="connect the account again",
-        next_step=f"The payer does so where the account was connected first. After that, {_NEW_JOB}.",
+        next_step=_RECONNECT,
     ),
     FailureReason.CONNECTION_LOST: Explanation(
-        happened="The payment failed because the bank connection of its account was lost while it waited",
+        happened="The payment failed because the account's bank connection was lost while the payment waited",
         actor=Actor.PAYER,
         action="connect the account again",
-        next_step=f"The payer does so where the account was connected first. After that, {_NEW_JOB}.",
+        next_step=_RECONNECT,
     ),
     FailureReason.NOT_AUTHORIZED: Explanation(
         happened="The payment failed because Quiltt does not accept our API key",
         actor=Actor.US,
         action="replace PAYREADY_QUILTT_API_KEY",
         next_step=(
-            f"All calls fail until then. An operator follows docs/runbooks/api-key-rejected.md. After that, {_NEW_JOB}."
+            "Ask an operator to follow docs/runbooks/api-key-rejected.md. "
+            f"When the page Provider shows accepted calls again, {_NEW_JOB}."
         ),
     ),
     FailureReason.PROVIDER_UNAVAILABLE: Explanation(
@@ -81,15 +92,18 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         actor=Actor.QUILTT,
         action="accept calls again",
         next_step=(
-            "The pages Now and Provider show whether calls succeed again. "
-            f"When they do, {_NEW_JOB}. If they do not, an operator follows docs/runbooks/provider-unavailable.md."
+            f"When the page Provider shows accepted calls again, {_NEW_JOB}. "
+            "Until then an operator follows docs/runbooks/provider-unavailable.md."
         ),
     ),
     FailureReason.FEE_CAP_REACHED: Explanation(
-        happened="The payment failed because a fee cap left no room for one more call",
+        happened="The payment failed because our own limit on calls or fees leaves no room for one more call",
         actor=Actor.US,
-        action="raise the fee cap, or wait for its next period",
-        next_step=f"An operator follows docs/runbooks/fee-cap-reached.md. When calls are allowed again, {_NEW_JOB}.",
+        action="raise the limit, or wait until its next period",
+        next_step=(
+            "Ask an operator to follow docs/runbooks/fee-cap-reached.md, or wait: a new job before that fails too. "
+            f"After that, {_NEW_JOB}."
+        ),
     ),
     FailureReason.CONFLICT: Explanation(
         happened="The job was rejected because its payment id was already used for another job",
@@ -114,7 +128,7 @@ def explain_failed(situation: PaymentSituation) -> Explanation:
         explained = specify(explained, situation)
     if reason == FailureReason.CONFLICT:
         return explained
-    return replace(explained, next_step=f"{PAYMENT_IS_OVER} {explained.next_step}")
+    return replace(explained, next_step=f"{explained.next_step} {PAYMENT_IS_OVER}")
 
 
 # --- reasons with several causes --------------------------------------------------------------------------------------
@@ -131,8 +145,8 @@ def _timeout(explained: Explanation, situation: PaymentSituation) -> Explanation
             happened="The payment failed because no call to Quiltt was made by its deadline",
             action="find out why no call was made",
             next_step=(
-                "An operator looks at the rate limit, the circuit breaker and the roles on the page Now, and "
-                f"follows docs/runbooks/calls-not-made.md. When calls are made again, {_NEW_JOB}."
+                "Ask an operator to follow docs/runbooks/calls-not-made.md. "
+                f"When the page Provider shows accepted calls again, {_NEW_JOB}."
             ),
         )
     if situation.refresh == RefreshState.UNCERTAIN:
@@ -148,8 +162,8 @@ def _insufficient_funds(explained: Explanation, situation: PaymentSituation) -> 
     next_step = explained.next_step
     if " held for " in situation.detail:
         next_step += (
-            " Part of the balance is held for payments that were released before. If their debits show in the balance "
-            "already, an operator ends these funds holds."
+            " Part of the balance is held for payments that were released before: "
+            "if their debits show in the balance already, ask an operator to end their funds holds."
         )
     return replace(explained, happened=_with_detail(explained.happened, situation.detail), next_step=next_step)
 
@@ -161,26 +175,26 @@ def _account_unsupported(explained: Explanation, situation: PaymentSituation) ->
 
 
 def _lost_connection(explained: Explanation, situation: PaymentSituation) -> Explanation:
-    """Return the party that the detail names: Quiltt's events say whether the user must act."""
+    """Return the party that the detail names: Quiltt's events say whether the payer must act."""
     detail = situation.detail
     if not detail:
         return explained
-    reported, _, _ = detail.partition(": the user must")
-    explained = replace(explained, happened=f"The payment failed because Quiltt reported during its wait: {reported}")
-    if "the user must" in detail:
+    reported, _, _ = detail.partition(": the payer must")
+    explained = replace(explained, happened=_with_detail(explained.happened, reported))
+    if "the payer must" in detail:
         return explained
     if "deleted" in detail:
         return replace(
             explained,
             actor=Actor.US,
             action="ask the payer to connect an account again",
-            next_step=f"After that, {_NEW_JOB} for the account that is connected then.",
+            next_step=f"When the payer has connected an account, {_NEW_JOB} for that account.",
         )
     return replace(
         explained,
         actor=Actor.QUILTT,
         action="restore the connection",
-        next_step=f"Quiltt shows the state of the connection. When it works again, {_NEW_JOB}.",
+        next_step=f"When Quiltt's dashboard shows the connection as active again, {_NEW_JOB}.",
     )
 
 
@@ -192,14 +206,21 @@ def _not_authorized(explained: Explanation, situation: PaymentSituation) -> Expl
         happened="The payment failed because this deployment may not use its API key, which is a production key",
         action="set PAYREADY_QUILTT_API_KEY to a key of a test environment",
         next_step=(
-            "Or set PAYREADY_ALLOW_PRODUCTION_KEY, if the deployment is meant to make calls that are billed. "
-            f"After that, {_NEW_JOB}."
+            "Ask an operator for it, or to set PAYREADY_ALLOW_PRODUCTION_KEY if the deployment is meant to make calls "
+            f"that are billed. After that, {_NEW_JOB}."
         ),
     )
 
 
 def _provider_unavailable(explained: Explanation, situation: PaymentSituation) -> Explanation:
     detail = situation.detail
+    if detail.startswith("no connection to Quiltt"):
+        return replace(
+            explained,
+            happened=_with_detail(explained.happened, detail),
+            actor=Actor.US,
+            action="find out whether our network or Quiltt fails",
+        )
     if "no call is made before" in detail:
         happened = f"The payment failed because calls to Quiltt fail, and the circuit breaker stops them: {detail}"
     elif "not documented" in detail:
@@ -210,7 +231,11 @@ def _provider_unavailable(explained: Explanation, situation: PaymentSituation) -
 
 
 def _fee_cap_reached(explained: Explanation, situation: PaymentSituation) -> Explanation:
-    return replace(explained, happened=_with_detail(explained.happened, situation.detail.removeprefix(CAP_REACHED)))
+    usage = situation.detail.removeprefix(CAP_REACHED)
+    next_step = explained.next_step
+    if "per account" in usage:
+        next_step += " The other payments of the account today show what used the limit."
+    return replace(explained, happened=_with_detail(explained.happened, usage), next_step=next_step)
 
 
 def _cancelled(explained: Explanation, situation: PaymentSituation) -> Explanation:
