@@ -26,7 +26,15 @@ from worker.errors import FailureReason
 from worker.ledger import payment_report
 from worker.ledger.engine import Tx, read_snapshot
 from worker.ledger.payment_report import PaymentTimeline
-from worker.ledger.payment_search import MAX_EXAMINED, PAGE_SIZE, PageKey, PaymentFilter, PaymentPage, search_payments
+from worker.ledger.payment_search import (
+    MAX_EXAMINED,
+    PAGE_SIZE,
+    DeliveryProblem,
+    PageKey,
+    PaymentFilter,
+    PaymentPage,
+    search_payments,
+)
 from worker.ledger.payment_situation import explain_payment
 from worker.rules.decimals import parse_positive_decimal
 from worker.rules.payment_situations import Explanation
@@ -112,6 +120,18 @@ def list_payments(
         datetime | None,
         typer.Option(parser=_parse_time, metavar="TIME", help="Only payments requested before this time, in UTC."),
     ] = None,
+    resolved_since: Annotated[
+        datetime | None,
+        typer.Option(parser=_parse_time, metavar="TIME", help="Only payments resolved at this time or later, in UTC."),
+    ] = None,
+    resolved_until: Annotated[
+        datetime | None,
+        typer.Option(parser=_parse_time, metavar="TIME", help="Only payments resolved before this time, in UTC."),
+    ] = None,
+    delivery: Annotated[
+        DeliveryProblem | None,
+        typer.Option(help="Only payments with an outcome that is not delivered, for this cause."),
+    ] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Only payments whose metadata has this value. It may be repeated."),
@@ -127,7 +147,8 @@ def list_payments(
 ) -> None:
     """Search payments, the newest first.
 
-    All conditions must fit. A search without --account, --task and --state waiting examines 10,000 payments a page.
+    All conditions must fit. An index finds the payments of --account, --task, --state waiting, --resolved-since and
+    --delivery. Any other search examines 10,000 payments a page.
     """
     conditions = PaymentFilter(
         task_id=task,
@@ -137,6 +158,9 @@ def list_payments(
         amount=amount,
         since=since,
         until=until,
+        resolved_since=resolved_since,
+        resolved_until=resolved_until,
+        delivery=delivery,
         metadata=dict(map(_parse_metadata_condition, metadata or ())),
     )
     page = query_or_exit(lambda tx: search_payments(tx, conditions, after=after, limit=limit))

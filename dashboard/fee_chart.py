@@ -7,8 +7,10 @@ from datetime import timedelta
 from worker.ledger.fee_statement import StatementLine
 from worker.rules.months import Month
 
-WIDTH, HEIGHT, BASE = 720, 160, 140
-"""Size of the picture, and the distance of the axis from its top."""
+HEIGHT, BASE = 160, 140
+"""Height of the picture, and the distance of the axis from its top, in pixels."""
+GAP_RATIO = 0.16
+"""Share of the width of a day that is empty."""
 LABEL_EVERY_DAYS = 7
 
 
@@ -28,6 +30,7 @@ class DayBar:
     day: str
     x: float
     width: float
+    """Both in percent of the picture's width, so that its texts have one size on every screen."""
     parts: Sequence[BarPart]
     """From the axis up: posted, pending, void."""
     label: str
@@ -46,7 +49,7 @@ def day_bars(month: Month, lines: Sequence[StatementLine]) -> list[DayBar]:
     highest = max((sum(of_day.values()) for of_day in calls.values()), default=0)
     count = (month.until - month.since) // timedelta(days=1)
     days = [f"{month.since + timedelta(days=number):%Y-%m-%d}" for number in range(count)]
-    return [_bar(number, day, calls.get(day, {}), highest, WIDTH / count) for number, day in enumerate(days)]
+    return [_bar(number, day, calls.get(day, {}), highest, 100 / count) for number, day in enumerate(days)]
 
 
 def _bar(number: int, day: str, of_day: dict[str, int], highest: int, step: float) -> DayBar:
@@ -59,8 +62,8 @@ def _bar(number: int, day: str, of_day: dict[str, int], highest: int, step: floa
             parts.append(BarPart(state=state, y=round(top, 2), height=round(height, 2)))
     return DayBar(
         day=day,
-        x=round(number * step + 2, 2),
-        width=round(step - 4, 2),
+        x=round((number + GAP_RATIO / 2) * step, 2),
+        width=round(step * (1 - GAP_RATIO), 2),
         parts=parts,
         label=str(number + 1) if number % LABEL_EVERY_DAYS == 0 else "",
         text=f"{day}: " + (", ".join(f"{count} {state}" for state, count in of_day.items()) or "no calls"),

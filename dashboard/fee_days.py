@@ -14,10 +14,12 @@ from config.log_config import get_logger
 from worker.errors import error_summary
 from worker.ledger import period_statement, statement_slices
 from worker.ledger.archived_months import ArchivedMonth
+from worker.ledger.cap_usage import AccountCalls, account_with_most_calls
 from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
 from worker.ledger.fee_statement import StatementLine
 from worker.ledger.metrics_queries import set_short_timeout
 from worker.ledger.statement_slices import DayStatement
+from worker.rules.fee_caps import start_of_day
 from worker.rules.months import Month
 from worker.rules.statement_period import StatementPeriod
 from worker.runtime import Runtime
@@ -36,6 +38,8 @@ MAX_DAYS = 62 * 31
 @dataclass(frozen=True, kw_only=True)
 class _KnownDay:
     statement: DayStatement
+    busiest_account: AccountCalls | None
+    """The account with the most calls, if the calls of accounts are capped and the day is not over."""
     read_at: datetime
 
     def is_fresh(self, day: datetime, now: datetime) -> bool:
@@ -53,6 +57,8 @@ class MonthFees:
     calls_by_mode: dict[str, int]
     missing_days: int
     """Days that are still being read."""
+    busiest_account: AccountCalls | None
+    """The account with the most calls today, if the calls of accounts are capped."""
     as_of: datetime
     """When the oldest of the figures was read."""
 
@@ -104,7 +110,11 @@ class FeeDays:
                 with read_snapshot(self._runtime.engine) as tx:
                     set_short_timeout(tx)
                     read_at = self._runtime.clock()
-                    known = _KnownDay(statement=statement_slices.read_day(tx, day), read_at=read_at)
+                    known = _KnownDay(
+                        statement=statement_slices.read_day(tx, day),
+                        busiest_account=self._busiest_account(tx, day, read_at),
+                        read_at=read_at,
+                    )
                 self._keep(day, known)
         except DATABASE_UNAVAILABLE as error:
             log.warning("dashboard.fees_not_read", error=error_summary(error))
@@ -112,6 +122,11 @@ class FeeDays:
             with self._lock:
                 self._reader = None
         log.debug("dashboard.fees_read", days=len(days), duration_s=round(time.monotonic() - started, 3))
+
+    def _busiest_account(self, tx: Tx, day: datetime, now: datetime) -> AccountCalls | None:
+        if self._runtime.fee_caps.calls_per_account is None or day != start_of_day(now):
+            return None
+        return account_with_most_calls(tx, day)
 
     def _keep(self, day: datetime, known: _KnownDay) -> None:
         with self._lock:
@@ -123,6 +138,7 @@ class FeeDays:
     def _month_fees(self, month: Month, days: Sequence[datetime], now: datetime) -> MonthFees:
         with self._lock:
             known = [self._known[day] for day in days if day in self._known]
+            today = self._known.get(start_of_day(now))
         modes: Counter[str] = Counter()
         for each in known:
             modes.update(each.statement.calls_by_mode)
@@ -132,6 +148,7 @@ class FeeDays:
             lines=[line for each in known for line in each.statement.lines],
             calls_by_mode=dict(sorted(modes.items())),
             missing_days=len(days) - len(known),
+            busiest_account=today.busiest_account if today else None,
             as_of=min((each.read_at for each in known), default=now),
         )
 
@@ -144,5 +161,6 @@ def _archived_fees(tx: Tx, month: Month, archived: ArchivedMonth) -> MonthFees:
         lines=stored.lines,
         calls_by_mode=dict(stored.calls_by_mode),
         missing_days=0,
+        busiest_account=None,
         as_of=archived.copied_at,
     )

@@ -21,6 +21,7 @@ class Selection:
     """Rows that a user selected: by their ids, or all of a reason."""
 
     ids: list[str]
+    """Empty for a reason whose rows are not read yet."""
     reason: str | None
 
     @property
@@ -32,8 +33,8 @@ class Selection:
 
     @property
     def detail(self) -> dict[str, str] | None:
-        """Return the ids of several rows for the audit, where the subject would be cut."""
-        return {"ids": ", ".join(self.ids)} if len(self.ids) > 1 else None
+        """Return the ids for the audit, unless the subject is the only id."""
+        return {"ids": ", ".join(self.ids)} if self.reason or len(self.ids) > 1 else None
 
 
 def selection_of(form: FormData) -> Selection:

@@ -1,6 +1,7 @@
 """Live updates of the page Now by server-sent events: one loop reads for all browsers, while one is connected."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -12,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from config.log_config import get_logger
 from dashboard.now_reading import NowReader
 from dashboard.page_rendering import render_fragment
+from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE
 
@@ -28,11 +30,13 @@ SEND_TIMEOUT_S = 10.0
 RETRY_AFTER_FAILURE_S = 5.0
 PING = b": ping\n\n"
 END_OF_SESSION = b"event: ended\ndata: session\n\n"
+_LINE_END = re.compile("\r\n|\r|\n")
+"""The line ends of server-sent events."""
 
 
 def event_message(name: str, text: str) -> bytes:
-    """Return a server-sent event. Each line of the text is a line of data."""
-    lines = "".join(f"data: {line}\n" for line in text.split("\n"))
+    """Return a server-sent event. Each line of the text is a line of data, whatever ends it."""
+    lines = "".join(f"data: {line}\n" for line in _LINE_END.split(text))
     return f"event: {name}\n{lines}\n".encode()
 
 
@@ -136,8 +140,7 @@ class NowStream(Response):
             now = time.monotonic()
             if now - checked_at >= SESSION_CHECK_INTERVAL_S:
                 checked_at = now
-                if not await self._is_session_valid(self._request):
-                    await _send_in_time(send, _part(END_OF_SESSION))
+                if not await self._may_go_on(send):
                     break
             if self._feed.version != version:
                 version, sent_at = self._feed.version, now
@@ -148,6 +151,17 @@ class NowStream(Response):
             else:
                 await self._feed.wait_for_change(WAKE_INTERVAL_S)
         await _send_in_time(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _may_go_on(self, send: Send) -> bool:
+        """Check the session. Without it, or if Redis does not respond, the stream ends, and the browser comes again."""
+        try:
+            is_valid = await self._is_session_valid(self._request)
+        except REDIS_UNAVAILABLE as error:
+            log.warning("dashboard.redis_unavailable", error=error_summary(error))
+            return False
+        if not is_valid:
+            await _send_in_time(send, _part(END_OF_SESSION))
+        return is_valid
 
 
 def _part(body: bytes) -> Mapping[str, object]:

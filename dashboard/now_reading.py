@@ -17,7 +17,7 @@ from worker.runtime import Runtime
 MIN_INTERVAL_S, MAX_INTERVAL_S = 1.0, 10.0
 DUTY_FACTOR = 10
 """A read that takes long is repeated after ten times its duration, so that reads take at most a tenth of the time."""
-MINUTE = timedelta(minutes=1)
+MINUTE, MOMENT = timedelta(minutes=1), timedelta(microseconds=1)
 SHOWN_MINUTES = 60
 
 OutcomeCounts = Mapping[tuple[str, str], int]
@@ -76,13 +76,16 @@ class NowReader:
         )
 
     def _outcomes_by_minute(self, tx: Tx, now: datetime) -> dict[datetime, OutcomeCounts]:
-        """Return the outcomes of the last hour by minute. A minute that no transaction can add to is read once."""
+        """Return the outcomes of the last hour by minute. A minute that no transaction can add to is read once.
+
+        A minute includes its first moment, and not that of the next one, as in a search by the time of resolution.
+        """
         current = now.replace(second=0, microsecond=0)
         minutes = [current - number * MINUTE for number in reversed(range(SHOWN_MINUTES))]
         counts = {
             minute: self._finished_minutes[minute]
             if minute in self._finished_minutes
-            else metrics_queries.resolved_counts_by_state_and_reason(tx, minute, minute + MINUTE)
+            else metrics_queries.resolved_counts_by_state_and_reason(tx, minute - MOMENT, minute + MINUTE - MOMENT)
             for minute in minutes
         }
         self._finished_minutes = {

@@ -13,6 +13,7 @@ from worker.correlation.admission import AdmissionStatus
 from worker.errors import FailureReason
 from worker.ledger.metrics_queries import NO_REFRESH, Backlog
 from worker.ledger.now_report import WaitingPaymentLine
+from worker.ledger.payment_search import DeliveryProblem
 from worker.rules.decimals import count_text
 from worker.rules.explanations import WAITING
 from worker.rules.failure_explanations import FAILURES
@@ -154,6 +155,13 @@ class NowView:
         return None if first is None else (first - self.figures.now).total_seconds()
 
     @property
+    def hour(self) -> dict[str, str]:
+        """The conditions of a search for the payments of `outcomes`."""
+        bounds = min(self.figures.outcomes_by_minute, default=self.figures.now), self.figures.now
+        since, until = (at.isoformat().replace("+00:00", "Z") for at in bounds)
+        return {"resolved_since": since, "resolved_until": until}
+
+    @property
     def resolved_count(self) -> int:
         """Payments resolved in the last hour."""
         return sum(group.count for group in self.outcomes)
@@ -203,9 +211,8 @@ class NowView:
         totals: Counter[tuple[str, str]] = Counter()
         for counts in self.figures.outcomes_by_minute.values():
             totals.update(counts)
-        since = min(self.figures.outcomes_by_minute, default=self.figures.now)
         return [
-            _outcome_group(state, reason, count, since)
+            _outcome_group(state, reason, count, self.hour)
             for (state, reason), count in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
         ]
 
@@ -227,8 +234,7 @@ def strip_edges_s(scale: DeadlineScale) -> list[float]:
     return [scale.left_s(2.0 * number) for number in range(1, STRIP_BARS)] + [0.0]
 
 
-def _outcome_group(state: str, reason: str, count: int, since: datetime) -> OutcomeGroup:
-    times = {"since": since.isoformat(timespec="seconds").replace("+00:00", "Z")}
+def _outcome_group(state: str, reason: str, count: int, times: Mapping[str, str]) -> OutcomeGroup:
     if state == PaymentState.RELEASED:
         path = payments_path(state=state, **times)
         return OutcomeGroup(state=state, reason="", count=count, actor=Actor.NONE, path=path)
@@ -252,7 +258,7 @@ def _attention(view: NowView) -> Iterator[AttentionItem]:
         if count := _failed_count(figures, reason):
             explained = FAILURES[reason]
             text = f"{count_text(count, 'payment')} failed in the last hour with reason {reason}: {explained.action}."
-            yield AttentionItem(text=text, actor=explained.actor, path=payments_path(reason=reason))
+            yield AttentionItem(text=text, actor=explained.actor, path=payments_path(reason=reason, **view.hour))
     yield from _stored_items(figures)
 
 
@@ -270,10 +276,10 @@ def _backlog_items(figures: NowFigures) -> Iterator[AttentionItem]:
     backlog, now = figures.backlog, figures.now
     if backlog.undeliverable_count:
         text = f"{count_text(backlog.undeliverable_count, 'outcome')} undeliverable: correct the cause, then redeliver."
-        yield AttentionItem(text=text, actor=Actor.US, path="#deliveries")
+        yield AttentionItem(text=text, actor=Actor.US, path=payments_path(delivery=DeliveryProblem.UNDELIVERABLE))
     if backlog.undelivered.oldest_at is not None and now - backlog.undelivered.oldest_at > UNDELIVERED_GRACE:
         text = f"{count_text(backlog.undelivered.count, 'outcome')} not delivered: check the broker and `worker`."
-        yield AttentionItem(text=text, actor=Actor.US, path="#deliveries")
+        yield AttentionItem(text=text, actor=Actor.US, path=payments_path(delivery=DeliveryProblem.UNDELIVERED))
     if backlog.unapplied.oldest_at is not None and now - backlog.unapplied.oldest_at > UNAPPLIED_GRACE:
         text = f"{count_text(backlog.unapplied.count, 'received balance')} not applied: check that `worker` runs."
         yield AttentionItem(text=text, actor=Actor.US, path="#deliveries")

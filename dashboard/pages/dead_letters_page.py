@@ -1,7 +1,9 @@
 """The pages of dead letters: list, one message, and the actions requeue and delete."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Self
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -11,7 +13,15 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from dashboard.auditing import audited
-from dashboard.list_pages import PAGE_SIZE, counts_of, parse_position, path_id, position_text, selection_of
+from dashboard.list_pages import (
+    PAGE_SIZE,
+    Selection,
+    counts_of,
+    parse_position,
+    path_id,
+    position_text,
+    selection_of,
+)
 from dashboard.page_rendering import render
 from dashboard.page_requests import operator_form, require_operator, runtime_of, user_of
 from tasks.celery_errors import CeleryUnavailable
@@ -100,8 +110,11 @@ async def act(request: Request) -> Response:
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    changed: int
-    refused: list[str]
+    changed: int = 0
+    refused: Sequence[str] = ()
+
+    def __add__(self, other: Self) -> Self:
+        return replace(self, changed=self.changed + other.changed, refused=[*self.refused, *other.refused])
 
     def __str__(self) -> str:
         text = f"changed {self.changed}"
@@ -109,17 +122,27 @@ class _Result:
 
 
 def _act(request: Request, action: str, form: FormData) -> _Result:
+    rt, selected = runtime_of(request), selection_of(form)
+    pages = [selected] if selected.ids else _pages_of_reason(rt, selected, _reason_of(selected.reason))
+    return sum((_act_on_page(request, action, page) for page in pages), _Result())
+
+
+def _pages_of_reason(rt: Runtime, selected: Selection, reason: DeadLetterReason | None) -> Iterator[Selection]:
+    """Yield the dead letters of a reason in pages, so that the audit has the id of each."""
+    ids = flow.every_dead_letter_id(rt, reason)
+    while page := list(islice(ids, PAGE_SIZE)):
+        yield replace(selected, ids=page)
+
+
+def _act_on_page(request: Request, action: str, page: Selection) -> _Result:
     rt = runtime_of(request)
-    selected = selection_of(form)
-    reason = _reason_of(selected.reason)
-    ids = selected.ids or flow.every_dead_letter_id(rt, reason)
     return audited(
         rt,
         user_of(request),
         action=f"dead_letter.{action}",
-        subject=selected.subject,
-        detail=selected.detail,
-        do=lambda: (_requeue if action == "requeue" else _delete)(rt, ids),
+        subject=page.subject,
+        detail=page.detail,
+        do=lambda: (_requeue if action == "requeue" else _delete)(rt, page.ids),
     )
 
 
@@ -137,7 +160,7 @@ def _requeue(rt: Runtime, ids: Iterable[str]) -> _Result:
 
 
 def _delete(rt: Runtime, ids: Iterable[str]) -> _Result:
-    return _Result(changed=sum(flow.delete_dead_letters(rt, [each]) for each in ids), refused=[])
+    return _Result(changed=sum(flow.delete_dead_letters(rt, [each]) for each in ids))
 
 
 ROUTES = [

@@ -2,7 +2,8 @@
 
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, get_args
@@ -31,11 +32,13 @@ from worker.reports.statement_report import (
     total_lines,
     totals_by_currency,
 )
-from worker.rules.decimals import amount_with_currency_text
+from worker.rules.decimals import amount_with_currency_text, count_text
+from worker.rules.fee_caps import start_of_day
 from worker.rules.months import Month, month_of, parse_month
 from worker.rules.statement_period import StatementPeriod
 from worker.runtime import Runtime
 
+DAY = timedelta(days=1)
 UNRESOLVED_AGE = timedelta(hours=24)
 """Age from which a pending call is unresolved: only an invoice can post or void it."""
 MAX_PENDING_CALLS = 500
@@ -63,6 +66,7 @@ def show_fees(request: Request) -> Response:
         set_short_timeout(tx)
         months = statement_slices.months_with_calls(tx)
         fees, before = fee_days_of(request).read_months(tx, [month, period.previous.months[0]])
+        caps = list(_cap_lines(rt, fees)) if month == month_of(rt.clock()) else []
     totals = totals_by_currency(fees.lines, {})
     return render(
         request,
@@ -82,7 +86,7 @@ def show_fees(request: Request) -> Response:
         month_before=before.month.name,
         missing_before=before.missing_days,
         comparison=list(comparison_rows(totals, totals_by_currency(before.lines, {}))),
-        caps=_cap_lines(rt, fees) if month == month_of(rt.clock()) else [],
+        caps=caps,
     )
 
 
@@ -97,21 +101,46 @@ def _final_amounts(totals: Mapping[str, StatementTotal]) -> list[tuple[str, str]
     ]
 
 
-def _cap_lines(rt: Runtime, fees: MonthFees) -> list[dict[str, Any]]:
-    """Return each cap that is set, with its use. Posted and pending fees count."""
-    currency, today = rt.price_list.currency, f"{rt.clock():%Y-%m-%d}"
+@dataclass(frozen=True, kw_only=True)
+class CapLine:
+    """A fee cap with its use now."""
+
+    name: str
+    used: str
+    limit: str
+    share: str
+    resets_at: datetime
+    account_id: str | None = None
+    """The account that uses most of a cap that each account has."""
+
+
+def _cap_lines(rt: Runtime, fees: MonthFees) -> Iterator[CapLine]:
+    """Yield each cap that is set. Posted and pending fees count."""
+    currency, today, caps = rt.price_list.currency, start_of_day(rt.clock()), rt.fee_caps
     lines = [line for line in fees.lines if line.currency == currency]
-    caps = []
-    for name, limit, counted in (
-        ("fees per day (UTC)", rt.fee_caps.per_day, [line for line in lines if line.key == today]),
-        ("fees per month (UTC)", rt.fee_caps.per_month, lines),
+    lines_of_today = [line for line in lines if line.key == f"{today:%Y-%m-%d}"]
+    for name, limit, counted, resets_at in (
+        ("fees per day (UTC)", caps.per_day, lines_of_today, today + DAY),
+        ("fees per month (UTC)", caps.per_month, lines, fees.month.until),
     ):
         if limit is not None:
             used = sum((line.posted_amount + line.pending_amount for line in counted), Decimal(0))
-            share = f"{used * 100 / limit:.0f} %" if limit else "100 %"
             texts = [amount_with_currency_text(amount, currency) for amount in (used, limit)]
-            caps.append({"name": name, "used": texts[0], "limit": texts[1], "share": share})
-    return caps
+            yield CapLine(name=name, used=texts[0], limit=texts[1], share=_share_text(used, limit), resets_at=resets_at)
+    if caps.calls_per_account is not None:
+        most = fees.busiest_account
+        yield CapLine(
+            name="calls per account and day (UTC)",
+            used=count_text(most.calls, "call") if most else "no call today",
+            limit=count_text(caps.calls_per_account, "call"),
+            share=_share_text(Decimal(most.calls if most else 0), Decimal(caps.calls_per_account)),
+            resets_at=today + DAY,
+            account_id=most.account_id if most else None,
+        )
+
+
+def _share_text(used: Decimal, limit: Decimal) -> str:
+    return f"{used * 100 / limit:.0f} %" if limit else "100 %"
 
 
 def download_csv(request: Request) -> Response:

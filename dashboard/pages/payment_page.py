@@ -17,7 +17,7 @@ from dashboard.page_requests import runtime_of
 from dashboard.pages.payment_action_page import ACTIONS, RESULT_TEXTS, read_timeline
 from dashboard.payment_chart import TimelinePicture, Wait, draw_timeline, offset_text
 from worker.ledger import archived_months
-from worker.ledger.balance_report import BalanceLine
+from worker.ledger.balance_report import MAX_BALANCES, BalanceLine
 from worker.ledger.column_types import is_storable_text
 from worker.ledger.engine import read_snapshot
 from worker.ledger.metrics_queries import set_short_timeout
@@ -103,6 +103,7 @@ def show_payment(request: Request) -> Response:
         offset=lambda at: offset_text(at - timeline.payment.requested_at),
         funds=funds_rows(timeline.funds_calculation),
         balances=_balance_rows(timeline),
+        max_balances=MAX_BALANCES,
         fee=fee_text(timeline),
         hold=funds_hold_text(timeline, timeline.funds_hold, now) if timeline.funds_hold else None,
         evidence=evidence_text,

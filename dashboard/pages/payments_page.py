@@ -17,7 +17,14 @@ from worker.ledger import archived_months
 from worker.ledger.column_types import is_storable_text
 from worker.ledger.engine import Tx, read_snapshot
 from worker.ledger.metrics_queries import set_short_timeout
-from worker.ledger.payment_search import MAX_EXAMINED, PAGE_SIZE, PageKey, PaymentFilter, search_payments
+from worker.ledger.payment_search import (
+    MAX_EXAMINED,
+    PAGE_SIZE,
+    DeliveryProblem,
+    PageKey,
+    PaymentFilter,
+    search_payments,
+)
 from worker.rules.decimals import parse_positive_decimal
 from worker.rules.states import PaymentState
 from worker.rules.times import parse_utc_time
@@ -37,6 +44,13 @@ def _parse_reason(text: str) -> FailureReason:
         raise ValueError(f"must be one of {', '.join(FailureReason)}") from None
 
 
+def _parse_delivery(text: str) -> DeliveryProblem:
+    try:
+        return DeliveryProblem(text)
+    except ValueError:
+        raise ValueError(f"must be one of {', '.join(DeliveryProblem)}") from None
+
+
 _PARSERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "payment_id": ("payment_id", str),
     "account": ("account_id", str),
@@ -46,6 +60,9 @@ _PARSERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "amount": ("amount", parse_positive_decimal),
     "since": ("since", parse_utc_time),
     "until": ("until", parse_utc_time),
+    "resolved_since": ("resolved_since", parse_utc_time),
+    "resolved_until": ("resolved_until", parse_utc_time),
+    "delivery": ("delivery", _parse_delivery),
 }
 """Fields of the form, each with the condition that it sets and how it is parsed."""
 _METADATA_FIELDS = ("metadata_key", "metadata_value")
@@ -112,6 +129,7 @@ def show_payments(request: Request) -> Response:
         max_examined=MAX_EXAMINED,
         states=list(PaymentState),
         reasons=list(FailureReason),
+        delivery_problems=list(DeliveryProblem),
     )
 
 

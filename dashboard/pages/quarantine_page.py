@@ -23,6 +23,8 @@ from worker.runtime import Runtime
 
 ACTIONS = {"replay": "Replay", "delete": "Delete"}
 RESULTS = ("applied", "irrelevant", "still_unparseable", "deleted", "missing")
+NOT_ENQUEUED = "not_enqueued"
+"""Applied events of which no worker was notified: the sweep applies their balances."""
 
 
 def show_list(request: Request) -> Response:
@@ -39,6 +41,7 @@ def show_list(request: Request) -> Response:
         is_first_page=before is None,
         next_position=position_text(page[-1].received_at, page[-1].quarantine_id) if len(events) > PAGE_SIZE else None,
         results=counts_of(request, RESULTS),
+        not_enqueued=counts_of(request, (NOT_ENQUEUED,)).get(NOT_ENQUEUED, 0),
     )
 
 
@@ -99,7 +102,13 @@ def _replay(rt: Runtime, ids: Iterable[str]) -> Counter[str]:
     for quarantine_id in ids:
         with read_snapshot(rt.engine) as tx:
             event = quarantine.find(tx, quarantine_id)
-        counts["missing" if event is None else replay_only_balances(rt, event).result.value] += 1
+        if event is None:
+            counts["missing"] += 1
+            continue
+        replay = replay_only_balances(rt, event)
+        counts[replay.result.value] += 1
+        if replay.problem is not None:
+            counts[NOT_ENQUEUED] += 1
     return counts
 
 

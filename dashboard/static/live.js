@@ -72,7 +72,7 @@ function connect() {
   source.addEventListener("problem", (event) => show("off", event.data + "; trying again"));
   source.addEventListener("ended", () => location.reload());
   source.onerror = () => {
-    show("off", "connection lost; connecting again");
+    show("off", "connection lost, so the figures are old; connecting again");
     if (source.readyState === EventSource.CLOSED) retryLater();
   };
 }

@@ -24,6 +24,17 @@ NOT_LINKED = {"/healthz", "/readyz", "/login", "/find", "/now/events"}
 """Routes that only probes, forms, scripts and redirects use."""
 
 
+CUT_HINTS = """() => [...document.querySelectorAll('input[placeholder]')].filter(input => {
+    const style = getComputedStyle(input)
+    const context = document.createElement('canvas').getContext('2d')
+    context.font = style.font
+    const room = input.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)
+    const button = input.type === 'search' ? 1.25 * parseFloat(style.fontSize) : 0  // it has a button that clears it
+    return context.measureText(input.placeholder).width > room - button
+}).map(input => input.placeholder)"""
+"""Hints in empty fields that are wider than their field."""
+
+
 def _text_of(faults: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(f"{page[:120]}\n" + "\n".join(f"    {fault}" for fault in found) for page, found in faults.items())
 
@@ -84,3 +95,11 @@ def test_page_is_complete_without_javascript(chromium: Browser, dashboard: Dashb
             assert few >= many * 0.9, f"{path}: {few} elements without scripts, {many} with them"
             assert without.inner_text("h1").strip(), path
         assert plain.take_problems() == []
+
+
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESK_WIDTH])
+@pytest.mark.parametrize("path", ["/payments", "/fees/reconcile"])
+def test_hint_of_a_field_is_not_cut(chromium: Browser, dashboard: Dashboard, path: str, width: int) -> None:
+    with watched(chromium, dashboard.url, width=width) as window:
+        window.log_in(OPERATOR, PASSWORD)
+        assert window.open(path).evaluate(CUT_HINTS) == []

@@ -54,6 +54,13 @@ def listed(run: Run, *arguments: str) -> list[str]:
         (["--metadata", "order=3", "--state", "released"], []),
         (["--since", "2026-11-22T12:00:02", "--until", "2026-11-22T13:00:03+01:00"], ["pay_2"]),
         (["--until", "2026-11-22"], []),
+        (["--delivery", "undelivered"], ["pay_3"]),
+        (["--delivery", "undeliverable"], []),
+        (
+            ["--resolved-since", "2026-11-22", "--resolved-until", "2026-11-23", "--reason", "insufficient_funds"],
+            ["pay_3"],
+        ),
+        (["--resolved-since", "2026-11-23"], []),
         (["--limit", "2", "--account", "acct_a", "--after", "2026-11-22T12:00:03Z/pay_3"], ["pay_2", "pay_1"]),
     ],
     ids=str,

@@ -138,6 +138,7 @@ def timeline(line: PaymentLine, amount: str, available: str, funds_held: str | N
         unapplied_balances=[],
         rejected_balances=[],
         unattributed_balances=[],
+        arrived_balance_count=0,
         funds_hold=(
             FundsHoldLine(until=seconds(86_404), after_delivery_s=86_400)
             if line.state == PaymentState.RELEASED

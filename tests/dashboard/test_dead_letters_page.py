@@ -26,6 +26,21 @@ MESSAGE = json.dumps(
     }
 ).encode()
 
+READABLE = {
+    "id": "evt_1",
+    "type": "balance.created",
+    "record": {
+        "id": "bal_1",
+        "accountId": "acct_1",
+        "at": "2026-11-22T12:00:00Z",
+        "source": "REFRESH",
+        "available": 1,
+        "current": None,
+        "limit": None,
+    },
+}
+"""An event that this version can parse."""
+
 
 def _letter(
     number: int = 0, message: bytes = MESSAGE, reason: DeadLetterReason = DeadLetterReason.WORKER_DIED
@@ -110,6 +125,12 @@ def test_dead_letters_are_listed_in_pages_by_key(operator: httpx.Client, runtime
     assert operator.get("/dead-letters?reason=x").status_code == 400
 
 
+def test_one_row_is_asked_about_in_the_singular(operator: httpx.Client, runtime: Runtime) -> None:
+    (stored,), (event,) = _store(runtime, _letter()), _quarantine(runtime, b"not json")
+    assert "Delete 1 dead letter?" in operator.get("/dead-letters/confirm/delete", params={"id": stored}).text
+    assert "Replay 1 event?" in operator.get("/quarantine/confirm/replay", params={"id": event}).text
+
+
 def test_requeued_letter_is_in_its_queue(operator: httpx.Client, runtime: Runtime, redis: "Redis") -> None:
     stored, other = _store(runtime, _letter(), _letter(1))
     response = _confirm_and_post(operator, "/dead-letters/confirm/requeue", id=stored)
@@ -130,6 +151,32 @@ def test_letters_of_a_reason_are_requeued_or_refused(operator: httpx.Client, run
     assert subject == "all with the reason worker_died"
     assert result is not None
     assert "only the first" in result
+
+
+@pytest.mark.parametrize("action", ["delete", "requeue"])
+def test_audit_has_each_id_of_a_reason(operator: httpx.Client, runtime: Runtime, redis: "Redis", action: str) -> None:
+    """An entry has up to a page of ids, so that none is cut."""
+    ids = _store(runtime, *(_letter(number) for number in range(PAGE_SIZE + 1)))
+    response = _confirm_and_post(operator, f"/dead-letters/confirm/{action}", reason="worker_died")
+    assert response.headers["location"] == f"/dead-letters?done={action}&changed={PAGE_SIZE + 1}&refused=0"
+    with read_snapshot(runtime.engine) as tx:
+        entries = audit.newest_entries(tx, limit=10)
+    assert {entry.subject for entry in entries} == {"all with the reason worker_died"}
+    assert [entry.result for entry in entries] == ["changed 1", f"changed {PAGE_SIZE}"]
+    assert sorted(each for entry in entries for each in (entry.detail or {})["ids"].split(", ")) == sorted(ids)
+
+
+def test_replay_without_broker_says_that_the_sweep_applies_the_balances(
+    operator: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stored,) = _quarantine(runtime, json.dumps(READABLE).encode())
+    runtime.settings = runtime.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    response = _confirm_and_post(operator, "/quarantine/confirm/replay", id=stored)
+    assert response.headers["location"] == "/quarantine?applied=1&not_enqueued=1"
+    page = " ".join(operator.get(response.headers["location"]).text.split())
+    assert "Not enqueued: 1 event." in page
+    assert "The sweep applies them." in page
+    assert _audited(runtime) == [("quarantine.replay", stored, "applied 1, not_enqueued 1")]
 
 
 def test_selected_letters_are_deleted(operator: httpx.Client, runtime: Runtime) -> None:
@@ -165,20 +212,7 @@ def test_nothing_happens_without_a_token_or_a_selection(operator: httpx.Client, 
 
 
 def test_quarantined_event_is_shown_replayed_and_deleted(operator: httpx.Client, runtime: Runtime) -> None:
-    good = {
-        "id": "evt_1",
-        "type": "balance.created",
-        "record": {
-            "id": "bal_1",
-            "accountId": "acct_1",
-            "at": "2026-11-22T12:00:00Z",
-            "source": "REFRESH",
-            "available": 1,
-            "current": None,
-            "limit": None,
-        },
-    }
-    (readable,) = _quarantine(runtime, json.dumps(good).encode())
+    (readable,) = _quarantine(runtime, json.dumps(READABLE).encode())
     (hostile,) = (each for each in _quarantine(runtime, HOSTILE.encode(), at=NOON + timedelta(1)) if each != readable)
     page = operator.get("/quarantine").text
     assert page.index(hostile) < page.index(readable)

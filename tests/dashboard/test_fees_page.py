@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,7 +84,7 @@ def test_figures_of_the_page_are_those_of_the_command_line(
     page = operator.get("/fees?month=2026-11").text
     rows = csv.DictReader(io.StringIO(statement("statement", "--month", "2026-11", "--csv", "--by", "day")))
     for row in rows:
-        assert f'<th scope="row">{row["day"]}</th><td class="number">{row["calls"]}</td>' in page
+        assert f'<th scope="row" class="word">{row["day"]}</th><td class="number">{row["calls"]}</td>' in page
     printed = statement("statement", "--month", "2026-11", "--by", "day", "--compare").splitlines()
     sentences = [
         line for line in printed if line.startswith(("Calls of", "Mode", "Not all", "2 calls", "3 calls", "saved"))
@@ -138,6 +139,31 @@ def test_caps_are_shown_with_their_use(operator: httpx.Client, runtime: Runtime,
     page = " ".join(operator.get("/fees").text.split())
     assert '<td class="number">0.10 USD</td><td class="number">0.50 USD</td><td class="number">20 %</td>' in page
     assert '<td class="number">0.20 USD</td><td class="number">10.00 USD</td><td class="number">2 %</td>' in page
+    resets = re.findall(r'<time datetime="([^"]*)">[^<]*</time></td></tr>', page)
+    assert resets == ["2026-12-04T00:00:00+00:00", "2027-01-01T00:00:00+00:00"]
+
+
+def test_cap_of_calls_per_account_is_shown_with_the_account_that_uses_most_of_it(
+    operator: httpx.Client, runtime: Runtime, ledger: LedgerBuilder
+) -> None:
+    """Void calls and calls of other days do not count."""
+    runtime.settings = runtime.settings.model_copy(update={"call_cap_per_account_per_day": 4})
+    assert runtime.fee_caps == FeeCaps(calls_per_account=4)
+    today = datetime(2026, 12, 3, tzinfo=UTC)
+    ends: dict[str, list[EntryState | None]] = {
+        "busy": [EntryState.POSTED, None, None, EntryState.VOID],
+        "calm": [None, None],
+        "x": [EntryState.VOID] * 5,
+    }
+    for account, states in ends.items():
+        for end in states:
+            ledger.call(f"ref_{account}", f"acct_{account}", end, today, DIME)
+    ledger.call("ref_calm", "acct_calm", None, today - timedelta(seconds=1), DIME)
+    page = " ".join(operator.get("/fees").text.split())
+    assert "calls per account and day (UTC)" in page
+    assert '<a href="/payments?account=acct_busy">acct_busy</a> has the most calls' in page
+    assert '<td class="number">3 calls</td><td class="number">4 calls</td><td class="number">75 %</td>' in page
+    assert "2026-12-04 00:00:00Z" in page
 
 
 def test_page_does_not_wait_for_slow_days(

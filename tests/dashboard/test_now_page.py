@@ -16,7 +16,7 @@ from sqlalchemy import insert, text
 
 from dashboard import now_feed
 from dashboard.application import build_app
-from dashboard.now_feed import NowFeed
+from dashboard.now_feed import NowFeed, event_message
 from dashboard.now_reading import NowReader
 from dashboard.now_view import NowFigures
 from dashboard.slow_figures import SlowFigureReader
@@ -29,7 +29,7 @@ from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.tables import FEE_ENTRY, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.ledger_metrics import LedgerCollector, used_ratios_of_set_day_and_month_caps
 from worker.rules.fee_caps import CapKind
-from worker.runtime import Runtime
+from worker.runtime import Runtime, build_dashboard_login_stores
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +162,7 @@ def test_what_needs_attention_names_the_party_and_links_the_place(runtime: Runti
     assert "1 outcome undeliverable" in page
     assert "1 outcome not delivered" in page
     assert "1 payment failed in the last hour with reason not_authorized: correct PAYREADY_QUILTT_API_KEY" in page
-    assert 'href="/payments?reason=not_authorized"' in html
+    assert 'href="/payments?reason=not_authorized&amp;resolved_since=' in html
 
 
 def test_figures_are_those_of_the_metrics(runtime: Runtime) -> None:
@@ -235,7 +235,48 @@ def test_outcomes_of_the_hour_are_counted_by_minute_and_reason(runtime: Runtime,
     assert "Resolved in the last hour: 5" in page
     assert "4 released, 1 failed" in page
     assert "failed insufficient_funds 1 20.0 % the payer must act" in page
-    assert "/payments?reason=insufficient_funds&amp;since=20" in html
+    assert "/payments?reason=insufficient_funds&amp;resolved_since=20" in html
+
+
+def listed(operator: httpx.Client, href: str) -> int:
+    """Return how many payments the list of a link has."""
+    return operator.get(unescape(href)).text.count('<td><a href="/payments/')
+
+
+def test_figures_are_the_number_of_payments_that_their_links_list(runtime: Runtime, operator: httpx.Client) -> None:
+    """The payments were requested at any time: the figures count resolutions and deliveries."""
+    now = datetime.now(UTC)
+    runtime.clock = lambda: now  # no minute ends during the test
+    oldest_minute = now.replace(second=0, microsecond=0) - timedelta(minutes=59)
+    before = {"requested_at": now - timedelta(hours=3)}
+    bad = resolved("bad_1", "insufficient_funds") | before, resolved("bad_2", "insufficient_funds", minutes_ago=50)
+    boundary = resolved("boundary", "insufficient_funds") | {"resolved_at": oldest_minute}
+    too_old = resolved("old", "insufficient_funds") | before
+    too_old["resolved_at"] = oldest_minute - timedelta(microseconds=1)
+    refused = resolved("refused_old", "not_authorized", minutes_ago=70), resolved("refused", "not_authorized") | before
+    add_payments(runtime, *bad, boundary, too_old, *refused, resolved("ok") | before, {"payment_id": "waiting"})
+    due: dict[str, Any] = {"continuation": {}, "due_at": None, "undeliverable": None}
+    with transaction(runtime.engine) as tx:
+        for payment_id in ("bad_1", "bad_2"):
+            row = due | {"task_id": payment_id, "payment_id": payment_id, "due_at": now - timedelta(hours=1)}
+            tx.execute(insert(OUTCOME_DELIVERY).values(row))
+        row = due | {"task_id": "t", "payment_id": "ok", "undeliverable": "unknown callback"}
+        tx.execute(insert(OUTCOME_DELIVERY).values(row))
+    html = operator.get("/").text
+    groups = re.findall(r'class="number"><a href="(/payments[^"]*)">([0-9,]+)</a>', html)
+    assert sorted(int(count) for _, count in groups) == [1, 1, 3]
+    for href, count in groups:
+        assert listed(operator, href) == int(count), href
+    for name, count in {"undelivered outcomes": 2, "undeliverable": 1}.items():
+        ((href, shown),) = re.findall(rf'<dt>{name}</dt><dd[^>]*><a href="([^"]*)">([0-9,]+)</a>', html)
+        assert (int(shown), listed(operator, href)) == (count, count)
+    for text_of_link, count in {
+        "1 outcome undeliverable": 1,
+        "2 outcomes not delivered": 2,
+        "1 payment failed": 1,
+    }.items():
+        ((href,),) = [re.findall(rf'<a href="([^"]*)">{text_of_link}', html)]
+        assert listed(operator, href) == count
 
 
 def test_hostile_ids_are_escaped_on_the_page_and_in_the_stream(runtime: Runtime, operator: httpx.Client) -> None:
@@ -321,6 +362,33 @@ def test_stream_ends_with_its_session(runtime: Runtime, monkeypatch: pytest.Monk
             while "event: ended" not in _next_event(lines):
                 pass
             assert list(lines) == []
+
+
+def test_stream_ends_cleanly_if_its_session_cannot_be_checked(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The browser connects again, and gets figures when Redis responds. An error would be logged for each stream."""
+    monkeypatch.setattr(now_feed, "SESSION_CHECK_INTERVAL_S", 0.0)
+    unavailable = runtime.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    app = build_app(runtime)
+    with serve(app) as url, logged_in(url, "olivia") as client:
+        sessions = app.state.access._sessions
+        with client.stream("GET", "/now/events") as stream:
+            lines = stream.iter_lines()
+            assert "event: now" in _next_event(lines)
+            app.state.access._sessions = build_dashboard_login_stores(unavailable)[0]
+            assert "event: ended" not in "\n".join(lines), "the page is not loaded again"
+        app.state.access._sessions = sessions
+        with client.stream("GET", "/now/events") as stream:
+            assert "event: now" in _next_event(stream.iter_lines())
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r", "\r\n"])
+def test_each_line_end_of_the_standard_begins_a_line_of_data(line_end: str) -> None:
+    text = f"one{line_end}event: forged{line_end}{line_end}two\u2028\x0bthree"
+    assert event_message("now", text) == (
+        b"event: now\ndata: one\ndata: event: forged\ndata: \ndata: two\xe2\x80\xa8\x0bthree\n\n"
+    )
 
 
 def test_too_many_streams_are_refused(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

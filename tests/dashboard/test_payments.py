@@ -14,6 +14,7 @@ from pydantic import HttpUrl, SecretStr
 from redis import Redis
 
 from dashboard.page_links import payment_path, payments_path
+from dashboard.pages import payment_page
 from dashboard.pages.payment_action_page import read_timeline
 from dashboard.pages.payment_page import ACTOR_TEXTS
 from tasks import sending
@@ -23,7 +24,7 @@ from tests.support.failed_payments import MUST_ACT, NEEDED_SETTINGS, fail_for_ea
 from tests.support.in_process import SETTINGS, InProcessSystem, in_process_system, intake_request
 from worker import flow
 from worker.errors import FailureReason
-from worker.ledger import archived_months, payment_search
+from worker.ledger import archived_months, balance_report, payment_search
 from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.payment_situation import explain_payment
@@ -133,6 +134,10 @@ def test_search_finds_payments_by_each_condition(payready: InProcessSystem, oper
         ({"amount": "25"}, ["pay_1"]),
         ({"since": "2026-11-22 12:00:30", "state": "released"}, ["pay_2"]),
         ({"until": "2026-11-22T13:00:30+01:00"}, ["pay_1"]),
+        ({"resolved_since": "2026-11-22 12:00:30"}, ["pay_2"]),
+        ({"resolved_until": "2026-11-22 12:00:30"}, ["pay_1"]),
+        ({"delivery": "undelivered"}, []),
+        ({"delivery": "undeliverable"}, []),
         ({"metadata_key": "order", "metadata_value": "A-17"}, ["pay_1"]),
         ({"payment_id": "\0", "account": ""}, []),
     ]
@@ -149,6 +154,8 @@ def test_search_finds_payments_by_each_condition(payready: InProcessSystem, oper
         ("reason", "bad", "insufficient_funds"),
         ("amount", "1e5", "must be a decimal, such as 25.00"),
         ("since", "yesterday", "must be a day or a time"),
+        ("resolved_since", "yesterday", "must be a day or a time"),
+        ("delivery", "late", "must be one of undelivered, undeliverable"),
         ("until", "0001-01-01T00:00:00+23:00", "must be a day or a time"),
         ("metadata_key", "order", "needs its key and its value"),
         ("metadata_value", "A-17", "needs its key and its value"),
@@ -291,6 +298,20 @@ def test_hostile_ids_and_metadata_are_shown_as_text(
     page = page_of(operator.get(response.headers["location"]))
     assert "The payment is cancelled." in page.text
     assert f"Payment {payment_id}" in page.text
+
+
+def test_page_says_that_it_has_only_the_newest_balances(
+    payready: InProcessSystem, operator: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the balances did nothing, and no row shows them."""
+    monkeypatch.setattr(balance_report, "MAX_BALANCES", 2)
+    monkeypatch.setattr(payment_page, "MAX_BALANCES", 2)
+    payready.initiate("p1", "acct_1")
+    pages = []
+    for _ in range(3):
+        payready.balance("acct_1")
+        pages.append("the newest 2 of 3 balances" in page_of(operator.get(payment_path("p1"))).text)
+    assert pages == [False, False, True]
 
 
 @pytest.mark.parametrize("payment_id", [*HOSTILE, "\0", "\ufffd", "z" * 500, "acct\u202e", ""])

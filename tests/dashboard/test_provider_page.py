@@ -80,7 +80,7 @@ def test_balance_of_a_repeated_call_is_not_that_of_the_first(runtime: Runtime, o
     add_call(runtime, 3, ("void", {"not_sent": "refused"}), balance_after_s=200)
     page = visible_text(operator.get("/provider").text)
     assert "p99 2.0 s 2.0 s 2.0 s" in page
-    assert "found by polling 0 of 1 balances" in page
+    assert "found by polling 0 of 1 balance (" in page
 
 
 def test_call_in_progress_has_no_lost_response(runtime: Runtime, operator: httpx.Client) -> None:
@@ -97,9 +97,17 @@ def test_rejected_balances_are_those_of_the_report(runtime: Runtime, operator: h
     with read_snapshot(runtime.engine) as tx:
         counts = balance_report.rejected_counts(tx, datetime.now(UTC) - timedelta(hours=1))
     page = visible_text(operator.get("/provider").text)
-    assert f"rejected, too old {counts['too_old']} balances" in page
-    assert f"rejected, too late {counts['after_deadline']} balance" in page
+    assert f"rejected, too old {counts['too_old']} balances, of all calls" in page
+    assert f"rejected, too late {counts['after_deadline']} balance, of all calls" in page
     assert counts == {"too_old": 2, "after_deadline": 1}
+
+
+def test_one_call_is_counted_in_the_singular(runtime: Runtime, operator: httpx.Client) -> None:
+    add_call(runtime, 1, ACCEPTED, balance_after_s=3)
+    page = visible_text(operator.get("/provider").text)
+    assert "From 1 call. As of" in page
+    assert "0 of 1 balance (0.0 %)" in page
+    assert "0 of 1 call (0.0 %)" in page
 
 
 def test_many_calls_are_sampled_and_the_page_says_so(

@@ -136,6 +136,7 @@ def test_report_on_a_payment_does_not_read_all_balances_of_its_account(
     monkeypatch.setattr(balances, "_record", note_and_convert)
     found = timeline(payready, "p1")
     assert len(read) == MAX_BALANCES
+    assert found.arrived_balance_count == 301, "those after the payment do not count, except the late one"
     assert found.unattributed_balances[-1].balance_id == "copy_599"
     assert [(line.balance.balance_id, line.reason) for line in found.rejected_balances if line.balance.refresh_id] == [
         (late_id, "after_deadline")

@@ -16,7 +16,7 @@ from tests.support.statements import collected_statements
 from worker.errors import FailureReason
 from worker.ledger import payment_search
 from worker.ledger.engine import Engine, Tx, open_engine, read_snapshot, transaction
-from worker.ledger.payment_search import PageKey, PaymentFilter, PaymentPage, search_payments
+from worker.ledger.payment_search import DeliveryProblem, PageKey, PaymentFilter, PaymentPage, search_payments
 from worker.ledger.tables import OUTCOME_DELIVERY, PAYMENT
 from worker.rules.states import PaymentState
 
@@ -57,8 +57,11 @@ def engine(databases: Databases) -> Iterator[Engine]:
     engine = open_engine(databases.new(), connections=2)
     with transaction(engine) as tx:
         tx.execute(insert(PAYMENT), [_row(number) for number in range(COUNT)])
-        tasks = [{"task_id": f"t{n}", "payment_id": f"p{n}", "continuation": {}} for n in range(COUNT)]
-        tx.execute(insert(OUTCOME_DELIVERY), tasks)
+        tasks: list[dict[str, Any]] = [
+            {"task_id": f"t{n}", "payment_id": f"p{n}", "continuation": {}} for n in range(COUNT)
+        ]
+        tasks[3]["due_at"], tasks[5]["undeliverable"] = START, "the callback is unknown"
+        tx.execute(insert(OUTCOME_DELIVERY), [{"due_at": None, "undeliverable": None, **task} for task in tasks])
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
     yield engine
@@ -104,6 +107,12 @@ def numbers(*, state: str | None = None, **values: Any) -> list[str]:
         (PaymentFilter(amount=Decimal("17.5")), ["p17"]),
         (PaymentFilter(since=START + 5 * MINUTE, until=START + 7 * MINUTE), ["p6", "p5"]),
         (PaymentFilter(since=START + 99 * MINUTE, account_id="acct_99", until=START + 200 * MINUTE), ["p199", "p99"]),
+        (PaymentFilter(resolved_since=START + 5 * MINUTE, resolved_until=START + 7 * MINUTE), ["p6", "p5"]),
+        (PaymentFilter(resolved_since=START + 1979 * MINUTE), ["p1979"]),
+        (PaymentFilter(resolved_until=START + 2 * MINUTE, account_id="acct_1"), ["p1"]),
+        (PaymentFilter(delivery=DeliveryProblem.UNDELIVERED), ["p3"]),
+        (PaymentFilter(delivery=DeliveryProblem.UNDELIVERABLE), ["p5"]),
+        (PaymentFilter(delivery=DeliveryProblem.UNDELIVERABLE, account_id="acct_3"), []),
         (PaymentFilter(metadata={"order": "A-17"}, state=PaymentState.WAITING), ["p1990"]),
         (PaymentFilter(metadata={"order": "A-17", "paid": "true", "count": "5"}), ["p1990"]),
         (PaymentFilter(metadata={"order": "A-17", "paid": "false"}), []),
@@ -216,6 +225,9 @@ INDEXES_BY_CONDITION = {
     "task": (PaymentFilter(task_id="t7"), {"outcome_delivery_pkey", "sqlite_autoindex_outcome_delivery_1"}),
     "account": (PaymentFilter(account_id="acct_7"), {"payment_waiting", "payment_hold", "payment_without_hold"}),
     "waiting": (PaymentFilter(state=PaymentState.WAITING), {"payment_due_at"}),
+    "resolved": (PaymentFilter(resolved_since=START, resolved_until=START + 50 * MINUTE), {"payment_resolved"}),
+    "undelivered": (PaymentFilter(delivery=DeliveryProblem.UNDELIVERED), {"outcome_delivery_due_at"}),
+    "undeliverable": (PaymentFilter(delivery=DeliveryProblem.UNDELIVERABLE), {"outcome_delivery_undeliverable"}),
     "reason": (PaymentFilter(reason=FailureReason.CANCELLED), {"payment_requested"}),
     "metadata": (PaymentFilter(metadata={"order": "missing"}), {"payment_requested"}),
 }

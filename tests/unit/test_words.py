@@ -8,8 +8,11 @@ import pytest
 
 from demo.processes import ROOT
 
-PATTERNS = ("*.py", "*.lua", "*.md", "*.yml", "*.yaml", "*.toml", "Makefile", "Procfile", ".ci/run")
-SKIPPED = re.compile(r"(^|/)(requirements[^/]*|test_words\.py)$")
+PATTERNS = (
+    *("*.py", "*.lua", "*.md", "*.yml", "*.yaml", "*.toml", "Makefile", "Procfile", ".ci/run", "Dockerfile"),
+    *("*.html", "*.css", "*.js", "*.svg", "*.mako", "*.sh", "*.ini", "*.pml", "*.json", ".env.example", "deploy/*"),
+)
+SKIPPED = re.compile(r"(^|/)(requirements[^/]*|test_words\.py|releases/[^/]*\.json)$")  # a saved release is frozen
 LISTED = re.compile(r"<!-- banned words -->(.*?)<!-- end of banned words -->", re.DOTALL)
 
 
@@ -59,6 +62,11 @@ def _hits(name: str, text: str) -> list[str]:
 def test_tracked_files_have_no_banned_words() -> None:
     hits = [hit for name in _tracked_files() for hit in _hits(name, Path(ROOT, name).read_text(encoding="utf-8"))]
     assert not hits, f"{len(hits)} banned words, see the style guide in CONTRIBUTING.md:\n" + "\n".join(hits)
+
+
+def test_each_kind_of_text_of_the_dashboard_is_scanned() -> None:
+    kinds = {Path(name).suffix for name in _tracked_files() if name.startswith("dashboard/")}
+    assert kinds == {path.suffix for path in (ROOT / "dashboard").rglob("*.*") if path.suffix != ".pyc"}
 
 
 def test_banned_words_are_found_in_prose_names_and_wrapped_lines() -> None:

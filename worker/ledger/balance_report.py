@@ -71,6 +71,8 @@ class PaymentBalances:
     """REFRESH balances that were too old for the payment, or arrived after its deadline."""
     unattributed: list[BalanceLine]
     """REFRESH balances that arrived while the payment waited, and that no known call can have caused."""
+    arrived_count: int
+    """Number of balances that arrived, of which the lists have up to `MAX_BALANCES`."""
 
 
 def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_skew: timedelta) -> PaymentBalances:
@@ -80,9 +82,9 @@ def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_sk
     """
     resolving = balances.find(tx, [payment.balance_id]).result().get(payment.balance_id) if payment.balance_id else None
     late_refresh_id = refresh_id if payment.balance_id is None else None
-    arrived = balances.received_during_wait(
-        tx, payment.account_id, payment.requested_at, payment.resolved_at, late_refresh_id, MAX_BALANCES
-    )
+    wait = payment.account_id, payment.requested_at, payment.resolved_at, late_refresh_id
+    arrived = balances.received_during_wait(tx, *wait, MAX_BALANCES)
+    is_cut = len(arrived) == MAX_BALANCES
     during = [record for record in arrived if payment.resolved_at is None or record.received_at <= payment.resolved_at]
     unapplied = [record for record in during if record.due_at is not None]
     applied = [record for record in during if record.due_at is None and record.is_refresh]
@@ -93,6 +95,7 @@ def payment_balances(tx: Tx, payment: Row[Any], refresh_id: str | None, clock_sk
         unapplied=_lines(unapplied) if payment.state == PaymentState.WAITING else [],
         rejected=[line for record in candidates if (line := _rejected_line(tx, record, payment, clock_skew))],
         unattributed=_lines([record for record in applied if record.refresh_id is None]),
+        arrived_count=balances.count_received_during_wait(tx, *wait) if is_cut else len(arrived),
     )
 
 

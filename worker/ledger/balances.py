@@ -1,13 +1,13 @@
 """Queries on the table `balance`: balances that the provider sent."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import Integer, Interval, bindparam, false, func, select, update
+from sqlalchemy import ColumnElement, Integer, Interval, bindparam, false, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_update, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
@@ -147,12 +147,27 @@ def received_during_wait(
 
     They are in the order of arrival. Without `until` the wait goes on.
     """
-    query = _SELECT_BALANCES.where(balance.account_id == account_id, balance.received_at >= since)
-    if until is not None:
-        is_of_refresh = false() if refresh_id is None else balance.refresh_id == refresh_id
-        query = query.where((balance.received_at <= until) | is_of_refresh)
+    query = _SELECT_BALANCES.where(*_during_wait(account_id, since, until, refresh_id))
     newest = tx.execute(query.order_by(balance.received_at.desc(), balance.balance_id.desc()).limit(limit))
     return [_record(row) for row in newest][::-1]
+
+
+def count_received_during_wait(
+    tx: Tx, account_id: str, since: datetime, until: datetime | None, refresh_id: str | None
+) -> int:
+    """Count the balances of which `received_during_wait` returns the newest."""
+    query = select(func.count()).select_from(BALANCE).where(*_during_wait(account_id, since, until, refresh_id))
+    return tx.scalar(query) or 0
+
+
+def _during_wait(
+    account_id: str, since: datetime, until: datetime | None, refresh_id: str | None
+) -> Iterator[ColumnElement[bool]]:
+    yield balance.account_id == account_id
+    yield balance.received_at >= since
+    if until is not None:
+        is_of_refresh = false() if refresh_id is None else balance.refresh_id == refresh_id
+        yield (balance.received_at <= until) | is_of_refresh
 
 
 def _newest_first_by_account(rows: Rows) -> dict[str, list[BalanceRecord]]:

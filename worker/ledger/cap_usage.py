@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 
 from worker.ledger.engine import Tx
 from worker.ledger.fee_entries import CallEntry
@@ -43,6 +43,23 @@ def count_non_void_calls(tx: Tx, account_id: str, since: datetime) -> int:
     query = select(entry.state, func.count().label("entries")).group_by(entry.state)
     rows = tx.execute(query.where(entry.account_id == account_id, entry.called_at >= since, _COUNTS))
     return sum(row.entries * COUNT_WEIGHT[EntryState(row.state)] for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountCalls:
+    """The posted and pending calls of an account."""
+
+    account_id: str
+    calls: int
+
+
+def account_with_most_calls(tx: Tx, since: datetime) -> AccountCalls | None:
+    """Return the account with the most posted and pending calls made at or after `since`. None without calls."""
+    calls = func.sum(case((entry.state == EntryState.VOID, -1), else_=1))
+    query = select(entry.account_id, calls.label("calls")).where(entry.called_at >= since, _COUNTS)
+    query = query.group_by(entry.account_id).having(calls > 0).order_by(calls.desc(), entry.account_id).limit(1)
+    row = tx.execute(query).one_or_none()
+    return None if row is None else AccountCalls(account_id=row.account_id, calls=row.calls)
 
 
 @dataclass(frozen=True, kw_only=True)

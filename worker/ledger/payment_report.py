@@ -139,6 +139,8 @@ class PaymentTimeline:
     """REFRESH balances that were too old for the payment, or arrived after its deadline."""
     unattributed_balances: list[BalanceLine]
     """REFRESH balances that arrived while the payment waited, and that no known call can have caused."""
+    arrived_balance_count: int
+    """Number of balances that arrived while the payment waited. The lists are of the newest `MAX_BALANCES` of them."""
     funds_hold: FundsHoldLine | None
     """None unless the payment is released with an amount."""
     deliveries: list[DeliveryLine]
@@ -235,6 +237,7 @@ def payment_timeline(
         unapplied_balances=found.unapplied,
         rejected_balances=found.rejected,
         unattributed_balances=found.unattributed,
+        arrived_balance_count=found.arrived_count,
         funds_hold=_funds_hold_line(row, default_hold_s),
         deliveries=_delivery_lines(tx, payment_id, callback_queue, name_prefix),
     )

@@ -1,8 +1,9 @@
 """The search for payments: pages by key, the last requested first. Read-only.
 
 A search reads few rows, also in a ledger of millions. An index finds payments by id, by task and by account, and those
-that wait. Without such a condition, or if more than `MAX_EXAMINED` payments fulfil it, a search examines at most
-`MAX_EXAMINED` payments in the order of their requests, and states how far it has come.
+that wait, that were resolved in a period, or that have an outcome that is not delivered. Without such a condition, or
+if more than `MAX_EXAMINED` payments fulfil it, a search examines at most `MAX_EXAMINED` payments in the order of their
+requests, and states how far it has come.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from enum import StrEnum
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Dialect, Float, Text, and_, case, cast, func, literal, or_, select, union_all
@@ -37,6 +39,21 @@ _UNREADABLE_JSON = r"\\u0000|\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89
 """Escapes in JSON that PostgreSQL stores and cannot read: NUL, and half of a surrogate pair."""
 
 
+class DeliveryProblem(StrEnum):
+    """Why an outcome has not reached a task that gets it."""
+
+    UNDELIVERED = "undelivered"
+    """It is due, and delivered again by itself."""
+    UNDELIVERABLE = "undeliverable"
+    """Its delivery was given up."""
+
+
+_DELIVERY_TESTS: Mapping[DeliveryProblem, ColumnElement[bool]] = {
+    DeliveryProblem.UNDELIVERED: delivery.due_at.is_not(None),
+    DeliveryProblem.UNDELIVERABLE: delivery.undeliverable.is_not(None),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaymentFilter:
     """Conditions on payments. None and empty conditions are not set."""
@@ -53,6 +70,12 @@ class PaymentFilter:
     """Earliest time of the request."""
     until: datetime | None = None
     """End of the time of the request, exclusive."""
+    resolved_since: datetime | None = None
+    """Earliest time of the resolution. A waiting payment has none."""
+    resolved_until: datetime | None = None
+    """End of the time of the resolution, exclusive."""
+    delivery: DeliveryProblem | None = None
+    """Why the outcome has not reached one of its tasks."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Keys on the first level of the job's metadata, with their values as text, such as `5`, `true` or `A-17`."""
 
@@ -139,7 +162,20 @@ def _indexed_parts(conditions: PaymentFilter) -> Sequence[ColumnElement[bool]]:
         return [and_(payment.account_id == conditions.account_id, part) for part in _PARTS_BY_ACCOUNT]
     if conditions.state == PaymentState.WAITING:
         return [payment.resolved_at.is_(None)]
-    return []
+    if conditions.delivery is not None:
+        return [payment.payment_id.in_(_payments_with(conditions.delivery))]
+    return [] if conditions.resolved_since is None else [and_(*_resolution_bounds(payment, conditions))]
+
+
+def _payments_with(problem: DeliveryProblem) -> Any:
+    return select(delivery.payment_id).where(_DELIVERY_TESTS[problem])
+
+
+def _resolution_bounds(column: Any, conditions: PaymentFilter) -> Iterator[ColumnElement[bool]]:
+    if conditions.resolved_since is not None:
+        yield column.resolved_at >= conditions.resolved_since
+    if conditions.resolved_until is not None:
+        yield column.resolved_at < conditions.resolved_until
 
 
 def _payment_of_task(task_id: str) -> Any:
@@ -199,6 +235,9 @@ def _tests(column: Any, conditions: PaymentFilter, dialect: Dialect) -> Iterator
             yield getattr(column, name) == value
     if conditions.task_id is not None:
         yield column.payment_id == _payment_of_task(conditions.task_id)
+    if conditions.delivery is not None:
+        yield column.payment_id.in_(_payments_with(conditions.delivery))
+    yield from _resolution_bounds(column, conditions)
     is_sqlite = dialect.name == "sqlite"
     if conditions.amount is not None:
         yield (
