@@ -40,6 +40,9 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--lines", type=int, default=1_000_000, help="reconcile: number of calls of the month")
     parser.add_argument("--payments", type=int, default=1_000_000, help="retention, dashboard: number of payments")
     parser.add_argument("--dashboard-waiting", type=int, default=10_000, help="dashboard: number of waiting payments")
+    parser.add_argument(
+        "--dashboard-starts", type=int, default=5, help="dashboard: starts of the role for each page's first request"
+    )
     parser.add_argument("--webhook-rounds", type=int, default=5, help="webhook: alternating rounds of each handler")
     parser.add_argument(
         "--deliveries", type=int, default=1_000_000, help="webhook: deliveries of the memory measurement"

@@ -15,6 +15,7 @@ from config.settings import ConfigurationError, Settings, settings
 from dashboard.application import Dashboard, build_app
 from dashboard.dashboard_connection import DashboardConnection
 from dashboard.now_feed import NowFeed
+from dashboard.preparation import prepare_pages
 from worker import metrics_server
 from worker.runtime import build_runtime
 
@@ -64,6 +65,7 @@ def serve_until_sigterm() -> None:
         metrics_server.start_metrics_server(chosen.metrics_host, chosen.metrics_port)
     # uvicorn raises the signal again after its shutdown. The default action would make that look like a crash.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    prepare_pages(app)
     with contextlib.suppress(KeyboardInterrupt):
         DashboardServer(app).run([_open_listener(chosen)])
 

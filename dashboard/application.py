@@ -22,7 +22,7 @@ from dashboard.access.security_headers import SecurityHeaders
 from dashboard.fee_days import FeeDays
 from dashboard.now_feed import NowFeed
 from dashboard.now_reading import NowReader
-from dashboard.page_rendering import FOLDER, compile_templates, render
+from dashboard.page_rendering import FOLDER, render
 from dashboard.page_requests import MAX_UPLOAD_BYTES, UPLOAD_FOLDER
 from dashboard.pages import (
     audit_page,
@@ -70,7 +70,7 @@ def build_app(runtime: Runtime) -> Dashboard:
     access = AccessControl(runtime.settings, sessions, attempts, runtime.clock)
     app = Dashboard(
         routes=_routes(),
-        lifespan=_prepare,
+        lifespan=_limit_threads,
         middleware=[
             Middleware(AccessMiddleware, access=access, show_problem=_show_problem),
             Middleware(RequestLimits, upload_folder=UPLOAD_FOLDER, max_upload_bytes=MAX_UPLOAD_BYTES),
@@ -96,9 +96,8 @@ def build_app(runtime: Runtime) -> Dashboard:
 
 
 @asynccontextmanager
-async def _prepare(_: Starlette) -> AsyncIterator[None]:
-    """Compile the templates and limit the threads before the first request."""
-    compile_templates()
+async def _limit_threads(_: Starlette) -> AsyncIterator[None]:
+    """Limit the threads before the first request."""
     to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
     yield
 

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from config.log_config import get_logger
-from worker.errors import error_summary
+from dashboard.background_read import BackgroundRead
 from worker.ledger import period_statement, statement_slices
 from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.cap_usage import AccountCalls, account_with_most_calls
-from worker.ledger.engine import DATABASE_UNAVAILABLE, Tx, read_snapshot
+from worker.ledger.engine import Tx, read_snapshot
 from worker.ledger.fee_statement import StatementLine
 from worker.ledger.metrics_queries import set_short_timeout
 from worker.ledger.statement_slices import DayStatement
@@ -25,8 +26,6 @@ from worker.rules.statement_period import StatementPeriod
 from worker.runtime import Runtime
 
 log = get_logger(__name__)
-PAGE_WAIT_S = 0.06
-"""How long a page waits for days that are being read."""
 OLD_DAY_TTL = timedelta(minutes=10)
 RECENT_DAY_TTL = timedelta(seconds=10)
 """How long the figures of a day are used, and of a day whose calls may still be posted by their balances."""
@@ -70,10 +69,10 @@ class FeeDays:
         self._runtime = runtime
         self._known: dict[datetime, _KnownDay] = {}
         self._lock = threading.Lock()
-        self._reader: threading.Thread | None = None
+        self._background = BackgroundRead("fees")
 
     def read_months(self, tx: Tx, months: Sequence[Month]) -> list[MonthFees]:
-        """Return the fees of these months. Wait up to `PAGE_WAIT_S` for days that are not known.
+        """Return the fees of these months. Wait briefly for days that are not known.
 
         Days of the first month are read first.
         """
@@ -93,34 +92,25 @@ class FeeDays:
             self._known.clear()
 
     def _refresh(self, wanted: Iterable[datetime], now: datetime) -> None:
-        """Have the days read that are unknown or too old, and wait up to `PAGE_WAIT_S`."""
+        """Have the days read that are unknown or too old, and wait briefly."""
         with self._lock:
             due = [day for day in wanted if not ((known := self._known.get(day)) and known.is_fresh(day, now))]
-            if due and self._reader is None:
-                self._reader = threading.Thread(target=self._read, args=(due,), name="fee-days", daemon=True)
-                self._reader.start()
-            reader = self._reader
-        if due and reader is not None:
-            reader.join(PAGE_WAIT_S)
+        if due:
+            self._background.start(partial(self._read, due))
+            self._background.wait_briefly()
 
     def _read(self, days: Sequence[datetime]) -> None:
         started = time.monotonic()
-        try:
-            for day in days:
-                with read_snapshot(self._runtime.engine) as tx:
-                    set_short_timeout(tx)
-                    read_at = self._runtime.clock()
-                    known = _KnownDay(
-                        statement=statement_slices.read_day(tx, day),
-                        busiest_account=self._busiest_account(tx, day, read_at),
-                        read_at=read_at,
-                    )
-                self._keep(day, known)
-        except DATABASE_UNAVAILABLE as error:
-            log.warning("dashboard.fees_not_read", error=error_summary(error))
-        finally:
-            with self._lock:
-                self._reader = None
+        for day in days:
+            with read_snapshot(self._runtime.engine) as tx:
+                set_short_timeout(tx)
+                read_at = self._runtime.clock()
+                known = _KnownDay(
+                    statement=statement_slices.read_day(tx, day),
+                    busiest_account=self._busiest_account(tx, day, read_at),
+                    read_at=read_at,
+                )
+            self._keep(day, known)
         log.debug("dashboard.fees_read", days=len(days), duration_s=round(time.monotonic() - started, 3))
 
     def _busiest_account(self, tx: Tx, day: datetime, now: datetime) -> AccountCalls | None:

@@ -1,21 +1,17 @@
 """Figures of the page Now that a busy ledger cannot give within a second. A thread counts them in small steps."""
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from config.log_config import get_logger
-from worker.errors import error_summary
+from dashboard.background_read import BackgroundRead
 from worker.ledger import now_report
 from worker.ledger.cap_usage import total_non_void_fees
-from worker.ledger.engine import DATABASE_UNAVAILABLE, read_snapshot
+from worker.ledger.engine import read_snapshot
 from worker.ledger.metrics_queries import set_short_timeout
 from worker.rules.fee_caps import CapKind, start_of_day, start_of_month
 from worker.runtime import Runtime
-
-log = get_logger(__name__)
 
 COUNT_INTERVAL = timedelta(minutes=1)
 """Time between two counts while a page is shown."""
@@ -59,29 +55,18 @@ class SlowFigureReader:
 
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
-        self._lock = threading.Lock()
-        self._is_running = False
-        self._figures = SlowFigures()
+        self._background = BackgroundRead("now")
+        self.latest = SlowFigures()
+        """The last figures."""
         self._started_anew_at: datetime | None = None
         self._examined_until: datetime | None = None
         self._fees_by_hour: dict[datetime, Decimal] = {}
 
-    def latest(self) -> SlowFigures:
-        """Return the last figures. Start a count if they are old; it does not delay the caller."""
-        counted_at = self._figures.counted_at
-        with self._lock:
-            if not self._is_running and (counted_at is None or self._rt.clock() - counted_at >= COUNT_INTERVAL):
-                self._is_running = True
-                threading.Thread(target=self._count_and_log_failure, name="slow-figures", daemon=True).start()
-        return self._figures
-
-    def _count_and_log_failure(self) -> None:
-        try:
-            self.count()
-        except DATABASE_UNAVAILABLE as error:
-            log.warning("dashboard.count_skipped", error=error_summary(error))
-        finally:
-            self._is_running = False
+    def count_if_old(self) -> None:
+        """Start a count if the last figures are old. It does not delay the caller."""
+        counted_at = self.latest.counted_at
+        if counted_at is None or self._rt.clock() - counted_at >= COUNT_INTERVAL:
+            self._background.start(self.count)
 
     def count(self) -> None:
         """Count until all figures are known. Raise one of `DATABASE_UNAVAILABLE`."""
@@ -91,14 +76,14 @@ class SlowFigureReader:
             self._fees_by_hour.clear()
         self._count_unresolved_calls(now - UNRESOLVED_AGE)
         cap_uses = tuple(self._count_cap_uses(now))
-        self._figures = replace(self._figures, cap_uses=cap_uses, counted_at=now, is_counting=False)
+        self.latest = replace(self.latest, cap_uses=cap_uses, counted_at=now, is_counting=False)
 
     def _count_unresolved_calls(self, before: datetime) -> None:
         with read_snapshot(self._rt.engine) as tx:
             set_short_timeout(tx)
-            final = now_report.final_call_ids(tx, self._figures.unresolved_at)
+            final = now_report.final_call_ids(tx, self.latest.unresolved_at)
             since = self._examined_until or now_report.first_call_at(tx)
-        known = {} if self._examined_until is None else self._figures.unresolved_at
+        known = {} if self._examined_until is None else self.latest.unresolved_at
         unresolved = {call_id: at for call_id, at in known.items() if call_id not in final}
         while since is not None and since < before:
             with read_snapshot(self._rt.engine) as tx:
@@ -106,9 +91,9 @@ class SlowFigureReader:
                 step = now_report.pending_calls_of_next_step(tx, since, before)
             unresolved |= step.called_at_by_call
             self._examined_until = since = step.examined_until
-            if self._figures.is_counting:
-                self._figures = replace(self._figures, unresolved_at=dict(unresolved))
-        self._figures = replace(self._figures, unresolved_at=unresolved)
+            if self.latest.is_counting:
+                self.latest = replace(self.latest, unresolved_at=dict(unresolved))
+        self.latest = replace(self.latest, unresolved_at=unresolved)
 
     def _count_cap_uses(self, now: datetime) -> list[CapUse]:
         caps, currency = self._rt.fee_caps, self._rt.price_list.currency

@@ -168,7 +168,7 @@ def _required_month(request: Request) -> Month:
 
 
 def _read_statement(rt: Runtime, month: Month, by: Any) -> Any:
-    """Read one statement at a time: with a million calls it takes some seconds, by account in one long query."""
+    """Read one statement at a time: with a million calls it takes some seconds, in short queries."""
     if not _one_statement_at_a_time.acquire(blocking=False):  # to wait would occupy the threads of all pages
         raise HTTPException(503, "another statement is being read; try again in a few seconds")
     try:

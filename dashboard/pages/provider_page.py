@@ -14,14 +14,18 @@ def show_provider(request: Request) -> Response:
     reader: ProviderReader = request.app.state.provider_reader
     span = request.query_params.get("span", "hour")
     problem = None if span in SPANS else f"span must be one of {', '.join(SPANS)}; this is the hour"
+    span = span if problem is None else "hour"
     views = reader.views()
     return render(
         request,
         "provider.html",
         status_code=400 if problem else 200,
         problem=problem,
-        view=views[span if problem is None else "hour"],
+        span=span,
+        spans=SPANS,
+        view=views.get(span),
         views=views,
+        missing=[name for name in SPANS if name not in views],
         percentiles=PERCENTILES,
     )
 

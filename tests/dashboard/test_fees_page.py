@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from config.settings import settings
-from dashboard import fee_days
+from dashboard import background_read
 from tests.cli.conftest import DIME, LedgerBuilder
 from worker.ledger import statement_slices
 from worker.ledger.engine import Tx
@@ -35,7 +35,7 @@ HOSTILE = "<script>alert(1)</script>\u202e'\"{{7*7}}" + "x" * 400
 @pytest.fixture(autouse=True)
 def wait_for_all_days(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages wait until all days are read, however busy the machine is."""
-    monkeypatch.setattr(fee_days, "PAGE_WAIT_S", 60)
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 60)
 
 
 @pytest.fixture
@@ -176,13 +176,13 @@ def test_page_does_not_wait_for_slow_days(
         assert allowed.wait(60)
         return read_day(tx, day)
 
-    monkeypatch.setattr(fee_days, "PAGE_WAIT_S", 0.01)
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 0.01)
     monkeypatch.setattr(statement_slices, "read_day", read_when_allowed)
     page = operator.get("/fees?month=2026-11").text
     assert "30 days are still being read" in page
     assert '<a href="">Load the page again</a>' in page
     allowed.set()
-    monkeypatch.setattr(fee_days, "PAGE_WAIT_S", 60)
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 60)
     page = operator.get("/fees?month=2026-11").text
     assert "still being read" not in page
 

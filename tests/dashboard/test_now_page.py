@@ -178,7 +178,7 @@ def test_figures_are_those_of_the_metrics(runtime: Runtime) -> None:
     slow.count()
     with read_snapshot(runtime.engine) as tx:
         ratios = used_ratios_of_set_day_and_month_caps(runtime, tx, now)
-    assert {use.cap: use.ratio for use in slow.latest().cap_uses} == ratios
+    assert {use.cap: use.ratio for use in slow.latest.cap_uses} == ratios
     assert set(ratios) == {CapKind.DAY, CapKind.MONTH}
 
 
@@ -194,7 +194,7 @@ def test_unresolved_calls_are_those_of_the_command_line(runtime: Runtime, monkey
     slow.count()
     with read_snapshot(runtime.engine) as tx:
         listed = {call.call_id for call in fee_calls.pending_calls(tx, now - timedelta(hours=24))}
-    assert set(slow.latest().unresolved_at) == listed == {"open1", "open2", "open3"}
+    assert set(slow.latest.unresolved_at) == listed == {"open1", "open2", "open3"}
     with transaction(runtime.engine) as tx:
         tx.execute(
             text(
@@ -204,7 +204,7 @@ def test_unresolved_calls_are_those_of_the_command_line(runtime: Runtime, monkey
             )
         )
     slow.count()
-    assert set(slow.latest().unresolved_at) == {"open1", "open3"}
+    assert set(slow.latest.unresolved_at) == {"open1", "open3"}
 
 
 def test_more_payments_than_marks_are_counted_by_bars(

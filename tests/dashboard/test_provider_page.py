@@ -1,6 +1,8 @@
 """The page Provider: percentiles, responses, lost and late balances, and samples of busy ledgers."""
 
 import math
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -8,15 +10,47 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import insert
+from sqlalchemy.exc import OperationalError
 
+from dashboard import background_read
+from dashboard.provider_view import SPANS
 from dashboard.time_histograms import bins, percentile
 from tests.dashboard.test_now_page import visible_text
 from worker.ledger import balance_report, provider_report
-from worker.ledger.engine import read_snapshot, transaction
+from worker.ledger.engine import Tx, read_snapshot, transaction
 from worker.ledger.tables import BALANCE, FEE_ENTRY, REFRESH
-from worker.runtime import Runtime
+from worker.runtime import Runtime, utc_now
 
 ACCEPTED = ("posted", {"status": 202})
+
+
+@pytest.fixture(autouse=True)
+def complete_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pages wait until all spans are read."""
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 60)
+
+
+class SlowSpans:
+    """Reads of samples, of which those of some spans wait until they are allowed."""
+
+    def __init__(self, spans: Sequence[str]) -> None:
+        self.allowed = threading.Event()
+        self._lengths = [SPANS[name] for name in spans]
+        self._sample_calls = provider_report.sample_calls
+
+    def __call__(self, tx: Tx, since: datetime, until: datetime) -> provider_report.CallSample:
+        if until - since in self._lengths:
+            assert self.allowed.wait(60)
+        return self._sample_calls(tx, since, until)
+
+
+@pytest.fixture
+def slow_spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowSpans]:
+    """Let the reads of the given spans wait until the test allows them, or ends."""
+    slow = SlowSpans(request.param)
+    monkeypatch.setattr(provider_report, "sample_calls", slow)
+    yield slow
+    slow.allowed.set()
 
 
 def add_call(
@@ -120,6 +154,60 @@ def test_many_calls_are_sampled_and_the_page_says_so(
         add_call(runtime, number, ACCEPTED, balance_after_s=3)
     page = visible_text(operator.get("/provider?span=week").text)
     assert "From a sample of 10 of about 60 calls, spread evenly" in page
+
+
+@pytest.mark.parametrize("slow_spans", [["day", "week"]], indirect=True)
+def test_page_does_not_wait_for_slow_spans(
+    runtime: Runtime, operator: httpx.Client, slow_spans: SlowSpans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says which are missing, and shows the others."""
+    add_call(runtime, 1, ACCEPTED, balance_after_s=2)
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 0.01)
+    while "The figures of the last day, week are still being read" not in visible_text(operator.get("/provider").text):
+        pass  # the hour is being read, too
+    page = visible_text(operator.get("/provider?span=week").text)
+    assert "p50 2.0 s – –" in page
+    assert "not yet not yet" in page
+    assert "Responses to calls" not in page
+    slow_spans.allowed.set()
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 60)
+    page = visible_text(operator.get("/provider?span=week").text)
+    assert "still being read" not in page
+    assert "p50 2.0 s 2.0 s 2.0 s" in page
+
+
+@pytest.mark.parametrize("slow_spans", [[]], indirect=True)
+def test_old_figures_are_shown_with_their_age_and_very_old_ones_are_not(
+    runtime: Runtime, operator: httpx.Client, slow_spans: SlowSpans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_call(runtime, 1, ACCEPTED, balance_after_s=2)
+    read_at = utc_now()
+    runtime.clock = lambda: read_at
+    assert "read 0 ms ago 0 ms ago 0 ms ago" in visible_text(operator.get("/provider").text)
+    monkeypatch.setattr(background_read, "PAGE_WAIT_S", 0.01)
+    monkeypatch.setattr(slow_spans, "_lengths", list(SPANS.values()))
+    runtime.clock = lambda: read_at + timedelta(minutes=1)
+    page = visible_text(operator.get("/provider").text)
+    assert "read 1 min 0 s ago 1 min 0 s ago 1 min 0 s ago" in page
+    assert "p50 2.0 s 2.0 s 2.0 s" in page
+    runtime.clock = lambda: read_at + timedelta(minutes=10)
+    page = visible_text(operator.get("/provider").text)
+    assert "The figures of the last hour are still being read" in page
+    assert "read not yet 10 min 0 s ago 10 min 0 s ago" in page
+
+
+def test_page_without_figures_says_that_the_ledger_is_unavailable(
+    operator: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> provider_report.CallSample:
+        raise OperationalError("SELECT", {}, Exception("the server closed the connection"))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(provider_report, "sample_calls", fail)
+        response = operator.get("/provider")
+    assert response.status_code == 503
+    assert "the ledger is unavailable" in visible_text(response.text)
+    assert "still being read" not in visible_text(operator.get("/provider").text)
 
 
 @pytest.mark.parametrize("span", ["", "year", "<script>alert(1)</script>"])

@@ -56,13 +56,15 @@ class _EndOfExample(Exception):
     pass
 
 
-@given(refreshes=_refreshes())
-@example(refreshes=[([(0, None, "CAD", "0.10"), (4, None, "USD", "0.10")], 0, 1)])
+@given(refreshes=_refreshes(), entries_per_slice=st.integers(1, 6))
+@example(refreshes=[([(0, None, "CAD", "0.10"), (4, None, "USD", "0.10")], 0, 1)], entries_per_slice=1)
+@example(refreshes=[([(3, "posted", "USD", "0.10"), (3, "void", "USD", "0.25")], 2, 1)] * 3, entries_per_slice=2)
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_slices_add_up_to_the_statement(
-    engine: Engine, refreshes: list[tuple[list[tuple[int, str | None, str, str]], int, int]]
+    engine: Engine, refreshes: list[tuple[list[tuple[int, str | None, str, str]], int, int]], entries_per_slice: int
 ) -> None:
-    with _rolled_back(engine) as tx:
+    with pytest.MonkeyPatch.context() as patch, _rolled_back(engine) as tx:
+        patch.setattr(statement_slices, "ENTRIES_PER_SLICE", entries_per_slice)
         _insert(tx, refreshes)
         for by in GROUPS:
             expected = read_statement(tx, StatementPeriod(months=(NOVEMBER,)), by)

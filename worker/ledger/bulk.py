@@ -29,6 +29,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
 
 from worker.ledger.column_types import NAIVE_TIME_ERROR, postgresql_type
 from worker.ledger.transactions import Reply, Rows, Tx
@@ -55,12 +56,12 @@ def _compile_any_of_sqlite(element: _AnyOf, compiler: SQLCompiler, **options: An
     return compiler.process(column.in_(bindparam(values.key, expanding=True)), **options)
 
 
-def any_of(column: ColumnElement[str], parameter: str) -> ColumnElement[bool]:
+def any_of(column: ColumnElement[Any], parameter: str, of_type: type[TypeEngine[Any]] = Text) -> ColumnElement[bool]:
     """Return the condition that the column is one of the values of a bind parameter (`= ANY`).
 
     The statement is the same for any list of values, so PostgreSQL prepares it once.
     """
-    return _AnyOf(column, bindparam(parameter, type_=ARRAY(Text)))
+    return _AnyOf(column, bindparam(parameter, type_=ARRAY(of_type)))
 
 
 class _AnySelected(FunctionElement[bool]):

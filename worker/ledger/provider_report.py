@@ -91,7 +91,7 @@ _CALLS_OF_ENTRIES = (
     )
     .select_from(CALLS)
     .where(
-        pending.entry_id.in_(bindparam("numbers", expanding=True, type_=BigInteger)),
+        any_of(pending.entry_id, "numbers", BigInteger),
         IS_PENDING_ENTRY,
         pending.called_at >= bindparam("since", type_=FEE_ENTRY.c.called_at.type),
         pending.called_at < bindparam("until", type_=FEE_ENTRY.c.called_at.type),
@@ -111,7 +111,7 @@ _FIRST_BALANCE = (
     .scalar_subquery()
 )
 _FIRST_BALANCE_IDS = select(entry.entry_id, _FIRST_BALANCE.label("balance_id")).where(
-    entry.entry_id.in_(bindparam("numbers", expanding=True, type_=BigInteger))
+    any_of(entry.entry_id, "numbers", BigInteger)
 )
 _BALANCES = select(balance.balance_id, balance.received_at, balance.event_id).where(
     any_of(balance.balance_id, "balance_ids")
