@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import dashboard_pages, half_year, webhook_throughput
+from benchmarks import command_cpu, dashboard_pages, half_year, webhook_throughput
 from benchmarks.benchmark_system import benchmark_system
 from benchmarks.cases import CASES
 
@@ -19,6 +19,7 @@ STANDALONE_CASES = {
     "webhook": webhook_throughput.measure,
     "retention": half_year.measure,
     "dashboard": dashboard_pages.measure,
+    "commands": command_cpu.measure,
 }
 """Cases that do not need the whole system."""
 RESULTS = Path(__file__).parent / "results" / "latest.json"

@@ -1,138 +1,41 @@
-"""Commands about dead letters: messages that no worker can process."""
+"""The group `payready dead-letters`: messages that no worker can process."""
 
-from collections.abc import Iterable
-from typing import Annotated
+from typing import ClassVar
 
 import typer
 
-from cli import render
-from cli.command_line import (
-    EXIT_FAILED,
-    AsJson,
-    fail,
-    query_or_exit,
-    stdout_console_for_terminal_or_log,
+from cli.lazy_commands import LazyCommand, LazyGroup
+
+
+class DeadLetterCommands(LazyGroup):
+    """The commands about dead letters. A list needs neither Celery nor clients."""
+
+    table: ClassVar = {
+        "list": LazyCommand(
+            module="cli.dead_letter_list",
+            attribute="list_dead_letters",
+            summary="List dead letters without their messages, the newest first.",
+        ),
+        "show": LazyCommand(
+            module="cli.dead_letter_actions",
+            attribute="show_dead_letter",
+            summary="Print one dead letter with the reason and its message. The message may be confidential.",
+        ),
+        "requeue": LazyCommand(
+            module="cli.dead_letter_actions",
+            attribute="requeue_dead_letters",
+            summary="Send dead letters to their queues again, and delete each after the broker has accepted it.",
+        ),
+        "delete": LazyCommand(
+            module="cli.dead_letter_actions",
+            attribute="delete_dead_letters",
+            summary="Delete dead letters permanently. With --all, ask for confirmation first.",
+        ),
+    }
+
+
+app = typer.Typer(
+    cls=DeadLetterCommands,
+    no_args_is_help=True,
+    help="Messages of payready's queues that no worker can process.",
 )
-from cli.command_runtime import runtime_or_exit
-from config.escaping import escape_unprintable
-from config.settings import settings
-from tasks.message_requeue import NotRequeueable, decoded_message_and_body, open_message_sender, send_then_delete
-from worker import flow
-from worker.ledger import dead_letters
-from worker.ledger.dead_letters import DeadLetter
-from worker.rules.decimals import count_text
-from worker.rules.times import utc_time_text
-from worker.rules.unhandled_messages import DeadLetterReason
-
-app = typer.Typer(no_args_is_help=True, help="Messages of payready's queues that no worker can process.")
-
-DeadLetterIds = Annotated[
-    list[str] | None, typer.Argument(help="Ids of dead letters, from `payready dead-letters list`.")
-]
-
-
-@app.command("list")
-def list_dead_letters(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of dead letters.")] = 50,
-    as_json: AsJson = False,
-) -> None:
-    """List dead letters without their messages, the newest first."""
-    found = query_or_exit(lambda tx: dead_letters.newest(tx, limit))
-    if as_json:
-        typer.echo(render.as_json(found))
-        return
-    table = render.new_table("dead letter", "stored", "queue", "bytes", "task", "reason", right=["bytes"])
-    for letter in found:
-        stored_at = utc_time_text(letter.stored_at)
-        reason = f"{letter.reason}: {letter.detail}"
-        table.add_row(
-            letter.dead_letter_id, stored_at, letter.queue, str(letter.size_bytes), letter.task_name or "", reason
-        )
-    stdout_console_for_terminal_or_log().print(
-        table if found else "there are no dead letters", highlight=False, markup=False
-    )
-
-
-@app.command("show")
-def show_dead_letter(
-    dead_letter_id: Annotated[str, typer.Argument(help="Id of a dead letter, from `payready dead-letters list`.")],
-    as_json: AsJson = False,
-) -> None:
-    """Print one dead letter with the reason and its message. The message may be confidential."""
-    letter = query_or_exit(lambda tx: dead_letters.find_letter(tx, dead_letter_id))
-    if letter is None:
-        fail(f"there is no dead letter {dead_letter_id}")
-    message, body = decoded_message_and_body(letter)
-    if as_json:
-        summary = {name: value for name, value in vars(letter).items() if name != "message"}
-        typer.echo(render.as_json({**summary, "is_cut": letter.is_cut, "message": message, "body": body}))
-        return
-    times = "" if letter.occurrences == 1 else f", {letter.occurrences} times"
-    typer.echo(f"{letter.dead_letter_id}, stored {utc_time_text(letter.stored_at)}{times}")
-    typer.echo(f"queue {letter.queue}, task {letter.task_name or 'unknown'}, task id {letter.task_id or 'unknown'}")
-    typer.echo(f"{letter.reason}: {letter.detail}\n")
-    typer.echo(f"message, {_size_text(letter)}:")
-    typer.echo(escape_unprintable(message, keep="\n"))
-    if body is not None:
-        typer.echo("\nbody, decoded:")
-        typer.echo(escape_unprintable(body, keep="\n"))
-
-
-def _size_text(letter: DeadLetter) -> str:
-    size = count_text(letter.size_bytes, "byte")
-    return f"the first {len(letter.message)} of {size} (it cannot be requeued)" if letter.is_cut else size
-
-
-@app.command("requeue")
-def requeue_dead_letters(
-    ids: DeadLetterIds = None,
-    all_of_reason: Annotated[
-        DeadLetterReason | None, typer.Option(help="All dead letters with this reason, each once.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Send dead letters to their queues again, and delete each after the broker has accepted it.
-
-    A dead letter that cannot be requeued stays. Exit status 1 if there is one.
-    """
-    if bool(ids) == (all_of_reason is not None):
-        raise typer.BadParameter("give either ids of dead letters or --all-of-reason")
-    requeued, refused = 0, list[dict[str, str]]()
-    with runtime_or_exit() as rt, open_message_sender(settings()) as sender:
-        for dead_letter_id in ids or flow.every_dead_letter_id(rt, all_of_reason):
-            try:
-                send_then_delete(rt, sender, dead_letter_id)
-                requeued += 1
-            except NotRequeueable as error:
-                refused.append({"dead_letter_id": dead_letter_id, "error": str(error)})
-    if as_json:
-        typer.echo(render.as_json({"requeued": requeued, "refused": refused}))
-    else:
-        typer.echo(f"requeued {count_text(requeued, 'message')}")
-        for line in refused:
-            typer.echo(f"payready: {line['dead_letter_id']} was not requeued: {line['error']}", err=True)
-    if refused:
-        raise typer.Exit(EXIT_FAILED)
-
-
-@app.command("delete")
-def delete_dead_letters(
-    ids: DeadLetterIds = None,
-    all_letters: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --all, delete without confirmation.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete dead letters permanently. With --all, ask for confirmation first."""
-    if bool(ids) == all_letters:
-        raise typer.BadParameter("give either ids of dead letters or --all")
-    with runtime_or_exit() as rt:
-        if all_letters and not yes:
-            typer.confirm("Delete all dead letters permanently?", abort=True, err=True)
-        selected: Iterable[str] = flow.every_dead_letter_id(rt) if all_letters else ids or []
-        deleted = sum(flow.delete_dead_letters(rt, [dead_letter_id]) for dead_letter_id in selected)
-    if as_json:
-        typer.echo(render.as_json({"deleted": deleted}))
-    else:
-        typer.echo(f"deleted {count_text(deleted, 'dead letter')}")
-    if ids and deleted < len(set(ids)):
-        fail(f"{count_text(len(set(ids)) - deleted, 'id')} did not exist")

@@ -1,31 +1,37 @@
-"""`payready fees`: statements, reconciliation with the provider's invoice, pending calls."""
+"""The group `payready fees`: statements, reconciliation with the provider's invoice, pending calls."""
 
-from datetime import timedelta
-from typing import Annotated
+from typing import ClassVar
 
 import typer
 
-from cli import fee_tables, render
-from cli.command_line import AsJson, query_or_exit, stdout_console_for_terminal_or_log
-from cli.reconcile_commands import ReconcileCommand, fees_reconcile
-from cli.statement_commands import fees_statement
-from worker.ledger import fee_calls
-from worker.runtime import utc_now
-
-app = typer.Typer(no_args_is_help=True, help="Fees of the provider's calls: statement, reconciliation, pending calls.")
-app.command("statement")(fees_statement)
-app.command("reconcile", cls=ReconcileCommand)(fees_reconcile)
+from cli.lazy_commands import LazyCommand, LazyGroup
 
 
-@app.command("pending")
-def fees_pending(
-    age_h: Annotated[int, typer.Option(min=0, max=87_600, help="Minimum age of a call in hours.")] = 24,
-    as_json: AsJson = False,
-) -> None:
-    """List calls that have been pending for --age-h or longer. Only an invoice can post or void them."""
-    calls = query_or_exit(lambda tx: fee_calls.pending_calls(tx, utc_now() - timedelta(hours=age_h)))
-    if as_json:
-        typer.echo(render.as_json(calls))
-    else:
-        title = f"Calls pending for {age_h} h or longer"
-        stdout_console_for_terminal_or_log().print(fee_tables.limited_pending_table(calls, title), highlight=False)
+class FeeCommands(LazyGroup):
+    """The commands about fees. A statement needs nothing of the reconciliation."""
+
+    table: ClassVar = {
+        "statement": LazyCommand(
+            module="cli.statement_commands",
+            attribute="fees_statement",
+            summary="Print the fees of a month's calls, and the savings by sharing and reuse.",
+        ),
+        "reconcile": LazyCommand(
+            module="cli.reconcile_commands",
+            attribute="fees_reconcile",
+            summary="Compare an invoice with the calls of its month: matches, differences, and their possible causes.",
+            command_class="ReconcileCommand",
+        ),
+        "pending": LazyCommand(
+            module="cli.pending_calls_command",
+            attribute="fees_pending",
+            summary="List calls that have been pending for --age-h or longer. Only an invoice can post or void them.",
+        ),
+    }
+
+
+app = typer.Typer(
+    cls=FeeCommands,
+    no_args_is_help=True,
+    help="Fees of the provider's calls: statement, reconciliation, pending calls.",
+)

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from cli.attribute_docstrings import setting_docstrings
 from cli.reference_pages import (
     HEAD,
     cli_page,
@@ -140,22 +141,18 @@ def _setting_row(name: str, roles: str) -> str:
     field = Settings.model_fields[name]
     return (
         f"| `{variable_name(name)}` | {_default(field)} | {_type_and_constraints(field)} | {roles} | "
-        f"{_description(field)} |\n"
+        f"{setting_docstrings()[name]} |\n"
     )
 
 
 def env_example() -> str:
     """Return the example environment file."""
     blocks = (
-        f"\n# {_description(field)}\n#{variable_name(name)}={_plain_default(field)}\n"
+        f"\n# {setting_docstrings()[name]}\n#{variable_name(name)}={_plain_default(field)}\n"
         for name, field in Settings.model_fields.items()
     )
     others = (f"\n# {meaning}\n#{name}={default}\n" for name, (default, meaning) in OTHER_VARIABLES.items())
     return ENVIRONMENT_HEAD + "".join([*blocks, *others])
-
-
-def _description(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
 
 
 def _plain_default(field: FieldInfo) -> str:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from config.garbage_collection import freeze_imported_objects
+
 
 @dataclass(frozen=True, kw_only=True)
 class LazyCommand:
@@ -21,6 +23,8 @@ class LazyCommand:
     """A function, or the `typer.Typer` of a group."""
     summary: str
     """The first sentence of its help."""
+    command_class: str = ""
+    """The class of the command in the same module, if it has one of its own."""
 
 
 class LazyGroup(TyperGroup):
@@ -54,11 +58,13 @@ class LazyGroup(TyperGroup):
 
 
 def _imported(name: str, lazy: LazyCommand) -> Any:
-    target = getattr(import_module(lazy.module), lazy.attribute)
+    with freeze_imported_objects():
+        module = import_module(lazy.module)
+    target = getattr(module, lazy.attribute)
     if isinstance(target, typer.Typer):
         group = typer.main.get_group(target)
         group.name = name
         return group
     single = typer.Typer(add_completion=False)
-    single.command(name)(target)
+    single.command(name, cls=getattr(module, lazy.command_class) if lazy.command_class else None)(target)
     return typer.main.get_command(single)

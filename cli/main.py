@@ -95,13 +95,13 @@ class RootCommands(LazyGroup):
             summary="Messages of payready's queues that no worker can process.",
         ),
         "quarantine": LazyCommand(
-            module="cli.webhook_commands",
-            attribute="quarantine_app",
+            module="cli.quarantine_commands",
+            attribute="app",
             summary="Webhook events with a valid signature that payready cannot parse.",
         ),
         "webhooks": LazyCommand(
             module="cli.webhook_commands",
-            attribute="webhooks_app",
+            attribute="app",
             summary="The provider's subscription that delivers events to payready.",
         ),
     }

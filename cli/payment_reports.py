@@ -1,14 +1,13 @@
 """Commands that read payments: show, list, watch. They import neither Celery nor the clients of Redis and Quiltt."""
 
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Annotated
 
 import typer
 
 from cli import render, render_payments
-from cli.archived_payment import archived_text
 from cli.command_line import (
     EXIT_NOT_READY,
     AsJson,
@@ -19,6 +18,7 @@ from cli.command_line import (
     parsed_option,
     query_or_exit,
     stdout_console_for_terminal_or_log,
+    utc_now,
 )
 from config.escaping import escape_unprintable
 from config.settings import settings
@@ -53,18 +53,14 @@ def show_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
     timeline = query_or_exit(lambda tx: _timeline(tx, payment_id))
     if timeline is None:
         fail(_missing_payment_text(payment_id))
-    explained = explain_payment(timeline, _utc_now())
+    explained = explain_payment(timeline, utc_now())
     if as_json:
         explanation = {"explanation": _explanation_json(explained)}
         typer.echo(render.as_json(explanation | {name: getattr(timeline, name) for name in vars(timeline)}))
     else:
         stdout_console_for_terminal_or_log().print(
-            render_payments.payment_timeline(timeline, explained, _utc_now()), highlight=False, soft_wrap=True
+            render_payments.payment_timeline(timeline, explained, utc_now()), highlight=False, soft_wrap=True
         )
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 def _timeline(tx: Tx, payment_id: str) -> PaymentTimeline | None:
@@ -88,6 +84,8 @@ def _explanation_json(explained: Explanation) -> dict[str, str]:
 
 
 def _missing_payment_text(payment_id: str) -> str:
+    from cli.archived_payment import archived_text  # noqa: PLC0415 - statements of the archive, only for this error
+
     return archived_text(payment_id) or f"no payment {payment_id} in the ledger"
 
 
@@ -167,7 +165,7 @@ def list_payments(
     if as_json:
         typer.echo(render.as_json(page.payments))
     else:
-        table = render_payments.payment_table(page.payments, _utc_now())
+        table = render_payments.payment_table(page.payments, utc_now())
         stdout_console_for_terminal_or_log().print(table, highlight=False)
     _print_how_to_continue(page)
 
@@ -204,7 +202,7 @@ def watch_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
                 timeline = _timeline(tx, payment_id)
             if timeline is None:
                 fail(_missing_payment_text(payment_id))
-            explained = explain_payment(timeline, _utc_now())
+            explained = explain_payment(timeline, utc_now())
             if explained.sentence != printed:
                 _print_watched(timeline, explained, as_json=as_json)
                 printed = explained.sentence
@@ -216,7 +214,7 @@ def watch_payment(payment_id: PaymentId, as_json: AsJson = False) -> None:
 
 
 def _print_watched(timeline: PaymentTimeline, explained: Explanation, *, as_json: bool) -> None:
-    line, now = timeline.payment, _utc_now()
+    line, now = timeline.payment, utc_now()
     if as_json:
         watched = {"at": now, "payment_id": line.payment_id, "state": line.state, "reason": line.reason}
         typer.echo(render.as_json_line(watched | _explanation_json(explained)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from cli.attribute_docstrings import attribute_docstrings
 from cli.command_line import EXIT_FAILED, EXIT_NOT_READY
 from cli.log_event_meanings import COMPUTED_EVENTS, LOG_EVENT_MEANINGS
 from cli.main import app as cli_app
@@ -302,15 +303,11 @@ def _table_and_column_docstrings() -> Iterator[tuple[str, Mapping[str, str]]]:
     for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
-        texts, name = {"": _first_line(ast.get_docstring(node))}, ""
-        for before, statement in zip(node.body, node.body[1:], strict=False):
-            if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == "__tablename__":
-                name = str(ast.literal_eval(before.value))
-            match before, statement:
-                case ast.AnnAssign(target=ast.Name(id=column)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[column] = _cell(text)
-        if name:
-            yield name, texts
+        columns = {name: _cell(text) for name, text in attribute_docstrings(node).items()}
+        texts = {"": _first_line(ast.get_docstring(node)), **columns}
+        for statement in node.body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__tablename__":
+                yield str(ast.literal_eval(statement.value)), texts
 
 
 def _table_section(table: Any, documented: Mapping[str, Mapping[str, str]]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli import render, statement_tables
-from cli.command_line import AsJson, fail, query_or_exit, stdout_console_for_terminal_or_log
+from cli.command_line import AsJson, fail, query_or_exit, stdout_console_for_terminal_or_log, utc_now
 from worker.ledger import period_statement
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import GroupBy
@@ -18,7 +18,6 @@ from worker.reports import statement_report
 from worker.reports.csv_output import write_csv
 from worker.rules.months import month_of
 from worker.rules.statement_period import MAX_MONTHS, StatementPeriod, parse_period
-from worker.runtime import utc_now
 
 StatementGroup = Literal["account", "day", "payment"]
 """Groups of a statement's lines. Without one, a line is a price."""

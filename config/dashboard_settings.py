@@ -38,7 +38,7 @@ HeaderName = Annotated[str, AfterValidator(_require_header_name)]
 class DashboardSettings(BaseModel):
     """What the dashboard of a deployment may choose."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     dashboard_host: Address = "127.0.0.1"
     """Address that the dashboard listens on."""

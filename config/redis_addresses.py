@@ -227,7 +227,9 @@ def _check(name: str, url: str, use: str | None = None) -> None:
 def _has_readable_files(tls: Mapping[str, Any]) -> bool:
     """Return whether TLS can be set up. Without this check a role would start, and never connect."""
     try:
-        context = ssl.create_default_context(cafile=tls.get("ssl_ca_certs"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a default context reads all certificates of the host: 25 ms
+        if "ssl_ca_certs" in tls:
+            context.load_verify_locations(tls["ssl_ca_certs"])
         if "ssl_certfile" in tls:
             context.load_cert_chain(tls["ssl_certfile"], tls["ssl_keyfile"])
     except OSError:  # `SSLError` is one

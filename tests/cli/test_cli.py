@@ -32,7 +32,7 @@ def run(history: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("PAYREADY_REDIS_URL", "redis://127.0.0.1:1/0")
     for module in ("payment_actions", "payment_reports", "command_line", "command_runtime", "doctor_command"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
-    for module in ("fee_commands", "statement_commands", "reconcile_commands"):
+    for module in ("pending_calls_command", "statement_commands", "reconcile_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 

@@ -39,7 +39,7 @@ def sample_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
     monkeypatch.setenv("PAYREADY_DATABASE_URL", url)
     for module in ("command_line", "reconcile_commands"):
         monkeypatch.setattr(f"cli.{module}.settings", settings.__wrapped__)
-    for module in ("fee_commands", "reconcile_commands"):
+    for module in ("pending_calls_command", "reconcile_commands"):
         monkeypatch.setattr(f"cli.{module}.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
     yield ledger
     engine.dispose()

@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, valkey_url: str, ledger: LedgerBuilder,
     """Return a function that runs a command, with a broker and an empty ledger."""
     monkeypatch.setenv("PAYREADY_REDIS_URL", valkey_url)
     monkeypatch.setenv("PAYREADY_DATABASE_URL", ledger.url)
-    for module in ("cli.dead_letter_commands", "cli.command_line", "cli.command_runtime"):
+    for module in ("cli.dead_letter_actions", "cli.command_line", "cli.command_runtime"):
         monkeypatch.setattr(f"{module}.settings", settings.__wrapped__)
     return lambda *arguments, typed=None: CliRunner().invoke(app, ["dead-letters", *arguments], input=typed)
 

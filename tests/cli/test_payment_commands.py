@@ -14,7 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cli import lazy_commands, render_payments
+from cli.dead_letter_commands import DeadLetterCommands
+from cli.fee_commands import FeeCommands
 from cli.main import PaymentCommands, RootCommands, app
+from cli.quarantine_commands import QuarantineCommands
 from config.settings import settings
 from config.version import payready_version
 from demo.processes import ROOT
@@ -187,7 +190,7 @@ def test_version_is_printed() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"payready {payready_version()}\n"
 
 
-@pytest.mark.parametrize("group", [RootCommands, PaymentCommands])
+@pytest.mark.parametrize("group", [RootCommands, PaymentCommands, FeeCommands, DeadLetterCommands, QuarantineCommands])
 def test_summary_in_help_is_the_first_sentence_of_the_command(group: type[lazy_commands.LazyGroup]) -> None:
     for name, lazy in group.table.items():
         command = lazy_commands._imported(name, lazy)
@@ -202,7 +205,11 @@ def test_summary_in_help_is_the_first_sentence_of_the_command(group: type[lazy_c
         ("--version", {"pydantic", "sqlalchemy", "psycopg", "celery", "redis", "httpx", "rich"}),
         ("-h", {"pydantic", "sqlalchemy", "psycopg", "celery", "redis", "httpx"}),
         ("payment -h", {"sqlalchemy", "psycopg", "celery", "redis", "httpx"}),
-        ("payment list -h", {"celery", "kombu", "redis", "httpx", "opentelemetry", "starlette", "structlog"}),
+        ("fees -h", {"sqlalchemy", "psycopg", "celery", "redis", "httpx"}),
+        *(
+            (f"{command} -h", {"celery", "kombu", "redis", "httpx", "opentelemetry", "starlette", "structlog"})
+            for command in ("payment list", "fees statement", "fees pending", "dead-letters list", "quarantine list")
+        ),
     ],
 )
 def test_command_imports_only_what_it_needs(arguments: str, forbidden: set[str]) -> None:

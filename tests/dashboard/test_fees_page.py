@@ -62,7 +62,7 @@ def statement(ledger: LedgerBuilder, monkeypatch: pytest.MonkeyPatch) -> Callabl
     """Return a function that runs `payready fees`."""
     monkeypatch.setenv("PAYREADY_DATABASE_URL", ledger.url)
     monkeypatch.setattr("cli.command_line.settings", settings.__wrapped__)
-    for module in ("cli.statement_commands", "cli.fee_commands"):
+    for module in ("cli.statement_commands", "cli.pending_calls_command"):
         monkeypatch.setattr(f"{module}.utc_now", lambda: datetime(2026, 12, 3, tzinfo=UTC))
     return lambda *arguments: CliRunner().invoke(app, ["fees", *arguments]).stdout
 

@@ -1,6 +1,7 @@
 """Settings: the agreed names, and one clear sentence for each error."""
 
 import os
+import ssl
 import subprocess
 import sys
 from datetime import timedelta
@@ -418,3 +419,10 @@ def test_unreadable_file_for_tls_stops_the_start(name: str, options: str) -> Non
         load_rejecting_unknown({f"PAYREADY_{name}": f"rediss://h?{options.format(file=__file__)}"})
     assert str(error_info.value).startswith(f"PAYREADY_{name} must name readable files in PEM format")
     assert "hunter2" not in str(error_info.value)
+
+
+@pytest.mark.parametrize("address", ["redis://r", "rediss://r"])
+def test_settings_do_not_read_certificates_of_the_host(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is of the files in the address. A command would need a tenth of its time to read those of the host."""
+    monkeypatch.delattr(ssl.SSLContext, "load_default_certs")
+    assert load_rejecting_unknown({"PAYREADY_REDIS_URL": address}).redis_url == address

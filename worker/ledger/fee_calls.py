@@ -1,28 +1,17 @@
-"""Queries on refresh calls, each made of its pending fee entry and its final one. Read-only.
-
-`CALLS` and its columns are the base of the payment report and of the reconciliation with an invoice.
-"""
+"""Queries on refresh calls, for the pending ones and for the reconciliation with an invoice. Read-only."""
 
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import Select, select, text
 
+from worker.ledger.call_entries import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.engine import Tx
-from worker.ledger.tables import FEE_ENTRY, REFRESH, state_in
+from worker.ledger.tables import REFRESH
 from worker.rules.call_matching import LedgerCall
 from worker.rules.pricing import MODE, EntryState
-
-PENDING_ENTRY, FINAL_ENTRY = FEE_ENTRY.alias("pending_entry"), FEE_ENTRY.alias("final_entry")
-CALL_STATE = func.coalesce(FINAL_ENTRY.c.state, EntryState.PENDING.value).label("state")
-CALLS = PENDING_ENTRY.outerjoin(
-    FINAL_ENTRY,
-    (FINAL_ENTRY.c.call_id == PENDING_ENTRY.c.call_id) & ~state_in(FINAL_ENTRY.c.state, {EntryState.PENDING}),
-)
-"""One row per call, together with `IS_PENDING_ENTRY`: its pending entry, and its final entry or nulls."""
-IS_PENDING_ENTRY = state_in(PENDING_ENTRY.c.state, {EntryState.PENDING})
 
 
 def raise_limits_for_report(tx: Tx) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import func, select, text
 
+from worker.ledger.call_entries import FINAL_ENTRY
 from worker.ledger.engine import Tx
-from worker.ledger.fee_calls import FINAL_ENTRY
 from worker.ledger.tables import BALANCE, FEE_ENTRY, IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH, state_in
 from worker.rules.pricing import EntryState
 from worker.rules.states import IN_FLIGHT_STATES, RefreshState

@@ -12,8 +12,8 @@ from decimal import Decimal
 from sqlalchemy import case, func, select
 
 from worker.ledger.bulk import any_of
+from worker.ledger.call_entries import CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.engine import Tx
-from worker.ledger.fee_calls import CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.metrics_queries import serving_or_unanswered_refresh_state
 from worker.ledger.tables import FEE_ENTRY, IS_WAITING, PAYMENT, state_in
 from worker.rules.job import Job

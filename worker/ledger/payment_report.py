@@ -15,9 +15,9 @@ from sqlalchemy import func, select
 from config.task_queues import TASK_QUEUES
 from worker.ledger import refreshes
 from worker.ledger.balance_report import BalanceLine, RejectedBalanceLine, payment_balances
+from worker.ledger.call_entries import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.compact_json import full_continuation
 from worker.ledger.engine import Row, Tx
-from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.payment_json import job_of_row, outcome_of_row
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.rules.callbacks import Callback, callbacks_of

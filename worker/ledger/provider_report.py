@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import BigInteger, bindparam, select
 
 from worker.ledger.bulk import any_of
+from worker.ledger.call_entries import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.engine import Row, Tx
-from worker.ledger.fee_calls import CALL_STATE, CALLS, FINAL_ENTRY, IS_PENDING_ENTRY, PENDING_ENTRY
 from worker.ledger.tables import BALANCE, FEE_ENTRY, REFRESH
 from worker.rules.pricing import EntryState
 
