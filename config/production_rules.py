@@ -10,6 +10,8 @@ from config.setting_types import variable_name
 
 DEMO_SECRET_PREFIX = "demo"  # noqa: S105 - it marks secrets, and is none
 """Secrets that start with this are for demonstrations. Production refuses them."""
+DEMO_PASSWORD_HASH = "$argon2id$v=19$m=19456,t=1,p=1$3pPyj9N71dgnS0t3mQxwxQ$fKHSjYECcIFrSl/P01skz0DArEh7lXX4PuQDwDuzEWE"  # noqa: S105
+"""Hash of the password of the demo's user of the dashboard, which is public. Production refuses it."""
 EXAMPLE_PRICE_LIST = Path(__file__).with_name("price_list.toml").resolve()
 """The shipped price list. Its price of a production call is invented, so production refuses it."""
 MIN_WEBHOOK_SECRET_CHARS = 16

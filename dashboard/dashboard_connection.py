@@ -12,7 +12,8 @@ _log_sampler = LogSampler()
 class DashboardConnection(LimitedConnection):
     """One connection. A client that does not read, or that sends its header section too slowly, is disconnected."""
 
-    max_request_bytes = MAX_UPLOAD_BYTES + 1024 * 1024
+    # Of a request that is too large for its page the rest is dropped, so that its sender reads the response.
+    max_request_bytes = 8 * MAX_UPLOAD_BYTES
 
     def count_and_log_closed(self, reason: str) -> None:
         """Log that the connection is closed because it exceeds a limit, at most once a minute."""

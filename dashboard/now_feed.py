@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.concurrency import run_in_threadpool
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from config.log_config import get_logger
 from dashboard.now_reading import NowReader
 from dashboard.page_rendering import render_fragment
+from dashboard.page_requests import user_of
 from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.errors import error_summary
 from worker.ledger.engine import DATABASE_UNAVAILABLE
@@ -20,7 +22,9 @@ from worker.ledger.engine import DATABASE_UNAVAILABLE
 log = get_logger(__name__)
 
 MAX_STREAMS = 50
-"""Browsers that are connected at once. Others load the page again from time to time."""
+"""Streams at once. Other browsers connect again from time to time."""
+MAX_STREAMS_OF_USER = 10
+"""Streams of one user at once, in all sessions, so that no user can occupy all."""
 WAKE_INTERVAL_S = 1.0
 """How often a stream without news looks whether it must end."""
 PING_INTERVAL_S = 15.0
@@ -45,7 +49,7 @@ class NowFeed:
 
     def __init__(self, reader: NowReader) -> None:
         self.reader = reader
-        self.stream_count = 0
+        self._streams_of_users: Counter[str] = Counter()
         self.version = 0
         self.message = b""
         self.is_closed = False
@@ -56,16 +60,29 @@ class NowFeed:
         """End all streams within a second, as the process stops. A signal handler may call it."""
         self.is_closed = True
 
-    def connect(self) -> None:
+    @property
+    def stream_count(self) -> int:
+        """Return the number of streams."""
+        return self._streams_of_users.total()
+
+    def find_refusal(self, user_name: str) -> str | None:
+        """Return why a user gets no further stream, or None."""
+        if self._streams_of_users[user_name] >= MAX_STREAMS_OF_USER:
+            return "you have too many live pages open; close one of them"
+        if self.stream_count >= MAX_STREAMS or self.is_closed:
+            return "too many live pages are open; this one connects again in a moment"
+        return None
+
+    def connect(self, user_name: str) -> None:
         """Count a stream. The first one starts the loop."""
-        self.stream_count += 1
+        self._streams_of_users[user_name] += 1
         if self._loop is None or self._loop.done():
             self._changed = asyncio.Event()
             self._loop = asyncio.create_task(self._read_while_connected())
 
-    def disconnect(self) -> None:
+    def disconnect(self, user_name: str) -> None:
         """Count a stream that ended. The last one stops the loop."""
-        self.stream_count -= 1
+        self._streams_of_users -= Counter([user_name])
         if not self.stream_count and self._loop is not None:
             self._loop.cancel()
             self._loop = None
@@ -111,14 +128,15 @@ class NowStream(Response):
         self._feed = feed
         self._request = request
         self._is_session_valid = is_session_valid
+        self._user_name = user_of(request).name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the stream ends."""
-        if self._feed.stream_count >= MAX_STREAMS or self._feed.is_closed:
-            refusal = PlainTextResponse("too many live pages", 503, headers={"Retry-After": "30"})
-            await refusal(scope, receive, send)
+        refusal = self._feed.find_refusal(self._user_name)
+        if refusal is not None:
+            await PlainTextResponse(refusal, 503, headers={"Retry-After": "30"})(scope, receive, send)
             return
-        self._feed.connect()
+        self._feed.connect(self._user_name)
         gone = asyncio.create_task(_wait_until_gone(receive))
         sending = asyncio.create_task(self._send_events(send))
         try:
@@ -127,7 +145,7 @@ class NowStream(Response):
             for task in (gone, sending):
                 task.cancel()
             _, problem = await asyncio.gather(gone, sending, return_exceptions=True)
-            self._feed.disconnect()
+            self._feed.disconnect(self._user_name)
         if isinstance(problem, Exception) and not isinstance(problem, TimeoutError | OSError | ClientDisconnect):
             raise problem
 

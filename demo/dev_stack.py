@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 from celery import Celery
 
+from config.production_rules import DEMO_PASSWORD_HASH
 from demo.processes import Processes, assign_free_port, procfile, responds
 
 API_KEY, WEBHOOK_SECRET, FLOWER_LOGIN = "demo-api-key", "demo-webhook-secret", "demo:demo"
 """Not secret: every process listens on the loopback interface only, and production rejects the first two."""
 DASHBOARD_LOGIN = "demo:demo"
-DASHBOARD_USERS = (
-    "demo:operator:$argon2id$v=19$m=19456,t=1,p=1$3pPyj9N71dgnS0t3mQxwxQ$fKHSjYECcIFrSl/P01skz0DArEh7lXX4PuQDwDuzEWE"
-)
+DASHBOARD_USERS = f"demo:operator:{DEMO_PASSWORD_HASH}"
+"""Production rejects it too."""
 WORKER_ROLES = ("worker", "refresh")
 METRICS_ROLES = ("web", *WORKER_ROLES, "beat", "dashboard")
 """Roles that serve metrics, each on its own port."""

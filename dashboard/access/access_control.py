@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection
 
 from config.log_config import get_logger
 from config.settings import Settings
-from dashboard.access.password_hashes import hash_like, verify_password
+from dashboard.access.password_hashes import verify_password
 from dashboard.access.trusted_proxies import AmbiguousUser, TrustedProxies
 from dashboard.access.users import User, UserDirectory
 from worker.correlation.dashboard_logins import DashboardSessions, LoginAttempts, Session
@@ -69,8 +69,6 @@ class AccessControl:
         self.is_production = settings.env == "production"
         # Browsers accept a `__Host-` cookie only with Secure, from this host itself, and for all paths.
         self.cookie_name = "__Host-payready_session" if self.is_production else "payready_session"
-        hashes = (account.password_hash for account in self._directory.accounts().values())
-        self._hash_of_no_user = hash_like(next(filter(None, hashes), None))
         self._unfinished_logins = 0
         self._redis_threads, self._verifications = CapacityLimiter(REDIS_THREADS), CapacityLimiter(1)
 
@@ -110,8 +108,10 @@ class AccessControl:
         if not await self._in_thread(partial(self._attempts.count, name=name, address=address)):
             return self._refuse(LoginFailure.LOCKED_OUT, address)
         account = self._directory.account_of_password(name)
-        password_hash = account.password_hash if account and account.password_hash else self._hash_of_no_user
-        is_right = await to_thread.run_sync(verify_password, password_hash, password, limiter=self._verifications)
+        password_hash = self._directory.hash_to_verify(name)
+        is_right = password_hash is not None and await to_thread.run_sync(
+            verify_password, password_hash, password, limiter=self._verifications
+        )
         if account is None or not is_right:
             return self._refuse(LoginFailure.WRONG, address)
         await self._in_thread(partial(self._attempts.succeed, name=name, address=address))

@@ -100,7 +100,7 @@ def local_path(text: str) -> str:
     """
     is_local = (
         text.startswith("/")
-        and not text.startswith("//")
+        and "//" not in text.partition("?")[0]  # also after a dot, which browsers and proxies remove
         and "\\" not in text
         and all("!" <= char <= "~" for char in text)
         and not is_public(urlsplit(text).path)

@@ -1,11 +1,9 @@
 """Password hashes: Argon2id. Each verification takes about 0.1 s of one core and 64 MiB, so that guessing is slow."""
 
 import re
-import secrets
 
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
-from argon2.low_level import Type
 
 MIN_PASSWORD_CHARS = 12
 _HASHER = PasswordHasher(time_cost=3, memory_cost=65_536, parallelism=1)
@@ -39,16 +37,6 @@ def verify_password(password_hash: str, password: str) -> bool:
         return _HASHER.verify(password_hash, _as_bytes(password))
     except (Argon2Error, InvalidHashError):
         return False
-
-
-def hash_like(password_hash: str | None) -> str:
-    """Return a hash of no known password that costs as much to verify as this one, or as a new one."""
-    match = None if password_hash is None else _FORM.fullmatch(password_hash)
-    if match is None:
-        return hash_password(secrets.token_urlsafe())
-    memory_kib, iterations, lanes = map(int, match.groups())
-    hasher = PasswordHasher(time_cost=iterations, memory_cost=memory_kib, parallelism=lanes, type=Type.ID)
-    return hasher.hash(secrets.token_bytes())
 
 
 def _as_bytes(password: str) -> bytes:

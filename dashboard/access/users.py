@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from config.dashboard_settings import DashboardSettings
 from config.log_config import get_logger
+from config.production_rules import DEMO_PASSWORD_HASH
 from config.setting_types import variable_name
-from config.settings import ConfigurationError
+from config.settings import ConfigurationError, Settings
 from dashboard.access.password_hashes import is_acceptable_hash
 
 log = get_logger(__name__)
 NO_PASSWORD = "-"  # noqa: S105 - it says that there is none
 ANY_NAME = "*"
+SEPARATOR = ","
+"""Proxies join several headers of one name with it."""
 _NAME = re.compile("[!-)+-9;-~][!-9;-~]{0,199}")
 """A name has visible ASCII characters without a colon, and does not begin with an asterisk."""
 _FORM = "name:role:hash, with the role viewer or operator; `payready dashboard-user NAME` makes one"
@@ -65,14 +67,16 @@ def is_user_name(text: str) -> bool:
 class UserDirectory:
     """The users of the settings and of the users file. A change of the file has effect at the next request."""
 
-    def __init__(self, settings: DashboardSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         """Read the users.
 
         Raises:
-            ConfigurationError: a user or the file cannot be read, or no user could log in. No hash is repeated.
+            ConfigurationError: a user or the file cannot be read, no user could log in, or production has the demo's
+                user. No hash is repeated.
         """
+        self._refused_hash = DEMO_PASSWORD_HASH if settings.env == "production" else None
         self._file = settings.dashboard_users_file
-        self._of_settings = _parse(settings.dashboard_users.get_secret_value().split(), "dashboard_users", {})
+        self._of_settings = self._parse(settings.dashboard_users.get_secret_value().split(), "dashboard_users", {})
         self._file_version: object = "not read yet"
         self._accounts: Mapping[str, Account] = self._of_settings
         self._reread_changed_file()
@@ -91,10 +95,29 @@ class UserDirectory:
         account = self.accounts().get(name)
         return account if account and account.password_hash else None
 
-    def user_of_proxy(self, name: str) -> User | None:
-        """Return the user that the proxy names."""
+    def hash_to_verify(self, name: str) -> str | None:
+        """Return the hash of a user, or that of another one for a name without one. None: no user has a password.
+
+        The name chooses the other user. So each name takes as long as the hash of some user, also if their costs
+        differ, and always as long as before.
+        """
         accounts = self.accounts()
-        account = accounts.get(name) or accounts.get(ANY_NAME)
+        account = accounts.get(name)
+        if account and account.password_hash:
+            return account.password_hash
+        hashes = sorted(each.password_hash for each in accounts.values() if each.password_hash)
+        digest = hashlib.sha256("\0".join([name, *hashes]).encode(errors="replace")).digest()
+        return hashes[int.from_bytes(digest[:8]) % len(hashes)] if hashes else None
+
+    def user_of_proxy(self, name: str) -> User | None:
+        """Return the user that the proxy names.
+
+        A name with a comma must be listed: a proxy may have added its name to the header of a client.
+        """
+        accounts = self.accounts()
+        account = accounts.get(name)
+        if account is None and SEPARATOR not in name:
+            account = accounts.get(ANY_NAME)
         return User(name=name, role=account.role) if account and is_user_name(name) else None
 
     def _reread_changed_file(self) -> None:
@@ -104,7 +127,17 @@ class UserDirectory:
         if version == self._file_version:
             return
         self._file_version = version
-        self._accounts = _parse(_lines(self._file), "dashboard_users_file", self._of_settings)
+        self._accounts = self._parse(_lines(self._file), "dashboard_users_file", self._of_settings)
+
+    def _parse(self, entries: Iterable[str], setting: str, others: Mapping[str, Account]) -> dict[str, Account]:
+        accounts = _parse(entries, setting, others)
+        for name, account in accounts.items():
+            if account.password_hash and account.password_hash == self._refused_hash:
+                raise ConfigurationError(
+                    f"{variable_name(setting)}: user {name} must not have the demo's password in production; "
+                    f"`payready dashboard-user {name} --role {account.role}` makes a user with another one"
+                )
+        return accounts
 
 
 def _version(file: Path) -> object:

@@ -54,7 +54,7 @@ async def reconcile(request: Request) -> Response:
     if size is None:
         raise HTTPException(411, "the request must have a Content-Length")
     if int(size) > MAX_UPLOAD_BYTES + MAX_FORM_BYTES:
-        raise HTTPException(413, f"the file may have up to {MAX_UPLOAD_BYTES // 1024 // 1024} MiB")
+        raise _too_large()
     form = await operator_form(request)
     fields = {name: value for name, value in form.items() if isinstance(value, str)}
     try:
@@ -67,11 +67,16 @@ async def reconcile(request: Request) -> Response:
         await form.close()
 
 
+def _too_large() -> HTTPException:
+    limit = f"{MAX_UPLOAD_BYTES // 1024 // 1024} MiB"
+    return HTTPException(413, f"the file may have up to {limit}; use `payready fees reconcile` for a larger one")
+
+
 def _answer(request: Request, form: InvoiceForm, file: UploadFile | str | None, fields: Mapping[str, str]) -> Response:
     if not isinstance(file, UploadFile) or not file.size:
         raise WrongField("invoice: choose a file")
     if file.size > MAX_UPLOAD_BYTES:
-        raise HTTPException(413, f"the file may have up to {MAX_UPLOAD_BYTES // 1024 // 1024} MiB")
+        raise _too_large()
     if not _one_invoice_at_a_time.acquire(blocking=False):
         raise _Busy
     try:

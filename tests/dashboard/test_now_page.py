@@ -2,13 +2,16 @@
 
 import itertools
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from html import unescape
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -400,7 +403,32 @@ def test_too_many_streams_are_refused(runtime: Runtime, monkeypatch: pytest.Monk
     ):
         lines = stream.iter_lines()
         _next_event(lines)
-        assert client.get("/now/events").status_code == 503
+        refused = client.get("/now/events")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "30")
+        assert "too many live pages are open" in refused.text
+
+
+def test_one_user_cannot_occupy_all_streams(runtime: Runtime) -> None:
+    """Also with several sessions, and without reading. Other pages and other users are not affected."""
+    app = build_app(runtime)
+    with serve(app) as url, logged_in(url, "olivia") as client, logged_in(url, "victor") as other, ExitStack() as open_:
+        address = urlsplit(url)
+        request = (
+            f"GET /now/events HTTP/1.1\r\nHost: x\r\nCookie: payready_session={client.cookies['payready_session']}"
+        )
+        answers = []
+        for _ in range(500):
+            connection = open_.enter_context(socket.create_connection((address.hostname, address.port), timeout=10))
+            connection.sendall(request.encode())
+            answers.append(connection.recv(12))
+        assert answers.count(b"HTTP/1.1 200") == now_feed.MAX_STREAMS_OF_USER
+        assert answers.count(b"HTTP/1.1 503") == 500 - now_feed.MAX_STREAMS_OF_USER
+        with logged_in(url, "olivia") as again:
+            assert "you have too many live pages open" in again.get("/now/events").text
+            assert again.get("/audit").status_code == 200
+        with other.stream("GET", "/now/events") as stream:
+            assert "event: now" in _next_event(stream.iter_lines())
+    assert app.state.now_feed.stream_count == 0
 
 
 def test_browser_that_reads_nothing_is_disconnected(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,19 @@ def test_header_is_ignored_unless_it_is_configured(runtime: Runtime) -> None:
         assert client.get("/", headers={HEADER: "olivia"}).status_code == 303
 
 
+@pytest.mark.parametrize("names", ["mallory,paula", "paula,mallory", "paula,", ",paula", "paula,paula"])
+def test_names_that_a_proxy_has_joined_are_refused(runtime: Runtime, names: str) -> None:
+    """They are no user of their own, although every name is a user here."""
+    with behind_proxy(runtime) as client:
+        assert client.get("/", headers={HEADER: names}).status_code == 403
+
+
+def test_name_with_a_comma_can_be_listed(runtime: Runtime) -> None:
+    """Such as a distinguished name."""
+    with behind_proxy(runtime, users="CN=paula,O=example:operator:-") as client:
+        assert "(operator)" in client.get("/", headers={HEADER: "CN=paula,O=example"}).text
+
+
 @pytest.mark.parametrize("second", ["paula", "new", ""])
 def test_request_with_two_names_is_refused(runtime: Runtime, second: str) -> None:
     """The proxy has added its header to that of the client."""

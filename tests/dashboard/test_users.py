@@ -7,9 +7,11 @@ import pytest
 from argon2 import PasswordHasher
 from argon2.low_level import Type
 
+from config.production_rules import DEMO_PASSWORD_HASH
 from config.settings import ConfigurationError, Settings, load_rejecting_unknown
-from dashboard.access.password_hashes import hash_like, hash_password, is_acceptable_hash, verify_password
+from dashboard.access.password_hashes import hash_password, is_acceptable_hash, verify_password
 from dashboard.access.users import Role, UserDirectory
+from demo.dev_stack import DASHBOARD_USERS
 from tests.dashboard.conftest import PASSWORD_HASH
 
 
@@ -110,6 +112,39 @@ def test_proxies_are_networks() -> None:
     assert [str(network) for network in default] == ["127.0.0.0/8", "::1/128"]
 
 
+@pytest.mark.parametrize("is_in_file", [True, False])
+def test_production_refuses_the_user_of_the_demo(tmp_path: Path, *, is_in_file: bool) -> None:
+    """Its password is public. The name does not matter."""
+    (tmp_path / "users").write_text(f"olivia:operator:{DEMO_PASSWORD_HASH}\n")
+    setting = "PAYREADY_DASHBOARD_USERS_FILE" if is_in_file else "PAYREADY_DASHBOARD_USERS"
+    value = str(tmp_path / "users") if is_in_file else f"olivia:operator:{DEMO_PASSWORD_HASH}"
+    found = UserDirectory(load_rejecting_unknown({setting: value}))
+    assert verify_password(found.accounts()["olivia"].password_hash or "", "demo")
+    production = {"PAYREADY_ENV": "production", "PAYREADY_PRICE_LIST_FILE": "prices.toml"}
+    with pytest.raises(ConfigurationError) as error_info:
+        UserDirectory(load_rejecting_unknown({setting: value, **production}))
+    assert str(error_info.value) == (
+        f"{setting}: user olivia must not have the demo's password in production; "
+        "`payready dashboard-user olivia --role operator` makes a user with another one"
+    )
+
+
+def test_users_of_the_demo_are_those_that_production_refuses() -> None:
+    assert directory(DASHBOARD_USERS).accounts()["demo"].password_hash == DEMO_PASSWORD_HASH
+
+
+def test_name_without_a_password_is_verified_as_some_user_is() -> None:
+    """Users of different costs are chosen by the name, always alike: no name shows by its time that it is unknown."""
+    hashes = {PASSWORD_HASH, hash_password("another password")}
+    first, second = sorted(hashes)
+    users = directory(f"a:viewer:{first} b:viewer:{second} p:viewer:-", **PROXY)
+    unknown = {name: users.hash_to_verify(name) for name in ("p", *map(str, range(50)))}
+    assert (users.hash_to_verify("a"), users.hash_to_verify("b")) == (first, second)
+    assert set(unknown.values()) == hashes
+    again = directory(f"b:viewer:{second} a:viewer:{first} p:viewer:-", **PROXY)
+    assert {name: again.hash_to_verify(name) for name in unknown} == unknown
+
+
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +153,6 @@ def test_hash_is_verified_and_salted() -> None:
     assert is_acceptable_hash(password_hash)
     assert verify_password(password_hash, "pässword with 漢字")
     assert not verify_password(password_hash, "password with 漢字")
-    assert not verify_password(hash_like(password_hash), "")
     assert hash_password("a") != hash_password("a")
 
 

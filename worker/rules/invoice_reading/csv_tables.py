@@ -17,6 +17,10 @@ SAMPLE_BYTES = 4096
 MAX_COLUMNS = 1000
 """A line with more is no line of an invoice. Reading millions of them would occupy the process."""
 
+MAX_ROW_CHARS = 1 << 20
+"""A row with more would be millions of cells before they can be counted."""
+MAX_ROWS = 2_000_000
+
 
 class CsvTable:
     """A CSV file in one encoding, split by one delimiter."""
@@ -31,10 +35,22 @@ class CsvTable:
     def rows(self) -> Iterator[tuple[int, Sequence[Cell]]]:
         """Return each row with the number of its first line. Raise InvoiceError where the file is no CSV."""
         text = io.TextIOWrapper(io.BytesIO(self._data), encoding=self.encoding, newline="")
-        reader = csv.reader(text, delimiter=self.delimiter, strict=True, skipinitialspace=True)
-        row = 1
+        row, row_chars = 1, 0
+
+        def lines() -> Iterator[str]:
+            nonlocal row_chars
+            for line in text:
+                row_chars += len(line)
+                if row_chars > MAX_ROW_CHARS:
+                    raise InvoiceError(f"line {row}: more than {MAX_ROW_CHARS} characters; the file is no invoice")
+                yield line
+
+        reader = csv.reader(lines(), delimiter=self.delimiter, strict=True, skipinitialspace=True)
         try:
-            for cells in reader:
+            for count, cells in enumerate(reader, 1):
+                row_chars = 0
+                if count > MAX_ROWS:
+                    raise InvoiceError(f"line {row}: an invoice has at most {MAX_ROWS} lines; split the file by time")
                 if len(cells) > MAX_COLUMNS:
                     raise InvoiceError(f"line {row}: more than {MAX_COLUMNS} columns; the file is no invoice")
                 yield row, cells

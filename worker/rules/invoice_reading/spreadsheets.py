@@ -9,16 +9,14 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-from openpyxl import load_workbook
-
 from worker.rules.invoice_format import XLSX
 from worker.rules.invoice_lines import InvoiceError
 from worker.rules.invoice_reading.reading_options import ReadingOptions
 from worker.rules.invoice_reading.row_table import Cell
+from worker.rules.invoice_reading.spreadsheet_limits import MAX_ROWS, LimitedReader, check_part_count
 
 MAX_UNPACKED_BYTES = 1 << 29
 """512 MiB. A sheet of 1,000,000 lines has about 200 MiB."""
-MAX_ROWS = 1_048_576
 MAX_COLUMNS = 256
 
 
@@ -41,6 +39,8 @@ class SheetTable:
         while True:
             try:
                 values = next(rows, None)
+            except InvoiceError:
+                raise
             except Exception:  # noqa: BLE001 - openpyxl raises errors of many kinds for a broken file
                 raise InvoiceError(
                     f"line {row + 1}: the spreadsheet file is broken; save it again, or as CSV"
@@ -73,8 +73,12 @@ def sheet_candidates(data: bytes, options: ReadingOptions) -> list[SheetTable]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about styles and extensions, which have no effect on values
-            book = load_workbook(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
+            reader = LimitedReader(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
+            reader.read()
+        book = reader.wb
         sheets = list(book.worksheets)
+    except InvoiceError:
+        raise
     except Exception:  # noqa: BLE001 - openpyxl raises errors of many kinds for a broken file
         raise InvoiceError("the spreadsheet file cannot be read; save it again as .xlsx, or as CSV") from None
     if options.sheet is not None:
@@ -87,6 +91,7 @@ def sheet_candidates(data: bytes, options: ReadingOptions) -> list[SheetTable]:
 
 def _check_size(data: bytes) -> None:
     """Raise if the file unpacks to too many bytes. zipfile never unpacks more of a part than its stated size."""
+    check_part_count(data)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(part.file_size for part in archive.infolist())
