@@ -37,7 +37,6 @@ from worker.quiltt.messages import (
     ACCOUNT_RECONNECTED,
     BALANCE_CREATED,
     CONNECTION_LOST_EVENTS,
-    REFRESH_SOURCE,
     AccountMovedEvent,
     Balance,
     BalanceWithEventId,
@@ -45,6 +44,7 @@ from worker.quiltt.messages import (
     UnparsedEvent,
 )
 from worker.rules.connections import AccountMoved, ConnectionLost, ConnectionUpdate
+from worker.rules.states import REFRESH_SOURCE
 
 MAX_BODY_BYTES = 256 * 1024
 EVENT_ID = re.compile(r"[!-~]{1,128}")

@@ -184,7 +184,7 @@ def test_wrong_name_or_password_gets_the_same_answer(anonymous: httpx.Client, na
 def test_unknown_name_costs_one_verification_as_a_known_one(
     anonymous: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the time of an answer says which names exist. The password of another user helps nobody."""
+    """Otherwise the time of an answer says which names exist. The password of another user helps no user."""
     verified: list[str] = []
 
     def verify(password_hash: str, password: str) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 from worker.ledger.locks import JobIds
 from worker.ledger.outcome_deliveries import REDELIVER_AFTER, OutcomeDelivery
 from worker.ledger.payments import KnownPayment, WaitingPayment, new_payment
-from worker.rules.job import Job, is_same_json
+from worker.rules.job import Job
+from worker.rules.json_values import is_same_json
 from worker.rules.states import PaymentState
 
 REQUEST_SPACING = timedelta(microseconds=1)

@@ -5,14 +5,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import ColumnElement, Integer, Interval, bindparam, false, func, select, update
 
 from worker.ledger.bulk import any_of, bulk_insert_or_update, bulk_update
 from worker.ledger.engine import Reply, Row, Rows, Tx
 from worker.ledger.tables import BALANCE, IS_WAITING, PAYMENT
-from worker.quiltt.messages import REFRESH_SOURCE, Balance
+from worker.rules.states import REFRESH_SOURCE
+
+if TYPE_CHECKING:  # the command line reads balances, and needs no models of the provider's messages
+    from worker.quiltt.messages import Balance
 
 balance = BALANCE.c
 RejectionReason = Literal["too_old", "after_deadline"]
@@ -79,7 +82,7 @@ def _record(row: Row[Any]) -> BalanceRecord:
 
 
 def new_unapplied_record(
-    event_id: str, received: Balance, received_at: datetime, *, believe_arrival: bool
+    event_id: str, received: "Balance", received_at: datetime, *, believe_arrival: bool
 ) -> BalanceRecord:
     """Return the record of a balance that was received now and is not applied yet.
 

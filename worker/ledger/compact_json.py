@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from worker.rules.decimals import decimal_text
-from worker.rules.job import is_same_json
+from worker.rules.json_values import is_same_json
 
 Json = dict[str, Any]
 

@@ -21,8 +21,8 @@ from worker.ledger.engine import Row, Tx
 from worker.ledger.payment_json import job_of_row, outcome_of_row
 from worker.ledger.tables import IS_WAITING, OUTCOME_DELIVERY, PAYMENT, REFRESH
 from worker.rules.callbacks import Callback, callbacks_of
+from worker.rules.decimals import DEFAULT_CURRENCY
 from worker.rules.funds import HOLD_OPEN
-from worker.rules.job import Job
 from worker.rules.pricing import EntryState, FeeTotal, fee_total_without_void, split_share
 from worker.rules.states import PaymentState
 
@@ -162,7 +162,7 @@ def _payment_line(row: Row[Any], fees: Mapping[str, PaymentFee]) -> PaymentLine:
         verdict=(outcome_of_row(row) or {}).get("verdict"),
         reason=row.reason,
         amount=row.amount,
-        currency=row.job.get("currency", Job.model_fields["currency"].default),
+        currency=row.job.get("currency", DEFAULT_CURRENCY),
         requested_at=row.requested_at,
         deadline=row.deadline,
         resolved_at=row.resolved_at,

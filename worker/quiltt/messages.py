@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from worker.rules.job import QuilttId
+from worker.rules.states import REFRESH_SOURCE
 
 BALANCE_CREATED = "balance.created"
 CONNECTION_LOST_EVENTS: Mapping[str, str] = {
@@ -31,8 +32,6 @@ CONNECTION_LOST_EVENTS: Mapping[str, str] = {
 ACCOUNT_RECONNECTED = "account.reconnected"
 REQUIRED_EVENT_TYPES = (BALANCE_CREATED, *CONNECTION_LOST_EVENTS, ACCOUNT_RECONNECTED)
 """Types of the events that payready uses."""
-REFRESH_SOURCE: Final = "REFRESH"
-"""The source of a balance that a refresh call caused."""
 MAX_AMOUNT_DIGITS = 30
 MAX_AMOUNT_DECIMAL_PLACES = 60
 """Maximum digits before and after the point. The provider's floats have rounding errors such as 3.5e-15."""

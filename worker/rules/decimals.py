@@ -6,6 +6,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
+DEFAULT_CURRENCY = "USD"
+"""Currency of a job that states none."""
+
 DECIMAL_PATTERN = r"^-?[0-9]+(\.[0-9]+)?$"
 """A decimal in JSON: digits and a point, without exponent or spaces."""
 WIDE_CONTEXT = Context(prec=80)

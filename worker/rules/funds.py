@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from worker.errors import FailureReason
 from worker.rules.account_facts import AccountFacts
 from worker.rules.decimals import amount_with_currency_text, decimal_text
-from worker.rules.job import Job, Verdict
 from worker.rules.times import utc_text
+
+if TYPE_CHECKING:  # the command line reads funds checks, and needs no model of the job
+    from worker.rules.job import Job, Verdict
 
 HOLD_OPEN = datetime(9999, 12, 31, tzinfo=UTC)
 """End of a hold whose payment's outcome is not delivered yet: the payments service may not have paid."""
@@ -68,7 +70,7 @@ def is_deducted(hold_until: datetime, balance_as_of: datetime, clock_skew: timed
 class FundsCheckResult:
     """Result of a funds check. Use `passed` or `failed` to create one."""
 
-    verdict: Verdict | None = None
+    verdict: "Verdict | None" = None
     """Set if the payment may be released."""
     reason: FailureReason | None = None
     """Set if the payment must fail."""
@@ -77,7 +79,7 @@ class FundsCheckResult:
     """Inputs and result of the check. None if the job asks for no check."""
 
     @classmethod
-    def passed(cls, verdict: Verdict, funds_calculation: dict[str, Any] | None = None) -> Self:
+    def passed(cls, verdict: "Verdict", funds_calculation: dict[str, Any] | None = None) -> Self:
         """Return the result for a payment that may be released."""
         return cls(verdict=verdict, funds_calculation=funds_calculation)
 
@@ -95,7 +97,7 @@ class Ineligibility:
     detail: str
 
 
-def check_funds_if_requested(job: Job, funds: Funds) -> FundsCheckResult:
+def check_funds_if_requested(job: "Job", funds: Funds) -> FundsCheckResult:
     """Check whether the funds cover the amount and the buffer of a job, as far as the job asks for it."""
     if job.effective_funds_check == "disabled" or job.amount is None:
         return FundsCheckResult.passed("not_requested")
@@ -116,7 +118,7 @@ def check_funds_if_requested(job: Job, funds: Funds) -> FundsCheckResult:
     return FundsCheckResult.passed("sufficient", calculation)
 
 
-def ineligibility_for_funds_check(job: Job, facts: AccountFacts | None) -> Ineligibility | None:
+def ineligibility_for_funds_check(job: "Job", facts: AccountFacts | None) -> Ineligibility | None:
     """Return why no balance of such an account can release the job. None if one can, or without a funds check.
 
     The balance of a liability account is a debt, not available money. Unknown facts rule nothing out.
@@ -132,7 +134,7 @@ def ineligibility_for_funds_check(job: Job, facts: AccountFacts | None) -> Ineli
     return None
 
 
-def _available_with_overdraft_after_holds(job: Job, funds: Funds) -> Decimal | None:
+def _available_with_overdraft_after_holds(job: "Job", funds: Funds) -> Decimal | None:
     """Return the available balance minus the holds, with the overdraft limit if the job includes it. None: unknown."""
     if funds.available is None:
         return None
@@ -141,7 +143,7 @@ def _available_with_overdraft_after_holds(job: Job, funds: Funds) -> Decimal | N
 
 
 def _funds_calculation(
-    job: Job, funds: Funds, needed: Decimal, available_after_holds: Decimal | None
+    job: "Job", funds: Funds, needed: Decimal, available_after_holds: Decimal | None
 ) -> dict[str, Any]:
     return {
         "amount": _text_or_none(job.amount),
@@ -158,7 +160,7 @@ def _funds_calculation(
     }
 
 
-def _held_text(job: Job, funds: Funds) -> str:
+def _held_text(job: "Job", funds: Funds) -> str:
     """Return what is held and until when, for error texts. Empty if nothing is held."""
     if not funds.held_count:
         return ""

@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from worker.errors import InvalidJob
-from worker.rules.decimals import WIDE_CONTEXT, BoundedDecimalString, DecimalString, minor_unit_digits
+from worker.rules.decimals import (
+    DEFAULT_CURRENCY,
+    WIDE_CONTEXT,
+    BoundedDecimalString,
+    DecimalString,
+    minor_unit_digits,
+)
 
 MAX_METADATA_BYTES = 4096
 MAX_METADATA_LEVELS = 64
@@ -69,7 +75,7 @@ class Job(ContractModel):
     connection_id: QuilttId | None = None
     """With it, the payment fails as soon as Quiltt reports that the connection is lost, not only at the deadline."""
     amount: Annotated[BoundedDecimalString, Field(gt=0), _BELOW_MAX_AMOUNT] | None = None
-    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = DEFAULT_CURRENCY
     timeout_s: Annotated[int, Field(strict=True, ge=1, le=MAX_TIMEOUT_S)] = 120
     """Time until the payment's deadline, in seconds from when payready accepts the job."""
     max_balance_age_s: Annotated[int, Field(strict=True, ge=0, le=MAX_BALANCE_AGE_S)] = 30
@@ -139,20 +145,6 @@ def _is_nested_deeper(value: Any, max_levels: int) -> bool:
     return children is not None and (
         max_levels == 0 or any(_is_nested_deeper(child, max_levels - 1) for child in children)
     )
-
-
-def is_same_json(left: Any, right: Any) -> bool:
-    """Whether two values are the same in JSON. For Python `True == 1`, for JSON it is not.
-
-    JSON has one type of number, so 1 and 1.0 are the same: a sender in JavaScript writes both as 1.
-    """
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(is_same_json(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        return len(left) == len(right) and all(map(is_same_json, left, right))
-    return bool(left == right)
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ All functions are pure: no I/O, no clock. The tables below are the only place th
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from worker.errors import FailureReason
+
+REFRESH_SOURCE: Final = "REFRESH"
+"""The source of a balance that a refresh call caused."""
 
 State = TypeVar("State", bound=StrEnum)
 Event = TypeVar("Event", bound=StrEnum)
