@@ -36,7 +36,7 @@ from worker.ledger.payment_report import PaymentTimeline
 from worker.ledger.payment_situation import explain_payment
 from worker.rules.decimals import amount_with_currency_text, count_text
 from worker.rules.funds import EXACT_CONTEXT
-from worker.rules.job import parse_stored_job_ignoring_unknown
+from worker.rules.job import default_funds_check
 from worker.rules.payment_situations import Actor
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
@@ -108,7 +108,7 @@ def show_payment(request: Request) -> Response:
         hold=funds_hold_text(timeline, timeline.funds_hold, now) if timeline.funds_hold else None,
         evidence=evidence_text,
         charge_text=charge_text,
-        funds_check=parse_stored_job_ignoring_unknown(timeline.job).effective_funds_check,
+        default_funds_check=default_funds_check(timeline.payment.amount),
         callbacks=lambda delivery: callbacks_of_outcome(timeline.payment.state, delivery),
         outcome_of_callback=outcome_of_callback,
         flower_url=lambda task_id: flower_task_url(rt.settings, task_id),

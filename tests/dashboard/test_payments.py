@@ -12,6 +12,7 @@ import httpx
 import pytest
 from pydantic import HttpUrl, SecretStr
 from redis import Redis
+from sqlalchemy import update
 
 from dashboard.page_links import payment_path, payments_path
 from dashboard.pages import payment_page
@@ -28,6 +29,7 @@ from worker.ledger import archived_months, balance_report, payment_search
 from worker.ledger.archived_months import ArchivedMonth
 from worker.ledger.engine import read_snapshot, transaction
 from worker.ledger.payment_situation import explain_payment
+from worker.ledger.tables import PAYMENT
 from worker.rules.payment_situations import Actor
 from worker.runtime import Runtime
 
@@ -298,6 +300,15 @@ def test_hostile_ids_and_metadata_are_shown_as_text(
     page = page_of(operator.get(response.headers["location"]))
     assert "The payment is cancelled." in page.text
     assert f"Payment {payment_id}" in page.text
+
+
+def test_job_that_this_release_would_reject_is_shown(payready: InProcessSystem, operator: httpx.Client) -> None:
+    """An earlier release may have accepted it."""
+    payready.initiate("p1", "acct_1")
+    with transaction(payready.engine) as tx:
+        tx.execute(update(PAYMENT).values(job={"payment_id": "p1", "account_id": "a b", "timeout_s": "soon"}))
+    page = page_of(operator.get("/payments/p1"))
+    assert "timeout_s soon funds_check (default) disabled" in page.text
 
 
 def test_page_says_that_it_has_only_the_newest_balances(

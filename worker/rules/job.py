@@ -96,7 +96,7 @@ class Job(ContractModel):
     @property
     def effective_funds_check(self) -> FundsCheck:
         """The funds check that applies, with the default resolved."""
-        return self.funds_check or ("disabled" if self.amount is None else "required")
+        return self.funds_check or default_funds_check(self.amount)
 
     def effective_value(self, field: str) -> Any:
         """Return the value of a field, with a default that the job itself determines.
@@ -145,6 +145,11 @@ def _is_nested_deeper(value: Any, max_levels: int) -> bool:
     return children is not None and (
         max_levels == 0 or any(_is_nested_deeper(child, max_levels - 1) for child in children)
     )
+
+
+def default_funds_check(amount: Decimal | None) -> FundsCheck:
+    """Return the funds check of a job that states none."""
+    return "disabled" if amount is None else "required"
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
