@@ -164,7 +164,7 @@ def test_what_needs_attention_names_the_party_and_links_the_place(runtime: Runti
     assert "Quiltt must act Calls to Quiltt fail, so the circuit breaker is open" in page
     assert "1 outcome undeliverable" in page
     assert "1 outcome not delivered" in page
-    assert "1 payment failed in the last hour with reason not_authorized: correct PAYREADY_QUILTT_API_KEY" in page
+    assert "1 payment failed in the last hour with reason not_authorized: replace PAYREADY_QUILTT_API_KEY" in page
     assert 'href="/payments?reason=not_authorized&amp;resolved_since=' in html
 
 
@@ -413,9 +413,8 @@ def test_one_user_cannot_occupy_all_streams(runtime: Runtime) -> None:
     app = build_app(runtime)
     with serve(app) as url, logged_in(url, "olivia") as client, logged_in(url, "victor") as other, ExitStack() as open_:
         address = urlsplit(url)
-        request = (
-            f"GET /now/events HTTP/1.1\r\nHost: x\r\nCookie: payready_session={client.cookies['payready_session']}"
-        )
+        session = client.cookies["payready_session"]
+        request = f"GET /now/events HTTP/1.1\r\nHost: x\r\nCookie: payready_session={session}\r\n\r\n"
         answers = []
         for _ in range(500):
             connection = open_.enter_context(socket.create_connection((address.hostname, address.port), timeout=10))
