@@ -12,6 +12,9 @@ from worker.rules.invoice_lines import InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions, Role, options_of_profile, parse_profile
 from worker.rules.months import parse_month
 
+MAX_TEXTS_BYTES = 80 << 20
+"""Memory of the shared texts of an uploaded spreadsheet file: two unique texts for each of its 400,000 lines."""
+
 
 class WrongField(Exception):
     """A field of the form is wrong; the message says which, and what to write."""
@@ -81,6 +84,7 @@ class InvoiceForm(BaseModel):
             date_style=self.date_style,
             time_zone=self.time_zone,
             columns={role: name for role, name in columns.items() if name is not None},
+            max_texts_bytes=MAX_TEXTS_BYTES,
         )
         return options if self.profile is None else options.or_else(options_of_profile(parse_profile(self.profile)))
 

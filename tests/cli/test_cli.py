@@ -44,7 +44,7 @@ def test_payment_show_prints_events_in_order_of_time(run: Run) -> None:
     assert [output.index(step) for step in steps] == sorted(output.index(step) for step in steps)
     assert "needed 25.00 USD; available 10.00 USD = 60.00 balance - 50.00 held for 2 payments" in output
     assert (
-        "fee: 0.066666 USD pending, not known yet whether Quiltt charges it: share of 0.20 USD among 3 payments"
+        "fee: 0.066666 USD pending, not known yet whether Quiltt charges all calls: share of 0.20 USD among 3 payments"
         in output
     )
     assert "outcome not delivered yet: task-pay_3" in output

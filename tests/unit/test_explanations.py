@@ -62,6 +62,11 @@ def test_every_explanation_is_one_sentence() -> None:
         (failed(FailureReason.TIMEOUT, refresh=RefreshState.REQUESTED), Actor.US, "no call to Quiltt was made"),
         (failed(FailureReason.TIMEOUT, refresh=None), Actor.US, "no call to Quiltt was made"),
         (
+            failed(FailureReason.TIMEOUT, refresh=RefreshState.ABANDONED, has_call=True),
+            Actor.US,
+            "no fresh balance arrived by its deadline",
+        ),
+        (
             failed(FailureReason.TIMEOUT, refresh=RefreshState.ANSWERED, has_old_balance=True),
             Actor.US,
             "the balance that arrived was too old",
@@ -175,6 +180,30 @@ def rejected_by(status: int) -> str:
             "no connection to Quiltt: connect error",
             "the calls to Quiltt failed until its deadline: no connection to Quiltt: connect error",
             Actor.US,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            "the worker stopped during the call",
+            "the calls to Quiltt failed until its deadline: the worker stopped during the call",
+            Actor.US,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            "no response from Quiltt: read timeout",
+            "the calls to Quiltt failed until its deadline: no response from Quiltt: read timeout",
+            Actor.QUILTT,
+        ),
+        (
+            FailureReason.PROVIDER_UNAVAILABLE,
+            "calls to Quiltt fail; no call is made before 2026-11-22T12:00:05Z",
+            "calls to Quiltt fail, and the circuit breaker stops them: no call is made before 2026-11-22T12:00:05Z",
+            Actor.QUILTT,
+        ),
+        (
+            FailureReason.CONNECTION_LOST,
+            "the connection was disconnected: the user must connect again",  # as version 0.2.0 wrote it
+            "the account's bank connection was lost while the payment waited: the connection was disconnected",
+            Actor.PAYER,
         ),
         (
             FailureReason.CANCELLED,

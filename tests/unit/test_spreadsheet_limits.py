@@ -19,18 +19,28 @@ def test_file_that_unpacks_to_much_is_refused(name: str, problem: str) -> None:
         read(data)
 
 
-@pytest.fixture
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spreadsheet_limits, "MAX_ROWS", 1000)
+    with pytest.raises(InvoiceError, match="at most 1000 rows"):
+        read(spreadsheet_with(SHEET, SHEET_HEAD + b"<row/>" * 1001))
 
 
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize(
-    ("part", "head", "row"), [(SHEET, SHEET_HEAD, b"<row/>"), (SHARED_TEXTS, SST_HEAD, b"<si><t>x</t></si>")]
-)
-def test_many_rows_or_texts_are_refused(part: str, head: bytes, row: bytes) -> None:
-    with pytest.raises(InvoiceError, match="at most 1000 rows, and a file as many texts"):
-        read(spreadsheet_with(part, head + row * 1001))
+@pytest.mark.parametrize("text", ["x" * 2000, "x" * 500 + "\N{GRINNING FACE}"])
+def test_shared_texts_are_limited_by_their_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wide character makes each character of its text need four bytes."""
+    monkeypatch.setattr(spreadsheet_limits, "MAX_TEXTS_BYTES", 1 << 20)
+    item = f"<si><t>{text}</t></si>".encode()
+    with pytest.raises(InvoiceError, match="shared texts of more than 1 MiB"):
+        read(spreadsheet_with(SHARED_TEXTS, SST_HEAD + item * 600 + b"</sst>"))
+
+
+def test_two_unique_texts_in_each_of_a_million_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a thousandth: an account and a reference in each line of a real invoice are shared texts."""
+    monkeypatch.setattr(spreadsheet_limits, "MAX_TEXTS_BYTES", spreadsheet_limits.MAX_TEXTS_BYTES // 1000)
+    monkeypatch.setattr(spreadsheet_limits, "MAX_ROWS", spreadsheet_limits.MAX_ROWS // 1000)
+    texts = b"".join(b"<si><t>%036d</t></si>" % number for number in range(2000))
+    content = read(spreadsheet_with(SHARED_TEXTS, SST_HEAD + texts + b"</sst>"))
+    assert len(content.lines) == 1
 
 
 def test_white_space_between_rows_is_not_outside_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

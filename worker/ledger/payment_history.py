@@ -137,12 +137,19 @@ def fee_text(timeline: PaymentTimeline) -> str:
         return "none, because no call to Quiltt was made for it"
     if line.fee.state == EntryState.VOID:
         return f"none, because {_free_calls_text(timeline.calls)}"
-    is_accepted = line.fee.state == EntryState.POSTED and any(_was_accepted(call) for call in timeline.calls)
-    return _share_text(line.fee, ", which accepted the call" if is_accepted else "")
+    return _share_text(line.fee, _charge_of_calls_text(line.fee.state, timeline.calls))
 
 
 def _was_accepted(call: CallLine) -> bool:
     return (call.evidence or {}).get("status") == ACCEPTED_STATUS
+
+
+def _charge_of_calls_text(state: EntryState, calls: Sequence[CallLine]) -> str:
+    """Return what the state of a refresh's fee means. Pending: that of at least one of its calls is."""
+    if state == EntryState.PENDING and any(call.state == EntryState.POSTED for call in calls):
+        return "not known yet whether Quiltt charges all calls"
+    is_accepted = state == EntryState.POSTED and any(map(_was_accepted, calls))
+    return f"{charge_text(state)}{', which accepted the call' if is_accepted else ''}"
 
 
 def _free_calls_text(calls: Sequence[CallLine]) -> str:
@@ -155,8 +162,8 @@ def _free_calls_text(calls: Sequence[CallLine]) -> str:
     return "Quiltt does not charge the call"
 
 
-def _share_text(fee: PaymentFee, cause: str) -> str:
-    amount = f"{amount_with_currency_text(fee.amount, fee.currency)} {fee.state}, {charge_text(fee.state)}{cause}"
+def _share_text(fee: PaymentFee, charge: str) -> str:
+    amount = f"{amount_with_currency_text(fee.amount, fee.currency)} {fee.state}, {charge}"
     if fee.shared_by == 1:
         return amount
     total = amount_with_currency_text(fee.total, fee.currency)

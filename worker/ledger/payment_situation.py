@@ -25,6 +25,7 @@ def explain_payment(timeline: PaymentTimeline, now: datetime) -> Explanation:
             detail=(timeline.outcome or {}).get("detail", ""),
             verdict=line.verdict,
             refresh=RefreshState(refresh.state) if refresh else None,
+            has_call=line.refresh_id is not None,
             is_deferred=refresh is not None and refresh.deferral_count > 0 and refresh.last_error is not None,
             is_overdue=not is_resolved and now > line.deadline + MAX_EXPIRY_DELAY,
             has_unapplied_balance=bool(timeline.unapplied_balances),

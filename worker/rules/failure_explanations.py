@@ -4,6 +4,7 @@ The reasons are those of `docs/reference/failure-reasons.md`, and a test compare
 causes, the outcome's detail says which it was.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -139,7 +140,7 @@ def _timeout(explained: Explanation, situation: PaymentSituation) -> Explanation
         return replace(explained, happened="The payment failed because the balance that arrived was too old for it")
     if situation.has_late_balance:
         return replace(explained, happened="The payment failed because its balance arrived only after its deadline")
-    if situation.refresh in (None, RefreshState.REQUESTED, RefreshState.ABANDONED):
+    if not situation.has_call and situation.refresh in (None, RefreshState.REQUESTED, RefreshState.ABANDONED):
         return replace(
             explained,
             happened="The payment failed because no call to Quiltt was made by its deadline",
@@ -174,14 +175,19 @@ def _account_unsupported(explained: Explanation, situation: PaymentSituation) ->
     return replace(explained, happened=f"The payment failed because {situation.detail}")
 
 
+_PAYER_MUST_ACT = re.compile(": the (payer|user) must")
+"""Version 0.2.0 wrote `user`."""
+
+
 def _lost_connection(explained: Explanation, situation: PaymentSituation) -> Explanation:
     """Return the party that the detail names: Quiltt's events say whether the payer must act."""
     detail = situation.detail
     if not detail:
         return explained
-    reported, _, _ = detail.partition(": the payer must")
+    for_payer = _PAYER_MUST_ACT.search(detail)
+    reported = detail[: for_payer.start()] if for_payer else detail
     explained = replace(explained, happened=_with_detail(explained.happened, reported))
-    if "the payer must" in detail:
+    if for_payer:
         return explained
     if "deleted" in detail:
         return replace(
@@ -212,17 +218,20 @@ def _not_authorized(explained: Explanation, situation: PaymentSituation) -> Expl
     )
 
 
+_BREAKER_IS_OPEN = "calls to Quiltt fail; "
+_CAUSES_AT_QUILTT = ("Quiltt", "no response from ", _BREAKER_IS_OPEN, "the provider ", "provider calls fail")
+"""How a detail begins that names Quiltt as the cause. Version 0.2.0 wrote the last two."""
+
+
 def _provider_unavailable(explained: Explanation, situation: PaymentSituation) -> Explanation:
     detail = situation.detail
-    if detail.startswith("no connection to Quiltt"):
-        return replace(
-            explained,
-            happened=_with_detail(explained.happened, detail),
-            actor=Actor.US,
-            action="find out whether our network or Quiltt fails",
-        )
+    if detail and not detail.startswith(_CAUSES_AT_QUILTT):
+        explained = replace(explained, actor=Actor.US, action="find out why the calls failed")
+        if detail.startswith("no connection to Quiltt"):
+            explained = replace(explained, action="find out whether our network or Quiltt fails")
     if "no call is made before" in detail:
-        happened = f"The payment failed because calls to Quiltt fail, and the circuit breaker stops them: {detail}"
+        pause = detail.removeprefix(_BREAKER_IS_OPEN)
+        happened = f"The payment failed because calls to Quiltt fail, and the circuit breaker stops them: {pause}"
     elif "not documented" in detail:
         happened = f"The payment failed because Quiltt rejected its call: {detail}"
     else:
@@ -234,7 +243,7 @@ def _fee_cap_reached(explained: Explanation, situation: PaymentSituation) -> Exp
     usage = situation.detail.removeprefix(CAP_REACHED)
     next_step = explained.next_step
     if "per account" in usage:
-        next_step += " The other payments of the account today show what used the limit."
+        next_step += " The other payments of the account on that day show what used the limit."
     return replace(explained, happened=_with_detail(explained.happened, usage), next_step=next_step)
 
 

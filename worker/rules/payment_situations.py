@@ -52,6 +52,8 @@ class PaymentSituation:
     """Verdict of a released payment."""
     refresh: RefreshState | None = None
     """State of the refresh that serves or served the payment. None if there is none."""
+    has_call: bool = False
+    """Whether a call was made that may have been accepted, so that the payment has a share of its fee."""
     is_deferred: bool = False
     """Whether a call of the refresh was provably not accepted, so that it is made again."""
     is_overdue: bool = False

@@ -43,6 +43,8 @@ class ReadingOptions:
     time_zone: str | None = None
     columns: Mapping[Role, str] = field(default_factory=dict)
     """A column's name, or NO_COLUMN."""
+    max_texts_bytes: int | None = None
+    """Memory that the shared texts of a spreadsheet file may need. None: the limit of `spreadsheet_limits`."""
 
     def or_else(self, profile: "ReadingOptions") -> "ReadingOptions":
         """Return these options, completed by a profile's."""

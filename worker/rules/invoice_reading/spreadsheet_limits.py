@@ -1,17 +1,20 @@
 """Limits on the XML of a spreadsheet file, so that a small file that unpacks to much cannot exhaust memory or time.
 
-openpyxl reads sheets and shared texts as streams, and drops each row and each shared text after it has read it. All
-else stays in memory, as a tree with up to 25 times the size of its XML. So the rest of a part is limited, and each row
-and text. A document type could define texts that expand.
+Sheets and shared texts are read as streams, and the XML of each row and each shared text is dropped after it is read.
+All else stays in memory, as a tree with up to 25 times the size of its XML. So the rest of a part is limited, each row
+and text, and the memory of all shared texts. A document type could define texts that expand.
 """
 
+import sys
 import zipfile
 from types import TracebackType
 from typing import IO, Any, Self
 from xml.parsers import expat
 
+from openpyxl.cell.text import Text
 from openpyxl.reader.excel import ExcelReader
-from openpyxl.xml.constants import SHEET_MAIN_NS
+from openpyxl.xml.constants import SHARED_STRINGS, SHEET_MAIN_NS
+from openpyxl.xml.functions import iterparse
 
 from worker.rules.invoice_lines import InvoiceError
 
@@ -22,7 +25,11 @@ MAX_ROW_BYTES = 1 << 20
 MAX_GAP_BYTES = 32
 """End tag and white space between two rows, which do not count as outside of rows."""
 MAX_ROWS = 1_048_576
-"""Rows of a sheet, which is the limit of spreadsheet programs, and shared texts of a file."""
+"""Rows of a sheet, which is the limit of spreadsheet programs."""
+MAX_TEXTS_BYTES = 240 << 20
+"""Memory of the shared texts of a file: two texts of 36 characters for each of 1,000,000 lines need 208 MiB."""
+TEXT_OVERHEAD_BYTES = 24
+"""Memory of one text beside its object: its place in the list, and the rounding of the allocation."""
 MAX_PARTS = 10_000
 CHUNK_BYTES = 16 * 1024
 ROW, SHARED_TEXT = f"{SHEET_MAIN_NS} row", f"{SHEET_MAIN_NS} si"
@@ -39,12 +46,33 @@ class LimitedReader(ExcelReader):  # type: ignore[misc]  # openpyxl has no types
     def __init__(self, file: IO[bytes], **options: Any) -> None:
         super().__init__(file, **options)
         self.archive = _LimitedArchive(file)
+        self.max_texts_bytes: int | None = None
+        """Memory that the shared texts may need. None: `MAX_TEXTS_BYTES`."""
 
     def read_strings(self) -> None:
-        """Read the shared texts."""
+        """Read the shared texts as openpyxl does. It would keep an empty element for each."""
         self.archive.dropped_element = SHARED_TEXT
-        super().read_strings()
+        if (part := self.package.find(SHARED_STRINGS)) is not None:
+            with self.archive.open(part.PartName[1:]) as source:
+                self.shared_strings = _shared_texts(source, self.max_texts_bytes or MAX_TEXTS_BYTES)
         self.archive.dropped_element = ROW
+
+
+def _shared_texts(source: Any, max_bytes: int) -> list[str]:
+    texts, size = list[str](), 0
+    events = iterparse(source, events=("start", "end"))
+    _, root = next(events)
+    for event, node in events:
+        if event == "end" and node.tag == f"{{{SHEET_MAIN_NS}}}si":
+            text = Text.from_tree(node).content.replace("x005F_", "")
+            root.clear()
+            texts.append(text)
+            size += sys.getsizeof(text) + TEXT_OVERHEAD_BYTES
+            if size > max_bytes:
+                raise InvoiceError(
+                    f"the spreadsheet file has shared texts of more than {max_bytes >> 20} MiB; save it as CSV"
+                )
+    return texts
 
 
 def check_part_count(data: bytes) -> None:
@@ -148,8 +176,8 @@ class _PartLimits:
             self._row_end = self._parser.CurrentByteIndex
             self._dropped_size += self._row_end - self._row_start
             self._row_count += 1
-            if self._row_count > MAX_ROWS:
-                raise InvoiceError(f"a sheet has at most {MAX_ROWS} rows, and a file as many texts; save it as CSV")
+            if name == ROW and self._row_count > MAX_ROWS:
+                raise InvoiceError(f"a sheet has at most {MAX_ROWS} rows; save it as CSV")
 
     def _refuse_document_type(self, *_: object) -> None:
         raise InvoiceError("the spreadsheet file has a document type, as no spreadsheet program writes; save it as CSV")

@@ -74,6 +74,7 @@ def sheet_candidates(data: bytes, options: ReadingOptions) -> list[SheetTable]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about styles and extensions, which have no effect on values
             reader = LimitedReader(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
+            reader.max_texts_bytes = options.max_texts_bytes
             reader.read()
         book = reader.wb
         sheets = list(book.worksheets)
