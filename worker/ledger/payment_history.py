@@ -140,16 +140,19 @@ def fee_text(timeline: PaymentTimeline) -> str:
     return _share_text(line.fee, _charge_of_calls_text(line.fee.state, timeline.calls))
 
 
-def _was_accepted(call: CallLine) -> bool:
-    return (call.evidence or {}).get("status") == ACCEPTED_STATUS
-
-
 def _charge_of_calls_text(state: EntryState, calls: Sequence[CallLine]) -> str:
     """Return what the state of a refresh's fee means. Pending: that of at least one of its calls is."""
     if state == EntryState.PENDING and any(call.state == EntryState.POSTED for call in calls):
         return "not known yet whether Quiltt charges all calls"
-    is_accepted = state == EntryState.POSTED and any(map(_was_accepted, calls))
-    return f"{charge_text(state)}{', which accepted the call' if is_accepted else ''}"
+    return f"{charge_text(state)}{_proof_text(calls) if state == EntryState.POSTED else ''}"
+
+
+def _proof_text(calls: Sequence[CallLine]) -> str:
+    """Return what proved that Quiltt charges a call. Empty if that was an invoice."""
+    evidence = [call.evidence or {} for call in calls]
+    if any(each.get("status") == ACCEPTED_STATUS for each in evidence):
+        return ", which accepted the call"
+    return ", which sent a balance for the call" if any("balance" in each for each in evidence) else ""
 
 
 def _free_calls_text(calls: Sequence[CallLine]) -> str:
