@@ -68,6 +68,7 @@ class FeeDays:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._known: dict[datetime, _KnownDay] = {}
+        self._forgotten_count = 0
         self._lock = threading.Lock()
         self._background = BackgroundRead("fees")
 
@@ -87,9 +88,10 @@ class FeeDays:
         ]
 
     def forget(self) -> None:
-        """Forget all days: calls were posted or voided."""
+        """Forget all days, also one that is being read: calls were posted or voided."""
         with self._lock:
             self._known.clear()
+            self._forgotten_count += 1
 
     def _refresh(self, wanted: Iterable[datetime], now: datetime) -> None:
         """Have the days read that are unknown or too old, and wait briefly."""
@@ -102,6 +104,7 @@ class FeeDays:
     def _read(self, days: Sequence[datetime]) -> None:
         started = time.monotonic()
         for day in days:
+            forgotten_count = self._forgotten_count
             with read_snapshot(self._runtime.engine) as tx:
                 set_short_timeout(tx)
                 read_at = self._runtime.clock()
@@ -110,7 +113,7 @@ class FeeDays:
                     busiest_account=self._busiest_account(tx, day, read_at),
                     read_at=read_at,
                 )
-            self._keep(day, known)
+            self._keep(day, known, forgotten_count)
         log.debug("dashboard.fees_read", days=len(days), duration_s=round(time.monotonic() - started, 3))
 
     def _busiest_account(self, tx: Tx, day: datetime, now: datetime) -> AccountCalls | None:
@@ -118,8 +121,10 @@ class FeeDays:
             return None
         return account_with_most_calls(tx, day)
 
-    def _keep(self, day: datetime, known: _KnownDay) -> None:
+    def _keep(self, day: datetime, known: _KnownDay, forgotten_count: int) -> None:
         with self._lock:
+            if forgotten_count != self._forgotten_count:
+                return
             self._known.pop(day, None)
             self._known[day] = known
             while len(self._known) > MAX_DAYS:

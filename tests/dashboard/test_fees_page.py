@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from cli.main import app
 from config.settings import settings
 from dashboard import background_read
+from dashboard.fee_days import FeeDays
 from tests.cli.conftest import DIME, LedgerBuilder
 from worker.ledger import statement_slices
-from worker.ledger.engine import Tx
+from worker.ledger.engine import Tx, read_snapshot
 from worker.ledger.statement_slices import DayStatement
 from worker.rules.fee_caps import FeeCaps
+from worker.rules.months import parse_month
 from worker.rules.pricing import EntryState, Price
 from worker.rules.states import PaymentState
 from worker.runtime import Runtime
@@ -164,6 +166,26 @@ def test_cap_of_calls_per_account_is_shown_with_the_account_that_uses_most_of_it
     assert '<a href="/payments?account=acct_busy">acct_busy</a> has the most calls' in page
     assert '<td class="number">3 calls</td><td class="number">4 calls</td><td class="number">75 %</td>' in page
     assert "2026-12-04 00:00:00Z" in page
+
+
+def test_day_that_was_read_before_an_invoice_was_applied_is_not_kept(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures may be older than the calls that the invoice posted, and would be shown for ten minutes."""
+    fee_days, read_day = FeeDays(runtime), statement_slices.read_day
+
+    def read_while_an_invoice_is_applied(tx: Tx, day: datetime) -> DayStatement:
+        read = read_day(tx, day)
+        if day.day == 2:
+            fee_days.forget()
+        return read
+
+    monkeypatch.setattr(statement_slices, "read_day", read_while_an_invoice_is_applied)
+    month = parse_month("2026-11")
+    assert month is not None
+    with read_snapshot(runtime.engine) as tx:
+        [fees] = fee_days.read_months(tx, [month])
+    assert fees.missing_days == 2
 
 
 def test_page_does_not_wait_for_slow_days(
