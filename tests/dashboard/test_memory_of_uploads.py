@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,15 +54,14 @@ def peak_mib(pid: int) -> int:
 
 def test_files_that_unpack_to_much_need_little_memory(role: tuple[str, int]) -> None:
     url, pid = role
-    slowest, stop = [0.0], threading.Event()
+    pages_read, stop = [0], threading.Event()
 
     def read_pages() -> None:
         with httpx.Client(base_url=url, timeout=30) as client:
             assert client.post("/login", data={"name": "victor", "password": PASSWORD}).status_code == 303
             while not stop.is_set():
-                started = time.monotonic()
                 assert client.get("/audit").status_code == 200
-                slowest[0] = max(slowest[0], time.monotonic() - started)
+                pages_read[0] += 1
 
     with httpx.Client(base_url=url, timeout=60) as operator:
         assert operator.post("/login", data={"name": "olivia", "password": PASSWORD}).status_code == 303
@@ -88,4 +86,4 @@ def test_files_that_unpack_to_much_need_little_memory(role: tuple[str, int]) -> 
     stop.set()
     reader.join()
     assert peak_mib(pid) - first_peak < MAX_GROWTH_MIB
-    assert slowest[0] < 5
+    assert pages_read[0] > len(files), "others can read pages meanwhile"

@@ -35,7 +35,7 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         happened="The payment failed because the payer's available funds do not cover it",
         actor=Actor.PAYER,
         action="add funds to the account, or pay in another way",
-        next_step=f"When the payer has added funds, {_NEW_JOB}. A payment in another way needs nothing from payready.",
+        next_step=f"When the payer has added funds or chosen another account, {_NEW_JOB}.",
     ),
     FailureReason.FUNDS_UNKNOWN: Explanation(
         happened=(
@@ -54,7 +54,7 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.ACCOUNT_NOT_FOUND: Explanation(
         happened="The payment failed because Quiltt does not know the account (HTTP 404)",
         actor=Actor.US,
-        action="correct the account id",
+        action="check the account id",
         next_step=(
             "Ask the payments service to compare the account id with those at Quiltt, of the same environment. "
             "If it is wrong, ask for a new job with a new payment id and the right account id. "
@@ -93,8 +93,8 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         actor=Actor.QUILTT,
         action="accept calls again",
         next_step=(
-            f"When the page Provider shows accepted calls again, {_NEW_JOB}. "
-            "Until then an operator follows docs/runbooks/provider-unavailable.md."
+            "Ask an operator to follow docs/runbooks/provider-unavailable.md. "
+            f"When the page Provider shows accepted calls again, {_NEW_JOB}."
         ),
     ),
     FailureReason.FEE_CAP_REACHED: Explanation(
@@ -102,8 +102,8 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         actor=Actor.US,
         action="raise the limit, or wait until its next period",
         next_step=(
-            "Ask an operator to follow docs/runbooks/fee-cap-reached.md, or wait: a new job before that fails too. "
-            f"After that, {_NEW_JOB}."
+            "Ask an operator to follow docs/runbooks/fee-cap-reached.md, or wait until the next period begins. "
+            f"A new job before that fails too. Then {_NEW_JOB}."
         ),
     ),
     FailureReason.CONFLICT: Explanation(
