@@ -11,13 +11,13 @@ import typer
 
 from cli import render
 from cli.command_line import EXIT_FAILED, AsJson, echo_line, engine_or_exit, fail
+from config.clock import utc_now
 from worker import flow
 from worker.flow import MonthArchive, VerifiedMonth
 from worker.ledger.engine import Engine
 from worker.rules.archive_manifest import ArchiveError
 from worker.rules.decimals import count_text
 from worker.rules.months import parse_month
-from worker.runtime import utc_now
 
 app = typer.Typer(help="Archive closed months in files, check the files, restore a month.")
 

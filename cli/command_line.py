@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
@@ -63,11 +62,6 @@ def report_errors(*expected: type[Exception]) -> Iterator[None]:
         fail("the database is behind this release; run the role `release`: alembic upgrade head")
     except DATABASE_UNAVAILABLE as error:
         fail(f"the database did not respond: {error_summary(error)}; check PAYREADY_DATABASE_URL, or try again")
-
-
-def utc_now() -> datetime:
-    """Return the current time in UTC. Commands that only read do without `worker.runtime` and its clients."""
-    return datetime.now(UTC)
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> NoReturn:

@@ -13,6 +13,7 @@ from cli import render
 from cli.command_line import EXIT_FAILED, AsJson, echo_line
 from cli.command_runtime import runtime_or_exit
 from config.celery_config import celery_settings
+from config.clock import utc_now
 from config.settings import Settings
 from tasks import stored_results
 from tasks.celery_connection import report_unavailable
@@ -22,7 +23,6 @@ from worker.correlation.redis_client import REDIS_UNAVAILABLE
 from worker.correlation.store import ACCOUNT_TTL_S
 from worker.flow.failover_findings import Finding, FindingKind, StoredResult
 from worker.rules.decimals import count_text
-from worker.runtime import utc_now
 
 
 def reconcile_after_failover(

@@ -18,8 +18,8 @@ from cli.command_line import (
     parsed_option,
     query_or_exit,
     stdout_console_for_terminal_or_log,
-    utc_now,
 )
+from config.clock import utc_now
 from config.escaping import escape_unprintable
 from config.settings import settings
 from worker.errors import FailureReason

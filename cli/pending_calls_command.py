@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from cli import fee_tables, render
-from cli.command_line import AsJson, query_or_exit, stdout_console_for_terminal_or_log, utc_now
+from cli.command_line import AsJson, query_or_exit, stdout_console_for_terminal_or_log
+from config.clock import utc_now
 from worker.ledger import fee_calls
 
 

@@ -44,6 +44,7 @@ from cli.reconcile_options import (
 )
 from cli.reconciliation_output import limited_report_tables
 from cli.reconciliation_result import result_as_json
+from config.clock import utc_now
 from config.escaping import escape_unprintable
 from config.settings import settings
 from worker import flow
@@ -54,7 +55,6 @@ from worker.rules.invoice_lines import InvoicePeriod
 from worker.rules.invoice_reading import ReadingOptions, Role, options_of_profile, parse_profile, profile_text
 from worker.rules.months import parse_month
 from worker.rules.pricing import PriceList, parse_price_list
-from worker.runtime import utc_now
 
 AMOUNT_PATTERN = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 EXIT_DIFFERENCES = 2

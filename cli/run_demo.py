@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from cli import render_demo, statement_tables
+from config.clock import utc_now
 from demo.demo_checks import BacklogCounts, DemoCheck, Observed, all_callbacks_ran_and_no_backlog, run_checks
 from demo.demo_plan import DEMO_JOBS, DEMO_TIMINGS, EXPECTED_CALLS
 from demo.dev_stack import DevStack, start_sqlite_dev_stack
@@ -24,7 +25,6 @@ from demo.processes import ROOT, StartOrExitError
 from worker.ledger import fee_statement, metrics_queries, payment_report
 from worker.ledger.engine import Engine, open_engine, read_snapshot
 from worker.reports import statement_report
-from worker.runtime import utc_now
 
 SERVICE_COMMAND = (
     "celery -A demo.demo_service worker --queues svc --pool solo --hostname service@%h"

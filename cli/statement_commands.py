@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli import render, statement_tables
-from cli.command_line import AsJson, fail, query_or_exit, stdout_console_for_terminal_or_log, utc_now
+from cli.command_line import AsJson, fail, query_or_exit, stdout_console_for_terminal_or_log
+from config.clock import utc_now
 from worker.ledger import period_statement
 from worker.ledger.engine import Tx
 from worker.ledger.fee_statement import GroupBy

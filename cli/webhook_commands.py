@@ -16,6 +16,7 @@ from cli.command_line import (
     report_errors,
 )
 from cli.webhook_probe import find_problem_by_test_delivery
+from config.clock import utc_now
 from config.role_settings import require_in_production
 from config.settings import ConfigurationError, settings
 from worker import runtime
@@ -43,7 +44,7 @@ def subscription_status(as_json: AsJson = False) -> None:
     """
     with _subscriptions_client_and_url_or_exit() as (provider, url):
         subscribed = provider.list_all()
-        unlike_web = find_problem_by_test_delivery(url, settings(), runtime.utc_now())
+        unlike_web = find_problem_by_test_delivery(url, settings(), utc_now())
     ours = subscriptions.filter_by_url_fewest_problems_first(subscribed, url)
     problems = subscriptions.find_problems_of_best_subscription(subscribed, url)
     if unlike_web is not None:

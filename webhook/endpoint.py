@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
+from config.clock import utc_now
 from config.log_config import get_logger
 from config.settings import settings
 from webhook import events, signature
@@ -33,7 +34,6 @@ from webhook.paths import PATH, difference_from_path
 from webhook.signature import SIGNATURE_HEADER, TIMESTAMP_HEADER, SignatureRefused, TimestampOutOfTolerance
 from webhook.wiring import draining, group_committer, readiness
 from worker.ledger.engine import DATABASE_UNAVAILABLE
-from worker.runtime import utc_now
 
 log = get_logger(__name__)
 delivery_counters = DeliveryCounters()

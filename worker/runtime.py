@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from config.clock import utc_now
 from config.settings import Settings, settings
 from worker.correlation.admission import AdmissionControl, AnnouncedAdmission, RateLimiter, api_key_digest
 from worker.correlation.dashboard_logins import DashboardSessions, LoginAttempts
@@ -21,11 +22,6 @@ from worker.rules.pricing import Price, PriceList, PriceListError, parse_price_l
 
 MODE_RETRY_DELAY = timedelta(seconds=2)
 """Time after a failed key introspection in which other threads get its error without another request."""
-
-
-def utc_now() -> datetime:
-    """Return the current time in UTC: the clock of production."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, kw_only=True)

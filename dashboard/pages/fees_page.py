@@ -33,12 +33,11 @@ from worker.reports.statement_report import (
     totals_by_currency,
 )
 from worker.rules.decimals import amount_with_currency_text, count_text
-from worker.rules.fee_caps import start_of_day
+from worker.rules.fee_caps import CapKind, start_of_day, start_of_next_period
 from worker.rules.months import Month, month_of, parse_month
 from worker.rules.statement_period import StatementPeriod
 from worker.runtime import Runtime
 
-DAY = timedelta(days=1)
 UNRESOLVED_AGE = timedelta(hours=24)
 """Age from which a pending call is unresolved: only an invoice can post or void it."""
 MAX_PENDING_CALLS = 500
@@ -116,17 +115,23 @@ class CapLine:
 
 def _cap_lines(rt: Runtime, fees: MonthFees) -> Iterator[CapLine]:
     """Yield each cap that is set. Posted and pending fees count."""
-    currency, today, caps = rt.price_list.currency, start_of_day(rt.clock()), rt.fee_caps
+    currency, now, caps = rt.price_list.currency, rt.clock(), rt.fee_caps
     lines = [line for line in fees.lines if line.currency == currency]
-    lines_of_today = [line for line in lines if line.key == f"{today:%Y-%m-%d}"]
-    for name, limit, counted, resets_at in (
-        ("fees per day (UTC)", caps.per_day, lines_of_today, today + DAY),
-        ("fees per month (UTC)", caps.per_month, lines, fees.month.until),
+    lines_of_today = [line for line in lines if line.key == f"{start_of_day(now):%Y-%m-%d}"]
+    for name, cap, limit, counted in (
+        ("fees per day (UTC)", CapKind.DAY, caps.per_day, lines_of_today),
+        ("fees per month (UTC)", CapKind.MONTH, caps.per_month, lines),
     ):
         if limit is not None:
             used = sum((line.posted_amount + line.pending_amount for line in counted), Decimal(0))
             texts = [amount_with_currency_text(amount, currency) for amount in (used, limit)]
-            yield CapLine(name=name, used=texts[0], limit=texts[1], share=_share_text(used, limit), resets_at=resets_at)
+            yield CapLine(
+                name=name,
+                used=texts[0],
+                limit=texts[1],
+                share=_share_text(used, limit),
+                resets_at=start_of_next_period(cap, now),
+            )
     if caps.calls_per_account is not None:
         most = fees.busiest_account
         yield CapLine(
@@ -134,7 +139,7 @@ def _cap_lines(rt: Runtime, fees: MonthFees) -> Iterator[CapLine]:
             used=count_text(most.calls, "call") if most else "no call today",
             limit=count_text(caps.calls_per_account, "call"),
             share=_share_text(Decimal(most.calls if most else 0), Decimal(caps.calls_per_account)),
-            resets_at=today + DAY,
+            resets_at=start_of_next_period(CapKind.ACCOUNT, now),
             account_id=most.account_id if most else None,
         )
 

@@ -41,6 +41,8 @@ from worker.rules.payment_situations import Actor
 from worker.rules.pricing import EntryState
 from worker.rules.states import PaymentState
 
+METADATA_IN_HEAD = 6
+"""Metadata that stand above the timeline. If there are more, a section below has all."""
 ACTOR_TEXTS: Mapping[Actor, tuple[str, str]] = {
     Actor.PAYER: ("The payer must act", "warn"),
     Actor.US: ("We must act", "bad"),
@@ -98,6 +100,7 @@ def show_payment(request: Request) -> Response:
             if action.obstacle(timeline, now) is None
         ],
         metadata=timeline.job.get("metadata", {}),
+        metadata_in_head=METADATA_IN_HEAD,
         events=events,
         picture=_picture(timeline, events, now),
         offset=lambda at: offset_text(at - timeline.payment.requested_at),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cli.doctor_checks import check_dead_letters
 from cli.doctor_results import CheckContext, CheckResult, Severity
 from cli.main import app
+from config.clock import utc_now
 from config.settings import Settings, settings
 from tasks import message_requeue
 from tests.cli.conftest import NOON, LedgerBuilder
@@ -20,7 +21,7 @@ from worker import flow
 from worker.ledger import dead_letters
 from worker.ledger.engine import transaction
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
-from worker.runtime import build_runtime, utc_now
+from worker.runtime import build_runtime
 
 Run = Callable[..., Any]
 HOSTILE = "\x1b[2J\x07\u202e[red]"

@@ -16,12 +16,13 @@ from cli.doctor_provider_checks import check_public_webhook_address
 from cli.doctor_results import CheckContext, Severity
 from cli.main import app
 from cli.webhook_probe import find_problem_by_test_delivery
+from config.clock import utc_now
 from config.settings import Settings, settings
 from tests.support.databases import Databases
 from tests.support.simulator import Simulator
 from tests.support.tls_proxy import Certificate, make_certificate, tls_proxy
 from tests.webhook.conftest import SECRET, Endpoint, endpoint
-from worker.runtime import build_runtime, utc_now
+from worker.runtime import build_runtime
 
 PATH = "/webhooks/quiltt"
 OURS = Settings(webhook_secrets=(SecretStr(SECRET),))

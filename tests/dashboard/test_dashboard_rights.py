@@ -6,6 +6,7 @@ import httpx
 import psycopg
 from pydantic import SecretStr
 
+from config.clock import utc_now
 from config.settings import Settings
 from dashboard.application import build_app
 from demo.processes import ROOT
@@ -15,7 +16,7 @@ from tests.support.servers import Postgres
 from worker.ledger import dead_letters
 from worker.ledger.engine import transaction
 from worker.rules.unhandled_messages import DeadLetterReason, UnhandledMessage
-from worker.runtime import build_runtime, utc_now
+from worker.runtime import build_runtime
 
 GRANTS, _, DASHBOARD_GRANTS = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs/howto/limit-database-rights.md").read_text(), re.DOTALL

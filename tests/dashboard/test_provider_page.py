@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.exc import OperationalError
 
+from config.clock import utc_now
 from dashboard import background_read
 from dashboard.provider_view import SPANS
 from dashboard.time_histograms import bins, percentile
@@ -19,7 +20,7 @@ from tests.dashboard.test_now_page import visible_text
 from worker.ledger import balance_report, provider_report
 from worker.ledger.engine import Tx, read_snapshot, transaction
 from worker.ledger.tables import BALANCE, FEE_ENTRY, REFRESH
-from worker.runtime import Runtime, utc_now
+from worker.runtime import Runtime
 
 ACCEPTED = ("posted", {"status": 202})
 

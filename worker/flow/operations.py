@@ -28,7 +28,7 @@ def fail_waiting_as_cancelled_with_fee_share(
 ) -> FollowUp:
     """Fail waiting payments as cancelled. Payments that are resolved or unknown stay as they are.
 
-    `detail` is a clause that names the party which cancelled.
+    `detail` is a clause for people that states what cancelled them.
     """
     with transaction(rt.engine) as tx:
         waiting = payments.lock_waiting(tx, payment_ids)

@@ -10,6 +10,7 @@ from decimal import Decimal
 from enum import StrEnum
 
 from worker.rules.decimals import decimal_text
+from worker.rules.months import month_of
 
 WARNING_THRESHOLD = Decimal("0.8")
 """Share of a cap at which a warning is logged."""
@@ -105,11 +106,11 @@ def start_of_day(now: datetime) -> datetime:
 
 def start_of_month(now: datetime) -> datetime:
     """Return the start of the month (UTC)."""
-    return start_of_day(now).replace(day=1)
+    return month_of(now).since
 
 
 def start_of_next_period(cap: CapKind, now: datetime) -> datetime:
     """Return when the usage of the cap begins anew (UTC)."""
     if cap == CapKind.MONTH:
-        return start_of_month(start_of_month(now) + timedelta(days=31))
+        return month_of(now).until
     return start_of_day(now) + timedelta(days=1)
