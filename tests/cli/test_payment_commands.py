@@ -140,6 +140,7 @@ def test_payment_show_prints_explanation_metadata_and_callbacks(run: Run) -> Non
     shown = json.loads(run("show", "pay_3", "--json").output)
     assert shown["explanation"]["must_act"] == "payer"
     assert shown["explanation"]["sentence"] in output
+    assert shown["explanation"]["next_step"] in output
     assert shown["job"]["metadata"] == {"order": 3}
 
 

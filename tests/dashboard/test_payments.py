@@ -241,7 +241,9 @@ def test_page_of_a_failed_payment_names_reason_and_acting_party(
         assert timeline.payment.reason == reason
         assert f"failed: {reason}" in page.text
         assert ACTOR_TEXTS[Actor(party)][0] in page.text
-        assert explain_payment(timeline, payready.clock.now).sentence in page.text
+        explained = explain_payment(timeline, payready.clock.now)
+        assert explained.sentence in page.text
+        assert f"Next step: {explained.next_step}" in page.text
         assert timeline.outcome is not None
         assert timeline.outcome["detail"] in page.text
         assert f"order (metadata) order of {reason}" in page.text
